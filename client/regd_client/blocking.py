@@ -1,0 +1,74 @@
+"""One connection that blocks, for programs without an event loop: `regctl` is the first of them.
+
+The same lines as everywhere, from `wire`. Imports no asyncio, so that a command starts quickly.
+"""
+
+import socket
+from types import TracebackType
+from typing import Any, Self
+
+from regd_client import wire
+
+
+class BlockingConnection:
+    """Ask one thing after the other.
+
+    `timeout_s` bounds every wait, the connecting one too; there are no second tries.
+    """
+
+    def __init__(self, address: str | None = None, timeout_s: float = 10.0) -> None:
+        self.address = wire.find_address(address)
+        self._rest = b""
+        try:
+            self._socket = self._connect(timeout_s)
+        except OSError as error:
+            raise wire.unavailable(self.address, error.strerror or str(error)) from error
+
+    def _connect(self, timeout_s: float) -> socket.socket:
+        if not self.address.path:
+            return socket.create_connection((self.address.host, self.address.port), timeout_s)
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            made.settimeout(timeout_s)
+            made.connect(self.address.path)
+        except BaseException:
+            made.close()
+            raise
+        return made
+
+    def ask(self, cmd: str, **arguments: Any) -> dict[str, Any]:
+        """Send a request and return the daemon's reply, whether it is `ok` or not.
+
+        Raises:
+            Unavailable: the connection broke, or the answer took too long.
+            BadArgument: the request cannot be sent.
+        """
+        line = wire.request(cmd, None, arguments)
+        try:
+            self._socket.sendall(line)
+            return wire.reply(self._line())
+        except OSError as error:
+            raise wire.unavailable(self.address, error.strerror or str(error)) from error
+
+    def _line(self) -> bytes:
+        parts = [self._rest]
+        size = 0
+        while b"\n" not in parts[-1]:
+            part = self._socket.recv(65_536)
+            size += len(part)
+            if not part or size > wire.REPLY_BYTES_MAX:
+                raise ConnectionResetError("the connection ended before the answer")
+            parts.append(part)
+        line, _, self._rest = b"".join(parts).partition(b"\n")
+        return line
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

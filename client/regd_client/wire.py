@@ -1,0 +1,115 @@
+"""The client's half of the protocol: addresses, and lines to and from dictionaries.
+
+Written apart from the daemon's on purpose, and held to it by the same transcripts. Imports next to nothing:
+`regctl` starts with this. Must not know how a line travels.
+"""
+
+import json
+import os
+from typing import Any, NamedTuple
+
+from regd_client.errors import BadArgument, RegdError, Unavailable, from_reply
+
+DEFAULT_ADDRESS = "tcp://127.0.0.1:7343"
+LINE_BYTES_MAX = 65_536  # of a request; the daemon skips longer ones
+REPLY_BYTES_MAX = 4 * 1_048_576  # far beyond what the daemon promises; more is another program
+
+
+class Address(NamedTuple):
+    """Where a daemon listens: a Unix socket's `path`, or `host` and `port`."""
+
+    host: str
+    port: int
+    path: str = ""
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix://{self.path}"
+        return f"tcp://{joined(self.host, self.port)}"
+
+
+def joined(host: str, port: int) -> str:
+    """Return HOST:PORT, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def parse_address(text: str) -> Address:
+    """Read `tcp://HOST:PORT`, `HOST:PORT` or `unix:///path`.
+
+    Raises:
+        BadArgument: it is none of them.
+    """
+    if text.startswith("unix://"):
+        path = text[len("unix://") :]
+        if path.startswith("/"):
+            return Address("", 0, path)
+        raise _bad_address(text)
+    host, colon, port = text.removeprefix("tcp://").rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        colon = ""
+    number = int(port) if port.isascii() and port.isdigit() and len(port) <= 5 else 0
+    if not colon or not host or "/" in host or not 1 <= number <= 65_535:
+        raise _bad_address(text)
+    return Address(host, number)
+
+
+def _bad_address(text: str) -> BadArgument:
+    return BadArgument(
+        f"{text!r} is no address; write tcp://HOST:PORT, HOST:PORT or unix:///path",
+        details={"field": "address"},
+    )
+
+
+def find_address(given: str | None = None) -> Address:
+    """Return the daemon's address: the one given, else $REGD_ADDRESS, else tcp://127.0.0.1:7343."""
+    return parse_address(given or os.environ.get("REGD_ADDRESS") or DEFAULT_ADDRESS)
+
+
+def request(cmd: str, id: int | None, arguments: dict[str, Any]) -> bytes:
+    """Return a request's line; arguments that are None are left out.
+
+    Raises:
+        BadArgument: it is no JSON, or too long to send.
+    """
+    fields: dict[str, Any] = {"cmd": cmd}
+    if id is not None:
+        fields["id"] = id
+    fields |= {key: value for key, value in arguments.items() if value is not None}
+    try:
+        line = json.dumps(fields, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadArgument(f"{cmd} takes JSON values only: {error}") from None
+    if len(line) > LINE_BYTES_MAX:
+        raise BadArgument(f"{cmd}: the request is {len(line)} bytes, {LINE_BYTES_MAX} at most")
+    return line
+
+
+def reply(line: bytes) -> dict[str, Any]:
+    """Read a line of the daemon's.
+
+    Raises:
+        RegdError: whoever sent it is no regd.
+    """
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        fields = None
+    if type(fields) is not dict or ("ok" in fields) is ("event" in fields):
+        raise RegdError(f"this is no answer of regd: {line[:60]!r}")
+    return fields
+
+
+def result(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return a reply that is `ok`, and raise the error of one that is not."""
+    if fields["ok"] is not True:
+        raise from_reply(fields)
+    return fields
+
+
+def unavailable(address: Address, why: str) -> Unavailable:
+    return Unavailable(
+        f"no regd at {address} ({why}); start one with `regd`, or `python3 -m regd`, "
+        "or name another address in REGD_ADDRESS"
+    )

@@ -1,0 +1,205 @@
+"""The command `regctl`: the registry for a person at a terminal, and for scripts.
+
+Exit status: 0 done, 1 not found, 2 bad usage, 3 no daemon answers, 4 refused for another reason. It sits in
+start-up scripts, so it imports neither asyncio nor the daemon.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import regd
+from regd_client.blocking import BlockingConnection
+from regd_client.errors import BadArgument, RegdError, Unavailable
+from regd_client.wire import joined
+
+NOT_FOUND, USAGE, NO_DAEMON, REFUSED = 1, 2, 3, 4
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _label(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, not {text!r}")
+    return key, value
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = _Parser(add_help=False)
+    common.add_argument(
+        "--address",
+        default=argparse.SUPPRESS,
+        help="tcp://HOST:PORT, HOST:PORT or unix:///path (default: $REGD_ADDRESS, else tcp://127.0.0.1:7343)",
+    )
+    common.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help="print the daemon's reply, one JSON object"
+    )
+    parser = _Parser(
+        prog="regctl",
+        description="Ask and change the service registry of this machine.",
+        epilog="Exit status: 0 done, 1 not found, 2 bad usage, 3 no daemon answers, 4 refused otherwise.",
+        parents=[common],
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"regctl {regd.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, parents=[common], allow_abbrev=False)
+
+    def labels(command: argparse.ArgumentParser, text: str) -> None:
+        command.add_argument(
+            "--meta", type=_label, action="append", metavar="KEY=VALUE", help=f"{text}; may be repeated"
+        )
+
+    each = add("list", "List registrations.")
+    each.add_argument("name", nargs="?", metavar="NAME", help="only this, or what begins with it: 'work*'")
+    labels(each, "only those that carry it")
+
+    each = add("resolve", "Print the address of a ready instance.")
+    each.add_argument("name", metavar="NAME")
+    each.add_argument("--all", action="store_true", help="of all ready instances")
+    each.add_argument("--instance", help="only this instance (default: any)")
+    labels(each, "only those that carry it")
+
+    each = add("register", "Register a service; it stays until it is deregistered.")
+    each.add_argument("name", metavar="NAME")
+    each.add_argument("port", metavar="PORT", type=int)
+    each.add_argument("--host", help="where it listens (default: 127.0.0.1)")
+    each.add_argument("--instance", help='which instance (default: "")')
+    labels(each, "a label")
+
+    each = add("deregister", "End a registration.")
+    each.add_argument("name", metavar="NAME")
+    each.add_argument("--instance", help='which instance (default: "")')
+
+    add("ping", "Ask whether a daemon answers.")
+    add("stats", "Show the daemon's counters and limits.")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    try:
+        status = _run(vars(_parser().parse_args(argv)))
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def _run(given: dict[str, Any]) -> int:
+    command, as_json, address = given.pop("command"), given.pop("json", False), given.pop("address", None)
+    if given.get("meta") is not None:
+        given["meta"] = dict(given["meta"])
+    try:
+        with BlockingConnection(address) as connection:
+            reply = _ask(connection, command, {key: value for key, value in given.items() if value is not False})
+    except Unavailable as error:
+        return _fail(NO_DAEMON, str(error))
+    except BadArgument as error:
+        return _fail(USAGE, str(error))
+    except RegdError as error:
+        return _fail(REFUSED, str(error))
+    if as_json:
+        print(json.dumps(reply))
+        return 0 if reply["ok"] else _status(reply)
+    if not reply["ok"]:
+        return _fail(_status(reply), _visible(reply["message"]))
+    for line in _lines(command, reply):
+        print(line)
+    return 0
+
+
+def _ask(connection: BlockingConnection, command: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Ask, and where the reply is one page of several, for the rest too."""
+    reply = connection.ask(command, **given)
+    if reply.pop("more", False):
+        listed = _ask(connection, "list", {"name": given["name"], "meta": given.get("meta")})
+        if not listed["ok"]:
+            return listed
+        reply["instances"] = [each for each in listed["instances"] if each["state"] == "ready"]
+    while "next" in reply:
+        page = connection.ask(command, **{**given, "after": reply.pop("next")})
+        if not page["ok"]:
+            return page
+        reply = {**page, "instances": reply["instances"] + page["instances"]}
+    return reply
+
+
+def _status(reply: Mapping[str, Any]) -> int:
+    return {"not_found": NOT_FOUND, "bad_argument": USAGE}.get(reply["error"], REFUSED)
+
+
+def _fail(status: int, message: str) -> int:
+    print(f"regctl: {message}", file=sys.stderr)
+    return status
+
+
+# What people see.
+
+
+def _lines(command: str, reply: dict[str, Any]) -> Iterable[str]:
+    match command:
+        case "resolve" if "instances" in reply:
+            return [joined(each["host"], each["port"]) for each in reply["instances"]]
+        case "resolve" | "register":
+            return [joined(reply["host"], reply["port"])]
+        case "list":
+            return _table([_row(each) for each in reply["instances"]])
+        case "ping":
+            return ["regd answers"]
+        case "stats":
+            return _tree(reply)
+        case _:
+            return []
+
+
+def _row(each: Mapping[str, Any]) -> tuple[str, ...]:
+    meta = " ".join(f"{key}={value}" for key, value in each["meta"].items())
+    return (
+        each["name"],
+        each["instance"],
+        joined(each["host"], each["port"]),
+        each["state"],
+        _visible(meta),
+    )
+
+
+def _table(rows: list[tuple[str, ...]]) -> Iterable[str]:
+    """Columns with a head for a person; for a pipe only the rows, tabs between."""
+    if not sys.stdout.isatty():
+        return ["\t".join(row) for row in rows]
+    if not rows:
+        return ["nothing is registered"]
+    rows = [("NAME", "INSTANCE", "ADDRESS", "STATE", "META"), *rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def _tree(fields: Mapping[str, Any], indent: str = "") -> Iterable[str]:
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            yield f"{indent}{key}"
+            yield from _tree(value, indent + "  ")
+        elif key != "ok":
+            yield f"{indent}{key}  {_visible(str(value))}"
+
+
+def _visible(text: str) -> str:
+    """Escape what could move a terminal's cursor or colour: peers chose these texts."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""The command `regd`: flags, logs, signals, and one line for whatever goes wrong."""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import regd
+from regd.server.lifecycle import DEFAULT_PORT, Config, Server, default_registry
+from regd.server.listener import ListenError
+from regd.storage.store import StorageError
+
+log = logging.getLogger("regd")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"regd: {message} (see regd --help)\n")
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"must be 0 to 65535, not {text!r}")
+    return int(text)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="regd",
+        description="The service registry of this machine: register names, resolve them.",
+        epilog='Probe it: echo \'{"cmd":"help"}\' | nc 127.0.0.1 7343',
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"regd {regd.__version__}")
+    parser.add_argument(
+        "--port",
+        type=_port,
+        default=DEFAULT_PORT,
+        help=f"TCP port on 127.0.0.1 and ::1; 0 picks a free one (default: {DEFAULT_PORT})",
+    )
+    parser.add_argument(
+        "--unix", type=Path, metavar="PATH", help="listen on a Unix socket too, for this user alone"
+    )
+    parser.add_argument(
+        "--registry",
+        type=Path,
+        metavar="PATH",
+        help="the registry's file (default: registry.json in $STATE_DIRECTORY, $XDG_STATE_HOME/regd or "
+        "~/.local/state/regd)",
+    )
+    parser.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="how much goes to stderr (default: info)",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the daemon and return its exit status: 0 after a signal, 1 when it cannot start, 2 for bad usage."""
+    given = _arguments(argv)
+    logging.basicConfig(
+        level=given.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+    config = Config(
+        registry=(given.registry or default_registry(os.environ)).absolute(),
+        port=given.port,
+        unix=given.unix.absolute() if given.unix else None,
+    )
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(_run(config))
+    except (ListenError, StorageError) as error:
+        print(f"regd: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # before the handler stood
+        return 130
+    return 0
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return uvloop's, which comes with the extra `fast`, or None for asyncio's own."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+async def _run(config: Config) -> None:
+    loop = asyncio.get_running_loop()
+    asked = asyncio.Event()
+
+    def ask(number: signal.Signals) -> None:
+        if asked.is_set():
+            os._exit(128 + number)  # asked twice: leave at once
+        log.info("%s: leaving", number.name)
+        asked.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ask, number)
+    server = Server(config)
+    await server.start()
+    for address in server.addresses:
+        print(f"listening {address}", flush=True)
+    try:
+        await _until(asked, server)
+    finally:
+        await server.stop()
+
+
+async def _until(asked: asyncio.Event, server: Server) -> None:
+    """Wait until somebody asks for the end; a bug in the engine ends it too, loudly."""
+    ask = asyncio.ensure_future(asked.wait())
+    fail = asyncio.ensure_future(server.failed())
+    try:
+        await asyncio.wait((ask, fail), return_when=asyncio.FIRST_COMPLETED)
+        if fail.done():
+            fail.result()
+    finally:
+        ask.cancel()
+        fail.cancel()
+        await asyncio.gather(ask, fail, return_exceptions=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""The closed set of errors, and how the core refuses.
+
+The code is contract, the message is for people. Must not know how an error is written on the wire.
+"""
+
+from enum import StrEnum
+
+
+class Code(StrEnum):
+    """Every code that a peer can see; the text is what PROTOCOL.md says of it."""
+
+    meaning: str
+
+    def __new__(cls, value: str, meaning: str) -> "Code":
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.meaning = meaning
+        return member
+
+    BAD_JSON = "bad_json", "the line begins with `{` but is no JSON object that regd takes"
+    BAD_REQUEST = "bad_request", "no usable `cmd` or `id`, or not this protocol at all (then closed)"
+    UNKNOWN_COMMAND = "unknown_command", "no command of that name; `near` may name one"
+    BAD_ARGUMENT = (
+        "bad_argument",
+        "an argument is unknown, missing, of the wrong type or out of range; see `field`",
+    )
+    TOO_LARGE = "too_large", "the line is longer than `line_bytes_max`; it was skipped"
+    NOT_FOUND = "not_found", "no `ready` instance, or nothing to deregister or update"
+    CONFLICT = "conflict", "`if` names another revision than `rev`"
+    TIMEOUT = "timeout", "it took too long, as an unfinished line (then closed)"
+    BUSY = "busy", "beyond a limit; try again later"
+    DENIED = "denied", "this peer may not do that"
+    STORAGE_FAILED = "storage_failed", "the registry file could not be written; the change is not in effect"
+    UNSUPPORTED = "unsupported", "not on this system"
+    SHUTTING_DOWN = "shutting_down", "the daemon is stopping; connect again in a moment"
+    INTERNAL = "internal", "a bug in regd; its log says more"
+
+
+class Refused(Exception):
+    """A request that is answered with an error.
+
+    `message` is one sentence for a person; `details` are further fields of the reply.
+    """
+
+    def __init__(self, code: Code, message: str, **details: object) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.details = details
+
+
+class Invalid(ValueError):
+    """A value that breaks a rule of the model. Its text completes the sentence "NAME …"."""

@@ -1,0 +1,71 @@
+"""Every limit of the daemon in one table: value, why, what happens beyond it, which error.
+
+The daemon reads its limits from a `Limits`, `hello` and `stats` show them, and the table in DESIGN.md is held
+against this one by a test. Must not know how a limit is enforced.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+def _row(value: float, why: str, beyond: str, error: str = "") -> Any:
+    return field(default=value, metadata={"why": why, "beyond": beyond, "error": error})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The limits in use. Units stand last in each name; a name without one is a count."""
+
+    line_bytes_max: int = _row(
+        65_536, "16 times the largest meta; Redis takes the same", "line skipped to its end", "too_large"
+    )
+    line_idle_s_max: float = _row(
+        20.0, "people and programs send whole lines", "error line, connection closed", "timeout"
+    )
+    id_chars_max: int = _row(64, "room for a UUID with a prefix", "request refused", "bad_request")
+    connections_max: int = _row(
+        10_240, "10,000 services and some terminals; lower where open files are", "closed", "busy"
+    )
+    requests_in_flight_max: int = _row(
+        64, "per connection; fills a commit, no more", "connection is not read until replies are out"
+    )
+    writes_waiting_max: int = _row(
+        16_384, "of all connections; some 256 connections at their own limit", "request refused", "busy"
+    )
+    output_bytes_max: int = _row(
+        16_384, "unsent, per connection; the kernel holds more", "connection is not read until all is sent"
+    )
+    output_bytes_total_max: int = _row(
+        67_108_864, "unsent, of connections beyond output_bytes_max", "the one stuck longest is cut"
+    )
+    input_bytes_total_max: int = _row(
+        67_108_864, "unfinished or unanswered lines in all", "the one waiting longest is closed", "busy"
+    )
+    reply_instances_max: int = _row(1_000, "a page that people and loops can take", "`next` or `more`")
+    reply_bytes_max: int = _row(1_048_576, "a reply is one write", "`next` or `more`")
+    list_scan_max: int = _row(5_000, "looked at for one page; keeps the loop free", "`next`")
+    near_candidates_max: int = _row(256, "looked at for near misses", "the rest is not looked at")
+    near_names_max: int = _row(3, "more is no hint", "the rest is not named")
+    departures_max: int = _row(1_024, "for `last`; the newest", "the oldest is forgotten")
+    registrations_max: int = _row(200_000, "ten times a large machine", "request refused", "busy")
+    registry_bytes_max: int = _row(
+        134_217_728, "names, hosts and meta in all, and 128 each", "request refused", "busy"
+    )
+    name_chars_max: int = _row(253, "as in DNS", "request refused", "bad_argument")
+    label_chars_max: int = _row(63, "as in DNS", "request refused", "bad_argument")
+    instance_chars_max: int = _row(63, "as one label", "request refused", "bad_argument")
+    host_chars_max: int = _row(253, "as in DNS", "request refused", "bad_argument")
+    meta_keys_max: int = _row(64, "labels, not a database", "request refused", "bad_argument")
+    meta_bytes_max: int = _row(4_096, "keys and values, as UTF-8", "request refused", "bad_argument")
+    ttl_s_min: float = _row(1.0, "less is a load, not a lease", "file refused", "bad_argument")
+    ttl_s_max: float = _row(86_400.0, "a day", "file refused", "bad_argument")
+    farewell_s_max: float = _row(
+        1.0, "input discarded so that a reset does not eat the last line", "connection cut"
+    )
+
+    def values(self) -> dict[str, float]:
+        """Return the limits by name, as `hello` and `stats` show them."""
+        return {row.name: getattr(self, row.name) for row in fields(self)}
+
+
+DEFAULT = Limits()

@@ -1,0 +1,204 @@
+"""The words of the registry: what an entry and a change are, and the rules for their parts.
+
+The `check_` functions take any value at all, as JSON or a file gives it, and return it or raise `Invalid`.
+Must not know where a value comes from.
+"""
+
+import ipaddress
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from regd.core.errors import Invalid
+from regd.core.limits import DEFAULT
+
+Key = tuple[str, str]  # (name, instance): what a registration is known by, and the order of every list
+
+
+def key_text(key: Key) -> str:
+    """Return a key as people, the file and `next` have it: NAME, or NAME/INSTANCE."""
+    name, instance = key
+    return f"{name}/{instance}" if instance else name
+
+
+DEFAULT_HOST = "127.0.0.1"
+_OVERHEAD_BYTES = 128  # an entry's weight beyond its texts: its line's punctuation, its places in the tables
+
+
+class State(StrEnum):
+    """How far a service is. Only `ready` ones are resolved."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+@dataclass(slots=True)
+class Entry:
+    """One registration. Never altered after it is made: a change makes another.
+
+    `rev` is the revision of its last change. `registered_at` is in Unix seconds and for display only.
+    `hold`, `pid` and `ttl_s` are the conditions of its lifetime; without any it is static.
+    """
+
+    name: str
+    instance: str
+    host: str
+    port: int
+    meta: Mapping[str, str]
+    state: State
+    rev: int
+    registered_at: float
+    hold: bool = False
+    pid: int | None = None
+    ttl_s: float | None = None
+    # What the protocol made of this entry, kept here so that it goes when the entry goes. Only a cache.
+    encoded: bytes | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def key(self) -> Key:
+        return (self.name, self.instance)
+
+    @property
+    def weight_bytes(self) -> int:
+        """What it counts against `registry_bytes_max`."""
+        size = _OVERHEAD_BYTES + len(self.name) + len(self.instance) + len(self.host)
+        return size + _meta_bytes(self.meta) if self.meta else size
+
+    def carries(self, meta: Mapping[str, str]) -> bool:
+        """Whether it has all of `meta`."""
+        own = self.meta
+        return all(own.get(key) == value for key, value in meta.items())
+
+
+class Op(StrEnum):
+    UP = "up"
+    CHANGE = "change"
+    DOWN = "down"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One step of the registry. The core emits it, the store writes it, the tests compare it.
+
+    `entry` is the new one for `up` and `change`, the last one for `down`, which also has a `reason`.
+    """
+
+    rev: int
+    op: Op
+    entry: Entry
+    reason: str = ""
+
+
+def _meta_bytes(meta: Mapping[str, str]) -> int:
+    return sum(len(key.encode()) + len(value.encode()) for key, value in meta.items())
+
+
+_LABEL = rf"[a-z0-9_](?:[a-z0-9_-]{{0,{DEFAULT.label_chars_max - 2}}}[a-z0-9_])?"
+_NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+_PREFIX = re.compile(rf"[a-z0-9_.-]{{0,{DEFAULT.name_chars_max}}}\*")
+_INSTANCE = re.compile(rf"[A-Za-z0-9._-]{{0,{DEFAULT.instance_chars_max}}}")
+_HOST_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_HOST = re.compile(rf"{_HOST_LABEL}(?:\.{_HOST_LABEL})*")
+# A last label like 1 or 0x7f makes a host name a number to those who connect ("ends in a number", WHATWG URL).
+_NUMBER = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
+
+
+def _text(value: object) -> str:
+    if type(value) is not str:
+        raise Invalid("must be a string")
+    return value
+
+
+def check_name(value: object) -> str:
+    name = _text(value)
+    if len(name) > DEFAULT.name_chars_max:
+        raise Invalid(f"must be at most {DEFAULT.name_chars_max} characters")
+    if not _NAME.fullmatch(name):
+        raise Invalid(
+            "must be labels of a-z 0-9 - _, 1 to 63 long, beginning and ending with a letter, digit or _, "
+            "joined by dots"
+        )
+    return name
+
+
+def check_pattern(value: object) -> str:
+    """Take a name, or the beginning of names and a `*`."""
+    pattern = _text(value)
+    if not pattern.endswith("*"):
+        return check_name(pattern)
+    if not _PREFIX.fullmatch(pattern):
+        raise Invalid("must be a name, or the beginning of one followed by *")
+    return pattern
+
+
+def check_instance(value: object) -> str:
+    instance = _text(value)
+    if not _INSTANCE.fullmatch(instance):
+        raise Invalid(f"must be 0 to {DEFAULT.instance_chars_max} of A-Z a-z 0-9 . _ -")
+    return instance
+
+
+def check_whole(value: object, least: int, most: int) -> int:
+    if type(value) is not int:  # a bool is an int to isinstance, not to us
+        raise Invalid("must be a whole number")
+    if not least <= value <= most:
+        raise Invalid(f"must be {least} to {most}")
+    return value
+
+
+def check_port(value: object) -> int:
+    return check_whole(value, 1, 65_535)
+
+
+def check_seconds(value: object, least: float, most: float) -> float:
+    if type(value) is not int and type(value) is not float:
+        raise Invalid("must be a number of seconds")
+    if not (least <= value <= most and math.isfinite(value)):
+        raise Invalid(f"must be {least:g} to {most:g} seconds")
+    return float(value)
+
+
+def check_flag(value: object) -> bool:
+    if type(value) is not bool:
+        raise Invalid("must be true or false")
+    return value
+
+
+def check_host(value: object) -> str:
+    """Take an IP literal or a host name that somebody could call."""
+    host = _text(value)
+    if not 1 <= len(host) <= DEFAULT.host_chars_max:
+        raise Invalid(f"must be 1 to {DEFAULT.host_chars_max} characters")
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        if not _HOST.fullmatch(host) or _NUMBER.fullmatch(host.rpartition(".")[2]):
+            raise Invalid("must be an IP address (IPv6 without brackets) or a host name") from None
+        return host
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    if address.is_unspecified or (mapped is not None and mapped.is_unspecified):
+        raise Invalid(f"is nothing to call: {host} means every address here; give one, such as 127.0.0.1")
+    return host
+
+
+def check_meta(value: object) -> dict[str, str]:
+    if type(value) is not dict:
+        raise Invalid("must be an object of strings")
+    if len(value) > DEFAULT.meta_keys_max:
+        raise Invalid(f"must have at most {DEFAULT.meta_keys_max} keys")
+    for key, text in value.items():
+        if type(key) is not str or type(text) is not str:
+            raise Invalid(f"must be an object of strings; the value of {key!r} is none")
+    if _meta_bytes(value) > DEFAULT.meta_bytes_max:
+        raise Invalid(f"must be at most {DEFAULT.meta_bytes_max} bytes, keys and values together")
+    return value
+
+
+def check_state(value: object) -> State:
+    try:
+        return State(_text(value))
+    except ValueError:
+        raise Invalid(f"must be one of {', '.join(State)}") from None

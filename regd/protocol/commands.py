@@ -1,0 +1,211 @@
+"""The table of commands: the decoder, did-you-mean, `help` and the table in PROTOCOL.md all come from it.
+
+To read the protocol, read `COMMANDS` at the end. Must not know what a command does.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from regd.core import model
+from regd.core.errors import Code, Invalid, Refused
+from regd.core.limits import DEFAULT
+from regd.core.model import Key
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of value: how people call it, and the check that returns it or raises `Invalid`."""
+
+    word: str
+    check: Callable[[object], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    kind: Kind
+    doc: str
+    required: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command; `writes` says that it is answered when the file holds the change."""
+
+    doc: str
+    result: str
+    arguments: Mapping[str, Argument]
+    writes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A line that was understood: a command of the table, and arguments that passed its checks."""
+
+    cmd: str
+    id: str | int | None
+    arguments: Mapping[str, Any]
+
+
+def _check_key(value: object) -> Key:
+    """Take the place in a list that a reply's `next` gave: NAME or NAME/INSTANCE."""
+    if type(value) is not str:
+        raise Invalid("must be a string, as `next` gave it")
+    name, _, instance = value.partition("/")
+    return (model.check_name(name), model.check_instance(instance))
+
+
+def _check_topic(value: object) -> str:
+    if type(value) is not str or value not in COMMANDS:
+        near = _near(value, COMMANDS) if type(value) is str else []
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise Invalid(f"must be a command, one of {', '.join(COMMANDS)}{hint}")
+    return value
+
+
+_REVISION_MAX = 2**63 - 1  # what 64-bit readers of the file and the wire can hold
+
+NAME = Kind("name", model.check_name)
+PATTERN = Kind("name or prefix*", model.check_pattern)
+INSTANCE = Kind("instance", model.check_instance)
+PORT = Kind("port 1-65535", model.check_port)
+HOST = Kind("IP address or host name", model.check_host)
+META = Kind("object of strings", model.check_meta)
+STATE = Kind("starting, ready or draining", model.check_state)
+FLAG = Kind("true or false", model.check_flag)
+REVISION = Kind("revision", lambda value: model.check_whole(value, 0, _REVISION_MAX))
+LIMIT = Kind(
+    f"1-{DEFAULT.reply_instances_max}", lambda value: model.check_whole(value, 1, DEFAULT.reply_instances_max)
+)
+PLACE = Kind("a reply's `next`", _check_key)
+TOPIC = Kind("command", _check_topic)
+
+_IF = Argument(REVISION, "act only when the registration is at this revision; 0: only when there is none")
+_OF_NAME = Argument(NAME, "the service", required=True)
+_ONE = Argument(INSTANCE, 'which instance; "" when left out')
+
+COMMANDS: Mapping[str, Command] = {
+    "ping": Command("Answer.", "nothing else", {}),
+    "hello": Command(
+        "Tell who answers.",
+        "`server` `version` `protocol` `epoch` `rev` `features` `limits` `host` `loop`",
+        {},
+    ),
+    "help": Command(
+        "Describe the commands, or one.",
+        "`commands`, by name: `doc` `result` `args`",
+        {"topic": Argument(TOPIC, "only this command")},
+    ),
+    "register": Command(
+        "Register a service, or set what is given of one anew. What is left out takes its default.",
+        "`name` `instance` `host` `port` `rev`, and `replaced` where it stood at another address",
+        {
+            "name": _OF_NAME,
+            "port": Argument(PORT, "where it listens", required=True),
+            "host": Argument(HOST, f"where it listens; {model.DEFAULT_HOST} when left out"),
+            "instance": _ONE,
+            "meta": Argument(META, "labels; none when left out"),
+            "state": Argument(STATE, "only `ready` is resolved, and the default"),
+            "if": _IF,
+            "force": Argument(FLAG, "take over from a living owner"),
+        },
+        writes=True,
+    ),
+    "deregister": Command(
+        "End a registration.",
+        "`removed` (how many) `rev`",
+        {"name": _OF_NAME, "instance": _ONE, "if": _IF},
+        writes=True,
+    ),
+    "resolve": Command(
+        "Give a `ready` instance, taking turns; with `all`, all of them.",
+        "the instance, flat; with `all`: `instances` `rev`, and `more` where there are more",
+        {
+            "name": _OF_NAME,
+            "instance": Argument(INSTANCE, "only this one; any when left out"),
+            "meta": Argument(META, "only instances that carry all of it"),
+            "all": Argument(FLAG, "all instances in one reply"),
+        },
+    ),
+    "list": Command(
+        "List registrations in order of name and instance, whatever their state, in pages.",
+        "`epoch` `rev` `instances`, and `next` where there are more",
+        {
+            "name": Argument(PATTERN, "only these"),
+            "meta": Argument(META, "only those that carry all of it"),
+            "after": Argument(PLACE, "go on behind here"),
+            "limit": Argument(LIMIT, "instances a page"),
+        },
+    ),
+    "update": Command(
+        "Set `meta` (as a whole) or `state` of a registration, or both.",
+        "`rev`",
+        {
+            "name": _OF_NAME,
+            "instance": _ONE,
+            "meta": Argument(META, "labels, in place of all it has"),
+            "state": Argument(STATE, "only `ready` is resolved"),
+            "if": _IF,
+        },
+        writes=True,
+    ),
+    "stats": Command("Show counters, gauges and the limits in use.", "see the example", {}),
+}
+
+
+def _near(word: str, words: Mapping[str, object]) -> list[str]:
+    return get_close_matches(word[:64], words, n=1)
+
+
+def check(cmd: str, id: str | int | None, given: Mapping[str, object]) -> Request:
+    """Hold a command and its arguments against the table.
+
+    Raises:
+        Refused: `unknown_command`, or `bad_argument` with `field`.
+    """
+    command = COMMANDS.get(cmd)
+    if command is None:
+        near = _near(cmd, COMMANDS)
+        hint = f"did you mean {near[0]!r}?" if near else '{"cmd":"help"} lists them'
+        raise Refused(Code.UNKNOWN_COMMAND, f"no command {cmd[:64]!r}; {hint}", near=near)
+    checked: dict[str, Any] = {}
+    for name, value in given.items():
+        argument = command.arguments.get(name)
+        if argument is None:
+            raise _unknown_argument(cmd, command, name)
+        try:
+            checked[name] = argument.kind.check(value)
+        except Invalid as error:
+            raise Refused(Code.BAD_ARGUMENT, f"{name} {error}", field=name) from None
+    for name, argument in command.arguments.items():
+        if argument.required and name not in checked:
+            raise Refused(Code.BAD_ARGUMENT, f"{cmd} needs {name}: {argument.doc}", field=name)
+    return Request(cmd, id, checked)
+
+
+def _unknown_argument(cmd: str, command: Command, name: str) -> Refused:
+    near = _near(name, command.arguments)
+    if near:
+        hint = f"did you mean {near[0]!r}?"
+    elif command.arguments:
+        hint = f"it takes {', '.join(command.arguments)}"
+    else:
+        hint = "it takes none"
+    return Refused(Code.BAD_ARGUMENT, f"{cmd} has no argument {name[:64]!r}; {hint}", field=name[:64], near=near)
+
+
+def described(topic: str | None = None) -> dict[str, object]:
+    """Return the table as `help` shows it, all or one command."""
+    return {
+        name: {
+            "doc": command.doc,
+            "result": command.result,
+            "args": {
+                key: {"type": argument.kind.word, "required": argument.required, "doc": argument.doc}
+                for key, argument in command.arguments.items()
+            },
+        }
+        for name, command in COMMANDS.items()
+        if topic is None or name == topic
+    }

@@ -1,0 +1,157 @@
+"""Lines to requests, and replies to lines. The decoder is total: a `Request`, or `Refused` with its code.
+
+It refuses what the standard `json` lets through: duplicate keys, NaN, infinities, lone surrogates.
+Must not know connections, nor what a command does.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from regd.core.errors import Code, Refused
+from regd.core.limits import DEFAULT
+from regd.core.model import Entry
+from regd.protocol.commands import Request, check
+
+
+class _NotStrict(ValueError):
+    """JSON to Python, but not to us."""
+
+
+def strict_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise _NotStrict("a key stands twice in one object")
+    return made
+
+
+def _no_constant(word: str) -> NoReturn:
+    raise _NotStrict(f"{word} is no JSON")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise _NotStrict("a number is too large")
+    return number
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=strict_pairs, parse_constant=_no_constant, parse_float=_finite)
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode  # ASCII: no escape reaches a terminal
+
+
+def decode(line: bytes) -> Request:
+    """Turn a line that begins with `{` into a request.
+
+    Raises:
+        Refused: `bad_json`, `bad_request`, `unknown_command` or `bad_argument`. Where the line had a usable
+            `id`, it is in the refusal's details, for the reply.
+    """
+    fields = _parse(line)
+    id = fields.pop("id", None)
+    if type(id) is str:
+        if len(id) > DEFAULT.id_chars_max:
+            raise Refused(Code.BAD_REQUEST, f"id must be at most {DEFAULT.id_chars_max} characters")
+    elif id is not None and type(id) is not int:
+        raise Refused(Code.BAD_REQUEST, "id must be a string or a whole number")
+    try:
+        cmd = fields.pop("cmd", None)
+        if type(cmd) is not str:
+            raise Refused(Code.BAD_REQUEST, 'a request needs "cmd", a string, such as {"cmd":"help"}')
+        return check(cmd, id, fields)
+    except Refused as refusal:
+        if id is not None:
+            refusal.details["id"] = id
+        raise
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        text = line.decode("utf-8")  # before json sees it: json.loads(bytes) lets surrogates through
+        fields = _decoder.decode(text)
+        if b"\\u" in line or b"\\U" in line:
+            _encode_utf8(fields)
+    except UnicodeDecodeError as error:
+        raise Refused(Code.BAD_JSON, f"not UTF-8 at byte {error.start + 1}") from None
+    except UnicodeEncodeError:
+        raise Refused(Code.BAD_JSON, "half a surrogate pair is no text") from None
+    except json.JSONDecodeError as error:
+        raise Refused(Code.BAD_JSON, f"not JSON at character {error.pos + 1}: {error.msg}") from None
+    except _NotStrict as error:
+        raise Refused(Code.BAD_JSON, str(error)) from None
+    except RecursionError:
+        raise Refused(Code.BAD_JSON, "nested too deeply") from None
+    except ValueError:  # an integer of more digits than Python takes
+        raise Refused(Code.BAD_JSON, "a number is too large") from None
+    if type(fields) is not dict:  # pragma: no branch - a line that begins with `{` cannot be another thing
+        raise Refused(Code.BAD_JSON, "not a JSON object")
+    return fields
+
+
+def _encode_utf8(fields: object) -> None:
+    """Fail on a lone surrogate anywhere. Only a line with a \\u escape can have one."""
+    json.dumps(fields, ensure_ascii=False).encode("utf-8")
+
+
+# Replies.
+
+
+def ok(id: str | int | None, result: Mapping[str, object]) -> bytes:
+    head: dict[str, object] = {"ok": True} if id is None else {"ok": True, "id": id}
+    return _encode({**head, **result}).encode() + b"\n"
+
+
+def error(refusal: Refused, id: str | int | None = None) -> bytes:
+    fields: dict[str, object] = {"ok": False}
+    details = dict(refusal.details)
+    id = details.pop("id", id)  # type: ignore[assignment]  # put there by `decode`, which has checked it
+    if id is not None:
+        fields["id"] = id
+    fields |= {"error": refusal.code, "message": refusal.message, **details}
+    return _encode(fields).encode() + b"\n"
+
+
+def instance(entry: Entry) -> bytes:
+    """Return an entry as a JSON object. Made once for each entry, and kept in it."""
+    if entry.encoded is None:
+        fields: dict[str, object] = {
+            "name": entry.name,
+            "instance": entry.instance,
+            "host": entry.host,
+            "port": entry.port,
+            "meta": entry.meta,
+            "state": entry.state,
+            "rev": entry.rev,
+            "registered_at": entry.registered_at,
+        }
+        if entry.hold:
+            fields["hold"] = True
+        if entry.pid is not None:
+            fields["pid"] = entry.pid
+        if entry.ttl_s is not None:
+            fields["ttl"] = entry.ttl_s
+        entry.encoded = _encode(fields).encode()
+    return entry.encoded
+
+
+def resolved(id: str | int | None, entry: Entry) -> bytes:
+    """Return the reply that is one instance, flat."""
+    head = b'{"ok":true,' if id is None else b'{"ok":true,"id":' + _encode(id).encode() + b","
+    return head + instance(entry)[1:] + b"\n"
+
+
+def fitting(entries: Sequence[Entry], bytes_max: int) -> int:
+    """Return how many of the entries, from the first, a reply of that size can hold; at least one."""
+    size = 512  # the fields around them, the id included
+    for count, entry in enumerate(entries):
+        size += len(instance(entry)) + 1
+        if size > bytes_max and count:
+            return count
+    return len(entries)
+
+
+def instances(id: str | int | None, result: Mapping[str, object], entries: Iterable[Entry]) -> bytes:
+    """Return the reply that has `instances` behind the fields of `result`."""
+    head = ok(id, result)
+    return head[:-2] + b',"instances":[' + b",".join(map(instance, entries)) + b"]}\n"

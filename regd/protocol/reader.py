@@ -1,0 +1,205 @@
+"""One peer's bytes, as requests and problems, in order. The guard against browsers and strangers is here.
+
+How it works: `receive` splits into lines and keeps what is unfinished; `next` looks at one line at a time, so
+that whoever is behind can stop. Total: any bytes give requests and problems, nothing else comes out.
+Must not know sockets or time.
+"""
+
+import re
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum
+
+from regd.core.errors import Code, Invalid, Refused
+from regd.core.limits import DEFAULT, Limits
+from regd.core.model import check_name
+from regd.protocol.commands import Request
+from regd.protocol.messages import decode
+
+_BLANKS = b" \t\r"
+_LINE_OVERHEAD_BYTES = (
+    56  # what Python keeps around a line in the queue; many short lines cost more than they are
+)
+_WORDS = (b"help", b"ping", b"list", b"resolve", b"quit")  # read-only, each a whole line but for NAME
+_BARE = re.compile(rb"(help|ping|list|quit)|(resolve)[ \t]+([!-~]{1,253})")
+# As much of a line as can still become a bare form: a word, or `resolve` and the beginning of a name.
+_BARE_BEGUN = re.compile(rb"resolve[ \t]+[!-~]{0,253}[ \t\r]*|(?:help|ping|list|quit|resolve)[ \t\r]*")
+
+
+_SEEN_BYTES = 60  # of a stranger's line, for the log
+
+
+class _Mark(Enum):
+    """What stands in the queue for a line that was not kept."""
+
+    TOO_LARGE = "too large"
+
+
+@dataclass(frozen=True, slots=True)
+class _Stranger:
+    """Stands in the queue for the first line that is not of this protocol."""
+
+    seen: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A line that gets an error. After a fatal one nothing of this peer is looked at.
+
+    `seen` is how the line of a stranger begins, raw: not for a terminal as it is.
+    """
+
+    refusal: Refused
+    fatal: bool = False
+    seen: bytes = b""
+
+
+class Quit:
+    """The peer said `quit`: it wants its replies, and then the end."""
+
+
+Item = Request | Problem | Quit
+
+
+class Reader:
+    """The reading half of a conversation."""
+
+    __slots__ = ("_closed", "_limits", "_lines", "_rest", "_skipping", "_waiting_bytes")
+
+    def __init__(self, limits: Limits = DEFAULT) -> None:
+        self._limits = limits
+        self._lines: deque[bytes | _Mark | _Stranger] = deque()
+        self._rest = bytearray()  # the unfinished line
+        self._skipping = False  # the unfinished line is too long: forget it up to its end
+        self._closed = False
+        self._waiting_bytes = 0  # of whole lines
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What is kept of the peer's bytes."""
+        return self._waiting_bytes + len(self._rest)
+
+    @property
+    def pending(self) -> bool:
+        """Whether `next` has something to say."""
+        return bool(self._lines)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the peer has begun a line and not ended it."""
+        return bool(self._rest) or self._skipping
+
+    def receive(self, data: bytes) -> None:
+        if self._closed:
+            return
+        first, *lines = data.split(b"\n")
+        if not lines:
+            self._more(first)
+            return
+        last = lines.pop()
+        if self._skipping:
+            self._skipping = False
+        elif self._rest:
+            self._rest += first
+            self._line(bytes(self._rest))
+        else:
+            self._line(first)
+        self._rest.clear()
+        for line in lines:
+            self._line(line)
+        if last and not self._closed:
+            self._more(last)
+
+    def end(self) -> None:
+        """The peer will send no more: what it left unfinished counts as a line."""
+        if self._rest and not self._closed:
+            self._line(bytes(self._rest))
+        self._rest.clear()
+        self._skipping = False
+
+    def close(self) -> None:
+        """Look at nothing more of this peer, and keep nothing."""
+        self._closed = True
+        self._lines.clear()
+        self._rest.clear()
+        self._skipping = False
+        self._waiting_bytes = 0
+
+    def _line(self, line: bytes) -> None:
+        """Put a whole line into the queue; blanks in front do not count, and an empty one says nothing."""
+        line = line.lstrip(_BLANKS)
+        if line.endswith(b"\r"):
+            line = line[:-1]
+        if len(line) > self._limits.line_bytes_max:
+            self._lines.append(_Mark.TOO_LARGE if line.startswith(b"{") else _Stranger(line[:_SEEN_BYTES]))
+        elif line:
+            self._lines.append(line)
+            self._waiting_bytes += len(line) + _LINE_OVERHEAD_BYTES
+
+    def _more(self, data: bytes) -> None:
+        """Keep more of an unfinished line, while it can still become one."""
+        if self._skipping:
+            return
+        self._rest += data if self._rest else data.lstrip(_BLANKS)
+        if not self._rest:
+            return
+        if not self._rest.startswith(b"{") and not _may_be_bare(self._rest):
+            # It has no end yet, and need not have one: a TLS hello may hold no line feed at all.
+            self._lines.append(_Stranger(bytes(self._rest[:_SEEN_BYTES])))
+            self._rest.clear()
+            self._closed = True
+            return
+        over = len(self._rest) - self._limits.line_bytes_max
+        if over > 1 or (over == 1 and not self._rest.endswith(b"\r")):
+            self._lines.append(_Mark.TOO_LARGE)
+            self._rest.clear()
+            self._skipping = True
+
+    def next(self) -> Item | None:
+        """Return what the next line says, or None when there is none."""
+        if not self._lines:
+            return None
+        line = self._lines.popleft()
+        if line is _Mark.TOO_LARGE:
+            most = self._limits.line_bytes_max
+            return Problem(Refused(Code.TOO_LARGE, f"a line is at most {most} bytes; this one was skipped"))
+        if isinstance(line, _Stranger):
+            return self._stranger(line.seen)
+        assert isinstance(line, bytes)
+        self._waiting_bytes -= len(line) + _LINE_OVERHEAD_BYTES
+        if not line.startswith(b"{"):
+            return self._bare(line.rstrip(_BLANKS))
+        try:
+            return decode(line)
+        except Refused as refusal:
+            return Problem(refusal)
+
+    def _bare(self, line: bytes) -> Item:
+        form = _BARE.fullmatch(line)
+        if form is None:
+            return self._stranger(line[:_SEEN_BYTES])
+        word, resolve, name = form.groups()
+        if word == b"quit":
+            return Quit()
+        if not resolve:
+            return Request(word.decode(), None, {})
+        try:
+            return Request("resolve", None, {"name": check_name(name.decode())})
+        except Invalid as error:
+            return Problem(Refused(Code.BAD_ARGUMENT, f"name {error}", field="name"))
+
+    def _stranger(self, seen: bytes) -> Problem:
+        self.close()
+        return Problem(
+            Refused(
+                Code.BAD_REQUEST,
+                'this is regd: one JSON object a line, such as {"cmd":"help"}, or a bare word: '
+                "help, ping, list, resolve NAME, quit",
+            ),
+            fatal=True,
+            seen=seen,
+        )
+
+
+def _may_be_bare(begun: bytearray) -> bool:
+    return any(word.startswith(begun) for word in _WORDS) or _BARE_BEGUN.fullmatch(begun) is not None

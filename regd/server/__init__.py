@@ -1,0 +1,1 @@
+"""What runs: clock, sockets, tasks, signals. The first floor that may import asyncio."""

@@ -1,0 +1,131 @@
+"""The engine: takes writes from all connections, commits them in groups, answers when the file holds them.
+
+One flush is in flight, in a thread; what arrives meanwhile waits unjudged and is the next batch. So the disk sets
+the size of the batch, the loop never waits for it, and there is no third state: a batch that fails is forgotten
+whole, with everything that was judged on it. Must not know the protocol.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from regd.core.errors import Code, Refused
+from regd.core.limits import Limits
+from regd.core.model import Change
+from regd.core.registry import Draft, Registry
+from regd.server.clock import Clock
+from regd.server.tally import Tally
+from regd.storage.store import Store
+
+log = logging.getLogger("regd")
+
+Write = Callable[[Draft], Mapping[str, object]]
+"""Judges one request: makes its changes on the draft and returns the result, or raises `Refused`."""
+
+Done = Callable[[Mapping[str, object] | Refused], None]
+"""Is called once, when the request's fate is known and on disk."""
+
+_BATCH_MAX = 1_024  # bounds how long one batch can hold the loop
+_SLICE = 128  # writes judged or answered before others get a turn
+_REPAIR_AFTER_S = 1.0
+_COMPLAIN_EVERY_S = 30.0
+
+
+class Engine:
+    def __init__(self, registry: Registry, store: Store, clock: Clock, tally: Tally, limits: Limits) -> None:
+        self._registry = registry
+        self._store = store
+        self._clock = clock
+        self._tally = tally
+        self._limits = limits
+        self._waiting: deque[tuple[Write, Done]] = deque()
+        self._wake = asyncio.Event()
+        self._closing = False
+        self._repair = False  # the file must be written again, even without a change
+        self._complained_at: float | None = None  # when a failing disk was last told of; None while it works
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="regd-commit")
+
+    def submit(self, write: Write, done: Done) -> None:
+        """Queue a write; `done` is called later, in the order of submission.
+
+        Raises:
+            Refused: `busy` or `shutting_down`; nothing was queued.
+        """
+        if self._closing:
+            raise Refused(Code.SHUTTING_DOWN, "regd is stopping; connect again in a moment")
+        if len(self._waiting) >= self._limits.writes_waiting_max:
+            raise Refused(Code.BUSY, f"{self._limits.writes_waiting_max} writes are waiting; try again later")
+        self._waiting.append((write, done))
+        self._wake.set()
+
+    def close(self) -> None:
+        """Take no more writes; `run` returns once those that wait have landed."""
+        self._closing = True
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Land batches until closed. An exception from here is a bug, and must end the process."""
+        try:
+            while self._waiting or self._repair or not self._closing:
+                if self._waiting:
+                    batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), _BATCH_MAX))]
+                    await self._land(batch)
+                elif self._repair:
+                    self._repair = False
+                    await self._commit([])
+                else:
+                    self._wake.clear()
+                    await self._wake.wait()
+        finally:
+            self._thread.shutdown()
+
+    async def _land(self, batch: Sequence[tuple[Write, Done]]) -> None:
+        draft = Draft(self._registry, self._clock.wall())
+        outcomes: list[Mapping[str, object] | Refused] = []
+        for count, (write, _) in enumerate(batch, 1):
+            try:
+                outcomes.append(write(draft))
+            except Refused as refusal:
+                outcomes.append(refusal)
+            if count % _SLICE == 0:
+                await asyncio.sleep(0)
+        failure = await self._commit(draft.changes) if draft.changes else None
+        if failure is None:
+            self._registry.land(draft.changes, self._clock.now())
+            self._tally.changes += len(draft.changes)
+        for count, ((_, done), outcome) in enumerate(zip(batch, outcomes, strict=True), 1):
+            done(failure or outcome)
+            if count % _SLICE == 0:
+                await asyncio.sleep(0)
+
+    async def _commit(self, changes: Sequence[Change]) -> Refused | None:
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._store.commit, changes)
+        except OSError as error:
+            self._tally.commits_failed += 1
+            return self._failed(error)
+        self._tally.commits += 1
+        if self._complained_at is not None:
+            self._complained_at = None
+            log.warning("%s can be written again", self._store.path)
+        return None
+
+    def _failed(self, error: OSError) -> Refused:
+        now = self._clock.now()
+        why = error.strerror or "unknown error"
+        if self._complained_at is None or now - self._complained_at >= _COMPLAIN_EVERY_S:
+            self._complained_at = now
+            log.error("cannot write %s: %s; changes are refused until it can be written", self._store.path, why)
+        if self._store.dirty and not self._closing:
+            self._clock.call_at(now + _REPAIR_AFTER_S, self._repair_now)
+        return Refused(
+            Code.STORAGE_FAILED,
+            f"the registry file could not be written ({why}); the change is not in effect",
+        )
+
+    def _repair_now(self) -> None:
+        if self._store.dirty and not self._closing:
+            self._repair = True
+            self._wake.set()

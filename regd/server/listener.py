@@ -1,0 +1,154 @@
+"""Sockets that listen: loopback TCP on both families, and a Unix socket when asked for. Nothing else, ever:
+without authentication and TLS regd is for this machine alone. Must not know what is said on them.
+"""
+
+import contextlib
+import errno
+import os
+import resource
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from regd.storage.files import Files, Held
+
+_BACKLOG = 4_096  # as far as the kernel lets us: a whole test suite may start at once
+_PORT_TRIES = 32
+_SPARE_FILES = 64  # open files that are not connections: the registry, sockets, the loop's own
+
+
+class ListenError(Exception):
+    """An address cannot be had. Its text is one line: which, why, what to do."""
+
+
+@dataclass(slots=True)
+class Listeners:
+    """The listening sockets. `notes` is what a person should be told about them."""
+
+    sockets: list[socket.socket] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    _unix: Path | None = None
+    _unix_lock: int | None = None
+
+    @property
+    def addresses(self) -> list[str]:
+        return [_address(each) for each in self.sockets]
+
+    def open_tcp(self, port: int) -> None:
+        """Listen on 127.0.0.1 and ::1, on the same port; 0 picks one that is free on both.
+
+        Raises:
+            ListenError: the port cannot be had.
+        """
+        for _ in range(_PORT_TRIES):
+            four = _tcp(socket.AF_INET, "127.0.0.1", port)
+            try:
+                six = _tcp(socket.AF_INET6, "::1", four.getsockname()[1])
+            except ListenError:
+                four.close()
+                if port:
+                    raise
+                continue
+            except OSError as error:
+                self.notes.append(f"no ::1 here ({error.strerror}); listening on 127.0.0.1 alone")
+                self.sockets.append(four)
+                return
+            self.sockets += [four, six]
+            return
+        raise ListenError("found no port that is free on 127.0.0.1 and ::1; name one with --port")
+
+    def open_unix(self, path: Path, files: Files) -> None:
+        """Listen on a Unix socket that only this user may open. One that a crash left there is replaced.
+
+        Raises:
+            ListenError: the path cannot be had.
+        """
+        try:
+            # Binding over a path takes it from whoever listens there, so it is asked for under a lock.
+            self._unix_lock = files.lock(path.with_name(path.name + ".lock"))
+            self._clear(path)
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            before = os.umask(0o177)
+            try:
+                listener.bind(os.fspath(path))
+            finally:
+                os.umask(before)
+            listener.listen(_BACKLOG)
+        except Held as held:
+            raise ListenError(
+                f"{path} is in use by another regd{held}; stop that one, or name another with --unix"
+            ) from None
+        except OSError as error:
+            why = error.strerror or str(error)  # a path that is too long has no errno
+            raise ListenError(f"cannot listen on {path}: {why}; name another with --unix") from None
+        self._unix = path
+        self.sockets.append(listener)
+
+    @staticmethod
+    def _clear(path: Path) -> None:
+        if not path.is_socket():
+            if path.exists():
+                raise ListenError(f"{path} is there and is no socket; name another with --unix")
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(os.fspath(path))
+            except ConnectionRefusedError:
+                path.unlink()
+                return
+        raise ListenError(f"{path} is in use by another program; name another with --unix")
+
+    def close(self, files: Files) -> None:
+        for each in self.sockets:
+            each.close()
+        if self._unix is not None:
+            with contextlib.suppress(OSError):
+                self._unix.unlink()
+            self._unix = None
+        if self._unix_lock is not None:
+            files.unlock(self._unix_lock)
+            self._unix_lock = None
+
+
+def _tcp(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ListenError(
+                f"port {port} on {host} is taken by another program, or by a regd that runs already; "
+                "stop that one, or name another with --port"
+            ) from None
+        if error.errno == errno.EACCES:
+            raise ListenError(
+                f"this user may not listen on port {port}; name one from 1024 up with --port"
+            ) from None
+        raise
+    return listener
+
+
+def _address(listener: socket.socket) -> str:
+    name = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        return f"unix://{name}"
+    host = f"[{name[0]}]" if listener.family == socket.AF_INET6 else name[0]
+    return f"tcp://{host}:{name[1]}"
+
+
+def raise_open_files(wanted: int) -> int:
+    """Raise the soft limit of open files as far as may be, and return how many connections that allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = wanted + _SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < need:
+        soft = need if hard == resource.RLIM_INFINITY else min(need, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    return max(1, min(wanted, soft - _SPARE_FILES))

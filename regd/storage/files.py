@@ -1,0 +1,95 @@
+"""The only door to the operating system's files; tests put a recording or failing one in its place.
+
+One method, one system call where it can be: what is durable when is decided by who calls them.
+Must not know what is in a file.
+"""
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Print(NamedTuple):
+    """What tells whether a file is still the one that we wrote."""
+
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+class Held(Exception):
+    """Another process has the lock. Its text names that process, or is empty."""
+
+
+class Files:
+    """The real thing. Every method may raise `OSError`."""
+
+    def make_folder(self, path: Path) -> None:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def read(self, path: Path) -> bytes:
+        return path.read_bytes()
+
+    def create(self, path: Path) -> int:
+        """Open a new file for writing, for this user alone. What a crash left there is removed first."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+    def write(self, fd: int, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+
+    def sync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def rename(self, source: Path, target: Path) -> None:
+        os.replace(source, target)
+
+    def sync_folder(self, path: Path) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def remove(self, path: Path) -> None:
+        os.unlink(path)
+
+    def print(self, file: Path | int) -> Print | None:
+        """Return the print of a path or an open file, None where there is no file."""
+        try:
+            stat = os.stat(file)
+        except FileNotFoundError:
+            return None
+        return Print(stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+    def lock(self, path: Path) -> int:
+        """Lock a file until `unlock` or the end of this process, and return what `unlock` takes.
+
+        Raises:
+            Held: another process has it.
+        """
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(OSError):  # the number is a courtesy, also on a full disk
+                os.ftruncate(fd, 0)
+                os.write(fd, b"%d\n" % os.getpid())
+        except BlockingIOError:
+            holder = os.read(fd, 20).strip()
+            os.close(fd)
+            raise Held(f" (process {int(holder)})" if holder.isdigit() else "") from None
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def unlock(self, fd: int) -> None:
+        os.close(fd)

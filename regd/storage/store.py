@@ -1,0 +1,171 @@
+"""The registry's file for the life of a daemon: locked, loaded once, replaced whole at every commit.
+
+A commit is a temporary file, fsync, rename, fsync of the folder. When it returns, the file holds the changes;
+when it raises, they are not in effect, and the next commit writes the file anew from what was. Blocking: the
+floor above calls `commit` in a thread, one at a time. Must not know who waits for it.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from regd.core.model import Change, Key, Op
+from regd.storage.document import Document, Unreadable, chunks, line, parse
+from regd.storage.files import Files, Held, Print
+
+
+class StorageError(Exception):
+    """The registry cannot be used. Its text is one line: what happened, where, what to do."""
+
+
+class Store:
+    """`warn` is called with one line for a person, from whichever thread commits."""
+
+    def __init__(self, path: Path, warn: Callable[[str], None], files: Files | None = None) -> None:
+        self.path = Path(os.path.realpath(path))  # a rename must not turn a link into a file
+        self.dirty = False  # the file may hold what is not in effect: it must be written again
+        self._warn = warn
+        self._files = files or Files()
+        self._temporary = self.path.with_name(self.path.name + ".tmp")
+        self._lines: dict[Key, bytes] = {}  # as in the file, encoded once when they change
+        self._rev = 0
+        self._print: Print | None = None  # of the file as we last read or wrote it
+        self._lock: int | None = None
+
+    def open(self, registered_at: float) -> Document:
+        """Lock and read the registry; a missing one is an empty one, not yet made.
+
+        Raises:
+            StorageError: another regd has it, it cannot be read, or may not be.
+        """
+        try:
+            self._files.make_folder(self.path.parent)
+            lock = self.path.with_name(self.path.name + ".lock")
+            self._lock = self._files.lock(lock)
+        except Held as held:
+            raise StorageError(
+                f"{self.path} is in use by another regd{held}; stop that one, or name another file "
+                "with --registry"
+            ) from None
+        except OSError as error:
+            raise StorageError(
+                f"cannot use the folder {self.path.parent}: {error.strerror}; "
+                "give its rights to this user, or name another file with --registry"
+            ) from error
+        try:
+            return self._load(registered_at)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, registered_at: float) -> Document:
+        try:
+            self._print = self._files.print(self.path)
+            if self._print is None:
+                return Document(0, [])
+            document = parse(self._files.read(self.path), registered_at)
+        except OSError as error:
+            raise StorageError(f"cannot read {self.path}: {error.strerror}; mend its rights") from error
+        except Unreadable as error:
+            raise StorageError(
+                f"{self.path}: {error}; nothing was changed: mend the file, or move it away to start empty"
+            ) from error
+        self._rev = document.rev
+        self._lines = {entry.key: line(entry) for entry in document.entries}
+        return document
+
+    def make(self) -> None:
+        """Make the file where it is missing.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        if self._print is not None:
+            return
+        try:
+            self._replace()
+        except OSError as error:
+            raise StorageError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def commit(self, changes: Sequence[Change]) -> None:
+        """Make the file hold these changes. Without any, write it again as it was.
+
+        Raises:
+            OSError: it does not, and they are not in effect.
+        """
+        undo: list[tuple[Key, bytes | None]] = []
+        for change in changes:
+            key = change.entry.key
+            before = self._lines.get(key)
+            undo.append((key, before))
+            if change.op is Op.DOWN:
+                del self._lines[key]
+            else:
+                self._lines[key] = line(change.entry)
+        rev, self._rev = self._rev, changes[-1].rev if changes else self._rev
+        try:
+            self._replace()
+        except BaseException:
+            self._rev = rev
+            for key, before in reversed(undo):
+                if before is None:
+                    self._lines.pop(key, None)
+                else:
+                    self._lines[key] = before
+            raise
+
+    def _replace(self) -> None:
+        files = self._files
+        fd = files.create(self._temporary)
+        try:
+            try:
+                for chunk in chunks(self._rev, self._lines.values()):
+                    files.write(fd, chunk)
+                files.sync(fd)
+                ours = files.print(fd)
+            finally:
+                files.close(fd)
+            self._spare_foreign()
+            self.dirty = True  # from here on the new file may be seen, whatever follows
+            files.rename(self._temporary, self.path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                files.remove(self._temporary)
+            raise
+        self._print = ours
+        files.sync_folder(self.path.parent)
+        self.dirty = False
+
+    def _spare_foreign(self) -> None:
+        """Keep a copy of a file that another hand changed since we last wrote it.
+
+        A copy, not a rename: at no moment is there no registry.
+        """
+        files = self._files
+        found = files.print(self.path)
+        if found == self._print:
+            return
+        if found is None:
+            self._warn(f"{self.path} was removed by another hand; regd writes it anew")
+            return
+        foreign = files.read(self.path)
+        count = 1
+        while files.print(aside := self.path.with_name(f"{self.path.name}.aside-{count}")):
+            count += 1
+        fd = files.create(aside)
+        try:
+            files.write(fd, foreign)
+            files.sync(fd)
+        finally:
+            files.close(fd)
+        self._warn(
+            f"{self.path} was changed by another hand: a copy of that is {aside}, and regd writes its own. "
+            "To edit the file, stop regd first"
+        )
+
+    def close(self) -> None:
+        """Give the lock back. Twice is harmless."""
+        if self._lock is not None:
+            self._files.unlock(self._lock)
+            self._lock = None

@@ -1,0 +1,97 @@
+"""What `make run` shows: the daemon, the runner and the caller as three processes, on real sockets.
+
+Goes on until Ctrl-C (or SIGTERM), and leaves nothing running. With PORT set, the daemon listens there.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+HERE = Path(__file__).resolve().parent
+REGISTRY = HERE / "registry" / "registry.json"
+PORT = os.environ.get("PORT", "7343")
+PATH = os.pathsep.join([str(HERE.parent), str(HERE.parent / "client")])
+ENVIRONMENT = os.environ | {"PYTHONPATH": PATH, "REGD_ADDRESS": f"tcp://127.0.0.1:{PORT}"}
+READY_WITHIN_S = 20.0
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+@contextlib.contextmanager
+def running(*command: str, ready: Callable[[str], bool]) -> Iterator[subprocess.Popen[str]]:
+    """Run a Python program until the block ends, which begins once a line that it printed is `ready`."""
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C is for this program, which ends the others in order
+    )
+    seen = threading.Event()
+
+    def show() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            say(f"  {line.rstrip()}")
+            if ready(line):
+                seen.set()
+        seen.set()  # it ended
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        if not seen.wait(READY_WITHIN_S) or process.poll() is not None:
+            raise SystemExit(f"{Path(command[-1]).name} did not start; its words are above")
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        thread.join(1)
+
+
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def leave(number: int, frame: FrameType | None) -> None:
+    for each in ENDS:
+        signal.signal(each, signal.SIG_IGN)  # asked twice, it must still end all three
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    for each in ENDS:
+        signal.signal(each, leave)
+    daemon = ["-m", "regd", "--log-level", "warning", "--port", PORT, "--registry", str(REGISTRY)]
+    say("1. The daemon listens:")
+    with running(*daemon, ready=lambda line: "listening" in line):
+        say("2. The runner listens on port 5050, and registers in its start-up hook:")
+        with running(str(HERE / "runner.py"), ready=lambda line: "registered" in line) as runner:
+            say(f"3. The registration, in {os.path.relpath(REGISTRY)}:")
+            say("".join(f"  {line}\n" for line in REGISTRY.read_text().splitlines()).rstrip())
+            say("4. The caller finds the runner by its name, and calls it:")
+            with running(str(HERE / "caller.py"), ready=lambda line: "got" in line):
+                say("5. Your turn, in another terminal:")
+                say(f"  printf 'resolve runner\\nquit\\n' | nc 127.0.0.1 {PORT}")
+                say(f"  printf 'list\\nquit\\n' | nc 127.0.0.1 {PORT}")
+                say("Ctrl-C ends all three.")
+                runner.wait()
+                raise SystemExit("the runner ended; its words are above")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        say("Ended: caller, runner, daemon. The file stays.")
