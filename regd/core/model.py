@@ -192,7 +192,11 @@ def check_meta(value: object) -> dict[str, str]:
     for key, text in value.items():
         if type(key) is not str or type(text) is not str:
             raise Invalid(f"must be an object of strings; the value of {key!r} is none")
-    if _meta_bytes(value) > DEFAULT.meta_bytes_max:
+    try:
+        size = _meta_bytes(value)
+    except UnicodeEncodeError:
+        raise Invalid("must be text; half a surrogate pair is none") from None
+    if size > DEFAULT.meta_bytes_max:
         raise Invalid(f"must be at most {DEFAULT.meta_bytes_max} bytes, keys and values together")
     return value
 

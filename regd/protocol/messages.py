@@ -49,11 +49,12 @@ def decode(line: bytes) -> Request:
             `id`, it is in the refusal's details, for the reply.
     """
     fields = _parse(line)
+    given = "id" in fields
     id = fields.pop("id", None)
     if type(id) is str:
         if len(id) > DEFAULT.id_chars_max:
             raise Refused(Code.BAD_REQUEST, f"id must be at most {DEFAULT.id_chars_max} characters")
-    elif id is not None and type(id) is not int:
+    elif given and type(id) is not int:
         raise Refused(Code.BAD_REQUEST, "id must be a string or a whole number")
     try:
         cmd = fields.pop("cmd", None)

@@ -1,0 +1,36 @@
+"""What every test has: the event loop that was asked for, and daemons in its loop or in a process of their own."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import Daemon, InLoop
+
+
+def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Run on asyncio's own loop, or with REGD_TEST_LOOP=uvloop on uvloop's."""
+    name = os.environ.get("REGD_TEST_LOOP", "asyncio")
+    if name == "uvloop":
+        import uvloop
+
+        return {name: uvloop.new_event_loop}
+    assert name == "asyncio", f"REGD_TEST_LOOP={name}: asyncio or uvloop"
+    return {name: asyncio.new_event_loop}
+
+
+@pytest.fixture
+async def daemon(tmp_path: Path) -> AsyncIterator[InLoop]:
+    """A daemon in the test's own loop, on a free port, with time moved by hand."""
+    async with InLoop(tmp_path / "registry.json") as running:
+        yield running
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Iterator[Daemon]:
+    """A daemon in a process of its own, started."""
+    with Daemon(tmp_path / "registry.json") as running:
+        running.start()
+        yield running

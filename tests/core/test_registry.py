@@ -1,0 +1,300 @@
+"""Equations: the registry is what a plain dictionary would be, and its changes, folded, are its list."""
+
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from regd.core.errors import Code, Refused
+from regd.core.limits import DEFAULT, Limits
+from regd.core.model import Change, Entry, Key, Op, State
+from regd.core.registry import Draft, Registry
+
+
+def wanted(
+    name: str = "db",
+    instance: str = "",
+    port: int = 1,
+    host: str = "127.0.0.1",
+    meta: Mapping[str, str] | None = None,
+    state: State = State.READY,
+) -> Entry:
+    return Entry(name, instance, host, port, meta or {}, state, 0, 0.0)
+
+
+def land(registry: Registry, *entries: Entry, now: float = 0.0) -> list[Change]:
+    draft = Draft(registry, at=5.0)
+    for entry in entries:
+        draft.register(entry)
+    registry.land(draft.changes, now)
+    return draft.changes
+
+
+def listed(
+    registry: Registry, pattern: str = "*", meta: Mapping[str, str] | None = None, limit: int = 1_000
+) -> list[Entry]:
+    entries: list[Entry] = []
+    after: Key | None = None
+    while True:
+        page = registry.page(pattern, meta or {}, after, limit)
+        entries += page.entries
+        after = page.after
+        if after is None:
+            return entries
+
+
+def fold(state: dict[Key, Entry], changes: list[Change]) -> None:
+    for change in changes:
+        if change.op is Op.DOWN:
+            assert state.pop(change.entry.key) == change.entry
+        else:
+            assert (change.entry.key in state) is (change.op is Op.CHANGE)
+            state[change.entry.key] = change.entry
+
+
+names = st.sampled_from(["a", "a-b", "a.b", "ab", "b"])
+instances = st.sampled_from(["", "-", "1", "z"])
+metas = st.sampled_from([{}, {"zone": "a"}, {"zone": "b", "x": "y"}])
+states = st.sampled_from(list(State))
+
+
+class Histories(RuleBasedStateMachine):
+    """Random batches, of which some are never landed; a model in a plain dictionary beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.registry = Registry()
+        self.draft = Draft(self.registry, 5.0)
+        self.model: dict[Key, tuple[str, int, Mapping[str, str], State]] = {}
+        self.drafted = dict(self.model)
+        self.folded: dict[Key, Entry] = {}
+        self.rev = 0
+
+    @rule(name=names, instance=instances, port=st.integers(1, 2), meta=metas, state=states)
+    def register(self, name: str, instance: str, port: int, meta: Mapping[str, str], state: State) -> None:
+        entry, replaced = self.draft.register(wanted(name, instance, port, meta=meta, state=state))
+        before = self.drafted.get((name, instance))
+        assert replaced is (before is not None and before[1] != port)
+        self.drafted[name, instance] = (entry.host, port, meta, state)
+
+    @rule(name=names, instance=instances)
+    def deregister(self, name: str, instance: str) -> None:
+        if (name, instance) in self.drafted:
+            self.draft.deregister((name, instance))
+            del self.drafted[name, instance]
+        else:
+            with pytest.raises(Refused) as refusal:
+                self.draft.deregister((name, instance))
+            assert refusal.value.code is Code.NOT_FOUND
+
+    @rule(name=names, instance=instances, meta=metas, state=st.none() | states)
+    def update(self, name: str, instance: str, meta: Mapping[str, str], state: State | None) -> None:
+        if (name, instance) in self.drafted:
+            self.draft.update((name, instance), meta, state)
+            host, port, _, before = self.drafted[name, instance]
+            self.drafted[name, instance] = (host, port, meta, state or before)
+
+    @rule()
+    def land(self) -> None:
+        changes = self.draft.changes
+        assert [change.rev for change in changes] == list(range(self.rev + 1, self.rev + 1 + len(changes)))
+        self.rev += len(changes)
+        self.registry.land(changes, 0.0)
+        fold(self.folded, changes)
+        self.model = dict(self.drafted)
+        self.draft = Draft(self.registry, 5.0)
+
+    @rule()
+    def forget(self) -> None:
+        self.draft = Draft(self.registry, 5.0)
+        self.drafted = dict(self.model)
+
+    @invariant()
+    def state_is_the_model(self) -> None:
+        entries = listed(self.registry)
+        assert {e.key: (e.host, e.port, e.meta, e.state) for e in entries} == self.model
+        assert [e.key for e in entries] == sorted(self.model)
+        assert self.registry.rev == self.rev
+        assert self.registry.weight_bytes == sum(e.weight_bytes for e in entries)
+
+    @invariant()
+    def folded_changes_are_the_list(self) -> None:
+        assert [self.folded[key] for key in sorted(self.folded)] == listed(self.registry, limit=2)
+
+    @invariant()
+    def resolve_takes_turns_among_the_ready(self) -> None:
+        for name in {name for name, _ in self.model}:
+            ready = {key for key, value in self.model.items() if key[0] == name and value[3] is State.READY}
+            seen = [self.registry.resolve(name, None, {}) for _ in ready]
+            assert {entry.key for entry in seen if entry} == ready
+
+
+Histories.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestHistories = Histories.TestCase
+
+
+def test_takes_turns_evenly_and_in_order() -> None:
+    registry = Registry()
+    land(registry, *(wanted(instance=str(n)) for n in range(3)))
+    seen = [registry.resolve("db", None, {}) for _ in range(6)]
+    assert [entry.instance for entry in seen if entry] == ["0", "1", "2", "0", "1", "2"]
+
+
+def test_takes_turns_among_those_that_carry_the_meta() -> None:
+    registry = Registry()
+    land(registry, *(wanted(instance=str(n), meta={"zone": "ab"[n % 2]}) for n in range(4)))
+    seen = [registry.resolve("db", None, {"zone": "b"}) for _ in range(4)]
+    assert [entry.instance for entry in seen if entry] == ["1", "3", "1", "3"]
+    assert registry.resolve("db", None, {"zone": "c"}) is None
+
+
+def test_a_name_that_nobody_has_costs_nothing() -> None:
+    registry = Registry()
+    land(registry, wanted())
+    for n in range(1_000):
+        assert registry.resolve(f"x{n}", None, {}) is None
+    assert len(registry._turns) == 0
+
+
+def test_same_address_again_is_no_change() -> None:
+    registry = Registry()
+    land(registry, wanted(meta={"a": "b"}))
+    assert land(registry, wanted(meta={"a": "b"})) == []
+    assert registry.rev == 1
+
+
+def test_another_address_is_down_and_up() -> None:
+    registry = Registry()
+    land(registry, wanted(port=1))
+    changes = land(registry, wanted(port=2))
+    assert [(c.rev, c.op, c.entry.port, c.reason) for c in changes] == [
+        (2, Op.DOWN, 1, "replaced"),
+        (3, Op.UP, 2, ""),
+    ]
+
+
+def test_meta_changes_keep_the_time_of_registration() -> None:
+    registry = Registry()
+    land(registry, wanted())
+    draft = Draft(registry, at=99.0)
+    entry, _ = draft.register(wanted(meta={"a": "b"}))
+    assert (entry.registered_at, entry.rev) == (5.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("if_rev", "there", "fits"),
+    [(0, False, True), (0, True, False), (1, True, True), (2, True, False), (1, False, False)],
+)
+def test_if(if_rev: int, there: bool, fits: bool) -> None:
+    registry = Registry()
+    if there:
+        land(registry, wanted())
+    draft = Draft(registry, 0.0)
+    if fits:
+        draft.register(wanted(port=2), if_rev)
+    else:
+        with pytest.raises(Refused) as refusal:
+            draft.register(wanted(port=2), if_rev)
+        assert refusal.value.code is Code.CONFLICT
+        assert refusal.value.details == {"rev": 1 if there else 0}
+        assert draft.changes == []
+
+
+def test_conditions_are_judged_against_what_will_be_true() -> None:
+    draft = Draft(Registry(), 0.0)
+    draft.register(wanted(), if_rev=0)
+    with pytest.raises(Refused):
+        draft.register(wanted(port=2), if_rev=0)
+    draft.register(wanted(port=2), if_rev=1)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_registrations_are_limited(count: int) -> None:
+    registry = Registry(limits=Limits(registrations_max=3))
+    land(registry, *(wanted(f"n{n}") for n in range(count)))
+    draft = Draft(registry, 0.0)
+    if count < 3:
+        draft.register(wanted("one-more"))
+    with pytest.raises(Refused) as refusal:
+        draft.register(wanted("too-many"))
+    assert refusal.value.code is Code.BUSY
+    draft.register(wanted("n0", port=2))  # no more than before
+    draft.deregister(("n1", ""))
+    draft.register(wanted("too-many"))
+
+
+def test_bytes_are_limited() -> None:
+    entry = wanted(meta={"k": "v" * 100})
+    registry = Registry(limits=Limits(registry_bytes_max=entry.weight_bytes))
+    land(registry, entry)
+    with pytest.raises(Refused) as refusal:
+        Draft(registry, 0.0).update(entry.key, {"k": "v" * 101}, None)
+    assert refusal.value.code is Code.BUSY
+    Draft(registry, 0.0).update(entry.key, {"k": "v" * 99}, None)
+
+
+@given(
+    st.sets(st.tuples(names, instances)),
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.sampled_from(["*", "a*", "a", "a.b", "b*", "zz*"]),
+)
+def test_pages_hold_everything_once(keys: set[Key], limit: int, scan: int, pattern: str) -> None:
+    entries = [wanted(name, instance) for name, instance in keys]
+    registry = Registry(entries, limits=Limits(list_scan_max=scan))
+    prefix = pattern.rstrip("*")
+    fits = [key for key in sorted(keys) if key[0].startswith(prefix) and ("*" in pattern or key[0] == prefix)]
+    assert [entry.key for entry in listed(registry, pattern, limit=limit)] == fits
+
+
+def test_what_is_there_throughout_is_listed_once() -> None:
+    registry = Registry()
+    land(registry, *(wanted(f"n{n:02}") for n in range(10)))
+    first = registry.page("*", {}, None, 5)
+    draft = Draft(registry, 0.0)
+    draft.deregister(("n04", ""))
+    draft.register(wanted("n00a"))
+    draft.register(wanted("n06a"))
+    registry.land(draft.changes, 0.0)
+    second = registry.page("*", {}, first.after, 100)
+    assert [entry.name for entry in first.entries + second.entries] == [
+        *(f"n{n:02}" for n in range(7)), "n06a", "n07", "n08", "n09",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "near"),
+    [("runnr", "runner"), ("bd", "db"), ("runners", "runner"), ("wroker", "worker"), ("zzzz", None)],
+)
+def test_near_misses(asked: str, near: str | None) -> None:
+    registry = Registry()
+    land(registry, *(wanted(name) for name in ("db", "runner", "worker", "cache")))
+    assert registry.near(asked)[:1] == ([near] if near else [])
+
+
+def test_departures_are_remembered_and_bounded() -> None:
+    registry = Registry(limits=Limits(departures_max=2))
+    for n in range(3):
+        land(registry, wanted(f"n{n}"))
+        draft = Draft(registry, 0.0)
+        draft.deregister((f"n{n}", ""))
+        registry.land(draft.changes, now=float(n))
+    assert registry.last("n0") is None
+    last = registry.last("n2")
+    assert last is not None
+    assert (last.reason, last.at) == ("deregistered", 2.0)
+
+
+def test_looks_at_a_bounded_number_of_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def count(name: str, candidates: set[str], most: int) -> list[str]:
+        seen.append(len(candidates))
+        return []
+
+    monkeypatch.setattr("regd.core.registry._nearest", count)
+    registry = Registry([wanted(f"n{n:06}") for n in range(5_000)])
+    registry.near("n00250x")
+    assert seen == [DEFAULT.near_candidates_max]

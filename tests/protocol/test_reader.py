@@ -1,0 +1,226 @@
+"""Every rule of section "Lines", with the bytes that keep it and the bytes that break it: whole, byte by byte, and
+with trailing data. And: no bytes at all bring out anything but requests and problems.
+"""
+
+import json
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from regd.core.limits import DEFAULT, Limits
+from regd.protocol.commands import COMMANDS, Request
+from regd.protocol.reader import Problem, Quit, Reader
+
+MOST = DEFAULT.line_bytes_max
+NEXT = b'{"cmd":"ping","id":"next"}\n'  # trailing data: does the session go on behind the case?
+
+
+def said(chunks: Iterable[bytes], end: bool = False, limits: Limits = DEFAULT) -> list[str]:
+    """Feed chunks, and return in a word each what came out."""
+    reader = Reader(limits)
+    items: list[str] = []
+
+    def drain() -> None:
+        while (item := reader.next()) is not None:
+            match item:
+                case Request():
+                    items.append(item.cmd if item.id is None else f"{item.cmd}#{item.id}")
+                case Problem():
+                    assert item.refusal.message
+                    items.append(item.refusal.code + ("!" if item.fatal else ""))
+                case Quit():
+                    items.append("quit")
+
+    for chunk in chunks:
+        reader.receive(chunk)
+        drain()
+    if end:
+        reader.end()
+        drain()
+    assert reader.waiting_bytes == 0 or reader.unfinished
+    return items
+
+
+def padded(size: int, begin: bytes = b'{"cmd":"ping","id":"', end: bytes = b'"}') -> bytes:
+    """A line of that many bytes; it parses, though its id may be too long."""
+    return begin + b"x" * (size - len(begin) - len(end)) + end
+
+
+CASES: dict[str, tuple[bytes, list[str]]] = {
+    # What is understood.
+    "a request": (b'{"cmd":"ping"}\n', ["ping"]),
+    "a return before the line feed": (b'{"cmd":"ping"}\r\n', ["ping"]),
+    "blanks around": (b' \t{"cmd":"ping"} \t\n', ["ping"]),
+    "empty lines": (b"\n\r\n \t \n", []),
+    "an id": (b'{"cmd":"ping","id":7}\n', ["ping#7"]),
+    "a negative id": (b'{"cmd":"ping","id":-7}\n', ["ping#-7"]),
+    "the longest id": (b'{"cmd":"ping","id":"%s"}\n' % (b"x" * 64), ["ping#" + "x" * 64]),
+    "the longest line": (padded(MOST) + b"\n", ["bad_request"]),
+    "the longest line, with a return": (padded(MOST) + b"\r\n", ["bad_request"]),
+    "an escaped pair": (
+        rb'{"cmd":"register","name":"a","port":1,"meta":{"k":"\ud83d\ude00"}}' + b"\n",
+        ["register"],
+    ),
+    # Bare words.
+    "help": (b"help\n", ["help"]),
+    "ping": (b"ping\r\n", ["ping"]),
+    "list": (b" list \n", ["list"]),
+    "resolve": (b"resolve  db\t\r\n", ["resolve"]),
+    "resolve of a bad name": (b"resolve DB\n", ["bad_argument"]),
+    "quit": (b"quit\n", ["quit"]),
+    # Begins with { and goes wrong: the session goes on.
+    "no JSON": (b"{\n", ["bad_json"]),
+    "more behind it": (b'{"cmd":"ping"} {}\n', ["bad_json"]),
+    "duplicate key": (b'{"cmd":"ping","cmd":"ping"}\n', ["bad_json"]),
+    "duplicate key inside": (b'{"cmd":"register","name":"a","port":1,"meta":{"k":"1","k":"2"}}\n', ["bad_json"]),
+    "NaN": (b'{"cmd":"ping","id":NaN}\n', ["bad_json"]),
+    "Infinity": (b'{"cmd":"ping","id":-Infinity}\n', ["bad_json"]),
+    "an infinity in digits": (b'{"cmd":"ping","x":1e999}\n', ["bad_json"]),
+    "a number of 5,000 digits": (b'{"cmd":"ping","id":' + b"9" * 5_000 + b"}\n", ["bad_json"]),
+    "half a pair": (rb'{"cmd":"ping","id":"\ud800"}' + b"\n", ["bad_json"]),
+    "half a pair in a key": (rb'{"cmd":"ping","\udc00":1}' + b"\n", ["bad_json"]),
+    "half a pair as bytes": (b'{"cmd":"ping","id":"\xed\xa0\x80"}\n', ["bad_json"]),
+    "no UTF-8": (b'{"cmd":"ping","id":"\xff"}\n', ["bad_json"]),
+    "a NUL": (b'{"cmd":"ping"\0}\n', ["bad_json"]),
+    "absurd nesting": (b'{"a":' * 12_000 + b"\n", ["bad_json"]),
+    "absurd nesting of lists": (b'{"a":' + b"[" * 60_000 + b"\n", ["bad_json"]),
+    # Parsed, and not usable.
+    "no cmd": (b"{}\n", ["bad_request"]),
+    "cmd of another type": (b'{"cmd":1}\n', ["bad_request"]),
+    "cmd null": (b'{"cmd":null}\n', ["bad_request"]),
+    "id true": (b'{"cmd":"ping","id":true}\n', ["bad_request"]),
+    "id null": (b'{"cmd":"ping","id":null}\n', ["bad_request"]),
+    "id with a point": (b'{"cmd":"ping","id":1.0}\n', ["bad_request"]),
+    "id a list": (b'{"cmd":"ping","id":[1]}\n', ["bad_request"]),
+    "id too long": (b'{"cmd":"ping","id":"%s"}\n' % (b"x" * 65), ["bad_request"]),
+    "unknown command": (b'{"cmd":"pin"}\n', ["unknown_command"]),
+    "unknown argument": (b'{"cmd":"resolve","name":"a","nmae":"b"}\n', ["bad_argument"]),
+    "missing argument": (b'{"cmd":"register","name":"a"}\n', ["bad_argument"]),
+    "wrong type": (b'{"cmd":"register","name":"a","port":"1"}\n', ["bad_argument"]),
+    "a boolean as a number": (b'{"cmd":"register","name":"a","port":true}\n', ["bad_argument"]),
+    "out of range": (b'{"cmd":"register","name":"a","port":0}\n', ["bad_argument"]),
+    "null": (b'{"cmd":"register","name":"a","port":1,"host":null}\n', ["bad_argument"]),
+    # Too long: skipped to its end.
+    "too long": (padded(MOST + 1) + b"\n", ["too_large"]),
+    "too long, with a return": (padded(MOST + 1) + b"\r\n", ["too_large"]),
+    "far too long": (padded(5 * MOST) + b"\n", ["too_large"]),
+    "two too long": ((padded(MOST + 1) + b"\n") * 2, ["too_large", "too_large"]),
+}
+
+STRANGERS: dict[str, bytes] = {
+    "HTTP": b"POST / HTTP/1.1\r\nHost: 127.0.0.1:7343\r\n\r\n",
+    "HTTP with a body of commands": b'GET / HTTP/1.1\r\n\r\n{"cmd":"register","name":"evil","port":1}\n',
+    "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "TLS": bytes.fromhex("16030102000100 01fc0303") + b"x" * 50,
+    "SOCKS 5": b"\x05\x01\x00",
+    "random": b"\x00\xff\x80",
+    "a list": b'[{"cmd":"ping"}]\n',
+    "a string": b'"ping"\n',
+    "a byte order mark": b'\xef\xbb\xbf{"cmd":"ping"}\n',
+    "another word": b"pong\n",
+    "an upper-case word": b"PING\n",
+    "a word and more": b"ping pong\n",
+    "list with a name": b"list db\n",
+    "resolve of nothing": b"resolve\n",
+    "resolve of two": b"resolve a b\n",
+    "resolve of too much": b"resolve " + b"a" * 254 + b"\n",
+    "a word without an end": b"listlistlist",
+    "too long": b"x" * (MOST + 1) + b"\n",
+}
+
+
+def one_by_one(data: bytes) -> list[bytes]:
+    return [data[at : at + 1] for at in range(len(data))]
+
+
+@pytest.mark.parametrize(("data", "expected"), CASES.values(), ids=CASES)
+def test_lines(data: bytes, expected: list[str]) -> None:
+    assert said([data]) == expected
+    assert said([data + NEXT]) == [*expected, "ping#next"]
+    assert said([NEXT + data + NEXT]) == ["ping#next", *expected, "ping#next"]
+
+
+@pytest.mark.parametrize(("data", "expected"), CASES.values(), ids=CASES)
+def test_lines_byte_by_byte(data: bytes, expected: list[str]) -> None:
+    assert said(one_by_one(data + NEXT)) == [*expected, "ping#next"]
+    assert said([data[:9], data[9:] + NEXT]) == [*expected, "ping#next"]
+
+
+@pytest.mark.parametrize("data", STRANGERS.values(), ids=STRANGERS)
+def test_strangers_get_one_error_and_nothing_behind_it_is_looked_at(data: bytes) -> None:
+    assert said([data, NEXT, b"\n" + NEXT]) == ["bad_request!"]
+    assert said([data + b"\n" + NEXT]) == ["bad_request!"]
+    assert said(one_by_one(data + b"\n" + NEXT)) == ["bad_request!"]
+    assert said([NEXT + data, b"\n" + NEXT]) == ["ping#next", "bad_request!"]
+
+
+@pytest.mark.parametrize("data", [b"P", b"\x16\x03", b"pingx", b"resolve a b", b" G"])
+def test_strangers_need_no_line_feed(data: bytes) -> None:
+    assert said([data]) == ["bad_request!"]
+
+
+@pytest.mark.parametrize("data", [b"p", b"resolv", b"resolve ", b"resolve d", b" \t", b"{", b"quit "])
+def test_what_may_still_be_a_line_is_waited_for(data: bytes) -> None:
+    assert said([data]) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"ping", ["ping"]),
+        (b'{"cmd":"ping"}', ["ping"]),
+        (b'{"cmd":"pi', ["bad_json"]),
+        (b"pin", ["bad_request!"]),
+        (b"", []),
+        (b" ", []),
+    ],
+)
+def test_the_end_ends_a_line(data: bytes, expected: list[str]) -> None:
+    assert said([data], end=True) == expected
+
+
+def test_a_line_without_end_is_forgotten_while_it_goes_on() -> None:
+    reader = Reader()
+    for _ in range(1_000):
+        reader.receive(b"{" * 10_000)
+        assert reader.waiting_bytes <= MOST + 1
+    assert reader.unfinished
+
+
+def test_many_short_lines_count_for_what_they_cost() -> None:
+    reader = Reader()
+    reader.receive(b"{\n" * 1_000)
+    assert reader.waiting_bytes >= 50 * 1_000
+
+
+def test_the_id_of_a_refused_request_is_kept() -> None:
+    reader = Reader()
+    reader.receive(b'{"cmd":"pin","id":"x"}\n')
+    item = reader.next()
+    assert isinstance(item, Problem)
+    assert item.refusal.details["id"] == "x"
+
+
+valid = st.sampled_from([json.dumps({"cmd": cmd, "name": "a", "port": 1}).encode() for cmd in COMMANDS])
+mutated = st.builds(
+    lambda line, at, byte: line[:at] + byte + line[at + 1 :], valid, st.integers(0, 40), st.binary(max_size=2)
+)
+streams = st.lists(
+    st.one_of(
+        st.binary(max_size=40), valid, mutated, st.just(b"\n"), st.just(b"resolve a\r\n"), st.just(b"{" * 70)
+    )
+)
+
+
+@given(streams, st.integers(1, 20))
+@example([b"\xed\xa0\x80"], 1)
+@settings(max_examples=400, deadline=None)
+def test_any_bytes_and_any_cut(pieces: list[bytes], cut: int) -> None:
+    """Nothing else comes out, and where the chunks are cut makes no difference."""
+    data = b"".join(pieces)
+    limits = Limits(line_bytes_max=60)
+    whole = said([data], end=True, limits=limits)
+    assert said([data[at : at + cut] for at in range(0, len(data), cut)], end=True, limits=limits) == whole
+    assert whole.count("bad_request!") <= 1

@@ -1,0 +1,146 @@
+"""load(write(x)) = x; and what is no registry is refused, with the place where it is wrong."""
+
+import json
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from regd.core.model import Entry, State
+from regd.storage.document import Document, Unreadable, chunks, line, parse
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=10)
+labels = st.from_regex(r"[a-z0-9_]{1,3}", fullmatch=True)
+entries = st.builds(
+    Entry,
+    name=st.lists(labels, min_size=1, max_size=3).map(".".join),
+    instance=st.from_regex(r"[A-Za-z0-9._-]{0,4}", fullmatch=True),
+    host=st.sampled_from(["127.0.0.1", "::1", "localhost"]),
+    port=st.integers(1, 65_535),
+    meta=st.dictionaries(texts, texts, max_size=3),
+    state=st.sampled_from(State),
+    rev=st.just(9),
+    registered_at=st.just(5.0),
+    hold=st.booleans(),
+    pid=st.none() | st.integers(1, 2**31 - 1),
+    ttl_s=st.none() | st.sampled_from([1.0, 1.5, 86_400.0]),
+)
+
+
+def whole(rev: int, found: list[Entry]) -> bytes:
+    return b"".join(chunks(rev, map(line, found)))
+
+
+@given(st.lists(entries, unique_by=lambda entry: entry.key))
+@example([])
+def test_what_is_written_is_read(found: list[Entry]) -> None:
+    data = whole(9, found)
+    assert data.isascii()
+    assert parse(data, 5.0) == Document(9, found)
+    assert whole(9, parse(data, 5.0).entries) == data
+    assert len(data.splitlines()) == len(found) + 3
+    assert json.loads(data).keys() - {"$regd"} == {
+        f"{e.name}/{e.instance}".rstrip("/") if not e.instance else f"{e.name}/{e.instance}" for e in found
+    }
+
+
+def test_the_file_of_the_page() -> None:
+    text = """{
+"$regd": {"format": 1, "rev": 42},
+"runner": {"port": 5050},
+"worker/1": {"port": 5061, "meta": {"zone": "a"}, "ttl": 10}
+}
+"""
+    document = parse(text.encode(), 5.0)
+    assert whole(42, document.entries).decode() == text
+    assert json.loads(text)["runner"]["port"] == 5050
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"runner": {"port": 5050}}',
+        '{\n  "runner": {\n    "port": 5050\n  }\n}\n',
+        '\ufeff{"runner": {"port": 5050}}'[1:],
+    ],
+)
+def test_what_a_hand_wrote(text: str) -> None:
+    document = parse(text.encode(), 5.0)
+    assert document == Document(1, [Entry("runner", "", "127.0.0.1", 5050, {}, State.READY, 1, 5.0)])
+
+
+def test_an_empty_registry() -> None:
+    assert parse(b"{}", 0.0) == Document(0, [])
+    assert parse(b'{"$regd": {"format": 1, "rev": 7}}', 0.0) == Document(7, [])
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "empty"),
+        (b" \n\n", "empty"),
+        (b"\0" * 4_096, "NUL"),
+        (b'{"a": {"port": 1}}' + b"\0" * 100, "line 1, column 19"),
+        (b'{\n"a": {"port": 1},\n', "line 3"),
+        (b'{\n"a": {"port": 1}\n"b": {"port": 2}\n}', "line 3, column 1"),
+        (b"[]", "object"),
+        (b"5050", "object"),
+        (b'"x"', "object"),
+        (b'{\n"a": {"port": 1},\n"b": \xff}', "line 3: not UTF-8"),
+        (b'{"a": {"port": 1}, "a": {"port": 2}}', '"a" stands twice'),
+        (b'{"a": {"port": 1, "port": 2}}', '"port" stands twice'),
+        (b'{\n"A": {"port": 1}}', 'line 2, "A": the name must'),
+        (b'{"a/": {"port": 1}}', "instance"),
+        (b'{"a/b/c": {"port": 1}}', "instance"),
+        (b'{"": {"port": 1}}', "name"),
+        (b'{"a": 5050}', '{"port": 5050}'),
+        (b'{"a": {}}', '"port" is missing'),
+        (b'{\n"b": {"port": 1},\n"a": {"port": 0}\n}', 'line 3, "a": "port" must be 1 to 65535'),
+        (b'{"a": {"port": true}}', '"port" must'),
+        (b'{"a": {"port": NaN}}', '"port" must'),
+        (b'{"a": {"port": 1, "comment": "x"}}', 'unknown field "comment"'),
+        (b'{"a": {"port": 1, "host": "::"}}', '"host" is nothing to call'),
+        (b'{"a": {"port": 1, "meta": {"k": 1}}}', '"meta" must'),
+        (b'{"a": {"port": 1, "meta": {"k": "\\ud800"}}}', "surrogate"),
+        (b'{"a": {"port": 1, "state": "up"}}', '"state" must'),
+        (b'{"a": {"port": 1, "ttl": 0}}', '"ttl" must'),
+        (b'{"a": {"port": 1, "pid": 0}}', '"pid" must'),
+        (b'{"a": {"port": 1, "hold": 1}}', '"hold" must'),
+        (b'{"$regd": 1}', "$regd"),
+        (b'{"$regd": {"rev": 1}}', "format"),
+        (b'{"$regd": {"format": 2, "rev": 1}}', "format 2 is of another regd"),
+        (b'{"$regd": {"format": 1, "rev": -1}}', "rev"),
+        (b'{"$regd": {"format": 1, "rev": 1, "x": 1}}', "$regd"),
+        (b"[" * 100_000, ""),
+        (b'{"a": {"port": ' + b"9" * 5_000 + b"}}", ""),
+    ],
+)
+def test_what_is_no_registry_is_refused(data: bytes, says: str) -> None:
+    with pytest.raises(Unreadable) as refusal:
+        parse(data, 0.0)
+    assert says in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@given(
+    st.lists(entries, unique_by=lambda entry: entry.key, max_size=3),
+    st.integers(0, 400),
+    st.binary(max_size=3),
+    st.integers(0, 3),
+)
+@settings(max_examples=300)
+def test_any_damage_is_read_or_refused(found: list[Entry], at: int, instead: bytes, drop: int) -> None:
+    data = whole(9, found)
+    damaged = data[:at] + instead + data[at + drop :]
+    try:
+        parse(damaged, 0.0)
+    except Unreadable:
+        pass
+
+
+@given(st.lists(entries, unique_by=lambda entry: entry.key, max_size=3), st.data())
+def test_a_truncated_file_is_refused(found: list[Entry], draw: st.DataObject) -> None:
+    data = whole(9, found)
+    cut = draw.draw(st.integers(0, len(data) - 2))
+    with pytest.raises(Unreadable):
+        parse(data[:cut], 0.0)

@@ -1,0 +1,198 @@
+"""One file, always whole: what a commit does in which order, what a failure at each step leaves, and the lock."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from regd.core.model import Change, Entry, Op, State
+from regd.storage.store import StorageError, Store
+from tests.support.files import BROKEN, FULL, ToldFiles
+
+
+def up(rev: int, name: str, port: int = 1) -> Change:
+    return Change(rev, Op.UP, Entry(name, "", "127.0.0.1", port, {}, State.READY, rev, 0.0))
+
+
+def down(rev: int, name: str) -> Change:
+    return Change(rev, Op.DOWN, up(rev, name).entry, "deregistered")
+
+
+class Shelf:
+    """A store, its door, and what it warned of."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "deep" / "registry.json"
+        self.files = ToldFiles()
+        self.warned: list[str] = []
+        self.store = self.again()
+        self.store.open(0.0)
+        self.store.make()
+        self.files.told.clear()
+
+    def again(self) -> Store:
+        return Store(self.path, self.warned.append, self.files)
+
+    def held(self) -> dict[str, int]:
+        """What another process would read."""
+        data = json.loads(self.path.read_bytes())
+        return {key: value.get("port", value.get("rev")) for key, value in data.items()}
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    return Shelf(tmp_path)
+
+
+def test_a_missing_registry_is_made_with_its_folders(shelf: Shelf) -> None:
+    assert shelf.path.read_text() == '{\n"$regd": {"format": 1, "rev": 0}\n}\n'
+    assert shelf.path.stat().st_mode & 0o777 == 0o600
+    assert shelf.path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_commit_is_write_sync_rename_sync(shelf: Shelf) -> None:
+    shelf.store.commit([up(1, "a"), up(2, "b")])
+    assert shelf.held() == {"$regd": 2, "a": 1, "b": 1}
+    steps = [step for step in shelf.files.told if step != "write"]
+    assert steps == ["create registry.json.tmp", "sync", "rename registry.json.tmp registry.json", "sync_folder"]
+    assert shelf.files.told.index("sync") > max(at for at, step in enumerate(shelf.files.told) if step == "write")
+    assert shelf.path.stat().st_mode & 0o777 == 0o600
+    assert os.listdir(shelf.path.parent) != []
+    assert "registry.json.tmp" not in os.listdir(shelf.path.parent)
+
+
+def test_a_line_is_replaced_in_its_place(shelf: Shelf) -> None:
+    shelf.store.commit([up(1, "b"), up(2, "a")])
+    shelf.store.commit([Change(3, Op.CHANGE, up(3, "b", 2).entry)])
+    assert list(shelf.held()) == ["$regd", "b", "a"]
+    shelf.store.commit([down(4, "b")])
+    assert shelf.held() == {"$regd": 4, "a": 1}
+
+
+@pytest.mark.parametrize("step", ["create", "write", "sync", "rename", "print"])
+@pytest.mark.parametrize("number", [FULL, BROKEN])
+def test_a_commit_that_fails_leaves_the_old_state_and_the_next_one_is_right(
+    shelf: Shelf, step: str, number: int
+) -> None:
+    shelf.store.commit([up(1, "a")])
+    shelf.files.failing[step] = number
+    with pytest.raises(OSError, match=r"No space|Input/output"):
+        shelf.store.commit([down(2, "a"), up(3, "b")])
+    assert shelf.held() == {"$regd": 1, "a": 1}
+    assert "registry.json.tmp" not in os.listdir(shelf.path.parent)
+    shelf.files.failing.clear()
+    shelf.store.commit([up(2, "c")])
+    assert shelf.held() == {"$regd": 2, "a": 1, "c": 1}
+    assert shelf.warned == []
+    assert not shelf.store.dirty
+
+
+def test_a_folder_that_cannot_be_synced_is_a_failure_that_is_mended(shelf: Shelf) -> None:
+    shelf.store.commit([up(1, "a")])
+    shelf.files.failing["sync_folder"] = BROKEN
+    with pytest.raises(OSError, match="Input/output"):
+        shelf.store.commit([up(2, "b")])
+    assert shelf.store.dirty  # the file may show what is not in effect
+    shelf.files.failing.clear()
+    shelf.store.commit([])
+    assert shelf.held() == {"$regd": 1, "a": 1}
+    assert not shelf.store.dirty
+    assert shelf.warned == []
+
+
+def test_what_a_crash_left_does_not_stop_a_commit(shelf: Shelf) -> None:
+    (shelf.path.parent / "registry.json.tmp").write_text("half a fi")
+    shelf.store.commit([up(1, "a")])
+    assert shelf.held() == {"$regd": 1, "a": 1}
+
+
+def test_a_second_store_is_refused_while_the_first_lives(shelf: Shelf) -> None:
+    other = shelf.again()
+    with pytest.raises(StorageError, match=rf"in use by another regd \(process {os.getpid()}\)"):
+        other.open(0.0)
+    other.close()
+    shelf.store.close()
+    shelf.store.close()
+    other.open(0.0)
+    other.close()
+
+
+def test_a_link_to_the_registry_is_the_registry(shelf: Shelf, tmp_path: Path) -> None:
+    link = tmp_path / "link.json"
+    link.symlink_to(shelf.path)
+    with pytest.raises(StorageError, match="in use"):
+        Store(link, shelf.warned.append).open(0.0)
+    shelf.store.close()
+    store = Store(link, shelf.warned.append)
+    store.open(0.0)
+    store.commit([up(1, "a")])
+    assert link.is_symlink()
+    assert shelf.held() == {"$regd": 1, "a": 1}
+    store.close()
+
+
+EDITS: dict[str, Callable[[Path], object]] = {
+    "in place": lambda path: path.write_text('{"mine": {"port": 9}}'),
+    "replaced": lambda path: (
+        path.with_name("new").write_text('{"mine": {"port": 9}}'),
+        os.replace(path.with_name("new"), path),
+    ),
+    "broken": lambda path: path.write_text('{"mine'),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_what_another_hand_wrote_is_set_aside(shelf: Shelf, edit: Callable[[Path], object]) -> None:
+    shelf.store.commit([up(1, "a")])
+    edit(shelf.path)
+    theirs = shelf.path.read_text()
+    shelf.store.commit([up(2, "b")])
+    assert shelf.held() == {"$regd": 2, "a": 1, "b": 1}
+    assert shelf.path.with_name("registry.json.aside-1").read_text() == theirs
+    assert len(shelf.warned) == 1
+    assert "aside-1" in shelf.warned[0]
+    edit(shelf.path)
+    shelf.store.commit([up(3, "c")])
+    assert shelf.path.with_name("registry.json.aside-2").read_text() == theirs
+
+
+def test_a_registry_that_was_removed_is_written_anew(shelf: Shelf) -> None:
+    shelf.store.commit([up(1, "a")])
+    shelf.path.unlink()
+    shelf.store.commit([up(2, "b")])
+    assert shelf.held() == {"$regd": 2, "a": 1, "b": 1}
+    assert "removed" in shelf.warned[0]
+
+
+@pytest.mark.parametrize("data", [b"", b"\0" * 64, b'{"a": {"port": 1}', b"[]", b'{"a": {"port": 1, "x": 2}}'])
+def test_a_damaged_registry_is_never_touched(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "registry.json"
+    path.write_bytes(data)
+    before = path.stat()
+    store = Store(path, print)
+    with pytest.raises(StorageError) as refusal:
+        store.open(0.0)
+    assert str(path) in str(refusal.value)
+    assert "nothing was changed" in str(refusal.value)
+    assert path.read_bytes() == data
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    path.write_bytes(b"{}")
+    store.open(0.0)  # the lock was given back
+    store.close()
+
+
+def test_a_registry_that_is_a_folder_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="cannot read"):
+        Store(tmp_path, print).open(0.0)
+
+
+def test_a_full_disk_does_not_keep_a_daemon_from_starting(shelf: Shelf) -> None:
+    shelf.store.commit([up(1, "a")])
+    shelf.store.close()
+    shelf.files.failing["create"] = FULL
+    store = shelf.again()
+    assert [entry.name for entry in store.open(0.0).entries] == ["a"]
+    store.make()
+    store.close()

@@ -1,0 +1,45 @@
+"""Time moved by hand."""
+
+import heapq
+import itertools
+from collections.abc import Callable
+
+
+class HandTimer:
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call: Callable[[], None] | None = call
+
+    def cancel(self) -> None:
+        self.call = None
+
+
+class HandClock:
+    """A `Clock` that stands still until `advance`."""
+
+    def __init__(self, wall: float = 1_790_000_000.0) -> None:
+        self._now = 1_000.0
+        self._wall = wall
+        self._timers: list[tuple[float, int, HandTimer]] = []
+        self._count = itertools.count()
+
+    def now(self) -> float:
+        return self._now
+
+    def wall(self) -> float:
+        return self._wall
+
+    def call_at(self, when: float, call: Callable[[], None]) -> HandTimer:
+        timer = HandTimer(call)
+        heapq.heappush(self._timers, (when, next(self._count), timer))
+        return timer
+
+    def advance(self, seconds: float) -> None:
+        """Move time, and call what falls due on the way, in order."""
+        end = self._now + seconds
+        while self._timers and self._timers[0][0] <= end:
+            when, _, timer = heapq.heappop(self._timers)
+            self._now = max(self._now, when)
+            if timer.call is not None:
+                timer.call()
+        self._now = end
+        self._wall += seconds

@@ -1,0 +1,160 @@
+"""Daemons for tests, and a peer that talks to them in lines."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from regd.core.limits import DEFAULT, Limits
+from regd.server.lifecycle import Config, Server
+from regd.storage.files import Files
+from tests.support.clock import HandClock
+
+ROOT = Path(__file__).resolve().parents[2]
+EPOCH = "5eed5eed5eed5eed"
+WAIT_S = 15.0  # for what happens at once on a machine that is not asleep
+
+
+class Peer:
+    """One connection, in lines."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def send(self, *requests: bytes | str | dict[str, Any]) -> None:
+        """Send lines; bytes go as they are."""
+        for each in requests:
+            if isinstance(each, dict):
+                each = json.dumps(each)
+            self.writer.write(each if isinstance(each, bytes) else each.encode() + b"\n")
+
+    async def line(self) -> bytes:
+        async with asyncio.timeout(WAIT_S):
+            return await self.reader.readline()
+
+    async def reply(self) -> dict[str, Any]:
+        line = await self.line()
+        assert line.endswith(b"\n"), f"the connection ended: {line!r}"
+        assert line.isascii()
+        fields = json.loads(line)
+        assert isinstance(fields, dict)
+        return fields
+
+    async def ask(self, *request: bytes | str | dict[str, Any], **fields: Any) -> dict[str, Any]:
+        self.send(*request or ({"cmd": fields.pop("cmd"), **fields},))
+        return await self.reply()
+
+    async def rest(self) -> bytes:
+        """Return everything up to the end of the connection."""
+        async with asyncio.timeout(WAIT_S):
+            return await self.reader.read()
+
+    async def close(self) -> None:
+        self.writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self.writer.wait_closed()
+
+
+class InLoop:
+    """A daemon in the running loop, with time by hand."""
+
+    def __init__(
+        self,
+        registry: Path,
+        *,
+        limits: Limits = DEFAULT,
+        files: Files | None = None,
+        unix: Path | None = None,
+    ) -> None:
+        self.clock = HandClock()
+        self.config = Config(registry=registry, port=0, limits=limits, unix=unix)
+        self.server = Server(self.config, clock=self.clock, files=files, epoch=EPOCH)
+        self._peers: list[Peer] = []
+
+    @property
+    def port(self) -> int:
+        return int(self.server.addresses[0].rpartition(":")[2])
+
+    @property
+    def registry(self) -> Path:
+        return self.config.registry
+
+    async def __aenter__(self) -> Self:
+        await self.server.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for peer in self._peers:
+            await peer.close()
+        await self.server.stop()
+
+    async def peer(self, host: str = "127.0.0.1") -> Peer:
+        peer = Peer(*await asyncio.open_connection(host, self.port, limit=2 * 1_048_576))
+        self._peers.append(peer)
+        return peer
+
+
+class Daemon:
+    """A daemon in a process of its own, on a free port. `stock` keeps it on asyncio's own loop."""
+
+    def __init__(self, registry: Path, *flags: str, stock: bool = True) -> None:
+        self.registry = registry
+        self._flags = flags
+        self._stock = stock
+        self.process: subprocess.Popen[str] | None = None
+        self.addresses: list[str] = []
+        self.port = 0
+
+    def command(self, *flags: str) -> list[str]:
+        hide = "import sys; sys.modules['uvloop'] = None; " if self._stock else ""
+        start = f"{hide}from regd.cli.regd import main; raise SystemExit(main())"
+        return [sys.executable, "-c", start, "--registry", str(self.registry), *self._flags, *flags]
+
+    def start(self) -> None:
+        """Start, again on the same port where it has run before, and wait until it listens."""
+        self.process = subprocess.Popen(
+            self.command("--port", str(self.port)),
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line.startswith("listening "):
+            _, errors = self.process.communicate(timeout=WAIT_S)
+            raise AssertionError(f"regd did not start: {errors}")
+        self.addresses = [line.split()[1]]
+        self.port = int(line.rpartition(":")[2])
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Send a signal, wait, and return the exit status and what it logged."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        _, errors = self.process.communicate(timeout=WAIT_S)
+        status, self.process = self.process.returncode, None
+        return status, errors
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.process is not None:
+            self.end(signal.SIGKILL)
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Return the environment of a child that finds the project's packages, and no daemon but the test's."""
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("REGD_")}
+    return plain | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "client")])} | extra
