@@ -75,6 +75,20 @@ class Server:
         """Return where it listens, as `tcp://HOST:PORT` and `unix:///path`."""
         return self._listeners.addresses
 
+    @property
+    def connections(self) -> "set[Connection]":
+        return self._context.connections if self._context else set()
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What is kept of lines that are unfinished or unanswered."""
+        return self._context.input.total if self._context else 0
+
+    @property
+    def unsent_bytes(self) -> int:
+        """What waits for peers that do not read."""
+        return self._context.output.total if self._context else 0
+
     async def start(self) -> None:
         """Open everything, or leave nothing behind.
 

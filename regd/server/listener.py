@@ -67,13 +67,7 @@ class Listeners:
             # Binding over a path takes it from whoever listens there, so it is asked for under a lock.
             self._unix_lock = files.lock(path.with_name(path.name + ".lock"))
             self._clear(path)
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            before = os.umask(0o177)
-            try:
-                listener.bind(os.fspath(path))
-            finally:
-                os.umask(before)
-            listener.listen(_BACKLOG)
+            self.sockets.append(_unix(path))
         except Held as held:
             raise ListenError(
                 f"{path} is in use by another regd{held}; stop that one, or name another with --unix"
@@ -82,7 +76,6 @@ class Listeners:
             why = error.strerror or str(error)  # a path that is too long has no errno
             raise ListenError(f"cannot listen on {path}: {why}; name another with --unix") from None
         self._unix = path
-        self.sockets.append(listener)
 
     @staticmethod
     def _clear(path: Path) -> None:
@@ -131,6 +124,20 @@ def _tcp(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
                 f"this user may not listen on port {port}; name one from 1024 up with --port"
             ) from None
         raise
+    return listener
+
+
+def _unix(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        listener.bind(os.fspath(path))
+        listener.listen(_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    finally:
+        os.umask(before)
     return listener
 
 

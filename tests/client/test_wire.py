@@ -1,0 +1,89 @@
+"""Addresses and lines of the client's half."""
+
+import subprocess
+import sys
+
+import pytest
+
+import regd_client
+from regd_client import wire
+from regd_client.wire import Address, parse_address
+from tests.support.daemon import environment
+
+
+@pytest.mark.parametrize(
+    ("text", "address", "shown"),
+    [
+        ("tcp://127.0.0.1:7343", Address("127.0.0.1", 7343), "tcp://127.0.0.1:7343"),
+        ("localhost:1", Address("localhost", 1), "tcp://localhost:1"),
+        ("[::1]:7343", Address("::1", 7343), "tcp://[::1]:7343"),
+        ("tcp://[::1]:65535", Address("::1", 65_535), "tcp://[::1]:65535"),
+        ("unix:///run/regd.sock", Address("", 0, "/run/regd.sock"), "unix:///run/regd.sock"),
+    ],
+)
+def test_addresses(text: str, address: Address, shown: str) -> None:
+    assert parse_address(text) == address
+    assert str(address) == shown
+    assert parse_address(shown) == address
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "7343",
+        "localhost",
+        "a:0",
+        "a:65536",
+        "a:x",
+        "::1:7343",
+        "http://a:1",
+        "unix://rel",
+        "tcp://",
+        "a:-1",
+        "tcp://a:1/",
+    ],
+)
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(ValueError, match="is no address"):
+        parse_address(text)
+
+
+def test_where_the_address_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("REGD_ADDRESS", raising=False)
+    assert str(wire.find_address()) == "tcp://127.0.0.1:7343"
+    monkeypatch.setenv("REGD_ADDRESS", "[::1]:1")
+    assert str(wire.find_address()) == "tcp://[::1]:1"
+    assert str(wire.find_address("b:2")) == "tcp://b:2"
+
+
+@pytest.mark.parametrize("line", [b"", b"{", b"[]", b"{}", b'{"ok":true,"event":"up"}', b"\xff", b"[" * 100_000])
+def test_what_is_no_reply(line: bytes) -> None:
+    with pytest.raises(regd_client.RegdError, match="no answer of regd"):
+        wire.reply(line)
+
+
+def test_requests_are_one_line_of_json() -> None:
+    assert (
+        wire.request("resolve", 3, {"name": "é\n", "all": None})
+        == b'{"cmd":"resolve","id":3,"name":"\\u00e9\\n"}\n'
+    )
+    for value in ({1, 2}, float("nan"), "x" * 70_000):
+        with pytest.raises(ValueError):
+            wire.request("resolve", None, {"name": value})
+
+
+def test_what_is_public_is_there() -> None:
+    for name in regd_client.__all__:
+        assert getattr(regd_client, name).__name__ == name
+    with pytest.raises(AttributeError):
+        regd_client.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [("regd_client.blocking", "asyncio"), ("regd_client.client", "regd"), ("regd.cli.regctl", "asyncio")],
+)
+def test_imports_stay_small(module: str, absent: str) -> None:
+    code = f"import sys, {module}; sys.exit({absent!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0

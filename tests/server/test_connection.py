@@ -1,0 +1,340 @@
+"""The contract's "Lines" and "Limits" over real sockets, with time by hand."""
+
+import asyncio
+import json
+import socket
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regd.core.limits import Limits
+from tests.support.daemon import EPOCH, WAIT_S, InLoop
+from tests.support.files import FULL, ToldFiles
+
+pytestmark = pytest.mark.socket
+
+PING = {"cmd": "ping"}
+
+
+async def until(true: Any) -> None:
+    """Let the loop turn until something that happens by itself has happened."""
+    async with asyncio.timeout(WAIT_S):
+        while not true():
+            await asyncio.sleep(0)
+
+
+async def test_register_resolve_deregister(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    made = await peer.ask(cmd="register", name="db", port=5432, id="x")
+    assert made == {
+        "ok": True,
+        "id": "x",
+        "name": "db",
+        "instance": "",
+        "host": "127.0.0.1",
+        "port": 5432,
+        "rev": 1,
+    }
+    assert json.loads(daemon.registry.read_bytes())["db"] == {"port": 5432}
+    assert await peer.ask("resolve db") == {
+        "ok": True, "name": "db", "instance": "", "host": "127.0.0.1", "port": 5432, "meta": {}, "state": "ready",
+        "rev": 1, "registered_at": 1_790_000_000.0,
+    }  # fmt: skip
+    assert await peer.ask(cmd="deregister", name="db") == {"ok": True, "removed": 1, "rev": 2}
+    daemon.clock.advance(1.5)
+    gone = await peer.ask(cmd="resolve", name="db")
+    assert (gone["error"], gone["last"]) == ("not_found", {"reason": "deregistered", "age_s": 1.5})
+
+
+async def test_both_families_and_the_unix_socket_are_one_registry(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    async with InLoop(tmp_path / "registry.json", unix=path) as daemon:
+        await (await daemon.peer()).ask(cmd="register", name="db", port=1)
+        assert (await (await daemon.peer("::1")).ask("resolve db"))["port"] == 1
+        reader, writer = await asyncio.open_unix_connection(path)
+        writer.write(b"resolve db\nquit\n")
+        assert json.loads(await reader.read())["port"] == 1
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_replies_come_in_order_and_own_writes_are_seen(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    expected = []
+    for n in range(200):
+        peer.send(
+            {"cmd": "register", "name": "db", "port": 1 + n, "id": 3 * n},
+            {"cmd": "resolve", "name": "db", "id": 3 * n + 1},
+            "ping",
+        )
+        expected += [(3 * n, 1 + n), (3 * n + 1, 1 + n), (None, None)]
+    replies = [await peer.reply() for _ in expected]
+    assert [(reply.get("id"), reply.get("port")) for reply in replies] == expected
+
+
+async def test_errors_stand_in_order_too(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    peer.send(
+        {"cmd": "register", "name": "a", "port": 1},
+        "{",
+        {"cmd": "register", "name": "a", "port": 0},
+        {"cmd": "deregister", "name": "b"},
+        "resolve a",
+    )
+    replies = [await peer.reply() for _ in range(5)]
+    assert [reply.get("error", reply["ok"]) for reply in replies] == [
+        True,
+        "bad_json",
+        "bad_argument",
+        "not_found",
+        True,
+    ]
+
+
+async def test_a_pipeline_of_registers_is_few_commits(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    for n in range(1_000):
+        peer.send({"cmd": "register", "name": f"n{n}", "port": 1})
+    assert [(await peer.reply())["rev"] for _ in range(1_000)] == list(range(1, 1_001))
+    assert (await peer.ask(cmd="stats"))["commits"] <= 1_000 / 16
+
+
+async def test_a_pending_flush_stops_nobody_else(tmp_path: Path) -> None:
+    files = ToldFiles()
+    async with InLoop(tmp_path / "registry.json", files=files) as daemon:
+        writer, other = await daemon.peer(), await daemon.peer()
+        files.gate.clear()
+        files.syncing.clear()
+        writer.send({"cmd": "register", "name": "a", "port": 1}, "resolve a")
+        await until(files.syncing.is_set)
+        assert (await other.ask(PING))["ok"]
+        assert (await other.ask("resolve a"))["error"] == "not_found"
+        files.gate.set()
+        assert (await writer.reply())["rev"] == 1
+        assert (await writer.reply())["port"] == 1
+
+
+async def test_a_full_disk_is_told_and_reads_go_on(tmp_path: Path) -> None:
+    files = ToldFiles()
+    async with InLoop(tmp_path / "registry.json", files=files) as daemon:
+        peer = await daemon.peer()
+        await peer.ask(cmd="register", name="a", port=1)
+        files.failing["write"] = FULL
+        failed = await peer.ask(cmd="register", name="b", port=2)
+        assert (failed["error"], "No space left" in failed["message"]) == ("storage_failed", True)
+        assert (await peer.ask(cmd="deregister", name="a"))["error"] == "storage_failed"
+        assert (await peer.ask("resolve a"))["port"] == 1
+        assert (await peer.ask("resolve b"))["error"] == "not_found"
+        files.failing.clear()
+        assert (await peer.ask(cmd="register", name="b", port=2))["rev"] == 2
+
+
+async def test_pending_replies_are_sent_when_the_peer_ends(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    peer.send({"cmd": "register", "name": "a", "port": 1}, "resolve a", b'{"cmd":"ping"}')
+    peer.writer.write_eof()
+    assert (await peer.rest()).count(b'"ok":true') == 3
+
+
+async def test_quit_closes_after_the_replies(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    peer.send({"cmd": "register", "name": "a", "port": 1}, "quit", {"cmd": "register", "name": "b", "port": 1})
+    assert (await peer.rest()).count(b"\n") == 1
+    assert (await (await daemon.peer()).ask("resolve b"))["error"] == "not_found"
+
+
+async def test_who_quits_and_stays_is_closed_soon(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    peer.send("quit")
+    assert await peer.rest() == b""
+    assert len(daemon.server.connections) == 1
+    daemon.clock.advance(1.0)
+    await until(lambda: not daemon.server.connections)
+
+
+async def test_a_browser_is_refused_and_its_body_is_not_looked_at(
+    daemon: InLoop, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = b'{"cmd":"register","name":"evil","port":1}\n' * 1_000
+    for _ in range(3):
+        peer = await daemon.peer()
+        peer.send(b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        reply = json.loads(await peer.rest())
+        assert reply["error"] == "bad_request"
+        await peer.close()
+    assert (await (await daemon.peer()).ask("resolve evil"))["error"] == "not_found"
+    assert len([record for record in caplog.records if "does not speak regd" in record.message]) == 1
+    assert r"b'POST / HTTP/1.1'" in caplog.text
+
+
+async def test_the_error_line_is_not_eaten_by_a_reset(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    peer.send(b"GET / HTTP/1.1\r\n" + b"x" * 3_000_000)  # more than the daemon has read when it answers
+    assert json.loads(await peer.line())["error"] == "bad_request"
+
+
+async def test_too_long_and_broken_lines_leave_the_session(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    assert (await peer.ask(b"{" + b"x" * 200_000 + b"\n"))["error"] == "too_large"
+    assert (await peer.ask(b"{]\n"))["error"] == "bad_json"
+    assert (await peer.ask(PING))["ok"]
+
+
+async def test_an_unfinished_line_ends_an_idle_connection_does_not(daemon: InLoop) -> None:
+    idle, slow = await daemon.peer(), await daemon.peer()
+    assert (await idle.ask(PING))["ok"]
+    for count, byte in enumerate(b'{"cmd"', 1):
+        slow.send(bytes([byte]))
+        await until(lambda count=count: daemon.server.waiting_bytes == count)
+        daemon.clock.advance(19.9)  # each byte has time anew
+    assert (await idle.ask(PING))["ok"]
+    daemon.clock.advance(0.2)
+    reply = json.loads(await slow.rest())
+    assert reply["error"] == "timeout"
+    daemon.clock.advance(86_400)
+    assert (await idle.ask(PING))["ok"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+async def test_connections_are_limited(tmp_path: Path, count: int) -> None:
+    async with InLoop(tmp_path / "registry.json", limits=Limits(connections_max=2)) as daemon:
+        peers = [await daemon.peer() for _ in range(count)]
+        for peer in peers[:2]:
+            assert (await peer.ask(PING))["ok"]
+        if count > 2:
+            assert json.loads(await peers[2].rest())["error"] == "busy"
+            await peers[0].close()
+            await until(lambda: len(daemon.server.connections) < 3)
+            assert (await (await daemon.peer()).ask(PING))["ok"]
+
+
+async def test_who_does_not_read_is_not_read_and_stops_nobody(daemon: InLoop) -> None:
+    setup, deaf = await daemon.peer(), await daemon.peer()
+    for n in range(500):
+        setup.send({"cmd": "register", "name": f"n{n}", "port": 1, "meta": {"k": "v" * 1_000}})
+    for _ in range(500):
+        await setup.reply()
+    deaf.send(b"list\n" * 2_000)  # a gigabyte of replies
+    await until(lambda: daemon.server.unsent_bytes)
+    assert (await setup.ask(PING))["ok"]
+    assert daemon.server.unsent_bytes < 2_000_000
+    for _ in range(2_000):
+        assert len((await deaf.reply())["instances"]) == 500
+        if _ == 20:
+            break
+
+
+async def test_unsent_bytes_are_limited_in_all_and_the_longest_stuck_gives_way(tmp_path: Path) -> None:
+    async with InLoop(tmp_path / "registry.json", limits=Limits(output_bytes_total_max=1_200_000)) as daemon:
+        setup = await daemon.peer()
+        for n in range(900):
+            setup.send({"cmd": "register", "name": f"n{n}", "port": 1, "meta": {"k": "v" * 1_000}})
+        for _ in range(900):
+            await setup.reply()
+        for _ in range(12):
+            deaf = await daemon.peer()
+            deaf.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            deaf.send(b"list\n" * 100)
+        async with asyncio.timeout(WAIT_S):
+            while not (await setup.ask(cmd="stats"))["cut"]:
+                pass
+        assert daemon.server.unsent_bytes <= 1_200_000
+        assert (await setup.ask("resolve n1"))["ok"]
+
+
+async def test_unfinished_bytes_are_limited_in_all(tmp_path: Path) -> None:
+    async with InLoop(tmp_path / "registry.json", limits=Limits(input_bytes_total_max=100_000)) as daemon:
+        first, second, other = await daemon.peer(), await daemon.peer(), await daemon.peer()
+        first.send(b"{" + b"x" * 59_999)
+        await until(lambda: daemon.server.waiting_bytes == 60_000)
+        second.send(b"{" + b"x" * 59_999)
+        assert json.loads(await first.rest())["error"] == "busy"
+        assert daemon.server.waiting_bytes <= 100_000
+        assert (await other.ask(PING))["ok"]
+
+
+async def test_a_reset_costs_nobody_else(daemon: InLoop) -> None:
+    other = await daemon.peer()
+    for n in range(50):
+        plain = socket.create_connection(("127.0.0.1", daemon.port))
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        plain.sendall(b'{"cmd":"register","name":"r%d","port":1}\nlist\n' % n)
+        plain.close()
+    await until(lambda: len(daemon.server.connections) <= 1)
+    assert (await other.ask(PING))["ok"]
+
+
+async def test_a_page_is_bounded_and_goes_on(tmp_path: Path) -> None:
+    async with InLoop(
+        tmp_path / "registry.json", limits=Limits(reply_instances_max=3, reply_bytes_max=2_000)
+    ) as daemon:
+        peer = await daemon.peer()
+        for n in range(8):
+            await peer.ask(cmd="register", name="w", instance=str(n), port=1, meta={"k": "v" * 200})
+        seen: list[str] = []
+        after: dict[str, Any] = {}
+        while True:
+            page = await peer.ask(cmd="list", name="w*", **after)
+            assert page["epoch"] == EPOCH
+            assert 1 <= len(page["instances"]) <= 3
+            seen += [each["instance"] for each in page["instances"]]
+            if "next" not in page:
+                break
+            after = {"after": page["next"]}
+        assert seen == [str(n) for n in range(8)]
+        every = await peer.ask(cmd="resolve", name="w", all=True)
+        assert (len(every["instances"]), every["more"]) == (3, True)
+        assert "more" not in await peer.ask(cmd="resolve", name="w", all=True, instance="3")
+
+
+async def test_resolve_explains(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    await peer.ask(cmd="register", name="runner", port=1, meta={"zone": "a"})
+    await peer.ask(cmd="register", name="cache", port=1, state="draining")
+    assert (await peer.ask("resolve runnr"))["near"] == ["runner"]
+    assert "ready" in (await peer.ask("resolve cache"))["message"]
+    assert "meta" in (await peer.ask(cmd="resolve", name="runner", meta={"zone": "b"}))["message"]
+    assert "no instance" in (await peer.ask(cmd="resolve", name="runner", instance="7"))["message"]
+    assert (await peer.ask(cmd="resolve", name="runner", meta={"zone": "a"}))["port"] == 1
+    assert (await peer.ask(cmd="resolve", name="cache", all=True))["error"] == "not_found"
+    assert (await peer.ask(cmd="deregister", name="runnr"))["near"] == ["runner"]
+
+
+async def test_update_and_if(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    assert (await peer.ask(cmd="update", name="a", meta={}))["error"] == "not_found"
+    assert (await peer.ask(cmd="register", name="a", port=1, **{"if": 0}))["rev"] == 1
+    assert (await peer.ask(cmd="update", name="a"))["field"] == "meta"
+    assert (await peer.ask(cmd="update", name="a", meta={"k": "v"}, **{"if": 1}))["rev"] == 2
+    stale = await peer.ask(cmd="update", name="a", state="draining", **{"if": 1})
+    assert (stale["error"], stale["rev"]) == ("conflict", 2)
+    assert (await peer.ask(cmd="update", name="a", state="draining"))["rev"] == 3
+    listed = (await peer.ask("list"))["instances"]
+    assert [(each["meta"], each["state"]) for each in listed] == [({"k": "v"}, "draining")]
+    assert json.loads(daemon.registry.read_bytes())["a"] == {"port": 1, "meta": {"k": "v"}, "state": "draining"}
+    assert (await peer.ask(cmd="register", name="a", port=1))["rev"] == 4  # what is left out takes its default
+    assert (await peer.ask("resolve a"))["meta"] == {}
+    replaced = await peer.ask(cmd="register", name="a", port=2, force=True)
+    assert (replaced["replaced"], replaced["rev"]) == (True, 6)
+
+
+async def test_hello_and_stats_tell_who_answers(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    hello = await peer.ask(cmd="hello")
+    assert (hello["server"], hello["protocol"], hello["epoch"], hello["rev"]) == ("regd", 1, EPOCH, 0)
+    assert hello["loop"] == type(asyncio.get_running_loop()).__module__.partition(".")[0]
+    assert hello["host"].keys() == {"boot", "pid_namespace"}
+    assert hello["limits"]["line_bytes_max"] == 65_536
+    stats = await peer.ask(cmd="stats")
+    assert (stats["requests"], stats["connections"], stats["loop"]) == ({"hello": 1}, 1, hello["loop"])
+    assert stats["registry"] == str(daemon.registry)
+
+
+async def test_a_peer_that_asks_much_leaves_turns_to_others(daemon: InLoop) -> None:
+    greedy, other = await daemon.peer(), await daemon.peer()
+    greedy.send(b"ping\n" * 20_000)
+    other.send("ping")
+    assert (await other.reply())["ok"]
+    assert (await (await daemon.peer()).ask(cmd="stats"))["requests"]["ping"] < 20_001

@@ -1,0 +1,196 @@
+"""The engine: grouping, order, a disk that is slow, a disk that fails. Time and disk by hand."""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from regd.core.errors import Code, Refused
+from regd.core.limits import DEFAULT, Limits
+from regd.core.model import Entry, State
+from regd.core.registry import Draft, Registry
+from regd.server.engine import Engine, Write
+from regd.server.tally import Tally
+from regd.storage.store import Store
+from tests.support.clock import HandClock
+from tests.support.daemon import WAIT_S
+from tests.support.files import FULL, ToldFiles
+
+
+class Bench:
+    """An engine on a real file, with its door told."""
+
+    def __init__(self, folder: Path, limits: Limits = DEFAULT) -> None:
+        self.files = ToldFiles()
+        self.clock = HandClock()
+        self.tally = Tally()
+        self.path = folder / "registry.json"
+        self.store = Store(self.path, print, self.files)
+        self.store.open(0.0)
+        self.store.make()
+        self.registry = Registry(limits=limits)
+        self.engine = Engine(self.registry, self.store, self.clock, self.tally, limits)
+        self.outcomes: list[object] = []
+        self.task = asyncio.create_task(self.engine.run())
+
+    def submit(self, *writes: Write) -> None:
+        for write in writes:
+            self.engine.submit(write, self._done)
+
+    def _done(self, outcome: Mapping[str, object] | Refused) -> None:
+        self.outcomes.append(outcome.code if isinstance(outcome, Refused) else outcome["rev"])
+
+    async def until(self, count: int) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while len(self.outcomes) < count:
+                await asyncio.sleep(0)
+
+    async def flush_in_flight(self) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while not self.files.syncing.is_set():
+                await asyncio.sleep(0)
+
+    async def close(self) -> None:
+        self.files.gate.set()
+        self.engine.close()
+        async with asyncio.timeout(WAIT_S):
+            await self.task
+        self.store.close()
+
+    def held(self) -> dict[str, object]:
+        data = json.loads(self.path.read_bytes())
+        assert isinstance(data, dict)
+        return data
+
+
+def register(name: str, port: int = 1, if_rev: int | None = None) -> Write:
+    def write(draft: Draft) -> Mapping[str, object]:
+        entry, _ = draft.register(Entry(name, "", "127.0.0.1", port, {}, State.READY, 0, 0.0), if_rev)
+        return {"rev": entry.rev}
+
+    return write
+
+
+async def test_what_arrives_during_a_flush_is_the_next_one(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.files.gate.clear()
+    bench.files.syncing.clear()
+    bench.submit(register("first"))
+    await bench.flush_in_flight()
+    bench.submit(*(register(f"n{n}") for n in range(500)))
+    assert bench.outcomes == []
+    bench.files.gate.set()
+    await bench.until(501)
+    assert bench.outcomes == list(range(1, 502))
+    assert bench.tally.commits == 2
+    await bench.close()
+
+
+async def test_nobody_sees_a_change_before_the_file_holds_it(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.files.gate.clear()
+    bench.files.syncing.clear()
+    bench.submit(register("db"))
+    await bench.flush_in_flight()
+    assert bench.registry.get(("db", "")) is None
+    assert bench.registry.rev == 0
+    bench.files.gate.set()
+    await bench.until(1)
+    assert "db" in bench.held()
+    assert bench.registry.get(("db", "")) is not None
+    await bench.close()
+
+
+async def test_a_batch_that_fails_is_not_in_effect_nor_is_what_was_judged_on_it(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.submit(register("old"))
+    await bench.until(1)
+    bench.files.failing["write"] = FULL
+    bench.submit(register("a", if_rev=0), register("a", 2, if_rev=0), register("b"))
+    await bench.until(4)
+    assert bench.outcomes[1:] == [Code.STORAGE_FAILED] * 3
+    assert (bench.registry.rev, len(bench.registry)) == (1, 1)
+    bench.files.failing.clear()
+    bench.submit(register("a", if_rev=0), register("a", 2, if_rev=0))
+    await bench.until(6)
+    assert bench.outcomes[4:] == [2, Code.CONFLICT]  # the failed ones had no revision
+    assert bench.held().keys() == {"$regd", "old", "a"}
+    await bench.close()
+
+
+async def test_a_refusal_waits_for_what_it_was_judged_on(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.files.gate.clear()
+    bench.submit(register("a", if_rev=0), register("a", 2, if_rev=0))
+    await bench.flush_in_flight()
+    assert bench.outcomes == []
+    bench.files.gate.set()
+    await bench.until(2)
+    assert bench.outcomes == [1, Code.CONFLICT]
+    await bench.close()
+
+
+async def test_what_changes_nothing_needs_no_disk(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.submit(register("a"))
+    await bench.until(1)
+    bench.files.failing["create"] = FULL
+    bench.submit(register("a"), register("a", 2, if_rev=7))
+    await bench.until(3)
+    assert bench.outcomes == [1, 1, Code.CONFLICT]
+    assert bench.tally.commits == 1
+    await bench.close()
+
+
+async def test_a_file_that_may_show_what_is_not_in_effect_is_mended_by_itself(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.files.failing["sync_folder"] = FULL
+    bench.submit(register("a"))
+    await bench.until(1)
+    assert bench.outcomes == [Code.STORAGE_FAILED]
+    assert "a" in bench.held()
+    bench.files.failing.clear()
+    bench.clock.advance(1.0)
+    async with asyncio.timeout(WAIT_S):
+        while bench.store.dirty:
+            await asyncio.sleep(0)
+    assert bench.held().keys() == {"$regd"}
+    await bench.close()
+
+
+@pytest.mark.parametrize("count", [3, 4, 5])
+async def test_writes_that_wait_are_limited(tmp_path: Path, count: int) -> None:
+    bench = Bench(tmp_path, Limits(writes_waiting_max=4))
+    bench.submit(*(register(f"n{n}") for n in range(min(count, 4))))
+    if count > 4:
+        with pytest.raises(Refused) as refusal:
+            bench.submit(register("n4"))
+        assert refusal.value.code is Code.BUSY
+    await bench.until(min(count, 4))
+    await bench.close()
+
+
+async def test_closing_lands_what_waits_and_takes_no_more(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.submit(*(register(f"n{n}") for n in range(10)))
+    bench.engine.close()
+    with pytest.raises(Refused) as refusal:
+        bench.submit(register("late"))
+    assert refusal.value.code is Code.SHUTTING_DOWN
+    await bench.close()
+    assert bench.outcomes == list(range(1, 11))
+    assert len(bench.held()) == 11
+
+
+async def test_a_bug_ends_the_engine_loudly(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+
+    def bug(draft: Draft) -> Mapping[str, object]:
+        raise ZeroDivisionError
+
+    bench.submit(bug)
+    with pytest.raises(ZeroDivisionError):
+        await bench.task
+    bench.store.close()
