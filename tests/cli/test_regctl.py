@@ -1,0 +1,115 @@
+"""The command `regctl` as a process: exit statuses, tables for people, lines for pipes, JSON for scripts."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import Daemon, environment
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def regctl(process: Daemon) -> Run:
+    def run(*arguments: str, address: str = "") -> tuple[int, str, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "regd.cli.regctl", *arguments],
+            env=environment(REGD_ADDRESS=address or process.addresses[0]), capture_output=True, text=True, timeout=20, check=False,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+def test_register_resolve_list_deregister(regctl: Run) -> None:
+    assert regctl("ping") == (0, "regd answers\n", "")
+    assert regctl("register", "db", "5432") == (0, "127.0.0.1:5432\n", "")
+    assert regctl("register", "db", "1", "--host", "::1", "--instance", "two", "--meta", "zone=a") == (
+        0,
+        "[::1]:1\n",
+        "",
+    )
+    assert regctl("resolve", "db", "--instance", "two") == (0, "[::1]:1\n", "")
+    assert regctl("resolve", "db", "--meta", "zone=a") == (0, "[::1]:1\n", "")
+    assert regctl("resolve", "db", "--all") == (0, "127.0.0.1:5432\n[::1]:1\n", "")
+    assert regctl("list") == (0, "db\t\t127.0.0.1:5432\tready\t\ndb\ttwo\t[::1]:1\tready\tzone=a\n", "")
+    assert regctl("list", "x*") == (0, "", "")
+    assert regctl("deregister", "db") == (0, "", "")
+    assert regctl("deregister", "db", "--instance", "two") == (0, "", "")
+    assert regctl("list")[1] == ""
+    assert "registrations  0" in regctl("stats")[1]
+
+
+def test_exit_statuses(regctl: Run, tmp_path: Path) -> None:
+    regctl("register", "runner", "1")
+    status, out, errors = regctl("resolve", "runnr")
+    assert (status, out) == (1, "")
+    assert "did you mean 'runner'?" in errors
+    assert regctl("deregister", "nobody")[0] == 1
+    assert regctl("resolve")[0] == 2
+    assert regctl("nonsense")[0] == 2
+    assert regctl("register", "db", "70000")[0] == 2
+    assert regctl("register", "db", "x")[0] == 2
+    assert regctl("list", "--meta", "zone")[0] == 2
+    assert regctl("ping", "--address", "nonsense")[0] == 2
+    status, _, errors = regctl("ping", address=f"unix://{tmp_path}/none")
+    assert status == 3
+    assert "start one with `regd`" in errors
+    assert errors.count("\n") == 1
+
+
+def test_json_is_the_reply(regctl: Run) -> None:
+    regctl("register", "db", "5432")
+    status, out, _ = regctl("--json", "resolve", "db")
+    assert (status, json.loads(out)["port"]) == (0, 5432)
+    status, out, errors = regctl("resolve", "bd", "--json")
+    assert (status, json.loads(out)["error"], json.loads(out)["near"], errors) == (1, "not_found", ["db"], "")
+    assert [each["name"] for each in json.loads(regctl("list", "--json")[1])["instances"]] == ["db"]
+
+
+def test_a_person_sees_a_table_and_no_escape_sequences(regctl: Run, process: Daemon) -> None:
+    regctl("register", "db", "5432", "--meta", "note=\x1b[31mred")
+    mine, theirs = pty.openpty()
+    subprocess.run(
+        [sys.executable, "-m", "regd.cli.regctl", "list"],
+        env=environment(REGD_ADDRESS=process.addresses[0]),
+        stdout=theirs,
+        check=True,
+        timeout=20,
+    )
+    os.close(theirs)
+    shown = os.read(mine, 4_096).decode()
+    os.close(mine)
+    lines = shown.splitlines()
+    assert lines[0].split() == ["NAME", "INSTANCE", "ADDRESS", "STATE", "META"]
+    assert lines[1].split() == ["db", "127.0.0.1:5432", "ready", r"note=\x1b[31mred"]
+    assert "\x1b" not in shown
+
+
+def test_version_and_help(regctl: Run) -> None:
+    assert regctl("--version")[1].startswith("regctl ")
+    status, out, _ = regctl("--help")
+    assert status == 0
+    for word in ("list", "resolve", "register", "deregister", "ping", "stats", "Exit status"):
+        assert word in out
+
+
+def test_a_pipe_that_has_seen_enough(regctl: Run, process: Daemon) -> None:
+    for n in range(3):
+        regctl("register", f"n{n}", "1")
+    command = f"{sys.executable} -m regd.cli.regctl list | true"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        env=environment(REGD_ADDRESS=process.addresses[0]),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""

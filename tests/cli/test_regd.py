@@ -1,0 +1,159 @@
+"""The command `regd` as a process: what it prints, how it ends, and one line for whatever goes wrong."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import regd
+from tests.support.daemon import Daemon, environment
+
+
+def run(daemon: Daemon, *flags: str, uid: int | None = None) -> tuple[int, str, str]:
+    command = daemon.command(*flags)
+    if uid is not None:
+        command = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", *command]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=20, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def one_line(errors: str) -> str:
+    assert errors.startswith("regd: "), errors
+    assert errors.count("\n") == 1, errors
+    return errors
+
+
+def test_it_says_where_it_listens_and_listens_there(tmp_path: Path) -> None:
+    with Daemon(tmp_path / "deep" / "registry.json", "--unix", str(tmp_path / "s")) as daemon:
+        daemon.start()
+        assert daemon.process is not None
+        assert daemon.process.stdout is not None
+        lines = [
+            f"listening {daemon.addresses[0]}",
+            *(daemon.process.stdout.readline().strip() for _ in range(2)),
+        ]
+        assert lines == [
+            f"listening tcp://127.0.0.1:{daemon.port}",
+            f"listening tcp://[::1]:{daemon.port}",
+            f"listening unix://{tmp_path}/s",
+        ]
+        for host in ("127.0.0.1", "::1"):
+            socket.create_connection((host, daemon.port)).close()
+        assert json.loads(daemon.registry.read_bytes()) == {"$regd": {"format": 1, "rev": 0}}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_cleanly(process: Daemon, number: signal.Signals) -> None:
+    with socket.create_connection(("127.0.0.1", process.port)) as peer:
+        peer.sendall(b'{"cmd":"register","name":"db","port":1}\n')
+        assert b'"ok":true' in peer.recv(4_096)
+        status, errors = process.end(number)
+        assert status == 0
+        assert "Traceback" not in errors
+        assert peer.recv(4_096) == b""
+    assert "db" in json.loads(process.registry.read_bytes())
+    process.start()  # the same port, at once
+    with socket.create_connection(("127.0.0.1", process.port)) as peer:
+        peer.sendall(b"resolve db\n")
+        assert b'"port":1' in peer.recv(4_096)
+
+
+def test_a_second_one_says_so_and_touches_nothing(process: Daemon, tmp_path: Path) -> None:
+    before = process.registry.stat()
+    status, out, errors = run(process, "--port", "0")
+    assert (status, out) == (1, "")
+    assert (
+        f"in use by another regd (process {process.process.pid})" in one_line(errors)
+        if process.process
+        else False
+    )
+    other = Daemon(tmp_path / "other" / "registry.json")
+    status, out, errors = run(other, "--port", str(process.port))
+    assert (status, out) == (1, "")
+    assert f"port {process.port} on 127.0.0.1 is taken" in one_line(errors)
+    assert not other.registry.parent.exists()
+    assert process.registry.stat() == before
+
+
+@pytest.mark.parametrize("data", [b"", b"\0" * 100, b'{"a": {"port": 1}', b"[1]"])
+def test_a_damaged_registry_is_refused_and_kept(tmp_path: Path, data: bytes) -> None:
+    daemon = Daemon(tmp_path / "registry.json")
+    daemon.registry.write_bytes(data)
+    status, out, errors = run(daemon, "--port", "0")
+    assert (status, out) == (1, "")
+    assert f"{daemon.registry}: " in one_line(errors)
+    assert daemon.registry.read_bytes() == data
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can try it as another user")
+def test_a_folder_that_it_may_not_write_is_told(tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o755)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == 0 and "pytest" in str(folder):
+            folder.chmod(0o755)
+    daemon = Daemon(locked / "registry.json")
+    status, out, errors = run(daemon, "--port", "0", uid=65_534)
+    if "Permission denied: '/" in errors or "No module" in errors or "can't open" in errors:
+        pytest.skip("another user cannot even run this Python")
+    assert (status, out) == (1, "")
+    assert "Permission denied" in one_line(errors)
+    assert "--registry" in errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--prot", "1"], "--prot"),
+        (["--port", "70000"], "0 to 65535"),
+        (["--port", "x"], "0 to 65535"),
+        (["--log-level", "loud"], "loud"),
+        (["extra"], "extra"),
+    ],
+)
+def test_a_bad_flag_is_one_line(tmp_path: Path, flags: list[str], says: str) -> None:
+    status, _, errors = run(Daemon(tmp_path / "registry.json"), *flags)
+    assert status == 2
+    assert says in one_line(errors)
+    assert "regd --help" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_version_and_help(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path / "registry.json")
+    assert run(daemon, "--version") == (0, f"regd {regd.__version__}\n", "")
+    status, out, _ = run(daemon, "--help")
+    assert status == 0
+    for flag in ("--port", "--unix", "--registry", "--log-level", "7343"):
+        assert flag in out
+
+
+def test_uvloop_is_used_where_it_is_installed(tmp_path: Path) -> None:
+    pytest.importorskip("uvloop")
+    with Daemon(tmp_path / "registry.json", stock=False) as daemon:
+        daemon.start()
+        with socket.create_connection(("127.0.0.1", daemon.port)) as peer:
+            peer.sendall(b'{"cmd":"hello"}\n')
+            assert json.loads(peer.makefile().readline())["loop"] == "uvloop"
+        assert daemon.end()[0] == 0
+
+
+def test_an_acknowledged_registration_survives_kill_9(tmp_path: Path) -> None:
+    with Daemon(tmp_path / "registry.json") as daemon:
+        acknowledged = 0
+        for _ in range(5):
+            daemon.start()
+            with socket.create_connection(("127.0.0.1", daemon.port)) as peer:
+                for n in range(acknowledged, acknowledged + 400):
+                    peer.sendall(b'{"cmd":"register","name":"n%d","port":1}\n' % n)
+                lines = peer.makefile("rb")
+                for _ in range(40):
+                    assert b'"ok":true' in lines.readline()
+                    acknowledged += 1
+                daemon.end(signal.SIGKILL)
+            held = json.loads(daemon.registry.read_bytes())
+            assert all(f"n{n}" in held for n in range(acknowledged))

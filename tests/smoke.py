@@ -1,0 +1,44 @@
+"""Tries the installed package, not the checkout: `python3 tests/smoke.py FOLDER`, the folder of its commands."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+def main() -> None:
+    commands = Path(sys.argv[1]).resolve()
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("REGD_", "PYTHON"))}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def run(*command: str, **environment: str) -> str:
+            done = subprocess.run(
+                [str(commands / command[0]), *command[1:]],
+                cwd=folder, env=plain | environment, capture_output=True, text=True, check=True, timeout=30,
+            )  # fmt: skip
+            return done.stdout
+
+        assert run("regd", "--version").startswith("regd ")
+        assert run("regctl", "--version").startswith("regctl ")
+        code = "import regd_client, pathlib; print(pathlib.Path(regd_client.__file__).with_name('py.typed').exists(), regd_client.Client.__name__)"
+        assert run("python", "-c", code) == "True Client\n"
+        daemon = subprocess.Popen(
+            [commands / "regd", "--port", "0", "--registry", "registry.json", "--log-level", "warning"],
+            cwd=folder, env=plain, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            assert daemon.stdout is not None
+            address = daemon.stdout.readline().split()[1]
+            run("regctl", "register", "db", "5432", REGD_ADDRESS=address)
+            assert run("regctl", "resolve", "db", REGD_ADDRESS=address) == "127.0.0.1:5432\n"
+            code = "import asyncio, regd_client; print(asyncio.run(regd_client.resolve('db')))"
+            assert run("python", "-c", code, REGD_ADDRESS=address) == "127.0.0.1:5432\n"
+        finally:
+            daemon.terminate()
+            assert daemon.wait(10) == 0
+    sys.stdout.write("smoke test of the wheel: passed\n")
+
+
+if __name__ == "__main__":
+    main()
