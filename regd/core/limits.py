@@ -24,7 +24,7 @@ class Limits:
     )
     id_chars_max: int = _row(64, "room for a UUID with a prefix", "request refused", "bad_request")
     connections_max: int = _row(
-        10_240, "10,000 services and some terminals; lower where open files are", "closed", "busy"
+        10_240, "10,000 services and some terminals; fewer where fewer files may be open", "closed", "busy"
     )
     requests_in_flight_max: int = _row(
         64, "per connection; fills a commit, no more", "connection is not read until replies are out"

@@ -1,0 +1,30 @@
+"""Reads the fenced blocks of the documents, and replays conversations."""
+
+import re
+from pathlib import Path
+
+from tests.support.daemon import InLoop, Peer
+
+
+def blocks(path: Path, kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def fits(expected: str, line: str) -> bool:
+    """Whether a line is as the document has it; … stands for anything."""
+    return re.fullmatch(".*".join(map(re.escape, expected.split("…"))), line) is not None
+
+
+async def replay(text: str, daemon: InLoop) -> None:
+    """Send the lines behind `> `, and hold what comes back against those behind `< `; `< (closed)` is the end."""
+    peer: Peer = await daemon.peer()
+    for line in text.splitlines():
+        mark, said = line[:2], line[2:]
+        if mark == "> ":
+            peer.send(said.replace("\\0", "\0"))
+        elif said == "(closed)":
+            assert await peer.rest() == b""
+        else:
+            assert mark == "< ", f"neither sent nor received: {line!r}"
+            came = (await peer.line()).decode().rstrip("\n")
+            assert fits(said, came), f"\nexpected {said}\n    came {came}"

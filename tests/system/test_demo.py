@@ -1,0 +1,70 @@
+"""`make run`, from a bare checkout: what it shows, and that it leaves nothing running."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import ROOT
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_make_run(tmp_path: Path, number: signal.Signals) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", 5050))
+        except OSError:
+            pytest.skip("port 5050, which the runner wants, is taken on this machine")
+    for name in ("regd", "client", "services", "Makefile"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("registry", "__pycache__"))
+        else:
+            shutil.copy(source, tmp_path / name)
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "PORT": str(free_port()),
+        "PYTHONUNBUFFERED": "1",
+    }
+    process = subprocess.Popen(
+        ["make", "-s", "run"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    shown = ""
+    while "Ctrl-C ends" not in shown:
+        line = process.stdout.readline()
+        assert line, f"it ended: {shown}"
+        shown += line
+    os.killpg(process.pid, number)
+    shown += process.communicate(timeout=30)[0]
+    for words in (
+        "listening tcp://127.0.0.1:",
+        "runner: registered",
+        '"runner": {"port": 5050}',
+        "found runner at 127.0.0.1:5050",
+        '{"sum": 1}',
+        "nc 127.0.0.1",
+    ):
+        assert words in shown
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", 5050))
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", int(environment["PORT"])))
+    assert "runner" not in (tmp_path / "services/registry/registry.json").read_text()

@@ -1,0 +1,54 @@
+"""First-class users: real nc of both kinds, telnet and curl, as a new user would type."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from tests.support.daemon import Daemon
+
+REGISTER = r"""printf '{"cmd":"register","name":"db","port":5432}\n{"cmd":"resolve","name":"db"}\nquit\n' | %s 127.0.0.1 %d"""
+
+
+def shell(command: str) -> str:
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=20, check=False)
+    return done.stdout
+
+
+def need(tool: str) -> str:
+    if shutil.which(tool) is None:
+        pytest.skip(f"no {tool} on this machine")
+    return tool
+
+
+@pytest.mark.parametrize("tool", ["nc.openbsd", "nc.traditional"])
+def test_netcat(process: Daemon, tool: str) -> None:
+    need(tool)
+    lines = shell(REGISTER % (tool, process.port)).splitlines()
+    assert len(lines) == 2
+    assert '"port":5432' in lines[1]
+    lines = shell(rf"printf 'resolve db\r\nlist\r\nquit\r\n' | {tool} 127.0.0.1 {process.port}").splitlines()
+    assert len(lines) == 2
+    assert all('"name":"db"' in line for line in lines)
+    assert shell(f"""echo '{{"cmd":"ping"}}' | {tool} -w 1 127.0.0.1 {process.port}""") == '{"ok":true}\n'
+
+
+def test_netcat_that_ends_its_side(process: Daemon) -> None:
+    need("nc.openbsd")
+    assert shell(f"""echo '{{"cmd":"ping"}}' | nc.openbsd -N 127.0.0.1 {process.port}""") == '{"ok":true}\n'
+
+
+def test_telnet(process: Daemon) -> None:
+    need("telnet")
+    shown = shell(f"(sleep 0.5; printf 'list\\r\\nquit\\r\\n'; sleep 0.5) | telnet 127.0.0.1 {process.port}")
+    assert '"instances":[]' in shown
+
+
+def test_curl_is_refused(process: Daemon) -> None:
+    need("curl")
+    done = subprocess.run(
+        ["curl", "-sS", "--http0.9", "-d", '{"cmd":"register","name":"evil","port":1}', f"http://127.0.0.1:{process.port}/"],
+        capture_output=True, text=True, timeout=20, check=False,
+    )  # fmt: skip
+    assert '"error":"bad_request"' in done.stdout
+    assert "evil" not in process.registry.read_text()

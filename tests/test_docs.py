@@ -1,0 +1,111 @@
+"""Whatever is written is run: the conversations of the protocol page, the tables, the programs, the README's session."""
+
+import asyncio
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from regd.core.errors import Code
+from regd.core.limits import Limits
+from regd.protocol.commands import COMMANDS
+from tests.support.daemon import ROOT, Daemon, InLoop, environment
+from tests.support.documents import blocks, replay
+
+PROTOCOL, DESIGN, README, CLIENT = (
+    ROOT / name for name in ("regd/PROTOCOL.md", "regd/DESIGN.md", "README.md", "client/README.md")
+)
+CONVERSATIONS = blocks(PROTOCOL, "transcript")
+
+
+@pytest.mark.socket
+@pytest.mark.parametrize("text", CONVERSATIONS, ids=range(len(CONVERSATIONS)))
+async def test_the_conversations_of_the_protocol_page(text: str, daemon: InLoop) -> None:
+    await replay(text, daemon)
+
+
+def test_every_command_and_error_is_in_the_protocol_page() -> None:
+    page = PROTOCOL.read_text()
+    sent = "".join(CONVERSATIONS)
+    for name, command in COMMANDS.items():
+        arguments = " ".join(
+            f"`{key}`" if argument.required else f"[`{key}`]" for key, argument in command.arguments.items()
+        )
+        assert f"| `{name}` | {arguments} |" in page, name
+        assert f'"cmd":"{name}"' in sent, f"no conversation shows {name}"
+    for code in Code:
+        assert f"| `{code}` | {code.meaning} |" in page, code
+
+
+def limit_rows() -> list[str]:
+    rows = []
+    for row in fields(Limits):
+        told = row.metadata
+        error = f"`{told['error']}`" if told["error"] else ""
+        rows.append(f"| `{row.name}` | {row.default:,} | {told['why']} | {told['beyond']} | {error} |")
+    return rows
+
+
+def test_the_limits_are_in_the_design_page() -> None:
+    page = DESIGN.read_text()
+    for row in limit_rows():
+        assert row in page, row
+
+
+def test_the_program_of_the_client_page_runs(process: Daemon, tmp_path: Path) -> None:
+    for number, program in enumerate(blocks(CLIENT, "python") + blocks(README, "python")):
+        path = tmp_path / f"program{number}.py"
+        path.write_text(program)
+        done = subprocess.run(
+            [sys.executable, "-W", "error", str(path)], env=environment(REGD_ADDRESS=process.addresses[0]), capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, ""), program
+
+
+def test_the_session_of_the_readme(process: Daemon) -> None:
+    """Its commands, typed into a shell, print what it says, but for the times."""
+    if shutil.which("nc") is None:
+        pytest.skip("no nc on this machine")
+    text = "".join(blocks(README, "console"))
+    commands = re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]
+    assert len(commands) >= 3
+    for each in commands:
+        command, _, expected = each.partition("\n")
+        command = command.replace(" 7343", f" {process.port}").replace(
+            "services/registry/registry.json", str(process.registry)
+        )
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=20, check=True)
+        assert re.sub(r"\d{10}\.\d+", "TIME", done.stdout) == re.sub(r"\d{10}\.\d+", "TIME", expected), command
+
+
+def test_the_readme_has_the_two_commands() -> None:
+    text = README.read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for command in ("run", "test"):
+        assert f"make {command}" in text
+        assert f"\n{command}:" in makefile
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (PROTOCOL, DESIGN, README, CLIENT):
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_example_of_the_file_loads(tmp_path: Path) -> None:
+    (example,) = blocks(PROTOCOL, "json")
+    path = tmp_path / "registry.json"
+    path.write_text(example)
+
+    async def serve() -> None:
+        async with InLoop(path) as daemon:
+            assert (await (await daemon.peer()).ask("resolve runner"))["port"] == json.loads(example)["runner"][
+                "port"
+            ]
+
+    asyncio.run(serve())
