@@ -16,16 +16,17 @@ from regd.core.model import check_name
 from regd.protocol.commands import Request
 from regd.protocol.messages import decode
 
-_BLANKS = b" \t\r"
-_LINE_OVERHEAD_BYTES = (
-    56  # what Python keeps around a line in the queue; many short lines cost more than they are
-)
+# telnet writes a carriage return as CR NUL (RFC 854), so that is a blank too, here and at the end of a line.
+_BLANKS = re.compile(rb"(?:[ \t]|\r\0?)*")
+_END = b"\r\0\r"
+# What Python keeps around a line in the queue; many short lines cost more than they are.
+_LINE_OVERHEAD_BYTES = 56
 _WORDS = (b"help", b"ping", b"list", b"resolve", b"quit")  # read-only, each a whole line but for NAME
-_BARE = re.compile(rb"(help|ping|list|quit)|(resolve)[ \t]+([!-~]{1,253})")
+_BARE = re.compile(rb"(?:(help|ping|list|quit)|(resolve)[ \t]+([!-~]{1,253}))(?:[ \t]|\r\0?)*")
 # As much of a line as can still become a bare form: a word, or `resolve` and the beginning of a name.
-_BARE_BEGUN = re.compile(rb"resolve[ \t]+[!-~]{0,253}[ \t\r]*|(?:help|ping|list|quit|resolve)[ \t\r]*")
-
-
+_BARE_BEGUN = re.compile(
+    rb"resolve[ \t]+[!-~]{0,253}(?:[ \t]|\r\0?)*|(?:help|ping|list|quit|resolve)(?:[ \t]|\r\0?)*"
+)
 _SEEN_BYTES = 60  # of a stranger's line, for the log
 
 
@@ -87,7 +88,7 @@ class Reader:
     @property
     def unfinished(self) -> bool:
         """Whether the peer has begun a line and not ended it."""
-        return bool(self._rest) or self._skipping
+        return self._skipping or (bool(self._rest) and self._rest != b"\r")
 
     def receive(self, data: bytes) -> None:
         if self._closed:
@@ -127,9 +128,10 @@ class Reader:
 
     def _line(self, line: bytes) -> None:
         """Put a whole line into the queue; blanks in front do not count, and an empty one says nothing."""
-        line = line.lstrip(_BLANKS)
-        if line.endswith(b"\r"):
-            line = line[:-1]
+        if line.endswith((b"\r", b"\0")):
+            line = line.removesuffix(b"\r").removesuffix(b"\r\0")
+        if not line.startswith(b"{"):
+            line = line[_leading(line) :]
         if len(line) > self._limits.line_bytes_max:
             self._lines.append(_Mark.TOO_LARGE if line.startswith(b"{") else _Stranger(line[:_SEEN_BYTES]))
         elif line:
@@ -140,17 +142,20 @@ class Reader:
         """Keep more of an unfinished line, while it can still become one."""
         if self._skipping:
             return
-        self._rest += data if self._rest else data.lstrip(_BLANKS)
-        if not self._rest:
-            return
+        self._rest += data
+        if not self._rest.startswith(b"{"):
+            blanks = _leading(self._rest)
+            # A carriage return at the very end stays: a NUL may follow.
+            del self._rest[: blanks - (blanks == len(self._rest) and self._rest.endswith(b"\r"))]
+            if not self.unfinished:
+                return
         if not self._rest.startswith(b"{") and not _may_be_bare(self._rest):
             # It has no end yet, and need not have one: a TLS hello may hold no line feed at all.
             self._lines.append(_Stranger(bytes(self._rest[:_SEEN_BYTES])))
             self._rest.clear()
             self._closed = True
             return
-        over = len(self._rest) - self._limits.line_bytes_max
-        if over > 1 or (over == 1 and not self._rest.endswith(b"\r")):
+        if not _END.startswith(self._rest[self._limits.line_bytes_max :]):
             self._lines.append(_Mark.TOO_LARGE)
             self._rest.clear()
             self._skipping = True
@@ -168,7 +173,7 @@ class Reader:
         assert isinstance(line, bytes)
         self._waiting_bytes -= len(line) + _LINE_OVERHEAD_BYTES
         if not line.startswith(b"{"):
-            return self._bare(line.rstrip(_BLANKS))
+            return self._bare(line)
         try:
             return decode(line)
         except Refused as refusal:
@@ -199,6 +204,12 @@ class Reader:
             fatal=True,
             seen=seen,
         )
+
+
+def _leading(line: bytes | bytearray) -> int:
+    """How many blanks a line begins with."""
+    blanks = _BLANKS.match(line)
+    return blanks.end() if blanks else 0
 
 
 def _may_be_bare(begun: bytearray) -> bool:

@@ -132,12 +132,15 @@ def test_a_link_to_the_registry_is_the_registry(shelf: Shelf, tmp_path: Path) ->
     store.close()
 
 
+def by_renaming(path: Path) -> None:
+    new = path.with_name("new")
+    new.write_text('{"mine": {"port": 9}}')
+    new.replace(path)
+
+
 EDITS: dict[str, Callable[[Path], object]] = {
     "in place": lambda path: path.write_text('{"mine": {"port": 9}}'),
-    "replaced": lambda path: (
-        path.with_name("new").write_text('{"mine": {"port": 9}}'),
-        os.replace(path.with_name("new"), path),
-    ),
+    "replaced": by_renaming,
     "broken": lambda path: path.write_text('{"mine'),
 }
 
