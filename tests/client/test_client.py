@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -161,6 +162,27 @@ async def test_who_is_no_regd_is_told() -> None:
     async with await asyncio.start_server(web, "127.0.0.1", 0) as server:
         with pytest.raises(regd_client.RegdError, match="no answer of regd"):
             await Client(f"127.0.0.1:{server.sockets[0].getsockname()[1]}").ping()
+
+
+async def test_a_reply_goes_to_whoever_asked_whatever_the_order() -> None:
+    async def backwards(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        lines = [json.loads(await reader.readline()) for _ in range(3)]
+        for fields in reversed(lines):
+            reply = {
+                "ok": True,
+                "id": fields["id"],
+                "name": fields["name"],
+                "instance": "",
+                "host": "h",
+                "meta": {},
+            }
+            writer.write(json.dumps(reply | {"port": int(fields["name"][1:])}).encode() + b"\n")
+        writer.close()
+
+    server = await asyncio.start_server(backwards, "127.0.0.1", 0)
+    async with server, Client(f"127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
+        found = await asyncio.gather(*(client.resolve(f"a{port}") for port in (1, 2, 3)))
+    assert [(each.name, each.port) for each in found] == [("a1", 1), ("a2", 2), ("a3", 3)]
 
 
 async def test_a_list_of_several_pages_is_whole(daemon: InLoop) -> None:

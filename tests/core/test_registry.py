@@ -298,3 +298,14 @@ def test_looks_at_a_bounded_number_of_candidates(monkeypatch: pytest.MonkeyPatch
     registry = Registry([wanted(f"n{n:06}") for n in range(5_000)])
     registry.near("n00250x")
     assert seen == [DEFAULT.near_candidates_max]
+
+
+def test_a_batch_has_the_room_that_it_gave_back() -> None:
+    first, second = wanted("a"), wanted("b")
+    registry = Registry(limits=Limits(registry_bytes_max=first.weight_bytes))
+    draft = Draft(registry, 0.0)
+    draft.register(first)
+    draft.deregister(first.key)
+    draft.register(second)
+    registry.land(draft.changes, 0.0)
+    assert registry.get(second.key) is not None

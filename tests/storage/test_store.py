@@ -79,7 +79,7 @@ def test_a_commit_that_fails_leaves_the_old_state_and_the_next_one_is_right(
     shelf.store.commit([up(1, "a")])
     shelf.files.failing[step] = number
     with pytest.raises(OSError, match=r"No space|Input/output"):
-        shelf.store.commit([down(2, "a"), up(3, "b")])
+        shelf.store.commit([down(2, "a"), up(3, "b"), up(4, "a", 2)])
     assert shelf.held() == {"$regd": 1, "a": 1}
     assert "registry.json.tmp" not in os.listdir(shelf.path.parent)
     shelf.files.failing.clear()
