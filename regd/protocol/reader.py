@@ -18,7 +18,7 @@ from regd.protocol.messages import decode
 
 # telnet writes a carriage return as CR NUL (RFC 854), so that is a blank too, here and at the end of a line.
 _BLANKS = re.compile(rb"(?:[ \t]|\r\0?)*")
-_END = b"\r\0\r"
+_END_BYTES = len(b"\r\0\r")  # of a line's end, beyond the line and its line feed
 # What Python keeps around a line in the queue; many short lines cost more than they are.
 _LINE_OVERHEAD_BYTES = 56
 _WORDS = (b"help", b"ping", b"list", b"resolve", b"quit")  # read-only, each a whole line but for NAME
@@ -155,7 +155,7 @@ class Reader:
             self._rest.clear()
             self._closed = True
             return
-        if not _END.startswith(self._rest[self._limits.line_bytes_max :]):
+        if len(self._rest) > self._limits.line_bytes_max + _END_BYTES:
             self._lines.append(_Mark.TOO_LARGE)
             self._rest.clear()
             self._skipping = True

@@ -194,7 +194,7 @@ def test_a_line_without_end_is_forgotten_while_it_goes_on() -> None:
     reader = Reader()
     for _ in range(1_000):
         reader.receive(b"{" * 10_000)
-        assert reader.waiting_bytes <= MOST + 1
+        assert reader.waiting_bytes <= MOST + 3
     assert reader.unfinished
 
 
@@ -231,6 +231,7 @@ streams = st.lists(
 
 @given(streams, st.integers(1, 20))
 @example([b"\xed\xa0\x80"], 1)
+@example([b"{" * 57, b"\r\0", b"\r\0", b"\n"], 1)
 @settings(max_examples=400, deadline=None)
 def test_any_bytes_and_any_cut(pieces: list[bytes], cut: int) -> None:
     """Nothing else comes out, and where the chunks are cut makes no difference."""
