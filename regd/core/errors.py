@@ -25,9 +25,9 @@ class Code(StrEnum):
         "an argument is unknown, missing, of the wrong type or out of range; see `field`",
     )
     TOO_LARGE = "too_large", "the line is longer than `line_bytes_max`; it was skipped"
-    NOT_FOUND = "not_found", "no `ready` instance, or nothing to deregister or update"
-    CONFLICT = "conflict", "`if` names another revision than `rev`"
-    TIMEOUT = "timeout", "it took too long, as an unfinished line (then closed)"
+    NOT_FOUND = "not_found", "no `ready` instance, or nothing to deregister, update or renew"
+    CONFLICT = "conflict", "another owner lives (`owner`), or `if` names another revision than `rev`"
+    TIMEOUT = "timeout", "`wait` was not long enough; or an unfinished line (then closed)"
     BUSY = "busy", "beyond a limit; try again later"
     DENIED = "denied", "this peer may not do that"
     STORAGE_FAILED = "storage_failed", "the registry file could not be written; the change is not in effect"

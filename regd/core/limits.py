@@ -36,29 +36,41 @@ class Limits:
         16_384, "unsent, per connection; the kernel holds more", "connection is not read until all is sent"
     )
     output_bytes_total_max: int = _row(
-        67_108_864, "unsent, of connections beyond output_bytes_max", "the one stuck longest is cut"
+        67_108_864, "unsent, of connections beyond output_bytes_max", "the largest are cut"
     )
     input_bytes_total_max: int = _row(
-        67_108_864, "unfinished or unanswered lines in all", "the one waiting longest is closed", "busy"
+        67_108_864, "unfinished or unanswered lines in all", "the largest are closed", "busy"
     )
     reply_instances_max: int = _row(1_000, "a page that people and loops can take", "`next` or `more`")
     reply_bytes_max: int = _row(1_048_576, "a reply is one write", "`next` or `more`")
     list_scan_max: int = _row(5_000, "looked at for one page; keeps the loop free", "`next`")
-    near_candidates_max: int = _row(256, "looked at for near misses", "the rest is not looked at")
+    near_candidates_max: int = _row(128, "looked at for near misses", "the rest is not looked at")
     near_names_max: int = _row(3, "more is no hint", "the rest is not named")
-    departures_max: int = _row(1_024, "for `last`; the newest", "the oldest is forgotten")
+    departures_max: int = _row(1_024, "names that left, for `last` and `why`", "the oldest is forgotten")
+    departures_kept: int = _row(8, "of each name, for `why`", "the oldest is forgotten")
+    held_max: int = _row(10_000, "per connection, with `hold`", "request refused", "busy")
+    holders_max: int = _row(256, "of one registration; the workers of one server", "request refused", "busy")
+    processes_max: int = _row(8_192, "`pid`s watched; each is an open file", "request refused", "busy")
+    history_changes_max: int = _row(16_384, "what a watcher may miss and resume", "`reset` and a snapshot")
+    history_bytes_max: int = _row(67_108_864, "the same, in bytes", "`reset` and a snapshot")
+    watches_max: int = _row(256, "per connection", "request refused", "busy")
+    watches_total_max: int = _row(65_536, "in all", "request refused", "busy")
+    parked_max: int = _row(256, "`resolve` with `wait`, per connection", "request refused", "busy")
+    parked_total_max: int = _row(16_384, "the same, in all", "request refused", "busy")
+    wait_s_max: float = _row(3_600.0, "an hour", "request refused", "bad_argument")
+    probes_max: int = _row(256, "addresses probed at a time", "the rest waits for its turn")
+    probe_s_max: float = _row(1.0, "for one attempt to connect", "counts as no answer")
+    progress_s: float = _row(30.0, "between two `progress` events", "")
     registrations_max: int = _row(200_000, "ten times a large machine", "request refused", "busy")
-    registry_bytes_max: int = _row(
-        134_217_728, "names, hosts and meta in all, and 128 each", "request refused", "busy"
-    )
+    registry_bytes_max: int = _row(536_870_912, "as kept in memory, by estimate", "request refused", "busy")
     name_chars_max: int = _row(253, "as in DNS", "request refused", "bad_argument")
     label_chars_max: int = _row(63, "as in DNS", "request refused", "bad_argument")
     instance_chars_max: int = _row(63, "as one label", "request refused", "bad_argument")
     host_chars_max: int = _row(253, "as in DNS", "request refused", "bad_argument")
     meta_keys_max: int = _row(64, "labels, not a database", "request refused", "bad_argument")
     meta_bytes_max: int = _row(4_096, "keys and values, as UTF-8", "request refused", "bad_argument")
-    ttl_s_min: float = _row(1.0, "less is a load, not a lease", "file refused", "bad_argument")
-    ttl_s_max: float = _row(86_400.0, "a day", "file refused", "bad_argument")
+    ttl_s_min: float = _row(1.0, "less is a load, not a lease", "request refused", "bad_argument")
+    ttl_s_max: float = _row(86_400.0, "a day", "request refused", "bad_argument")
     farewell_s_max: float = _row(
         1.0, "input discarded so that a reset does not eat the last line", "connection cut"
     )

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from regd.core.errors import Invalid
 from regd.core.limits import DEFAULT
@@ -24,7 +25,10 @@ def key_text(key: Key) -> str:
 
 
 DEFAULT_HOST = "127.0.0.1"
-_OVERHEAD_BYTES = 128  # an entry's weight beyond its texts: its line's punctuation, its places in the tables
+# Measured on CPython 3.11: an entry in all tables, a holder in its own, two strings in a dictionary.
+_ENTRY_BYTES = 1_024
+_HOLDER_BYTES = 512
+_PAIR_BYTES = 192
 
 
 class State(StrEnum):
@@ -35,12 +39,46 @@ class State(StrEnum):
     DRAINING = "draining"
 
 
+class Process(NamedTuple):
+    """A process that cannot be taken for another one that has its number later.
+
+    `born` is the boot and the start time, as whoever reads the system writes them: only compared.
+    """
+
+    pid: int
+    born: str
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Somebody with whom a registration stays, as long as all of its conditions hold.
+
+    It is a connection (`hold`), else a process, else nobody in particular (`ttl_s` alone). `session` is the
+    connection that registered it; None when it was loaded, and with `hold` then: not claimed yet. A withdrawn one
+    is still known, and keeps nothing.
+    """
+
+    id: int
+    session: int | None
+    hold: bool = False
+    process: Process | None = None
+    ttl_s: float | None = None
+    withdrawn: bool = False
+
+    def is_same(self, other: "Holder") -> bool:
+        """Whether `other` is this one again, or comes to claim it."""
+        if self.hold or other.hold:
+            unclaimed = self.session is None and self.process == other.process
+            return self.hold and other.hold and (unclaimed or self.session == other.session)
+        return self.process == other.process
+
+
 @dataclass(slots=True)
 class Entry:
     """One registration. Never altered after it is made: a change makes another.
 
     `rev` is the revision of its last change. `registered_at` is in Unix seconds and for display only.
-    `hold`, `pid` and `ttl_s` are the conditions of its lifetime; without any it is static.
+    Without holders it is static, and stays until somebody deregisters it.
     """
 
     name: str
@@ -51,9 +89,7 @@ class Entry:
     state: State
     rev: int
     registered_at: float
-    hold: bool = False
-    pid: int | None = None
-    ttl_s: float | None = None
+    holders: tuple[Holder, ...] = ()
     # What the protocol made of this entry, kept here so that it goes when the entry goes. Only a cache.
     encoded: bytes | None = field(default=None, compare=False, repr=False)
 
@@ -62,10 +98,36 @@ class Entry:
         return (self.name, self.instance)
 
     @property
+    def hold(self) -> bool:
+        return any(holder.hold for holder in self.holders)
+
+    @property
+    def pid(self) -> int | None:
+        """The process of the first holder that has one."""
+        return next((holder.process.pid for holder in self.holders if holder.process), None)
+
+    @property
+    def ttl_s(self) -> float | None:
+        """The lease of the first holder that has one."""
+        return next((holder.ttl_s for holder in self.holders if holder.ttl_s is not None), None)
+
+    @property
+    def seen(self) -> tuple[object, ...]:
+        """What others see of it. Where this is the same, there was no change."""
+        if not self.holders:
+            return (self.host, self.port, self.meta, self.state, False, None, None)
+        return (self.host, self.port, self.meta, self.state, self.hold, self.pid, self.ttl_s)
+
+    @property
     def weight_bytes(self) -> int:
-        """What it counts against `registry_bytes_max`."""
-        size = _OVERHEAD_BYTES + len(self.name) + len(self.instance) + len(self.host)
-        return size + _meta_bytes(self.meta) if self.meta else size
+        """What it counts against `registry_bytes_max`: its objects, and its texts as they are, in the file's
+        line, and in replies.
+        """
+        size = _ENTRY_BYTES + _HOLDER_BYTES * len(self.holders)
+        size += 3 * (len(self.name) + len(self.instance) + len(self.host))
+        for key, value in self.meta.items():
+            size += _PAIR_BYTES + 3 * (_written(key) + _written(value))
+        return size
 
     def carries(self, meta: Mapping[str, str]) -> bool:
         """Whether it has all of `meta`."""
@@ -77,19 +139,37 @@ class Op(StrEnum):
     UP = "up"
     CHANGE = "change"
     DOWN = "down"
+    KEEP = "keep"  # other holders, and nothing that anybody sees: no revision, no event
+
+
+class Reason(StrEnum):
+    """Why an instance is down."""
+
+    DEREGISTERED = "deregistered"
+    CLOSED = "connection closed"
+    EXITED = "process exited"
+    EXPIRED = "ttl expired"
+    REPLACED = "replaced"
+    FILTERED = "filtered"  # for one watcher: it is there, and does not fit any more
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One step of the registry. The core emits it, the store writes it, the tests compare it.
+    """One step of the registry. The core emits it, the store writes it, watchers get it, the tests compare it.
 
-    `entry` is the new one for `up` and `change`, the last one for `down`, which also has a `reason`.
+    `entry` is the new one, for `down` the last one. `before` is what stood there until then.
     """
 
     rev: int
     op: Op
     entry: Entry
     reason: str = ""
+    before: Entry | None = None
+
+
+def _written(text: str) -> int:
+    """Return about how long a text is as JSON in ASCII, where most of a strange one is \\uXXXX."""
+    return len(text) if text.isascii() and text.isprintable() else 6 * len(text)
 
 
 def _meta_bytes(meta: Mapping[str, str]) -> int:
@@ -102,6 +182,7 @@ _PREFIX = re.compile(rf"[a-z0-9_.-]{{0,{DEFAULT.name_chars_max}}}\*")
 _INSTANCE = re.compile(rf"[A-Za-z0-9._-]{{0,{DEFAULT.instance_chars_max}}}")
 _HOST_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _HOST = re.compile(rf"{_HOST_LABEL}(?:\.{_HOST_LABEL})*")
+_SCOPE = re.compile(r"[0-9A-Za-z_.-]{1,15}")  # ipaddress takes anything there, line feeds too
 # A last label like 1 or 0x7f makes a host name a number to those who connect ("ends in a number", WHATWG URL).
 _NUMBER = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 
@@ -178,6 +259,8 @@ def check_host(value: object) -> str:
         if not _HOST.fullmatch(host) or _NUMBER.fullmatch(host.rpartition(".")[2]):
             raise Invalid("must be an IP address (IPv6 without brackets) or a host name") from None
         return host
+    if isinstance(address, ipaddress.IPv6Address) and not _SCOPE.fullmatch(address.scope_id or "0"):
+        raise Invalid("must name an interface behind the %, as in fe80::1%eth0")
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     if address.is_unspecified or (mapped is not None and mapped.is_unspecified):
         raise Invalid(f"is nothing to call: {host} means every address here; give one, such as 127.0.0.1")

@@ -1,0 +1,51 @@
+"""The ring of changes: what happened since a revision, for everybody who follows, bounded in count and bytes.
+
+Whoever follows is an integer into it; too late means to begin anew. Must not know who follows.
+"""
+
+from regd.core.limits import DEFAULT, Limits
+from regd.core.model import Change
+
+_CHANGE_BYTES = 256  # of a change itself, beyond the entries that it keeps
+
+
+class History:
+    """The changes from `first` to `last`, without a gap."""
+
+    def __init__(self, rev: int, limits: Limits = DEFAULT) -> None:
+        self._limits = limits
+        self._changes: list[Change] = []
+        self._start = 0  # what stands before is over; cut off now and then
+        self._last = rev
+        self.weight_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._changes) - self._start
+
+    def add(self, change: Change) -> None:
+        self._changes.append(change)
+        self._last = change.rev
+        self.weight_bytes += _weight_bytes(change)
+        limits = self._limits
+        while len(self) > limits.history_changes_max or (
+            self.weight_bytes > limits.history_bytes_max and len(self) > 1
+        ):
+            self.weight_bytes -= _weight_bytes(self._changes[self._start])
+            self._start += 1
+        if self._start > 1_024 and 4 * self._start > len(self):
+            del self._changes[: self._start]
+            self._start = 0
+
+    def knows(self, rev: int) -> bool:
+        """Whether all that came after a revision is still here."""
+        return self._last - len(self) <= rev <= self._last
+
+    def since(self, rev: int, most: int) -> list[Change]:
+        """Return up to `most` changes after a revision that it `knows`."""
+        at = len(self._changes) - (self._last - rev)
+        return self._changes[at : at + most]
+
+
+def _weight_bytes(change: Change) -> int:
+    before = change.before
+    return _CHANGE_BYTES + change.entry.weight_bytes + (before.weight_bytes if before else 0)
