@@ -37,6 +37,7 @@ class Command:
     result: str
     arguments: Mapping[str, Argument]
     writes: bool = False
+    parks: bool = False  # it may be answered later than what comes behind it
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,12 @@ def _check_topic(value: object) -> str:
     return value
 
 
+def _check_epoch(value: object) -> str:
+    if type(value) is not str or not 1 <= len(value) <= 64:
+        raise Invalid("must be a string, as `watch` or `hello` gave it")
+    return value
+
+
 _REVISION_MAX = 2**63 - 1  # what 64-bit readers of the file and the wire can hold
 
 NAME = Kind("name", model.check_name)
@@ -80,6 +87,14 @@ LIMIT = Kind(
 )
 PLACE = Kind("a reply's `next`", _check_key)
 TOPIC = Kind("command", _check_topic)
+PID = Kind("process number", lambda value: model.check_whole(value, 1, 2**31 - 1))
+TTL = Kind(
+    f"seconds {DEFAULT.ttl_s_min:g}-{DEFAULT.ttl_s_max:g}",
+    lambda value: model.check_seconds(value, DEFAULT.ttl_s_min, DEFAULT.ttl_s_max),
+)
+WAIT = Kind(f"seconds 0-{DEFAULT.wait_s_max:g}", lambda value: model.check_seconds(value, 0, DEFAULT.wait_s_max))
+EPOCH = Kind("epoch", _check_epoch)
+NUMBER = Kind("number of a watch", lambda value: model.check_whole(value, 1, _REVISION_MAX))
 
 _IF = Argument(REVISION, "act only when the registration is at this revision; 0: only when there is none")
 _OF_NAME = Argument(NAME, "the service", required=True)
@@ -107,26 +122,31 @@ COMMANDS: Mapping[str, Command] = {
             "instance": _ONE,
             "meta": Argument(META, "labels; none when left out"),
             "state": Argument(STATE, "only `ready` is resolved, and the default"),
+            "hold": Argument(FLAG, "it ends with this connection"),
+            "pid": Argument(PID, "it ends with this process"),
+            "ttl": Argument(TTL, "it ends when it is not renewed for so long"),
             "if": _IF,
             "force": Argument(FLAG, "take over from a living owner"),
         },
         writes=True,
     ),
     "deregister": Command(
-        "End a registration.",
+        "End a registration; by one of several holders, only its own hold.",
         "`removed` (how many) `rev`",
         {"name": _OF_NAME, "instance": _ONE, "if": _IF},
         writes=True,
     ),
     "resolve": Command(
-        "Give a `ready` instance, taking turns; with `all`, all of them.",
+        "Give a `ready` instance, taking turns; with `all`, all of them; with `wait`, once one can be reached.",
         "the instance, flat; with `all`: `instances` `rev`, and `more` where there are more",
         {
             "name": _OF_NAME,
             "instance": Argument(INSTANCE, "only this one; any when left out"),
             "meta": Argument(META, "only instances that carry all of it"),
             "all": Argument(FLAG, "all instances in one reply"),
+            "wait": Argument(WAIT, "wait so long for one that accepts connections"),
         },
+        parks=True,
     ),
     "list": Command(
         "List registrations in order of name and instance, whatever their state, in pages.",
@@ -149,6 +169,35 @@ COMMANDS: Mapping[str, Command] = {
             "if": _IF,
         },
         writes=True,
+    ),
+    "renew": Command(
+        "Begin a lease anew. No change, no event.",
+        "`ttl`, how long from now",
+        {
+            "name": _OF_NAME,
+            "instance": _ONE,
+            "ttl": Argument(TTL, "this time so long; as registered when left out"),
+        },
+    ),
+    "watch": Command(
+        "Follow: all that is there, `sync`, then every change as it lands.",
+        "`watch` (its number) `epoch` `rev`, then events",
+        {
+            "name": Argument(PATTERN, "only these"),
+            "meta": Argument(META, "only those that carry all of it"),
+            "epoch": Argument(EPOCH, "go on from `since`, of this epoch"),
+            "since": Argument(REVISION, "the `rev` of the last event that was seen"),
+        },
+    ),
+    "unwatch": Command(
+        "End a watch of this connection.",
+        "nothing else",
+        {"watch": Argument(NUMBER, "its number", required=True)},
+    ),
+    "why": Command(
+        "Tell what is known of a name: who holds it, since when, the last probe, and who left.",
+        "`instances` `departures`",
+        {"name": _OF_NAME, "instance": Argument(INSTANCE, "only this one; any when left out")},
     ),
     "stats": Command("Show counters, gauges and the limits in use.", "see the example", {}),
 }

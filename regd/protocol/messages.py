@@ -113,6 +113,16 @@ def error(refusal: Refused, id: str | int | None = None) -> bytes:
     return _encode(fields).encode() + b"\n"
 
 
+def seconds(value: float) -> float | int:
+    """Return 10 for 10.0, as people write it."""
+    return int(value) if value.is_integer() else value
+
+
+def joined(host: str, port: int) -> str:
+    """Return HOST:PORT, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def instance(entry: Entry) -> bytes:
     """Return an entry as a JSON object. Made once for each entry, and kept in it."""
     if entry.encoded is None:
@@ -131,7 +141,7 @@ def instance(entry: Entry) -> bytes:
         if entry.pid is not None:
             fields["pid"] = entry.pid
         if entry.ttl_s is not None:
-            fields["ttl"] = entry.ttl_s
+            fields["ttl"] = seconds(entry.ttl_s)
         entry.encoded = _encode(fields).encode()
     return entry.encoded
 
@@ -143,8 +153,8 @@ def resolved(id: str | int | None, entry: Entry) -> bytes:
 
 
 def fitting(entries: Sequence[Entry], bytes_max: int) -> int:
-    """Return how many of the entries, from the first, a reply of that size can hold; at least one."""
-    size = 512  # the fields around them, the id included
+    """Return how many of the entries, from the first, fit into so many bytes; at least one."""
+    size = 0
     for count, entry in enumerate(entries):
         size += len(instance(entry)) + 1
         if size > bytes_max and count:
@@ -156,3 +166,19 @@ def instances(id: str | int | None, result: Mapping[str, object], entries: Itera
     """Return the reply that has `instances` behind the fields of `result`."""
     head = ok(id, result)
     return head[:-2] + b',"instances":[' + b",".join(map(instance, entries)) + b"]}\n"
+
+
+# Events. `watch` is the number that the peer knows the watch by.
+
+
+def changed(watch: int, op: str, entry: Entry) -> bytes:
+    """Return `up` or `change`: the whole instance, whose `rev` is the event's."""
+    return b'{"event":"%s","watch":%d,' % (op.encode(), watch) + instance(entry)[1:] + b"\n"
+
+
+def down(watch: int, rev: int, entry: Entry, reason: str) -> bytes:
+    return event("down", rev, watch=watch, name=entry.name, instance=entry.instance, reason=reason)
+
+
+def event(kind: str, rev: int, **fields: object) -> bytes:
+    return _encode({"event": kind, **fields, "rev": rev}).encode() + b"\n"

@@ -12,7 +12,7 @@ from enum import Enum
 
 from regd.core.errors import Code, Invalid, Refused
 from regd.core.limits import DEFAULT, Limits
-from regd.core.model import check_name
+from regd.core.model import check_name, check_pattern
 from regd.protocol.commands import Request
 from regd.protocol.messages import decode
 
@@ -21,11 +21,14 @@ _BLANKS = re.compile(rb"(?:[ \t]|\r\0?)*")
 _END_BYTES = len(b"\r\0\r")  # of a line's end, beyond the line and its line feed
 # What Python keeps around a line in the queue; many short lines cost more than they are.
 _LINE_OVERHEAD_BYTES = 56
-_WORDS = (b"help", b"ping", b"list", b"resolve", b"quit")  # read-only, each a whole line but for NAME
-_BARE = re.compile(rb"(?:(help|ping|list|quit)|(resolve)[ \t]+([!-~]{1,253}))(?:[ \t]|\r\0?)*")
-# As much of a line as can still become a bare form: a word, or `resolve` and the beginning of a name.
+_WORDS = (b"help", b"ping", b"list", b"resolve", b"watch", b"quit")  # read-only
+_BARE = re.compile(
+    rb"(?:(help|ping|list|watch|quit)|(resolve)[ \t]+([!-~]{1,253})|(watch)[ \t]+([!-~]{1,254}))"
+    rb"(?:[ \t]|\r\0?)*"
+)
+# As much of a line as can still become a bare form: a word, or one with a name and the beginning of that.
 _BARE_BEGUN = re.compile(
-    rb"resolve[ \t]+[!-~]{0,253}(?:[ \t]|\r\0?)*|(?:help|ping|list|quit|resolve)(?:[ \t]|\r\0?)*"
+    rb"(?:resolve[ \t]+[!-~]{0,253}|watch[ \t]+[!-~]{0,254}|help|ping|list|quit|resolve|watch)(?:[ \t]|\r\0?)*"
 )
 _SEEN_BYTES = 60  # of a stranger's line, for the log
 
@@ -183,13 +186,15 @@ class Reader:
         form = _BARE.fullmatch(line)
         if form is None:
             return self._stranger(line[:_SEEN_BYTES])
-        word, resolve, name = form.groups()
+        word, resolve, service, watch, pattern = form.groups()
         if word == b"quit":
             return Quit()
-        if not resolve:
+        if word:
             return Request(word.decode(), None, {})
         try:
-            return Request("resolve", None, {"name": check_name(name.decode())})
+            if resolve:
+                return Request("resolve", None, {"name": check_name(service.decode())})
+            return Request(watch.decode(), None, {"name": check_pattern(pattern.decode())})
         except Invalid as error:
             return Problem(Refused(Code.BAD_ARGUMENT, f"name {error}", field="name"))
 
@@ -199,7 +204,7 @@ class Reader:
             Refused(
                 Code.BAD_REQUEST,
                 'this is regd: one JSON object a line, such as {"cmd":"help"}, or a bare word: '
-                "help, ping, list, resolve NAME, quit",
+                "help, ping, list, resolve NAME, watch [NAME], quit",
             ),
             fatal=True,
             seen=seen,

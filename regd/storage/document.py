@@ -5,18 +5,20 @@ refuses, since the next commit would lose it. Must not know where the bytes are 
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 from regd.core import model
 from regd.core.errors import Invalid
 from regd.core.limits import DEFAULT
-from regd.core.model import DEFAULT_HOST, Entry, State, key_text
+from regd.core.model import DEFAULT_HOST, Entry, Holder, Process, State, key_text
 
 FORMAT = 1
 _HEAD = "$regd"
+_REV_MAX = 2**62  # room for as many changes again, in 64 bits
 _LINES_A_CHUNK = 2_048  # joined at a time: a join keeps the interpreter to itself, a write lets others run
 _encode = json.JSONEncoder(allow_nan=False).encode
 
@@ -45,13 +47,24 @@ def line(entry: Entry) -> bytes:
         fields["meta"] = entry.meta
     if entry.state is not State.READY:
         fields["state"] = entry.state
-    if entry.hold:
-        fields["hold"] = True
-    if entry.pid is not None:
-        fields["pid"] = entry.pid
-    if entry.ttl_s is not None:
-        fields["ttl"] = int(entry.ttl_s) if entry.ttl_s.is_integer() else entry.ttl_s
+    holders = [_conditions(holder) for holder in entry.holders if not holder.withdrawn]
+    if len(holders) == 1:
+        fields |= holders[0]
+    elif holders:
+        fields["holders"] = holders
     return f'"{key_text(entry.key)}": {_encode(fields)}'.encode()
+
+
+def _conditions(holder: Holder) -> dict[str, object]:
+    fields: dict[str, object] = {}
+    if holder.hold:
+        fields["hold"] = True
+    if holder.process is not None:
+        fields["pid"] = holder.process.pid
+        fields["born"] = holder.process.born
+    if holder.ttl_s is not None:
+        fields["ttl"] = int(holder.ttl_s) if holder.ttl_s.is_integer() else holder.ttl_s
+    return fields
 
 
 def chunks(rev: int, lines: Iterable[bytes]) -> Iterator[bytes]:
@@ -77,8 +90,17 @@ def parse(data: bytes, registered_at: float) -> Document:
         top = json.loads(text, object_pairs_hook=_pairs)
     except json.JSONDecodeError as error:
         raise Unreadable(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise Unreadable(str(error)) from None
+    except _Twice as twice:
+        first = text.find(twice.quoted)
+        at = text.find(twice.quoted, first + 1)
+        raise Unreadable(f"line {_line_of(text, at)}: the key {twice.quoted} stands twice") from None
+    except RecursionError:
+        raise Unreadable(f"line {_line_of(text, _depth_end(text))}: nested too deeply") from None
+    except ValueError:  # an integer of more digits than Python takes
+        digits = re.search(r"[0-9]{4000}", text)
+        raise Unreadable(
+            f"line {_line_of(text, digits.start() if digits else 0)}: a number is too large"
+        ) from None
     if type(top) is not dict:
         raise Unreadable("line 1: a registry is a JSON object, such as {}")
     marked = _HEAD in top
@@ -86,9 +108,10 @@ def parse(data: bytes, registered_at: float) -> Document:
     # `if: 0` means "only when there is none", so what a hand wrote stands at revision 1 at the least.
     rev = max(rev, 1) if top else rev
     entries = []
+    ids = count(1)
     for key, fields in top.items():
         try:
-            entries.append(_entry(key, fields, rev, registered_at))
+            entries.append(_entry(key, fields, rev, registered_at, ids))
         except Invalid as error:
             raise Unreadable(f"{_place(text, key)}: {error}") from None
     return Document(rev, entries)
@@ -106,19 +129,41 @@ def _text(data: bytes) -> str:
         raise Unreadable(f"line {at}: not UTF-8") from None
 
 
+class _Twice(Exception):
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.quoted = json.dumps(key)
+
+
+def _line_of(text: str, at: int) -> int:
+    return text.count("\n", 0, max(at, 0)) + 1
+
+
+def _depth_end(text: str) -> int:
+    """Return where so many brackets are open that nobody meant it."""
+    depth = 0
+    for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{\]}]', text):
+        if found[0] in "[{":
+            depth += 1
+        elif found[0] in "]}":
+            depth -= 1
+        if depth > 100:
+            return found.start()
+    return 0
+
+
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {json.dumps(twice)} stands twice")
+        seen: set[str] = set()
+        raise _Twice(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
     return made
 
 
 def _place(text: str, key: str) -> str:
     quoted = json.dumps(key)
     at = text.find(quoted)
-    return f"line {text.count(chr(10), 0, at) + 1}, {quoted}" if at >= 0 else f"entry {quoted}"
+    return f"line {_line_of(text, at)}, {quoted}" if at >= 0 else f"entry {quoted}"
 
 
 def _rev(head: object) -> int:
@@ -127,12 +172,12 @@ def _rev(head: object) -> int:
     if head["format"] != FORMAT:
         raise Unreadable(f'"{_HEAD}": format {head["format"]} is of another regd; this one reads {FORMAT}')
     rev = head.get("rev", 0)
-    if type(rev) is not int or rev < 0 or head.keys() - {"format", "rev"}:
-        raise Unreadable(f'"{_HEAD}" must be {{"format": {FORMAT}, "rev": N}}')
+    if type(rev) is not int or not 0 <= rev <= _REV_MAX or head.keys() - {"format", "rev"}:
+        raise Unreadable(f'"{_HEAD}" must be {{"format": {FORMAT}, "rev": N}}, N from 0 to {_REV_MAX}')
     return rev
 
 
-def _entry(key: str, fields: object, rev: int, registered_at: float) -> Entry:
+def _entry(key: str, fields: object, rev: int, registered_at: float, ids: Iterator[int]) -> Entry:
     name, slash, instance = key.partition("/")
     if slash and not instance:
         raise Invalid("an instance must follow the /")
@@ -142,9 +187,15 @@ def _entry(key: str, fields: object, rev: int, registered_at: float) -> Entry:
         raise Invalid('must be an object, such as {"port": 5050}')
     if "port" not in fields:
         raise Invalid('"port" is missing')
-    values: Mapping[str, Any] = {
-        field: _named(f'"{field}"', _check_of(field), value) for field, value in fields.items()
-    }
+    conditions = [{name: fields[name] for name in _CONDITIONS if name in fields}]
+    if "holders" in fields:
+        if type(fields["holders"]) is not list or conditions[0]:
+            raise Invalid('"holders" must be a list, and hold all of hold, pid, born and ttl')
+        conditions = fields["holders"]
+    holders = [_holder(each, ids) for each in conditions]
+    values = _checked(
+        {name: value for name, value in fields.items() if name not in (*_CONDITIONS, "holders")}, _CHECKS
+    )
     return Entry(
         name=name,
         instance=instance,
@@ -154,28 +205,50 @@ def _entry(key: str, fields: object, rev: int, registered_at: float) -> Entry:
         state=values.get("state", State.READY),
         rev=rev,
         registered_at=registered_at,
-        hold=values.get("hold", False),
-        pid=values.get("pid"),
-        ttl_s=values.get("ttl"),
+        holders=tuple(holder for holder in holders if holder is not None),
     )
 
 
-_CHECKS = {
+def _holder(fields: object, ids: Iterator[int]) -> Holder | None:
+    """Return who is held by; None for no condition at all. Nobody has claimed it yet."""
+    if type(fields) is not dict:
+        raise Invalid('a holder must be an object, such as {"pid": 4242}')
+    values = _checked(fields, _CONDITIONS)
+    process = Process(values["pid"], values.get("born", "")) if "pid" in values else None
+    hold, ttl_s = values.get("hold", False), values.get("ttl")
+    if not hold and process is None and ttl_s is None:
+        return None
+    return Holder(next(ids), None, hold, process, ttl_s)
+
+
+def _checked(fields: Mapping[str, object], checks: Mapping[str, Callable[[object], Any]]) -> dict[str, Any]:
+    values = {}
+    for field, value in fields.items():
+        if field not in checks:
+            known = (*_CHECKS, *_CONDITIONS)
+            raise Invalid(f"unknown field {json.dumps(field)}; an entry has {', '.join(known)}")
+        values[field] = _named(f'"{field}"', checks[field], value)
+    return values
+
+
+def _check_born(value: object) -> str:
+    if type(value) is not str or not 1 <= len(value) <= 64 or not value.isascii():
+        raise Invalid("must be as regd wrote it")
+    return value
+
+
+_CHECKS: Mapping[str, Callable[[object], Any]] = {
     "port": model.check_port,
     "host": model.check_host,
     "meta": model.check_meta,
     "state": model.check_state,
+}
+_CONDITIONS: Mapping[str, Callable[[object], Any]] = {
     "hold": model.check_flag,
     "pid": lambda value: model.check_whole(value, 1, 2**31 - 1),
+    "born": _check_born,
     "ttl": lambda value: model.check_seconds(value, DEFAULT.ttl_s_min, DEFAULT.ttl_s_max),
 }
-
-
-def _check_of(field: str) -> Any:
-    check = _CHECKS.get(field)
-    if check is None:
-        raise Invalid(f"unknown field {json.dumps(field)}; an entry has {', '.join(_CHECKS)}")
-    return check
 
 
 def _named(what: str, check: Any, value: object) -> Any:

@@ -7,6 +7,7 @@ Must not know what is in a file.
 import contextlib
 import fcntl
 import os
+import stat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ class Print(NamedTuple):
     inode: int
     size: int
     mtime_ns: int
+    is_regular: bool
 
 
 class Held(Exception):
@@ -27,7 +29,13 @@ class Files:
     """The real thing. Every method may raise `OSError`."""
 
     def make_folder(self, path: Path) -> None:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        """Make a folder and those above it that are missing, durably: a file is no safer than its folder."""
+        if path.is_dir():
+            return
+        self.make_folder(path.parent)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        self.sync_folder(path.parent)
 
     def read(self, path: Path) -> bytes:
         return path.read_bytes()
@@ -65,10 +73,10 @@ class Files:
     def print(self, file: Path | int) -> Print | None:
         """Return the print of a path or an open file, None where there is no file."""
         try:
-            stat = os.stat(file)
+            found = os.stat(file)
         except FileNotFoundError:
             return None
-        return Print(stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        return Print(found.st_ino, found.st_size, found.st_mtime_ns, stat.S_ISREG(found.st_mode))
 
     def lock(self, path: Path) -> int:
         """Lock a file until `unlock` or the end of this process, and return what `unlock` takes.

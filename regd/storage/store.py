@@ -6,6 +6,7 @@ floor above calls `commit` in a thread, one at a time. Must not know who waits f
 """
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 from regd.core.model import Change, Key, Op
 from regd.storage.document import Document, Unreadable, chunks, line, parse
 from regd.storage.files import Files, Held, Print
+
+_NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class StorageError(Exception):
@@ -64,6 +67,8 @@ class Store:
             self._print = self._files.print(self.path)
             if self._print is None:
                 return Document(0, [])
+            if not self._print.is_regular:
+                raise StorageError(f"{self.path} is not a regular file; name another with --registry")
             document = parse(self._files.read(self.path), registered_at)
         except OSError as error:
             raise StorageError(f"cannot read {self.path}: {error.strerror}; mend its rights") from error
@@ -76,17 +81,25 @@ class Store:
         return document
 
     def make(self) -> None:
-        """Make the file where it is missing.
+        """Make the file where it is missing; where it is there, see that it can be replaced.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: it cannot be written. A full disk is no reason to refuse an existing one: reads go on.
         """
-        if self._print is not None:
-            return
         try:
-            self._replace()
+            if self._print is None:
+                self._replace()
+            else:
+                self._files.close(self._files.create(self._temporary))
+                self._files.remove(self._temporary)
         except OSError as error:
-            raise StorageError(f"cannot write {self.path}: {error.strerror}") from error
+            if self._print is not None and error.errno not in _NO_RIGHTS:
+                self._warn(f"cannot write in {self.path.parent}: {error.strerror}")
+                return
+            raise StorageError(
+                f"cannot write {self.path}: {error.strerror}; give the rights on its folder to this user, "
+                "or name another file with --registry"
+            ) from error
 
     def commit(self, changes: Sequence[Change]) -> None:
         """Make the file hold these changes. Without any, write it again as it was.
@@ -94,7 +107,31 @@ class Store:
         Raises:
             OSError: it does not, and they are not in effect.
         """
+        undo = self._take(changes)
+        if undo is None and not self.dirty and changes:
+            return  # the file reads just so already
+        rev, self._rev = self._rev, changes[-1].rev if changes else self._rev
+        try:
+            self._replace()
+        except BaseException:
+            self._rev = rev
+            for key, before in reversed(undo or []):
+                if before is None:
+                    self._lines.pop(key, None)
+                else:
+                    self._lines[key] = before
+            raise
+
+    def owe(self, changes: Sequence[Change]) -> None:
+        """Take changes that are in effect although the file could not be written; the next commit writes them."""
+        self._take(changes)
+        self._rev = changes[-1].rev
+        self.dirty = True
+
+    def _take(self, changes: Sequence[Change]) -> list[tuple[Key, bytes | None]] | None:
+        """Change the lines, and return what they were, or None where all are the same."""
         undo: list[tuple[Key, bytes | None]] = []
+        same = True
         for change in changes:
             key = change.entry.key
             before = self._lines.get(key)
@@ -103,17 +140,8 @@ class Store:
                 del self._lines[key]
             else:
                 self._lines[key] = line(change.entry)
-        rev, self._rev = self._rev, changes[-1].rev if changes else self._rev
-        try:
-            self._replace()
-        except BaseException:
-            self._rev = rev
-            for key, before in reversed(undo):
-                if before is None:
-                    self._lines.pop(key, None)
-                else:
-                    self._lines[key] = before
-            raise
+            same = same and change.op is Op.KEEP and before == self._lines[key]
+        return None if same else undo
 
     def _replace(self) -> None:
         files = self._files
@@ -149,16 +177,24 @@ class Store:
         if found is None:
             self._warn(f"{self.path} was removed by another hand; regd writes it anew")
             return
+        if not found.is_regular:
+            raise OSError(errno.EEXIST, "something that is no file was put in its place")
         foreign = files.read(self.path)
         count = 1
         while files.print(aside := self.path.with_name(f"{self.path.name}.aside-{count}")):
             count += 1
         fd = files.create(aside)
         try:
-            files.write(fd, foreign)
-            files.sync(fd)
-        finally:
-            files.close(fd)
+            try:
+                files.write(fd, foreign)
+                files.sync(fd)
+            finally:
+                files.close(fd)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                files.remove(aside)
+            raise
+        self._print = found  # whatever becomes of this commit, that one is safe
         self._warn(
             f"{self.path} was changed by another hand: a copy of that is {aside}, and regd writes its own. "
             "To edit the file, stop regd first"

@@ -186,7 +186,7 @@ def test_a_damaged_registry_is_never_touched(tmp_path: Path, data: bytes) -> Non
 
 
 def test_a_registry_that_is_a_folder_is_told(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="cannot read"):
+    with pytest.raises(StorageError, match="not a regular file"):
         Store(tmp_path, print).open(0.0)
 
 
