@@ -1,13 +1,15 @@
 """The command `regctl`: the registry for a person at a terminal, and for scripts.
 
-Exit status: 0 done, 1 not found, 2 bad usage, 3 no daemon answers, 4 refused for another reason. It sits in
-start-up scripts, so it imports neither asyncio nor the daemon.
+Exit status: 0 done, 1 not found or not in time, 2 bad usage, 3 no daemon answers, 4 refused for another reason. It
+sits in start-up scripts, so it imports neither asyncio nor the daemon.
 """
 
 import argparse
+import io
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -31,6 +33,16 @@ def _label(text: str) -> tuple[str, str]:
     return key, value
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 3_600:
+        raise argparse.ArgumentTypeError(f"must be 0 to 3600 seconds, not {text!r}")
+    return seconds
+
+
 def _parser() -> argparse.ArgumentParser:
     common = _Parser(add_help=False)
     common.add_argument(
@@ -44,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="regctl",
         description="Ask and change the service registry of this machine.",
-        epilog="Exit status: 0 done, 1 not found, 2 bad usage, 3 no daemon answers, 4 refused otherwise.",
+        epilog="Exit status: 0 done, 1 not found or not in time, 2 bad usage, 3 no daemon, 4 refused otherwise.",
         parents=[common],
         allow_abbrev=False,
     )
@@ -80,6 +92,20 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("name", metavar="NAME")
     each.add_argument("--instance", help='which instance (default: "")')
 
+    each = add("watch", "Show what is there, and then every change, until Ctrl-C.")
+    each.add_argument("name", nargs="?", metavar="NAME", help="only this, or what begins with it: 'work*'")
+    labels(each, "only those that carry it")
+
+    each = add("wait", "Wait until each of the services accepts connections.")
+    each.add_argument("names", nargs="+", metavar="NAME")
+    each.add_argument(
+        "--timeout", type=_seconds, default=30.0, metavar="SECONDS", help="for all of them (default: 30)"
+    )
+
+    each = add("why", "Tell what is known of a service: owners, last probe, who left and why.")
+    each.add_argument("name", metavar="NAME")
+    each.add_argument("--instance", help="only this instance (default: any)")
+
     add("ping", "Ask whether a daemon answers.")
     add("stats", "Show the daemon's counters and limits.")
     return parser
@@ -87,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to fail
     try:
         status = _run(vars(_parser().parse_args(argv)))
         sys.stdout.flush()
@@ -103,7 +131,11 @@ def _run(given: dict[str, Any]) -> int:
     if given.get("meta") is not None:
         given["meta"] = dict(given["meta"])
     try:
+        if command == "wait":
+            return _wait(address, given["names"], given["timeout"], as_json)
         with BlockingConnection(address) as connection:
+            if command == "watch":
+                return _watch(connection, given, as_json)
             reply = _ask(connection, command, {key: value for key, value in given.items() if value is not False})
     except Unavailable as error:
         return _fail(NO_DAEMON, str(error))
@@ -137,8 +169,50 @@ def _ask(connection: BlockingConnection, command: str, given: dict[str, Any]) ->
     return reply
 
 
+def _watch(connection: BlockingConnection, given: dict[str, Any], as_json: bool) -> int:
+    reply = connection.ask("watch", **given)
+    if not reply["ok"]:
+        return _fail(_status(reply), _visible(reply["message"]))
+    for event in connection.events():
+        if as_json:
+            print(json.dumps(event), flush=True)
+        elif event["event"] in ("up", "change"):
+            print(event["event"], *_row(event), sep="\t", flush=True)
+        elif event["event"] == "down":
+            print("down", event["name"], event["instance"], event["reason"], sep="\t", flush=True)
+        elif event["event"] == "reset":
+            print("reset", flush=True)
+    return 0
+
+
+def _wait(address: str | None, names: Sequence[str], timeout_s: float, as_json: bool) -> int:
+    """Wait for one after the other; a daemon that is not there yet is waited for too."""
+    until = time.monotonic() + timeout_s
+    for name in names:
+        reply = _wait_for(address, name, until)
+        if as_json:
+            print(json.dumps(reply), flush=True)
+        elif reply["ok"]:
+            print(f"{name} accepts connections at {_address(reply)}", flush=True)
+        if not reply["ok"]:
+            return _status(reply) if as_json else _fail(_status(reply), f"{name}: {_visible(reply['message'])}")
+    return 0
+
+
+def _wait_for(address: str | None, name: str, until: float) -> dict[str, Any]:
+    while True:
+        left_s = max(0.0, until - time.monotonic())
+        try:
+            with BlockingConnection(address) as connection:
+                return connection.ask("resolve", name=name, wait=left_s)
+        except Unavailable:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(min(0.1, left_s))
+
+
 def _status(reply: Mapping[str, Any]) -> int:
-    return {"not_found": NOT_FOUND, "bad_argument": USAGE}.get(reply["error"], REFUSED)
+    return {"not_found": NOT_FOUND, "timeout": NOT_FOUND, "bad_argument": USAGE}.get(reply["error"], REFUSED)
 
 
 def _fail(status: int, message: str) -> int:
@@ -152,17 +226,23 @@ def _fail(status: int, message: str) -> int:
 def _lines(command: str, reply: dict[str, Any]) -> Iterable[str]:
     match command:
         case "resolve" if "instances" in reply:
-            return [joined(each["host"], each["port"]) for each in reply["instances"]]
+            return [_address(each) for each in reply["instances"]]
         case "resolve" | "register":
-            return [joined(reply["host"], reply["port"])]
+            return [_address(reply)]
         case "list":
             return _table([_row(each) for each in reply["instances"]])
         case "ping":
             return ["regd answers"]
         case "stats":
             return _tree(reply)
+        case "why":
+            return _reasons(reply)
         case _:
             return []
+
+
+def _address(each: Mapping[str, Any]) -> str:
+    return _visible(joined(each["host"], each["port"]))
 
 
 def _row(each: Mapping[str, Any]) -> tuple[str, ...]:
@@ -170,7 +250,7 @@ def _row(each: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         each["name"],
         each["instance"],
-        joined(each["host"], each["port"]),
+        _address(each),
         each["state"],
         _visible(meta),
     )
@@ -185,6 +265,22 @@ def _table(rows: list[tuple[str, ...]]) -> Iterable[str]:
     rows = [("NAME", "INSTANCE", "ADDRESS", "STATE", "META"), *rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def _reasons(reply: dict[str, Any]) -> Iterable[str]:
+    for each in reply["instances"]:
+        named = f"{reply['name']}/{each['instance']}" if each["instance"] else reply["name"]
+        yield f"{named} at {_address(each)}: {each['state']}" + ("" if each["alive"] else ", and gone")
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each["since"]))
+        yield f"  since {since}, at revision {each['rev']}"
+        for owner in each["owners"]:
+            yield "  held by " + ", ".join(f"{key} {value}" for key, value in owner.items())
+        if probe := each["probe"]:
+            found = "accepted" if probe["accepted"] else probe["why"]
+            yield f"  last probe {probe['age_s']:.1f} s ago: {found}"
+    for each in reply["departures"]:
+        named = f"{reply['name']}/{each['instance']}" if each["instance"] else reply["name"]
+        yield f"{named} left {each['age_s']:.1f} s ago: {each['reason']}"
 
 
 def _tree(fields: Mapping[str, Any], indent: str = "") -> Iterable[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import regd
-from regd.server.lifecycle import DEFAULT_PORT, Config, Server, default_registry
+from regd.server.lifecycle import DEFAULT_GRACE_S, DEFAULT_PORT, Config, Server, default_registry
 from regd.server.listener import ListenError
 from regd.storage.store import StorageError
 
@@ -27,6 +27,16 @@ def _port(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) > 65_535:
         raise argparse.ArgumentTypeError(f"must be 0 to 65535, not {text!r}")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"must be 0 to 86400 seconds, not {text!r}")
+    return seconds
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -54,7 +64,16 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "~/.local/state/regd)",
     )
     parser.add_argument(
+        "--grace",
+        type=_seconds,
+        default=DEFAULT_GRACE_S,
+        metavar="SECONDS",
+        help="how long, after a restart, what connections held waits for them to come back "
+        f"(default: {DEFAULT_GRACE_S:g})",
+    )
+    parser.add_argument(
         "--log-level",
+        type=str.lower,
         choices=("debug", "info", "warning", "error"),
         default="info",
         help="how much goes to stderr (default: info)",
@@ -68,20 +87,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=given.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
-    config = Config(
-        registry=(given.registry or default_registry(os.environ)).absolute(),
-        port=given.port,
-        unix=given.unix.absolute() if given.unix else None,
-    )
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # its warnings are of peers that went away
     try:
+        config = _config(given)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_run(config))
-    except (ListenError, StorageError) as error:
+    except (ListenError, StorageError, _Unheard) as error:
         print(f"regd: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the handler stood
         return 130
     return 0
+
+
+class _Unheard(Exception):
+    """Nobody can be told where regd listens."""
+
+
+def _config(given: argparse.Namespace) -> Config:
+    for flag, path in (("--registry", given.registry), ("--unix", given.unix)):
+        if path is not None and not path.absolute().name:
+            raise StorageError(f"{flag} {path} is a folder; name a file in it")
+    return Config(
+        registry=(given.registry or default_registry(os.environ)).absolute(),
+        port=given.port,
+        unix=given.unix.absolute() if given.unix else None,
+        grace_s=given.grace,
+    )
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -107,12 +139,22 @@ async def _run(config: Config) -> None:
         loop.add_signal_handler(number, ask, number)
     server = Server(config)
     await server.start()
-    for address in server.addresses:
-        print(f"listening {address}", flush=True)
     try:
+        for address in server.addresses:
+            _say(f"listening {address}")
         await _until(asked, server)
     finally:
         await server.stop()
+
+
+def _say(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        sys.stdout = None  # the interpreter would try once more at its end
+        raise _Unheard(
+            f"cannot write to stdout: {error.strerror}; give it a place to say where it listens"
+        ) from None
 
 
 async def _until(asked: asyncio.Event, server: Server) -> None:

@@ -3,6 +3,7 @@
 Must not know connections or disks.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,16 +12,19 @@ from typing import Any
 import regd
 from regd.core.errors import Code, Refused
 from regd.core.limits import Limits
-from regd.core.model import DEFAULT_HOST, Entry, Key, State, key_text
-from regd.core.registry import Draft, Registry
+from regd.core.model import DEFAULT_HOST, Entry, Holder, Key, State, key_text
+from regd.core.registry import Contested, Draft, Registry
 from regd.protocol import messages
-from regd.protocol.commands import COMMANDS, Request, described
+from regd.protocol.commands import Request, described
 from regd.server.clock import Clock
 from regd.server.engine import Write
+from regd.server.probes import Probes
+from regd.server.processes import Processes, boot_id
 from regd.server.tally import Tally
 
 PROTOCOL = 1
-FEATURES = ("if", "force", "state")
+_AROUND_BYTES = 512  # `instances`, `more` and `next`, which is a name and an instance
+FEATURES = ("if", "force", "state", "hold", "pid", "ttl", "watch", "wait", "why")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,65 +46,89 @@ class Identity:
 
 def identify(epoch: str, loop: str, registry: str, started: float) -> Identity:
     """Ask the system what there is to know of it (Linux: proc(5), namespaces(7))."""
-    boot = namespace = None
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            boot = file.read().strip()
+    namespace = None
+    with contextlib.suppress(OSError):
         namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        pass
-    return Identity(epoch, loop, registry, boot, namespace, os.getpid(), started)
+    return Identity(epoch, loop, registry, boot_id(), namespace, os.getpid(), started)
 
 
 class Answers:
+    """`peer_of` names the connection of a session for people, None when it has ended."""
+
     def __init__(
-        self, registry: Registry, identity: Identity, clock: Clock, tally: Tally, limits: Limits
+        self,
+        registry: Registry,
+        identity: Identity,
+        clock: Clock,
+        tally: Tally,
+        limits: Limits,
+        processes: Processes,
+        probes: Probes,
+        peer_of: Callable[[int], str | None],
     ) -> None:
         self._registry = registry
         self._identity = identity
         self._clock = clock
         self._tally = tally
         self._limits = limits
-        self._reads: Mapping[str, Callable[[Request], bytes]] = {
-            "ping": lambda request: messages.ok(request.id, {}),
+        self._processes = processes
+        self._probes = probes
+        self._peer_of = peer_of
+        self._reads: Mapping[str, Callable[[Request, int], bytes]] = {
+            "ping": lambda request, session: messages.ok(request.id, {}),
             "hello": self._hello,
             "help": self._help,
             "resolve": self._resolve,
             "list": self._list,
+            "renew": self._renew,
+            "why": self._why,
             "stats": self._stats,
         }
-        self._writes: Mapping[str, Callable[[Draft, Mapping[str, Any]], Mapping[str, object]]] = {
-            "register": _register,
-            "deregister": _deregister,
-            "update": _update,
+        self._writes: Mapping[str, Callable[[Draft, Mapping[str, Any], int], Mapping[str, object]]] = {
+            "register": self._register,
+            "deregister": self._deregister,
+            "update": self._update,
         }
-        assert self._reads.keys() | self._writes.keys() == COMMANDS.keys()
 
-    def read(self, request: Request) -> bytes:
+    def read(self, request: Request, session: int) -> bytes:
         """Answer a command that changes nothing.
 
         Raises:
             Refused: it cannot be answered.
         """
-        return self._reads[request.cmd](request)
+        return self._reads[request.cmd](request, session)
 
-    def write(self, request: Request) -> Write:
+    def write(self, request: Request, session: int) -> Write:
         """Return how to judge a command that changes something."""
         do, arguments = self._writes[request.cmd], request.arguments
 
-        def judge(draft: Draft) -> Mapping[str, object]:
-            try:
-                return do(draft, arguments)
-            except Refused as refusal:
-                if refusal.code is Code.NOT_FOUND:
-                    refusal.details |= self._hints(arguments["name"], self._registry.near(arguments["name"]))
-                raise
+        return lambda draft: do(draft, arguments, session)
 
-        return judge
+    def explain(self, request: Request, refusal: Refused) -> None:
+        """Say of a write what helps somebody who found nothing. What was before it has landed."""
+        if refusal.code is Code.NOT_FOUND:
+            name = request.arguments["name"]
+            refusal.details |= self._hints(name, self._registry.near(name))
+
+    def waited(self, request: Request, entry: Entry | None) -> bytes:
+        """Answer a `resolve` that waited, with what it got.
+
+        Raises:
+            Refused: `timeout`, and why.
+        """
+        if entry is None:
+            raise self._timeout(request)
+        if request.arguments.get("all"):
+            return self._resolve(request, 0)
+        return messages.resolved(request.id, entry)
+
+    def position(self) -> dict[str, object]:
+        """Return where the registry is now."""
+        return {"epoch": self._identity.epoch, "rev": self._registry.rev}
 
     # Reads.
 
-    def _hello(self, request: Request) -> bytes:
+    def _hello(self, request: Request, session: int) -> bytes:
         identity = self._identity
         return messages.ok(
             request.id,
@@ -117,10 +145,10 @@ class Answers:
             },
         )
 
-    def _help(self, request: Request) -> bytes:
+    def _help(self, request: Request, session: int) -> bytes:
         return messages.ok(request.id, {"commands": described(request.arguments.get("topic"))})
 
-    def _resolve(self, request: Request) -> bytes:
+    def _resolve(self, request: Request, session: int) -> bytes:
         given = request.arguments
         name, instance, meta = given["name"], given.get("instance"), given.get("meta", {})
         if given.get("all"):
@@ -143,13 +171,14 @@ class Answers:
         if not ready:
             raise self._none_ready(name, instance, meta)
         shown = ready[: self._limits.reply_instances_max]
-        shown = shown[: messages.fitting(shown, self._limits.reply_bytes_max)]
         result: dict[str, object] = {"rev": self._registry.rev}
+        room = self._limits.reply_bytes_max - len(messages.ok(id, result)) - _AROUND_BYTES
+        shown = shown[: messages.fitting(shown, room)]
         if len(shown) < len(ready):
             result["more"] = True
         return messages.instances(id, result, shown)
 
-    def _list(self, request: Request) -> bytes:
+    def _list(self, request: Request, session: int) -> bytes:
         given = request.arguments
         page = self._registry.page(
             given.get("name", "*"),
@@ -158,15 +187,16 @@ class Answers:
             min(given.get("limit", self._limits.reply_instances_max), self._limits.reply_instances_max),
         )
         entries, after = page.entries, page.after
-        fit = messages.fitting(entries, self._limits.reply_bytes_max)
+        result = self.position()
+        room = self._limits.reply_bytes_max - len(messages.ok(request.id, result)) - _AROUND_BYTES
+        fit = messages.fitting(entries, room)
         if fit < len(entries):
             entries, after = entries[:fit], entries[fit - 1].key
-        result: dict[str, object] = {"epoch": self._identity.epoch, "rev": self._registry.rev}
         if after is not None:
             result["next"] = key_text(after)
         return messages.instances(request.id, result, entries)
 
-    def _stats(self, request: Request) -> bytes:
+    def _stats(self, request: Request, session: int) -> bytes:
         identity, tally = self._identity, self._tally
         return messages.ok(
             request.id,
@@ -194,7 +224,103 @@ class Answers:
             },
         )
 
+    def _renew(self, request: Request, session: int) -> bytes:
+        """Renew the lease of whoever asks, where it has one, else all of that registration."""
+        given = request.arguments
+        name, key = given["name"], _key(given)
+        entry = self._registry.get(key)
+        if entry is None or not self._registry.lifetimes.is_alive(entry):
+            message = f"no registration of {key_text(key)!r} any more: register again"
+            raise Refused(Code.NOT_FOUND, message, **self._hints(name, self._registry.near(name)))
+        leases = [(each, each.ttl_s) for each in entry.holders if each.ttl_s is not None]
+        if not leases:
+            raise Refused(Code.BAD_ARGUMENT, f"{key_text(key)!r} has no ttl to renew", field="name")
+        own = [lease for lease in leases if lease[0].session == session]
+        granted = 0.0
+        for holder, ttl_s in own or leases:
+            granted = given.get("ttl", ttl_s)
+            self._registry.lifetimes.renew(holder, self._clock.now(), granted)
+        return messages.ok(request.id, {"ttl": messages.seconds(granted)})
+
     # Explaining.
+
+    def _why(self, request: Request, session: int) -> bytes:
+        name, instance = request.arguments["name"], request.arguments.get("instance")
+        fits = [each for each in self._registry.named(name) if instance is None or each.instance == instance]
+        left = [each for each in self._registry.departures(name) if instance is None or each.instance == instance]
+        if not fits and not left:
+            near = self._registry.near(name)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise Refused(Code.NOT_FOUND, f"nothing is known of {name!r}{hint}", near=near)
+        now = self._clock.now()
+        shown = fits[: self._limits.near_candidates_max]
+        result: dict[str, object] = {
+            "name": name,
+            "instances": [self._known(entry) for entry in shown],
+            "departures": [
+                {"instance": each.instance, "reason": each.reason, "age_s": round(now - each.at, 3)}
+                for each in left
+            ],
+        }
+        if len(shown) < len(fits):
+            result["more"] = True
+        return messages.ok(request.id, result)
+
+    def _known(self, entry: Entry) -> dict[str, object]:
+        """Return all that is known of an instance."""
+        alive = self._registry.lifetimes.is_alive(entry)
+        finding = self._probes.last((entry.host, entry.port))
+        return {
+            "instance": entry.instance,
+            "host": entry.host,
+            "port": entry.port,
+            "state": entry.state,
+            "alive": alive,
+            "rev": entry.rev,
+            "since": entry.registered_at,
+            "owners": [self._owner(holder) for holder in entry.holders] or [{"static": True}],
+            "probe": None
+            if finding is None
+            else {
+                "accepted": finding.accepted,
+                "age_s": round(self._clock.now() - finding.at, 3),
+                **({"why": finding.why} if finding.why else {}),
+            },
+        }
+
+    def _owner(self, holder: Holder) -> dict[str, object]:
+        """Return who holds, as far as it may be told: its connection, process and lease."""
+        owner: dict[str, object] = {}
+        if holder.hold:
+            owner["connection"] = self._peer_of(holder.session) if holder.session is not None else None
+        if holder.process is not None:
+            owner["pid"] = holder.process.pid
+        if holder.ttl_s is not None:
+            owner["ttl"] = messages.seconds(holder.ttl_s)
+        if holder.withdrawn:
+            owner["withdrawn"] = True
+        return owner
+
+    def _timeout(self, request: Request) -> Refused:
+        """Say why nothing came of waiting."""
+        given = request.arguments
+        name, instance, meta = given["name"], given.get("instance"), given.get("meta", {})
+        near, last = self._registry.near(name), self._registry.last(name)
+        here = list(self._registry.named(name))
+        refusing = [
+            f"{messages.joined(each.host, each.port)} ({finding.why})"
+            for each in self._registry.in_turn(name, instance, meta)
+            if (finding := self._probes.last((each.host, each.port))) is not None
+        ]
+        if refusing:
+            why = f"{name!r} is registered, and cannot be reached: {', '.join(refusing[:3])}"
+        elif here:
+            why = self._none_ready(name, instance, meta).message
+        elif last is not None:
+            why = f"{name!r} left {self._clock.now() - last.at:.1f} s ago: {last.reason}"
+        else:
+            why = f"{name!r} was never registered" + (f"; did you mean {near[0]!r}?" if near else "")
+        return Refused(Code.TIMEOUT, f"waited {given['wait']:g} s: {why}", **self._hints(name, near))
 
     def _hints(self, name: str, near: list[str]) -> dict[str, object]:
         """Return what helps somebody who did not find `name`."""
@@ -214,52 +340,69 @@ class Answers:
                 message += f"; did you mean {near[0]!r}?"
         elif instance is not None and self._registry.get((name, instance)) is None:
             message = f"{name!r} is here, but has no instance {instance!r}"
-        elif meta and self._registry.resolve(name, instance, {}):
+        elif meta and self._registry.in_turn(name, instance, {}):
             message = f"{which} is here, but none with that meta is ready"
         else:
             message = f"{which} is here, but none is {State.READY}"
         return Refused(Code.NOT_FOUND, message, **self._hints(name, near))
 
+    # Writes. The file holds the change when their result is sent.
 
-# Writes. The file holds the change when their result is sent.
+    def _register(self, draft: Draft, given: Mapping[str, Any], session: int) -> Mapping[str, object]:
+        name, instance = _key(given)
+        holders: tuple[Holder, ...] = ()
+        hold, pid, ttl_s = given.get("hold", False), given.get("pid"), given.get("ttl")
+        if hold or pid is not None or ttl_s is not None:
+            process = None if pid is None else self._processes.find(pid)
+            holders = (Holder(0, session, hold, process, ttl_s),)
+        wanted = Entry(
+            name=name,
+            instance=instance,
+            host=given.get("host", DEFAULT_HOST),
+            port=given["port"],
+            meta=given.get("meta", {}),
+            state=given.get("state", State.READY),
+            rev=0,
+            registered_at=0.0,
+            holders=holders,
+        )
+        try:
+            entry, replaced = draft.register(
+                wanted, given.get("if"), session=session, force=given.get("force", False)
+            )
+        except Contested as contested:
+            raise self._conflict(contested) from None
+        result: dict[str, object] = {
+            "name": entry.name,
+            "instance": entry.instance,
+            "host": entry.host,
+            "port": entry.port,
+            "rev": entry.rev,
+        }
+        if replaced:
+            result["replaced"] = True
+        return result
+
+    def _conflict(self, contested: Contested) -> Refused:
+        entry, owner = contested.entry, self._owner(contested.owner)
+        who = [f"{what} {value}" for what, value in owner.items() if value is not None]
+        return Refused(
+            Code.CONFLICT,
+            f"{key_text(entry.key)!r} is at {messages.joined(entry.host, entry.port)}, held by {', '.join(who)}; "
+            "stop that one, take another name or instance, or take over with force",
+            owner=owner,
+            rev=entry.rev,
+        )
+
+    def _deregister(self, draft: Draft, given: Mapping[str, Any], session: int) -> Mapping[str, object]:
+        return {"removed": draft.deregister(_key(given), given.get("if"), session=session), "rev": draft.rev}
+
+    def _update(self, draft: Draft, given: Mapping[str, Any], session: int) -> Mapping[str, object]:
+        meta, state = given.get("meta"), given.get("state")
+        if meta is None and state is None:
+            raise Refused(Code.BAD_ARGUMENT, "update needs meta, state or both", field="meta")
+        return {"rev": draft.update(_key(given), meta, state, given.get("if"), session=session).rev}
 
 
 def _key(given: Mapping[str, Any]) -> Key:
     return (given["name"], given.get("instance", ""))
-
-
-def _register(draft: Draft, given: Mapping[str, Any]) -> Mapping[str, object]:
-    name, instance = _key(given)
-    wanted = Entry(
-        name=name,
-        instance=instance,
-        host=given.get("host", DEFAULT_HOST),
-        port=given["port"],
-        meta=given.get("meta", {}),
-        state=given.get("state", State.READY),
-        rev=0,
-        registered_at=0.0,
-    )
-    entry, replaced = draft.register(wanted, given.get("if"))
-    result: dict[str, object] = {
-        "name": entry.name,
-        "instance": entry.instance,
-        "host": entry.host,
-        "port": entry.port,
-        "rev": entry.rev,
-    }
-    if replaced:
-        result["replaced"] = True
-    return result
-
-
-def _deregister(draft: Draft, given: Mapping[str, Any]) -> Mapping[str, object]:
-    draft.deregister(_key(given), given.get("if"))
-    return {"removed": 1, "rev": draft.rev}
-
-
-def _update(draft: Draft, given: Mapping[str, Any]) -> Mapping[str, object]:
-    meta, state = given.get("meta"), given.get("state")
-    if meta is None and state is None:
-        raise Refused(Code.BAD_ARGUMENT, "update needs meta, state or both", field="meta")
-    return {"rev": draft.update(_key(given), meta, state, given.get("if")).rev}

@@ -7,47 +7,65 @@ Must not know what a command does.
 
 import asyncio
 import logging
+import select
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
 from regd.core.errors import Code, Refused
 from regd.core.limits import Limits
+from regd.core.model import Entry
+from regd.core.registry import Lost
 from regd.protocol import messages
 from regd.protocol.commands import COMMANDS, Request
 from regd.protocol.reader import Item, Problem, Quit, Reader
 from regd.server.answers import Answers
 from regd.server.clock import Clock, Timer
 from regd.server.engine import Engine
+from regd.server.reaper import Reaper
 from regd.server.tally import Tally
+from regd.server.waits import Wait, Waits
+from regd.server.watches import Watch, Watches
 
 log = logging.getLogger("regd")
 
 _SLICE = 128  # requests of one connection before others get a turn
+_TURN_S = 0.005  # and so long, where requests are dear
 _CHUNK_BYTES = 65_536  # replies are gathered up to here and sent as one
-_LINGERING_MAX = 64  # refused connections that are still given the reason; more are just cut
+_LINGERING_MAX = 32  # refused connections that are still given the reason; more are just cut
 _COMPLAIN_EVERY_S = 10.0
+_LATE_S = 0.25
+_HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR  # POLLRDHUP: Linux, poll(2)
 
 
 class Budget:
-    """Bytes that wait, per connection and in all. Whoever has waited longest gives way."""
+    """Bytes that wait, per connection and in all. Beyond the bound the largest give way."""
 
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
-        self._held: dict[Connection, int] = {}  # in the order in which they began to wait
+        self._held: dict[Connection, int] = {}
         self.total = 0
 
-    def hold(self, connection: "Connection", size: int) -> "Connection | None":
-        """Set what waits of a connection, and return the one that is too much for all, if any."""
+    def hold(self, connection: "Connection", size: int) -> "list[Connection]":
+        """Set what waits of a connection, and return those that are too much for all: room for an eighth."""
         before = self._held.get(connection, 0)
         if size == before:
-            return None
+            return []
         self.total += size - before
         if size:
             self._held[connection] = size
         else:
             del self._held[connection]
-        return next(iter(self._held)) if self.total > self._bytes_max else None
+        if self.total <= self._bytes_max:
+            return []
+        excess = self.total - self._bytes_max * 7 // 8
+        gone = []
+        for each in sorted(self._held, key=self._held.__getitem__, reverse=True):
+            if excess <= 0:
+                break
+            gone.append(each)
+            excess -= self._held[each]
+        return gone
 
 
 @dataclass(slots=True)
@@ -57,11 +75,15 @@ class Context:
     limits: Limits
     engine: Engine
     answers: Answers
+    reaper: Reaper
+    watches: Watches
+    waits: Waits
     clock: Clock
     tally: Tally
     input: Budget
     output: Budget
     connections: "set[Connection]" = field(default_factory=set)
+    sessions: "Sessions" = field(default_factory=lambda: Sessions())
     alone: asyncio.Event = field(default_factory=asyncio.Event)  # set when the last connection has gone
     complained_at: float = float("-inf")
 
@@ -74,6 +96,40 @@ class Context:
             log.warning("refused %s, which does not speak regd: %r…", _peer_text(peer), seen)
 
 
+class Sessions:
+    """The connections that live, by the number that registrations know them by."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._open: dict[int, Connection] = {}
+
+    def add(self, connection: "Connection") -> int:
+        self._count += 1
+        self._open[self._count] = connection
+        return self._count
+
+    def remove(self, session: int) -> None:
+        self._open.pop(session, None)
+
+    def is_cut(self, session: int) -> bool:
+        """Whether the kernel knows that the connection has ended, told already or not."""
+        connection = self._open.get(session)
+        return connection is None or connection.is_cut()
+
+    def peer_of(self, session: int) -> str | None:
+        connection = self._open.get(session)
+        return connection.peer if connection else None
+
+    def tell(self, lost: Lost) -> None:
+        """Tell a connection that somebody took what it held."""
+        connection = self._open.get(lost.session)
+        if connection is not None:
+            entry = lost.entry
+            connection.push(
+                messages.event("lost", lost.rev, name=entry.name, instance=entry.instance, reason=lost.reason)
+            )
+
+
 def _peer_text(peer: object) -> str:
     return f"{peer[0]} port {peer[1]}" if isinstance(peer, tuple) else "a peer on the Unix socket"
 
@@ -81,6 +137,7 @@ def _peer_text(peer: object) -> str:
 class Connection(asyncio.Protocol):
     __slots__ = (
         "_accepted",
+        "_blocked",
         "_context",
         "_deadline",
         "_ending",
@@ -88,12 +145,17 @@ class Connection(asyncio.Protocol):
         "_held_up",
         "_in_flight",
         "_landed",
+        "_may_hold",
+        "_parked",
         "_paused",
         "_reader",
         "_reading",
         "_scheduled",
         "_timer",
         "_transport",
+        "_watch_count",
+        "_watches",
+        "session",
     )
 
     _transport: asyncio.Transport
@@ -112,6 +174,12 @@ class Connection(asyncio.Protocol):
         self._ending = False  # nothing more is looked at; what is sent is sent
         self._timer: Timer | None = None
         self._deadline = 0.0  # of an unfinished line
+        self._parked: set[Wait] = set()
+        self._blocked = False  # a request without id is parked: the replies of those behind it must wait
+        self._may_hold = False  # it has asked for `hold`
+        self._watches: dict[int, Watch] = {}
+        self._watch_count = 0
+        self.session = 0
 
     # What asyncio calls.
 
@@ -124,6 +192,7 @@ class Connection(asyncio.Protocol):
         context.alone.clear()
         if tally.connections < context.limits.connections_max:
             self._accepted = True
+            self.session = context.sessions.add(self)
             tally.connections += 1
             tally.connections_accepted += 1
             return
@@ -160,6 +229,7 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._paused = False
         self._account_output()
+        self._context.watches.resume(list(self._watches.values()))
         self._schedule()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -168,6 +238,8 @@ class Connection(asyncio.Protocol):
         self._reader.close()
         self._held_up = None
         self._landed.clear()
+        self._let_go()
+        context.sessions.remove(self.session)
         context.connections.discard(self)
         if not context.connections:
             context.alone.set()
@@ -181,8 +253,9 @@ class Connection(asyncio.Protocol):
 
     def _work(self) -> None:
         """Answer requests until there are none, something holds them up, or others should have a turn."""
-        replies: list[bytes] = []
+        replies, self._landed = self._landed, []  # what has landed was asked before what is taken now
         size = 0
+        until = self._context.clock.now() + _TURN_S
         for _ in range(_SLICE):
             item = self._take()
             if item is None:
@@ -197,6 +270,9 @@ class Connection(asyncio.Protocol):
                     self._transport.write(b"".join(replies))
                     replies.clear()
                     size = 0
+            if self._context.clock.now() > until:
+                self._schedule()
+                break
         else:
             self._schedule()
         if replies:
@@ -204,10 +280,13 @@ class Connection(asyncio.Protocol):
         self._settle()
 
     def _take(self) -> Item | None:
-        if self._paused or self._ending:
+        if self._paused or self._ending or self._blocked:
             return None
         item = self._held_up or self._reader.next()
         self._held_up = None
+        if isinstance(item, Quit) and self._parked:
+            self._held_up = item
+            return None
         if item is not None and self._in_flight:
             writes = isinstance(item, Request) and COMMANDS[item.cmd].writes
             if not writes or self._in_flight >= self._context.limits.requests_in_flight_max:
@@ -227,11 +306,17 @@ class Connection(asyncio.Protocol):
             return self._error(item.refusal)
         try:
             if COMMANDS[item.cmd].writes:
-                context.engine.submit(context.answers.write(item), self._done(item.id))
+                context.engine.submit(context.answers.write(item, self.session), self._done(item))
                 self._in_flight += 1
+                self._may_hold = self._may_hold or item.arguments.get("hold", False)
+                reply = None
+            elif item.cmd in ("watch", "unwatch"):
+                reply = self._watch(item) if item.cmd == "watch" else self._unwatch(item)
+            elif "wait" in item.arguments:
+                self._park(item)
                 reply = None
             else:
-                reply = context.answers.read(item)
+                reply = context.answers.read(item, self.session)
         except Refused as refusal:
             if self._in_flight:  # the engine takes no more, and replies before this one are not out yet
                 self._held_up = item
@@ -240,19 +325,72 @@ class Connection(asyncio.Protocol):
         context.tally.requests[item.cmd] += 1
         return reply
 
+    def _watch(self, request: Request) -> bytes:
+        context, given = self._context, request.arguments
+        if ("epoch" in given) is not ("since" in given):
+            field = "since" if "epoch" in given else "epoch"
+            raise Refused(Code.BAD_ARGUMENT, "epoch and since go together", field=field)
+        if len(self._watches) >= context.limits.watches_max:
+            raise Refused(Code.BUSY, f"this connection has {len(self._watches)} watches already")
+        since = (given["epoch"], given["since"]) if "epoch" in given else None
+        number = self._watch_count + 1
+        watch = context.watches.start(self, number, given.get("name", "*"), given.get("meta", {}), since)
+        self._watch_count = number
+        self._watches[number] = watch
+        return messages.ok(request.id, {"watch": number, **context.answers.position()})
+
+    def _unwatch(self, request: Request) -> bytes:
+        watch = self._watches.pop(request.arguments["watch"], None)
+        if watch is None:
+            raise Refused(Code.NOT_FOUND, f"this connection has no watch {request.arguments['watch']}")
+        self._context.watches.stop(watch)
+        return messages.ok(request.id, {})
+
+    def _park(self, request: Request) -> None:
+        """Answer when there is something to answer with; what has no id is answered before all behind it."""
+        context, given = self._context, request.arguments
+        if len(self._parked) >= context.limits.parked_max:
+            raise Refused(Code.BUSY, f"{len(self._parked)} requests of this connection wait already")
+        wait: Wait | None = None
+
+        def done(entry: Entry | None) -> None:
+            if wait is not None:
+                self._parked.discard(wait)
+            try:
+                reply = context.answers.waited(request, entry)
+            except Refused as refusal:
+                reply = self._error(refusal, request.id)
+            if request.id is None:
+                self._blocked = False
+            if not self._ending:
+                self._landed.append(reply)
+                self._schedule()
+
+        self._blocked = request.id is None
+        try:
+            wait = context.waits.park(
+                given["name"], given.get("instance"), given.get("meta", {}), given["wait"], done
+            )
+        except Refused:
+            self._blocked = False
+            raise
+        if not wait.over:
+            self._parked.add(wait)
+
     def _error(self, refusal: Refused, id: str | int | None = None) -> bytes:
         self._context.tally.errors[refusal.code] += 1
         return messages.error(refusal, id)
 
-    def _done(self, id: str | int | None) -> Callable[[Mapping[str, object] | Refused], None]:
+    def _done(self, request: Request) -> Callable[[Mapping[str, object] | Refused], None]:
         def done(outcome: Mapping[str, object] | Refused) -> None:
             self._in_flight -= 1
             if self._ending or self._transport.is_closing():
                 return
             if isinstance(outcome, Refused):
-                self._landed.append(self._error(outcome, id))
+                self._context.answers.explain(request, outcome)
+                self._landed.append(self._error(outcome, request.id))
             else:
-                self._landed.append(messages.ok(id, outcome))
+                self._landed.append(messages.ok(request.id, outcome))
             self._schedule()
 
         return done
@@ -266,10 +404,31 @@ class Connection(asyncio.Protocol):
         self._scheduled = False
         if self._ending or self._transport.is_closing():
             return
-        if self._landed:
-            self._transport.write(b"".join(self._landed))
-            self._landed.clear()
         self._work()
+
+    @property
+    def can_take(self) -> bool:
+        return not (self._paused or self._ending or self._transport.is_closing())
+
+    def push(self, data: bytes) -> None:
+        """Send an event."""
+        if not self._ending and not self._transport.is_closing():
+            self._transport.write(data)
+            if self._paused:
+                self._account_output()
+
+    @property
+    def peer(self) -> str:
+        return _peer_text(self._transport.get_extra_info("peername"))
+
+    def is_cut(self) -> bool:
+        """Whether the peer has closed its side, as far as the kernel knows."""
+        found = self._transport.get_extra_info("socket")
+        if self._eof or self._ending or found is None or found.fileno() < 0:
+            return True
+        poll = select.poll()
+        poll.register(found.fileno(), _HUNG_UP)
+        return bool(poll.poll(0))
 
     # Holding back, and ending.
 
@@ -279,8 +438,9 @@ class Connection(asyncio.Protocol):
         if transport.is_closing() or self._ending:
             return
         idle = self._held_up is None and not self._reader.pending and not self._paused
-        if idle and self._eof and not self._in_flight and not self._landed:
-            transport.close()
+        if self._blocked:  # the end of the peer must be seen, so it is read for a while
+            idle = not self._paused and self._reader.waiting_bytes < context.limits.line_bytes_max
+        if idle and self._eof and self._finish():
             return
         if idle is not self._reading and not self._eof:
             self._reading = idle
@@ -295,18 +455,29 @@ class Connection(asyncio.Protocol):
         too_much = context.input.hold(self, self._reader.waiting_bytes)
         if self._paused:
             self._account_output()
-        if too_much is not None:
+        for each in too_much:
             context.tally.cut += 1
-            too_much._refuse(
-                Refused(Code.BUSY, "too many bytes wait in regd, yours the longest; try again later")
-            )
+            each._refuse(Refused(Code.BUSY, "too many bytes wait in regd, yours among them; try again later"))
+
+    def _finish(self) -> bool:
+        """The peer sends no more: close, unless something is still to be sent. Returns whether that is so."""
+        if self._in_flight or self._landed:
+            return False
+        self._release()
+        if self._parked or self._watches:
+            return False
+        self._transport.close()
+        return True
 
     def _line_idle(self) -> None:
         self._timer = None
         if self._ending or not self._reader.unfinished:
             return
         context = self._context
-        if not self._reading or self._in_flight:  # ours is the delay
+        late = (
+            context.clock.now() - self._deadline > _LATE_S
+        )  # as after SIGSTOP: what came meanwhile is not read yet
+        if not self._reading or self._in_flight or late:  # ours is the delay
             self._deadline = context.clock.now() + context.limits.line_idle_s_max
         if context.clock.now() < self._deadline:
             self._timer = context.clock.call_at(self._deadline, self._line_idle)
@@ -318,9 +489,9 @@ class Connection(asyncio.Protocol):
         context = self._context
         size = self._transport.get_write_buffer_size() if self._paused else 0
         too_much = context.output.hold(self, size)
-        if too_much is not None:
+        for each in too_much:
             context.tally.cut += 1
-            too_much.cut()
+            each.cut()
 
     def _refuse(self, refusal: Refused) -> None:
         """Say why, and end. Where replies are still to come, the reason cannot stand before them: just end."""
@@ -335,8 +506,25 @@ class Connection(asyncio.Protocol):
         self._ending = True
         self._reader.close()
         self._held_up = None
+        self._let_go()
         self._context.input.hold(self, 0)
         asyncio.get_running_loop().call_soon(self._farewell)
+
+    def _let_go(self) -> None:
+        """End what goes with the connection: what it holds, its watches, what it waits for."""
+        context = self._context
+        self._release()
+        for watch in self._watches.values():
+            context.watches.stop(watch)
+        self._watches.clear()
+        for wait in list(self._parked):
+            context.waits.cancel(wait)
+        self._parked.clear()
+
+    def _release(self) -> None:
+        if self._may_hold:
+            self._may_hold = False
+            self._context.reaper.connection_ended(self.session)
 
     def _farewell(self) -> None:
         if self._transport.is_closing():
@@ -367,6 +555,7 @@ class Connection(asyncio.Protocol):
     def cut(self) -> None:
         """End at once; what was not sent is lost."""
         self._ending = True
+        self._context.output.hold(self, 0)
         self._transport.abort()
 
     def close(self) -> None:

@@ -2,7 +2,8 @@
 
 One flush is in flight, in a thread; what arrives meanwhile waits unjudged and is the next batch. So the disk sets
 the size of the batch, the loop never waits for it, and there is no third state: a batch that fails is forgotten
-whole, with everything that was judged on it. Must not know the protocol.
+whole, with everything that was judged on it. But for endings: who is gone is gone, whatever the disk does.
+Must not know the protocol.
 """
 
 import asyncio
@@ -12,9 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from regd.core.errors import Code, Refused
+from regd.core.lifetimes import Ending
 from regd.core.limits import Limits
-from regd.core.model import Change
-from regd.core.registry import Draft, Registry
+from regd.core.model import Change, Holder, Process
+from regd.core.registry import Draft, Lost, Registry
 from regd.server.clock import Clock
 from regd.server.tally import Tally
 from regd.storage.store import Store
@@ -34,15 +36,29 @@ _COMPLAIN_EVERY_S = 30.0
 
 
 class Engine:
-    def __init__(self, registry: Registry, store: Store, clock: Clock, tally: Tally, limits: Limits) -> None:
+    """`is_gone` says of a holder whether the system knows it to be gone; `landed` hears of every batch."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        store: Store,
+        clock: Clock,
+        tally: Tally,
+        limits: Limits,
+        is_gone: Callable[[Holder], bool],
+        landed: Callable[[Sequence[Change], Sequence[Lost], set[Process]], None],
+    ) -> None:
         self._registry = registry
         self._store = store
         self._clock = clock
         self._tally = tally
         self._limits = limits
-        self._waiting: deque[tuple[Write, Done]] = deque()
+        self._is_gone = is_gone
+        self._landed = landed
+        self._waiting: deque[tuple[Write, Done] | Ending] = deque()
         self._wake = asyncio.Event()
         self._closing = False
+        self._repair_due = False
         self._repair = False  # the file must be written again, even without a change
         self._complained_at: float | None = None  # when a failing disk was last told of; None while it works
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="regd-commit")
@@ -59,6 +75,15 @@ class Engine:
             raise Refused(Code.BUSY, f"{self._limits.writes_waiting_max} writes are waiting; try again later")
         self._waiting.append((write, done))
         self._wake.set()
+
+    def end(self, ending: Ending) -> None:
+        """Queue the end of what somebody held, behind the writes that came before. Never refused.
+
+        While the daemon stops, nobody's end is due to it.
+        """
+        if not self._closing:
+            self._waiting.append(ending)
+            self._wake.set()
 
     def close(self) -> None:
         """Take no more writes; `run` returns once those that wait have landed."""
@@ -78,27 +103,49 @@ class Engine:
                 else:
                     self._wake.clear()
                     await self._wake.wait()
+            if self._store.dirty:
+                await self._commit([])
         finally:
             self._thread.shutdown()
 
-    async def _land(self, batch: Sequence[tuple[Write, Done]]) -> None:
-        draft = Draft(self._registry, self._clock.wall())
+    async def _land(self, batch: Sequence[tuple[Write, Done] | Ending]) -> None:
+        draft = Draft(self._registry, self._clock.wall(), self._is_gone)
         outcomes: list[Mapping[str, object] | Refused] = []
-        for count, (write, _) in enumerate(batch, 1):
-            try:
-                outcomes.append(write(draft))
-            except Refused as refusal:
-                outcomes.append(refusal)
+        for count, each in enumerate(batch, 1):
+            if isinstance(each, Ending):
+                draft.end(each)
+            else:
+                try:
+                    outcomes.append(each[0](draft))
+                except Refused as refusal:
+                    outcomes.append(refusal)
             if count % _SLICE == 0:
                 await asyncio.sleep(0)
-        failure = await self._commit(draft.changes) if draft.changes else None
-        if failure is None:
-            self._registry.land(draft.changes, self._clock.now())
-            self._tally.changes += len(draft.changes)
-        for count, ((_, done), outcome) in enumerate(zip(batch, outcomes, strict=True), 1):
+        endings = [each for each in batch if isinstance(each, Ending)]
+        # A file that may show what is not in effect is mended even by a request that changes nothing.
+        failure = await self._commit(draft.changes) if draft.changes or self._store.dirty else None
+        if failure is not None:
+            draft = self._end_all_the_same(endings)
+        free = self._registry.land(draft.changes, self._clock.now())
+        for ending in endings:
+            self._registry.lifetimes.settle(ending)
+        self._tally.changes += len(draft.changes)
+        self._landed(draft.changes, draft.lost, free)
+        dones = [each[1] for each in batch if not isinstance(each, Ending)]
+        for count, (done, outcome) in enumerate(zip(dones, outcomes, strict=True), 1):
             done(failure or outcome)
             if count % _SLICE == 0:
                 await asyncio.sleep(0)
+
+    def _end_all_the_same(self, endings: Sequence[Ending]) -> Draft:
+        """Judge the endings of a failed batch alone; the file follows when it can be written."""
+        draft = Draft(self._registry, self._clock.wall(), self._is_gone)
+        for ending in endings:
+            draft.end(ending)
+        if draft.changes:
+            self._store.owe(draft.changes)
+            self._repair_later()
+        return draft
 
     async def _commit(self, changes: Sequence[Change]) -> Refused | None:
         try:
@@ -118,14 +165,20 @@ class Engine:
         if self._complained_at is None or now - self._complained_at >= _COMPLAIN_EVERY_S:
             self._complained_at = now
             log.error("cannot write %s: %s; changes are refused until it can be written", self._store.path, why)
-        if self._store.dirty and not self._closing:
-            self._clock.call_at(now + _REPAIR_AFTER_S, self._repair_now)
+        if self._store.dirty:
+            self._repair_later()
         return Refused(
             Code.STORAGE_FAILED,
             f"the registry file could not be written ({why}); the change is not in effect",
         )
 
+    def _repair_later(self) -> None:
+        if not self._closing and not self._repair_due:
+            self._repair_due = True
+            self._clock.call_at(self._clock.now() + _REPAIR_AFTER_S, self._repair_now)
+
     def _repair_now(self) -> None:
+        self._repair_due = False
         if self._store.dirty and not self._closing:
             self._repair = True
             self._wake.set()

@@ -7,33 +7,45 @@ import contextlib
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from regd.core.limits import DEFAULT, Limits
-from regd.core.registry import Registry
+from regd.core.model import Change, Process
+from regd.core.registry import Lost, Registry
 from regd.server.answers import Answers, identify
 from regd.server.clock import Clock, LoopClock
-from regd.server.connection import Budget, Connection, Context
+from regd.server.connection import Budget, Connection, Context, Sessions
 from regd.server.engine import Engine
 from regd.server.listener import Listeners, raise_open_files
+from regd.server.reaper import Reaper
 from regd.server.tally import Tally
+from regd.server.waits import Waits
+from regd.server.watches import Watches
 from regd.storage.files import Files
-from regd.storage.store import Store
+from regd.storage.store import StorageError, Store
 
 log = logging.getLogger("regd")
 
+DEFAULT_GRACE_S = 30.0
 DEFAULT_PORT = 7343  # "REGD" on a phone's keys
 _GOODBYE_S = 2.0  # for replies to leave before the connections are cut
 
 
 def default_registry(environment: Mapping[str, str]) -> Path:
-    """Return where the registry is kept when nobody says: the service manager's place, or the user's."""
+    """Return where the registry is kept when nobody says: the service manager's place, or the user's.
+
+    Raises:
+        StorageError: this user has no home.
+    """
     if folder := environment.get("STATE_DIRECTORY"):
         return Path(folder.partition(":")[0]) / "registry.json"  # systemd.exec(5): may be several
     home = environment.get("XDG_STATE_HOME")
-    base = Path(home) if home and os.path.isabs(home) else Path.home() / ".local" / "state"
+    try:
+        base = Path(home) if home and os.path.isabs(home) else Path.home() / ".local" / "state"
+    except RuntimeError:
+        raise StorageError("this user has no home to keep the registry in; name a file with --registry") from None
     return base / "regd" / "registry.json"
 
 
@@ -42,6 +54,7 @@ class Config:
     registry: Path
     port: int = DEFAULT_PORT
     unix: Path | None = None
+    grace_s: float = DEFAULT_GRACE_S  # for clients to come back and claim what they held
     limits: Limits = DEFAULT
 
 
@@ -89,6 +102,16 @@ class Server:
         """What waits for peers that do not read."""
         return self._context.output.total if self._context else 0
 
+    @property
+    def parked(self) -> int:
+        """How many requests wait for somebody to accept."""
+        return len(self._context.waits) if self._context else 0
+
+    @property
+    def probed(self) -> int:
+        """How many attempts to connect were made."""
+        return self._context.waits.probes.count if self._context else 0
+
     async def start(self) -> None:
         """Open everything, or leave nothing behind.
 
@@ -104,34 +127,53 @@ class Server:
 
     async def _start(self) -> None:
         config = self._config
-        limits = replace(config.limits, connections_max=raise_open_files(config.limits.connections_max))
+        limits = _within_open_files(config.limits)
         # 1. Addresses first: a second regd must end here, before it touches a file.
         self._listeners.open_tcp(config.port)
-        # 2. The registry: locked, read, and made where it is missing.
-        document = self._store.open(self._clock.wall())
         if config.unix is not None:
             self._listeners.open_unix(config.unix, self._files)
+        # 2. The registry: locked, read, and made where it is missing.
+        document = self._store.open(self._clock.wall())
         self._store.make()
-        registry = Registry(document.entries, document.rev, limits)
         # 3. The parts.
-        tally = Tally()
-        self._engine = Engine(registry, self._store, self._clock, tally, limits)
-        identity = identify(self._epoch, _loop_name(), str(self._store.path), self._clock.now())
+        clock, tally, sessions = self._clock, Tally(), Sessions()
+        registry = Registry(document.entries, document.rev, limits, now=clock.now(), claim_s=config.grace_s)
+        watches = Watches(registry, clock, limits, self._epoch)
+        waits = Waits(registry, clock, limits)
+        reaper = Reaper(registry, clock, limits, sessions.is_cut)
+
+        def landed(changes: Sequence[Change], lost: Sequence[Lost], free: set[Process]) -> None:
+            reaper.landed(free)
+            watches.landed(changes)
+            for each in lost:
+                sessions.tell(each)
+            waits.landed(changes)
+
+        self._engine = reaper.engine = Engine(registry, self._store, clock, tally, limits, reaper.is_gone, landed)
+        identity = identify(self._epoch, _loop_name(), str(self._store.path), clock.now())
         self._context = Context(
             limits=limits,
             engine=self._engine,
-            answers=Answers(registry, identity, self._clock, tally, limits),
-            clock=self._clock,
+            answers=Answers(
+                registry, identity, clock, tally, limits, reaper.processes, waits.probes, sessions.peer_of
+            ),
+            reaper=reaper,
+            watches=watches,
+            waits=waits,
+            clock=clock,
             tally=tally,
             input=Budget(limits.input_bytes_total_max),
             output=Budget(limits.output_bytes_total_max),
+            sessions=sessions,
         )
+        reaper.start()
         self._engine_task = asyncio.create_task(self._engine.run(), name="regd-engine")
         # 4. Serve.
         context, loop = self._context, asyncio.get_running_loop()
         for each in self._listeners.sockets:
             create = loop.create_unix_server if each.family.name == "AF_UNIX" else loop.create_server
-            self._servers.append(await create(lambda: Connection(context), sock=each, backlog=4_096))
+            self._servers.append(await create(lambda: Connection(context), sock=each, backlog=64))
+        self._listeners.deepen()
         for note in self._listeners.notes:
             log.warning("%s", note)
         log.info("%d registrations at revision %d from %s", len(registry), registry.rev, self._store.path)
@@ -153,6 +195,9 @@ class Server:
         # 3. Let the replies out, and cut who does not take them.
         if self._context is not None:
             await self._say_goodbye(self._context)
+            self._context.watches.close()
+            self._context.waits.close()
+            self._context.reaper.close()
         # 4. Addresses, lock.
         self._close_files()
 
@@ -170,6 +215,21 @@ class Server:
     def _close_files(self) -> None:
         self._listeners.close(self._files)
         self._store.close()
+
+
+def _within_open_files(limits: Limits) -> Limits:
+    """Raise how many files may be open, and share out what there is between connections and processes."""
+    wanted = limits.connections_max + limits.processes_max
+    there = raise_open_files(wanted + limits.probes_max)
+    if there >= wanted + limits.probes_max:
+        return limits
+    share = there / (wanted + limits.probes_max)
+    return replace(
+        limits,
+        connections_max=max(1, int(limits.connections_max * share)),
+        processes_max=max(1, int(limits.processes_max * share)),
+        probes_max=max(1, int(limits.probes_max * share)),
+    )
 
 
 def _loop_name() -> str:

@@ -14,7 +14,7 @@ from regd.storage.files import Files, Held
 
 _BACKLOG = 4_096  # as far as the kernel lets us: a whole test suite may start at once
 _PORT_TRIES = 32
-_SPARE_FILES = 64  # open files that are not connections: the registry, sockets, the loop's own
+_SPARE_FILES = 192  # open files that are no connections: the registry, sockets, those that are being refused
 
 
 class ListenError(Exception):
@@ -90,6 +90,15 @@ class Listeners:
                 path.unlink()
                 return
         raise ListenError(f"{path} is in use by another program; name another with --unix")
+
+    def deepen(self) -> None:
+        """Have the kernel keep as many callers as it may.
+
+        An event loop takes up to its own `backlog` of them in one turn, and has to be told a small one: without a
+        free file each of those is one more line in the log.
+        """
+        for each in self.sockets:
+            each.listen(_BACKLOG)
 
     def close(self, files: Files) -> None:
         for each in self.sockets:

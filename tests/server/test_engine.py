@@ -31,7 +31,15 @@ class Bench:
         self.store.open(0.0)
         self.store.make()
         self.registry = Registry(limits=limits)
-        self.engine = Engine(self.registry, self.store, self.clock, self.tally, limits)
+        self.engine = Engine(
+            self.registry,
+            self.store,
+            self.clock,
+            self.tally,
+            limits,
+            is_gone=lambda holder: False,
+            landed=lambda changes, lost, free: None,
+        )
         self.outcomes: list[object] = []
         self.task = asyncio.create_task(self.engine.run())
 

@@ -43,3 +43,9 @@ class HandClock:
                 timer.call()
         self._now = end
         self._wall += seconds
+
+    def stop(self, seconds: float) -> None:
+        """Let time pass in which nothing runs: what fell due meanwhile is called late, all at its end."""
+        self._now += seconds
+        self._wall += seconds
+        self.advance(0)

@@ -5,6 +5,8 @@ import contextlib
 import json
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +57,12 @@ class Peer:
         """Return everything up to the end of the connection."""
         async with asyncio.timeout(WAIT_S):
             return await self.reader.read()
+
+    async def reset(self) -> None:
+        """End the connection as a cut does: the daemon is told at once, and need not write to find out."""
+        found = self.writer.get_extra_info("socket")
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await self.close()
 
     async def close(self) -> None:
         self.writer.close()

@@ -16,15 +16,22 @@ def fits(expected: str, line: str) -> bool:
 
 
 async def replay(text: str, daemon: InLoop) -> None:
-    """Send the lines behind `> `, and hold what comes back against those behind `< `; `< (closed)` is the end."""
-    peer: Peer = await daemon.peer()
+    """Send the lines behind `> `, and hold what comes back against those behind `< `; `< (closed)` is the end.
+
+    `2>` and `2<` are of another peer.
+    """
+    peers: dict[str, Peer] = {}
     for line in text.splitlines():
-        mark, said = line[:2], line[2:]
-        if mark == "> ":
+        found = re.fullmatch("([0-9]?)([<>]) (.*)", line)
+        assert found, f"neither sent nor received: {line!r}"
+        number, mark, said = found.groups()
+        if number not in peers:
+            peers[number] = await daemon.peer()
+        peer = peers[number]
+        if mark == ">":
             peer.send(said.replace("\\0", "\0"))
         elif said == "(closed)":
             assert await peer.rest() == b""
         else:
-            assert mark == "< ", f"neither sent nor received: {line!r}"
             came = (await peer.line()).decode().rstrip("\n")
             assert fits(said, came), f"\nexpected {said}\n    came {came}"

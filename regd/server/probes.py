@@ -1,0 +1,153 @@
+"""Does anybody accept connections there? Asked only while somebody wants to know, and only of this machine.
+
+One probe for an address, shared by all who wait for it, with a growing pause between attempts.
+Must not know who waits, nor names.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from regd.core.limits import Limits
+from regd.server.clock import Clock, Timer
+
+_PAUSE_S = (0.02, 0.5)  # the first and the longest between two attempts
+
+Address = tuple[str, int]
+
+
+def may_probe(host: str) -> bool:
+    """Whether a host is this machine. No other is ever connected to, and no name is looked up."""
+    return bool(_targets(host))
+
+
+def _targets(host: str) -> list[str]:
+    if host.lower().rstrip(".") == "localhost":
+        return ["127.0.0.1", "::1"]
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return []
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.scope_id is not None:
+            return []
+        if address.ipv4_mapped is not None:
+            return [str(address.ipv4_mapped)] if address.ipv4_mapped.is_loopback else []
+    return [host] if address.is_loopback else []
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What an attempt to connect found, and when (monotonic seconds)."""
+
+    number: int  # of all that were made
+    at: float
+    why: str  # empty: somebody accepted
+
+    @property
+    def accepted(self) -> bool:
+        return not self.why
+
+
+class _Probe:
+    def __init__(self) -> None:
+        self.wanted = 0
+        self.pause_s = _PAUSE_S[0]
+        self.task: asyncio.Task[None] | None = None
+        self.timer: Timer | None = None
+
+
+class Probes:
+    """`found` is called with each address that was tried."""
+
+    def __init__(self, clock: Clock, limits: Limits, found: Callable[[Address], None]) -> None:
+        self._clock = clock
+        self._limits = limits
+        self._found = found
+        self._probes: dict[Address, _Probe] = {}
+        self._last: dict[Address, Finding] = {}  # the newest are kept, for `why`
+        self.count = 0
+        self._room = asyncio.Semaphore(limits.probes_max)
+
+    def want(self, address: Address) -> None:
+        """Probe an address until `unwant`, as often as it was wanted."""
+        probe = self._probes.setdefault(address, _Probe())
+        probe.wanted += 1
+        self.again(address)
+
+    def unwant(self, address: Address) -> None:
+        probe = self._probes[address]
+        probe.wanted -= 1
+        if not probe.wanted:
+            self._end(address)
+
+    def _end(self, address: Address) -> None:
+        probe = self._probes.pop(address)
+        if probe.task is not None:
+            probe.task.cancel()
+        if probe.timer is not None:
+            probe.timer.cancel()
+
+    def close(self) -> None:
+        for address in list(self._probes):
+            self._end(address)
+
+    def again(self, address: Address) -> None:
+        """Try at once: something has changed there, or somebody else wants to know."""
+        probe = self._probes.get(address)
+        if probe is not None and probe.task is None:
+            if probe.timer is not None:
+                probe.timer.cancel()
+            probe.pause_s = _PAUSE_S[0]
+            self._try_now(address, probe)
+
+    def last(self, address: Address) -> Finding | None:
+        return self._last.get(address)
+
+    def _try_now(self, address: Address, probe: _Probe) -> None:
+        probe.timer = None
+        probe.task = asyncio.create_task(self._try(address, probe), name="regd-probe")
+
+    async def _try(self, address: Address, probe: _Probe) -> None:
+        async with self._room:
+            why = await _connect(address, self._limits.probe_s_max)
+        self.count += 1
+        self._last.pop(address, None)
+        self._last[address] = Finding(self.count, self._clock.now(), why)
+        if len(self._last) > self._limits.departures_max:
+            del self._last[next(iter(self._last))]
+        probe.task = None
+        next_at = self._clock.now() + probe.pause_s
+        probe.timer = self._clock.call_at(next_at, lambda: self._try_now(address, probe))
+        probe.pause_s = min(2 * probe.pause_s, _PAUSE_S[1])
+        self._found(address)
+
+
+async def _connect(address: Address, timeout_s: float) -> str:
+    """Connect and close at once. Returns why that failed, or an empty string."""
+    why = "no address"
+    for host in _targets(address[0]):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
+                probe.setblocking(False)
+                async with asyncio.timeout(timeout_s):
+                    await asyncio.get_running_loop().sock_connect(probe, (host, address[1]))
+                if not met_itself(probe):
+                    return ""
+                why = "connection refused"
+        except TimeoutError:
+            why = "no answer"
+        except ConnectionRefusedError:
+            why = "connection refused"
+        except OSError as error:
+            why = (error.strerror or str(error)).lower()
+    return why
+
+
+def met_itself(probe: socket.socket) -> bool:
+    """Whether a socket is its own peer: the kernel may give it the very port that it connects to."""
+    return bool(probe.getsockname()[:2] == probe.getpeername()[:2])

@@ -1,0 +1,154 @@
+"""Those who wait until an instance is ready and accepts connections.
+
+A wait looks at its name whenever that changes, and at the probes of its instances. The answer is the first in
+turn that accepts, once those before it are known not to. Must not know connections or lines.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from regd.core.errors import Code, Refused
+from regd.core.limits import Limits
+from regd.core.model import Change, Entry
+from regd.core.registry import Registry
+from regd.server.clock import Clock, Timer
+from regd.server.probes import Address, Probes, may_probe
+
+_LOOKED_AT_MAX = 64  # instances of one name that are probed for a wait
+_AT_ONCE_S = 0.25  # for the one attempt of `wait` 0
+
+
+class Wait:
+    """One request that is parked. `done` is called once, with the instance or None when the time is over."""
+
+    __slots__ = ("addresses", "began", "done", "instance", "meta", "name", "once", "over", "timer")
+
+    timer: Timer
+
+    def __init__(
+        self,
+        name: str,
+        instance: str | None,
+        meta: Mapping[str, str],
+        began: int,
+        once: bool,
+        done: Callable[[Entry | None], None],
+    ) -> None:
+        self.name = name
+        self.instance = instance
+        self.meta = meta
+        self.began = began  # the number of the last finding before
+        self.once = once
+        self.done = done
+        self.addresses: set[Address] = set()  # that are probed for it
+        self.over = False
+
+
+class Waits:
+    def __init__(self, registry: Registry, clock: Clock, limits: Limits) -> None:
+        self._registry = registry
+        self._clock = clock
+        self._limits = limits
+        self._named: dict[str, list[Wait]] = {}
+        self._probing: dict[Address, list[Wait]] = {}
+        self._count = 0
+        self.probes = Probes(clock, limits, self._probed)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def park(
+        self,
+        name: str,
+        instance: str | None,
+        meta: Mapping[str, str],
+        wait_s: float,
+        done: Callable[[Entry | None], None],
+    ) -> Wait:
+        """Wait for an instance. `done` may be called before this returns.
+
+        Raises:
+            Refused: `busy`, too many wait.
+        """
+        if self._count >= self._limits.parked_total_max:
+            raise Refused(Code.BUSY, f"{self._count} requests wait; try again later")
+        wait = Wait(name, instance, meta, self.probes.count, not wait_s, done)
+        self._named.setdefault(name, []).append(wait)
+        self._count += 1
+        deadline = self._clock.now() + (wait_s or _AT_ONCE_S)
+        wait.timer = self._clock.call_at(deadline, lambda: self._end(wait, None))
+        self._look(wait)
+        return wait
+
+    def cancel(self, wait: Wait) -> None:
+        """Nobody wants the answer any more. Twice is harmless."""
+        wait.done = lambda entry: None
+        self._end(wait, None)
+
+    def close(self) -> None:
+        for wait in [wait for waits in self._named.values() for wait in waits]:
+            self.cancel(wait)
+        self.probes.close()
+
+    def landed(self, changes: Sequence[Change]) -> None:
+        """Look again where something changed."""
+        if not self._count:
+            return
+        for change in changes:
+            self.probes.again((change.entry.host, change.entry.port))
+        for name in {change.entry.name for change in changes}:
+            for wait in list(self._named.get(name, ())):
+                self._look(wait)
+
+    def _probed(self, address: Address) -> None:
+        for wait in list(self._probing.get(address, ())):
+            self._look(wait)
+
+    def _look(self, wait: Wait) -> None:
+        """Answer, or have probed what could become the answer."""
+        if wait.over:
+            return
+        entries = self._registry.in_turn(wait.name, wait.instance, wait.meta)[:_LOOKED_AT_MAX]
+        self._probe(wait, {(each.host, each.port) for each in entries if may_probe(each.host)})
+        for entry in entries:
+            address = (entry.host, entry.port)
+            if address not in wait.addresses:
+                self._end(wait, entry)  # not of this machine: as good as it gets
+                return
+            finding = self.probes.last(address)
+            if finding is None or finding.number <= wait.began:
+                return  # it may still be its turn
+            if finding.accepted:
+                self._end(wait, entry)
+                return
+        if wait.once:
+            self._end(wait, None)
+
+    def _probe(self, wait: Wait, addresses: set[Address]) -> None:
+        before, wait.addresses = wait.addresses, addresses
+        for address in addresses - before:
+            self._probing.setdefault(address, []).append(wait)
+            self.probes.want(address)
+        for address in before - addresses:
+            self._leave(wait, address)
+
+    def _leave(self, wait: Wait, address: Address) -> None:
+        waits = self._probing[address]
+        waits.remove(wait)
+        if not waits:
+            del self._probing[address]
+        self.probes.unwant(address)
+
+    def _end(self, wait: Wait, entry: Entry | None) -> None:
+        if wait.over:
+            return
+        wait.over = True
+        wait.timer.cancel()
+        self._probe(wait, set())
+        waits = self._named[wait.name]
+        waits.remove(wait)
+        if not waits:
+            del self._named[wait.name]
+        self._count -= 1
+        if entry is not None:
+            self._registry.took(entry, wait.meta)
+        wait.done(entry)

@@ -1,0 +1,251 @@
+"""Watchers: each is a cursor into the history of changes.
+
+One that has seen all gets a change when it lands. One whose peer does not read keeps an integer, and goes on
+from the history when there is room; too late, it gets `reset` and the state as it is. So a slow one costs nobody
+anything.
+Must not know sockets: a peer is whoever can be given bytes.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Protocol
+
+from regd.core.errors import Code, Refused
+from regd.core.limits import Limits
+from regd.core.model import Change, Entry, Key, Op, Reason
+from regd.core.registry import Registry
+from regd.protocol import messages
+from regd.server.clock import Clock, Timer
+
+_SLICE = 128  # entries or changes of one watch before others get a turn
+
+
+class Peer(Protocol):
+    @property
+    def can_take(self) -> bool:
+        """Whether what is pushed now leaves soon."""
+
+    def push(self, data: bytes) -> None: ...
+
+
+class _Phase(Enum):
+    SNAPSHOT = "the state is being sent, from `after` on; `cursor` is the revision at which that began"
+    CATCH_UP = "all up to `cursor` was sent"
+    LIVE = "all was sent"
+
+
+class Watch:
+    """One watch of one peer."""
+
+    __slots__ = (
+        "after",
+        "cursor",
+        "exact",
+        "meta",
+        "number",
+        "open",
+        "pattern",
+        "peer",
+        "phase",
+        "prefix",
+        "tail",
+    )
+
+    def __init__(self, peer: Peer, number: int, pattern: str, meta: Mapping[str, str], cursor: int) -> None:
+        self.peer = peer
+        self.number = number
+        self.pattern = pattern
+        self.exact = not pattern.endswith("*")
+        self.prefix = pattern.rstrip("*")
+        self.meta = meta
+        self.phase = _Phase.CATCH_UP
+        self.cursor = cursor
+        self.after: Key | None = None
+        self.open = True
+        self.tail = ""  # the event that tells the peer that it has caught up
+
+    def line(self, change: Change) -> bytes | None:
+        """Return the event that a change is for this watch, None where it is none."""
+        before, entry = change.before, change.entry
+        if not (entry.name == self.pattern if self.exact else entry.name.startswith(self.prefix)):
+            return None
+        was = before is not None and before.carries(self.meta)
+        if change.op is Op.DOWN:
+            return messages.down(self.number, change.rev, entry, change.reason) if was else None
+        if entry.carries(self.meta):
+            return messages.changed(self.number, Op.CHANGE if was else Op.UP, entry)
+        return messages.down(self.number, change.rev, entry, Reason.FILTERED) if was else None
+
+
+class Watches:
+    def __init__(self, registry: Registry, clock: Clock, limits: Limits, epoch: str) -> None:
+        self._registry = registry
+        self._clock = clock
+        self._limits = limits
+        self._epoch = epoch
+        self._exact: dict[str, set[Watch]] = {}
+        self._prefix: set[Watch] = set()
+        self._behind: dict[Watch, None] = {}  # in order: those that have something to send, and may
+        self._pumping = False
+        self._progress: Timer | None = None
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def start(
+        self, peer: Peer, number: int, pattern: str, meta: Mapping[str, str], since: tuple[str, int] | None
+    ) -> Watch:
+        """Begin a watch; its events are pushed from the loop's next turn on. `since` is an epoch and a revision.
+
+        Raises:
+            Refused: `busy`, too many watches.
+        """
+        if self._count >= self._limits.watches_total_max:
+            raise Refused(Code.BUSY, f"{self._count} watches are open; try again later")
+        watch = Watch(peer, number, pattern, meta, self._registry.rev)
+        if since is None:
+            self._begin(watch)
+        elif since[0] == self._epoch and self._registry.history.knows(since[1]):
+            watch.cursor = since[1]
+            watch.tail = "progress"
+        else:
+            watch.cursor = -1  # which no history knows
+        (self._exact.setdefault(pattern, set()) if watch.exact else self._prefix).add(watch)
+        self._count += 1
+        self._go_on_with(watch)
+        if self._progress is None:
+            self._progress_later()
+        return watch
+
+    def stop(self, watch: Watch) -> None:
+        """End a watch; nothing more is pushed for it. Twice is harmless."""
+        if not watch.open:
+            return
+        watch.open = False
+        among = self._exact[watch.pattern] if watch.exact else self._prefix
+        among.discard(watch)
+        if watch.exact and not among:
+            del self._exact[watch.pattern]
+        self._count -= 1
+        self._behind.pop(watch, None)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.cancel()
+
+    def landed(self, changes: Sequence[Change]) -> None:
+        """Push what landed to those who have seen all before it."""
+        if not self._count:
+            return
+        out: dict[Peer, list[bytes]] = {}
+        for change in changes:
+            if change.op is Op.KEEP:
+                continue
+            for watch in self._exact.get(change.entry.name, ()):
+                self._offer(watch, change, out)
+            for watch in self._prefix:
+                self._offer(watch, change, out)
+        for peer, lines in out.items():
+            peer.push(b"".join(lines))
+
+    def _offer(self, watch: Watch, change: Change, out: dict[Peer, list[bytes]]) -> None:
+        if watch.phase is not _Phase.LIVE:
+            return
+        line = watch.line(change)
+        if line is None:
+            return
+        if watch.peer.can_take and len(out.get(watch.peer, ())) < _SLICE:
+            out.setdefault(watch.peer, []).append(line)
+        else:
+            watch.phase = _Phase.CATCH_UP
+            watch.cursor = change.rev - 1
+            self._go_on_with(watch)
+
+    def resume(self, watches: Sequence[Watch]) -> None:
+        """The peer of these can take more again."""
+        for watch in watches:
+            if watch.phase is not _Phase.LIVE:
+                self._go_on_with(watch)
+
+    # Those who are behind.
+
+    def _go_on_with(self, watch: Watch) -> None:
+        self._behind[watch] = None
+        self._pump_soon()
+
+    def _pump_soon(self) -> None:
+        if not self._pumping:
+            self._pumping = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """Send one slice of one watch after another, and let the loop turn in between."""
+        self._pumping = False
+        for _ in range(min(8, len(self._behind))):
+            watch = next(iter(self._behind))
+            del self._behind[watch]
+            if watch.peer.can_take:
+                watch.peer.push(self._slice(watch))
+                if watch.phase is not _Phase.LIVE:
+                    self._behind[watch] = None
+        if self._behind:
+            self._pump_soon()
+
+    def _slice(self, watch: Watch) -> bytes:
+        if watch.phase is _Phase.SNAPSHOT:
+            return self._more_state(watch)
+        history = self._registry.history
+        if not history.knows(watch.cursor):
+            self._begin(watch)
+            return messages.event("reset", self._registry.rev, watch=watch.number)
+        changes = history.since(watch.cursor, _SLICE)
+        lines = [line for change in changes if (line := watch.line(change)) is not None]
+        if changes:
+            watch.cursor = changes[-1].rev
+        if watch.cursor == self._registry.rev:
+            watch.phase = _Phase.LIVE
+            if watch.tail:
+                lines.append(messages.event(watch.tail, watch.cursor, watch=watch.number))
+                watch.tail = ""
+        return b"".join(lines)
+
+    def _begin(self, watch: Watch) -> None:
+        watch.phase = _Phase.SNAPSHOT
+        watch.cursor = self._registry.rev
+        watch.after = None
+        watch.tail = "sync"
+
+    def _more_state(self, watch: Watch) -> bytes:
+        """Send a page of what is there now. What changed since the first page follows from the history."""
+        page = self._registry.page(watch.pattern, watch.meta, watch.after, _SLICE)
+        watch.after = page.after
+        if page.after is None:
+            watch.phase = _Phase.CATCH_UP
+        return b"".join(self._up(watch, entry) for entry in page.entries)
+
+    @staticmethod
+    def _up(watch: Watch, entry: Entry) -> bytes:
+        return messages.changed(watch.number, Op.UP, entry)
+
+    # Silence.
+
+    def _progress_later(self) -> None:
+        self._progress = self._clock.call_at(self._clock.now() + self._limits.progress_s, self._tell_progress)
+
+    def _tell_progress(self) -> None:
+        """Tell all who have seen all that there was no more. The loop turns in between."""
+        self._progress = None
+        live = [watch for among in (*self._exact.values(), self._prefix) for watch in among]
+        self._tell_some(live)
+        if self._count:
+            self._progress_later()
+
+    def _tell_some(self, watches: list[Watch]) -> None:
+        rev = self._registry.rev
+        for watch in watches[:_SLICE]:
+            if watch.open and watch.phase is _Phase.LIVE and watch.peer.can_take:
+                watch.peer.push(messages.event("progress", rev, watch=watch.number))
+        if rest := watches[_SLICE:]:
+            asyncio.get_running_loop().call_soon(self._tell_some, rest)

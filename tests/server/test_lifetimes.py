@@ -1,0 +1,272 @@
+"""Who holds keeps, who goes loses it at once: connections, processes and leases, on real sockets."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.daemon import WAIT_S, InLoop, Peer
+
+pytestmark = pytest.mark.socket
+
+
+@pytest.fixture
+def spawn() -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    """Start processes that do nothing."""
+    started = []
+
+    def start() -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+async def until_gone(peer: Peer, name: str) -> dict[str, Any]:
+    """Ask until a name is not resolved any more, and return that reply."""
+    async with asyncio.timeout(WAIT_S):
+        while (reply := await peer.ask(cmd="resolve", name=name))["ok"]:
+            await asyncio.sleep(0)
+    return reply
+
+
+async def until_landed(peer: Peer, name: str) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while (await peer.ask(cmd="list", name=name))["instances"]:
+            await asyncio.sleep(0)
+
+
+async def test_hold_ends_with_the_connection(daemon: InLoop) -> None:
+    one, two = await daemon.peer(), await daemon.peer()
+    assert (await one.ask(cmd="register", name="a", port=1, hold=True))["ok"]
+    found = await two.ask(cmd="resolve", name="a")
+    assert (found["hold"], "pid" in found, "ttl" in found) == (True, False, False)
+    assert '"a": {"port": 1, "hold": true}' in daemon.registry.read_text()
+    await one.close()
+    assert (await until_gone(two, "a"))["error"] == "not_found"
+    await until_landed(two, "a")
+    assert (await two.ask(cmd="resolve", name="a"))["last"]["reason"] == "connection closed"
+
+
+async def test_hold_ends_when_the_peer_closes_its_side(daemon: InLoop) -> None:
+    one, two = await daemon.peer(), await daemon.peer()
+    one.send({"cmd": "watch"}, {"cmd": "register", "name": "a", "port": 1, "hold": True})
+    one.writer.write_eof()
+    lines = [await one.reply() for _ in range(5)]
+    assert [line.get("event") for line in lines] == [None, "sync", "up", None, "down"] or (
+        sorted(str(line.get("event")) for line in lines) == ["None", "None", "down", "sync", "up"]
+    )
+    await until_landed(two, "a")
+
+
+async def test_several_holders(daemon: InLoop) -> None:
+    one, two, three = await daemon.peer(), await daemon.peer(), await daemon.peer()
+    for peer in (one, two):
+        assert (await peer.ask(cmd="register", name="a", port=1, hold=True))["rev"] == 1
+    await one.close()
+    assert (await two.ask(cmd="deregister", name="a", id=1))["removed"] in (0, 1)
+    await until_landed(three, "a")
+
+
+async def test_a_holder_gives_up_its_own_hold(daemon: InLoop) -> None:
+    one, two = await daemon.peer(), await daemon.peer()
+    for peer in (one, two):
+        await peer.ask(cmd="register", name="a", port=1, hold=True)
+    assert await one.ask(cmd="deregister", name="a") == {"ok": True, "removed": 0, "rev": 1}
+    assert (await one.ask(cmd="resolve", name="a"))["ok"]
+    assert await two.ask(cmd="deregister", name="a") == {"ok": True, "removed": 1, "rev": 2}
+
+
+async def test_anybody_else_ends_it_and_the_holders_are_told(daemon: InLoop) -> None:
+    one, two = await daemon.peer(), await daemon.peer()
+    await one.ask(cmd="register", name="a", port=1, hold=True)
+    assert (await two.ask(cmd="deregister", name="a"))["removed"] == 1
+    assert await one.reply() == {"event": "lost", "name": "a", "instance": "", "reason": "deregistered", "rev": 2}
+
+
+async def test_draining_by_one_of_several_withdraws_that_one(daemon: InLoop) -> None:
+    one, two = await daemon.peer(), await daemon.peer()
+    for peer in (one, two):
+        await peer.ask(cmd="register", name="a", port=1, hold=True)
+    assert (await one.ask(cmd="update", name="a", state="draining"))["rev"] == 1
+    assert (await one.ask(cmd="resolve", name="a"))["state"] == "ready"
+    await two.close()
+    await until_landed(one, "a")
+    assert (await one.ask(cmd="register", name="a", port=1, hold=True))["ok"]
+    assert (await one.ask(cmd="update", name="a", state="draining"))["ok"]
+    assert (await one.ask(cmd="list", name="a"))["instances"][0]["state"] == "draining"
+
+
+async def test_pid_ends_with_the_process(daemon: InLoop, spawn: Callable[[], subprocess.Popen[bytes]]) -> None:
+    process, peer = spawn(), await daemon.peer()
+    assert (await peer.ask(cmd="register", name="a", port=1, pid=process.pid))["ok"]
+    assert (await peer.ask(cmd="resolve", name="a"))["pid"] == process.pid
+    process.kill()
+    process.wait()
+    await until_gone(peer, "a")
+    await until_landed(peer, "a")
+    assert (await peer.ask(cmd="resolve", name="a"))["last"]["reason"] == "process exited"
+    refused = await peer.ask(cmd="register", name="a", port=1, pid=process.pid)
+    assert (refused["error"], refused["field"]) == ("bad_argument", "pid")
+
+
+async def test_the_first_condition_to_fail_ends_it(
+    daemon: InLoop, spawn: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    one, two, process = await daemon.peer(), await daemon.peer(), spawn()
+    await one.ask(cmd="register", name="a", port=1, pid=process.pid, hold=True)
+    await one.ask(cmd="register", name="b", port=1, hold=True, ttl=5)
+    await one.ask(cmd="register", name="c", port=1, hold=True, ttl=50)
+    process.kill()
+    await until_landed(two, "a")
+    daemon.clock.advance(5)
+    await until_landed(two, "b")
+    await one.close()
+    await until_landed(two, "c")
+
+
+async def test_ttl_ends_without_renew(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    await peer.ask(cmd="register", name="a", port=1, ttl=2)
+    daemon.clock.advance(1.9)
+    assert await peer.ask(cmd="renew", name="a") == {"ok": True, "ttl": 2}
+    daemon.clock.advance(1.9)
+    assert (await peer.ask(cmd="renew", name="a", ttl=10.5)) == {"ok": True, "ttl": 10.5}
+    daemon.clock.advance(10.4)
+    found = await peer.ask(cmd="resolve", name="a")
+    assert (found["ttl"], found["rev"]) == (2, 1)
+    daemon.clock.advance(0.1)
+    assert (await peer.ask(cmd="resolve", name="a"))["error"] == "not_found"
+    await until_landed(peer, "a")
+    assert (await peer.ask(cmd="renew", name="a"))["last"]["reason"] == "ttl expired"
+    await peer.ask(cmd="register", name="s", port=1)
+    assert (await peer.ask(cmd="renew", name="s"))["error"] == "bad_argument"
+
+
+async def test_time_that_the_daemon_did_not_run_does_not_count(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    await peer.ask(cmd="register", name="a", port=1, ttl=5)
+    daemon.clock.advance(4)
+    daemon.clock.stop(60)
+    assert (await peer.ask(cmd="resolve", name="a"))["ok"]
+    daemon.clock.advance(4.9)
+    assert (await peer.ask(cmd="renew", name="a"))["ok"]
+    daemon.clock.advance(5)
+    await until_landed(peer, "a")
+
+
+async def test_conflict(daemon: InLoop, spawn: Callable[[], subprocess.Popen[bytes]]) -> None:
+    one, two, process = await daemon.peer(), await daemon.peer(), spawn()
+    await one.ask(cmd="register", name="a", port=1, hold=True, pid=process.pid)
+    refused = await two.ask(cmd="register", name="a", port=2, hold=True)
+    assert refused["error"] == "conflict"
+    assert refused["owner"]["pid"] == process.pid
+    assert "127.0.0.1 port" in refused["owner"]["connection"]
+    # The same connection, and the same process, may move.
+    assert (await one.ask(cmd="register", name="a", port=3, hold=True, pid=process.pid))["replaced"]
+    assert (await two.ask(cmd="register", name="a", port=4, hold=True, pid=process.pid))["replaced"]
+    assert (await one.reply())["event"] == "lost"
+    # Force takes over, and the old holder is told.
+    assert (await one.ask(cmd="register", name="a", port=5, force=True))["replaced"]
+    assert await two.reply() == {"event": "lost", "name": "a", "instance": "", "reason": "replaced", "rev": 6}
+    # Over a static one nobody is asked.
+    assert (await two.ask(cmd="register", name="a", port=6))["replaced"]
+
+
+async def test_an_owner_whose_end_the_kernel_knows_is_dead(
+    daemon: InLoop, spawn: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    one, two, process = await daemon.peer(), await daemon.peer(), spawn()
+    await one.ask(cmd="register", name="a", port=1, hold=True)
+    await one.ask(cmd="register", name="b", port=1, pid=process.pid)
+    two.send({"cmd": "register", "name": "a", "port": 2, "hold": True})
+    two.send({"cmd": "register", "name": "b", "port": 2, "hold": True})
+    one.writer.write_eof()
+    process.kill()
+    process.wait()
+    assert (await two.reply())["replaced"]
+    assert (await two.reply())["replaced"]
+
+
+async def test_static_and_held_take_over_from_each_other(daemon: InLoop) -> None:
+    one, two = await daemon.peer(), await daemon.peer()
+    await one.ask(cmd="register", name="a", port=1)
+    assert (await one.ask(cmd="register", name="a", port=1, hold=True))["rev"] == 2
+    assert (await two.ask(cmd="resolve", name="a"))["hold"]
+    assert (await two.ask(cmd="register", name="a", port=1))["rev"] == 3
+    await one.close()
+    assert "hold" not in await two.ask(cmd="resolve", name="a")
+
+
+async def test_restart(tmp_path: Path, spawn: Callable[[], subprocess.Popen[bytes]]) -> None:
+    path = tmp_path / "registry.json"
+    lives, dies = spawn(), spawn()
+    async with InLoop(path) as first:
+        peer = await first.peer()
+        held: dict[str, dict[str, Any]] = {
+            "static": {},
+            "hold": {"hold": True},
+            "lost": {"hold": True},
+            "ttl": {"ttl": 40},
+            "lives": {"pid": lives.pid},
+            "dies": {"pid": dies.pid},
+            "kept": {"pid": lives.pid, "hold": True},
+        }
+        for name, conditions in held.items():
+            assert (await peer.ask({"cmd": "register", "name": name, "port": 1, **conditions}))["ok"]
+        await first.server.stop()  # before the peers go
+    dies.kill()
+    dies.wait()
+    async with InLoop(path) as second:
+        peer = await second.peer()
+        watcher = await second.peer()
+        assert (await until_gone(peer, "dies"))["error"] == "not_found"
+        await until_landed(peer, "dies")
+        rev = (await watcher.ask(cmd="watch", name="hold"))["rev"]
+        assert [(await watcher.reply())["event"] for _ in range(2)] == ["up", "sync"]
+        names = [each["name"] for each in (await peer.ask(cmd="list"))["instances"]]
+        assert names == ["hold", "kept", "lives", "lost", "static", "ttl"]
+        assert (await peer.ask(cmd="register", name="hold", port=1, hold=True))["rev"] <= rev
+        second.clock.advance(29.9)
+        assert (await peer.ask(cmd="resolve", name="lost"))["ok"]
+        second.clock.advance(0.1)
+        await until_landed(peer, "lost")
+        second.clock.advance(10)
+        await until_landed(peer, "ttl")
+        names = [each["name"] for each in (await peer.ask(cmd="list"))["instances"]]
+        assert names == ["hold", "kept", "lives", "static"]
+        await watcher.close()
+        lives.kill()
+        await until_landed(peer, "kept")
+        await until_landed(peer, "lives")
+
+
+async def test_who_has_not_come_back_yet_counts_as_dead_for_conflict(tmp_path: Path) -> None:
+    path = tmp_path / "registry.json"
+    async with InLoop(path) as first:
+        await (await first.peer()).ask(cmd="register", name="a", port=1, hold=True)
+        await first.server.stop()
+    async with InLoop(path) as second:
+        assert (await (await second.peer()).ask(cmd="register", name="a", port=2, hold=True))["replaced"]
+
+
+async def test_a_number_that_another_process_has_now(
+    tmp_path: Path, spawn: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    path = tmp_path / "registry.json"
+    other = spawn()
+    async with InLoop(path) as first:
+        await (await first.peer()).ask(cmd="register", name="a", port=1, pid=other.pid)
+        await first.server.stop()
+    text = path.read_text()
+    born = text.partition('"born": "')[2].partition('"')[0]
+    path.write_text(text.replace(born, born[:-1] + ("1" if born[-1] != "1" else "2")))
+    async with InLoop(path) as second:
+        assert (await until_gone(await second.peer(), "a"))["error"] == "not_found"

@@ -1,0 +1,200 @@
+"""`resolve` with `wait`: answered when somebody accepts, and the time-out says why not."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from regd.core.limits import Limits
+from regd.server import probes
+from tests.support.daemon import WAIT_S, InLoop
+
+pytestmark = pytest.mark.socket
+
+
+@asynccontextmanager
+async def service(host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[int]:
+    """Somebody who accepts."""
+    server = await asyncio.start_server(lambda reader, writer: writer.close(), host, port)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        return int(there.getsockname()[1])
+
+
+async def turns(daemon: InLoop, done: Callable[[], bool]) -> None:
+    """Move time in small steps, and let the loop work, until something is done."""
+    async with asyncio.timeout(WAIT_S):
+        while not done():
+            daemon.clock.advance(0.01)
+            await asyncio.sleep(0)
+
+
+async def test_who_accepts_is_answered_at_once(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    for host in ("127.0.0.1", "::1"):
+        async with service(host) as port:
+            await peer.ask(cmd="register", name="a", port=port, host=host, force=True)
+            assert (await peer.ask(cmd="resolve", name="a", wait=5))["port"] == port
+            assert (await peer.ask(cmd="resolve", name="a", wait=0))["port"] == port
+            assert (await peer.ask(cmd="resolve", name="a", wait=5, all=True))["instances"][0]["port"] == port
+
+
+async def test_localhost_counts_and_other_hosts_are_not_asked(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    async with service("::1") as port:
+        await peer.ask(cmd="register", name="a", port=port, host="localhost")
+        assert (await peer.ask(cmd="resolve", name="a", wait=5))["ok"]
+    for host in ("192.0.2.1", "db.example", "2001:db8::1", "::ffff:192.0.2.1"):
+        await peer.ask(cmd="register", name="b", port=1, host=host)
+        assert (await peer.ask(cmd="resolve", name="b", wait=5))["host"] == host
+
+
+async def test_it_waits_for_the_registration_and_for_the_port(daemon: InLoop) -> None:
+    one, two = await daemon.peer(), await daemon.peer()
+    port = free_port()
+    one.send({"cmd": "resolve", "name": "a", "wait": 5})
+    await two.ask(cmd="register", name="a", port=port, state="starting")
+    await two.ask(cmd="update", name="a", state="ready")
+    answer = asyncio.create_task(one.reply())
+    await turns(daemon, lambda: daemon.server.probed > 2)
+    assert not answer.done()
+    async with service(port=port):
+        await turns(daemon, answer.done)
+    assert answer.result()["port"] == port
+
+
+async def test_with_an_id_others_overtake_it_and_without_nobody_does(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    peer.send({"cmd": "resolve", "name": "a", "wait": 1, "id": 1}, {"cmd": "ping", "id": 2}, "ping")
+    assert [(await peer.reply()).get("id") for _ in range(2)] == [2, None]
+    peer.send({"cmd": "resolve", "name": "a", "wait": 2}, {"cmd": "ping", "id": 3}, "quit")
+    await asyncio.sleep(0)
+    async with asyncio.timeout(WAIT_S):
+        while daemon.server.parked < 2:
+            await asyncio.sleep(0)
+    daemon.clock.advance(2)
+    assert [(await peer.reply()).get("id") for _ in range(3)] == [1, None, 3]
+    assert await peer.rest() == b""
+
+
+async def test_pending_replies_are_sent_after_the_peer_has_closed_its_side(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    peer.send({"cmd": "resolve", "name": "a", "wait": 1, "id": 1})
+    peer.writer.write_eof()
+    async with asyncio.timeout(WAIT_S):
+        while not daemon.server.parked:
+            await asyncio.sleep(0)
+    daemon.clock.advance(1)
+    assert (await peer.reply())["error"] == "timeout"
+    assert await peer.rest() == b""
+
+
+async def test_why_it_took_too_long(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    await peer.ask(cmd="register", name="refusing", port=free_port())
+    await peer.ask(cmd="register", name="starting", port=1, state="starting")
+    await peer.ask(cmd="register", name="left", port=1)
+    await peer.ask(cmd="deregister", name="left")
+    daemon.clock.advance(1.2)
+    for name, why in {
+        "refusing": "connection refused",
+        "starting": "none is ready",
+        "left": "left 1.2 s ago: deregistered",
+        "nobody": "never registered",
+    }.items():
+        reply = await peer.ask(cmd="resolve", name=name, wait=0)
+        assert reply["error"] == "timeout"
+        assert why in reply["message"]
+
+
+async def test_those_that_do_not_accept_are_passed_over_and_turns_are_taken(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    async with service() as first, service() as second:
+        for port in (first, free_port(), second):
+            await peer.ask(cmd="register", name="a", port=port, instance=str(port))
+        found = [(await peer.ask(cmd="resolve", name="a", wait=5))["port"] for _ in range(4)]
+    assert sorted(found) == sorted([first, second] * 2)
+    assert found[:2] == found[2:]
+
+
+async def test_nobody_is_probed_while_nobody_waits(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    await peer.ask(cmd="register", name="a", port=free_port())
+    peer.send({"cmd": "resolve", "name": "a", "wait": 100})
+    await turns(daemon, lambda: daemon.server.probed > 3)
+    await peer.reset()
+    async with asyncio.timeout(WAIT_S):
+        while daemon.server.parked:
+            await asyncio.sleep(0)
+    before = daemon.server.probed
+    for _ in range(100):
+        daemon.clock.advance(0.5)
+        await asyncio.sleep(0)
+    assert daemon.server.probed == before
+
+
+async def test_too_many_waits(tmp_path: Path) -> None:
+    async with InLoop(tmp_path / "registry.json", limits=Limits(parked_max=2, parked_total_max=3)) as daemon:
+        one, two = await daemon.peer(), await daemon.peer()
+        one.send(*({"cmd": "resolve", "name": "a", "wait": 9, "id": n} for n in range(3)))
+        assert (await one.reply())["error"] == "busy"
+        two.send(*({"cmd": "resolve", "name": "a", "wait": 9, "id": n} for n in range(2)))
+        assert (await two.reply())["error"] == "busy"
+        await one.reset()
+        async with asyncio.timeout(WAIT_S):
+            while daemon.server.parked > 1:
+                await asyncio.sleep(0)
+
+
+async def test_a_probe_that_meets_itself_is_a_failure() -> None:
+    """A socket that is bound to the very port that it connects to is connected to itself by the kernel."""
+    loop = asyncio.get_running_loop()
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        own.setblocking(False)
+        await loop.sock_connect(own, own.getsockname())
+        assert probes.met_itself(own)
+
+
+@pytest.mark.parametrize(
+    ("host", "may"),
+    [
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("localhost", True),
+        ("LOCALHOST.", True),
+        ("::ffff:127.0.0.1", True),
+        ("10.0.0.1", False),
+        ("localhost.example", False),
+        ("::ffff:10.0.0.1", False),
+        ("fe80::1", False),
+    ],
+)
+def test_only_this_machine_is_probed(host: str, may: bool) -> None:
+    assert probes.may_probe(host) is may
+
+
+async def test_why(daemon: InLoop) -> None:
+    peer, other = await daemon.peer(), await daemon.peer()
+    async with service() as port:
+        await peer.ask(cmd="register", name="a", port=port, hold=True)
+        await peer.ask(cmd="resolve", name="a", wait=1)
+        await peer.ask(cmd="register", name="a", port=1, instance="s", state="starting")
+        await peer.ask(cmd="register", name="a", port=1, instance="t", ttl=3)
+        await peer.ask(cmd="deregister", name="a", instance="t")
+        known = await other.ask(cmd="why", name="a")
+    first, second = known["instances"]
+    assert first["probe"] == {"accepted": True, "age_s": 0.0}
+    assert first["owners"][0]["connection"].startswith("127.0.0.1 port")
+    assert (second["state"], second["owners"], second["probe"]) == ("starting", [{"static": True}], None)
+    assert known["departures"] == [{"instance": "t", "reason": "deregistered", "age_s": 0.0}]
+    assert (await other.ask(cmd="why", name="a", instance="t"))["instances"] == []
+    assert (await other.ask(cmd="why", name="zzz"))["error"] == "not_found"

@@ -1,0 +1,211 @@
+"""Who watches hears all, in order, once: fold(events) = list, for fast, slow and resuming watchers."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regd.core.limits import Limits
+from tests.support.daemon import WAIT_S, InLoop, Peer
+
+pytestmark = pytest.mark.socket
+
+
+class Fold:
+    """A watcher's picture of the registry."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self.state: dict[tuple[str, str], dict[str, Any]] = {}
+        self.events: list[str] = []
+        self.rev = 0
+        self.synced = False
+
+    def take(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        self.events.append(kind)
+        if kind in ("up", "change"):
+            fields = {key: value for key, value in event.items() if key not in ("event", "watch")}
+            key = (event["name"], event["instance"])
+            if self.synced:
+                assert (key in self.state) is (kind == "change")
+            self.state[key] = fields
+        elif kind == "down":
+            gone = self.state.pop((event["name"], event["instance"]), None)
+            assert gone is not None or not self.synced
+        elif kind == "reset":
+            self.state.clear()
+            self.synced = False
+        if self.synced:
+            assert event["rev"] > self.rev or kind in ("progress", "sync")
+        if kind == "sync":
+            self.synced = True
+        if self.synced:
+            self.rev = event["rev"]
+
+    async def until(self, rev: int) -> None:
+        while not self.synced or self.rev < rev:
+            self.take(await self.peer.reply())
+
+
+async def watching(daemon: InLoop, **arguments: Any) -> tuple[Fold, dict[str, Any]]:
+    peer = await daemon.peer()
+    reply = await peer.ask(cmd="watch", **arguments)
+    assert reply["ok"], reply
+    return Fold(peer), reply
+
+
+async def listed(peer: Peer, **arguments: Any) -> dict[tuple[str, str], dict[str, Any]]:
+    reply = await peer.ask(cmd="list", **arguments)
+    return {(each["name"], each["instance"]): each for each in reply["instances"]}
+
+
+async def test_the_state_then_sync_then_every_change(daemon: InLoop) -> None:
+    writer = await daemon.peer()
+    await writer.ask(cmd="register", name="a", port=1)
+    await writer.ask(cmd="register", name="b", port=1)
+    fold, reply = await watching(daemon)
+    assert reply == {"ok": True, "watch": 1, "epoch": "5eed5eed5eed5eed", "rev": 2}
+    await writer.ask(cmd="update", name="a", meta={"k": "v"})
+    await writer.ask(cmd="register", name="b", port=2)
+    await writer.ask(cmd="deregister", name="a")
+    await fold.until(6)
+    assert fold.state == await listed(writer)
+    assert fold.events[-4:] == ["change", "down", "up", "down"] or "sync" in fold.events[-4:]
+
+
+async def test_a_filter(daemon: InLoop) -> None:
+    writer = await daemon.peer()
+    fold, _ = await watching(daemon, name="w*", meta={"zone": "a"})
+    await fold.until(0)
+    for request in (
+        {"cmd": "register", "name": "other", "port": 1, "meta": {"zone": "a"}},
+        {"cmd": "register", "name": "w", "port": 1},
+        {"cmd": "update", "name": "w", "meta": {"zone": "a", "x": ""}},
+        {"cmd": "update", "name": "w", "meta": {"zone": "a"}},
+        {"cmd": "update", "name": "w", "meta": {"zone": "b"}},
+        {"cmd": "register", "name": "w2", "port": 1, "meta": {"zone": "a"}},
+    ):
+        assert (await writer.ask(request))["ok"]
+    await fold.until(6)
+    assert fold.events == ["sync", "up", "change", "down", "up"]
+    assert fold.state == await listed(writer, name="w*", meta={"zone": "a"})
+
+
+async def test_filtered_has_its_reason(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    peer.send(
+        {"cmd": "watch", "meta": {"k": "v"}}, {"cmd": "register", "name": "a", "port": 1, "meta": {"k": "v"}}
+    )
+    peer.send({"cmd": "update", "name": "a", "meta": {}})
+    lines = [await peer.reply() for _ in range(6)]
+    [down] = [line for line in lines if line.get("event") == "down"]
+    assert down == {"event": "down", "watch": 1, "name": "a", "instance": "", "reason": "filtered", "rev": 2}
+
+
+async def test_resume(daemon: InLoop) -> None:
+    writer = await daemon.peer()
+    fold, reply = await watching(daemon)
+    await writer.ask(cmd="register", name="a", port=1)
+    await fold.until(1)
+    await fold.peer.close()
+    for port in range(2, 5):
+        await writer.ask(cmd="register", name="a", port=port)
+    again, _ = await watching(daemon, epoch=reply["epoch"], since=fold.rev)
+    again.state, again.rev, again.synced = fold.state, fold.rev, True
+    await again.until(7)
+    assert again.events[:6] == ["down", "up"] * 3
+    assert again.state == await listed(writer)
+
+
+@pytest.mark.parametrize("position", [{"epoch": "other", "since": 1}, {"epoch": "5eed5eed5eed5eed", "since": 99}])
+async def test_a_position_that_is_not_known(daemon: InLoop, position: dict[str, Any]) -> None:
+    writer = await daemon.peer()
+    await writer.ask(cmd="register", name="a", port=1)
+    fold, _ = await watching(daemon, **position)
+    await fold.until(1)
+    assert fold.events == ["reset", "up", "sync"]
+    assert fold.state == await listed(writer)
+
+
+async def test_a_watcher_that_does_not_read(tmp_path: Path) -> None:
+    limits = Limits(history_changes_max=50)
+    async with InLoop(tmp_path / "registry.json", limits=limits) as daemon:
+        writer = await daemon.peer()
+        slow, _ = await watching(daemon)
+        quick, _ = await watching(daemon)
+        slow.peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        rev = 0
+        meta = {"k": "v" * 4_000}
+        while daemon.server.unsent_bytes == 0:
+            assert rev < 6_000, "the kernel takes it all"
+            rev = (await writer.ask(cmd="register", name=f"n{rev % 7}", port=rev % 60_000 + 1, meta=meta))["rev"]
+            await quick.until(rev)
+        assert "reset" not in quick.events
+        for _ in range(100):
+            rev = (await writer.ask(cmd="register", name="last", port=rev % 60_000 + 1))["rev"]
+        assert daemon.server.unsent_bytes < 200_000
+        slow.peer.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        await slow.until(rev)
+        await quick.until(rev)
+        assert "reset" in slow.events
+        assert slow.state == quick.state == await listed(writer)
+
+
+async def test_progress(daemon: InLoop) -> None:
+    fold, _ = await watching(daemon)
+    await fold.until(0)
+    daemon.clock.advance(30)
+    assert await fold.peer.reply() == {"event": "progress", "watch": 1, "rev": 0}
+    daemon.clock.advance(30)
+    assert (await fold.peer.reply())["event"] == "progress"
+
+
+async def test_unwatch(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    assert (await peer.ask(cmd="watch"))["watch"] == 1
+    assert (await peer.reply())["event"] == "sync"
+    assert (await peer.ask(cmd="watch", name="a"))["watch"] == 2
+    assert (await peer.reply())["event"] == "sync"
+    assert await peer.ask(cmd="unwatch", watch=1) == {"ok": True}
+    assert (await peer.ask(cmd="unwatch", watch=1))["error"] == "not_found"
+    peer.send({"cmd": "register", "name": "b", "port": 1}, {"cmd": "register", "name": "a", "port": 1})
+    lines = [await peer.reply() for _ in range(3)]
+    assert [line["watch"] for line in lines if "event" in line] == [2]
+
+
+async def test_the_bare_word(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    assert (await peer.ask("watch w*"))["watch"] == 1
+    assert (await peer.reply())["event"] == "sync"
+
+
+async def test_too_many(tmp_path: Path) -> None:
+    async with InLoop(tmp_path / "registry.json", limits=Limits(watches_max=2, watches_total_max=3)) as daemon:
+        one, two = await daemon.peer(), await daemon.peer()
+        one.send(*[{"cmd": "watch", "name": "a"}] * 3)
+        two.send(*[{"cmd": "watch", "name": "a"}] * 2)
+        for peer, most in ((one, 5), (two, 3)):
+            lines = [await peer.reply() for _ in range(most)]
+            assert [line["error"] for line in lines if line.get("ok") is False] == ["busy"]
+        await one.reset()
+        async with asyncio.timeout(WAIT_S):
+            while not (await two.ask(cmd="watch", name="a", id=1))["ok"]:
+                pass
+
+
+async def test_many_watchers_of_one_name(daemon: InLoop) -> None:
+    """A large state, that changes while it is being sent, to several at once."""
+    writer = await daemon.peer()
+    for n in range(600):
+        writer.send({"cmd": "register", "name": f"n{n:03}", "port": 1})
+    for _ in range(600):
+        assert (await writer.reply())["ok"]
+    folds = [(await watching(daemon, name="n*"))[0] for _ in range(5)]
+    writer.send(*({"cmd": "deregister", "name": f"n{n:03}"} for n in range(0, 600, 3)))
+    writer.send(*({"cmd": "register", "name": f"n{n:03}", "port": 2} for n in range(0, 600, 5)))
+    replies = [await writer.reply() for _ in range(320)]
+    for fold in folds:
+        await fold.until(replies[-1]["rev"])
+        assert fold.state == await listed(writer)
