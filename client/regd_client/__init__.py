@@ -8,41 +8,53 @@ Standard library only. What needs asyncio is imported when it is first used, so 
 `regd_client.blocking` starts quickly.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from regd_client.errors import BadArgument, Conflict, NotFound, RegdError, Timeout, Unavailable
 
 if TYPE_CHECKING:
     from regd_client.client import (
         Client,
-        Endpoint,
         Registration,
         deregister,
+        mirror,
         register,
         resolve,
         resolve_all,
+        watch,
     )
+    from regd_client.following import Endpoint, Event, Mirror
 
 __all__ = [
     "BadArgument",
     "Client",
     "Conflict",
     "Endpoint",
+    "Event",
+    "Mirror",
     "NotFound",
     "RegdError",
     "Registration",
     "Timeout",
     "Unavailable",
     "deregister",
+    "mirror",
     "register",
     "resolve",
     "resolve_all",
+    "watch",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from regd_client import client
+if not TYPE_CHECKING:  # or a checker would take every name for a good one
 
-        return getattr(client, name)
-    raise AttributeError(f"module 'regd_client' has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            from regd_client import client
+
+            return getattr(client, name)
+        raise AttributeError(f"module 'regd_client' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

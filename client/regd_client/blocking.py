@@ -4,6 +4,7 @@ The same lines as everywhere, from `wire`. Imports no asyncio, so that a command
 """
 
 import socket
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,9 +17,10 @@ class BlockingConnection:
     `timeout_s` bounds every wait, the connecting one too; there are no second tries.
     """
 
-    def __init__(self, address: str | None = None, timeout_s: float = 10.0) -> None:
+    def __init__(self, address: str | None = None, timeout_s: float = 5.0) -> None:
         self.address = wire.find_address(address)
         self._rest = b""
+        self._timeout_s = timeout_s
         try:
             self._socket = self._connect(timeout_s)
         except OSError as error:
@@ -44,9 +46,24 @@ class BlockingConnection:
             BadArgument: the request cannot be sent.
         """
         line = wire.request(cmd, None, arguments)
+        wait = arguments.get("wait")
         try:
+            self._socket.settimeout(self._timeout_s + wait if wait is not None else self._timeout_s)
             self._socket.sendall(line)
             return wire.reply(self._line())
+        except OSError as error:
+            raise wire.unavailable(self.address, error.strerror or str(error)) from error
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Yield what comes without being asked for, for ever. Behind a `watch`.
+
+        Raises:
+            Unavailable: the connection broke.
+        """
+        try:
+            self._socket.settimeout(None)
+            while True:
+                yield wire.reply(self._line())
         except OSError as error:
             raise wire.unavailable(self.address, error.strerror or str(error)) from error
 

@@ -1,45 +1,30 @@
 """The client: the verbs of the registry on one connection that is opened when needed, and again when it broke.
 
-The functions at the end are the same verbs for one call each, from whatever event loop runs. Must not know how
-a request is written.
+What the caller has registered and follows is the truth: after a break it is made so again, by one task that lives
+as long as there is something to keep. The functions at the end are the same verbs from whatever event loop runs.
+Must not know how a request is written.
 """
 
 import asyncio
+import contextlib
 import logging
+import os
 import random
-from collections.abc import Awaitable, Callable, Generator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Mapping
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from regd_client import wire
 from regd_client.connection import Connection
-from regd_client.errors import Conflict, NotFound, RegdError
+from regd_client.errors import Conflict, NotFound, RegdError, Unavailable
+from regd_client.following import Backlog, Endpoint, Event, Follow, Mirror, endpoint
 
 log = logging.getLogger("regd_client")
 
 CONNECT_TIMEOUT_S = 5.0
 _BACKOFF_S = (0.02, 0.5)  # the first and the longest pause between tries to connect
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where an instance of a service listens. `str()` is HOST:PORT, an IPv6 host in brackets."""
-
-    name: str
-    instance: str
-    host: str
-    port: int
-    meta: Mapping[str, str]
-
-    def __str__(self) -> str:
-        return wire.joined(self.host, self.port)
-
-
-def _endpoint(fields: Mapping[str, Any]) -> Endpoint:
-    return Endpoint(fields["name"], fields["instance"], fields["host"], fields["port"], fields["meta"])
+_AGAIN_S = 1.0  # between two tries to register again what the daemon could not take
+_QUIET_S = 5.0  # while something is kept, a daemon that is silent for so long is asked whether it is there
 
 
 class Client:
@@ -59,11 +44,23 @@ class Client:
     def __init__(self, address: str | None = None, *, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> None:
         self._given = address
         self._connect_timeout_s = connect_timeout_s
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pid = os.getpid()
         self._connection: Connection | None = None
         self._connecting: asyncio.Task[Connection] | None = None
+        self._registrations: dict[tuple[str, str], Registration] = {}  # that must be held
+        self._follows: dict[Follow, Mirror | None] = {}
+        self._keeper: asyncio.Task[None] | None = None
+        self._news: asyncio.Event | None = None  # something to keep was added
 
     async def __aenter__(self) -> Self:
-        await self._connected()
+        try:
+            await self._connected()
+        except BaseException:
+            await self.close()
+            raise
         return self
 
     async def __aexit__(
@@ -72,11 +69,16 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection. The next call opens another. Twice is harmless."""
-        if self._connecting is not None:
-            self._connecting.cancel()
-            await asyncio.gather(self._connecting, return_exceptions=True)
-            self._connecting = None
+        """Close the connection, and with it end what it holds. The next call opens another. Twice is harmless."""
+        self._check_fork()
+        self._registrations.clear()
+        self._follows.clear()
+        keeper, self._keeper = self._keeper, None
+        connecting, self._connecting = self._connecting, None
+        for task in (keeper, connecting):
+            if task is not None and task is not asyncio.current_task():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         if self._connection is not None:
             connection, self._connection = self._connection, None
             await connection.close()
@@ -95,6 +97,14 @@ class Client:
         """Return the daemon's counters, gauges and limits."""
         return await self._ask("stats")
 
+    async def why(self, name: str, instance: str | None = None) -> dict[str, Any]:
+        """Return what is known of a name: `instances` with owners and last probe, `departures` with reasons.
+
+        Raises:
+            NotFound: nothing is.
+        """
+        return await self._ask("why", name=name, instance=instance)
+
     def register(
         self,
         name: str,
@@ -103,14 +113,18 @@ class Client:
         host: str | None = None,
         instance: str | None = None,
         meta: Mapping[str, str] | None = None,
+        state: str | None = None,
         static: bool = False,
+        force: bool = False,
     ) -> "Registering":
         """Register a service; `await` it for a `Registration`, or use it with `async with`.
 
-        `static`: do not deregister on leaving the `async with`.
+        It lasts as long as this connection and this process, comes back after a break by itself, and is
+        deregistered on leaving the `async with`. `static`: it outlives all that, until somebody deregisters it.
+        `state` is `starting` for a service that is not ready yet. `force` takes the name from a living owner.
 
         Raises:
-            Conflict: another owner has the name.
+            Conflict: another owner has the name, and lives; `details["owner"]` says who.
         """
         arguments = {
             "name": name,
@@ -118,6 +132,8 @@ class Client:
             "host": host,
             "instance": instance,
             "meta": None if meta is None else dict(meta),
+            "state": state,
+            "force": force or None,
         }
         return Registering(self, arguments, static)
 
@@ -127,26 +143,58 @@ class Client:
         Raises:
             NotFound: there is none.
         """
+        self._registrations.pop((name, instance or ""), None)
         await self._ask("deregister", name=name, instance=instance)
 
-    async def update(self, name: str, meta: Mapping[str, str], *, instance: str | None = None) -> None:
-        """Replace the meta of a registration as a whole.
+    async def update(
+        self,
+        name: str,
+        meta: Mapping[str, str] | None = None,
+        *,
+        state: str | None = None,
+        instance: str | None = None,
+    ) -> None:
+        """Replace the meta of a registration as a whole, set its state, or both.
 
         Raises:
             NotFound: there is none.
         """
-        await self._ask("update", name=name, instance=instance, meta=dict(meta))
+        given = None if meta is None else dict(meta)
+        await self._ask("update", name=name, instance=instance, meta=given, state=state)
+        if own := self._registrations.get((name, instance or "")):
+            own.altered(given, state)
 
     async def resolve(
-        self, name: str, *, instance: str | None = None, meta: Mapping[str, str] | None = None
+        self,
+        name: str,
+        *,
+        instance: str | None = None,
+        meta: Mapping[str, str] | None = None,
+        wait: float | None = None,
     ) -> Endpoint:
         """Return a ready instance, taking turns among those that carry all of `meta`.
 
+        With `wait`, the first that can be reached within so many seconds, whatever breaks meanwhile.
+
         Raises:
             NotFound: there is none; `details` may name some that are `near`.
+            Timeout: none within `wait`; the message says why.
         """
         wanted = None if meta is None else dict(meta)
-        return _endpoint(await self._ask("resolve", name=name, instance=instance, meta=wanted))
+        if wait is None:
+            return endpoint(await self._ask("resolve", name=name, instance=instance, meta=wanted))
+        loop = asyncio.get_running_loop()
+        until = loop.time() + wait
+        while True:
+            left_s = max(0.0, until - loop.time())
+            try:
+                return endpoint(
+                    await self._ask("resolve", name=name, instance=instance, meta=wanted, wait=left_s)
+                )
+            except Unavailable:
+                if loop.time() >= until:
+                    raise
+                await asyncio.sleep(random.uniform(0, _BACKOFF_S[0]))
 
     async def resolve_all(self, name: str, *, meta: Mapping[str, str] | None = None) -> list[Endpoint]:
         """Return all ready instances that carry all of `meta`, in order of instance.
@@ -157,9 +205,9 @@ class Client:
         wanted = None if meta is None else dict(meta)
         reply = await self._ask("resolve", name=name, all=True, meta=wanted)
         if not reply.get("more"):
-            return [_endpoint(fields) for fields in reply["instances"]]
+            return [endpoint(fields) for fields in reply["instances"]]
         listed = await self.instances(name, meta=meta)
-        return [_endpoint(fields) for fields in listed if fields["state"] == "ready"]
+        return [endpoint(fields) for fields in listed if fields["state"] == "ready"]
 
     async def instances(
         self, pattern: str = "*", *, meta: Mapping[str, str] | None = None
@@ -178,6 +226,86 @@ class Client:
             if after is None:
                 return found
 
+    # Following.
+
+    async def watch(
+        self, pattern: str = "*", *, meta: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[Event, None]:
+        """Yield what is there as `up` events, `sync`, and then every change as it happens.
+
+        After a break the events are the differences between what was told and what is. A listener that is far
+        behind is told the differences instead of every step.
+        """
+        backlog = Backlog()
+        more = asyncio.Event()
+
+        def changed(event: Event) -> None:
+            if event.kind != "sync" or first:
+                backlog.add(event)
+                more.set()
+
+        first = True
+        async with self._following(Follow(pattern, meta, changed), None):
+            while True:
+                while len(backlog):
+                    event = backlog.take()
+                    first = first and event.kind != "sync"
+                    yield event
+                more.clear()
+                await more.wait()
+
+    @contextlib.asynccontextmanager
+    async def mirror(
+        self,
+        pattern: str = "*",
+        *,
+        meta: Mapping[str, str] | None = None,
+        stale_s_max: float | None = None,
+    ) -> AsyncIterator[Mirror]:
+        """Keep a local picture of the services whose name fits, and resolve from it without a round trip.
+
+            async with client.mirror("worker*") as mirror:
+                found = mirror.resolve("worker")
+
+        Raises:
+            Unavailable: the first picture did not come in time, or a later answer is older than `stale_s_max`.
+        """
+        mirror = Mirror(asyncio.get_running_loop().time, stale_s_max)
+        complete = asyncio.Event()
+
+        def changed(event: Event) -> None:
+            mirror.changed(event)
+            if event.kind == "sync":
+                complete.set()
+
+        follow = Follow(pattern, meta, changed)
+        mirror.follow(follow)
+        async with self._following(follow, mirror):
+            await complete.wait()
+            yield mirror
+
+    @contextlib.asynccontextmanager
+    async def _following(self, follow: Follow, mirror: Mirror | None) -> AsyncIterator[None]:
+        connection = await self._connected()
+        await self._follow(connection, follow)
+        self._follows[follow] = mirror
+        self._keep()
+        try:
+            yield
+        finally:
+            self._unfollow(follow)
+
+    def _unfollow(self, follow: Follow) -> None:
+        self._check_fork()
+        self._follows.pop(follow, None)
+        if self._connection is not None and follow.number is not None:
+            self._connection.forget(follow.number)
+
+    async def _follow(self, connection: Connection, follow: Follow) -> None:
+        reply = await connection.ask("watch", follow.position(), follow.take)
+        follow.began(reply)
+        follow.on, follow.number = connection, reply["watch"]
+
     # The connection.
 
     async def _ask(self, cmd: str, **arguments: Any) -> dict[str, Any]:
@@ -186,30 +314,47 @@ class Client:
             connection = await self._connected()
         return await connection.ask(cmd, arguments)
 
+    def _check_fork(self) -> None:
+        """In a child, begin with nothing: connection, registrations and watches are the parent's."""
+        if self._pid != os.getpid():
+            self._forget()
+
     async def _connected(self) -> Connection:
         """Return the connection, opening it once for all who ask meanwhile, whoever of them is cancelled."""
+        self._check_fork()
         if self._connection is not None and self._connection.usable:
             return self._connection
-        if self._connecting is None:
-            self._connecting = asyncio.create_task(self._connect(), name="regd-client-connect")
-            self._connecting.add_done_callback(self._connect_done)
-        return await asyncio.shield(self._connecting)
+        connecting = self._connecting
+        if connecting is None:
+            connecting = asyncio.create_task(self._connect(), name="regd-client-connect")
+            connecting.add_done_callback(self._connect_done)
+            self._connecting = connecting
+        try:
+            return await asyncio.shield(connecting)
+        except asyncio.CancelledError:
+            if connecting.cancelled():
+                raise Unavailable("the client was closed meanwhile") from None
+            raise
+        except RegdError as error:
+            raise type(error)(str(error), error.code, error.details) from error
 
     def _connect_done(self, task: "asyncio.Task[Connection]") -> None:
         if self._connecting is task:
             self._connecting = None
-        if not task.cancelled() and task.exception() is None:
-            self._connection = task.result()
+            if not task.cancelled() and task.exception() is None:
+                self._connection = task.result()
+        elif not task.cancelled() and task.exception() is None:
+            task.result().abort("nobody wants it any more")
 
-    async def _connect(self) -> Connection:
+    async def _connect(self, timeout_s: float | None = None) -> Connection:
         address = wire.find_address(self._given)
         pause_s, longest_s = _BACKOFF_S
         why = "no answer in time"
         try:
-            async with asyncio.timeout(self._connect_timeout_s):
+            async with asyncio.timeout(self._connect_timeout_s if timeout_s is None else timeout_s):
                 while True:
                     try:
-                        return await Connection.open(address)
+                        return await Connection.open(address, self._lost)
                     except OSError as error:
                         why = error.strerror or str(error)
                     await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
@@ -217,51 +362,231 @@ class Client:
         except TimeoutError:
             raise wire.unavailable(address, why) from None
 
+    # What is kept.
+
+    async def _hold(self, connection: Connection) -> dict[str, Any]:
+        """Return the conditions of a registration that is ours: the connection, and the process where the daemon
+        sees the same processes as we do.
+        """
+        if connection.shares_processes is None:
+            theirs = (await connection.ask("hello", {}))["host"]
+            connection.shares_processes = None not in theirs.values() and theirs == wire.own_host()
+        return {"hold": True, "pid": os.getpid() if connection.shares_processes else None}
+
+    def _keep(self) -> None:
+        """See to it that somebody keeps what was registered and is followed."""
+        if self._news is None:
+            self._news = asyncio.Event()
+        self._news.set()
+        if self._keeper is None or self._keeper.done():
+            self._keeper = asyncio.create_task(self._keep_all(), name="regd-client-keep")
+            _KEEPERS.add(self._keeper)
+            self._keeper.add_done_callback(self._kept)
+
+    def _kept(self, keeper: "asyncio.Task[None]") -> None:
+        _KEEPERS.discard(keeper)
+        if self._keeper is keeper and keeper.cancelled() and self._connection is not None:
+            self._connection.abort("the event loop ended")  # and nobody else will close it
+        elif not keeper.cancelled() and (bug := keeper.exception()) is not None:
+            log.error("what was registered is not kept any more", exc_info=bug)
+
+    async def _keep_all(self) -> None:
+        told = False
+        while self._registrations or self._follows:
+            try:
+                connection = await self._connected()
+                whole = await self._restore(connection)
+            except RegdError as trouble:
+                if not told:
+                    log.warning("the registry is away, trying on: %s", trouble)
+                    told = True
+                await asyncio.sleep(random.uniform(0, _BACKOFF_S[1]))
+                continue
+            if told:
+                log.info("the registry is back")
+                told = False
+            await self._while_it_lasts(connection, None if whole else _AGAIN_S)
+            if not connection.usable:
+                self._went_away()
+                await asyncio.sleep(random.uniform(0, _BACKOFF_S[0]))  # not all clients of a daemon at once
+
+    async def _while_it_lasts(self, connection: Connection, again_s: float | None) -> None:
+        """Wait until the connection breaks, or something is to be done. One that says nothing is asked."""
+        assert self._news is not None
+        while connection.usable and (self._registrations or self._follows):
+            heard = connection.heard
+            self._news.clear()
+            news = asyncio.ensure_future(self._news.wait())
+            try:
+                await asyncio.wait(
+                    (connection.closed, news),
+                    timeout=_QUIET_S if again_s is None else again_s,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if news.done() or again_s is not None:
+                    return
+            finally:
+                news.cancel()
+            if connection.usable and connection.heard == heard:
+                with contextlib.suppress(RegdError):
+                    await connection.ask("ping", {})
+
+    def _went_away(self) -> None:
+        for follow, mirror in self._follows.items():
+            if follow.live and mirror is not None:
+                mirror.away()
+            follow.live = False
+
+    async def _restore(self, connection: Connection) -> bool:
+        """Register again and follow again what this connection does not know. Returns whether all is done."""
+        missing = [each for each in self._registrations.values() if each.on is not connection]
+        outcomes = await asyncio.gather(*(self._again(connection, each) for each in missing))
+        for follow in list(self._follows):
+            if follow.on is not connection:
+                await self._follow(connection, follow)
+        return all(outcomes)
+
+    async def _again(self, connection: Connection, registration: "Registration") -> bool:
+        try:
+            arguments = {**registration.arguments, **await self._hold(connection), "force": None}
+            reply = await connection.ask("register", arguments)
+        except Conflict as conflict:
+            self._drop(registration, str(conflict))
+        except Unavailable:
+            raise
+        except RegdError as trouble:
+            log.warning("could not register %s again, trying on: %s", registration.endpoint.name, trouble)
+            return False
+        else:
+            registration.made_on(connection, reply)
+        return True
+
+    def _lost(self, event: Mapping[str, Any]) -> None:
+        """Take an event of the daemon's that belongs to no watch."""
+        if event["event"] == "lost":
+            registration = self._registrations.get((event["name"], event["instance"]))
+            if registration is not None:
+                self._drop(registration, str(event["reason"]))
+
+    def _drop(self, registration: "Registration", reason: str) -> None:
+        """It is somebody else's now. It is not registered again: two would take it from each other for ever."""
+        self._registrations.pop(registration.key, None)
+        registration.lost_reason = reason
+        registration.lost.set()
+        log.warning("lost the registration of %s: %s", registration.endpoint.name, reason)
+
+
+_KEEPERS: set["asyncio.Task[None]"] = set()  # a loop keeps its tasks weakly
+
 
 class Registration:
-    """A registration that was made here."""
+    """A registration that was made here. `lost` is set when somebody took it; `lost_reason` says how."""
 
-    def __init__(
-        self,
-        call: "Callable[..., Awaitable[dict[str, Any]]]",
-        reply: Mapping[str, Any],
-        meta: Mapping[str, str],
-    ) -> None:
-        self._call = call
-        self._rev: int = reply["rev"]
-        self.endpoint = _endpoint({**reply, "meta": meta})
+    def __init__(self, client: Client, arguments: dict[str, Any], static: bool) -> None:
+        self._client = client
+        self._static = static
+        self._pid = os.getpid()
+        self._rev = 0
+        self.arguments = arguments
+        self.key = (arguments["name"], arguments["instance"] or "")
+        self.on: Connection | None = None  # the connection that holds it
+        self.endpoint: Endpoint
+        self.lost = asyncio.Event()
+        self.lost_reason = ""
+
+    def made_on(self, connection: Connection, reply: Mapping[str, Any]) -> None:
+        self.on = connection
+        self._rev = reply["rev"]
+        self.endpoint = endpoint({**reply, "meta": self.arguments["meta"] or {}})
+
+    def altered(self, meta: dict[str, str] | None, state: str | None) -> None:
+        """Remember what is to be registered again after a break."""
+        if meta is not None:
+            self.arguments["meta"] = meta
+            self.endpoint = endpoint({**_fields(self.endpoint), "meta": meta})
+        if state is not None:
+            self.arguments["state"] = state
+
+    async def update(self, meta: Mapping[str, str] | None = None, *, state: str | None = None) -> None:
+        """Replace its meta as a whole, set its state (`starting`, `ready`, `draining`), or both."""
+        name, instance = self.key
+        await self._client.update(name, meta, state=state, instance=instance)
+        self.altered(None if meta is None else dict(meta), state)
 
     async def deregister(self) -> None:
-        """End it. Harmless when it has ended, or when somebody else has the name now: theirs stays."""
-        own = self.endpoint
-        key = {"name": own.name, "instance": own.instance}
+        """End it: first `draining`, then gone. Harmless when it has ended; what is somebody else's now stays."""
+        if self._pid != os.getpid():
+            return  # the parent's
+        self._client._registrations.pop(self.key, None)
+        if not self._static and (self.on is None or not self.on.usable):
+            await self._deregister_once()
+            return
+        await self._while_ours("update", state="draining")
+        await self._while_ours("deregister")
+
+    async def _deregister_once(self) -> None:
+        """The daemon is away: what the connection held ends without us, unless it came back just now."""
+        self._client._connect_timeout_s = 0.2
+        with contextlib.suppress(Unavailable):
+            await self._while_ours("deregister")
+
+    async def _while_ours(self, cmd: str, **arguments: Any) -> None:
+        """Do something to the registration, if it is still at our address, whatever else changed."""
+        name, instance = self.key
         while True:
             try:
-                await self._call("deregister", **key, **{"if": self._rev})
+                reply = await self._client._ask(
+                    cmd, name=name, instance=instance, **arguments, **{"if": self._rev}
+                )
+                self._rev = reply["rev"]
+                return
             except NotFound:
                 return
             except Conflict:
-                listed = await self._call("list", name=own.name)
-                found = [each for each in listed["instances"] if each["instance"] == own.instance]
+                known = await self._client.why(name, instance)
+                found = known["instances"]
+                own = self.endpoint
                 if not found or (found[0]["host"], found[0]["port"]) != (own.host, own.port):
                     return
-                self._rev = found[0]["rev"]  # still ours, with other meta
-            else:
-                return
+                self._rev = found[0]["rev"]
 
 
-class Registering:
-    """What `register` returns: `await` it, or use it with `async with`."""
+def _fields(found: Endpoint) -> dict[str, Any]:
+    return {"name": found.name, "instance": found.instance, "host": found.host, "port": found.port}
 
-    def __init__(self, client: Client, arguments: dict[str, Any], static: bool, close: bool = False) -> None:
+
+class Registering(Coroutine[Any, Any, Registration]):
+    """What `register` returns: a coroutine that gives a `Registration`, or the `async with` around its life."""
+
+    def __init__(self, client: Client, arguments: dict[str, Any], static: bool, own: bool = False) -> None:
         self._client = client
         self._arguments = arguments
         self._static = static
-        self._close = close  # the client is ours alone: no connection is kept between calls
+        self._own = own  # the client was made for this registration, and ends with it
         self._made: Registration | None = None
+        self._running: Coroutine[Any, Any, Registration] | None = None
+
+    # A coroutine, so that a task can be made of it.
 
     def __await__(self) -> Generator[Any, None, Registration]:
         return self._register().__await__()
+
+    def _run(self) -> "Coroutine[Any, Any, Registration]":
+        if self._running is None:
+            self._running = self._register()
+        return self._running
+
+    def send(self, value: Any) -> Any:
+        return self._run().send(value)
+
+    def throw(self, *args: Any) -> Any:
+        return self._run().throw(*args)
+
+    def close(self) -> None:
+        if self._running is not None:
+            self._running.close()
+
+    # Around the life of a service.
 
     async def __aenter__(self) -> Registration:
         self._made = await self._register()
@@ -270,26 +595,61 @@ class Registering:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._static or self._made is None:
-            return
+        assert self._made is not None
         try:
-            await self._made.deregister()
+            if not self._static:
+                await self._made.deregister()
         except RegdError as trouble:
             log.warning("left %s registered: %s", self._made.endpoint.name, trouble)
-
-    async def _register(self) -> Registration:
-        reply = await self._call("register", **self._arguments)
-        return Registration(self._call, reply, self._arguments["meta"] or {})
-
-    async def _call(self, cmd: str, **arguments: Any) -> dict[str, Any]:
-        try:
-            return await self._client._ask(cmd, **arguments)
         finally:
-            if self._close:
+            if self._own:
                 await self._client.close()
 
+    async def _register(self) -> Registration:
+        client = self._client
+        registration = (OwnRegistration if self._own else Registration)(client, self._arguments, self._static)
+        try:
+            connection = await client._connected()
+            conditions = {} if self._static else await client._hold(connection)
+            asked = asyncio.ensure_future(connection.ask("register", {**self._arguments, **conditions}))
+            try:
+                reply = await asyncio.shield(asked)
+            except asyncio.CancelledError:
+                if not self._static:
+                    asked.add_done_callback(lambda done: self._undo(connection, done))
+                raise
+        except BaseException:
+            if self._own:
+                await client.close()
+            raise
+        registration.made_on(connection, reply)
+        if self._static:
+            if self._own:
+                await client.close()
+        else:
+            client._registrations[registration.key] = registration
+            client._keep()
+        return registration
 
-# One call each, from any event loop. Nothing stays open behind them.
+    def _undo(self, connection: Connection, asked: "asyncio.Future[dict[str, Any]]") -> None:
+        """Nobody waits for it any more: if it was made all the same, end it."""
+        if not asked.cancelled() and asked.exception() is None:
+            reply = asked.result()
+            arguments = {"name": reply["name"], "instance": reply["instance"], "if": reply["rev"]}
+            connection.post("deregister", arguments)
+
+
+class OwnRegistration(Registration):
+    """One that was made by the function `register`, with a connection of its own."""
+
+    async def deregister(self) -> None:
+        try:
+            await super().deregister()
+        finally:
+            await self._client.close()
+
+
+# One call each, from any event loop. Nothing stays open behind them, but for what is registered or followed.
 
 
 def register(
@@ -299,11 +659,15 @@ def register(
     host: str | None = None,
     instance: str | None = None,
     meta: Mapping[str, str] | None = None,
+    state: str | None = None,
     static: bool = False,
+    force: bool = False,
 ) -> Registering:
-    """Register a service, as `Client.register` does."""
-    made = Client().register(name, port, host=host, instance=instance, meta=meta, static=static)
-    made._close = True
+    """Register a service, as `Client.register` does, on a connection of its own."""
+    made = Client().register(
+        name, port, host=host, instance=instance, meta=meta, state=state, static=static, force=force
+    )
+    made._own = True
     return made
 
 
@@ -313,13 +677,38 @@ async def deregister(name: str, instance: str | None = None) -> None:
         await client.deregister(name, instance)
 
 
-async def resolve(name: str, *, instance: str | None = None, meta: Mapping[str, str] | None = None) -> Endpoint:
+async def resolve(
+    name: str,
+    *,
+    instance: str | None = None,
+    meta: Mapping[str, str] | None = None,
+    wait: float | None = None,
+) -> Endpoint:
     """Return a ready instance, as `Client.resolve` does."""
-    async with Client() as client:
-        return await client.resolve(name, instance=instance, meta=meta)
+    client = Client() if wait is None else Client(connect_timeout_s=max(wait, CONNECT_TIMEOUT_S))
+    try:
+        return await client.resolve(name, instance=instance, meta=meta, wait=wait)
+    finally:
+        await client.close()
 
 
 async def resolve_all(name: str, *, meta: Mapping[str, str] | None = None) -> list[Endpoint]:
     """Return all ready instances, as `Client.resolve_all` does."""
     async with Client() as client:
         return await client.resolve_all(name, meta=meta)
+
+
+async def watch(pattern: str = "*", *, meta: Mapping[str, str] | None = None) -> AsyncGenerator[Event, None]:
+    """Yield what is there and every change, as `Client.watch` does."""
+    async with Client() as client, contextlib.aclosing(client.watch(pattern, meta=meta)) as events:
+        async for event in events:
+            yield event
+
+
+@contextlib.asynccontextmanager
+async def mirror(
+    pattern: str = "*", *, meta: Mapping[str, str] | None = None, stale_s_max: float | None = None
+) -> AsyncIterator[Mirror]:
+    """Keep a local picture, as `Client.mirror` does."""
+    async with Client() as client, client.mirror(pattern, meta=meta, stale_s_max=stale_s_max) as made:
+        yield made

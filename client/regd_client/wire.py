@@ -8,11 +8,14 @@ import json
 import os
 from typing import Any, NamedTuple
 
-from regd_client.errors import BadArgument, RegdError, Unavailable, from_reply
+from regd_client.errors import BadArgument, Unavailable, from_reply
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:7343"
 LINE_BYTES_MAX = 65_536  # of a request; the daemon skips longer ones
 REPLY_BYTES_MAX = 4 * 1_048_576  # far beyond what the daemon promises; more is another program
+
+
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 class Address(NamedTuple):
@@ -78,34 +81,57 @@ def request(cmd: str, id: int | None, arguments: dict[str, Any]) -> bytes:
         fields["id"] = id
     fields |= {key: value for key, value in arguments.items() if value is not None}
     try:
-        line = json.dumps(fields, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        line = _encode(fields)
+        if "\\ud" in line:  # half a surrogate pair, perhaps, which the daemon does not take
+            json.dumps(fields, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise BadArgument(f"{cmd} takes JSON values only: {error}") from None
+    meta = fields.get("meta")
+    if meta and not all(type(key) is str for key in meta):
+        raise BadArgument(f"{cmd}: the keys of meta must be strings", details={"field": "meta"})
     if len(line) > LINE_BYTES_MAX:
         raise BadArgument(f"{cmd}: the request is {len(line)} bytes, {LINE_BYTES_MAX} at most")
-    return line
+    return line.encode() + b"\n"
 
 
 def reply(line: bytes) -> dict[str, Any]:
     """Read a line of the daemon's.
 
     Raises:
-        RegdError: whoever sent it is no regd.
+        Unavailable: whoever sent it is no regd.
     """
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError):
         fields = None
     if type(fields) is not dict or ("ok" in fields) is ("event" in fields):
-        raise RegdError(f"this is no answer of regd: {line[:60]!r}")
+        raise Unavailable(f"this is no answer of regd: {line[:60]!r}")
     return fields
 
 
-def result(fields: dict[str, Any]) -> dict[str, Any]:
+def result(fields: dict[str, Any], address: Address) -> dict[str, Any]:
     """Return a reply that is `ok`, and raise the error of one that is not."""
     if fields["ok"] is not True:
+        if fields.get("error") == "shutting_down":
+            raise refused(address, fields)
         raise from_reply(fields)
     return fields
+
+
+def refused(address: Address, fields: dict[str, Any]) -> Unavailable:
+    """Return the error of a daemon that ends the conversation: `busy`, `shutting_down`, …"""
+    refusal = from_reply(fields)
+    return Unavailable(str(unavailable(address, str(refusal))), refusal.code, refusal.details)
+
+
+def own_host() -> dict[str, str | None]:
+    """Return the boot and the namespace of process numbers, as a daemon's `hello` has its own."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+        return {"boot": boot, "pid_namespace": os.readlink("/proc/self/ns/pid")}
+    except OSError:
+        return {"boot": None, "pid_namespace": None}
 
 
 def unavailable(address: Address, why: str) -> Unavailable:
