@@ -1,5 +1,7 @@
 """caller: finds `runner` by its name and sends it jobs. No address is written in here.
 
+It resolves from a mirror, a local picture that the daemon keeps true, and says what it hears of the runner.
+
 python3 services/caller.py [--once]
 """
 
@@ -11,26 +13,43 @@ import sys
 import regd_client
 
 
-async def send(job: dict[str, list[int]]) -> None:
-    runner = await regd_client.resolve("runner")
+async def send(runner: regd_client.Endpoint, job: dict[str, list[int]]) -> None:
     reader, writer = await asyncio.open_connection(runner.host, runner.port)
     try:
         writer.write(json.dumps(job).encode() + b"\n")
         reply = await reader.readline()
     finally:
         writer.close()
-    print(f"caller: found runner at {runner}, sent {json.dumps(job)}, got {reply.decode().strip()}", flush=True)
+    age = f" (as of {runner.stale_s:.0f} s ago)" if runner.stale_s else ""
+    print(
+        f"caller: found runner at {runner}{age}, sent {json.dumps(job)}, got {reply.decode().strip()}", flush=True
+    )
 
 
-async def main() -> None:
+async def work(mirror: regd_client.Mirror) -> None:
     for count in itertools.count(1):
         try:
-            await send({"numbers": list(range(1, count + 1))})
-        except (OSError, regd_client.NotFound) as error:  # not there just now: ask again, by name
+            await send(mirror.resolve("runner"), {"numbers": list(range(1, count + 1))})
+        except (OSError, regd_client.NotFound) as error:  # not there just now: look again, by name
             print(f"caller: {error}", flush=True)
         if "--once" in sys.argv[1:]:
             return
         await asyncio.sleep(2)
+
+
+async def listen(client: regd_client.Client) -> None:
+    async for event in client.watch("runner"):
+        if event.endpoint is not None:
+            print(f"caller: runner at {event.endpoint} is {event.kind} {event.reason}".rstrip(), flush=True)
+
+
+async def main() -> None:
+    async with regd_client.Client() as client, client.mirror("runner") as mirror:
+        listening = asyncio.create_task(listen(client))
+        try:
+            await work(mirror)
+        finally:
+            listening.cancel()
 
 
 if __name__ == "__main__":

@@ -85,9 +85,10 @@ def main() -> None:
                 say("5. Your turn, in another terminal:")
                 say(f"  printf 'resolve runner\\nquit\\n' | nc 127.0.0.1 {PORT}")
                 say(f"  printf 'list\\nquit\\n' | nc 127.0.0.1 {PORT}")
-                say("Ctrl-C ends all three.")
-                runner.wait()
-                raise SystemExit("the runner ended; its words are above")
+                say(f"  kill -9 {runner.pid}   # its name goes with it, and the caller hears of it at once")
+                say(f"  REGD_ADDRESS=127.0.0.1:{PORT} PYTHONPATH=client python3 services/runner.py 5051")
+                say("Ctrl-C ends all of this.")
+                signal.pause()
 
 
 if __name__ == "__main__":

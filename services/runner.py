@@ -1,6 +1,8 @@
-"""runner: takes jobs on port 5050 and answers them. It registers in its start-up hook.
+"""runner: takes jobs on port 5050, or another, and answers them. It registers in its start-up hook.
 
 One job a line, {"numbers": [1, 2, 3]}; one answer a line, {"sum": 6}.
+
+python3 services/runner.py [PORT]
 """
 
 import asyncio
@@ -11,7 +13,8 @@ import sys
 
 import regd_client
 
-NAME, PORT = "runner", 5050
+NAME = "runner"
+PORT = int(sys.argv[1]) if len(sys.argv) > 1 else 5050
 
 
 async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -31,9 +34,11 @@ async def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, asked_to_leave.set)
     # Listen first, register then: who finds the name must find somebody there.
-    async with await asyncio.start_server(answer, "127.0.0.1", PORT), regd_client.register(NAME, PORT):
-        print(f"runner: registered as {NAME!r}, waiting for jobs on port {PORT}", flush=True)
-        await asked_to_leave.wait()
+    server = await asyncio.start_server(answer, "127.0.0.1", PORT)
+    with contextlib.closing(server):
+        async with regd_client.register(NAME, PORT):
+            print(f"runner: registered as {NAME!r}, waiting for jobs on port {PORT}", flush=True)
+            await asked_to_leave.wait()
 
 
 if __name__ == "__main__":

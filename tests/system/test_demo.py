@@ -57,7 +57,7 @@ def test_make_run(tmp_path: Path, number: signal.Signals) -> None:
     for words in (
         "listening tcp://127.0.0.1:",
         "runner: registered",
-        '"runner": {"port": 5050}',
+        '"runner": {"port": 5050, "hold": true, "pid": ',
         "found runner at 127.0.0.1:5050",
         '{"sum": 1}',
         "nc 127.0.0.1",
