@@ -1,7 +1,7 @@
 """The command `regctl`: the registry for a person at a terminal, and for scripts.
 
-Exit status: 0 done, 1 not found or not in time, 2 bad usage, 3 no daemon answers, 4 refused for another reason. It
-sits in start-up scripts, so it imports neither asyncio nor the daemon.
+Exit status: 0 done, 1 not found or not in time, 2 bad usage, 3 no daemon answers, 4 refused otherwise. It sits in
+start-up scripts, so it imports neither asyncio nor the daemon.
 """
 
 import argparse
