@@ -338,3 +338,91 @@ async def test_a_peer_that_asks_much_leaves_turns_to_others(daemon: InLoop) -> N
     other.send("ping")
     assert (await other.reply())["ok"]
     assert (await (await daemon.peer()).ask(cmd="stats"))["requests"]["ping"] < 20_001
+
+
+async def test_a_reply_that_has_just_landed_is_not_overtaken(daemon: InLoop) -> None:
+    """The commit ends and the next bytes arrive in one turn of the loop: the order stays, and `quit` loses nothing."""
+    peer = await daemon.peer()
+    [connection] = [each for each in daemon.server.connections if each.peer]
+    for request, count in ((b'{"cmd":"ping","id":2}\n', 2), (b"quit\n", 1)):
+        connection.data_received(b'{"cmd":"register","name":"a","port":1,"id":1}\n')
+        await until(lambda: connection._landed)
+        connection.data_received(request)
+        assert [(await peer.reply())["id"] for _ in range(count)] == [1, 2][:count]
+
+
+async def test_one_client_with_dear_requests_leaves_turns_to_others(daemon: InLoop) -> None:
+    """Long names of few letters, as near to each other as can be: comparing them has a bound."""
+    peer = await daemon.peer()
+    labels = ["".join("ab"[n >> bit & 1] for bit in range(8)) * 7 for n in range(128)]
+    for n, label in enumerate(labels):
+        peer.send({"cmd": "register", "name": ".".join([label, "ab" * 31, "ba" * 31]), "port": n + 1})
+    for _ in labels:
+        assert (await peer.reply())["ok"]
+    began = asyncio.get_running_loop().time()
+    reply = await peer.ask(cmd="resolve", name=".".join(["ab" * 28, "ba" * 31, "ab" * 31]))
+    assert reply["error"] == "not_found"
+    assert asyncio.get_running_loop().time() - began < 2.0  # it took a minute and more
+
+
+async def test_turns_are_taken_whatever_is_filtered(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    for n, zone in enumerate("aabb", 1):
+        await peer.ask(cmd="register", name="w", port=n, instance=str(n), meta={"zone": zone})
+    found: dict[str, list[int]] = {"a": [], "b": []}
+    for _ in range(4):
+        for zone, ports in found.items():
+            ports.append((await peer.ask(cmd="resolve", name="w", meta={"zone": zone}))["port"])
+            assert (await peer.ask(cmd="resolve", name="w", meta={"zone": "c"}))["error"] == "not_found"
+    assert found == {"a": [1, 2, 1, 2], "b": [3, 4, 3, 4]}
+    # One that comes and goes does not keep the others from their turn.
+    seen = set()
+    for n in range(6):
+        await peer.ask(cmd="register", name="w", port=10 + n, instance="0")
+        seen |= {(await peer.ask(cmd="resolve", name="w"))["instance"] for _ in range(2)}
+    assert seen >= {"1", "2", "3", "4"}
+
+
+async def test_last_is_told_in_a_pipeline_too(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    await peer.ask(cmd="register", name="a", port=1)
+    peer.send({"cmd": "deregister", "name": "a"}, {"cmd": "deregister", "name": "a"})
+    assert (await peer.reply())["ok"]
+    assert (await peer.reply())["last"]["reason"] == "deregistered"
+
+
+async def test_a_reply_is_at_most_a_mebibyte_whatever_the_id(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    meta = {"k": "v" * 4_000}
+    peer.send(
+        *({"cmd": "register", "name": "w", "port": 1, "instance": f"{n:03}", "meta": meta} for n in range(300))
+    )
+    for _ in range(300):
+        assert (await peer.reply())["ok"]
+    for id in ("\U0001f600" * 64, int("9" * 4_300)):
+        for request in ({"cmd": "list"}, {"cmd": "resolve", "name": "w", "all": True}):
+            peer.send({**request, "id": id})
+            line = await peer.line()
+            assert 1_000_000 < len(line) <= 1_048_576
+
+
+async def test_a_host_has_no_control_characters(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    for host in ("fe80::1%\n\x1b[31m", "fe80::1%", "fe80::1%a b", "::%\n"):
+        assert (await peer.ask(cmd="register", name="a", port=1, host=host))["field"] == "host"
+    assert (await peer.ask(cmd="register", name="a", port=1, host="fe80::1%eth0"))["ok"]
+
+
+async def test_the_largest_give_way_until_it_fits(tmp_path: Path) -> None:
+    limits = Limits(input_bytes_total_max=100_000)
+    async with InLoop(tmp_path / "registry.json", limits=limits) as daemon:
+        small = [await daemon.peer() for _ in range(20)]
+        for peer in small:
+            peer.send(b"{")
+        for peer in [await daemon.peer() for _ in range(8)]:
+            peer.send(b"{" + b"x" * 30_000)
+        await until(lambda: daemon.server.waiting_bytes > 80_000 or daemon.server.connections)
+        for peer in small:
+            peer.send(b'"cmd":"ping"}\n')
+            assert (await peer.reply())["ok"]
+        assert daemon.server.waiting_bytes <= 100_000

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 
 from regd.core.errors import Code, Refused
+from regd.core.lifetimes import Ending
 from regd.core.limits import DEFAULT, Limits
-from regd.core.model import Entry, State
+from regd.core.model import Entry, Holder, Reason, State
 from regd.core.registry import Draft, Registry
 from regd.server.engine import Engine, Write
 from regd.server.tally import Tally
 from regd.storage.store import Store
 from tests.support.clock import HandClock
 from tests.support.daemon import WAIT_S
-from tests.support.files import FULL, ToldFiles
+from tests.support.files import BROKEN, FULL, ToldFiles
 
 
 class Bench:
@@ -202,3 +203,63 @@ async def test_a_bug_ends_the_engine_loudly(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         await bench.task
     bench.store.close()
+
+
+def deregister(name: str) -> Write:
+    def write(draft: Draft) -> Mapping[str, object]:
+        draft.deregister((name, ""))
+        return {"rev": draft.rev}
+
+    return write
+
+
+async def test_nothing_is_answered_ok_while_the_file_may_show_what_is_not_in_effect(tmp_path: Path) -> None:
+    """The folder could not be synced, so the file shows a change that was refused. Then a request changes nothing."""
+    bench = Bench(tmp_path)
+    bench.submit(register("keep"))
+    await bench.until(1)
+    bench.files.failing["sync_folder"] = BROKEN
+    bench.submit(deregister("keep"))
+    await bench.until(2)
+    assert "keep" not in bench.held()
+    bench.files.failing.clear()
+    bench.submit(register("keep"))
+    await bench.until(3)
+    assert bench.outcomes == [1, "storage_failed", 1]
+    assert "keep" in bench.held()
+    await bench.close()
+
+
+async def test_a_refused_change_does_not_survive_an_orderly_stop(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.files.failing["sync_folder"] = BROKEN
+    bench.submit(register("ghost"))
+    await bench.until(1)
+    bench.files.failing.clear()
+    await bench.close()
+    assert bench.outcomes == ["storage_failed"]
+    assert "ghost" not in bench.held()
+
+
+async def test_an_end_is_never_refused_and_the_file_follows(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    held = Entry("held", "", "127.0.0.1", 1, {}, State.READY, 0, 0.0, holders=(Holder(0, 7, hold=True),))
+    bench.submit(lambda draft: {"rev": draft.register(held, session=7)[0].rev})
+    await bench.until(1)
+    bench.files.failing["create"] = FULL
+    ending = Ending(Reason.CLOSED, session=7)
+    bench.registry.gone(ending)
+    assert bench.registry.resolve("held", None, {}) is None
+    bench.engine.end(ending)
+    bench.submit(register("other"))
+    await bench.until(2)
+    assert bench.outcomes == [1, "storage_failed"]
+    assert len(bench.registry) == 0
+    assert "held" in bench.held()
+    bench.files.failing.clear()
+    bench.clock.advance(1)
+    async with asyncio.timeout(WAIT_S):
+        while "held" in bench.held():
+            await asyncio.sleep(0)
+    assert bench.held() == {"$regd": {"format": 1, "rev": 2}}
+    await bench.close()
