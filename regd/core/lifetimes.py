@@ -45,9 +45,9 @@ class Lifetimes:
         self._span_s: dict[tuple[int, Reason], float] = {}  # the full time, for a fresh start
         self._key: dict[int, Key] = {}  # of holders with a deadline
         # Known to be gone, and not landed yet: sessions, processes, and holders by their id.
-        self._gone_sessions: set[int | None] = set()
-        self._gone_processes: set[Process | None] = set()
-        self._gone_holders: set[int] = set()
+        self._gone_sessions: set[int] = set()
+        self._gone_processes: set[Process] = set()
+        self._gone_holders: dict[int, Reason] = {}
 
     # What has landed.
 
@@ -153,7 +153,7 @@ class Lifetimes:
             _, holder_id, clause, key = heapq.heappop(self._queue)
             del self._due[holder_id, clause]
             if holder_id not in self._gone_holders:
-                self._gone_holders.add(holder_id)
+                self._gone_holders[holder_id] = clause
                 endings.append(Ending(clause, holder=(key, holder_id)))
         return endings
 
@@ -173,7 +173,7 @@ class Lifetimes:
         if ending.process is not None:
             self._gone_processes.add(ending.process)
         if ending.holder is not None:
-            self._gone_holders.add(ending.holder[1])
+            self._gone_holders[ending.holder[1]] = ending.reason
 
     def settle(self, ending: Ending) -> None:
         """Forget an ending that has landed."""
@@ -182,17 +182,24 @@ class Lifetimes:
         if ending.process is not None:
             self._gone_processes.discard(ending.process)
         if ending.holder is not None:
-            self._gone_holders.discard(ending.holder[1])
+            self._gone_holders.pop(ending.holder[1], None)
 
-    def is_gone(self, holder: Holder) -> bool:
-        return (
-            (holder.hold and holder.session in self._gone_sessions)
-            or holder.process in self._gone_processes
-            or holder.id in self._gone_holders
-        )
+    def gone(self, holder: Holder) -> Reason | None:
+        """Return why a holder is counted as gone, None when it is not."""
+        if holder.process is not None and holder.process in self._gone_processes:
+            return Reason.EXITED
+        if holder.hold and holder.session is not None and holder.session in self._gone_sessions:
+            return Reason.CLOSED
+        return self._gone_holders.get(holder.id)
 
     def is_alive(self, entry: Entry) -> bool:
         """Whether anybody still holds it, as far as is known now."""
         if not entry.holders:
             return True
-        return any(not holder.withdrawn and not self.is_gone(holder) for holder in entry.holders)
+        return any(not holder.withdrawn and self.gone(holder) is None for holder in entry.holders)
+
+    def death(self, entry: Entry) -> Reason | None:
+        """Return why nobody holds an entry any more, before that has landed; None while somebody does."""
+        if self.is_alive(entry):
+            return None
+        return next((reason for each in entry.holders if (reason := self.gone(each)) is not None), None)

@@ -10,16 +10,13 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from itertools import takewhile
+from itertools import islice, takewhile
 
 from regd.core.errors import Code, Refused
 from regd.core.history import History
 from regd.core.lifetimes import Ending, Lifetimes
 from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Change, Entry, Holder, Key, Op, Process, Reason, State
-
-_AFTER_ANY = chr(0x7F)  # sorts behind every character of a name and of an instance
-
 
 _Filter = frozenset[tuple[str, str]]
 _FILTERS_KEPT = 32  # of one name; more are put together each time
@@ -173,9 +170,10 @@ class Registry:
 
     def named(self, name: str) -> Iterator[Entry]:
         """Return the instances of a name, in order, whatever their state."""
-        start = bisect_left(self._keys, (name, ""))
-        for key in self._keys[start : bisect_right(self._keys, (name, _AFTER_ANY), lo=start)]:
-            yield self._entries[key]
+        at = bisect_left(self._keys, (name, ""))
+        while at < len(self._keys) and self._keys[at][0] == name:
+            yield self._entries[self._keys[at]]
+            at += 1
 
     # Resolving.
 
@@ -255,8 +253,15 @@ class Registry:
         around = {key[0] for key in self._keys[max(0, start - half) : start + half]}
         return _nearest(name, around, self.limits.near_names_max)
 
-    def last(self, name: str) -> Departure | None:
-        """Return how the last instance of a name that was here left, while it is remembered."""
+    def last(self, name: str, now: float) -> Departure | None:
+        """Return how the last instance of a name that was here left, while it is remembered.
+
+        One that is known to be gone has left, though that has not landed yet.
+        """
+        for entry in islice(self.named(name), self.limits.near_candidates_max):
+            reason = self.lifetimes.death(entry)
+            if reason is not None:
+                return Departure(entry.instance, reason, now)
         departures = self._departures.get(name)
         return departures[-1] if departures else None
 
@@ -430,7 +435,7 @@ class Draft:
         for holder in rivals:
             if holder.withdrawn or (holder.hold and holder.session is None):
                 continue
-            if self._registry.lifetimes.is_gone(holder) or self._is_gone(holder):
+            if self._registry.lifetimes.gone(holder) is not None or self._is_gone(holder):
                 continue
             raise Contested(before, holder)
 

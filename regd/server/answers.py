@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import regd
@@ -23,6 +24,7 @@ from regd.server.processes import Processes, boot_id
 from regd.server.tally import Tally
 
 PROTOCOL = 1
+_SHOWN_MAX = 100  # instances that `why` tells of
 _AROUND_BYTES = 512  # `instances`, `more` and `next`, which is a name and an instance
 FEATURES = ("if", "force", "state", "hold", "pid", "ttl", "watch", "wait", "why")
 
@@ -246,14 +248,19 @@ class Answers:
 
     def _why(self, request: Request, session: int) -> bytes:
         name, instance = request.arguments["name"], request.arguments.get("instance")
-        fits = [each for each in self._registry.named(name) if instance is None or each.instance == instance]
+        entries = (
+            self._registry.named(name)
+            if instance is None
+            else filter(None, [self._registry.get((name, instance))])
+        )
+        fits = list(islice(entries, _SHOWN_MAX + 1))
         left = [each for each in self._registry.departures(name) if instance is None or each.instance == instance]
         if not fits and not left:
             near = self._registry.near(name)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise Refused(Code.NOT_FOUND, f"nothing is known of {name!r}{hint}", near=near)
         now = self._clock.now()
-        shown = fits[: self._limits.near_candidates_max]
+        shown = fits[:_SHOWN_MAX]
         result: dict[str, object] = {
             "name": name,
             "instances": [self._known(entry) for entry in shown],
@@ -305,11 +312,11 @@ class Answers:
         """Say why nothing came of waiting."""
         given = request.arguments
         name, instance, meta = given["name"], given.get("instance"), given.get("meta", {})
-        near, last = self._registry.near(name), self._registry.last(name)
-        here = list(self._registry.named(name))
+        near, last = self._registry.near(name), self._registry.last(name, self._clock.now())
+        here = self._registry.page(name, {}, None, 1).entries
         refusing = [
             f"{messages.joined(each.host, each.port)} ({finding.why})"
-            for each in self._registry.in_turn(name, instance, meta)
+            for each in self._registry.in_turn(name, instance, meta)[:_SHOWN_MAX]
             if (finding := self._probes.last((each.host, each.port))) is not None
         ]
         if refusing:
@@ -325,7 +332,7 @@ class Answers:
     def _hints(self, name: str, near: list[str]) -> dict[str, object]:
         """Return what helps somebody who did not find `name`."""
         hints: dict[str, object] = {"near": near}
-        last = self._registry.last(name)
+        last = self._registry.last(name, self._clock.now())
         if last is not None:
             hints["last"] = {"reason": last.reason, "age_s": round(self._clock.now() - last.at, 3)}
         return hints

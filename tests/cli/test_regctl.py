@@ -3,6 +3,8 @@
 import json
 import os
 import pty
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -113,3 +115,47 @@ def test_a_pipe_that_has_seen_enough(regctl: Run, process: Daemon) -> None:
         check=False,
     )
     assert done.stderr == ""
+
+
+def test_wait(regctl: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        port = str(there.getsockname()[1])
+        regctl("register", "here", port)
+        assert regctl("wait", "here", "--timeout", "10") == (
+            0,
+            f"here accepts connections at 127.0.0.1:{port}\n",
+            "",
+        )
+    status, shown, told = regctl("wait", "here", "nobody", "--timeout", "0.1")
+    assert (status, shown) == (1, "")
+    assert "connection refused" in told
+    status, _, told = regctl("wait", "nobody", "--timeout", "0")
+    assert (status, "never registered" in told) == (1, True)
+    assert regctl("wait", "a", "--timeout", "0.2", address="127.0.0.1:1")[0] == 3
+    assert regctl("wait", "a", "--timeout", "x")[0] == 2
+
+
+def test_why(regctl: Run) -> None:
+    regctl("register", "a", "1")
+    regctl("register", "a", "2")
+    status, shown, _ = regctl("why", "a")
+    assert status == 0
+    for words in ("a at 127.0.0.1:2: ready", "held by static True", "ago: replaced"):
+        assert words in shown
+    assert regctl("why", "b")[0] == 1
+
+
+def test_watch(regctl: Run, process: Daemon) -> None:
+    regctl("register", "a", "1")
+    with subprocess.Popen(
+        [sys.executable, "-m", "regd.cli.regctl", "watch", "a*"],
+        env=environment(REGD_ADDRESS=process.addresses[0]),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as watching:
+        assert watching.stdout is not None
+        assert watching.stdout.readline() == "up\ta\t\t127.0.0.1:1\tready\t\n"
+        regctl("deregister", "a")
+        assert watching.stdout.readline() == "down\ta\t\tderegistered\n"
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(10) == 130

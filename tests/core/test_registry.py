@@ -281,8 +281,8 @@ def test_departures_are_remembered_and_bounded() -> None:
         draft = Draft(registry, 0.0)
         draft.deregister((f"n{n}", ""))
         registry.land(draft.changes, now=float(n))
-    assert registry.last("n0") is None
-    last = registry.last("n2")
+    assert registry.last("n0", 0.0) is None
+    last = registry.last("n2", 0.0)
     assert last is not None
     assert (last.reason, last.at) == ("deregistered", 2.0)
 

@@ -1,0 +1,333 @@
+"""Random histories against a plain model: after each step state = model, and fold(events) = list at that revision.
+
+Holders that come and go, processes that die, time that jumps, restarts through the file, watchers that lag. The
+registry, its drafts, lifetimes, history, the file's lines and the events of a watch, without a socket.
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from regd.core.errors import Refused
+from regd.core.lifetimes import Ending
+from regd.core.limits import Limits
+from regd.core.model import Entry, Holder, Key, Process, Reason, State
+from regd.core.registry import Contested, Draft, Registry
+from regd.protocol import messages
+from regd.server.watches import Watch
+from regd.storage.document import chunks, line, parse
+
+GRACE_S = 30.0
+LIMITS = Limits(history_changes_max=20)
+
+
+@dataclass
+class Hold:
+    """What the model knows of a holder."""
+
+    session: int | None
+    hold: bool
+    pid: int | None
+    ttl: float | None
+    withdrawn: bool = False
+    due: float = float("inf")  # of the lease
+    claim: float = float("inf")  # unclaimed: until when
+
+    @property
+    def who(self) -> tuple[object, ...]:
+        if self.hold:
+            return ("connection", self.session)
+        return ("process", self.pid) if self.pid is not None else ("nobody",)
+
+    @property
+    def unclaimed(self) -> bool:
+        return self.hold and self.session is None
+
+
+@dataclass
+class Known:
+    """What the model knows of a registration."""
+
+    port: int
+    meta: dict[str, str]
+    state: str
+    holds: list[Hold] = field(default_factory=list)
+
+
+class Folded:
+    """A watcher: what it was sent, folded."""
+
+    def __init__(self, registry: Registry, meta: dict[str, str]) -> None:
+        self.watch = Watch(None, 1, "*", meta, registry.rev)  # type: ignore[arg-type]  # nothing is pushed here
+        self.state: dict[Key, dict[str, Any]] = {}
+        self.rev = -1
+        self.reset(registry)
+
+    def reset(self, registry: Registry) -> None:
+        entries = registry.page("*", self.watch.meta, None, 1_000).entries
+        self.state = {entry.key: json.loads(messages.instance(entry)) for entry in entries}
+        self.rev = registry.rev
+
+    def follow(self, registry: Registry) -> None:
+        if not registry.history.knows(self.rev):
+            self.reset(registry)
+        for change in registry.history.since(self.rev, 1_000):
+            assert change.rev == self.rev + 1
+            self.rev = change.rev
+            told = self.watch.line(change)
+            if told is None:
+                continue
+            event = json.loads(told)
+            assert event["rev"] == change.rev
+            key = (event["name"], event["instance"])
+            if event["event"] == "down":
+                del self.state[key]
+            else:
+                assert (key in self.state) is (event["event"] == "change")
+                self.state[key] = {name: value for name, value in event.items() if name not in ("event", "watch")}
+
+
+keys = st.sampled_from([("a", ""), ("a", "1"), ("b", "")])
+sessions = st.integers(0, 2)
+pids = st.integers(1, 3)
+zones: st.SearchStrategy[dict[str, str]] = st.sampled_from([{}, {"zone": "a"}])
+
+
+class Histories(RuleBasedStateMachine):
+    settings: ClassVar[Any]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1_000.0
+        self.open = [1, 2, 3]  # the number of the connection that plays each session
+        self.opened = 3
+        self.born = {1: 1, 2: 1, 3: 1}
+        self.registry = Registry(limits=LIMITS, now=self.now, claim_s=GRACE_S)
+        self.model: dict[Key, Known] = {}
+        self.watchers = [Folded(self.registry, {}), Folded(self.registry, {"zone": "a"})]
+
+    def process(self, pid: int) -> Process:
+        return Process(pid, f"boot/{self.born[pid]}")
+
+    def land(self, draft: Draft) -> None:
+        self.registry.land(draft.changes, self.now)
+
+    def end(self, ending: Ending) -> None:
+        self.registry.gone(ending)
+        draft = Draft(self.registry, 5.0)
+        draft.end(ending)
+        self.land(draft)
+        self.registry.lifetimes.settle(ending)
+
+    def model_end(self, gone: Any) -> None:
+        """Take holders off the model, and what nobody holds any more with them."""
+        for key, known in list(self.model.items()):
+            kept = [each for each in known.holds if not gone(each)]
+            if len(kept) < len(known.holds):
+                known.holds = kept
+                if not any(not each.withdrawn for each in kept):
+                    del self.model[key]
+
+    @rule(
+        key=keys,
+        player=sessions,
+        port=st.integers(1, 2),
+        meta=zones,
+        hold=st.booleans(),
+        pid=st.none() | pids,
+        ttl=st.none() | st.sampled_from([5.0, 20.0]),
+        force=st.booleans(),
+    )
+    def register(
+        self,
+        key: Key,
+        player: int,
+        port: int,
+        meta: dict[str, str],
+        hold: bool,
+        pid: int | None,
+        ttl: float | None,
+        force: bool,
+    ) -> None:
+        session = self.open[player]
+        wish = Hold(session, hold, pid, ttl, due=self.now + ttl if ttl else float("inf"))
+        conditional = hold or pid is not None or ttl is not None
+        known = self.model.get(key)
+        conflict = False
+        if known is None:
+            self.model[key] = Known(port, meta, "ready", [wish] if conditional else [])
+        elif known.port == port:
+            kept = [
+                each
+                for each in known.holds
+                if each.who != wish.who and not (hold and each.unclaimed and each.pid == pid)
+            ]
+            known.holds = [*kept, wish] if conditional else []
+            known.meta, known.state = meta, "ready"
+        else:
+            rivals = [
+                each
+                for each in known.holds
+                if not (each.withdrawn or each.unclaimed or each.session == session or (pid and each.pid == pid))
+            ]
+            conflict = bool(rivals) and not force
+            if not conflict:
+                self.model[key] = Known(port, meta, "ready", [wish] if conditional else [])
+        draft = Draft(self.registry, 5.0)
+        holders = (Holder(0, session, hold, self.process(pid) if pid else None, ttl),) if conditional else ()
+        wanted = Entry(*key, "127.0.0.1", port, meta, State.READY, 0, 0.0, holders)
+        try:
+            draft.register(wanted, session=session, force=force)
+        except Contested:
+            assert conflict
+            assert not draft.changes
+        else:
+            assert not conflict
+        self.land(draft)
+
+    @rule(key=keys, player=sessions)
+    def deregister(self, key: Key, player: int) -> None:
+        session = self.open[player]
+        draft = Draft(self.registry, 5.0)
+        known = self.model.get(key)
+        try:
+            removed = draft.deregister(key, session=session)
+        except Refused:
+            assert known is None
+            return
+        assert known is not None
+        others = [each for each in known.holds if each.session != session]
+        if len(others) < len(known.holds) and any(not each.withdrawn for each in others):
+            known.holds = others
+            assert removed == 0
+        else:
+            del self.model[key]
+            assert removed == 1
+            assert {lost.session for lost in draft.lost} == {
+                each.session for each in others if each.hold and each.session is not None
+            }
+        self.land(draft)
+
+    @rule(key=keys, player=sessions, state=st.sampled_from(["ready", "draining"]))
+    def update(self, key: Key, player: int, state: str) -> None:
+        session = self.open[player]
+        draft = Draft(self.registry, 5.0)
+        known = self.model.get(key)
+        try:
+            draft.update(key, None, State(state), session=session)
+        except Refused:
+            assert known is None
+            return
+        assert known is not None
+        own = [each for each in known.holds if each.session == session]
+        others = [each for each in known.holds if each.session != session and not each.withdrawn]
+        if state == "draining" and own and others:
+            for each in own:
+                each.withdrawn = True
+        else:
+            known.state = state
+            for each in own:
+                each.withdrawn = False
+        self.land(draft)
+
+    @rule(key=keys)
+    def renew(self, key: Key) -> None:
+        entry = self.registry.get(key)
+        if entry is not None:
+            for holder in entry.holders:
+                if holder.ttl_s is not None:
+                    self.registry.lifetimes.renew(holder, self.now, holder.ttl_s)
+            for each in self.model[key].holds:
+                each.due = self.now + each.ttl if each.ttl else float("inf")
+
+    @rule(player=sessions)
+    def close(self, player: int) -> None:
+        session = self.open[player]
+        self.opened += 1
+        self.open[player] = self.opened
+        self.model_end(lambda each: each.hold and each.session == session)
+        self.end(Ending(Reason.CLOSED, session=session))
+
+    @rule(pid=pids)
+    def exit(self, pid: int) -> None:
+        process = self.process(pid)
+        self.born[pid] += 1
+        self.model_end(lambda each: each.pid == pid)
+        self.end(Ending(Reason.EXITED, process=process))
+
+    @rule(seconds=st.sampled_from([1.0, 4.9, 5.0, 20.0, 30.0]))
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+        self.model_end(lambda each: each.due <= self.now or each.claim <= self.now)
+        for ending in self.registry.expire(self.now):
+            self.end(ending)
+
+    @rule()
+    def stall(self) -> None:
+        """The daemon did not run: everybody gets the full time again."""
+        self.now += 100.0
+        self.registry.lifetimes.refresh(self.now)
+        for known in self.model.values():
+            for each in known.holds:
+                each.due = self.now + each.ttl if each.ttl else float("inf")
+                each.claim = each.claim and (self.now + GRACE_S if each.claim < float("inf") else each.claim)
+
+    @rule()
+    def restart(self) -> None:
+        entries = self.registry.page("*", {}, None, 1_000).entries
+        written = b"".join(chunks(self.registry.rev, map(line, entries)))
+        document = parse(written, 5.0)
+        assert document.rev >= self.registry.rev
+        self.registry = Registry(document.entries, document.rev, LIMITS, now=self.now, claim_s=GRACE_S)
+        self.open = [each + 10 for each in self.open]
+        self.opened = max(self.open)
+        for known in self.model.values():
+            known.holds = [each for each in known.holds if not each.withdrawn]
+            for each in known.holds:
+                each.session = None
+                each.due = self.now + each.ttl if each.ttl else float("inf")
+                each.claim = self.now + GRACE_S if each.hold and each.pid is None else float("inf")
+        self.watchers = [Folded(self.registry, each.watch.meta) for each in self.watchers]  # type: ignore[arg-type]
+
+    @rule(which=st.integers(0, 1))
+    def watch(self, which: int) -> None:
+        """One of the watchers, which may be far behind, reads."""
+        watcher = self.watchers[which]
+        watcher.follow(self.registry)
+        entries = self.registry.page("*", watcher.watch.meta, None, 1_000).entries
+        assert watcher.state == {entry.key: json.loads(messages.instance(entry)) for entry in entries}
+        assert watcher.rev == self.registry.rev
+
+    @invariant()
+    def state_is_the_model(self) -> None:
+        entries = self.registry.page("*", {}, None, 1_000).entries
+        assert {entry.key for entry in entries} == set(self.model)
+        for entry in entries:
+            known = self.model[entry.key]
+            assert (entry.port, entry.meta, entry.state) == (known.port, known.meta, known.state)
+            held = [
+                (each.session, each.hold, each.process and each.process.pid, each.ttl_s, each.withdrawn)
+                for each in entry.holders
+            ]
+            expected = [(each.session, each.hold, each.pid, each.ttl, each.withdrawn) for each in known.holds]
+            assert sorted(map(str, held)) == sorted(map(str, expected))
+
+    @invariant()
+    def whoever_is_ready_is_resolved(self) -> None:
+        for name in ("a", "b"):
+            ready = {key for key, known in self.model.items() if key[0] == name and known.state == "ready"}
+            assert {entry.key for entry in self.registry.ready(name)} == ready
+
+    @invariant()
+    def deadlines_are_of_those_who_have_one(self) -> None:
+        due = [min(each.due, each.claim) for known in self.model.values() for each in known.holds]
+        nearest = min(due, default=float("inf"))
+        assert (self.registry.lifetimes.next_deadline() or float("inf")) == nearest
+
+
+Histories.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestHistories = Histories.TestCase

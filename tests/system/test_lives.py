@@ -1,0 +1,106 @@
+"""Real processes: services that are killed, that hang, that are many; daemons that are stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from regd_client.blocking import BlockingConnection
+from tests.support.daemon import WAIT_S, Daemon, environment
+
+SERVICE = """
+import asyncio, sys, time
+import regd_client
+
+async def main():
+    async with regd_client.register("service", 5060):
+        print("registered", flush=True)
+        if sys.argv[1] == "hangs":
+            time.sleep(60)
+        await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def peer(process: Daemon) -> Iterator[BlockingConnection]:
+    with BlockingConnection(process.addresses[0]) as connection:
+        yield connection
+
+
+def start(process: Daemon, how: str) -> subprocess.Popen[str]:
+    service = subprocess.Popen(
+        [sys.executable, "-c", SERVICE, how],
+        env=environment(REGD_ADDRESS=process.addresses[0]),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert service.stdout is not None
+    assert service.stdout.readline() == "registered\n"
+    return service
+
+
+def gone_after_s(peer: BlockingConnection, name: str) -> float:
+    """Ask until a name is gone, and return how long that took."""
+    began = time.monotonic()
+    while peer.ask("resolve", name=name)["ok"]:
+        assert time.monotonic() - began < WAIT_S
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("how", ["works", "hangs"])
+def test_a_killed_service_is_gone_at_once_and_a_busy_one_is_not(
+    process: Daemon, peer: BlockingConnection, how: str
+) -> None:
+    with start(process, how) as service:
+        began = time.monotonic()
+        while time.monotonic() - began < 1.0:
+            assert peer.ask("resolve", name="service")["pid"] == service.pid
+        service.kill()
+        # 100 ms is promised; a machine that is shared gets some more before a test fails.
+        assert gone_after_s(peer, "service") < 1.0
+        service.wait()
+    last = peer.ask("resolve", name="service")["last"]
+    assert last["reason"] in ("process exited", "connection closed")
+
+
+def test_a_stopped_service_keeps_its_name(process: Daemon, peer: BlockingConnection) -> None:
+    with start(process, "works") as service:
+        service.send_signal(signal.SIGSTOP)
+        assert peer.ask("resolve", name="service")["ok"]
+        service.send_signal(signal.SIGCONT)
+        assert peer.ask("resolve", name="service")["ok"]
+        service.kill()
+
+
+def test_a_daemon_that_was_stopped_drops_no_lease(process: Daemon, peer: BlockingConnection) -> None:
+    peer.ask("register", name="leased", port=1, ttl=1)
+    assert process.process is not None
+    process.process.send_signal(signal.SIGSTOP)
+    time.sleep(1.5)  # longer than the lease, and there is no other way to have a process not run
+    process.process.send_signal(signal.SIGCONT)
+    assert peer.ask("renew", name="leased") == {"ok": True, "ttl": 1}
+    assert gone_after_s(peer, "leased") > 0.5
+
+
+def test_a_killed_daemon_does_not_take_a_reused_number_for_the_old_process(process: Daemon) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        with BlockingConnection(process.addresses[0]) as peer:
+            assert peer.ask("register", name="a", port=1, pid=other.pid)["ok"]
+            assert peer.ask("register", name="b", port=1, pid=os.getpid())["ok"]
+        process.end(signal.SIGKILL)
+        text = process.registry.read_text()
+        # As if the number of `a` had been another process's when it registered: one that was born earlier.
+        born = next(line for line in text.splitlines() if line.startswith('"a"')).split('"')[-2]
+        process.registry.write_text(text.replace(born, born.rpartition("/")[0] + "/1"))
+        process.start()
+        with BlockingConnection(process.addresses[0]) as peer:
+            assert peer.ask("resolve", name="a")["error"] == "not_found"
+            assert peer.ask("resolve", name="a")["last"]["reason"] == "process exited"
+            assert peer.ask("resolve", name="b")["ok"]
+        other.kill()
