@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: run test lint suite uvloop wheel clean
+.PHONY: run test lint suite uvloop bench wheel clean
 
 run:
 	PYTHONPATH=.:client exec $(PYTHON) services/demo.py
@@ -22,6 +22,11 @@ suite: $(VENV)/ready
 # The socket tests once more, on the event loop of the extra `fast`.
 uvloop: $(VENV)/ready
 	REGD_TEST_LOOP=uvloop $(VENV)/bin/python -m pytest -q -m socket
+
+# How long things take here. Figures, no verdict.
+bench: $(VENV)/ready
+	$(VENV)/bin/python -m tests.bench
+	$(VENV)/bin/python -m tests.bench uvloop
 
 # What users install: built, installed into an empty environment, and tried there.
 wheel: $(VENV)/ready

@@ -1,8 +1,7 @@
 """Watchers: each is a cursor into the history of changes.
 
-One that has seen all gets a change when it lands. One whose peer does not read keeps an integer, and goes on
-from the history when there is room; too late, it gets `reset` and the state as it is. So a slow one costs nobody
-anything.
+Who has seen all sleeps until a change of its names lands, and then goes on from the history. One whose peer does
+not read keeps an integer; too late, it gets `reset` and the state as it is. So a slow one costs nobody anything.
 Must not know sockets: a peer is whoever can be given bytes.
 """
 
@@ -18,7 +17,8 @@ from regd.core.registry import Registry
 from regd.protocol import messages
 from regd.server.clock import Clock, Timer
 
-_SLICE = 128  # entries or changes of one watch before others get a turn
+_SLICE = 128  # entries or changes of one watch before others get a turn; watches before the loop turns
+_TURN_S = 0.002
 
 
 class Peer(Protocol):
@@ -136,29 +136,21 @@ class Watches:
             self._progress.cancel()
 
     def landed(self, changes: Sequence[Change]) -> None:
-        """Push what landed to those who have seen all before it."""
+        """Have what landed sent to those whom it concerns, from the loop's next turn on: writers go first."""
         if not self._count:
             return
-        out: dict[Peer, list[bytes]] = {}
         for change in changes:
             if change.op is Op.KEEP:
                 continue
-            for watch in self._exact.get(change.entry.name, ()):
-                self._offer(watch, change, out)
+            name = change.entry.name
+            for watch in self._exact.get(name, ()):
+                self._behind_by(watch, change)
             for watch in self._prefix:
-                self._offer(watch, change, out)
-        for peer, lines in out.items():
-            peer.push(b"".join(lines))
+                if name.startswith(watch.prefix):
+                    self._behind_by(watch, change)
 
-    def _offer(self, watch: Watch, change: Change, out: dict[Peer, list[bytes]]) -> None:
-        if watch.phase is not _Phase.LIVE:
-            return
-        line = watch.line(change)
-        if line is None:
-            return
-        if watch.peer.can_take and len(out.get(watch.peer, ())) < _SLICE:
-            out.setdefault(watch.peer, []).append(line)
-        else:
+    def _behind_by(self, watch: Watch, change: Change) -> None:
+        if watch.phase is _Phase.LIVE:
             watch.phase = _Phase.CATCH_UP
             watch.cursor = change.rev - 1
             self._go_on_with(watch)
@@ -183,13 +175,18 @@ class Watches:
     def _pump(self) -> None:
         """Send one slice of one watch after another, and let the loop turn in between."""
         self._pumping = False
-        for _ in range(min(8, len(self._behind))):
+        until = self._clock.now() + _TURN_S
+        for _ in range(min(_SLICE, len(self._behind))):
             watch = next(iter(self._behind))
             del self._behind[watch]
             if watch.peer.can_take:
-                watch.peer.push(self._slice(watch))
+                data = self._slice(watch)
+                if data:
+                    watch.peer.push(data)
                 if watch.phase is not _Phase.LIVE:
                     self._behind[watch] = None
+            if self._clock.now() > until:
+                break
         if self._behind:
             self._pump_soon()
 
