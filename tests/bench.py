@@ -70,7 +70,7 @@ from regd_client.blocking import BlockingConnection
 with BlockingConnection(sys.argv[1]) as connection:
     for n in range(20):
         began = time.monotonic()
-        connection.ask("register", name="news", port=1, meta={"n": str(n)})
+        connection.ask("register", name="fan", port=1, meta={"n": str(n)})
         print(began, time.monotonic(), flush=True)
         time.sleep(0.1)
 """
@@ -86,11 +86,11 @@ async def fan_out(address: str, count: int) -> None:
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     peers = [Peer(*await asyncio.open_connection(host, int(port))) for _ in range(count)]
     for peer in peers:
-        assert (await peer.ask(cmd="watch", name="news"))["ok"]
+        assert (await peer.ask(cmd="watch", name="fan"))["ok"]
         while (await peer.reply())["event"] != "sync":
             pass
     deaf = Peer(*await asyncio.open_connection(host, int(port)))
-    await deaf.ask(cmd="watch", name="news")
+    await deaf.ask(cmd="watch", name="fan")
     deaf.writer.transport.pause_reading()  # type: ignore[attr-defined]
     writer = await asyncio.create_subprocess_exec(
         sys.executable, "-c", _WRITER, address, stdout=subprocess.PIPE, env=environment()
