@@ -5,6 +5,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,10 +49,28 @@ def test_make_run(tmp_path: Path, number: signal.Signals) -> None:
     )
     assert process.stdout is not None
     shown = ""
-    while "Ctrl-C ends" not in shown:
-        line = process.stdout.readline()
-        assert line, f"it ended: {shown}"
-        shown += line
+
+    def show_until(words: str) -> None:
+        nonlocal shown
+        while words not in shown:
+            line = process.stdout.readline()  # type: ignore[union-attr]
+            assert line, f"it ended: {shown}"
+            shown += line
+
+    show_until("Ctrl-C ends")
+    # As it says: kill the runner, and start it on another port. The caller hears both at once.
+    os.kill(int(shown.partition("kill -9 ")[2].split()[0]), signal.SIGKILL)
+    show_until("runner at 127.0.0.1:5050 is down")
+    port = str(free_port())
+    with subprocess.Popen(
+        [sys.executable, "services/runner.py", port],
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": "client", "REGD_ADDRESS": f"127.0.0.1:{environment['PORT']}"},
+        stdout=subprocess.DEVNULL,
+    ) as runner:
+        show_until(f"runner at 127.0.0.1:{port} is up")
+        show_until(f"found runner at 127.0.0.1:{port}")
+        runner.terminate()
     os.killpg(process.pid, number)
     shown += process.communicate(timeout=30)[0]
     for words in (
