@@ -1,10 +1,14 @@
 """Who watches hears all, in order, once: fold(events) = list, for fast, slow and resuming watchers."""
 
 import asyncio
+import json
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from regd.core.limits import Limits
 from tests.support.daemon import WAIT_S, InLoop, Peer
@@ -209,3 +213,128 @@ async def test_many_watchers_of_one_name(daemon: InLoop) -> None:
     for fold in folds:
         await fold.until(replies[-1]["rev"])
         assert fold.state == await listed(writer)
+
+
+class Follower:
+    """A watcher that reads now and then, loses its connection, and goes on where it was."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self.fold: Fold | None = None
+        self.epoch = ""
+
+    async def connect(self, daemon: InLoop) -> None:
+        old = self.fold
+        position = {"epoch": self.epoch, "since": old.rev} if old is not None and old.synced else {}
+        peer = await daemon.peer()
+        reply = await peer.ask(cmd="watch", **self.arguments, **position)
+        self.epoch = reply["epoch"]
+        self.fold = Fold(peer)
+        if position and old is not None:
+            self.fold.state, self.fold.rev, self.fold.synced = old.state, old.rev, True
+
+    async def lose(self) -> None:
+        """What the kernel still has is lost with the connection."""
+        if self.fold is not None:
+            await self.fold.peer.reset()
+
+    async def read(self, count: int) -> None:
+        """Read up to so many events, and no longer than there are some."""
+        assert self.fold is not None
+        for _ in range(count):
+            try:
+                async with asyncio.timeout(0):
+                    line = await self.fold.peer.reader.readline()
+            except TimeoutError:
+                return
+            if line:
+                self.fold.take(json.loads(line))
+
+    async def check(self, daemon: InLoop, writer: Peer) -> None:
+        """fold(events) = list, at the same revision."""
+        assert self.fold is not None
+        reply = await writer.ask(cmd="list", **self.arguments)
+        marker = await writer.ask(
+            cmd="register", name="marker", port=1, meta={"zone": "a", "n": str(reply["rev"])}
+        )
+        while not self.fold.synced or self.fold.rev < marker["rev"]:
+            self.fold.take(await self.fold.peer.reply())
+        state = {key: each for key, each in self.fold.state.items() if key[0] != "marker"}
+        listed = {
+            (each["name"], each["instance"]): each for each in reply["instances"] if each["name"] != "marker"
+        }
+        assert state == listed
+
+
+class World:
+    """A daemon that is restarted, a writer, and three who follow. Each method is a step of a history."""
+
+    LIMITS = Limits(history_changes_max=12)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.epochs = (f"epoch{n}" for n in count())
+        self.followers = [Follower({}), Follower({"meta": {"zone": "a"}}), Follower({"name": "m*"})]
+        self.daemon: InLoop
+        self.writer: Peer
+
+    async def begin(self) -> None:
+        self.daemon = InLoop(self.path, limits=self.LIMITS, epoch=next(self.epochs))
+        await self.daemon.__aenter__()
+        for follower in self.followers:
+            await follower.connect(self.daemon)
+        self.writer = await self.daemon.peer()
+
+    async def end(self) -> None:
+        await self.daemon.server.stop()
+        await self.daemon.__aexit__(None, None, None)
+
+    async def register(self, one: int, two: int) -> None:
+        await self.writer.ask(cmd="register", name=f"n{one}", port=1 + two, meta={"zone": "ab"[two % 2]})
+
+    async def update(self, one: int, two: int) -> None:
+        await self.writer.ask(cmd="update", name=f"n{one}", meta={"zone": "ab"[two % 2], "n": str(two)})
+
+    async def deregister(self, one: int, two: int) -> None:
+        await self.writer.ask(cmd="deregister", name=f"n{one}")
+
+    async def burst(self, one: int, two: int) -> None:
+        """More changes than the history keeps."""
+        self.writer.send(*({"cmd": "register", "name": f"n{one}", "port": 10 + n} for n in range(9)))
+        for _ in range(9):
+            await self.writer.reply()
+
+    async def read(self, one: int, two: int) -> None:
+        await self.followers[one % 3].read(two * 3)
+
+    async def lose(self, one: int, two: int) -> None:
+        await self.followers[one % 3].lose()
+        await self.followers[one % 3].connect(self.daemon)
+
+    async def restart(self, one: int, two: int) -> None:
+        await self.end()
+        await self.begin()
+
+    async def check(self, one: int, two: int) -> None:
+        await self.followers[one % 3].check(self.daemon, self.writer)
+
+
+names = ["register", "register", "update", "deregister", "burst", "read", "lose", "restart", "check"]
+steps = st.lists(st.tuples(st.sampled_from(names), st.integers(0, 3), st.integers(0, 3)), min_size=5, max_size=25)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps)
+def test_any_history_of_changes_breaks_and_restarts(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, int]]
+) -> None:
+    async def run() -> None:
+        world = World(tmp_path_factory.mktemp("history") / "registry.json")
+        await world.begin()
+        for step, one, two in steps:
+            await getattr(world, step)(one, two)
+        for n in range(3):
+            await world.check(n, 0)
+        await world.end()
+
+    asyncio.run(run())

@@ -80,10 +80,11 @@ class InLoop:
         limits: Limits = DEFAULT,
         files: Files | None = None,
         unix: Path | None = None,
+        epoch: str = EPOCH,
     ) -> None:
         self.clock = HandClock()
         self.config = Config(registry=registry, port=0, limits=limits, unix=unix)
-        self.server = Server(self.config, clock=self.clock, files=files, epoch=EPOCH)
+        self.server = Server(self.config, clock=self.clock, files=files, epoch=epoch)
         self._peers: list[Peer] = []
 
     @property
