@@ -1,6 +1,7 @@
 """Equations: the registry is what a plain dictionary would be, and its changes, folded, are its list."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -9,8 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from regd.core.errors import Code, Refused
 from regd.core.limits import DEFAULT, Limits
-from regd.core.model import Change, Entry, Key, Op, State
-from regd.core.registry import Draft, Registry
+from regd.core.model import Change, Entry, Holder, Key, Op, State
+from regd.core.registry import Contested, Draft, Registry
 
 
 def wanted(
@@ -309,3 +310,16 @@ def test_a_batch_has_the_room_that_it_gave_back() -> None:
     draft.register(second)
     registry.land(draft.changes, 0.0)
     assert registry.get(second.key) is not None
+
+
+def test_before_a_conflict_the_owner_is_looked_at_once_more() -> None:
+    registry = Registry()
+    owner = Holder(0, 1, hold=True)
+    land(registry, replace(wanted(), holders=(owner,)))
+    rival = replace(wanted(port=2), holders=(replace(owner, session=2),))
+    with pytest.raises(Contested):
+        Draft(registry, 0.0).register(rival, session=2)
+    asked: list[Holder] = []
+    draft = Draft(registry, 0.0, is_gone=lambda holder: not asked.append(holder))  # type: ignore[func-returns-value]
+    assert draft.register(rival, session=2)[1]
+    assert [holder.session for holder in asked] == [1]

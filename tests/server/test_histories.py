@@ -328,6 +328,19 @@ class Histories(RuleBasedStateMachine):
         nearest = min(due, default=float("inf"))
         assert (self.registry.lifetimes.next_deadline() or float("inf")) == nearest
 
+    @invariant()
+    def nothing_is_kept_of_those_who_went(self) -> None:
+        lifetimes = self.registry.lifetimes
+        holders = [
+            holder for entry in self.registry.page("*", {}, None, 1_000).entries for holder in entry.holders
+        ]
+        assert set(lifetimes._of_session) == {
+            each.session for each in holders if each.hold and each.session is not None
+        }
+        assert set(lifetimes.processes) == {each.process for each in holders if each.process is not None}
+        assert set(lifetimes._key) <= {each.id for each in holders}
+        assert not lifetimes._gone_holders
+
 
 Histories.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 TestHistories = Histories.TestCase
