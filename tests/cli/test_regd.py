@@ -111,6 +111,7 @@ def test_a_folder_that_it_may_not_write_is_told(tmp_path: Path) -> None:
         (["--prot", "1"], "--prot"),
         (["--port", "70000"], "0 to 65535"),
         (["--port", "x"], "0 to 65535"),
+        (["--grace", "-1"], "0 to 86400"),
         (["--log-level", "loud"], "loud"),
         (["extra"], "extra"),
     ],
