@@ -58,8 +58,9 @@ class Lifetimes:
         if old == new:
             return set()
         key = (after or before).key  # type: ignore[union-attr]  # one of them is there, or both were equal
+        known = {holder.id for holder in old}
         for holder in new:
-            if holder not in old:
+            if holder.id not in known:
                 self._add(key, holder, now)
         kept = {holder.id for holder in new}
         for holder in old:

@@ -342,5 +342,5 @@ class Histories(RuleBasedStateMachine):
         assert not lifetimes._gone_holders
 
 
-Histories.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+Histories.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
 TestHistories = Histories.TestCase
