@@ -15,6 +15,7 @@ LINE_BYTES_MAX = 65_536  # of a request; the daemon skips longer ones
 REPLY_BYTES_MAX = 4 * 1_048_576  # far beyond what the daemon promises; more is another program
 
 
+_decode = json.JSONDecoder().decode
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
@@ -101,7 +102,7 @@ def reply(line: bytes) -> dict[str, Any]:
         Unavailable: whoever sent it is no regd.
     """
     try:
-        fields = json.loads(line)
+        fields = _decode(line.decode())
     except (ValueError, RecursionError):
         fields = None
     if type(fields) is not dict or ("ok" in fields) is ("event" in fields):
