@@ -10,7 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from regd.core.limits import Limits
+from regd.core.limits import DEFAULT, Limits
+from regd.core.model import Entry, State
+from regd.core.registry import Draft, Registry
+from regd.server.watches import Watches
+from tests.support.clock import HandClock
 from tests.support.daemon import WAIT_S, InLoop, Peer
 
 pytestmark = pytest.mark.socket
@@ -213,6 +217,57 @@ async def test_many_watchers_of_one_name(daemon: InLoop) -> None:
     for fold in folds:
         await fold.until(replies[-1]["rev"])
         assert fold.state == await listed(writer)
+
+
+class Slot:
+    """A peer that takes as many pushes as the test allows."""
+
+    def __init__(self) -> None:
+        self.room = 1
+        self.events: list[dict[str, Any]] = []
+
+    @property
+    def can_take(self) -> bool:
+        return self.room > 0
+
+    def push(self, data: bytes) -> None:
+        self.room -= 1
+        self.events += [json.loads(line) for line in data.splitlines()]
+
+
+async def test_what_changes_while_the_state_is_being_sent_follows_it() -> None:
+    registry = Registry()
+
+    def land(*entries: Entry) -> None:
+        draft = Draft(registry, 5.0)
+        for entry in entries:
+            draft.register(entry)
+        registry.land(draft.changes, 0.0)
+        watches.landed(draft.changes)
+
+    def entry(n: int, port: int) -> Entry:
+        return Entry(f"n{n:03}", "", "127.0.0.1", port, {}, State.READY, 0, 0.0)
+
+    watches, peer = Watches(registry, HandClock(), DEFAULT, "epoch"), Slot()
+    land(*(entry(n, 1) for n in range(300)))
+    watch = watches.start(peer, 1, "*", {}, None)
+    await asyncio.sleep(0)
+    assert len(peer.events) == 128
+    land(entry(0, 2), entry(299, 2), entry(300, 2))  # sent already, to be sent, new
+    peer.room = 100
+    watches.resume([watch])
+    async with asyncio.timeout(WAIT_S):
+        while peer.events[-1]["event"] != "sync":
+            await asyncio.sleep(0)
+    ports: dict[str, int] = {}
+    for event in peer.events[:-1]:
+        if event["event"] == "down":
+            ports.pop(event["name"], None)
+        else:
+            ports[event["name"]] = event["port"]
+    assert ports == {f"n{n:03}": 2 if n in (0, 299, 300) else 1 for n in range(301)}
+    assert peer.events[-1]["rev"] == registry.rev
+    watches.close()
 
 
 class Follower:
