@@ -303,7 +303,6 @@ class Client:
 
     async def _follow(self, connection: Connection, follow: Follow) -> None:
         reply = await connection.ask("watch", follow.position(), follow.take)
-        follow.began(reply)
         follow.on, follow.number = connection, reply["watch"]
 
     # The connection.

@@ -59,7 +59,7 @@ class Connection(asyncio.Protocol):
         return self._broken is None and self._transport is not None and not self._transport.is_closing()
 
     async def ask(self, cmd: str, arguments: dict[str, Any], events: Events | None = None) -> dict[str, Any]:
-        """Send a request and return its reply, when that is `ok`. `events` is for a `watch`.
+        """Send a request and return its reply, when that is `ok`. `events` hears a `watch`, its reply first.
 
         Raises:
             RegdError: what the daemon says, or `Unavailable` when the connection breaks before it says anything.
@@ -174,6 +174,7 @@ class Connection(asyncio.Protocol):
         events = self._starting.pop(number, None)
         if events is not None and fields["ok"]:
             self._watches[fields["watch"]] = events
+            events(fields)
         if answer is not None and not answer.done():  # done: its caller was cancelled
             answer.set_result(fields)
 

@@ -94,13 +94,14 @@ class Follow:
         self._fresh = None
         return {**self.arguments, "epoch": self._epoch, "since": self._rev}
 
-    def began(self, reply: Mapping[str, Any]) -> None:
-        """Take the reply to `watch`."""
-        self._epoch = reply["epoch"]
-
     def take(self, event: Mapping[str, Any]) -> None:
-        """Take one event of the daemon's."""
-        kind = event["event"]
+        """Take what the daemon says: first the reply to `watch`, then every event."""
+        kind = event.get("event")
+        if kind is None:
+            if event["epoch"] != self._epoch:
+                self._rev = None  # a revision means nothing in another epoch
+            self._epoch = event["epoch"]
+            return
         if kind == "reset":
             self._fresh = {}
             self.live = False

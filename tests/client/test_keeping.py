@@ -10,7 +10,7 @@ import pytest
 
 import regd_client
 from regd_client.client import Client
-from regd_client.following import Backlog, Endpoint, Event
+from regd_client.following import Backlog, Endpoint, Event, Follow
 from tests.support.daemon import WAIT_S, Daemon, InLoop
 
 pytestmark = pytest.mark.socket
@@ -294,3 +294,27 @@ def test_a_slow_listener_is_told_the_differences() -> None:
     assert len(told) <= 12
     assert told[-1] == ("change", "h:1")
     assert hash(here) != hash(there)
+
+
+def test_a_revision_means_nothing_in_another_epoch() -> None:
+    """The connection breaks between the reply of a new daemon and its `reset`."""
+    told: list[Event] = []
+    follow = Follow("*", None, told.append)
+    up = {
+        "event": "up",
+        "name": "a",
+        "instance": "",
+        "host": "h",
+        "port": 1,
+        "meta": {},
+        "state": "ready",
+        "rev": 2,
+    }
+    for line in ({"ok": True, "epoch": "one"}, up, {"event": "sync", "rev": 2}):
+        follow.take(line)
+    assert follow.position()["since"] == 2
+    follow.take({"ok": True, "epoch": "two"})
+    assert "since" not in follow.position()
+    for line in ({"ok": True, "epoch": "three"}, {**up, "rev": 9}, {"event": "sync", "rev": 9}):
+        follow.take(line)
+    assert [event.kind for event in told] == ["up", "sync", "sync"]

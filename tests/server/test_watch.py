@@ -283,9 +283,9 @@ class Follower:
         position = {"epoch": self.epoch, "since": old.rev} if old is not None and old.synced else {}
         peer = await daemon.peer()
         reply = await peer.ask(cmd="watch", **self.arguments, **position)
-        self.epoch = reply["epoch"]
+        same, self.epoch = reply["epoch"] == self.epoch, reply["epoch"]
         self.fold = Fold(peer)
-        if position and old is not None:
+        if position and old is not None and same:  # a revision means nothing in another epoch
             self.fold.state, self.fold.rev, self.fold.synced = old.state, old.rev, True
 
     async def lose(self) -> None:
