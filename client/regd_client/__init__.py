@@ -13,17 +13,10 @@ from typing import TYPE_CHECKING
 from regd_client.errors import BadArgument, Conflict, NotFound, RegdError, Timeout, Unavailable
 
 if TYPE_CHECKING:
-    from regd_client.client import (
-        Client,
-        Registration,
-        deregister,
-        mirror,
-        register,
-        resolve,
-        resolve_all,
-        watch,
-    )
+    from regd_client.client import Client
     from regd_client.following import Endpoint, Event, Mirror
+    from regd_client.functions import deregister, mirror, register, resolve, resolve_all, watch
+    from regd_client.registration import Registration
 
 __all__ = [
     "BadArgument",
@@ -50,9 +43,11 @@ if not TYPE_CHECKING:  # or a checker would take every name for a good one
 
     def __getattr__(name: str) -> object:
         if name in __all__:
-            from regd_client import client
+            from regd_client import client, following, functions, registration
 
-            return getattr(client, name)
+            for module in (functions, client, registration, following):
+                if name in vars(module):
+                    return vars(module)[name]
         raise AttributeError(f"module 'regd_client' has no attribute {name!r}")
 
 

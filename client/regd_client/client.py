@@ -1,8 +1,7 @@
 """The client: the verbs of the registry on one connection that is opened when needed, and again when it broke.
 
 What the caller has registered and follows is the truth: after a break it is made so again, by one task that lives
-as long as there is something to keep. The functions at the end are the same verbs from whatever event loop runs.
-Must not know how a request is written.
+as long as there is something to keep. Must not know how a request is written.
 """
 
 import asyncio
@@ -10,14 +9,15 @@ import contextlib
 import logging
 import os
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
 from regd_client import wire
 from regd_client.connection import Connection
-from regd_client.errors import Conflict, NotFound, RegdError, Unavailable
+from regd_client.errors import Conflict, RegdError, Unavailable
 from regd_client.following import Backlog, Endpoint, Event, Follow, Mirror, endpoint
+from regd_client.registration import Registering, Registration
 
 log = logging.getLogger("regd_client")
 
@@ -476,238 +476,3 @@ class Client:
 
 
 _KEEPERS: set["asyncio.Task[None]"] = set()  # a loop keeps its tasks weakly
-
-
-class Registration:
-    """A registration that was made here. `lost` is set when somebody took it; `lost_reason` says how."""
-
-    def __init__(self, client: Client, arguments: dict[str, Any], static: bool) -> None:
-        self._client = client
-        self._static = static
-        self._pid = os.getpid()
-        self._rev = 0
-        self.arguments = arguments
-        self.key = (arguments["name"], arguments["instance"] or "")
-        self.on: Connection | None = None  # the connection that holds it
-        self.endpoint: Endpoint
-        self.lost = asyncio.Event()
-        self.lost_reason = ""
-
-    def made_on(self, connection: Connection, reply: Mapping[str, Any]) -> None:
-        self.on = connection
-        self._rev = reply["rev"]
-        self.endpoint = endpoint({**reply, "meta": self.arguments["meta"] or {}})
-
-    def altered(self, meta: dict[str, str] | None, state: str | None) -> None:
-        """Remember what is to be registered again after a break."""
-        if meta is not None:
-            self.arguments["meta"] = meta
-            self.endpoint = endpoint({**_fields(self.endpoint), "meta": meta})
-        if state is not None:
-            self.arguments["state"] = state
-
-    async def update(self, meta: Mapping[str, str] | None = None, *, state: str | None = None) -> None:
-        """Replace its meta as a whole, set its state (`starting`, `ready`, `draining`), or both."""
-        name, instance = self.key
-        await self._client.update(name, meta, state=state, instance=instance)
-        self.altered(None if meta is None else dict(meta), state)
-
-    async def deregister(self) -> None:
-        """End it: first `draining`, then gone. Harmless when it has ended; what is somebody else's now stays."""
-        if self._pid != os.getpid():
-            return  # the parent's
-        self._client._registrations.pop(self.key, None)
-        if not self._static and (self.on is None or not self.on.usable):
-            await self._deregister_once()
-            return
-        await self._while_ours("update", state="draining")
-        await self._while_ours("deregister")
-
-    async def _deregister_once(self) -> None:
-        """The daemon is away: what the connection held ends without us, unless it came back just now."""
-        self._client._connect_timeout_s = 0.2
-        with contextlib.suppress(Unavailable):
-            await self._while_ours("deregister")
-
-    async def _while_ours(self, cmd: str, **arguments: Any) -> None:
-        """Do something to the registration, if it is still at our address, whatever else changed."""
-        name, instance = self.key
-        while True:
-            try:
-                reply = await self._client._ask(
-                    cmd, name=name, instance=instance, **arguments, **{"if": self._rev}
-                )
-                self._rev = reply["rev"]
-                return
-            except NotFound:
-                return
-            except Conflict:
-                known = await self._client.why(name, instance)
-                found = known["instances"]
-                own = self.endpoint
-                if not found or (found[0]["host"], found[0]["port"]) != (own.host, own.port):
-                    return
-                self._rev = found[0]["rev"]
-
-
-def _fields(found: Endpoint) -> dict[str, Any]:
-    return {"name": found.name, "instance": found.instance, "host": found.host, "port": found.port}
-
-
-class Registering(Coroutine[Any, Any, Registration]):
-    """What `register` returns: a coroutine that gives a `Registration`, or the `async with` around its life."""
-
-    def __init__(self, client: Client, arguments: dict[str, Any], static: bool, own: bool = False) -> None:
-        self._client = client
-        self._arguments = arguments
-        self._static = static
-        self._own = own  # the client was made for this registration, and ends with it
-        self._made: Registration | None = None
-        self._running: Coroutine[Any, Any, Registration] | None = None
-
-    # A coroutine, so that a task can be made of it.
-
-    def __await__(self) -> Generator[Any, None, Registration]:
-        return self._register().__await__()
-
-    def _run(self) -> "Coroutine[Any, Any, Registration]":
-        if self._running is None:
-            self._running = self._register()
-        return self._running
-
-    def send(self, value: Any) -> Any:
-        return self._run().send(value)
-
-    def throw(self, *args: Any) -> Any:
-        return self._run().throw(*args)
-
-    def close(self) -> None:
-        if self._running is not None:
-            self._running.close()
-
-    # Around the life of a service.
-
-    async def __aenter__(self) -> Registration:
-        self._made = await self._register()
-        return self._made
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._made is not None
-        try:
-            if not self._static:
-                await self._made.deregister()
-        except RegdError as trouble:
-            log.warning("left %s registered: %s", self._made.endpoint.name, trouble)
-        finally:
-            if self._own:
-                await self._client.close()
-
-    async def _register(self) -> Registration:
-        client = self._client
-        registration = (OwnRegistration if self._own else Registration)(client, self._arguments, self._static)
-        try:
-            connection = await client._connected()
-            conditions = {} if self._static else await client._hold(connection)
-            asked = asyncio.ensure_future(connection.ask("register", {**self._arguments, **conditions}))
-            try:
-                reply = await asyncio.shield(asked)
-            except asyncio.CancelledError:
-                if not self._static:
-                    asked.add_done_callback(lambda done: self._undo(connection, done))
-                raise
-        except BaseException:
-            if self._own:
-                await client.close()
-            raise
-        registration.made_on(connection, reply)
-        if self._static:
-            if self._own:
-                await client.close()
-        else:
-            client._registrations[registration.key] = registration
-            client._keep()
-        return registration
-
-    def _undo(self, connection: Connection, asked: "asyncio.Future[dict[str, Any]]") -> None:
-        """Nobody waits for it any more: if it was made all the same, end it."""
-        if not asked.cancelled() and asked.exception() is None:
-            reply = asked.result()
-            arguments = {"name": reply["name"], "instance": reply["instance"], "if": reply["rev"]}
-            connection.post("deregister", arguments)
-
-
-class OwnRegistration(Registration):
-    """One that was made by the function `register`, with a connection of its own."""
-
-    async def deregister(self) -> None:
-        try:
-            await super().deregister()
-        finally:
-            await self._client.close()
-
-
-# One call each, from any event loop. Nothing stays open behind them, but for what is registered or followed.
-
-
-def register(
-    name: str,
-    port: int,
-    *,
-    host: str | None = None,
-    instance: str | None = None,
-    meta: Mapping[str, str] | None = None,
-    state: str | None = None,
-    static: bool = False,
-    force: bool = False,
-) -> Registering:
-    """Register a service, as `Client.register` does, on a connection of its own."""
-    made = Client().register(
-        name, port, host=host, instance=instance, meta=meta, state=state, static=static, force=force
-    )
-    made._own = True
-    return made
-
-
-async def deregister(name: str, instance: str | None = None) -> None:
-    """End a registration, as `Client.deregister` does."""
-    async with Client() as client:
-        await client.deregister(name, instance)
-
-
-async def resolve(
-    name: str,
-    *,
-    instance: str | None = None,
-    meta: Mapping[str, str] | None = None,
-    wait: float | None = None,
-) -> Endpoint:
-    """Return a ready instance, as `Client.resolve` does."""
-    client = Client() if wait is None else Client(connect_timeout_s=max(wait, CONNECT_TIMEOUT_S))
-    try:
-        return await client.resolve(name, instance=instance, meta=meta, wait=wait)
-    finally:
-        await client.close()
-
-
-async def resolve_all(name: str, *, meta: Mapping[str, str] | None = None) -> list[Endpoint]:
-    """Return all ready instances, as `Client.resolve_all` does."""
-    async with Client() as client:
-        return await client.resolve_all(name, meta=meta)
-
-
-async def watch(pattern: str = "*", *, meta: Mapping[str, str] | None = None) -> AsyncGenerator[Event, None]:
-    """Yield what is there and every change, as `Client.watch` does."""
-    async with Client() as client, contextlib.aclosing(client.watch(pattern, meta=meta)) as events:
-        async for event in events:
-            yield event
-
-
-@contextlib.asynccontextmanager
-async def mirror(
-    pattern: str = "*", *, meta: Mapping[str, str] | None = None, stale_s_max: float | None = None
-) -> AsyncIterator[Mirror]:
-    """Keep a local picture, as `Client.mirror` does."""
-    async with Client() as client, client.mirror(pattern, meta=meta, stale_s_max=stale_s_max) as made:
-        yield made

@@ -11,10 +11,11 @@ from itertools import islice
 from typing import Any
 
 import regd
+from regd.core.draft import Contested, Draft
 from regd.core.errors import Code, Refused
 from regd.core.limits import Limits
 from regd.core.model import DEFAULT_HOST, Entry, Holder, Key, State, key_text
-from regd.core.registry import Contested, Draft, Registry
+from regd.core.registry import Registry
 from regd.protocol import messages
 from regd.protocol.commands import Request, described
 from regd.server.clock import Clock

@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from regd.core.draft import Draft, Lost
 from regd.core.errors import Code, Refused
 from regd.core.lifetimes import Ending
 from regd.core.limits import Limits
 from regd.core.model import Change, Holder, Process
-from regd.core.registry import Draft, Lost, Registry
+from regd.core.registry import Registry
 from regd.server.clock import Clock
 from regd.server.tally import Tally
 from regd.storage.store import Store

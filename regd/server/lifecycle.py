@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from regd.core.draft import Lost
 from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Change, Process
-from regd.core.registry import Lost, Registry
+from regd.core.registry import Registry
 from regd.server.answers import Answers, identify
 from regd.server.clock import Clock, LoopClock
-from regd.server.connection import Budget, Connection, Context, Sessions
+from regd.server.connection import Connection
+from regd.server.context import Budget, Context, Sessions
 from regd.server.engine import Engine
 from regd.server.listener import Listeners, raise_open_files
 from regd.server.reaper import Reaper

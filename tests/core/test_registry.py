@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from regd.core.draft import Contested, Draft
 from regd.core.errors import Code, Refused
 from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Change, Entry, Holder, Key, Op, State
-from regd.core.registry import Contested, Draft, Registry
+from regd.core.registry import Registry
 
 
 def wanted(
@@ -295,7 +296,7 @@ def test_looks_at_a_bounded_number_of_candidates(monkeypatch: pytest.MonkeyPatch
         seen.append(len(candidates))
         return []
 
-    monkeypatch.setattr("regd.core.registry._nearest", count)
+    monkeypatch.setattr("regd.core.registry.nearest", count)
     registry = Registry([wanted(f"n{n:06}") for n in range(5_000)])
     registry.near("n00250x")
     assert seen == [DEFAULT.near_candidates_max]

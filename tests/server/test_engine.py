@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from regd.core.draft import Draft
 from regd.core.errors import Code, Refused
 from regd.core.lifetimes import Ending
 from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Entry, Holder, Reason, State
-from regd.core.registry import Draft, Registry
+from regd.core.registry import Registry
 from regd.server.engine import Engine, Write
 from regd.server.tally import Tally
 from regd.storage.store import Store

@@ -12,11 +12,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from regd.core.draft import Contested, Draft
 from regd.core.errors import Refused
 from regd.core.lifetimes import Ending
 from regd.core.limits import Limits
 from regd.core.model import Entry, Holder, Key, Process, Reason, State
-from regd.core.registry import Contested, Draft, Registry
+from regd.core.registry import Registry
 from regd.protocol import messages
 from regd.server.watches import Watch
 from regd.storage.document import chunks, line, parse

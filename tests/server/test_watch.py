@@ -10,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from regd.core.draft import Draft
 from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Entry, State
-from regd.core.registry import Draft, Registry
+from regd.core.registry import Registry
 from regd.server.watches import Watches
 from tests.support.clock import HandClock
 from tests.support.daemon import WAIT_S, InLoop, Peer

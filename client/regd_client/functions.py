@@ -1,0 +1,73 @@
+"""The verbs as functions, one call each, from any event loop, one after another.
+
+Nothing stays open behind them, but for what is registered or followed. Must not know connections.
+"""
+
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+
+from regd_client.client import CONNECT_TIMEOUT_S, Client
+from regd_client.following import Endpoint, Event, Mirror
+from regd_client.registration import Registering
+
+
+def register(
+    name: str,
+    port: int,
+    *,
+    host: str | None = None,
+    instance: str | None = None,
+    meta: Mapping[str, str] | None = None,
+    state: str | None = None,
+    static: bool = False,
+    force: bool = False,
+) -> Registering:
+    """Register a service, as `Client.register` does, on a connection of its own."""
+    made = Client().register(
+        name, port, host=host, instance=instance, meta=meta, state=state, static=static, force=force
+    )
+    made._own = True
+    return made
+
+
+async def deregister(name: str, instance: str | None = None) -> None:
+    """End a registration, as `Client.deregister` does."""
+    async with Client() as client:
+        await client.deregister(name, instance)
+
+
+async def resolve(
+    name: str,
+    *,
+    instance: str | None = None,
+    meta: Mapping[str, str] | None = None,
+    wait: float | None = None,
+) -> Endpoint:
+    """Return a ready instance, as `Client.resolve` does."""
+    client = Client() if wait is None else Client(connect_timeout_s=max(wait, CONNECT_TIMEOUT_S))
+    try:
+        return await client.resolve(name, instance=instance, meta=meta, wait=wait)
+    finally:
+        await client.close()
+
+
+async def resolve_all(name: str, *, meta: Mapping[str, str] | None = None) -> list[Endpoint]:
+    """Return all ready instances, as `Client.resolve_all` does."""
+    async with Client() as client:
+        return await client.resolve_all(name, meta=meta)
+
+
+async def watch(pattern: str = "*", *, meta: Mapping[str, str] | None = None) -> AsyncGenerator[Event, None]:
+    """Yield what is there and every change, as `Client.watch` does."""
+    async with Client() as client, contextlib.aclosing(client.watch(pattern, meta=meta)) as events:
+        async for event in events:
+            yield event
+
+
+@contextlib.asynccontextmanager
+async def mirror(
+    pattern: str = "*", *, meta: Mapping[str, str] | None = None, stale_s_max: float | None = None
+) -> AsyncIterator[Mirror]:
+    """Keep a local picture, as `Client.mirror` does."""
+    async with Client() as client, client.mirror(pattern, meta=meta, stale_s_max=stale_s_max) as made:
+        yield made

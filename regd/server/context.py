@@ -1,0 +1,123 @@
+"""What all connections of a daemon share: its parts, the bytes that wait, and who is there under which number.
+
+Must not know lines.
+"""
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from regd.core.draft import Lost
+from regd.core.limits import Limits
+from regd.protocol import messages
+from regd.server.answers import Answers
+from regd.server.clock import Clock
+from regd.server.engine import Engine
+from regd.server.reaper import Reaper
+from regd.server.tally import Tally
+from regd.server.waits import Waits
+from regd.server.watches import Watches
+
+if TYPE_CHECKING:
+    from regd.server.connection import Connection
+
+log = logging.getLogger("regd")
+
+_COMPLAIN_EVERY_S = 10.0
+
+
+class Budget:
+    """Bytes that wait, per connection and in all. Beyond the bound the largest give way."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self._held: dict[Connection, int] = {}
+        self.total = 0
+
+    def hold(self, connection: "Connection", size: int) -> "list[Connection]":
+        """Set what waits of a connection, and return those that are too much for all: room for an eighth."""
+        before = self._held.get(connection, 0)
+        if size == before:
+            return []
+        self.total += size - before
+        if size:
+            self._held[connection] = size
+        else:
+            del self._held[connection]
+        if self.total <= self._bytes_max:
+            return []
+        excess = self.total - self._bytes_max * 7 // 8
+        gone = []
+        for each in sorted(self._held, key=self._held.__getitem__, reverse=True):
+            if excess <= 0:
+                break
+            gone.append(each)
+            excess -= self._held[each]
+        return gone
+
+
+@dataclass(slots=True)
+class Context:
+    """What all connections of a daemon share."""
+
+    limits: Limits
+    engine: Engine
+    answers: Answers
+    reaper: Reaper
+    watches: Watches
+    waits: Waits
+    clock: Clock
+    tally: Tally
+    input: Budget
+    output: Budget
+    connections: "set[Connection]" = field(default_factory=set)
+    sessions: "Sessions" = field(default_factory=lambda: Sessions())
+    alone: asyncio.Event = field(default_factory=asyncio.Event)  # set when the last connection has gone
+    complained_at: float = float("-inf")
+
+    def complain(self, peer: object, seen: bytes) -> None:
+        """Log a stranger, at most one in a while; `repr` keeps its bytes from the terminal."""
+        self.tally.strangers += 1
+        now = self.clock.now()
+        if now - self.complained_at >= _COMPLAIN_EVERY_S:
+            self.complained_at = now
+            log.warning("refused %s, which does not speak regd: %r…", peer_text(peer), seen)
+
+
+class Sessions:
+    """The connections that live, by the number that registrations know them by."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._open: dict[int, Connection] = {}
+
+    def add(self, connection: "Connection") -> int:
+        self._count += 1
+        self._open[self._count] = connection
+        return self._count
+
+    def remove(self, session: int) -> None:
+        self._open.pop(session, None)
+
+    def is_cut(self, session: int) -> bool:
+        """Whether the kernel knows that the connection has ended, told already or not."""
+        connection = self._open.get(session)
+        return connection is None or connection.is_cut()
+
+    def peer_of(self, session: int) -> str | None:
+        connection = self._open.get(session)
+        return connection.peer if connection else None
+
+    def tell(self, lost: Lost) -> None:
+        """Tell a connection that somebody took what it held."""
+        connection = self._open.get(lost.session)
+        if connection is not None:
+            entry = lost.entry
+            connection.push(
+                messages.event("lost", lost.rev, name=entry.name, instance=entry.instance, reason=lost.reason)
+            )
+
+
+def peer_text(peer: object) -> str:
+    return f"{peer[0]} port {peer[1]}" if isinstance(peer, tuple) else "a peer on the Unix socket"
