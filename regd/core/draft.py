@@ -1,6 +1,7 @@
 """The registry as it will be once the batch that is being put together has landed.
 
-Conditions are judged against it. Changes go from a draft to the file to `Registry.land`. Must not know files, sockets, or what time it is.
+Conditions are judged against it. Changes go from a draft to the file to `Registry.land`. Must not know files,
+sockets, or what time it is.
 """
 
 from collections.abc import Callable, Iterable, Mapping
