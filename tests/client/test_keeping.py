@@ -318,3 +318,12 @@ def test_a_revision_means_nothing_in_another_epoch() -> None:
     for line in ({"ok": True, "epoch": "three"}, {**up, "rev": 9}, {"event": "sync", "rev": 9}):
         follow.take(line)
     assert [event.kind for event in told] == ["up", "sync", "sync"]
+
+
+async def test_no_process_is_named_to_a_daemon_that_sees_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container: its process numbers are not the daemon's."""
+    monkeypatch.setattr("regd_client.wire.own_host", lambda: {"boot": "this", "pid_namespace": "another"})
+    async with Client() as client, regd_client.register("a", 1):
+        [known] = (await client.why("a"))["instances"]
+        assert "pid" not in known["owners"][0]
+        assert known["owners"][0]["connection"]
