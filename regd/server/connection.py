@@ -23,7 +23,7 @@ from regd.server.watches import Watch
 _SLICE = 128  # requests of one connection before others get a turn
 _TURN_S = 0.005  # and so long, where requests are dear
 _CHUNK_BYTES = 65_536  # replies are gathered up to here and sent as one
-_LINGERING_MAX = 32  # refused connections that are still given the reason; more are just cut
+_LINGERING_MAX = 32  # refused connections that are listened to for a while, so that the reason arrives for sure
 _LATE_S = 0.25
 _HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR  # POLLRDHUP: Linux, poll(2)
 
@@ -91,15 +91,15 @@ class Connection(asyncio.Protocol):
             tally.connections_accepted += 1
             return
         tally.connections_refused += 1
-        if len(context.connections) - tally.connections > _LINGERING_MAX:
-            self.cut()
-            return
-        self._refuse(
-            Refused(
-                Code.BUSY,
-                f"{context.limits.connections_max} connections are open; close some, or try again later",
-            )
+        refusal = Refused(
+            Code.BUSY, f"{context.limits.connections_max} connections are open; close some, or try again later"
         )
+        if len(context.connections) - tally.connections <= _LINGERING_MAX:
+            self._refuse(refusal)
+        else:
+            self._ending = True
+            self._transport.write(self._error(refusal))
+            self._transport.close()
 
     def data_received(self, data: bytes) -> None:
         if self._ending:
