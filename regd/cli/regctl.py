@@ -274,7 +274,8 @@ def _reasons(reply: dict[str, Any]) -> Iterable[str]:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each["since"]))
         yield f"  since {since}, at revision {each['rev']}"
         for owner in each["owners"]:
-            yield "  held by " + ", ".join(f"{key} {value}" for key, value in owner.items())
+            held = ", ".join(f"{key} {value}" for key, value in owner.items())
+            yield "  static: nobody holds it" if owner.get("static") else f"  held by {held}"
         if probe := each["probe"]:
             found = "accepted" if probe["accepted"] else probe["why"]
             yield f"  last probe {probe['age_s']:.1f} s ago: {found}"

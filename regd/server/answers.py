@@ -56,7 +56,9 @@ def identify(epoch: str, loop: str, registry: str, started: float) -> Identity:
 
 
 class Answers:
-    """`peer_of` names the connection of a session for people, None when it has ended."""
+    """`peer_of` names the connection of a session for people, None when it has ended. `gauges` are further numbers
+    of `stats`.
+    """
 
     def __init__(
         self,
@@ -68,6 +70,7 @@ class Answers:
         processes: Processes,
         probes: Probes,
         peer_of: Callable[[int], str | None],
+        gauges: Callable[[], Mapping[str, int]],
     ) -> None:
         self._registry = registry
         self._identity = identity
@@ -77,6 +80,7 @@ class Answers:
         self._processes = processes
         self._probes = probes
         self._peer_of = peer_of
+        self._gauges = gauges
         self._reads: Mapping[str, Callable[[Request, int], bytes]] = {
             "ping": lambda request, session: messages.ok(request.id, {}),
             "hello": self._hello,
@@ -213,6 +217,7 @@ class Answers:
                 "rev": self._registry.rev,
                 "registrations": len(self._registry),
                 "registry_bytes": self._registry.weight_bytes,
+                **self._gauges(),
                 "connections": tally.connections,
                 "connections_accepted": tally.connections_accepted,
                 "connections_refused": tally.connections_refused,
@@ -328,7 +333,7 @@ class Answers:
             why = f"{name!r} left {self._clock.now() - last.at:.1f} s ago: {last.reason}"
         else:
             why = f"{name!r} was never registered" + (f"; did you mean {near[0]!r}?" if near else "")
-        return Refused(Code.TIMEOUT, f"waited {given['wait']:g} s: {why}", **self._hints(name, near))
+        return Refused(Code.TIMEOUT, f"waited {round(given['wait'], 1):g} s: {why}", **self._hints(name, near))
 
     def _hints(self, name: str, near: list[str]) -> dict[str, object]:
         """Return what helps somebody who did not find `name`."""

@@ -152,12 +152,16 @@ class Server:
             waits.landed(changes)
 
         self._engine = reaper.engine = Engine(registry, self._store, clock, tally, limits, reaper.is_gone, landed)
+
+        def gauges() -> dict[str, int]:
+            return {"watches": len(watches), "waiting": len(waits), "processes": len(reaper.processes)}
+
         identity = identify(self._epoch, _loop_name(), str(self._store.path), clock.now())
         self._context = Context(
             limits=limits,
             engine=self._engine,
             answers=Answers(
-                registry, identity, clock, tally, limits, reaper.processes, waits.probes, sessions.peer_of
+                registry, identity, clock, tally, limits, reaper.processes, waits.probes, sessions.peer_of, gauges
             ),
             reaper=reaper,
             watches=watches,

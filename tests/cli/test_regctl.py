@@ -140,7 +140,7 @@ def test_why(regctl: Run) -> None:
     regctl("register", "a", "2")
     status, shown, _ = regctl("why", "a")
     assert status == 0
-    for words in ("a at 127.0.0.1:2: ready", "held by static True", "ago: replaced"):
+    for words in ("a at 127.0.0.1:2: ready", "static: nobody holds it", "ago: replaced"):
         assert words in shown
     assert regctl("why", "b")[0] == 1
 
