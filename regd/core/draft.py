@@ -4,7 +4,7 @@ Conditions are judged against it. Changes go from a draft to the file to `Regist
 sockets, or what time it is.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from regd.core.errors import Code, Refused
@@ -72,33 +72,43 @@ class Draft:
         before = self.get(wanted.key)
         self._check_if(before, if_rev, wanted.key)
         if before is None:
-            return self._put(wanted, None), False
+            self._check_room(wanted, None)
+            return self._put(self._with_known_holders(wanted)), False
         if (before.host, before.port) == (wanted.host, wanted.port):
             return self._join(wanted, before, session), False
         rivals = [holder for holder in before.holders if not self._is_mine(holder, wanted, session)]
         if not force:
             self._check_rivals(rivals, before)
         self._check_room(wanted, before)
+        wanted = self._with_known_holders(wanted)
         self._add(Op.DOWN, before, Reason.REPLACED)
         self._tell(before, (each for each in before.holders if each.session != session), Reason.REPLACED)
-        return self._put(wanted, before), True
+        return self._put(wanted), True
 
-    def _put(self, wanted: Entry, replaced: Entry | None) -> Entry:
+    def _put(self, wanted: Entry) -> Entry:
         """Add an entry where none stands now."""
-        if replaced is None:
-            self._check_room(wanted, None)
-        holders = tuple(self._known(holder) for holder in wanted.holders)
-        return self._add(Op.UP, replace(wanted, rev=self.rev + 1, registered_at=self._at, holders=holders))
+        return self._add(Op.UP, replace(wanted, rev=self.rev + 1, registered_at=self._at))
 
-    def _known(self, holder: Holder) -> Holder:
-        limits = self._registry.limits
-        lifetimes = self._registry.lifetimes
-        if holder.hold and lifetimes.held_count(holder.session) + len(self._held) >= limits.held_max:
-            mine = [key for key in self._held if self._holds(key, holder.session)]
-            if lifetimes.held_count(holder.session) + len(mine) >= limits.held_max:
-                raise Refused(Code.BUSY, f"this connection holds {limits.held_max} registrations already")
+    def _with_known_holders(self, wanted: Entry) -> Entry:
+        return replace(wanted, holders=tuple(self._known(holder, wanted.key) for holder in wanted.holders))
+
+    def _known(self, holder: Holder, key: Key) -> Holder:
+        """Give a holder its id, if its connection may hold one more."""
+        most = self._registry.limits.held_max
+        count = self._registry.lifetimes.held_count(holder.session)
+        if holder.hold and count + len(self._held) >= most and not self._holds(key, holder.session):
+            count += sum(
+                self._holds(each, holder.session) and not self._held_before(each, holder.session)
+                for each in self._held
+            )
+            if count >= most:
+                raise Refused(Code.BUSY, f"this connection holds {most} registrations already")
         self._registry.last_holder += 1
         return replace(holder, id=self._registry.last_holder)
+
+    def _held_before(self, key: Key, session: int | None) -> bool:
+        entry = self._registry.get(key)
+        return entry is not None and any(each.hold and each.session == session for each in entry.holders)
 
     def _holds(self, key: Key, session: int | None) -> bool:
         entry = self.get(key)
@@ -109,16 +119,19 @@ class Draft:
         if not wanted.holders:
             return self._set(before, wanted, ())
         [wish] = wanted.holders
-        kept = [holder for holder in before.holders if not holder.is_same(wish)]
-        others = [holder for holder in kept if not holder.withdrawn]
-        if wanted.state is State.DRAINING and others and len(kept) < len(before.holders):
-            return self._alter(before, self._withdrawn(before, session))
-        again = next((each for each in before.holders if replace(each, id=0) == wish), None)
-        if again is not None and again.ttl_s is None:
+        old = next((each for each in before.holders if each.is_same(wish)), None)
+        old = old or next((each for each in before.holders if each.is_claimed_by(wish)), None)
+        others = [each for each in before.holders if each is not old and not each.withdrawn]
+        if wanted.state is State.DRAINING and old is not None and others:
+            return self._alter(before, self._withdrawn(before, {old.id}))
+        if old is not None and replace(old, id=0) == wish and old.ttl_s is None:
             return self._set(before, wanted, before.holders)
-        if again is None and len(kept) >= self._registry.limits.holders_max:
-            raise Refused(Code.BUSY, f"{wanted.name!r} has {len(kept)} holders already")
-        return self._set(before, wanted, (*kept, self._known(wish)))
+        if old is None and len(before.holders) >= self._registry.limits.holders_max:
+            raise Refused(Code.BUSY, f"{wanted.name!r} has {len(before.holders)} holders already")
+        new = self._known(wish, wanted.key)
+        if old is None:
+            return self._set(before, wanted, (*before.holders, new))
+        return self._set(before, wanted, tuple(new if each is old else each for each in before.holders))
 
     def _set(self, before: Entry, wanted: Entry, holders: tuple[Holder, ...]) -> Entry:
         """Give an entry the meta and state that are wanted, and these holders."""
@@ -149,7 +162,7 @@ class Draft:
             raise Contested(before, holder)
 
     def _tell(self, entry: Entry, holders: Iterable[Holder], reason: Reason) -> None:
-        for session in {holder.session for holder in holders if holder.hold and holder.session is not None}:
+        for session in {holder.session for holder in holders if holder.session is not None}:
             self.lost.append(Lost(session, self.rev, entry, reason))
 
     def deregister(self, key: Key, if_rev: int | None = None, *, session: int | None = None) -> int:
@@ -192,7 +205,7 @@ class Draft:
         own = {each.id for each in before.holders if session is not None and each.session == session}
         others = any(each.id not in own and not each.withdrawn for each in before.holders)
         if state is State.DRAINING and own and others:
-            after = self._withdrawn(after, session)
+            after = self._withdrawn(after, own)
         elif state is not None:
             holders = tuple(
                 replace(each, withdrawn=each.id not in own and each.withdrawn) for each in before.holders
@@ -202,26 +215,37 @@ class Draft:
         return self._alter(before, after)
 
     @staticmethod
-    def _withdrawn(entry: Entry, session: int | None) -> Entry:
-        """Keep a holder known, so that it can deregister its own, but let it hold nothing."""
-        holders = tuple(
-            replace(each, withdrawn=True) if each.session == session else each for each in entry.holders
-        )
+    def _withdrawn(entry: Entry, ids: Collection[int]) -> Entry:
+        """Keep holders known, so that they can deregister their own, but let them hold nothing."""
+        holders = tuple(replace(each, withdrawn=True) if each.id in ids else each for each in entry.holders)
         return replace(entry, holders=holders)
 
-    def end(self, ending: Ending) -> None:
-        """Take a holder that is gone off all that it held; what nobody else holds goes with it."""
-        for key in {*self._registry.lifetimes.held_by(ending), *self._held}:
+    def end(self, *endings: Ending) -> None:
+        """Take holders that are gone off all that they held; what nobody else holds goes with them."""
+        keys = {key for ending in endings for key in self._registry.lifetimes.held_by(ending)} | self._held
+        sessions = {each.session: each.reason for each in endings if each.session is not None}
+        processes = {each.process: each.reason for each in endings if each.process is not None}
+        ids = {each.holder[1]: each.reason for each in endings if each.holder is not None}
+
+        def reason(holder: Holder) -> Reason | None:
+            if holder.hold and holder.session in sessions:
+                return sessions[holder.session]
+            if holder.process is not None and holder.process in processes:
+                return processes[holder.process]
+            return ids.get(holder.id)
+
+        for key in sorted(keys):
             before = self.get(key)
             if before is None:
                 continue
-            kept = tuple(holder for holder in before.holders if not ending.hits(holder))
+            kept = tuple(holder for holder in before.holders if reason(holder) is None)
             if len(kept) == len(before.holders):
                 continue
             if any(not holder.withdrawn for holder in kept):
                 self._alter(before, replace(before, holders=kept))
             else:
-                self._add(Op.DOWN, before, ending.reason)
+                last = [why for holder in before.holders if (why := reason(holder)) and not holder.withdrawn]
+                self._add(Op.DOWN, before, last[-1] if last else Reason.CLOSED)
 
     def _must(self, key: Key) -> Entry:
         entry = self.get(key)

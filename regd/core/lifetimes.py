@@ -21,13 +21,6 @@ class Ending:
     process: Process | None = None
     holder: tuple[Key, int] | None = None
 
-    def hits(self, holder: Holder) -> bool:
-        if self.session is not None:
-            return holder.hold and holder.session == self.session
-        if self.process is not None:
-            return holder.process == self.process
-        return self.holder is not None and holder.id == self.holder[1]
-
 
 # What a deadline is of: a lease, or the time in which a loaded `hold` must be claimed.
 _CLAUSES = (Reason.EXPIRED, Reason.CLOSED)

@@ -59,6 +59,7 @@ class Limits:
     parked_total_max: int = _row(16_384, "the same, in all", "request refused", "busy")
     wait_s_max: float = _row(3_600.0, "an hour", "request refused", "bad_argument")
     probes_max: int = _row(256, "addresses probed at a time", "the rest waits for its turn")
+    probed_instances_max: int = _row(64, "of one name for one `wait`, at a time", "the rest waits for its turn")
     probe_s_max: float = _row(1.0, "for one attempt to connect", "counts as no answer")
     progress_s: float = _row(30.0, "between two `progress` events", "")
     registrations_max: int = _row(200_000, "ten times a large machine", "request refused", "busy")

@@ -66,11 +66,14 @@ class Holder:
     withdrawn: bool = False
 
     def is_same(self, other: "Holder") -> bool:
-        """Whether `other` is this one again, or comes to claim it."""
+        """Whether `other` is this one again."""
         if self.hold or other.hold:
-            unclaimed = self.session is None and self.process == other.process
-            return self.hold and other.hold and (unclaimed or self.session == other.session)
+            return self.hold and other.hold and self.session is not None and self.session == other.session
         return self.process == other.process
+
+    def is_claimed_by(self, other: "Holder") -> bool:
+        """Whether `other` may be the one that held this before the daemon was started."""
+        return self.hold and other.hold and self.session is None and self.process == other.process
 
 
 @dataclass(slots=True)

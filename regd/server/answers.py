@@ -25,7 +25,7 @@ from regd.server.processes import Processes, boot_id
 from regd.server.tally import Tally
 
 PROTOCOL = 1
-_SHOWN_MAX = 100  # instances that `why` tells of
+_SHOWN_MAX, _OWNERS_MAX = 100, 32  # instances that `why` tells of, and owners of each
 _AROUND_BYTES = 512  # `instances`, `more` and `next`, which is a name and an instance
 FEATURES = ("if", "force", "state", "hold", "pid", "ttl", "watch", "wait", "why")
 
@@ -56,9 +56,7 @@ def identify(epoch: str, loop: str, registry: str, started: float) -> Identity:
 
 
 class Answers:
-    """`peer_of` names the connection of a session for people, None when it has ended. `gauges` are further numbers
-    of `stats`.
-    """
+    """`peer_of` names a session's connection for people, None when it has ended; `gauges` are more of `stats`."""
 
     def __init__(
         self,
@@ -291,7 +289,8 @@ class Answers:
             "alive": alive,
             "rev": entry.rev,
             "since": entry.registered_at,
-            "owners": [self._owner(holder) for holder in entry.holders] or [{"static": True}],
+            "owners": [self._owner(each) for each in entry.holders[:_OWNERS_MAX]] or [{"static": True}],
+            **({"more_owners": True} if len(entry.holders) > _OWNERS_MAX else {}),
             "probe": None
             if finding is None
             else {
@@ -323,7 +322,7 @@ class Answers:
         refusing = [
             f"{messages.joined(each.host, each.port)} ({finding.why})"
             for each in self._registry.in_turn(name, instance, meta)[:_SHOWN_MAX]
-            if (finding := self._probes.last((each.host, each.port))) is not None
+            if (finding := self._probes.last((each.host, each.port))) is not None and finding.why
         ]
         if refusing:
             why = f"{name!r} is registered, and cannot be reached: {', '.join(refusing[:3])}"

@@ -25,6 +25,7 @@ _TURN_S = 0.005  # and so long, where requests are dear
 _CHUNK_BYTES = 65_536  # replies are gathered up to here and sent as one
 _LINGERING_MAX = 32  # refused connections that are listened to for a while, so that the reason arrives for sure
 _LATE_S = 0.25
+_LOOK_S = 0.05
 _HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR  # POLLRDHUP: Linux, poll(2)
 
 
@@ -39,9 +40,11 @@ class Connection(asyncio.Protocol):
         "_held_up",
         "_in_flight",
         "_landed",
+        "_looking",
         "_may_hold",
         "_parked",
         "_paused",
+        "_quitting",
         "_reader",
         "_reading",
         "_scheduled",
@@ -68,7 +71,9 @@ class Connection(asyncio.Protocol):
         self._ending = False  # nothing more is looked at; what is sent is sent
         self._timer: Timer | None = None
         self._deadline = 0.0  # of an unfinished line
-        self._parked: set[Wait] = set()
+        self._parked: dict[Wait, Request] = {}
+        self._quitting = False  # `quit` was said; the parked are still to be answered
+        self._looking = False  # whether the peer is there still, while it is not read
         self._blocked = False  # a request without id is parked: the replies of those behind it must wait
         self._may_hold = False  # it has asked for `hold`
         self._watches: dict[int, Watch] = {}
@@ -179,7 +184,8 @@ class Connection(asyncio.Protocol):
         item = self._held_up or self._reader.next()
         self._held_up = None
         if isinstance(item, Quit) and self._parked:
-            self._held_up = item
+            self._quitting = True
+            self._reader.close()  # nothing behind it counts, but the end of the peer must be seen
             return None
         if item is not None and self._in_flight:
             writes = isinstance(item, Request) and COMMANDS[item.cmd].writes
@@ -207,8 +213,7 @@ class Connection(asyncio.Protocol):
             elif item.cmd in ("watch", "unwatch"):
                 reply = self._watch(item) if item.cmd == "watch" else self._unwatch(item)
             elif "wait" in item.arguments:
-                self._park(item)
-                reply = None
+                reply = self._park(item)
             else:
                 reply = context.answers.read(item, self.session)
         except Refused as refusal:
@@ -240,36 +245,36 @@ class Connection(asyncio.Protocol):
         self._context.watches.stop(watch)
         return messages.ok(request.id, {})
 
-    def _park(self, request: Request) -> None:
+    def _park(self, request: Request) -> bytes | None:
         """Answer when there is something to answer with; what has no id is answered before all behind it."""
         context, given = self._context, request.arguments
         if len(self._parked) >= context.limits.parked_max:
             raise Refused(Code.BUSY, f"{len(self._parked)} requests of this connection wait already")
         wait: Wait | None = None
+        at_once: list[bytes] = []
 
         def done(entry: Entry | None) -> None:
-            if wait is not None:
-                self._parked.discard(wait)
             try:
                 reply = context.answers.waited(request, entry)
             except Refused as refusal:
                 reply = self._error(refusal, request.id)
-            if request.id is None:
-                self._blocked = False
+            if wait is None:
+                at_once.append(reply)
+                return
+            self._parked.pop(wait, None)
+            self._blocked = self._blocked and request.id is not None
             if not self._ending:
                 self._landed.append(reply)
                 self._schedule()
 
+        wait = context.waits.park(
+            given["name"], given.get("instance"), given.get("meta", {}), given["wait"], done
+        )
+        if at_once:
+            return at_once[0]
+        self._parked[wait] = request
         self._blocked = request.id is None
-        try:
-            wait = context.waits.park(
-                given["name"], given.get("instance"), given.get("meta", {}), given["wait"], done
-            )
-        except Refused:
-            self._blocked = False
-            raise
-        if not wait.over:
-            self._parked.add(wait)
+        return None
 
     def _error(self, refusal: Refused, id: str | int | None = None) -> bytes:
         self._context.tally.errors[refusal.code] += 1
@@ -334,14 +339,13 @@ class Connection(asyncio.Protocol):
         idle = self._held_up is None and not self._reader.pending and not self._paused
         if self._blocked:  # the end of the peer must be seen, so it is read for a while
             idle = not self._paused and self._reader.waiting_bytes < context.limits.line_bytes_max
+        if self._quitting and not self._parked and not self._in_flight and not self._landed:
+            self._end()
+            return
         if idle and self._eof and self._finish():
             return
-        if idle is not self._reading and not self._eof:
-            self._reading = idle
-            if idle:
-                transport.resume_reading()
-            else:
-                transport.pause_reading()
+        self._read(idle)
+        self._look_out()
         if self._reader.unfinished:
             self._deadline = context.clock.now() + context.limits.line_idle_s_max
             if self._timer is None:
@@ -352,6 +356,28 @@ class Connection(asyncio.Protocol):
         for each in too_much:
             context.tally.cut += 1
             each._refuse(Refused(Code.BUSY, "too many bytes wait in regd, yours among them; try again later"))
+
+    def _read(self, on: bool) -> None:
+        """Read on, or not for now."""
+        if on is not self._reading and not self._eof:
+            self._reading = on
+            if on:
+                self._transport.resume_reading()
+            else:
+                self._transport.pause_reading()
+
+    def _look_out(self) -> None:
+        """While a peer that may hold something is not read, its end would not be seen: ask the kernel."""
+        if self._may_hold and not self._reading and not self._looking:
+            self._looking = True
+            clock = self._context.clock
+            clock.call_at(clock.now() + _LOOK_S, self._look)
+
+    def _look(self) -> None:
+        self._looking = False
+        if not self._ending and not self._reading and self.is_cut() and not self._in_flight:
+            self._release()
+        self._look_out()
 
     def _finish(self) -> bool:
         """The peer sends no more: close, unless something is still to be sent. Returns whether that is so."""
@@ -454,6 +480,10 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """The daemon is stopping: send what is to be sent, and close."""
+        if not self._ending:
+            for request in self._parked.values():
+                refusal = Refused(Code.SHUTTING_DOWN, "regd is stopping; connect again in a moment")
+                self._landed.append(self._error(refusal, request.id))
         if self._landed and not self._transport.is_closing():
             self._transport.write(b"".join(self._landed))
             self._landed.clear()

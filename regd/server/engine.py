@@ -56,6 +56,7 @@ class Engine:
         self._limits = limits
         self._is_gone = is_gone
         self._landed = landed
+        self.flushing_since: float | None = None  # when the flush that is in flight began
         self._waiting: deque[tuple[Write, Done] | Ending] = deque()
         self._wake = asyncio.Event()
         self._closing = False
@@ -112,16 +113,21 @@ class Engine:
     async def _land(self, batch: Sequence[tuple[Write, Done] | Ending]) -> None:
         draft = Draft(self._registry, self._clock.wall(), self._is_gone)
         outcomes: list[Mapping[str, object] | Refused] = []
+        together: list[Ending] = []  # that stand side by side: an entry of many holders is altered once
         for count, each in enumerate(batch, 1):
             if isinstance(each, Ending):
-                draft.end(each)
-            else:
-                try:
-                    outcomes.append(each[0](draft))
-                except Refused as refusal:
-                    outcomes.append(refusal)
+                together.append(each)
+                continue
+            if together:
+                draft.end(*together)
+                together.clear()
+            try:
+                outcomes.append(each[0](draft))
+            except Refused as refusal:
+                outcomes.append(refusal)
             if count % _SLICE == 0:
                 await asyncio.sleep(0)
+        draft.end(*together)
         endings = [each for each in batch if isinstance(each, Ending)]
         # A file that may show what is not in effect is mended even by a request that changes nothing.
         failure = await self._commit(draft.changes) if draft.changes or self._store.dirty else None
@@ -141,19 +147,21 @@ class Engine:
     def _end_all_the_same(self, endings: Sequence[Ending]) -> Draft:
         """Judge the endings of a failed batch alone; the file follows when it can be written."""
         draft = Draft(self._registry, self._clock.wall(), self._is_gone)
-        for ending in endings:
-            draft.end(ending)
+        draft.end(*endings)
         if draft.changes:
             self._store.owe(draft.changes)
             self._repair_later()
         return draft
 
     async def _commit(self, changes: Sequence[Change]) -> Refused | None:
+        self.flushing_since = self._clock.now()
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._store.commit, changes)
         except OSError as error:
             self._tally.commits_failed += 1
             return self._failed(error)
+        finally:
+            self.flushing_since = None
         self._tally.commits += 1
         if self._complained_at is not None:
             self._complained_at = None

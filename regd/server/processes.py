@@ -36,6 +36,7 @@ class Processes:
         self._ended = ended
         self._boot = boot_id()
         self._files: dict[Process, int] = {}
+        self.unwatched: set[Process] = set()  # that hold something, and could not be watched
         self._found: list[Process] = []  # since the last `settle`
 
     def __len__(self) -> int:
@@ -54,7 +55,7 @@ class Processes:
         except ProcessLookupError:
             raise _no_process(pid) from None
         except OSError as error:
-            if error.errno == errno.EINVAL:  # the number of a thread
+            if error.errno in (errno.EINVAL, errno.ENOENT):  # the number of a thread
                 raise _no_process(pid) from None
             code = Code.UNSUPPORTED if error.errno == errno.ENOSYS else Code.BUSY  # or too many open files
             raise Refused(code, f"process {pid} cannot be watched: {error.strerror}") from None
@@ -76,14 +77,30 @@ class Processes:
         return process
 
     def watch(self, process: Process) -> bool:
-        """Watch the process that a number once meant. False when it has ended."""
+        """Watch the process that a number once meant. False when it has ended.
+
+        One that cannot be watched now is `unwatched`, and `retry` tells of its end.
+        """
         try:
             return self.find(process.pid) == process
         except Refused as refusal:
-            if refusal.code is Code.BAD_ARGUMENT:
+            if refusal.code is Code.BAD_ARGUMENT or self._is_over(process):
                 return False
-            log.warning("%s", refusal.message)  # it cannot be watched: as if it had ended, rather than for ever
-            return False
+            log.warning("%s; looking at it now and then instead", refusal.message)
+            self.unwatched.add(process)
+            return True
+
+    def retry(self) -> list[Process]:
+        """Look at those that could not be watched, and return which have ended."""
+        ended = [process for process in self.unwatched if self._is_over(process)]
+        self.unwatched.difference_update(ended)
+        return ended
+
+    def _is_over(self, process: Process) -> bool:
+        try:
+            return process.born != f"{self._boot}/{_start_ticks(process.pid)}"
+        except Refused:
+            return True
 
     def settle(self, is_used: Callable[[Process], bool]) -> None:
         """Let go of what was found, and is of no use after all."""
@@ -94,10 +111,13 @@ class Processes:
 
     def is_gone(self, process: Process) -> bool:
         """Whether the kernel knows it to have ended, told already or not."""
+        if process in self.unwatched:
+            return self._is_over(process)
         file = self._files.get(process)
         return file is None or has_ended(file)
 
     def release(self, process: Process) -> None:
+        self.unwatched.discard(process)
         file = self._files.pop(process, None)
         if file is not None:
             asyncio.get_running_loop().remove_reader(file)

@@ -32,6 +32,7 @@ class Reaper:
         self._is_cut = is_cut
         self._beating = False
         self._closed = False
+        self._deaf = False  # the disk holds up what may be renewals
 
     def is_gone(self, holder: Holder) -> bool:
         """Look once more, with the system's eyes."""
@@ -55,7 +56,8 @@ class Reaper:
         for process in free:
             self.processes.release(process)
         self.processes.settle(self._registry.lifetimes.knows)
-        if not self._beating and not self._closed and self._registry.lifetimes.next_deadline() is not None:
+        wanted = self._registry.lifetimes.next_deadline() is not None or self.processes.unwatched
+        if wanted and not self._beating and not self._closed:
             self._beating = True
             self._beat_at(self._next())
 
@@ -73,7 +75,9 @@ class Reaper:
     def _next(self) -> float:
         deadline = self._registry.lifetimes.next_deadline()
         beat = self._clock.now() + _BEAT_S
-        return beat if deadline is None else max(self._clock.now(), min(beat, deadline))
+        if deadline is None or self._deaf:
+            return beat
+        return max(self._clock.now(), min(beat, deadline))
 
     def _beat_at(self, due: float) -> None:
         self._clock.call_at(due, lambda: self._beat(due))
@@ -81,15 +85,22 @@ class Reaper:
     def _beat(self, due: float) -> None:
         if self._closed:
             return
+        assert self.engine is not None
         now = self._clock.now()
         lifetimes = self._registry.lifetimes
-        if now - due > _LATE_S:
-            log.info("did not run for %.1f s: every ttl begins anew", now - due)
+        flushing_since = self.engine.flushing_since
+        if flushing_since is not None and now - flushing_since > _LATE_S:
+            self._deaf = True  # a renewal behind a write waits for the disk with it
+        elif self._deaf or now - due > _LATE_S:
+            log.info("could not hear everybody for a while: every ttl begins anew")
             lifetimes.refresh(now)
-        for ending in self._registry.expire(now):
-            assert self.engine is not None
-            self.engine.end(ending)
-        if lifetimes.next_deadline() is None:
+            self._deaf = False
+        if not self._deaf:
+            for ending in self._registry.expire(now):
+                self.engine.end(ending)
+        for process in self.processes.retry():
+            self._process_ended(process)
+        if lifetimes.next_deadline() is None and not self.processes.unwatched:
             self._beating = False
         else:
             self._beat_at(self._next())

@@ -13,14 +13,14 @@ from regd.core.registry import Registry
 from regd.server.clock import Clock, Timer
 from regd.server.probes import Address, Probes, may_probe
 
-_LOOKED_AT_MAX = 64  # instances of one name that are probed for a wait
+_TURN_S = 0.02  # for those whose turn it is to be found accepting before others are taken
 _AT_ONCE_S = 0.25  # for the one attempt of `wait` 0
 
 
 class Wait:
     """One request that is parked. `done` is called once, with the instance or None when the time is over."""
 
-    __slots__ = ("addresses", "began", "done", "instance", "meta", "name", "once", "over", "timer")
+    __slots__ = ("addresses", "began", "done", "instance", "meta", "name", "once", "over", "soon", "timer")
 
     timer: Timer
 
@@ -39,7 +39,8 @@ class Wait:
         self.began = began  # the number of the last finding before
         self.once = once
         self.done = done
-        self.addresses: set[Address] = set()  # that are probed for it
+        self.addresses: dict[Address, None] = {}  # that are probed for it, in turn
+        self.soon: Timer | None = None
         self.over = False
 
 
@@ -107,29 +108,62 @@ class Waits:
         """Answer, or have probed what could become the answer."""
         if wait.over:
             return
-        entries = self._registry.in_turn(wait.name, wait.instance, wait.meta)[:_LOOKED_AT_MAX]
-        self._probe(wait, {(each.host, each.port) for each in entries if may_probe(each.host)})
+        entries = self._candidates(wait)
+        self._probe(wait, [(each.host, each.port) for each in entries if may_probe(each.host)])
+        undecided = False
         for entry in entries:
             address = (entry.host, entry.port)
-            if address not in wait.addresses:
-                self._end(wait, entry)  # not of this machine: as good as it gets
+            found = self._found(wait, address) if address in wait.addresses else True
+            if found and undecided:
+                self._look_later(wait)  # those before it may be only a little slower
                 return
-            finding = self.probes.last(address)
-            if finding is None or finding.number <= wait.began:
-                return  # it may still be its turn
-            if finding.accepted:
-                self._end(wait, entry)
+            if found:
+                self._end(wait, entry)  # of another machine: as good as it gets
                 return
-        if wait.once:
+            undecided = undecided or found is None
+        if wait.once and not undecided:
             self._end(wait, None)
 
-    def _probe(self, wait: Wait, addresses: set[Address]) -> None:
-        before, wait.addresses = wait.addresses, addresses
-        for address in addresses - before:
-            self._probing.setdefault(address, []).append(wait)
-            self.probes.want(address)
-        for address in before - addresses:
-            self._leave(wait, address)
+    def _candidates(self, wait: Wait) -> list[Entry]:
+        """Return the instances in turn; of very many those that were not tried, or longest ago."""
+        entries = self._registry.in_turn(wait.name, wait.instance, wait.meta)
+        most = self._limits.probed_instances_max
+        if len(entries) <= most:
+            return entries
+
+        def tried(entry: Entry) -> int:
+            finding = self.probes.last((entry.host, entry.port))
+            return finding.number if finding is not None and not finding.accepted else 0
+
+        return sorted(entries, key=tried)[:most]
+
+    def _found(self, wait: Wait, address: Address) -> bool | None:
+        """Return whether an address accepts, None while that is not known."""
+        finding = self.probes.last(address)
+        if finding is None or finding.number <= wait.began:
+            return None
+        return finding.accepted
+
+    def _look_later(self, wait: Wait) -> None:
+        if wait.soon is None:
+            wait.soon = self._clock.call_at(self._clock.now() + _TURN_S, lambda: self._take_any(wait))
+
+    def _take_any(self, wait: Wait) -> None:
+        """Those whose turn it was have not answered in time: take whoever accepts."""
+        for entry in self._candidates(wait):
+            if not wait.over and self._found(wait, (entry.host, entry.port)):
+                self._end(wait, entry)
+        wait.soon = None
+
+    def _probe(self, wait: Wait, addresses: Sequence[Address]) -> None:
+        before, wait.addresses = wait.addresses, dict.fromkeys(addresses)
+        for address in wait.addresses:
+            if address not in before:
+                self._probing.setdefault(address, []).append(wait)
+                self.probes.want(address)
+        for address in before:
+            if address not in wait.addresses:
+                self._leave(wait, address)
 
     def _leave(self, wait: Wait, address: Address) -> None:
         waits = self._probing[address]
@@ -143,7 +177,9 @@ class Waits:
             return
         wait.over = True
         wait.timer.cancel()
-        self._probe(wait, set())
+        self._probe(wait, ())
+        if wait.soon is not None:
+            wait.soon.cancel()
         waits = self._named[wait.name]
         waits.remove(wait)
         if not waits:

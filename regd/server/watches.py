@@ -18,6 +18,7 @@ from regd.protocol import messages
 from regd.server.clock import Clock, Timer
 
 _SLICE = 128  # entries or changes of one watch before others get a turn; watches before the loop turns
+_SLICE_BYTES = 16_384  # and bytes, though at least one: what a peer that does not read can cost
 _TURN_S = 0.002
 
 
@@ -86,6 +87,7 @@ class Watches:
         self._epoch = epoch
         self._exact: dict[str, set[Watch]] = {}
         self._prefix: set[Watch] = set()
+        self._prefix_live: set[Watch] = set()  # those of them that have seen all: the others need not be told
         self._behind: dict[Watch, None] = {}  # in order: those that have something to send, and may
         self._pumping = False
         self._progress: Timer | None = None
@@ -129,6 +131,7 @@ class Watches:
         if watch.exact and not among:
             del self._exact[watch.pattern]
         self._count -= 1
+        self._prefix_live.discard(watch)
         self._behind.pop(watch, None)
 
     def close(self) -> None:
@@ -145,14 +148,14 @@ class Watches:
             name = change.entry.name
             for watch in self._exact.get(name, ()):
                 self._behind_by(watch, change)
-            for watch in self._prefix:
-                if name.startswith(watch.prefix):
-                    self._behind_by(watch, change)
+            for watch in [each for each in self._prefix_live if name.startswith(each.prefix)]:
+                self._behind_by(watch, change)
 
     def _behind_by(self, watch: Watch, change: Change) -> None:
         if watch.phase is _Phase.LIVE:
             watch.phase = _Phase.CATCH_UP
             watch.cursor = change.rev - 1
+            self._prefix_live.discard(watch)
             self._go_on_with(watch)
 
     def resume(self, watches: Sequence[Watch]) -> None:
@@ -197,12 +200,20 @@ class Watches:
         if not history.knows(watch.cursor):
             self._begin(watch)
             return messages.event("reset", self._registry.rev, watch=watch.number)
-        changes = history.since(watch.cursor, _SLICE)
-        lines = [line for change in changes if (line := watch.line(change)) is not None]
-        if changes:
-            watch.cursor = changes[-1].rev
+        lines: list[bytes] = []
+        size = 0
+        for change in history.since(watch.cursor, _SLICE):
+            line = watch.line(change)
+            if line is not None:
+                lines.append(line)
+                size += len(line)
+            watch.cursor = change.rev
+            if size > _SLICE_BYTES:
+                break
         if watch.cursor == self._registry.rev:
             watch.phase = _Phase.LIVE
+            if not watch.exact:
+                self._prefix_live.add(watch)
             if watch.tail:
                 lines.append(messages.event(watch.tail, watch.cursor, watch=watch.number))
                 watch.tail = ""
@@ -217,10 +228,12 @@ class Watches:
     def _more_state(self, watch: Watch) -> bytes:
         """Send a page of what is there now. What changed since the first page follows from the history."""
         page = self._registry.page(watch.pattern, watch.meta, watch.after, _SLICE)
-        watch.after = page.after
-        if page.after is None:
+        fit = messages.fitting(page.entries, _SLICE_BYTES)
+        shown = page.entries[:fit]
+        watch.after = page.after if fit == len(page.entries) else shown[-1].key
+        if watch.after is None:
             watch.phase = _Phase.CATCH_UP
-        return b"".join(self._up(watch, entry) for entry in page.entries)
+        return b"".join(self._up(watch, entry) for entry in shown)
 
     @staticmethod
     def _up(watch: Watch, entry: Entry) -> bytes:

@@ -131,16 +131,15 @@ class Store:
     def _take(self, changes: Sequence[Change]) -> list[tuple[Key, bytes | None]] | None:
         """Change the lines, and return what they were, or None where all are the same."""
         undo: list[tuple[Key, bytes | None]] = []
-        same = True
-        for change in changes:
-            key = change.entry.key
+        same = all(change.op is Op.KEEP for change in changes)
+        for key, change in {change.entry.key: change for change in changes}.items():  # only what it is in the end
             before = self._lines.get(key)
             undo.append((key, before))
             if change.op is Op.DOWN:
-                del self._lines[key]
+                self._lines.pop(key, None)  # it may have come and gone in one batch
             else:
                 self._lines[key] = line(change.entry)
-            same = same and change.op is Op.KEEP and before == self._lines[key]
+            same = same and before == self._lines.get(key)
         return None if same else undo
 
     def _replace(self) -> None:

@@ -162,12 +162,10 @@ class Histories(RuleBasedStateMachine):
         if known is None:
             self.model[key] = Known(port, meta, "ready", [wish] if conditional else [])
         elif known.port == port:
-            kept = [
-                each
-                for each in known.holds
-                if each.who != wish.who and not (hold and each.unclaimed and each.pid == pid)
-            ]
-            known.holds = [*kept, wish] if conditional else []
+            same = [each for each in known.holds if each.who == wish.who]
+            claimed = [each for each in known.holds if hold and each.unclaimed and each.pid == pid]
+            old = (same or claimed)[:1]
+            known.holds = [*(each for each in known.holds if each not in old), wish] if conditional else []
             known.meta, known.state = meta, "ready"
         else:
             rivals = [
@@ -209,7 +207,7 @@ class Histories(RuleBasedStateMachine):
             del self.model[key]
             assert removed == 1
             assert {lost.session for lost in draft.lost} == {
-                each.session for each in others if each.hold and each.session is not None
+                each.session for each in others if each.session is not None
             }
         self.land(draft)
 

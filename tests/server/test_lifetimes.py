@@ -1,6 +1,7 @@
 """Who holds keeps, who goes loses it at once: connections, processes and leases, on real sockets."""
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from regd.core.limits import Limits
 from tests.support.daemon import WAIT_S, InLoop, Peer
+from tests.support.files import ToldFiles
 
 pytestmark = pytest.mark.socket
 
@@ -270,3 +273,143 @@ async def test_a_number_that_another_process_has_now(
     path.write_text(text.replace(born, born[:-1] + ("1" if born[-1] != "1" else "2")))
     async with InLoop(path) as second:
         assert (await until_gone(await second.peer(), "a"))["error"] == "not_found"
+
+
+async def test_a_register_that_is_refused_leaves_what_it_was_to_replace(tmp_path: Path) -> None:
+    async with InLoop(tmp_path / "registry.json", limits=Limits(held_max=2)) as daemon:
+        one, two = await daemon.peer(), await daemon.peer()
+        await two.ask(cmd="register", name="victim", port=1)
+        for name in ("a", "b"):
+            await one.ask(cmd="register", name=name, port=1, hold=True)
+        assert (await one.ask(cmd="register", name="victim", port=2, hold=True))["error"] == "busy"
+        assert (await two.ask(cmd="resolve", name="victim"))["port"] == 1
+        assert (await one.ask(cmd="register", name="a", port=2, hold=True, ttl=9))["replaced"]
+
+
+async def test_claims_of_several_workers_are_no_changes_and_one_each(
+    tmp_path: Path, spawn: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    path, processes = tmp_path / "registry.json", [spawn(), spawn()]
+    async with InLoop(path) as first:
+        for process in processes:
+            peer = await first.peer()
+            await peer.ask(cmd="register", name="pids", port=1, hold=True, pid=process.pid)
+            await peer.ask(cmd="register", name="holds", port=1, hold=True)
+        await first.server.stop()
+    async with InLoop(path) as second:
+        peers = [await second.peer() for _ in range(3)]
+        rev = (await peers[2].ask(cmd="hello"))["rev"]
+        for peer, process in zip(peers[1::-1], processes, strict=True):
+            assert (await peer.ask(cmd="register", name="pids", port=1, hold=True, pid=process.pid))["rev"] <= rev
+        await peers[0].ask(cmd="register", name="holds", port=1, hold=True)
+        assert (await peers[2].ask(cmd="hello"))["rev"] == rev
+        await peers[0].reset()
+        for _ in range(20):
+            assert (await peers[2].ask(cmd="resolve", name="holds"))["ok"]  # the other may still come
+        second.clock.advance(30)
+        await until_landed(peers[2], "holds")
+
+
+@pytest.mark.parametrize("ending", ["close", "half"])
+@pytest.mark.parametrize("behind", [b"quit\n", b'{"cmd":"ping"}\n' * 9_000])
+async def test_a_hold_ends_though_its_peer_waits_and_is_not_read(
+    daemon: InLoop, ending: str, behind: bytes
+) -> None:
+    one, two = await daemon.peer(), await daemon.peer()
+    wait = {"cmd": "resolve", "name": "none", "wait": 600}
+    await one.ask(cmd="register", name="a", port=1, hold=True)
+    one.send({**wait, "id": 1} if behind == b"quit\n" else wait, behind)
+    async with asyncio.timeout(WAIT_S):
+        while not daemon.server.parked:
+            await asyncio.sleep(0)
+    assert (await two.ask(cmd="resolve", name="a"))["ok"]
+    if ending == "half":
+        one.writer.write_eof()
+    else:
+        await one.close()
+    async with asyncio.timeout(WAIT_S):
+        while (await two.ask(cmd="resolve", name="a"))["ok"]:
+            daemon.clock.advance(0.05)
+
+
+async def test_a_lease_does_not_run_out_because_the_disk_is_slow(tmp_path: Path) -> None:
+    files = ToldFiles()
+    async with InLoop(tmp_path / "registry.json", files=files) as daemon:
+        one, two = await daemon.peer(), await daemon.peer()
+        await one.ask(cmd="register", name="a", port=1, ttl=1)
+        files.gate.clear()
+        files.syncing.clear()
+        one.send({"cmd": "update", "name": "a", "meta": {"k": "v"}}, {"cmd": "renew", "name": "a"})
+        async with asyncio.timeout(WAIT_S):
+            while not files.syncing.is_set():
+                await asyncio.sleep(0)
+        daemon.clock.advance(3)
+        assert (await two.ask(cmd="resolve", name="a"))["ok"]
+        files.gate.set()
+        assert (await one.reply())["ok"]
+        assert (await one.reply())["ttl"] == 1
+        daemon.clock.advance(2)
+        await until_landed(two, "a")
+
+
+async def test_more_processes_than_can_be_watched_live_on(
+    tmp_path: Path, spawn: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    path, processes = tmp_path / "registry.json", [spawn(), spawn()]
+    async with InLoop(path) as first:
+        peer = await first.peer()
+        for n, process in enumerate(processes):
+            await peer.ask(cmd="register", name=f"n{n}", port=1, pid=process.pid)
+        await first.server.stop()
+    async with InLoop(path, limits=Limits(processes_max=1)) as second:
+        peer = await second.peer()
+        for n in range(2):
+            assert (await peer.ask(cmd="resolve", name=f"n{n}"))["ok"]
+        assert (await peer.ask(cmd="register", name="more", port=1, pid=os.getpid()))["error"] == "busy"
+        for n, process in enumerate(processes):
+            process.kill()
+            process.wait()
+            async with asyncio.timeout(WAIT_S):
+                while (await peer.ask(cmd="resolve", name=f"n{n}"))["ok"]:
+                    second.clock.advance(0.5)
+
+
+async def test_many_holders_come_and_go_together(daemon: InLoop) -> None:
+    peers = [await daemon.peer() for _ in range(100)]
+    for peer in peers:
+        peer.send(*({"cmd": "register", "name": f"n{n}", "port": 1, "hold": True} for n in range(10)))
+    for peer in peers:
+        for _ in range(10):
+            assert (await peer.reply())["ok"]
+    other = await daemon.peer()
+    known = await other.ask(cmd="why", name="n1")
+    assert (len(known["instances"][0]["owners"]), known["instances"][0]["more_owners"]) == (32, True)
+    for peer in peers:
+        await peer.reset()
+    for n in range(10):
+        await until_landed(other, f"n{n}")
+    assert (await other.ask(cmd="stats"))["rev"] == 20
+
+
+async def test_stopping_tells_those_who_wait(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    peer.send({"cmd": "resolve", "name": "a", "wait": 50, "id": 7})
+    async with asyncio.timeout(WAIT_S):
+        while not daemon.server.parked:
+            await asyncio.sleep(0)
+    await daemon.server.stop()
+    reply = await peer.reply()
+    assert (reply["id"], reply["error"]) == (7, "shutting_down")
+
+
+async def test_draining_by_register_withdraws_that_holder(
+    daemon: InLoop, spawn: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    peer, processes = await daemon.peer(), [spawn(), spawn()]
+    for process in processes:
+        await peer.ask(cmd="register", name="a", port=1, pid=process.pid)
+    other = await daemon.peer()
+    assert (await other.ask(cmd="register", name="a", port=1, pid=processes[0].pid, state="draining"))["ok"]
+    assert (await peer.ask(cmd="resolve", name="a"))["ok"]
+    processes[1].kill()
+    await until_landed(peer, "a")

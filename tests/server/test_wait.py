@@ -198,3 +198,55 @@ async def test_why(daemon: InLoop) -> None:
     assert known["departures"] == [{"instance": "t", "reason": "deregistered", "age_s": 0.0}]
     assert (await other.ask(cmd="why", name="a", instance="t"))["instances"] == []
     assert (await other.ask(cmd="why", name="zzz"))["error"] == "not_found"
+
+
+async def test_what_is_answered_at_once_stands_in_order(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    await peer.ask(cmd="register", name="remote", port=1, host="db.example")
+    peer.send(
+        {"cmd": "resolve", "name": "remote", "wait": 5},
+        {"cmd": "ping"},
+        {"cmd": "resolve", "name": "no", "wait": 0},
+    )
+    peer.send({"cmd": "hello"})
+    lines = [await peer.reply() for _ in range(4)]
+    assert ["host" in lines[0], len(lines[1]), lines[2].get("error"), "epoch" in lines[3]] == [
+        True,
+        1,
+        "timeout",
+        True,
+    ]
+
+
+async def test_one_that_hangs_holds_nobody_up(daemon: InLoop) -> None:
+    """A service whose queue of connections is full answers nothing: the next one in turn is taken."""
+    peer = await daemon.peer()
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        fillers = [socket.socket() for _ in range(4)]
+        for each in fillers:
+            each.setblocking(False)
+            each.connect_ex(full.getsockname())
+        async with service() as port:
+            await peer.ask(cmd="register", name="a", port=full.getsockname()[1], instance="1")
+            await peer.ask(cmd="register", name="a", port=port, instance="2")
+            answer = asyncio.create_task(peer.ask(cmd="resolve", name="a", wait=5))
+            await turns(daemon, answer.done)
+        for each in fillers:
+            each.close()
+    assert answer.result()["port"] == port
+
+
+async def test_the_one_of_very_many_that_accepts_is_found(tmp_path: Path) -> None:
+    async with (
+        InLoop(tmp_path / "registry.json", limits=Limits(probed_instances_max=3)) as daemon,
+        service() as port,
+    ):
+        peer = await daemon.peer()
+        for n in range(10):
+            await peer.ask(cmd="register", name="a", port=free_port(), instance=str(n))
+        await peer.ask(cmd="register", name="a", port=port, instance="z")
+        answer = asyncio.create_task(peer.ask(cmd="resolve", name="a", wait=60))
+        await turns(daemon, answer.done)
+        assert answer.result()["port"] == port
