@@ -10,7 +10,7 @@ Standard library only. What needs asyncio is imported when it is first used, so 
 
 from typing import TYPE_CHECKING
 
-from regd_client.errors import BadArgument, Conflict, NotFound, RegdError, Timeout, Unavailable
+from regd_client.errors import BadArgument, Conflict, Denied, NotFound, RegdError, Timeout, Unavailable
 
 if TYPE_CHECKING:
     from regd_client.client import Client
@@ -22,6 +22,7 @@ __all__ = [
     "BadArgument",
     "Client",
     "Conflict",
+    "Denied",
     "Endpoint",
     "Event",
     "Mirror",

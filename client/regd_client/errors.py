@@ -3,6 +3,7 @@
 RegdError
 ├── NotFound     also a LookupError
 ├── Conflict
+├── Denied       also a PermissionError: this user may not write there
 ├── BadArgument  also a ValueError
 ├── Timeout      also a TimeoutError
 └── Unavailable  also a ConnectionError: no daemon answers, or it went away
@@ -34,6 +35,10 @@ class Conflict(RegdError):
     """The registration is not as the caller thought, or another owner lives."""
 
 
+class Denied(RegdError, PermissionError):
+    """This user may not do that; the daemon serves another one."""
+
+
 class BadArgument(RegdError, ValueError):
     """The daemon does not take an argument; `details["field"]` says which."""
 
@@ -49,6 +54,7 @@ class Unavailable(RegdError, ConnectionError):
 _CLASSES: dict[str, type[RegdError]] = {
     "not_found": NotFound,
     "conflict": Conflict,
+    "denied": Denied,
     "bad_argument": BadArgument,
     "timeout": Timeout,
     "shutting_down": Unavailable,

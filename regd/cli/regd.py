@@ -39,6 +39,12 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _uid(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be the number of a user, as `id -u` shows it, not {text!r}")
+    return int(text)
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(
         prog="regd",
@@ -70,6 +76,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="SECONDS",
         help="how long, after a restart, what connections held waits for them to come back "
         f"(default: {DEFAULT_GRACE_S:g})",
+    )
+    parser.add_argument(
+        "--allow-uid",
+        type=_uid,
+        action="append",
+        default=[],
+        metavar="UID",
+        help="let this user write over TCP, besides root and the one that regd runs as; may be given again",
     )
     parser.add_argument(
         "--log-level",
@@ -113,6 +127,7 @@ def _config(given: argparse.Namespace) -> Config:
         port=given.port,
         unix=given.unix.absolute() if given.unix else None,
         grace_s=given.grace,
+        allowed_uids=given.allow_uid,
     )
 
 

@@ -31,12 +31,16 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command; `writes` says that it is answered when the file holds the change."""
+    """A command; `writes` says that it is answered when the file holds the change.
+
+    A `guarded` one is only for users who may write.
+    """
 
     doc: str
     result: str
     arguments: Mapping[str, Argument]
     writes: bool = False
+    guarded: bool = False
     parks: bool = False  # it may be answered later than what comes behind it
 
 
@@ -129,12 +133,14 @@ COMMANDS: Mapping[str, Command] = {
             "force": Argument(FLAG, "take over from a living owner"),
         },
         writes=True,
+        guarded=True,
     ),
     "deregister": Command(
         "End a registration; by one of several holders, only its own hold.",
         "`removed` (how many) `rev`",
         {"name": _OF_NAME, "instance": _ONE, "if": _IF},
         writes=True,
+        guarded=True,
     ),
     "resolve": Command(
         "Give a `ready` instance, taking turns; with `all`, all of them; with `wait`, once one can be reached.",
@@ -169,6 +175,7 @@ COMMANDS: Mapping[str, Command] = {
             "if": _IF,
         },
         writes=True,
+        guarded=True,
     ),
     "renew": Command(
         "Begin a lease anew. No change, no event.",
@@ -178,6 +185,7 @@ COMMANDS: Mapping[str, Command] = {
             "instance": _ONE,
             "ttl": Argument(TTL, "this time so long; as registered when left out"),
         },
+        guarded=True,
     ),
     "watch": Command(
         "Follow: all that is there, `sync`, then every change as it lands.",

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import regd
 from regd.core.draft import Contested, Draft
@@ -55,6 +55,13 @@ def identify(epoch: str, loop: str, registry: str, started: float) -> Identity:
     return Identity(epoch, loop, registry, boot_id(), namespace, os.getpid(), started)
 
 
+class Asker(NamedTuple):
+    """Who asks: a connection, and its user where that is known."""
+
+    session: int
+    uid: int | None
+
+
 class Answers:
     """`peer_of` names a session's connection for people, None when it has ended; `gauges` are more of `stats`."""
 
@@ -89,7 +96,7 @@ class Answers:
             "why": self._why,
             "stats": self._stats,
         }
-        self._writes: Mapping[str, Callable[[Draft, Mapping[str, Any], int], Mapping[str, object]]] = {
+        self._writes: Mapping[str, Callable[[Draft, Mapping[str, Any], Asker], Mapping[str, object]]] = {
             "register": self._register,
             "deregister": self._deregister,
             "update": self._update,
@@ -103,11 +110,11 @@ class Answers:
         """
         return self._reads[request.cmd](request, session)
 
-    def write(self, request: Request, session: int) -> Write:
+    def write(self, request: Request, asker: Asker) -> Write:
         """Return how to judge a command that changes something."""
         do, arguments = self._writes[request.cmd], request.arguments
 
-        return lambda draft: do(draft, arguments, session)
+        return lambda draft: do(draft, arguments, asker)
 
     def explain(self, request: Request, refusal: Refused) -> None:
         """Say of a write what helps somebody who found nothing. What was before it has landed."""
@@ -360,13 +367,13 @@ class Answers:
 
     # Writes. The file holds the change when their result is sent.
 
-    def _register(self, draft: Draft, given: Mapping[str, Any], session: int) -> Mapping[str, object]:
+    def _register(self, draft: Draft, given: Mapping[str, Any], asker: Asker) -> Mapping[str, object]:
         name, instance = _key(given)
         holders: tuple[Holder, ...] = ()
         hold, pid, ttl_s = given.get("hold", False), given.get("pid"), given.get("ttl")
         if hold or pid is not None or ttl_s is not None:
-            process = None if pid is None else self._processes.find(pid)
-            holders = (Holder(0, session, hold, process, ttl_s),)
+            process = None if pid is None else self._processes.find(pid, asker.uid)
+            holders = (Holder(0, asker.session, hold, process, ttl_s),)
         wanted = Entry(
             name=name,
             instance=instance,
@@ -380,7 +387,7 @@ class Answers:
         )
         try:
             entry, replaced = draft.register(
-                wanted, given.get("if"), session=session, force=given.get("force", False)
+                wanted, given.get("if"), session=asker.session, force=given.get("force", False)
             )
         except Contested as contested:
             raise self._conflict(contested) from None
@@ -406,14 +413,15 @@ class Answers:
             rev=entry.rev,
         )
 
-    def _deregister(self, draft: Draft, given: Mapping[str, Any], session: int) -> Mapping[str, object]:
-        return {"removed": draft.deregister(_key(given), given.get("if"), session=session), "rev": draft.rev}
+    def _deregister(self, draft: Draft, given: Mapping[str, Any], asker: Asker) -> Mapping[str, object]:
+        removed = draft.deregister(_key(given), given.get("if"), session=asker.session)
+        return {"removed": removed, "rev": draft.rev}
 
-    def _update(self, draft: Draft, given: Mapping[str, Any], session: int) -> Mapping[str, object]:
+    def _update(self, draft: Draft, given: Mapping[str, Any], asker: Asker) -> Mapping[str, object]:
         meta, state = given.get("meta"), given.get("state")
         if meta is None and state is None:
             raise Refused(Code.BAD_ARGUMENT, "update needs meta, state or both", field="meta")
-        return {"rev": draft.update(_key(given), meta, state, given.get("if"), session=session).rev}
+        return {"rev": draft.update(_key(given), meta, state, given.get("if"), session=asker.session).rev}
 
 
 def _key(given: Mapping[str, Any]) -> Key:

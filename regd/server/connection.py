@@ -15,6 +15,7 @@ from regd.core.model import Entry
 from regd.protocol import messages
 from regd.protocol.commands import COMMANDS, Request
 from regd.protocol.reader import Item, Problem, Quit, Reader
+from regd.server.answers import Asker
 from regd.server.clock import Timer
 from regd.server.context import Context, peer_text
 from regd.server.waits import Wait
@@ -32,6 +33,7 @@ _HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR  # 
 class Connection(asyncio.Protocol):
     __slots__ = (
         "_accepted",
+        "_asker",
         "_blocked",
         "_context",
         "_deadline",
@@ -52,7 +54,6 @@ class Connection(asyncio.Protocol):
         "_transport",
         "_watch_count",
         "_watches",
-        "session",
     )
 
     _transport: asyncio.Transport
@@ -78,7 +79,7 @@ class Connection(asyncio.Protocol):
         self._may_hold = False  # it has asked for `hold`
         self._watches: dict[int, Watch] = {}
         self._watch_count = 0
-        self.session = 0
+        self._asker = Asker(0, None)
 
     # What asyncio calls.
 
@@ -91,7 +92,8 @@ class Connection(asyncio.Protocol):
         context.alone.clear()
         if tally.connections < context.limits.connections_max:
             self._accepted = True
-            self.session = context.sessions.add(self)
+            uid = context.peers.uid_of(self._transport.get_extra_info("socket"))
+            self._asker = Asker(context.sessions.add(self), uid)
             tally.connections += 1
             tally.connections_accepted += 1
             return
@@ -138,7 +140,7 @@ class Connection(asyncio.Protocol):
         self._held_up = None
         self._landed.clear()
         self._let_go()
-        context.sessions.remove(self.session)
+        context.sessions.remove(self._asker.session)
         context.connections.discard(self)
         if not context.connections:
             context.alone.set()
@@ -204,9 +206,12 @@ class Connection(asyncio.Protocol):
                 context.complain(self._transport.get_extra_info("peername"), item.seen)
                 self._end()
             return self._error(item.refusal)
+        command = COMMANDS[item.cmd]
         try:
-            if COMMANDS[item.cmd].writes:
-                context.engine.submit(context.answers.write(item, self.session), self._done(item))
+            if command.guarded and not context.peers.may_write(self._asker.uid):
+                raise context.denied(self._transport.get_extra_info("peername"), self._asker.uid, item.cmd)
+            if command.writes:
+                context.engine.submit(context.answers.write(item, self._asker), self._done(item))
                 self._in_flight += 1
                 self._may_hold = self._may_hold or item.arguments.get("hold", False)
                 reply = None
@@ -215,7 +220,7 @@ class Connection(asyncio.Protocol):
             elif "wait" in item.arguments:
                 reply = self._park(item)
             else:
-                reply = context.answers.read(item, self.session)
+                reply = context.answers.read(item, self._asker.session)
         except Refused as refusal:
             if self._in_flight:  # the engine takes no more, and replies before this one are not out yet
                 self._held_up = item
@@ -444,7 +449,7 @@ class Connection(asyncio.Protocol):
     def _release(self) -> None:
         if self._may_hold:
             self._may_hold = False
-            self._context.reaper.connection_ended(self.session)
+            self._context.reaper.connection_ended(self._asker.session)
 
     def _farewell(self) -> None:
         if self._transport.is_closing():

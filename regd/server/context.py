@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from regd.core.draft import Lost
+from regd.core.errors import Code, Refused
 from regd.core.limits import Limits
 from regd.protocol import messages
 from regd.server.answers import Answers
 from regd.server.clock import Clock
 from regd.server.engine import Engine
+from regd.server.peers import Peers
 from regd.server.reaper import Reaper
 from regd.server.tally import Tally
 from regd.server.waits import Waits
@@ -67,6 +69,7 @@ class Context:
     reaper: Reaper
     watches: Watches
     waits: Waits
+    peers: Peers
     clock: Clock
     tally: Tally
     input: Budget
@@ -74,15 +77,31 @@ class Context:
     connections: "set[Connection]" = field(default_factory=set)
     sessions: "Sessions" = field(default_factory=lambda: Sessions())
     alone: asyncio.Event = field(default_factory=asyncio.Event)  # set when the last connection has gone
-    complained_at: float = float("-inf")
+    _complained_at: dict[str, float] = field(default_factory=dict)  # by the complaint
 
     def complain(self, peer: object, seen: bytes) -> None:
-        """Log a stranger, at most one in a while; `repr` keeps its bytes from the terminal."""
+        """Log a stranger; `repr` keeps its bytes from the terminal."""
         self.tally.strangers += 1
+        self._complain("refused %s, which does not speak regd: %r…", peer_text(peer), seen)
+
+    def denied(self, peer: object, uid: int | None, cmd: str) -> Refused:
+        """Log a user who may not write, and return what to answer."""
+        who = "a user that the system does not tell" if uid is None else f"user {uid}"
+        self._complain("denied %s a %s: it is of %s", peer_text(peer), cmd, who)
+        if uid is None:
+            why = "the system does not tell which user you are, so you may only read"
+        else:
+            why = (
+                f"user {uid} may only read here; have regd started with --allow-uid {uid}, or run one of your own"
+            )
+        return Refused(Code.DENIED, why)
+
+    def _complain(self, text: str, *values: object) -> None:
+        """Log one line of a kind in a while: a flood of strangers must not flood the log."""
         now = self.clock.now()
-        if now - self.complained_at >= _COMPLAIN_EVERY_S:
-            self.complained_at = now
-            log.warning("refused %s, which does not speak regd: %r…", peer_text(peer), seen)
+        if now - self._complained_at.get(text, float("-inf")) >= _COMPLAIN_EVERY_S:
+            self._complained_at[text] = now
+            log.warning(text, *values)
 
 
 class Sessions:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from regd.server.connection import Connection
 from regd.server.context import Budget, Context, Sessions
 from regd.server.engine import Engine
 from regd.server.listener import Listeners, raise_open_files
+from regd.server.peers import Peers
 from regd.server.reaper import Reaper
 from regd.server.tally import Tally
 from regd.server.waits import Waits
@@ -57,13 +58,14 @@ class Config:
     port: int = DEFAULT_PORT
     unix: Path | None = None
     grace_s: float = DEFAULT_GRACE_S  # for clients to come back and claim what they held
+    allowed_uids: Collection[int] = ()  # that may write, besides root and the daemon's own
     limits: Limits = DEFAULT
 
 
 class Server:
     """A daemon in the running loop: `await start()`, and `await stop()`.
 
-    `clock`, `files` and `epoch` are for tests.
+    `clock`, `files`, `epoch` and `peers` are for tests.
     """
 
     def __init__(
@@ -73,11 +75,13 @@ class Server:
         clock: Clock | None = None,
         files: Files | None = None,
         epoch: str | None = None,
+        peers: Peers | None = None,
     ) -> None:
         self._config = config
         self._clock = clock or LoopClock()
         self._files = files or Files()
         self._epoch = epoch or secrets.token_hex(8)
+        self._peers = peers or Peers(config.allowed_uids)
         self._listeners = Listeners()
         self._servers: list[asyncio.Server] = []
         self._store = Store(config.registry, log.warning, self._files)
@@ -134,6 +138,7 @@ class Server:
         self._listeners.open_tcp(config.port)
         if config.unix is not None:
             self._listeners.open_unix(config.unix, self._files)
+        self._peers.open(self._listeners.sockets[0])
         # 2. The registry: locked, read, and made where it is missing.
         document = self._store.open(self._clock.wall())
         self._store.make()
@@ -166,6 +171,7 @@ class Server:
             reaper=reaper,
             watches=watches,
             waits=waits,
+            peers=self._peers,
             clock=clock,
             tally=tally,
             input=Budget(limits.input_bytes_total_max),
@@ -220,6 +226,7 @@ class Server:
 
     def _close_files(self) -> None:
         self._listeners.close(self._files)
+        self._peers.close()
         self._store.close()
 
 

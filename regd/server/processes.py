@@ -42,11 +42,14 @@ class Processes:
     def __len__(self) -> int:
         return len(self._files)
 
-    def find(self, pid: int) -> Process:
+    def find(self, pid: int, uid: int | None = None) -> Process:
         """Return the process that has this number now, and watch it until `release`, or a `settle` without it.
 
+        With `uid` it must belong to that user.
+
         Raises:
-            Refused: `bad_argument` when none has it, `unsupported` where the system cannot watch, `busy`.
+            Refused: `bad_argument` when none has it, `denied` when it is another user's, `unsupported` where the
+                system cannot watch, `busy`.
         """
         if self._boot is None or not hasattr(os, "pidfd_open"):
             raise Refused(Code.UNSUPPORTED, "this system cannot watch a process; use hold or ttl")
@@ -61,8 +64,13 @@ class Processes:
             raise Refused(code, f"process {pid} cannot be watched: {error.strerror}") from None
         try:
             process = Process(pid, f"{self._boot}/{_start_ticks(pid)}")
-            if has_ended(file):
+            users = _uids(pid) if uid is not None else ()
+            if has_ended(file):  # what was read may be of another one
                 raise _no_process(pid)
+            if uid is not None and uid not in users:
+                raise Refused(
+                    Code.DENIED, f"process {pid} is of user {users[0]}, and you are user {uid}", field="pid"
+                )
             if process in self._files:
                 os.close(file)
                 return process
@@ -145,6 +153,16 @@ def _start_ticks(pid: int) -> str:
             return file.read().rpartition(b")")[2].split()[19].decode("ascii")
     except (OSError, IndexError):
         raise _no_process(pid) from None
+
+
+def _uids(pid: int) -> tuple[int, ...]:
+    """Return the users that a process runs as: real, effective, saved, and for files (proc_pid_status(5))."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            [found] = [line for line in file if line.startswith(b"Uid:")]
+    except (OSError, ValueError):
+        raise _no_process(pid) from None
+    return tuple(int(each) for each in found.split()[1:])
 
 
 def _no_process(pid: int) -> Refused:

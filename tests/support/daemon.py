@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from regd.core.limits import DEFAULT, Limits
 from regd.server.lifecycle import Config, Server
+from regd.server.peers import Peers
 from regd.storage.files import Files
 from tests.support.clock import HandClock
 
@@ -81,10 +82,11 @@ class InLoop:
         files: Files | None = None,
         unix: Path | None = None,
         epoch: str = EPOCH,
+        peers: Peers | None = None,
     ) -> None:
         self.clock = HandClock()
         self.config = Config(registry=registry, port=0, limits=limits, unix=unix)
-        self.server = Server(self.config, clock=self.clock, files=files, epoch=epoch)
+        self.server = Server(self.config, clock=self.clock, files=files, epoch=epoch, peers=peers)
         self._peers: list[Peer] = []
 
     @property

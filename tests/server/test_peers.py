@@ -1,0 +1,297 @@
+"""Which user is at the other end, and who may write: messages of the kernel in bytes, real sockets, real users."""
+
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regd.server import peers
+from regd.server.peers import Peers, by_table, is_connection, owner, question
+from tests.support.daemon import Daemon, InLoop, environment
+
+OURS, THEIRS = ("127.0.0.1", 7343), ("127.0.0.1", 40_000)
+STRANGER = 65_533  # a number that nobody here has
+LISTEN, ESTABLISHED, TIME_WAIT = 10, 1, 6
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's kernel")
+
+
+def row(
+    source: peers.End,
+    destination: peers.End,
+    uid: int,
+    inode: int,
+    state: int = ESTABLISHED,
+    mapped: bool = False,
+) -> bytes:
+    """Make an answer of the kernel's: an nlmsghdr and an inet_diag_msg (linux/inet_diag.h)."""
+    ends = b""
+    for host, _ in (source, destination):
+        host = f"::ffff:{host}" if mapped else host
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        ends += socket.inet_pton(family, host).ljust(16, b"\0")
+    id = struct.pack("!HH", source[1], destination[1]) + ends + struct.pack("=III", 0, 1, 2)
+    body = struct.pack("=BBBB", 2, state, 0, 0) + id + struct.pack("=IIIII", 0, 0, 0, uid, inode)
+    return struct.pack("=IHHII", 16 + len(body), 20, 0, 0, 0) + body
+
+
+def test_a_question_names_the_peers_end_of_one_connection() -> None:
+    asked = question(THEIRS, OURS)
+    assert len(asked) == 72 == struct.unpack_from("=I", asked)[0]
+    assert struct.unpack_from("!HH", asked, 24) == (40_000, 7343)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_the_row_of_just_this_connection_tells_its_user(mapped: bool) -> None:
+    found = row(THEIRS, OURS, 1000, 4711, mapped=mapped)
+    assert is_connection(found, THEIRS, OURS)
+    assert owner(found) == 1000
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        b"",
+        row(THEIRS, OURS, 0, 4711)[:60],
+        row(THEIRS, ("127.0.0.1", 0), 0, 4711, LISTEN),  # somebody's listener on the port of a peer that went
+        row(THEIRS, OURS, 0, 4711, LISTEN),
+        row(("127.0.0.1", 40_001), OURS, 0, 4711),
+        row(THEIRS, ("127.0.0.1", 7344), 0, 4711),
+        row(("127.0.0.2", 40_000), OURS, 0, 4711),
+    ],
+    ids=["none", "short", "listener", "listening state", "other port", "other port of ours", "other address"],
+)
+def test_another_socket_is_not_taken_for_the_peers(found: bytes) -> None:
+    assert not is_connection(found, THEIRS, OURS)
+
+
+@pytest.mark.parametrize("state", [ESTABLISHED, TIME_WAIT])
+def test_a_socket_that_nobody_has_open_is_of_nobody_although_it_shows_root(state: int) -> None:
+    assert owner(row(THEIRS, OURS, 0, 0, state)) is None
+
+
+TABLE = """\
+  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 0100007F:1CAF 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 11 1 0 100 0 0 10 0
+   1: 0100007F:9C40 0100007F:1CAF 01 00000000:00000000 00:00000000 00000000  1001        0 12 1 0 20 4 30 10 -1
+   2: 0100007F:9C41 0100007F:1CAF 04 00000000:00000000 00:00000000 00000000     0        0 0 1 0 20 4 30 10 -1
+   3: 0100007F:9C42 0100007F:1CAF 0A 00000000:00000000 00:00000000 00000000     0        0 13 1 0 20 4 30 10 -1
+"""
+TABLE6 = """\
+  sl  local_address                         remote_address                        st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 0000000000000000FFFF00000100007F:9C43 0000000000000000FFFF00000100007F:1CAF 01 0:0 00:0 0  1003 0 14 1
+   1: 00000000000000000000000001000000:9C44 00000000000000000000000001000000:1CAF 01 0:0 00:0 0  1004 0 15 1
+"""
+
+
+@pytest.mark.skipif(sys.byteorder != "little", reason="the table is in the machine's order, this one in another")
+@pytest.mark.parametrize(
+    ("theirs", "ours", "uid"),
+    [
+        (("127.0.0.1", 40_000), OURS, 1001),
+        (("127.0.0.1", 40_001), OURS, None),
+        (("127.0.0.1", 40_002), OURS, None),
+        (("127.0.0.1", 40_003), OURS, 1003),
+        (("::1", 40_004), ("::1", 7343), 1004),
+        (("127.0.0.1", 40_005), OURS, None),
+    ],
+    ids=["peer", "no inode", "listener", "mapped", "IPv6", "none"],
+)
+def test_the_text_table_tells_the_same(
+    theirs: peers.End, ours: peers.End, uid: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tcp").write_text(TABLE)
+    (tmp_path / "tcp6").write_text(TABLE6)
+    monkeypatch.setattr(peers, "_TABLES", (str(tmp_path / "tcp"), str(tmp_path / "tcp6")))
+    assert by_table(theirs, ours) == uid
+
+
+def connection(host: str, as_host: str = "") -> tuple[socket.socket, socket.socket, socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, 0), family=family)
+    caller = socket.create_connection((as_host or host, listener.getsockname()[1]))
+    return listener, listener.accept()[0], caller
+
+
+@linux
+@pytest.mark.parametrize(("host", "as_host"), [("127.0.0.1", ""), ("::1", ""), ("127.0.0.1", "::ffff:127.0.0.1")])
+@pytest.mark.parametrize("table", [False, True])
+def test_the_kernel_tells_who_has_the_other_end(host: str, as_host: str, table: bool) -> None:
+    try:
+        listener, ours, theirs = connection(host, as_host)
+    except OSError as error:
+        pytest.skip(f"no {host} here: {error}")
+    asked = Peers()
+    with listener, ours, theirs:
+        asked.open(listener)
+        if table:
+            asked._ask = by_table
+        assert asked.uid_of(ours) == os.geteuid()
+        theirs.close()
+        assert asked.uid_of(ours) is None, "an end that nobody has open must not be taken for root's"
+    asked.close()
+
+
+@linux
+def test_without_netlink_the_text_table_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_NETLINK_SOCK_DIAG", 31)  # no such family
+    listener, ours, theirs = connection("127.0.0.1")
+    asked = Peers()
+    with listener, ours, theirs:
+        asked.open(listener)
+        assert asked._ask is by_table
+        assert asked.uid_of(ours) == os.geteuid()
+
+
+def test_where_the_system_tells_nothing_anybody_may_write_and_that_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(peers, "_NETLINK_SOCK_DIAG", 31)
+    monkeypatch.setattr(peers, "_TABLES", ("/nowhere",))
+    asked = Peers()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        asked.open(listener)
+    assert asked.may_write(None)
+    assert not asked.may_write(STRANGER)  # a Unix socket tells, whatever TCP does
+    assert "any user of this machine may write" in caplog.text
+
+
+class Told(Peers):
+    """Says of every TCP peer what the test says."""
+
+    uid: int | None = STRANGER
+
+    def uid_of(self, connection: socket.socket) -> int | None:
+        return self.uid
+
+
+WRITES: list[dict[str, Any]] = [
+    {"cmd": "register", "name": "evil", "port": 1},
+    {"cmd": "register", "name": "db", "port": 1, "force": True},
+    {"cmd": "deregister", "name": "db"},
+    {"cmd": "update", "name": "db", "meta": {}},
+    {"cmd": "renew", "name": "db"},
+]
+READS = ["ping", "hello", "help", "list", "stats"]
+
+
+@pytest.mark.socket
+@pytest.mark.parametrize("uid", [STRANGER, None])
+async def test_another_user_reads_and_does_not_write(
+    uid: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = Told()
+    told.uid = 0
+    async with InLoop(tmp_path / "registry.json", peers=told) as daemon:
+        assert (await (await daemon.peer()).ask(cmd="register", name="db", port=5432, ttl=10))["ok"]
+        before = daemon.registry.read_bytes()
+        told.uid = uid
+        stranger = await daemon.peer()
+        for request in WRITES:
+            reply = await stranger.ask(request)
+            assert (reply["ok"], reply["error"]) == (False, "denied"), request
+        assert daemon.registry.read_bytes() == before
+        for cmd in READS:
+            assert (await stranger.ask(cmd=cmd))["ok"]
+        assert (await stranger.ask(cmd="resolve", name="db"))["port"] == 5432
+        assert (await stranger.ask(cmd="watch"))["ok"]
+        told_of = [each for each in caplog.messages if each.startswith("denied")]
+        assert len(told_of) == 1, "a flood of them must not flood the log"
+
+
+@pytest.mark.socket
+@pytest.mark.parametrize(("allowed", "code"), [((), "denied"), ((STRANGER,), None)])
+async def test_allow_uid_widens_it(allowed: tuple[int, ...], code: str | None, tmp_path: Path) -> None:
+    async with InLoop(tmp_path / "registry.json", peers=Told(allowed)) as daemon:
+        reply = await (await daemon.peer()).ask(cmd="register", name="db", port=1)
+        assert reply.get("error") == code
+
+
+@linux
+@pytest.mark.socket
+async def test_a_process_must_be_of_the_user_who_states_it(tmp_path: Path) -> None:
+    async with InLoop(tmp_path / "registry.json", peers=Told((STRANGER,))) as daemon:
+        peer = await daemon.peer()
+        reply = await peer.ask(cmd="register", name="mine", port=1, pid=os.getpid())
+        assert (reply["error"], reply["field"]) == ("denied", "pid")
+        assert (await peer.ask(cmd="register", name="mine", port=1, pid=2**31 - 1))["error"] == "bad_argument"
+        assert (await peer.ask(cmd="list"))["instances"] == []
+
+
+# Real users.
+
+AS_ANOTHER = """
+import json, os, socket, sys
+"".encode("idna")  # loaded now: another user may not be able to read this Python
+os.setgroups([]); os.setgid({uid}); os.setuid({uid})
+with socket.create_connection(("127.0.0.1", {port})) as peer:
+    for request in json.loads(sys.argv[1]):
+        if request.get("pid") == "own":
+            request["pid"] = os.getpid()
+        peer.sendall(json.dumps(request).encode() + b"\\n")
+    peer.shutdown(socket.SHUT_WR)
+    print(peer.makefile().read(), end="")
+"""
+
+
+def ask_as(uid: int, port: int, *requests: dict[str, Any]) -> list[dict[str, Any]]:
+    script = AS_ANOTHER.format(uid=uid, port=port)
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(requests)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        timeout=20,
+        check=True,
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@linux
+@needs_root
+def test_a_real_other_user_is_denied_and_reads(process: Daemon) -> None:
+    replies = ask_as(STRANGER, process.port, *WRITES[:1], {"cmd": "list"})
+    assert [reply.get("error") for reply in replies] == ["denied", None]
+    assert f"user {STRANGER}" in str(replies[0]["message"])
+    assert replies[1]["instances"] == []
+    assert process.port
+    _, errors = process.end()
+    assert f"it is of user {STRANGER}" in errors
+
+
+@linux
+@needs_root
+def test_a_real_other_user_that_is_allowed_states_its_own_process_only(tmp_path: Path) -> None:
+    with Daemon(tmp_path / "registry.json", "--allow-uid", str(STRANGER)) as daemon:
+        daemon.start()
+        others = {"cmd": "register", "name": "a", "port": 1, "pid": os.getpid()}
+        own = {"cmd": "register", "name": "b", "port": 1, "pid": "own"}
+        replies = ask_as(STRANGER, daemon.port, others, own)
+        assert [reply.get("error") for reply in replies] == ["denied", None]
+
+
+@linux
+@needs_root
+def test_a_peer_that_has_gone_when_it_is_looked_at_does_not_write(process: Daemon) -> None:
+    """The kernel shows root for a socket that nobody has open: no way in for whoever closes quickly."""
+    assert process.process is not None
+    os.kill(process.process.pid, 19)  # SIGSTOP: it accepts only after the peer has closed
+    try:
+        with socket.create_connection(("127.0.0.1", process.port)) as peer:
+            peer.sendall(b'{"cmd":"register","name":"evil","port":1}\n')
+    finally:
+        os.kill(process.process.pid, 18)
+    assert ask_as(0, process.port, {"cmd": "list"})[0]["instances"] == []
+
+
+@pytest.mark.parametrize("value", ["www-data", "-1", "1.5", "4294967296"])
+def test_a_user_is_given_by_number(value: str, tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path / "registry.json", f"--allow-uid={value}")
+    done = subprocess.run(daemon.command(), env=environment(), capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "id -u" in done.stderr
