@@ -4,7 +4,8 @@ Conditions are judged against it. Changes go from a draft to the file to `Regist
 sockets, or what time it is.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from regd.core.errors import Code, Refused
@@ -49,6 +50,7 @@ class Draft:
         self._is_gone = is_gone
         self._over: dict[Key, Entry | None] = {}
         self._held: set[Key] = set()  # given holders here
+        self._newly_held: Counter[int | None] = Counter()  # how many more a connection holds here
         self._count = len(registry)
         self._weight_bytes = registry.weight_bytes
         self.rev = registry.rev
@@ -95,24 +97,13 @@ class Draft:
     def _known(self, holder: Holder, key: Key) -> Holder:
         """Give a holder its id, if its connection may hold one more."""
         most = self._registry.limits.held_max
-        count = self._registry.lifetimes.held_count(holder.session)
-        if holder.hold and count + len(self._held) >= most and not self._holds(key, holder.session):
-            count += sum(
-                self._holds(each, holder.session) and not self._held_before(each, holder.session)
-                for each in self._held
-            )
+        session = holder.session
+        if holder.hold and session not in _sessions(self.get(key)):
+            count = self._registry.lifetimes.held_count(session) + self._newly_held[session]
             if count >= most:
                 raise Refused(Code.BUSY, f"this connection holds {most} registrations already")
         self._registry.last_holder += 1
         return replace(holder, id=self._registry.last_holder)
-
-    def _held_before(self, key: Key, session: int | None) -> bool:
-        entry = self._registry.get(key)
-        return entry is not None and any(each.hold and each.session == session for each in entry.holders)
-
-    def _holds(self, key: Key, session: int | None) -> bool:
-        entry = self.get(key)
-        return entry is not None and any(each.hold and each.session == session for each in entry.holders)
 
     def _join(self, wanted: Entry, before: Entry, session: int | None) -> Entry:
         """Register at the address that is registered: one more holder, or the same one again."""
@@ -220,8 +211,11 @@ class Draft:
         holders = tuple(replace(each, withdrawn=True) if each.id in ids else each for each in entry.holders)
         return replace(entry, holders=holders)
 
-    def end(self, *endings: Ending) -> None:
-        """Take holders that are gone off all that they held; what nobody else holds goes with them."""
+    def end(self, *endings: Ending) -> Iterator[None]:
+        """Take holders that are gone off all that they held; what nobody else holds goes with them.
+
+        One registration at a time: it may be many.
+        """
         keys = {key for ending in endings for key in self._registry.lifetimes.held_by(ending)} | self._held
         sessions = {each.session: each.reason for each in endings if each.session is not None}
         processes = {each.process: each.reason for each in endings if each.process is not None}
@@ -235,6 +229,7 @@ class Draft:
             return ids.get(holder.id)
 
         for key in sorted(keys):
+            yield
             before = self.get(key)
             if before is None:
                 continue
@@ -277,9 +272,21 @@ class Draft:
         self._count += (after is not None) - (before is not None)
         self._weight_bytes += after.weight_bytes if after else 0
         self._weight_bytes -= before.weight_bytes if before else 0
+        self._count_held(before, after)
         self._over[entry.key] = after
         if after is not None and after.holders:
             self._held.add(entry.key)
         self.rev += op is not Op.KEEP
         self.changes.append(Change(self.rev, op, entry, reason, before))
         return entry
+
+    def _count_held(self, before: Entry | None, after: Entry | None) -> None:
+        old, new = _sessions(before), _sessions(after)
+        if old != new:
+            self._newly_held.update(new - old)
+            self._newly_held.subtract(old - new)
+
+
+def _sessions(entry: Entry | None) -> set[int | None]:
+    """Return the connections that hold an entry."""
+    return {each.session for each in entry.holders if each.hold} if entry is not None else set()

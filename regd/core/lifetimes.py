@@ -140,10 +140,10 @@ class Lifetimes:
             heapq.heappop(self._queue)
         return self._queue[0][0] if self._queue else None
 
-    def expire(self, now: float) -> list[Ending]:
-        """Return whose time is over, each once, and count them as gone."""
-        endings = []
-        while (deadline := self.next_deadline()) is not None and deadline <= now:
+    def expire(self, now: float, most: int) -> list[Ending]:
+        """Return up to `most` whose time is over, each once, and count them as gone."""
+        endings: list[Ending] = []
+        while len(endings) < most and (deadline := self.next_deadline()) is not None and deadline <= now:
             _, holder_id, clause, key = heapq.heappop(self._queue)
             del self._due[holder_id, clause]
             if holder_id not in self._gone_holders:

@@ -5,7 +5,7 @@ Must not know connections or disks.
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from regd.core.errors import Code, Refused
 from regd.core.limits import Limits
 from regd.core.model import DEFAULT_HOST, Entry, Holder, Key, State, key_text
 from regd.core.registry import Registry
+from regd.core.service import Search
 from regd.protocol import messages
 from regd.protocol.commands import Request, described
 from regd.server.clock import Clock
@@ -55,6 +56,10 @@ def identify(epoch: str, loop: str, registry: str, started: float) -> Identity:
     return Identity(epoch, loop, registry, boot_id(), namespace, os.getpid(), started)
 
 
+Slow = Iterator[bytes | None]
+"""A reply that takes more than one turn of the loop: None until it is there."""
+
+
 class Asker(NamedTuple):
     """Who asks: a connection, and its user where that is known."""
 
@@ -86,7 +91,7 @@ class Answers:
         self._probes = probes
         self._peer_of = peer_of
         self._gauges = gauges
-        self._reads: Mapping[str, Callable[[Request, int], bytes]] = {
+        self._reads: Mapping[str, Callable[[Request, int], bytes | Slow]] = {
             "ping": lambda request, session: messages.ok(request.id, {}),
             "hello": self._hello,
             "help": self._help,
@@ -102,7 +107,7 @@ class Answers:
             "update": self._update,
         }
 
-    def read(self, request: Request, session: int) -> bytes:
+    def read(self, request: Request, session: int) -> bytes | Slow:
         """Answer a command that changes nothing.
 
         Raises:
@@ -131,7 +136,9 @@ class Answers:
         if entry is None:
             raise self._timeout(request)
         if request.arguments.get("all"):
-            return self._resolve(request, 0)
+            search = self._search(request)
+            search.go_on(self._limits.search_max)
+            return self._resolved(request, search.found or [entry], self._registry.rev)
         return messages.resolved(request.id, entry)
 
     def position(self) -> dict[str, object]:
@@ -160,35 +167,40 @@ class Answers:
     def _help(self, request: Request, session: int) -> bytes:
         return messages.ok(request.id, {"commands": described(request.arguments.get("topic"))})
 
-    def _resolve(self, request: Request, session: int) -> bytes:
+    def _resolve(self, request: Request, session: int) -> bytes | Slow:
+        search = self._search(request)
+        if search.go_on(self._limits.search_max):
+            return self._resolved(request, search.found, self._registry.rev)
+        return self._slowly(request, search, self._registry.rev)
+
+    def _search(self, request: Request) -> Search:
         given = request.arguments
         name, instance, meta = given["name"], given.get("instance"), given.get("meta", {})
         if given.get("all"):
-            return self._resolve_all(request.id, name, instance, meta)
-        entry = self._registry.resolve(name, instance, meta)
-        if entry is None:
-            raise self._none_ready(name, instance, meta)
-        return messages.resolved(request.id, entry)
+            return self._registry.search(name, instance, meta, self._limits.reply_instances_max + 1)
+        return self._registry.search_in_turn(name, instance, meta, 1)
 
-    def _resolve_all(
-        self, id: str | int | None, name: str, instance: str | None, meta: Mapping[str, str]
-    ) -> bytes:
-        ready = self._registry.ready(name)
-        if instance is not None or meta:
-            ready = [
-                entry
-                for entry in ready
-                if (instance is None or entry.instance == instance) and entry.carries(meta)
-            ]
-        if not ready:
-            raise self._none_ready(name, instance, meta)
-        shown = ready[: self._limits.reply_instances_max]
-        result: dict[str, object] = {"rev": self._registry.rev}
-        room = self._limits.reply_bytes_max - len(messages.ok(id, result)) - _AROUND_BYTES
+    def _slowly(self, request: Request, search: Search, rev: int) -> Slow:
+        yield None
+        while not search.go_on(self._limits.search_max):
+            yield None
+        yield self._resolved(request, search.found, rev)
+
+    def _resolved(self, request: Request, found: list[Entry], rev: int) -> bytes:
+        """Answer with what was found at a revision."""
+        given = request.arguments
+        if not found:
+            raise self._none_ready(given["name"], given.get("instance"), given.get("meta", {}))
+        if not given.get("all"):
+            self._registry.took(found[0], given.get("meta", {}))
+            return messages.resolved(request.id, found[0])
+        shown = found[: self._limits.reply_instances_max]
+        result: dict[str, object] = {"rev": rev}
+        room = self._limits.reply_bytes_max - len(messages.ok(request.id, result)) - _AROUND_BYTES
         shown = shown[: messages.fitting(shown, room)]
-        if len(shown) < len(ready):
+        if len(shown) < len(found):
             result["more"] = True
-        return messages.instances(id, result, shown)
+        return messages.instances(request.id, result, shown)
 
     def _list(self, request: Request, session: int) -> bytes:
         given = request.arguments
@@ -328,7 +340,7 @@ class Answers:
         here = self._registry.page(name, {}, None, 1).entries
         refusing = [
             f"{messages.joined(each.host, each.port)} ({finding.why})"
-            for each in self._registry.in_turn(name, instance, meta)[:_SHOWN_MAX]
+            for each in self._some_ready(name, instance, meta, _SHOWN_MAX)
             if (finding := self._probes.last((each.host, each.port))) is not None and finding.why
         ]
         if refusing:
@@ -340,6 +352,12 @@ class Answers:
         else:
             why = f"{name!r} was never registered" + (f"; did you mean {near[0]!r}?" if near else "")
         return Refused(Code.TIMEOUT, f"waited {round(given['wait'], 1):g} s: {why}", **self._hints(name, near))
+
+    def _some_ready(self, name: str, instance: str | None, meta: Mapping[str, str], most: int) -> list[Entry]:
+        """Return some that could be resolved, of those that are looked at in one turn."""
+        search = self._registry.search_in_turn(name, instance, meta, most)
+        search.go_on(self._limits.search_max)
+        return search.found
 
     def _hints(self, name: str, near: list[str]) -> dict[str, object]:
         """Return what helps somebody who did not find `name`."""
@@ -359,7 +377,7 @@ class Answers:
                 message += f"; did you mean {near[0]!r}?"
         elif instance is not None and self._registry.get((name, instance)) is None:
             message = f"{name!r} is here, but has no instance {instance!r}"
-        elif meta and self._registry.in_turn(name, instance, {}):
+        elif meta and self._some_ready(name, instance, {}, 1):
             message = f"{which} is here, but none with that meta is ready"
         else:
             message = f"{which} is here, but none is {State.READY}"

@@ -15,7 +15,7 @@ from regd.core.model import Entry
 from regd.protocol import messages
 from regd.protocol.commands import COMMANDS, Request
 from regd.protocol.reader import Item, Problem, Quit, Reader
-from regd.server.answers import Asker
+from regd.server.answers import Asker, Slow
 from regd.server.clock import Timer
 from regd.server.context import Context, peer_text
 from regd.server.waits import Wait
@@ -50,6 +50,7 @@ class Connection(asyncio.Protocol):
         "_reader",
         "_reading",
         "_scheduled",
+        "_slow",
         "_timer",
         "_transport",
         "_watch_count",
@@ -62,6 +63,7 @@ class Connection(asyncio.Protocol):
         self._context = context
         self._reader = Reader(context.limits)
         self._held_up: Item | None = None  # the next item, waiting until the writes before it have landed
+        self._slow: Slow | None = None  # or until this reply to it is there
         self._accepted = False  # within `connections_max`
         self._in_flight = 0  # writes submitted and not answered
         self._landed: list[bytes] = []  # their replies, gathered for one send
@@ -137,7 +139,7 @@ class Connection(asyncio.Protocol):
         context = self._context
         self._ending = True
         self._reader.close()
-        self._held_up = None
+        self._held_up = self._slow = None
         self._landed.clear()
         self._let_go()
         context.sessions.remove(self._asker.session)
@@ -220,7 +222,9 @@ class Connection(asyncio.Protocol):
             elif "wait" in item.arguments:
                 reply = self._park(item)
             else:
-                reply = context.answers.read(item, self._asker.session)
+                reply = self._read(item)
+                if reply is None:
+                    return None
         except Refused as refusal:
             if self._in_flight:  # the engine takes no more, and replies before this one are not out yet
                 self._held_up = item
@@ -228,6 +232,18 @@ class Connection(asyncio.Protocol):
             reply = self._error(refusal, item.id)
         context.tally.requests[item.cmd] += 1
         return reply
+
+    def _read(self, request: Request) -> bytes | None:
+        """Answer, or hold the request up until there is an answer: others have a turn meanwhile."""
+        slow, self._slow = self._slow, None
+        reply = slow or self._context.answers.read(request, self._asker.session)
+        if isinstance(reply, bytes):
+            return reply
+        now = next(reply)
+        if now is None:
+            self._slow, self._held_up = reply, request
+            self._schedule()
+        return now
 
     def _watch(self, request: Request) -> bytes:
         context, given = self._context, request.arguments
@@ -349,7 +365,7 @@ class Connection(asyncio.Protocol):
             return
         if idle and self._eof and self._finish():
             return
-        self._read(idle)
+        self._listen(idle)
         self._look_out()
         if self._reader.unfinished:
             self._deadline = context.clock.now() + context.limits.line_idle_s_max
@@ -362,7 +378,7 @@ class Connection(asyncio.Protocol):
             context.tally.cut += 1
             each._refuse(Refused(Code.BUSY, "too many bytes wait in regd, yours among them; try again later"))
 
-    def _read(self, on: bool) -> None:
+    def _listen(self, on: bool) -> None:
         """Read on, or not for now."""
         if on is not self._reading and not self._eof:
             self._reading = on
@@ -430,7 +446,7 @@ class Connection(asyncio.Protocol):
         """Look at nothing more, send what is to be sent, and close once the peer has, or soon."""
         self._ending = True
         self._reader.close()
-        self._held_up = None
+        self._held_up = self._slow = None
         self._let_go()
         self._context.input.hold(self, 0)
         asyncio.get_running_loop().call_soon(self._farewell)

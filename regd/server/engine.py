@@ -9,14 +9,14 @@ Must not know the protocol.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from regd.core.draft import Draft, Lost
 from regd.core.errors import Code, Refused
 from regd.core.lifetimes import Ending
 from regd.core.limits import Limits
-from regd.core.model import Change, Holder, Process
+from regd.core.model import Change, Holder, Process, Reason
 from regd.core.registry import Registry
 from regd.server.clock import Clock
 from regd.server.tally import Tally
@@ -31,13 +31,18 @@ Done = Callable[[Mapping[str, object] | Refused], None]
 """Is called once, when the request's fate is known and on disk."""
 
 _BATCH_MAX = 1_024  # bounds how long one batch can hold the loop
-_SLICE = 128  # writes judged or answered before others get a turn
+_SLICE = 128  # writes judged, landed or answered before others get a turn
+_TURN_S = 0.003  # and so long, where they are dear
 _REPAIR_AFTER_S = 1.0
 _COMPLAIN_EVERY_S = 30.0
 
 
 class Engine:
-    """`is_gone` says of a holder whether the system knows it to be gone; `landed` hears of every batch."""
+    """`is_gone` says of a holder whether the system knows it to be gone.
+
+    `landed` hears of changes as readers see them, `settled` at the end of a batch of who lost something, and of
+    processes of which nothing is held any more.
+    """
 
     def __init__(
         self,
@@ -47,7 +52,8 @@ class Engine:
         tally: Tally,
         limits: Limits,
         is_gone: Callable[[Holder], bool],
-        landed: Callable[[Sequence[Change], Sequence[Lost], set[Process]], None],
+        landed: Callable[[Sequence[Change]], None],
+        settled: Callable[[Sequence[Lost], set[Process]], None],
     ) -> None:
         self._registry = registry
         self._store = store
@@ -56,6 +62,8 @@ class Engine:
         self._limits = limits
         self._is_gone = is_gone
         self._landed = landed
+        self._settled = settled
+        self._until = 0.0  # when others should have a turn
         self.flushing_since: float | None = None  # when the flush that is in flight began
         self._waiting: deque[tuple[Write, Done] | Ending] = deque()
         self._wake = asyncio.Event()
@@ -112,42 +120,65 @@ class Engine:
 
     async def _land(self, batch: Sequence[tuple[Write, Done] | Ending]) -> None:
         draft = Draft(self._registry, self._clock.wall(), self._is_gone)
+        outcomes = await self._judge(batch, draft)
+        endings = [each for each in batch if isinstance(each, Ending)]
+        # A file that may show what is not in effect is mended even by a request that changes nothing.
+        failure = await self._commit(draft.changes) if draft.changes or self._store.dirty else None
+        if failure is not None:
+            draft = await self._end_all_the_same(endings)
+        free: set[Process] = set()
+        for count, changes in enumerate(_slices(draft.changes)):
+            if count:
+                await self._others()
+            free |= self._registry.land(changes, self._clock.now())
+            self._landed(changes)
+        for ending in endings:
+            self._registry.lifetimes.settle(ending)
+        self._tally.changes += len(draft.changes)
+        self._settled(draft.lost, {each for each in free if not self._registry.lifetimes.knows(each)})
+        dones = [each[1] for each in batch if not isinstance(each, Ending)]
+        for count, (done, outcome) in enumerate(zip(dones, outcomes, strict=True), 1):
+            done(failure or outcome)
+            if count % _SLICE == 0:
+                await self._others()
+
+    async def _judge(
+        self, batch: Sequence[tuple[Write, Done] | Ending], draft: Draft
+    ) -> list[Mapping[str, object] | Refused]:
+        """Judge what a batch wants, in order, and return what becomes of the writes if they land."""
         outcomes: list[Mapping[str, object] | Refused] = []
         together: list[Ending] = []  # that stand side by side: an entry of many holders is altered once
+        self._until = self._clock.now() + _TURN_S
         for count, each in enumerate(batch, 1):
             if isinstance(each, Ending):
                 together.append(each)
                 continue
             if together:
-                draft.end(*together)
+                await self._end(draft, together)
                 together.clear()
             try:
                 outcomes.append(each[0](draft))
             except Refused as refusal:
                 outcomes.append(refusal)
-            if count % _SLICE == 0:
-                await asyncio.sleep(0)
-        draft.end(*together)
-        endings = [each for each in batch if isinstance(each, Ending)]
-        # A file that may show what is not in effect is mended even by a request that changes nothing.
-        failure = await self._commit(draft.changes) if draft.changes or self._store.dirty else None
-        if failure is not None:
-            draft = self._end_all_the_same(endings)
-        free = self._registry.land(draft.changes, self._clock.now())
-        for ending in endings:
-            self._registry.lifetimes.settle(ending)
-        self._tally.changes += len(draft.changes)
-        self._landed(draft.changes, draft.lost, free)
-        dones = [each[1] for each in batch if not isinstance(each, Ending)]
-        for count, (done, outcome) in enumerate(zip(dones, outcomes, strict=True), 1):
-            done(failure or outcome)
-            if count % _SLICE == 0:
-                await asyncio.sleep(0)
+            if count % _SLICE == 0 or self._clock.now() > self._until:
+                await self._others()
+        await self._end(draft, together)
+        return outcomes
 
-    def _end_all_the_same(self, endings: Sequence[Ending]) -> Draft:
+    async def _end(self, draft: Draft, endings: Sequence[Ending]) -> None:
+        for count, _ in enumerate(draft.end(*endings), 1):
+            if count % _SLICE == 0 or self._clock.now() > self._until:
+                await self._others()
+
+    async def _others(self) -> None:
+        """Let the loop turn."""
+        await asyncio.sleep(0)
+        self._until = self._clock.now() + _TURN_S
+
+    async def _end_all_the_same(self, endings: Sequence[Ending]) -> Draft:
         """Judge the endings of a failed batch alone; the file follows when it can be written."""
         draft = Draft(self._registry, self._clock.wall(), self._is_gone)
-        draft.end(*endings)
+        await self._end(draft, endings)
         if draft.changes:
             self._store.owe(draft.changes)
             self._repair_later()
@@ -191,3 +222,13 @@ class Engine:
         if self._store.dirty and not self._closing:
             self._repair = True
             self._wake.set()
+
+
+def _slices(changes: Sequence[Change]) -> Iterator[Sequence[Change]]:
+    """Cut a batch for landing. Nobody sees the moment between the two halves of a replacement."""
+    start = 0
+    while start < len(changes):
+        end = min(start + _SLICE, len(changes))
+        end += end < len(changes) and changes[end - 1].reason == Reason.REPLACED
+        yield changes[start:end]
+        start = end

@@ -149,14 +149,18 @@ class Server:
         waits = Waits(registry, clock, limits)
         reaper = Reaper(registry, clock, limits, sessions.is_cut)
 
-        def landed(changes: Sequence[Change], lost: Sequence[Lost], free: set[Process]) -> None:
-            reaper.landed(free)
+        def landed(changes: Sequence[Change]) -> None:
             watches.landed(changes)
-            for each in lost:
-                sessions.tell(each)
             waits.landed(changes)
 
-        self._engine = reaper.engine = Engine(registry, self._store, clock, tally, limits, reaper.is_gone, landed)
+        def settled(lost: Sequence[Lost], free: set[Process]) -> None:
+            reaper.settled(free)
+            for each in lost:
+                sessions.tell(each)
+
+        self._engine = reaper.engine = Engine(
+            registry, self._store, clock, tally, limits, reaper.is_gone, landed, settled
+        )
 
         def gauges() -> dict[str, int]:
             return {"watches": len(watches), "waiting": len(waits), "processes": len(reaper.processes)}

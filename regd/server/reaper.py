@@ -18,6 +18,7 @@ from regd.server.processes import Processes
 log = logging.getLogger("regd")
 
 _BEAT_S = 0.5
+_SLICE = 256  # leases that run out before others get a turn
 _LATE_S = 0.25  # a beat that is later: the daemon was stopped, or the loop was busy for too long
 
 
@@ -51,7 +52,7 @@ class Reaper:
         self._registry.gone(ending)
         self.engine.end(ending)
 
-    def landed(self, free: set[Process]) -> None:
+    def settled(self, free: set[Process]) -> None:
         """Watch no process of which nothing is held, and look at the time while there are deadlines."""
         for process in free:
             self.processes.release(process)
@@ -66,7 +67,7 @@ class Reaper:
         for process in self._registry.lifetimes.processes:
             if not self.processes.watch(process):
                 self._process_ended(process)
-        self.landed(set())
+        self.settled(set())
 
     def close(self) -> None:
         self._closed = True
@@ -96,7 +97,7 @@ class Reaper:
             lifetimes.refresh(now)
             self._deaf = False
         if not self._deaf:
-            for ending in self._registry.expire(now):
+            for ending in self._registry.expire(now, _SLICE):
                 self.engine.end(ending)
         for process in self.processes.retry():
             self._process_ended(process)

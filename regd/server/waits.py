@@ -4,23 +4,40 @@ A wait looks at its name whenever that changes, and at the probes of its instanc
 turn that accepts, once those before it are known not to. Must not know connections or lines.
 """
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
 from regd.core.errors import Code, Refused
 from regd.core.limits import Limits
 from regd.core.model import Change, Entry
 from regd.core.registry import Registry
+from regd.core.service import Search
 from regd.server.clock import Clock, Timer
 from regd.server.probes import Address, Probes, may_probe
 
+_SLICE = 128  # looks in one turn of the loop
 _TURN_S = 0.02  # for those whose turn it is to be found accepting before others are taken
 _AT_ONCE_S = 0.25  # for the one attempt of `wait` 0
+_SLICE_S = 0.002  # for looking, before the loop turns
 
 
 class Wait:
     """One request that is parked. `done` is called once, with the instance or None when the time is over."""
 
-    __slots__ = ("addresses", "began", "done", "instance", "meta", "name", "once", "over", "soon", "timer")
+    __slots__ = (
+        "addresses",
+        "after",
+        "began",
+        "done",
+        "instance",
+        "meta",
+        "name",
+        "once",
+        "over",
+        "search",
+        "soon",
+        "timer",
+    )
 
     timer: Timer
 
@@ -40,6 +57,8 @@ class Wait:
         self.once = once
         self.done = done
         self.addresses: dict[Address, None] = {}  # that are probed for it, in turn
+        self.search: Search | None = None  # that takes more than one turn of the loop
+        self.after: str | None = None  # of very many instances those behind this one are probed
         self.soon: Timer | None = None
         self.over = False
 
@@ -49,8 +68,10 @@ class Waits:
         self._registry = registry
         self._clock = clock
         self._limits = limits
-        self._named: dict[str, list[Wait]] = {}
-        self._probing: dict[Address, list[Wait]] = {}
+        self._named: dict[str, dict[Wait, None]] = {}
+        self._probing: dict[Address, dict[Wait, None]] = {}
+        self._to_look: dict[Wait, None] = {}  # in order
+        self._looking = False
         self._count = 0
         self.probes = Probes(clock, limits, self._probed)
 
@@ -73,7 +94,7 @@ class Waits:
         if self._count >= self._limits.parked_total_max:
             raise Refused(Code.BUSY, f"{self._count} requests wait; try again later")
         wait = Wait(name, instance, meta, self.probes.count, not wait_s, done)
-        self._named.setdefault(name, []).append(wait)
+        self._named.setdefault(name, {})[wait] = None
         self._count += 1
         deadline = self._clock.now() + (wait_s or _AT_ONCE_S)
         wait.timer = self._clock.call_at(deadline, lambda: self._end(wait, None))
@@ -97,18 +118,41 @@ class Waits:
         for change in changes:
             self.probes.again((change.entry.host, change.entry.port))
         for name in {change.entry.name for change in changes}:
-            for wait in list(self._named.get(name, ())):
-                self._look(wait)
+            for wait in self._named.get(name, ()):
+                wait.search = wait.after = None
+                self._look_soon(wait)
 
     def _probed(self, address: Address) -> None:
-        for wait in list(self._probing.get(address, ())):
+        for wait in self._probing.get(address, ()):
+            self._look_soon(wait)
+
+    def _look_soon(self, wait: Wait) -> None:
+        self._to_look[wait] = None
+        if not self._looking:
+            self._looking = True
+            asyncio.get_running_loop().call_soon(self._look_some)
+
+    def _look_some(self) -> None:
+        """Look for one after another, and let the loop turn in between: very many may wait for one name."""
+        self._looking = False
+        until = self._clock.now() + _SLICE_S
+        for _ in range(min(len(self._to_look), _SLICE)):
+            wait = next(iter(self._to_look))
+            del self._to_look[wait]
             self._look(wait)
+            if self._clock.now() > until:
+                break
+        if self._to_look:
+            self._look_soon(next(iter(self._to_look)))
 
     def _look(self, wait: Wait) -> None:
         """Answer, or have probed what could become the answer."""
         if wait.over:
             return
         entries = self._candidates(wait)
+        if entries is None:
+            self._look_soon(wait)
+            return
         self._probe(wait, [(each.host, each.port) for each in entries if may_probe(each.host)])
         undecided = False
         for entry in entries:
@@ -121,21 +165,21 @@ class Waits:
                 self._end(wait, entry)  # of another machine: as good as it gets
                 return
             undecided = undecided or found is None
+        if not undecided and len(entries) == self._limits.probed_instances_max:
+            wait.after = entries[-1].instance  # none of these; next time others
         if wait.once and not undecided:
             self._end(wait, None)
 
-    def _candidates(self, wait: Wait) -> list[Entry]:
-        """Return the instances in turn; of very many those that were not tried, or longest ago."""
-        entries = self._registry.in_turn(wait.name, wait.instance, wait.meta)
-        most = self._limits.probed_instances_max
-        if len(entries) <= most:
-            return entries
-
-        def tried(entry: Entry) -> int:
-            finding = self.probes.last((entry.host, entry.port))
-            return finding.number if finding is not None and not finding.accepted else 0
-
-        return sorted(entries, key=tried)[:most]
+    def _candidates(self, wait: Wait) -> list[Entry] | None:
+        """Return the instances in turn, of very many some; None while they are not all looked at."""
+        if wait.search is None:
+            most = self._limits.probed_instances_max
+            wait.search = self._registry.search_in_turn(wait.name, wait.instance, wait.meta, most, wait.after)
+        search = wait.search
+        if not search.go_on(self._limits.search_max):
+            return None
+        wait.search = None
+        return search.found
 
     def _found(self, wait: Wait, address: Address) -> bool | None:
         """Return whether an address accepts, None while that is not known."""
@@ -150,16 +194,16 @@ class Waits:
 
     def _take_any(self, wait: Wait) -> None:
         """Those whose turn it was have not answered in time: take whoever accepts."""
-        for entry in self._candidates(wait):
+        wait.soon = None
+        for entry in self._candidates(wait) or ():
             if not wait.over and self._found(wait, (entry.host, entry.port)):
                 self._end(wait, entry)
-        wait.soon = None
 
     def _probe(self, wait: Wait, addresses: Sequence[Address]) -> None:
         before, wait.addresses = wait.addresses, dict.fromkeys(addresses)
         for address in wait.addresses:
             if address not in before:
-                self._probing.setdefault(address, []).append(wait)
+                self._probing.setdefault(address, {})[wait] = None
                 self.probes.want(address)
         for address in before:
             if address not in wait.addresses:
@@ -167,7 +211,7 @@ class Waits:
 
     def _leave(self, wait: Wait, address: Address) -> None:
         waits = self._probing[address]
-        waits.remove(wait)
+        del waits[wait]
         if not waits:
             del self._probing[address]
         self.probes.unwant(address)
@@ -177,11 +221,12 @@ class Waits:
             return
         wait.over = True
         wait.timer.cancel()
+        self._to_look.pop(wait, None)
         self._probe(wait, ())
         if wait.soon is not None:
             wait.soon.cancel()
         waits = self._named[wait.name]
-        waits.remove(wait)
+        del waits[wait]
         if not waits:
             del self._named[wait.name]
         self._count -= 1

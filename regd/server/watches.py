@@ -6,6 +6,7 @@ Must not know sockets: a peer is whoever can be given bytes.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Protocol
@@ -85,9 +86,9 @@ class Watches:
         self._clock = clock
         self._limits = limits
         self._epoch = epoch
-        self._exact: dict[str, set[Watch]] = {}
-        self._prefix: set[Watch] = set()
-        self._prefix_live: set[Watch] = set()  # those of them that have seen all: the others need not be told
+        self._watches: dict[str, set[Watch]] = {}  # by pattern
+        self._live: dict[str, set[Watch]] = {}  # those of them that have seen all: the others need not be told
+        self._lengths: Counter[int] = Counter()  # of the prefixes that stand there
         self._behind: dict[Watch, None] = {}  # in order: those that have something to send, and may
         self._pumping = False
         self._progress: Timer | None = None
@@ -114,7 +115,10 @@ class Watches:
             watch.tail = "progress"
         else:
             watch.cursor = -1  # which no history knows
-        (self._exact.setdefault(pattern, set()) if watch.exact else self._prefix).add(watch)
+        among = self._watches.setdefault(pattern, set())
+        if not among and not watch.exact:
+            self._lengths[len(pattern)] += 1
+        among.add(watch)
         self._count += 1
         self._go_on_with(watch)
         if self._progress is None:
@@ -126,12 +130,15 @@ class Watches:
         if not watch.open:
             return
         watch.open = False
-        among = self._exact[watch.pattern] if watch.exact else self._prefix
+        among = self._watches[watch.pattern]
         among.discard(watch)
-        if watch.exact and not among:
-            del self._exact[watch.pattern]
+        if not among:
+            del self._watches[watch.pattern]
+            if not watch.exact:
+                self._lengths[len(watch.pattern)] -= 1
+                self._lengths += Counter()  # without those that are 0
         self._count -= 1
-        self._prefix_live.discard(watch)
+        self._is_not_live(watch)
         self._behind.pop(watch, None)
 
     def close(self) -> None:
@@ -143,20 +150,24 @@ class Watches:
         if not self._count:
             return
         for change in changes:
-            if change.op is Op.KEEP:
+            if change.op is Op.KEEP or not self._live:
                 continue
             name = change.entry.name
-            for watch in self._exact.get(name, ()):
-                self._behind_by(watch, change)
-            for watch in [each for each in self._prefix_live if name.startswith(each.prefix)]:
-                self._behind_by(watch, change)
+            for pattern in (name, *(name[: length - 1] + "*" for length in self._lengths)):
+                for watch in self._live.pop(pattern, ()):
+                    watch.phase = _Phase.CATCH_UP
+                    watch.cursor = change.rev - 1
+                    self._go_on_with(watch)
 
-    def _behind_by(self, watch: Watch, change: Change) -> None:
-        if watch.phase is _Phase.LIVE:
-            watch.phase = _Phase.CATCH_UP
-            watch.cursor = change.rev - 1
-            self._prefix_live.discard(watch)
-            self._go_on_with(watch)
+    def _is_live(self, watch: Watch) -> None:
+        watch.phase = _Phase.LIVE
+        self._live.setdefault(watch.pattern, set()).add(watch)
+
+    def _is_not_live(self, watch: Watch) -> None:
+        among = self._live.get(watch.pattern, set())
+        among.discard(watch)
+        if not among:
+            self._live.pop(watch.pattern, None)
 
     def resume(self, watches: Sequence[Watch]) -> None:
         """The peer of these can take more again."""
@@ -211,9 +222,7 @@ class Watches:
             if size > _SLICE_BYTES:
                 break
         if watch.cursor == self._registry.rev:
-            watch.phase = _Phase.LIVE
-            if not watch.exact:
-                self._prefix_live.add(watch)
+            self._is_live(watch)
             if watch.tail:
                 lines.append(messages.event(watch.tail, watch.cursor, watch=watch.number))
                 watch.tail = ""
@@ -247,7 +256,7 @@ class Watches:
     def _tell_progress(self) -> None:
         """Tell all who have seen all that there was no more. The loop turns in between."""
         self._progress = None
-        live = [watch for among in (*self._exact.values(), self._prefix) for watch in among]
+        live = [watch for among in self._live.values() for watch in among]
         self._tell_some(live)
         if self._count:
             self._progress_later()

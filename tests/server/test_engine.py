@@ -40,7 +40,8 @@ class Bench:
             self.tally,
             limits,
             is_gone=lambda holder: False,
-            landed=lambda changes, lost, free: None,
+            landed=lambda changes: None,
+            settled=lambda lost, free: None,
         )
         self.outcomes: list[object] = []
         self.task = asyncio.create_task(self.engine.run())
@@ -250,7 +251,7 @@ async def test_an_end_is_never_refused_and_the_file_follows(tmp_path: Path) -> N
     bench.files.failing["create"] = FULL
     ending = Ending(Reason.CLOSED, session=7)
     bench.registry.gone(ending)
-    assert bench.registry.resolve("held", None, {}) is None
+    assert not any(map(bench.registry.is_ready, bench.registry.named("held")))
     bench.engine.end(ending)
     bench.submit(register("other"))
     await bench.until(2)

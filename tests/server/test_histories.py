@@ -120,7 +120,7 @@ class Histories(RuleBasedStateMachine):
     def end(self, ending: Ending) -> None:
         self.registry.gone(ending)
         draft = Draft(self.registry, 5.0)
-        draft.end(ending)
+        list(draft.end(ending))
         self.land(draft)
         self.registry.lifetimes.settle(ending)
 
@@ -262,7 +262,7 @@ class Histories(RuleBasedStateMachine):
     def advance(self, seconds: float) -> None:
         self.now += seconds
         self.model_end(lambda each: each.due <= self.now or each.claim <= self.now)
-        for ending in self.registry.expire(self.now):
+        for ending in self.registry.expire(self.now, 1_000):
             self.end(ending)
 
     @rule()
@@ -319,7 +319,9 @@ class Histories(RuleBasedStateMachine):
     def whoever_is_ready_is_resolved(self) -> None:
         for name in ("a", "b"):
             ready = {key for key, known in self.model.items() if key[0] == name and known.state == "ready"}
-            assert {entry.key for entry in self.registry.ready(name)} == ready
+            search = self.registry.search(name, None, {}, 1_000)
+            assert search.go_on(1_000)
+            assert {entry.key for entry in search.found} == ready
 
     @invariant()
     def deadlines_are_of_those_who_have_one(self) -> None:
