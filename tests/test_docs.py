@@ -16,6 +16,7 @@ from regd.core.limits import Limits
 from regd.protocol.commands import COMMANDS
 from tests.support.daemon import ROOT, Daemon, InLoop, environment
 from tests.support.documents import blocks, replay
+from tests.support.peers import Told
 
 PROTOCOL, DESIGN, README, CLIENT = (
     ROOT / name for name in ("regd/PROTOCOL.md", "regd/DESIGN.md", "README.md", "client/README.md")
@@ -27,6 +28,13 @@ CONVERSATIONS = blocks(PROTOCOL, "transcript")
 @pytest.mark.parametrize("text", CONVERSATIONS, ids=range(len(CONVERSATIONS)))
 async def test_the_conversations_of_the_protocol_page(text: str, daemon: InLoop) -> None:
     await replay(text, daemon)
+
+
+@pytest.mark.socket
+async def test_what_the_protocol_page_says_of_other_users(tmp_path: Path) -> None:
+    [text] = blocks(PROTOCOL, "transcript of another user")
+    async with InLoop(tmp_path / "registry.json", peers=Told()) as daemon:
+        await replay(text, daemon)
 
 
 def test_every_command_and_error_is_in_the_protocol_page() -> None:

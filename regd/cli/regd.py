@@ -2,11 +2,12 @@
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -140,6 +141,16 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
+def _spare_the_old(phase: str, info: Mapping[str, int]) -> None:
+    """Let a full collection of garbage look at nothing twice.
+
+    With 100,000 registrations it would hold the loop for 70 ms. What has survived one is kept by somebody, and
+    goes when nobody keeps it: regd leaves no cycles behind.
+    """
+    if phase == "stop" and info["generation"] == 2:
+        gc.freeze()
+
+
 async def _run(config: Config) -> None:
     loop = asyncio.get_running_loop()
     asked = asyncio.Event()
@@ -154,6 +165,8 @@ async def _run(config: Config) -> None:
         loop.add_signal_handler(number, ask, number)
     server = Server(config)
     await server.start()
+    gc.callbacks.append(_spare_the_old)
+    gc.collect()
     try:
         for address in server.addresses:
             _say(f"listening {address}")

@@ -9,7 +9,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 
 from regd.core.history import History
 from regd.core.lifetimes import Ending, Lifetimes
@@ -209,12 +209,10 @@ class Registry:
         at = bisect_left(self._names, name)
         if instance is not None and name in self._services:
             service = self._services[name]
-            first = islice(service.entries, service.behind(instance), None)
+            yield from islice(service.entries, service.behind(instance), None)
             at += 1
-        else:
-            first = iter(())
-        rest = (self._services[each].entries for each in islice(self._names, at, None))
-        return chain(first, chain.from_iterable(rest))
+        for each in islice(self._names, at, None):
+            yield from self._services[each].entries
 
     # Explaining.
 

@@ -80,7 +80,7 @@ class Answers:
         processes: Processes,
         probes: Probes,
         peer_of: Callable[[int], str | None],
-        gauges: Callable[[], Mapping[str, int]],
+        gauges: Callable[[], Mapping[str, object]],
     ) -> None:
         self._registry = registry
         self._identity = identity

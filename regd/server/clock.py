@@ -31,7 +31,7 @@ class LoopClock:
         self._loop = asyncio.get_running_loop()
 
     def now(self) -> float:
-        return self._loop.time()
+        return time.monotonic()  # as the loop's own, but it goes on within a turn, also on uvloop
 
     def wall(self) -> float:
         return round(time.time(), 3)

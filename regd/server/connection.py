@@ -158,12 +158,15 @@ class Connection(asyncio.Protocol):
         """Answer requests until there are none, something holds them up, or others should have a turn."""
         replies, self._landed = self._landed, []  # what has landed was asked before what is taken now
         size = 0
-        until = self._context.clock.now() + _TURN_S
+        pulse = self._context.pulse
+        now = self._context.clock.now()
+        until = now + _TURN_S
         for _ in range(_SLICE):
             item = self._take()
             if item is None:
                 break
             reply = self._answer(item)
+            now = pulse.took(item.cmd if isinstance(item, Request) else "a bad line", now)
             if self._held_up is not None:
                 break
             if reply is not None:
@@ -173,7 +176,7 @@ class Connection(asyncio.Protocol):
                     self._transport.write(b"".join(replies))
                     replies.clear()
                     size = 0
-            if self._context.clock.now() > until:
+            if now > until:
                 self._schedule()
                 break
         else:
@@ -208,30 +211,29 @@ class Connection(asyncio.Protocol):
                 context.complain(self._transport.get_extra_info("peername"), item.seen)
                 self._end()
             return self._error(item.refusal)
-        command = COMMANDS[item.cmd]
         try:
-            if command.guarded and not context.peers.may_write(self._asker.uid):
-                raise context.denied(self._transport.get_extra_info("peername"), self._asker.uid, item.cmd)
-            if command.writes:
-                context.engine.submit(context.answers.write(item, self._asker), self._done(item))
-                self._in_flight += 1
-                self._may_hold = self._may_hold or item.arguments.get("hold", False)
-                reply = None
-            elif item.cmd in ("watch", "unwatch"):
-                reply = self._watch(item) if item.cmd == "watch" else self._unwatch(item)
-            elif "wait" in item.arguments:
-                reply = self._park(item)
-            else:
-                reply = self._read(item)
-                if reply is None:
-                    return None
+            reply = self._do(item)
         except Refused as refusal:
             if self._in_flight:  # the engine takes no more, and replies before this one are not out yet
                 self._held_up = item
                 return None
             reply = self._error(refusal, item.id)
-        context.tally.requests[item.cmd] += 1
+        context.tally.requests[item.cmd] += self._held_up is None
         return reply
+
+    def _do(self, request: Request) -> bytes | None:
+        """Return the reply, None where it comes later."""
+        context, command = self._context, COMMANDS[request.cmd]
+        if command.guarded and not context.peers.may_write(self._asker.uid):
+            raise context.denied(self._transport.get_extra_info("peername"), self._asker.uid, request.cmd)
+        if command.writes:
+            context.engine.submit(context.answers.write(request, self._asker), self._done(request))
+            self._in_flight += 1
+            self._may_hold = self._may_hold or request.arguments.get("hold", False)
+            return None
+        if request.cmd in ("watch", "unwatch"):
+            return self._watch(request) if request.cmd == "watch" else self._unwatch(request)
+        return self._park(request) if "wait" in request.arguments else self._read(request)
 
     def _read(self, request: Request) -> bytes | None:
         """Answer, or hold the request up until there is an answer: others have a turn meanwhile."""

@@ -16,6 +16,7 @@ from regd.server.answers import Answers
 from regd.server.clock import Clock
 from regd.server.engine import Engine
 from regd.server.peers import Peers
+from regd.server.pulse import Pulse
 from regd.server.reaper import Reaper
 from regd.server.tally import Tally
 from regd.server.waits import Waits
@@ -72,6 +73,7 @@ class Context:
     peers: Peers
     clock: Clock
     tally: Tally
+    pulse: Pulse
     input: Budget
     output: Budget
     connections: "set[Connection]" = field(default_factory=set)

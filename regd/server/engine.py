@@ -19,6 +19,7 @@ from regd.core.limits import Limits
 from regd.core.model import Change, Holder, Process, Reason
 from regd.core.registry import Registry
 from regd.server.clock import Clock
+from regd.server.pulse import Pulse
 from regd.server.tally import Tally
 from regd.storage.store import Store
 
@@ -50,6 +51,7 @@ class Engine:
         store: Store,
         clock: Clock,
         tally: Tally,
+        pulse: Pulse,
         limits: Limits,
         is_gone: Callable[[Holder], bool],
         landed: Callable[[Sequence[Change]], None],
@@ -59,11 +61,12 @@ class Engine:
         self._store = store
         self._clock = clock
         self._tally = tally
+        self._pulse = pulse
         self._limits = limits
         self._is_gone = is_gone
         self._landed = landed
         self._settled = settled
-        self._until = 0.0  # when others should have a turn
+        self._turn = 0.0  # when this one began
         self.flushing_since: float | None = None  # when the flush that is in flight began
         self._waiting: deque[tuple[Write, Done] | Ending] = deque()
         self._wake = asyncio.Event()
@@ -141,6 +144,7 @@ class Engine:
             done(failure or outcome)
             if count % _SLICE == 0:
                 await self._others()
+        self._pulse.took("batch", self._turn)
 
     async def _judge(
         self, batch: Sequence[tuple[Write, Done] | Ending], draft: Draft
@@ -148,7 +152,7 @@ class Engine:
         """Judge what a batch wants, in order, and return what becomes of the writes if they land."""
         outcomes: list[Mapping[str, object] | Refused] = []
         together: list[Ending] = []  # that stand side by side: an entry of many holders is altered once
-        self._until = self._clock.now() + _TURN_S
+        self._turn = self._clock.now()
         for count, each in enumerate(batch, 1):
             if isinstance(each, Ending):
                 together.append(each)
@@ -160,20 +164,21 @@ class Engine:
                 outcomes.append(each[0](draft))
             except Refused as refusal:
                 outcomes.append(refusal)
-            if count % _SLICE == 0 or self._clock.now() > self._until:
+            if count % _SLICE == 0 or self._clock.now() > self._turn + _TURN_S:
                 await self._others()
         await self._end(draft, together)
         return outcomes
 
     async def _end(self, draft: Draft, endings: Sequence[Ending]) -> None:
         for count, _ in enumerate(draft.end(*endings), 1):
-            if count % _SLICE == 0 or self._clock.now() > self._until:
+            if count % _SLICE == 0 or self._clock.now() > self._turn + _TURN_S:
                 await self._others()
 
     async def _others(self) -> None:
         """Let the loop turn."""
+        self._pulse.took("batch", self._turn)
         await asyncio.sleep(0)
-        self._until = self._clock.now() + _TURN_S
+        self._turn = self._clock.now()
 
     async def _end_all_the_same(self, endings: Sequence[Ending]) -> Draft:
         """Judge the endings of a failed batch alone; the file follows when it can be written."""
@@ -185,6 +190,7 @@ class Engine:
         return draft
 
     async def _commit(self, changes: Sequence[Change]) -> Refused | None:
+        self._pulse.took("batch", self._turn)
         self.flushing_since = self._clock.now()
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._store.commit, changes)
@@ -193,6 +199,7 @@ class Engine:
             return self._failed(error)
         finally:
             self.flushing_since = None
+            self._turn = self._clock.now()
         self._tally.commits += 1
         if self._complained_at is not None:
             self._complained_at = None

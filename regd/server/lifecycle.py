@@ -22,6 +22,7 @@ from regd.server.context import Budget, Context, Sessions
 from regd.server.engine import Engine
 from regd.server.listener import Listeners, raise_open_files
 from regd.server.peers import Peers
+from regd.server.pulse import Pulse
 from regd.server.reaper import Reaper
 from regd.server.tally import Tally
 from regd.server.waits import Waits
@@ -81,6 +82,7 @@ class Server:
         self._clock = clock or LoopClock()
         self._files = files or Files()
         self._epoch = epoch or secrets.token_hex(8)
+        self._pulse = Pulse(self._clock)
         self._peers = peers or Peers(config.allowed_uids)
         self._listeners = Listeners()
         self._servers: list[asyncio.Server] = []
@@ -143,10 +145,10 @@ class Server:
         document = self._store.open(self._clock.wall())
         self._store.make()
         # 3. The parts.
-        clock, tally, sessions = self._clock, Tally(), Sessions()
+        clock, tally, sessions, pulse = self._clock, Tally(), Sessions(), self._pulse
         registry = Registry(document.entries, document.rev, limits, now=clock.now(), claim_s=config.grace_s)
-        watches = Watches(registry, clock, limits, self._epoch)
-        waits = Waits(registry, clock, limits)
+        watches = Watches(registry, clock, limits, pulse, self._epoch)
+        waits = Waits(registry, clock, limits, pulse)
         reaper = Reaper(registry, clock, limits, sessions.is_cut)
 
         def landed(changes: Sequence[Change]) -> None:
@@ -159,11 +161,12 @@ class Server:
                 sessions.tell(each)
 
         self._engine = reaper.engine = Engine(
-            registry, self._store, clock, tally, limits, reaper.is_gone, landed, settled
+            registry, self._store, clock, tally, pulse, limits, reaper.is_gone, landed, settled
         )
 
-        def gauges() -> dict[str, int]:
-            return {"watches": len(watches), "waiting": len(waits), "processes": len(reaper.processes)}
+        def gauges() -> dict[str, object]:
+            counts = {"watches": len(watches), "waiting": len(waits), "processes": len(reaper.processes)}
+            return {**counts, **pulse.described()}
 
         identity = identify(self._epoch, _loop_name(), str(self._store.path), clock.now())
         self._context = Context(
@@ -178,11 +181,13 @@ class Server:
             peers=self._peers,
             clock=clock,
             tally=tally,
+            pulse=pulse,
             input=Budget(limits.input_bytes_total_max),
             output=Budget(limits.output_bytes_total_max),
             sessions=sessions,
         )
         reaper.start()
+        pulse.start()
         self._engine_task = asyncio.create_task(self._engine.run(), name="regd-engine")
         # 4. Serve.
         context, loop = self._context, asyncio.get_running_loop()
@@ -214,6 +219,7 @@ class Server:
             self._context.watches.close()
             self._context.waits.close()
             self._context.reaper.close()
+            self._pulse.close()
         # 4. Addresses, lock.
         self._close_files()
 

@@ -14,6 +14,7 @@ from regd.core.registry import Registry
 from regd.core.service import Search
 from regd.server.clock import Clock, Timer
 from regd.server.probes import Address, Probes, may_probe
+from regd.server.pulse import Pulse
 
 _SLICE = 128  # looks in one turn of the loop
 _TURN_S = 0.02  # for those whose turn it is to be found accepting before others are taken
@@ -64,10 +65,11 @@ class Wait:
 
 
 class Waits:
-    def __init__(self, registry: Registry, clock: Clock, limits: Limits) -> None:
+    def __init__(self, registry: Registry, clock: Clock, limits: Limits, pulse: Pulse) -> None:
         self._registry = registry
         self._clock = clock
         self._limits = limits
+        self._pulse = pulse
         self._named: dict[str, dict[Wait, None]] = {}
         self._probing: dict[Address, dict[Wait, None]] = {}
         self._to_look: dict[Wait, None] = {}  # in order
@@ -135,13 +137,14 @@ class Waits:
     def _look_some(self) -> None:
         """Look for one after another, and let the loop turn in between: very many may wait for one name."""
         self._looking = False
-        until = self._clock.now() + _SLICE_S
+        began = self._clock.now()
         for _ in range(min(len(self._to_look), _SLICE)):
             wait = next(iter(self._to_look))
             del self._to_look[wait]
             self._look(wait)
-            if self._clock.now() > until:
+            if self._clock.now() > began + _SLICE_S:
                 break
+        self._pulse.took("waits", began)
         if self._to_look:
             self._look_soon(next(iter(self._to_look)))
 

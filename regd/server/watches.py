@@ -17,6 +17,7 @@ from regd.core.model import Change, Entry, Key, Op, Reason
 from regd.core.registry import Registry
 from regd.protocol import messages
 from regd.server.clock import Clock, Timer
+from regd.server.pulse import Pulse
 
 _SLICE = 128  # entries or changes of one watch before others get a turn; watches before the loop turns
 _SLICE_BYTES = 16_384  # and bytes, though at least one: what a peer that does not read can cost
@@ -81,10 +82,11 @@ class Watch:
 
 
 class Watches:
-    def __init__(self, registry: Registry, clock: Clock, limits: Limits, epoch: str) -> None:
+    def __init__(self, registry: Registry, clock: Clock, limits: Limits, pulse: Pulse, epoch: str) -> None:
         self._registry = registry
         self._clock = clock
         self._limits = limits
+        self._pulse = pulse
         self._epoch = epoch
         self._watches: dict[str, set[Watch]] = {}  # by pattern
         self._live: dict[str, set[Watch]] = {}  # those of them that have seen all: the others need not be told
@@ -189,7 +191,7 @@ class Watches:
     def _pump(self) -> None:
         """Send one slice of one watch after another, and let the loop turn in between."""
         self._pumping = False
-        until = self._clock.now() + _TURN_S
+        began = self._clock.now()
         for _ in range(min(_SLICE, len(self._behind))):
             watch = next(iter(self._behind))
             del self._behind[watch]
@@ -199,8 +201,9 @@ class Watches:
                     watch.peer.push(data)
                 if watch.phase is not _Phase.LIVE:
                     self._behind[watch] = None
-            if self._clock.now() > until:
+            if self._clock.now() > began + _TURN_S:
                 break
+        self._pulse.took("events", began)
         if self._behind:
             self._pump_soon()
 

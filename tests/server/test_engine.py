@@ -14,6 +14,7 @@ from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Entry, Holder, Reason, State
 from regd.core.registry import Registry
 from regd.server.engine import Engine, Write
+from regd.server.pulse import Pulse
 from regd.server.tally import Tally
 from regd.storage.store import Store
 from tests.support.clock import HandClock
@@ -38,6 +39,7 @@ class Bench:
             self.store,
             self.clock,
             self.tally,
+            Pulse(self.clock),
             limits,
             is_gone=lambda holder: False,
             landed=lambda changes: None,

@@ -14,9 +14,9 @@ import pytest
 from regd.server import peers
 from regd.server.peers import Peers, by_table, is_connection, owner, question
 from tests.support.daemon import Daemon, InLoop, environment
+from tests.support.peers import STRANGER, Told
 
 OURS, THEIRS = ("127.0.0.1", 7343), ("127.0.0.1", 40_000)
-STRANGER = 65_533  # a number that nobody here has
 LISTEN, ESTABLISHED, TIME_WAIT = 10, 1, 6
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's kernel")
@@ -160,15 +160,6 @@ def test_where_the_system_tells_nothing_anybody_may_write_and_that_is_told(
     assert asked.may_write(None)
     assert not asked.may_write(STRANGER)  # a Unix socket tells, whatever TCP does
     assert "any user of this machine may write" in caplog.text
-
-
-class Told(Peers):
-    """Says of every TCP peer what the test says."""
-
-    uid: int | None = STRANGER
-
-    def uid_of(self, connection: socket.socket) -> int | None:
-        return self.uid
 
 
 WRITES: list[dict[str, Any]] = [

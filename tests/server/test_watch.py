@@ -14,6 +14,7 @@ from regd.core.draft import Draft
 from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Entry, State
 from regd.core.registry import Registry
+from regd.server.pulse import Pulse
 from regd.server.watches import Watches
 from tests.support.clock import HandClock
 from tests.support.daemon import WAIT_S, InLoop, Peer
@@ -249,7 +250,8 @@ async def test_what_changes_while_the_state_is_being_sent_follows_it() -> None:
     def entry(n: int, port: int) -> Entry:
         return Entry(f"n{n:03}", "", "127.0.0.1", port, {}, State.READY, 0, 0.0)
 
-    watches, peer = Watches(registry, HandClock(), DEFAULT, "epoch"), Slot()
+    clock = HandClock()
+    watches, peer = Watches(registry, clock, DEFAULT, Pulse(clock), "epoch"), Slot()
     land(*(entry(n, 1) for n in range(300)))
     watch = watches.start(peer, 1, "*", {}, None)
     await asyncio.sleep(0)

@@ -1,0 +1,196 @@
+"""Nothing holds the loop: what is much goes in slices, others have a turn, and everything is still right."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from regd.core.limits import Limits
+from regd.server import engine
+from regd.server.pulse import Pulse
+from tests.support.clock import HandClock
+from tests.support.daemon import InLoop, Peer
+
+pytestmark = pytest.mark.socket
+
+
+async def workers(daemon: InLoop, count: int) -> Peer:
+    peer = await daemon.peer()
+    for n in range(count):
+        meta = {"zone": "ab"[n % 2], "n": str(n)}
+        peer.send({"cmd": "register", "name": "w", "instance": f"{n:04}", "port": n + 1, "meta": meta})
+    for _ in range(count):
+        assert (await peer.reply())["ok"]
+    return peer
+
+
+async def test_a_search_that_takes_many_turns_is_answered_in_its_place(tmp_path: Path) -> None:
+    async with InLoop(tmp_path / "registry.json", limits=Limits(search_max=3)) as daemon:
+        peer = await workers(daemon, 100)
+        peer.send(
+            {"cmd": "resolve", "name": "w", "meta": {"n": "97"}},
+            {"cmd": "resolve", "name": "w", "all": True, "meta": {"zone": "b"}},
+            {"cmd": "resolve", "name": "w", "meta": {"zone": "c"}},
+            {"cmd": "resolve", "name": "w", "all": True, "meta": {"zone": "c"}, "id": 1},
+            {"cmd": "ping", "id": 2},
+        )
+        assert (await peer.reply())["port"] == 98
+        found = await peer.reply()
+        assert [each["port"] for each in found["instances"]] == list(range(2, 101, 2))
+        assert found["rev"] == 100
+        assert (await peer.reply())["error"] == "not_found"
+        reply = await peer.reply()
+        assert (reply["id"], reply["error"]) == (1, "not_found")
+        assert (await peer.reply())["id"] == 2
+        requests = (await peer.ask(cmd="stats"))["requests"]
+        assert (requests["resolve"], requests["ping"]) == (4, 1)
+
+
+async def test_a_search_shows_one_revision_though_writers_go_on(tmp_path: Path) -> None:
+    async with InLoop(tmp_path / "registry.json", limits=Limits(search_max=1)) as daemon:
+        peer, writer = await workers(daemon, 300), await daemon.peer()
+        peer.send({"cmd": "resolve", "name": "w", "all": True})
+        await asyncio.sleep(0)
+        for n in range(300):
+            writer.send({"cmd": "deregister", "name": "w", "instance": f"{n:04}"})
+        found = await peer.reply()
+        assert len(found["instances"]) == 300 - (found["rev"] - 300)
+        assert found["rev"] == 300
+
+
+async def test_others_have_a_turn_while_one_searches(tmp_path: Path) -> None:
+    async with InLoop(tmp_path / "registry.json", limits=Limits(search_max=1)) as daemon:
+        searcher, other = await workers(daemon, 500), await daemon.peer()
+        searcher.send(*({"cmd": "resolve", "name": "w", "meta": {"zone": "c"}} for _ in range(20)))
+        await other.ask(cmd="ping")
+        # What the searcher has by now is less than all: 20 searches are 10,000 turns, a ping is a few.
+        assert (await other.ask(cmd="stats"))["requests"].get("resolve", 0) < 20
+        for _ in range(20):
+            assert (await searcher.reply())["error"] == "not_found"
+
+
+async def test_who_goes_while_it_searches_leaves_nothing(tmp_path: Path) -> None:
+    async with InLoop(tmp_path / "registry.json", limits=Limits(search_max=1)) as daemon:
+        searcher, other = await workers(daemon, 200), await daemon.peer()
+        searcher.send({"cmd": "resolve", "name": "w", "meta": {"zone": "c"}}, {"cmd": "ping"})
+        await searcher.reset()
+        while (await other.ask(cmd="stats"))["connections"] > 1:
+            pass
+
+
+async def test_a_wait_that_searches_long_is_answered(tmp_path: Path) -> None:
+    async with InLoop(tmp_path / "registry.json", limits=Limits(search_max=3)) as daemon:
+        peer = await workers(daemon, 100)
+        listener = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+        port = listener.sockets[0].getsockname()[1]
+        waiting = await daemon.peer()
+        waiting.send({"cmd": "resolve", "name": "w", "meta": {"here": "yes"}, "wait": 60})
+        await peer.ask(cmd="register", name="w", instance="9999", port=port, meta={"here": "yes"})
+        assert (await waiting.reply())["port"] == port
+        listener.close()
+        await listener.wait_closed()
+
+
+async def test_of_very_many_instances_the_one_that_accepts_is_found(tmp_path: Path) -> None:
+    limits = Limits(probed_instances_max=4, search_max=3)
+    async with InLoop(tmp_path / "registry.json", limits=limits) as daemon:
+        listener = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+        port = listener.sockets[0].getsockname()[1]
+        peer = await workers(daemon, 40)  # on ports where nobody listens
+        await peer.ask(cmd="register", name="w", instance="0020", port=port, force=True)
+        waiting = await daemon.peer()
+        waiting.send({"cmd": "resolve", "name": "w", "wait": 60})
+        found = asyncio.ensure_future(waiting.reply())
+        for _ in range(1_000):
+            daemon.clock.advance(0.5)
+            await asyncio.sleep(0.001)
+            if found.done():
+                break
+        assert (await found)["port"] == port
+        listener.close()
+        await listener.wait_closed()
+
+
+async def test_a_batch_lands_in_slices_and_no_watcher_misses_or_repeats(
+    daemon: InLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_SLICE", 3)
+    writers = [await daemon.peer() for _ in range(10)]
+    watchers = []
+    for count, writer in enumerate(writers):
+        for n in range(60):
+            writer.send({"cmd": "register", "name": f"n{count}", "instance": str(n), "port": 1 + n % 7})
+    for turn in range(60):
+        watchers.append(await daemon.peer())
+        watchers[-1].send({"cmd": "watch", "name": ["*", "n3", "n*", "n10*"][turn % 4]})
+        await asyncio.sleep(0)
+    for writer in writers:
+        for _ in range(60):
+            assert (await writer.reply())["ok"]
+    last = await writers[0].ask(cmd="register", name="n3", instance="last", port=9)
+    for turn, watcher in enumerate(watchers):
+        pattern = ["*", "n3", "n*", "n10*"][turn % 4]
+        seen: dict[tuple[str, str], int] = {}
+        rev, synced = 0, False
+        watcher.send({"cmd": "ping", "id": "end"})
+        while (line := await watcher.reply()).get("id") != "end" or (pattern != "n10*" and rev < last["rev"]):
+            if line.get("event") == "up":
+                key = (line["name"], line["instance"])
+                assert not synced or (key not in seen and line["rev"] > rev), line
+                seen[key] = rev = line["rev"]
+            synced = synced or line.get("event") == "sync"
+        count = {"*": 601, "n*": 601, "n3": 61, "n10*": 0}[pattern]
+        assert len(seen) == count
+
+
+async def test_nobody_sees_the_moment_between_two_addresses(
+    daemon: InLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_SLICE", 1)
+    writer, reader = await daemon.peer(), await daemon.peer()
+    await writer.ask(cmd="register", name="db", port=1)
+    writer.send(*({"cmd": "register", "name": "db", "port": 1 + n % 2} for n in range(1, 400)))
+    replies = asyncio.ensure_future(read(writer, 399))
+    while not replies.done():
+        assert (await reader.ask(cmd="resolve", name="db"))["ok"]
+    await replies
+
+
+async def read(peer: Peer, count: int) -> None:
+    for _ in range(count):
+        assert (await peer.reply())["ok"]
+
+
+async def test_very_many_leases_end_in_slices(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    for n in range(700):
+        peer.send({"cmd": "register", "name": "w", "instance": str(n), "port": 1, "ttl": 1})
+    await read(peer, 700)
+    daemon.clock.advance(2)
+    assert (await peer.ask(cmd="resolve", name="w"))["error"] == "not_found"
+    while (await peer.ask(cmd="stats"))["registrations"]:
+        pass
+    assert (await peer.ask(cmd="stats"))["rev"] == 1_400
+
+
+async def test_the_daemon_tells_how_late_it_was(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    stats = await peer.ask(cmd="stats")
+    assert (stats["lag_s"], stats["lag_max_s"], stats["slowest"]) == (0.0, 0.0, None)
+    daemon.clock.advance(0.5)
+    daemon.clock.stop(2.5)  # the beat was due after half a second of that
+    daemon.clock.advance(10)
+    stats = await peer.ask(cmd="stats")
+    assert (stats["lag_s"], stats["lag_max_s"]) == (0.0, 2.0)
+
+
+def test_the_slowest_is_kept_with_its_name() -> None:
+    clock = HandClock()
+    pulse = Pulse(clock)
+    for what, took_s in (("list", 0.002), ("watch", 0.005), ("ping", 0.001)):
+        began = clock.now()
+        clock.advance(took_s)
+        assert pulse.took(what, began) == clock.now()
+    clock.advance(3)
+    slowest = pulse.described()["slowest"]
+    assert slowest == {"what": "watch", "took_s": 0.005, "age_s": 3.001}

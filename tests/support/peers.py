@@ -1,0 +1,16 @@
+"""Another user at the other end, without being one."""
+
+import socket
+
+from regd.server.peers import Peers
+
+STRANGER = 65_533  # a number that nobody here has
+
+
+class Told(Peers):
+    """Says of every TCP peer what the test says."""
+
+    uid: int | None = STRANGER
+
+    def uid_of(self, connection: socket.socket) -> int | None:
+        return self.uid
