@@ -93,9 +93,7 @@ class Context:
         if uid is None:
             why = "the system does not tell which user you are, so you may only read"
         else:
-            why = (
-                f"user {uid} may only read here; have regd started with --allow-uid {uid}, or run one of your own"
-            )
+            why = f"user {uid} may only read here; start regd with --allow-uid {uid}, or run one of your own"
         return Refused(Code.DENIED, why)
 
     def _complain(self, text: str, *values: object) -> None:
