@@ -55,7 +55,9 @@ def limit_rows() -> list[str]:
     for row in fields(Limits):
         told = row.metadata
         error = f"`{told['error']}`" if told["error"] else ""
-        rows.append(f"| `{row.name}` | {row.default:,} | {told['why']} | {told['beyond']} | {error} |")
+        size = row.default * told["each_bytes"] / 2**20
+        memory = f"{size:.0f} MiB" if size else ""
+        rows.append(f"| `{row.name}` | {row.default:,} | {told['why']} | {told['beyond']} | {error} | {memory} |")
     return rows
 
 
@@ -63,6 +65,7 @@ def test_the_limits_are_in_the_design_page() -> None:
     page = DESIGN.read_text()
     for row in limit_rows():
         assert row in page, row
+    assert f"together {Limits().memory_bytes / 2**20:.0f} MiB" in page
 
 
 def test_the_program_of_the_client_page_runs(process: Daemon, tmp_path: Path) -> None:

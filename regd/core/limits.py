@@ -1,4 +1,4 @@
-"""Every limit of the daemon in one table: value, why, what happens beyond it, which error.
+"""Every limit of the daemon in one table: value, why, what happens beyond it, which error, what it costs.
 
 The daemon reads its limits from a `Limits`, `hello` and `stats` show them, and the table in DESIGN.md is held
 against this one by a test. Must not know how a limit is enforced.
@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 
-def _row(value: float, why: str, beyond: str, error: str = "") -> Any:
-    return field(default=value, metadata={"why": why, "beyond": beyond, "error": error})
+def _row(value: float, why: str, beyond: str, error: str = "", *, each_bytes: int = 0) -> Any:
+    """`each_bytes` is the memory that one of so many takes at most; 0 where another row counts it."""
+    return field(default=value, metadata={"why": why, "beyond": beyond, "error": error, "each_bytes": each_bytes})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +25,11 @@ class Limits:
     )
     id_chars_max: int = _row(64, "room for a UUID with a prefix", "request refused", "bad_request")
     connections_max: int = _row(
-        10_240, "10,000 services and some terminals; fewer where fewer files may be open", "closed", "busy"
+        10_240,
+        "10,000 services and some terminals; fewer where fewer files may be open",
+        "closed",
+        "busy",
+        each_bytes=6_144,
     )
     requests_in_flight_max: int = _row(
         64, "per connection; fills a commit, no more", "connection is not read until replies are out"
@@ -32,29 +37,40 @@ class Limits:
     writes_waiting_max: int = _row(
         16_384, "of all connections; some 256 connections at their own limit", "request refused", "busy"
     )
+    kept_bytes_max: int = _row(
+        134_217_728,
+        "requests that wait for the disk, are parked or watch",
+        "request refused",
+        "busy",
+        each_bytes=1,
+    )
     output_bytes_max: int = _row(
         16_384, "unsent, per connection; the kernel holds more", "connection is not read until all is sent"
     )
     output_bytes_total_max: int = _row(
-        67_108_864, "unsent, of connections beyond output_bytes_max", "the largest are cut"
+        67_108_864, "unsent, of connections beyond output_bytes_max", "the largest are cut", each_bytes=1
     )
     input_bytes_total_max: int = _row(
-        67_108_864, "unfinished or unanswered lines in all", "the largest are closed", "busy"
+        67_108_864, "unfinished or unanswered lines in all", "the largest are closed", "busy", each_bytes=1
     )
     reply_instances_max: int = _row(1_000, "a page that people and loops can take", "`next` or `more`")
     reply_bytes_max: int = _row(1_048_576, "a reply is one write", "`next` or `more`")
     list_scan_max: int = _row(5_000, "looked at for one page; keeps the loop free", "`next`")
     search_max: int = _row(2_000, "instances looked at in one turn of the loop", "others have a turn")
-    turns_max: int = _row(4_096, "whose turn it is, by `meta` asked for", "the turn begins anew")
+    turns_max: int = _row(4_096, "whose turn it is, by `meta` asked for", "the turn begins anew", each_bytes=512)
     near_candidates_max: int = _row(128, "looked at for near misses", "the rest is not looked at")
     near_names_max: int = _row(3, "more is no hint", "the rest is not named")
-    departures_max: int = _row(1_024, "names that left, for `last` and `why`", "the oldest is forgotten")
+    departures_max: int = _row(
+        1_024, "names that left, for `last` and `why`", "the oldest is forgotten", each_bytes=3_072
+    )
     departures_kept: int = _row(8, "of each name, for `why`", "the oldest is forgotten")
     held_max: int = _row(10_000, "per connection, with `hold`", "request refused", "busy")
     holders_max: int = _row(256, "of one registration; the workers of one server", "request refused", "busy")
-    processes_max: int = _row(8_192, "`pid`s watched; each is an open file", "request refused", "busy")
+    processes_max: int = _row(
+        8_192, "`pid`s watched; each is an open file", "request refused", "busy", each_bytes=2_048
+    )
     history_changes_max: int = _row(16_384, "what a watcher may miss and resume", "`reset` and a snapshot")
-    history_bytes_max: int = _row(67_108_864, "the same, in bytes", "`reset` and a snapshot")
+    history_bytes_max: int = _row(67_108_864, "the same, in bytes", "`reset` and a snapshot", each_bytes=1)
     watches_max: int = _row(256, "per connection", "request refused", "busy")
     watches_total_max: int = _row(65_536, "in all", "request refused", "busy")
     parked_max: int = _row(256, "`resolve` with `wait`, per connection", "request refused", "busy")
@@ -65,7 +81,9 @@ class Limits:
     probe_s_max: float = _row(1.0, "for one attempt to connect", "counts as no answer")
     progress_s: float = _row(30.0, "between two `progress` events", "")
     registrations_max: int = _row(200_000, "ten times a large machine", "request refused", "busy")
-    registry_bytes_max: int = _row(536_870_912, "as kept in memory, by estimate", "request refused", "busy")
+    registry_bytes_max: int = _row(
+        536_870_912, "as kept in memory, by estimate", "request refused", "busy", each_bytes=1
+    )
     name_chars_max: int = _row(253, "as in DNS", "request refused", "bad_argument")
     label_chars_max: int = _row(63, "as in DNS", "request refused", "bad_argument")
     instance_chars_max: int = _row(63, "as one label", "request refused", "bad_argument")
@@ -77,6 +95,11 @@ class Limits:
     farewell_s_max: float = _row(
         1.0, "input discarded so that a reset does not eat the last line", "connection cut"
     )
+
+    @property
+    def memory_bytes(self) -> int:
+        """What peers can cost at most: the sum over the table."""
+        return sum(int(getattr(self, row.name)) * row.metadata["each_bytes"] for row in fields(self))
 
     def values(self) -> dict[str, float]:
         """Return the limits by name, as `hello` and `stats` show them."""

@@ -227,7 +227,10 @@ class Connection(asyncio.Protocol):
         if command.guarded and not context.peers.may_write(self._asker.uid):
             raise context.denied(self._transport.get_extra_info("peername"), self._asker.uid, request.cmd)
         if command.writes:
-            context.engine.submit(context.answers.write(request, self._asker), self._done(request))
+            size = request.weight_bytes
+            context.kept.check(size)
+            context.engine.submit(context.answers.write(request, self._asker), self._done(request, size))
+            context.kept.take(size)
             self._in_flight += 1
             self._may_hold = self._may_hold or request.arguments.get("hold", False)
             return None
@@ -255,10 +258,13 @@ class Connection(asyncio.Protocol):
         if len(self._watches) >= context.limits.watches_max:
             raise Refused(Code.BUSY, f"this connection has {len(self._watches)} watches already")
         since = (given["epoch"], given["since"]) if "epoch" in given else None
-        number = self._watch_count + 1
+        number, size = self._watch_count + 1, request.weight_bytes
+        context.kept.check(size)
         watch = context.watches.start(self, number, given.get("name", "*"), given.get("meta", {}), since)
+        context.kept.take(size)
         self._watch_count = number
         self._watches[number] = watch
+        watch.kept_bytes = size
         return messages.ok(request.id, {"watch": number, **context.answers.position()})
 
     def _unwatch(self, request: Request) -> bytes:
@@ -266,6 +272,7 @@ class Connection(asyncio.Protocol):
         if watch is None:
             raise Refused(Code.NOT_FOUND, f"this connection has no watch {request.arguments['watch']}")
         self._context.watches.stop(watch)
+        self._context.kept.give(watch.kept_bytes)
         return messages.ok(request.id, {})
 
     def _park(self, request: Request) -> bytes | None:
@@ -273,6 +280,8 @@ class Connection(asyncio.Protocol):
         context, given = self._context, request.arguments
         if len(self._parked) >= context.limits.parked_max:
             raise Refused(Code.BUSY, f"{len(self._parked)} requests of this connection wait already")
+        size = 2 * request.weight_bytes  # a wait is as much again
+        context.kept.check(size)
         wait: Wait | None = None
         at_once: list[bytes] = []
 
@@ -284,7 +293,8 @@ class Connection(asyncio.Protocol):
             if wait is None:
                 at_once.append(reply)
                 return
-            self._parked.pop(wait, None)
+            if self._parked.pop(wait, None) is not None:
+                context.kept.give(size)
             self._blocked = self._blocked and request.id is not None
             if not self._ending:
                 self._landed.append(reply)
@@ -296,6 +306,7 @@ class Connection(asyncio.Protocol):
         if at_once:
             return at_once[0]
         self._parked[wait] = request
+        context.kept.take(size)
         self._blocked = request.id is None
         return None
 
@@ -303,9 +314,10 @@ class Connection(asyncio.Protocol):
         self._context.tally.errors[refusal.code] += 1
         return messages.error(refusal, id)
 
-    def _done(self, request: Request) -> Callable[[Mapping[str, object] | Refused], None]:
+    def _done(self, request: Request, size: int) -> Callable[[Mapping[str, object] | Refused], None]:
         def done(outcome: Mapping[str, object] | Refused) -> None:
             self._in_flight -= 1
+            self._context.kept.give(size)
             if self._ending or self._transport.is_closing():
                 return
             if isinstance(outcome, Refused):
@@ -459,9 +471,11 @@ class Connection(asyncio.Protocol):
         self._release()
         for watch in self._watches.values():
             context.watches.stop(watch)
+            context.kept.give(watch.kept_bytes)
         self._watches.clear()
-        for wait in list(self._parked):
+        for wait, request in self._parked.items():
             context.waits.cancel(wait)
+            context.kept.give(2 * request.weight_bytes)
         self._parked.clear()
 
     def _release(self) -> None:

@@ -60,6 +60,29 @@ class Budget:
         return gone
 
 
+class Room:
+    """Bytes that are kept of requests. When there is no room, no more is taken."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self.total = 0
+
+    def check(self, size: int) -> None:
+        """See that there is room for so many more.
+
+        Raises:
+            Refused: `busy`.
+        """
+        if self.total + size > self._bytes_max:
+            raise Refused(Code.BUSY, f"{self.total} bytes of requests are kept already; try again later")
+
+    def take(self, size: int) -> None:
+        self.total += size
+
+    def give(self, size: int) -> None:
+        self.total -= size
+
+
 @dataclass(slots=True)
 class Context:
     """What all connections of a daemon share."""
@@ -76,6 +99,7 @@ class Context:
     pulse: Pulse
     input: Budget
     output: Budget
+    kept: Room
     connections: "set[Connection]" = field(default_factory=set)
     sessions: "Sessions" = field(default_factory=lambda: Sessions())
     alone: asyncio.Event = field(default_factory=asyncio.Event)  # set when the last connection has gone

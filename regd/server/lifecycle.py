@@ -18,7 +18,7 @@ from regd.core.registry import Registry
 from regd.server.answers import Answers, identify
 from regd.server.clock import Clock, LoopClock
 from regd.server.connection import Connection
-from regd.server.context import Budget, Context, Sessions
+from regd.server.context import Budget, Context, Room, Sessions
 from regd.server.engine import Engine
 from regd.server.listener import Listeners, raise_open_files
 from regd.server.peers import Peers
@@ -83,6 +83,7 @@ class Server:
         self._files = files or Files()
         self._epoch = epoch or secrets.token_hex(8)
         self._pulse = Pulse(self._clock)
+        self._kept = Room(config.limits.kept_bytes_max)
         self._peers = peers or Peers(config.allowed_uids)
         self._listeners = Listeners()
         self._servers: list[asyncio.Server] = []
@@ -109,6 +110,11 @@ class Server:
     def unsent_bytes(self) -> int:
         """What waits for peers that do not read."""
         return self._context.output.total if self._context else 0
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept of requests that wait for the disk, are parked or watch."""
+        return self._kept.total
 
     @property
     def parked(self) -> int:
@@ -184,6 +190,7 @@ class Server:
             pulse=pulse,
             input=Budget(limits.input_bytes_total_max),
             output=Budget(limits.output_bytes_total_max),
+            kept=self._kept,
             sessions=sessions,
         )
         reaper.start()

@@ -45,6 +45,7 @@ class Watch:
         "after",
         "cursor",
         "exact",
+        "kept_bytes",
         "meta",
         "number",
         "open",
@@ -66,6 +67,7 @@ class Watch:
         self.cursor = cursor
         self.after: Key | None = None
         self.open = True
+        self.kept_bytes = 0  # what its request takes, for whoever keeps account
         self.tail = ""  # the event that tells the peer that it has caught up
 
     def line(self, change: Change) -> bytes | None:

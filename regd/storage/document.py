@@ -19,7 +19,8 @@ from regd.core.model import DEFAULT_HOST, Entry, Holder, Process, State, key_tex
 FORMAT = 1
 _HEAD = "$regd"
 _REV_MAX = 2**62  # room for as many changes again, in 64 bits
-_LINES_A_CHUNK = 2_048  # joined at a time: a join keeps the interpreter to itself, a write lets others run
+_LINES_A_CHUNK = (64, 4_096)  # joined at first, and at most
+_CHUNK_BYTES = 262_144  # a join keeps the interpreter to itself, a write lets others run
 _encode = json.JSONEncoder(allow_nan=False).encode
 
 
@@ -71,8 +72,11 @@ def chunks(rev: int, lines: Iterable[bytes]) -> Iterator[bytes]:
     """Return the whole file, in pieces."""
     yield f'{{\n"{_HEAD}": {{"format": {FORMAT}, "rev": {rev}}}'.encode()
     rest = iter(lines)
-    while piece := list(islice(rest, _LINES_A_CHUNK)):
-        yield b",\n" + b",\n".join(piece)
+    count, most = _LINES_A_CHUNK
+    while piece := list(islice(rest, count)):
+        chunk = b",\n" + b",\n".join(piece)
+        yield chunk
+        count = min(most, 1 + count * _CHUNK_BYTES // len(chunk))
     yield b"\n}\n"
 
 
