@@ -1,0 +1,447 @@
+"""Each row of the table of limits, at n-1, n and n+1: within it things work, beyond it happens what the row says.
+
+`test_every_row_is_here` keeps this page whole.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from regd.core.draft import Draft
+from regd.core.history import History
+from regd.core.limits import DEFAULT, Limits
+from regd.core.model import Change, Entry, Op, State
+from regd.core.registry import Registry
+from regd.protocol.commands import Request
+from tests.support.daemon import WAIT_S, InLoop, Peer
+from tests.support.files import ToldFiles
+
+pytestmark = pytest.mark.socket
+
+TESTED: set[str] = set()
+"""The rows that the tests below are about."""
+
+
+def rows(*names: str) -> Callable[[Any], Any]:
+    TESTED.update(names)
+    return lambda test: test
+
+
+Running = Callable[..., Any]
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Running:
+    """A daemon with some limits: `async with running(connections_max=3) as daemon`."""
+
+    @contextlib.asynccontextmanager
+    async def run(files: ToldFiles | None = None, **limits: float) -> AsyncIterator[InLoop]:
+        path = tmp_path / "registry.json"
+        async with InLoop(path, limits=replace(DEFAULT, **cast(Any, limits)), files=files) as daemon:
+            yield daemon
+
+    return run
+
+
+async def until(true: Callable[[], object]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not true():
+            await asyncio.sleep(0)
+
+
+# Arguments: what is checked before anything is done.
+
+
+def meta_of(size: int) -> dict[str, str]:
+    return {"k": "ä" * ((size - 1) // 2) + "v" * ((size - 1) % 2)}
+
+
+def named(size: int) -> str:
+    """Return a name of so many characters, its labels as long as they may be."""
+    return ".".join("a" * 63 for _ in range(size // 64)) + ("." if size > 63 else "") + "a" * (size % 64)
+
+
+ARGUMENTS: list[tuple[str, str, Callable[[Any], dict[str, Any]], float]] = [
+    ("id_chars_max", "bad_request", lambda n: {"cmd": "ping", "id": "x" * n}, 1),
+    ("name_chars_max", "bad_argument", lambda n: {"cmd": "register", "name": named(n), "port": 1}, 1),
+    ("label_chars_max", "bad_argument", lambda n: {"cmd": "register", "name": "a" * n, "port": 1}, 1),
+    (
+        "instance_chars_max",
+        "bad_argument",
+        lambda n: {"cmd": "register", "name": "a", "instance": "x" * n, "port": 1},
+        1,
+    ),
+    (
+        "host_chars_max",
+        "bad_argument",
+        lambda n: {"cmd": "register", "name": "a", "host": named(n), "port": 1},
+        1,
+    ),
+    (
+        "meta_keys_max",
+        "bad_argument",
+        lambda n: {"cmd": "register", "name": "a", "port": 1, "meta": {str(k): "" for k in range(n)}},
+        1,
+    ),
+    (
+        "meta_bytes_max",
+        "bad_argument",
+        lambda n: {"cmd": "register", "name": "a", "port": 1, "meta": meta_of(n)},
+        1,
+    ),
+    ("ttl_s_max", "bad_argument", lambda n: {"cmd": "register", "name": "a", "port": 1, "ttl": n}, 0.001),
+    ("ttl_s_min", "bad_argument", lambda n: {"cmd": "register", "name": "a", "port": 1, "ttl": n}, -0.001),
+    ("reply_instances_max", "bad_argument", lambda n: {"cmd": "list", "limit": n}, 1),
+]
+TESTED.update(row for row, *_ in ARGUMENTS)
+
+
+@pytest.mark.parametrize(("row", "code", "request_of", "step"), ARGUMENTS, ids=[each[0] for each in ARGUMENTS])
+async def test_arguments(
+    row: str, code: str, request_of: Callable[[Any], dict[str, Any]], step: float, daemon: InLoop
+) -> None:
+    peer = await daemon.peer()
+    most = getattr(DEFAULT, row)
+    for value in (most - step, most):
+        assert (await peer.ask(request_of(value)))["ok"], value
+    assert (await peer.ask(request_of(most + step)))["error"] == code
+
+
+@rows("wait_s_max")
+async def test_wait(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    most = DEFAULT.wait_s_max
+    peer.send(*({"cmd": "resolve", "name": "a", "wait": most + step, "id": str(step)} for step in (-1, 0, 1)))
+    refused = await peer.reply()
+    assert (refused["id"], refused["error"]) == ("1", "bad_argument")
+    daemon.clock.advance(most)
+    assert {(await peer.reply())["error"] for _ in range(2)} == {"timeout"}
+
+
+@rows("line_bytes_max")
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+async def test_a_line(end: bytes, daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    for step in (-1, 0, 1):
+        line = b'{"cmd":"ping"' + b" " * (DEFAULT.line_bytes_max + step - 14) + b"}"
+        reply = await peer.ask(line + end)
+        assert (reply["ok"], reply.get("error")) == ((False, "too_large") if step > 0 else (True, None))
+    assert (await peer.ask(cmd="ping"))["ok"]
+
+
+@rows("line_idle_s_max")
+async def test_an_unfinished_line(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    peer.send(b'{"cmd":')
+    await until(lambda: daemon.server.waiting_bytes)
+    daemon.clock.advance(DEFAULT.line_idle_s_max - 0.1)
+    peer.send(b'"ping"')
+    await until(lambda: daemon.server.waiting_bytes == 13)
+    daemon.clock.advance(DEFAULT.line_idle_s_max - 0.1)
+    peer.send(b"}\n{")
+    assert (await peer.reply())["ok"]
+    daemon.clock.advance(DEFAULT.line_idle_s_max)
+    assert (await peer.reply())["error"] == "timeout"
+    assert await peer.rest() == b""
+
+
+# Numbers of things: `take(n)` is the n-th of them, and what it answers.
+
+
+async def three(take: Callable[[int], Any]) -> None:
+    for n in range(3):
+        assert (await take(n))["ok"], n
+    assert (await take(3))["error"] == "busy"
+
+
+@rows("connections_max")
+async def test_connections(running: Running) -> None:
+    async with running(connections_max=3) as daemon:
+
+        async def connect(n: int) -> dict[str, Any]:
+            peer: Peer = await daemon.peer()
+            return await peer.ask(cmd="ping")
+
+        await three(connect)
+        await until(lambda: len(daemon.server.connections) == 4 or len(daemon.server.connections) == 3)
+
+
+@rows("held_max")
+async def test_held(running: Running) -> None:
+    async with running(held_max=3) as daemon:
+        peer, other = await daemon.peer(), await daemon.peer()
+        await three(lambda n: peer.ask(cmd="register", name=f"a{n}", port=1, hold=True))
+        assert (await other.ask(cmd="register", name="a3", port=1, hold=True))["ok"]
+        # In one batch too, and what was given up makes room.
+        peer.send(
+            {"cmd": "deregister", "name": "a0"},
+            {"cmd": "register", "name": "b", "port": 1, "hold": True},
+            {"cmd": "register", "name": "c", "port": 1, "hold": True},
+            {"cmd": "register", "name": "b", "port": 1, "hold": True, "meta": {"k": "v"}},
+        )
+        assert [(await peer.reply()).get("error") for _ in range(4)] == [None, None, "busy", None]
+
+
+@rows("holders_max")
+async def test_holders(running: Running) -> None:
+    async with running(holders_max=3) as daemon:
+        peers = [await daemon.peer() for _ in range(4)]
+        await three(lambda n: peers[n].ask(cmd="register", name="a", port=1, hold=True))
+
+
+@rows("processes_max")
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="this system cannot watch a process")
+async def test_processes(running: Running) -> None:
+    children = [await asyncio.create_subprocess_exec("sleep", "60") for _ in range(4)]
+    try:
+        async with running(processes_max=3) as daemon:
+            peer = await daemon.peer()
+            await three(lambda n: peer.ask(cmd="register", name=f"a{n}", port=1, pid=children[n].pid))
+    finally:
+        for child in children:
+            child.kill()
+            await child.wait()
+
+
+@rows("watches_max", "watches_total_max")
+async def test_watches(running: Running) -> None:
+    async with running(watches_max=3) as daemon:
+        peer = await daemon.peer()
+        await three(lambda n: ask_watch(peer, f"a{n}"))
+        assert (await ask_watch(await daemon.peer(), "a"))["ok"]
+    async with running(watches_total_max=3) as daemon:
+        peers = [await daemon.peer() for _ in range(4)]
+        await three(lambda n: ask_watch(peers[n], "a"))
+
+
+async def ask_watch(peer: Peer, name: str, **more: Any) -> dict[str, Any]:
+    reply = await peer.ask(cmd="watch", name=name, **more)
+    if reply["ok"]:
+        assert (await peer.reply())["event"] == "sync"
+    return reply
+
+
+@rows("parked_max", "parked_total_max")
+@pytest.mark.parametrize("row", ["parked_max", "parked_total_max"])
+async def test_parked(row: str, running: Running) -> None:
+    async with running(**{row: 3}) as daemon:
+        peer, last = await daemon.peer(), await daemon.peer()
+        peer.send(*({"cmd": "resolve", "name": "a", "wait": 60, "id": n} for n in range(3)))
+        await until(lambda: daemon.server.parked == 3)
+        reply = await (peer if row == "parked_max" else last).ask(cmd="resolve", name="a", wait=60, id=3)
+        assert (reply["id"], reply["error"]) == (3, "busy")
+
+
+@rows("registrations_max")
+async def test_registrations(running: Running) -> None:
+    async with running(registrations_max=3) as daemon:
+        peer = await daemon.peer()
+        await three(lambda n: peer.ask(cmd="register", name=f"a{n}", port=1))
+        assert (await peer.ask(cmd="register", name="a0", port=2))["ok"]
+
+
+@rows("registry_bytes_max")
+async def test_registry_bytes(running: Running) -> None:
+    size = Entry("a", "", "127.0.0.1", 1, {"k": "v"}, State.READY, 1, 0.0).weight_bytes
+    for step, code in ((-1, "busy"), (0, None), (1, None)):
+        async with running(registry_bytes_max=size + step) as daemon:
+            peer = await daemon.peer()
+            reply = await peer.ask(cmd="register", name="a", port=1, meta={"k": "v"})
+            assert reply.get("error") == code
+            await peer.ask(cmd="deregister", name="a")
+
+
+@rows("writes_waiting_max")
+async def test_writes_waiting(running: Running) -> None:
+    files = ToldFiles()
+    async with running(files, writes_waiting_max=3) as daemon:
+        peers = [await daemon.peer() for _ in range(5)]
+        files.syncing.clear()
+        files.gate.clear()
+        peers[4].send({"cmd": "register", "name": "first", "port": 1})
+        await until(files.syncing.is_set)
+        for n, peer in enumerate(peers[:3]):
+            peer.send({"cmd": "register", "name": f"a{n}", "port": 1})
+            assert (await peers[3].ask(cmd="ping"))["ok"]
+        assert (await peers[3].ask(cmd="register", name="d", port=1))["error"] == "busy"
+        files.gate.set()
+        for peer in peers[:3]:
+            assert (await peer.reply())["ok"]
+
+
+@rows("kept_bytes_max")
+@pytest.mark.parametrize("step", [-1, 0, 1])
+async def test_kept_bytes(step: int, running: Running) -> None:
+    """Of what waits for the disk, is parked, or watches; and all of it is given back."""
+    watch = Request("watch", None, {"name": "a", "meta": {"k": "v"}}).weight_bytes
+    wait = 2 * Request("resolve", None, {"name": "a", "wait": 60.0}).weight_bytes
+    write = Request("register", None, {"name": "a", "port": 1}).weight_bytes
+    files = ToldFiles()
+    async with running(files, kept_bytes_max=watch + wait + write + step) as daemon:
+        peer, other = await daemon.peer(), await daemon.peer()
+        assert (await ask_watch(peer, "a", meta={"k": "v"}))["ok"]
+        peer.send({"cmd": "resolve", "name": "a", "wait": 60, "id": 1})
+        await until(lambda: daemon.server.parked)
+        files.syncing.clear()
+        files.gate.clear()
+        other.send({"cmd": "register", "name": "b", "port": 1})
+        if step < 0:
+            assert (await other.reply())["error"] == "busy"
+        else:
+            await until(files.syncing.is_set)
+            assert daemon.server.kept_bytes == watch + wait + write
+            files.gate.set()
+            assert (await other.reply())["ok"]
+        files.gate.set()
+        assert daemon.server.kept_bytes == watch + wait
+        assert (await peer.ask(cmd="unwatch", watch=1))["ok"]
+        daemon.clock.advance(60)
+        assert (await peer.reply())["error"] == "timeout"
+        assert daemon.server.kept_bytes == 0
+        await ask_watch(peer, "a")
+        peer.send({"cmd": "resolve", "name": "a", "wait": 60, "id": 1})
+        await until(lambda: daemon.server.parked)
+        await peer.reset()
+        await until(lambda: daemon.server.kept_bytes == 0)
+
+
+@rows("requests_in_flight_max")
+async def test_requests_in_flight(running: Running) -> None:
+    files = ToldFiles()
+    async with running(files, requests_in_flight_max=3) as daemon:
+        peer, other = await daemon.peer(), await daemon.peer()
+        files.gate.clear()
+        peer.send(*({"cmd": "register", "name": f"a{n}", "port": 1} for n in range(5)))
+        await until(lambda: daemon.server.kept_bytes)
+        for _ in range(3):
+            assert (await other.ask(cmd="ping"))["ok"]
+        one = Request("register", None, {"name": "a0", "port": 1}).weight_bytes
+        assert daemon.server.kept_bytes == 3 * one
+        files.gate.set()
+        assert [(await peer.reply())["ok"] for _ in range(5)] == [True] * 5
+
+
+# Bytes that wait.
+
+
+@rows("input_bytes_total_max")
+async def test_input_bytes(running: Running) -> None:
+    async with running(input_bytes_total_max=3_000) as daemon:
+        peers = [await daemon.peer() for _ in range(3)]
+        for peer in peers:
+            peer.send(b"{" + b" " * 999)
+        await until(lambda: daemon.server.waiting_bytes == 3_000)
+        peers[0].send(b"  ")
+        assert (await peers[0].reply())["error"] == "busy"  # the largest
+        assert await peers[0].rest() == b""
+        for peer in peers[1:]:
+            assert (await peer.ask(b'"cmd":"ping"}\n'))["ok"]
+
+
+@rows("farewell_s_max")
+async def test_a_farewell(running: Running) -> None:
+    async with running() as daemon:
+        peer = await daemon.peer()
+        peer.send(b"GET / HTTP/1.1\r\n\r\n")
+        assert (await peer.reply())["error"] == "bad_request"
+        daemon.clock.advance(DEFAULT.farewell_s_max / 2)
+        await (await daemon.peer()).ask(cmd="ping")
+        assert len(daemon.server.connections) == 2
+        daemon.clock.advance(DEFAULT.farewell_s_max)
+        await until(lambda: len(daemon.server.connections) == 1)
+
+
+# Pages and what is kept of the past: values, without a socket.
+
+
+def change(rev: int, **meta: str) -> Change:
+    return Change(rev, Op.UP, Entry(f"n{rev}", "", "127.0.0.1", 1, meta, State.READY, rev, 0.0))
+
+
+@rows("history_changes_max", "history_bytes_max")
+@pytest.mark.parametrize(
+    ("limits", "kept"), [(Limits(history_changes_max=3), 3), (Limits(history_bytes_max=0), 1)]
+)
+def test_history(limits: Limits, kept: int) -> None:
+    history = History(0, limits)
+    for rev in range(1, 9):
+        history.add(change(rev))
+    assert len(history) == kept
+    assert (history.knows(8 - kept), history.knows(7 - kept)) == (True, False)
+
+
+def test_history_in_bytes() -> None:
+    history = History(0, Limits())
+    history.add(change(1, k="v"))
+    one = history.weight_bytes
+    for step, kept in ((-1, 2), (0, 3), (1, 3)):
+        history = History(0, Limits(history_bytes_max=3 * one + step))
+        for rev in range(1, 9):
+            history.add(change(rev, k="v"))
+        assert len(history) == kept
+
+
+def registry_of(count: int, **limits: int) -> Registry:
+    entries = [Entry(f"n{n:03}", "", "127.0.0.1", 1, {"n": str(n)}, State.READY, 1, 0.0) for n in range(count)]
+    return Registry(entries, 1, replace(DEFAULT, **cast(Any, limits)))
+
+
+@rows("list_scan_max")
+def test_list_scan() -> None:
+    for scan, found in ((3, 0), (4, 1), (5, 1)):
+        page = registry_of(5, list_scan_max=scan).page("*", {"n": "3"}, None, 10)
+        assert (len(page.entries), page.after is None) == (found, scan == 5)
+
+
+@rows("near_candidates_max", "near_names_max")
+def test_near() -> None:
+    for most, found in ((2, {"n010", "n011"}), (4, {"n009", "n010", "n011"})):
+        assert set(registry_of(20, near_candidates_max=most).near("n010x")) == found
+    assert len(registry_of(20).near("n0")) <= DEFAULT.near_names_max
+    assert len(registry_of(20).near("n01")) == DEFAULT.near_names_max
+
+
+@rows("departures_max", "departures_kept")
+def test_departures() -> None:
+    registry = registry_of(0, departures_max=3, departures_kept=2)
+    for name in ("a", "b", "c", "d"):
+        for n in range(3):
+            draft = Draft(registry, 0.0)
+            draft.register(Entry(name, str(n), "127.0.0.1", 1, {}, State.READY, 0, 0.0))
+            draft.deregister((name, str(n)))
+            registry.land(draft.changes, 0.0)
+    assert [len(registry.departures(name)) for name in ("a", "b", "c", "d")] == [0, 2, 2, 2]
+
+
+@rows("reply_bytes_max", "reply_instances_max")
+async def test_replies(running: Running) -> None:
+    for most, more in ((4, False), (3, False), (2, True)):
+        async with running(reply_instances_max=most) as daemon:
+            peer = await daemon.peer()
+            for n in range(3):
+                await peer.ask(cmd="register", name="a", instance=str(n), port=1)
+            assert ("next" in await peer.ask(cmd="list")) is more
+            assert ("more" in await peer.ask(cmd="resolve", name="a", all=True)) is more
+    async with running(reply_bytes_max=2_000) as daemon:
+        peer = await daemon.peer()
+        for n in range(30):
+            await peer.ask(cmd="register", name="a", instance=str(n), port=1)
+        for cmd in ("list", "resolve"):
+            peer.send({"cmd": cmd, "name": "a", **({"all": True} if cmd == "resolve" else {})})
+            assert len(await peer.line()) <= 2_000
+
+
+# Tested where they belong: slices and turns in test_health and test_service, probes in test_wait, `progress` in
+# test_watch, who does not read in test_connection.
+TESTED.update({"search_max", "turns_max", "probes_max", "probed_instances_max", "probe_s_max", "progress_s"})
+TESTED.update({"output_bytes_max", "output_bytes_total_max"})
+
+
+def test_every_row_is_here() -> None:
+    assert {row.name for row in fields(Limits)} == TESTED
