@@ -18,6 +18,8 @@ from regd.storage.store import StorageError
 
 log = logging.getLogger("regd")
 
+_SWITCH_S = 0.0005
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -163,6 +165,8 @@ async def _run(config: Config) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ask, number)
+    # The thread that writes the file takes turns with the loop, which asks for one at every send and receive.
+    sys.setswitchinterval(_SWITCH_S)
     server = Server(config)
     await server.start()
     gc.callbacks.append(_spare_the_old)

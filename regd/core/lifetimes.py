@@ -6,7 +6,7 @@ any more. Must not know connections, processes or timers: `now` comes in, `next_
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from regd.core.model import Entry, Holder, Key, Process, Reason
@@ -106,12 +106,12 @@ class Lifetimes:
                     free.add(process)
         return free
 
-    def held_by(self, ending: Ending) -> list[Key]:
+    def held_by(self, ending: Ending) -> Collection[Key]:
         """Return the keys that an ending concerns."""
         if ending.session is not None:
-            return sorted(self._of_session.get(ending.session, ()))
+            return self._of_session.get(ending.session, ())
         if ending.process is not None:
-            return sorted(self._of_process.get(ending.process, ()))
+            return self._of_process.get(ending.process, ())
         return [ending.holder[0]] if ending.holder else []
 
     def held_count(self, session: int | None) -> int:

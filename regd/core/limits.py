@@ -55,7 +55,7 @@ class Limits:
     )
     reply_instances_max: int = _row(1_000, "a page that people and loops can take", "`next` or `more`")
     reply_bytes_max: int = _row(1_048_576, "a reply is one write", "`next` or `more`")
-    list_scan_max: int = _row(5_000, "looked at for one page; keeps the loop free", "`next`")
+    list_scan_max: int = _row(2_000, "looked at for one page; keeps the loop free", "`next`")
     search_max: int = _row(2_000, "instances looked at in one turn of the loop", "others have a turn")
     turns_max: int = _row(4_096, "whose turn it is, by `meta` asked for", "the turn begins anew", each_bytes=512)
     near_candidates_max: int = _row(128, "looked at for near misses", "the rest is not looked at")

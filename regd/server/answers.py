@@ -15,7 +15,7 @@ from regd.core.draft import Contested, Draft
 from regd.core.errors import Code, Refused
 from regd.core.limits import Limits
 from regd.core.model import DEFAULT_HOST, Entry, Holder, Key, State, key_text
-from regd.core.registry import Registry
+from regd.core.registry import Page, Registry
 from regd.core.service import Search
 from regd.protocol import messages
 from regd.protocol.commands import Request, described
@@ -27,6 +27,7 @@ from regd.server.tally import Tally
 
 PROTOCOL = 1
 _SHOWN_MAX, _OWNERS_MAX = 100, 32  # instances that `why` tells of, and owners of each
+_ENCODED_MAX = 200  # instances made into JSON in one turn of the loop
 _AROUND_BYTES = 512  # `instances`, `more` and `next`, which is a name and an instance
 FEATURES = ("if", "force", "state", "hold", "pid", "ttl", "watch", "wait", "why")
 
@@ -169,9 +170,9 @@ class Answers:
 
     def _resolve(self, request: Request, session: int) -> bytes | Slow:
         search = self._search(request)
-        if search.go_on(self._limits.search_max):
+        if search.go_on(self._limits.search_max) and len(search.found) <= _ENCODED_MAX:
             return self._resolved(request, search.found, self._registry.rev)
-        return self._slowly(request, search, self._registry.rev)
+        return self._resolve_slowly(request, search, self._registry.rev)
 
     def _search(self, request: Request) -> Search:
         given = request.arguments
@@ -180,11 +181,20 @@ class Answers:
             return self._registry.search(name, instance, meta, self._limits.reply_instances_max + 1)
         return self._registry.search_in_turn(name, instance, meta, 1)
 
-    def _slowly(self, request: Request, search: Search, rev: int) -> Slow:
+    def _resolve_slowly(self, request: Request, search: Search, rev: int) -> Slow:
         yield None
         while not search.go_on(self._limits.search_max):
             yield None
+        yield from self._encode(search.found)
         yield self._resolved(request, search.found, rev)
+
+    @staticmethod
+    def _encode(entries: list[Entry]) -> Iterator[None]:
+        """Make what a reply of many instances is put together from, some in each turn."""
+        for count, entry in enumerate(entries, 1):
+            messages.instance(entry)
+            if count % _ENCODED_MAX == 0:
+                yield None
 
     def _resolved(self, request: Request, found: list[Entry], rev: int) -> bytes:
         """Answer with what was found at a revision."""
@@ -202,7 +212,7 @@ class Answers:
             result["more"] = True
         return messages.instances(request.id, result, shown)
 
-    def _list(self, request: Request, session: int) -> bytes:
+    def _list(self, request: Request, session: int) -> bytes | Slow:
         given = request.arguments
         page = self._registry.page(
             given.get("name", "*"),
@@ -210,8 +220,19 @@ class Answers:
             given.get("after"),
             min(given.get("limit", self._limits.reply_instances_max), self._limits.reply_instances_max),
         )
-        entries, after = page.entries, page.after
-        result = self.position()
+        position = self.position()
+        if len(page.entries) <= _ENCODED_MAX:
+            return self._listed(request, page, position)
+        return self._list_slowly(request, page, position)
+
+    def _list_slowly(self, request: Request, page: Page, position: dict[str, object]) -> Slow:
+        yield None
+        yield from self._encode(page.entries)
+        yield self._listed(request, page, position)
+
+    def _listed(self, request: Request, page: Page, position: dict[str, object]) -> bytes:
+        """Answer with a page of the registry as it was at a position."""
+        entries, after, result = page.entries, page.after, position
         room = self._limits.reply_bytes_max - len(messages.ok(request.id, result)) - _AROUND_BYTES
         fit = messages.fitting(entries, room)
         if fit < len(entries):

@@ -227,7 +227,7 @@ async def test_who_does_not_read_is_not_read_and_stops_nobody(daemon: InLoop) ->
 
 
 async def test_unsent_bytes_are_limited_in_all_and_the_longest_stuck_gives_way(tmp_path: Path) -> None:
-    async with InLoop(tmp_path / "registry.json", limits=Limits(output_bytes_total_max=1_200_000)) as daemon:
+    async with InLoop(tmp_path / "registry.json", limits=Limits(output_bytes_total_max=300_000)) as daemon:
         setup = await daemon.peer()
         for n in range(900):
             setup.send({"cmd": "register", "name": f"n{n}", "port": 1, "meta": {"k": "v" * 1_000}})
@@ -240,7 +240,7 @@ async def test_unsent_bytes_are_limited_in_all_and_the_longest_stuck_gives_way(t
         async with asyncio.timeout(WAIT_S):
             while not (await setup.ask(cmd="stats"))["cut"]:
                 pass
-        assert daemon.server.unsent_bytes <= 1_200_000
+        assert daemon.server.unsent_bytes <= 300_000
         assert (await setup.ask("resolve n1"))["ok"]
 
 
