@@ -1,0 +1,134 @@
+"""What a daemon takes when its limits are reached, beside what the table of limits promises. Run by `make memory`.
+
+Row after row is filled until the daemon refuses, cuts or forgets; the rows stay full. Some two minutes and a
+gibibyte.
+"""
+
+import contextlib
+import json
+import resource
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from regd.core.limits import DEFAULT
+from tests.health import Caller
+from tests.support.daemon import Daemon
+
+BIG = {f"{n:02}" + "k" * 28: "v" * 34 for n in range(64)}  # as many strings as may be, as long as may be
+MIB = 2**20
+
+
+def resident_bytes(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1_024
+    raise AssertionError("no VmRSS")
+
+
+class Saturation:
+    """The peers of one daemon; `open` keeps them until the end."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.open: list[Caller] = []
+        self.asker = self.caller()
+
+    def caller(self) -> Caller:
+        self.open.append(Caller(self.port))
+        return self.open[-1]
+
+    def stats(self) -> dict[str, Any]:
+        return self.asker.ask(cmd="stats")
+
+    def registry(self) -> None:
+        """Registrations, and the history with them, until the registry is full."""
+        peers = [self.caller() for _ in range(16)]
+        for round in range(1_000):
+            for number, peer in enumerate(peers):
+                peer.send(
+                    *(
+                        {"cmd": "register", "name": f"n{number}-{round}-{n}", "port": 1, "meta": BIG}
+                        for n in range(64)
+                    )
+                )
+            replies = [json.loads(peer.line()) for peer in peers for _ in range(64)]
+            if any(not reply["ok"] for reply in replies):
+                assert {reply.get("error") for reply in replies} <= {None, "busy"}
+                return
+
+    def kept(self) -> None:
+        """Watches with all the meta that there may be."""
+        while True:
+            peer = self.caller()
+            peer.send(*({"cmd": "watch", "name": f"x{n}", "meta": BIG} for n in range(250)))
+            for _ in range(250):
+                while "event" in (reply := json.loads(peer.line())):
+                    pass
+                if not reply["ok"]:
+                    assert reply["error"] == "busy"
+                    return
+
+    def input(self) -> None:
+        """Lines that have no end, until the first is closed for it."""
+        line = b"{" + b" " * (DEFAULT.line_bytes_max - 2)
+        for _ in range(DEFAULT.input_bytes_total_max // len(line)):
+            self.caller().socket.sendall(line)
+        self.stats()
+
+    def output(self) -> None:
+        """Peers that ask for pages and read nothing, until one is cut."""
+        before = self.stats()["cut"]
+        while self.stats()["cut"] == before:
+            with contextlib.suppress(ConnectionError):
+                self.caller().send(*({"cmd": "list"} for _ in range(64)))
+
+    def connections(self) -> None:
+        """Idle peers, until one is refused."""
+        while True:
+            peer = socket.create_connection(("127.0.0.1", self.port))
+            peer.settimeout(0.0005)
+            with contextlib.suppress(TimeoutError):
+                assert b"busy" in peer.recv(4_096)
+                return
+            keeper = Caller.__new__(Caller)
+            keeper.socket = peer
+            self.open.append(keeper)
+
+
+def main() -> int:
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))
+    promised = DEFAULT.memory_bytes
+    with tempfile.TemporaryDirectory() as folder, Daemon(Path(folder) / "registry.json") as daemon:
+        daemon.start()
+        assert daemon.process is not None
+        pid = daemon.process.pid
+        began = before = resident_bytes(pid)
+        print(f"{'started':12} {began / MIB:6.0f} MiB")
+        saturation = Saturation(daemon.port)
+        steps: list[Callable[[], None]] = [
+            saturation.registry,
+            saturation.kept,
+            saturation.input,
+            saturation.output,
+            saturation.connections,
+        ]
+        for step in steps:
+            step()
+            now = resident_bytes(pid)
+            print(f"{step.__name__:12} {now / MIB:6.0f} MiB, {(now - before) / MIB:+.0f}", flush=True)
+            before = now
+        stats = saturation.stats()
+        print({key: stats[key] for key in ("registrations", "registry_bytes", "watches", "connections", "cut")})
+        print(
+            f"the table promises {promised / MIB:.0f} MiB beside the program; taken: {(before - began) / MIB:.0f} MiB"
+        )
+        return int(before - began > promised + 100 * MIB)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
