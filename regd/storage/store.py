@@ -189,6 +189,7 @@ class Store:
                 files.sync(fd)
             finally:
                 files.close(fd)
+            files.sync_folder(aside.parent)  # else a crash may keep the rename that follows, and not the copy
         except BaseException:
             with contextlib.suppress(OSError):
                 files.remove(aside)
