@@ -29,8 +29,13 @@ class Files:
     """The real thing. Every method may raise `OSError`."""
 
     def make_folder(self, path: Path) -> None:
-        """Make a folder and those above it that are missing, durably: a file is no safer than its folder."""
+        """Make a folder and those above it that are missing, durably: a file is no safer than its folder.
+
+        One that is there may be left by a process that was killed before it was durable.
+        """
         if path.is_dir():
+            with contextlib.suppress(PermissionError):  # who may not read the folder above did not make this one
+                self.sync_folder(path.parent)
             return
         self.make_folder(path.parent)
         with contextlib.suppress(FileExistsError):

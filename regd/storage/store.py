@@ -90,6 +90,10 @@ class Store:
             if self._print is None:
                 self._replace()
             else:
+                # The daemon before this one may have been killed before it did so, and what is read is relied on.
+                self.dirty = True
+                self._files.sync_folder(self.path.parent)
+                self.dirty = False
                 self._files.close(self._files.create(self._temporary))
                 self._files.remove(self._temporary)
         except OSError as error:
