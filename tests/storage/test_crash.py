@@ -1,0 +1,338 @@
+"""A crash at every point of every commit: what loads then is the old state or the new one, whole, and nothing is lost.
+
+A real store works on a real folder through a door that tells a model of a disk. The model says what a power cut
+after each operation may leave; each of these is laid out in another folder, and a fresh store must open there.
+"""
+
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from regd.core.model import Change, Entry, Holder, Op, State, key_text
+from regd.storage.document import Document, parse
+from regd.storage.store import StorageError, Store
+from tests.support.disk import Disk, Killed, Moment, QuickFiles, RecordedFiles, Trouble, outcomes
+
+FILE = Path("deep/down/registry.json")
+LOADED_AT = 0.0
+
+
+class Held(NamedTuple):
+    """What a registry says."""
+
+    rev: int = 0
+    ports: frozenset[tuple[str, int]] = frozenset()
+
+
+NOTHING = Held()
+
+
+def held(document: Document) -> Held:
+    return Held(document.rev, frozenset((key_text(entry.key), entry.port) for entry in document.entries))
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a crash may leave at one moment, and what another hand wrote that must be somewhere."""
+
+    settled: Held = NOTHING
+    asked: tuple[Held, ...] = ()
+    spared: tuple[bytes, ...] = ()
+
+
+@dataclass
+class Workload:
+    """A store and its disk; `promises` has what was promised from which moment until which."""
+
+    root: Path
+    promises: list[tuple[int, int, Promise]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.disk = Disk(self.root)
+        self.files = RecordedFiles(self.disk)
+        self.path = self.root / FILE
+        self.now = NOTHING  # what is in effect
+        self.store: Store | None = None
+        self._written = 0
+        self._promise = Promise()
+        self._since = 0
+
+    def _promised(self, promise: Promise, *, from_next: bool = False) -> None:
+        """Both the last promise and this one hold now, between two operations; but not with `from_next`."""
+        now = len(self.disk.moments)
+        self.promises.append((self._since, now, self._promise))
+        self._promise, self._since = promise, now if from_next else now - 1
+
+    def settle(self, state: Held) -> None:
+        """From here on it is this state, and no other."""
+        self.now = state
+        self._promised(replace(self._promise, settled=state, asked=()))
+
+    def ask(self, state: Held) -> None:
+        """From here on it may be this state too."""
+        self._promised(replace(self._promise, asked=(*self._promise.asked, state)))
+
+    # What may happen.
+
+    def start(self) -> None:
+        """Open a store, as after a restart; what it serves from then on is as good as acknowledged."""
+        if self.store is not None:
+            self.store.close()
+        self.store = Store(self.path, lambda line: None, self.files)
+        opened = held(self.store.open(LOADED_AT))
+        assert opened in (self._promise.settled, *self._promise.asked)
+        self._forget_theirs()  # what another hand wrote is the registry now
+        self.store.make()
+        self.now = opened
+        if not self.store.dirty:
+            self.settle(opened)
+
+    def commit(self, changes: Sequence[Change], after: Held) -> None:
+        assert self.store is not None
+        self.ask(after)
+        self.store.commit(changes)
+        self.settle(after)
+
+    def owe(self, changes: Sequence[Change], after: Held) -> None:
+        assert self.store is not None
+        self.store.owe(changes)
+        self.now = after
+
+    def hand(self, how: str) -> None:
+        """Another hand puts a registry of its own in the place, or none."""
+        if not self.path.parent.is_dir():
+            return
+        self._forget_theirs()
+        if how == "removed":
+            self.path.unlink(missing_ok=True)
+            self._promised(Promise(spared=self._promise.spared), from_next=True)
+            self.disk.put(self.path, None)
+            return
+        self._written += 1
+        data = b'{"theirs": {"port": %d}}' % self._written + b" " * self._written
+        target = self.path if how == "in place" else self.path.with_name("their.new")
+        target.write_bytes(data)
+        os.utime(target, ns=(self._written, self._written))  # two edits in one tick are not told apart
+        target.replace(self.path)
+        theirs = Held(1, frozenset([("theirs", self._written)]))
+        self._promised(Promise(theirs, (), (*self._promise.spared, data)), from_next=True)
+        self.disk.put(self.path, data)
+
+    def _forget_theirs(self) -> None:
+        there = self.path.read_bytes() if self.path.exists() else None
+        spared = tuple(data for data in self._promise.spared if data != there)
+        self._promised(replace(self._promise, spared=spared))
+
+    def close(self) -> None:
+        if self.store is not None:
+            self.store.close()
+
+    def promised(self) -> Iterator[tuple[Moment, Promise]]:
+        """Yield every moment with every promise that was in force at it."""
+        for begin, end, promise in (*self.promises, (self._since, len(self.disk.moments), self._promise)):
+            for moment in self.disk.moments[begin:end]:
+                yield moment, promise
+
+
+# What a store is asked for.
+
+Step = Callable[[Workload], None]
+
+
+def changed(state: Held, *wanted: tuple[str, int]) -> tuple[list[Change], Held]:
+    """Return the changes that give these names these ports, 0 for none, and the state behind them."""
+    rev, ports = state.rev, dict(state.ports)
+    changes = []
+    for name, port in wanted:
+        before = ports.get(name, 0)
+        if before == port:
+            continue
+        rev += 1
+        op = Op.CHANGE if before and port else Op.UP if port else Op.DOWN
+        changes.append(Change(rev, op, Entry(name, "", "127.0.0.1", port or before, {}, State.READY, rev, 0.0)))
+        ports[name] = port
+        ports = {name: port for name, port in ports.items() if port}
+    return changes, Held(rev, frozenset(ports.items()))
+
+
+def batch(*wanted: tuple[str, int]) -> Step:
+    """As the engine: a batch that changes nothing needs the disk only where the file may be wrong."""
+
+    def step(work: Workload) -> None:
+        changes, after = changed(work.now, *wanted)
+        if work.store is not None and (changes or work.store.dirty):
+            work.commit(changes, after)
+
+    return step
+
+
+def owed(*wanted: tuple[str, int]) -> Step:
+    def step(work: Workload) -> None:
+        changes, after = changed(work.now, *wanted)
+        if changes:
+            work.owe(changes, after)
+
+    return step
+
+
+def kept(work: Workload) -> None:
+    """Other holders: the file's line changes, no revision, and here nothing that is looked at."""
+    for name, port in sorted(work.now.ports)[:1]:
+        entry = Entry(name, "", "127.0.0.1", port, {}, State.READY, 1, 0.0, (Holder(1, None, hold=True),))
+        work.commit([Change(work.now.rev, Op.KEEP, entry)], work.now)
+
+
+def repaired(work: Workload) -> None:
+    work.commit([], work.now)
+
+
+def restarted(work: Workload) -> None:
+    work.start()
+
+
+def hand(how: str) -> Step:
+    return lambda work: work.hand(how)
+
+
+def run(root: Path, steps: Iterable[tuple[Step, Trouble | None, int]]) -> Workload:
+    """Do the steps, each with the trouble that befalls its operation of that number."""
+    work = Workload(root)
+    try:
+        for step, trouble, due in steps:
+            work.files.expect(trouble, due)
+            try:
+                step(work)
+            except Killed:
+                work.files.expect(None, 0)
+                work.start()
+            except (OSError, StorageError):
+                work.files.expect(None, 0)
+                if step is restarted:
+                    work.start()
+    finally:
+        work.close()
+    return work
+
+
+# What must hold after a crash.
+
+
+class Crashes:
+    """Opens what crashes leave, each state once: lives have much in common."""
+
+    def __init__(self, folder: Path) -> None:
+        self.states = 0
+        self._folder = folder
+        self._good: set[object] = set()
+
+    def check(self, work: Workload) -> None:
+        for moment, promise in work.promised():
+            choices = moment.choices()
+            if (choices, promise) in self._good:
+                continue
+            for left in outcomes(choices):
+                # Nobody reads what is left under the temporary name: one content stands for all.
+                left = {name: b"{" if name.endswith(".tmp") else data for name, data in left.items()}
+                state = (frozenset(left.items()), promise)
+                if state not in self._good:
+                    self.states += 1
+                    self._check(left, promise, moment.did)
+                    self._good.add(state)
+            self._good.add((choices, promise))
+
+    def _check(self, left: Mapping[str, bytes | None], promise: Promise, did: str) -> None:
+        for name, data in sorted(left.items()):
+            if data is None:
+                (self._folder / name).mkdir()
+            else:
+                (self._folder / name).write_bytes(data)
+        check_start(self._folder / FILE, promise, did)
+        for path in self._folder.iterdir():
+            shutil.rmtree(path)
+
+
+def check_start(path: Path, promise: Promise, did: str) -> None:
+    """Start on what a crash left, and change something at once."""
+    assert missing(path.parent, promise.spared) == [], f"after {did}: what another hand wrote is lost"
+    theirs = path.read_bytes() if path.exists() else b""
+    store = Store(path, lambda line: None, QuickFiles())
+    opened = held(store.open(LOADED_AT))
+    assert opened in (promise.settled, *promise.asked), f"after {did}"
+    store.make()
+    changes, after = changed(opened, ("after", 1))
+    store.commit(changes)
+    store.close()
+    assert held(parse(path.read_bytes(), LOADED_AT)) == after
+    assert missing(path.parent, [data for data in promise.spared if data != theirs]) == []
+    assert not path.with_name(path.name + ".tmp").exists()
+
+
+def missing(folder: Path, spared: Iterable[bytes]) -> list[bytes]:
+    there = [path.read_bytes() for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    return [data for data in spared if data not in there]
+
+
+A_LIFE: Mapping[str, Sequence[Step]] = {
+    "the first start": [restarted, batch(("a", 1))],
+    "changes": [restarted, batch(("a", 1), ("b", 2)), batch(("a", 3), ("b", 0)), batch(("a", 3))],
+    "other holders": [restarted, batch(("a", 1)), kept, kept],
+    "a restart": [restarted, batch(("a", 1)), restarted, batch(("a", 1)), batch(("a", 0))],
+    "another hand": [restarted, batch(("a", 1)), hand("replaced"), batch(("b", 1)), batch(("c", 1))],
+    "another hand twice": [restarted, hand("in place"), batch(("a", 1)), hand("in place"), batch(("b", 1))],
+    "another hand that takes away": [restarted, batch(("a", 1)), hand("removed"), batch(("b", 1))],
+    "an end on a failing disk": [restarted, batch(("a", 1)), owed(("a", 0)), repaired],
+}
+
+
+@pytest.fixture(scope="module")
+def crashes(tmp_path_factory: pytest.TempPathFactory) -> Crashes:
+    return Crashes(tmp_path_factory.mktemp("crashes"))
+
+
+@pytest.mark.parametrize("steps", A_LIFE.values(), ids=A_LIFE)
+def test_a_crash_at_every_point(tmp_path: Path, crashes: Crashes, steps: Sequence[Step]) -> None:
+    (root := tmp_path / "disk").mkdir()
+    crashes.check(run(root, [(step, None, 0) for step in steps]))
+
+
+@pytest.mark.parametrize("trouble", Trouble)
+@pytest.mark.parametrize("steps", A_LIFE.values(), ids=A_LIFE)
+def test_a_crash_at_every_point_with_every_operation_gone_wrong(
+    tmp_path: Path, crashes: Crashes, steps: Sequence[Step], trouble: Trouble
+) -> None:
+    """And the daemon goes on from there: with a repair, and after it was killed with a start."""
+    for troubled in range(len(steps)):
+        for due in itertools.count():
+            (root := tmp_path / f"{troubled}-{due}").mkdir()
+            plan = [(step, trouble if at == troubled else None, due) for at, step in enumerate(steps)]
+            work = run(root, plan)
+            crashes.check(work)
+            if not work.files.befell:
+                break
+
+
+NAMES = st.sampled_from(["a", "b", "c"])
+WANTED = st.lists(st.tuples(NAMES, st.integers(0, 3)), min_size=1, max_size=4)
+STEPS = st.one_of(
+    WANTED.map(lambda wanted: batch(*wanted)),
+    WANTED.map(lambda wanted: batch(*wanted)),
+    WANTED.map(lambda wanted: owed(*wanted)),
+    st.sampled_from([kept, repaired, restarted, hand("in place"), hand("replaced"), hand("removed")]),
+)
+TROUBLED = st.tuples(STEPS, st.none() | st.sampled_from(Trouble), st.integers(0, 12))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(TROUBLED, min_size=1, max_size=8))
+def test_a_crash_in_any_life(crashes: Crashes, steps: list[tuple[Step, Trouble | None, int]]) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        crashes.check(run(Path(root), [(restarted, None, 0), *steps]))
