@@ -27,7 +27,7 @@ class Store:
 
     def __init__(self, path: Path, warn: Callable[[str], None], files: Files | None = None) -> None:
         self.path = Path(os.path.realpath(path))  # a rename must not turn a link into a file
-        self.dirty = False  # the file may hold what is not in effect: it must be written again
+        self.dirty = False  # the file may hold what is not in effect, or be gone: it must be written again
         self._warn = warn
         self._files = files or Files()
         self._temporary = self.path.with_name(self.path.name + ".tmp")
@@ -148,7 +148,11 @@ class Store:
 
     def _replace(self) -> None:
         files = self._files
-        fd = files.create(self._temporary)
+        try:
+            fd = files.create(self._temporary)
+        except FileNotFoundError:
+            self.dirty = True  # the folder is gone, and the file with it
+            raise
         try:
             try:
                 for chunk in chunks(self._rev, self._lines.values()):
