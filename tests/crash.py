@@ -6,12 +6,9 @@ it. The moments are of chance: a seed gives the same requests, not the same hist
 
 import argparse
 import asyncio
-import errno
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,9 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from regd.server import engine, lifecycle
-from regd.storage.files import Files
-from tests.support.daemon import WAIT_S, Daemon, Peer, environment
+from tests.support.daemon import WAIT_S, Peer
+from tests.support.victim import Victim
 
 KINDS = ("random", "step", "repair", "soon", "two")
 _WRITERS = 4
@@ -31,7 +27,6 @@ _KEYS_EACH = 5
 _BURST_MAX = 12
 _LOAD_S_MAX = 0.3
 _STEPS_MAX = 250  # of the door, from the daemon's start on: some twenty commits
-_STEPS_OF_A_START = 12
 _START_S_MAX = 0.3  # with that of the interpreter
 _FAIL_SHARE = 0.3
 
@@ -98,83 +93,6 @@ class Key:
                 state, _ = ask.after(state)
                 found.add(state)
         return found
-
-
-class Victim(Daemon):
-    """A daemon that is going to be killed. With a plan it runs on a door with troubles of its own."""
-
-    def __init__(self, registry: Path, plan: str = "") -> None:
-        super().__init__(registry, "--port", "0")
-        self._plan = plan
-
-    def command(self, *flags: str) -> list[str]:
-        given = super().command(*flags)
-        if self._plan:
-            at = given.index("-c") + 1
-            given[at] = f"from tests.crash import trouble; trouble({self._plan}); {given[at]}"
-        return given
-
-    def launch(self) -> None:
-        self.process = subprocess.Popen(
-            self.command(), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
-    def listens(self) -> bool:
-        """Wait until it listens; False where it ended before."""
-        assert self.process is not None
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        self.port = int(line.rpartition(":")[2] or 0)
-        return bool(line)
-
-
-def trouble(kill_at: int, fail_share: float, seed: int) -> None:
-    """In the daemon's process: kill it at this operation of its door, have a share of its commits fail."""
-    vars(lifecycle)["Files"] = lambda: Troubled(kill_at, fail_share, seed)
-    engine._REPAIR_AFTER_S = 0.01
-
-
-class Troubled(Files):
-    """Between two halves of a write it may be killed too."""
-
-    def __init__(self, kill_at: int, fail_share: float, seed: int) -> None:
-        self._count = 0
-        self._kill_at = kill_at
-        self._fail_share = fail_share
-        self._random = random.Random(seed)
-
-    def _step(self) -> None:
-        self._count += 1
-        if self._count == self._kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def _fail(self, share: float) -> None:
-        if self._count > _STEPS_OF_A_START and self._random.random() < share:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    def create(self, path: Path) -> int:
-        self._step()
-        return super().create(path)
-
-    def write(self, fd: int, data: bytes) -> None:
-        half = len(data) // 2
-        super().write(fd, data[:half])
-        self._step()
-        self._fail(self._fail_share / 5)
-        super().write(fd, data[half:])
-
-    def sync(self, fd: int) -> None:
-        self._step()
-        super().sync(fd)
-
-    def rename(self, source: Path, target: Path) -> None:
-        self._step()
-        super().rename(source, target)
-
-    def sync_folder(self, path: Path) -> None:
-        self._step()
-        self._fail(self._fail_share)
-        super().sync_folder(path)
 
 
 @dataclass
