@@ -1,0 +1,280 @@
+"""What a stream of bytes means, read anew from the contract: which lines are ours, what they ask, what is wrong.
+
+Written apart from regd's parser on purpose, with plain `json` and no word of `regd.protocol`, so that the two can be
+held against each other. Slow and simple. Must not know how regd does it.
+"""
+
+import ipaddress
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+BARE_BYTES_MAX = 512  # of a bare word, its name and the blanks of whoever typed it
+DEPTH_MAX = 100  # beyond it: refused, under either of two codes
+
+# What a line may turn out to be, beside the codes of errors.
+STRANGER, QUIT, REQUEST, UNSURE = "stranger", "quit", "request", "unsure"
+
+WRITES = ("register", "deregister", "update")
+
+
+@dataclass(frozen=True)
+class Said:
+    """One line: its kind or the error that it must get, and what it asks. `id` is what the reply must carry."""
+
+    kind: str
+    cmd: str = ""
+    id: str | int | None = None
+    arguments: Mapping[str, Any] | None = None
+
+
+class Bad(Exception):
+    """A line gets this error."""
+
+    def __init__(self, code: str, id: str | int | None = None) -> None:
+        super().__init__(code)
+        self.code = code
+        self.id = id
+
+
+def understood(stream: bytes, line_bytes_max: int, ended: bool = True) -> Iterator[Said]:
+    """Say what each line is, up to a stranger or `quit`. `ended`: what is unfinished counts as a line."""
+    *lines, rest = stream.split(b"\n")
+    for raw in lines + [rest] * ended:
+        line = _without_blanks(_without_end(raw))
+        if not line:
+            continue
+        said = _line(line, line_bytes_max)
+        yield said
+        if said.kind in (STRANGER, QUIT):
+            return
+
+
+def _without_end(line: bytes) -> bytes:
+    """CR, and the CR NUL of a telnet that reads from a pipe, do not count at the end."""
+    for end in (b"\r\0\r", b"\r\0", b"\r"):
+        if line.endswith(end):
+            return line[: -len(end)]
+    return line
+
+
+def _without_blanks(line: bytes) -> bytes:
+    at = 0
+    while at < len(line) and line[at] in b" \t\r":
+        at += 2 if line[at : at + 2] == b"\r\0" else 1
+    return line[at:]
+
+
+def _line(line: bytes, line_bytes_max: int) -> Said:
+    if not line.startswith(b"{"):
+        return _bare(line)
+    if len(line) > line_bytes_max:
+        return Said("too_large")
+    try:
+        return judged(line)
+    except Bad as bad:
+        return Said(bad.code, id=bad.id)
+
+
+def _bare(line: bytes) -> Said:
+    if len(line) > BARE_BYTES_MAX:
+        return Said(STRANGER)
+    text = line.replace(b"\r\0", b" ").replace(b"\r", b" ").decode("latin-1")
+    words = re.split("[ \t]+", text.strip(" \t"))
+    # A return is a blank at the end only; between the words stand blanks and tabs.
+    if b"\r" in line and re.search(rb"\r\0?[ \t\r\0]*[^ \t\r\0]", line):
+        return Said(STRANGER)
+    if not all(re.fullmatch("[!-~]+", word) for word in words):
+        return Said(STRANGER)
+    match words:
+        case ["quit"]:
+            return Said(QUIT)
+        case ["help" | "ping" | "list" | "watch"]:
+            return Said(REQUEST, words[0], arguments={})
+        case ["resolve", name] if len(name) <= 253:
+            return Said(REQUEST, "resolve", arguments={"name": name}) if _name(name) else Said("bad_argument")
+        case ["watch", name] if len(name) <= 254:
+            return Said(REQUEST, "watch", arguments={"name": name}) if _pattern(name) else Said("bad_argument")
+    return Said(STRANGER)
+
+
+# JSON, strictly.
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """An object as it was written, duplicates and all."""
+
+
+def _no_constant(word: str) -> Any:
+    raise Bad("bad_json")
+
+
+def read(line: bytes) -> dict[str, Any]:
+    """Read one object, and refuse what only Python takes for JSON."""
+    try:
+        value = json.loads(
+            line.decode("utf-8", "strict"), object_pairs_hook=_Pairs, parse_constant=_no_constant
+        )
+    except (ValueError, RecursionError):
+        raise Bad("bad_json") from None
+    plain = _plain(value, 0)
+    if not isinstance(plain, dict):
+        raise Bad("bad_json")
+    return plain
+
+
+def _plain(value: Any, depth: int) -> Any:
+    if depth > DEPTH_MAX:
+        raise Bad(UNSURE)
+    if isinstance(value, _Pairs):
+        keys = [key for key, _ in value]
+        if len(set(keys)) < len(keys):
+            raise Bad("bad_json")
+        return {_plain(key, depth): _plain(each, depth + 1) for key, each in value}
+    if isinstance(value, list):
+        return [_plain(each, depth + 1) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Bad("bad_json")
+    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+        raise Bad("bad_json")
+    return value
+
+
+def judged(line: bytes) -> Said:
+    """Read a request, and hold it against the tables of the contract: first the line, then id, command, arguments."""
+    fields = read(line)
+    given = "id" in fields
+    id = fields.pop("id", None)
+    if given and not (_is_whole(id) or (isinstance(id, str) and len(id) <= 64)):
+        raise Bad("bad_request")
+    cmd = fields.pop("cmd", None)
+    if not isinstance(cmd, str):
+        raise Bad("bad_request", id)
+    if cmd not in COMMANDS:
+        raise Bad("unknown_command", id)
+    needed, optional = COMMANDS[cmd]
+    if not needed <= fields.keys() <= needed | optional:
+        raise Bad("bad_argument", id)
+    unsure = False
+    for name, value in fields.items():
+        found = CHECKS["pattern" if name == "name" and cmd in ("list", "watch") else name](value)
+        if found is False:
+            raise Bad("bad_argument", id)
+        unsure = unsure or found is None
+    return Said(UNSURE if unsure else REQUEST, cmd, id, fields)
+
+
+# The tables: what each command takes, and the rule of each value. A check says None where the contract does not.
+
+COMMANDS: dict[str, tuple[set[str], set[str]]] = {
+    "ping": (set(), set()),
+    "hello": (set(), set()),
+    "help": (set(), {"topic"}),
+    "register": ({"name", "port"}, {"host", "instance", "meta", "state", "hold", "pid", "ttl", "if", "force"}),
+    "deregister": ({"name"}, {"instance", "if"}),
+    "resolve": ({"name"}, {"instance", "meta", "all", "wait"}),
+    "list": (set(), {"name", "meta", "after", "limit"}),
+    "update": ({"name"}, {"instance", "state", "meta", "if"}),
+    "renew": ({"name"}, {"instance", "ttl"}),
+    "watch": (set(), {"name", "meta", "epoch", "since"}),
+    "unwatch": ({"watch"}, set()),
+    "why": ({"name"}, {"instance"}),
+    "stats": (set(), set()),
+}
+
+_LOWER = "abcdefghijklmnopqrstuvwxyz0123456789_"
+
+
+def _is_whole(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_seconds(value: object, least: float, most: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+
+def _name(value: object) -> bool:
+    if not isinstance(value, str) or len(value) > 253:
+        return False
+    return all(
+        1 <= len(label) <= 63
+        and label[0] in _LOWER
+        and label[-1] in _LOWER
+        and all(letter in _LOWER + "-" for letter in label)
+        for label in value.split(".")
+    )
+
+
+def _pattern(value: object) -> bool:
+    if not isinstance(value, str) or not value.endswith("*"):
+        return _name(value)
+    return len(value) <= 254 and all(letter in _LOWER + "-." for letter in value[:-1])
+
+
+def _instance(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= 63 and all(
+        letter in _LOWER + "ABCDEFGHIJKLMNOPQRSTUVWXYZ.-" for letter in value
+    )  # fmt: skip
+
+
+def _host(value: object) -> bool | None:
+    if not isinstance(value, str) or not 1 <= len(value) <= 253 or not value.isascii():
+        return False
+    if "%" in value:
+        return None  # an interface: the contract does not go into it
+    try:
+        address = ipaddress.ip_address(value)
+        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+            return None  # nor into IPv4 in IPv6
+        return not address.is_unspecified
+    except ValueError:
+        pass
+    *_, last = labels = value.split(".")
+    if last.isdigit() or re.fullmatch("0[xX][0-9a-fA-F]*", last):
+        return None  # a name for some, a number for others
+    return all(
+        1 <= len(label) <= 63 and re.fullmatch("[A-Za-z0-9_-]+", label) and label[0] != "-" != label[-1]
+        for label in labels
+    )
+
+
+def _meta(value: object) -> bool:
+    if not isinstance(value, dict) or len(value) > 64:
+        return False
+    if not all(isinstance(each, str) for each in value.values()):
+        return False
+    return sum(len(key.encode()) + len(each.encode()) for key, each in value.items()) <= 4_096
+
+
+def _after(value: object) -> bool:
+    if not isinstance(value, str):
+        return False
+    name, _, instance = value.partition("/")
+    return _name(name) and _instance(instance)
+
+
+CHECKS: dict[str, Callable[[Any], bool | None]] = {
+    "name": _name,
+    "pattern": _pattern,
+    "instance": _instance,
+    "port": lambda value: _is_whole(value, 1, 65_535),
+    "host": _host,
+    "meta": _meta,
+    "state": lambda value: isinstance(value, str) and value in ("starting", "ready", "draining"),
+    "hold": lambda value: isinstance(value, bool),
+    "force": lambda value: isinstance(value, bool),
+    "all": lambda value: isinstance(value, bool),
+    "pid": lambda value: _is_whole(value, 1, 2**31 - 1),
+    "ttl": lambda value: _is_seconds(value, 1, 86_400),
+    "wait": lambda value: _is_seconds(value, 0, 3_600),
+    "if": lambda value: _is_whole(value, 0, 2**63 - 1),
+    "since": lambda value: _is_whole(value, 0, 2**63 - 1),
+    "watch": lambda value: _is_whole(value, 1, 2**63 - 1),
+    "limit": lambda value: _is_whole(value, 1, 1_000),
+    "topic": lambda value: isinstance(value, str) and value in COMMANDS,
+    "epoch": lambda value: isinstance(value, str) and 1 <= len(value) <= 64,
+    "after": _after,
+}

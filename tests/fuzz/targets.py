@@ -1,0 +1,520 @@
+"""What is fuzzed: functions of any bytes, each of which raises only when regd is wrong.
+
+`test_fuzz.py` replays the corpus through them and feeds them what hypothesis makes; `run.py` lets atheris look for
+more. Where an input has a plan, that is its first line: one byte a step, see `STEPS`; the stream is what follows.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from regd.core.errors import Code, Refused
+from regd.core.limits import DEFAULT, Limits
+from regd.core.model import Change, Entry, Op, Reason, key_text
+from regd.protocol import messages
+from regd.protocol.commands import Request
+from regd.protocol.messages import decode
+from regd.protocol.reader import Problem, Quit, Reader
+from regd.storage.document import Unreadable, chunks, line, parse
+from tests.fuzz import oracle
+from tests.fuzz.oracle import Said
+from tests.fuzz.world import REGISTRY, TIGHT, Wire, World, faked_system
+
+# (a) The line splitter and reader.
+
+SHORT = Limits(line_bytes_max=64)
+_AROUND = len(b"\r\0\r")  # of a line's end
+_QUEUED_BYTES = 64  # that a line counts for, at most, beyond its own
+NEXT = b'\n{"cmd":"ping","id":"next"}\n'
+
+
+def reader(data: bytes) -> None:
+    """However a stream is cut, the same items come out, and they are what the oracle says."""
+    plan, stream = planned(data)
+    for limits in (DEFAULT, SHORT):
+        whole = _items([stream], limits)
+        assert _items(_cut(plan, stream), limits) == whole
+        if len(stream) <= 4_096:
+            assert _items([stream[at : at + 1] for at in range(len(stream))], limits) == whole
+        said = list(oracle.understood(stream, limits.line_bytes_max))
+        _same_items(whole, said)
+        closed = bool(said) and said[-1].kind in (oracle.STRANGER, oracle.QUIT)
+        behind = _items([stream, NEXT], limits)
+        assert behind == _items([stream + NEXT], limits)
+        if not closed:
+            assert behind[-1:] == [Request("ping", "next", {})]
+        elif said[-1].kind == oracle.STRANGER:
+            assert behind == whole
+
+
+def planned(data: bytes) -> tuple[bytes, bytes]:
+    plan, _, stream = data.partition(b"\n")
+    return plan, stream
+
+
+def _cut(plan: bytes, stream: bytes) -> Iterator[bytes]:
+    at = 0
+    for size in plan:
+        yield stream[at : at + size]
+        at += size
+    yield stream[at:]
+
+
+def _items(pieces: Any, limits: Limits) -> list[object]:
+    """Feed pieces, and return what comes out, up to `quit`; a problem as its code, fatal or not, and its id."""
+    source = Reader(limits)
+    items: list[object] = []
+    for piece in pieces:
+        source.receive(piece)
+        kept = limits.line_bytes_max + _AROUND + len(piece) + _QUEUED_BYTES * piece.count(b"\n")
+        assert 0 <= source.waiting_bytes <= kept
+        if not _drain(source, items):
+            return items
+        assert source.waiting_bytes <= limits.line_bytes_max + _AROUND
+    source.end()
+    if _drain(source, items):
+        assert not source.pending
+        assert not source.unfinished
+        assert source.waiting_bytes == 0
+    return items
+
+
+def _drain(source: Reader, items: list[object]) -> bool:
+    """Take what there is. False when nothing more may come: behind a stranger, or `quit`."""
+    while (item := source.next()) is not None:
+        if isinstance(item, Quit):
+            items.append("quit")
+            return False
+        if isinstance(item, Request):
+            items.append(item)
+            continue
+        assert isinstance(item, Problem)
+        assert isinstance(item.refusal.code, Code)
+        _is_a_line(messages.error(item.refusal))
+        items.append((str(item.refusal.code), item.fatal, item.refusal.details.get("id")))
+        if item.fatal:
+            assert not source.pending
+            assert not source.unfinished
+            assert source.waiting_bytes == 0
+            return False
+    return True
+
+
+def _same_items(items: list[object], said: list[Said]) -> None:
+    """Hold what regd made of a stream against the oracle, one by one."""
+    assert len(items) == len(said), (items, said)
+    for item, each in zip(items, said, strict=True):
+        if isinstance(item, Request):
+            assert each.kind in (oracle.REQUEST, oracle.UNSURE), (item, each)
+            _same_request(item, each)
+        elif each.kind == oracle.QUIT:
+            assert item == "quit"
+        elif each.kind == oracle.STRANGER:
+            assert item == (Code.BAD_REQUEST, True, None)
+        elif each.kind != oracle.UNSURE:
+            assert item == (each.kind, False, each.id), (item, each)
+
+
+def _same_request(request: Request, said: Said) -> None:
+    if not said.cmd:
+        return  # nested so deeply that the oracle did not look
+    assert (request.cmd, request.id, type(request.id)) == (said.cmd, said.id, type(said.id))
+    assert said.arguments is not None
+    assert _as_json(request.arguments) == said.arguments
+
+
+def _as_json(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as somebody would send them: a place in a list is a text there."""
+    return {
+        name: key_text(value) + ("/" if not value[1] else "") if name == "after" else value
+        for name, value in arguments.items()
+    }
+
+
+# (b) The decoder.
+
+
+def decoder(data: bytes) -> None:
+    """A request or a refusal, as the oracle says; and what is accepted is the same when it is written again."""
+    source = data.replace(b"\n", b" ")
+    try:
+        request = decode(source)
+    except Refused as refusal:
+        _is_a_line(messages.error(refusal))
+        _refused_rightly(source, refusal)
+        return
+    _same_request(request, oracle.judged(source))
+    fields = {"cmd": request.cmd, **_as_json(request.arguments)}
+    if request.id is not None:
+        fields["id"] = request.id
+    for ascii in (True, False):
+        again = decode(json.dumps(fields, ensure_ascii=ascii, allow_nan=False).encode("utf-8"))
+        assert again == request
+        assert type(again.id) is type(request.id)
+    reply = _is_a_line(messages.ok(request.id, {}))
+    assert reply == ({"ok": True} if request.id is None else {"ok": True, "id": request.id})
+
+
+def _refused_rightly(source: bytes, refusal: Refused) -> None:
+    try:
+        said = oracle.judged(source)
+    except oracle.Bad as bad:
+        if bad.code != oracle.UNSURE:
+            assert (refusal.code, refusal.details.get("id")) == (bad.code, bad.id), (refusal.message, bad.code)
+        return
+    assert said.kind == oracle.UNSURE, (refusal.message, said)
+
+
+def _is_a_line(sent: bytes) -> dict[str, Any]:
+    """One line of the daemon: ASCII, strict JSON, with exactly one of `ok` and `event`."""
+    assert len(sent) <= DEFAULT.reply_bytes_max
+    assert sent.isascii()
+    assert sent.index(b"\n") == len(sent) - 1
+    assert not re.search(rb"[\x00-\x1f\x7f]", sent[:-1])
+    fields = oracle.read(sent)
+    assert ("ok" in fields) != ("event" in fields)
+    if fields.get("ok") is False:
+        assert fields["error"] in set(Code)
+        assert isinstance(fields["message"], str)
+    return fields
+
+
+# (c) The whole session.
+
+STEPS = b"""\
+. ~    the loop turns once; until it is at rest
+< > )  the peer stops reading; reads on; takes 100 bytes
+t T    a tenth of a second passes; 21 s
+s S    what goes to the disk takes five turns; none
+d D    the disk is full; is not
+x      every process ends
+$ !    the peer ends its side; the connection is reset
+other  so many bytes of the stream, up to 127; beyond, that less 127 times 16
+"""
+
+BEFORE = b"""{
+"$regd": {"format": 1, "rev": 7},
+"db": {"port": 5432},
+"worker/1": {"port": 5061, "meta": {"zone": "a"}, "ttl": 10},
+"cache": {"port": 6379, "hold": true},
+"job": {"port": 7000, "pid": 4242, "born": "boot/4242"}
+}
+"""
+FRIEND = b"""\
+{"cmd":"watch","id":"all"}
+{"cmd":"register","name":"kept","port":7001,"hold":true,"id":"mine"}
+"""
+_CONDITIONS = {Reason.CLOSED, Reason.EXITED, Reason.EXPIRED}
+_WAITED_S = 70  # for parked requests, at the end, and progress
+
+
+def session(data: bytes) -> None:
+    """Talk to a whole daemon; nothing happens but what was asked for, and nothing is left."""
+    plan, stream = planned(data)
+    with faked_system():
+        world = World(BEFORE)
+        try:
+            talk = Conversation(world)
+            talk.run(plan, stream)
+            talk.check()
+        finally:
+            world.stop()
+        assert world.server._engine_task is not None
+        assert world.server._engine_task.exception() is None
+        assert not world.loop.errors, world.loop.errors
+        assert not world.timers
+
+
+class Conversation:
+    """One peer that may say anything, and a friend who watches, holds, and tidies up."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.engine = world.context.engine
+        self.registry = world.context.engine._registry
+        self.friend = world.connect()
+        self.friend.send(FRIEND)
+        world.settle()
+        self.first_rev = self.registry.rev
+        self.cut_before = world.context.tally.cut
+        self.peer = world.connect()
+        self.given = bytearray()  # of the stream
+        self.late = False  # so much time passed that a line may have been given up
+        self.early = False  # the end came before all was given
+        self._actions: dict[int, Callable[[], object]] = {
+            ord("."): world.loop.turn,
+            ord("~"): world.settle,
+            ord("<"): lambda: setattr(self.peer, "taking", False),
+            ord(">"): lambda: world.do(self.peer.take),
+            ord(")"): lambda: world.do(lambda: self.peer.take(100)),
+            ord("t"): lambda: world.pass_time(0.1),
+            ord("T"): self._idle,
+            ord("s"): lambda: setattr(world.loop, "flush_turns", 5),
+            ord("S"): lambda: setattr(world.loop, "flush_turns", 0),
+            ord("d"): lambda: setattr(world.files, "failing", True),
+            ord("D"): lambda: setattr(world.files, "failing", False),
+            ord("x"): world.end_processes,
+            ord("$"): self.peer.end,
+            ord("!"): self.peer.reset,
+        }
+
+    def run(self, plan: bytes, stream: bytes) -> None:
+        at = 0
+        for step in plan:
+            action = self._actions.get(step)
+            if action is not None:
+                action()
+            else:
+                size = step if step < 128 else (step - 127) * 16
+                self._say(stream[at : at + size])
+                at += size
+        self._say(stream[at:])
+        self.world.settle()
+
+    def _say(self, data: bytes) -> None:
+        if data and (self.peer.eof_sent or self.peer.is_reset):
+            self.early = True
+        elif data:
+            self.given += data
+            self.world.do(lambda: self.peer.send(data))
+
+    def _idle(self) -> None:
+        self.late = True
+        self.world.pass_time(21)
+
+    # What must be true.
+
+    def check(self) -> None:
+        world, peer = self.world, self.peer
+        world.files.failing = False
+        world.do(peer.take)
+        world.settle()
+        self._check_closed()
+        self._end()
+        said = list(oracle.understood(bytes(self.given), TIGHT.line_bytes_max, ended=not peer.is_reset))
+        self._check_replies(said)
+        _explain(self.registry.history.since(self.first_rev, 10_000), [s for s in said if s.cmd in oracle.WRITES])
+        self._check_nothing_left()
+        self._check_friend()
+        self._check_file()
+        self._tidy_up()
+
+    def _check_closed(self) -> None:
+        """Behind a stranger and `quit` the daemon closes, whatever the peer does."""
+        said = list(oracle.understood(bytes(self.given), TIGHT.line_bytes_max, ended=False))
+        if said and said[-1].kind in (oracle.STRANGER, oracle.QUIT) and not self.peer.protocol._parked:
+            self.world.pass_time(2 * TIGHT.farewell_s_max)
+            assert self.peer.lost
+
+    def _end(self) -> None:
+        """Let the peer end its side, and what it waits for come; who watches must be cut."""
+        world, peer = self.world, self.peer
+        world.do(peer.end)
+        world.settle()
+        if peer.protocol._parked:
+            world.pass_time(TIGHT.wait_s_max + 1)
+        if not peer.lost and peer.protocol._watches:
+            world.do(peer.reset)
+            world.pass_time(TIGHT.progress_s + 1)
+        world.pass_time(2 * TIGHT.farewell_s_max)
+        assert peer.lost
+
+    def _check_replies(self, said: list[Said]) -> None:
+        """Every line is one; and the replies are those to what was said, in order, all or the first of them."""
+        sent = bytes(self.peer.sent)
+        whole, _, rest = sent.rpartition(b"\n")
+        cut = self.world.context.tally.cut > self.cut_before
+        assert not rest or cut or self.peer.is_reset, rest
+        lines = [_is_a_line(each + b"\n") for each in whole.split(b"\n") if each]
+        replies = [each for each in lines if "ok" in each]
+        expected = [each for each in said if each.kind != oracle.QUIT]
+        complete = not (cut or self.late or self.early or self.peer.is_reset)
+        if not complete:
+            del replies[-1:]  # it may say why
+        elif not rest:
+            assert len(replies) == len(expected), (expected, replies)
+        if any(each.arguments and "wait" in each.arguments for each in said):
+            return  # overtaken, perhaps
+        for reply, each in zip(replies, expected, strict=False):
+            _answers(reply, each)
+
+    def _check_nothing_left(self) -> None:
+        context, friend = self.world.context, self.friend.protocol
+        assert context.connections == {friend}
+        assert list(context.sessions._open.values()) == [friend]
+        assert context.tally.connections == 1
+        assert len(context.watches) == 1
+        assert not context.watches._behind
+        assert len(context.waits) == 0
+        assert not context.waits._named
+        assert not context.waits._probing
+        assert not context.waits.probes._probes
+        for budget in (context.input, context.output):
+            assert budget.total == 0
+            assert not budget._held
+
+    def _check_friend(self) -> None:
+        """Others are served, and who folds the events has the registry."""
+        self.friend.send(b'{"cmd":"ping","id":"there"}\n')
+        self.world.settle()
+        there: dict[tuple[str, str], dict[str, Any]] = {}
+        lines = [_is_a_line(each + b"\n") for each in bytes(self.friend.sent).split(b"\n") if each]
+        for each in lines:
+            match each.get("event"):
+                case "up" | "change":
+                    there[each["name"], each["instance"]] = each
+                case "down":
+                    del there[each["name"], each["instance"]]
+        assert [each.get("id") for each in lines if "ok" in each] == ["all", "mine", "there"]
+        assert all(each["ok"] for each in lines if "ok" in each)
+        entries = list(self.registry._entries.values())
+        assert {each.key: _shown(each) for each in entries} == {
+            key: {name: fields[name] for name in ("host", "port", "meta", "state", "rev")}
+            for key, fields in there.items()
+        }
+
+    def _check_file(self) -> None:
+        """The file holds what is in effect."""
+        self.world.pass_time(2)  # a disk that failed is tried again
+        top = json.loads(self.world.files.read(REGISTRY))
+        assert top.pop("$regd")["rev"] == self.registry.rev
+        assert {key: fields["port"] for key, fields in top.items()} == {
+            key_text(key): entry.port for key, entry in self.registry._entries.items()
+        }
+
+    def _tidy_up(self) -> None:
+        """Once all is deregistered, and time goes by, nothing at all is left."""
+        world, context = self.world, self.world.context
+        for name, instance in self.registry._entries:
+            request = {"cmd": "deregister", "name": name, "instance": instance}
+            for _ in range(TIGHT.holders_max):  # one of several holders gives up its own hold only
+                self.friend.send(json.dumps(request).encode() + b"\n")
+        self.friend.send(b"quit\n")
+        world.settle()
+        world.pass_time(TIGHT.progress_s + 2)
+        assert self.friend.lost
+        lifetimes = self.registry.lifetimes
+        for table in (
+            self.registry._entries, self.registry._keys, context.connections, context.reaper.processes._files,
+            lifetimes._of_session, lifetimes._of_process, lifetimes._due, lifetimes._span_s, lifetimes._key,
+            lifetimes._gone_sessions, lifetimes._gone_processes, lifetimes._gone_holders, world.timers,
+        ):  # fmt: skip
+            assert not table, table
+        assert self.registry.weight_bytes == 0
+
+
+def _shown(entry: Entry) -> dict[str, object]:
+    return {
+        "host": entry.host,
+        "port": entry.port,
+        "meta": entry.meta,
+        "state": str(entry.state),
+        "rev": entry.rev,
+    }
+
+
+# Of a valid request's arguments, what only the daemon's state, or all of them together, can tell.
+_LATER = {"update", "watch", "renew", "register"}
+_OF_THE_LINE = {Code.BAD_JSON, Code.BAD_REQUEST, Code.UNKNOWN_COMMAND, Code.TOO_LARGE}
+
+
+def _answers(reply: dict[str, Any], said: Said) -> None:
+    """A reply must fit what was said."""
+    if said.kind == oracle.UNSURE:
+        return
+    assert reply.get("id") == said.id, (reply, said)
+    error = reply.get("error")
+    if said.kind == oracle.STRANGER:
+        assert error == Code.BAD_REQUEST, (reply, said)
+    elif said.kind != oracle.REQUEST:
+        assert error == said.kind, (reply, said)
+    else:
+        assert error not in _OF_THE_LINE, (reply, said)
+        assert error not in (Code.INTERNAL, Code.SHUTTING_DOWN), (reply, said)
+        assert error != Code.BAD_ARGUMENT or said.cmd in _LATER, (reply, said)
+
+
+def _explain(changes: list[Change], asked: list[Said]) -> None:
+    """Every change of the registry is of a request, each of its own and in order, or the end of a lifetime."""
+    requests = iter(asked)
+    request = next(requests, None)
+    for change in changes:
+        if _is_an_end(change):
+            continue
+        while request is not None and not _explains(request, change):
+            request = next(requests, None)
+        assert request is not None, f"nobody asked for {change}"
+        if change.reason != Reason.REPLACED:  # what takes its place comes next
+            request = next(requests, None)
+
+
+def _is_an_end(change: Change) -> bool:
+    before = change.before
+    if change.op is Op.CHANGE and before is not None and len(change.entry.holders) < len(before.holders):
+        return True
+    if change.op is not Op.DOWN or change.reason not in _CONDITIONS:
+        return False
+    entry = change.entry
+    conditions = {Reason.CLOSED: entry.hold, Reason.EXITED: entry.pid, Reason.EXPIRED: entry.ttl_s}
+    assert conditions[Reason(change.reason)], f"{change} had no such condition"
+    return True
+
+
+def _explains(said: Said, change: Change) -> bool:
+    given, entry = said.arguments or {}, change.entry
+    if (given.get("name"), given.get("instance", "")) != entry.key:
+        return False
+    if change.reason == Reason.DEREGISTERED:
+        return said.cmd == "deregister"
+    if said.cmd == "update":
+        states = {given.get("state", entry.state), "draining"}
+        return change.op is Op.CHANGE and given.get("meta", entry.meta) == entry.meta and bool(
+            entry.state in states or "draining" == given.get("state")
+        )  # fmt: skip
+    address = (given.get("host", "127.0.0.1"), given.get("port")) == (entry.host, entry.port)
+    if change.reason == Reason.REPLACED:
+        return said.cmd == "register" and not address
+    same = given.get("meta", {}) == entry.meta and given.get("state", "ready") == entry.state
+    return said.cmd == "register" and address and same
+
+
+# (d) The file.
+
+
+def loader(data: bytes) -> None:
+    """A document or `Unreadable`; what loads is what plain json reads, and loads the same when it is written."""
+    try:
+        document = parse(data, 5.0)
+    except Unreadable as error:
+        assert str(error)
+        assert str(error).isprintable()
+        return
+    top = json.loads(data, object_pairs_hook=_once)
+    top.pop("$regd", None)
+    assert [key_text(each.key) for each in document.entries] == list(top)
+    for entry in document.entries:
+        fields = top[key_text(entry.key)]
+        assert type(fields["port"]) is int
+        assert (entry.port, entry.meta) == (fields["port"], fields.get("meta", {}))
+        assert (entry.host, entry.state) == (fields.get("host", "127.0.0.1"), fields.get("state", "ready"))
+        assert oracle.CHECKS["name"](entry.name)
+        assert oracle.CHECKS["host"](entry.host) is not False
+        assert oracle.CHECKS["meta"](entry.meta)
+    written = b"".join(chunks(document.rev, map(line, document.entries)))
+    assert written.isascii()
+    assert written.count(b"\n") == len(document.entries) + 3
+    assert parse(written, 5.0) == document
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    assert len({key for key, _ in pairs}) == len(pairs), "a key stands twice"
+    return dict(pairs)
+
+
+TARGETS: Mapping[str, Callable[[bytes], None]] = {
+    "reader": reader,
+    "decoder": decoder,
+    "session": session,
+    "loader": loader,
+}
