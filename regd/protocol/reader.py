@@ -27,9 +27,11 @@ _BARE = re.compile(
     rb"(?:[ \t]|\r\0?)*"
 )
 # As much of a line as can still become a bare form: a word, or one with a name and the beginning of that.
+# Possessive (`++`, `*+`): a long run of blanks would be tried at every split of it.
 _BARE_BEGUN = re.compile(
-    rb"(?:resolve[ \t]+[!-~]{0,253}|watch[ \t]+[!-~]{0,254}|help|ping|list|quit|resolve|watch)(?:[ \t]|\r\0?)*"
+    rb"(?:resolve[ \t]++[!-~]{0,253}|watch[ \t]++[!-~]{0,254}|help|ping|list|quit|resolve|watch)(?:[ \t]|\r\0?)*+"
 )
+_BARE_BYTES_MAX = 512  # of a bare form with its blanks: it is looked at again with every chunk
 _SEEN_BYTES = 60  # of a stranger's line, for the log
 
 
@@ -135,7 +137,7 @@ class Reader:
             line = line.removesuffix(b"\r").removesuffix(b"\r\0")
         if not line.startswith(b"{"):
             line = line[_leading(line) :]
-        if len(line) > self._limits.line_bytes_max:
+        if len(line) > self._most(line):
             self._lines.append(_Mark.TOO_LARGE if line.startswith(b"{") else _Stranger(line[:_SEEN_BYTES]))
         elif line:
             self._lines.append(line)
@@ -152,16 +154,22 @@ class Reader:
             del self._rest[: blanks - (blanks == len(self._rest) and self._rest.endswith(b"\r"))]
             if not self.unfinished:
                 return
-        if not self._rest.startswith(b"{") and not _may_be_bare(self._rest):
+        too_long = len(self._rest) > self._most(self._rest) + _END_BYTES
+        if not self._rest.startswith(b"{") and (too_long or not _may_be_bare(self._rest)):
             # It has no end yet, and need not have one: a TLS hello may hold no line feed at all.
             self._lines.append(_Stranger(bytes(self._rest[:_SEEN_BYTES])))
             self._rest.clear()
             self._closed = True
             return
-        if len(self._rest) > self._limits.line_bytes_max + _END_BYTES:
+        if too_long:
             self._lines.append(_Mark.TOO_LARGE)
             self._rest.clear()
             self._skipping = True
+
+    def _most(self, line: bytes | bytearray) -> int:
+        """How long a line may be that begins like this one."""
+        most = self._limits.line_bytes_max
+        return most if line.startswith(b"{") else min(most, _BARE_BYTES_MAX)
 
     def next(self) -> Item | None:
         """Return what the next line says, or None when there is none."""

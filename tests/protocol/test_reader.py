@@ -3,6 +3,7 @@ with trailing data. And: no bytes at all bring out anything but requests and pro
 """
 
 import json
+import time
 from collections.abc import Iterable
 
 import pytest
@@ -137,6 +138,8 @@ STRANGERS: dict[str, bytes] = {
     "resolve of too much": b"resolve " + b"a" * 254 + b"\n",
     "a word without an end": b"listlistlist",
     "too long": b"x" * (MOST + 1) + b"\n",
+    "a word and too many blanks": b"list" + b" " * 600 + b"\n",
+    "a word and blanks without end": b"resolve" + b" " * (MOST + 9),
 }
 
 
@@ -196,6 +199,18 @@ def test_a_line_without_end_is_forgotten_while_it_goes_on() -> None:
         reader.receive(b"{" * 10_000)
         assert reader.waiting_bytes <= MOST + 3
     assert reader.unfinished
+
+
+@pytest.mark.parametrize("word", [b"resolve", b"watch", b"list", b"ping"])
+def test_a_run_of_blanks_costs_no_more_than_its_length(word: bytes) -> None:
+    """Found by the fuzzer's seeds: the square of it, most of a minute for one chunk of 64 KiB."""
+    began = time.process_time()
+    for blank in (b" ", b"\t", b"\r", b"\r\0"):
+        for begin in (b"", word):
+            reader = Reader()
+            reader.receive(begin + blank * 50_000 + b"\1")
+            assert isinstance(reader.next(), Problem)
+    assert time.process_time() - began < 2.0
 
 
 def test_many_short_lines_count_for_what_they_cost() -> None:
