@@ -62,7 +62,8 @@ def _conditions(holder: Holder) -> dict[str, object]:
         fields["hold"] = True
     if holder.process is not None:
         fields["pid"] = holder.process.pid
-        fields["born"] = holder.process.born
+        if holder.process.born:  # a hand gave the number alone
+            fields["born"] = holder.process.born
     if holder.ttl_s is not None:
         fields["ttl"] = int(holder.ttl_s) if holder.ttl_s.is_integer() else holder.ttl_s
     return fields

@@ -83,6 +83,12 @@ def test_what_a_hand_wrote(text: str) -> None:
     assert document == Document(1, [Entry("runner", "", "127.0.0.1", 5050, {}, State.READY, 1, 5.0)])
 
 
+def test_what_a_hand_wrote_is_read_again_once_regd_has_written_it() -> None:
+    """Found by the fuzzer: a process without `born` was written as one that no regd takes."""
+    document = parse(b'{"runner": {"port": 5050, "pid": 7}}', 5.0)
+    assert parse(whole(document.rev, document.entries), 5.0) == document
+
+
 def test_an_empty_registry() -> None:
     assert parse(b"{}", 0.0) == Document(0, [])
     assert parse(b'{"$regd": {"format": 1, "rev": 7}}', 0.0) == Document(7, [])
