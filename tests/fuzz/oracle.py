@@ -70,7 +70,7 @@ def _without_blanks(line: bytes) -> bytes:
 
 def _line(line: bytes, line_bytes_max: int) -> Said:
     if not line.startswith(b"{"):
-        return _bare(line)
+        return _bare(line) if len(line) <= min(line_bytes_max, BARE_BYTES_MAX) else Said(STRANGER)
     if len(line) > line_bytes_max:
         return Said("too_large")
     try:
@@ -80,8 +80,6 @@ def _line(line: bytes, line_bytes_max: int) -> Said:
 
 
 def _bare(line: bytes) -> Said:
-    if len(line) > BARE_BYTES_MAX:
-        return Said(STRANGER)
     text = line.replace(b"\r\0", b" ").replace(b"\r", b" ").decode("latin-1")
     words = re.split("[ \t]+", text.strip(" \t"))
     # A return is a blank at the end only; between the words stand blanks and tabs.
@@ -115,9 +113,7 @@ def _no_constant(word: str) -> Any:
 def read(line: bytes) -> dict[str, Any]:
     """Read one object, and refuse what only Python takes for JSON."""
     try:
-        value = json.loads(
-            line.decode("utf-8", "strict"), object_pairs_hook=_Pairs, parse_constant=_no_constant
-        )
+        value = json.loads(line.decode("utf-8", "strict"), object_pairs_hook=_Pairs, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         raise Bad("bad_json") from None
     plain = _plain(value, 0)
@@ -138,7 +134,7 @@ def _plain(value: Any, depth: int) -> Any:
         return [_plain(each, depth + 1) for each in value]
     if isinstance(value, float) and not math.isfinite(value):
         raise Bad("bad_json")
-    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+    if isinstance(value, str) and not value.isascii() and re.search("[\ud800-\udfff]", value):
         raise Bad("bad_json")
     return value
 

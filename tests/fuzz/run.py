@@ -1,0 +1,100 @@
+"""The long form: `python -m tests.fuzz.run [TARGET …] [--seconds S]` lets atheris look for inputs that reach more.
+
+Inputs that reached something new are left in build/fuzz/TARGET, and one that broke a target as build/fuzz/TARGET.crash-…;
+`--input FILE` shows it again. What is worth keeping goes into the corpus by hand.
+"""
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Nothing of regd is imported up here, nor what imports it: atheris must see that happen.
+ROOT = Path(__file__).resolve().parents[2]
+CORPUS = Path(__file__).with_name("corpus")
+WORK = ROOT / "build" / "fuzz"
+INPUT_BYTES_MAX = 2_048
+ONE_S_MAX = 10  # for one input
+TARGETS = ("reader", "decoder", "session", "loader")
+HOW_TO_GET = "atheris is not installed: pip install 'atheris>=3' (Linux, CPython 3.11 to 3.14), or --group fuzz"
+_WORDS = ("true", "false", "null", "NaN", "Infinity", "1e999", "\\ud800", "\\u0000", "ready", "starting", "draining",
+          "$regd", "format", "rev", "born", "holders", "quit", "\r", "\0", "* ", "127.0.0.1", "::1", "db", "kept",
+          "worker/1", "cache", "job", "{}", "[]", '":', '","', "}\n{", '{"cmd":"', '"id":', "POST / HTTP/1.1")  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz.run", description="Fuzz regd, coverage-guided.")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
+    parser.add_argument("--seconds", type=int, default=60, help="for each target (60)")
+    parser.add_argument("--input", type=Path, help="run one input through the targets, and no more")
+    parser.add_argument(
+        "--here", action="store_true", help=argparse.SUPPRESS
+    )  # in this process: it does not return
+    given = parser.parse_args()
+    wanted = given.targets or TARGETS
+    if unknown := set(wanted) - set(TARGETS):
+        parser.error(f"no target {', '.join(unknown)}; there are {', '.join(TARGETS)}")
+    if given.input is not None:
+        return _replay(wanted, given.input)
+    try:
+        import atheris  # noqa: F401 - here only to see that it is there
+    except ImportError:
+        sys.stderr.write(f"{HOW_TO_GET}\n")
+        return 1
+    if given.here:
+        _fuzz(wanted[0], given.seconds)
+    command = [sys.executable, "-m", "tests.fuzz.run", "--here", "--seconds", str(given.seconds)]
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "client")])}
+    failed = [each for each in wanted if subprocess.run([*command, each], cwd=ROOT, env=paths).returncode]
+    sys.stderr.write(f"failed: {', '.join(failed)}; see {WORK}\n" if failed else "nothing found\n")
+    return bool(failed)
+
+
+def _replay(wanted: "tuple[str, ...] | list[str]", path: Path) -> int:
+    from tests.fuzz.targets import TARGETS as functions
+
+    for each in wanted:
+        functions[each](path.read_bytes())
+    return 0
+
+
+def _fuzz(target: str, seconds: int) -> None:
+    """Hand this process to libFuzzer, which ends it."""
+    import atheris
+
+    with atheris.instrument_imports(include=["regd"]):
+        from tests.fuzz.targets import TARGETS as functions
+
+    from tests.fuzz import oracle
+
+    logging.getLogger("regd").setLevel(logging.CRITICAL + 1)  # it may complain of strangers
+    found = WORK / target
+    found.mkdir(parents=True, exist_ok=True)
+    words = {*_WORDS, *oracle.COMMANDS, *oracle.CHECKS}
+    dictionary = WORK / f"{target}.words"
+    dictionary.write_text("".join(f'"{_escaped(word)}"\n' for word in sorted(words)))
+    sys.stderr.write(f"{target}: {seconds} s\n")
+    flags = {
+        "max_total_time": seconds,
+        "timeout": ONE_S_MAX,
+        "max_len": INPUT_BYTES_MAX,
+        "dict": dictionary,
+        "artifact_prefix": f"{found}.",
+        "print_final_stats": 1,
+        "verbosity": 0,
+    }
+    folders = [str(found), str(CORPUS / target)]
+    atheris.Setup(
+        [sys.argv[0], *(f"-{name}={value}" for name, value in flags.items()), *folders], functions[target]
+    )
+    atheris.Fuzz()
+
+
+def _escaped(word: str) -> str:
+    return "".join(each if each.isalnum() or each in " /.:{}[]$*_,-" else f"\\x{ord(each):02x}" for each in word)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
