@@ -233,6 +233,7 @@ class Conversation:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        world.loop.flush_turns = 0
         self.engine = world.context.engine
         self.registry = world.context.engine._registry
         self.friend = world.connect()
@@ -241,6 +242,7 @@ class Conversation:
         self.first_rev = self.registry.rev
         self.cut_before = world.context.tally.cut
         self.peer = world.connect()
+        self.connection, self.friends = self.peer.protocol, self.friend.protocol
         self.given = bytearray()  # of the stream
         self.late = False  # so much time passed that a line may have been given up
         self.early = False  # the end came before all was given
@@ -305,7 +307,7 @@ class Conversation:
     def _check_closed(self) -> None:
         """Behind a stranger and `quit` the daemon closes, whatever the peer does."""
         said = list(oracle.understood(bytes(self.given), TIGHT.line_bytes_max, ended=False))
-        if said and said[-1].kind in (oracle.STRANGER, oracle.QUIT) and not self.peer.protocol._parked:
+        if said and said[-1].kind in (oracle.STRANGER, oracle.QUIT) and not self.connection._parked:
             self.world.pass_time(2 * TIGHT.farewell_s_max)
             assert self.peer.lost
 
@@ -314,9 +316,9 @@ class Conversation:
         world, peer = self.world, self.peer
         world.do(peer.end)
         world.settle()
-        if peer.protocol._parked:
+        if self.connection._parked:
             world.pass_time(TIGHT.wait_s_max + 1)
-        if not peer.lost and peer.protocol._watches:
+        if not peer.lost and self.connection._watches:
             world.do(peer.reset)
             world.pass_time(TIGHT.progress_s + 1)
         world.pass_time(2 * TIGHT.farewell_s_max)
@@ -331,18 +333,19 @@ class Conversation:
         lines = [_is_a_line(each + b"\n") for each in whole.split(b"\n") if each]
         replies = [each for each in lines if "ok" in each]
         expected = [each for each in said if each.kind != oracle.QUIT]
+        waits = any(each.arguments and "wait" in each.arguments for each in said)
         complete = not (cut or self.late or self.early or self.peer.is_reset)
         if not complete:
             del replies[-1:]  # it may say why
-        elif not rest:
+        elif not (waits and said[-1].kind == oracle.STRANGER):  # which ends what waits
             assert len(replies) == len(expected), (expected, replies)
-        if any(each.arguments and "wait" in each.arguments for each in said):
+        if waits:
             return  # overtaken, perhaps
         for reply, each in zip(replies, expected, strict=False):
             _answers(reply, each)
 
     def _check_nothing_left(self) -> None:
-        context, friend = self.world.context, self.friend.protocol
+        context, friend = self.world.context, self.friends
         assert context.connections == {friend}
         assert list(context.sessions._open.values()) == [friend]
         assert context.tally.connections == 1

@@ -219,6 +219,7 @@ class Wire(asyncio.Transport):
     def _lost(self, error: Exception | None) -> None:
         self.protocol.connection_lost(error)
         self.lost = True
+        del self.protocol  # as asyncio does: the two must not keep each other
 
     def _deliver_soon(self) -> None:
         if not self._due:

@@ -1,0 +1,191 @@
+"""No bytes get anything out of regd but what they ask for: the corpus, and what hypothesis makes of valid requests.
+
+The long form, which looks for more by itself, is `python -m tests.fuzz.run`.
+"""
+
+import gc
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from regd.core.history import History
+from tests.fuzz import oracle
+from tests.fuzz.run import CORPUS
+from tests.fuzz.run import TARGETS as NAMES
+from tests.fuzz.targets import BEFORE, TARGETS, Conversation, decoder, loader, planned, reader, session
+from tests.fuzz.world import TIGHT, World, faked_system
+
+KEPT = sorted(CORPUS.glob("*/*"))
+STRANGERS = [path.read_bytes()[1:] for path in KEPT if path.name.startswith("stranger-")]
+FILES = [path.read_bytes() for path in KEPT if path.parent.name == "loader"]
+
+
+def test_the_corpus_is_there() -> None:
+    assert list(TARGETS) == list(NAMES)
+    assert {path.parent.name for path in KEPT} == set(TARGETS)
+    assert len(KEPT) >= 100
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("of", TARGETS)
+def test_the_corpus(of: str, name: str) -> None:
+    """Each kept input goes through all targets, not only through the one that it was kept for."""
+    for path in (CORPUS / of).iterdir():
+        try:
+            TARGETS[name](path.read_bytes())
+        except BaseException as error:
+            error.add_note(f"python -m tests.fuzz.run {name} --input {path.relative_to(CORPUS.parents[2])}")
+            raise
+
+
+# A grammar: requests that are valid, or nearly; then bytes flipped, cut, doubled, joined.
+
+names = st.sampled_from(["a", "b", "db", "worker", "cache", "job", "kept", "a.b-c_d"])
+instances = st.sampled_from(["", "1", "A.b_c-1"])
+texts = st.text(max_size=4)
+values: dict[str, st.SearchStrategy[object]] = {
+    "name": names,
+    "port": st.sampled_from([1, 2, 5061, 5432, 6379, 7000, 7001, 65_535]),
+    "host": st.sampled_from(["127.0.0.1", "::1", "localhost", "db.example"]),
+    "instance": instances,
+    "meta": st.sampled_from([{}, {"zone": "a"}]) | st.dictionaries(texts, texts, max_size=2),
+    "state": st.sampled_from(["starting", "ready", "draining"]),
+    "hold": st.booleans(),
+    "force": st.booleans(),
+    "all": st.booleans(),
+    "pid": st.sampled_from([22, 23, 24, 4242]),
+    "ttl": st.sampled_from([1, 1.5, 30, 86_400]),
+    "wait": st.sampled_from([0, 0.5, 30]),
+    "if": st.integers(0, 9),
+    "since": st.integers(6, 12),
+    "watch": st.integers(1, 4),
+    "limit": st.integers(1, 4),
+    "topic": st.sampled_from(sorted(oracle.COMMANDS)),
+    "epoch": st.sampled_from(["5eed5eed5eed5eed", "another"]),
+    "after": st.sampled_from(["db", "worker/1"]),
+}
+odd = st.sampled_from([None, True, -1, 0, 1e999, float("nan"), 2**63, "", "\ud800", [], {}, {"a": 1}, "*", "::", "A"])
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> bytes:
+    cmd = draw(st.sampled_from(sorted(oracle.COMMANDS)))
+    needed, optional = oracle.COMMANDS[cmd]
+    chosen = sorted(needed) + draw(st.lists(st.sampled_from(sorted(optional) or ["name"]), max_size=3, unique=True))
+    fields = {"cmd": cmd, **{each: draw(values[each]) for each in chosen if each in needed | optional}}
+    if draw(st.booleans()):
+        fields["id"] = draw(st.integers(0, 3) | texts)
+    if draw(st.integers(0, 9)) == 0:
+        fields[draw(st.sampled_from(["id", "cmd", *values]))] = draw(odd)
+    line = json.dumps(fields, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
+    if draw(st.integers(0, 9)) == 0 and len(fields) > 1:
+        line = line[:-1] + b"," + line[1:]  # every key twice
+    return line
+
+
+words = st.sampled_from([b"help", b"ping", b"list", b"watch", b"resolve db", b"watch w*", b"quit", b"", b"\r\0"])
+ends = st.sampled_from([b"\n", b"\n", b"\n", b"\r\n", b"\r\0\r\n", b"\r\0\n", b" \n", b""])
+lines = st.builds(
+    bytes.__add__, st.one_of(requests(), requests(), requests(), words, st.sampled_from(STRANGERS)), ends
+)
+
+
+@st.composite
+def mutated(draw: st.DrawFn, whole: st.SearchStrategy[bytes]) -> bytes:
+    data = draw(whole)
+    for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):
+        at = draw(st.integers(0, len(data)))
+        to = draw(st.integers(at, min(at + 20, len(data))))
+        match draw(st.integers(0, 3)):
+            case 0 if at < len(data):
+                data = data[:at] + bytes([data[at] ^ 1 << draw(st.integers(0, 7))]) + data[at + 1 :]
+            case 1:
+                data = data[:at] + data[to:]
+            case 2:
+                data = data[:to] + data[at:]
+            case _:
+                data = data[:at] + draw(st.binary(max_size=3)) + data[at:]
+    return data
+
+
+plans = st.text(st.sampled_from([*".~<>)tTsSdDx$!", *map(chr, (1, 2, 7, 40, 90, 127))]), max_size=12).map(
+    lambda plan: plan.encode("latin-1")
+)
+streams = mutated(st.lists(lines, max_size=8).map(b"".join))
+planned_streams = st.builds(lambda plan, stream: plan + b"\n" + stream, plans, streams)
+within = settings(deadline=None, print_blob=True)
+
+
+@given(planned_streams | st.binary(max_size=60))
+@settings(within, max_examples=300)
+def test_any_stream_gives_the_same_items_however_it_is_cut(data: bytes) -> None:
+    reader(data)
+
+
+@given(mutated(requests()))
+@settings(within, max_examples=500)
+def test_any_line_is_a_request_or_refused(data: bytes) -> None:
+    decoder(data)
+
+
+@given(planned_streams)
+@settings(within, max_examples=400)
+def test_any_session_does_what_was_asked_for_and_leaves_nothing(data: bytes) -> None:
+    session(data)
+
+
+@given(mutated(st.sampled_from(FILES)))
+@settings(within, max_examples=500)
+def test_any_file_is_a_document_or_unreadable(data: bytes) -> None:
+    loader(data)
+
+
+# Memory.
+
+ROUNDS = 20
+
+
+def census(world: World) -> Counter[str]:
+    """How many objects of regd's classes there are, but for what is kept of the past, which has a limit."""
+    registry = world.context.engine._registry
+    registry.history = History(registry.rev, TIGHT)
+    registry._departures.clear()
+    world.context.waits.probes._last.clear()
+    counted = Counter(
+        f"{kind.__module__}.{kind.__qualname__}"
+        for kind in map(type, gc.get_objects())
+        if kind.__module__.startswith("regd.")
+    )
+    return counted
+
+
+def test_memory_does_not_grow() -> None:
+    """Of some thousand conversations with one daemon nothing is left, the collector's help or not."""
+    inputs = [path.read_bytes() for path in KEPT if path.parent.name == "session"]
+
+    def talk() -> None:
+        for data in inputs:
+            conversation = Conversation(world)
+            conversation.run(*planned(data))
+            conversation.check()
+            vars(conversation).clear()  # its own cycles are not of regd
+
+    with faked_system():
+        world = World(BEFORE)
+        try:
+            talk()
+            gc.collect()
+            before = census(world)
+            gc.disable()
+            for _ in range(ROUNDS):
+                talk()
+            gc.collect()
+            left = census(world) - before
+        finally:
+            gc.enable()
+            world.stop()
+    assert not left
