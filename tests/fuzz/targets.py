@@ -316,7 +316,7 @@ class Conversation:
         world, peer = self.world, self.peer
         world.do(peer.end)
         world.settle()
-        if self.connection._parked:
+        while self.connection._parked:  # and what stood behind it, and waits itself
             world.pass_time(TIGHT.wait_s_max + 1)
         if not peer.lost and self.connection._watches:
             world.do(peer.reset)
