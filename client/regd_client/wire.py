@@ -56,6 +56,10 @@ def parse_address(text: str) -> Address:
     number = int(port) if port.isascii() and port.isdigit() and len(port) <= 5 else 0
     if not colon or not host or "/" in host or not 1 <= number <= 65_535:
         raise _bad_address(text)
+    try:
+        host.encode("idna")  # as connecting does, with an error that is none of the network's
+    except UnicodeError:
+        raise _bad_address(text) from None
     return Address(host, number)
 
 
