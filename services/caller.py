@@ -17,20 +17,19 @@ async def send(runner: regd_client.Endpoint, job: dict[str, list[int]]) -> None:
     reader, writer = await asyncio.open_connection(runner.host, runner.port)
     try:
         writer.write(json.dumps(job).encode() + b"\n")
-        reply = await reader.readline()
+        reply = json.loads(await reader.readline())
     finally:
         writer.close()
     age = f" (as of {runner.stale_s:.0f} s ago)" if runner.stale_s else ""
-    print(
-        f"caller: found runner at {runner}{age}, sent {json.dumps(job)}, got {reply.decode().strip()}", flush=True
-    )
+    # As ASCII again: what another program says may hold more than text, and this goes to a terminal.
+    print(f"caller: found runner at {runner}{age}, sent {json.dumps(job)}, got {json.dumps(reply)}", flush=True)
 
 
 async def work(mirror: regd_client.Mirror) -> None:
     for count in itertools.count(1):
         try:
             await send(mirror.resolve("runner"), {"numbers": list(range(1, count + 1))})
-        except (OSError, regd_client.NotFound) as error:  # not there just now: look again, by name
+        except (OSError, ValueError, regd_client.NotFound) as error:  # not there just now: look again, by name
             print(f"caller: {error}", flush=True)
         if "--once" in sys.argv[1:]:
             return
