@@ -23,7 +23,7 @@ NOT_FOUND, USAGE, NO_DAEMON, REFUSED = 1, 2, 3, 4
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(USAGE, f"{self.prog}: {_visible(message)} (see {self.prog} --help)\n")
 
 
 def _label(text: str) -> tuple[str, str]:
@@ -147,9 +147,9 @@ def _run(given: dict[str, Any]) -> int:
         print(json.dumps(reply))
         return 0 if reply["ok"] else _status(reply)
     if not reply["ok"]:
-        return _fail(_status(reply), _visible(reply["message"]))
+        return _fail(_status(reply), reply["message"])
     for line in _lines(command, reply):
-        print(line)
+        _say(line)
     return 0
 
 
@@ -172,16 +172,16 @@ def _ask(connection: BlockingConnection, command: str, given: dict[str, Any]) ->
 def _watch(connection: BlockingConnection, given: dict[str, Any], as_json: bool) -> int:
     reply = connection.ask("watch", **given)
     if not reply["ok"]:
-        return _fail(_status(reply), _visible(reply["message"]))
+        return _fail(_status(reply), reply["message"])
     for event in connection.events():
         if as_json:
             print(json.dumps(event), flush=True)
         elif event["event"] in ("up", "change"):
-            print(event["event"], *_row(event), sep="\t", flush=True)
+            _say("\t".join([event["event"], *_row(event)]), flush=True)
         elif event["event"] == "down":
-            print("down", event["name"], event["instance"], event["reason"], sep="\t", flush=True)
+            _say("\t".join(["down", event["name"], event["instance"], event["reason"]]), flush=True)
         elif event["event"] == "reset":
-            print("reset", flush=True)
+            _say("reset", flush=True)
     return 0
 
 
@@ -193,9 +193,9 @@ def _wait(address: str | None, names: Sequence[str], timeout_s: float, as_json: 
         if as_json:
             print(json.dumps(reply), flush=True)
         elif reply["ok"]:
-            print(f"{name} accepts connections at {_address(reply)}", flush=True)
+            _say(f"{name} accepts connections at {_address(reply)}", flush=True)
         if not reply["ok"]:
-            return _status(reply) if as_json else _fail(_status(reply), f"{name}: {_visible(reply['message'])}")
+            return _status(reply) if as_json else _fail(_status(reply), f"{name}: {reply['message']}")
     return 0
 
 
@@ -216,11 +216,15 @@ def _status(reply: Mapping[str, Any]) -> int:
 
 
 def _fail(status: int, message: str) -> int:
-    print(f"regctl: {message}", file=sys.stderr)
+    print(f"regctl: {_visible(message)}", file=sys.stderr)
     return status
 
 
-# What people see.
+# What people see. All of it goes through `_visible`: peers chose these texts, and whoever answers may be no regd.
+
+
+def _say(line: str, flush: bool = False) -> None:
+    print("\t".join(map(_visible, line.split("\t"))), flush=flush)
 
 
 def _lines(command: str, reply: dict[str, Any]) -> Iterable[str]:
@@ -242,18 +246,12 @@ def _lines(command: str, reply: dict[str, Any]) -> Iterable[str]:
 
 
 def _address(each: Mapping[str, Any]) -> str:
-    return _visible(joined(each["host"], each["port"]))
+    return joined(each["host"], each["port"])
 
 
 def _row(each: Mapping[str, Any]) -> tuple[str, ...]:
     meta = " ".join(f"{key}={value}" for key, value in each["meta"].items())
-    return (
-        each["name"],
-        each["instance"],
-        _address(each),
-        each["state"],
-        _visible(meta),
-    )
+    return tuple(map(_visible, (each["name"], each["instance"], _address(each), each["state"], meta)))
 
 
 def _table(rows: list[tuple[str, ...]]) -> Iterable[str]:
@@ -290,11 +288,11 @@ def _tree(fields: Mapping[str, Any], indent: str = "") -> Iterable[str]:
             yield f"{indent}{key}"
             yield from _tree(value, indent + "  ")
         elif key != "ok":
-            yield f"{indent}{key}  {_visible(str(value))}"
+            yield f"{indent}{key}  {value}"
 
 
 def _visible(text: str) -> str:
-    """Escape what could move a terminal's cursor or colour: peers chose these texts."""
+    """Escape what could move a terminal's cursor, set its colour, or turn the direction of reading."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 

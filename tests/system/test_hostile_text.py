@@ -1,0 +1,348 @@
+"""Text from peers reaches neither a terminal nor the log raw: not through `regctl`, whoever answers it, nor through
+the daemon's log and file, nor through the programs in `services/`.
+"""
+
+import json
+import os
+import pty
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regd_client.blocking import BlockingConnection
+from tests.support.daemon import ROOT, WAIT_S, Daemon, InLoop, Peer, environment
+
+# What moves a cursor, sets a colour or a title, turns the direction of reading, or ends a line where none ends.
+HOSTILE = "\x1b[31m\x1b]0;evil\x07\x9b31m\x85\x7f\x08\r\n\t\u202e\u2066\u2028\u2029\u200b\ufeff\U000e0041"
+CONTROL = re.compile(r"[\x1b\x9b\x85\x7f\x07\x08\r\u202e\u2066\u2028\u2029\u200b\ufeff\U000e0041]")
+COMMANDS = (
+    ["list"],
+    ["resolve", "bad"],
+    ["resolve", "bad", "--all"],
+    ["register", "bad", "1"],
+    ["deregister", "bad"],
+    ["why", "bad"],
+    ["wait", "bad", "--timeout", "0"],
+    ["stats"],
+    ["ping"],
+)
+
+
+def harmless(shown: str) -> bool:
+    """Whether a terminal shows it as it is: lines, and tabs between what stands in columns."""
+    return re.sub("[\n\t]", "", shown).isprintable()
+
+
+def regctl(address: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "regd.cli.regctl", *arguments],
+        env=environment(REGD_ADDRESS=address, PYTHONUTF8="1"), capture_output=True, encoding="utf-8", timeout=20, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def marked(process: Daemon) -> Daemon:
+    """Return a daemon with a registration that is as hostile as may be."""
+    with BlockingConnection(process.addresses[0]) as peer:
+        assert peer.ask("register", name="bad", port=1, meta={HOSTILE: HOSTILE, "k": HOSTILE})["ok"]
+    return process
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
+def test_regctl_shows_no_text_of_a_registration_raw(marked: Daemon, flags: list[str]) -> None:
+    for command in COMMANDS:
+        shown = regctl(marked.addresses[0], *flags, *command)
+        assert harmless(shown), (command, shown)
+        assert r"\u202e" in shown or command[0] != "list"
+
+
+def test_a_terminal_gets_none_of_it(marked: Daemon) -> None:
+    mine, theirs = pty.openpty()
+    with BlockingConnection(marked.addresses[0]) as peer:
+        assert peer.ask("register", name="bad", port=1, meta={HOSTILE: HOSTILE})["ok"]
+        for command in (["list"], ["why", "bad"], ["stats"]):
+            subprocess.run(
+                [sys.executable, "-m", "regd.cli.regctl", *command],
+                env=environment(REGD_ADDRESS=marked.addresses[0]), stdout=theirs, stderr=theirs, check=True, timeout=20,
+            )  # fmt: skip
+    os.close(theirs)
+    shown = os.read(mine, 65_536).decode().replace("\r\n", "\n")
+    os.close(mine)
+    assert harmless(shown)
+    assert "NAME" in shown
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
+def test_regctl_watch_shows_none_of_it(process: Daemon, flags: list[str]) -> None:
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "regd.cli.regctl", *flags, "watch"],
+        env=environment(REGD_ADDRESS=process.addresses[0], PYTHONUTF8="1"), stdout=subprocess.PIPE, encoding="utf-8",
+    )  # fmt: skip
+    assert watching.stdout is not None
+    with BlockingConnection(process.addresses[0]) as peer, watching:
+        try:
+            assert peer.ask("register", name="bad", port=1, meta={HOSTILE: HOSTILE})["ok"]
+            shown = ""
+            while "up" not in shown:
+                shown += watching.stdout.readline()
+            assert peer.ask("update", name="bad", meta={"k": HOSTILE})["ok"]
+            assert peer.ask("deregister", name="bad")["ok"]
+            while "down" not in shown:
+                shown += watching.stdout.readline()
+        finally:
+            watching.kill()
+    assert harmless(shown)
+
+
+def test_regctl_says_its_arguments_visibly(marked: Daemon, tmp_path: Path) -> None:
+    """They may come from a list that somebody else has written."""
+    text = HOSTILE.replace("\0", "")
+    address = marked.addresses[0]
+    for arguments in (
+        [text],
+        ["list", text],
+        ["list", "--meta", text],
+        ["list", "--" + text],
+        ["list", text, text],
+        ["resolve", text],
+        ["resolve", "bad", "--instance", text],
+        ["register", text, "1"],
+        ["register", "bad", text],
+        ["register", "bad", "1", "--host", text],
+        ["deregister", text],
+        ["watch", text],
+        ["wait", text, "--timeout", "1"],
+        ["wait", "bad", "--timeout", text],
+        ["why", text],
+        ["ping", "--address", text],
+        ["ping", "--address", f"tcp://{text}:1"],
+        ["ping", "--address", f"tcp://{'a' * 64}:1"],
+        ["ping", "--address", "tcp://a..b:1"],
+        ["ping", "--address", f"unix://{tmp_path}/{text}"],
+    ):
+        shown = regctl(address, *arguments)
+        assert shown
+        assert harmless(shown), (arguments, shown)
+
+
+# Another program where regd should be.
+
+_BAD = {
+    "name": HOSTILE,
+    "instance": HOSTILE,
+    "host": HOSTILE,
+    "port": 1,
+    "state": HOSTILE,
+    "meta": {HOSTILE: HOSTILE},
+}
+_WHY = {
+    **_BAD,
+    "alive": True,
+    "rev": 1,
+    "since": 1.0,
+    "owners": [{HOSTILE: HOSTILE, "connection": HOSTILE}],
+    "probe": {"accepted": False, "age_s": 1.0, "why": HOSTILE},
+}
+_LEFT = {"instance": HOSTILE, "age_s": 1.0, "reason": HOSTILE}
+_ERROR = {"ok": False, "error": HOSTILE, "message": HOSTILE}
+ANSWERS: dict[str, dict[str, Any]] = {
+    "list": {"ok": True, "instances": [_BAD]},
+    "resolve": {"ok": True, **_BAD},
+    "register": {"ok": True, **_BAD},
+    "deregister": {"ok": True, "removed": 1, "rev": 1},
+    "why": {"ok": True, "name": HOSTILE, "instances": [_WHY], "departures": [_LEFT]},
+    "stats": {"ok": True, HOSTILE: HOSTILE, "requests": {HOSTILE: [HOSTILE]}},
+    "ping": {"ok": True, HOSTILE: HOSTILE},
+    "watch": {"ok": True, "watch": 1},
+}
+EVENTS = [
+    {"event": "up", **_BAD},
+    {"event": "change", **_BAD},
+    {"event": "down", **_BAD, "reason": HOSTILE},
+    {"event": HOSTILE},
+]
+
+
+@contextmanager
+def impostor(answers: dict[str, dict[str, Any]], raw: bytes | None = None) -> Iterator[str]:
+    """Answer every request with the text that is prepared for it, and leave."""
+
+    def serve() -> None:
+        while True:
+            made, _ = listening.accept()
+            with made, made.makefile("rwb") as lines:
+                line = lines.readline()
+                if not line:
+                    return
+                cmd = json.loads(line)["cmd"]
+                said = [answers.get(cmd, _ERROR), *(EVENTS if cmd == "watch" else [])]
+                lines.write(
+                    raw or b"".join(json.dumps(each, ensure_ascii=False).encode() + b"\n" for each in said)
+                )
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"tcp://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            socket.create_connection(listening.getsockname()).close()
+            thread.join(WAIT_S)
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
+def test_regctl_trusts_whoever_answers_no_further(flags: list[str]) -> None:
+    with impostor(ANSWERS) as address:
+        for command in (*COMMANDS, ["watch"]):
+            shown = regctl(address, *flags, *command)
+            assert harmless(shown), (command, shown)
+    with impostor({}) as address:
+        for command in (*COMMANDS, ["watch"]):
+            shown = regctl(address, *flags, *command)
+            assert shown
+            assert harmless(shown), (command, shown)
+    with impostor({}, HOSTILE.encode() + b"\n") as address:
+        for command in (*COMMANDS, ["watch"]):
+            shown = regctl(address, *flags, *command)
+            assert "no answer of regd" in shown
+            assert harmless(shown), (command, shown)
+
+
+# The daemon.
+
+
+async def test_every_reply_and_the_file_are_plain_ascii(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    watching = await daemon.peer()
+    await watching.ask(cmd="watch")
+    meta = {HOSTILE: HOSTILE}
+    requests: list[dict[str, Any]] = [
+        {"cmd": "register", "name": "bad", "port": 1, "meta": meta},
+        {"cmd": "resolve", "name": "bad"},
+        {"cmd": "resolve", "name": "bad", "meta": {HOSTILE: "no"}},
+        {"cmd": "resolve", "name": "bad", "instance": HOSTILE},
+        {"cmd": "resolve", "name": HOSTILE},
+        {"cmd": "list"},
+        {"cmd": "why", "name": "bad"},
+        {"cmd": HOSTILE},
+        {"cmd": "help", "topic": HOSTILE},
+        {"cmd": "list", HOSTILE: HOSTILE},
+        {"cmd": "list", "after": HOSTILE},
+        {"cmd": "register", "name": "bad", "port": 1, "meta": {HOSTILE: 1}},
+        {"cmd": "register", "name": "bad", "port": 1, "host": HOSTILE},
+        {"cmd": "register", "name": "bad", "port": 1, "state": HOSTILE},
+        {"cmd": "unwatch", "watch": 1},
+    ]
+    for request in requests:
+        for ascii in (True, False):
+            line = json.dumps({**request, "id": HOSTILE}, ensure_ascii=ascii).encode()
+            peer.send(line + b"\n")
+            shown = await peer.line()
+            assert json.loads(shown).get("id") == HOSTILE, (line, shown)
+            assert harmless_bytes(shown), shown
+    assert harmless_bytes(await peer_events(watching, 2))
+    assert harmless_bytes(daemon.registry.read_bytes())
+
+
+async def peer_events(peer: Peer, count: int) -> bytes:
+    return b"".join([await peer.line() for _ in range(count)])
+
+
+def harmless_bytes(data: bytes) -> bool:
+    return data.isascii() and data.replace(b"\n", b"").decode().isprintable()
+
+
+STRANGERS = [
+    HOSTILE.encode(),
+    HOSTILE.strip().encode("utf-16-le"),
+    b"\x9b31m\x90\x1b\\",
+    b"GET /" + HOSTILE.replace("\n", "").encode() + b" HTTP/1.1\r\n",
+    bytes(range(33, 256)),
+    b"ping \x1b[31m",
+    b"resolve \x1b[31m\n",
+]
+
+
+async def test_the_log_shows_no_strangers_bytes_raw(daemon: InLoop, caplog: pytest.LogCaptureFixture) -> None:
+    """And each in its own while is one line, two in one while are one."""
+    caplog.set_level("DEBUG", "regd")
+    caplog.clear()
+    for count, said in enumerate(STRANGERS, 1):
+        for _ in range(3):
+            peer = await daemon.peer()
+            peer.send(said)
+            assert json.loads(await peer.rest())["error"] == "bad_request"
+            await peer.close()
+            daemon.clock.advance(3.3)  # 9.9 s in all
+        assert len(caplog.records) == count
+        daemon.clock.advance(0.2)
+    for record in caplog.records:
+        shown = record.getMessage().replace("…", "")  # which is the daemon's own
+        assert harmless_bytes(shown.encode()), shown
+
+
+def test_the_log_of_a_process_is_plain_at_every_level(tmp_path: Path) -> None:
+    with Daemon(tmp_path / "registry.json", "--log-level", "debug") as process:
+        process.start()
+        for said in STRANGERS:
+            with socket.create_connection(("127.0.0.1", process.port), WAIT_S) as made:
+                made.sendall(b'{"cmd":"register","name":"a","port":1}\n' + said)
+                while made.recv(65_536):
+                    pass
+        with BlockingConnection(process.addresses[0]) as peer:
+            assert peer.ask("register", name="bad", port=1, meta={HOSTILE: HOSTILE})["ok"]
+            assert peer.ask(HOSTILE)["error"] == "unknown_command"
+        _, log = process.end()
+    assert "does not speak regd" in log
+    assert harmless(log)
+
+
+# The programs of `services/`.
+
+
+@contextmanager
+def fake_runner(answer: bytes) -> Iterator[int]:
+    """Take one job, and answer it with those bytes."""
+
+    def serve() -> None:
+        made, _ = listening.accept()
+        with made:
+            made.recv(65_536)
+            made.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield int(listening.getsockname()[1])
+        thread.join(WAIT_S)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        json.dumps({"sum": HOSTILE}, ensure_ascii=False).encode() + b"\n",
+        HOSTILE.encode() + b"\n",
+        b"\xff\x9b\n",
+        b"",
+    ],
+    ids=["JSON", "text", "no text", "nothing"],
+)
+def test_the_caller_shows_no_answer_raw(process: Daemon, answer: bytes) -> None:
+    with fake_runner(answer) as port, BlockingConnection(process.addresses[0]) as peer:
+        assert peer.ask("register", name="runner", port=port, meta={HOSTILE: HOSTILE})["ok"]
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "services" / "caller.py"), "--once"],
+            env=environment(REGD_ADDRESS=process.addresses[0], PYTHONUTF8="1"), capture_output=True, encoding="utf-8", timeout=20, check=False,
+        )  # fmt: skip
+    assert "Traceback" not in done.stderr, done.stderr
+    assert harmless(done.stdout + done.stderr), done.stdout
