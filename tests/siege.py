@@ -1,0 +1,518 @@
+"""The siege: hostile connections against a daemon, and how a well-behaved peer fares meanwhile.
+
+`python -m tests.siege [SCENARIO…]` prints a table of figures; `tests/system/test_siege.py` is the short form. Every
+scenario has a daemon and a peer in processes of their own, on loopback, and is bounded in count and in time.
+
+The peer pings, resolves, registers and connects anew, over and over, before and during the siege. Afterwards all
+hostile connections must be gone, memory back, and nothing registered that should not be.
+"""
+
+import argparse
+import contextlib
+import json
+import resource
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from regd_client.blocking import BlockingConnection
+from regd_client.errors import RegdError
+from tests.support.daemon import ROOT, WAIT_S, Daemon, environment
+
+SEEDED = 900  # registrations of about a kilobyte: all of them are a reply of nearly a mebibyte
+PAUSE_S = 0.005  # of the peer between two rounds
+SPARE_FILES = 256
+
+Sample = tuple[float, str, float]  # when, what, and how many milliseconds; negative: refused
+
+
+class Crowded(Exception):
+    """This process may not open as many connections as the scenario wants."""
+
+
+# The well-behaved peer, in a process of its own.
+
+
+def behave(address: str) -> None:
+    """Go on until stdin ends, and print every sample."""
+    samples: list[Sample] = []
+
+    def take(what: str, do: Callable[[], bool]) -> None:
+        began = time.monotonic()
+        served = do()
+        samples.append((began, what, (time.monotonic() - began) * 1_000 if served else -1.0))
+
+    def anew() -> bool:
+        try:
+            with BlockingConnection(address, WAIT_S) as other:
+                return bool(other.ask("ping")["ok"])
+        except RegdError:
+            return False
+
+    ended = threading.Event()
+
+    def listen() -> None:
+        sys.stdin.read()
+        ended.set()
+
+    threading.Thread(target=listen, daemon=True).start()
+    with BlockingConnection(address, WAIT_S) as kept:
+        count = 0
+        while not ended.wait(PAUSE_S):
+            count += 1
+            register = {"name": "good", "port": 1, "meta": {"count": str(count)}}
+            take("ask", lambda: bool(kept.ask("ping")["ok"]))
+            take("register", lambda register=register: bool(kept.ask("register", **register)["ok"]))  # type: ignore[misc]
+            take("ask", lambda: bool(kept.ask("resolve", name="good")["ok"]))
+            take("connect", anew)
+    sys.stdout.write(json.dumps(samples))
+
+
+# One siege.
+
+
+@dataclass
+class Siege:
+    """A daemon under siege. `hold_s` is how long a scenario stays when it has come up."""
+
+    daemon: Daemon
+    hold_s: float = 0.0
+    sockets: list[socket.socket] = field(default_factory=list)
+    rss_most: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def pid(self) -> int:
+        assert self.daemon.process is not None
+        return self.daemon.process.pid
+
+    def rss(self) -> float:
+        """Return the daemon's memory in MiB (Linux: proc(5))."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0]) / 1_024
+
+    def connect(self, *, small: bool = False) -> socket.socket:
+        """Connect; with `small`, so that the kernel takes little for a peer that does not read."""
+        made = socket.socket()
+        self.sockets.append(made)
+        made.settimeout(WAIT_S)
+        if small:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        made.connect(("127.0.0.1", self.daemon.port))
+        return made
+
+    def stats(self) -> dict[str, Any]:
+        with BlockingConnection(self.daemon.addresses[0], WAIT_S) as peer:
+            return peer.ask("stats")
+
+    def stay(self) -> None:
+        time.sleep(self.hold_s)
+
+    def close(self) -> None:
+        for each in self.sockets:
+            each.close()
+        self.sockets.clear()
+
+
+def reset(made: socket.socket) -> None:
+    """End a connection as a cut does."""
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    made.close()
+
+
+def rest(made: socket.socket) -> list[dict[str, Any]]:
+    """Read all up to the end, as lines."""
+    with made.makefile("rb") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def send(made: socket.socket, data: bytes) -> bool:
+    """Send, and return whether the other side still took it."""
+    try:
+        made.sendall(data)
+    except OSError:
+        return False
+    return True
+
+
+def held(name: str) -> bytes:
+    return json.dumps({"cmd": "register", "name": name, "port": 1, "hold": True}).encode() + b"\n"
+
+
+def open_files(wanted: int) -> int:
+    """Raise how many files may be open, and return how many of the wanted connections that allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted + SPARE_FILES if hard == resource.RLIM_INFINITY else min(wanted + SPARE_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return min(wanted, most - SPARE_FILES)
+
+
+# The scenarios. Each leaves its sockets to be closed behind it.
+
+
+def half_closes(siege: Siege, count: int) -> None:
+    """They close their sending side in the middle of a line, and of a pipeline."""
+    for n in range(count):
+        made = siege.connect()
+        made.sendall(b"ping\n" * 20 + b'{"cmd":"register","name":"half","po')
+        made.shutdown(socket.SHUT_WR)
+        replies = rest(made)
+        assert [each.get("error") for each in replies] == [None] * 20 + ["bad_json"]
+        made = siege.connect()
+        made.sendall(b"".join(held(f"half{n}-{m}") for m in range(20)) + b"resolve ")
+        made.shutdown(socket.SHUT_WR)
+        replies = rest(made)
+        assert [each.get("error") for each in replies] == [None] * 20 + ["bad_request"]
+
+
+def resets(siege: Siege, count: int) -> None:
+    """They are cut in the middle of everything."""
+    middles = (
+        b"",
+        b'{"cmd":"register","name":"half","po',
+        b"".join(held(f"cut{n}") for n in range(50)) + b'{"cmd":',
+        b"list\n" * 50,
+        b"watch\nping\n",
+        b'{"cmd":"resolve","name":"none","wait":100,"id":1}\n' * 10,
+        b"POST / HTTP/1.1\r\n\r\n" + held("evil"),
+    )
+    for n in range(count):
+        made = siege.connect()
+        made.sendall(middles[n % len(middles)])
+        reset(made)
+
+
+def slow(siege: Siege, count: int) -> None:
+    """A byte a second. While they come the line may go on; who stops is ended after `line_idle_s_max`."""
+    made = [siege.connect() for _ in range(open_files(count))]
+    for byte in b'{"cmd"'[: max(1, int(siege.hold_s))]:
+        until = time.monotonic() + min(1.0, siege.hold_s)
+        for each in made:
+            each.sendall(bytes([byte]))
+        time.sleep(max(0.0, until - time.monotonic()))
+    if siege.hold_s < 1:
+        return  # who stops is ended: that is tested with time by hand
+    stopped_at = time.monotonic()
+    for each in made:
+        each.settimeout(25)
+        assert [reply["error"] for reply in rest(each)] == ["timeout"]
+    siege.notes.append(f"all were ended {time.monotonic() - stopped_at:.1f} s after their last byte")
+
+
+def deaf_lists(siege: Siege, count: int) -> None:
+    """They ask for large replies, and read none."""
+    for _ in range(open_files(count)):
+        send(siege.connect(small=True), b"list\n" * 1_000)
+    siege.stay()
+    cut = siege.stats()["cut"]
+    siege.notes.append(f"{cut} were cut")
+    assert cut < count
+    assert cut > 0 or siege.hold_s < 1  # the short form stays below what may wait in all
+
+
+def deaf_watches(siege: Siege, count: int) -> None:
+    """They watch everything, as often as they may, and read nothing."""
+    each = max(1, min(256, count))
+    for _ in range(max(1, count // 256)):
+        send(siege.connect(small=True), b'{"cmd":"watch"}\n' * each)
+    until = time.monotonic() + WAIT_S
+    while siege.stats()["watches"] < 1:
+        assert time.monotonic() < until
+    siege.stay()
+    siege.notes.append(f"{siege.stats()['watches']} watches had begun")
+
+
+def idle(siege: Siege, count: int) -> None:
+    """They connect, and that is all."""
+    there = open_files(count)
+    if there < count:
+        siege.notes.append(f"only {there}: no more files may be open here")
+    for _ in range(there):
+        siege.connect()
+    until = time.monotonic() + WAIT_S
+    while siege.stats()["connections"] < there:
+        assert time.monotonic() < until
+    siege.stay()
+
+
+def full_house(siege: Siege, count: int) -> None:
+    """More than there is room for: the last are told, the others served, and there is room when they leave."""
+    most = int(siege.stats()["limits"]["connections_max"])
+    if open_files(most + count) < most + count:
+        raise Crowded(f"{most + count} connections are more than may be open here")
+    made = [siege.connect() for _ in range(most + count)]
+    first = made[0]
+    first.sendall(b"ping\n")
+    assert first.recv(100) == b'{"ok":true}\n'
+    busy = [rest(each) for each in made[-count:]]
+    assert all([reply["error"] for reply in replies] == ["busy"] for replies in busy)
+    siege.stay()
+    first.sendall(b"ping\n")
+    assert first.recv(100) == b'{"ok":true}\n'
+    for each in made[count:]:
+        each.close()
+    assert siege_ends(siege, lambda stats: stats["connections"] <= count + 5)
+    siege.notes.append(f"of {most + count}, with room for {most}")
+
+
+def comings_and_goings(siege: Siege, count: int) -> None:
+    """They connect and close at once."""
+    for n in range(count):
+        made = siege.connect()
+        (reset if n % 2 else socket.socket.close)(made)
+        siege.sockets.clear()
+
+
+def endless_lines(siege: Siege, count: int) -> None:
+    """A line as long as may be, without an end, on each connection."""
+    line = b"{" + b"x" * 65_535
+    taken = sum(send(siege.connect(), line) for _ in range(open_files(count)))
+    siege.stay()
+    stats = siege.stats()
+    siege.notes.append(f"{stats['cut']} were closed")
+    assert stats["cut"] or taken * len(line) <= stats["limits"]["input_bytes_total_max"]
+
+
+def strangers(siege: Siege, count: int) -> None:
+    """Browsers, all at once, with bodies of commands."""
+    before = siege.stats()["strangers"]
+    made = [siege.connect() for _ in range(open_files(count))]
+    for each in made:
+        send(each, b"POST / HTTP/1.1\r\nHost: evil.example\r\n\r\n" + held("evil"))
+    for each in made:
+        assert [reply["error"] for reply in rest(each)] == ["bad_request"]
+    assert siege.stats()["strangers"] == before + len(made)
+
+
+def pipeline(siege: Siege, count: int) -> None:
+    """So many requests without reading. In the end all of them are answered, in order."""
+    made = siege.connect(small=True)
+    requests = b"".join(b'{"cmd":"resolve","name":"seed1","id":%d}\n' % n for n in range(count))
+    made.setblocking(False)
+    sent = 0
+    until = time.monotonic() + max(0.2, siege.hold_s)
+    while time.monotonic() < until and sent < len(requests):
+        try:
+            sent += made.send(requests[sent : sent + 1_048_576])
+        except BlockingIOError:
+            time.sleep(0.01)
+    siege.notes.append(f"{sent / len(requests):.0%} of it was taken before the first reply was read")
+    made.setblocking(True)
+    made.settimeout(WAIT_S)
+    feeding = threading.Thread(target=send, args=(made, requests[sent:]))
+    feeding.start()
+    with made.makefile("rb") as lines:
+        for n in range(count):
+            assert b'"id":%d,' % n in next(lines)[:40]
+    feeding.join()
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """`count` is of the long form, `few` of the short one."""
+
+    attack: Callable[[Siege, int], None]
+    count: int
+    few: int
+    hold_s: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return self.attack.__name__
+
+
+SCENARIOS = (
+    Scenario(half_closes, 300, 8),
+    Scenario(resets, 3_500, 70),
+    Scenario(slow, 1_000, 50, hold_s=4.0),
+    Scenario(deaf_lists, 600, 24, hold_s=2.0),
+    Scenario(deaf_watches, 12_800, 256, hold_s=3.0),
+    Scenario(idle, 10_000, 500, hold_s=3.0),
+    Scenario(full_house, 500, 50, hold_s=2.0),
+    Scenario(comings_and_goings, 5_000, 200),
+    Scenario(endless_lines, 1_500, 1_100, hold_s=2.0),
+    Scenario(strangers, 3_000, 200),
+    Scenario(pipeline, 100_000, 20_000, hold_s=2.0),
+)
+
+
+# Before, during, after.
+
+
+@dataclass
+class Figures:
+    """What a siege did to the daemon and to the peer."""
+
+    calm: list[Sample]
+    under: list[Sample]
+    rss: tuple[float, float, float]  # MiB before, at most, after
+    took_s: float
+    gone_s: float
+    log: str
+    names: set[str]
+    notes: list[str]
+
+    def of(self, what: str, samples: list[Sample]) -> list[float]:
+        return sorted(ms for _, kind, ms in samples if kind == what and ms >= 0)
+
+    def refused(self) -> int:
+        return sum(ms < 0 for _, _, ms in self.under)
+
+
+@contextlib.contextmanager
+def peer_of(address: str) -> "Iterator[subprocess.Popen[str]]":
+    peer = subprocess.Popen(
+        [sys.executable, "-m", "tests.siege", "--peer", address],
+        cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with peer:
+        try:
+            yield peer
+        except BaseException:
+            peer.kill()
+            raise
+
+
+@contextlib.contextmanager
+def sampled(siege: Siege) -> Iterator[None]:
+    """Keep the most memory that the daemon had meanwhile."""
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.02):
+            siege.rss_most = max(siege.rss_most, siege.rss())
+
+    siege.rss_most = siege.rss()
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def siege_ends(siege: Siege, true: Callable[[dict[str, Any]], bool]) -> bool:
+    """Wait until `stats` are as they should be."""
+    until = time.monotonic() + WAIT_S
+    while time.monotonic() < until:
+        with contextlib.suppress(RegdError):  # it may be full
+            if true(siege.stats()):
+                return True
+        time.sleep(0.02)
+    return False
+
+
+def seed(address: str) -> None:
+    with BlockingConnection(address, WAIT_S) as peer:
+        lines = b"".join(
+            json.dumps({"cmd": "register", "name": f"seed{n}", "port": 1, "meta": {"k": "v" * 1_000}}).encode()
+            + b"\n"
+            for n in range(SEEDED)
+        )
+        with socket.create_connection((peer.address.host, peer.address.port), WAIT_S) as made:
+            made.sendall(lines + b"quit\n")
+            assert len(rest(made)) == SEEDED
+
+
+def besiege(daemon: Daemon, scenario: Scenario, count: int, hold_s: float, calm_s: float) -> Figures:
+    """Run one scenario against a fresh daemon, and say what it did."""
+    daemon.start()
+    seed(daemon.addresses[0])
+    siege = Siege(daemon, hold_s)
+    with peer_of(daemon.addresses[0]) as peer:
+        assert siege_ends(siege, lambda stats: "good" in {each["name"] for each in listed(siege, "good")})
+        began_at = time.monotonic()
+        time.sleep(calm_s)
+        before = siege.rss()
+        siege_at = time.monotonic()
+        with sampled(siege):
+            with contextlib.closing(siege):
+                scenario.attack(siege, count)
+            over_at = time.monotonic()
+            assert siege_ends(siege, lambda stats: stats["connections"] <= 3)
+            gone_at = time.monotonic()
+        out, _ = peer.communicate(timeout=WAIT_S)
+        samples = [(at, what, ms) for at, what, ms in json.loads(out)]
+    assert siege_ends(siege, lambda stats: stats["connections"] == 1 and not stats["watches"] + stats["waiting"])
+    after, names = siege.rss(), {each["name"] for each in listed(siege, "*")}
+    status, log = daemon.end()
+    assert status == 0, log
+    return Figures(
+        [each for each in samples if began_at <= each[0] < siege_at],
+        [each for each in samples if siege_at <= each[0] < gone_at],
+        (before, siege.rss_most, after),
+        over_at - siege_at, gone_at - over_at, log, names, siege.notes,
+    )  # fmt: skip
+
+
+def listed(siege: Siege, pattern: str) -> list[dict[str, Any]]:
+    with BlockingConnection(siege.daemon.addresses[0], WAIT_S) as peer:
+        instances: list[dict[str, Any]] = []
+        page = peer.ask("list", name=pattern)
+        instances += page["instances"]
+        while "next" in page:
+            page = peer.ask("list", name=pattern, after=page["next"])
+            instances += page["instances"]
+        return instances
+
+
+EXPECTED = {"good", *(f"seed{n}" for n in range(SEEDED))}
+
+
+def shown(ms: list[float]) -> str:
+    if len(ms) < 2:
+        return f"{len(ms):>6} of them: too few"
+    return f"{statistics.median(ms):8.2f} {statistics.quantiles(ms, n=100, method='inclusive')[98]:8.2f} {ms[-1]:8.2f}"
+
+
+def show(scenario: Scenario, figures: Figures) -> None:
+    say = sys.stdout.write
+    say(f"{scenario.name.replace('_', ' ')}, {scenario.count}: {figures.took_s:.1f} s")
+    say("".join(f"; {note}" for note in figures.notes) + "\n")
+    for what in ("ask", "register", "connect"):
+        say(f"  {what:<10} {shown(figures.of(what, figures.calm))}  |{shown(figures.of(what, figures.under))}\n")
+    before, most, after = figures.rss
+    say(f"  RSS MiB    {before:8.1f} before, {most:8.1f} at most, {after:8.1f} after")
+    say(f"; all gone after {figures.gone_s:.2f} s; log of {len(figures.log.splitlines())} lines")
+    say(f"; {figures.refused()} refused\n" if figures.refused() else "\n")
+    if figures.names != EXPECTED:
+        say(f"  WRONG: registered are {sorted(figures.names ^ EXPECTED)[:5]}\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Hostile connections, and how a well-behaved peer fares.")
+    parser.add_argument("--peer", metavar="ADDRESS", help="be the well-behaved peer")
+    parser.add_argument("--uvloop", action="store_true", help="the daemon on uvloop")
+    parser.add_argument("scenarios", nargs="*", help="only these")
+    given = parser.parse_args()
+    if given.peer:
+        behave(given.peer)
+        return
+    sys.stdout.write("ms: median, 99 of 100, most — in peace | under siege\n")
+    for scenario in SCENARIOS:
+        if given.scenarios and scenario.name not in given.scenarios:
+            continue
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Daemon(Path(folder) / "registry.json", stock=not given.uvloop) as daemon,
+        ):
+            try:
+                show(scenario, besiege(daemon, scenario, scenario.count, scenario.hold_s, calm_s=2.0))
+            except Crowded as crowded:
+                sys.stdout.write(f"{scenario.name.replace('_', ' ')}: left out, {crowded}\n")
+
+
+if __name__ == "__main__":
+    main()

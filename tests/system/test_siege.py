@@ -1,0 +1,49 @@
+"""The siege in its short form: the same scenarios with small counts, and what must hold behind each."""
+
+import resource
+from pathlib import Path
+
+import pytest
+
+from tests.siege import EXPECTED, SCENARIOS, Scenario, besiege, full_house
+from tests.support.daemon import Daemon
+
+LOG_LINES_MAX = 6  # its start, its end, and strangers: one line in 10 s
+SERVED_MS_MAX = 5_000.0  # far beyond what is seen: this machine may have other things to do
+RSS_LEFT_MIB_MAX = 24.0  # what an allocator may keep of what it had
+RSS_MOST_MIB_MAX = {
+    "endless_lines": 112.0
+}  # above what it was; `input_bytes_total_max`, and as much for handling
+
+
+class Few(Daemon):
+    """A daemon that may open few files, and so has room for few connections."""
+
+    FILES = 1_000
+
+    def command(self, *flags: str) -> list[str]:
+        python, option, start, *others = super().command(*flags)
+        few = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({self.FILES}, {self.FILES})); "
+        return [python, option, few + start, *others]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda each: each.name)
+def test_siege(tmp_path: Path, scenario: Scenario) -> None:
+    kind = Daemon
+    if scenario.attack is full_house:
+        kind = Few
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard != resource.RLIM_INFINITY and hard < Few.FILES:
+            pytest.skip("so few files may be open here that a full house is too small")
+    with kind(tmp_path / "registry.json") as daemon:
+        figures = besiege(daemon, scenario, scenario.few, hold_s=0.1, calm_s=0.1)
+    assert figures.names == EXPECTED
+    assert len(figures.log.splitlines()) <= LOG_LINES_MAX, figures.log
+    assert "Traceback" not in figures.log
+    assert any(what == "ask" for _, what, _ in figures.calm + figures.under)
+    assert not figures.refused() or scenario.attack is full_house
+    assert max(ms for _, _, ms in figures.under + figures.calm) < SERVED_MS_MAX
+    before, most, after = figures.rss
+    assert most - before < RSS_MOST_MIB_MAX.get(scenario.name, 48.0)
+    if scenario.name not in RSS_MOST_MIB_MAX:  # the allocator keeps what it had, and uses it again
+        assert after - before < RSS_LEFT_MIB_MAX
