@@ -317,6 +317,15 @@ def pipeline(siege: Siege, count: int) -> None:
     feeding.join()
 
 
+def dear_requests(siege: Siege, count: int) -> None:
+    """Valid requests, and many connections at once: a look at every registration that finds none."""
+    dear = b'{"cmd":"list","meta":{"no":"such"}}\n' * 100
+    made = [siege.connect() for _ in range(count)]
+    for each in made:
+        each.sendall(dear + b"quit\n")
+    assert all(len(rest(each)) == 100 for each in made)
+
+
 @dataclass(frozen=True)
 class Scenario:
     """`count` is of the long form, `few` of the short one."""
@@ -342,6 +351,7 @@ SCENARIOS = (
     Scenario(comings_and_goings, 5_000, 200),
     Scenario(endless_lines, 1_500, 1_100, hold_s=2.0),
     Scenario(strangers, 3_000, 200),
+    Scenario(dear_requests, 200, 5),
     Scenario(pipeline, 100_000, 20_000, hold_s=2.0),
 )
 
