@@ -146,7 +146,7 @@ class Server:
         self._listeners.open_tcp(config.port)
         if config.unix is not None:
             self._listeners.open_unix(config.unix, self._files)
-        self._peers.open(self._listeners.sockets[0])
+        self._peers.open(self._listeners.sockets)
         # 2. The registry: locked, read, and made where it is missing.
         document = self._store.open(self._clock.wall())
         self._store.make()

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 log = logging.getLogger("regd")
 
@@ -46,9 +46,9 @@ class Peers:
         self._ask: Ask | None = None
         self._netlink: socket.socket | None = None
 
-    def open(self, listener: socket.socket) -> None:
+    def open(self, listeners: Sequence[socket.socket]) -> None:
         """Find out how the system can be asked, by asking for a socket that is known to be there."""
-        here: End = listener.getsockname()[:2]
+        here: End = listeners[0].getsockname()[:2]
         try:
             self._netlink = socket.socket(
                 socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG

@@ -14,6 +14,7 @@ from regd.core.draft import Draft
 from regd.core.errors import Code, Refused
 from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Change, Entry, Key, Op, Reason, key_text
+from regd.core.registry import Registry
 from regd.protocol import messages
 from regd.protocol.commands import Request
 from regd.protocol.messages import decode
@@ -21,7 +22,7 @@ from regd.protocol.reader import Problem, Quit, Reader
 from regd.storage.document import Unreadable, chunks, line, parse
 from tests.fuzz import oracle
 from tests.fuzz.oracle import Said
-from tests.fuzz.world import REGISTRY, TIGHT, Wire, World, faked_system
+from tests.fuzz.world import REGISTRY, TIGHT, World, faked_system
 
 # (a) The line splitter and reader.
 
@@ -373,7 +374,7 @@ class Conversation:
                     del there[each["name"], each["instance"]]
         assert [each.get("id") for each in lines if "ok" in each] == ["all", "mine", "there"]
         assert all(each["ok"] for each in lines if "ok" in each)
-        entries = list(self.registry._entries.values())
+        entries = listed(self.registry)
         assert {each.key: _shown(each) for each in entries} == {
             key: {name: fields[name] for name in ("host", "port", "meta", "state", "rev")}
             for key, fields in there.items()
@@ -385,26 +386,38 @@ class Conversation:
         top = json.loads(self.world.files.read(REGISTRY))
         assert top.pop("$regd")["rev"] == self.registry.rev
         assert {key: fields["port"] for key, fields in top.items()} == {
-            key_text(key): entry.port for key, entry in self.registry._entries.items()
+            key_text(entry.key): entry.port for entry in listed(self.registry)
         }
 
     def _tidy_up(self) -> None:
         """Once all is deregistered, and time goes by, nothing at all is left."""
         world, context = self.world, self.world.context
-        for key in self.registry._entries:
-            self.engine.submit(partial(_deregister, key), lambda outcome: None)
+        for entry in listed(self.registry):
+            self.engine.submit(partial(_deregister, entry.key), lambda outcome: None)
         self.friend.send(b"quit\n")
         world.settle()
         world.pass_time(TIGHT.progress_s + 2)
         assert self.friend.lost
         lifetimes = self.registry.lifetimes
         for table in (
-            self.registry._entries, self.registry._keys, context.connections, context.reaper.processes._files,
+            self.registry._services, self.registry._names, context.connections, context.reaper.processes._files,
             lifetimes._of_session, lifetimes._of_process, lifetimes._due, lifetimes._span_s, lifetimes._key,
-            lifetimes._gone_sessions, lifetimes._gone_processes, lifetimes._gone_holders, world.timers,
+            lifetimes._gone_sessions, lifetimes._gone_processes, lifetimes._gone_holders,
+            [each for each in world.timers if not getattr(each, "__qualname__", "").startswith("Pulse.")],
         ):  # fmt: skip
             assert not table, table
         assert self.registry.weight_bytes == 0
+
+
+def listed(registry: Registry) -> list[Entry]:
+    entries: list[Entry] = []
+    after: Key | None = None
+    while True:
+        page = registry.page("*", {}, after, 1_000)
+        entries += page.entries
+        after = page.after
+        if after is None:
+            return entries
 
 
 def _deregister(key: Key, draft: Draft) -> Mapping[str, object]:
@@ -477,7 +490,7 @@ def _explains(said: Said, change: Change) -> bool:
     if said.cmd == "update":
         states = {given.get("state", entry.state), "draining"}
         return change.op is Op.CHANGE and given.get("meta", entry.meta) == entry.meta and bool(
-            entry.state in states or "draining" == given.get("state")
+            entry.state in states or given.get("state") == "draining"
         )  # fmt: skip
     address = (given.get("host", "127.0.0.1"), given.get("port")) == (entry.host, entry.port)
     if change.reason == Reason.REPLACED:

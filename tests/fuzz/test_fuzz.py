@@ -6,7 +6,6 @@ The long form, which looks for more by itself, is `python -m tests.fuzz.run`.
 import gc
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -68,14 +67,18 @@ values: dict[str, st.SearchStrategy[object]] = {
     "epoch": st.sampled_from(["5eed5eed5eed5eed", "another"]),
     "after": st.sampled_from(["db", "worker/1"]),
 }
-odd = st.sampled_from([None, True, -1, 0, 1e999, float("nan"), 2**63, "", "\ud800", [], {}, {"a": 1}, "*", "::", "A"])
+odd: st.SearchStrategy[object] = st.sampled_from(
+    [None, True, -1, 0, 1e999, float("nan"), 2**63, "", "\ud800", [], {}, {"a": 1}, "*", "::", "A"]
+)
 
 
 @st.composite
 def requests(draw: st.DrawFn) -> bytes:
     cmd = draw(st.sampled_from(sorted(oracle.COMMANDS)))
     needed, optional = oracle.COMMANDS[cmd]
-    chosen = sorted(needed) + draw(st.lists(st.sampled_from(sorted(optional) or ["name"]), max_size=3, unique=True))
+    chosen = sorted(needed) + draw(
+        st.lists(st.sampled_from(sorted(optional) or ["name"]), max_size=3, unique=True)
+    )
     fields = {"cmd": cmd, **{each: draw(values[each]) for each in chosen if each in needed | optional}}
     if draw(st.booleans()):
         fields["id"] = draw(st.integers(0, 3) | texts)
@@ -155,12 +158,11 @@ def census(world: World) -> Counter[str]:
     registry.history = History(registry.rev, TIGHT)
     registry._departures.clear()
     world.context.waits.probes._last.clear()
-    counted = Counter(
+    return Counter(
         f"{kind.__module__}.{kind.__qualname__}"
         for kind in map(type, gc.get_objects())
         if kind.__module__.startswith("regd.")
     )
-    return counted
 
 
 def test_memory_does_not_grow() -> None:

@@ -24,6 +24,7 @@ from regd.server.lifecycle import Config, Server
 from regd.storage.files import Files, Print
 from tests.support.clock import HandClock
 from tests.support.daemon import EPOCH
+from tests.support.peers import Told
 
 REGISTRY = Path("/regd-fuzz/registry.json")
 TURNS_MAX = 20_000  # until the loop must have come to rest
@@ -74,7 +75,7 @@ class TurningLoop(asyncio.SelectorEventLoop):
         self._soon += 1
         return super().call_soon(callback, *args, context=context)
 
-    def run_in_executor(  # type: ignore[override]  # a future, which the stub makes a coroutine's
+    def run_in_executor(  # a future, which the stub makes a coroutine's
         self,
         executor: Executor | None,
         func: Callable[[*_Arguments], _Result],
@@ -354,8 +355,14 @@ class World:
         self.clock = HandClock()
         self.files = MemoryFiles(registry)
         self._quiet = os.eventfd(0)  # never readable
+        peers = Told()
+        peers.uid = 0
         self.server = Server(
-            Config(registry=REGISTRY, port=0, limits=limits), clock=self.clock, files=self.files, epoch=EPOCH
+            Config(registry=REGISTRY, port=0, limits=limits),
+            clock=self.clock,
+            files=self.files,
+            epoch=EPOCH,
+            peers=peers,
         )
         self.server._listeners = _NoListeners()  # type: ignore[assignment]
         self.loop.run_until_complete(self.server.start())

@@ -129,7 +129,7 @@ def test_the_kernel_tells_who_has_the_other_end(host: str, as_host: str, table: 
         pytest.skip(f"no {host} here: {error}")
     asked = Peers()
     with listener, ours, theirs:
-        asked.open(listener)
+        asked.open([listener])
         if table:
             asked._ask = by_table
         assert asked.uid_of(ours) == os.geteuid()
@@ -138,13 +138,22 @@ def test_the_kernel_tells_who_has_the_other_end(host: str, as_host: str, table: 
     asked.close()
 
 
+def test_a_listener_on_the_port_of_a_peer_that_went_is_not_asked_for_its_user(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel answers with it where no connection fits: any program could lend its port to a stranger."""
+    asked = Peers()
+    monkeypatch.setattr(asked, "_row", lambda theirs, ours: row(THEIRS, ("127.0.0.1", 0), 0, 4711, LISTEN))
+    assert asked._by_netlink(THEIRS, OURS) is None
+
+
 @linux
 def test_without_netlink_the_text_table_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "_NETLINK_SOCK_DIAG", 31)  # no such family
     listener, ours, theirs = connection("127.0.0.1")
     asked = Peers()
     with listener, ours, theirs:
-        asked.open(listener)
+        asked.open([listener])
         assert asked._ask is by_table
         assert asked.uid_of(ours) == os.geteuid()
 
@@ -156,7 +165,7 @@ def test_where_the_system_tells_nothing_anybody_may_write_and_that_is_told(
     monkeypatch.setattr(peers, "_TABLES", ("/nowhere",))
     asked = Peers()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        asked.open(listener)
+        asked.open([listener])
     assert asked.may_write(None)
     assert not asked.may_write(STRANGER)  # a Unix socket tells, whatever TCP does
     assert "any user of this machine may write" in caplog.text

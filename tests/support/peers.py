@@ -1,6 +1,7 @@
 """Another user at the other end, without being one."""
 
 import socket
+from collections.abc import Sequence
 
 from regd.server.peers import Peers
 
@@ -11,6 +12,9 @@ class Told(Peers):
     """Says of every TCP peer what the test says."""
 
     uid: int | None = STRANGER
+
+    def open(self, listeners: Sequence[socket.socket]) -> None:
+        self._ask = lambda theirs, ours: self.uid
 
     def uid_of(self, connection: socket.socket) -> int | None:
         return self.uid

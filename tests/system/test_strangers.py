@@ -78,7 +78,7 @@ class Watched:
         windows = 1 + (time.monotonic() - self.began) // LOG_EVERY_S
         complaints = [line for line in log.splitlines() if "does not speak regd" in line]
         assert 1 <= len(complaints) <= windows
-        assert len(log.splitlines()) <= windows + 2  # it says that it began, and that it leaves
+        assert len(log.splitlines()) <= windows + 2, log  # it says that it began, and that it leaves
         shown = log.replace("\n", "").replace("…", "")  # which is the daemon's own
         assert shown.isascii()
         assert shown.isprintable()
