@@ -490,7 +490,11 @@ class Connection(asyncio.Protocol):
             self._transport.close()
             return
         if self._transport.can_write_eof():
-            self._transport.write_eof()  # behind what is buffered
+            try:
+                self._transport.write_eof()  # behind what is buffered
+            except OSError:  # the peer has reset the connection, and asyncio has not seen it yet
+                self._transport.abort()
+                return
         if not self._reading:
             self._reading = True
             self._transport.resume_reading()  # and discard: a reset for unread input would eat the last line

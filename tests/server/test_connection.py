@@ -426,3 +426,20 @@ async def test_the_largest_give_way_until_it_fits(tmp_path: Path) -> None:
             peer.send(b'"cmd":"ping"}\n')
             assert (await peer.reply())["ok"]
         assert daemon.server.waiting_bytes <= 100_000
+
+
+async def test_a_peer_that_resets_while_it_is_refused_is_no_bug(daemon: InLoop) -> None:
+    """`shutdown` says that it is not connected, before asyncio has seen the reset."""
+    found: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: found.append(context))
+    for _ in range(50):
+        raw = socket.create_connection(("127.0.0.1", daemon.port))
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        raw.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        while not any(connection._ending for connection in daemon.server.connections):
+            await asyncio.sleep(0)
+        raw.close()
+        async with asyncio.timeout(WAIT_S):
+            while daemon.server.connections:
+                await asyncio.sleep(0)
+    assert found == []
