@@ -396,3 +396,22 @@ def test_any_history_of_changes_breaks_and_restarts(
         await world.end()
 
     asyncio.run(run())
+
+
+async def test_a_watch_that_ends_takes_nothing_from_those_of_other_names(daemon: InLoop) -> None:
+    peer, writer = await daemon.peer(), await daemon.peer()
+    for name in ("aa*", "bb*", "bb*", "bbc*", "aa", "bb1"):
+        await peer.ask(cmd="watch", name=name)
+        assert (await peer.reply())["event"] == "sync"
+    for number in (1, 2, 5):
+        assert (await peer.ask(cmd="unwatch", watch=number))["ok"]
+    await writer.ask(cmd="register", name="bb1", port=1)
+    await writer.ask(cmd="register", name="aa", port=1)
+    await writer.ask(cmd="register", name="bbc", port=1)
+    heard = [await peer.reply() for _ in range(4)]
+    assert sorted((each["watch"], each["name"]) for each in heard) == [
+        (3, "bb1"),
+        (3, "bbc"),
+        (4, "bbc"),
+        (6, "bb1"),
+    ]
