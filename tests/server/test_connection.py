@@ -175,6 +175,21 @@ async def test_the_error_line_is_not_eaten_by_a_reset(daemon: InLoop) -> None:
     assert json.loads(await peer.line())["error"] == "bad_request"
 
 
+async def test_a_stranger_who_resets_behind_the_answer_is_no_trouble(
+    daemon: InLoop, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Closing the sending side fails then: no traceback for every such stranger, and nothing of it stays."""
+    for _ in range(3):
+        plain = socket.create_connection(("127.0.0.1", daemon.port))
+        await until(lambda: daemon.server.connections)
+        [connection] = daemon.server.connections
+        connection.data_received(b"GET / HTTP/1.1\r\n")
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        plain.close()
+        await until(lambda: not daemon.server.connections)
+    assert [record.levelname for record in caplog.records if record.exc_info] == []
+
+
 async def test_too_long_and_broken_lines_leave_the_session(daemon: InLoop) -> None:
     peer = await daemon.peer()
     assert (await peer.ask(b"{" + b"x" * 200_000 + b"\n"))["error"] == "too_large"
