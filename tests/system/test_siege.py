@@ -1,12 +1,13 @@
 """The siege in its short form: the same scenarios with small counts, and what must hold behind each."""
 
+import asyncio
 import resource
 from pathlib import Path
 
 import pytest
 
 from tests.siege import EXPECTED, SCENARIOS, Scenario, besiege, full_house
-from tests.support.daemon import Daemon
+from tests.support.daemon import WAIT_S, Daemon, InLoop
 
 LOG_LINES_MAX = 6  # its start, its end, and strangers: one line in 10 s
 SERVED_MS_MAX = 5_000.0  # far beyond what is seen: this machine may have other things to do
@@ -47,3 +48,19 @@ def test_siege(tmp_path: Path, scenario: Scenario) -> None:
     assert most - before < RSS_MOST_MIB_MAX.get(scenario.name, 48.0)
     if scenario.name not in RSS_MOST_MIB_MAX:  # the allocator keeps what it had, and uses it again
         assert after - before < RSS_LEFT_MIB_MAX
+
+
+async def test_of_who_does_not_read_no_more_than_a_chunk_is_kept(daemon: InLoop) -> None:
+    """Five megabytes of the shortest requests: as lines that wait they would be twelve times as much."""
+    deaf = await daemon.peer()
+    deaf.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    deaf.send(b"help\n" * 1_000_000)
+    try:
+        async with asyncio.timeout(WAIT_S):
+            while not daemon.server.unsent_bytes:
+                await asyncio.sleep(0)
+        for _ in range(300):
+            await asyncio.sleep(0)
+            assert daemon.server.waiting_bytes < 8_000_000
+    finally:
+        deaf.writer.transport.abort()
