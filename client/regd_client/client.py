@@ -447,8 +447,11 @@ class Client:
 
     async def _again(self, connection: Connection, registration: "Registration") -> bool:
         try:
-            arguments = {**registration.arguments, **await self._hold(connection), "force": None}
-            reply = await connection.ask("register", arguments)
+            conditions = {**await self._hold(connection), "force": None}
+            wanted: dict[str, Any] = {}
+            while wanted != registration.arguments:  # an update may be answered before this is, and stays
+                wanted = dict(registration.arguments)
+                reply = await connection.ask("register", {**wanted, **conditions})
         except Conflict as conflict:
             self._drop(registration, str(conflict))
         except Unavailable:

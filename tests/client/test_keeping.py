@@ -12,6 +12,7 @@ import regd_client
 from regd_client.client import Client
 from regd_client.following import Backlog, Endpoint, Event, Follow
 from tests.support.daemon import WAIT_S, Daemon, InLoop
+from tests.support.files import ToldFiles
 
 pytestmark = pytest.mark.socket
 
@@ -84,6 +85,28 @@ async def test_after_a_cut_it_is_registered_again(daemon: InLoop) -> None:
             assert (found[0]["meta"], found[0]["state"]) == ({"k": "2"}, "ready")
         assert not registration.lost.is_set()
         await registration.deregister()
+
+
+async def test_an_update_is_not_undone_by_registering_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The update goes out on the new connection first, and is answered while the registration is made again."""
+    files = ToldFiles()
+    async with InLoop(tmp_path / "own.json", files=files) as own:
+        monkeypatch.setenv("REGD_ADDRESS", f"tcp://127.0.0.1:{own.port}")
+        other = await own.peer()
+        async with Client() as client:
+            registration = await client.register("a", 1, meta={"k": "1"})
+            await other.ask(cmd="register", name="a", port=1, meta={"k": "1"}, hold=True)  # so that it stays
+            assert client._connection is not None
+            client._connection.abort("the test cuts it")
+            files.gate.clear()
+            update = asyncio.create_task(registration.update({"k": "2"}))
+            await until(lambda: any(each._held_up for each in own.server.connections))
+            files.gate.set()
+            await update
+            await until(lambda: registration.on is client._connection)
+            assert [each["meta"] for each in await client.instances("a")] == [{"k": "2"}]
 
 
 async def test_lost_is_told_and_not_fought(daemon: InLoop) -> None:
