@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("regd_client")
 
+_ONCE_S = 0.2  # to deregister where the daemon is away
+
 
 class Registration:
     """A registration that was made here. `lost` is set when somebody took it; `lost_reason` says how."""
@@ -68,9 +70,9 @@ class Registration:
 
     async def _deregister_once(self) -> None:
         """The daemon is away: what the connection held ends without us, unless it came back just now."""
-        self._client._connect_timeout_s = 0.2
-        with contextlib.suppress(Unavailable):
-            await self._while_ours("deregister")
+        with contextlib.suppress(Unavailable, TimeoutError):
+            async with asyncio.timeout(_ONCE_S):
+                await self._while_ours("deregister")
 
     async def _while_ours(self, cmd: str, **arguments: Any) -> None:
         """Do something to the registration, if it is still at our address, whatever else changed."""

@@ -109,6 +109,21 @@ async def test_an_update_is_not_undone_by_registering_again(
             assert [each["meta"] for each in await client.instances("a")] == [{"k": "2"}]
 
 
+async def test_leaving_while_the_daemon_is_away_leaves_the_client_its_patience(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    client = Client(f"unix://{path}", connect_timeout_s=0.6)
+    async with InLoop(tmp_path / "own.json", unix=path):
+        registration = await client.register("a", 1)
+    await until(lambda: registration.on is not None and not registration.on.usable)
+    await registration.deregister()
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    with pytest.raises(regd_client.Unavailable):
+        await client.ping()
+    assert loop.time() - began > 0.3
+    await client.close()
+
+
 async def test_lost_is_told_and_not_fought(daemon: InLoop) -> None:
     peer = await daemon.peer()
     async with Client() as client:
