@@ -450,6 +450,8 @@ class Client:
             conditions = {**await self._hold(connection), "force": None}
             wanted: dict[str, Any] = {}
             while wanted != registration.arguments:  # an update may be answered before this is, and stays
+                if self._registrations.get(registration.key) is not registration:
+                    return True  # left meanwhile
                 wanted = dict(registration.arguments)
                 reply = await connection.ask("register", {**wanted, **conditions})
         except Conflict as conflict:

@@ -10,6 +10,7 @@ import pytest
 
 import regd_client
 from regd_client.client import Client
+from regd_client.connection import Connection
 from regd_client.following import Backlog, Endpoint, Event, Follow
 from tests.support.daemon import WAIT_S, Daemon, InLoop
 from tests.support.files import ToldFiles
@@ -122,6 +123,29 @@ async def test_leaving_while_the_daemon_is_away_leaves_the_client_its_patience(t
         await client.ping()
     assert loop.time() - began > 0.3
     await client.close()
+
+
+async def test_what_was_left_while_it_was_being_registered_again_is_not(
+    daemon: InLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answered = asyncio.Event(), asyncio.Event()
+    async with Client() as client:
+        registration = await client.register("a", 1)
+
+        async def hold(connection: Connection) -> dict[str, bool]:
+            asked.set()
+            await answered.wait()
+            return {"hold": True}
+
+        monkeypatch.setattr(client, "_hold", hold)
+        cut(daemon)
+        async with asyncio.timeout(WAIT_S):
+            await asked.wait()
+        await registration.deregister()
+        answered.set()
+        marker = await client.register("b", 1)
+        await until(lambda: marker.on is client._connection)
+        assert [each["name"] for each in await client.instances()] == ["b"]
 
 
 async def test_lost_is_told_and_not_fought(daemon: InLoop) -> None:
