@@ -1,0 +1,291 @@
+"""The history checker at work: a daemon that is killed and stopped, a bad line to it, and all who write and follow.
+
+`python -m tests.soak [--minutes M] [--seed S]`, or `make soak`. Behind each spell of trouble stands a quiet point, where
+all must come to agree: watchers, listeners, mirrors, `list`, the file, and the model of what was asked for. Where one
+does not, it prints the history of whom it concerns, and exits with 1.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.support.players import PATIENCE_S, Players
+from tests.support.proxy import Proxy
+from tests.support.witnesses import Failure, Listener, Value, Watcher, endpoint_value, fitting, key_of, value_of
+
+AGREE_S = 30.0  # for all to agree at a quiet point: grace, patience and backoff on a machine that is shared
+
+
+class Soak(Players):
+    proxy: Proxy
+
+    # Trouble.
+
+    async def spell(self, long: bool) -> None:
+        acts = [self.kill, self.term, self.stop, self.cut, self.deafen]
+        self.rng.shuffle(acts)
+        for act in acts[: self.rng.randint(2, len(acts))]:
+            await asyncio.sleep(self.rng.uniform(0.3, 1.5))
+            self.record.note("*", f"=== {act.__name__}")
+            self.record.figures[act.__name__] += 1
+            await act()
+        if long and self.rng.random() < 0.03:
+            await self.black_out()
+        await asyncio.sleep(self.rng.uniform(0, 1.0))
+
+    async def kill(self) -> None:
+        await self._restart(signal.SIGKILL)
+
+    async def term(self) -> None:
+        await self._restart(signal.SIGTERM)
+
+    async def _restart(self, number: int) -> None:
+        status, errors = await asyncio.to_thread(self.daemon.end, number)
+        if errors or status != (0 if number == signal.SIGTERM else -number):
+            raise Failure("*", f"the daemon ended with {status}: {errors}")
+        self.check_file()
+        if self.rng.random() < 0.3:
+            self.proxy.cut()
+            await self.stale(5.0)
+        await asyncio.sleep(self.rng.choice((0.0, 0.5)))
+        await asyncio.to_thread(self.daemon.start)
+
+    async def stop(self) -> None:
+        assert self.daemon.process is not None
+        self.daemon.process.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(self.rng.uniform(0.2, 3.0))
+        self.daemon.process.send_signal(signal.SIGCONT)
+
+    async def cut(self) -> None:
+        self.proxy.cut(self.rng.random())
+
+    async def deafen(self) -> None:
+        self.proxy.hears.clear()
+        await asyncio.sleep(self.rng.uniform(0.2, 3.0))
+        self.proxy.hears.set()
+
+    async def black_out(self) -> None:
+        """Longer than anybody's patience."""
+        self.record.note("*", "=== black_out")
+        self.record.figures["black_out"] += 1
+        self.proxy.hears.clear()
+        await self.stale(PATIENCE_S)
+        await asyncio.sleep(PATIENCE_S / 2)
+        self.proxy.hears.set()
+
+    async def stale(self, within_s: float) -> None:
+        """While nothing comes through, every mirror says so."""
+        until = time.monotonic() + within_s
+        while any(mirror.live for mirror in self.mirrors.values()):
+            if time.monotonic() > until:
+                raise Failure("mirror", f"still says that it is live, cut off for {within_s:g} s")
+            await asyncio.sleep(0.02)
+        if not all(mirror.stale_s > 0.0 for mirror in self.mirrors.values()):
+            raise Failure("mirror", "not live, and not stale")
+        self.record.figures["stale mirrors seen"] += len(self.mirrors)
+
+    # Agreement.
+
+    def file(self) -> tuple[int, dict[str, Value]]:
+        document = json.loads(self.daemon.registry.read_text())
+        rev = document.pop("$regd")["rev"]
+        return rev, {key: value_of(fields) for key, fields in document.items()}
+
+    def check_file(self) -> None:
+        """The daemon is dead: what it acknowledged, and what it told watchers, is in the file."""
+        rev, found = self.file()
+        for watcher in self.watchers:
+            if watcher.rev is not None and watcher.rev > rev:
+                raise Failure(watcher.name, f"was told revision {watcher.rev}, the file is at {rev}")
+        for key in self.model.sure:
+            if found.get(key) not in self.model.may[key]:
+                raise Failure(key, f"the file has {found.get(key)}, it may be {self.model.may[key]}")
+        self.model.settle(found)
+
+    async def quiet(self) -> None:
+        """Stop the trouble, and wait until all agree."""
+        self.going.clear()
+        self.proxy.calm.set()
+        self.record.note("*", "=== quiet")
+        began = time.monotonic()
+        while True:
+            apart = "somebody is still busy", "*"
+            if not self.busy:
+                apart, found = await self.compare()
+                if not apart[0]:
+                    break
+            if time.monotonic() - began > AGREE_S:
+                raise Failure(apart[1], f"no agreement within {AGREE_S:g} s: {apart[0]}")
+            await asyncio.sleep(0.05)
+        self.record.figures["quiet points"] += 1
+        self.record.figures["slowest agreement, ms"] = max(
+            self.record.figures["slowest agreement, ms"], int(1_000 * (time.monotonic() - began))
+        )
+        self.model.settle(found)
+        self.record.settle()
+        self.proxy.calm.clear()
+        self.going.set()
+
+    async def compare(self) -> tuple[tuple[str, str], dict[str, Value]]:
+        """Return the first who has something else than `list`, and the list."""
+        reply = await self.insist(cmd="list")
+        there = {key_of(each["name"], each["instance"]): value_of(each) for each in reply["instances"]}
+        rev, in_file = self.file()
+        if (rev, in_file) != (reply["rev"], there):
+            return (f"the file is at {rev}: {differing(in_file, there)}", "*"), there
+        for key in there.keys() | self.model.may.keys():
+            if there.get(key) not in (may := self.model.may.get(key, [None])):
+                return (f"{there.get(key)} is there, it may be {may}", key), there
+        witnesses: Sequence[Watcher | Listener] = [*self.watchers, *self.listeners]
+        for witness in witnesses:
+            fits = fitting(witness.pattern, witness.meta, there)
+            if witness.view != fits:
+                return (f"{differing(witness.view or {}, fits)} of those who are there", witness.name), there
+        for pattern, mirror in self.mirrors.items():
+            ready = {
+                key: value for key, value in fitting(pattern, {}, there).items() if value and value[2] == "ready"
+            }
+            names = {key.partition("/")[0] for key in self.model.may}
+            seen = {key_of(e.name, e.instance): endpoint_value(e) for n in names for e in mirror.resolve_all(n)}
+            if not mirror.live or mirror.stale_s or seen != ready:
+                return (f"mirror {pattern}, live {mirror.live}: {differing(seen, ready)}", "mirror"), there
+        return ("", ""), there
+
+    async def empty(self) -> None:
+        """All have left: nothing is left of them."""
+        static = {
+            key: value for key, value in self.file()[1].items() if value and key.startswith(("static.", "late"))
+        }
+        until = time.monotonic() + AGREE_S
+        while True:
+            stats = await self.insist(cmd="stats")
+            gauges = {name: stats[name] for name in ("connections", "watches", "waiting", "processes")}
+            left = {
+                key_of(e["name"], e["instance"]): value_of(e)
+                for e in (await self.insist(cmd="list"))["instances"]
+            }
+            if gauges == {"connections": 1, "watches": 0, "waiting": 0, "processes": 0} and left == static:
+                return
+            if time.monotonic() > until:
+                raise Failure("*", f"all have left, and {gauges}, {differing(left, static)}")
+            await asyncio.sleep(0.1)
+
+    # All together.
+
+    def roles(self) -> list[Coroutine[Any, Any, None]]:
+        bad = self.proxy.port
+        return [
+            *(self.writer(f"static.{n}", (None, bad)[n % 2]) for n in range(4)),
+            self.holder("held.firm", None),
+            self.holder("held.shaky", bad),
+            self.lease("leased"),
+            *(self.child(f"child{n}") for n in range(2)),
+            *(self.app(f"app.{n}", bad) for n in range(4)),
+            *(self.app(f"firm.{n}", None, firm=True) for n in range(3)),
+            self.watcher("fast", "*", 0.0, 0.0),
+            self.watcher("slow", "*", 0.002, 0.0),
+            self.watcher("resuming", "*", 0.0, 0.005),
+            self.watcher("both", "*", 0.002, 0.002),
+            self.watcher("static", "static.*", 0.0, 0.005),
+            self.watcher("one", "app.1", 0.002, 0.005),
+            self.lister(),
+            self.listener("hears all", bad, "*", {}),
+            self.listener("hears apps", bad, "app.*", {}),
+            self.listener("hears a zone", bad, "*", {"zone": "a"}),
+            self.listener("hears all, directly", self.daemon.port, "*", {}),
+            self.mirror("*", bad),
+            self.mirror("app.*", bad),
+            self.mirror("static.0", bad),
+            *(self.waiter(bad) for _ in range(3)),
+            self.latecomer(),
+        ]
+
+    async def run(self, seconds: float) -> None:
+        await asyncio.to_thread(self.daemon.start)
+        self.door = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+        async with self.door, Proxy(self.daemon.port, self.rng) as self.proxy:
+            until = time.monotonic() + seconds
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(role) for role in self.roles()]
+                self.going.set()
+                while time.monotonic() < until:
+                    await self.spell(seconds > 60)
+                    await self.quiet()
+                for task in tasks:
+                    task.cancel()
+            self.record.figures.update(
+                {f"proxy: {kind or 'fine'}": n for kind, n in self.proxy.accidents.items()}
+            )
+            await self.empty()
+        status, errors = await asyncio.to_thread(self.daemon.end)
+        if status or errors:
+            raise Failure("*", f"the daemon ended with {status}: {errors}")
+
+
+def differing(one: Mapping[str, Value], other: Mapping[str, Value]) -> dict[str, tuple[Value, Value]]:
+    return {
+        key: (one.get(key), other.get(key)) for key in one.keys() | other.keys() if one.get(key) != other.get(key)
+    }
+
+
+async def soak(folder: Path, seed: int, seconds: float) -> Counter[str]:
+    """Run, and return figures.
+
+    Raises:
+        Failure: a promise was broken; its notes are the history of whom it concerns.
+    """
+    run = Soak(folder, seed)
+    with run.daemon:
+        try:
+            await run.run(seconds)
+        except* Failure as failures:
+            failure = next(iter(leaves(failures)))
+            for line in run.record.about(failure.subject):
+                failure.add_note(line)
+            raise failure from None
+    return run.record.figures
+
+
+def leaves(group: BaseExceptionGroup[Failure]) -> list[Failure]:
+    found: list[Failure] = []
+    for each in group.exceptions:
+        found += leaves(each) if isinstance(each, BaseExceptionGroup) else [each]
+    return found
+
+
+def show(*lines: str) -> None:
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+    sys.stdout.flush()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
+    given = parser.parse_args()
+    logging.getLogger("regd_client").setLevel(logging.ERROR)
+    show(f"seed {given.seed}, {given.minutes:g} minutes")
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.monotonic()
+        try:
+            figures = asyncio.run(soak(Path(folder), given.seed, 60 * given.minutes))
+        except Failure as failure:
+            show(*getattr(failure, "__notes__", ()))
+            show(f"FAILED after {time.monotonic() - began:.1f} s, seed {given.seed}: {failure}")
+            return 1
+    show(*(f"{what}: {count}" for what, count in sorted(figures.items())))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
