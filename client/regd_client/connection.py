@@ -30,7 +30,7 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
-        self._parked: set[int] = set()  # those of the waiting that may take long
+        self._parked: dict[int, asyncio.TimerHandle] = {}  # those of the waiting that may take long, until then
         self._starting: dict[int, Events] = {}  # watches whose number is not known yet
         self._watches: dict[int, Events] = {}
         self._number = 0
@@ -90,8 +90,8 @@ class Connection(asyncio.Protocol):
         self._waiting[number] = answer
         if events is not None:
             self._starting[number] = events
-        if arguments.get("wait") is not None:
-            self._parked.add(number)
+        if (wait_s := arguments.get("wait")) is not None:
+            self._parked[number] = self._loop.call_later(wait_s, self._overdue, number)
         elif self._dog is None:
             self._watch_out(self.heard, number)
         if not self._out:
@@ -132,6 +132,12 @@ class Connection(asyncio.Protocol):
 
         self._dog = self._loop.call_later(2 * _PATIENCE_S if heard == self.heard else _PATIENCE_S, look)
 
+    def _overdue(self, number: int) -> None:
+        """The time that this one waits for is over: it is urgent as others are."""
+        del self._parked[number]
+        if self._dog is None:
+            self._watch_out(self.heard, number)
+
     # What asyncio calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -170,7 +176,8 @@ class Connection(asyncio.Protocol):
             self._break(wire.refused(self.address, fields))
             return
         answer = self._waiting.pop(number, None)
-        self._parked.discard(number)
+        if parked := self._parked.pop(number, None):
+            parked.cancel()
         events = self._starting.pop(number, None)
         if events is not None and fields["ok"]:
             self._watches[fields["watch"]] = events
@@ -195,9 +202,11 @@ class Connection(asyncio.Protocol):
         for answer in waiting.values():
             if not answer.done():
                 answer.set_exception(_copy(error))
-        if self._dog is not None:
-            self._dog.cancel()
-            self._dog = None
+        for timer in (*self._parked.values(), self._dog):
+            if timer is not None:
+                timer.cancel()
+        self._parked.clear()
+        self._dog = None
         if self._transport is not None:
             self._transport.close()
 
