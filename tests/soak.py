@@ -59,12 +59,14 @@ class Soak(Players):
             await self.stale(5.0)
         await asyncio.sleep(self.rng.choice((0.0, 0.5)))
         await asyncio.to_thread(self.daemon.start)
+        self.back_at = time.monotonic()
 
     async def stop(self) -> None:
         assert self.daemon.process is not None
         self.daemon.process.send_signal(signal.SIGSTOP)
         await asyncio.sleep(self.rng.uniform(0.2, 3.0))
         self.daemon.process.send_signal(signal.SIGCONT)
+        self.back_at = time.monotonic()
 
     async def cut(self) -> None:
         self.proxy.cut(self.rng.random())
