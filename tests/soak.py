@@ -188,6 +188,7 @@ class Soak(Players):
         bad = self.proxy.port
         return [
             *(self.writer(f"static.{n}", (None, bad)[n % 2]) for n in range(4)),
+            self.holder("held.ever", None, ever=True),
             self.holder("held.firm", None),
             self.holder("held.shaky", bad),
             self.lease("leased"),

@@ -21,7 +21,7 @@ from tests.support.daemon import WAIT_S, Daemon, Peer
 from tests.support.witnesses import Failure, Listener, Model, Record, Value, Watcher, digest, key_of, value_of
 
 GRACE_S = 4.0
-TTL_S = 4.0
+TTL_S = 2.0
 GONE_S = 5.0  # for what has ended to be gone, from the daemon's last absence on
 PATIENCE_S = 20.0  # a client notices a daemon that hangs within 15 s
 WAIT_FOR_S = 2.0  # of a `resolve` that waits
@@ -189,19 +189,21 @@ class Players:
         if wrong:
             raise Failure(key, f"{wrong}: {request} {reply}")
 
-    async def holder(self, key: str, port: int | None) -> None:
-        """Holds by a connection, comes back when that breaks, and leaves by closing it."""
+    async def holder(self, key: str, port: int | None, ever: bool = False) -> None:
+        """Holds by a connection, comes back when that breaks, and leaves by closing it, or never."""
         value: Value = (7, (), "ready")
         self.want(key, None)
         while True:
             async with self.turn(0.5):
                 self.want(key, value)
-            until, left = time.monotonic() + self.rng.uniform(0.2, 6.0), False
+            until, left = time.monotonic() + (1e9 if ever else self.rng.uniform(0.2, 6.0)), False
             while not left:
                 with contextlib.suppress(ConnectionError):
                     async with self.peer(port) as peer:
                         if (await ask(peer, cmd="register", name=key, port=7, hold=True))["ok"]:
                             self.want(key, value, sure=port is None)
+                            if ever:
+                                self.record.firm.add(key)
                             await self._stay(peer, until)
                             self.want(key, None)
                             left = True
@@ -223,7 +225,7 @@ class Players:
                 if not (await self.insist(cmd="register", name=key, port=8, ttl=TTL_S))["ok"]:
                     continue
                 self.want(key, (8, (), "ready"), sure=True)
-            for _ in range(self.rng.randint(1, 20)):
+            for _ in range(self.rng.randint(1, 30)):
                 reply = await self.insist(cmd="renew", name=key)
                 if not reply["ok"]:
                     raise Failure(key, f"renewed in time, and {reply}")
