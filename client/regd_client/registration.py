@@ -52,10 +52,15 @@ class Registration:
             self.arguments["state"] = state
 
     async def update(self, meta: Mapping[str, str] | None = None, *, state: str | None = None) -> None:
-        """Replace its meta as a whole, set its state (`starting`, `ready`, `draining`), or both."""
-        name, instance = self.key
-        await self._client.update(name, meta, state=state, instance=instance)
-        self.altered(None if meta is None else dict(meta), state)
+        """Replace its meta as a whole, set its state (`starting`, `ready`, `draining`), or both.
+
+        Raises:
+            NotFound: it has ended, or is somebody else's now.
+        """
+        given = None if meta is None else dict(meta)
+        if not await self._while_ours("update", meta=given, state=state):
+            raise NotFound(f"no registration of {self.key[0]!r} at our address", "not_found")
+        self.altered(given, state)
 
     async def deregister(self) -> None:
         """End it: first `draining`, then gone. Harmless when it has ended; what is somebody else's now stays."""
@@ -74,7 +79,7 @@ class Registration:
             async with asyncio.timeout(_ONCE_S):
                 await self._while_ours("deregister")
 
-    async def _while_ours(self, cmd: str, **arguments: Any) -> None:
+    async def _while_ours(self, cmd: str, **arguments: Any) -> bool:
         """Do something to the registration, if it is still at our address, whatever else changed."""
         name, instance = self.key
         while True:
@@ -83,15 +88,15 @@ class Registration:
                     cmd, name=name, instance=instance, **arguments, **{"if": self._rev}
                 )
                 self._rev = reply["rev"]
-                return
+                return True
             except NotFound:
-                return
+                return False
             except Conflict:
                 known = await self._client.why(name, instance)
                 found = known["instances"]
                 own = self.endpoint
                 if not found or (found[0]["host"], found[0]["port"]) != (own.host, own.port):
-                    return
+                    return False
                 self._rev = found[0]["rev"]
 
 

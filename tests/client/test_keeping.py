@@ -167,6 +167,16 @@ async def test_lost_is_told_and_not_fought(daemon: InLoop) -> None:
         assert (await peer.reply())["event"] == "lost"
 
 
+async def test_who_took_the_name_is_not_updated_by_who_had_it(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    async with Client() as client:
+        registration = await client.register("a", 1)
+        await peer.ask(cmd="register", name="a", port=2, meta={"k": "theirs"}, force=True)
+        with pytest.raises(regd_client.NotFound):
+            await registration.update({"k": "ours"})
+        assert (await client.resolve("a")).meta == {"k": "theirs"}
+
+
 async def test_who_took_the_name_meanwhile_keeps_it(daemon: InLoop) -> None:
     async with Client() as client:
         registration = await client.register("a", 1)
