@@ -15,13 +15,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tests.support.players import PATIENCE_S, Players
 from tests.support.proxy import Proxy
 from tests.support.witnesses import Failure, Listener, Value, Watcher, endpoint_value, fitting, key_of, value_of
+
+T = TypeVar("T")
 
 AGREE_S = 30.0  # for all to agree at a quiet point: grace, patience and backoff on a machine that is shared
 
@@ -50,7 +52,7 @@ class Soak(Players):
         await self._restart(signal.SIGTERM)
 
     async def _restart(self, number: int) -> None:
-        status, errors = await asyncio.to_thread(self.daemon.end, number)
+        status, errors = await whole(self.daemon.end, number)
         if errors or status != (0 if number == signal.SIGTERM else -number):
             raise Failure("*", f"the daemon ended with {status}: {errors}")
         self.check_file()
@@ -58,7 +60,7 @@ class Soak(Players):
             self.proxy.cut()
             await self.stale(5.0)
         await asyncio.sleep(self.rng.choice((0.0, 0.5)))
-        await asyncio.to_thread(self.daemon.start)
+        await whole(self.daemon.start)
         self.back_at = time.monotonic()
 
     async def stop(self) -> None:
@@ -233,6 +235,16 @@ class Soak(Players):
         status, errors = await asyncio.to_thread(self.daemon.end)
         if status or errors:
             raise Failure("*", f"the daemon ended with {status}: {errors}")
+
+
+async def whole(call: Callable[..., T], *arguments: int) -> T:
+    """Call in a thread, and wait for its end even when cancelled: a process is started or ended, not half of it."""
+    running = asyncio.ensure_future(asyncio.to_thread(call, *arguments))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await running
+        raise
 
 
 def differing(one: Mapping[str, Value], other: Mapping[str, Value]) -> dict[str, tuple[Value, Value]]:

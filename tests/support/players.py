@@ -76,7 +76,8 @@ class Players:
     @contextlib.asynccontextmanager
     async def turn(self, most_s: float = 0.0) -> AsyncIterator[None]:
         """Around what must not run on into a quiet point, after a pause."""
-        await asyncio.sleep(self.rng.uniform(0, most_s))
+        if most_s:
+            await asyncio.sleep(self.rng.uniform(0, most_s))
         await self.going.wait()
         self.busy += 1
         try:
@@ -225,7 +226,9 @@ class Players:
                 if not (await self.insist(cmd="register", name=key, port=8, ttl=TTL_S))["ok"]:
                     continue
                 self.want(key, (8, (), "ready"), sure=True)
-            for _ in range(self.rng.randint(1, 30)):
+            left = self.rng.randint(1, 30)
+            while left > 0 or not self.going.is_set():
+                left -= 1
                 reply = await self.insist(cmd="renew", name=key)
                 if not reply["ok"]:
                     raise Failure(key, f"renewed in time, and {reply}")
