@@ -106,7 +106,8 @@ class Proxy:
 
     async def _while_wild(self, most_s: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.calm.wait(), self._rng.uniform(0, most_s))
+            async with asyncio.timeout(self._rng.uniform(0, most_s)):  # `wait_for` may miss that it is cancelled
+                await self.calm.wait()
 
     async def _end(self, writer: asyncio.StreamWriter) -> None:
         """End one side: with a FIN behind what was sent, or a reset."""
