@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import random
+import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator
@@ -37,7 +38,7 @@ class SmallDaemon(Daemon):
         program, dash_c, start, *rest = super().command(*flags)
         small = (
             "import dataclasses, regd.core.limits as of; "
-            "of.DEFAULT = dataclasses.replace(of.DEFAULT, history_changes_max=200, progress_s=2.0); "
+            "of.DEFAULT = dataclasses.replace(of.DEFAULT, history_changes_max=100, progress_s=2.0); "
         )
         return [program, dash_c, small + start, *rest]
 
@@ -87,9 +88,17 @@ class Players:
 
     @contextlib.asynccontextmanager
     async def peer(self, port: int | None = None, room: int | None = None) -> AsyncIterator[Peer]:
-        """Connect to the daemon itself, or through a port; end with a reset."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", port or self.daemon.port, limit=room or 2**21)
-        peer = Peer(reader, writer)
+        """Connect to the daemon itself, or through a port; end with a reset. `room` is all that waits to be read."""
+        made = socket.socket()
+        made.setblocking(False)
+        if room is not None:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+        try:
+            await asyncio.get_running_loop().sock_connect(made, ("127.0.0.1", port or self.daemon.port))
+        except BaseException:
+            made.close()
+            raise
+        peer = Peer(*await asyncio.open_connection(sock=made, limit=room or 2**21))
         try:
             yield peer
         except TimeoutError:
@@ -350,7 +359,10 @@ class Players:
                             await asyncio.sleep(self.rng.uniform(0.5, 3.0))
                         if self.going.is_set() and self.rng.random() < breaks:
                             break
-            await asyncio.sleep(self.rng.uniform(0, 0.3))
+            away_s = (
+                self.rng.choice((0.1, 0.1, 4.0)) if self.going.is_set() else 0.1
+            )  # longer than history is kept
+            await asyncio.sleep(self.rng.uniform(0, away_s))
 
     async def lister(self) -> None:
         while True:
