@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: run test lint suite uvloop bench wheel clean
+.PHONY: run test lint suite uvloop bench crash soak fuzz siege health memory wheel clean
 
 run:
 	PYTHONPATH=.:client exec $(PYTHON) services/demo.py
@@ -27,6 +27,31 @@ uvloop: $(VENV)/ready
 bench: $(VENV)/ready
 	$(VENV)/bin/python -m tests.bench
 	$(VENV)/bin/python -m tests.bench uvloop
+
+# The long runs. Each has a short form in the suite; regd/DESIGN.md says what they prove, and their last figures.
+
+# kill -9 of a daemon under load, 200 times: nothing acknowledged is missing.
+crash: $(VENV)/ready
+	PYTHONPATH=.:client $(VENV)/bin/python -m tests.crash
+
+# Ten minutes of everything at once, on a bad line: everybody who follows has the daemon's state.
+soak: $(VENV)/ready
+	PYTHONPATH=.:client $(VENV)/bin/python -m tests.soak
+
+# Any bytes, guided by what they reach, a minute for each target.
+fuzz: $(VENV)/ready
+	$(VENV)/bin/python -m pip install -q --group fuzz
+	PYTHONPATH=.:client $(VENV)/bin/python -m tests.fuzz.run
+
+# How a well-behaved peer fares beside hostile ones; how long a command holds the loop; what memory is taken.
+siege: $(VENV)/ready
+	PYTHONPATH=.:client $(VENV)/bin/python -m tests.siege
+
+health: $(VENV)/ready
+	PYTHONPATH=.:client $(VENV)/bin/python -m tests.health
+
+memory: $(VENV)/ready
+	PYTHONPATH=.:client $(VENV)/bin/python -m tests.memory
 
 # What users install: built, installed into an empty environment, and tried there.
 wheel: $(VENV)/ready
