@@ -31,6 +31,7 @@ class Limits:
         "busy",
         each_bytes=6_144,
     )
+    guests_max: int = _row(2_560, "of these, of users who may only read: they leave room", "closed", "busy")
     requests_in_flight_max: int = _row(
         64, "per connection; fills a commit, no more", "connection is not read until replies are out"
     )
@@ -43,6 +44,9 @@ class Limits:
         "request refused",
         "busy",
         each_bytes=1,
+    )
+    guests_kept_bytes_max: int = _row(
+        16_777_216, "the same, of users who may only read", "request refused", "busy", each_bytes=1
     )
     output_bytes_max: int = _row(
         16_384, "unsent, per connection; the kernel holds more", "connection is not read until all is sent"

@@ -257,6 +257,7 @@ class Answers:
                 "registry_bytes": self._registry.weight_bytes,
                 **self._gauges(),
                 "connections": tally.connections,
+                "guests": tally.guests,
                 "connections_accepted": tally.connections_accepted,
                 "connections_refused": tally.connections_refused,
                 "strangers": tally.strangers,

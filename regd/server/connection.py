@@ -41,6 +41,8 @@ class Connection(asyncio.Protocol):
         "_eof",
         "_held_up",
         "_in_flight",
+        "_is_guest",
+        "_kept",
         "_landed",
         "_looking",
         "_may_hold",
@@ -65,6 +67,8 @@ class Connection(asyncio.Protocol):
         self._held_up: Item | None = None  # the next item, waiting until the writes before it have landed
         self._slow: Slow | None = None  # or until this reply to it is there
         self._accepted = False  # within `connections_max`
+        self._is_guest = False  # may only read
+        self._kept = context.kept  # where what is kept of its requests is counted
         self._in_flight = 0  # writes submitted and not answered
         self._landed: list[bytes] = []  # their replies, gathered for one send
         self._scheduled = False  # `_go_on` will be called
@@ -89,20 +93,23 @@ class Connection(asyncio.Protocol):
         context = self._context
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=context.limits.output_bytes_max, low=0)
-        tally = context.tally
         context.connections.add(self)
         context.alone.clear()
-        if tally.connections < context.limits.connections_max:
+        uid = context.peers.uid_of(self._transport.get_extra_info("socket"))
+        self._is_guest = not context.peers.may_write(uid)
+        self._kept = context.kept_of_guests if self._is_guest else context.kept
+        tally, limits = context.tally, context.limits
+        full = tally.connections >= limits.connections_max
+        if not full and not (self._is_guest and tally.guests >= limits.guests_max):
             self._accepted = True
-            uid = context.peers.uid_of(self._transport.get_extra_info("socket"))
             self._asker = Asker(context.sessions.add(self), uid)
             tally.connections += 1
+            tally.guests += self._is_guest
             tally.connections_accepted += 1
             return
         tally.connections_refused += 1
-        refusal = Refused(
-            Code.BUSY, f"{context.limits.connections_max} connections are open; close some, or try again later"
-        )
+        count = f"{tally.connections} connections are open" if full else f"{tally.guests} guests are here"
+        refusal = Refused(Code.BUSY, f"{count}; close some, or try again later")
         if len(context.connections) - tally.connections <= _LINGERING_MAX:
             self._refuse(refusal)
         else:
@@ -147,6 +154,7 @@ class Connection(asyncio.Protocol):
         if not context.connections:
             context.alone.set()
         context.tally.connections -= self._accepted
+        context.tally.guests -= self._accepted and self._is_guest
         context.input.hold(self, 0)
         context.output.hold(self, 0)
         if self._timer is not None:
@@ -224,13 +232,13 @@ class Connection(asyncio.Protocol):
     def _do(self, request: Request) -> bytes | None:
         """Return the reply, None where it comes later."""
         context, command = self._context, COMMANDS[request.cmd]
-        if command.guarded and not context.peers.may_write(self._asker.uid):
+        if command.guarded and self._is_guest:
             raise context.denied(self._transport.get_extra_info("peername"), self._asker.uid, request.cmd)
         if command.writes:
             size = request.weight_bytes
-            context.kept.check(size)
+            self._kept.check(size)
             context.engine.submit(context.answers.write(request, self._asker), self._done(request, size))
-            context.kept.take(size)
+            self._kept.take(size)
             self._in_flight += 1
             self._may_hold = self._may_hold or request.arguments.get("hold", False)
             return None
@@ -259,9 +267,9 @@ class Connection(asyncio.Protocol):
             raise Refused(Code.BUSY, f"this connection has {len(self._watches)} watches already")
         since = (given["epoch"], given["since"]) if "epoch" in given else None
         number, size = self._watch_count + 1, request.weight_bytes
-        context.kept.check(size)
+        self._kept.check(size)
         watch = context.watches.start(self, number, given.get("name", "*"), given.get("meta", {}), since)
-        context.kept.take(size)
+        self._kept.take(size)
         self._watch_count = number
         self._watches[number] = watch
         watch.kept_bytes = size
@@ -272,7 +280,7 @@ class Connection(asyncio.Protocol):
         if watch is None:
             raise Refused(Code.NOT_FOUND, f"this connection has no watch {request.arguments['watch']}")
         self._context.watches.stop(watch)
-        self._context.kept.give(watch.kept_bytes)
+        self._kept.give(watch.kept_bytes)
         return messages.ok(request.id, {})
 
     def _park(self, request: Request) -> bytes | None:
@@ -281,7 +289,7 @@ class Connection(asyncio.Protocol):
         if len(self._parked) >= context.limits.parked_max:
             raise Refused(Code.BUSY, f"{len(self._parked)} requests of this connection wait already")
         size = 2 * request.weight_bytes  # a wait is as much again
-        context.kept.check(size)
+        self._kept.check(size)
         wait: Wait | None = None
         at_once: list[bytes] = []
 
@@ -294,7 +302,7 @@ class Connection(asyncio.Protocol):
                 at_once.append(reply)
                 return
             if self._parked.pop(wait, None) is not None:
-                context.kept.give(size)
+                self._kept.give(size)
             self._blocked = self._blocked and request.id is not None
             if not self._ending:
                 self._landed.append(reply)
@@ -306,7 +314,7 @@ class Connection(asyncio.Protocol):
         if at_once:
             return at_once[0]
         self._parked[wait] = request
-        context.kept.take(size)
+        self._kept.take(size)
         self._blocked = request.id is None
         return None
 
@@ -317,7 +325,7 @@ class Connection(asyncio.Protocol):
     def _done(self, request: Request, size: int) -> Callable[[Mapping[str, object] | Refused], None]:
         def done(outcome: Mapping[str, object] | Refused) -> None:
             self._in_flight -= 1
-            self._context.kept.give(size)
+            self._kept.give(size)
             if self._ending or self._transport.is_closing():
                 return
             if isinstance(outcome, Refused):
@@ -471,11 +479,11 @@ class Connection(asyncio.Protocol):
         self._release()
         for watch in self._watches.values():
             context.watches.stop(watch)
-            context.kept.give(watch.kept_bytes)
+            self._kept.give(watch.kept_bytes)
         self._watches.clear()
         for wait, request in self._parked.items():
             context.waits.cancel(wait)
-            context.kept.give(2 * request.weight_bytes)
+            self._kept.give(2 * request.weight_bytes)
         self._parked.clear()
 
     def _release(self) -> None:

@@ -100,6 +100,7 @@ class Context:
     input: Budget
     output: Budget
     kept: Room
+    kept_of_guests: Room
     connections: "set[Connection]" = field(default_factory=set)
     sessions: "Sessions" = field(default_factory=lambda: Sessions())
     alone: asyncio.Event = field(default_factory=asyncio.Event)  # set when the last connection has gone

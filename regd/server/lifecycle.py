@@ -84,6 +84,7 @@ class Server:
         self._epoch = epoch or secrets.token_hex(8)
         self._pulse = Pulse(self._clock)
         self._kept = Room(config.limits.kept_bytes_max)
+        self._kept_of_guests = Room(config.limits.guests_kept_bytes_max)
         self._peers = peers or Peers(config.allowed_uids)
         self._listeners = Listeners()
         self._servers: list[asyncio.Server] = []
@@ -114,7 +115,7 @@ class Server:
     @property
     def kept_bytes(self) -> int:
         """What is kept of requests that wait for the disk, are parked or watch."""
-        return self._kept.total
+        return self._kept.total + self._kept_of_guests.total
 
     @property
     def parked(self) -> int:
@@ -191,6 +192,7 @@ class Server:
             input=Budget(limits.input_bytes_total_max),
             output=Budget(limits.output_bytes_total_max),
             kept=self._kept,
+            kept_of_guests=self._kept_of_guests,
             sessions=sessions,
         )
         reaper.start()

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Tally:
-    """Counts since the start, but for `connections`, which is now."""
+    """Counts since the start, but for `connections` and `guests`, which are now."""
 
     connections: int = 0
+    guests: int = 0  # of these, of users who may only read
     connections_accepted: int = 0
     connections_refused: int = 0
     strangers: int = 0

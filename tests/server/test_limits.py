@@ -19,8 +19,10 @@ from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Change, Entry, Op, State
 from regd.core.registry import Registry
 from regd.protocol.commands import Request
+from regd.server.peers import Peers
 from tests.support.daemon import WAIT_S, InLoop, Peer
 from tests.support.files import ToldFiles
+from tests.support.peers import Told
 
 pytestmark = pytest.mark.socket
 
@@ -41,9 +43,11 @@ def running(tmp_path: Path) -> Running:
     """A daemon with some limits: `async with running(connections_max=3) as daemon`."""
 
     @contextlib.asynccontextmanager
-    async def run(files: ToldFiles | None = None, **limits: float) -> AsyncIterator[InLoop]:
+    async def run(
+        files: ToldFiles | None = None, peers: Peers | None = None, **limits: float
+    ) -> AsyncIterator[InLoop]:
         path = tmp_path / "registry.json"
-        async with InLoop(path, limits=replace(DEFAULT, **cast(Any, limits)), files=files) as daemon:
+        async with InLoop(path, limits=replace(DEFAULT, **cast(Any, limits)), files=files, peers=peers) as daemon:
             yield daemon
 
     return run
@@ -170,6 +174,44 @@ async def test_connections(running: Running) -> None:
 
         await three(connect)
         await until(lambda: len(daemon.server.connections) == 4 or len(daemon.server.connections) == 3)
+
+
+@rows("guests_max")
+async def test_guests_leave_room_for_others(running: Running) -> None:
+    told = Told()
+    async with running(peers=told, guests_max=3, connections_max=5) as daemon:
+
+        async def connect(n: int) -> dict[str, Any]:
+            peer: Peer = await daemon.peer()
+            return await peer.ask(cmd="ping")
+
+        await three(connect)
+        told.uid = 0
+        owner = await daemon.peer()
+        stats = await owner.ask(cmd="stats")
+        assert (stats["connections"], stats["guests"]) == (4, 3)
+        for peer in daemon.peers[:4]:
+            await peer.close()
+        await until(lambda: len(daemon.server.connections) == 1)
+        assert (await owner.ask(cmd="stats"))["guests"] == 0
+
+
+@rows("guests_kept_bytes_max")
+@pytest.mark.parametrize("step", [-1, 0, 1])
+async def test_what_is_kept_for_guests_leaves_room_for_others(step: int, running: Running) -> None:
+    told = Told()
+    size = Request("watch", None, {"name": "a"}).weight_bytes
+    async with running(peers=told, guests_kept_bytes_max=2 * size + step) as daemon:
+        guest = await daemon.peer()
+        replies = [await guest.ask(cmd="watch", name="a")]
+        assert (await guest.reply())["event"] == "sync"
+        replies.append(await guest.ask(cmd="watch", name="a"))
+        assert [each.get("error") for each in replies] == [None, "busy" if step < 0 else None]
+        told.uid = 0
+        owner = await daemon.peer()
+        assert (await ask_watch(owner, "a"))["ok"]
+        await guest.reset()
+        await until(lambda: daemon.server.kept_bytes == size)
 
 
 @rows("held_max")

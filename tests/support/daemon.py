@@ -87,7 +87,7 @@ class InLoop:
         self.clock = HandClock()
         self.config = Config(registry=registry, port=0, limits=limits, unix=unix)
         self.server = Server(self.config, clock=self.clock, files=files, epoch=epoch, peers=peers)
-        self._peers: list[Peer] = []
+        self.peers: list[Peer] = []
 
     @property
     def port(self) -> int:
@@ -104,13 +104,13 @@ class InLoop:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for peer in self._peers:
+        for peer in self.peers:
             await peer.close()
         await self.server.stop()
 
     async def peer(self, host: str = "127.0.0.1") -> Peer:
         peer = Peer(*await asyncio.open_connection(host, self.port, limit=2 * 1_048_576))
-        self._peers.append(peer)
+        self.peers.append(peer)
         return peer
 
 
