@@ -120,6 +120,9 @@ async def test_a_full_disk(small: Path, peers: Callable[[Daemon], Any]) -> None:
         assert len(await watching(watcher)) == 1
         filler = fill(small)
         await all_are_refused(peer, "No space left")
+        assert not daemon.registry.with_name(
+            "registry.json.tmp"
+        ).exists()  # it would keep others from what is left
         daemon.end(signal.SIGKILL)
 
         daemon.start()  # on a disk that is full
