@@ -5,11 +5,15 @@ Must not know what is in a file.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
 from pathlib import Path
 from typing import NamedTuple
+
+# Where a folder above cannot be synced for one of these, it was not we who made something in it.
+_NEVER_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL)
 
 
 class Print(NamedTuple):
@@ -34,8 +38,11 @@ class Files:
         One that is there may be left by a process that was killed before it was durable.
         """
         if path.is_dir():
-            with contextlib.suppress(PermissionError):  # who may not read the folder above did not make this one
+            try:
                 self.sync_folder(path.parent)
+            except OSError as error:
+                if error.errno not in _NEVER_OURS:
+                    raise
             return
         self.make_folder(path.parent)
         with contextlib.suppress(FileExistsError):

@@ -4,6 +4,7 @@ A real store works on a real folder through a door that tells a model of a disk.
 after each operation may leave; each of these is laid out in another folder, and a fresh store must open there.
 """
 
+import errno
 import itertools
 import os
 import shutil
@@ -349,3 +350,18 @@ TROUBLED = st.tuples(STEPS, st.none() | st.sampled_from(Trouble), st.integers(0,
 def test_a_crash_in_any_life(crashes: Crashes, steps: list[tuple[Step, Trouble | None, int]]) -> None:
     with tempfile.TemporaryDirectory() as root:
         crashes.check(run(Path(root), [(restarted, None, 0), *steps]))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EINVAL])
+def test_a_folder_above_that_cannot_be_synced_keeps_nobody_from_starting(tmp_path: Path, number: int) -> None:
+    """As where it is of root, or a read-only file system that knows no such thing."""
+
+    class Above(QuickFiles):
+        def sync_folder(self, path: Path) -> None:
+            if path == tmp_path.parent:
+                raise OSError(number, os.strerror(number))
+
+    store = Store(tmp_path / "registry.json", lambda line: None, Above())
+    store.open(LOADED_AT)
+    store.make()
+    store.close()
