@@ -22,7 +22,7 @@ from regd.server.waits import Wait
 from regd.server.watches import Watch
 
 _SLICE = 128  # requests of one connection before others get a turn
-_TURN_S = 0.005  # and so long, where requests are dear
+_TURN_S = 0.001  # and so long, where requests are dear
 _CHUNK_BYTES = 65_536  # replies are gathered up to here and sent as one
 _LINGERING_MAX = 32  # refused connections that are listened to for a while, so that the reason arrives for sure
 _LATE_S = 0.25
@@ -71,7 +71,7 @@ class Connection(asyncio.Protocol):
         self._kept = context.kept  # where what is kept of its requests is counted
         self._in_flight = 0  # writes submitted and not answered
         self._landed: list[bytes] = []  # their replies, gathered for one send
-        self._scheduled = False  # `_go_on` will be called
+        self._scheduled = False  # `go_on` will be called
         self._paused = False  # the peer does not read
         self._reading = True
         self._eof = False  # the peer has closed its sending side
@@ -121,7 +121,7 @@ class Connection(asyncio.Protocol):
         if self._ending:
             return
         self._reader.receive(data)
-        self._work()
+        self._work_or_wait()
 
     def eof_received(self) -> bool:
         self._eof = True
@@ -129,7 +129,7 @@ class Connection(asyncio.Protocol):
             self._transport.close()
         else:
             self._reader.end()
-            self._work()
+            self._work_or_wait()
         return True  # the sending side stays open for the replies
 
     def pause_writing(self) -> None:
@@ -162,13 +162,19 @@ class Connection(asyncio.Protocol):
 
     # The work.
 
+    def _work_or_wait(self) -> None:
+        if self._context.turns.has_time and not self._scheduled:
+            self._work()
+        else:
+            self._schedule()
+            self._settle()
+
     def _work(self) -> None:
         """Answer requests until there are none, something holds them up, or others should have a turn."""
         replies, self._landed = self._landed, []  # what has landed was asked before what is taken now
         size = 0
         pulse = self._context.pulse
-        now = self._context.clock.now()
-        until = now + _TURN_S
+        began = now = self._context.clock.now()
         for _ in range(_SLICE):
             item = self._take()
             if item is None:
@@ -184,14 +190,15 @@ class Connection(asyncio.Protocol):
                     self._transport.write(b"".join(replies))
                     replies.clear()
                     size = 0
-            if now > until:
-                self._schedule()
+            if now > began + _TURN_S:
+                self._schedule(busy=True)
                 break
         else:
-            self._schedule()
+            self._schedule(busy=True)
         if replies:
             self._transport.write(b"".join(replies))
         self._settle()
+        self._context.turns.spent(self._context.clock.now() - began)
 
     def _take(self) -> Item | None:
         if self._paused or self._ending or self._blocked:
@@ -255,7 +262,7 @@ class Connection(asyncio.Protocol):
         now = next(reply)
         if now is None:
             self._slow, self._held_up = reply, request
-            self._schedule()
+            self._schedule(busy=True)
         return now
 
     def _watch(self, request: Request) -> bytes:
@@ -337,12 +344,13 @@ class Connection(asyncio.Protocol):
 
         return done
 
-    def _schedule(self) -> None:
+    def _schedule(self, busy: bool = False) -> None:
         if not self._scheduled:
             self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._go_on)
+            self._context.turns.wait(self, busy)
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
+        """Do what there is to do: it is this one's turn."""
         self._scheduled = False
         if self._ending or self._transport.is_closing():
             return

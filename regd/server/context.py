@@ -19,6 +19,7 @@ from regd.server.peers import Peers
 from regd.server.pulse import Pulse
 from regd.server.reaper import Reaper
 from regd.server.tally import Tally
+from regd.server.turns import Turns
 from regd.server.waits import Waits
 from regd.server.watches import Watches
 
@@ -97,6 +98,7 @@ class Context:
     clock: Clock
     tally: Tally
     pulse: Pulse
+    turns: Turns
     input: Budget
     output: Budget
     kept: Room

@@ -25,6 +25,7 @@ from regd.server.peers import Peers
 from regd.server.pulse import Pulse
 from regd.server.reaper import Reaper
 from regd.server.tally import Tally
+from regd.server.turns import Turns
 from regd.server.waits import Waits
 from regd.server.watches import Watches
 from regd.storage.files import Files
@@ -189,6 +190,7 @@ class Server:
             clock=clock,
             tally=tally,
             pulse=pulse,
+            turns=Turns(),
             input=Budget(limits.input_bytes_total_max),
             output=Budget(limits.output_bytes_total_max),
             kept=self._kept,

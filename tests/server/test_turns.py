@@ -1,0 +1,64 @@
+"""Who is served when: at once while there is time, and nobody waits for ever."""
+
+import asyncio
+
+from regd.server.turns import Turns
+from tests.support.daemon import WAIT_S
+
+
+class Worker:
+    """Takes so long each time, and has so much to do."""
+
+    def __init__(self, turns: Turns, name: str, log: list[str], takes_s: float, times: int) -> None:
+        self.turns, self.name, self.log, self.takes_s, self.times = turns, name, log, takes_s, times
+
+    def go_on(self) -> None:
+        self.log.append(self.name)
+        self.times -= 1
+        self.turns.spent(self.takes_s)
+        if self.times:
+            self.turns.wait(self, busy=True)
+
+
+async def drain(workers: list[Worker]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while any(each.times for each in workers):
+            await asyncio.sleep(0)
+
+
+async def test_there_is_time_until_it_is_spent_and_again_when_the_loop_has_turned() -> None:
+    turns, log = Turns(), list[str]()
+    turns.spent(0.002)
+    assert turns.has_time
+    turns.spent(0.002)
+    assert turns.has_time is False
+    turns.wait(one := Worker(turns, "one", log, 0.0, 1), busy=False)
+    await drain([one])
+    assert turns.has_time
+
+
+async def test_whoever_has_little_to_do_does_not_wait_for_the_busy() -> None:
+    turns, log = Turns(), list[str]()
+    busy = [Worker(turns, f"busy{n}", log, 0.001, 20) for n in range(50)]
+    for each in busy:
+        turns.wait(each, busy=True)
+    await asyncio.sleep(0)
+    before = len(log)
+    fresh = Worker(turns, "fresh", log, 0.0001, 1)
+    turns.wait(fresh, busy=False)
+    await drain([fresh])
+    assert len(log) - before <= 5
+    await drain(busy)
+
+
+async def test_the_busy_go_on_among_many_who_come_and_each_in_its_turn() -> None:
+    turns, log = Turns(), list[str]()
+    busy = [Worker(turns, f"busy{n}", log, 0.001, 5) for n in range(4)]
+    for each in busy:
+        turns.wait(each, busy=True)
+    for _ in range(100):
+        for _ in range(10):
+            turns.wait(Worker(turns, "fresh", log, 0.001, 1), busy=False)
+        await asyncio.sleep(0)
+    assert not any(each.times for each in busy)
+    assert [name for name in log if name != "fresh"] == [f"busy{n}" for n in range(4)] * 5
