@@ -110,10 +110,13 @@ def _no_constant(word: str) -> Any:
     raise Bad("bad_json")
 
 
+_json = json.JSONDecoder(object_pairs_hook=_Pairs, parse_constant=_no_constant)
+
+
 def read(line: bytes) -> dict[str, Any]:
     """Read one object, and refuse what only Python takes for JSON."""
     try:
-        value = json.loads(line.decode("utf-8", "strict"), object_pairs_hook=_Pairs, parse_constant=_no_constant)
+        value = _json.decode(line.decode("utf-8", "strict"))
     except (ValueError, RecursionError):
         raise Bad("bad_json") from None
     plain = _plain(value, 0)
@@ -123,19 +126,21 @@ def read(line: bytes) -> dict[str, Any]:
 
 
 def _plain(value: Any, depth: int) -> Any:
-    if depth > DEPTH_MAX:
+    kind = type(value)
+    if kind is str:
+        if not value.isascii() and re.search("[\ud800-\udfff]", value):
+            raise Bad("bad_json")
+    elif kind is float:
+        if not math.isfinite(value):
+            raise Bad("bad_json")
+    elif depth > DEPTH_MAX:
         raise Bad(UNSURE)
-    if isinstance(value, _Pairs):
-        keys = [key for key, _ in value]
-        if len(set(keys)) < len(keys):
+    elif kind is _Pairs:
+        if len({key for key, _ in value}) < len(value):
             raise Bad("bad_json")
         return {_plain(key, depth): _plain(each, depth + 1) for key, each in value}
-    if isinstance(value, list):
+    elif kind is list:
         return [_plain(each, depth + 1) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise Bad("bad_json")
-    if isinstance(value, str) and not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise Bad("bad_json")
     return value
 
 

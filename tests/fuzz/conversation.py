@@ -1,0 +1,329 @@
+"""One peer that may say anything to a daemon, and a friend beside it; and all that must be true afterwards.
+
+The plan says how the stream comes, one byte a step. Must not know where plan and stream come from.
+
+    . ~    the loop turns once; until it is at rest
+    < > )  the peer stops reading; reads on; takes 100 bytes
+    t T    a tenth of a second passes; 21 s
+    s S    what goes to the disk takes five turns; none
+    d D    the disk is full; is not
+    x      every process ends
+    $ !    the peer ends its side; the connection is reset
+    other  so many bytes of the stream, up to 127; beyond, that less 127 times 16
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from regd.core.draft import Draft
+from regd.core.errors import Code
+from regd.core.limits import DEFAULT
+from regd.core.model import Change, Entry, Key, Op, Reason, key_text
+from regd.core.registry import Registry
+from tests.fuzz import oracle
+from tests.fuzz.oracle import Said
+from tests.fuzz.world import REGISTRY, TIGHT, World
+
+BEFORE = b"""{
+"$regd": {"format": 1, "rev": 7},
+"db": {"port": 5432},
+"worker/1": {"port": 5061, "meta": {"zone": "a"}, "ttl": 10},
+"cache": {"port": 6379, "hold": true},
+"job": {"port": 7000, "pid": 4242, "born": "boot/4242"}
+}
+"""
+FRIEND = b"""\
+{"cmd":"watch","id":"all"}
+{"cmd":"register","name":"kept","port":7001,"hold":true,"id":"mine"}
+"""
+_CONDITIONS = {Reason.CLOSED, Reason.EXITED, Reason.EXPIRED}
+
+
+class Conversation:
+    """One peer that may say anything, and a friend who watches, holds, and tidies up."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        world.loop.flush_turns = 0
+        self.engine = world.context.engine
+        self.registry = world.context.engine._registry
+        self.friend = world.connect()
+        self.friend.send(FRIEND)
+        world.settle()
+        self.first_rev = self.registry.rev
+        self.cut_before = world.context.tally.cut
+        self.peer = world.connect()
+        self.connection, self.friends = self.peer.protocol, self.friend.protocol
+        self.given = bytearray()  # of the stream
+        self.late = False  # so much time passed that a line may have been given up
+        self.early = False  # the end came before all was given
+        self._actions: dict[int, Callable[[], object]] = {
+            ord("."): world.loop.turn,
+            ord("~"): world.settle,
+            ord("<"): lambda: setattr(self.peer, "taking", False),
+            ord(">"): lambda: world.do(self.peer.take),
+            ord(")"): lambda: world.do(lambda: self.peer.take(100)),
+            ord("t"): lambda: world.pass_time(0.1),
+            ord("T"): self._idle,
+            ord("s"): lambda: setattr(world.loop, "flush_turns", 5),
+            ord("S"): lambda: setattr(world.loop, "flush_turns", 0),
+            ord("d"): lambda: setattr(world.files, "failing", True),
+            ord("D"): lambda: setattr(world.files, "failing", False),
+            ord("x"): world.end_processes,
+            ord("$"): self.peer.end,
+            ord("!"): self.peer.reset,
+        }
+
+    def run(self, plan: bytes, stream: bytes) -> None:
+        at = 0
+        for step in plan:
+            action = self._actions.get(step)
+            if action is not None:
+                action()
+            else:
+                size = step if step < 128 else (step - 127) * 16
+                self._say(stream[at : at + size])
+                at += size
+        self._say(stream[at:])
+        self.world.settle()
+
+    def _say(self, data: bytes) -> None:
+        if data and (self.peer.eof_sent or self.peer.is_reset):
+            self.early = True
+        elif data:
+            self.given += data
+            self.world.do(lambda: self.peer.send(data))
+
+    def _idle(self) -> None:
+        self.late = True
+        self.world.pass_time(21)
+
+    # What must be true.
+
+    def check(self) -> None:
+        world, peer = self.world, self.peer
+        world.files.failing = False
+        world.do(peer.take)
+        world.settle()
+        self._check_closed()
+        self._end()
+        said = list(oracle.understood(bytes(self.given), TIGHT.line_bytes_max, ended=not peer.is_reset))
+        self._check_replies(said)
+        _explain(self.registry.history.since(self.first_rev, 10_000), [s for s in said if s.cmd in oracle.WRITES])
+        self._check_nothing_left()
+        self._check_friend()
+        self._check_file()
+        self._tidy_up()
+
+    def _check_closed(self) -> None:
+        """Behind a stranger and `quit` the daemon closes, whatever the peer does."""
+        said = list(oracle.understood(bytes(self.given), TIGHT.line_bytes_max, ended=False))
+        if said and said[-1].kind in (oracle.STRANGER, oracle.QUIT) and not self.connection._parked:
+            self.world.pass_time(2 * TIGHT.farewell_s_max)
+            assert self.peer.lost
+
+    def _end(self) -> None:
+        """Let the peer end its side, and what it waits for come; who watches must be cut."""
+        world, peer = self.world, self.peer
+        world.do(peer.end)
+        world.settle()
+        while self.connection._parked:  # and what stood behind it, and waits itself
+            world.pass_time(TIGHT.wait_s_max + 1)
+        if not peer.lost and self.connection._watches:
+            world.do(peer.reset)
+            world.pass_time(TIGHT.progress_s + 1)
+        world.pass_time(2 * TIGHT.farewell_s_max)
+        assert peer.lost
+
+    def _check_replies(self, said: list[Said]) -> None:
+        """Every line is one; and the replies are those to what was said, in order, all or the first of them."""
+        sent = bytes(self.peer.sent)
+        whole, _, rest = sent.rpartition(b"\n")
+        cut = self.world.context.tally.cut > self.cut_before
+        assert not rest or cut or self.peer.is_reset, rest
+        lines = [is_a_line(each + b"\n") for each in whole.split(b"\n") if each]
+        replies = [each for each in lines if "ok" in each]
+        expected = [each for each in said if each.kind != oracle.QUIT]
+        waits = any(each.arguments and "wait" in each.arguments for each in said)
+        complete = not (cut or self.late or self.early or self.peer.is_reset)
+        if not complete:
+            del replies[-1:]  # it may say why
+        elif not (waits and said[-1].kind == oracle.STRANGER):  # which ends what waits
+            assert len(replies) == len(expected), (expected, replies)
+        if waits:
+            return  # overtaken, perhaps
+        for reply, each in zip(replies, expected, strict=False):
+            _answers(reply, each)
+
+    def _check_nothing_left(self) -> None:
+        context, friend = self.world.context, self.friends
+        assert context.connections == {friend}
+        assert list(context.sessions._open.values()) == [friend]
+        assert context.tally.connections == 1
+        assert len(context.watches) == 1
+        assert not context.watches._behind
+        assert len(context.waits) == 0
+        assert not context.waits._named
+        assert not context.waits._probing
+        assert not context.waits.probes._probes
+        for budget in (context.input, context.output):
+            assert budget.total == 0
+            assert not budget._held
+        [watch] = next(iter(context.watches._watches.values()))  # the friend's
+        assert (context.kept.total, context.kept_of_guests.total) == (watch.kept_bytes, 0)
+        for call in self.world.timers:
+            assert getattr(call, "__self__", None) is not self.connection, call
+
+    def _check_friend(self) -> None:
+        """Others are served, and who folds the events has the registry."""
+        self.friend.send(b'{"cmd":"ping","id":"there"}\n')
+        self.world.settle()
+        there: dict[tuple[str, str], dict[str, Any]] = {}
+        lines = [is_a_line(each + b"\n") for each in bytes(self.friend.sent).split(b"\n") if each]
+        for each in lines:
+            match each.get("event"):
+                case "up" | "change":
+                    there[each["name"], each["instance"]] = each
+                case "down":
+                    del there[each["name"], each["instance"]]
+        assert [each.get("id") for each in lines if "ok" in each] == ["all", "mine", "there"]
+        assert all(each["ok"] for each in lines if "ok" in each)
+        entries = listed(self.registry)
+        assert {each.key: _shown(each) for each in entries} == {
+            key: {name: fields[name] for name in ("host", "port", "meta", "state", "rev")}
+            for key, fields in there.items()
+        }
+
+    def _check_file(self) -> None:
+        """The file holds what is in effect."""
+        self.world.pass_time(2)  # a disk that failed is tried again
+        top = json.loads(self.world.files.read(REGISTRY))
+        assert top.pop("$regd")["rev"] == self.registry.rev
+        assert {key: fields["port"] for key, fields in top.items()} == {
+            key_text(entry.key): entry.port for entry in listed(self.registry)
+        }
+
+    def _tidy_up(self) -> None:
+        """Once all is deregistered, and time goes by, nothing at all is left."""
+        world, context = self.world, self.world.context
+        for entry in listed(self.registry):
+            self.engine.submit(partial(_deregister, entry.key), lambda outcome: None)
+        self.friend.send(b"quit\n")
+        world.settle()
+        world.pass_time(TIGHT.progress_s + 2)
+        assert self.friend.lost
+        lifetimes = self.registry.lifetimes
+        for table in (
+            self.registry._services, self.registry._names, context.connections, context.reaper.processes._files,
+            lifetimes._of_session, lifetimes._of_process, lifetimes._due, lifetimes._span_s, lifetimes._key,
+            lifetimes._gone_sessions, lifetimes._gone_processes, lifetimes._gone_holders,
+            world.timers,
+        ):  # fmt: skip
+            assert not table, table
+        assert self.registry.weight_bytes == 0
+
+
+def listed(registry: Registry) -> list[Entry]:
+    entries: list[Entry] = []
+    after: Key | None = None
+    while True:
+        page = registry.page("*", {}, after, 1_000)
+        entries += page.entries
+        after = page.after
+        if after is None:
+            return entries
+
+
+def _deregister(key: Key, draft: Draft) -> Mapping[str, object]:
+    return {"removed": draft.deregister(key)}
+
+
+def _shown(entry: Entry) -> dict[str, object]:
+    return {
+        "host": entry.host,
+        "port": entry.port,
+        "meta": entry.meta,
+        "state": str(entry.state),
+        "rev": entry.rev,
+    }
+
+
+# Of a valid request's arguments, what only the daemon's state, or all of them together, can tell.
+_LATER = {"update", "watch", "renew", "register"}
+_OF_THE_LINE = {Code.BAD_JSON, Code.BAD_REQUEST, Code.UNKNOWN_COMMAND, Code.TOO_LARGE}
+
+
+def _answers(reply: dict[str, Any], said: Said) -> None:
+    """A reply must fit what was said."""
+    if said.kind == oracle.UNSURE:
+        return
+    assert reply.get("id") == said.id, (reply, said)
+    error = reply.get("error")
+    if said.kind == oracle.STRANGER:
+        assert error == Code.BAD_REQUEST, (reply, said)
+    elif said.kind != oracle.REQUEST:
+        assert error == said.kind, (reply, said)
+    else:
+        assert error not in _OF_THE_LINE, (reply, said)
+        assert error not in (Code.INTERNAL, Code.SHUTTING_DOWN), (reply, said)
+        assert error != Code.BAD_ARGUMENT or said.cmd in _LATER, (reply, said)
+
+
+def _explain(changes: list[Change], asked: list[Said]) -> None:
+    """Every change of the registry is of a request, each of its own and in order, or the end of a lifetime."""
+    requests = iter(asked)
+    request = next(requests, None)
+    for change in changes:
+        if _is_an_end(change):
+            continue
+        while request is not None and not _explains(request, change):
+            request = next(requests, None)
+        assert request is not None, f"nobody asked for {change}"
+        if change.reason != Reason.REPLACED:  # what takes its place comes next
+            request = next(requests, None)
+
+
+def _is_an_end(change: Change) -> bool:
+    before = change.before
+    if change.op is Op.CHANGE and before is not None and len(change.entry.holders) < len(before.holders):
+        return True
+    if change.op is not Op.DOWN or change.reason not in _CONDITIONS:
+        return False
+    entry = change.entry
+    conditions = {Reason.CLOSED: entry.hold, Reason.EXITED: entry.pid, Reason.EXPIRED: entry.ttl_s}
+    assert conditions[Reason(change.reason)], f"{change} had no such condition"
+    return True
+
+
+def _explains(said: Said, change: Change) -> bool:
+    given, entry = said.arguments or {}, change.entry
+    if (given.get("name"), given.get("instance", "")) != entry.key:
+        return False
+    if change.reason == Reason.DEREGISTERED:
+        return said.cmd == "deregister"
+    if said.cmd == "update":
+        state = given.get("state", entry.state)
+        same_state = state in (entry.state, "draining")  # by one of several holders: that one is withdrawn
+        return change.op is Op.CHANGE and given.get("meta", entry.meta) == entry.meta and same_state
+    address = (given.get("host", "127.0.0.1"), given.get("port")) == (entry.host, entry.port)
+    if change.reason == Reason.REPLACED:
+        return said.cmd == "register" and not address
+    same = given.get("meta", {}) == entry.meta and given.get("state", "ready") == entry.state
+    return said.cmd == "register" and address and same
+
+
+def is_a_line(sent: bytes) -> dict[str, Any]:
+    """One line of the daemon: ASCII, strict JSON, with exactly one of `ok` and `event`."""
+    assert len(sent) <= DEFAULT.reply_bytes_max
+    assert sent.isascii()
+    assert sent.index(b"\n") == len(sent) - 1
+    assert not re.search(rb"[\x00-\x1f\x7f]", sent[:-1])
+    fields = oracle.read(sent)
+    assert ("ok" in fields) != ("event" in fields)
+    if fields.get("ok") is False:
+        assert fields["error"] in set(Code)
+        assert isinstance(fields["message"], str)
+    return fields
