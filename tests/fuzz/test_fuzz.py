@@ -165,7 +165,7 @@ def census(world: World) -> Counter[str]:
     return Counter(
         f"{kind.__module__}.{kind.__qualname__}"
         for kind in map(type, gc.get_objects())
-        if kind.__module__.startswith("regd.")
+        if str(kind.__module__).startswith("regd.")
     )
 
 
