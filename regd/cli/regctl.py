@@ -19,6 +19,8 @@ from regd_client.errors import BadArgument, RegdError, Unavailable
 from regd_client.wire import joined
 
 NOT_FOUND, USAGE, NO_DAEMON, REFUSED = 1, 2, 3, 4
+_STATUSES = {"not_found": NOT_FOUND, "timeout": NOT_FOUND, "bad_argument": USAGE, "shutting_down": NO_DAEMON}
+_PASSING = ("shutting_down", "busy")  # refusals after which it is worth to try again
 
 
 class _Parser(argparse.ArgumentParser):
@@ -113,6 +115,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    if sys.stdout is None:  # the shell closed it: `>&-`
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to fail
     try:
@@ -176,12 +180,10 @@ def _watch(connection: BlockingConnection, given: dict[str, Any], as_json: bool)
     for event in connection.events():
         if as_json:
             print(json.dumps(event), flush=True)
-        elif event["event"] in ("up", "change"):
-            _say("\t".join([event["event"], *_row(event)]), flush=True)
-        elif event["event"] == "down":
-            _say("\t".join(["down", event["name"], event["instance"], event["reason"]]), flush=True)
-        elif event["event"] == "reset":
-            _say("reset", flush=True)
+        elif line := _news(event):
+            print(line, flush=True)
+        if "event" not in event:  # the daemon ends it, and says why
+            return _status(event) if as_json else _fail(_status(event), _visible(event["message"]))
     return 0
 
 
@@ -204,15 +206,17 @@ def _wait_for(address: str | None, name: str, until: float) -> dict[str, Any]:
         left_s = max(0.0, until - time.monotonic())
         try:
             with BlockingConnection(address) as connection:
-                return connection.ask("resolve", name=name, wait=left_s)
+                reply = connection.ask("resolve", name=name, wait=left_s)
+            if reply.get("error") not in _PASSING or time.monotonic() >= until:
+                return reply
         except Unavailable:
             if time.monotonic() >= until:
                 raise
-            time.sleep(min(0.1, left_s))
+        time.sleep(min(0.1, left_s))
 
 
 def _status(reply: Mapping[str, Any]) -> int:
-    return {"not_found": NOT_FOUND, "timeout": NOT_FOUND, "bad_argument": USAGE}.get(reply["error"], REFUSED)
+    return _STATUSES.get(reply["error"], REFUSED)
 
 
 def _fail(status: int, message: str) -> int:
@@ -247,6 +251,18 @@ def _lines(command: str, reply: dict[str, Any]) -> Iterable[str]:
 
 def _address(each: Mapping[str, Any]) -> str:
     return joined(each["host"], each["port"])
+
+
+def _news(event: Mapping[str, Any]) -> str:
+    match event.get("event"):
+        case "up" | "change" as kind:
+            return "\t".join((kind, *_row(event)))
+        case "down":
+            return "\t".join(("down", event["name"], event["instance"], event["reason"]))
+        case "reset":
+            return "reset"
+        case _:
+            return ""
 
 
 def _row(each: Mapping[str, Any]) -> tuple[str, ...]:

@@ -7,11 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from regd_client.blocking import BlockingConnection
 from tests.support.daemon import Daemon, environment
 
 Run = Callable[..., tuple[int, str, str]]
@@ -159,3 +162,58 @@ def test_watch(regctl: Run, process: Daemon) -> None:
         assert watching.stdout.readline() == "down\ta\t\tderegistered\n"
         watching.send_signal(signal.SIGINT)
         assert watching.wait(10) == 130
+
+
+def test_wait_goes_on_over_a_restart(process: Daemon) -> None:
+    with (
+        subprocess.Popen(
+            [sys.executable, "-m", "regd.cli.regctl", "wait", "late", "--timeout", "30"],
+            env=environment(REGD_ADDRESS=process.addresses[0]),
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as waiting,
+        socket.create_server(("127.0.0.1", 0)) as there,
+    ):
+        with BlockingConnection(process.addresses[0]) as peer:
+            while not peer.ask("stats")["waiting"]:
+                time.sleep(0.01)
+        process.end(signal.SIGTERM)  # who waits is told that it is stopping
+        process.start()
+        port = there.getsockname()[1]
+        with BlockingConnection(process.addresses[0]) as peer:
+            peer.ask("register", name="late", port=port)
+        assert waiting.stdout is not None
+        assert waiting.stdout.read() == f"late accepts connections at 127.0.0.1:{port}\n"
+        assert waiting.wait(10) == 0
+
+
+@pytest.mark.parametrize(("flags", "shown"), [((), ""), (("--json",), '{"ok": false, "error": "busy"')])
+def test_a_watch_that_the_daemon_ends(regctl: Run, flags: tuple[str, ...], shown: str) -> None:
+    def answer(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(65_536)
+            connection.sendall(b'{"ok":true,"watch":1,"epoch":"e","rev":0}\n')
+            connection.sendall(b'{"ok":false,"error":"busy","message":"too much waits"}\n')
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=answer, args=(listening,))
+        thread.start()
+        status, out, errors = regctl("watch", *flags, address=f"127.0.0.1:{listening.getsockname()[1]}")
+        thread.join()
+    assert (status, out[: len(shown)]) == (4, shown)
+    assert errors == ("" if flags else "regctl: too much waits\n")
+
+
+@pytest.mark.parametrize("command", ["list", "ping", "resolve nobody"])
+def test_a_closed_stdout(process: Daemon, command: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m regd.cli.regctl {command} >&-"],
+        env=environment(REGD_ADDRESS=process.addresses[0]),
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=20,
+    )
+    assert done.returncode == (1 if command.startswith("resolve") else 0)
+    assert "Traceback" not in done.stderr
