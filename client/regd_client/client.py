@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import random
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -287,10 +288,10 @@ class Client:
     @contextlib.asynccontextmanager
     async def _following(self, follow: Follow, mirror: Mirror | None) -> AsyncIterator[None]:
         connection = await self._connected()
-        await self._follow(connection, follow)
-        self._follows[follow] = mirror
-        self._keep()
         try:
+            await self._follow(connection, follow)
+            self._follows[follow] = mirror
+            self._keep()
             yield
         finally:
             self._unfollow(follow)
@@ -298,12 +299,12 @@ class Client:
     def _unfollow(self, follow: Follow) -> None:
         self._check_fork()
         self._follows.pop(follow, None)
-        if self._connection is not None and follow.number is not None:
-            self._connection.forget(follow.number)
+        if isinstance(follow.on, Connection):
+            follow.on.forget(follow.take)  # the watch is that connection's, and no other's
 
     async def _follow(self, connection: Connection, follow: Follow) -> None:
-        reply = await connection.ask("watch", follow.position(), follow.take)
-        follow.on, follow.number = connection, reply["watch"]
+        follow.on = connection
+        await connection.ask("watch", follow.position(), follow.take)
 
     # The connection.
 
@@ -413,20 +414,20 @@ class Client:
         """Wait until the connection breaks, or something is to be done. One that says nothing is asked."""
         assert self._news is not None
         while connection.usable and (self._registrations or self._follows):
-            heard = connection.heard
             self._news.clear()
+            quiet_s = time.monotonic() - connection.heard_at
             news = asyncio.ensure_future(self._news.wait())
             try:
                 await asyncio.wait(
                     (connection.closed, news),
-                    timeout=_QUIET_S if again_s is None else again_s,
+                    timeout=max(0.0, _QUIET_S - quiet_s) if again_s is None else again_s,
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 if news.done() or again_s is not None:
                     return
             finally:
                 news.cancel()
-            if connection.usable and connection.heard == heard:
+            if connection.usable and time.monotonic() - connection.heard_at >= _QUIET_S:
                 with contextlib.suppress(RegdError):
                     await connection.ask("ping", {})
 
@@ -465,12 +466,10 @@ class Client:
             registration.made_on(connection, reply)
         return True
 
-    def _lost(self, event: Mapping[str, Any]) -> None:
-        """Take an event of the daemon's that belongs to no watch."""
-        if event["event"] == "lost":
-            registration = self._registrations.get((event["name"], event["instance"]))
-            if registration is not None:
-                self._drop(registration, str(event["reason"]))
+    def _lost(self, connection: Connection, event: Mapping[str, Any]) -> None:
+        registration = self._registrations.get((event["name"], event["instance"]))
+        if registration is not None:
+            self._drop(registration, str(event["reason"]))
 
     def _drop(self, registration: "Registration", reason: str) -> None:
         """It is somebody else's now. It is not registered again: two would take it from each other for ever."""

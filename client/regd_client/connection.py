@@ -6,6 +6,7 @@ harms nobody. What the tasks of one turn of the loop write is sent as one. Must 
 
 import asyncio
 import os
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, cast
@@ -14,34 +15,41 @@ from regd_client import wire
 from regd_client.errors import RegdError, Unavailable
 from regd_client.wire import Address
 
-_PATIENCE_S = 5.0  # a daemon that says nothing for twice as long, while it is asked, hangs
+HANGS_S = 9.0  # a daemon that says nothing for so long, while it is asked, hangs
+_AGAIN_S = 0.25  # until the second look: a loop that was held up hears first what came meanwhile
+_FAREWELL_S = 1.0  # for what is still to be sent at the end
 
-Events = Callable[[dict[str, Any]], None]
+Heard = Callable[[dict[str, Any]], None]
 
 
 class Connection(asyncio.Protocol):
-    """Use `Connection.open`; `closed` is done once the socket is gone. `lost` hears events of no watch."""
+    """Use `Connection.open`; `closed` is done once the socket is gone. `lost` hears of what it does not hold now.
 
-    def __init__(self, address: Address, lost: Events) -> None:
+    `heard_at` is when the daemon last said anything, `ended_at` when this broke, or when a daemon that hangs was
+    last heard, both by `time.monotonic`.
+    """
+
+    def __init__(self, address: Address, lost: "Lost") -> None:
         self.address = address
-        self.heard = 0  # chunks, ever
+        self.heard_at = time.monotonic()
+        self.ended_at: float | None = None
         self._lost = lost
         self.shares_processes: bool | None = None  # whether the daemon sees the same processes; None: not asked
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
-        self._parked: dict[int, asyncio.TimerHandle] = {}  # those of the waiting that may take long, until then
-        self._starting: dict[int, Events] = {}  # watches whose number is not known yet
-        self._watches: dict[int, Events] = {}
+        self._waiting: dict[int, tuple[asyncio.Future[dict[str, Any]], float]] = {}  # and from when it is late
+        self._hearing: dict[int, Heard | None] = {}  # who hears a reply first; None: who did has gone
+        self._watches: dict[int, Heard] = {}
         self._number = 0
         self._out: list[bytes] = []
         self._rest = bytearray()
         self._broken: RegdError | None = None
         self._dog: asyncio.TimerHandle | None = None
+        self._suspicious = False
         self.closed: asyncio.Future[None] = self._loop.create_future()
 
     @classmethod
-    async def open(cls, address: Address, lost: Events) -> "Connection":
+    async def open(cls, address: Address, lost: "Lost") -> "Connection":
         """Connect once.
 
         Raises:
@@ -58,13 +66,16 @@ class Connection(asyncio.Protocol):
     def usable(self) -> bool:
         return self._broken is None and self._transport is not None and not self._transport.is_closing()
 
-    async def ask(self, cmd: str, arguments: dict[str, Any], events: Events | None = None) -> dict[str, Any]:
-        """Send a request and return its reply, when that is `ok`. `events` hears a `watch`, its reply first.
+    async def ask(self, cmd: str, arguments: dict[str, Any], heard: Heard | None = None) -> dict[str, Any]:
+        """Send a request and return its reply, when that is `ok`.
+
+        `heard` hears such a reply in its place among all that the daemon says, even when the caller has gone, and
+        behind the reply to `watch` every event.
 
         Raises:
             RegdError: what the daemon says, or `Unavailable` when the connection breaks before it says anything.
         """
-        return wire.result(await self._send(cmd, arguments, events), self.address)
+        return wire.result(await self._send(cmd, arguments, heard), self.address)
 
     def post(self, cmd: str, arguments: dict[str, Any]) -> None:
         """Send a request whose reply nobody waits for."""
@@ -73,64 +84,75 @@ class Connection(asyncio.Protocol):
                 lambda answer: answer.cancelled() or answer.exception()
             )
 
-    def forget(self, watch: int) -> None:
-        """Hear no more of a watch."""
-        if self._watches.pop(watch, None) is not None:
+    def forget(self, heard: Heard) -> None:
+        """End the watch that this one hears, or will hear once the daemon has taken it."""
+        for number, each in self._hearing.items():
+            if each == heard:
+                self._hearing[number] = None
+        for watch in [watch for watch, each in self._watches.items() if each == heard]:
+            del self._watches[watch]
             self.post("unwatch", {"watch": watch})
 
-    def _send(
-        self, cmd: str, arguments: dict[str, Any], events: Events | None
-    ) -> "asyncio.Future[dict[str, Any]]":
+    def _send(self, cmd: str, arguments: dict[str, Any], heard: Heard | None) -> "asyncio.Future[dict[str, Any]]":
         if self._broken is not None:
             raise _copy(self._broken)
         self._number += 1
         number = self._number
         line = wire.request(cmd, number, arguments)
         answer = self._loop.create_future()
-        self._waiting[number] = answer
-        if events is not None:
-            self._starting[number] = events
-        if (wait_s := arguments.get("wait")) is not None:
-            self._parked[number] = self._loop.call_later(wait_s, self._overdue, number)
-        elif self._dog is None:
-            self._watch_out(self.heard, number)
+        self._waiting[number] = answer, time.monotonic() + (arguments.get("wait") or 0.0)
+        if heard is not None:
+            self._hearing[number] = heard
+        if self._dog is None:
+            self._dog = self._loop.call_later(HANGS_S, self._look)
         if not self._out:
             self._loop.call_soon(self._flush)
         self._out.append(line)
         return answer
 
-    def abort(self, why: str) -> None:
+    def abort(self, why: str, ended_at: float | None = None) -> None:
         """Break it, because of `why`."""
-        self._break(wire.unavailable(self.address, why))
+        self._break(wire.unavailable(self.address, why), ended_at)
         if self._transport is not None:
             self._transport.abort()
 
+    def end(self) -> None:
+        """Close it from here; what was asked is still sent."""
+        self._flush()
+        self._break(Unavailable(f"the connection to regd at {self.address} was closed here"))
+
     async def close(self) -> None:
-        """Close, and wait until it is. Twice is harmless."""
-        if self._transport is not None:
-            self._break(Unavailable(f"the connection to regd at {self.address} was closed here"))
-            await asyncio.shield(self.closed)
+        """Close, and wait until it is, but not for a daemon that reads nothing. Twice is harmless."""
+        self.end()
+        if self._transport is None:
+            return
+        try:
+            async with asyncio.timeout(_FAREWELL_S):
+                await asyncio.shield(self.closed)
+        except TimeoutError:
+            pass
+        finally:
+            self._transport.abort()
+        await asyncio.shield(self.closed)
 
     def _flush(self) -> None:
-        if self.usable:
+        if self._out and self.usable:
             assert self._transport is not None
             self._transport.write(b"".join(self._out))
         self._out.clear()
 
-    def _watch_out(self, heard: int, number: int) -> None:
-        """Look later whether anything was heard since, while this request, or an older one, waits."""
-
-        def look() -> None:
-            self._dog = None
-            urgent = [each for each in self._waiting if each not in self._parked]
-            if not urgent or self._broken is not None:
-                return
-            if self.heard == heard and urgent[0] <= number:
-                self.abort(f"no answer for {2 * _PATIENCE_S:g} s")
-            else:
-                self._watch_out(self.heard, urgent[0])
-
-        self._dog = self._loop.call_later(2 * _PATIENCE_S if heard == self.heard else _PATIENCE_S, look)
+    def _look(self) -> None:
+        """Look whether the daemon has said anything for as long as it was asked, and had to answer."""
+        self._dog = None
+        if not self._waiting or self._broken is not None:
+            return
+        silent_since = max(self.heard_at, min(late_from for _, late_from in self._waiting.values()))
+        left_s = silent_since + HANGS_S - time.monotonic()
+        if left_s <= 0 and self._suspicious:
+            self.abort(f"no answer for {HANGS_S:g} s", self.heard_at)
+            return
+        self._suspicious = left_s <= 0
+        self._dog = self._loop.call_later(min(left_s, HANGS_S) if left_s > 0 else _AGAIN_S, self._look)
 
     def _overdue(self, number: int) -> None:
         """The time that this one waits for is over: it is urgent as others are."""
@@ -145,7 +167,7 @@ class Connection(asyncio.Protocol):
         _OPEN.add(self)
 
     def data_received(self, data: bytes) -> None:
-        self.heard += 1
+        self.heard_at = time.monotonic()
         first, *lines = data.split(b"\n")
         if not lines:
             self._rest += first
@@ -169,37 +191,57 @@ class Connection(asyncio.Protocol):
             self._break(error)
             return
         if "event" in fields:
-            self._watches.get(fields.get("watch", 0), self._lost)(fields)
+            self._tell(fields)
             return
         number = fields.get("id")
         if number is None:
             self._break(wire.refused(self.address, fields))
             return
-        answer = self._waiting.pop(number, None)
-        if parked := self._parked.pop(number, None):
-            parked.cancel()
-        events = self._starting.pop(number, None)
-        if events is not None and fields["ok"]:
-            self._watches[fields["watch"]] = events
-            events(fields)
+        if number in self._hearing:
+            self._hear(self._hearing.pop(number), fields)
+        answer, _ = self._waiting.pop(number, (None, 0.0))
         if answer is not None and not answer.done():  # done: its caller was cancelled
             answer.set_result(fields)
 
+    def _tell(self, event: dict[str, Any]) -> None:
+        heard = self._watches.get(event.get("watch", 0))
+        if heard is not None:
+            heard(event)
+        elif event["event"] == "lost":
+            self._lost(self, event)
+
+    def _hear(self, heard: Heard | None, reply: dict[str, Any]) -> None:
+        if not reply["ok"]:
+            return
+        if heard is None:
+            self.post("unwatch", {"watch": reply["watch"]})
+            return
+        if "watch" in reply:
+            self._watches[reply["watch"]] = heard
+        heard(reply)
+
+    def eof_received(self) -> None:
+        self._broke()  # at once, and not when the socket has gone
+
     def connection_lost(self, exc: Exception | None) -> None:
         _OPEN.discard(self)
-        if self._broken is None:
-            why = "the connection broke before the answer came; a change may have been made or not"
-            self._break(wire.unavailable(self.address, why))
+        self._broke()
         if not self.closed.done():
             self.closed.set_result(None)
 
-    def _break(self, error: RegdError) -> None:
-        """Tell everybody who waits, and take no more."""
+    def _broke(self) -> None:
+        why = "the connection broke before the answer came; a change may have been made or not"
+        self._break(wire.unavailable(self.address, why))
+
+    def _break(self, error: RegdError, ended_at: float | None = None) -> None:
+        """Tell everybody who waits, and take no more. Only the first time counts."""
         if self._broken is None:
             self._broken = error
+            self.ended_at = time.monotonic() if ended_at is None else ended_at
         waiting, self._waiting = self._waiting, {}
         self._watches.clear()
-        for answer in waiting.values():
+        self._hearing.clear()
+        for answer, _ in waiting.values():
             if not answer.done():
                 answer.set_exception(_copy(error))
         for timer in (*self._parked.values(), self._dog):
@@ -213,6 +255,7 @@ class Connection(asyncio.Protocol):
     def _forked(self) -> None:
         """Let go of the parent's socket in a child, without a word to the daemon and without its event loop."""
         self._broken = Unavailable("this process was forked from the one that had the connection")
+        self.ended_at = time.monotonic()
         found = self._transport.get_extra_info("socket") if self._transport is not None else None
         if found is not None and found.fileno() >= 0:
             # The number stays with the transport that owns it; the socket behind it is the parent's alone again.
@@ -221,6 +264,7 @@ class Connection(asyncio.Protocol):
             os.close(nowhere)
 
 
+Lost = Callable[[Connection, dict[str, Any]], None]
 _OPEN: "weakref.WeakSet[Connection]" = weakref.WeakSet()
 
 

@@ -79,8 +79,7 @@ class Follow:
         self.arguments: dict[str, Any] = {"name": pattern, "meta": None if meta is None else dict(meta)}
         self.picture: dict[Key, dict[str, Any]] = {}
         self.live = False
-        self.on: object = None  # the connection that brings the events, and the watch's number there
-        self.number: int | None = None
+        self.on: object = None  # the connection that brings the events
         self._changed = changed
         self._fresh: dict[Key, dict[str, Any]] | None = {}  # what a snapshot has brought so far
         self._epoch: str | None = None

@@ -1,0 +1,76 @@
+"""A daemon that says nothing more, or is not there, is noticed in the time that was promised."""
+
+import asyncio
+import time
+
+import pytest
+
+import regd_client
+from regd_client import client as client_module
+from regd_client import connection as connection_module
+from regd_client.client import Client
+from tests.client.relay import Relay
+from tests.support.daemon import WAIT_S, Daemon
+
+pytestmark = pytest.mark.socket
+
+QUIET_S, HANGS_S, AGAIN_S = 0.2, 0.3, 0.05
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's patience, some thirty times as short."""
+    monkeypatch.setattr(client_module, "_QUIET_S", QUIET_S)
+    monkeypatch.setattr(connection_module, "HANGS_S", HANGS_S)
+    monkeypatch.setattr(connection_module, "_AGAIN_S", AGAIN_S)
+    monkeypatch.setattr(connection_module, "_FAREWELL_S", 0.1)
+
+
+async def test_a_call_to_a_daemon_that_hangs_ends(relay: Relay) -> None:
+    async with Client() as client:
+        relay.flowing.clear()
+        with pytest.raises(regd_client.Unavailable, match="no answer for"):
+            await client.ping()
+
+
+async def test_a_wait_at_a_daemon_that_hangs_ends(relay: Relay) -> None:
+    async with Client() as client:
+        relay.flowing.clear()
+        began = time.monotonic()
+        with pytest.raises(regd_client.Unavailable):
+            await client.resolve("nobody", wait=0.2)
+        assert time.monotonic() - began < 5.0
+
+
+async def test_a_loop_that_was_held_up_hears_before_it_judges(process: Daemon) -> None:
+    """Some loops look at what is due before they read."""
+    async with Client(process.addresses[0]) as client:
+        connection = await client._connected()
+        asked = asyncio.create_task(client.ping())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        time.sleep(2 * HANGS_S)  # noqa: ASYNC251 - the answer comes meanwhile, and so does the time to look for it
+        assert connection._dog is not None
+        connection._dog.cancel()
+        connection._look()
+        await asked
+
+
+async def test_closing_waits_for_no_daemon_that_reads_nothing() -> None:
+    async def deaf(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        reading = writer.transport
+        assert isinstance(reading, asyncio.ReadTransport)
+        reading.pause_reading()
+        await over.wait()
+        writer.transport.abort()
+
+    over = asyncio.Event()
+    async with await asyncio.start_server(deaf, "127.0.0.1", 0) as server:
+        client = Client(f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        connection = await client._connected()
+        for _ in range(200):  # far more than the kernel takes
+            connection.post("update", {"name": "a", "meta": {"k": "v" * 60_000}})
+        await asyncio.sleep(0)
+        async with asyncio.timeout(WAIT_S):
+            await client.close()
+        over.set()
