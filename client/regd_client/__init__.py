@@ -14,8 +14,9 @@ from regd_client.errors import BadArgument, Conflict, Denied, NotFound, RegdErro
 
 if TYPE_CHECKING:
     from regd_client.client import Client
-    from regd_client.following import Endpoint, Event, Mirror
+    from regd_client.following import Endpoint, Event
     from regd_client.functions import deregister, mirror, register, resolve, resolve_all, watch
+    from regd_client.picture import Mirror
     from regd_client.registration import Registration
 
 __all__ = [
@@ -44,9 +45,9 @@ if not TYPE_CHECKING:  # or a checker would take every name for a good one
 
     def __getattr__(name: str) -> object:
         if name in __all__:
-            from regd_client import client, following, functions, registration
+            from regd_client import client, following, functions, picture, registration
 
-            for module in (functions, client, registration, following):
+            for module in (functions, client, registration, following, picture):
                 if name in vars(module):
                     return vars(module)[name]
         raise AttributeError(f"module 'regd_client' has no attribute {name!r}")

@@ -17,7 +17,8 @@ from typing import Any, Self
 from regd_client import wire
 from regd_client.connection import Connection
 from regd_client.errors import Conflict, RegdError, Unavailable
-from regd_client.following import Backlog, Endpoint, Event, Follow, Mirror, endpoint
+from regd_client.following import Backlog, Endpoint, Event, Follow, endpoint
+from regd_client.picture import Mirror
 from regd_client.registration import Registering, Registration
 
 log = logging.getLogger("regd_client")
@@ -25,6 +26,7 @@ log = logging.getLogger("regd_client")
 CONNECT_TIMEOUT_S = 5.0
 _BACKOFF_S = (0.02, 0.5)  # the first and the longest pause between tries to connect
 _AGAIN_S = 1.0  # between two tries to register again what the daemon could not take
+_PICTURE_S = 15.0  # for the first picture of a mirror
 _QUIET_S = 5.0  # while something is kept, a daemon that is silent for so long is asked whether it is there
 
 
@@ -52,7 +54,7 @@ class Client:
         self._connection: Connection | None = None
         self._connecting: asyncio.Task[Connection] | None = None
         self._registrations: dict[tuple[str, str], Registration] = {}  # that must be held
-        self._follows: dict[Follow, Mirror | None] = {}
+        self._follows: dict[Follow, None] = {}
         self._keeper: asyncio.Task[None] | None = None
         self._news: asyncio.Event | None = None  # something to keep was added
 
@@ -73,7 +75,8 @@ class Client:
         """Close the connection, and with it end what it holds. The next call opens another. Twice is harmless."""
         self._check_fork()
         self._registrations.clear()
-        self._follows.clear()
+        while self._follows:
+            self._unfollow(self._follows.popitem()[0])
         keeper, self._keeper = self._keeper, None
         connecting, self._connecting = self._connecting, None
         for task in (keeper, connecting):
@@ -235,25 +238,12 @@ class Client:
         """Yield what is there as `up` events, `sync`, and then every change as it happens.
 
         After a break the events are the differences between what was told and what is. A listener that is far
-        behind is told the differences instead of every step.
+        behind is told the differences instead of every step. It ends when the client is closed.
         """
         backlog = Backlog()
-        more = asyncio.Event()
-
-        def changed(event: Event) -> None:
-            if event.kind != "sync" or first:
-                backlog.add(event)
-                more.set()
-
-        first = True
-        async with self._following(Follow(pattern, meta, changed), None):
-            while True:
-                while len(backlog):
-                    event = backlog.take()
-                    first = first and event.kind != "sync"
-                    yield event
-                more.clear()
-                await more.wait()
+        async with self._following(Follow(pattern, meta, backlog.add, backlog.end)):
+            while (event := await backlog.next()) is not None:
+                yield event
 
     @contextlib.asynccontextmanager
     async def mirror(
@@ -271,7 +261,7 @@ class Client:
         Raises:
             Unavailable: the first picture did not come in time, or a later answer is older than `stale_s_max`.
         """
-        mirror = Mirror(asyncio.get_running_loop().time, stale_s_max)
+        mirror = Mirror(stale_s_max)
         complete = asyncio.Event()
 
         def changed(event: Event) -> None:
@@ -279,32 +269,42 @@ class Client:
             if event.kind == "sync":
                 complete.set()
 
-        follow = Follow(pattern, meta, changed)
+        follow = Follow(pattern, meta, changed, complete.set)
         mirror.follow(follow)
-        async with self._following(follow, mirror):
-            await complete.wait()
+        async with self._following(follow):
+            try:
+                async with asyncio.timeout(_PICTURE_S):
+                    await complete.wait()
+            except TimeoutError:
+                raise Unavailable(f"the daemon told too little of {pattern!r} in {_PICTURE_S:g} s") from None
+            if follow.ended:
+                raise Unavailable("the client was closed meanwhile")
             yield mirror
 
     @contextlib.asynccontextmanager
-    async def _following(self, follow: Follow, mirror: Mirror | None) -> AsyncIterator[None]:
+    async def _following(self, follow: Follow) -> AsyncIterator[None]:
         connection = await self._connected()
         try:
             await self._follow(connection, follow)
-            self._follows[follow] = mirror
+            self._follows[follow] = None
             self._keep()
             yield
         finally:
+            self._check_fork()
+            self._follows.pop(follow, None)
             self._unfollow(follow)
 
     def _unfollow(self, follow: Follow) -> None:
-        self._check_fork()
-        self._follows.pop(follow, None)
         if isinstance(follow.on, Connection):
             follow.on.forget(follow.take)  # the watch is that connection's, and no other's
+        follow.end()
 
     async def _follow(self, connection: Connection, follow: Follow) -> None:
-        follow.on = connection
-        await connection.ask("watch", follow.position(), follow.take)
+        try:
+            await connection.ask("watch", follow.begin(connection), follow.take)
+        except RegdError:
+            follow.pause()
+            raise
 
     # The connection.
 
@@ -407,7 +407,6 @@ class Client:
                 told = False
             await self._while_it_lasts(connection, None if whole else _AGAIN_S)
             if not connection.usable:
-                self._went_away()
                 await asyncio.sleep(random.uniform(0, _BACKOFF_S[0]))  # not all clients of a daemon at once
 
     async def _while_it_lasts(self, connection: Connection, again_s: float | None) -> None:
@@ -431,18 +430,12 @@ class Client:
                 with contextlib.suppress(RegdError):
                     await connection.ask("ping", {})
 
-    def _went_away(self) -> None:
-        for follow, mirror in self._follows.items():
-            if follow.live and mirror is not None:
-                mirror.away()
-            follow.live = False
-
     async def _restore(self, connection: Connection) -> bool:
         """Register again and follow again what this connection does not know. Returns whether all is done."""
         missing = [each for each in self._registrations.values() if each.on is not connection]
         outcomes = await asyncio.gather(*(self._again(connection, each) for each in missing))
         for follow in list(self._follows):
-            if follow.on is not connection:
+            if follow.on is not connection and not follow.ended:
                 await self._follow(connection, follow)
         return all(outcomes)
 

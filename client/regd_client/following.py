@@ -4,13 +4,14 @@ After a break the old picture stays until the new one is complete; who listens h
 Must not know how events travel.
 """
 
+import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from regd_client import wire
-from regd_client.errors import NotFound, Unavailable
 
 Key = tuple[str, str]  # name and instance
 
@@ -70,28 +71,80 @@ def differences(old: Mapping[Key, dict[str, Any]], new: Mapping[Key, dict[str, A
     return events
 
 
+class Source(Protocol):
+    """What events come from: whether it brings any more, and until when it did."""
+
+    @property
+    def usable(self) -> bool: ...
+    @property
+    def ended_at(self) -> float | None: ...
+
+
 class Follow:
-    """One watch, for as long as somebody follows. `changed` hears every event in order; `live` says whether the
-    picture is true now.
+    """One watch, for as long as somebody follows: `changed` hears every event in order, `sync` only once, and
+    `ended` that no more come.
     """
 
-    def __init__(self, pattern: str, meta: Mapping[str, str] | None, changed: Callable[[Event], None]) -> None:
-        self.arguments: dict[str, Any] = {"name": pattern, "meta": None if meta is None else dict(meta)}
+    def __init__(
+        self,
+        pattern: str,
+        meta: Mapping[str, str] | None,
+        changed: Callable[[Event], None],
+        ended: Callable[[], None] = lambda: None,
+    ) -> None:
         self.picture: dict[Key, dict[str, Any]] = {}
-        self.live = False
-        self.on: object = None  # the connection that brings the events
+        self.on: Source | None = None  # the connection that brings the events
+        self._arguments: dict[str, Any] = {"name": pattern, "meta": None if meta is None else dict(meta)}
         self._changed = changed
+        self.ended = False
+        self._tell_end = ended
+        self._true = False  # the picture, for as long as `on` is there
+        self._untrue_since = time.monotonic()
+        self._synced = False  # told so
         self._fresh: dict[Key, dict[str, Any]] | None = {}  # what a snapshot has brought so far
         self._epoch: str | None = None
         self._rev: int | None = None  # up to which nothing is missing
 
-    def position(self) -> dict[str, Any]:
-        """Return the arguments of a `watch` that goes on where this one is."""
+    @property
+    def live(self) -> bool:
+        """Whether the picture is true now."""
+        return self._true and self.on is not None and self.on.usable
+
+    @property
+    def stale_s(self) -> float:
+        """For how long the picture may have been untrue; 0.0 while it is live."""
+        return 0.0 if self.live else max(time.monotonic() - self._stale_since(), 1e-9)
+
+    def _stale_since(self) -> float:
+        if not self._true:
+            return self._untrue_since
+        ended_at = None if self.on is None else self.on.ended_at
+        return time.monotonic() if ended_at is None else ended_at
+
+    def _doubt(self) -> None:
+        self._untrue_since = self._stale_since()
+        self._true = False
+
+    def begin(self, on: Source) -> dict[str, Any]:
+        """Follow on a connection, and return the arguments of the `watch` that goes on where this one is."""
+        self._doubt()
+        self.on = on
         if self._rev is None:
             self._fresh = {}
-            return self.arguments
+            return self._arguments
         self._fresh = None
-        return {**self.arguments, "epoch": self._epoch, "since": self._rev}
+        return {**self._arguments, "epoch": self._epoch, "since": self._rev}
+
+    def pause(self) -> None:
+        """Follow on no connection."""
+        self._doubt()
+        self.on = None
+
+    def end(self) -> None:
+        """Follow no more."""
+        self.pause()
+        self.ended = True
+        self._tell_end()
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Take what the daemon says: first the reply to `watch`, then every event."""
@@ -102,25 +155,30 @@ class Follow:
             self._epoch = event["epoch"]
             return
         if kind == "reset":
+            self._doubt()
             self._fresh = {}
-            self.live = False
             self._rev = None
         elif kind == "sync":
-            fresh, self._fresh = self._fresh or {}, None
-            news = differences(self.picture, fresh)
-            self.picture = fresh
-            self.live = True
-            for each in news:
-                self._changed(each)
-            self._changed(Event("sync"))
+            self._replace(self._fresh or {})
         elif kind == "progress":
-            self.live = True
+            self._true = True
         elif self._fresh is not None:
             self._fold(self._fresh, event)
         elif self._rev is None or event["rev"] > self._rev:
             self._tell(event)
         if self._fresh is None:
             self._rev = event["rev"]
+
+    def _replace(self, fresh: dict[Key, dict[str, Any]]) -> None:
+        """Take a snapshot that is complete, and tell what is different."""
+        news = differences(self.picture, fresh)
+        self.picture, self._fresh = fresh, None
+        self._true = True
+        for each in news:
+            self._changed(each)
+        if not self._synced:
+            self._synced = True
+            self._changed(Event("sync"))
 
     @staticmethod
     def _fold(picture: dict[Key, dict[str, Any]], event: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -140,15 +198,34 @@ class Follow:
 
 
 class Backlog:
-    """Events for a listener that may be slow. Beyond a bound it is told the differences instead of every step."""
+    """Events for a listener that may be slow, until the end. Beyond a bound it is told the differences instead of
+    every step.
+    """
 
     def __init__(self, most: int = 10_000) -> None:
         self._most = most
         self._events: deque[Event] = deque()
         self._told: dict[Key, Event] = {}  # what the listener knows
+        self._more = asyncio.Event()
+        self._over = False
+
+    async def next(self) -> Event | None:
+        """Wait for an event; None at the end."""
+        while not self._events:
+            if self._over:
+                return None
+            self._more.clear()
+            await self._more.wait()
+        return self.take()
+
+    def end(self) -> None:
+        """Let the listener hear what there is, and no more."""
+        self._over = True
+        self._more.set()
 
     def add(self, event: Event) -> None:
         self._events.append(event)
+        self._more.set()
         if len(self._events) > self._most:
             self._shorten()
 
@@ -188,106 +265,3 @@ class Backlog:
             else:
                 self._told[key] = event
         return event
-
-
-class Mirror:
-    """A local picture of some services: `resolve` without a round trip, taking turns among the ready instances.
-
-    While the daemon is away the answers are from the last picture, and say so: `stale_s` is how long it has been
-    away. With `stale_s_max` an older answer is refused. A daemon that hangs is noticed within 15 s.
-    """
-
-    def __init__(self, now: Callable[[], float], stale_s_max: float | None) -> None:
-        self._now = now
-        self._stale_s_max = stale_s_max
-        self._away_since = now()
-        self._follow: Follow | None = None
-        self._names: dict[str, dict[str, Endpoint]] = {}  # the ready instances, by name and instance
-        self._ready: dict[str, deque[Endpoint]] = {}  # of names that were asked for; the next in front
-        self._served: dict[str, str] = {}  # the instance that was last, where the queue was given up since
-
-    def follow(self, follow: Follow) -> None:
-        self._follow = follow
-
-    @property
-    def live(self) -> bool:
-        """Whether the picture is true now."""
-        return self._follow is not None and self._follow.live
-
-    @property
-    def stale_s(self) -> float:
-        """For how long the daemon has been away; 0.0 while it is there."""
-        return 0.0 if self.live else max(self._now() - self._away_since, 1e-9)
-
-    def away(self) -> None:
-        """The daemon is away from now on."""
-        self._away_since = self._now()
-
-    def changed(self, event: Event) -> None:
-        """Take an event, of which every one comes here."""
-        found = event.endpoint
-        if found is None:
-            return
-        if event.kind != "down" and event.state == "ready":
-            self._names.setdefault(found.name, {})[found.instance] = found
-        elif found.name in self._names:
-            self._names[found.name].pop(found.instance, None)
-            if not self._names[found.name]:
-                del self._names[found.name]
-        if queue := self._ready.pop(found.name, None):
-            self._served[found.name] = queue[-1].instance
-
-    def resolve(self, name: str, *, meta: Mapping[str, str] | None = None) -> Endpoint:
-        """Return a ready instance that carries all of `meta`, from the picture.
-
-        Raises:
-            NotFound: there is none.
-            Unavailable: the picture is older than `stale_s_max`.
-        """
-        ready = self._ready.get(name)
-        if ready is None:
-            ready = self._collect(name)
-        if meta:
-            for found in ready:
-                if all(found.meta.get(key) == value for key, value in meta.items()):
-                    ready.remove(found)
-                    ready.append(found)
-                    return found if self._follow is not None and self._follow.live else self._aged(found)
-        elif ready:
-            found = ready[0]
-            ready.rotate(-1)
-            return found if self._follow is not None and self._follow.live else self._aged(found)
-        self._check_age()
-        raise NotFound(f"no ready instance of {name!r} in the mirror", "not_found", {"stale_s": self.stale_s})
-
-    def resolve_all(self, name: str, *, meta: Mapping[str, str] | None = None) -> list[Endpoint]:
-        """Return all ready instances that carry all of `meta`, in order of instance; perhaps none.
-
-        Raises:
-            Unavailable: the picture is older than `stale_s_max`.
-        """
-        self._check_age()
-        wanted = (meta or {}).items()
-        found = sorted(self._ready.get(name) or self._collect(name), key=lambda each: each.instance)
-        fits = [each for each in found if all(each.meta.get(key) == value for key, value in wanted)]
-        return fits if self.live else [self._aged(each) for each in fits]
-
-    def _collect(self, name: str) -> "deque[Endpoint]":
-        there = self._names.get(name, {})
-        ready = deque(there[instance] for instance in sorted(there))
-        if ready:
-            self._ready[name] = ready
-            served = self._served.pop(name, None)
-            ready.rotate(0 if served is None else -sum(each.instance <= served for each in ready))
-        return ready
-
-    def _check_age(self) -> float:
-        age_s = self.stale_s
-        if self._stale_s_max is not None and age_s > self._stale_s_max:
-            raise Unavailable(
-                f"the daemon has been away for {age_s:.1f} s, and stale_s_max is {self._stale_s_max:g}"
-            )
-        return age_s
-
-    def _aged(self, found: Endpoint) -> Endpoint:
-        return replace(found, stale_s=self._check_age())

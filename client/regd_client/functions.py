@@ -7,7 +7,8 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
 from regd_client.client import CONNECT_TIMEOUT_S, Client
-from regd_client.following import Endpoint, Event, Mirror
+from regd_client.following import Endpoint, Event
+from regd_client.picture import Mirror
 from regd_client.registration import Registering
 
 

@@ -9,12 +9,14 @@ import regd_client
 from regd_client import client as client_module
 from regd_client import connection as connection_module
 from regd_client.client import Client
-from tests.client.relay import Relay
+from tests.client.relay import Relay, until
 from tests.support.daemon import WAIT_S, Daemon
 
 pytestmark = pytest.mark.socket
 
-QUIET_S, HANGS_S, AGAIN_S = 0.2, 0.3, 0.05
+assert client_module._QUIET_S + connection_module.HANGS_S + connection_module._AGAIN_S <= 15  # as promised
+QUIET_S, HANGS_S, AGAIN_S = 0.4, 0.6, 0.05
+LATE_S = 0.3  # of a machine that is busy: less than QUIET_S
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +76,12 @@ async def test_closing_waits_for_no_daemon_that_reads_nothing() -> None:
         async with asyncio.timeout(WAIT_S):
             await client.close()
         over.set()
+
+
+async def test_a_mirror_of_a_daemon_that_hangs_is_not_live_in_time(relay: Relay) -> None:
+    async with Client() as client, client.mirror("*", stale_s_max=0.0) as mirror:
+        last_word_at = time.monotonic()
+        relay.flowing.clear()
+        await until(lambda: not mirror.live)
+        assert time.monotonic() - last_word_at < QUIET_S + HANGS_S + 2 * AGAIN_S + LATE_S
+        assert mirror.stale_s > QUIET_S + HANGS_S - LATE_S  # it has been away since it was last heard

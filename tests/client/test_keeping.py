@@ -10,8 +10,6 @@ import pytest
 
 import regd_client
 from regd_client.client import Client
-from regd_client.connection import Connection
-from regd_client.following import Backlog, Endpoint, Event, Follow
 from tests.support.daemon import WAIT_S, Daemon, InLoop
 from tests.support.files import ToldFiles
 
@@ -348,48 +346,6 @@ async def test_a_child_that_was_forked_has_nothing_of_it(daemon: InLoop) -> None
         await client.ping()
         assert (await other.resolve("a")).port == 1
         assert not registration.lost.is_set()
-
-
-def test_a_slow_listener_is_told_the_differences() -> None:
-    backlog = Backlog(most=10)
-    here, there = Endpoint("a", "", "h", 1, {}), Endpoint("b", "", "h", 2, {})
-    backlog.add(Event("up", here, "ready"))
-    assert backlog.take().kind == "up"
-    for _ in range(50):
-        backlog.add(Event("up", there, "ready"))
-        backlog.add(Event("down", there, "ready", "deregistered"))
-    backlog.add(Event("change", here, "draining"))
-    told = []
-    while len(backlog):
-        event = backlog.take()
-        told.append((event.kind, str(event.endpoint)))
-    assert len(told) <= 12
-    assert told[-1] == ("change", "h:1")
-    assert hash(here) != hash(there)
-
-
-def test_a_revision_means_nothing_in_another_epoch() -> None:
-    """The connection breaks between the reply of a new daemon and its `reset`."""
-    told: list[Event] = []
-    follow = Follow("*", None, told.append)
-    up = {
-        "event": "up",
-        "name": "a",
-        "instance": "",
-        "host": "h",
-        "port": 1,
-        "meta": {},
-        "state": "ready",
-        "rev": 2,
-    }
-    for line in ({"ok": True, "epoch": "one"}, up, {"event": "sync", "rev": 2}):
-        follow.take(line)
-    assert follow.position()["since"] == 2
-    follow.take({"ok": True, "epoch": "two"})
-    assert "since" not in follow.position()
-    for line in ({"ok": True, "epoch": "three"}, {**up, "rev": 9}, {"event": "sync", "rev": 9}):
-        follow.take(line)
-    assert [event.kind for event in told] == ["up", "sync", "sync"]
 
 
 async def test_no_process_is_named_to_a_daemon_that_sees_others(monkeypatch: pytest.MonkeyPatch) -> None:
