@@ -18,13 +18,16 @@ from regd_client import wire
 from regd_client.connection import Connection
 from regd_client.errors import Conflict, RegdError, Unavailable
 from regd_client.following import Backlog, Endpoint, Event, Follow, endpoint
+from regd_client.link import Link
 from regd_client.picture import Mirror
 from regd_client.registration import Registering, Registration
 
 log = logging.getLogger("regd_client")
 
 CONNECT_TIMEOUT_S = 5.0
-_BACKOFF_S = (0.02, 0.5)  # the first and the longest pause between tries to connect
+_PAUSE_S = (0.02, 0.5)  # at most, before the first try to make all good, and before others
+_ONE_TRY_S = 0.5  # to connect, however little time is left
+_SLACK_S = 1.0  # for an answer that comes when the time is over
 _AGAIN_S = 1.0  # between two tries to register again what the daemon could not take
 _PICTURE_S = 15.0  # for the first picture of a mirror
 _QUIET_S = 5.0  # while something is kept, a daemon that is silent for so long is asked whether it is there
@@ -45,14 +48,13 @@ class Client:
     """
 
     def __init__(self, address: str | None = None, *, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> None:
-        self._given = address
+        self._address = address
         self._connect_timeout_s = connect_timeout_s
-        self._forget()
+        self._begin()
 
-    def _forget(self) -> None:
+    def _begin(self) -> None:
         self._pid = os.getpid()
-        self._connection: Connection | None = None
-        self._connecting: asyncio.Task[Connection] | None = None
+        self._link = Link(self._address, self._connect_timeout_s, self._lost)
         self._registrations: dict[tuple[str, str], Registration] = {}  # that must be held
         self._follows: dict[Follow, None] = {}
         self._keeper: asyncio.Task[None] | None = None
@@ -74,18 +76,16 @@ class Client:
     async def close(self) -> None:
         """Close the connection, and with it end what it holds. The next call opens another. Twice is harmless."""
         self._check_fork()
-        self._registrations.clear()
-        while self._follows:
-            self._unfollow(self._follows.popitem()[0])
-        keeper, self._keeper = self._keeper, None
-        connecting, self._connecting = self._connecting, None
-        for task in (keeper, connecting):
-            if task is not None and task is not asyncio.current_task():
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
-        if self._connection is not None:
-            connection, self._connection = self._connection, None
-            await connection.close()
+        link, follows, keeper = self._link, self._follows, self._keeper
+        self._begin()  # before anything is waited for: whoever calls from now on has a connection of its own
+        link.end()
+        for follow in follows:
+            follow.end()
+        if keeper is not None:
+            keeper.cancel()
+        await link.close()
+        if keeper is not None and keeper is not asyncio.current_task():
+            await asyncio.wait((keeper,))
 
     # The verbs.
 
@@ -184,21 +184,25 @@ class Client:
             NotFound: there is none; `details` may name some that are `near`.
             Timeout: none within `wait`; the message says why.
         """
-        wanted = None if meta is None else dict(meta)
+        asked = {"name": name, "instance": instance, "meta": None if meta is None else dict(meta)}
         if wait is None:
-            return endpoint(await self._ask("resolve", name=name, instance=instance, meta=wanted))
-        loop = asyncio.get_running_loop()
-        until = loop.time() + wait
+            return endpoint(await self._ask("resolve", **asked))
+        until = time.monotonic() + wait
         while True:
-            left_s = max(0.0, until - loop.time())
+            left_s = min(wait, max(0.0, until - time.monotonic()))
             try:
-                return endpoint(
-                    await self._ask("resolve", name=name, instance=instance, meta=wanted, wait=left_s)
-                )
+                async with asyncio.timeout(left_s + _SLACK_S):
+                    connection = await self._connected(max(left_s, _ONE_TRY_S))
+                    left_s = min(left_s, max(0.0, until - time.monotonic()))
+                    return endpoint(await connection.ask("resolve", {**asked, "wait": left_s}))
             except Unavailable:
-                if loop.time() >= until:
+                if time.monotonic() >= until:
                     raise
-                await asyncio.sleep(random.uniform(0, _BACKOFF_S[0]))
+            except TimeoutError as error:
+                if isinstance(error, RegdError):
+                    raise
+                raise Unavailable(f"the daemon said nothing while {wait:g} s were waited for {name!r}") from None
+            await asyncio.sleep(random.uniform(0, _PAUSE_S[0]))
 
     async def resolve_all(self, name: str, *, meta: Mapping[str, str] | None = None) -> list[Endpoint]:
         """Return all ready instances that carry all of `meta`, in order of instance.
@@ -309,58 +313,16 @@ class Client:
     # The connection.
 
     async def _ask(self, cmd: str, **arguments: Any) -> dict[str, Any]:
-        connection = self._connection
-        if connection is None or not connection.usable:
-            connection = await self._connected()
-        return await connection.ask(cmd, arguments)
+        return await (await self._connected()).ask(cmd, arguments)
 
     def _check_fork(self) -> None:
         """In a child, begin with nothing: connection, registrations and watches are the parent's."""
         if self._pid != os.getpid():
-            self._forget()
+            self._begin()
 
-    async def _connected(self) -> Connection:
-        """Return the connection, opening it once for all who ask meanwhile, whoever of them is cancelled."""
+    async def _connected(self, within_s: float | None = None) -> Connection:
         self._check_fork()
-        if self._connection is not None and self._connection.usable:
-            return self._connection
-        connecting = self._connecting
-        if connecting is None:
-            connecting = asyncio.create_task(self._connect(), name="regd-client-connect")
-            connecting.add_done_callback(self._connect_done)
-            self._connecting = connecting
-        try:
-            return await asyncio.shield(connecting)
-        except asyncio.CancelledError:
-            if connecting.cancelled():
-                raise Unavailable("the client was closed meanwhile") from None
-            raise
-        except RegdError as error:
-            raise type(error)(str(error), error.code, error.details) from error
-
-    def _connect_done(self, task: "asyncio.Task[Connection]") -> None:
-        if self._connecting is task:
-            self._connecting = None
-            if not task.cancelled() and task.exception() is None:
-                self._connection = task.result()
-        elif not task.cancelled() and task.exception() is None:
-            task.result().abort("nobody wants it any more")
-
-    async def _connect(self, timeout_s: float | None = None) -> Connection:
-        address = wire.find_address(self._given)
-        pause_s, longest_s = _BACKOFF_S
-        why = "no answer in time"
-        try:
-            async with asyncio.timeout(self._connect_timeout_s if timeout_s is None else timeout_s):
-                while True:
-                    try:
-                        return await Connection.open(address, self._lost)
-                    except OSError as error:
-                        why = error.strerror or str(error)
-                    await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
-                    pause_s = min(2 * pause_s, longest_s)
-        except TimeoutError:
-            raise wire.unavailable(address, why) from None
+        return await self._link.connected(within_s)
 
     # What is kept.
 
@@ -385,8 +347,8 @@ class Client:
 
     def _kept(self, keeper: "asyncio.Task[None]") -> None:
         _KEEPERS.discard(keeper)
-        if self._keeper is keeper and keeper.cancelled() and self._connection is not None:
-            self._connection.abort("the event loop ended")  # and nobody else will close it
+        if self._keeper is keeper and keeper.cancelled() and self._link.connection is not None:
+            self._link.connection.abort("the event loop ended")  # and nobody else will close it
         elif not keeper.cancelled() and (bug := keeper.exception()) is not None:
             log.error("what was registered is not kept any more", exc_info=bug)
 
@@ -400,14 +362,14 @@ class Client:
                 if not told:
                     log.warning("the registry is away, trying on: %s", trouble)
                     told = True
-                await asyncio.sleep(random.uniform(0, _BACKOFF_S[1]))
+                await asyncio.sleep(random.uniform(0, _PAUSE_S[1]))
                 continue
             if told:
                 log.info("the registry is back")
                 told = False
             await self._while_it_lasts(connection, None if whole else _AGAIN_S)
             if not connection.usable:
-                await asyncio.sleep(random.uniform(0, _BACKOFF_S[0]))  # not all clients of a daemon at once
+                await asyncio.sleep(random.uniform(0, _PAUSE_S[0]))  # not all clients of a daemon at once
 
     async def _while_it_lasts(self, connection: Connection, again_s: float | None) -> None:
         """Wait until the connection breaks, or something is to be done. One that says nothing is asked."""

@@ -6,7 +6,7 @@ Nothing stays open behind them, but for what is registered or followed. Must not
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
-from regd_client.client import CONNECT_TIMEOUT_S, Client
+from regd_client.client import Client
 from regd_client.following import Endpoint, Event
 from regd_client.picture import Mirror
 from regd_client.registration import Registering
@@ -45,7 +45,7 @@ async def resolve(
     wait: float | None = None,
 ) -> Endpoint:
     """Return a ready instance, as `Client.resolve` does."""
-    client = Client() if wait is None else Client(connect_timeout_s=max(wait, CONNECT_TIMEOUT_S))
+    client = Client()  # connects within `wait`
     try:
         return await client.resolve(name, instance=instance, meta=meta, wait=wait)
     finally:

@@ -75,9 +75,9 @@ class Registration:
 
     async def _deregister_once(self) -> None:
         """The daemon is away: what the connection held ends without us, unless it came back just now."""
-        with contextlib.suppress(Unavailable, TimeoutError):
-            async with asyncio.timeout(_ONCE_S):
-                await self._while_ours("deregister")
+        with contextlib.suppress(Unavailable):
+            await self._client._connected(0.2)
+            await self._while_ours("deregister")
 
     async def _while_ours(self, cmd: str, **arguments: Any) -> bool:
         """Do something to the registration, if it is still at our address, whatever else changed."""

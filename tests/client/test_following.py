@@ -20,9 +20,9 @@ from tests.support.daemon import WAIT_S, InLoop
 pytestmark = pytest.mark.socket
 
 
-async def listen(client: Client) -> None:
-    async for _ in client.watch("x"):
-        pass
+async def listen(client: Client, told: list[str]) -> None:
+    async for event in client.watch("x"):
+        told.append(event.kind)  # noqa: PERF401 - as it comes
 
 
 @pytest.mark.parametrize("turns", range(8))
@@ -30,7 +30,7 @@ async def test_a_cancelled_watch_leaves_none(relay: Relay, turns: int) -> None:
     """The daemon takes 256 of a connection."""
     async with Client() as client:
         for _ in range(3):
-            task = asyncio.create_task(listen(client))
+            task = asyncio.create_task(listen(client, []))
             for _ in range(turns):
                 await asyncio.sleep(0)
             task.cancel()
@@ -51,7 +51,7 @@ async def test_ending_one_watch_after_a_break_leaves_the_others(
         old = client.mirror("w")
         await old.__aenter__()
         relay.cut()
-        await until(lambda: not client._connection.usable)  # type: ignore[union-attr]
+        await until(lambda: not client._link.connection.usable)  # type: ignore[union-attr]
         async with client.mirror("w") as mirror:
             await old.__aexit__(None, None, None)
             await client.ping()
@@ -72,7 +72,7 @@ async def test_a_break_while_it_is_made_good_is_one_too(relay: Relay, daemon: In
 
         relay.cut_at = second
         relay.cut()
-        await until(lambda: relay.count("watch") == 4 and not client._connection.usable)  # type: ignore[union-attr]
+        await until(lambda: relay.count("watch") == 4 and not client._link.connection.usable)  # type: ignore[union-attr]
         assert (one.live, two.live) == (False, False)
         assert one.resolve("w").stale_s > 0.0
         with pytest.raises(regd_client.Unavailable):
@@ -120,8 +120,9 @@ async def test_a_mirror_in_a_child_that_was_forked_is_not_live(relay: Relay, dae
 
 async def test_closing_ends_who_watches_and_who_waits_for_a_picture(relay: Relay) -> None:
     async with Client() as client:
-        listening = asyncio.create_task(listen(client))
-        await until(lambda: relay.count("watch") == 1)
+        told: list[str] = []
+        listening = asyncio.create_task(listen(client, told))
+        await until(lambda: told == ["sync"])
         relay.flowing.clear()
         mirror = client.mirror("*")
         begun = asyncio.create_task(mirror.__aenter__())

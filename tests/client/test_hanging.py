@@ -2,6 +2,8 @@
 
 import asyncio
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,13 +37,38 @@ async def test_a_call_to_a_daemon_that_hangs_ends(relay: Relay) -> None:
             await client.ping()
 
 
-async def test_a_wait_at_a_daemon_that_hangs_ends(relay: Relay) -> None:
+async def test_a_wait_at_a_daemon_that_hangs_ends(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "_SLACK_S", 0.1)
     async with Client() as client:
         relay.flowing.clear()
         began = time.monotonic()
-        with pytest.raises(regd_client.Unavailable):
+        with pytest.raises(regd_client.Unavailable, match="said nothing"):
             await client.resolve("nobody", wait=0.2)
-        assert time.monotonic() - began < 5.0
+        assert 0.2 <= time.monotonic() - began < 0.2 + 0.1 + LATE_S
+
+
+@pytest.mark.parametrize("timeout_s", [0.05, WAIT_S])
+async def test_a_wait_without_a_daemon_is_as_long_as_it_said(tmp_path: Path, timeout_s: float) -> None:
+    """Whether one attempt to connect is shorter or longer."""
+    client = Client(f"unix://{tmp_path}/none", connect_timeout_s=timeout_s)
+    began = time.monotonic()
+    with pytest.raises(regd_client.Unavailable, match="No such file"):
+        await client.resolve("nobody", wait=0.6)
+    assert 0.6 <= time.monotonic() - began < 0.6 + client_module._ONE_TRY_S + LATE_S
+    await client.close()
+
+
+async def test_the_longest_wait_is_not_longer(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of floats are not exact, and the daemon takes 3,600 s at most."""
+    now = 2057.667004242337
+    assert (now + 3_600) - now > 3_600
+    monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=lambda: now))
+    async with Client() as client:
+        waiting = asyncio.create_task(client.resolve("nobody", wait=3_600))
+        await until(lambda: relay.count("resolve"))
+        assert relay.said[-1]["wait"] <= 3_600
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
 
 
 async def test_a_loop_that_was_held_up_hears_before_it_judges(process: Daemon) -> None:
