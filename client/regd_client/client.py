@@ -1,7 +1,6 @@
 """The client: the verbs of the registry on one connection that is opened when needed, and again when it broke.
 
-What the caller has registered and follows is the truth: after a break it is made so again, by one task that lives
-as long as there is something to keep. Must not know how a request is written.
+What the caller has registered and follows is kept by others. Must not know how a request is written.
 """
 
 import asyncio
@@ -14,23 +13,21 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from regd_client import wire
 from regd_client.connection import Connection
-from regd_client.errors import Conflict, RegdError, Unavailable
+from regd_client.errors import RegdError, Unavailable
 from regd_client.following import Backlog, Endpoint, Event, Follow, endpoint
+from regd_client.keeping import Keeper
 from regd_client.link import Link
 from regd_client.picture import Mirror
-from regd_client.registration import Registering, Registration
+from regd_client.registration import Registering
 
 log = logging.getLogger("regd_client")
 
 CONNECT_TIMEOUT_S = 5.0
-_PAUSE_S = (0.02, 0.5)  # at most, before the first try to make all good, and before others
 _ONE_TRY_S = 0.5  # to connect, however little time is left
 _SLACK_S = 1.0  # for an answer that comes when the time is over
-_AGAIN_S = 1.0  # between two tries to register again what the daemon could not take
+_PAUSE_S = 0.02  # at most, before a wait goes on at a daemon that is back
 _PICTURE_S = 15.0  # for the first picture of a mirror
-_QUIET_S = 5.0  # while something is kept, a daemon that is silent for so long is asked whether it is there
 
 
 class Client:
@@ -54,11 +51,8 @@ class Client:
 
     def _begin(self) -> None:
         self._pid = os.getpid()
-        self._link = Link(self._address, self._connect_timeout_s, self._lost)
-        self._registrations: dict[tuple[str, str], Registration] = {}  # that must be held
-        self._follows: dict[Follow, None] = {}
-        self._keeper: asyncio.Task[None] | None = None
-        self._news: asyncio.Event | None = None  # something to keep was added
+        self._link = Link(self._address, self._connect_timeout_s)
+        self._keeper = Keeper(self._link)
 
     async def __aenter__(self) -> Self:
         try:
@@ -76,16 +70,14 @@ class Client:
     async def close(self) -> None:
         """Close the connection, and with it end what it holds. The next call opens another. Twice is harmless."""
         self._check_fork()
-        link, follows, keeper = self._link, self._follows, self._keeper
+        link, keeper = self._link, self._keeper
         self._begin()  # before anything is waited for: whoever calls from now on has a connection of its own
-        link.end()
-        for follow in follows:
-            follow.end()
-        if keeper is not None:
-            keeper.cancel()
+        keeper.end()
+        try:
+            await keeper.holdings.close()
+        finally:
+            link.end()
         await link.close()
-        if keeper is not None and keeper is not asyncio.current_task():
-            await asyncio.wait((keeper,))
 
     # The verbs.
 
@@ -142,13 +134,17 @@ class Client:
         return Registering(self, arguments, static)
 
     async def deregister(self, name: str, instance: str | None = None) -> None:
-        """End a registration, whoever made it.
+        """End a registration, whoever made it; one that was made with this client as its own `deregister` does.
 
         Raises:
             NotFound: there is none.
         """
-        self._registrations.pop((name, instance or ""), None)
-        await self._ask("deregister", name=name, instance=instance)
+        self._check_fork()
+        own = self._keeper.holdings.kept(name, instance)
+        if own is not None:
+            await own.deregister()
+        else:
+            await self._ask("deregister", name=name, instance=instance)
 
     async def update(
         self,
@@ -163,10 +159,13 @@ class Client:
         Raises:
             NotFound: there is none.
         """
-        given = None if meta is None else dict(meta)
-        await self._ask("update", name=name, instance=instance, meta=given, state=state)
-        if own := self._registrations.get((name, instance or "")):
-            own.altered(given, state)
+        self._check_fork()
+        own = self._keeper.holdings.kept(name, instance)
+        if own is not None:
+            await own.update(meta, state=state)
+        else:
+            given = None if meta is None else dict(meta)
+            await self._ask("update", name=name, instance=instance, meta=given, state=state)
 
     async def resolve(
         self,
@@ -202,7 +201,7 @@ class Client:
                 if isinstance(error, RegdError):
                     raise
                 raise Unavailable(f"the daemon said nothing while {wait:g} s were waited for {name!r}") from None
-            await asyncio.sleep(random.uniform(0, _PAUSE_S[0]))
+            await asyncio.sleep(random.uniform(0, _PAUSE_S))
 
     async def resolve_all(self, name: str, *, meta: Mapping[str, str] | None = None) -> list[Endpoint]:
         """Return all ready instances that carry all of `meta`, in order of instance.
@@ -244,8 +243,9 @@ class Client:
         After a break the events are the differences between what was told and what is. A listener that is far
         behind is told the differences instead of every step. It ends when the client is closed.
         """
+        self._check_fork()
         backlog = Backlog()
-        async with self._following(Follow(pattern, meta, backlog.add, backlog.end)):
+        async with self._keeper.following(Follow(pattern, meta, backlog.add, backlog.end)):
             while (event := await backlog.next()) is not None:
                 yield event
 
@@ -265,6 +265,7 @@ class Client:
         Raises:
             Unavailable: the first picture did not come in time, or a later answer is older than `stale_s_max`.
         """
+        self._check_fork()
         mirror = Mirror(stale_s_max)
         complete = asyncio.Event()
 
@@ -275,7 +276,7 @@ class Client:
 
         follow = Follow(pattern, meta, changed, complete.set)
         mirror.follow(follow)
-        async with self._following(follow):
+        async with self._keeper.following(follow):
             try:
                 async with asyncio.timeout(_PICTURE_S):
                     await complete.wait()
@@ -284,31 +285,6 @@ class Client:
             if follow.ended:
                 raise Unavailable("the client was closed meanwhile")
             yield mirror
-
-    @contextlib.asynccontextmanager
-    async def _following(self, follow: Follow) -> AsyncIterator[None]:
-        connection = await self._connected()
-        try:
-            await self._follow(connection, follow)
-            self._follows[follow] = None
-            self._keep()
-            yield
-        finally:
-            self._check_fork()
-            self._follows.pop(follow, None)
-            self._unfollow(follow)
-
-    def _unfollow(self, follow: Follow) -> None:
-        if isinstance(follow.on, Connection):
-            follow.on.forget(follow.take)  # the watch is that connection's, and no other's
-        follow.end()
-
-    async def _follow(self, connection: Connection, follow: Follow) -> None:
-        try:
-            await connection.ask("watch", follow.begin(connection), follow.take)
-        except RegdError:
-            follow.pause()
-            raise
 
     # The connection.
 
@@ -323,115 +299,3 @@ class Client:
     async def _connected(self, within_s: float | None = None) -> Connection:
         self._check_fork()
         return await self._link.connected(within_s)
-
-    # What is kept.
-
-    async def _hold(self, connection: Connection) -> dict[str, Any]:
-        """Return the conditions of a registration that is ours: the connection, and the process where the daemon
-        sees the same processes as we do.
-        """
-        if connection.shares_processes is None:
-            theirs = (await connection.ask("hello", {}))["host"]
-            connection.shares_processes = None not in theirs.values() and theirs == wire.own_host()
-        return {"hold": True, "pid": os.getpid() if connection.shares_processes else None}
-
-    def _keep(self) -> None:
-        """See to it that somebody keeps what was registered and is followed."""
-        if self._news is None:
-            self._news = asyncio.Event()
-        self._news.set()
-        if self._keeper is None or self._keeper.done():
-            self._keeper = asyncio.create_task(self._keep_all(), name="regd-client-keep")
-            _KEEPERS.add(self._keeper)
-            self._keeper.add_done_callback(self._kept)
-
-    def _kept(self, keeper: "asyncio.Task[None]") -> None:
-        _KEEPERS.discard(keeper)
-        if self._keeper is keeper and keeper.cancelled() and self._link.connection is not None:
-            self._link.connection.abort("the event loop ended")  # and nobody else will close it
-        elif not keeper.cancelled() and (bug := keeper.exception()) is not None:
-            log.error("what was registered is not kept any more", exc_info=bug)
-
-    async def _keep_all(self) -> None:
-        told = False
-        while self._registrations or self._follows:
-            try:
-                connection = await self._connected()
-                whole = await self._restore(connection)
-            except RegdError as trouble:
-                if not told:
-                    log.warning("the registry is away, trying on: %s", trouble)
-                    told = True
-                await asyncio.sleep(random.uniform(0, _PAUSE_S[1]))
-                continue
-            if told:
-                log.info("the registry is back")
-                told = False
-            await self._while_it_lasts(connection, None if whole else _AGAIN_S)
-            if not connection.usable:
-                await asyncio.sleep(random.uniform(0, _PAUSE_S[0]))  # not all clients of a daemon at once
-
-    async def _while_it_lasts(self, connection: Connection, again_s: float | None) -> None:
-        """Wait until the connection breaks, or something is to be done. One that says nothing is asked."""
-        assert self._news is not None
-        while connection.usable and (self._registrations or self._follows):
-            self._news.clear()
-            quiet_s = time.monotonic() - connection.heard_at
-            news = asyncio.ensure_future(self._news.wait())
-            try:
-                await asyncio.wait(
-                    (connection.closed, news),
-                    timeout=max(0.0, _QUIET_S - quiet_s) if again_s is None else again_s,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                if news.done() or again_s is not None:
-                    return
-            finally:
-                news.cancel()
-            if connection.usable and time.monotonic() - connection.heard_at >= _QUIET_S:
-                with contextlib.suppress(RegdError):
-                    await connection.ask("ping", {})
-
-    async def _restore(self, connection: Connection) -> bool:
-        """Register again and follow again what this connection does not know. Returns whether all is done."""
-        missing = [each for each in self._registrations.values() if each.on is not connection]
-        outcomes = await asyncio.gather(*(self._again(connection, each) for each in missing))
-        for follow in list(self._follows):
-            if follow.on is not connection and not follow.ended:
-                await self._follow(connection, follow)
-        return all(outcomes)
-
-    async def _again(self, connection: Connection, registration: "Registration") -> bool:
-        try:
-            conditions = {**await self._hold(connection), "force": None}
-            wanted: dict[str, Any] = {}
-            while wanted != registration.arguments:  # an update may be answered before this is, and stays
-                if self._registrations.get(registration.key) is not registration:
-                    return True  # left meanwhile
-                wanted = dict(registration.arguments)
-                reply = await connection.ask("register", {**wanted, **conditions})
-        except Conflict as conflict:
-            self._drop(registration, str(conflict))
-        except Unavailable:
-            raise
-        except RegdError as trouble:
-            log.warning("could not register %s again, trying on: %s", registration.endpoint.name, trouble)
-            return False
-        else:
-            registration.made_on(connection, reply)
-        return True
-
-    def _lost(self, connection: Connection, event: Mapping[str, Any]) -> None:
-        registration = self._registrations.get((event["name"], event["instance"]))
-        if registration is not None:
-            self._drop(registration, str(event["reason"]))
-
-    def _drop(self, registration: "Registration", reason: str) -> None:
-        """It is somebody else's now. It is not registered again: two would take it from each other for ever."""
-        self._registrations.pop(registration.key, None)
-        registration.lost_reason = reason
-        registration.lost.set()
-        log.warning("lost the registration of %s: %s", registration.endpoint.name, reason)
-
-
-_KEEPERS: set["asyncio.Task[None]"] = set()  # a loop keeps its tasks weakly

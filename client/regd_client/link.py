@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 class Link:
-    """`connection` is the last one, whether it is usable or not; `lost` hears what it hears."""
+    """`connection` is the last one, usable or not. `lost` hears of what a connection holds no more."""
 
-    def __init__(self, address: str | None, timeout_s: float, lost: Lost) -> None:
+    def __init__(self, address: str | None, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self.connection: Connection | None = None
+        self.lost: Lost = lambda connection, event: None
         self._address = address
-        self._lost = lost
         self._connecting: asyncio.Task[Connection] | None = None
         self._why = "no answer in time"  # the last try failed
 
@@ -56,7 +56,7 @@ class Link:
         while True:
             try:
                 async with asyncio.timeout(max(0.0, until - time.monotonic())):
-                    return await Connection.open(address, self._lost)
+                    return await Connection.open(address, self.lost)
             except TimeoutError:
                 self._why = "no answer in time"
             except OSError as error:

@@ -1,26 +1,30 @@
-"""A registration that was made here, and how it is made and ended.
+"""A registration that was made here, and what is said of it on the connection that holds it.
 
-What keeps it, over breaks, is the client. Must not know how a request travels.
+Whether it stands is decided by the holdings. Must not know when the connection breaks or is opened.
 """
 
 import asyncio
-import contextlib
 import logging
 import os
+import time
 from collections.abc import Coroutine, Generator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from regd_client.connection import Connection
+from regd_client.connection import Connection, Heard
 from regd_client.errors import Conflict, NotFound, RegdError, Unavailable
-from regd_client.following import Endpoint, endpoint
+from regd_client.following import Endpoint, Key, endpoint
+from regd_client.link import joined
 
 if TYPE_CHECKING:
     from regd_client.client import Client
+    from regd_client.holding import Holdings
 
 log = logging.getLogger("regd_client")
 
-_ONCE_S = 0.2  # to deregister where the daemon is away
+_ENDS_S = 1.0  # for a daemon that is stopping to close the connection
+_LEAVE_S = 2.0  # for the daemon to confirm that it has ended
+_LEAVE_AWAY_S = 0.2  # the same, from when the connection broke: the daemon may be back in a moment
 
 
 class Registration:
@@ -28,22 +32,45 @@ class Registration:
 
     def __init__(self, client: "Client", arguments: dict[str, Any], static: bool) -> None:
         self._client = client
-        self._static = static
+        self._holdings: Holdings = client._keeper.holdings
         self._pid = os.getpid()
         self._rev = 0
-        self.arguments = arguments
-        self.key = (arguments["name"], arguments["instance"] or "")
-        self.on: Connection | None = None  # the connection that holds it
         self.endpoint: Endpoint
         self.lost = asyncio.Event()
         self.lost_reason = ""
+        self.key: Key = (arguments["name"], arguments["instance"] or "")
+        # For the holdings.
+        self.arguments = arguments
+        self.static = static
+        self.on: Connection | None = None  # the last connection that held it
+        self.over = ""  # why it is no more
+        self.making: asyncio.Task[Registration] | None = None
+        self.leaving: asyncio.Task[None] | None = None
+        self.trouble = ""  # what was in the way of registering it again
+        self.moved = asyncio.Event()  # `on` or `over` is another
+
+    @property
+    def kept(self) -> bool:
+        """Whether the caller wants it, and has it. A child that was forked does not: it is the parent's."""
+        return not self.over and self.leaving is None and self._pid == os.getpid()
 
     def made_on(self, connection: Connection, reply: Mapping[str, Any]) -> None:
+        """Take the reply to `register`."""
         self.on = connection
+        self.trouble = ""
         self._rev = reply["rev"]
         self.endpoint = endpoint({**reply, "meta": self.arguments["meta"] or {}})
+        self.moved.set()
 
-    def altered(self, meta: dict[str, str] | None, state: str | None) -> None:
+    def is_at(self, reply: Mapping[str, Any]) -> bool:
+        return (self.endpoint.host, self.endpoint.port) == (reply["host"], reply["port"])
+
+    def finish(self, why: str) -> None:
+        """It is no more; the first reason stays."""
+        self.over = self.over or why
+        self.moved.set()
+
+    def _altered(self, meta: dict[str, str] | None, state: str | None) -> None:
         """Remember what is to be registered again after a break."""
         if meta is not None:
             self.arguments["meta"] = meta
@@ -54,54 +81,118 @@ class Registration:
     async def update(self, meta: Mapping[str, str] | None = None, *, state: str | None = None) -> None:
         """Replace its meta as a whole, set its state (`starting`, `ready`, `draining`), or both.
 
+        After a break it waits until it is registered again.
+
         Raises:
             NotFound: it has ended, or is somebody else's now.
+            Unavailable: no daemon comes back in time.
         """
         given = None if meta is None else dict(meta)
-        if not await self._while_ours("update", meta=given, state=state):
-            raise NotFound(f"no registration of {self.key[0]!r} at our address", "not_found")
-        self.altered(given, state)
+
+        def altered(reply: Mapping[str, Any]) -> None:
+            self._altered(given, state)
+
+        while True:
+            connection = await (self._client._connected() if self.static else self._holdings.holder(self))
+            try:
+                if await self.while_ours(connection, "update", altered, meta=given, state=state):
+                    return
+            except Unavailable:  # it broke, or the daemon is stopping; the same once more does no harm
+                await asyncio.wait((connection.closed,), timeout=_ENDS_S)
+                if self.static or connection.usable:
+                    raise
+            else:
+                raise self.gone()
 
     async def deregister(self) -> None:
-        """End it: first `draining`, then gone. Harmless when it has ended; what is somebody else's now stays."""
-        if self._pid != os.getpid():
-            return  # the parent's
-        self._client._registrations.pop(self.key, None)
-        if not self._static and (self.on is None or not self.on.usable):
-            await self._deregister_once()
+        """End it: first `draining`, then gone. Harmless when it has ended; what is somebody else's now stays.
+
+        It waits 2 s at most, and 0.2 s without a daemon. What is not confirmed by then goes on for as long as the
+        client is open.
+        """
+        if self._pid != os.getpid() or self.over:
+            return  # the parent's, or nobody's
+        if self.static:
+            await self.end_on(await self._client._connected())
             return
-        await self._while_ours("update", state="draining")
-        await self._while_ours("deregister")
+        leaving = self._holdings.leave(self)
+        await self._have_patience(leaving)
+        if not leaving.done():
+            log.warning("the registry has not confirmed yet that %s ended", self.endpoint.name)
+        elif not leaving.cancelled():
+            await joined(leaving)
 
-    async def _deregister_once(self) -> None:
-        """The daemon is away: what the connection held ends without us, unless it came back just now."""
-        with contextlib.suppress(Unavailable):
-            await self._client._connected(0.2)
-            await self._while_ours("deregister")
+    async def _have_patience(self, leaving: "asyncio.Task[None]") -> None:
+        on = self.on
+        if on is None:
+            return
+        if on.usable:
+            await asyncio.wait((leaving, on.closed), timeout=_LEAVE_S, return_when=asyncio.FIRST_COMPLETED)
+        if on.ended_at is not None:
+            left_s = on.ended_at + _LEAVE_AWAY_S - time.monotonic()
+            await asyncio.wait((leaving,), timeout=max(0.0, left_s))
 
-    async def _while_ours(self, cmd: str, **arguments: Any) -> bool:
-        """Do something to the registration, if it is still at our address, whatever else changed."""
+    def gone(self) -> NotFound:
+        """Return the error of one who wants to alter it, and may not."""
+        why = self.over or ("left" if self.leaving else "it is the parent process's")
+        return NotFound(f"the registration of {self.key[0]!r} is over: {why}", "not_found")
+
+    # On the connection that holds it.
+
+    async def end_on(self, connection: Connection) -> None:
+        if await self.while_ours(connection, "update", state="draining"):
+            await self.while_ours(connection, "deregister")
+
+    async def while_ours(
+        self, connection: Connection, cmd: str, heard: Heard | None = None, **arguments: Any
+    ) -> bool:
+        """Do something to it, if it still is at our address, whatever else changed. Returns whether it is."""
         name, instance = self.key
-        while True:
+        while not self.over:
+            asked = {"name": name, "instance": instance, **arguments, "if": self._rev}
             try:
-                reply = await self._client._ask(
-                    cmd, name=name, instance=instance, **arguments, **{"if": self._rev}
-                )
-                self._rev = reply["rev"]
-                return True
+                self._rev = (await connection.ask(cmd, asked, heard))["rev"]
             except NotFound:
                 return False
             except Conflict:
-                known = await self._client.why(name, instance)
-                found = known["instances"]
-                own = self.endpoint
-                if not found or (found[0]["host"], found[0]["port"]) != (own.host, own.port):
+                known = await self.known(connection)
+                if known is None:
                     return False
-                self._rev = found[0]["rev"]
+                self._rev = known["rev"]
+            else:
+                return True
+        return False
+
+    async def known(self, connection: Connection) -> dict[str, Any] | None:
+        """Return what the daemon tells of what stands at our address, None where nothing does."""
+        name, instance = self.key
+        try:
+            found = (await connection.ask("why", {"name": name, "instance": instance}))["instances"]
+        except NotFound:
+            return None
+        here: dict[str, Any] = found[0] if found else {"host": None, "port": None}
+        return here if (here["host"], here["port"]) == (self.endpoint.host, self.endpoint.port) else None
 
 
 def _fields(found: Endpoint) -> dict[str, Any]:
     return {"name": found.name, "instance": found.instance, "host": found.host, "port": found.port}
+
+
+class OwnRegistration(Registration):
+    """One that was made by the function `register`, with a client of its own."""
+
+    async def update(self, meta: Mapping[str, str] | None = None, *, state: str | None = None) -> None:
+        try:
+            await super().update(meta, state=state)
+        finally:
+            if self.static:
+                await self._client.close()
+
+    async def deregister(self) -> None:
+        try:
+            await super().deregister()
+        finally:
+            await self._client.close()
 
 
 class Registering(Coroutine[Any, Any, Registration]):
@@ -150,49 +241,15 @@ class Registering(Coroutine[Any, Any, Registration]):
                 await self._made.deregister()
         except RegdError as trouble:
             log.warning("left %s registered: %s", self._made.endpoint.name, trouble)
-        finally:
-            if self._own:
-                await self._client.close()
 
     async def _register(self) -> Registration:
-        client = self._client
-        registration = (OwnRegistration if self._own else Registration)(client, self._arguments, self._static)
+        self._client._check_fork()
+        wanted = (OwnRegistration if self._own else Registration)(self._client, self._arguments, self._static)
+        over = self._own
         try:
-            connection = await client._connected()
-            conditions = {} if self._static else await client._hold(connection)
-            asked = asyncio.ensure_future(connection.ask("register", {**self._arguments, **conditions}))
-            try:
-                reply = await asyncio.shield(asked)
-            except asyncio.CancelledError:
-                if not self._static:
-                    asked.add_done_callback(lambda done: self._undo(connection, done))
-                raise
-        except BaseException:
-            if self._own:
-                await client.close()
-            raise
-        registration.made_on(connection, reply)
-        if self._static:
-            if self._own:
-                await client.close()
-        else:
-            client._registrations[registration.key] = registration
-            client._keep()
-        return registration
-
-    def _undo(self, connection: Connection, asked: "asyncio.Future[dict[str, Any]]") -> None:
-        """Nobody waits for it any more: if it was made all the same, end it."""
-        if not asked.cancelled() and asked.exception() is None:
-            reply = asked.result()
-            arguments = {"name": reply["name"], "instance": reply["instance"], "if": reply["rev"]}
-            connection.post("deregister", arguments)
-
-
-class OwnRegistration(Registration):
-    """One that was made by the function `register`, with a connection of its own."""
-
-    async def deregister(self) -> None:
-        try:
-            await super().deregister()
+            made = await self._client._keeper.holdings.register(wanted)
+            over = over and self._static
         finally:
-            await self._client.close()
+            if over:
+                await self._client.close()
+        return made

@@ -1,8 +1,9 @@
 """What the caller has registered and follows is the truth, whatever breaks."""
 
 import asyncio
+import errno
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 import regd_client
 from regd_client.client import Client
+from tests.client.relay import Relay, until
 from tests.support.daemon import WAIT_S, Daemon, InLoop
 from tests.support.files import ToldFiles
 
@@ -19,12 +21,6 @@ pytestmark = pytest.mark.socket
 @pytest.fixture(autouse=True)
 def address(daemon: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REGD_ADDRESS", f"tcp://127.0.0.1:{daemon.port}")
-
-
-async def until(true: Callable[[], object]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not true():
-            await asyncio.sleep(0.001)
 
 
 @asynccontextmanager
@@ -355,3 +351,47 @@ async def test_no_process_is_named_to_a_daemon_that_sees_others(monkeypatch: pyt
         [known] = (await client.why("a"))["instances"]
         assert "pid" not in known["owners"][0]
         assert known["owners"][0]["connection"]
+
+
+async def test_without_pidfds_it_is_held_by_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(pid: int, flags: int = 0) -> int:
+        raise OSError(errno.ENOSYS, "no such call")
+
+    monkeypatch.setattr(os, "pidfd_open", unknown)
+    async with Client() as client:
+        for name in ("a", "b"):
+            await client.register(name, 1)
+            [known] = (await client.why(name))["instances"]
+            assert "pid" not in known["owners"][0]
+            assert known["owners"][0]["connection"]
+
+
+@pytest.mark.parametrize("turns", range(0, 60, 5))
+@pytest.mark.parametrize("by", ["registration", "client"])
+async def test_an_update_after_a_break_is_not_undone(relay: Relay, daemon: InLoop, turns: int, by: str) -> None:
+    async with Client() as client, Client(f"127.0.0.1:{daemon.port}") as other:
+        registration = await client.register("a", 1, meta={"v": "1"})
+        relay.cut()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if by == "registration":
+            await registration.update({"v": "2"})
+        else:
+            await client.update("a", {"v": "2"})
+        for _ in range(3):  # the keeper has been there meanwhile
+            await client.ping()
+            [found] = await other.instances("a")
+            assert found["meta"] == registration.endpoint.meta == {"v": "2"}
+
+
+async def test_an_update_without_a_daemon_is_refused_in_time(relay: Relay) -> None:
+    async with Client(connect_timeout_s=0.2) as client:
+        registration = await client.register("a", 1, meta={"v": "1"})
+        relay.refuse()
+        relay.cut()
+        with pytest.raises(regd_client.Unavailable):
+            await registration.update({"v": "2"})
+        await relay.accept()
+        await until(lambda: registration.on is not None and registration.on.usable)
+        await registration.update({"v": "3"})
+        assert registration.endpoint.meta == {"v": "3"}
