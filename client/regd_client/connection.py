@@ -154,12 +154,6 @@ class Connection(asyncio.Protocol):
         self._suspicious = left_s <= 0
         self._dog = self._loop.call_later(min(left_s, HANGS_S) if left_s > 0 else _AGAIN_S, self._look)
 
-    def _overdue(self, number: int) -> None:
-        """The time that this one waits for is over: it is urgent as others are."""
-        del self._parked[number]
-        if self._dog is None:
-            self._watch_out(self.heard, number)
-
     # What asyncio calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -244,11 +238,9 @@ class Connection(asyncio.Protocol):
         for answer, _ in waiting.values():
             if not answer.done():
                 answer.set_exception(_copy(error))
-        for timer in (*self._parked.values(), self._dog):
-            if timer is not None:
-                timer.cancel()
-        self._parked.clear()
-        self._dog = None
+        if self._dog is not None:
+            self._dog.cancel()
+            self._dog = None
         if self._transport is not None:
             self._transport.close()
 

@@ -181,9 +181,9 @@ def _watch(connection: BlockingConnection, given: dict[str, Any], as_json: bool)
         if as_json:
             print(json.dumps(event), flush=True)
         elif line := _news(event):
-            print(line, flush=True)
+            _say(line, flush=True)
         if "event" not in event:  # the daemon ends it, and says why
-            return _status(event) if as_json else _fail(_status(event), _visible(event["message"]))
+            return _status(event) if as_json else _fail(_status(event), event["message"])
     return 0
 
 

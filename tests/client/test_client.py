@@ -215,21 +215,3 @@ async def test_the_daemon_comes_a_moment_later(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "late.json", unix=path):
         await asked
         await client.close()
-
-
-async def test_who_waits_at_a_daemon_that_hangs_is_not_left_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A black hole: it accepts, and says nothing."""
-    monkeypatch.setattr("regd_client.connection._PATIENCE_S", 0.1)
-    ended = asyncio.Event()
-
-    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-        writer.close()
-        ended.set()
-
-    server = await asyncio.start_server(hang, "127.0.0.1", 0)
-    async with server, Client(f"127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
-        async with asyncio.timeout(WAIT_S):
-            with pytest.raises(regd_client.Unavailable, match="no answer"):
-                await client.resolve("a", wait=0.1)
-            await ended.wait()

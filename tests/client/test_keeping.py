@@ -11,9 +11,9 @@ import pytest
 
 import regd_client
 from regd_client.client import Client
+from regd_client.connection import Connection
 from tests.client.relay import Relay, until
 from tests.support.daemon import WAIT_S, Daemon, InLoop
-from tests.support.files import ToldFiles
 
 pytestmark = pytest.mark.socket
 
@@ -82,43 +82,6 @@ async def test_after_a_cut_it_is_registered_again(daemon: InLoop) -> None:
         await registration.deregister()
 
 
-async def test_an_update_is_not_undone_by_registering_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The update goes out on the new connection first, and is answered while the registration is made again."""
-    files = ToldFiles()
-    async with InLoop(tmp_path / "own.json", files=files) as own:
-        monkeypatch.setenv("REGD_ADDRESS", f"tcp://127.0.0.1:{own.port}")
-        other = await own.peer()
-        async with Client() as client:
-            registration = await client.register("a", 1, meta={"k": "1"})
-            await other.ask(cmd="register", name="a", port=1, meta={"k": "1"}, hold=True)  # so that it stays
-            assert client._connection is not None
-            client._connection.abort("the test cuts it")
-            files.gate.clear()
-            update = asyncio.create_task(registration.update({"k": "2"}))
-            await until(lambda: any(each._held_up for each in own.server.connections))
-            files.gate.set()
-            await update
-            await until(lambda: registration.on is client._connection)
-            assert [each["meta"] for each in await client.instances("a")] == [{"k": "2"}]
-
-
-async def test_leaving_while_the_daemon_is_away_leaves_the_client_its_patience(tmp_path: Path) -> None:
-    path = tmp_path / "s"
-    client = Client(f"unix://{path}", connect_timeout_s=0.6)
-    async with InLoop(tmp_path / "own.json", unix=path):
-        registration = await client.register("a", 1)
-    await until(lambda: registration.on is not None and not registration.on.usable)
-    await registration.deregister()
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    with pytest.raises(regd_client.Unavailable):
-        await client.ping()
-    assert loop.time() - began > 0.3
-    await client.close()
-
-
 async def test_what_was_left_while_it_was_being_registered_again_is_not(
     daemon: InLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,15 +94,17 @@ async def test_what_was_left_while_it_was_being_registered_again_is_not(
             await answered.wait()
             return {"hold": True}
 
-        monkeypatch.setattr(client, "_hold", hold)
+        monkeypatch.setattr(client._keeper.holdings, "_hold", hold)
         cut(daemon)
         async with asyncio.timeout(WAIT_S):
             await asked.wait()
         await registration.deregister()
         answered.set()
         marker = await client.register("b", 1)
-        await until(lambda: marker.on is client._connection)
-        assert [each["name"] for each in await client.instances()] == ["b"]
+        await until(lambda: marker.on is client._link.connection)
+        async with asyncio.timeout(WAIT_S):
+            while [each["name"] for each in await client.instances()] != ["b"]:
+                pass
 
 
 async def test_lost_is_told_and_not_fought(daemon: InLoop) -> None:

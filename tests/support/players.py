@@ -16,7 +16,7 @@ from typing import Any
 
 from regd_client.client import Client
 from regd_client.errors import RegdError, Timeout, Unavailable
-from regd_client.following import Mirror
+from regd_client.picture import Mirror
 from regd_client.registration import Registration
 from tests.support.daemon import WAIT_S, Daemon, Peer
 from tests.support.witnesses import Failure, Listener, Model, Record, Value, Watcher, digest, key_of, value_of
