@@ -4,6 +4,7 @@ The code is contract, the message is for people. Must not know how an error is w
 """
 
 from enum import StrEnum
+from typing import Self
 
 
 class Code(StrEnum):
@@ -47,6 +48,11 @@ class Refused(Exception):
         self.code = code
         self.message = message
         self.details = details
+
+    def bare(self) -> Self:
+        """Return it without the frames that it came through: whoever keeps it would be kept by them."""
+        self.__traceback__ = self.__context__ = None
+        return self
 
 
 class Invalid(ValueError):

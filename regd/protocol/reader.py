@@ -188,7 +188,7 @@ class Reader:
         try:
             return decode(line)
         except Refused as refusal:
-            return Problem(refusal)
+            return Problem(refusal.bare())
 
     def _bare(self, line: bytes) -> Item:
         form = _BARE.fullmatch(line)

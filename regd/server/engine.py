@@ -163,7 +163,7 @@ class Engine:
             try:
                 outcomes.append(each[0](draft))
             except Refused as refusal:
-                outcomes.append(refusal)
+                outcomes.append(refusal.bare())
             if count % _SLICE == 0 or self._clock.now() > self._turn + _TURN_S:
                 await self._others()
         await self._end(draft, together)

@@ -22,6 +22,10 @@ _AT_ONCE_S = 0.25  # for the one attempt of `wait` 0
 _SLICE_S = 0.002  # for looking, before the loop turns
 
 
+def _nobody(entry: Entry | None) -> None:
+    pass
+
+
 class Wait:
     """One request that is parked. `done` is called once, with the instance or None when the time is over."""
 
@@ -105,7 +109,7 @@ class Waits:
 
     def cancel(self, wait: Wait) -> None:
         """Nobody wants the answer any more. Twice is harmless."""
-        wait.done = lambda entry: None
+        wait.done = _nobody
         self._end(wait, None)
 
     def close(self) -> None:
@@ -235,4 +239,5 @@ class Waits:
         self._count -= 1
         if entry is not None:
             self._registry.took(entry, wait.meta)
-        wait.done(entry)
+        done, wait.done = wait.done, _nobody  # which knows the wait: no cycle is left for the collector
+        done(entry)

@@ -1,15 +1,21 @@
 """Nothing holds the loop: what is much goes in slices, others have a turn, and everything is still right."""
 
 import asyncio
+import gc
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from regd.core.limits import Limits
+from regd.protocol.commands import Request
 from regd.server import engine
+from regd.server.connection import Connection
 from regd.server.pulse import Pulse
+from regd.server.waits import Wait
+from regd.server.watches import Watch
 from tests.support.clock import HandClock
-from tests.support.daemon import InLoop, Peer
+from tests.support.daemon import WAIT_S, InLoop, Peer
 
 pytestmark = pytest.mark.socket
 
@@ -194,3 +200,44 @@ def test_the_slowest_is_kept_with_its_name() -> None:
     clock.advance(3)
     slowest = pulse.described()["slowest"]
     assert slowest == {"what": "watch", "took_s": 0.005, "age_s": 3.001}
+
+
+async def test_a_connection_leaves_nothing_for_the_collector(daemon: InLoop) -> None:
+    """The daemon lets the collector look at nothing twice, so what ends must go by itself."""
+    other = await daemon.peer()
+    await other.ask(cmd="register", name="db", port=1, hold=True)
+    requests: list[bytes | dict[str, Any]] = [
+        {"cmd": "register", "name": "a", "port": 2, "hold": True},
+        {"cmd": "register", "name": "db", "port": 2},  # in conflict
+        {"cmd": "register", "name": "A", "port": 2},
+        {"cmd": "deregister", "name": "none"},
+        {"cmd": "resolve", "name": "none"},
+        {"cmd": "resolve", "name": "a", "wait": 0},
+        {"cmd": "resolve", "name": "a", "wait": 60, "id": 1},
+        {"cmd": "resolve", "name": "db", "wait": 0, "id": 2},
+        {"cmd": "list"},
+        {"cmd": "watch", "name": "a*"},
+        {"cmd": "unwatch", "watch": 9},
+        b'{"cmd":NaN}\n',
+    ]
+    gc.collect()
+    gc.disable()
+    try:
+        for ending in (b"", b"quit\n", b"GET / HTTP/1.1\r\n\r\n", b'{"cmd":"resolve","name":"a","wait":60}\n'):
+            peer = await daemon.peer()
+            peer.send(*requests, ending)
+            for _ in range(8):
+                assert await peer.line()
+            await peer.reset()
+        async with asyncio.timeout(WAIT_S):
+            while len(daemon.server.connections) > 1:
+                await asyncio.sleep(0)
+        daemon.clock.advance(1)  # who looked whether they are still there
+        async with asyncio.timeout(WAIT_S):
+            while (await other.ask(cmd="stats"))["registrations"] > 1:
+                pass
+        await other.ask(cmd="list")
+        kinds = Connection | Wait | Watch | Request
+        assert [type(each) for each in gc.get_objects() if isinstance(each, kinds)] == [Connection]
+    finally:
+        gc.enable()
