@@ -183,6 +183,23 @@ async def test_what_is_taken_before_its_owner_knows_that_it_has_it_is_lost(relay
         assert (await other.resolve("a")).port == 2
 
 
+@pytest.mark.parametrize("doing", ["deregister", "update"])
+async def test_what_was_taken_and_not_heard_of_yet_is_spared(relay: Relay, other: Client, doing: str) -> None:
+    async with Client() as client:
+        registration = await client.register("a", 1, meta={"of": "one"})
+        relay.flowing.clear()
+        await other.register("a", 2, meta={"of": "other"}, force=True)
+        changes = (await other.stats())["changes"]
+        begun = registration.deregister() if doing == "deregister" else registration.update({"of": "one"})
+        done = asyncio.create_task(begun)
+        await until(lambda: relay.count("update") == 1)
+        relay.flowing.set()
+        await asyncio.gather(done, return_exceptions=True)
+        assert registration.lost.is_set() == (doing == "update")
+        assert (await other.stats())["changes"] == changes
+        assert (await other.resolve("a")).meta == {"of": "other"}
+
+
 async def test_one_client_has_a_name_once(relay: Relay, other: Client) -> None:
     async with Client() as client:
         first = await client.register("a", 1, meta={"k": "1"})
