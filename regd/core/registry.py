@@ -6,7 +6,7 @@ sockets, or what time it is.
 
 from bisect import bisect_left, insort
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -35,7 +35,10 @@ class Departure:
 
 
 class Registry:
-    """What has landed. `claim_s` is how long what was loaded with `hold` waits for its client."""
+    """What has landed. `claim_s` is how long what was loaded with `hold` waits for its client.
+
+    `touched` is called with a name whenever what readers are told of it may have changed.
+    """
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class Registry:
         self._names: list[str] = []  # in order
         self._served: OrderedDict[tuple[str, int], str] = OrderedDict()  # who was, by name and filter
         self._departures: OrderedDict[str, deque[Departure]] = OrderedDict()
+        self.touched: Callable[[str], None] = lambda name: None
         for entry in sorted(entries, key=lambda entry: entry.key):
             self._set(entry)
             self.lifetimes.move(None, entry, now)
@@ -88,6 +92,7 @@ class Registry:
                 self._departed(entry.name, Departure(entry.instance, change.reason, now))
             free |= self.lifetimes.move(before, after, now)
             self.rev = change.rev
+            self.touched(entry.name)
             if change.op is not Op.KEEP:
                 self.history.add(change)
         return {process for process in free if not self.lifetimes.knows(process)}
@@ -112,10 +117,16 @@ class Registry:
     def gone(self, ending: Ending) -> None:
         """Resolve no more what only this one held. A draft must end it."""
         self.lifetimes.mark(ending)
+        for name, _ in self.lifetimes.held_by(ending):
+            self.touched(name)
 
     def expire(self, now: float, most: int) -> list[Ending]:
         """Return up to `most` whose time is over, as `gone`."""
-        return self.lifetimes.expire(now, most)
+        endings = self.lifetimes.expire(now, most)
+        for ending in endings:
+            for name, _ in self.lifetimes.held_by(ending):
+                self.touched(name)
+        return endings
 
     def _departed(self, name: str, departure: Departure) -> None:
         self._departures.setdefault(name, deque(maxlen=self.limits.departures_kept)).append(departure)
@@ -128,6 +139,10 @@ class Registry:
 
     def _fits(self, meta: Mapping[str, str], entry: Entry) -> bool:
         return self.is_ready(entry) and entry.carries(meta)
+
+    def is_alone(self, entry: Entry) -> bool:
+        """Whether its name has no other instance: nobody takes turns with it."""
+        return len(self._services[entry.name].entries) == 1
 
     def named(self, name: str) -> Iterator[Entry]:
         """Return the instances of a name, in order, whatever their state."""

@@ -123,8 +123,11 @@ def joined(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def instance(entry: Entry) -> bytes:
-    """Return an entry as a JSON object. Made once for each entry, and kept in it."""
+_OK = b'{"ok":true,'
+
+
+def _flat(entry: Entry) -> bytes:
+    """Return the reply that is one instance, without an id. Made once for each entry, and kept in it."""
     if entry.encoded is None:
         fields: dict[str, object] = {
             "name": entry.name,
@@ -142,21 +145,31 @@ def instance(entry: Entry) -> bytes:
             fields["pid"] = entry.pid
         if entry.ttl_s is not None:
             fields["ttl"] = seconds(entry.ttl_s)
-        entry.encoded = _encode(fields).encode()
+        entry.encoded = _OK + _encode(fields).encode()[1:] + b"\n"
     return entry.encoded
 
 
 def resolved(id: str | int | None, entry: Entry) -> bytes:
     """Return the reply that is one instance, flat."""
-    head = b'{"ok":true,' if id is None else b'{"ok":true,"id":' + _encode(id).encode() + b","
-    return head + instance(entry)[1:] + b"\n"
+    reply = _flat(entry)
+    return reply if id is None else with_id(_encode(id).encode(), reply)
+
+
+def with_id(id: bytes, reply: bytes) -> bytes:
+    """Put an id, as JSON, into a reply that has none and is `ok`."""
+    return b'{"ok":true,"id":' + id + b"," + reply[len(_OK) :]
+
+
+def instance(entry: Entry) -> bytes:
+    """Return an entry as a JSON object."""
+    return b"{" + _flat(entry)[len(_OK) : -1]
 
 
 def fitting(entries: Sequence[Entry], bytes_max: int) -> int:
     """Return how many of the entries, from the first, fit into so many bytes; at least one."""
     size = 0
     for count, entry in enumerate(entries):
-        size += len(instance(entry)) + 1
+        size += len(_flat(entry)) - len(_OK) + 1  # with the comma
         if size > bytes_max and count:
             return count
     return len(entries)
@@ -173,7 +186,7 @@ def instances(id: str | int | None, result: Mapping[str, object], entries: Itera
 
 def changed(watch: int, op: str, entry: Entry) -> bytes:
     """Return `up` or `change`: the whole instance, whose `rev` is the event's."""
-    return b'{"event":"%s","watch":%d,' % (op.encode(), watch) + instance(entry)[1:] + b"\n"
+    return b'{"event":"%s","watch":%d,' % (op.encode(), watch) + _flat(entry)[len(_OK) :]
 
 
 def down(watch: int, rev: int, entry: Entry, reason: str) -> bytes:

@@ -91,6 +91,11 @@ class Reader:
         return bool(self._lines)
 
     @property
+    def empty(self) -> bool:
+        """Whether what comes next is the beginning of a line, and stands behind nothing."""
+        return not (self._lines or self._rest or self._skipping or self._closed)
+
+    @property
     def unfinished(self) -> bool:
         """Whether the peer has begun a line and not ended it."""
         return self._skipping or (bool(self._rest) and self._rest != b"\r")

@@ -5,6 +5,7 @@ Must not know connections or disks.
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -23,6 +24,7 @@ from regd.server.clock import Clock
 from regd.server.engine import Write
 from regd.server.probes import Probes
 from regd.server.processes import Processes, boot_id
+from regd.server.replies import Replies
 from regd.server.tally import Tally
 
 PROTOCOL = 1
@@ -80,6 +82,7 @@ class Answers:
         limits: Limits,
         processes: Processes,
         probes: Probes,
+        replies: Replies,
         peer_of: Callable[[int], str | None],
         gauges: Callable[[], Mapping[str, object]],
     ) -> None:
@@ -90,6 +93,7 @@ class Answers:
         self._limits = limits
         self._processes = processes
         self._probes = probes
+        self._replies = replies
         self._peer_of = peer_of
         self._gauges = gauges
         self._reads: Mapping[str, Callable[[Request, int], bytes | Slow]] = {
@@ -202,8 +206,11 @@ class Answers:
         if not found:
             raise self._none_ready(given["name"], given.get("instance"), given.get("meta", {}))
         if not given.get("all"):
-            self._registry.took(found[0], given.get("meta", {}))
-            return messages.resolved(request.id, found[0])
+            entry = found[0]
+            self._registry.took(entry, given.get("meta", {}))
+            if len(given) == 1 and self._registry.is_alone(entry):
+                self._replies.remember(entry)
+            return messages.resolved(request.id, entry)
         shown = found[: self._limits.reply_instances_max]
         result: dict[str, object] = {"rev": rev}
         room = self._limits.reply_bytes_max - len(messages.ok(request.id, result)) - _AROUND_BYTES
@@ -265,7 +272,7 @@ class Answers:
                 "commits": tally.commits,
                 "commits_failed": tally.commits_failed,
                 "changes": tally.changes,
-                "requests": tally.requests,
+                "requests": tally.requests + Counter(resolve=self._replies.count),
                 "errors": tally.errors,
                 "limits": self._limits.values(),
             },

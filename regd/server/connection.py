@@ -24,6 +24,7 @@ from regd.server.watches import Watch
 _SLICE = 128  # requests of one connection before others get a turn
 _TURN_S = 0.001  # and so long, where requests are dear
 _CHUNK_BYTES = 65_536  # replies are gathered up to here and sent as one
+_RECEIVED_BYTES_MAX = 32_768  # at a time
 _LINGERING_MAX = 32  # refused connections that are listened to for a while, so that the reason arrives for sure
 _LATE_S = 0.25
 _LOOK_S = 0.05
@@ -48,6 +49,7 @@ class Connection(asyncio.Protocol):
         "_may_hold",
         "_parked",
         "_paused",
+        "_quiet",
         "_quitting",
         "_reader",
         "_reading",
@@ -74,6 +76,7 @@ class Connection(asyncio.Protocol):
         self._scheduled = False  # `go_on` will be called
         self._paused = False  # the peer does not read
         self._reading = True
+        self._quiet = False  # nothing is under way: what comes next may be answered before anything else
         self._eof = False  # the peer has closed its sending side
         self._ending = False  # nothing more is looked at; what is sent is sent
         self._timer: Timer | None = None
@@ -92,6 +95,8 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         context = self._context
         self._transport = cast(asyncio.Transport, transport)
+        if hasattr(transport, "max_size"):  # asyncio's own: it takes so much memory for each look at the socket
+            transport.max_size = _RECEIVED_BYTES_MAX
         self._transport.set_write_buffer_limits(high=context.limits.output_bytes_max, low=0)
         context.connections.add(self)
         context.alone.clear()
@@ -106,6 +111,7 @@ class Connection(asyncio.Protocol):
             tally.connections += 1
             tally.guests += self._is_guest
             tally.connections_accepted += 1
+            self._quiet = True
             return
         tally.connections_refused += 1
         count = f"{tally.connections} connections are open" if full else f"{tally.guests} guests are here"
@@ -118,6 +124,13 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
     def data_received(self, data: bytes) -> None:
+        if self._quiet:
+            # What is known needs no reader, no turn, no account: this is a tenth of the way of other requests.
+            reply = self._context.replies.to(data)
+            if reply is not None:
+                self._transport.write(reply)
+                return
+            self._quiet = False
         if self._ending:
             return
         self._reader.receive(data)
@@ -134,6 +147,7 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._paused = True
+        self._quiet = False
         self._account_output()
 
     def resume_writing(self) -> None:
@@ -144,7 +158,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         context = self._context
-        self._ending = True
+        self._ending, self._quiet = True, False
         self._reader.close()
         self._held_up = self._slow = None
         self._landed.clear()
@@ -407,6 +421,8 @@ class Connection(asyncio.Protocol):
         for each in too_much:
             context.tally.cut += 1
             each._refuse(Refused(Code.BUSY, "too many bytes wait in regd, yours among them; try again later"))
+        under_way = self._blocked or self._quitting or self._eof or self._in_flight or self._landed or self._scheduled
+        self._quiet = idle and self._reader.empty and not (under_way or self._ending)
 
     def _listen(self, on: bool) -> None:
         """Read on, or not for now."""
@@ -474,7 +490,7 @@ class Connection(asyncio.Protocol):
 
     def _end(self) -> None:
         """Look at nothing more, send what is to be sent, and close once the peer has, or soon."""
-        self._ending = True
+        self._ending, self._quiet = True, False
         self._reader.close()
         self._held_up = self._slow = None
         self._let_go()
@@ -531,7 +547,7 @@ class Connection(asyncio.Protocol):
 
     def cut(self) -> None:
         """End at once; what was not sent is lost."""
-        self._ending = True
+        self._ending, self._quiet = True, False
         self._context.output.hold(self, 0)
         self._transport.abort()
 
@@ -544,5 +560,5 @@ class Connection(asyncio.Protocol):
         if self._landed and not self._transport.is_closing():
             self._transport.write(b"".join(self._landed))
             self._landed.clear()
-        self._ending = True
+        self._ending, self._quiet = True, False
         self._transport.close()

@@ -18,6 +18,7 @@ from regd.server.engine import Engine
 from regd.server.peers import Peers
 from regd.server.pulse import Pulse
 from regd.server.reaper import Reaper
+from regd.server.replies import Replies
 from regd.server.tally import Tally
 from regd.server.turns import Turns
 from regd.server.waits import Waits
@@ -91,6 +92,7 @@ class Context:
     limits: Limits
     engine: Engine
     answers: Answers
+    replies: Replies
     reaper: Reaper
     watches: Watches
     waits: Waits

@@ -24,6 +24,7 @@ from regd.server.listener import Listeners, raise_open_files
 from regd.server.peers import Peers
 from regd.server.pulse import Pulse
 from regd.server.reaper import Reaper
+from regd.server.replies import Replies
 from regd.server.tally import Tally
 from regd.server.turns import Turns
 from regd.server.waits import Waits
@@ -155,6 +156,8 @@ class Server:
         # 3. The parts.
         clock, tally, sessions, pulse = self._clock, Tally(), Sessions(), self._pulse
         registry = Registry(document.entries, document.rev, limits, now=clock.now(), claim_s=config.grace_s)
+        replies = Replies()
+        registry.touched = replies.forget
         watches = Watches(registry, clock, limits, pulse, self._epoch)
         waits = Waits(registry, clock, limits, pulse)
         reaper = Reaper(registry, clock, limits, sessions.is_cut)
@@ -181,8 +184,18 @@ class Server:
             limits=limits,
             engine=self._engine,
             answers=Answers(
-                registry, identity, clock, tally, limits, reaper.processes, waits.probes, sessions.peer_of, gauges
+                registry,
+                identity,
+                clock,
+                tally,
+                limits,
+                reaper.processes,
+                waits.probes,
+                replies,
+                sessions.peer_of,
+                gauges,
             ),
+            replies=replies,
             reaper=reaper,
             watches=watches,
             waits=waits,

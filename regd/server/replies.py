@@ -1,0 +1,64 @@
+"""Replies that need no work: a plain `resolve` of a name with one instance, once it was answered.
+
+What is remembered of a name is forgotten in the moment when anything about the name changes: a change lands, a
+holder is known to be gone. So what is said from here is what the registry would say now.
+Must not know connections, nor why something changed.
+"""
+
+import re
+
+from regd.core.model import Entry
+from regd.protocol import messages
+
+# The request as clients write it, with an id in one place or the other. All else is left to the decoder.
+_ID = rb'"id": ?([1-9][0-9]{0,17})'
+_USUAL = re.compile(
+    rb'\{"cmd": ?"resolve",(?: ?' + _ID + rb',)? ?"name": ?"([a-z0-9_.-]+)"(?:, ?' + _ID + rb")?\}\r?\n"
+)
+_CHUNK_BYTES_MAX = 4_096  # what is answered at once, so that others have their turn
+
+
+class Replies:
+    """`known` has the replies by line; `count` is how many were given."""
+
+    def __init__(self) -> None:
+        self.known: dict[bytes, bytes] = {}
+        self.count = 0
+
+    def to(self, data: bytes) -> bytes | None:
+        """Return the replies to a chunk of the peer's bytes, None unless all of it is lines that need no work."""
+        if len(data) > _CHUNK_BYTES_MAX:
+            return None
+        lines = data.splitlines(keepends=True)
+        # Most of what many connections ask is known as it stands: no Python runs for each line.
+        replies = list(map(self.known.get, lines))
+        if None in replies:
+            replies = [reply or self._unusual(line) for line, reply in zip(lines, replies, strict=True)]
+            if None in replies:
+                return None
+        self.count += len(lines)
+        return b"".join(replies)  # type: ignore[arg-type]  # none of them is None
+
+    def _unusual(self, line: bytes) -> bytes | None:
+        """Answer what is known in other words: with an id, or with blanks."""
+        found = _USUAL.fullmatch(line)
+        if found is None:
+            return None
+        before, name, behind = found.groups()
+        reply = self.known.get(_line(name))
+        if reply is None or (before and behind):  # an id twice is an error
+            return None
+        id = before or behind
+        return messages.with_id(id, reply) if id else reply
+
+    def remember(self, entry: Entry) -> None:
+        """Say the same again of this one's name, until it is forgotten."""
+        self.known[_line(entry.name.encode())] = messages.resolved(None, entry)
+
+    def forget(self, name: str) -> None:
+        """What was said of a name may not be true any more."""
+        self.known.pop(_line(name.encode()), None)
+
+
+def _line(name: bytes) -> bytes:
+    return b'{"cmd":"resolve","name":"%s"}\n' % name
