@@ -24,7 +24,6 @@ from regd.server.watches import Watch
 _SLICE = 128  # requests of one connection before others get a turn
 _TURN_S = 0.001  # and so long, where requests are dear
 _CHUNK_BYTES = 65_536  # replies are gathered up to here and sent as one
-_RECEIVED_BYTES_MAX = 32_768  # at a time
 _LINGERING_MAX = 32  # refused connections that are listened to for a while, so that the reason arrives for sure
 _LATE_S = 0.25
 _LOOK_S = 0.05
@@ -53,6 +52,7 @@ class Connection(asyncio.Protocol):
         "_quitting",
         "_reader",
         "_reading",
+        "_reply_to",
         "_scheduled",
         "_slow",
         "_timer",
@@ -65,6 +65,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._reply_to = context.replies.to
         self._reader = Reader(context.limits)
         self._held_up: Item | None = None  # the next item, waiting until the writes before it have landed
         self._slow: Slow | None = None  # or until this reply to it is there
@@ -95,8 +96,6 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         context = self._context
         self._transport = cast(asyncio.Transport, transport)
-        if hasattr(transport, "max_size"):  # asyncio's own: it takes so much memory for each look at the socket
-            transport.max_size = _RECEIVED_BYTES_MAX
         self._transport.set_write_buffer_limits(high=context.limits.output_bytes_max, low=0)
         context.connections.add(self)
         context.alone.clear()
@@ -126,7 +125,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._quiet:
             # What is known needs no reader, no turn, no account: this is a tenth of the way of other requests.
-            reply = self._context.replies.to(data)
+            reply = self._reply_to(data)
             if reply is not None:
                 self._transport.write(reply)
                 return
@@ -421,7 +420,9 @@ class Connection(asyncio.Protocol):
         for each in too_much:
             context.tally.cut += 1
             each._refuse(Refused(Code.BUSY, "too many bytes wait in regd, yours among them; try again later"))
-        under_way = self._blocked or self._quitting or self._eof or self._in_flight or self._landed or self._scheduled
+        under_way = (
+            self._blocked or self._quitting or self._eof or self._in_flight or self._landed or self._scheduled
+        )
         self._quiet = idle and self._reader.empty and not (under_way or self._ending)
 
     def _listen(self, on: bool) -> None:

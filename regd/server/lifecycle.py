@@ -25,6 +25,7 @@ from regd.server.peers import Peers
 from regd.server.pulse import Pulse
 from regd.server.reaper import Reaper
 from regd.server.replies import Replies
+from regd.server.streams import Streams
 from regd.server.tally import Tally
 from regd.server.turns import Turns
 from regd.server.waits import Waits
@@ -89,7 +90,7 @@ class Server:
         self._kept_of_guests = Room(config.limits.guests_kept_bytes_max)
         self._peers = peers or Peers(config.allowed_uids)
         self._listeners = Listeners()
-        self._servers: list[asyncio.Server] = []
+        self._streams: Streams | None = None
         self._store = Store(config.registry, log.warning, self._files)
         self._engine: Engine | None = None
         self._context: Context | None = None
@@ -214,11 +215,9 @@ class Server:
         pulse.start()
         self._engine_task = asyncio.create_task(self._engine.run(), name="regd-engine")
         # 4. Serve.
-        context, loop = self._context, asyncio.get_running_loop()
+        context, self._streams = self._context, Streams()
         for each in self._listeners.sockets:
-            create = loop.create_unix_server if each.family.name == "AF_UNIX" else loop.create_server
-            self._servers.append(await create(lambda: Connection(context), sock=each, backlog=64))
-        self._listeners.deepen()
+            self._streams.listen(each, lambda: Connection(context))
         for note in self._listeners.notes:
             log.warning("%s", note)
         log.info("%d registrations at revision %d from %s", len(registry), registry.rev, self._store.path)
@@ -231,8 +230,8 @@ class Server:
     async def stop(self) -> None:
         """Leave in order, with the last commit on disk. Twice is harmless."""
         # 1. Let nobody in.
-        for server in self._servers:
-            server.close()
+        if self._streams is not None:
+            self._streams.deafen()
         # 2. Take no more writes; those that wait still land, and are answered.
         if self._engine is not None and self._engine_task is not None:
             self._engine.close()
@@ -244,6 +243,8 @@ class Server:
             self._context.waits.close()
             self._context.reaper.close()
             self._pulse.close()
+        if self._streams is not None:
+            self._streams.close()
         # 4. Addresses, lock.
         self._close_files()
 

@@ -91,15 +91,6 @@ class Listeners:
                 return
         raise ListenError(f"{path} is in use by another program; name another with --unix")
 
-    def deepen(self) -> None:
-        """Have the kernel keep as many callers as it may.
-
-        An event loop takes up to its own `backlog` of them in one turn, and has to be told a small one: without a
-        free file each of those is one more line in the log.
-        """
-        for each in self.sockets:
-            each.listen(_BACKLOG)
-
     def close(self, files: Files) -> None:
         for each in self.sockets:
             each.close()

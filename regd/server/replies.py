@@ -23,21 +23,28 @@ class Replies:
 
     def __init__(self) -> None:
         self.known: dict[bytes, bytes] = {}
+        self._known = self.known.__getitem__
         self.count = 0
 
     def to(self, data: bytes) -> bytes | None:
         """Return the replies to a chunk of the peer's bytes, None unless all of it is lines that need no work."""
+        known = self.known
+        reply = known.get(data)
+        if reply is not None:
+            self.count += 1
+            return reply
         if len(data) > _CHUNK_BYTES_MAX:
             return None
         lines = data.splitlines(keepends=True)
-        # Most of what many connections ask is known as it stands: no Python runs for each line.
-        replies = list(map(self.known.get, lines))
-        if None in replies:
-            replies = [reply or self._unusual(line) for line, reply in zip(lines, replies, strict=True)]
+        try:
+            reply = b"".join(map(self._known, lines))  # no Python runs for each line
+        except KeyError:
+            replies = [known.get(line) or self._unusual(line) for line in lines]
             if None in replies:
                 return None
+            reply = b"".join(replies)  # type: ignore[arg-type]  # none of them is None
         self.count += len(lines)
-        return b"".join(replies)  # type: ignore[arg-type]  # none of them is None
+        return reply
 
     def _unusual(self, line: bytes) -> bytes | None:
         """Answer what is known in other words: with an id, or with blanks."""

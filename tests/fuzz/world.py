@@ -111,9 +111,6 @@ class _NoListeners:
     def open_tcp(self, port: int) -> None:
         pass
 
-    def deepen(self) -> None:
-        pass
-
     def close(self, files: Files) -> None:
         pass
 
