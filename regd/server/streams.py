@@ -38,6 +38,7 @@ class Streams:
 
     def listen(self, listener: socket.socket, protocol: Callable[[], asyncio.Protocol]) -> None:
         """Take callers, each with a protocol of its own."""
+        listener.setblocking(False)
         self._listeners.append(listener)
         self._loop.add_reader(listener, self._take, listener, protocol)
 
