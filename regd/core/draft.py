@@ -89,9 +89,13 @@ class Draft:
 
     def _put(self, wanted: Entry) -> Entry:
         """Add an entry where none stands now."""
-        return self._add(Op.UP, replace(wanted, rev=self.rev + 1, registered_at=self._at))
+        entry = _copy(wanted, wanted.meta, wanted.state, wanted.holders)
+        entry.rev, entry.registered_at = self.rev + 1, self._at
+        return self._add(Op.UP, entry)
 
     def _with_known_holders(self, wanted: Entry) -> Entry:
+        if not wanted.holders:
+            return wanted
         return replace(wanted, holders=tuple(self._known(holder, wanted.key) for holder in wanted.holders))
 
     def _known(self, holder: Holder, key: Key) -> Holder:
@@ -126,13 +130,15 @@ class Draft:
 
     def _set(self, before: Entry, wanted: Entry, holders: tuple[Holder, ...]) -> Entry:
         """Give an entry the meta and state that are wanted, and these holders."""
-        after = replace(before, meta=wanted.meta, state=wanted.state, holders=holders)
+        after = _copy(before, wanted.meta, wanted.state, holders)
         self._check_room(after, before)
         return self._alter(before, after)
 
     def _alter(self, before: Entry, after: Entry) -> Entry:
+        """Put `after`, which was just made from `before`, in its place, as far as they differ."""
         if after.seen != before.seen:
-            return self._add(Op.CHANGE, replace(after, rev=self.rev + 1, encoded=None))
+            after.rev = self.rev + 1
+            return self._add(Op.CHANGE, after)
         if after.holders != before.holders:
             return self._add(Op.KEEP, after)
         return before
@@ -267,15 +273,17 @@ class Draft:
             raise Refused(Code.BUSY, f"the registry is full: {limits.registry_bytes_max} bytes")
 
     def _add(self, op: Op, entry: Entry, reason: str = "") -> Entry:
-        before = self.get(entry.key)
+        key = entry.key
+        before = self.get(key)
         after = None if op is Op.DOWN else entry
         self._count += (after is not None) - (before is not None)
         self._weight_bytes += after.weight_bytes if after else 0
         self._weight_bytes -= before.weight_bytes if before else 0
-        self._count_held(before, after)
-        self._over[entry.key] = after
+        self._over[key] = after
         if after is not None and after.holders:
-            self._held.add(entry.key)
+            self._held.add(key)
+        if (before is not None and before.holders) or (after is not None and after.holders):
+            self._count_held(before, after)
         self.rev += op is not Op.KEEP
         self.changes.append(Change(self.rev, op, entry, reason, before))
         return entry
@@ -285,6 +293,21 @@ class Draft:
         if old != new:
             self._newly_held.update(new - old)
             self._newly_held.subtract(old - new)
+
+
+def _copy(entry: Entry, meta: Mapping[str, str], state: State, holders: tuple[Holder, ...]) -> Entry:
+    """Return an entry like another: as `replace`, which looks at each field."""
+    return Entry(
+        entry.name,
+        entry.instance,
+        entry.host,
+        entry.port,
+        meta,
+        state,
+        entry.rev,
+        entry.registered_at,
+        holders,
+    )
 
 
 def _sessions(entry: Entry | None) -> set[int | None]:

@@ -15,6 +15,7 @@ class History:
     def __init__(self, rev: int, limits: Limits = DEFAULT) -> None:
         self._limits = limits
         self._changes: list[Change] = []
+        self._weights: list[int] = []  # of each
         self._start = 0  # what stands before is over; cut off now and then
         self._last = rev
         self.weight_bytes = 0
@@ -23,17 +24,23 @@ class History:
         return len(self._changes) - self._start
 
     def add(self, change: Change) -> None:
+        before = change.before
+        weight = _CHANGE_BYTES + change.entry.weight_bytes + (before.weight_bytes if before is not None else 0)
         self._changes.append(change)
+        self._weights.append(weight)
         self._last = change.rev
-        self.weight_bytes += _weight_bytes(change)
+        self.weight_bytes += weight
         limits = self._limits
+        if len(self._changes) <= limits.history_changes_max and self.weight_bytes <= limits.history_bytes_max:
+            return
         while len(self) > limits.history_changes_max or (
             self.weight_bytes > limits.history_bytes_max and len(self) > 1
         ):
-            self.weight_bytes -= _weight_bytes(self._changes[self._start])
+            self.weight_bytes -= self._weights[self._start]
             self._start += 1
         if self._start > 1_024 and 4 * self._start > len(self):
             del self._changes[: self._start]
+            del self._weights[: self._start]
             self._start = 0
 
     def knows(self, rev: int) -> bool:
@@ -44,8 +51,3 @@ class History:
         """Return up to `most` changes after a revision that it `knows`."""
         at = len(self._changes) - (self._last - rev)
         return self._changes[at : at + most]
-
-
-def _weight_bytes(change: Change) -> int:
-    before = change.before
-    return _CHANGE_BYTES + change.entry.weight_bytes + (before.weight_bytes if before else 0)

@@ -93,8 +93,9 @@ class Entry:
     rev: int
     registered_at: float
     holders: tuple[Holder, ...] = ()
-    # What the protocol made of this entry, kept here so that it goes when the entry goes. Only a cache.
-    encoded: bytes | None = field(default=None, compare=False, repr=False)
+    # Only caches, which go when the entry goes: what the protocol made of it, and its weight.
+    encoded: bytes | None = field(default=None, init=False, compare=False, repr=False)
+    _weight_bytes: int = field(default=0, init=False, compare=False, repr=False)
 
     @property
     def key(self) -> Key:
@@ -126,11 +127,13 @@ class Entry:
         """What it counts against `registry_bytes_max`: its objects, and its texts as they are, in the file's
         line, and in replies.
         """
-        size = _ENTRY_BYTES + _HOLDER_BYTES * len(self.holders)
-        size += 3 * (len(self.name) + len(self.instance) + len(self.host))
-        for key, value in self.meta.items():
-            size += _PAIR_BYTES + 3 * (_written(key) + _written(value))
-        return size
+        if not self._weight_bytes:
+            size = _ENTRY_BYTES + _HOLDER_BYTES * len(self.holders)
+            size += 3 * (len(self.name) + len(self.instance) + len(self.host))
+            for key, value in self.meta.items():
+                size += _PAIR_BYTES + 3 * (_written(key) + _written(value))
+            self._weight_bytes = size
+        return self._weight_bytes
 
     def carries(self, meta: Mapping[str, str]) -> bool:
         """Whether it has all of `meta`."""
@@ -156,8 +159,7 @@ class Reason(StrEnum):
     FILTERED = "filtered"  # for one watcher: it is there, and does not fit any more
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(NamedTuple):
     """One step of the registry. The core emits it, the store writes it, watchers get it, the tests compare it.
 
     `entry` is the new one, for `down` the last one. `before` is what stood there until then.
@@ -176,7 +178,8 @@ def _written(text: str) -> int:
 
 
 def _meta_bytes(meta: Mapping[str, str]) -> int:
-    return sum(len(key.encode()) + len(value.encode()) for key, value in meta.items())
+    text = "".join([*meta, *meta.values()])
+    return len(text) if text.isascii() else len(text.encode())
 
 
 _LABEL = rf"[a-z0-9_](?:[a-z0-9_-]{{0,{DEFAULT.label_chars_max - 2}}}[a-z0-9_])?"

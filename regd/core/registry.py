@@ -90,7 +90,8 @@ class Registry:
             else:
                 self._remove(entry)
                 self._departed(entry.name, Departure(entry.instance, change.reason, now))
-            free |= self.lifetimes.move(before, after, now)
+            if entry.holders or (before is not None and before.holders):
+                free |= self.lifetimes.move(before, after, now)
             self.rev = change.rev
             self.touched(entry.name)
             if change.op is not Op.KEEP:

@@ -4,9 +4,9 @@ To read the protocol, read `COMMANDS` at the end. Must not know what a command d
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 from regd.core import model
 from regd.core.errors import Code, Invalid, Refused
@@ -46,10 +46,18 @@ class Command:
     writes: bool = False
     guarded: bool = False
     parks: bool = False  # it may be answered later than what comes behind it
+    # From `arguments`, so that a request costs what it has, and not what it might have.
+    checks: Mapping[str, Callable[[object], Any]] = field(init=False)
+    required: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        checks = {name: argument.kind.check for name, argument in self.arguments.items()}
+        object.__setattr__(self, "checks", checks)
+        required = tuple(name for name, argument in self.arguments.items() if argument.required)
+        object.__setattr__(self, "required", required)
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """A line that was understood: a command of the table, and arguments that passed its checks."""
 
     cmd: str
@@ -62,7 +70,7 @@ class Request:
         size = _KEPT_BYTES
         for value in self.arguments.values():
             if type(value) is dict:
-                size += sum(_PAIR_BYTES + 4 * (len(key) + len(text)) for key, text in value.items())
+                size += _PAIR_BYTES * len(value) + 4 * len("".join([*value, *value.values()]))
             elif type(value) is str:
                 size += 4 * len(value)
         return size
@@ -242,17 +250,18 @@ def check(cmd: str, id: str | int | None, given: Mapping[str, object]) -> Reques
         hint = f"did you mean {near[0]!r}?" if near else '{"cmd":"help"} lists them'
         raise Refused(Code.UNKNOWN_COMMAND, f"no command {cmd[:64]!r}; {hint}", near=near)
     checked: dict[str, Any] = {}
-    for name, value in given.items():
-        argument = command.arguments.get(name)
-        if argument is None:
-            raise _unknown_argument(cmd, command, name)
-        try:
-            checked[name] = argument.kind.check(value)
-        except Invalid as error:
-            raise Refused(Code.BAD_ARGUMENT, f"{name} {error}", field=name) from None
-    for name, argument in command.arguments.items():
-        if argument.required and name not in checked:
-            raise Refused(Code.BAD_ARGUMENT, f"{cmd} needs {name}: {argument.doc}", field=name)
+    name = ""
+    try:
+        for name, value in given.items():
+            rule = command.checks.get(name)
+            if rule is None:
+                raise _unknown_argument(cmd, command, name)
+            checked[name] = rule(value)
+    except Invalid as error:
+        raise Refused(Code.BAD_ARGUMENT, f"{name} {error}", field=name) from None
+    for name in command.required:
+        if name not in checked:
+            raise Refused(Code.BAD_ARGUMENT, f"{cmd} needs {name}: {command.arguments[name].doc}", field=name)
     return Request(cmd, id, checked)
 
 

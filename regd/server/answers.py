@@ -106,7 +106,7 @@ class Answers:
             "why": self._why,
             "stats": self._stats,
         }
-        self._writes: Mapping[str, Callable[[Draft, Mapping[str, Any], Asker], Mapping[str, object]]] = {
+        self._writes: Mapping[str, Callable[[Draft, Request, Asker], bytes]] = {
             "register": self._register,
             "deregister": self._deregister,
             "update": self._update,
@@ -122,9 +122,8 @@ class Answers:
 
     def write(self, request: Request, asker: Asker) -> Write:
         """Return how to judge a command that changes something."""
-        do, arguments = self._writes[request.cmd], request.arguments
-
-        return lambda draft: do(draft, arguments, asker)
+        do = self._writes[request.cmd]
+        return lambda draft: do(draft, request, asker)
 
     def explain(self, request: Request, refusal: Refused) -> None:
         """Say of a write what helps somebody who found nothing. What was before it has landed."""
@@ -412,25 +411,23 @@ class Answers:
             message = f"{which} is here, but none is {State.READY}"
         return Refused(Code.NOT_FOUND, message, **self._hints(name, near))
 
-    # Writes. The file holds the change when their result is sent.
+    # Writes. The file holds the change when their reply is sent.
 
-    def _register(self, draft: Draft, given: Mapping[str, Any], asker: Asker) -> Mapping[str, object]:
+    def _register(self, draft: Draft, request: Request, asker: Asker) -> bytes:
+        given = request.arguments
         name, instance = _key(given)
         holders: tuple[Holder, ...] = ()
         hold, pid, ttl_s = given.get("hold", False), given.get("pid"), given.get("ttl")
         if hold or pid is not None or ttl_s is not None:
             process = None if pid is None else self._processes.find(pid, asker.uid)
             holders = (Holder(0, asker.session, hold, process, ttl_s),)
+        host, meta, state = (
+            given.get("host", DEFAULT_HOST),
+            given.get("meta", {}),
+            given.get("state", State.READY),
+        )
         wanted = Entry(
-            name=name,
-            instance=instance,
-            host=given.get("host", DEFAULT_HOST),
-            port=given["port"],
-            meta=given.get("meta", {}),
-            state=given.get("state", State.READY),
-            rev=0,
-            registered_at=0.0,
-            holders=holders,
+            name, instance, host, given["port"], meta, state, rev=0, registered_at=0.0, holders=holders
         )
         try:
             entry, replaced = draft.register(
@@ -438,16 +435,7 @@ class Answers:
             )
         except Contested as contested:
             raise self._conflict(contested) from None
-        result: dict[str, object] = {
-            "name": entry.name,
-            "instance": entry.instance,
-            "host": entry.host,
-            "port": entry.port,
-            "rev": entry.rev,
-        }
-        if replaced:
-            result["replaced"] = True
-        return result
+        return messages.registered(request.id, entry, replaced)
 
     def _conflict(self, contested: Contested) -> Refused:
         entry, owner = contested.entry, self._owner(contested.owner)
@@ -460,15 +448,18 @@ class Answers:
             rev=entry.rev,
         )
 
-    def _deregister(self, draft: Draft, given: Mapping[str, Any], asker: Asker) -> Mapping[str, object]:
+    def _deregister(self, draft: Draft, request: Request, asker: Asker) -> bytes:
+        given = request.arguments
         removed = draft.deregister(_key(given), given.get("if"), session=asker.session)
-        return {"removed": removed, "rev": draft.rev}
+        return messages.ok(request.id, {"removed": removed, "rev": draft.rev})
 
-    def _update(self, draft: Draft, given: Mapping[str, Any], asker: Asker) -> Mapping[str, object]:
+    def _update(self, draft: Draft, request: Request, asker: Asker) -> bytes:
+        given = request.arguments
         meta, state = given.get("meta"), given.get("state")
         if meta is None and state is None:
             raise Refused(Code.BAD_ARGUMENT, "update needs meta, state or both", field="meta")
-        return {"rev": draft.update(_key(given), meta, state, given.get("if"), session=asker.session).rev}
+        entry = draft.update(_key(given), meta, state, given.get("if"), session=asker.session)
+        return messages.ok(request.id, {"rev": entry.rev})
 
 
 def _key(given: Mapping[str, Any]) -> Key:

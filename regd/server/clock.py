@@ -30,8 +30,7 @@ class LoopClock:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
 
-    def now(self) -> float:
-        return time.monotonic()  # as the loop's own, but it goes on within a turn, also on uvloop
+    now = staticmethod(time.monotonic)  # as the loop's own, but it goes on within a turn, also on uvloop
 
     def wall(self) -> float:
         return round(time.time(), 3)

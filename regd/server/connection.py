@@ -7,7 +7,7 @@ Must not know what a command does.
 
 import asyncio
 import select
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import cast
 
 from regd.core.errors import Code, Refused
@@ -36,6 +36,7 @@ class Connection(asyncio.Protocol):
         "_asker",
         "_blocked",
         "_context",
+        "_counted",
         "_deadline",
         "_ending",
         "_eof",
@@ -72,6 +73,7 @@ class Connection(asyncio.Protocol):
         self._accepted = False  # within `connections_max`
         self._is_guest = False  # may only read
         self._kept = context.kept  # where what is kept of its requests is counted
+        self._counted = False  # bytes of its requests wait, and are counted
         self._in_flight = 0  # writes submitted and not answered
         self._landed: list[bytes] = []  # their replies, gathered for one send
         self._scheduled = False  # `go_on` will be called
@@ -342,8 +344,8 @@ class Connection(asyncio.Protocol):
         self._context.tally.errors[refusal.code] += 1
         return messages.error(refusal, id)
 
-    def _done(self, request: Request, size: int) -> Callable[[Mapping[str, object] | Refused], None]:
-        def done(outcome: Mapping[str, object] | Refused) -> None:
+    def _done(self, request: Request, size: int) -> Callable[[bytes | Refused], None]:
+        def done(outcome: bytes | Refused) -> None:
             self._in_flight -= 1
             self._kept.give(size)
             if self._ending or self._transport.is_closing():
@@ -352,7 +354,7 @@ class Connection(asyncio.Protocol):
                 self._context.answers.explain(request, outcome)
                 self._landed.append(self._error(outcome, request.id))
             else:
-                self._landed.append(messages.ok(request.id, outcome))
+                self._landed.append(outcome)
             self._schedule()
 
         return done
@@ -397,12 +399,16 @@ class Connection(asyncio.Protocol):
 
     def _settle(self) -> None:
         """After some work: read on or not, watch an unfinished line, keep the books, close when all is done."""
-        transport, context = self._transport, self._context
-        if transport.is_closing() or self._ending:
+        transport, context, reader = self._transport, self._context, self._reader
+        if self._ending or transport.is_closing():
             return
-        idle = self._held_up is None and not self._reader.pending and not self._paused
+        held_back = self._held_up is not None or self._paused or self._blocked or self._quitting or self._eof
+        if reader.empty and self._reading and not (held_back or self._counted):  # mostly there is nothing to do
+            self._quiet = not (self._in_flight or self._landed or self._scheduled)
+            return
+        idle = self._held_up is None and not reader.pending and not self._paused
         if self._blocked:  # the end of the peer must be seen, so it is read for a while
-            idle = not self._paused and self._reader.waiting_bytes < context.limits.line_bytes_max
+            idle = not self._paused and reader.waiting_bytes < context.limits.line_bytes_max
         if self._quitting and not self._parked and not self._in_flight and not self._landed:
             self._end()
             return
@@ -410,20 +416,17 @@ class Connection(asyncio.Protocol):
             return
         self._listen(idle)
         self._look_out()
-        if self._reader.unfinished:
+        if reader.unfinished:
             self._deadline = context.clock.now() + context.limits.line_idle_s_max
             if self._timer is None:
                 self._timer = context.clock.call_at(self._deadline, self._line_idle)
-        too_much = context.input.hold(self, self._reader.waiting_bytes)
+        self._counted = reader.waiting_bytes > 0
+        too_much = context.input.hold(self, reader.waiting_bytes)
         if self._paused:
             self._account_output()
         for each in too_much:
             context.tally.cut += 1
             each._refuse(Refused(Code.BUSY, "too many bytes wait in regd, yours among them; try again later"))
-        under_way = (
-            self._blocked or self._quitting or self._eof or self._in_flight or self._landed or self._scheduled
-        )
-        self._quiet = idle and self._reader.empty and not (under_way or self._ending)
 
     def _listen(self, on: bool) -> None:
         """Read on, or not for now."""

@@ -9,7 +9,7 @@ Must not know the protocol.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from regd.core.draft import Draft, Lost
@@ -25,11 +25,11 @@ from regd.storage.store import Store
 
 log = logging.getLogger("regd")
 
-Write = Callable[[Draft], Mapping[str, object]]
-"""Judges one request: makes its changes on the draft and returns the result, or raises `Refused`."""
+Write = Callable[[Draft], bytes]
+"""Judges one request: makes its changes on the draft and returns the reply, or raises `Refused`."""
 
-Done = Callable[[Mapping[str, object] | Refused], None]
-"""Is called once, when the request's fate is known and on disk."""
+Done = Callable[[bytes | Refused], None]
+"""Is called once, with the reply, when the request's fate is known and on disk."""
 
 _BATCH_MAX = 1_024  # bounds how long one batch can hold the loop
 _SLICE = 128  # writes judged, landed or answered before others get a turn
@@ -146,11 +146,9 @@ class Engine:
                 await self._others()
         self._pulse.took("batch", self._turn)
 
-    async def _judge(
-        self, batch: Sequence[tuple[Write, Done] | Ending], draft: Draft
-    ) -> list[Mapping[str, object] | Refused]:
-        """Judge what a batch wants, in order, and return what becomes of the writes if they land."""
-        outcomes: list[Mapping[str, object] | Refused] = []
+    async def _judge(self, batch: Sequence[tuple[Write, Done] | Ending], draft: Draft) -> list[bytes | Refused]:
+        """Judge what a batch wants, in order, and return what the writes are answered if they land."""
+        outcomes: list[bytes | Refused] = []
         together: list[Ending] = []  # that stand side by side: an entry of many holders is altered once
         self._turn = self._clock.now()
         for count, each in enumerate(batch, 1):

@@ -15,6 +15,7 @@ _ID = rb'"id": ?([1-9][0-9]{0,17})'
 _USUAL = re.compile(
     rb'\{"cmd": ?"resolve",(?: ?' + _ID + rb',)? ?"name": ?"([a-z0-9_.-]+)"(?:, ?' + _ID + rb")?\}\r?\n"
 )
+_CMD_BYTES = len('{"cmd": "resolve"')
 _CHUNK_BYTES_MAX = 4_096  # what is answered at once, so that others have their turn
 
 
@@ -33,7 +34,7 @@ class Replies:
         if reply is not None:
             self.count += 1
             return reply
-        if len(data) > _CHUNK_BYTES_MAX:
+        if len(data) > _CHUNK_BYTES_MAX or b"resolve" not in data[:_CMD_BYTES]:
             return None
         lines = data.splitlines(keepends=True)
         try:
@@ -68,4 +69,4 @@ class Replies:
 
 
 def _line(name: bytes) -> bytes:
-    return b'{"cmd":"resolve","name":"%s"}\n' % name
+    return b'{"cmd":"resolve","name":"' + name + b'"}\n'

@@ -14,7 +14,7 @@ The plan says how the stream comes, one byte a step. Must not know where plan an
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -237,8 +237,8 @@ def listed(registry: Registry) -> list[Entry]:
             return entries
 
 
-def _deregister(key: Key, draft: Draft) -> Mapping[str, object]:
-    return {"removed": draft.deregister(key)}
+def _deregister(key: Key, draft: Draft) -> bytes:
+    return b"%d" % draft.deregister(key)
 
 
 def _shown(entry: Entry) -> dict[str, object]:

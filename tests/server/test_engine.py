@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -52,8 +51,8 @@ class Bench:
         for write in writes:
             self.engine.submit(write, self._done)
 
-    def _done(self, outcome: Mapping[str, object] | Refused) -> None:
-        self.outcomes.append(outcome.code if isinstance(outcome, Refused) else outcome["rev"])
+    def _done(self, outcome: bytes | Refused) -> None:
+        self.outcomes.append(outcome.code if isinstance(outcome, Refused) else int(outcome))
 
     async def until(self, count: int) -> None:
         async with asyncio.timeout(WAIT_S):
@@ -79,9 +78,9 @@ class Bench:
 
 
 def register(name: str, port: int = 1, if_rev: int | None = None) -> Write:
-    def write(draft: Draft) -> Mapping[str, object]:
+    def write(draft: Draft) -> bytes:
         entry, _ = draft.register(Entry(name, "", "127.0.0.1", port, {}, State.READY, 0, 0.0), if_rev)
-        return {"rev": entry.rev}
+        return b"%d" % entry.rev
 
     return write
 
@@ -200,7 +199,7 @@ async def test_closing_lands_what_waits_and_takes_no_more(tmp_path: Path) -> Non
 async def test_a_bug_ends_the_engine_loudly(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
 
-    def bug(draft: Draft) -> Mapping[str, object]:
+    def bug(draft: Draft) -> bytes:
         raise ZeroDivisionError
 
     bench.submit(bug)
@@ -210,9 +209,9 @@ async def test_a_bug_ends_the_engine_loudly(tmp_path: Path) -> None:
 
 
 def deregister(name: str) -> Write:
-    def write(draft: Draft) -> Mapping[str, object]:
+    def write(draft: Draft) -> bytes:
         draft.deregister((name, ""))
-        return {"rev": draft.rev}
+        return b"%d" % draft.rev
 
     return write
 
@@ -248,7 +247,7 @@ async def test_a_refused_change_does_not_survive_an_orderly_stop(tmp_path: Path)
 async def test_an_end_is_never_refused_and_the_file_follows(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     held = Entry("held", "", "127.0.0.1", 1, {}, State.READY, 0, 0.0, holders=(Holder(0, 7, hold=True),))
-    bench.submit(lambda draft: {"rev": draft.register(held, session=7)[0].rev})
+    bench.submit(lambda draft: b"%d" % draft.register(held, session=7)[0].rev)
     await bench.until(1)
     bench.files.failing["create"] = FULL
     ending = Ending(Reason.CLOSED, session=7)
