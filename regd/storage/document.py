@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count
 from json.encoder import encode_basestring_ascii as _quoted
 from typing import Any
 
@@ -20,7 +20,6 @@ from regd.core.model import DEFAULT_HOST, Entry, Holder, Process, State, key_tex
 FORMAT = 1
 _HEAD = "$regd"
 _REV_MAX = 2**62  # room for as many changes again, in 64 bits
-_LINES_A_CHUNK = (64, 4_096)  # joined at first, and at most
 _CHUNK_BYTES = 262_144  # a join keeps the interpreter to itself, a write lets others run
 _encode = json.JSONEncoder(allow_nan=False).encode
 
@@ -74,15 +73,16 @@ def _conditions(holder: Holder) -> dict[str, object]:
 
 
 def chunks(rev: int, lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Return the whole file, in pieces."""
-    yield f'{{\n"{_HEAD}": {{"format": {FORMAT}, "rev": {rev}}}'.encode()
-    rest = iter(lines)
-    count, most = _LINES_A_CHUNK
-    while piece := list(islice(rest, count)):
-        chunk = b",\n" + b",\n".join(piece)
-        yield chunk
-        count = min(most, 1 + count * _CHUNK_BYTES // len(chunk))
-    yield b"\n}\n"
+    """Return the whole file, in pieces. What comes as one of `lines` may be several that are joined already."""
+    piece = [f'{{\n"{_HEAD}": {{"format": {FORMAT}, "rev": {rev}}}'.encode()]
+    size = 0
+    for each in lines:
+        piece.append(each)
+        size += len(each)
+        if size > _CHUNK_BYTES:
+            yield b",\n".join(piece)
+            piece, size = [b""], 0
+    yield b",\n".join(piece) + b"\n}\n"
 
 
 # Reading.

@@ -54,9 +54,12 @@ class Files:
 
     def create(self, path: Path) -> int:
         """Open a new file for writing, for this user alone. What a crash left there is removed first."""
-        with contextlib.suppress(FileNotFoundError):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            return os.open(path, flags, 0o600)
+        except FileExistsError:
             os.unlink(path)
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            return os.open(path, flags, 0o600)
 
     def write(self, fd: int, data: bytes) -> None:
         view = memoryview(data)

@@ -14,6 +14,7 @@ from pathlib import Path
 from regd.core.model import Change, Key, Op
 from regd.storage.document import Document, Unreadable, chunks, line, parse
 from regd.storage.files import Files, Held, Print
+from regd.storage.lines import Lines
 
 _NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -31,7 +32,7 @@ class Store:
         self._warn = warn
         self._files = files or Files()
         self._temporary = self.path.with_name(self.path.name + ".tmp")
-        self._lines: dict[Key, bytes] = {}  # as in the file, encoded once when they change
+        self._lines = Lines()  # as in the file, encoded once when they change
         self._rev = 0
         self._print: Print | None = None  # of the file as we last read or wrote it
         self._lock: int | None = None
@@ -77,7 +78,8 @@ class Store:
                 f"{self.path}: {error}; nothing was changed: mend the file, or move it away to start empty"
             ) from error
         self._rev = document.rev
-        self._lines = {entry.key: line(entry) for entry in document.entries}
+        for entry in document.entries:
+            self._lines.set(entry.key, line(entry))
         return document
 
     def make(self) -> None:
@@ -121,9 +123,9 @@ class Store:
             self._rev = rev
             for key, before in reversed(undo or []):
                 if before is None:
-                    self._lines.pop(key, None)
+                    self._lines.remove(key)
                 else:
-                    self._lines[key] = before
+                    self._lines.set(key, before)
             raise
 
     def owe(self, changes: Sequence[Change]) -> None:
@@ -135,15 +137,19 @@ class Store:
     def _take(self, changes: Sequence[Change]) -> list[tuple[Key, bytes | None]] | None:
         """Change the lines, and return what they were, or None where all are the same."""
         undo: list[tuple[Key, bytes | None]] = []
+        last = {change.entry.key: change for change in changes}  # only what it is in the end
         same = all(change.op is Op.KEEP for change in changes)
-        for key, change in {change.entry.key: change for change in changes}.items():  # only what it is in the end
+        for key, change in last.items():
             before = self._lines.get(key)
             undo.append((key, before))
             if change.op is Op.DOWN:
-                self._lines.pop(key, None)  # it may have come and gone in one batch
+                self._lines.remove(key)  # it may have come and gone in one batch
+                same = same and before is None
             else:
-                self._lines[key] = line(change.entry)
-            same = same and before == self._lines.get(key)
+                after = line(change.entry)
+                if after != before:
+                    self._lines.set(key, after)
+                    same = False
         return None if same else undo
 
     def _replace(self) -> None:
@@ -155,7 +161,7 @@ class Store:
             raise
         try:
             try:
-                for chunk in chunks(self._rev, self._lines.values()):
+                for chunk in chunks(self._rev, self._lines):
                     files.write(fd, chunk)
                 files.sync(fd)
                 ours = files.print(fd)
