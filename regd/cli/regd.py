@@ -21,6 +21,7 @@ log = logging.getLogger("regd")
 
 _SWITCH_S = 0.0005
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_GARBAGE = 10_000  # objects, until somebody looks for cycles among them: there are none
 _LARGE_BYTES = 65_536
 
 
@@ -185,9 +186,13 @@ async def _run(config: Config) -> None:
     # The thread that writes the file takes turns with the loop, which asks for one at every send and receive.
     sys.setswitchinterval(_SWITCH_S)
     server = Server(config)
-    await server.start()
-    gc.callbacks.append(_spare_the_old)
     gc.collect()
+    gc.disable()  # what is loaded stays: nothing of it is worth a look, now or later
+    await server.start()
+    gc.freeze()
+    gc.callbacks.append(_spare_the_old)
+    gc.set_threshold(_GARBAGE, *gc.get_threshold()[1:])  # else a twentieth of all time goes into looking
+    gc.enable()
     try:
         for address in server.addresses:
             _say(f"listening {address}")

@@ -83,7 +83,7 @@ class Draft:
             self._check_rivals(rivals, before)
         self._check_room(wanted, before)
         wanted = self._with_known_holders(wanted)
-        self._add(Op.DOWN, before, Reason.REPLACED)
+        self._add(Op.DOWN, before, before, Reason.REPLACED)
         self._tell(before, (each for each in before.holders if each.session != session), Reason.REPLACED)
         return self._put(wanted), True
 
@@ -91,7 +91,7 @@ class Draft:
         """Add an entry where none stands now."""
         entry = _copy(wanted, wanted.meta, wanted.state, wanted.holders)
         entry.rev, entry.registered_at = self.rev + 1, self._at
-        return self._add(Op.UP, entry)
+        return self._add(Op.UP, entry, None)
 
     def _with_known_holders(self, wanted: Entry) -> Entry:
         if not wanted.holders:
@@ -136,11 +136,11 @@ class Draft:
 
     def _alter(self, before: Entry, after: Entry) -> Entry:
         """Put `after`, which was just made from `before`, in its place, as far as they differ."""
-        if after.seen != before.seen:
+        if not after.looks_like(before):
             after.rev = self.rev + 1
-            return self._add(Op.CHANGE, after)
+            return self._add(Op.CHANGE, after, before)
         if after.holders != before.holders:
-            return self._add(Op.KEEP, after)
+            return self._add(Op.KEEP, after, before)
         return before
 
     @staticmethod
@@ -176,7 +176,7 @@ class Draft:
         if len(others) < len(before.holders) and any(not holder.withdrawn for holder in others):
             self._alter(before, replace(before, holders=others))
             return 0
-        self._add(Op.DOWN, before, Reason.DEREGISTERED)
+        self._add(Op.DOWN, before, before, Reason.DEREGISTERED)
         self._tell(before, others, Reason.DEREGISTERED)
         return 1
 
@@ -246,7 +246,7 @@ class Draft:
                 self._alter(before, replace(before, holders=kept))
             else:
                 last = [why for holder in before.holders if (why := reason(holder)) and not holder.withdrawn]
-                self._add(Op.DOWN, before, last[-1] if last else Reason.CLOSED)
+                self._add(Op.DOWN, before, before, last[-1] if last else Reason.CLOSED)
 
     def _must(self, key: Key) -> Entry:
         entry = self.get(key)
@@ -272,9 +272,9 @@ class Draft:
         ):
             raise Refused(Code.BUSY, f"the registry is full: {limits.registry_bytes_max} bytes")
 
-    def _add(self, op: Op, entry: Entry, reason: str = "") -> Entry:
+    def _add(self, op: Op, entry: Entry, before: Entry | None, reason: str = "") -> Entry:
+        """Add a change of what stands there now, which is `before`."""
         key = entry.key
-        before = self.get(key)
         after = None if op is Op.DOWN else entry
         self._count += (after is not None) - (before is not None)
         self._weight_bytes += after.weight_bytes if after else 0

@@ -115,12 +115,13 @@ class Entry:
         """The lease of the first holder that has one."""
         return next((holder.ttl_s for holder in self.holders if holder.ttl_s is not None), None)
 
-    @property
-    def seen(self) -> tuple[object, ...]:
-        """What others see of it. Where this is the same, there was no change."""
-        if not self.holders:
-            return (self.host, self.port, self.meta, self.state, False, None, None)
-        return (self.host, self.port, self.meta, self.state, self.hold, self.pid, self.ttl_s)
+    def looks_like(self, other: "Entry") -> bool:
+        """Whether others see the same of both, which have one key. If so, there was no change."""
+        if (self.meta, self.state, self.host, self.port) != (other.meta, other.state, other.host, other.port):
+            return False
+        if self.holders == other.holders:
+            return True
+        return (self.hold, self.pid, self.ttl_s) == (other.hold, other.pid, other.ttl_s)
 
     @property
     def weight_bytes(self) -> int:

@@ -63,8 +63,9 @@ class Registry:
         self.touched: Callable[[str], None] = lambda name: None
         for entry in sorted(entries, key=lambda entry: entry.key):
             self._set(entry)
-            self.lifetimes.move(None, entry, now)
-            self.last_holder = max(self.last_holder, *(holder.id for holder in entry.holders), 0)
+            if entry.holders:
+                self.lifetimes.move(None, entry, now)
+                self.last_holder = max(self.last_holder, *(holder.id for holder in entry.holders))
 
     def __len__(self) -> int:
         return self._count

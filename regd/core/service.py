@@ -23,12 +23,21 @@ class Service:
         self.served: str | None = None
 
     def get(self, instance: str) -> Entry | None:
+        if len(self.entries) == 1:  # as of most names
+            entry = self.entries[0]
+            return entry if entry.instance == instance else None
         at = bisect_left(self.entries, instance, key=_instance)
         if at < len(self.entries) and self.entries[at].instance == instance:
             return self.entries[at]
         return None
 
     def set(self, entry: Entry) -> None:
+        if len(self.entries) == 1 and self.entries[0].instance == entry.instance:
+            self.entries[0] = entry
+            return
+        if not self.entries:
+            self.entries = [entry]  # exactly as large as it must be: most names have one instance
+            return
         at = bisect_left(self.entries, entry.instance, key=_instance)
         if at < len(self.entries) and self.entries[at].instance == entry.instance:
             self.entries[at] = entry

@@ -23,6 +23,7 @@ from regd.server.watches import Watch
 
 _SLICE = 128  # requests of one connection before others get a turn
 _TURN_S = 0.001  # and so long, where requests are dear
+_REPLY_S = 0.000_01  # about what sending one takes
 _CHUNK_BYTES = 65_536  # replies are gathered up to here and sent as one
 _LINGERING_MAX = 32  # refused connections that are listened to for a while, so that the reason arrives for sure
 _LATE_S = 0.25
@@ -368,6 +369,13 @@ class Connection(asyncio.Protocol):
         """Do what there is to do: it is this one's turn."""
         self._scheduled = False
         if self._ending or self._transport.is_closing():
+            return
+        if self._held_up is None and not self._reader.pending and not self._eof:
+            landed, self._landed = self._landed, []
+            if landed:
+                self._transport.write(b"".join(landed))
+            self._settle()
+            self._context.turns.spent(_REPLY_S)
             return
         self._work()
 

@@ -11,6 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVarTuple
 
 from regd.core.draft import Draft, Lost
 from regd.core.errors import Code, Refused
@@ -30,6 +31,8 @@ Write = Callable[[Draft], bytes]
 
 Done = Callable[[bytes | Refused], None]
 """Is called once, with the reply, when the request's fate is known and on disk."""
+
+_Given = TypeVarTuple("_Given")
 
 _BATCH_MAX = 1_024  # bounds how long one batch can hold the loop
 _SLICE = 128  # writes judged, landed or answered before others get a turn
@@ -106,6 +109,7 @@ class Engine:
     async def run(self) -> None:
         """Land batches until closed. An exception from here is a bug, and must end the process."""
         try:
+            await self._in_thread(self._store.prepare)
             while self._waiting or self._repair or not self._closing:
                 if self._waiting:
                     batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), _BATCH_MAX))]
@@ -191,7 +195,7 @@ class Engine:
         self._pulse.took("batch", self._turn)
         self.flushing_since = self._clock.now()
         try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._store.commit, changes)
+            await self._in_thread(self._store.commit, changes)
         except OSError as error:
             self._tally.commits_failed += 1
             return self._failed(error)
@@ -203,6 +207,9 @@ class Engine:
             self._complained_at = None
             log.warning("%s can be written again", self._store.path)
         return None
+
+    def _in_thread(self, do: Callable[[*_Given], None], *given: *_Given) -> "asyncio.Future[None]":
+        return asyncio.get_running_loop().run_in_executor(self._thread, do, *given)
 
     def _failed(self, error: OSError) -> Refused:
         now = self._clock.now()

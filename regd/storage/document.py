@@ -95,10 +95,21 @@ def parse(data: bytes, registered_at: float) -> Document:
         Unreadable: it is not a registry, or holds what regd would lose.
     """
     text = _text(data)
+    rev, marked = 0, False
+    entries: dict[str, Entry] = {}
+    ids = count(1)
     try:
-        top = json.loads(text, object_pairs_hook=_pairs)
+        for key, fields in _members(text):
+            if key in entries or (marked and key == _HEAD):
+                raise _Twice(key)
+            if key == _HEAD:
+                rev, marked = _rev(fields), True
+            else:
+                entries[key] = _entry(key, fields, registered_at, ids)
     except json.JSONDecodeError as error:
         raise Unreadable(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except Invalid as error:
+        raise Unreadable(f"{_place(text, key)}: {error}") from None
     except _Twice as twice:
         first = text.find(twice.quoted)
         at = text.find(twice.quoted, first + 1)
@@ -110,20 +121,53 @@ def parse(data: bytes, registered_at: float) -> Document:
         raise Unreadable(
             f"line {_line_of(text, digits.start() if digits else 0)}: a number is too large"
         ) from None
-    if type(top) is not dict:
-        raise Unreadable("line 1: a registry is a JSON object, such as {}")
-    marked = _HEAD in top
-    rev = _rev(top.pop(_HEAD)) if marked else 0
     # `if: 0` means "only when there is none", so what a hand wrote stands at revision 1 at the least.
-    rev = max(rev, 1) if top else rev
-    entries = []
-    ids = count(1)
-    for key, fields in top.items():
-        try:
-            entries.append(_entry(key, fields, rev, registered_at, ids))
-        except Invalid as error:
-            raise Unreadable(f"{_place(text, key)}: {error}") from None
-    return Document(rev, entries)
+    rev = max(rev, 1) if entries else rev
+    for entry in entries.values():
+        entry.rev = rev
+    return Document(rev, list(entries.values()))
+
+
+def _members(text: str) -> Iterator[tuple[str, Any]]:
+    """Yield the members of the object that the text is, one by one: all at once are as much memory again."""
+    at = _skip(text, 0)
+    if text[at : at + 1] != "{":
+        json.loads(text)  # says what is wrong with it, if it is no JSON
+        raise Unreadable("line 1: a registry is a JSON object, such as {}")
+    at = _skip(text, at + 1)
+    more = text[at : at + 1] != "}"
+    while more:
+        key, at = _key(text, at)
+        value, at = _decoder.raw_decode(text, at)
+        yield key, value
+        at = _skip(text, at)
+        more = text[at : at + 1] == ","
+        if more:
+            at = _skip(text, at + 1)
+        elif text[at : at + 1] != "}":
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+    at = _skip(text, at + 1)
+    if at != len(text):
+        raise json.JSONDecodeError("Extra data", text, at)
+
+
+def _key(text: str, at: int) -> tuple[str, int]:
+    """Return the key that begins at `at`, and where its value begins."""
+    plain = _PLAIN_KEY.match(text, at)
+    if plain is not None:  # as regd writes it
+        return plain[1], plain.end()
+    if text[at : at + 1] != '"':
+        raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, at)
+    key, at = _decoder.raw_decode(text, at)
+    at = _skip(text, at)
+    if text[at : at + 1] != ":":
+        raise json.JSONDecodeError("Expecting ':' delimiter", text, at)
+    return key, _skip(text, at + 1)
+
+
+def _skip(text: str, at: int) -> int:
+    """Return where the blanks from `at` on end."""
+    return _BLANKS.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing at all, too
 
 
 def _text(data: bytes) -> str:
@@ -169,6 +213,11 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+_decoder = json.JSONDecoder(object_pairs_hook=_pairs)
+_PLAIN_KEY = re.compile(r'"([^"\\\x00-\x1f]*)": ')
+_BLANKS = re.compile(r"[ \t\r\n]*")
+
+
 def _place(text: str, key: str) -> str:
     quoted = json.dumps(key)
     at = text.find(quoted)
@@ -186,43 +235,49 @@ def _rev(head: object) -> int:
     return rev
 
 
-def _entry(key: str, fields: object, rev: int, registered_at: float, ids: Iterator[int]) -> Entry:
+def _entry(key: str, fields: object, registered_at: float, ids: Iterator[int]) -> Entry:
+    """Return what a member of the file says; its revision is still to be set."""
     name, slash, instance = key.partition("/")
     if slash and not instance:
         raise Invalid("an instance must follow the /")
     _named("the name", model.check_name, name)
-    _named("the instance", model.check_instance, instance)
+    if instance:
+        _named("the instance", model.check_instance, instance)
     if type(fields) is not dict:
         raise Invalid('must be an object, such as {"port": 5050}')
     if "port" not in fields:
         raise Invalid('"port" is missing')
-    conditions = [{name: fields[name] for name in _CONDITIONS if name in fields}]
+    values = {field: _named(field, rule, fields[field]) for field, rule in _CHECKS.items() if field in fields}
+    holders: tuple[Holder, ...] = ()
+    if len(values) < len(fields):
+        holders = _holders({field: value for field, value in fields.items() if field not in values}, ids)
+    host, meta, state = values.get("host", DEFAULT_HOST), values.get("meta", {}), values.get("state", State.READY)
+    return Entry(name, instance, host, values["port"], meta, state, 0, registered_at, holders)
+
+
+def _holders(fields: Mapping[str, object], ids: Iterator[int]) -> tuple[Holder, ...]:
+    """Return who holds, from what a member has beyond what others see."""
+    conditions = {field: value for field, value in fields.items() if field in _CONDITIONS}
+    several: list[object] = [conditions]
     if "holders" in fields:
-        if type(fields["holders"]) is not list or conditions[0]:
+        if type(fields["holders"]) is not list or conditions:
             raise Invalid('"holders" must be a list, and hold all of hold, pid, born and ttl')
-        conditions = fields["holders"]
-    holders = [_holder(each, ids) for each in conditions]
-    values = _checked(
-        {name: value for name, value in fields.items() if name not in (*_CONDITIONS, "holders")}, _CHECKS
-    )
-    return Entry(
-        name=name,
-        instance=instance,
-        host=values.get("host", DEFAULT_HOST),
-        port=values["port"],
-        meta=values.get("meta", {}),
-        state=values.get("state", State.READY),
-        rev=rev,
-        registered_at=registered_at,
-        holders=tuple(holder for holder in holders if holder is not None),
-    )
+        several = fields["holders"]
+    for field in fields:
+        if field not in _CONDITIONS and field != "holders":
+            raise _unknown(field)
+    return tuple([holder for each in several if (holder := _holder(each, ids)) is not None])
 
 
 def _holder(fields: object, ids: Iterator[int]) -> Holder | None:
     """Return who is held by; None for no condition at all. Nobody has claimed it yet."""
     if type(fields) is not dict:
         raise Invalid('a holder must be an object, such as {"pid": 4242}')
-    values = _checked(fields, _CONDITIONS)
+    values: dict[str, Any] = {}
+    for field, value in fields.items():
+        if field not in _CONDITIONS:
+            raise _unknown(field)
+        values[field] = _named(field, _CONDITIONS[field], value)
     process = Process(values["pid"], values.get("born", "")) if "pid" in values else None
     hold, ttl_s = values.get("hold", False), values.get("ttl")
     if not hold and process is None and ttl_s is None:
@@ -230,14 +285,8 @@ def _holder(fields: object, ids: Iterator[int]) -> Holder | None:
     return Holder(next(ids), None, hold, process, ttl_s)
 
 
-def _checked(fields: Mapping[str, object], checks: Mapping[str, Callable[[object], Any]]) -> dict[str, Any]:
-    values = {}
-    for field, value in fields.items():
-        if field not in checks:
-            known = (*_CHECKS, *_CONDITIONS)
-            raise Invalid(f"unknown field {json.dumps(field)}; an entry has {', '.join(known)}")
-        values[field] = _named(f'"{field}"', checks[field], value)
-    return values
+def _unknown(field: str) -> Invalid:
+    return Invalid(f"unknown field {json.dumps(field)}; an entry has {', '.join((*_CHECKS, *_CONDITIONS))}")
 
 
 def _check_born(value: object) -> str:
@@ -260,8 +309,9 @@ _CONDITIONS: Mapping[str, Callable[[object], Any]] = {
 }
 
 
-def _named(what: str, check: Any, value: object) -> Any:
+def _named(what: str, check: Callable[[object], Any], value: object) -> Any:
     try:
         return check(value)
     except Invalid as error:
+        what = what if " " in what else f'"{what}"'
         raise Invalid(f"{what} {error}") from None

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from regd.core.model import Change, Key, Op
+from regd.core.model import Change, Entry, Op, key_text
 from regd.storage.document import Document, Unreadable, chunks, line, parse
 from regd.storage.files import Files, Held, Print
 from regd.storage.lines import Lines
@@ -33,6 +33,7 @@ class Store:
         self._files = files or Files()
         self._temporary = self.path.with_name(self.path.name + ".tmp")
         self._lines = Lines()  # as in the file, encoded once when they change
+        self._unwritten: list[Entry] = []  # what was loaded, and is not in the lines yet
         self._rev = 0
         self._print: Print | None = None  # of the file as we last read or wrote it
         self._lock: int | None = None
@@ -78,9 +79,14 @@ class Store:
                 f"{self.path}: {error}; nothing was changed: mend the file, or move it away to start empty"
             ) from error
         self._rev = document.rev
-        for entry in document.entries:
-            self._lines.set(entry.key, line(entry))
+        self._unwritten = document.entries
         return document
+
+    def prepare(self) -> None:
+        """Make the lines of what was loaded, ahead of the first commit. Twice is harmless."""
+        entries, self._unwritten = self._unwritten, []
+        for entry in entries:
+            self._lines.set(key_text(entry.key), line(entry))
 
     def make(self) -> None:
         """Make the file where it is missing; where it is there, see that it can be replaced.
@@ -113,6 +119,7 @@ class Store:
         Raises:
             OSError: it does not, and they are not in effect.
         """
+        self.prepare()
         undo = self._take(changes)
         if undo is None and not self.dirty and changes:
             return  # the file reads just so already
@@ -130,14 +137,15 @@ class Store:
 
     def owe(self, changes: Sequence[Change]) -> None:
         """Take changes that are in effect although the file could not be written; the next commit writes them."""
+        self.prepare()
         self._take(changes)
         self._rev = changes[-1].rev
         self.dirty = True
 
-    def _take(self, changes: Sequence[Change]) -> list[tuple[Key, bytes | None]] | None:
+    def _take(self, changes: Sequence[Change]) -> list[tuple[str, bytes | None]] | None:
         """Change the lines, and return what they were, or None where all are the same."""
-        undo: list[tuple[Key, bytes | None]] = []
-        last = {change.entry.key: change for change in changes}  # only what it is in the end
+        undo: list[tuple[str, bytes | None]] = []
+        last = {key_text(change.entry.key): change for change in changes}  # only what it is in the end
         same = all(change.op is Op.KEEP for change in changes)
         for key, change in last.items():
             before = self._lines.get(key)
