@@ -102,18 +102,25 @@ class Streams:
         assert self._epoll is not None
         for file, events in self._epoll.poll(0, _READY_MAX):
             stream = self._served.get(file)
-            if stream is not None:  # None: it was closed in this very turn
-                self._serve_one(stream, events)
+            if stream is None:  # it was closed in this very turn
+                continue
+            try:
+                stream.serve(events)
+            except Exception as error:
+                self._failed(stream, error)
 
     def _serve_one(self, stream: "Stream", events: int) -> None:
         try:
             stream.serve(events)
         except Exception as error:
-            # A bug in a connection closes that connection.
-            self._loop.call_exception_handler(
-                {"message": "a connection failed", "exception": error, "transport": stream}
-            )
-            stream.abort()
+            self._failed(stream, error)
+
+    def _failed(self, stream: "Stream", error: Exception) -> None:
+        """A bug in a connection closes that connection."""
+        self._loop.call_exception_handler(
+            {"message": "a connection failed", "exception": error, "transport": stream}
+        )
+        stream.abort()
 
 
 class Stream(asyncio.Transport):
