@@ -100,14 +100,17 @@ class Streams:
 
     def _serve(self) -> None:
         assert self._epoll is not None
-        for file, events in self._epoll.poll(0, _READY_MAX):
-            stream = self._served.get(file)
-            if stream is None:  # it was closed in this very turn
-                continue
-            try:
-                stream.serve(events)
-            except Exception as error:
-                self._failed(stream, error)
+        left = _READY_MAX
+        while left > 0 and (ready := self._epoll.poll(0, left)):  # while some were served, others became ready
+            left -= len(ready)
+            for file, events in ready:
+                stream = self._served.get(file)
+                if stream is None:  # it was closed in this very turn
+                    continue
+                try:
+                    stream.serve(events)
+                except Exception as error:
+                    self._failed(stream, error)
 
     def _serve_one(self, stream: "Stream", events: int) -> None:
         try:
