@@ -138,6 +138,8 @@ class Entry:
 
     def carries(self, meta: Mapping[str, str]) -> bool:
         """Whether it has all of `meta`."""
+        if not meta:
+            return True
         own = self.meta
         return all(own.get(key) == value for key, value in meta.items())
 
