@@ -22,7 +22,7 @@ log = logging.getLogger("regd")
 _SWITCH_S = 0.0005
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _GARBAGE = 10_000  # objects, until somebody looks for cycles among them: there are none
-_LARGE_BYTES = 65_536
+_LARGE_BYTES = 32_768
 
 
 class _Parser(argparse.ArgumentParser):

@@ -16,7 +16,7 @@ from typing import Any
 
 log = logging.getLogger("regd")
 
-_RECEIVED_BYTES_MAX = 32_768  # at a time
+_RECEIVED_BYTES_MAX = 16_384  # at a time
 _READY_MAX = 128  # streams served in one turn of the loop
 _CALLERS_MAX = 64  # taken in one turn
 _NO_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
