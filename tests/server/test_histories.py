@@ -165,7 +165,8 @@ class Histories(RuleBasedStateMachine):
             same = [each for each in known.holds if each.who == wish.who]
             claimed = [each for each in known.holds if hold and each.unclaimed and each.pid == pid]
             old = (same or claimed)[:1]
-            known.holds = [*(each for each in known.holds if each not in old), wish] if conditional else []
+            others = [each for each in known.holds if all(each is not one for one in old)]  # they may be equal
+            known.holds = [*others, wish] if conditional else []
             known.meta, known.state = meta, "ready"
         else:
             rivals = [
