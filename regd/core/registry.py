@@ -142,9 +142,15 @@ class Registry:
     def _fits(self, meta: Mapping[str, str], entry: Entry) -> bool:
         return self.is_ready(entry) and entry.carries(meta)
 
-    def is_alone(self, entry: Entry) -> bool:
-        """Whether its name has no other instance: nobody takes turns with it."""
-        return len(self._services[entry.name].entries) == 1
+    def is_all(self, entry: Entry) -> bool:
+        """Whether everybody who asks for its name gets it: it stands, is ready, and takes turns with none."""
+        service = self._services.get(entry.name)
+        return (
+            service is not None
+            and len(service.entries) == 1
+            and service.entries[0] is entry
+            and self.is_ready(entry)
+        )
 
     def named(self, name: str) -> Iterator[Entry]:
         """Return the instances of a name, in order, whatever their state."""

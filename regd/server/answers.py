@@ -207,7 +207,7 @@ class Answers:
         if not given.get("all"):
             entry = found[0]
             self._registry.took(entry, given.get("meta", {}))
-            if len(given) == 1 and self._registry.is_alone(entry):
+            if len(given) == 1 and self._registry.is_all(entry):
                 self._replies.remember(entry)
             return messages.resolved(request.id, entry)
         shown = found[: self._limits.reply_instances_max]

@@ -416,8 +416,8 @@ class Connection(asyncio.Protocol):
         if self._ending or transport.is_closing():
             return
         held_back = self._held_up is not None or self._paused or self._blocked or self._quitting or self._eof
+        self._quiet = reader.empty and not (held_back or self._in_flight or self._landed or self._scheduled)
         if reader.empty and self._reading and not (held_back or self._counted):  # mostly there is nothing to do
-            self._quiet = not (self._in_flight or self._landed or self._scheduled)
             return
         idle = self._held_up is None and not reader.pending and not self._paused
         if self._blocked:  # the end of the peer must be seen, so it is read for a while

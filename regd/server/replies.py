@@ -17,6 +17,7 @@ _USUAL = re.compile(
 )
 _CMD_BYTES = len('{"cmd": "resolve"')
 _CHUNK_BYTES_MAX = 4_096  # what is answered at once, so that others have their turn
+_REPLY_BYTES_MAX = 65_536  # and with what: the peer may read none of it
 
 
 class Replies:
@@ -39,6 +40,8 @@ class Replies:
             if None in replies:
                 return None
             reply = b"".join(replies)  # type: ignore[arg-type]  # none of them is None
+        if len(reply) > _REPLY_BYTES_MAX:
+            return None
         self.count += len(lines)
         return reply
 

@@ -17,7 +17,8 @@ from typing import Any
 log = logging.getLogger("regd")
 
 _RECEIVED_BYTES_MAX = 16_384  # at a time
-_READY_MAX = 128  # streams served in one turn of the loop
+_READY_MAX = 64  # streams served at a time
+_LOOKS = 2  # in one turn of the loop: while some are served, others become ready
 _CALLERS_MAX = 64  # taken in one turn
 _NO_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _AGAIN_S = 1.0  # until callers are taken again, when there was no file for one
@@ -51,9 +52,14 @@ class Streams:
     def close(self) -> None:
         """Serve nobody any more."""
         self.deafen()
-        if self._epoll is not None and not self._epoll.closed:
+        if self._epoll is None:
+            for file in self._served:
+                self._loop.remove_reader(file)
+                self._loop.remove_writer(file)
+        elif not self._epoll.closed:
             self._loop.remove_reader(self._epoll.fileno())
             self._epoll.close()
+        self._served.clear()
 
     def _take(self, listener: socket.socket, protocol: Callable[[], asyncio.Protocol]) -> None:
         for _ in range(_CALLERS_MAX):
@@ -71,7 +77,11 @@ class Streams:
             caller.setblocking(False)
             if caller.family != socket.AF_UNIX:
                 caller.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            Stream(self, self._loop, caller, address, protocol())
+            stream = Stream(self, self._loop, caller, address, protocol())
+            try:
+                stream.begin()
+            except Exception as error:
+                self._failed(stream, error)
 
     def _take_again(self, listener: socket.socket, protocol: Callable[[], asyncio.Protocol]) -> None:
         if listener in self._listeners:
@@ -80,6 +90,12 @@ class Streams:
     def want(self, stream: "Stream", before: int, events: int) -> None:
         """Have a stream served when the system reports one of `events` for it."""
         file = stream.file
+        if before and file not in self._served:  # all were closed meanwhile
+            return
+        if events:
+            self._served[file] = stream
+        else:
+            del self._served[file]
         if self._epoll is None:  # not Linux: each is the loop's
             for event, add, remove in (
                 (_IN, self._loop.add_reader, self._loop.remove_reader),
@@ -90,20 +106,16 @@ class Streams:
                 elif before & event and not events & event:
                     remove(file)
         elif not before:
-            self._served[file] = stream
             self._epoll.register(file, events)
         elif events:
             self._epoll.modify(file, events)
         else:  # the system would report an end again and again
-            del self._served[file]
             self._epoll.unregister(file)
 
     def _serve(self) -> None:
         assert self._epoll is not None
-        left = _READY_MAX
-        while left > 0 and (ready := self._epoll.poll(0, left)):  # while some were served, others became ready
-            left -= len(ready)
-            for file, events in ready:
+        for _ in range(_LOOKS):
+            for file, events in self._epoll.poll(0, _READY_MAX):
                 stream = self._served.get(file)
                 if stream is None:  # it was closed in this very turn
                     continue
@@ -169,15 +181,16 @@ class Stream(asyncio.Transport):
         self._shutting = False  # no more will be written
         self._closing = False
         self._lost = False  # the protocol was told, or is about to be
-        protocol.connection_made(self)
+
+    def begin(self) -> None:
+        self._protocol.connection_made(self)
         self._want()
 
     def serve(self, events: int) -> None:
-        if events != _IN:
-            if self._out is not None:
-                self._send()
-            if not self._reading:
-                return
+        if events != _IN and self._out is not None:
+            self._send()
+        if not self._reading:  # from a moment ago
+            return
         try:
             data = self._socket.recv(_RECEIVED_BYTES_MAX)
         except (BlockingIOError, InterruptedError):
@@ -248,11 +261,13 @@ class Stream(asyncio.Transport):
         return True
 
     def write_eof(self) -> None:
-        """Send no more behind what is still to be sent.
+        """Send no more behind what is still to be sent. Twice is harmless.
 
         Raises:
             OSError: the peer has reset the connection.
         """
+        if self._shutting or self._closing:
+            return
         self._shutting = True
         if self._out is None:
             self._socket.shutdown(socket.SHUT_WR)
