@@ -185,7 +185,8 @@ class Client:
         """
         asked = {"name": name, "instance": instance, "meta": None if meta is None else dict(meta)}
         if wait is None:
-            return endpoint(await self._ask("resolve", **asked))
+            connection = self._link.usable or await self._connected()
+            return endpoint(await connection.ask("resolve", asked))
         until = time.monotonic() + wait
         while True:
             left_s = min(wait, max(0.0, until - time.monotonic()))
@@ -289,7 +290,7 @@ class Client:
     # The connection.
 
     async def _ask(self, cmd: str, **arguments: Any) -> dict[str, Any]:
-        return await (await self._connected()).ask(cmd, arguments)
+        return await (self._link.usable or await self._connected()).ask(cmd, arguments)
 
     def _check_fork(self) -> None:
         """In a child, begin with nothing: connection, registrations and watches are the parent's."""

@@ -70,8 +70,10 @@ class Connection(asyncio.BufferedProtocol):
     def usable(self) -> bool:
         return self._broken is None and self._transport is not None and not self._transport.is_closing()
 
-    async def ask(self, cmd: str, arguments: dict[str, Any], heard: Heard | None = None) -> dict[str, Any]:
-        """Send a request and return its reply, when that is `ok`.
+    def ask(
+        self, cmd: str, arguments: dict[str, Any], heard: Heard | None = None
+    ) -> "asyncio.Future[dict[str, Any]]":
+        """Send a request; what is returned is to be awaited, for the reply when that is `ok`.
 
         `heard` hears such a reply in its place among all that the daemon says, even when the caller has gone, and
         behind the reply to `watch` every event.
@@ -79,25 +81,6 @@ class Connection(asyncio.BufferedProtocol):
         Raises:
             RegdError: what the daemon says, or `Unavailable` when the connection breaks before it says anything.
         """
-        return wire.result(await self._send(cmd, arguments, heard), self.address)
-
-    def post(self, cmd: str, arguments: dict[str, Any]) -> None:
-        """Send a request whose reply nobody waits for."""
-        if self.usable:
-            self._send(cmd, arguments, None).add_done_callback(
-                lambda answer: answer.cancelled() or answer.exception()
-            )
-
-    def forget(self, heard: Heard) -> None:
-        """End the watch that this one hears, or will hear once the daemon has taken it."""
-        for number, each in self._hearing.items():
-            if each == heard:
-                self._hearing[number] = None
-        for watch in [watch for watch, each in self._watches.items() if each == heard]:
-            del self._watches[watch]
-            self.post("unwatch", {"watch": watch})
-
-    def _send(self, cmd: str, arguments: dict[str, Any], heard: Heard | None) -> "asyncio.Future[dict[str, Any]]":
         if self._broken is not None:
             raise _copy(self._broken)
         self._number += 1
@@ -113,6 +96,20 @@ class Connection(asyncio.BufferedProtocol):
             self._loop.call_soon(self._flush)
         self._out.append(line)
         return answer
+
+    def post(self, cmd: str, arguments: dict[str, Any]) -> None:
+        """Send a request whose reply nobody waits for."""
+        if self.usable:
+            self.ask(cmd, arguments).add_done_callback(lambda answer: answer.cancelled() or answer.exception())
+
+    def forget(self, heard: Heard) -> None:
+        """End the watch that this one hears, or will hear once the daemon has taken it."""
+        for number, each in self._hearing.items():
+            if each == heard:
+                self._hearing[number] = None
+        for watch in [watch for watch, each in self._watches.items() if each == heard]:
+            del self._watches[watch]
+            self.post("unwatch", {"watch": watch})
 
     def abort(self, why: str, ended_at: float | None = None) -> None:
         """Break it, because of `why`."""
@@ -201,8 +198,12 @@ class Connection(asyncio.BufferedProtocol):
         if number in self._hearing:
             self._hear(self._hearing.pop(number), fields)
         answer, _ = self._waiting.pop(number, (None, 0.0))
-        if answer is not None and not answer.done():  # done: its caller was cancelled
+        if answer is None or answer.done():  # done: its caller was cancelled
+            return
+        if fields["ok"] is True:
             answer.set_result(fields)
+        else:
+            answer.set_exception(wire.refusal(fields, self.address))
 
     def _tell(self, event: dict[str, Any]) -> None:
         heard = self._watches.get(event.get("watch", 0))

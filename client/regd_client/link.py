@@ -28,14 +28,19 @@ class Link:
         self._connecting: asyncio.Task[Connection] | None = None
         self._why = "no answer in time"  # the last try failed
 
+    @property
+    def usable(self) -> Connection | None:
+        """The connection, where there is nothing to wait for. In a child that was forked there is none."""
+        return self.connection if self.connection is not None and self.connection.usable else None
+
     async def connected(self, within_s: float | None = None) -> Connection:
         """Return a connection that is usable, within the time that is left to the caller.
 
         Raises:
             Unavailable: there is none in time, or the client was closed.
         """
-        if self.connection is not None and self.connection.usable:
-            return self.connection
+        if (usable := self.usable) is not None:
+            return usable
         if self._connecting is None:
             self._connecting = asyncio.create_task(self._connect(), name="regd-client-connect")
             self._connecting.add_done_callback(self._done)

@@ -8,7 +8,7 @@ import json
 import os
 from typing import Any, NamedTuple
 
-from regd_client.errors import BadArgument, Unavailable, from_reply
+from regd_client.errors import BadArgument, RegdError, Unavailable, from_reply
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:7343"
 LINE_BYTES_MAX = 65_536  # of a request; the daemon skips longer ones
@@ -114,13 +114,9 @@ def reply(line: bytes) -> dict[str, Any]:
     return fields
 
 
-def result(fields: dict[str, Any], address: Address) -> dict[str, Any]:
-    """Return a reply that is `ok`, and raise the error of one that is not."""
-    if fields["ok"] is not True:
-        if fields.get("error") == "shutting_down":
-            raise refused(address, fields)
-        raise from_reply(fields)
-    return fields
+def refusal(fields: dict[str, Any], address: Address) -> RegdError:
+    """Return the error of a reply that is not `ok`."""
+    return refused(address, fields) if fields.get("error") == "shutting_down" else from_reply(fields)
 
 
 def refused(address: Address, fields: dict[str, Any]) -> Unavailable:
