@@ -183,10 +183,14 @@ class Client:
             NotFound: there is none; `details` may name some that are `near`.
             Timeout: none within `wait`; the message says why.
         """
-        asked = {"name": name, "instance": instance, "meta": None if meta is None else dict(meta)}
+        asked: dict[str, Any] = {"name": name}
+        if instance is not None:
+            asked["instance"] = instance
+        if meta is not None:
+            asked["meta"] = dict(meta)
         if wait is None:
             connection = self._link.usable or await self._connected()
-            return endpoint(await connection.ask("resolve", asked))
+            return endpoint(await connection.ask("resolve", asked, again=True))
         until = time.monotonic() + wait
         while True:
             left_s = min(wait, max(0.0, until - time.monotonic()))

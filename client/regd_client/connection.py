@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
-from regd_client import wire
+from regd_client import repeated, wire
 from regd_client.errors import RegdError, Unavailable
 from regd_client.wire import Address
 
@@ -38,7 +38,8 @@ class Connection(asyncio.BufferedProtocol):
         self.shares_processes: bool | None = None  # whether the daemon sees the same processes; None: not asked
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._waiting: dict[int, tuple[asyncio.Future[dict[str, Any]], float]] = {}  # and from when it is late
+        # By number: who waits, from when it is late, and whether it is asked again and again.
+        self._waiting: dict[int, tuple[asyncio.Future[dict[str, Any]], float, bool]] = {}
         self._hearing: dict[int, Heard | None] = {}  # who hears a reply first; None: who did has gone
         self._watches: dict[int, Heard] = {}
         self._number = 0
@@ -71,12 +72,13 @@ class Connection(asyncio.BufferedProtocol):
         return self._broken is None and self._transport is not None and not self._transport.is_closing()
 
     def ask(
-        self, cmd: str, arguments: dict[str, Any], heard: Heard | None = None
+        self, cmd: str, arguments: dict[str, Any], heard: Heard | None = None, again: bool = False
     ) -> "asyncio.Future[dict[str, Any]]":
         """Send a request; what is returned is to be awaited, for the reply when that is `ok`.
 
         `heard` hears such a reply in its place among all that the daemon says, even when the caller has gone, and
-        behind the reply to `watch` every event.
+        behind the reply to `watch` every event. The reply to what is asked `again` and again is read once and
+        given to all who have the same: nobody may change it, and it has no `id`.
 
         Raises:
             RegdError: what the daemon says, or `Unavailable` when the connection breaks before it says anything.
@@ -85,9 +87,9 @@ class Connection(asyncio.BufferedProtocol):
             raise _copy(self._broken)
         self._number += 1
         number = self._number
-        line = wire.request(cmd, number, arguments)
+        line = repeated.request(cmd, number, arguments)
         answer = self._loop.create_future()
-        self._waiting[number] = answer, time.monotonic() + (arguments.get("wait") or 0.0)
+        self._waiting[number] = answer, time.monotonic() + (arguments.get("wait") or 0.0), again
         if heard is not None:
             self._hearing[number] = heard
         if self._dog is None:
@@ -147,7 +149,7 @@ class Connection(asyncio.BufferedProtocol):
         self._dog = None
         if not self._waiting or self._broken is not None:
             return
-        silent_since = max(self.heard_at, min(late_from for _, late_from in self._waiting.values()))
+        silent_since = max(self.heard_at, min(late_from for _, late_from, _ in self._waiting.values()))
         left_s = silent_since + HANGS_S - time.monotonic()
         if left_s <= 0 and self._suspicious:
             self.abort(f"no answer for {HANGS_S:g} s", self.heard_at)
@@ -183,27 +185,33 @@ class Connection(asyncio.BufferedProtocol):
     def _answer(self, line: bytes) -> None:
         if self._broken is not None:
             return
+        number, said = repeated.parts(line)
+        waiting = self._waiting.get(number)
+        again = waiting is not None and waiting[2]
         try:
-            fields = wire.reply(line)
+            fields = repeated.reply(said) if again else wire.reply(line)
         except RegdError as error:
             self._break(error)
             return
-        if "event" in fields:
+        if again:
+            self._take(number, fields)
+        elif "event" in fields:
             self._tell(fields)
-            return
-        number = fields.get("id")
-        if number is None:
-            self._break(wire.refused(self.address, fields))
-            return
-        if number in self._hearing:
-            self._hear(self._hearing.pop(number), fields)
-        answer, _ = self._waiting.pop(number, (None, 0.0))
-        if answer is None or answer.done():  # done: its caller was cancelled
-            return
-        if fields["ok"] is True:
-            answer.set_result(fields)
+        elif "id" in fields:
+            self._take(fields["id"], fields)
         else:
-            answer.set_exception(wire.refusal(fields, self.address))
+            self._break(wire.refused(self.address, fields))
+
+    def _take(self, number: int, reply: dict[str, Any]) -> None:
+        if number in self._hearing:
+            self._hear(self._hearing.pop(number), reply)
+        waiting = self._waiting.pop(number, None)
+        if waiting is None or waiting[0].done():  # done: its caller was cancelled
+            return
+        if reply["ok"] is True:
+            waiting[0].set_result(reply)
+        else:
+            waiting[0].set_exception(wire.refusal(reply, self.address))
 
     def _tell(self, event: dict[str, Any]) -> None:
         heard = self._watches.get(event.get("watch", 0))
@@ -243,7 +251,7 @@ class Connection(asyncio.BufferedProtocol):
         waiting, self._waiting = self._waiting, {}
         self._watches.clear()
         self._hearing.clear()
-        for answer, _ in waiting.values():
+        for answer, _, _ in waiting.values():
             if not answer.done():
                 answer.set_exception(_copy(error))
         if self._dog is not None:

@@ -35,7 +35,8 @@ class Endpoint:
 
 
 def endpoint(fields: Mapping[str, Any]) -> Endpoint:
-    return Endpoint(fields["name"], fields["instance"], fields["host"], fields["port"], fields["meta"])
+    """Return the caller's own: the fields may belong to others."""
+    return Endpoint(fields["name"], fields["instance"], fields["host"], fields["port"], {**fields["meta"]})
 
 
 @dataclass(frozen=True, slots=True)

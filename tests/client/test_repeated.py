@@ -1,0 +1,117 @@
+"""What is remembered of questions and replies is what writing and reading them anew would give."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+import regd_client
+from regd_client import repeated, wire
+from regd_client.client import Client
+from tests.support.daemon import Daemon
+
+FIELDS = {"name": "a", "instance": "", "host": "h", "port": 1, "meta": {"k": "v"}, "state": "ready", "rev": 1}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"name": "a"},
+        {"name": ""},
+        {"name": '%d "id":0 é\n%'},
+        {"name": "a" * 254},
+        {"name": 1},
+        {"name": True},
+        {"name": ["a"]},
+        {"name": None},
+        {"other": "a"},
+        {"name": "a", "instance": "1"},
+        {"name": "a", "meta": {"k": "v"}},
+        {},
+    ],
+)
+def test_a_question_is_written_as_ever(arguments: dict[str, Any]) -> None:
+    for id in (1, 2, 10**15):
+        assert repeated.request("resolve", id, arguments) == wire.request("resolve", id, arguments)
+
+
+@pytest.mark.parametrize("name", ["\ud800", "x" * 70_000, {1, 2}])
+def test_a_question_that_cannot_be_asked(name: object) -> None:
+    for _ in range(2):
+        with pytest.raises(regd_client.BadArgument):
+            repeated.request("resolve", 1, {"name": name})
+
+
+@pytest.mark.parametrize("meta", [{}, {"k": 'v"},{'}, {"k": "é" * 200}])
+def test_a_reply_is_read_as_ever(meta: dict[str, str]) -> None:
+    for id in (1, 2, 10**15):
+        line = json.dumps({"ok": True, "id": id, **FIELDS, "meta": meta}, separators=(",", ":")).encode()
+        number, said = repeated.parts(line)
+        assert number == id
+        assert {**repeated.reply(said), "id": id} == wire.reply(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b'{"event":"up"}',
+        b'{"ok":true}',
+        b'{"ok":true,"id":7}',
+        b'{"ok":true,"id":"7","name":"a"}',
+        b'{"ok":true,"id":-7,"name":"a"}',
+        b'{"ok":true,"id":,"name":"a"}',
+        b'{"ok":true,"id": 7,"name":"a"}',
+        b'{"ok":true,"id":%s,"name":"a"}' % (b"7" * 5_000),
+        b'{"ok":false,"id":7,"error":"not_found"}',
+        b'{"id":7,"ok":true,"name":"a"}',
+    ],
+)
+def test_other_lines_are_none_of_its(line: bytes) -> None:
+    assert repeated.parts(line) == (0, b"")
+
+
+@pytest.mark.parametrize("said", [b"", b"}", b'"name":"a"', b'"event":"up"}', b"[]}", b"\xff}"])
+def test_what_is_no_reply(said: bytes) -> None:
+    with pytest.raises(regd_client.RegdError, match="no answer of regd"):
+        repeated.reply(said)
+
+
+def test_there_are_so_many_and_none_is_long() -> None:
+    for n in range(2 * repeated._KEPT):
+        repeated.request("resolve", 1, {"name": f"n{n}"})
+        repeated.reply(b'"rev":%d}' % n)
+    kept = [repeated._question.cache_info(), repeated._known.cache_info()]
+    assert [each.currsize for each in kept] == [repeated._KEPT] * 2
+    repeated.request("resolve", 1, {"name": "x" * 300})
+    repeated.reply(b'"meta":"%s"}' % (b"x" * 1_024))
+    assert [repeated._question.cache_info(), repeated._known.cache_info()] == kept
+
+
+@pytest.mark.socket
+@pytest.mark.parametrize("said", [b'"id":1,{}', b'"id":1,"event":"up"}', b'"event":"up","id":1}', b'"name":"a"}'])
+async def test_who_answers_with_nonsense_is_no_regd(said: bytes) -> None:
+    async def other(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(b'{"ok":true,' + said + b"\n")
+        writer.close()
+
+    server = await asyncio.start_server(other, "127.0.0.1", 0)
+    async with server, Client(f"127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
+        with pytest.raises(regd_client.Unavailable):
+            await client.resolve("a")
+
+
+@pytest.mark.socket
+async def test_whoever_changes_what_it_got_changes_nobody_elses(process: Daemon) -> None:
+    async with Client(process.addresses[0]) as client:
+        await client.register("a", 1, meta={"k": "v"})
+        found = [await client.resolve("a") for _ in range(2)]
+        found += await asyncio.gather(client.resolve("a"), client.resolve("a"))
+        for each in found:
+            assert each.meta == {"k": "v"}
+            each.meta.clear()  # type: ignore[attr-defined]
+        assert (await client.resolve("a")).meta == {"k": "v"}
+        await client.update("a", {"k": "w"})
+        assert (await client.resolve("a")).meta == {"k": "w"}
