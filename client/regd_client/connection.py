@@ -1,7 +1,7 @@
 """One asyncio connection that many tasks share: requests out, replies to who asked, events to who follows.
 
 Every request has a number, and a reply goes to the request of its number, so that a caller who was cancelled
-harms nobody. What the tasks of one turn of the loop write is sent as one. Must not know what a command means.
+harms nobody. What many tasks write in one turn of the loop is sent as one. Must not know what a command means.
 """
 
 import asyncio
@@ -44,6 +44,7 @@ class Connection(asyncio.BufferedProtocol):
         self._watches: dict[int, Heard] = {}
         self._number = 0
         self._out: list[bytes] = []
+        self._alone = False  # what was sent last was all that somebody waited for
         # All that is read goes through this. Else asyncio makes 256 KiB for each chunk, which many a process gets
         # from the kernel and gives back every time: 20 of the 90 µs of a question and its answer.
         self._chunk = memoryview(bytearray(_CHUNK_BYTES))
@@ -94,9 +95,11 @@ class Connection(asyncio.BufferedProtocol):
             self._hearing[number] = heard
         if self._dog is None:
             self._dog = self._loop.call_later(HANGS_S, self._look)
-        if not self._out:
-            self._loop.call_soon(self._flush)
         self._out.append(line)
+        if self._alone and len(self._waiting) == 1:
+            self._flush()  # one task alone: nothing to send together, and a turn of the loop less to wait
+        elif len(self._out) == 1:
+            self._loop.call_soon(self._flush)
         return answer
 
     def post(self, cmd: str, arguments: dict[str, Any]) -> None:
@@ -139,6 +142,7 @@ class Connection(asyncio.BufferedProtocol):
         await asyncio.shield(self.closed)
 
     def _flush(self) -> None:
+        self._alone = len(self._waiting) == 1
         if self._out and self.usable:
             assert self._transport is not None
             self._transport.write(b"".join(self._out))

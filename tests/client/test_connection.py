@@ -1,0 +1,107 @@
+"""How a connection sends and reads: in few pieces, however the daemon's lines are cut."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+import regd_client
+from regd_client.client import Client
+from regd_client.connection import Connection
+from regd_client.wire import Address
+from tests.support.daemon import InLoop
+
+pytestmark = pytest.mark.socket
+
+
+class Sending:
+    """A transport that counts the lines of each piece that is sent."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.pieces: list[int] = []
+        self._transport: Any = connection._transport
+        connection._transport = self  # type: ignore[assignment]
+
+    def write(self, data: bytes) -> None:
+        self.pieces.append(data.count(b"\n"))
+        self._transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+async def test_what_many_ask_in_one_turn_is_sent_as_one(daemon: InLoop) -> None:
+    async with Client(f"127.0.0.1:{daemon.port}") as client:
+        sending = Sending(await client._connected())
+        for many in (50, 1, 50):
+            for _ in range(3):
+                await asyncio.gather(*(client.ping() for _ in range(many)))
+        assert sum(sending.pieces) == 3 * (50 + 1 + 50)
+        assert sending.pieces == [50] * 3 + [1] * 3 + [1, 49] + [50] * 2
+
+
+async def test_who_asks_alone_waits_for_no_turn_of_the_loop(daemon: InLoop) -> None:
+    async with Client(f"127.0.0.1:{daemon.port}") as client:
+        connection = await client._connected()
+        await connection.ask("ping", {})
+        sending = Sending(connection)
+        answer = connection.ask("ping", {})
+        assert sending.pieces == [1]
+        second = connection.ask("ping", {})
+        assert sending.pieces == [1]
+        await asyncio.gather(answer, second)
+        assert sending.pieces == [1, 1]
+        both = [connection.ask("ping", {}) for _ in range(2)]
+        assert sending.pieces == [1, 1]
+        await asyncio.gather(*both)
+        assert sending.pieces == [1, 1, 2]
+
+
+class Nowhere(asyncio.Transport):
+    """A transport that takes everything and brings nothing."""
+
+    def write(self, data: object) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 50, 64, 1_000, 65_536])
+async def test_lines_may_be_cut_anywhere(size: int) -> None:
+    heard: list[Any] = []
+    connection = Connection(Address("h", 1), lambda connection, event: heard.append(event["name"]))
+    connection.connection_made(Nowhere())
+    asked = [
+        connection.ask("resolve", {"name": "a"}, again=True),
+        connection.ask("watch", {"name": "*"}, lambda said: heard.append(said["rev"])),
+        connection.ask("resolve", {"name": "a"}, again=True),
+        connection.ask("resolve", {"name": "b"}),
+        connection.ask("resolve", {"name": "b"}, again=True),
+        connection.ask("resolve", {"name": "a"}, again=True),
+    ]
+    asked[-1].cancel()
+    said = (
+        b'{"ok":true,"id":1,"name":"a","port":1}\n'
+        b'{"ok":true,"id":2,"watch":1,"rev":2}\n'
+        b'{"event":"sync","watch":1,"rev":3}\n'
+        b'{"event":"lost","name":"a","rev":4}\n'
+        b'{"ok":true,"id":3,"name":"a","port":1}\n'
+        b'{"event":"up","watch":1,"rev":5,"meta":{"k":"' + b"v" * 70_000 + b'"}}\n'
+        b'{"ok":false,"id":5,"error":"not_found","message":"none"}\n'
+        b'{"ok":true,"id":6,"name":"a","port":1}\n'
+        b'{"ok":true,"id":4,"name":"b","port":1}\n'
+    )
+    for at in range(0, len(said), size):
+        piece = said[at : at + size]
+        connection.get_buffer(-1)[: len(piece)] = piece
+        connection.buffer_updated(len(piece))
+    assert heard == [2, 3, "a", 5]
+    assert [each.result()["port"] for each in asked[:4:2]] == [1, 1]
+    assert asked[3].result() == {"ok": True, "id": 4, "name": "b", "port": 1}
+    assert isinstance(asked[4].exception(), regd_client.NotFound)
+    connection.connection_lost(None)
+    await connection.closed
