@@ -1,37 +1,49 @@
 """The command `regctl`: the registry for a person at a terminal, and for scripts.
 
 Exit status: 0 done, 1 not found or not in time, 2 bad usage, 3 no daemon answers, 4 refused otherwise. It sits in
-start-up scripts, so it imports neither asyncio nor the daemon.
+start-up scripts, so it imports neither asyncio nor the daemon, and for a plain line no argparse.
 """
 
-import argparse
+from __future__ import annotations
+
 import io
 import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import regd
 from regd_client.blocking import BlockingConnection
 from regd_client.errors import BadArgument, RegdError, Unavailable
 from regd_client.wire import joined
 
+if TYPE_CHECKING:
+    import argparse
+
 NOT_FOUND, USAGE, NO_DAEMON, REFUSED = 1, 2, 3, 4
 _STATUSES = {"not_found": NOT_FOUND, "timeout": NOT_FOUND, "bad_argument": USAGE, "shutting_down": NO_DAEMON}
+_PLAIN = {"resolve": 1, "deregister": 1, "why": 1, "ping": 0, "stats": 0}  # commands, with how many names
 _PASSING = ("shutting_down", "busy")  # refusals after which it is worth to try again
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"{self.prog}: {_visible(message)} (see {self.prog} --help)\n")
+# What can be said to it.
+
+
+def _given(argv: Sequence[str]) -> dict[str, Any]:
+    """Return what the command line says. A plain one is read without argparse, which takes as long as all
+    the rest.
+    """
+    command, *names = argv or ("",)
+    if _PLAIN.get(command) == len(names) and not any(name.startswith("-") for name in names):
+        return {"command": command, **({"name": names[0]} if names else {})}
+    return vars(_parser().parse_args(argv))
 
 
 def _label(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals:
-        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, not {text!r}")
+        raise _wrong(f"must be KEY=VALUE, not {text!r}")
     return key, value
 
 
@@ -41,12 +53,26 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds <= 3_600:
-        raise argparse.ArgumentTypeError(f"must be 0 to 3600 seconds, not {text!r}")
+        raise _wrong(f"must be 0 to 3600 seconds, not {text!r}")
     return seconds
 
 
+def _wrong(why: str) -> Exception:
+    import argparse
+
+    return argparse.ArgumentTypeError(why)
+
+
 def _parser() -> argparse.ArgumentParser:
-    common = _Parser(add_help=False)
+    import argparse
+
+    import regd
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            self.exit(USAGE, f"{self.prog}: {_visible(message)} (see {self.prog} --help)\n")
+
+    common = Parser(add_help=False)
     common.add_argument(
         "--address",
         default=argparse.SUPPRESS,
@@ -55,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--json", action="store_true", default=argparse.SUPPRESS, help="print the daemon's reply, one JSON object"
     )
-    parser = _Parser(
+    parser = Parser(
         prog="regctl",
         description="Ask and change the service registry of this machine.",
         epilog="Exit status: 0 done, 1 not found or not in time, 2 bad usage, 3 no daemon, 4 refused otherwise.",
@@ -63,11 +89,16 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"regctl {regd.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text, parents=[common], allow_abbrev=False)
 
+    _add_commands(add)
+    return parser
+
+
+def _add_commands(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     def labels(command: argparse.ArgumentParser, text: str) -> None:
         command.add_argument(
             "--meta", type=_label, action="append", metavar="KEY=VALUE", help=f"{text}; may be repeated"
@@ -110,7 +141,6 @@ def _parser() -> argparse.ArgumentParser:
 
     add("ping", "Ask whether a daemon answers.")
     add("stats", "Show the daemon's counters and limits.")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to fail
     try:
-        status = _run(vars(_parser().parse_args(argv)))
+        status = _run(_given(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130

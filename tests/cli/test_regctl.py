@@ -14,10 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from regd.cli.regctl import _PLAIN, _given, _parser
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import Daemon, environment
 
 Run = Callable[..., tuple[int, str, str]]
+
+
+PLAIN = [[command, *["name"] * names] for command, names in _PLAIN.items()]
 
 
 @pytest.fixture
@@ -104,6 +108,22 @@ def test_version_and_help(regctl: Run) -> None:
     assert status == 0
     for word in ("list", "resolve", "register", "deregister", "ping", "stats", "Exit status"):
         assert word in out
+
+
+@pytest.mark.parametrize("argv", PLAIN + [["resolve", ""], ["why", "a b"], ["resolve", "\n-"]])
+def test_a_plain_line_is_read_as_any_other(argv: list[str]) -> None:
+    read = vars(_parser().parse_args(argv))
+    assert _given(argv) == {key: value for key, value in read.items() if value not in (None, False)}
+    assert _given(["--json", *argv]) == {**read, "json": True}
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["resolve"], ["ping", "a"], ["resolve", "-a"], ["resolve", "--help"], ["why", "--"]]
+)
+def test_what_is_not_plain_is_left_to_the_parser(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _given(argv)
+    assert "regctl" in "".join(capsys.readouterr())
 
 
 def test_a_pipe_that_has_seen_enough(regctl: Run, process: Daemon) -> None:
