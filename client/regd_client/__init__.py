@@ -8,10 +8,9 @@ Standard library only. What needs asyncio is imported when it is first used, so 
 `regd_client.blocking` starts quickly.
 """
 
-from typing import TYPE_CHECKING
-
 from regd_client.errors import BadArgument, Conflict, Denied, NotFound, RegdError, Timeout, Unavailable
 
+TYPE_CHECKING = False  # as in typing, whose import takes longer than many a command
 if TYPE_CHECKING:
     from regd_client.client import Client
     from regd_client.following import Endpoint, Event

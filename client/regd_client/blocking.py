@@ -3,12 +3,17 @@
 The same lines as everywhere, from `wire`. Imports no asyncio, so that a command starts quickly.
 """
 
+from __future__ import annotations
+
 import socket
-from collections.abc import Iterator
-from types import TracebackType
-from typing import Any, Self
 
 from regd_client import wire
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+    from typing import Any, Self
 
 
 class BlockingConnection:

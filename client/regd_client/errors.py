@@ -11,7 +11,11 @@ RegdError
 Every other code of the daemon (`busy`, `storage_failed`, …) is a plain RegdError that carries it.
 """
 
-from typing import Any
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class RegdError(Exception):

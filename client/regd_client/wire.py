@@ -4,27 +4,29 @@ Written apart from the daemon's on purpose, and held to it by the same transcrip
 `regctl` starts with this. Must not know how a line travels.
 """
 
-import json
-import os
-from typing import Any, NamedTuple
+from __future__ import annotations
 
+import os
+
+from regd_client import notation
 from regd_client.errors import BadArgument, RegdError, Unavailable, from_reply
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:7343"
 LINE_BYTES_MAX = 65_536  # of a request; the daemon skips longer ones
 REPLY_BYTES_MAX = 4 * 1_048_576  # far beyond what the daemon promises; more is another program
 
 
-_decode = json.JSONDecoder().decode
-_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-
-
-class Address(NamedTuple):
+class Address:
     """Where a daemon listens: a Unix socket's `path`, or `host` and `port`."""
 
-    host: str
-    port: int
-    path: str = ""
+    def __init__(self, host: str, port: int, path: str = "") -> None:
+        self.host = host
+        self.port = port
+        self.path = path
 
     def __str__(self) -> str:
         if self.path:
@@ -86,9 +88,7 @@ def request(cmd: str, id: int | None, arguments: dict[str, Any]) -> bytes:
         fields["id"] = id
     fields |= {key: value for key, value in arguments.items() if value is not None}
     try:
-        line = _encode(fields)
-        if "\\ud" in line:  # half a surrogate pair, perhaps, which the daemon does not take
-            json.dumps(fields, ensure_ascii=False).encode()
+        line = notation.write(fields)
     except (TypeError, ValueError, RecursionError) as error:
         raise BadArgument(f"{cmd} takes JSON values only: {error}") from None
     meta = fields.get("meta")
@@ -106,7 +106,7 @@ def reply(line: bytes) -> dict[str, Any]:
         Unavailable: whoever sent it is no regd.
     """
     try:
-        fields = _decode(line.decode())
+        fields = notation.read(line.decode())
     except (ValueError, RecursionError):
         fields = None
     if type(fields) is not dict or ("ok" in fields) is ("event" in fields):

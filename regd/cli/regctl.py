@@ -7,19 +7,19 @@ start-up scripts, so it imports neither asyncio nor the daemon, and for a plain 
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
 
 from regd_client.blocking import BlockingConnection
 from regd_client.errors import BadArgument, RegdError, Unavailable
 from regd_client.wire import joined
 
+TYPE_CHECKING = False  # as in typing, whose import takes longer than many a command
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from typing import Any, NoReturn
 
 NOT_FOUND, USAGE, NO_DAEMON, REFUSED = 1, 2, 3, 4
 _STATUSES = {"not_found": NOT_FOUND, "timeout": NOT_FOUND, "bad_argument": USAGE, "shutting_down": NO_DAEMON}
@@ -178,7 +178,7 @@ def _run(given: dict[str, Any]) -> int:
     except RegdError as error:
         return _fail(REFUSED, str(error))
     if as_json:
-        print(json.dumps(reply))
+        _say_json(reply)
         return 0 if reply["ok"] else _status(reply)
     if not reply["ok"]:
         return _fail(_status(reply), reply["message"])
@@ -209,7 +209,7 @@ def _watch(connection: BlockingConnection, given: dict[str, Any], as_json: bool)
         return _fail(_status(reply), reply["message"])
     for event in connection.events():
         if as_json:
-            print(json.dumps(event), flush=True)
+            _say_json(event)
         elif line := _news(event):
             _say(line, flush=True)
         if "event" not in event:  # the daemon ends it, and says why
@@ -223,7 +223,7 @@ def _wait(address: str | None, names: Sequence[str], timeout_s: float, as_json: 
     for name in names:
         reply = _wait_for(address, name, until)
         if as_json:
-            print(json.dumps(reply), flush=True)
+            _say_json(reply)
         elif reply["ok"]:
             _say(f"{name} accepts connections at {_address(reply)}", flush=True)
         if not reply["ok"]:
@@ -259,6 +259,12 @@ def _fail(status: int, message: str) -> int:
 
 def _say(line: str, flush: bool = False) -> None:
     print("\t".join(map(_visible, line.split("\t"))), flush=flush)
+
+
+def _say_json(fields: dict[str, Any]) -> None:
+    import json
+
+    print(json.dumps(fields), flush=True)
 
 
 def _lines(command: str, reply: dict[str, Any]) -> Iterable[str]:
