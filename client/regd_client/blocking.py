@@ -1,11 +1,12 @@
 """One connection that blocks, for programs without an event loop: `regctl` is the first of them.
 
-The same lines as everywhere, from `wire`. Imports no asyncio, so that a command starts quickly.
+The same lines as everywhere, from `wire`. Imports no asyncio, and of socket only what is written in C, so that a
+command starts quickly.
 """
 
 from __future__ import annotations
 
-import socket
+from _socket import AF_UNIX, SOCK_STREAM, getaddrinfo, socket
 
 from regd_client import wire
 
@@ -31,17 +32,19 @@ class BlockingConnection:
         except OSError as error:
             raise wire.unavailable(self.address, error.strerror or str(error)) from error
 
-    def _connect(self, timeout_s: float) -> socket.socket:
-        if not self.address.path:
-            return socket.create_connection((self.address.host, self.address.port), timeout_s)
-        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            made.settimeout(timeout_s)
-            made.connect(self.address.path)
-        except BaseException:
-            made.close()
-            raise
-        return made
+    def _connect(self, timeout_s: float) -> socket:
+        if self.address.path:
+            return _connected(AF_UNIX, self.address.path, timeout_s)
+        host, trouble = self.address.host, OSError("no address")
+        # As bytes where it is ASCII: else it is encoded by a codec whose import takes longer than all the rest.
+        for family, *_, where in getaddrinfo(
+            host.encode() if host.isascii() else host, self.address.port, type=SOCK_STREAM
+        ):
+            try:
+                return _connected(family, where, timeout_s)
+            except OSError as error:
+                trouble = error
+        raise trouble
 
     def ask(self, cmd: str, **arguments: Any) -> dict[str, Any]:
         """Send a request and return the daemon's reply, whether it is `ok` or not.
@@ -94,3 +97,14 @@ class BlockingConnection:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _connected(family: int, where: Any, timeout_s: float) -> socket:
+    made = socket(family, SOCK_STREAM)
+    try:
+        made.settimeout(timeout_s)
+        made.connect(where)
+    except BaseException:
+        made.close()
+        raise
+    return made

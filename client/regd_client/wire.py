@@ -58,11 +58,21 @@ def parse_address(text: str) -> Address:
     number = int(port) if port.isascii() and port.isdigit() and len(port) <= 5 else 0
     if not colon or not host or "/" in host or not 1 <= number <= 65_535:
         raise _bad_address(text)
-    try:
-        host.encode("idna")  # as connecting does, with an error that is none of the network's
-    except UnicodeError:
-        raise _bad_address(text) from None
+    if not _is_encodable(host):
+        raise _bad_address(text)
     return Address(host, number)
+
+
+def _is_encodable(host: str) -> bool:
+    """Whether idna takes it, as connecting does, with an error that is none of the network's."""
+    if host.isascii():  # the same rule, without the codec, whose import takes a fifth of a command's time
+        *labels, last = host.split(".")
+        return all(0 < len(label) < 64 for label in labels) and len(last) < 64
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return False
+    return True
 
 
 def _bad_address(text: str) -> BadArgument:

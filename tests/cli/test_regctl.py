@@ -117,6 +117,36 @@ def test_a_plain_line_is_read_as_any_other(argv: list[str]) -> None:
     assert _given(["--json", *argv]) == {**read, "json": True}
 
 
+def test_a_plain_line_imports_nothing_dear(process: Daemon) -> None:
+    """They took as long as Python's own start, and half as long again."""
+    dear = {
+        "asyncio",
+        "argparse",
+        "typing",
+        "json",
+        "re",
+        "enum",
+        "functools",
+        "collections",
+        "socket",
+        "encodings.idna",
+    }
+    code = (
+        "import sys; before = set(sys.modules); from regd.cli.regctl import main; status = main(sys.argv[1:])\n"
+        "print(*(set(sys.modules) - before), file=sys.stderr); sys.exit(status)"
+    )
+    with BlockingConnection(process.addresses[0]) as peer:
+        peer.ask("register", name="db", port=5432, meta={"k": "é"})
+    done = subprocess.run(
+        [sys.executable, "-c", code, "resolve", "db"],
+        env=environment(REGD_ADDRESS=process.addresses[0]), capture_output=True, text=True, timeout=20, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "127.0.0.1:5432\n")
+    loaded = done.stderr.split()
+    assert not dear & set(loaded)
+    assert len(loaded) <= 12, loaded
+
+
 @pytest.mark.parametrize(
     "argv", [[], ["resolve"], ["ping", "a"], ["resolve", "-a"], ["resolve", "--help"], ["why", "--"]]
 )

@@ -49,6 +49,19 @@ def test_what_is_no_address(text: str) -> None:
         parse_address(text)
 
 
+@pytest.mark.parametrize(
+    "host", ["a", "a.", ".a", "a..b", ".", "..", "a" * 63, "a" * 64, "b." + "a" * 64, "a" * 64 + ".b", "1.2.3.4", "é", "é" * 64]
+)  # fmt: skip
+def test_a_host_is_what_idna_takes(host: str) -> None:
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        with pytest.raises(ValueError, match="is no address"):
+            parse_address(f"{host}:1")
+    else:
+        assert parse_address(f"{host}:1").host == host
+
+
 def test_where_the_address_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REGD_ADDRESS", raising=False)
     assert str(wire.find_address()) == "tcp://127.0.0.1:7343"
