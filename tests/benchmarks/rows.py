@@ -1,0 +1,22 @@
+"""The table of rows: the benchmark is this table."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tests.benchmarks import lookups
+from tests.benchmarks.bench import Bench, Rounds
+from tests.benchmarks.figures import Told
+
+
+@dataclass(frozen=True)
+class Row:
+    word: str
+    title: str
+    measure: Callable[[Bench], Rounds]
+    tell: Callable[[Rounds], Told]
+
+
+ROWS = (
+    Row("resolve", "resolve, 50 connections, one at a time", lookups.one_at_a_time, lookups.tell_one_at_a_time),
+    Row("resolve16", "resolve, 50 connections, 16 deep", lookups.sixteen_deep, lookups.tell_sixteen_deep),
+)

@@ -1,0 +1,161 @@
+"""Servers as processes of the benchmark: started on the server's core in a folder of their own, ended by their pid."""
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Self
+
+from tests.benchmarks.machine import SERVER_CORE, on_core, resident_bytes
+from tests.support.daemon import environment
+
+_START_S, _END_S = 30.0, 20.0
+_TRY_S = 0.02
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+class Server:
+    """One server. `durable`: a write is on the disk when it is answered; else nothing need be kept."""
+
+    label: ClassVar[str]
+    protocol: ClassVar[str]
+    program: ClassVar[str]
+    says_where = False  # it takes a free port by itself, and says on stdout which
+
+    def __init__(self, folder: Path, *, durable: bool = False) -> None:
+        self.folder = folder
+        self.durable = durable
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @classmethod
+    def missing(cls) -> str:
+        """Return what is not installed, or nothing."""
+        return "" if shutil.which(cls.program) else cls.program
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    @property
+    def resident_bytes(self) -> int:
+        return resident_bytes(self.pid)
+
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
+    def answers(self) -> bool:
+        """Whether it serves by now; may raise `OSError`."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Do what is to be done once before it is used."""
+
+    def start(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with on_core(SERVER_CORE), (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command(),
+                cwd=self.folder,
+                env=environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE if self.says_where else log,
+                stderr=log,
+            )
+        self.wait()
+        self.prepare()
+
+    def wait(self) -> None:
+        end = time.monotonic() + _START_S
+        while time.monotonic() < end:
+            assert self.process is not None
+            assert self.process.poll() is None, f"{self.label} ended with {self.process.returncode}"
+            with contextlib.suppress(OSError):
+                if self.answers():
+                    return
+            time.sleep(_TRY_S)
+        raise AssertionError(f"{self.label} does not answer")
+
+    def end(self) -> None:
+        if self.process is None:
+            return
+        self.process.terminate()
+        try:
+            self.process.communicate(timeout=_END_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+        self.process = None
+
+    def ask(self, request: bytes, until: bytes) -> bytes:
+        """Send bytes on a connection of its own, and return what comes up to `until`."""
+        found = b""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=5) as peer:
+            peer.sendall(request)
+            while until not in found and (some := peer.recv(65_536)):
+                found += some
+        return found
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+
+class SaysWhere(Server):
+    says_where = True
+
+    def wait(self) -> None:
+        assert self.process is not None
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().decode()
+        assert line.startswith("listening "), f"{self.label} did not start"
+        self.port = int(line.rpartition(":")[2])
+
+
+class Regd(SaysWhere):
+    """On asyncio's own loop."""
+
+    label, protocol, program = "regd", "regd", sys.executable
+    hide = "import sys; sys.modules['uvloop'] = None; "
+
+    def command(self) -> list[str]:
+        start = f"{self.hide}from regd.cli.regd import main; raise SystemExit(main())"
+        return [sys.executable, "-c", start, "--port", "0", "--registry", str(self.registry)]
+
+    @property
+    def registry(self) -> Path:
+        return self.folder / "registry.json"
+
+
+class RegdFast(Regd):
+    """On uvloop, which the extra `fast` brings."""
+
+    label, hide = "regd, fast", ""
+
+
+class Floor(SaysWhere):
+    """A server in C that answers the same line to each."""
+
+    label, protocol, program = "floor", "floor", "cc"
+    binary: ClassVar[Path]
+
+    def command(self) -> list[str]:
+        return [str(self.binary)]
