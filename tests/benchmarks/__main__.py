@@ -27,7 +27,7 @@ def main() -> int:
     given = arguments()
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         build(Path(folder))
-        bench = Bench(Generator(Path(folder)), Path(folder), given.rounds, given.seconds, given.seconds / 4)
+        bench = Bench(Generator(Path(folder)), Path(folder), given.rounds, given.seconds)
         for row in ROWS:
             if not given.rows or row.word in given.rows:
                 bench.tell(row.title)

@@ -4,9 +4,10 @@ import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.benchmarks.generator import Generator, Measured
 from tests.benchmarks.servers import Floor, Server
@@ -21,7 +22,8 @@ class Bench:
     folder: Path
     rounds: int
     seconds: float
-    warm: float
+    warm_s: float = 0.2  # before each measurement
+    warm_up_s: float = 2.0  # of each server, once
     left_out: list[str] = field(default_factory=list)
     _count: "itertools.count[int]" = field(default_factory=itertools.count)
 
@@ -31,19 +33,20 @@ class Bench:
 
     @contextlib.contextmanager
     def running(
-        self, kinds: Sequence[type[Server]], *, durable: bool = False, names: int = 0
+        self, kinds: Sequence[type[Server]], *, durable: bool = False, names: int | Sequence[int] = 0
     ) -> Iterator[list[Server]]:
         """Start those that are installed, let each hold so many names, and end them together."""
         Floor.binary = self.load.folder / "floor"
         with contextlib.ExitStack() as stack:
             there = []
-            for kind in kinds:
+            each = [names] * len(kinds) if isinstance(names, int) else names
+            for kind, count in zip(kinds, each, strict=True):
                 if missing := kind.missing():
                     self.skip(kind.label, missing)
                     continue
                 there.append(server := stack.enter_context(kind(self.place(), durable=durable)))
-                if names and kind is not Floor:
-                    self.load.fill(server, names)
+                if count and kind is not Floor:
+                    self.load.fill(server, count)
             yield there
 
     def skip(self, label: str, missing: str) -> None:
@@ -52,13 +55,19 @@ class Bench:
             self.left_out.append(word)
             self.tell(f"left out, {word}")
 
-    def in_turn(self, things: Sequence[Server], measure: Callable[[Server], Measured]) -> Rounds:
+    def in_turn(self, things: Mapping[str, Callable[[], Measured]]) -> Rounds:
         """Measure one after the other, and again, round after round: what changes meanwhile changes for all."""
-        found: Rounds = {thing.label: [] for thing in things}
+        found: Rounds = {what: [] for what in things}
         for _ in range(self.rounds):
-            for thing in things:
-                found[thing.label].append(measure(thing))
+            for what, measure in things.items():
+                found[what].append(measure())
         return found
+
+    def ask(self, server: Server, **options: Any) -> Callable[[], Measured]:
+        """Return how to measure a server over many connections; it has been busy before: some must get warm."""
+        if server.protocol != "floor":
+            self.load.once(server, **options, seconds=self.warm_up_s)
+        return lambda: self.load.run(server, **options, warm=self.warm_s, seconds=self.seconds)
 
     def tell(self, line: str) -> None:
         sys.stdout.write(f"{time.strftime('%H:%M:%S')} {line}\n")

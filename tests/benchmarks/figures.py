@@ -67,3 +67,39 @@ def number(value: float) -> str:
         digits = max(len(f"{value:.0f}") - 3, 0)
         return f"{round(value / 10**digits) * 10**digits:,}"
     return f"{value:.3g}"
+
+
+def by_rate(rounds: Rounds, to: str) -> Table:
+    """Return a table of servers, the fastest first."""
+    head = [
+        "server",
+        "a second",
+        f"ratio to {to}",
+        "p50 µs",
+        "p99 µs",
+        "its core is busy",
+        "the load's core is busy",
+    ]
+    table = Table(head)
+    for what in sorted(rounds, key=lambda what: -middle(rounds, what, "a_second")):
+        rate, p50, p99, server, load = (
+            middle(rounds, what, key) for key in ("a_second", "p50_us", "p99_us", "server_share", "load_share")
+        )
+        compared = str(ratio(rounds, what, to, "a_second")) if to in rounds else ""
+        table.lines.append(
+            [what, number(rate), compared, number(p50), number(p99), f"{server:.0%}", f"{load:.0%}"]
+        )
+    return table
+
+
+def rates(rounds: Rounds, title: str, mark: str, part: float = 1.0) -> Bars:
+    found = sorted(((what, middle(rounds, what, "a_second")) for what in rounds), key=lambda bar: -bar[1])
+    return Bars(title, "a second", found, dict(found)[mark] * part if mark in rounds else None)
+
+
+def at_least(rounds: Rounds, what: str, least: float, to: str, row: str) -> list[Goal]:
+    """Return the goal of being so many times as fast as another; none where one of them was left out."""
+    if what not in rounds or to not in rounds:
+        return []
+    found = ratio(rounds, what, to, "a_second")
+    return [Goal(f"{row}: {what}", f"{found} × {to}", f"≥ {least:g} × {to}", found.middle >= least)]

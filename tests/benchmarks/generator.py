@@ -12,7 +12,7 @@ from tests.benchmarks.servers import Server
 SOURCES = Path(__file__).parent / "native"
 COMPILER = shutil.which("cc")
 FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wconversion", "-Wno-sign-conversion", "-Werror")
-SHARED = ("cards.c", "lines.c", "protocols.c")
+SHARED = ("cards.c", "protocols.c", "lines.c", "nats.c", "zookeeper.c", "etcd.c", "epmd.c")
 PROGRAMS = {"load": ("load.c", *SHARED), "floor": ("floor.c", *SHARED)}
 _LEAVE_S = 60.0
 _OTHERS_MAX, _TRIES = 0.05, 4
@@ -76,6 +76,17 @@ class Generator:
 
     def fill(self, server: Server, names: int) -> None:
         """Have a server hold so many names."""
+        if server.held:
+            self._hold(server, names)
+            return
         connections = next(count for count in (50, 20, 10, 1) if names % count == 0)
         depth = min(32, names // connections)
         self.once(server, work="create", once=True, names=names, connections=connections, depth=depth)
+
+    def _hold(self, server: Server, names: int) -> None:
+        asked = self.command(server, work="create", once=True, names=names, connections=names, hold=True)
+        holder = subprocess.Popen(asked, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        server.holders.append(holder)
+        assert holder.stdout is not None
+        if not holder.stdout.readline():
+            raise WrongReply(f"{server.label} does not take {names} names")

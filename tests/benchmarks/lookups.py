@@ -1,78 +1,67 @@
-"""Rows: one name looked up, over 50 connections, by a server that holds 1,000 and more."""
+"""Rows: names looked up over 50 connections, one at a time and 16 at a time, among 1,000 names and more."""
 
 from tests.benchmarks.bench import Bench, Rounds
-from tests.benchmarks.figures import Bars, Goal, Table, Told, middle, number, ratio
-from tests.benchmarks.generator import Measured
-from tests.benchmarks.peers import Memcached, Redis
+from tests.benchmarks.figures import Bars, Goal, Table, Told, at_least, by_rate, middle, number, rates, ratio
+from tests.benchmarks.peers import Epmd, Etcd, Memcached, Nats, Redis, Zookeeper
 from tests.benchmarks.servers import Floor, Regd, RegdFast, Server
 
-SERVERS: list[type[Server]] = [Floor, Regd, RegdFast, Redis, Memcached]
+SERVERS: list[type[Server]] = [Floor, Regd, RegdFast, Redis, Memcached, Zookeeper, Nats, Etcd]
 SIZES = (1_000, 10_000, 100_000)
-CONNECTIONS = 50
-
-
-def ask(bench: Bench, depth: int) -> Rounds:
-    def measure(server: Server) -> Measured:
-        return bench.load.run(
-            server, depth=depth, connections=CONNECTIONS, warm=bench.warm, seconds=bench.seconds
-        )
-
-    with bench.running(SERVERS, names=SIZES[0]) as servers:
-        return bench.in_turn(servers, measure)
-
-
-def table(rounds: Rounds, to: str) -> Table:
-    found = Table(
-        [
-            "server",
-            "a second",
-            f"ratio to {to}",
-            "p50 µs",
-            "p99 µs",
-            "its core is busy",
-            "the load's core is busy",
-        ]
-    )
-    for what in sorted(rounds, key=lambda what: -middle(rounds, what, "a_second")):
-        figures = [
-            middle(rounds, what, key) for key in ("a_second", "p50_us", "p99_us", "server_share", "load_share")
-        ]
-        compared = str(ratio(rounds, what, to, "a_second")) if to in rounds else ""
-        rate, p50, p99, server, load = figures
-        found.lines.append(
-            [what, number(rate), compared, number(p50), number(p99), f"{server:.0%}", f"{load:.0%}"]
-        )
-    return found
-
-
-def bars(rounds: Rounds, title: str, mark: str | None = None, part: float = 1.0) -> Bars:
-    rates = sorted(((what, middle(rounds, what, "a_second")) for what in rounds), key=lambda bar: -bar[1])
-    return Bars(title, "a second", rates, dict(rates)[mark] * part if mark in rounds else None)
-
-
-def at_least(rounds: Rounds, what: str, to: str, least: float, row: str) -> list[Goal]:
-    """The goal of being so many times as fast as another."""
-    if what not in rounds or to not in rounds:
-        return []
-    found = ratio(rounds, what, to, "a_second")
-    return [Goal(f"{row}: {what}", f"{found} × {to}", f"≥ {least:g} × {to}", found.middle >= least)]
 
 
 def one_at_a_time(bench: Bench) -> Rounds:
-    return ask(bench, 1)
+    with bench.running([*SERVERS, Epmd], names=SIZES[0]) as servers:
+        return bench.in_turn({server.label: bench.ask(server) for server in servers})
 
 
 def tell_one_at_a_time(rounds: Rounds) -> Told:
     row = "resolve, one at a time"
-    goals = at_least(rounds, "regd", "Redis", 0.85, row) + at_least(rounds, "regd, fast", "Redis", 1.05, row)
-    return Told([table(rounds, "Redis")], goals, [bars(rounds, "resolve, one at a time", "Redis")])
+    goals = at_least(rounds, "regd", 0.85, "Redis", row) + at_least(rounds, "regd, fast", 1.05, "Redis", row)
+    return Told([by_rate(rounds, "Redis")], goals, [rates(rounds, row, "Redis")])
 
 
 def sixteen_deep(bench: Bench) -> Rounds:
-    return ask(bench, 16)
+    with bench.running(SERVERS, names=SIZES[0]) as servers:
+        return bench.in_turn({server.label: bench.ask(server, depth=16) for server in servers})
 
 
 def tell_sixteen_deep(rounds: Rounds) -> Told:
     row = "resolve, 16 deep"
-    goals = at_least(rounds, "regd", "Redis", 1.2, row) + at_least(rounds, "regd, fast", "Redis", 1.2, row)
-    return Told([table(rounds, "Redis")], goals, [bars(rounds, "resolve, 16 deep", "Redis", 1.2)])
+    goals = at_least(rounds, "regd", 1.2, "Redis", row) + at_least(rounds, "regd, fast", 1.2, "Redis", row)
+    return Told([by_rate(rounds, "Redis")], goals, [rates(rounds, row, "Redis", 1.2)])
+
+
+def among(label: str, size: int) -> str:
+    return f"{label}, {size:,}"
+
+
+def among_many(bench: Bench) -> Rounds:
+    kinds = [Regd, RegdFast, Redis]
+    with bench.running(kinds * len(SIZES), names=[size for size in SIZES for _ in kinds]) as servers:
+        sizes = [size for size in SIZES for _ in range(len(servers) // len(SIZES))]
+        return bench.in_turn(
+            {
+                among(server.label, size): bench.ask(server, names=size)
+                for server, size in zip(servers, sizes, strict=True)
+            }
+        )
+
+
+def tell_among_many(rounds: Rounds) -> Told:
+    table = Table(
+        ["server", *(f"{size:,} names" for size in SIZES), *(f"{size:,} : 1,000" for size in SIZES[1:])]
+    )
+    goals: list[Goal] = []
+    bars: list[tuple[str, float]] = []
+    for label in ("regd", "regd, fast", "Redis"):
+        if among(label, SIZES[0]) not in rounds:
+            continue
+        speeds = [middle(rounds, among(label, size), "a_second") for size in SIZES]
+        slower = [ratio(rounds, among(label, size), among(label, SIZES[0]), "a_second") for size in SIZES[1:]]
+        table.lines.append([label, *map(number, speeds), *map(str, slower)])
+        bars += [(among(label, size), speed) for size, speed in zip(SIZES, speeds, strict=True)]
+        if label != "Redis":
+            for size in SIZES[1:]:
+                row = f"resolve among {size:,} names"
+                goals += at_least(rounds, among(label, size), 0.9, among(label, SIZES[0]), row)
+    return Told([table], goals, [Bars("resolve among many names", "a second", bars)])

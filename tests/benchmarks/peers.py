@@ -1,6 +1,10 @@
 """The servers that one would take instead, from Debian's packages, each as it comes but for where it listens."""
 
-from tests.benchmarks.servers import Server
+import json
+from pathlib import Path
+from typing import ClassVar
+
+from tests.benchmarks.servers import Server, free_port
 
 
 class Redis(Server):
@@ -23,3 +27,95 @@ class Memcached(Server):
 
     def answers(self) -> bool:
         return self.ask(b"version\r\n", b"\r\n").startswith(b"VERSION")
+
+
+class Nats(Server):
+    """A bucket of its key-value store, in a file; each write is not synced, as it comes."""
+
+    label, protocol, program = "NATS", "nats", "nats-server"
+
+    def command(self) -> list[str]:
+        return [self.program, "-a", "127.0.0.1", "-p", str(self.port), "-js", "-sd", str(self.folder)]
+
+    def answers(self) -> bool:
+        return self.ask(b"PING\r\n", b"PONG\r\n").startswith(b"INFO")
+
+    def prepare(self) -> None:
+        """Make the bucket, as its clients do."""
+        bucket = {
+            "name": "KV_services",
+            "subjects": ["$KV.services.>"],
+            "storage": "file",
+            "max_msgs_per_subject": 1,
+            "discard": "new",
+            "allow_rollup_hdrs": True,
+            "deny_delete": True,
+            "allow_direct": True,
+            "num_replicas": 1,
+        }
+        wanted = json.dumps(bucket).encode()
+        made = self.ask(
+            b'CONNECT {"verbose":false}\r\nSUB made 1\r\n'
+            + b"PUB $JS.API.STREAM.CREATE.KV_services made %d\r\n%s\r\n" % (len(wanted), wanted),
+            b'"did_create":true',
+        )
+        assert b'"did_create":true' in made, made
+
+
+class Zookeeper(Server):
+    """One server by itself. Its files are synced before it answers, as they come."""
+
+    label, protocol, program = "ZooKeeper", "zookeeper", "java"
+    jar: ClassVar[Path] = Path("/usr/share/java/zookeeper.jar")
+
+    @classmethod
+    def missing(cls) -> str:
+        return super().missing() or ("" if cls.jar.exists() else "zookeeper")
+
+    def command(self) -> list[str]:
+        (self.folder / "zoo.cfg").write_text(
+            f"tickTime=2000\ndataDir={self.folder}\nclientPort={self.port}\nclientPortAddress=127.0.0.1\n"
+            "admin.enableServer=false\n"
+        )
+        (self.folder / "log4j.properties").write_text("log4j.rootLogger=OFF\n")
+        main = "org.apache.zookeeper.server.ZooKeeperServerMain"
+        return [self.program, "-cp", f"{self.folder}:{self.jar}", main, str(self.folder / "zoo.cfg")]
+
+    def answers(self) -> bool:
+        return self.ask(b"srvr", b"Mode").startswith(b"Zookeeper version")
+
+
+class Etcd(Server):
+    """One member by itself. Its log is synced before it answers, as it comes."""
+
+    label, protocol, program = "etcd", "etcd", "etcd"
+
+    def command(self) -> list[str]:
+        ours, theirs = (f"http://127.0.0.1:{port}" for port in (self.port, free_port()))
+        flags = {
+            "data-dir": str(self.folder / "data"),
+            "listen-client-urls": ours,
+            "advertise-client-urls": ours,
+            "listen-peer-urls": theirs,
+            "initial-advertise-peer-urls": theirs,
+            "initial-cluster": f"default={theirs}",
+            "logger": "zap",
+            "log-level": "error",
+        }
+        return [self.program, *(f"--{flag}={value}" for flag, value in flags.items())]
+
+    def answers(self) -> bool:
+        return b'"health":"true"' in self.ask(b"GET /health HTTP/1.0\r\n\r\n", b"}")
+
+
+class Epmd(Server):
+    """Erlang's register of nodes. A name is held by an open connection."""
+
+    label, protocol, program = "epmd", "epmd", "epmd"
+    held = True
+
+    def command(self) -> list[str]:
+        return [self.program, "-port", str(self.port), "-address", "127.0.0.1"]
+
+    def answers(self) -> bool:
+        return len(self.ask(b"\x00\x01n", b"name:")) >= 4

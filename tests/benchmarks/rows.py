@@ -19,4 +19,5 @@ class Row:
 ROWS = (
     Row("resolve", "resolve, 50 connections, one at a time", lookups.one_at_a_time, lookups.tell_one_at_a_time),
     Row("resolve16", "resolve, 50 connections, 16 deep", lookups.sixteen_deep, lookups.tell_sixteen_deep),
+    Row("names", "resolve among 1,000, 10,000 and 100,000 names", lookups.among_many, lookups.tell_among_many),
 )

@@ -28,6 +28,7 @@ class Server:
     label: ClassVar[str]
     protocol: ClassVar[str]
     program: ClassVar[str]
+    held = False  # a name lives as long as the connection that registered it
     says_where = False  # it takes a free port by itself, and says on stdout which
 
     def __init__(self, folder: Path, *, durable: bool = False) -> None:
@@ -35,6 +36,7 @@ class Server:
         self.durable = durable
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
+        self.holders: list[subprocess.Popen[str]] = []  # end when their input does
 
     @classmethod
     def missing(cls) -> str:
@@ -95,6 +97,8 @@ class Server:
             self.process.kill()
             self.process.communicate()
         self.process = None
+        for holder in self.holders:
+            holder.communicate()
 
     def ask(self, request: bytes, until: bytes) -> bytes:
         """Send bytes on a connection of its own, and return what comes up to `until`."""

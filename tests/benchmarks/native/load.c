@@ -140,7 +140,7 @@ static int receive(struct connection *connection, uint64_t *now) {
     if (length < 0 && (errno == EAGAIN || errno == EINTR))
         return 0;
     if (length <= 0) {
-        if (!protocol->single || connection->outstanding > 0)
+        if (!(protocol->single && options.work == READ) || connection->outstanding > 0)
             die("connection %u was closed", connection->number);
         close(connection->fd);
         return 1;

@@ -11,6 +11,10 @@ static const struct {
     {"regd", make_regd},
     {"redis", make_redis},
     {"memcached", make_memcached},
+    {"nats", make_nats},
+    {"zookeeper", make_zookeeper},
+    {"etcd", make_etcd},
+    {"epmd", make_epmd},
 };
 
 struct protocol *protocol_named(const char *name) {
