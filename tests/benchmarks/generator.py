@@ -13,7 +13,7 @@ SOURCES = Path(__file__).parent / "native"
 COMPILER = shutil.which("cc")
 FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wconversion", "-Wno-sign-conversion", "-Werror")
 SHARED = ("cards.c", "protocols.c", "lines.c", "nats.c", "zookeeper.c", "etcd.c", "epmd.c")
-PROGRAMS = {"load": ("load.c", *SHARED), "floor": ("floor.c", *SHARED)}
+PROGRAMS = {name: (f"{name}.c", *SHARED) for name in ("load", "floor", "bare")}
 _LEAVE_S = 60.0
 _OTHERS_MAX, _TRIES = 0.05, 4
 
@@ -51,6 +51,8 @@ class Generator:
         return best
 
     def once(self, server: Server, **options: Any) -> Measured:
+        if options.get("work") == "write":
+            options["count_from"] = next(server.changes)
         with on_core(LOAD_CORE):
             done = subprocess.run(
                 self.command(server, **options), capture_output=True, text=True, timeout=_LEAVE_S, check=False

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.benchmarks import lookups
+from tests.benchmarks import lookups, registering
 from tests.benchmarks.bench import Bench, Rounds
 from tests.benchmarks.figures import Told
 
@@ -20,4 +20,19 @@ ROWS = (
     Row("resolve", "resolve, 50 connections, one at a time", lookups.one_at_a_time, lookups.tell_one_at_a_time),
     Row("resolve16", "resolve, 50 connections, 16 deep", lookups.sixteen_deep, lookups.tell_sixteen_deep),
     Row("names", "resolve among 1,000, 10,000 and 100,000 names", lookups.among_many, lookups.tell_among_many),
+    *(
+        Row(
+            f"register{size // 1_000}k",
+            f"durable register, 50 connections, among {size:,} registrations",
+            registering.among(size),
+            registering.tell_among(size),
+        )
+        for size in (1_000, 10_000, 100_000)
+    ),
+    Row(
+        "single",
+        "one durable register after the other on one connection, among 1,000",
+        registering.one_after_the_other,
+        registering.tell_one_after_the_other,
+    ),
 )

@@ -1,6 +1,7 @@
 """Servers as processes of the benchmark: started on the server's core in a folder of their own, ended by their pid."""
 
 import contextlib
+import itertools
 import shutil
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from tests.support.daemon import environment
 
 _START_S, _END_S = 30.0, 20.0
 _TRY_S = 0.02
+_CHANGES = 1_000_000  # more than one run makes
 
 
 def free_port() -> int:
@@ -36,6 +38,7 @@ class Server:
         self.durable = durable
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
+        self.changes = itertools.count(_CHANGES, _CHANGES)  # each run writes other values than those before
         self.holders: list[subprocess.Popen[str]] = []  # end when their input does
 
     @classmethod

@@ -23,6 +23,8 @@ void make_regd(struct protocol *regd) {
     card_text(&regd->reply[WRITE],
         "{\"ok\":true,\"name\":\"svc-%N\",\"instance\":\"\",\"host\":\"127.0.0.1\",\"port\":%P,\"rev\":");
     regd->reply[READ].open_end = regd->reply[WRITE].open_end = 1; /* the revision, and when it was registered */
+    card_text(&regd->request[PING_WORK], "{\"cmd\":\"ping\"}\n");
+    card_text(&regd->reply[PING_WORK], "{\"ok\":true}\n");
     card_text(&regd->watch, "{\"cmd\":\"watch\",\"name\":\"svc-%N\"}\n");
     regd->publish = regd->request[WRITE];
 }

@@ -1,6 +1,6 @@
 /* The load generator: asks a server for services over many connections, checks every reply, counts and times them.
  *
- *     load PROTOCOL --port N [--work read|write|create] [--connections N] [--depth N] [--names N]
+ *     load PROTOCOL --port N [--work read|write|create|ping] [--connections N] [--depth N] [--names N]
  *          [--warm S] [--seconds S] [--once] [--count-from N] [--verify N] [--server PID] [--hold]
  *
  * One thread and one epoll. Each connection sends `depth` requests in one piece, waits for all their replies, and
@@ -281,6 +281,14 @@ static void leave(void) {
             ;
 }
 
+static enum work work_named(const char *word) {
+    static const char *const words[WORKS] = {"read", "write", "create", "ping"};
+    for (enum work work = READ; work < WORKS; work++)
+        if (strcmp(word, words[work]) == 0)
+            return work;
+    die("no work is called %s", word);
+}
+
 static void read_options(int count_of, char **words) {
     static const struct option known[] = {{"port", 1, 0, 'p'}, {"work", 1, 0, 'w'}, {"connections", 1, 0, 'c'},
         {"depth", 1, 0, 'd'}, {"names", 1, 0, 'n'}, {"warm", 1, 0, 'W'}, {"seconds", 1, 0, 's'}, {"once", 0, 0, 'o'},
@@ -289,7 +297,7 @@ static void read_options(int count_of, char **words) {
         uint32_t number = optarg ? (uint32_t)strtoul(optarg, NULL, 10) : 0;
         switch (letter) {
         case 'p': options.port = (int)number; break;
-        case 'w': options.work = optarg[0] == 'r' ? READ : optarg[0] == 'w' ? WRITE : CREATE; break;
+        case 'w': options.work = work_named(optarg); break;
         case 'c': options.connections = number; break;
         case 'd': options.depth = number; break;
         case 'n': options.names = number; break;
@@ -305,6 +313,8 @@ static void read_options(int count_of, char **words) {
     }
     if (optind != count_of - 1 || (protocol = protocol_named(words[optind])) == NULL)
         die("name one protocol");
+    if (protocol->request[options.work].length == 0)
+        die("%s is not asked for that", protocol->name);
     if (options.depth < 1 || options.depth > DEPTH_MAX || options.names > NAMES_MAX || options.connections < 1 ||
         options.names % options.connections || options.names / options.connections < options.depth)
         die("each connection needs as many names as the others, and as many as are asked for at a time");

@@ -24,7 +24,7 @@
     "\"state\":\"ready\""
 #define VALUE "{" INSTANCE "}"
 
-enum work { READ, WRITE, CREATE, WORKS };
+enum work { READ, WRITE, CREATE, PING_WORK, WORKS };
 
 /* One request: which service, the how-manieth change, and what tells its reply from others. */
 struct asked {
