@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,18 @@ from tests.benchmarks.servers import Server
 
 SOURCES = Path(__file__).parent / "native"
 COMPILER = shutil.which("cc")
-FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wconversion", "-Wno-sign-conversion", "-Werror")
-SHARED = ("cards.c", "protocols.c", "lines.c", "nats.c", "zookeeper.c", "etcd.c", "epmd.c")
-PROGRAMS = {name: (f"{name}.c", *SHARED) for name in ("load", "floor", "bare")}
+FLAGS = (
+    "-std=gnu11",
+    "-O2",
+    "-D_GNU_SOURCE",
+    "-Wall",
+    "-Wextra",
+    "-Wconversion",
+    "-Wno-sign-conversion",
+    "-Werror",
+)
+SHARED = ("cards.c", "dial.c", "protocols.c", "lines.c", "nats.c", "zookeeper.c", "etcd.c", "epmd.c")
+PROGRAMS = {name: (f"{name}.c", *SHARED) for name in ("load", "follow", "floor", "bare")}
 _LEAVE_S = 60.0
 _OTHERS_MAX, _TRIES = 0.05, 4
 
@@ -36,44 +46,35 @@ class Generator:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def run(self, server: Server, **options: Any) -> Measured:
-        """Run `load`; where other programs took a part of the machine, run it again, and keep the quietest."""
+    def run(self, server: Server, program: str = "load", **options: Any) -> Measured:
+        """Run one; where other programs took a part of the machine, run it again, and keep the quietest."""
         best: Measured = {}
         for _ in range(_TRIES):
-            others = -others_s()
-            found = self.once(server, **options)
-            others += others_s()
-            found["others"] = others / (options.get("seconds", 1) + options.get("warm", 0))
+            others, began = others_s(), time.monotonic()
+            found = self.once(server, program, **options)
+            found["others"] = (others_s() - others) / (time.monotonic() - began)
             if not best or found["others"] < best["others"]:
                 best = found
             if best["others"] < _OTHERS_MAX:
                 break
         return best
 
-    def once(self, server: Server, **options: Any) -> Measured:
+    def once(self, server: Server, program: str = "load", **options: Any) -> Measured:
         if options.get("work") == "write":
             options["count_from"] = next(server.changes)
+        words = self.command(server, program, **options)
         with on_core(LOAD_CORE):
-            done = subprocess.run(
-                self.command(server, **options), capture_output=True, text=True, timeout=_LEAVE_S, check=False
-            )
+            done = subprocess.run(words, capture_output=True, text=True, timeout=_LEAVE_S, check=False)
         if done.returncode != 0:
             raise WrongReply(f"{server.label}: {done.stderr}")
         found: Measured = json.loads(done.stdout)
         return found
 
-    def command(self, server: Server, **options: Any) -> list[str]:
-        words = [
-            str(self.folder / "load"),
-            server.protocol,
-            "--port",
-            str(server.port),
-            "--server",
-            str(server.pid),
-        ]
+    def command(self, server: Server, program: str = "load", **options: Any) -> list[str]:
+        words = [str(self.folder / program), server.protocol, f"--port={server.port}", f"--server={server.pid}"]
         for key, value in options.items():
-            words.append(f"--{key.replace('_', '-')}")
-            words += [] if value is True else [str(value)]
+            flag = f"--{key.replace('_', '-')}"
+            words.append(flag if value is True else f"{flag}={value}")
         return words
 
     def fill(self, server: Server, names: int) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.benchmarks import lookups, registering
+from tests.benchmarks import lookups, registering, watching
 from tests.benchmarks.bench import Bench, Rounds
 from tests.benchmarks.figures import Told
 
@@ -34,5 +34,14 @@ ROWS = (
         "one durable register after the other on one connection, among 1,000",
         registering.one_after_the_other,
         registering.tell_one_after_the_other,
+    ),
+    *(
+        Row(
+            f"watch{watchers}",
+            f"from a change to who watches, {watchers:,} watching",
+            watching.of(watchers),
+            watching.tell(watchers),
+        )
+        for watchers in (1, 1_000)
     ),
 )

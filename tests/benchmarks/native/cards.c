@@ -2,16 +2,11 @@
 #include "load.h"
 
 #include <arpa/inet.h>
-#include <errno.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 #include <time.h>
-#include <unistd.h>
 
 void die(const char *format, ...) {
     va_list arguments;
@@ -137,23 +132,6 @@ struct card value_card(void) {
     struct card card = {0};
     card_text(&card, VALUE);
     return card;
-}
-
-int connect_to(int port) {
-    struct sockaddr_in address = {
-        .sin_family = AF_INET, .sin_port = htons((uint16_t)port), .sin_addr = {htonl(INADDR_LOOPBACK)}};
-    int on = 1, fd = socket(AF_INET, SOCK_STREAM, 0);
-    if (fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof address) < 0)
-        die("cannot connect to port %d: %s", port, strerror(errno));
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    return fd;
-}
-
-/* What is sent is small beside a socket's buffer: one that takes no more belongs to a server that stopped reading. */
-void say(struct connection *connection, const char *bytes, size_t length) {
-    ssize_t sent = send(connection->fd, bytes, length, MSG_DONTWAIT | MSG_NOSIGNAL);
-    if (sent != (ssize_t)length)
-        die("connection %u takes no more: %s", connection->number, sent < 0 ? strerror(errno) : "it is full");
 }
 
 static size_t bucket(uint64_t ns) {

@@ -96,17 +96,9 @@ static void ask(struct connection *connection, uint64_t now) {
 
 static void open_connection(struct connection *connection) {
     struct epoll_event event = {.events = EPOLLIN, .data = {.ptr = connection}};
-    static const struct asked nothing;
-    char greeting[CARD_BYTES];
-    connection->fd = connect_to(options.port);
-    connection->input_length = 0;
-    connection->greeted = protocol->greeting.length == 0;
+    dial(connection, protocol, options.port);
     if (epoll_ctl(epoll, EPOLL_CTL_ADD, connection->fd, &event) < 0)
         die("epoll_ctl: %s", strerror(errno));
-    struct asked self = nothing;
-    self.connection = connection->number;
-    if (!connection->greeted)
-        say(connection, greeting, card_fill(&protocol->greeting, &self, greeting));
 }
 
 static void check(const struct slot *slot, const struct answer *answer) {
@@ -153,8 +145,6 @@ static int receive(struct connection *connection, uint64_t *now) {
         size_t taken = protocol->take(connection, connection->input + at, connection->input_length - at, &answer);
         if (taken == 0)
             break;
-        if (answer.kind == GREETED)
-            connection->greeted = 1;
         if (answer.kind == ANSWER)
             finish(connection, &answer, *now);
         at += taken;
@@ -163,7 +153,7 @@ static int receive(struct connection *connection, uint64_t *now) {
         die("a reply is longer than %d bytes", INPUT_BYTES);
     connection->input_length -= at;
     memmove(connection->input, connection->input + at, connection->input_length);
-    return connection->greeted && connection->outstanding == 0 && !(protocol->single && options.work == READ);
+    return connection->outstanding == 0 && !(protocol->single && options.work == READ);
 }
 
 struct shares {
@@ -232,29 +222,6 @@ static void run(struct shares *from, struct shares *to) {
     }
     if (to->at_ns == 0)
         *to = shares();
-}
-
-static void greet(void) {
-    struct epoll_event events[256];
-    uint32_t greeted = 0;
-    for (uint32_t n = 0; n < options.connections; n++) {
-        connections[n] = (struct connection){.number = n, .last_turn = options.names / options.connections,
-            .slots = calloc(SLOTS, sizeof(struct slot)), .input = malloc(INPUT_BYTES)};
-        open_connection(&connections[n]);
-        greeted += (uint32_t)connections[n].greeted;
-    }
-    while (greeted < options.connections) {
-        int found = epoll_wait(epoll, events, 256, 10000);
-        uint64_t now;
-        if (found == 0)
-            die("no greeting for 10 s");
-        for (int n = 0; n < found; n++) {
-            struct connection *connection = events[n].data.ptr;
-            int before = connection->greeted;
-            receive(connection, &now);
-            greeted += (uint32_t)(connection->greeted - before);
-        }
-    }
 }
 
 /* Read names that were written, and be sure that they hold what was written last. */
@@ -326,7 +293,10 @@ int main(int count_of, char **words) {
     shuffle();
     epoll = epoll_create1(0);
     connections = calloc(options.connections, sizeof *connections);
-    greet();
+    for (uint32_t n = 0; n < options.connections; n++) {
+        connections[n] = (struct connection){.number = n, .last_turn = options.names / options.connections};
+        open_connection(&connections[n]);
+    }
     run(&from, &to);
     if (options.verify && options.work == WRITE)
         verify();

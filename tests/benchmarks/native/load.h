@@ -117,7 +117,7 @@ struct protocol *protocol_named(const char *name);
 
 _Noreturn void die(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void say(struct connection *connection, const char *bytes, size_t length);
-int connect_to(int port);
+void dial(struct connection *connection, const struct protocol *protocol, int port);
 uint64_t now_ns(void);
 uint32_t number_at(const char *bytes); /* of four bytes, big end first */
 size_t line_length(const char *bytes, size_t length); /* with its \n; 0 when it has none yet */

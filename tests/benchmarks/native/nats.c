@@ -65,13 +65,15 @@ void make_nats(struct protocol *nats) {
     card_text(&nats->reply[WRITE], "{\"stream\":\"" STREAM "\",");
     nats->reply[WRITE].open_end = 1; /* the message's number */
     nats->publish = nats->request[WRITE];
-    /* What a watcher of a bucket is: a consumer of the stream that pushes to its subject. */
-    const char *consumer = "{\"stream_name\":\"" STREAM "\",\"config\":{\"deliver_subject\":\"inbox.%I.watch\","
-                           "\"deliver_policy\":\"last_per_subject\",\"ack_policy\":\"none\","
+    /* What a watcher of a bucket is: a consumer of the stream that pushes to its subject, and is kept in memory. One
+     * whose connection has ended goes after half a second, so that it is no load in the next round. */
+    const char *consumer = "{\"stream_name\":\"" STREAM "\",\"config\":{\"deliver_subject\":\"watch.%I\","
+                           "\"deliver_policy\":\"last_per_subject\",\"ack_policy\":\"none\",\"mem_storage\":true,"
+                           "\"num_replicas\":1,\"inactive_threshold\":500000000,"
                            "\"filter_subject\":\"" SUBJECT "\"}}";
     struct card wanted = {0};
     card_text(&wanted, consumer);
-    card_text(&nats->watch, "PUB $JS.API.CONSUMER.CREATE." STREAM " inbox.%I.made ");
+    card_text(&nats->watch, "SUB watch.%I 2\r\nPUB $JS.API.CONSUMER.CREATE." STREAM " inbox.%I.made ");
     card_print(&nats->watch, "%zu\r\n", wanted.length);
     card_text(&nats->watch, consumer);
     card_text(&nats->watch, "\r\n");

@@ -1,0 +1,60 @@
+"""Rows: how long after a change was sent the watchers of its name have it, one of them and 1,000."""
+
+from collections.abc import Callable
+
+from tests.benchmarks.bench import Bench, Rounds
+from tests.benchmarks.figures import Bars, Goal, Table, Told, middle, number, ratio
+from tests.benchmarks.generator import Measured
+from tests.benchmarks.peers import Etcd, Nats, Redis
+from tests.benchmarks.servers import Regd, RegdFast, Server
+
+SERVERS: list[type[Server]] = [Regd, RegdFast, Redis, Etcd, Nats]
+KEYS = ("p50_us", "p99_us", "last_p50_us", "last_p99_us")
+_DELIVERIES = 50_000  # of one measurement, by estimate, where there are many watchers
+_CHANGES = 300
+
+
+def of(watchers: int) -> Callable[[Bench], Rounds]:
+    changes = max(min(_CHANGES, _DELIVERIES // watchers), 20)
+
+    def measure(bench: Bench) -> Rounds:
+        def follow(server: Server) -> Callable[[], Measured]:
+            wanted = {"watchers": watchers, "changes": max(round(changes * min(bench.seconds, 1)), 10)}
+            bench.load.once(server, "follow", **wanted)
+            return lambda: bench.load.run(server, "follow", **wanted)
+
+        with bench.running(SERVERS, durable=True, names=1_000) as servers:
+            return bench.in_turn({server.label: follow(server) for server in servers})
+
+    return measure
+
+
+def tell(watchers: int) -> Callable[[Rounds], Told]:
+    row = f"change to watcher, {watchers:,} watcher{'s' * (watchers > 1)}"
+
+    def told(rounds: Rounds) -> Told:
+        table = Table(
+            ["server", "p50 µs", "p99 µs", "the last, p50 µs", "the last, p99 µs", "the load's core is busy"]
+        )
+        order = sorted(rounds, key=lambda what: middle(rounds, what, "p50_us"))
+        for what in order:
+            share = f"{middle(rounds, what, 'load_share'):.0%}"
+            table.lines.append([what, *(number(middle(rounds, what, key)) for key in KEYS), share])
+        goals = [
+            goal
+            for key, part in (("p50_us", "p50"), ("p99_us", "p99"))
+            for label in ("regd", "regd, fast")
+            for peer in ("etcd", "NATS")
+            for goal in _ahead(rounds, label, peer, key, f"{row}, {part}")
+        ]
+        bars = [(what, middle(rounds, what, "p50_us")) for what in order]
+        return Told([table], goals, [Bars(row, "µs, p50", bars)])
+
+    return told
+
+
+def _ahead(rounds: Rounds, label: str, peer: str, key: str, row: str) -> list[Goal]:
+    if label not in rounds or peer not in rounds:
+        return []
+    found = ratio(rounds, label, peer, key)
+    return [Goal(f"{row}: {label}", f"{found} × {peer}", f"< 1 × {peer}", found.middle < 1)]
