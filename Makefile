@@ -26,7 +26,8 @@ uvloop: $(VENV)/ready
 # regd beside the servers that one would take instead. ROWS="resolve register" measures these rows alone,
 # SHORT=1 with two rounds.
 bench: $(VENV)/ready
-	$(VENV)/bin/python -m tests.benchmarks $(if $(SHORT),--rounds 2) $(ROWS)
+	$(VENV)/bin/python -m pip install -q --group bench
+	PYTHONPATH=.:client $(VENV)/bin/python -m tests.benchmarks $(if $(SHORT),--rounds 2) $(ROWS)
 
 # The long runs. Each has a short form in the suite; regd/DESIGN.md says what they prove, and their last figures.
 

@@ -1,13 +1,17 @@
-"""`python -m tests.benchmarks [ROW …]`: measure rows, all without a word."""
+"""`python -m tests.benchmarks [ROW …]`: measure rows and print them. Without a word: all, and the page is written."""
 
 import argparse
+import datetime
+import importlib.util
+import resource
 import sys
 import tempfile
 from pathlib import Path
 
-from tests.benchmarks.bench import Bench
-from tests.benchmarks.generator import Generator, build
-from tests.benchmarks.page import tables
+from tests.benchmarks import page, plot, results
+from tests.benchmarks.bench import Bench, Rounds
+from tests.benchmarks.generator import Generator, WrongReply, build
+from tests.benchmarks.machine import facts
 from tests.benchmarks.rows import ROWS
 
 
@@ -16,23 +20,70 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(row.word for row in ROWS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="that count, of each measurement")
+    parser.add_argument("--short", action="store_true", help="two rounds of less, and no page")
     parser.add_argument("--folder", type=Path, help="where the servers keep their files (default: the system's)")
+    parser.add_argument(
+        "--page", action="store_true", help="measure nothing: write the page of the last whole run"
+    )
     given = parser.parse_args()
-    if unknown := set(given.rows) - {row.word for row in ROWS}:
-        parser.error(f"no row {', '.join(sorted(unknown))}")
+    given.words = set()
+    for word in given.rows:
+        # A word stands for all rows that begin with it, unless it is one.
+        meant = {row.word for row in ROWS if row.word == word} or {
+            row.word for row in ROWS if row.word.startswith(word)
+        }
+        if not meant:
+            parser.error(f"no row {word!r}; the rows are {', '.join(row.word for row in ROWS)}")
+        given.words |= meant
+    given.words = given.words or {row.word for row in ROWS}
+    if given.short:
+        given.rounds, given.seconds = 2, 0.4
     return given
+
+
+def measure(bench: Bench, words: set[str]) -> dict[str, Rounds]:
+    found = {}
+    for row in ROWS:
+        if row.word in words:
+            bench.tell(f"{row.word}: {row.title}")
+            found[row.word] = row.measure(bench)
+            sys.stdout.write(f"\n{page.row_text(row.tell(found[row.word]))}\n")
+            sys.stdout.flush()
+    return found
+
+
+def write(found: results.Results) -> None:
+    page.write(found)
+    if importlib.util.find_spec("matplotlib") is None:
+        sys.stdout.write("no matplotlib: the plot stays as it was\n")
+    else:
+        plot.draw(found, page.PLOT)
+    sys.stdout.write(f"written: {page.PAGE.name}, {page.PLOT.name}\n")
 
 
 def main() -> int:
     given = arguments()
-    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        build(Path(folder))
-        bench = Bench(Generator(Path(folder)), Path(folder), given.rounds, given.seconds)
-        for row in ROWS:
-            if not given.rows or row.word in given.rows:
-                bench.tell(row.title)
-                sys.stdout.write(tables(row.tell(row.measure(bench))) + "\n")
-                sys.stdout.flush()
+    if given.page:
+        write(results.load())
+        return 0
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+        folder = Path(name)
+        build(folder)
+        bench = Bench(
+            Generator(folder), folder, given.rounds, given.seconds, warm_up_s=min(2.0, 2 * given.seconds)
+        )
+        try:
+            rows = measure(bench, given.words)
+        except WrongReply as wrong:
+            sys.stderr.write(f"wrong: {wrong}\n")
+            return 1
+        if given.words == {row.word for row in ROWS} and not given.short:
+            day = datetime.date.today().isoformat()  # noqa: DTZ011 - the day of whoever measures
+            found = results.Results(day, facts(folder), given.rounds, given.seconds, bench.left_out, rows)
+            results.keep(found)
+            write(found)
     return 0
 
 

@@ -10,10 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.generator import Generator, Measured
+from tests.benchmarks.machine import others_s
 from tests.benchmarks.servers import Floor, Server
 
 # What was measured in a row: by what it was, round after round.
 Rounds = dict[str, list[Measured]]
+_OTHERS_MAX, _TRIES = 0.05, 3
+
+
+def _quietest(measure: Callable[[], Measured]) -> Measured:
+    """Measure; where other programs took a part of the machine meanwhile, again, and take the quietest."""
+    best: Measured = {}
+    for _ in range(_TRIES):
+        others, began = others_s(), time.monotonic()
+        found = measure()
+        found["others"] = (others_s() - others) / (time.monotonic() - began)
+        if not best or found["others"] < best["others"]:
+            best = found
+        if best["others"] < _OTHERS_MAX:
+            break
+    return best
 
 
 @dataclass
@@ -60,13 +76,13 @@ class Bench:
         found: Rounds = {what: [] for what in things}
         for _ in range(self.rounds):
             for what, measure in things.items():
-                found[what].append(measure())
+                found[what].append(_quietest(measure))
         return found
 
     def ask(self, server: Server, **options: Any) -> Callable[[], Measured]:
         """Return how to measure a server over many connections; it has been busy before: some must get warm."""
         if server.protocol != "floor":
-            self.load.once(server, **options, seconds=self.warm_up_s)
+            self.load.run(server, **options, seconds=self.warm_up_s)
         return lambda: self.load.run(server, **options, warm=self.warm_s, seconds=self.seconds)
 
     def tell(self, line: str) -> None:

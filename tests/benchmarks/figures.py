@@ -63,7 +63,7 @@ class Told:
 
 def number(value: float) -> str:
     """Three digits are all that rounds agree on."""
-    if value >= 1_000:
+    if value >= 999.5:
         digits = max(len(f"{value:.0f}") - 3, 0)
         return f"{round(value / 10**digits) * 10**digits:,}"
     return f"{value:.3g}"

@@ -3,11 +3,10 @@
 import json
 import shutil
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.machine import LOAD_CORE, on_core, others_s
+from tests.benchmarks.machine import LOAD_CORE, on_core
 from tests.benchmarks.servers import Server
 
 SOURCES = Path(__file__).parent / "native"
@@ -25,7 +24,6 @@ FLAGS = (
 SHARED = ("cards.c", "dial.c", "protocols.c", "lines.c", "nats.c", "zookeeper.c", "etcd.c", "epmd.c")
 PROGRAMS = {name: (f"{name}.c", *SHARED) for name in ("load", "follow", "floor", "bare")}
 _LEAVE_S = 60.0
-_OTHERS_MAX, _TRIES = 0.05, 4
 
 Measured = dict[str, float]
 
@@ -47,19 +45,7 @@ class Generator:
         self.folder = folder
 
     def run(self, server: Server, program: str = "load", **options: Any) -> Measured:
-        """Run one; where other programs took a part of the machine, run it again, and keep the quietest."""
-        best: Measured = {}
-        for _ in range(_TRIES):
-            others, began = others_s(), time.monotonic()
-            found = self.once(server, program, **options)
-            found["others"] = (others_s() - others) / (time.monotonic() - began)
-            if not best or found["others"] < best["others"]:
-                best = found
-            if best["others"] < _OTHERS_MAX:
-                break
-        return best
-
-    def once(self, server: Server, program: str = "load", **options: Any) -> Measured:
+        """Run one of the programs against a server, and return what it found."""
         if options.get("work") == "write":
             options["count_from"] = next(server.changes)
         words = self.command(server, program, **options)
@@ -80,16 +66,17 @@ class Generator:
     def fill(self, server: Server, names: int) -> None:
         """Have a server hold so many names."""
         if server.held:
-            self._hold(server, names)
+            self.hold(server, names, "create")
             return
         connections = next(count for count in (50, 20, 10, 1) if names % count == 0)
         depth = min(32, names // connections)
-        self.once(server, work="create", once=True, names=names, connections=connections, depth=depth)
+        self.run(server, work="create", once=True, names=names, connections=connections, depth=depth)
 
-    def _hold(self, server: Server, names: int) -> None:
-        asked = self.command(server, work="create", once=True, names=names, connections=names, hold=True)
+    def hold(self, server: Server, names: int, work: str = "read") -> None:
+        """Open as many connections, ask for one name on each, and keep them open as long as the server runs."""
+        asked = self.command(server, work=work, once=True, names=names, connections=names, hold=True)
         holder = subprocess.Popen(asked, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         server.holders.append(holder)
         assert holder.stdout is not None
         if not holder.stdout.readline():
-            raise WrongReply(f"{server.label} does not take {names} names")
+            raise WrongReply(f"{server.label} does not take {names} connections")

@@ -21,6 +21,7 @@ class Redis(Server):
 
 class Memcached(Server):
     label, protocol, program = "memcached", "memcached", "memcached"
+    connections_max = 1_000
 
     def command(self) -> list[str]:
         return [self.program, "-l", "127.0.0.1", "-p", str(self.port), "-U", "0", "-u", "root", "-m", "1024"]
@@ -66,6 +67,7 @@ class Zookeeper(Server):
     """One server by itself. Its files are synced before it answers, as they come."""
 
     label, protocol, program = "ZooKeeper", "zookeeper", "java"
+    connections_max = 60
     jar: ClassVar[Path] = Path("/usr/share/java/zookeeper.jar")
 
     @classmethod

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.benchmarks import lookups, registering, watching
+from tests.benchmarks import calling, footprint, lookups, registering, watching
 from tests.benchmarks.bench import Bench, Rounds
 from tests.benchmarks.figures import Told
 
@@ -44,4 +44,18 @@ ROWS = (
         )
         for watchers in (1, 1_000)
     ),
+    Row("local", "resolve from a mirror, in the same process", calling.local, calling.tell_local),
+    *(
+        Row(
+            f"client{tasks}",
+            "resolve through a client library in Python, "
+            + ("one task" if tasks == 1 else f"{tasks} tasks at once"),
+            calling.remote(tasks),
+            calling.tell_remote(tasks),
+        )
+        for tasks in (1, 50)
+    ),
+    Row("start", "start with 100,000 registrations on file", footprint.start, footprint.tell_start),
+    Row("memory", "memory for registrations and connections", footprint.memory, footprint.tell_memory),
+    Row("command", "`regctl resolve NAME` as a whole process", footprint.command, footprint.tell_command),
 )

@@ -31,6 +31,7 @@ class Server:
     protocol: ClassVar[str]
     program: ClassVar[str]
     held = False  # a name lives as long as the connection that registered it
+    connections_max = 10_000
     says_where = False  # it takes a free port by itself, and says on stdout which
 
     def __init__(self, folder: Path, *, durable: bool = False) -> None:

@@ -20,7 +20,7 @@ def of(watchers: int) -> Callable[[Bench], Rounds]:
     def measure(bench: Bench) -> Rounds:
         def follow(server: Server) -> Callable[[], Measured]:
             wanted = {"watchers": watchers, "changes": max(round(changes * min(bench.seconds, 1)), 10)}
-            bench.load.once(server, "follow", **wanted)
+            bench.load.run(server, "follow", **wanted)
             return lambda: bench.load.run(server, "follow", **wanted)
 
         with bench.running(SERVERS, durable=True, names=1_000) as servers:

@@ -1,0 +1,120 @@
+"""Rows: what regd takes: time to start with 100,000 registrations, memory for them and for 5,000 connections; and
+what a process takes that asks it once."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.benchmarks.bench import Bench, Rounds
+from tests.benchmarks.figures import Goal, Table, Told, middle, number, ratio
+from tests.benchmarks.generator import Measured
+from tests.benchmarks.machine import LOAD_CORE, on_core
+from tests.benchmarks.peers import Etcd, Memcached, Nats, Redis, Zookeeper
+from tests.benchmarks.servers import Regd, RegdFast, Server
+from tests.support.daemon import environment
+
+MANY, IDLE = 100_000, 5_000
+MB = 1e6
+_RUNS = 20
+
+
+def start(bench: Bench) -> Rounds:
+    """From exec to the line that says where it listens, and the memory then."""
+    with bench.running([Regd, RegdFast], names=MANY) as servers:
+
+        def again(server: Server) -> Callable[[], Measured]:
+            def measure() -> Measured:
+                server.end()
+                began = time.perf_counter()
+                server.start()
+                return {"seconds": time.perf_counter() - began, "resident": server.resident_bytes / MB}
+
+            return measure
+
+        return bench.in_turn({server.label: again(server) for server in servers})
+
+
+def tell_start(rounds: Rounds) -> Told:
+    table = Table(["server", "s until it listens", "MB then"])
+    goals = []
+    for what in rounds:
+        took = middle(rounds, what, "seconds")
+        table.lines.append([what, number(took), number(middle(rounds, what, "resident"))])
+        goals.append(Goal(f"start with {MANY:,} registrations: {what}", f"{number(took)} s", "≤ 1 s", took <= 1))
+    return Told([table], goals)
+
+
+def memory(bench: Bench) -> Rounds:
+    """Empty and with all registrations, made over the wire; another with connections that have asked once. One round."""
+    found: Rounds = {}
+    for kind in (Regd, RegdFast, Redis, Memcached, Etcd, Nats, Zookeeper):
+        with bench.running([kind], durable=True) as servers:
+            for server in servers:
+                empty = server.resident_bytes
+                bench.load.fill(server, MANY)
+                full = server.resident_bytes
+                measured = {"empty": empty / MB, "full": (full - empty) / MB}
+                found[server.label] = [measured]
+        if kind.connections_max < IDLE:
+            continue
+        with bench.running([kind], names=IDLE) as servers:
+            for server in servers:
+                before = server.resident_bytes
+                bench.load.hold(server, IDLE)
+                found[server.label][0]["each_kb"] = (server.resident_bytes - before) / IDLE / 1e3
+    return found
+
+
+def tell_memory(rounds: Rounds) -> Told:
+    table = Table(["server", "MB empty", f"MB more with {MANY:,}", f"KB more for each of {IDLE:,} connections"])
+    goals = []
+    for what, [measured] in rounds.items():
+        each = number(measured["each_kb"]) if "each_kb" in measured else "takes fewer"
+        table.lines.append([what, number(measured["empty"]), number(measured["full"]), each])
+        if what.startswith("regd"):
+            full, each_kb = measured["full"], measured["each_kb"]
+            goals += [
+                Goal(f"memory for {MANY:,} registrations: {what}", f"{number(full)} MB", "≤ 100 MB", full <= 100),
+                Goal(f"memory for an idle connection: {what}", f"{number(each_kb)} KB", "≤ 5 KB", each_kb <= 5),
+            ]
+    return Told([table], goals)
+
+
+def command(bench: Bench) -> Rounds:
+    """Whole processes, one after the other; each round is the median of 20 of each."""
+    python, script = sys.executable, str(Path(sys.executable).parent / "regctl")
+    ask = ["resolve", "svc-000000"]
+    words = {"python -c pass": [python, "-c", "pass"], "regctl": [script, *ask]}
+    words["python -m regd.cli.regctl"] = [python, "-m", "regd.cli.regctl", *ask]
+    with bench.running([Regd], names=1_000) as [server]:
+        # As a user has it: the modules that were compiled once are found again.
+        plain = {key: value for key, value in environment().items() if not key.startswith("PYTHON")}
+        plain["REGD_ADDRESS"] = f"127.0.0.1:{server.port}"
+
+        def run(what: str) -> float:
+            with on_core(LOAD_CORE):
+                began = time.perf_counter()
+                done = subprocess.run(words[what], env=plain, capture_output=True, text=True, check=True)
+                took = time.perf_counter() - began
+            assert what.endswith("pass") or done.stdout == "127.0.0.1:10000\n", done.stdout
+            return took * 1e3
+
+        found: Rounds = {what: [] for what in words}
+        for _ in range(bench.rounds):
+            taken = [{what: run(what) for what in words} for _ in range(_RUNS)]
+            for what in words:
+                found[what].append({"ms": sorted(each[what] for each in taken)[_RUNS // 2]})
+        return found
+
+
+def tell_command(rounds: Rounds) -> Told:
+    table = Table(["process", "ms", "ratio"])
+    for what in rounds:
+        table.lines.append(
+            [what, number(middle(rounds, what, "ms")), str(ratio(rounds, what, "python -c pass", "ms"))]
+        )
+    found = ratio(rounds, "regctl", "python -c pass", "ms")
+    goal = Goal("regctl resolve NAME", f"{found} × python -c pass", "≤ 2.5 × python -c pass", found.middle <= 2.5)
+    return Told([table], [goal])

@@ -1,0 +1,161 @@
+"""The benchmark measures what it says: its programs build, replies are checked, and the page is what was found."""
+
+import json
+import socketserver
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import page, results
+from tests.benchmarks.bench import Bench
+from tests.benchmarks.caller import value
+from tests.benchmarks.calling import call
+from tests.benchmarks.figures import number, ratio
+from tests.benchmarks.generator import COMPILER, Generator, WrongReply, build
+from tests.benchmarks.peers import Redis
+from tests.benchmarks.rows import ROWS
+from tests.benchmarks.servers import Floor, Regd, Server
+
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler on this machine")
+SHORT = {"names": 100, "connections": 10, "seconds": 0.1}
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs in C, built without a warning."""
+    folder = tmp_path_factory.mktemp("programs")
+    build(folder)
+    return folder
+
+
+@pytest.fixture
+def bench(programs: Path, tmp_path: Path) -> Bench:
+    return Bench(Generator(programs), tmp_path, rounds=2, seconds=0.1, warm_s=0.02, warm_up_s=0.1)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", [Regd, Redis])
+@pytest.mark.parametrize(("work", "depth"), [("read", 1), ("read", 8), ("write", 1)])
+def test_a_server_is_asked_and_its_replies_are_right(
+    bench: Bench, kind: type[Server], work: str, depth: int
+) -> None:
+    if kind.missing():
+        pytest.skip(f"no {kind.missing()} on this machine")
+    with bench.running([kind], durable=True, names=100) as [server]:
+        found = bench.load.run(server, work=work, depth=depth, **SHORT, verify=100)
+    assert found["replies"] > 20
+    assert 0 < found["p50_us"] <= found["p99_us"]
+
+
+@needs_compiler
+def test_a_row_is_measured_in_rounds(bench: Bench) -> None:
+    with bench.running([Floor, Regd], names=100) as servers:
+        found = bench.in_turn({server.label: bench.ask(server, names=100, connections=10) for server in servers})
+    assert {what: len(rounds) for what, rounds in found.items()} == {"floor": 2, "regd": 2}
+    assert ratio(found, "regd", "floor", "a_second").middle < 1
+
+
+@needs_compiler
+def test_a_reply_about_another_name_ends_the_run(bench: Bench) -> None:
+    """The floor says of every name what regd would say of the first."""
+    with bench.running([Floor]) as [server]:
+        server.protocol = "regd"  # type: ignore[misc]
+        with pytest.raises(WrongReply, match="wrong reply to svc-"):
+            bench.load.run(server, **SHORT)
+
+
+class _Forgetful(socketserver.StreamRequestHandler):
+    """Says that it has registered, and resolves to what was there before."""
+
+    def handle(self) -> None:
+        for line in self.rfile:
+            asked = json.loads(line)
+            at = {
+                "name": asked["name"],
+                "instance": "",
+                "host": "127.0.0.1",
+                "port": 10_000 + int(asked["name"][4:]),
+            }
+            if asked["cmd"] == "resolve":
+                at |= {"meta": {"n": "0000000000"}, "state": "ready"}
+            self.wfile.write(json.dumps({"ok": True, **at, "rev": 1}, separators=(",", ":")).encode() + b"\n")
+
+
+class _Threads(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+
+@pytest.fixture
+def forgetful_port() -> Iterator[int]:
+    with _Threads(("127.0.0.1", 0), _Forgetful) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server.server_address[1]
+        server.shutdown()
+        thread.join()
+
+
+@needs_compiler
+def test_a_write_that_was_not_kept_ends_the_run(bench: Bench, forgetful_port: int) -> None:
+    with bench.running([Floor]) as [server]:
+        server.protocol, server.port = "regd", forgetful_port  # type: ignore[misc]
+        bench.load.run(server, **SHORT)
+        bench.load.run(server, work="write", **SHORT)
+        with pytest.raises(WrongReply, match="wrong reply to svc-"):
+            bench.load.run(server, work="write", **SHORT, verify=100)
+
+
+@needs_compiler
+def test_every_watcher_hears_of_every_change(bench: Bench) -> None:
+    with bench.running([Regd], names=100) as [server]:
+        found = bench.load.run(server, "follow", watchers=5, changes=10, warm=2)
+    assert found["replies"] == 50
+    assert found["p50_us"] <= found["last_p99_us"]
+
+
+@needs_compiler
+def test_the_client_is_asked_and_its_answers_are_right(bench: Bench) -> None:
+    with bench.running([Regd], names=1_000) as [server]:
+        assert call("regd", server, tasks=5, warm=0.01, seconds=0.1)["a_second"] > 10
+        assert 0 < call("mirror", server, seconds=0.05)["mirror_us"] < 1_000
+    with bench.running([Regd], names=10) as [server], pytest.raises(WrongReply, match="svc-"):
+        call("regd", server, tasks=5, warm=0.01, seconds=0.1)
+
+
+def test_what_is_stored_in_a_peer_is_what_regd_keeps() -> None:
+    assert json.loads(value(50_007)) == {
+        "name": "svc-050007", "instance": "", "host": "127.0.0.1", "port": 10_007, "meta": {"n": "0000000000"}, "state": "ready",
+    }  # fmt: skip
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    rounds = {"one": [{"a": 1.0}, {"a": 20.0}, {"a": 3.0}], "other": [{"a": 1.0}, {"a": 10.0}, {"a": 6.0}]}
+    assert ratio(rounds, "one", "other", "a") == (1.0, 0.5, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1_234_567, "1,230,000"), (999.6, "1,000"), (1_000, "1,000"), (12.34, "12.3"), (0.1234, "0.123")],
+)
+def test_three_digits_are_told(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_rows_have_words_of_their_own() -> None:
+    assert len({row.word for row in ROWS}) == len(ROWS)
+
+
+def test_the_page_is_what_was_found(tmp_path: Path) -> None:
+    copy = tmp_path / "page.md"
+    copy.write_text(page.PAGE.read_text())
+    page.write(results.load(), copy)
+    assert copy.read_text() == page.PAGE.read_text(), "write it again: python -m tests.benchmarks --page"
+
+
+def test_what_was_found_is_kept_as_it_was(tmp_path: Path) -> None:
+    found = results.load()
+    results.keep(found, tmp_path / "again.json")
+    assert results.load(tmp_path / "again.json") == found
