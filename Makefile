@@ -24,10 +24,10 @@ uvloop: $(VENV)/ready
 	REGD_TEST_LOOP=uvloop $(VENV)/bin/python -m pytest -q -m socket
 
 # regd beside the servers that one would take instead. ROWS="resolve register" measures these rows alone,
-# SHORT=1 with two rounds.
+# SHORT=1 with two short rounds. All of it takes a quarter of an hour, and writes regd/BENCHMARKS.md.
 bench: $(VENV)/ready
 	$(VENV)/bin/python -m pip install -q --group bench
-	PYTHONPATH=.:client $(VENV)/bin/python -m tests.benchmarks $(if $(SHORT),--rounds 2) $(ROWS)
+	PYTHONPATH=.:client $(VENV)/bin/python -m tests.benchmarks $(if $(SHORT),--short) $(ROWS)
 
 # The long runs. Each has a short form in the suite; regd/DESIGN.md says what they prove, and their last figures.
 

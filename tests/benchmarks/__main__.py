@@ -71,9 +71,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         folder = Path(name)
         build(folder)
-        bench = Bench(
-            Generator(folder), folder, given.rounds, given.seconds, warm_up_s=min(2.0, 2 * given.seconds)
-        )
+        bench = Bench(Generator(folder), folder, given.rounds, given.seconds)
+        if given.short:
+            bench.warm_up_s, bench.patience_s = 0.5, 60.0
         try:
             rows = measure(bench, given.words)
         except WrongReply as wrong:

@@ -53,13 +53,13 @@ def remote(tasks: int) -> Callable[[Bench], Rounds]:
                 if importlib.util.find_spec(module) is None:
                     bench.skip(what, module)
                     continue
-                things[what] = _calling(bench, library, by_kind[kind], tasks)
+                things[what] = _repeated(bench, library, by_kind[kind], tasks)
             return bench.in_turn(things)
 
     return measure
 
 
-def calling(bench: Bench, library: str, server: Server, tasks: int) -> Callable[[], Measured]:
+def _repeated(bench: Bench, library: str, server: Server, tasks: int) -> Callable[[], Measured]:
     return lambda: call(library, server, tasks=tasks, warm=bench.warm_s, seconds=bench.seconds)
 
 

@@ -115,6 +115,7 @@ class Epmd(Server):
 
     label, protocol, program = "epmd", "epmd", "epmd"
     held = True
+    names_max = 900  # each is a connection, and it takes some 1,000
 
     def command(self) -> list[str]:
         return [self.program, "-port", str(self.port), "-address", "127.0.0.1"]

@@ -32,6 +32,7 @@ class Server:
     program: ClassVar[str]
     held = False  # a name lives as long as the connection that registered it
     connections_max = 10_000
+    names_max = 1_000_000
     says_where = False  # it takes a free port by itself, and says on stdout which
 
     def __init__(self, folder: Path, *, durable: bool = False) -> None:

@@ -5,6 +5,7 @@ import socketserver
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from tests.benchmarks.rows import ROWS
 from tests.benchmarks.servers import Floor, Regd, Server
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler on this machine")
-SHORT = {"names": 100, "connections": 10, "seconds": 0.1}
+SHORT: dict[str, Any] = {"names": 100, "connections": 10, "seconds": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bench(programs: Path, tmp_path: Path) -> Bench:
-    return Bench(Generator(programs), tmp_path, rounds=2, seconds=0.1, warm_s=0.02, warm_up_s=0.1)
+    return Bench(Generator(programs), tmp_path, rounds=2, seconds=0.1, warm_s=0.02, warm_up_s=0.1, patience_s=0)
 
 
 @needs_compiler
