@@ -208,7 +208,7 @@ async def test_one_that_sends_much_leaves_turns_to_others(bench: Bench) -> None:
         before = told.calls.count("data")
         modest.send(b"x")
         await until(lambda count=count: other.calls.count("data") == count)
-        assert told.calls.count("data") - before <= 2
+        assert told.calls.count("data") - before <= 4  # two turns, with two looks in each
 
 
 async def test_many_that_are_ready_at_once_are_all_served(bench: Bench) -> None:
