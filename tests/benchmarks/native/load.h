@@ -100,7 +100,8 @@ struct protocol {
     struct card reply[WORKS];
     struct card watch; /* what a watcher sends to hear of the change `publish` */
     struct card publish;
-    int single; /* a READ has a connection of its own, which the server ends */
+    int may_lose; /* it promises a reply at most once: one that never comes is counted, and the others go on */
+    int single;   /* a READ has a connection of its own, which the server ends */
     /* Take one message off the front: return its length, 0 when it is not all there. */
     size_t (*take)(struct connection *, const char *bytes, size_t length, struct answer *);
 };

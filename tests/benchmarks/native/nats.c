@@ -54,6 +54,7 @@ static size_t take(struct connection *connection, const char *bytes, size_t leng
 void make_nats(struct protocol *nats) {
     struct card value = value_card();
     nats->take = take;
+    nats->may_lose = 1;
     card_text(&nats->greeting,
         "CONNECT {\"verbose\":false,\"pedantic\":false,\"headers\":true,\"no_responders\":true,\"protocol\":1}\r\n"
         "SUB inbox.%I.* 1\r\nPING\r\n");
