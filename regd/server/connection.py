@@ -416,9 +416,11 @@ class Connection(asyncio.Protocol):
         if self._ending or transport.is_closing():
             return
         held_back = self._held_up is not None or self._paused or self._blocked or self._quitting or self._eof
-        self._quiet = reader.empty and not (held_back or self._in_flight or self._landed or self._scheduled)
-        if reader.empty and self._reading and not (held_back or self._counted):  # mostly there is nothing to do
-            return
+        self._quiet = False
+        if not held_back and reader.empty:
+            self._quiet = not (self._in_flight or self._landed or self._scheduled)
+            if self._reading and not self._counted:  # mostly there is nothing more to do
+                return
         idle = self._held_up is None and not reader.pending and not self._paused
         if self._blocked:  # the end of the peer must be seen, so it is read for a while
             idle = not self._paused and reader.waiting_bytes < context.limits.line_bytes_max

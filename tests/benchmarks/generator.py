@@ -23,7 +23,7 @@ FLAGS = (
 )
 SHARED = ("cards.c", "dial.c", "protocols.c", "lines.c", "nats.c", "zookeeper.c", "etcd.c", "epmd.c")
 PROGRAMS = {name: (f"{name}.c", *SHARED) for name in ("load", "follow", "floor", "bare")}
-_LEAVE_S = 60.0
+_LEAVE_S = 240.0
 
 Measured = dict[str, float]
 
