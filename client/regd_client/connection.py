@@ -18,7 +18,7 @@ from regd_client.wire import Address
 HANGS_S = 9.0  # a daemon that says nothing for so long, while it is asked, hangs
 _AGAIN_S = 0.25  # until the second look: a loop that was held up hears first what came meanwhile
 _FAREWELL_S = 1.0  # for what is still to be sent at the end
-_CHUNK_BYTES = 65_536  # read at once, at most
+_CHUNK_BYTES = 16_384  # read at once, at most
 
 Heard = Callable[[dict[str, Any]], None]
 
