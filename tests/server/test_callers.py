@@ -55,7 +55,6 @@ def without_files(bench: Bench, number: int) -> tuple[NoFiles, LaterByHand]:
     bench.listener = listener = NoFiles()
     listener.bind(("127.0.0.1", 0))
     listener.listen(64)
-    listener.setblocking(False)
     listener.number = number
     bench.streams.listen(listener, bench._made)
     return listener, loop
@@ -163,7 +162,6 @@ async def test_sockets_are_as_a_protocol_of_short_lines_needs_them(bench: Bench,
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.fspath(tmp_path / "s"))
         listener.listen()
-        listener.setblocking(False)
         bench.streams.listen(listener, bench._made)
         with socket.socket(socket.AF_UNIX) as unix:
             unix.connect(os.fspath(tmp_path / "s"))

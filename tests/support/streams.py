@@ -154,7 +154,6 @@ class Bench:
     def __init__(self, streams: Streams, protocol: Callable[[], Told] = Told) -> None:
         self.streams = streams
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-        self.listener.setblocking(False)
         self.protocol = protocol
         self.told: list[Told] = []
         self.callers: list[Caller] = []
@@ -162,6 +161,7 @@ class Bench:
         self.served = 0
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: self.errors.append(context))
         streams.listen(self.listener, self._made)
+        assert not self.listener.getblocking(), "the second look for a caller would hold the loop"
 
     def _made(self) -> Told:
         self.told.append(self.protocol())
