@@ -415,9 +415,8 @@ class Connection(asyncio.Protocol):
         transport, context, reader = self._transport, self._context, self._reader
         if self._ending or transport.is_closing():
             return
-        held_back = self._held_up is not None or self._paused or self._blocked or self._quitting or self._eof
         self._quiet = False
-        if not held_back and reader.empty:
+        if reader.empty and not self._is_held_back:
             self._quiet = not (self._in_flight or self._landed or self._scheduled)
             if self._reading and not self._counted:  # mostly there is nothing more to do
                 return
@@ -442,6 +441,10 @@ class Connection(asyncio.Protocol):
         for each in too_much:
             context.tally.cut += 1
             each._refuse(Refused(Code.BUSY, "too many bytes wait in regd, yours among them; try again later"))
+
+    @property
+    def _is_held_back(self) -> bool:
+        return self._held_up is not None or self._paused or self._blocked or self._quitting or self._eof
 
     def _listen(self, on: bool) -> None:
         """Read on, or not for now."""

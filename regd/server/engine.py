@@ -114,9 +114,10 @@ class Engine:
             await self._in_thread(self._store.prepare)
             while self._waiting or self._repair or not self._closing:
                 if self._waiting:
-                    batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), _BATCH_MAX))]
-                    await self._land(batch)
-                    await self._gather(len(self._waiting) + len(batch))
+                    count = min(len(self._waiting), _BATCH_MAX)
+                    # Without a name: what has landed must not be kept while nothing else comes.
+                    await self._land([self._waiting.popleft() for _ in range(count)])
+                    await self._gather(len(self._waiting) + count)
                 elif self._repair:
                     self._repair = False
                     await self._commit([])

@@ -33,6 +33,7 @@ class Streams:
         self._loop = asyncio.get_running_loop()
         self._listeners: list[socket.socket] = []
         self._served: dict[int, Stream] = {}  # by file number
+        self._closed = False
         self._epoll = select.epoll() if hasattr(select, "epoll") else None
         if self._epoll is not None:
             self._loop.add_reader(self._epoll.fileno(), self._serve)
@@ -52,6 +53,7 @@ class Streams:
     def close(self) -> None:
         """Serve nobody any more."""
         self.deafen()
+        self._closed = True
         if self._epoll is None:
             for file in self._served:
                 self._loop.remove_reader(file)
@@ -90,7 +92,7 @@ class Streams:
     def want(self, stream: "Stream", before: int, events: int) -> None:
         """Have a stream served when the system reports one of `events` for it."""
         file = stream.file
-        if before and file not in self._served:  # all were closed meanwhile
+        if self._closed:
             return
         if events:
             self._served[file] = stream

@@ -14,7 +14,7 @@ import pytest
 
 from regd.server import streams as module
 from tests.support.daemon import WAIT_S, InLoop
-from tests.support.streams import WAYS, Bench, made_streams, turns, until
+from tests.support.streams import WAYS, Bench, Told, made_streams, turns, until
 
 pytestmark = pytest.mark.socket
 
@@ -203,3 +203,27 @@ async def test_a_daemon_serves_either_way(tmp_path: Path, monkeypatch: pytest.Mo
                 pass
         two.send("quit")
         assert await two.rest() == b""
+
+
+async def test_a_bug_in_the_beginning_of_a_connection_ends_that_one_and_no_other(bench: Bench) -> None:
+    def bug() -> None:
+        raise ZeroDivisionError
+
+    def made() -> Told:
+        told = Told()
+        told.on["made"] = bug
+        return told
+
+    bench.protocol = made
+    caller = bench.call()
+    await until(lambda: bench.errors)
+    assert isinstance(bench.errors[0]["exception"], ZeroDivisionError)
+    [told] = bench.told
+    bench.told.clear()
+    told.on.clear()
+    bench.errors.clear()
+    bench.protocol = Told
+    _, other = await bench.pair()
+    assert await caller.rest() == b""
+    assert told.calls.count("lost") == 1
+    assert not other.is_lost

@@ -1,6 +1,7 @@
 """The engine: grouping, order, a disk that is slow, a disk that fails. Time and disk by hand."""
 
 import asyncio
+import gc
 import json
 from pathlib import Path
 
@@ -12,13 +13,16 @@ from regd.core.lifetimes import Ending
 from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Entry, Holder, Reason, State
 from regd.core.registry import Registry
+from regd.server.connection import Connection
 from regd.server.engine import Engine, Write
 from regd.server.pulse import Pulse
 from regd.server.tally import Tally
 from regd.storage.store import Store
+from tests.fuzz.world import World
 from tests.support.clock import HandClock
 from tests.support.daemon import WAIT_S
 from tests.support.files import BROKEN, FULL, ToldFiles
+from tests.support.twins import EMPTY, line, system
 
 
 class Bench:
@@ -266,3 +270,21 @@ async def test_an_end_is_never_refused_and_the_file_follows(tmp_path: Path) -> N
             await asyncio.sleep(0)
     assert bench.held() == {"$regd": {"format": 1, "rev": 2}}
     await bench.close()
+
+
+def test_a_batch_that_has_landed_is_not_kept_and_with_it_connections_that_have_gone() -> None:
+    """It may be 1,024 requests, of 64 KB each, and nobody counts them any more."""
+    with system():
+        world = World(EMPTY, DEFAULT)
+        kept = world.context.connections
+        wire = world.connect()
+        world.settle()
+        gc.collect()
+        wire.send(line("register", name="db", port=1))
+        world.settle()
+        wire.reset()
+        world.settle()
+        connections = [each for each in gc.get_objects() if isinstance(each, Connection)]
+        count = len([each for each in connections if each._context is world.context])
+        world.stop()
+        assert (len(kept), count) == (0, 0)

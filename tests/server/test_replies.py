@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from regd.core.draft import Draft
 from regd.core.lifetimes import Ending
+from regd.core.limits import Limits
 from regd.core.model import Entry, Holder, Process, Reason, State
 from regd.core.registry import Registry
 from regd.server.replies import Replies
@@ -347,6 +349,77 @@ def test_what_is_remembered_is_forgotten_by_name() -> None:
 NAMES = ["a", "b"]
 names = st.sampled_from(NAMES)
 players = st.integers(0, 2)
+
+
+MANY_INSTANCES = 20
+
+
+def slow_twins() -> Twins:
+    """Two daemons that look at one instance a turn, and a name with one that is ready, the last."""
+    made = Twins(limits=Limits(search_max=1))
+    for n in range(MANY_INSTANCES):
+        made.write(line("register", name="db", port=1, instance=f"{n:02}", state="draining"))
+    made.write(line("register", name="db", port=2, instance="x"))
+    made.each(lambda world: setattr(world.loop, "flush_turns", 8))
+    return made
+
+
+def test_one_that_is_found_slowly_and_has_changed_meanwhile_is_not_remembered() -> None:
+    """It is answered with what was there at first, and that once."""
+    with system():
+        twins = slow_twins()
+        twins.asker.send(PLAIN)
+        gone = [line("deregister", name="db", instance=f"{n:02}") for n in range(MANY_INSTANCES)]
+        twins.writer.send(b"".join([*gone, line("register", name="db", port=3, instance="x")]))
+        twins.settle()
+        assert [each["port"] for each in twins.asker.replies()] == [2]
+        twins.asker = twins.connect()
+        assert twins.ask()["port"] == 3
+        twins.close()
+
+
+def test_one_that_is_found_slowly_may_be_gone_with_its_name_meanwhile() -> None:
+    with system():
+        twins = slow_twins()
+        twins.asker.send(PLAIN)
+        gone = [line("deregister", name="db", instance=f"{n:02}") for n in range(MANY_INSTANCES)]
+        twins.writer.send(b"".join([*gone, line("deregister", name="db", instance="x")]))
+        twins.settle()
+        assert [world.loop.errors for world in twins.worlds] == [[], []]
+        assert [each["port"] for each in twins.asker.replies()] == [2]
+        twins.close()
+
+
+def test_a_chunk_is_answered_without_work_as_far_as_others_are() -> None:
+    """136 lines of 30 bytes may be 3 MB of replies, for a peer that reads none; with work it is 65 KB and a reply."""
+    with system():
+        twins = Twins()
+        twins.write(line("register", name="db", port=1, meta={"k": "\x01" * 4_000}))
+        size = len(twins.ask().__repr__())
+        twins.know()
+        twins.asker.each(lambda wire: setattr(wire, "taking", False))
+        twins.asker.send(PLAIN * 136)
+        twins.settle()
+        kept = [wire.get_write_buffer_size() for wire in twins.asker.wires]
+        twins.each(lambda world: world.do(partial(Wire.take, twins.asker.wires[twins.worlds.index(world)])))
+        twins.settle()
+        assert len(twins.asker.replies()) == 136
+        twins.close()
+        assert max(kept) <= 65_536 + 2 * size
+
+
+def test_after_a_line_in_two_pieces_what_is_known_is_answered_at_once_again() -> None:
+    with system():
+        twins = Twins()
+        twins.write(line("register", name="db", port=1))
+        twins.know()
+        twins.asker.send(PLAIN[:5], PLAIN[5:])
+        twins.settle()
+        twins.asker.replies()
+        count = twins.replies.count
+        twins.ask()
+        assert twins.replies.count == count + 1
+        twins.close()
 
 
 class Histories(RuleBasedStateMachine):

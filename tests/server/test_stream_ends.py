@@ -408,3 +408,47 @@ async def test_nothing_is_left_for_the_collector(bench: Bench) -> None:
             caller.socket.close()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("end", [Stream.close, Stream.pause_reading])
+async def test_one_with_bytes_kept_that_is_ended_in_the_turn_of_its_event_hears_nothing_more(
+    bench: Bench, end: Callable[[Stream], None]
+) -> None:
+    pairs = [await bench.full() for _ in range(2)]
+    for caller, told, _ in pairs:
+        caller.send(b"0")  # with it comes word of what was taken, and there is some room
+        await until(lambda told=told: told.got)
+    for (_, one, _), (_, other, _) in itertools.permutations(pairs):
+        one.on["data"] = partial(end, other.transport)
+    for caller, _, _ in pairs:
+        caller.send(b"x")
+    await until(lambda: any(told.got == b"0x" for _, told, _ in pairs))
+    await turns(5)
+    assert sorted(bytes(told.got) for _, told, _ in pairs) == [b"0", b"0x"]
+
+
+async def test_whoever_is_here_when_all_is_closed_is_served_no_more_and_can_still_be_ended(bench: Bench) -> None:
+    caller, told = await bench.pair()
+    kept_caller, kept, _ = await bench.full()
+    _, paused = await bench.pair()
+    paused.transport.pause_reading()
+    bench.streams.close()
+    paused.transport.resume_reading()
+    caller.send(b"x")
+    kept_caller.take()
+    assert await bench.is_quiet()
+    assert told.calls == ["made"]
+    told.transport.close()
+    kept.transport.abort()
+    await until(lambda: told.is_lost and kept.is_lost)
+
+
+async def test_an_end_of_writing_is_said_once_as_asyncio_does(bench: Bench) -> None:
+    caller, told = await bench.pair()
+    caller.shut()
+    await until(lambda: "eof" in told.calls)
+    told.transport.write_eof()
+    told.transport.write_eof()
+    told.transport.close()
+    told.transport.write_eof()
+    assert await caller.rest() == b""
