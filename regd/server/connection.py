@@ -434,13 +434,9 @@ class Connection(asyncio.Protocol):
             self._deadline = context.clock.now() + context.limits.line_idle_s_max
             if self._timer is None:
                 self._timer = context.clock.call_at(self._deadline, self._line_idle)
-        self._counted = reader.waiting_bytes > 0
-        too_much = context.input.hold(self, reader.waiting_bytes)
         if self._paused:
             self._account_output()
-        for each in too_much:
-            context.tally.cut += 1
-            each._refuse(Refused(Code.BUSY, "too many bytes wait in regd, yours among them; try again later"))
+        self._account_input()
 
     @property
     def _is_held_back(self) -> bool:
@@ -493,6 +489,13 @@ class Connection(asyncio.Protocol):
             return
         idle = context.limits.line_idle_s_max
         self._refuse(Refused(Code.TIMEOUT, f"a line was begun, and no byte of it came for {idle:g} s"))
+
+    def _account_input(self) -> None:
+        context, size = self._context, self._reader.waiting_bytes
+        self._counted = size > 0
+        for each in context.input.hold(self, size):
+            context.tally.cut += 1
+            each._refuse(Refused(Code.BUSY, "too many bytes wait in regd, yours among them; try again later"))
 
     def _account_output(self) -> None:
         context = self._context
