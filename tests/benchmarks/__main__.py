@@ -4,6 +4,7 @@ import argparse
 import datetime
 import importlib.util
 import resource
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -66,6 +67,7 @@ def main() -> int:
     if given.page:
         write(results.load())
         return 0
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # else the servers would go on
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
