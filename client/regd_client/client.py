@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from regd_client.connection import Connection
-from regd_client.errors import RegdError, Unavailable
+from regd_client.errors import BadArgument, RegdError, Unavailable
 from regd_client.following import Backlog, Endpoint, Event, Follow, endpoint
 from regd_client.keeping import Keeper
 from regd_client.link import Link
@@ -112,16 +112,21 @@ class Client:
         state: str | None = None,
         static: bool = False,
         force: bool = False,
+        pid: int | None = None,
     ) -> "Registering":
         """Register a service; `await` it for a `Registration`, or use it with `async with`.
 
         It lasts as long as this connection and this process, comes back after a break by itself, and is
         deregistered on leaving the `async with`. `static`: it outlives all that, until somebody deregisters it.
         `state` is `starting` for a service that is not ready yet. `force` takes the name from a living owner.
+        `pid`, for who starts services: it lasts as long as that process, and not as this one; where the daemon
+        does not see the same processes, as long as this connection.
 
         Raises:
             Conflict: another owner has the name, and lives; `details["owner"]` says who.
         """
+        if static and pid is not None:
+            raise BadArgument("what is static outlives every process: leave out `pid`", details={"field": "pid"})
         arguments = {
             "name": name,
             "port": port,
@@ -131,7 +136,7 @@ class Client:
             "state": state,
             "force": force or None,
         }
-        return Registering(self, arguments, static)
+        return Registering(self, arguments, static, pid)
 
     async def deregister(self, name: str, instance: str | None = None) -> None:
         """End a registration, whoever made it; one that was made with this client as its own `deregister` does.

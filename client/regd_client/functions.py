@@ -22,10 +22,19 @@ def register(
     state: str | None = None,
     static: bool = False,
     force: bool = False,
+    pid: int | None = None,
 ) -> Registering:
     """Register a service, as `Client.register` does, on a connection of its own."""
     made = Client().register(
-        name, port, host=host, instance=instance, meta=meta, state=state, static=static, force=force
+        name,
+        port,
+        host=host,
+        instance=instance,
+        meta=meta,
+        state=state,
+        static=static,
+        force=force,
+        pid=pid,
     )
     made._own = True
     return made

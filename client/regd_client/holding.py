@@ -107,7 +107,7 @@ class Holdings:
 
     async def _ask(self, connection: Connection, each: Registration, heard: Heard, **other: Any) -> None:
         """Register it, held by the connection and bound to the process, where the daemon can see that."""
-        hold = {} if each.static else await self._hold(connection)
+        hold = await self._conditions(connection, each)
         try:
             await connection.ask("register", {**each.arguments, **hold, **other}, heard)
         except RegdError as refusal:
@@ -116,14 +116,18 @@ class Holdings:
             connection.shares_processes = False
             await connection.ask("register", {**each.arguments, "hold": True, **other}, heard)
 
-    async def _hold(self, connection: Connection) -> dict[str, Any]:
-        """Return the conditions of what is ours: the connection, and the process where the daemon sees the same
-        processes as we do.
+    async def _conditions(self, connection: Connection, each: Registration) -> dict[str, Any]:
+        """Return how long it lasts: as the connection, and as the process where the daemon sees the same ones as
+        we do. What is another process's lasts as that alone.
         """
+        if each.static:
+            return {}
         if connection.shares_processes is None:
             theirs = (await connection.ask("hello", {}))["host"]
             connection.shares_processes = None not in theirs.values() and theirs == wire.own_host()
-        return {"hold": True, "pid": os.getpid() if connection.shares_processes else None}
+        if not connection.shares_processes:
+            return {"hold": True}
+        return {"hold": True, "pid": os.getpid()} if each.process is None else {"pid": each.process}
 
     # Made again.
 
@@ -224,7 +228,9 @@ class Holdings:
 
         Returns whether there is such a thing. All else ended with the connection that held it.
         """
-        pid = (await self._hold(connection))["pid"]
+        if each.process is not None:
+            return True  # nobody's connection holds it
+        pid = (await self._conditions(connection, each)).get("pid")
         while (known := await each.known(connection)) is not None and _is_unclaimed(known, pid):
             with contextlib.suppress(Conflict):
                 await self._ask(

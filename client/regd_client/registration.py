@@ -30,7 +30,7 @@ _LEAVE_AWAY_S = 0.2  # the same, from when the connection broke: the daemon may 
 class Registration:
     """A registration that was made here. `lost` is set when somebody took it; `lost_reason` says how."""
 
-    def __init__(self, client: "Client", arguments: dict[str, Any], static: bool) -> None:
+    def __init__(self, client: "Client", arguments: dict[str, Any], static: bool, process: int | None) -> None:
         self._client = client
         self._holdings: Holdings = client._keeper.holdings
         self._pid = os.getpid()
@@ -42,6 +42,7 @@ class Registration:
         # For the holdings.
         self.arguments = arguments
         self.static = static
+        self.process = process  # that it lasts as long as, instead of this one
         self.on: Connection | None = None  # the last connection that held it
         self.over = ""  # why it is no more
         self.making: asyncio.Task[Registration] | None = None
@@ -198,11 +199,14 @@ class OwnRegistration(Registration):
 class Registering(Coroutine[Any, Any, Registration]):
     """What `register` returns: a coroutine that gives a `Registration`, or the `async with` around its life."""
 
-    def __init__(self, client: "Client", arguments: dict[str, Any], static: bool, own: bool = False) -> None:
+    def __init__(
+        self, client: "Client", arguments: dict[str, Any], static: bool, process: int | None = None
+    ) -> None:
         self._client = client
         self._arguments = arguments
         self._static = static
-        self._own = own  # the client was made for this registration, and ends with it
+        self._process = process
+        self._own = False  # the client was made for this registration, and ends with it
         self._made: Registration | None = None
         self._running: Coroutine[Any, Any, Registration] | None = None
 
@@ -244,7 +248,8 @@ class Registering(Coroutine[Any, Any, Registration]):
 
     async def _register(self) -> Registration:
         self._client._check_fork()
-        wanted = (OwnRegistration if self._own else Registration)(self._client, self._arguments, self._static)
+        kind = OwnRegistration if self._own else Registration
+        wanted = kind(self._client, self._arguments, self._static, self._process)
         over = self._own
         try:
             made = await self._client._keeper.holdings.register(wanted)

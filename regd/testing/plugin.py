@@ -1,1 +1,1 @@
-"""The pytest plugin that comes with the package. It is loaded by every pytest here, so it imports nothing dear."""
+"""The pytest plugin that comes with the package. Every pytest here loads it, so it imports nothing dear."""

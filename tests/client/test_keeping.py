@@ -12,6 +12,7 @@ import pytest
 import regd_client
 from regd_client.client import Client
 from regd_client.connection import Connection
+from regd_client.registration import Registration
 from tests.client.relay import Relay, until
 from tests.support.daemon import WAIT_S, Daemon, InLoop
 
@@ -89,12 +90,12 @@ async def test_what_was_left_while_it_was_being_registered_again_is_not(
     async with Client() as client:
         registration = await client.register("a", 1)
 
-        async def hold(connection: Connection) -> dict[str, bool]:
+        async def hold(connection: Connection, each: Registration) -> dict[str, bool]:
             asked.set()
             await answered.wait()
             return {"hold": True}
 
-        monkeypatch.setattr(client._keeper.holdings, "_hold", hold)
+        monkeypatch.setattr(client._keeper.holdings, "_conditions", hold)
         cut(daemon)
         async with asyncio.timeout(WAIT_S):
             await asked.wait()

@@ -1,0 +1,91 @@
+"""What is registered for another process lasts as long as that one, whoever registered it."""
+
+import asyncio
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+import regd_client
+from regd_client.client import Client
+from tests.client.relay import Relay
+from tests.client.test_leaving import gone, stopped
+from tests.support.daemon import InLoop
+
+pytestmark = pytest.mark.socket
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that does nothing until its end."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        yield process
+        process.kill()
+
+
+async def shown(client: Client, name: str) -> list[tuple[object, object]]:
+    return [(each.get("pid"), each.get("hold")) for each in await client.instances(name)]
+
+
+async def test_it_outlives_who_registered_it_and_ends_with_the_process(
+    relay: Relay, child: subprocess.Popen[bytes]
+) -> None:
+    async with Client() as other:
+        async with Client() as client:
+            await client.register("a", 1, pid=child.pid)
+        assert await shown(other, "a") == [(child.pid, None)]
+        child.kill()
+        child.wait()
+        await gone(other, "a")
+
+
+async def test_it_ends_when_it_is_deregistered(relay: Relay, child: subprocess.Popen[bytes]) -> None:
+    async with Client() as other:
+        async with regd_client.register("a", 1, pid=child.pid):
+            assert await shown(other, "a") == [(child.pid, None)]
+        assert await shown(other, "a") == []
+
+
+async def test_it_is_there_again_in_a_registry_that_never_knew_it(
+    relay: Relay, daemon: InLoop, child: subprocess.Popen[bytes]
+) -> None:
+    async with Client() as client:
+        registration = await client.register("a", 1, pid=child.pid)
+        await daemon.server.stop()
+        relay.refuse()
+        relay.cut()
+        daemon.server = InLoop(daemon.registry.with_name("other.json")).server
+        await daemon.server.start()
+        relay.to = daemon.port
+        await relay.accept()
+        await registration.update({"zone": "a"})  # waits until it is registered again
+        assert await shown(client, "a") == [(child.pid, None)]
+
+
+async def test_it_is_left_at_a_daemon_that_was_restarted(
+    relay: Relay, daemon: InLoop, child: subprocess.Popen[bytes]
+) -> None:
+    async with Client() as client:
+        registration = await client.register("a", 1, pid=child.pid)
+        leaving: asyncio.Task[None]
+        async with stopped(relay, daemon):
+            leaving = asyncio.create_task(registration.deregister())
+        await leaving
+        await gone(client, "a")
+
+
+async def test_where_the_daemon_sees_other_processes_it_lasts_as_long_as_the_connection(
+    relay: Relay, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regd_client.wire.own_host", lambda: {"boot": "another", "pid_namespace": "another"})
+    async with Client() as other:
+        async with Client() as client:
+            await client.register("a", 1, pid=child.pid)
+            assert await shown(other, "a") == [(None, True)]
+        await gone(other, "a")
+
+
+async def test_what_outlives_every_process_is_bound_to_none(relay: Relay) -> None:
+    with pytest.raises(regd_client.BadArgument) as refused:
+        await regd_client.register("a", 1, static=True, pid=1)
+    assert refused.value.details["field"] == "pid"
