@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from regd_client.client import Client
     from regd_client.following import Endpoint, Event
     from regd_client.functions import deregister, mirror, register, resolve, resolve_all, watch
+    from regd_client.listening import Listening, listen
     from regd_client.picture import Mirror
     from regd_client.registration import Registration
+    from regd_client.service import serving
 
 __all__ = [
     "BadArgument",
@@ -25,6 +27,7 @@ __all__ = [
     "Denied",
     "Endpoint",
     "Event",
+    "Listening",
     "Mirror",
     "NotFound",
     "RegdError",
@@ -32,10 +35,12 @@ __all__ = [
     "Timeout",
     "Unavailable",
     "deregister",
+    "listen",
     "mirror",
     "register",
     "resolve",
     "resolve_all",
+    "serving",
     "watch",
 ]
 
@@ -44,9 +49,9 @@ if not TYPE_CHECKING:  # or a checker would take every name for a good one
 
     def __getattr__(name: str) -> object:
         if name in __all__:
-            from regd_client import client, following, functions, picture, registration
+            from regd_client import client, following, functions, listening, picture, registration, service
 
-            for module in (functions, client, registration, following, picture):
+            for module in (functions, client, registration, following, picture, listening, service):
                 if name in vars(module):
                     return vars(module)[name]
         raise AttributeError(f"module 'regd_client' has no attribute {name!r}")

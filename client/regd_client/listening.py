@@ -1,0 +1,111 @@
+"""A listening socket and its name as one act: no gap in which another process takes the port.
+
+Must not know what is served on it.
+"""
+
+import contextlib
+import socket
+from collections.abc import Generator, Mapping
+from types import TracebackType
+from typing import Any
+
+from regd_client.following import Endpoint
+from regd_client.opening import addresses
+from regd_client.registration import Registration
+from regd_client.service import DRAIN_S, Service
+
+BACKLOG = 128
+
+
+class Listening:
+    """A socket that listens and is registered. Others reach it at `endpoint`; `close` ends both."""
+
+    def __init__(self, made: socket.socket, registration: Registration, end: contextlib.AsyncExitStack) -> None:
+        self.socket = made
+        self.registration = registration
+        self._end = end
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return self.registration.endpoint
+
+    @property
+    def port(self) -> int:
+        return self.endpoint.port
+
+    async def close(self) -> None:
+        """Withdraw the name, and then close the socket. Twice is harmless."""
+        await self._end.aclose()
+
+
+class Listen:
+    """What `listen` returns: to be awaited for a `Listening`, or the `async with` around it."""
+
+    def __init__(
+        self, name: str, host: str, port: int, arguments: dict[str, Any], backlog: int, drain_s: float
+    ) -> None:
+        self._name = name
+        self._where = host, port
+        self._arguments = arguments
+        self._backlog = backlog
+        self._drain_s = drain_s
+        self._made: Listening | None = None
+
+    def __await__(self) -> Generator[Any, None, Listening]:
+        return self._listen().__await__()
+
+    async def __aenter__(self) -> Listening:
+        self._made = await self._listen()
+        return self._made
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._made is not None
+        await self._made.close()
+
+    async def _listen(self) -> Listening:
+        async with contextlib.AsyncExitStack() as stack:
+            made = stack.enter_context(listening_socket(*self._where, self._backlog))
+            made.setblocking(False)
+            [(host, port)] = addresses([made])
+            service = Service(self._name, port, self._arguments, self._drain_s, patient=False)
+            await stack.enter_async_context(service)
+            service.opened(host, port)
+            return Listening(made, await service.registration(), stack.pop_all())
+
+
+def listening_socket(host: str, port: int, backlog: int) -> socket.socket:
+    """Return a socket that listens at an IP address; port 0 is a free one.
+
+    Raises:
+        OSError: it cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=backlog)
+
+
+def listen(
+    name: str,
+    port: int = 0,
+    *,
+    host: str = "127.0.0.1",
+    instance: str | None = None,
+    meta: Mapping[str, str] | None = None,
+    backlog: int = BACKLOG,
+    drain_s: float = DRAIN_S,
+) -> Listen:
+    """Listen at `host`, on a free port or on `port`, and register it.
+
+        async with regd_client.listen("runner") as listening:
+            server = await asyncio.start_server(answer, sock=listening.socket)
+
+    From then on connections are accepted by the system, and wait for the server. On leaving, and before a server
+    on this event loop closes the socket, the name is withdrawn; `drain_s` later the socket closes.
+
+    Raises:
+        OSError: the port cannot be had.
+        Conflict: another owner has the name, and lives.
+        Unavailable: no daemon answers.
+    """
+    return Listen(name, host, port, {"instance": instance, "meta": meta}, backlog, drain_s)

@@ -1,0 +1,145 @@
+"""Servers of an event loop: who opens one is heard of, and closes its listener only when whoever listens is done.
+
+Every asyncio server opens its port through `loop.create_server`. While somebody listens, that goes through here;
+there is no other place that all servers pass. Must not know what is registered.
+"""
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, NoReturn
+
+_HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where all addresses are reached from this machine
+
+Withdraw = Callable[[], Coroutine[Any, Any, None]]
+
+
+class Door:
+    """One who waits for a server to open: on `port`, or the first, with None.
+
+    `opened` is called once, with the host and port that it can be reached at. Before it closes, `withdraw` is
+    awaited, while new connections still find it.
+    """
+
+    def __init__(self, port: int | None, opened: Callable[[str, int], None], withdraw: Withdraw) -> None:
+        self.withdraw = withdraw
+        self._port = port
+        self._opened = opened
+        self._used = False
+
+    def fits(self, sockets: Iterable[Any]) -> bool:
+        return not self._used and any(self._port in (None, port) for _, port in addresses(sockets))
+
+    def open(self, sockets: Iterable[Any]) -> None:
+        self._used = True
+        host, port = next(each for each in addresses(sockets) if self._port in (None, each[1]))
+        self._opened(host, port)
+
+    def __enter__(self) -> "Door":
+        loop = asyncio.get_running_loop()
+        opener = vars(loop).get("create_server")
+        if not isinstance(opener, _Opener):
+            opener = _Opener(loop)
+            vars(loop)["create_server"] = opener
+        opener.doors.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        found = vars(asyncio.get_running_loop())
+        opener = found["create_server"]
+        opener.doors.remove(self)
+        if not opener.doors:
+            del found["create_server"]
+
+
+class _Opener:
+    """Stands in for a loop's `create_server`."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.doors: list[Door] = []
+        self._create = loop.create_server
+
+    async def __call__(
+        self, *args: Any, sock: socket.socket | None = None, **more: Any
+    ) -> asyncio.AbstractServer:
+        door = None
+        if sock is not None and (door := self._door([sock])) is not None:
+            # One of its own: whoever passes a socket to a server closes it himself, too.
+            sock = socket.socket(fileno=os.dup(sock.fileno()))
+        try:
+            server = await self._create(*args, sock=sock, **more)
+        except BaseException:
+            if door is not None and sock is not None:
+                sock.close()
+            raise
+        door = door or self._door(server.sockets)
+        return server if door is None else _LateServer(server, door)
+
+    def _door(self, sockets: Iterable[Any]) -> Door | None:
+        return next((each for each in self.doors if each.fits(sockets)), None)
+
+
+class _LateServer(asyncio.AbstractServer):
+    """A server that closes once its door is done."""
+
+    def __init__(self, server: asyncio.Server, door: Door) -> None:
+        self._server = server
+        self._door = door
+        self._closing: asyncio.Task[None] | None = None
+        self._heard()
+
+    def _heard(self) -> None:
+        if self._server.is_serving() and self._door.fits(self._server.sockets):
+            self._door.open(self._server.sockets)
+
+    def close(self) -> None:
+        loop = self._server.get_loop()
+        if not loop.is_running():
+            self._server.close()
+        elif self._closing is None:
+            self._closing = loop.create_task(self._close(), name="regd-client-close")
+
+    async def _close(self) -> None:
+        try:
+            await self._door.withdraw()
+        finally:
+            self._server.close()
+
+    async def wait_closed(self) -> None:
+        if self._closing is not None:
+            await asyncio.shield(self._closing)
+        await self._server.wait_closed()
+
+    async def start_serving(self) -> None:
+        await self._server.start_serving()
+        self._heard()
+
+    async def serve_forever(self) -> NoReturn:
+        await self.start_serving()
+        try:
+            await self._server.get_loop().create_future()
+        finally:
+            self.close()
+            await self.wait_closed()
+        raise AssertionError("for ever")
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self._server.get_loop()
+
+    def is_serving(self) -> bool:
+        return self._server.is_serving()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._server, name)
+
+
+def addresses(sockets: Iterable[Any]) -> list[tuple[str, int]]:
+    """Return where others on this machine reach these sockets, the oldest family first."""
+    found: list[tuple[bool, str, int]] = []
+    for each in sockets:
+        where = each.getsockname()
+        if isinstance(where, tuple):  # else it is a Unix socket
+            host, port = where[:2]
+            found.append((":" in host, _HERE.get(host, host), port))
+    return [(host, port) for _, host, port in sorted(found)]

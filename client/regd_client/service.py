@@ -1,0 +1,188 @@
+"""Registering a service whose server opens its port later, and withdrawing the name before that closes it.
+
+Servers run a service's start-up hook before they bind, and its shutdown hook when they listen no more: a name that
+is registered and ended there is known without being reachable. Must not know any server or framework.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import AsyncIterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from regd_client.client import Client
+from regd_client.errors import BadArgument, RegdError
+from regd_client.opening import Door
+from regd_client.registration import Registration
+from regd_client.signals import held_until
+from regd_client.wire import joined
+
+log = logging.getLogger("regd_client")
+
+DRAIN_S = 0.1
+_PAUSE_S = 0.5  # at most, between tries to register
+_NOBODY_S = 10.0  # until it is worth a word that nothing listens
+
+
+class Service:
+    """One life of a service: from its start-up hook to the end of its shutdown hook, within `async with`.
+
+    `patient`: what is in the way of registering it is waited for, and not raised by `registration`.
+    """
+
+    def __init__(
+        self, name: str, port: int | None, arguments: dict[str, Any], drain_s: float, patient: bool = True
+    ) -> None:
+        self._name = name
+        self._arguments = arguments
+        self._drain_s = drain_s
+        self._patient = patient
+        self._door = Door(port, self.opened, self.withdraw)
+        self._hooks = contextlib.ExitStack()
+        self._client = Client()
+        self._registering: asyncio.Task[Registration] | None = None
+        self._withdrawing: asyncio.Task[None] | None = None
+        self._opened: asyncio.Future[asyncio.Task[Registration]] = asyncio.get_running_loop().create_future()
+
+    async def registration(self) -> Registration:
+        """Return the registration, once there is one."""
+        return await asyncio.shield(await asyncio.shield(self._opened))
+
+    def opened(self, host: str, port: int) -> None:
+        """Register, from now on: the port is open. Only the first time counts."""
+        if self._registering is not None:
+            return
+        self._registering = asyncio.create_task(self._register(host, port), name="regd-client-serving")
+        self._registering.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self._opened.set_result(self._registering)
+
+    async def _register(self, host: str, port: int) -> Registration:
+        """Try until it succeeds: the service works meanwhile, and whoever has the name may leave."""
+        told: type[RegdError] | None = None
+        arguments = {"host": host, **self._arguments}
+        while True:
+            try:
+                return await self._client.register(self._name, port, **arguments)
+            except BadArgument as error:
+                if self._patient:
+                    log.error(
+                        "%s serves at %s, and cannot be registered: %s", self._name, joined(host, port), error
+                    )
+                raise
+            except RegdError as trouble:
+                if not self._patient:
+                    raise
+                if told is not type(trouble):
+                    at = joined(host, port)
+                    log.warning("%s serves at %s, not registered yet, trying on: %s", self._name, at, trouble)
+                told = type(trouble)
+            await asyncio.sleep(random.uniform(0, _PAUSE_S))
+
+    async def withdraw(self) -> None:
+        """Take the name away, and give those who have just resolved it the time to connect. Twice is harmless."""
+        if self._withdrawing is None:
+            self._withdrawing = asyncio.create_task(self._withdraw(), name="regd-client-withdraw")
+        await asyncio.shield(self._withdrawing)
+
+    async def _withdraw(self) -> None:
+        task = self._registering
+        if task is None:
+            return
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+        if task.cancelled() or task.exception() is not None:
+            return
+        try:
+            await task.result().deregister()
+        except RegdError as trouble:
+            log.warning("left %s registered: %s", self._name, trouble)
+        await asyncio.sleep(self._drain_s)
+
+    def nobody(self) -> None:
+        """Say that no server has come."""
+        if not self._opened.done():
+            log.warning(
+                "%s is not registered: no server has opened its port on this event loop for %g s",
+                self._name,
+                _NOBODY_S,
+            )
+
+    async def __aenter__(self) -> Self:
+        self._hooks.enter_context(self._door)
+        self._hooks.enter_context(held_until(self.withdraw))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        try:
+            await self.withdraw()
+        finally:
+            self._hooks.close()
+            self._opened.cancel()
+            await self._client.close()
+
+
+class Serving:
+    """What `serving` returns: a lifespan for frameworks that take one, or the `async with` around a server."""
+
+    def __init__(self, name: str, port: int | None, arguments: dict[str, Any], drain_s: float) -> None:
+        self._name = name
+        self._port = port
+        self._arguments = arguments
+        self._drain_s = drain_s
+        self._entered: contextlib.AbstractAsyncContextManager[Service] | None = None
+
+    def __call__(self, app: object) -> contextlib.AbstractAsyncContextManager[None]:
+        """Return what a framework enters when it starts the application, and leaves when it stops it."""
+        return self._lifespan()
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self) -> AsyncIterator[None]:
+        async with self._life():
+            yield
+
+    @contextlib.asynccontextmanager
+    async def _life(self) -> AsyncIterator[Service]:
+        async with Service(self._name, self._port, self._arguments, self._drain_s) as service:
+            waiting = asyncio.get_running_loop().call_later(_NOBODY_S, service.nobody)
+            try:
+                yield service
+            finally:
+                waiting.cancel()
+
+    async def __aenter__(self) -> Service:
+        self._entered = self._life()
+        return await self._entered.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._entered is not None
+        await self._entered.__aexit__(kind, error, trace)
+
+
+def serving(
+    name: str,
+    port: int | None = None,
+    *,
+    host: str | None = None,
+    instance: str | None = None,
+    meta: Mapping[str, str] | None = None,
+    drain_s: float = DRAIN_S,
+) -> Serving:
+    """Register a service once its server has opened its port, and withdraw it before that server closes it.
+
+        app = FastAPI(lifespan=regd_client.serving("gateway"))
+
+        async with regd_client.serving("gateway"):
+            server = await asyncio.start_server(answer, "127.0.0.1", 0)
+
+    The server is the first that opens a TCP port on this event loop from then on, or the one that opens `port`.
+    Without a daemon, or while somebody else has the name, the service works and registering is tried on. Before
+    the server is told to end, by SIGTERM or Ctrl-C, or closes its listener, the name is withdrawn, and `drain_s`
+    passes: whoever has just resolved it still finds it open. `host` is what others are told, by default where the server listens.
+    """
+    given = {"instance": instance, "meta": meta} | ({} if host is None else {"host": host})
+    return Serving(name, port, given, drain_s)

@@ -1,0 +1,62 @@
+"""Services as users write them, one line of registry in each. Run by real servers in test_servers.
+
+python -m tests.client.apps aiohttp|plain|listen
+"""
+
+import asyncio
+import os
+import signal
+import sys
+
+import regd_client
+
+
+def serve_aiohttp() -> None:
+    from aiohttp import web
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(text=str(os.getpid()))
+
+    app = web.Application()
+    app.router.add_get("/", answer)
+    app.cleanup_ctx.append(regd_client.serving("web"))
+    web.run_app(app, host="127.0.0.1", port=0, print=None)
+
+
+async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n%d" % os.getpid())
+    await writer.drain()
+    writer.close()
+    await writer.wait_closed()
+
+
+def _asked_to_leave() -> asyncio.Event:
+    asked = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked.set)
+    return asked
+
+
+async def serve_plain() -> None:
+    asked = _asked_to_leave()
+    async with regd_client.serving("web"), await asyncio.start_server(_answer, "127.0.0.1", 0):
+        await asked.wait()
+
+
+async def serve_listen() -> None:
+    asked = _asked_to_leave()
+    async with (
+        regd_client.listen("web") as listening,
+        await asyncio.start_server(_answer, sock=listening.socket),
+    ):
+        await asked.wait()
+
+
+if __name__ == "__main__":
+    match sys.argv[1]:
+        case "aiohttp":
+            serve_aiohttp()
+        case "plain":
+            asyncio.run(serve_plain())
+        case "listen":
+            asyncio.run(serve_listen())

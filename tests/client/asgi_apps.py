@@ -1,0 +1,25 @@
+"""Applications as users write them, one line of registry in each. Run by real servers in test_servers."""
+
+import os
+
+from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+import regd_client
+
+fastapi_app = FastAPI(lifespan=regd_client.serving("web"))
+
+
+@fastapi_app.get("/")
+async def answer() -> int:
+    return os.getpid()
+
+
+async def starlette_answer(request: Request) -> PlainTextResponse:
+    return PlainTextResponse(str(os.getpid()))
+
+
+starlette_app = Starlette(routes=[Route("/", starlette_answer)], lifespan=regd_client.serving("web"))

@@ -1,0 +1,181 @@
+"""Registered is reachable, under real servers: whoever resolves the name at any moment gets an answer there."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import regd_client
+from regd_client.client import Client
+from tests.support.daemon import ROOT, Daemon, environment
+
+START_S = 30.0  # for a server with its frameworks, on a busy machine
+
+PYTHON = [sys.executable, "-W", "ignore", "-m"]  # the warnings of other people's programs are theirs
+UVICORN = [*PYTHON, "uvicorn", "--host", "127.0.0.1", "--port", "0", "--log-level", "warning"]
+HYPERCORN = [*PYTHON, "hypercorn", "--bind", "127.0.0.1:0", "--log-level", "warning"]
+SERVERS = {
+    "uvicorn": [*UVICORN, "tests.client.asgi_apps:fastapi_app"],
+    "uvicorn on uvloop": [*UVICORN, "--loop", "uvloop", "tests.client.asgi_apps:starlette_app"],
+    "uvicorn with workers": [*UVICORN, "--workers", "2", "tests.client.asgi_apps:starlette_app"],
+    "hypercorn": [*HYPERCORN, "--workers", "0", "tests.client.asgi_apps:fastapi_app"],
+    "hypercorn with workers": [*HYPERCORN, "--workers", "2", "tests.client.asgi_apps:starlette_app"],
+    "aiohttp": [*PYTHON, "tests.client.apps", "aiohttp"],
+    "asyncio": [*PYTHON, "tests.client.apps", "plain"],
+    "asyncio and listen": [*PYTHON, "tests.client.apps", "listen"],
+}
+
+
+@contextlib.contextmanager
+def serving(command: list[str], daemon: Daemon, folder: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server until the block ends, in a group of its own, that is ended as a whole."""
+    process = subprocess.Popen(
+        command,
+        cwd=folder or ROOT,
+        env=environment(REGD_ADDRESS=daemon.addresses[0]),
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+class Dropped(Exception):
+    """The server took the connection, and closed it without a word."""
+
+
+async def fetch(found: regd_client.Endpoint) -> int:
+    """Return what the service answers: the number of its process."""
+    reader, writer = await asyncio.open_connection(found.host, found.port)
+    try:
+        writer.write(b"GET / HTTP/1.1\r\nHost: there\r\nConnection: close\r\n\r\n")
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    finally:
+        writer.close()
+    if not head:
+        raise Dropped
+    assert head.startswith(b"HTTP/1.1 200 "), head
+    return int(body)
+
+
+class Caller:
+    """Resolves and calls all the time, and counts. What it resolves must answer."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._moved = asyncio.Event()
+        self.answered = 0
+        self.missing = 0  # in a row
+        self.last = 0
+        self.may_be_dropped = False
+
+    async def run(self) -> None:
+        while True:
+            try:
+                found = await self._client.resolve("web")
+            except regd_client.NotFound:
+                self.missing += 1
+                await asyncio.sleep(0)
+            else:
+                try:
+                    self.last = await fetch(found)
+                except (Dropped, ConnectionResetError):
+                    assert self.may_be_dropped
+                self.answered += 1
+                self.missing = 0
+            self._moved.set()
+
+    async def until(self, true: Callable[[], bool]) -> None:
+        async with asyncio.timeout(START_S):
+            while not true():
+                self._moved.clear()
+                await self._moved.wait()
+
+    async def again(self, count: int = 20) -> None:
+        before = self.answered
+        await self.until(lambda: self.answered >= before + count)
+
+
+@contextlib.asynccontextmanager
+async def calling(daemon: Daemon) -> AsyncIterator[tuple[Client, Caller]]:
+    async with Client(daemon.addresses[0]) as client:
+        caller = Caller(client)
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(caller.run())
+            yield client, caller
+            task.cancel()
+
+
+async def owners(client: Client) -> list[int]:
+    try:
+        [found] = (await client.why("web"))["instances"]
+    except (regd_client.NotFound, ValueError):
+        return []
+    return [each["pid"] for each in found["owners"]]
+
+
+@pytest.mark.parametrize("server", SERVERS)
+async def test_whoever_resolves_the_name_gets_an_answer(server: str, process: Daemon) -> None:
+    """From before the server starts until after it has ended: no refused connection, no unanswered request."""
+    async with calling(process) as (client, caller):
+        with serving(SERVERS[server], process) as running:
+            await caller.again()
+            # Hypercorn's workers are not told by a signal, and drop who has just connected: nothing can be held.
+            caller.may_be_dropped = server == "hypercorn with workers"
+            running.terminate()
+            await caller.until(lambda: caller.missing > 100)
+            assert await client.instances() == []
+            assert await asyncio.to_thread(running.wait, START_S) in (0, -signal.SIGTERM)
+        departures = (await client.why("web"))["departures"]
+        assert [each["reason"] for each in departures] == ["deregistered"]
+
+
+@pytest.mark.parametrize("server", ["uvicorn with workers", "hypercorn with workers"])
+async def test_several_workers_are_one_registration(server: str, process: Daemon) -> None:
+    async with calling(process) as (client, caller):
+        with serving(SERVERS[server], process):
+            async with asyncio.timeout(START_S):
+                while len(both := await owners(client)) < 2:
+                    await caller.again(1)
+            [found] = await client.instances()
+            caller.may_be_dropped = True  # who was with that one
+            os.kill(both[0], signal.SIGKILL)
+            await caller.until(lambda: caller.last == both[1])
+            async with asyncio.timeout(START_S):
+                while both[0] in await owners(client):
+                    await asyncio.sleep(0)
+            assert (await client.instances())[0]["port"] == found["port"]
+
+
+APP = """
+import os
+import regd_client
+from fastapi import FastAPI
+app = FastAPI(lifespan=regd_client.serving("web"))
+@app.get("/")
+async def answer() -> int:
+    return os.getpid()
+"""
+
+
+async def test_a_reload(process: Daemon, tmp_path: Path) -> None:
+    program = tmp_path / "app.py"
+    program.write_text(APP)
+    command = [*UVICORN, "--reload", "--reload-dir", str(tmp_path), "app:app"]
+    async with calling(process) as (client, caller):
+        with serving(command, process, tmp_path):
+            await caller.again()
+            before = caller.last
+            program.write_text(APP + "# edited\n")
+            os.utime(program, (2_000_000_000, 2_000_000_000))
+            await caller.until(lambda: caller.last not in (0, before))
+            assert len(await owners(client)) == 1
