@@ -1,7 +1,10 @@
-"""One connection that blocks, for programs without an event loop: `regctl` is the first of them.
+"""The registry for programs without an event loop: the verbs as functions that block, over the async client.
 
-The same lines as everywhere, from `wire`. Imports no asyncio, and of socket only what is written in C, so that a
-command starts quickly.
+    with regd_client.blocking.register("shop", 8000):
+        found = regd_client.blocking.resolve("db", wait=10)
+
+Beside them `BlockingConnection`, which asks one thing after the other: `regctl` is built on it. Until a verb is
+called, this imports no asyncio, and of socket only what is written in C, so that a command starts quickly.
 """
 
 from __future__ import annotations
@@ -12,9 +15,12 @@ from regd_client import wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from types import TracebackType
     from typing import Any, Self
+
+    from regd_client.following import Endpoint
+    from regd_client.thread import Listening, Registration
 
 
 class BlockingConnection:
@@ -108,3 +114,101 @@ def _connected(family: int, where: Any, timeout_s: float) -> socket:
         made.close()
         raise
     return made
+
+
+def register(
+    name: str,
+    port: int,
+    *,
+    host: str | None = None,
+    instance: str | None = None,
+    meta: Mapping[str, str] | None = None,
+    state: str | None = None,
+    static: bool = False,
+    force: bool = False,
+    pid: int | None = None,
+) -> Registration:
+    """Register a service, as `regd_client.register` does; use it with `with`, or call its `deregister`."""
+    from regd_client import functions, thread
+
+    async def registered() -> Any:
+        return await functions.register(
+            name,
+            port,
+            host=host,
+            instance=instance,
+            meta=meta,
+            state=state,
+            static=static,
+            force=force,
+            pid=pid,
+        )
+
+    own = thread.client_thread()
+    return thread.Registration(own.call(registered()), own)
+
+
+def serving(
+    name: str,
+    port: int,
+    *,
+    host: str | None = None,
+    instance: str | None = None,
+    meta: Mapping[str, str] | None = None,
+    drain_s: float = 0.1,
+) -> Registration:
+    """Register a service whose port is open, and withdraw it before the server hears of SIGTERM or Ctrl-C.
+
+    For the hook that a server runs in the main thread of each worker, when that handles signals already. The
+    worker goes on for `drain_s` after the name has gone: whoever has just resolved it is still answered.
+    """
+    from regd_client import thread
+
+    made = register(name, port, host=host, instance=instance, meta=meta)
+    thread.Ending(made, drain_s)
+    return made
+
+
+def listen(
+    name: str,
+    port: int = 0,
+    *,
+    host: str = "127.0.0.1",
+    instance: str | None = None,
+    meta: Mapping[str, str] | None = None,
+) -> Listening:
+    """Listen on a free port, or on `port`, and register it, as `regd_client.listen` does."""
+    from regd_client import listening, thread
+
+    async def listened() -> Any:
+        return await listening.listen(name, port, host=host, instance=instance, meta=meta)
+
+    own = thread.client_thread()
+    return thread.Listening(own.call(listened()), own)
+
+
+def deregister(name: str, instance: str | None = None) -> None:
+    """End a registration, whoever made it, as `regd_client.deregister` does."""
+    from regd_client import functions, thread
+
+    thread.client_thread().call(functions.deregister(name, instance))
+
+
+def resolve(
+    name: str,
+    *,
+    instance: str | None = None,
+    meta: Mapping[str, str] | None = None,
+    wait: float | None = None,
+) -> Endpoint:
+    """Return a ready instance, as `regd_client.resolve` does."""
+    from regd_client import functions, thread
+
+    return thread.client_thread().call(functions.resolve(name, instance=instance, meta=meta, wait=wait))
+
+
+def resolve_all(name: str, *, meta: Mapping[str, str] | None = None) -> list[Endpoint]:
+    """Return all ready instances, as `regd_client.resolve_all` does."""
+    from regd_client import functions, thread
+
+    return thread.client_thread().call(functions.resolve_all(name, meta=meta))

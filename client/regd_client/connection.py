@@ -280,6 +280,14 @@ Lost = Callable[[Connection, dict[str, Any]], None]
 _OPEN: "weakref.WeakSet[Connection]" = weakref.WeakSet()
 
 
+async def abort_all(why: str) -> None:
+    """Break every connection of this event loop, and wait until their sockets have gone."""
+    ours = [each for each in _OPEN if each._loop is asyncio.get_running_loop()]
+    for each in ours:
+        each.abort(why)
+    await asyncio.gather(*(asyncio.shield(each.closed) for each in ours))
+
+
 def _let_go_in_child() -> None:
     for connection in list(_OPEN):
         connection._forked()

@@ -140,6 +140,6 @@ def addresses(sockets: Iterable[Any]) -> list[tuple[str, int]]:
     for each in sockets:
         where = each.getsockname()
         if isinstance(where, tuple):  # else it is a Unix socket
-            host, port = where[:2]
+            host, port = str(where[0]), int(where[1])
             found.append((":" in host, _HERE.get(host, host), port))
     return [(host, port) for _, host, port in sorted(found)]

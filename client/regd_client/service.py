@@ -1,7 +1,7 @@
-"""Registering a service whose server opens its port later, and withdrawing the name before that closes it.
+"""Registering a service whose server opens its port later, and withdrawing the name before that closes.
 
-Servers run a service's start-up hook before they bind, and its shutdown hook when they listen no more: a name that
-is registered and ended there is known without being reachable. Must not know any server or framework.
+Servers run a service's start-up hook before they bind, and its shutdown hook when they listen no more: a name
+that is registered and ended there is known without being reachable. Must not know any server or framework.
 """
 
 import asyncio
@@ -182,7 +182,8 @@ def serving(
     The server is the first that opens a TCP port on this event loop from then on, or the one that opens `port`.
     Without a daemon, or while somebody else has the name, the service works and registering is tried on. Before
     the server is told to end, by SIGTERM or Ctrl-C, or closes its listener, the name is withdrawn, and `drain_s`
-    passes: whoever has just resolved it still finds it open. `host` is what others are told, by default where the server listens.
+    passes: whoever has just resolved it still finds it open. `host` is what others are told, by default where the
+    server listens.
     """
     given = {"instance": instance, "meta": meta} | ({} if host is None else {"host": host})
     return Serving(name, port, given, drain_s)

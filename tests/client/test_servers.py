@@ -20,12 +20,15 @@ START_S = 30.0  # for a server with its frameworks, on a busy machine
 PYTHON = [sys.executable, "-W", "ignore", "-m"]  # the warnings of other people's programs are theirs
 UVICORN = [*PYTHON, "uvicorn", "--host", "127.0.0.1", "--port", "0", "--log-level", "warning"]
 HYPERCORN = [*PYTHON, "hypercorn", "--bind", "127.0.0.1:0", "--log-level", "warning"]
+GUNICORN = [*PYTHON, "gunicorn", "--config", "tests/client/gunicorn_conf.py"]
 SERVERS = {
     "uvicorn": [*UVICORN, "tests.client.asgi_apps:fastapi_app"],
     "uvicorn on uvloop": [*UVICORN, "--loop", "uvloop", "tests.client.asgi_apps:starlette_app"],
     "uvicorn with workers": [*UVICORN, "--workers", "2", "tests.client.asgi_apps:starlette_app"],
     "hypercorn": [*HYPERCORN, "--workers", "0", "tests.client.asgi_apps:fastapi_app"],
     "hypercorn with workers": [*HYPERCORN, "--workers", "2", "tests.client.asgi_apps:starlette_app"],
+    "gunicorn": [*GUNICORN, "tests.client.wsgi_app:app"],
+    "gunicorn with workers": [*GUNICORN, "--workers", "2", "--threads", "2", "tests.client.wsgi_app:app"],
     "aiohttp": [*PYTHON, "tests.client.apps", "aiohttp"],
     "asyncio": [*PYTHON, "tests.client.apps", "plain"],
     "asyncio and listen": [*PYTHON, "tests.client.apps", "listen"],
@@ -139,7 +142,7 @@ async def test_whoever_resolves_the_name_gets_an_answer(server: str, process: Da
         assert [each["reason"] for each in departures] == ["deregistered"]
 
 
-@pytest.mark.parametrize("server", ["uvicorn with workers", "hypercorn with workers"])
+@pytest.mark.parametrize("server", ["uvicorn with workers", "hypercorn with workers", "gunicorn with workers"])
 async def test_several_workers_are_one_registration(server: str, process: Daemon) -> None:
     async with calling(process) as (client, caller):
         with serving(SERVERS[server], process):

@@ -1,0 +1,391 @@
+"""`serving` and `listen` in one event loop: which server, when, and what is in the way."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+import regd_client
+from regd_client import service as service_module
+from regd_client.client import Client
+from tests.client.relay import until
+from tests.support.daemon import WAIT_S, InLoop
+
+pytestmark = pytest.mark.socket
+
+
+@pytest.fixture(autouse=True)
+def address(daemon: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REGD_ADDRESS", f"tcp://127.0.0.1:{daemon.port}")
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[Client]:
+    async with Client() as made:
+        yield made
+
+
+class Nothing(asyncio.Protocol):
+    """What a server does here."""
+
+
+async def server(port: int = 0, host: str = "127.0.0.1") -> asyncio.AbstractServer:
+    return await asyncio.get_running_loop().create_server(Nothing, host, port)
+
+
+def port_of(server: object) -> int:
+    return int(server.sockets[0].getsockname()[1])  # type: ignore[attr-defined]
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as trying:
+        return trying.connect_ex(("127.0.0.1", port)) == 0
+
+
+async def names(client: Client) -> list[tuple[str, int]]:
+    return [(each["name"], each["port"]) for each in await client.instances()]
+
+
+async def gone(client: Client, name: str = "web") -> None:
+    async with asyncio.timeout(WAIT_S):
+        while await client.instances(name):
+            await asyncio.sleep(0)
+
+
+class Withdrawing:
+    """A withdrawal that takes as long as the test wants."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+        self.may_end = asyncio.Event()
+
+
+def held_back(registration: regd_client.Registration, monkeypatch: pytest.MonkeyPatch) -> Withdrawing:
+    withdrawing, leave = Withdrawing(), registration.deregister
+
+    async def deregister() -> None:
+        withdrawing.begun.set()
+        await withdrawing.may_end.wait()
+        await leave()
+
+    monkeypatch.setattr(registration, "deregister", deregister)
+    return withdrawing
+
+
+async def test_nothing_is_registered_until_a_port_is_open(client: Client) -> None:
+    async with regd_client.serving("web") as service:
+        await client.ping()
+        assert await names(client) == []
+        async with await server() as opened:
+            found = (await service.registration()).endpoint
+            assert await names(client) == [("web", port_of(opened))] == [("web", found.port)]
+        assert await names(client) == []
+
+
+async def test_the_listener_is_open_until_the_name_is_gone(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with regd_client.serving("web", drain_s=0.0) as service:
+        opened = await server()
+        registration = await service.registration()
+        withdrawing = held_back(registration, monkeypatch)
+        opened.close()
+        await withdrawing.begun.wait()
+        assert accepts(port_of(opened))
+        withdrawing.may_end.set()
+        await opened.wait_closed()
+        assert await names(client) == []
+        await until(lambda: not opened.is_serving())
+
+
+async def test_on_leaving_the_name_goes_and_the_server_stays(client: Client) -> None:
+    async with regd_client.serving("web") as service:
+        opened = await server()
+        await service.registration()
+    assert await names(client) == []
+    assert accepts(port_of(opened))
+    opened.close()
+    await opened.wait_closed()
+    assert "create_server" not in vars(asyncio.get_running_loop())
+
+
+async def test_the_port_says_which_server_it_is(client: Client) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    async with regd_client.serving("web", port) as service, await server(), await server(port):
+        await service.registration()
+        assert await names(client) == [("web", port)]
+
+
+async def test_two_services_of_one_loop(client: Client) -> None:
+    with contextlib.ExitStack() as stack:
+        one, two = (stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2))
+        ports = [each.getsockname()[1] for each in (one, two)]
+    async with (
+        regd_client.serving("one", ports[0]) as first,
+        regd_client.serving("two", ports[1]) as second,
+        await server(ports[1]),
+        await server(ports[0]),
+    ):
+        await asyncio.gather(first.registration(), second.registration())
+        assert await names(client) == [("one", ports[0]), ("two", ports[1])]
+    assert await names(client) == []
+
+
+async def test_a_server_that_serves_later_is_registered_later(client: Client) -> None:
+    async with regd_client.serving("web") as service:
+        opened = await asyncio.get_running_loop().create_server(Nothing, "127.0.0.1", 0, start_serving=False)
+        await client.ping()
+        assert await names(client) == []
+        await opened.start_serving()
+        await service.registration()
+        opened.close()
+        await opened.wait_closed()
+
+
+async def test_serving_forever_ends_like_any_other(client: Client) -> None:
+    async with regd_client.serving("web") as service:
+        opened = await server()
+        task: asyncio.Task[None] = asyncio.create_task(opened.serve_forever())
+        await service.registration()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await names(client) == []
+        assert not opened.is_serving()
+
+
+async def test_a_socket_that_was_passed_in_may_be_closed_by_whoever_passed_it(client: Client) -> None:
+    passed = socket.create_server(("127.0.0.1", 0))
+    port = passed.getsockname()[1]
+    async with regd_client.serving("web") as service:
+        opened = await asyncio.get_running_loop().create_server(Nothing, sock=passed)
+        await service.registration()
+        opened.close()
+        passed.close()
+        assert accepts(port)  # until the name is gone
+        await opened.wait_closed()
+        assert not accepts(port)
+
+
+async def test_what_cannot_be_opened_raises_as_ever(client: Client) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        async with regd_client.serving("web"):
+            with pytest.raises(OSError, match="in use"):
+                await server(taken.getsockname()[1])
+
+
+async def test_a_server_on_a_path_is_none_of_it(client: Client, tmp_path: Path) -> None:
+    async with regd_client.serving("web") as service:
+        async with await asyncio.start_unix_server(lambda reader, writer: None, tmp_path / "socket"):
+            pass
+        async with await server() as opened:
+            assert (await service.registration()).endpoint.port == port_of(opened)
+
+
+@pytest.mark.parametrize(
+    ("host", "told"), [("0.0.0.0", "127.0.0.1"), ("::", "::1"), ("::1", "::1"), (None, "127.0.0.1")]
+)
+async def test_the_host_is_one_that_can_be_called(client: Client, host: str, told: str) -> None:
+    async with regd_client.serving("web") as service, await server(host=host):
+        assert (await service.registration()).endpoint.host == told
+
+
+async def test_a_daemon_that_comes_later(
+    daemon: InLoop, client: Client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "Client", lambda: Client(connect_timeout_s=0.05))
+    await daemon.server.stop()
+    async with regd_client.serving("web") as service, await server() as opened:
+        await until(lambda: "not registered yet" in caplog.text)
+        daemon.server = InLoop(daemon.registry).server
+        await daemon.server.start()
+        monkeypatch.setenv("REGD_ADDRESS", f"tcp://127.0.0.1:{daemon.port}")
+        assert (await service.registration()).endpoint.port == port_of(opened)
+    assert caplog.text.count("not registered yet") == 1
+
+
+async def test_a_name_that_becomes_free(
+    daemon: InLoop, client: Client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "_PAUSE_S", 0.01)
+    await (await daemon.peer()).ask(cmd="register", name="web", port=1, hold=True)
+    async with regd_client.serving("web") as service, await server():
+        await until(lambda: "not registered yet" in caplog.text)
+        await client.deregister("web")
+        await service.registration()
+    assert caplog.text.count("not registered yet") == 1
+
+
+async def test_a_name_that_cannot_be(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    async with regd_client.serving("no name") as service, await server():
+        with pytest.raises(regd_client.BadArgument):
+            await service.registration()
+    assert "cannot be registered" in caplog.text
+
+
+async def test_nobody_comes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(service_module, "_NOBODY_S", 0.0)
+    async with regd_client.serving("web"):
+        await until(lambda: "no server has opened its port" in caplog.text)
+
+
+async def test_a_lifespan_can_be_entered_again(client: Client) -> None:
+    lifespan = regd_client.serving("web")
+    for _ in range(2):
+        async with lifespan(object()), await server() as opened:
+            await client.resolve("web", wait=WAIT_S)
+            assert await names(client) == [("web", port_of(opened))]
+        assert await names(client) == []
+
+
+# Signals.
+
+
+@contextlib.asynccontextmanager
+async def signalled(number: int, on_loop: bool) -> AsyncIterator[list[int]]:
+    """Collect who gets the signal, as a server would."""
+    got: list[int] = []
+    loop = asyncio.get_running_loop()
+    before = signal.getsignal(number)
+    if on_loop:
+        loop.add_signal_handler(number, got.append, number)
+    else:
+        signal.signal(number, lambda number, frame: got.append(number))
+    try:
+        yield got
+    finally:
+        if on_loop:
+            loop.remove_signal_handler(number)
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize("on_loop", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_that_ends_comes_when_the_name_is_gone(client: Client, number: int, on_loop: bool) -> None:
+    async with (
+        signalled(number, on_loop) as got,
+        regd_client.serving("web", drain_s=0.0) as service,
+        await server() as opened,
+    ):
+        await service.registration()
+        os.kill(os.getpid(), number)
+        assert got == []
+        await gone(client)
+        assert accepts(port_of(opened))
+        await until(lambda: got == [number])
+        os.kill(os.getpid(), number)  # nothing is held any more
+        await until(lambda: got == [number, number])
+
+
+@pytest.mark.parametrize("on_loop", [False, True])
+async def test_a_second_signal_comes_at_once(on_loop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with (
+        signalled(signal.SIGTERM, on_loop) as got,
+        regd_client.serving("web", drain_s=0.0) as service,
+        await server(),
+    ):
+        withdrawing = held_back(await service.registration(), monkeypatch)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await withdrawing.begun.wait()
+        assert got == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        await until(lambda: got == [signal.SIGTERM] * 2)
+        withdrawing.may_end.set()
+
+
+@pytest.mark.parametrize("on_loop", [False, True])
+async def test_other_signals_and_later_handlers_are_not_held(client: Client, on_loop: bool) -> None:
+    async with signalled(signal.SIGUSR1, True) as other, signalled(signal.SIGTERM, on_loop) as got:
+        async with regd_client.serving("web", drain_s=0.0) as service, await server():
+            await service.registration()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            await until(lambda: other == [signal.SIGUSR1])
+            assert await names(client) != []
+        os.kill(os.getpid(), signal.SIGTERM)
+        await until(lambda: got == [signal.SIGTERM])
+
+
+async def test_without_a_handler_nothing_is_held() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    async with regd_client.serving("web"):
+        assert signal.getsignal(signal.SIGTERM) is before is signal.SIG_DFL
+
+
+def test_in_another_thread_nothing_is_held(daemon: InLoop) -> None:
+    async def serve() -> None:
+        async with regd_client.serving("web"):
+            pass
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    thread.join(WAIT_S)
+    assert not thread.is_alive()
+
+
+# listen
+
+
+async def test_listen_is_a_socket_that_listens_and_has_its_name(client: Client) -> None:
+    async with regd_client.listen("web", meta={"zone": "a"}) as listening:
+        assert accepts(listening.port)
+        found = await client.resolve("web")
+        assert (found.port, found.meta, listening.endpoint.port) == (listening.port, {"zone": "a"}, found.port)
+        with pytest.raises(OSError, match="in use"), socket.socket() as other:
+            other.bind(("127.0.0.1", listening.port))
+    assert await names(client) == []
+    assert not accepts(found.port)
+
+
+async def test_listen_without_a_block(client: Client) -> None:
+    listening = await regd_client.listen("web")
+    await listening.close()
+    await listening.close()
+    assert await names(client) == []
+    assert listening.socket.fileno() == -1
+
+
+async def test_a_server_on_the_socket_closes_after_the_name(client: Client) -> None:
+    async with regd_client.listen("web") as listening:
+        opened = await asyncio.get_running_loop().create_server(Nothing, sock=listening.socket)
+        opened.close()
+        await opened.wait_closed()
+        assert await names(client) == []
+
+
+@pytest.mark.parametrize("trouble", ["conflict", "no daemon", "bad name"])
+async def test_what_is_not_registered_does_not_listen(
+    daemon: InLoop, trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[socket.socket] = []
+
+    def create(*args: object, **more: object) -> socket.socket:
+        made.append(socket.create_server(("127.0.0.1", 0)))
+        return made[-1]
+
+    monkeypatch.setattr("regd_client.listening.listening_socket", create)
+    await (await daemon.peer()).ask(cmd="register", name="web", port=1, hold=True)
+    if trouble == "no daemon":
+        monkeypatch.setenv("REGD_ADDRESS", "127.0.0.1:1")
+        monkeypatch.setattr(service_module, "Client", lambda: Client(connect_timeout_s=0.0))
+    expected = {
+        "conflict": regd_client.Conflict,
+        "no daemon": regd_client.Unavailable,
+        "bad name": regd_client.BadArgument,
+    }
+    with pytest.raises(expected[trouble]):
+        await regd_client.listen("bad name" if trouble == "bad name" else "web")
+    assert made[0].fileno() == -1
+    assert "create_server" not in vars(asyncio.get_running_loop())
+
+
+async def test_a_port_that_is_taken_is_not_registered(client: Client) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
+        await regd_client.listen("web", taken.getsockname()[1])
+    assert await names(client) == []
