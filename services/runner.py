@@ -1,4 +1,4 @@
-"""runner: takes jobs on port 5050, or another, and answers them. It registers in its start-up hook.
+"""runner: takes jobs on port 5050, or another (0: any that is free), and answers them. It registers as `runner`.
 
 One job a line, {"numbers": [1, 2, 3]}; one answer a line, {"sum": 6}.
 
@@ -33,12 +33,13 @@ async def main() -> None:
     asked_to_leave = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, asked_to_leave.set)
-    # Listen first, register then: who finds the name must find somebody there.
-    server = await asyncio.start_server(answer, "127.0.0.1", PORT)
-    with contextlib.closing(server):
-        async with regd_client.register(NAME, PORT):
-            print(f"runner: registered as {NAME!r}, waiting for jobs on port {PORT}", flush=True)
-            await asked_to_leave.wait()
+    # A port and its name in one act: who finds the name finds somebody there.
+    async with (
+        regd_client.listen(NAME, PORT) as listening,
+        await asyncio.start_server(answer, sock=listening.socket),
+    ):
+        print(f"runner: registered as {NAME!r}, waiting for jobs on port {listening.port}", flush=True)
+        await asked_to_leave.wait()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,41 @@
+"""gateway: takes jobs over HTTP and passes them on to `runner`, wherever that is just now.
+
+It has a name itself, from when it accepts requests until it is told to end. Needs `pip install '.[gateway]'`.
+
+uvicorn --app-dir services gateway:app --port 8080
+curl -d '{"numbers": [1, 2, 3]}' http://127.0.0.1:8080/jobs
+"""
+
+import asyncio
+import json
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+import regd_client
+
+
+async def ask(job: object) -> object:
+    runner = await regd_client.resolve("runner", wait=5)  # it may just be starting
+    reader, writer = await asyncio.open_connection(runner.host, runner.port)
+    try:
+        writer.write(json.dumps(job).encode() + b"\n")
+        return json.loads(await reader.readline())
+    finally:
+        writer.close()
+
+
+async def pass_on(request: Request) -> JSONResponse:
+    try:
+        job = await request.json()
+    except ValueError:
+        return JSONResponse({"error": "a job is JSON"}, 400)
+    try:
+        return JSONResponse(await ask(job))
+    except (OSError, ValueError, regd_client.RegdError) as error:
+        return JSONResponse({"error": f"no answer from the runner: {error}"}, 503)
+
+
+app = Starlette(routes=[Route("/jobs", pass_on, methods=["POST"])], lifespan=regd_client.serving("gateway"))
