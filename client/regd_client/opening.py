@@ -107,8 +107,6 @@ class _LateServer(asyncio.AbstractServer):
             self._server.close()
 
     async def wait_closed(self) -> None:
-        if self._closing is not None:
-            await asyncio.shield(self._closing)
         await self._server.wait_closed()
 
     async def start_serving(self) -> None:

@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
 
 import pytest
 
@@ -23,6 +24,12 @@ def address(process: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
 def instances() -> list[dict[str, object]]:
     with blocking.BlockingConnection() as connection:
         return list(connection.ask("list")["instances"])
+
+
+def until(true: Callable[[], bool]) -> None:
+    late = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < late
 
 
 def run(program: str, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -79,6 +86,7 @@ def test_listen() -> None:
         probe, _ = listening.socket.accept()  # the daemon's, who saw that it is reachable
         probe.close()
         assert listening.port == listening.endpoint.port
+        assert listening.socket.getblocking()
     assert instances() == []
     assert listening.socket.fileno() == -1
 
@@ -100,26 +108,32 @@ def test_each_process_has_a_thread_of_its_own() -> None:
         assert blocking.resolve("parent").port == 1
 
 
-@pytest.fixture
-def interrupted() -> Iterator[None]:
-    """Ctrl-C, in a moment, and as often as it takes."""
-    done = threading.Event()
-
-    def press() -> None:
-        while not done.wait(0.05):
-            os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=press)
-    thread.start()
-    yield
-    done.set()
-    thread.join()
+def waiting() -> int:
+    with blocking.BlockingConnection() as connection:
+        return int(connection.ask("stats")["waiting"])
 
 
-@pytest.mark.usefixtures("interrupted")
 def test_ctrl_c_ends_a_wait() -> None:
-    with pytest.raises(KeyboardInterrupt):
+    program = """if True:
+    from regd_client import blocking
+    try:
         blocking.resolve("web", wait=3_600)
+    except KeyboardInterrupt:
+        print("ended", flush=True)
+        input()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=environment(REGD_ADDRESS=os.environ["REGD_ADDRESS"]), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as running:  # fmt: skip
+        try:
+            until(lambda: waiting() == 1)
+            running.send_signal(signal.SIGINT)
+            assert running.stdout is not None
+            assert running.stdout.readline() == "ended\n"
+            until(lambda: waiting() == 0)
+        finally:
+            running.kill()
 
 
 def test_a_server_hears_of_its_end_when_the_name_has_gone() -> None:
@@ -150,6 +164,19 @@ def test_a_program_that_ends_leaves_nothing_half_done() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "127.0.0.1:1\n", "")
     with pytest.raises(regd_client.NotFound):
         blocking.resolve("web")
+
+
+def test_a_child_that_was_forked_and_ends_leaves_the_parents_thread_alone() -> None:
+    program = """if True:
+    import os
+    from regd_client import blocking
+    with blocking.register("web", 1):
+        if os.fork():
+            _, status = os.wait()
+            print(status, blocking.resolve("web"))
+"""
+    done = run(program)
+    assert (done.stdout, done.stderr) == ("0 127.0.0.1:1\n", "")
 
 
 def test_what_regctl_uses_imports_no_event_loop() -> None:

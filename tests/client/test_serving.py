@@ -141,8 +141,7 @@ async def test_two_services_of_one_loop(client: Client) -> None:
 async def test_a_server_that_serves_later_is_registered_later(client: Client) -> None:
     async with regd_client.serving("web") as service:
         opened = await asyncio.get_running_loop().create_server(Nothing, "127.0.0.1", 0, start_serving=False)
-        await client.ping()
-        assert await names(client) == []
+        assert not service._opened.done()
         await opened.start_serving()
         await service.registration()
         opened.close()
@@ -174,6 +173,43 @@ async def test_a_socket_that_was_passed_in_may_be_closed_by_whoever_passed_it(cl
         assert not accepts(port)
 
 
+async def test_a_second_server_is_its_own_affair(client: Client) -> None:
+    async with regd_client.serving("web") as service, await server() as first:
+        await service.registration()
+        async with await server():
+            pass
+        assert await names(client) == [("web", port_of(first))]
+
+
+async def test_the_name_is_gone_for_a_while_before_the_listener_closes(client: Client) -> None:
+    loop = asyncio.get_running_loop()
+    async with regd_client.serving("web", drain_s=0.05) as service, await server() as opened:
+        await service.registration()
+        opened.close()
+        await gone(client)
+        since = loop.time()
+        assert accepts(port_of(opened))
+        await opened.wait_closed()
+        assert loop.time() - since > 0.02  # of the 0.05: hearing of it took some
+
+
+async def test_nothing_stays_open_behind_it(client: Client) -> None:
+    async with regd_client.serving("web") as service, await server():
+        await service.registration()
+    async with asyncio.timeout(WAIT_S):
+        while (await client.stats())["connections"] > 1:
+            await asyncio.sleep(0)
+
+
+async def test_a_socket_that_no_server_wants_is_left_to_whoever_passed_it() -> None:
+    async with regd_client.serving("web"):
+        with socket.create_server(("127.0.0.1", 0)) as passed:
+            before = len(os.listdir("/dev/fd"))
+            with pytest.raises(TypeError):
+                await asyncio.get_running_loop().create_server(Nothing, sock=passed, backlog="many")  # type: ignore[call-overload]
+            assert len(os.listdir("/dev/fd")) == before
+
+
 async def test_what_cannot_be_opened_raises_as_ever(client: Client) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         async with regd_client.serving("web"):
@@ -183,8 +219,10 @@ async def test_what_cannot_be_opened_raises_as_ever(client: Client) -> None:
 
 async def test_a_server_on_a_path_is_none_of_it(client: Client, tmp_path: Path) -> None:
     async with regd_client.serving("web") as service:
-        async with await asyncio.start_unix_server(lambda reader, writer: None, tmp_path / "socket"):
-            pass
+        with socket.socket(socket.AF_UNIX) as path:
+            path.bind(str(tmp_path / "socket"))
+            async with await asyncio.get_running_loop().create_server(Nothing, sock=path):
+                assert not service._opened.done()
         async with await server() as opened:
             assert (await service.registration()).endpoint.port == port_of(opened)
 
@@ -217,7 +255,9 @@ async def test_a_name_that_becomes_free(
     monkeypatch.setattr(service_module, "_PAUSE_S", 0.01)
     await (await daemon.peer()).ask(cmd="register", name="web", port=1, hold=True)
     async with regd_client.serving("web") as service, await server():
-        await until(lambda: "not registered yet" in caplog.text)
+        async with asyncio.timeout(WAIT_S):
+            while (await client.stats())["requests"]["register"] < 4:
+                await asyncio.sleep(0)
         await client.deregister("web")
         await service.registration()
     assert caplog.text.count("not registered yet") == 1
@@ -312,6 +352,15 @@ async def test_other_signals_and_later_handlers_are_not_held(client: Client, on_
         await until(lambda: got == [signal.SIGTERM])
 
 
+async def test_a_handler_that_came_meanwhile_is_heard_after() -> None:
+    async with regd_client.serving("web"):
+        late = signalled(signal.SIGUSR2, True)
+        got = await late.__aenter__()
+    os.kill(os.getpid(), signal.SIGUSR2)
+    await until(lambda: got == [signal.SIGUSR2])
+    await late.__aexit__(None, None, None)
+
+
 async def test_without_a_handler_nothing_is_held() -> None:
     before = signal.getsignal(signal.SIGTERM)
     async with regd_client.serving("web"):
@@ -335,6 +384,7 @@ def test_in_another_thread_nothing_is_held(daemon: InLoop) -> None:
 async def test_listen_is_a_socket_that_listens_and_has_its_name(client: Client) -> None:
     async with regd_client.listen("web", meta={"zone": "a"}) as listening:
         assert accepts(listening.port)
+        assert not listening.socket.getblocking()
         found = await client.resolve("web")
         assert (found.port, found.meta, listening.endpoint.port) == (listening.port, {"zone": "a"}, found.port)
         with pytest.raises(OSError, match="in use"), socket.socket() as other:
