@@ -6,6 +6,8 @@ harms nobody. What many tasks write in one turn of the loop is sent as one. Must
 
 import asyncio
 import os
+import socket
+import struct
 import time
 import weakref
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from regd_client.wire import Address
 HANGS_S = 9.0  # a daemon that says nothing for so long, while it is asked, hangs
 _AGAIN_S = 0.25  # until the second look: a loop that was held up hears first what came meanwhile
 _FAREWELL_S = 1.0  # for what is still to be sent at the end
+_RESET = struct.pack("ii", 1, 0)  # on closing: linger on, for no time (socket(7))
 _CHUNK_BYTES = 16_384  # read at once, at most
 
 Heard = Callable[[dict[str, Any]], None]
@@ -125,6 +128,7 @@ class Connection(asyncio.BufferedProtocol):
     def end(self) -> None:
         """Close it from here; what was asked is still sent."""
         self._flush()
+        self._drop_waits()
         self._break(Unavailable(f"the connection to regd at {self.address} was closed here"))
 
     async def close(self) -> None:
@@ -140,6 +144,19 @@ class Connection(asyncio.BufferedProtocol):
         finally:
             self._transport.abort()
         await asyncio.shield(self.closed)
+
+    def _drop_waits(self) -> None:
+        """Have the daemon forget what waits there, when that is all that is under way.
+
+        It answers who closes only one side, and cannot tell whether both are closed. A reset tells it.
+        """
+        now = time.monotonic()
+        if not self.usable or not self._waiting or any(late <= now for _, late, _ in self._waiting.values()):
+            return
+        assert self._transport is not None
+        found = self._transport.get_extra_info("socket")
+        if self._transport.get_write_buffer_size() == 0 and found.family != socket.AF_UNIX:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 
     def _flush(self) -> None:
         self._alone = len(self._waiting) == 1

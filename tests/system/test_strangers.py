@@ -91,11 +91,9 @@ def watched(process: Daemon) -> Iterator[Watched]:
     made.end()
 
 
-def need(tool: str) -> str:
-    found = shutil.which(tool)
-    if found is None:
-        pytest.skip(f"no {tool} on this machine")
-    return found
+def needs(tool: str) -> pytest.MarkDecorator:
+    """Before the fixture is set up: a daemon that no stranger came to is no proof."""
+    return pytest.mark.skipif(shutil.which(tool) is None, reason=f"no {tool} on this machine")
 
 
 # Raw bytes, as the programs of other protocols begin.
@@ -188,17 +186,18 @@ SHOWN = ("HTTP/0.9", "gopher", "dict", "telnet")  # these show what they got
 
 @pytest.fixture(scope="module")
 def curl_protocols() -> set[str]:
-    done = subprocess.run([need("curl"), "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run(["curl", "--version"], capture_output=True, text=True, check=True)
     return set(done.stdout.partition("Protocols:")[2].splitlines()[0].split())
 
 
+@needs("curl")
 def test_curl(watched: Watched, curl_protocols: set[str]) -> None:
     for count, (name, (scheme, flags)) in enumerate(CURL.items(), 1):
         if scheme not in curl_protocols:
             assert conversation(watched.port, b"GET / HTTP/1.1\r\n")  # so that the count goes on
             continue
         done = subprocess.run(
-            [need("curl"), "-sS", "--noproxy", "*", "--max-time", "10", *flags, f"{scheme}://127.0.0.1:{watched.port}/1docs"],
+            ["curl", "-sS", "--noproxy", "*", "--max-time", "10", *flags, f"{scheme}://127.0.0.1:{watched.port}/1docs"],
             input="\n".join(["hello", COMMANDS]), capture_output=True, text=True, timeout=20, check=False,
         )  # fmt: skip
         assert watched.wait_for_strangers(count) == count, (name, done.stderr)
@@ -209,9 +208,10 @@ def test_curl(watched: Watched, curl_protocols: set[str]) -> None:
             assert (done.returncode != 0, errors) == (True, []), name
 
 
+@needs("openssl")
 def test_openssl(watched: Watched) -> None:
     done = subprocess.run(
-        [need("openssl"), "s_client", "-connect", f"127.0.0.1:{watched.port}", "-servername", "evil.example"],
+        ["openssl", "s_client", "-connect", f"127.0.0.1:{watched.port}", "-servername", "evil.example"],
         input=COMMANDS, capture_output=True, text=True, timeout=20, check=False,
     )  # fmt: skip
     assert done.returncode != 0
@@ -273,7 +273,7 @@ def browser(url: str, profile: Path) -> Iterator[None]:
     """Open a page. Names other than the stranger's are not looked up: nothing leaves this machine."""
     process = subprocess.Popen(
         [
-            need("chromium"), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+            "chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
             "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
             "--host-resolver-rules=MAP evil.example 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
             f"--user-data-dir={profile}", url,
@@ -288,10 +288,10 @@ def browser(url: str, profile: Path) -> Iterator[None]:
         process.wait()
 
 
+@needs("chromium")
 @pytest.mark.parametrize("host", ["127.0.0.1", "evil.example"])
 def test_a_page_in_a_browser(watched: Watched, tmp_path: Path, host: str) -> None:
     """By address, and by a name that was bound again to this machine (DNS rebinding)."""
-    need("chromium")
     seen = [0]
 
     def tried() -> None:
