@@ -6,6 +6,7 @@ know the protocol: every verb is the client's.
 
 import asyncio
 import atexit
+import concurrent.futures
 import os
 import signal
 import threading
@@ -35,11 +36,15 @@ class ClientThread:
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run it there, and wait for what it returns or raises. Whoever is interrupted here has cancelled it."""
-        asked = asyncio.run_coroutine_threadsafe(work, self._loop)
+        asked = self.begin(work)
         try:
             return asked.result()
         finally:
             asked.cancel()
+
+    def begin(self, work: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
+        """Run it there, and go on here."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _end(self) -> None:
         """Leave nothing half done at the end of the process; the names go with it."""

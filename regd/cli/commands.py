@@ -1,0 +1,253 @@
+"""The one table of what `regctl` understands: its parser and its help are made from it.
+
+Must not know what a command does, or how anything is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import regd
+
+USAGE = 2  # the exit status for what cannot be understood
+_WIDTH = 80  # of a terminal, and of a text that is read well
+STATUSES = "Exit status: 0 done, 1 not found or not in time, 2 bad usage, 3 no daemon, 4 refused otherwise."
+
+
+def _label(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, not {text!r}")
+    return key, value
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 3_600:
+        raise argparse.ArgumentTypeError(f"must be 0 to 3600 seconds, not {text!r}")
+    return seconds
+
+
+def _port(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65_535):
+        raise argparse.ArgumentTypeError(f"must be 1 to 65535, or auto, not {text!r}")
+    return int(text)
+
+
+class Argument:
+    """One argument of a command. `takes` says what a shell may offer for it: `service`, or nothing."""
+
+    def __init__(self, name: str, doc: str, *, takes: str = "", **how: Any) -> None:
+        self.name = name
+        self.doc = doc
+        self.takes = takes
+        self.how = how  # as argparse has it
+
+    @property
+    def is_option(self) -> bool:
+        return self.name.startswith("-")
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(self.name, help=self.doc, **self.how)
+
+
+class Command:
+    """`doc` is one sentence, `more` what there is to know besides, `examples` lines for a shell."""
+
+    def __init__(
+        self, doc: str, *arguments: Argument, more: str = "", examples: Sequence[str] = (), runs: bool = False
+    ) -> None:
+        self.doc = doc
+        self.arguments = arguments
+        self.more = more
+        self.examples = examples
+        self.runs = runs  # a command line of its own, behind `--`
+
+
+def _labels(doc: str) -> Argument:
+    return Argument("--meta", f"{doc}; may be given again", type=_label, action="append", metavar="KEY=VALUE")
+
+
+NAME = Argument("name", "the service", metavar="NAME", takes="service")
+PATTERN = Argument(
+    "name", "only this, or what begins with it: 'work*'", nargs="?", metavar="NAME", takes="service"
+)
+ANY_INSTANCE = Argument("--instance", "only this instance (default: any)", metavar="INSTANCE")
+INSTANCE = Argument("--instance", 'which instance (default: "")', metavar="INSTANCE")
+FILTER = _labels("only those that carry it")
+
+COMMON = (
+    Argument(
+        "--address",
+        "tcp://HOST:PORT, HOST:PORT or unix:///path (default: $REGD_ADDRESS, else tcp://127.0.0.1:7343)",
+        default=argparse.SUPPRESS,
+        metavar="ADDRESS",
+    ),
+    Argument(
+        "--json",
+        "print what the daemon says, one JSON object a line",
+        action="store_true",
+        default=argparse.SUPPRESS,
+    ),
+)
+
+COMMANDS = {
+    "list": Command("List registrations.", PATTERN, FILTER, examples=["regctl list", "regctl list 'work*'"]),
+    "resolve": Command(
+        "Print the address of a ready instance.",
+        NAME,
+        Argument("--all", "of all ready instances", action="store_true"),
+        ANY_INSTANCE,
+        FILTER,
+        examples=["curl http://$(regctl resolve web)/"],
+    ),
+    "register": Command(
+        "Register a service; it stays until it is deregistered.",
+        Argument("name", "the service", metavar="NAME"),
+        Argument("port", "1 to 65535", metavar="PORT", type=int),
+        Argument("--host", "where it listens (default: 127.0.0.1)", metavar="HOST"),
+        INSTANCE,
+        _labels("a label"),
+        examples=["regctl register db 5432"],
+    ),
+    "deregister": Command("End a registration.", NAME, INSTANCE, examples=["regctl deregister db"]),
+    "watch": Command(
+        "Show what is there, and then every change, until Ctrl-C.",
+        PATTERN,
+        FILTER,
+        examples=["regctl watch", "regctl watch 'work*'"],
+    ),
+    "wait": Command(
+        "Wait until each of the services accepts connections.",
+        Argument("names", "the services", nargs="+", metavar="NAME", takes="service"),
+        Argument("--timeout", "for all of them (default: 30)", type=_seconds, default=30.0, metavar="SECONDS"),
+        more="It waits for the daemon, too.",
+        examples=["regctl wait db cache --timeout 10 && ./migrate"],
+    ),
+    "run": Command(
+        "Run a command under a name, from when it accepts connections until it has ended.",
+        Argument("name", "the service that the command is", metavar="NAME"),
+        Argument(
+            "--port",
+            "where the command listens; auto: a free port, told in $PORT (default: auto)",
+            type=_port,
+            metavar="N|auto",
+        ),
+        Argument(
+            "--socket",
+            "hand the command a listening socket, as systemd does: $LISTEN_FDS, file 3",
+            action="store_true",
+        ),
+        Argument(
+            "--wait",
+            "first wait until these accept connections; the command finds them in its environment",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="OTHER",
+            takes="service",
+        ),
+        Argument(
+            "--timeout",
+            "for all that is waited for (default: 30)",
+            type=_seconds,
+            default=30.0,
+            metavar="SECONDS",
+        ),
+        INSTANCE,
+        _labels("a label"),
+        more="Signals and the exit status are passed on; 126: the command cannot be run, 127: it is not there. "
+        "On SIGTERM and Ctrl-C the name goes first. Without a daemon the command runs, and is registered as soon "
+        "as there is one.",
+        examples=[
+            "regctl run web --wait db -- sh -c 'python3 -m http.server $PORT'",
+            "regctl run web --port 8000 -- gunicorn --bind 127.0.0.1:8000 shop.wsgi",
+            "regctl run web --socket -- uvicorn --fd 3 shop:app",
+        ],
+        runs=True,
+    ),
+    "env": Command(
+        "Print the addresses of services as environment variables.",
+        Argument("names", "the services (default: all)", nargs="*", metavar="NAME", takes="service"),
+        more="For `shop.db`: SHOP_DB_HOST, SHOP_DB_PORT and SHOP_DB_ADDRESS, which is HOST:PORT. It is the name "
+        "in capitals, with `_` for all that is no letter and no digit, and before a digit at the beginning.",
+        examples=['eval "$(regctl env db)"', "env $(regctl env db cache) ./worker"],
+    ),
+    "why": Command(
+        "Tell what is known of a service: owners, last probe, who left and why.",
+        NAME,
+        ANY_INSTANCE,
+        examples=["regctl why web"],
+    ),
+    "ping": Command("Ask whether a daemon answers.", examples=["regctl ping"]),
+    "stats": Command("Show the daemon's counters and limits.", examples=["regctl stats"]),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    shown: Callable[[str], str]
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: {_Parser.shown(message)} (see {self.prog} --help)\n")
+
+
+def _common() -> _Parser:
+    made = _Parser(add_help=False)
+    for each in COMMON:
+        each.add_to(made)
+    return made
+
+
+def parser(shown: Callable[[str], str]) -> argparse.ArgumentParser:
+    """Return what reads a command line; `shown` makes a text fit for a terminal."""
+    _Parser.shown = staticmethod(shown)
+    common = _common()
+    made = _Parser(
+        prog="regctl",
+        description="Ask and change the service registry of this machine.",
+        epilog=STATUSES,
+        parents=[common],
+        allow_abbrev=False,
+    )
+    made.add_argument("--version", action="version", version=f"regctl {regd.__version__}")
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for name, command in COMMANDS.items():
+        each = commands.add_parser(
+            name,
+            help=command.doc,
+            description="\n\n".join(textwrap.fill(text, _WIDTH) for text in (command.doc, command.more) if text),
+            epilog="examples:\n" + "".join(f"  {line}\n" for line in command.examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=[common],
+            allow_abbrev=False,
+        )
+        for argument in command.arguments:
+            argument.add_to(each)
+        if command.runs:
+            each.usage = f"{each.format_usage().removeprefix('usage: ').strip()} -- COMMAND [ARGUMENT ...]"
+    return made
+
+
+def read(argv: Sequence[str], shown: Callable[[str], str]) -> dict[str, Any]:
+    """Return what a command line says; what stands behind `--` of one that runs a command is its `argv`."""
+    made = parser(shown)
+    argv, behind = list(argv), None
+    if "--" in argv and any(each in COMMANDS and COMMANDS[each].runs for each in argv[: argv.index("--")]):
+        at = argv.index("--")
+        argv, behind = argv[:at], argv[at + 1 :]
+    given = vars(made.parse_args(argv))
+    if COMMANDS[given["command"]].runs:
+        if not behind:
+            print(f"regctl {given['command']}: name the command, behind `--`", file=sys.stderr)
+            raise SystemExit(USAGE)
+        given["argv"] = behind
+    return given
