@@ -1,0 +1,452 @@
+"""`regctl run` and `regctl env` as processes: ports, names, signals and exit statuses of real commands."""
+
+import contextlib
+import errno
+import json
+import os
+import pty
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from regd.cli import run as run_module
+from regd.cli.variables import prefix, variables
+from regd_client.blocking import BlockingConnection
+from tests.support.daemon import ROOT, WAIT_S, Daemon, environment
+
+REGCTL = [sys.executable, "-m", "regd.cli.regctl"]
+START_S = 30.0  # for a server, on a busy machine
+
+# Says its number and port, waits for a line before it listens, and then says what it is told by signals and lines.
+COMMAND = """
+import os, signal, socket, sys
+from regd_client import blocking
+
+def heard(number, frame):
+    try:
+        found = str(blocking.resolve("web", instance=os.environ.get("INSTANCE")))
+    except LookupError:
+        found = "nobody"
+    print(signal.Signals(number).name, found, flush=True)
+
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    signal.signal(number, heard)
+print(os.getpid(), os.environ["PORT"], flush=True)
+host = sys.stdin.readline().strip()
+listening = socket.create_server((host, int(os.environ["PORT"])), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+print("listens", flush=True)
+sys.exit(int(sys.stdin.readline()))
+"""
+PROGRAM = [sys.executable, "-c", COMMAND]
+
+
+class Running:
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self.process = process
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().rstrip()
+
+    def told(self) -> str:
+        assert self.process.stderr is not None
+        return self.process.stderr.readline().rstrip()
+
+    def type(self, text: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(text + "\n")
+        self.process.stdin.flush()
+
+    def end(self, status: int = 0) -> None:
+        self.type(str(status))
+        assert self.process.wait(WAIT_S) == status
+
+
+@contextlib.contextmanager
+def running(daemon: Daemon | None, *arguments: str, **more: str) -> Iterator[Running]:
+    address = {"REGD_ADDRESS": daemon.addresses[0]} if daemon is not None else {}
+    with subprocess.Popen(
+        [*REGCTL, "run", *arguments], cwd=ROOT, env=environment(**address, **more), text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            yield Running(process)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def finished(daemon: Daemon, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [*REGCTL, *arguments], cwd=ROOT, env=environment(REGD_ADDRESS=daemon.addresses[0]),
+        capture_output=True, text=True, timeout=START_S, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def peer(process: Daemon) -> Iterator[BlockingConnection]:
+    with BlockingConnection(process.addresses[0]) as made:
+        yield made
+
+
+def until(true: Callable[[], bool]) -> None:
+    late = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < late
+        time.sleep(0.01)
+
+
+def names(peer: BlockingConnection) -> list[tuple[str, str, int]]:
+    return [(each["name"], each["host"], each["port"]) for each in peer.ask("list")["instances"]]
+
+
+# Ports.
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_free_port_is_kept_and_registered_when_the_command_accepts(
+    process: Daemon, peer: BlockingConnection, host: str
+) -> None:
+    with running(process, "web", "--port", "auto", "--meta", "zone=a", "--", *PROGRAM) as command:
+        pid, port = map(int, command.line().split())
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        assert peer.ask("list")["instances"] == []
+        command.type(host)
+        assert command.told() == f"regctl: web is registered at {f'[{host}]' if ':' in host else host}:{port}"
+        [found] = peer.ask("list")["instances"]
+        assert (found["host"], found["port"], found["meta"], found["pid"]) == (host, port, {"zone": "a"}, pid)
+        command.end(7)
+        assert peer.ask("list")["instances"] == []
+        assert peer.ask("why", name="web")["departures"][0]["reason"] in ("deregistered", "process exited")
+
+
+def test_a_port_of_its_own(process: Daemon, peer: BlockingConnection) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = finished(process, "run", "web", "--port", str(port), "--", "true")
+        assert (done.returncode, done.stderr) == (
+            4,
+            f"regctl: cannot have port {port}: {os.strerror(errno.EADDRINUSE)}; name another\n",
+        )
+    with running(process, "web", "--port", str(port), "--", *PROGRAM) as command:
+        assert command.line().split()[1] == str(port)
+        command.type("127.0.0.1")
+        command.told()
+        assert names(peer) == [("web", "127.0.0.1", port)]
+        command.end()
+
+
+SERVERS = {
+    "http.server": ["sh", "-c", f'exec {sys.executable} -m http.server --bind 127.0.0.1 "$PORT"'],
+    "http.server on ::": ["sh", "-c", f'exec {sys.executable} -m http.server --bind :: "$PORT"'],
+    "uvicorn": ["sh", "-c", f'exec {sys.executable} -m uvicorn --port "$PORT" tests.cli.webapp:asgi'],
+    "gunicorn": ["sh", "-c", f'exec {sys.executable} -m gunicorn --bind "127.0.0.1:$PORT" tests.cli.webapp:wsgi'],
+}
+INHERITING = {
+    "uvicorn": [sys.executable, "-m", "uvicorn", "--fd", "3", "tests.cli.webapp:asgi"],
+    "hypercorn": [sys.executable, "-m", "hypercorn", "--bind", "fd://3", "tests.cli.webapp:asgi"],
+    "gunicorn": [sys.executable, "-m", "gunicorn", "tests.cli.webapp:wsgi"],  # it knows LISTEN_FDS itself
+}
+
+
+def status_line(port: int) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), START_S) as made:
+        made.sendall(b"GET / HTTP/1.1\r\nHost: there\r\nConnection: close\r\n\r\n")
+        with made.makefile("rb") as reply:
+            return reply.readline()
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_servers_on_a_port_that_is_kept_for_them(process: Daemon, peer: BlockingConnection, server: str) -> None:
+    with running(process, "web", "--", *SERVERS[server]) as command:
+        found = peer_wait(process)
+        assert b" 200 " in status_line(found["port"])
+        command.process.terminate()
+        assert command.process.wait(START_S) in (0, -signal.SIGTERM)
+    assert names(peer) == []
+
+
+@pytest.mark.parametrize("server", INHERITING)
+def test_servers_that_are_handed_a_socket(process: Daemon, peer: BlockingConnection, server: str) -> None:
+    with running(process, "web", "--socket", "--", *INHERITING[server]) as command:
+        while not command.told().startswith("regctl: web is registered at 127.0.0.1:"):
+            assert command.process.poll() is None  # what it says itself stands there, too
+        [(_, _, port)] = names(peer)
+        assert b" 200 " in status_line(port)  # however long it takes to start
+        command.process.terminate()
+        assert command.process.wait(START_S) in (0, -signal.SIGTERM)
+    assert names(peer) == []
+
+
+def peer_wait(process: Daemon) -> dict[str, int]:
+    with BlockingConnection(process.addresses[0]) as waiting:
+        return waiting.ask("resolve", name="web", wait=START_S)
+
+
+def test_a_socket_as_systemd_hands_it_over(process: Daemon) -> None:
+    code = """if True:
+    import os, socket
+    found = socket.socket(fileno=3)
+    print(os.environ["LISTEN_PID"] == str(os.getpid()), os.environ["LISTEN_FDS"], os.environ["LISTEN_FDNAMES"])
+    print(found.getsockname()[1] == int(os.environ["PORT"]), found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    print(sorted(os.listdir("/dev/fd"))[:4], flush=True)
+"""
+    done = finished(process, "run", "web", "--socket", "--", sys.executable, "-c", code)
+    assert done.stdout.splitlines() == ["True 1 web", "True 1", "['0', '1', '2', '3']"], done.stderr
+
+
+# Exit statuses.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["web", "--", "sh", "-c", "exit 7"], 7, ""),
+        (["web", "--", "./nothing"], 127, "./nothing: No such file or directory"),
+        (["web", "--", "/"], 126, "/: Permission denied"),
+        (["web"], 2, "name the command, behind `--`"),
+        (["web", "--"], 2, "name the command, behind `--`"),
+        (["a name", "--", "true"], 2, "name must be"),
+        (["web", "--port", "0", "--", "true"], 2, "must be 1 to 65535, or auto"),
+        (["web", "--meta", "x", "--", "true"], 2, "must be KEY=VALUE"),
+        (["web", "--wait", "db", "--timeout", "0", "--", "true"], 1, "db: waited 0 s: 'db' was never registered"),
+        (["web", "--wait", "d b", "--", "true"], 2, "name must be"),
+        (["web", "--address", "127.0.0.1:1", "--wait", "db", "--timeout", "0", "--", "true"], 3, "no regd at"),
+        (["web", "--address", "nonsense", "--", "true"], 2, "is no address"),
+    ],
+)
+def test_exit_statuses(process: Daemon, arguments: list[str], status: int, says: str) -> None:
+    done = finished(process, "run", *arguments)
+    assert (done.returncode, says in done.stderr or done.stderr) == (status, True)
+    assert "Traceback" not in done.stderr
+
+
+def test_what_ends_the_command_ends_regctl_too(process: Daemon, peer: BlockingConnection) -> None:
+    with running(process, "web", "--", *PROGRAM) as command:
+        pid = int(command.line().split()[0])
+        command.type("127.0.0.1")
+        command.told()
+        os.kill(pid, signal.SIGKILL)
+        assert command.process.wait(WAIT_S) == -signal.SIGKILL
+    assert names(peer) == []
+
+
+def test_the_name_stays_with_the_command_when_regctl_is_killed(process: Daemon, peer: BlockingConnection) -> None:
+    with running(process, "web", "--", *PROGRAM) as command:
+        command.line()
+        command.type("127.0.0.1")
+        command.told()
+        command.process.kill()
+        command.process.wait()
+        assert len(names(peer)) == 1
+        command.type("0")
+        until(lambda: names(peer) == [])
+
+
+# Signals.
+
+
+def test_signals_are_passed_on_and_the_name_goes_before_the_end(process: Daemon) -> None:
+    with running(process, "web", "--", *PROGRAM) as command:
+        port = command.line().split()[1]
+        command.type("127.0.0.1")
+        assert command.line() == "listens"
+        command.told()
+        for number in (signal.SIGUSR1, signal.SIGHUP):
+            command.process.send_signal(number)
+            assert command.line() == f"{number.name} 127.0.0.1:{port}"
+        for number in (signal.SIGTERM, signal.SIGINT):  # the second when there is no name any more
+            command.process.send_signal(number)
+            assert command.line() == f"{number.name} nobody"
+        command.end(3)
+
+
+def test_a_signal_before_it_is_registered(process: Daemon) -> None:
+    with running(process, "web", "--", *PROGRAM) as command:
+        command.line()
+        command.process.terminate()
+        assert command.line() == "SIGTERM nobody"
+        command.type("127.0.0.1")
+        command.end()
+
+
+def test_ctrl_c_comes_once(process: Daemon) -> None:
+    """The terminal tells the command itself."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execvpe(
+            sys.executable,
+            [*REGCTL, "run", "web", "--", *PROGRAM],
+            environment(REGD_ADDRESS=process.addresses[0]),
+        )
+    shown = ""
+
+    def read_until(words: str) -> None:
+        nonlocal shown
+        late = time.monotonic() + START_S
+        while words not in shown:
+            assert select.select([terminal], [], [], max(0.0, late - time.monotonic()))[0], shown
+            shown += os.read(terminal, 4_096).decode()
+
+    try:
+        read_until("\n")
+        os.write(terminal, b"127.0.0.1\n")
+        read_until("is registered")
+        os.write(terminal, b"\x03")
+        read_until("SIGINT ")
+        os.write(terminal, b"5\n")
+        with contextlib.suppress(OSError):  # the terminal ends with them
+            while part := os.read(terminal, 4_096):
+                shown += part.decode()
+        assert shown.count("SIGINT ") == 1
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
+    finally:
+        os.close(terminal)
+
+
+# The registry.
+
+
+def test_the_others_are_waited_for_and_found_in_the_environment(
+    process: Daemon, peer: BlockingConnection
+) -> None:
+    code = "import os; print(*(os.environ[f'SHOP_DB_{each}'] for each in ('HOST', 'PORT', 'ADDRESS')))"
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as there:
+        port = there.getsockname()[1]
+        with running(process, "web", "--wait", "shop.db", "late", "--", sys.executable, "-c", code) as command:
+            peer.ask("register", name="shop.db", port=port, host="::1")
+            until(lambda: peer.ask("stats")["waiting"] == 1)
+            peer.ask("register", name="late", port=port, host="::1")
+            assert command.line() == f"::1 {port} [::1]:{port}"
+            assert command.process.wait(WAIT_S) == 0
+
+
+def test_a_daemon_that_comes_later(process: Daemon) -> None:
+    process.end()
+    with running(process, "web", "--", *PROGRAM) as command:
+        port = command.line().split()[1]
+        command.type("127.0.0.1")
+        assert "not registered yet, trying on: no regd at" in command.told()
+        process.start()
+        assert command.told() == f"regctl: web is registered at 127.0.0.1:{port}"
+        command.end()
+
+
+def test_a_name_that_becomes_free(process: Daemon, peer: BlockingConnection) -> None:
+    peer.ask("register", name="web", port=1, hold=True)
+    with running(process, "web", "--", *PROGRAM) as command:
+        command.line()
+        command.type("127.0.0.1")
+        assert "not registered yet, trying on: " in command.told()
+        peer.ask("deregister", name="web")
+        assert command.told().startswith("regctl: web is registered at ")
+        peer.ask("deregister", name="web")
+        assert command.told() == "regctl: lost the registration of web: deregistered"
+        command.end()
+
+
+def test_what_it_says_itself_is_json_too(process: Daemon) -> None:
+    with running(process, "web", "--json", "--instance", "a", "--", *PROGRAM, INSTANCE="a") as command:
+        port = command.line().split()[1]
+        command.type("127.0.0.1")
+        told = json.loads(command.told())
+        assert (told["event"], told["name"], told["address"]) == ("registered", "web", f"127.0.0.1:{port}")
+        command.end()
+    done = finished(process, "--json", "run", "web", "--", "./nothing")
+    assert (json.loads(done.stderr)["event"], json.loads(done.stderr)["error"]) == ("refused", "cannot_run")
+
+
+def test_a_command_that_stays_silent(
+    process: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("REGD_ADDRESS", process.addresses[0])
+    monkeypatch.setattr(run_module, "_SILENT_S", 0.0)
+    os.mkfifo(tmp_path / "end")
+    child = subprocess.Popen(
+        ["sh", "-c", f"read x < {tmp_path / 'end'}"],
+    )
+    try:
+        name = run_module._Name(
+            {"name": "web", "instance": None, "meta": None}, run_module._Told(False), child.pid, 1
+        )
+        name.begin(accepts=False)
+        shown = ""
+
+        def said() -> bool:
+            nonlocal shown
+            shown += capfd.readouterr().err
+            return (
+                "nothing accepts connections at 127.0.0.1:1; the command must listen on port 1 ($PORT)" in shown
+            )
+
+        until(said)
+        assert name.withdraw()
+        assert name.is_gone(WAIT_S)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_another_users_command_lasts_as_long_as_regctl() -> None:
+    assert run_module._bound_to(os.getpid()) == {"pid": os.getpid()}
+    assert run_module._bound_to(2**22) == {}
+
+
+# env
+
+
+@pytest.mark.parametrize(
+    ("name", "begins"), [("db", "DB"), ("shop.db-1", "SHOP_DB_1"), ("3d", "_3D"), ("_a", "_A")]
+)
+def test_the_mapping(name: str, begins: str) -> None:
+    assert prefix(name) == begins
+
+
+def test_the_first_instance_stands_for_its_name_and_two_names_never_mix() -> None:
+    rows = [("a-b", "127.0.0.1", 1), ("a-b", "::1", 2), ("a.b", "h", 3)]
+    found, hidden = variables([{"name": name, "host": host, "port": port} for name, host, port in rows])
+    assert found == {"A_B_HOST": "127.0.0.1", "A_B_PORT": "1", "A_B_ADDRESS": "127.0.0.1:1"}
+    assert hidden == ["a.b"]
+
+
+def test_env(process: Daemon, peer: BlockingConnection) -> None:
+    peer.ask("register", name="shop.db", port=5432, host="::1")
+    peer.ask("register", name="cache", port=6379)
+    peer.ask("register", name="later", port=1, state="starting")
+    peer.ask("register", name="shop-db", port=9)
+    done = finished(process, "env")
+    cache = ["CACHE_HOST=127.0.0.1", "CACHE_PORT=6379", "CACHE_ADDRESS=127.0.0.1:6379"]
+    assert done.stdout.splitlines()[:3] == cache
+    assert done.stderr == "regctl: shop.db is left out: another service has its variables\n"
+    for shell in ("sh", "bash"):
+        script = f'eval "$({" ".join(REGCTL)} env shop.db)"; echo "$SHOP_DB_ADDRESS"; env $({" ".join(REGCTL)} env cache) sh -c \'echo "$CACHE_PORT"\''
+        sourced = subprocess.run(
+            [shell, "-c", script], env=environment(REGD_ADDRESS=process.addresses[0]), capture_output=True, text=True, check=True, timeout=START_S,
+        )  # fmt: skip
+        assert sourced.stdout == "[::1]:5432\n6379\n"
+    assert json.loads(finished(process, "env", "cache", "--json").stdout) == dict(
+        line.split("=") for line in cache
+    )
+    done = finished(process, "env", "cache", "later")
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_json_tells_what_goes_wrong_too(process: Daemon) -> None:
+    for arguments, status, error in (
+        (["env", "nobody"], 1, "not_found"),
+        (["wait", "nobody", "--timeout", "0"], 1, "timeout"),
+        (["ping", "--address", "127.0.0.1:1"], 3, "unavailable"),
+        (["ping", "--address", "nonsense"], 2, "bad_argument"),
+    ):
+        done = finished(process, "--json", *arguments)
+        told = json.loads(done.stdout)
+        assert (done.returncode, told["ok"], told["error"], done.stderr) == (status, False, error, "")
+        assert told["message"]
