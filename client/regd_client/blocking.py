@@ -162,10 +162,15 @@ def serving(
     For the hook that a server runs in the main thread of each worker, when that handles signals already. The
     worker goes on for `drain_s` after the name has gone: whoever has just resolved it is still answered.
     """
-    from regd_client import thread
+    from regd_client.ending import Ending
 
-    made = register(name, port, host=host, instance=instance, meta=meta)
-    thread.Ending(made, drain_s)
+    ending = Ending(drain_s)  # first: a server may be told to end while it still starts
+    try:
+        made = register(name, port, host=host, instance=instance, meta=meta)
+    except BaseException:
+        ending.give_up()
+        raise
+    ending.withdraws(made)
     return made
 
 

@@ -124,6 +124,28 @@ class Service:
             await self._client.close()
 
 
+class _Lifespan(contextlib.AbstractAsyncContextManager[None]):
+    """What a framework enters when it starts the application, and leaves when it stops it.
+
+    aiohttp before 3.14 takes no such thing, but an iterator that yields once.
+    """
+
+    def __init__(self, life: contextlib.AbstractAsyncContextManager[Service]) -> None:
+        self._life = life
+
+    async def __aenter__(self) -> None:
+        await self._life.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._life.__aexit__(kind, error, trace)
+
+    async def __aiter__(self) -> AsyncIterator[None]:
+        async with self:
+            yield
+
+
 class Serving:
     """What `serving` returns: a lifespan for frameworks that take one, or the `async with` around a server."""
 
@@ -134,14 +156,8 @@ class Serving:
         self._drain_s = drain_s
         self._entered: contextlib.AbstractAsyncContextManager[Service] | None = None
 
-    def __call__(self, app: object) -> contextlib.AbstractAsyncContextManager[None]:
-        """Return what a framework enters when it starts the application, and leaves when it stops it."""
-        return self._lifespan()
-
-    @contextlib.asynccontextmanager
-    async def _lifespan(self) -> AsyncIterator[None]:
-        async with self._life():
-            yield
+    def __call__(self, app: object) -> _Lifespan:
+        return _Lifespan(self._life())
 
     @contextlib.asynccontextmanager
     async def _life(self) -> AsyncIterator[Service]:

@@ -8,10 +8,9 @@ import asyncio
 import atexit
 import concurrent.futures
 import os
-import signal
 import threading
-from collections.abc import Callable, Coroutine, Mapping
-from types import FrameType, TracebackType
+from collections.abc import Coroutine, Mapping
+from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from regd_client import listening, registration
@@ -20,7 +19,6 @@ from regd_client.following import Endpoint
 
 T = TypeVar("T")
 
-_ENDS = (signal.SIGTERM, signal.SIGINT)
 _FAREWELL_S = 1.0
 
 
@@ -146,37 +144,3 @@ class Listening:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class Ending:
-    """Holds back the signals that end a server until its name is withdrawn.
-
-    The server goes on meanwhile: whoever has just resolved the name is still answered. A second signal comes at
-    once.
-    """
-
-    def __init__(self, made: Registration, drain_s: float) -> None:
-        self._made = made
-        self._drained = threading.Event()
-        self._drain_s = drain_s
-        self._asked = False
-        self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
-        for number in _ENDS:
-            handler = signal.getsignal(number)
-            if callable(handler):  # else it is ignored, or ends the process: nothing is held then
-                self._handlers[number] = handler
-                signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            self._handlers[number](number, frame)
-            return
-        self._asked = True
-        threading.Thread(target=self._withdraw, args=(number,), name="regd-client-signal", daemon=True).start()
-
-    def _withdraw(self, number: int) -> None:
-        try:
-            self._made.deregister()
-            self._drained.wait(self._drain_s)
-        finally:
-            os.kill(os.getpid(), number)

@@ -9,4 +9,5 @@ loglevel = "warning"
 
 
 def post_worker_init(worker: Any) -> None:
-    blocking.serving("web", worker.sockets[0].getsockname()[1])
+    if worker.alive:  # else it was told to end while it was starting
+        blocking.serving("web", worker.sockets[0].getsockname()[1])

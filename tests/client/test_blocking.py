@@ -7,12 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 import regd_client
 from regd_client import blocking
-from regd_client.thread import client_thread
+from regd_client.thread import Registration, client_thread
 from tests.support.daemon import WAIT_S, Daemon, environment
 
 
@@ -156,6 +157,40 @@ def test_a_server_hears_of_its_end_when_the_name_has_gone() -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_a_signal_while_it_is_being_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server hears of it once the name has come, and has gone again."""
+    heard = threading.Event()
+    got: list[list[dict[str, object]]] = []
+    register = blocking.register
+
+    def handler(number: int, frame: object) -> None:
+        got.append(instances())
+        heard.set()
+
+    def interrupted(*args: Any, **more: Any) -> Registration:
+        os.kill(os.getpid(), signal.SIGTERM)
+        made = register(*args, **more)
+        assert got == []
+        return made
+
+    before = signal.signal(signal.SIGTERM, handler)
+    monkeypatch.setattr(blocking, "register", interrupted)
+    try:
+        blocking.serving("web", 1, drain_s=0.0)
+        assert heard.wait(WAIT_S)
+        assert got == [[]]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_what_cannot_be_registered_holds_no_signal() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(regd_client.BadArgument):
+        blocking.serving("no name", 1)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_program_that_ends_leaves_nothing_half_done() -> None:

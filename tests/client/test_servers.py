@@ -140,7 +140,7 @@ async def test_whoever_resolves_the_name_gets_an_answer(server: str, process: Da
             assert await client.instances() == []
             assert await asyncio.to_thread(running.wait, START_S) in (0, -signal.SIGTERM)
         departures = (await client.why("web"))["departures"]
-        assert [each["reason"] for each in departures] == ["deregistered"]
+        assert {each["reason"] for each in departures} == {"deregistered"}  # a late worker's is one of its own
 
 
 @pytest.mark.parametrize("server", ["uvicorn with workers", "hypercorn with workers", "gunicorn with workers"])

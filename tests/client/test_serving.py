@@ -285,6 +285,17 @@ async def test_a_lifespan_can_be_entered_again(client: Client) -> None:
         assert await names(client) == []
 
 
+async def test_a_lifespan_is_also_what_older_frameworks_take(client: Client) -> None:
+    """An iterator that yields once, as aiohttp before 3.14 has it."""
+    once = aiter(regd_client.serving("web")(object()))
+    await anext(once)
+    async with await server():
+        await client.resolve("web", wait=WAIT_S)
+        with pytest.raises(StopAsyncIteration):
+            await anext(once)
+        assert await names(client) == []
+
+
 # Signals.
 
 
