@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,11 +16,12 @@ from regd.core.errors import Code
 from regd.core.limits import Limits
 from regd.protocol.commands import COMMANDS
 from tests.support.daemon import ROOT, Daemon, InLoop, environment
-from tests.support.documents import blocks, replay
+from tests.support.documents import blocks, fits, replay
 from tests.support.peers import Told
 
-PROTOCOL, DESIGN, README, CLIENT = (
-    ROOT / name for name in ("regd/PROTOCOL.md", "regd/DESIGN.md", "README.md", "client/README.md")
+PROTOCOL, DESIGN, README, CLIENT, REGCTL = (
+    ROOT / name
+    for name in ("regd/PROTOCOL.md", "regd/DESIGN.md", "README.md", "client/README.md", "regd/cli/README.md")
 )
 CONVERSATIONS = blocks(PROTOCOL, "transcript")
 
@@ -78,20 +80,27 @@ def test_the_program_of_the_client_page_runs(process: Daemon, tmp_path: Path) ->
         assert (done.returncode, done.stderr) == (0, ""), program
 
 
-def test_the_session_of_the_readme(process: Daemon) -> None:
-    """Its commands, typed into a shell, print what it says, but for the times."""
-    if shutil.which("nc") is None:
+@pytest.mark.parametrize("page", [README, REGCTL], ids=["README", "regctl"])
+def test_the_sessions_of_a_page(page: Path, process: Daemon) -> None:
+    """Their commands, typed into a shell, print what stands there, but for the times; … stands for anything."""
+    text = "".join(blocks(page, "console"))
+    if "| nc " in text and shutil.which("nc") is None:
         pytest.skip("no nc on this machine")
-    text = "".join(blocks(README, "console"))
     commands = re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]
     assert len(commands) >= 3
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     for each in commands:
         command, _, expected = each.partition("\n")
         command = command.replace(" 7343", f" {process.port}").replace(
             "services/registry/registry.json", str(process.registry)
         )
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=20, check=True)
-        assert re.sub(r"\d{10}\.\d+", "TIME", done.stdout) == re.sub(r"\d{10}\.\d+", "TIME", expected), command
+        done = subprocess.run(
+            ["bash", "-c", command], env=environment(REGD_ADDRESS=process.addresses[0], PATH=path), capture_output=True, text=True, timeout=20, check=True,
+        )  # fmt: skip
+        shown = re.sub(r"\d{10}\.\d+", "TIME", done.stdout).splitlines()
+        wanted = re.sub(r"\d{10}\.\d+", "TIME", expected).splitlines()
+        assert len(shown) == len(wanted), f"{command}: {shown}"
+        assert all(map(fits, wanted, shown)), f"{command}: {shown}"
 
 
 def test_the_readme_has_the_two_commands() -> None:
@@ -103,7 +112,9 @@ def test_the_readme_has_the_two_commands() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in (PROTOCOL, DESIGN, README, CLIENT):
+    pages = [path for path in ROOT.rglob("*.md") if not {".venv", ".venv-wheel"} & set(path.parts)]
+    assert len(pages) > 5
+    for page in pages:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 

@@ -1,0 +1,83 @@
+"""The pages on services under their servers, and on any program: what stands there is run, as it stands."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from regd_client.blocking import BlockingConnection
+from tests.support.daemon import ROOT, WAIT_S, Daemon, environment
+
+SERVERS = ROOT / "client" / "SERVERS.md"
+REGCTL = ROOT / "regd" / "cli" / "README.md"
+START_S = 30.0  # for a server with its frameworks, on a busy machine
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+Program = tuple[str, dict[str, str], str]  # where it stands, files by name, the command
+
+
+def programs(page: Path) -> Iterator[Program]:
+    """Yield each command of a page with the files that stand before it in its section."""
+    for section in page.read_text().split("\n## ")[1:]:
+        title, files = section.partition("\n")[0], {}
+        for kind, text in re.findall(r"^```(python|sh)\n(.*?)^```", section, re.MULTILINE | re.DOTALL):
+            if kind == "python":
+                name = text.partition("\n")[0].removeprefix("# ")
+                files[name] = text
+            else:
+                yield title, dict(files), text.strip()
+
+
+PROGRAMS = list(programs(SERVERS))
+APPLICATION = PROGRAMS[0][1]
+COMMANDS = [(title, APPLICATION, command) for title, _, command in programs(REGCTL)]
+
+
+@contextlib.contextmanager
+def started(command: str, folder: Path, daemon: Daemon) -> "Iterator[subprocess.Popen[bytes]]":
+    with subprocess.Popen(
+        ["bash", "-c", f"exec {command}"],
+        cwd=folder,
+        env=environment(REGD_ADDRESS=daemon.addresses[0], PATH=PATH, PYTHONWARNINGS="ignore"),
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("title", "files", "command"),
+    PROGRAMS + COMMANDS,
+    ids=[command.partition("\n")[0] for _, _, command in PROGRAMS + COMMANDS],
+)
+def test_a_service_under_its_server(
+    title: str, files: dict[str, str], command: str, process: Daemon, tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with (
+        BlockingConnection(process.addresses[0], START_S) as peer,
+        started(command, tmp_path, process) as running,
+    ):
+        found = peer.ask("resolve", name="shop", wait=START_S)
+        assert found["ok"], found
+        with socket.create_connection((found["host"], found["port"]), START_S) as made:
+            made.sendall(b"GET / HTTP/1.1\r\nHost: there\r\nConnection: close\r\n\r\n")
+            with made.makefile("rb") as reply:
+                assert b" 200 " in reply.readline(), title
+        running.terminate()
+        running.wait(START_S)
+        late = time.monotonic() + WAIT_S
+        while peer.ask("list")["instances"]:  # one that the signal ends is gone a moment later
+            assert time.monotonic() < late
