@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from regd.cli import commands
 from regd.core.errors import Code
 from regd.core.limits import Limits
 from regd.protocol.commands import COMMANDS
@@ -101,6 +103,17 @@ def test_the_sessions_of_a_page(page: Path, process: Daemon) -> None:
         wanted = re.sub(r"\d{10}\.\d+", "TIME", expected).splitlines()
         assert len(shown) == len(wanted), f"{command}: {shown}"
         assert all(map(fits, wanted, shown)), f"{command}: {shown}"
+
+
+def test_every_command_line_of_the_pages_is_understood() -> None:
+    """What the sessions do not run: lines with programs of the reader's own."""
+    seen = 0
+    for page in (README, REGCTL, ROOT / "services" / "TUTORIAL.md"):
+        for text in blocks(page, "sh[^\n]*"):
+            for line in re.findall(r"\bregctl [^#&|)\n]*", text):
+                commands.read(shlex.split(line)[1:], str)
+                seen += 1
+    assert seen >= 8
 
 
 def test_the_readme_has_the_two_commands() -> None:

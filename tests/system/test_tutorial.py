@@ -1,0 +1,113 @@
+"""The tutorial, typed into real terminals, in a new folder with an environment of its own."""
+
+import contextlib
+import os
+import re
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import ROOT
+from tests.support.documents import fits
+
+TUTORIAL = ROOT / "services" / "TUTORIAL.md"
+STEP = re.compile(r"^```(\w+)(?: terminal (\d))?\n(.*?)^```|Ctrl-C in terminal (\d)", re.MULTILINE | re.DOTALL)
+PROMPT = "~> "
+STEP_S = 120.0  # for one command: the longest installs
+
+
+class Terminal:
+    """A shell as a person has it, on a terminal of its own."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        pid, self._file = os.forkpty()
+        if pid == 0:
+            os.chdir(folder)
+            os.execve("/bin/bash", ["bash", "--norc", "--noprofile", "-i"], environment)
+        self._pid = pid
+        self.shown = ""
+        self._seen = 0  # how much of it was there before the last command
+
+    def type(self, line: str) -> None:
+        """Type a line at the prompt."""
+        self._until(lambda said: said.endswith(PROMPT), "a prompt")
+        self._seen = len(self.shown)
+        os.write(self._file, line.encode() + b"\n")
+        self._until(lambda said: "\n" in said, "the line itself")
+        self._seen += self.shown[self._seen :].index("\n") + 1
+
+    def press_ctrl_c(self) -> None:
+        os.write(self._file, b"\x03")
+
+    def sees(self, expected: str) -> None:
+        """Wait for lines that the last command is to print, in order, whatever stands between them."""
+
+        def there(said: str) -> bool:
+            lines = iter(said.splitlines())
+            return all(any(fits(wanted, line) for line in lines) for wanted in expected.splitlines())
+
+        self._until(there, expected)
+
+    def _until(self, true: Callable[[str], bool], what: str) -> None:
+        late = time.monotonic() + STEP_S
+        while not true(self.shown[self._seen :].replace("\r", "")):
+            if not select.select([self._file], [], [], max(0.0, late - time.monotonic()))[0]:
+                raise AssertionError(f"no {what!r} in\n{self.shown}")
+            self.shown += os.read(self._file, 65_536).decode(errors="replace").replace("\r\n", "\n")
+            if "No matching distribution" in self.shown and "CI" not in os.environ:
+                pytest.skip("no package registry can be reached")
+
+    def end(self) -> None:
+        """End the shell and all that it started: those in the background are groups of their own."""
+        with contextlib.suppress(OSError):
+            os.write(self._file, b"\x03\nkill -9 $(jobs -p) 2>/dev/null; exit\n")
+        late = time.monotonic() + 10
+        while time.monotonic() < late and select.select([self._file], [], [], 0.2)[0]:
+            try:
+                if not os.read(self._file, 65_536):
+                    break
+            except OSError:
+                break  # the last of them has ended
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+        os.close(self._file)
+
+
+@pytest.mark.timeout(600)
+def test_the_tutorial(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])  # not the one of whoever runs a daemon here
+    (tmp_path / "regd").symlink_to(ROOT)
+    plain = {
+        key: value for key, value in os.environ.items() if not key.startswith(("REGD_", "PYTHON", "VIRTUAL"))
+    }
+    path = os.pathsep.join([str(Path(sys.base_prefix) / "bin"), os.environ["PATH"]])
+    environment = plain | {"REGD_ADDRESS": f"127.0.0.1:{port}", "PS1": PROMPT, "TERM": "dumb", "PATH": path}
+    terminals: dict[str, Terminal] = {}
+    last, steps = "", 0
+    try:
+        for kind, number, text, interrupted in STEP.findall(TUTORIAL.read_text()):
+            steps += 1
+            if interrupted:
+                terminals[interrupted].press_ctrl_c()
+            elif kind == "python":
+                (tmp_path / "shop" / text.partition("\n")[0].removeprefix("# ")).write_text(text)
+            elif kind == "text":
+                terminals[last].sees(text.replace("7343", port))
+            else:
+                last = number
+                if number not in terminals:
+                    terminals[number] = Terminal(tmp_path, environment)
+                for line in text.splitlines():
+                    started = line.startswith("regd --registry")
+                    terminals[number].type(f"{line} --port {port}" if started else line)
+    finally:
+        for each in terminals.values():
+            each.end()
+    assert steps > 20
