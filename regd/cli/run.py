@@ -1,7 +1,7 @@
 """`regctl run`: a command under a name, from when it accepts connections until it has ended.
 
-The main thread starts the command, passes signals on and waits for its end; the name is kept by the client, in a
-thread of its own. Must not know the protocol.
+The main thread waits for the command; the name is kept by the client, in a thread of its own. Must not know the
+protocol, nor how a process is started.
 """
 
 from __future__ import annotations
@@ -17,25 +17,21 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from regd.cli.asking import wait_for
+from regd.cli.child import NotStarted, passed_on, signals, start, until_ended
 from regd.cli.showing import visible
 from regd.cli.variables import variables
 from regd_client.blocking import BlockingConnection
 from regd_client.errors import RegdError, Unavailable
-from regd_client.service import DRAIN_S, Service
+from regd_client.service import Service
 from regd_client.thread import client_thread
 from regd_client.wire import joined
 
 NOT_FOUND, USAGE, NO_DAEMON, REFUSED = 1, 2, 3, 4
-_CANNOT_RUN, _NO_COMMAND = 126, 127  # as shells say it
-_ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
-_PASSED = (*_ENDS, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_FROM_TERMINAL = 128  # SI_KERNEL (sigaction(2)): the terminal told the whole group
-_LISTEN_FD = 3  # sd_listen_fds(3)
 _PAUSE_S = (0.01, 0.2)  # the first and the longest, between two looks whether the command accepts
 _LOOK_S = 1.0  # for one look
 _SILENT_S = 10.0  # until it is worth a word that the command accepts nothing
@@ -74,6 +70,9 @@ def run(address: str | None, as_json: bool, given: Mapping[str, Any]) -> int:
             held = stack.enter_context(_port(given["port"], given["socket"]))
             environment["PORT"] = str(held.getsockname()[1] if held is not None else given["port"])
             return _run(given, told, environment, held)
+    except NotStarted as trouble:
+        told.say("refused", str(trouble), error="cannot_run")
+        return trouble.status
     except _Stop as stop:
         told.say("refused", str(stop), error=stop.error)
         return stop.status
@@ -156,128 +155,23 @@ def _bound(port: int) -> socket.socket:
 
 
 def _run(given: Mapping[str, Any], told: _Told, environment: dict[str, str], held: socket.socket | None) -> int:
-    waited_for = {signal.SIGCHLD, *(each for each in _PASSED if signal.getsignal(each) != signal.SIG_IGN)}
+    waited_for = signals()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)  # of the client's thread, too
     try:
         listening = held if given["socket"] else None
-        child = _start(given["argv"], environment, listening, given["name"], before)
+        child = start(given["argv"], environment, listening, given["name"], before)
         if listening is not None:
             listening.close()  # the command's now: it closes when the command says so
         name = _Name(given, told, child, int(environment["PORT"]))
         name.begin(accepts=listening is not None)
         try:
-            status = _until_ended(child, waited_for, name, told)
+            status = until_ended(child, waited_for, name, lambda text: told.say("refused", text))
         finally:
             name.withdraw()
             name.is_gone(_LEAVE_S)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return _passed_on(status)
-
-
-def _start(
-    argv: list[str],
-    environment: Mapping[str, str],
-    listening: socket.socket | None,
-    name: str,
-    mask: Collection[int],
-) -> int:
-    """Start the command, and return its number.
-
-    By hand: $LISTEN_PID is the number of the command itself, which nobody knows before it is there.
-    """
-    reading, writing = os.pipe()  # closed by a command that was started, written by one that was not
-    child = os.fork()
-    if child == 0:
-        _become(argv, environment, listening, name, mask, writing)
-    os.close(writing)
-    with open(reading, "rb") as pipe:
-        trouble = pipe.read()
-    if not trouble:
-        return child
-    os.waitpid(child, 0)
-    number = int(trouble)
-    status = _NO_COMMAND if number in (errno.ENOENT, errno.ENOTDIR) else _CANNOT_RUN
-    raise _Stop(status, "cannot_run", f"{argv[0]}: {os.strerror(number)}")
-
-
-def _become(
-    argv: list[str],
-    environment: Mapping[str, str],
-    listening: socket.socket | None,
-    name: str,
-    mask: Collection[int],
-    writing: int,
-) -> NoReturn:
-    """In the child: become the command, or tell why not."""
-    try:
-        os.environ.update(environment)
-        for variable in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"):
-            os.environ.pop(variable, None)  # ours, if any
-        if listening is not None:
-            if writing == _LISTEN_FD:
-                writing = os.dup(writing)
-            os.dup2(listening.fileno(), _LISTEN_FD)
-            os.set_inheritable(_LISTEN_FD, True)
-            os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()), LISTEN_FDNAMES=name)
-        for each in (signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(each, signal.SIG_DFL)  # Python ignores them, and the command would go on so
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        os.execvp(argv[0], argv)
-    except OSError as error:
-        os.write(writing, b"%d" % (error.errno or 0))
-    finally:
-        os._exit(_CANNOT_RUN)
-
-
-def _until_ended(child: int, waited_for: Collection[int], name: _Name, told: _Told) -> int:
-    """Pass signals on until the command has ended, and return how. Before one that ends it, the name goes."""
-    while True:
-        came = signal.sigwaitinfo(waited_for)
-        if came.si_signo == signal.SIGCHLD:
-            number, status = os.waitpid(child, os.WNOHANG)
-            if number == child:
-                return status
-            continue
-        from_terminal = came.si_code == _FROM_TERMINAL and os.getpgid(child) == os.getpgrp()
-        if came.si_signo in _ENDS and name.withdraw() and not from_terminal:
-            _hold_back(waited_for, name)
-        if not from_terminal:
-            try:
-                os.kill(child, came.si_signo)  # it is not reaped yet, so the number is its
-            except PermissionError:
-                told.say("refused", f"cannot pass {signal.Signals(came.si_signo).name} on: it is another user's")
-
-
-def _hold_back(waited_for: Collection[int], name: _Name) -> None:
-    """Wait until the name is gone, and give those who have just resolved it the time to connect.
-
-    Whatever comes meanwhile ends it.
-    """
-    until = time.monotonic() + _LEAVE_S
-    came = None
-    while came is None and time.monotonic() < until and not name.is_gone():
-        came = signal.sigtimedwait(waited_for, _PAUSE_S[0])
-    came = came or signal.sigtimedwait(waited_for, DRAIN_S)
-    if came is not None:
-        os.kill(os.getpid(), came.si_signo)  # blocked: it is taken in its turn
-
-
-def _passed_on(status: int) -> int:
-    """Return the exit status, or end as the command was ended."""
-    code = os.waitstatus_to_exitcode(status)
-    if code >= 0:
-        return code
-    for each in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            each.flush()
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # one core is enough
-    with contextlib.suppress(OSError):
-        signal.signal(-code, signal.SIG_DFL)
-    os.kill(os.getpid(), -code)
-    return 128 - code  # it did not end us: as shells say it
+    return passed_on(status)
 
 
 # Its name.
