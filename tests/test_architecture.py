@@ -15,7 +15,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "regd/protocol": ({"regd.core", "regd.protocol"}, PURE),
     "regd/storage": ({"regd.core", "regd.storage"}, PURE - {"os"}),
     "regd/server": ({"regd", "regd.core", "regd.protocol", "regd.storage", "regd.server"}, set()),
-    "regd/cli": ({"regd", "regd.server", "regd.storage", "regd_client"}, set()),
+    "regd/cli": ({"regd", "regd.cli", "regd.server", "regd.storage", "regd_client"}, set()),
     "client/regd_client": ({"regd_client"}, set()),
     "services": ({"regd_client"}, set()),
 }
