@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,7 +83,7 @@ class Server:
         self._config = config
         self._clock = clock or LoopClock()
         self._files = files or Files()
-        self._epoch = epoch or secrets.token_hex(8)
+        self._epoch = epoch or os.urandom(8).hex()
         self._pulse = Pulse(self._clock)
         self._kept = Room(config.limits.kept_bytes_max)
         self._kept_of_guests = Room(config.limits.guests_kept_bytes_max)

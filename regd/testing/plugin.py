@@ -1,1 +1,185 @@
-"""The pytest plugin that comes with the package. Every pytest here loads it, so it imports nothing dear."""
+"""The pytest plugin that comes with the package: the fixture `regd`, and the registry of a test that failed.
+
+Every pytest here loads it, so what starts a registry is imported when somebody asks for one.
+"""
+
+import contextlib
+import sys
+
+import pytest
+
+TYPE_CHECKING = False  # as in typing
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+    from pathlib import Path
+    from typing import Any
+
+    from regd.testing.registry import OwnRegistry, Registry
+
+SCOPES = ("function", "class", "module", "package", "session", "run")
+STORAGES = ("memory", "tmp_path")
+_SHARED = "regd-shared"  # the plugin that has the registry of scope `run`; and what workers are told
+_running: "list[Registry]" = []  # of the fixture
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addini(
+        "regd_scope",
+        f"how long a registry of the fixture `regd` lives: {', '.join(SCOPES)}; "
+        "`run` is one for all workers of pytest-xdist",
+        default="function",
+    )
+    parser.addini(
+        "regd_storage",
+        f"where the fixture `regd` keeps its registry: {' or '.join(STORAGES)}",
+        default="memory",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, allowed in (("regd_scope", SCOPES), ("regd_storage", STORAGES)):
+        value = config.getini(name)
+        if value not in allowed:
+            raise pytest.UsageError(f"{name} = {value}: take one of {', '.join(allowed)}")
+    if config.getini("regd_scope") == "run" and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Shared(config), _SHARED)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if spawn := sys.modules.get("regd.testing.spawn"):
+        spawn.close_unused()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin the process that registries are in while pytest goes on, where a test will ask for one."""
+    config = session.config
+    if config.getoption("collectonly") or config.getini("regd_scope") == "run":
+        return
+    if any(_wants(item) for item in session.items):
+        from regd.testing.spawn import HostError, host
+
+        with contextlib.suppress(HostError):  # whoever needs it will hear why
+            host()
+
+
+def _wants(item: pytest.Item) -> bool:
+    """Whether a test takes this fixture, and not one of that name of its own."""
+    named: dict[str, Any] = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
+    found = named.get("regd", ())
+    return any(getattr(each.func, "__module__", "") == __name__ for each in found[-1:])
+
+
+def _scope(fixture_name: str, config: pytest.Config) -> "Any":
+    scope = config.getini("regd_scope")
+    return "session" if scope == "run" else scope
+
+
+@pytest.fixture(scope=_scope)
+def regd(request: pytest.FixtureRequest) -> "Iterator[Registry]":
+    """A private registry that runs: a daemon on a free port, which every child process finds by REGD_ADDRESS."""
+    from regd.testing.registry import found_by_children
+    from regd.testing.spawn import HostError
+
+    with contextlib.ExitStack() as stack:
+        try:
+            registry = _opened(request, stack)
+        except HostError as error:
+            pytest.fail(str(error), pytrace=False)
+        stack.enter_context(found_by_children(registry))
+        _running.append(registry)
+        stack.callback(_running.remove, registry)
+        yield registry
+
+
+def _opened(request: pytest.FixtureRequest, stack: contextlib.ExitStack) -> "Registry":
+    from regd.testing.registry import OwnRegistry, Registry
+
+    config = request.config
+    if config.getini("regd_scope") != "run":
+        registry = OwnRegistry(_path(request))
+        stack.callback(registry.end)
+        return registry
+    told = getattr(config, "workerinput", {}).get(_SHARED)
+    if told:
+        return Registry(*told, shared=True)
+    shared: _Shared | None = config.pluginmanager.get_plugin(_SHARED)
+    assert shared is not None
+    return shared.registry()
+
+
+def _path(request: pytest.FixtureRequest) -> "Path | None":
+    if request.config.getini("regd_storage") == "memory":
+        return None
+    if request.scope == "function":
+        folder: Path = request.getfixturevalue("tmp_path") / "regd"
+    else:
+        folder = request.getfixturevalue("tmp_path_factory").mktemp("regd")
+    return folder / "registry.json"
+
+
+class _Shared:
+    """The one registry of scope `run`, in the process that tells pytest-xdist's workers, or is alone."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._registry: OwnRegistry | None = None
+
+    def registry(self) -> "OwnRegistry":
+        """Return it, started when it is first asked for."""
+        if self._registry is None:
+            from regd.testing.registry import OwnRegistry
+
+            path = None
+            if self._config.getini("regd_storage") == "tmp_path":
+                # As pytest-xdist does: there is no other way to it outside of a test.
+                path = self._config._tmp_path_factory.mktemp("regd") / "registry.json"  # type: ignore[attr-defined]
+            self._registry = OwnRegistry(path, shared=True)
+        return self._registry
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: "Any") -> None:
+        from regd.testing.spawn import HostError
+
+        try:
+            registry = self.registry()
+        except HostError as error:
+            raise pytest.UsageError(str(error)) from None
+        node.workerinput[_SHARED] = (registry.address, registry.path and str(registry.path))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Add what a worker could not know: what the daemon logged."""
+        if hasattr(report, "node") and self._registry and any(title == "regd" for title, _ in report.sections):
+            from regd.testing.spawn import HostError
+
+            with contextlib.suppress(HostError):  # the worker's own section says that it has ended
+                report.sections.append(("regd logged", self._registry.logged()))
+
+    def pytest_unconfigure(self) -> None:
+        if self._registry is not None:
+            self._registry.end()
+            self._registry = None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> "Generator[None, pytest.TestReport, pytest.TestReport]":
+    """Show the registries of a test that failed."""
+    report = yield
+    if report.failed and report.when != "teardown" and "regd.testing.registry" in sys.modules:
+        for registry in _used_by(item):
+            report.sections.append(("regd", registry.described()))
+    return report
+
+
+def _used_by(item: pytest.Item) -> "list[Registry]":
+    """Return the registries that a test was given, by this fixture or by others that have one for a value."""
+    from regd.testing.registry import Registry
+
+    given = [each for each in getattr(item, "funcargs", {}).values() if isinstance(each, Registry)]
+    # Where the set-up failed, or `getfixturevalue` asked, it is not among them.
+    named = getattr(getattr(item, "_request", None), "fixturenames", ())
+    fixture = [each for each in _running if "regd" in named and each not in given]
+    return [*dict.fromkeys(given), *fixture]

@@ -1,0 +1,109 @@
+"""A registry's file that is in memory alone: the door to the system's files, with a dictionary behind it.
+
+What the real door refuses, this one refuses with the same error. Must not know what is in a file.
+"""
+
+import errno
+import itertools
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from regd.storage.files import Files, Held, Print
+
+
+@dataclass(slots=True)
+class _Kept:
+    inode: int
+    data: bytearray = field(default_factory=bytearray)
+    changes: int = 0  # stands for the time of the last one
+
+    def print(self) -> Print:
+        return Print(self.inode, len(self.data), self.changes, is_regular=True)
+
+
+class MemoryFiles(Files):
+    """Files that are gone with this object. Other threads may read while one writes."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self._folders = {Path("/")}
+        self._files: dict[Path, _Kept] = {}
+        self._open: dict[int, _Kept] = {}
+        self._locks: dict[int, Path] = {}
+
+    def make_folder(self, path: Path) -> None:
+        self._folders |= {path, *path.parents}
+
+    def read(self, path: Path) -> bytes:
+        return bytes(self._kept(path).data)
+
+    def create(self, path: Path) -> int:
+        self._in_folder(path)
+        fd = next(self._numbers)
+        self._files[path] = self._open[fd] = _Kept(inode=fd)
+        return fd
+
+    def write(self, fd: int, data: bytes) -> None:
+        kept = self._opened(fd)
+        kept.data += data
+        kept.changes += 1
+
+    def sync(self, fd: int) -> None:
+        self._opened(fd)
+
+    def close(self, fd: int) -> None:
+        self._opened(fd)
+        del self._open[fd]
+
+    def rename(self, source: Path, target: Path) -> None:
+        kept = self._kept(source)
+        self._in_folder(target)
+        del self._files[source]
+        self._files[target] = kept
+
+    def sync_folder(self, path: Path) -> None:
+        if path not in self._folders:
+            raise _error(errno.ENOENT, path)
+
+    def remove(self, path: Path) -> None:
+        self._kept(path)
+        del self._files[path]
+
+    def print(self, file: Path | int) -> Print | None:
+        if isinstance(file, int):
+            return self._opened(file).print()
+        found = self._files.get(file)
+        return found.print() if found else None
+
+    def lock(self, path: Path) -> int:
+        self._in_folder(path)
+        if path in self._locks.values():
+            raise Held(f" (process {os.getpid()})")
+        if path not in self._files:
+            self._files[path] = _Kept(inode=next(self._numbers))
+        fd = next(self._numbers)
+        self._locks[fd] = path
+        return fd
+
+    def unlock(self, fd: int) -> None:
+        if self._locks.pop(fd, None) is None:
+            raise _error(errno.EBADF)
+
+    def _kept(self, path: Path) -> _Kept:
+        if path not in self._files:
+            raise _error(errno.ENOENT, path)
+        return self._files[path]
+
+    def _opened(self, fd: int) -> _Kept:
+        if fd not in self._open:
+            raise _error(errno.EBADF)
+        return self._open[fd]
+
+    def _in_folder(self, path: Path) -> None:
+        if path.parent not in self._folders:
+            raise _error(errno.ENOENT, path)
+
+
+def _error(number: int, path: Path | None = None) -> OSError:
+    return OSError(number, os.strerror(number), *([str(path)] if path else []))

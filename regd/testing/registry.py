@@ -1,0 +1,155 @@
+"""A registry for tests: a daemon of its own on a free port, found by `REGD_ADDRESS`. Must not know pytest."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from regd.testing.spawn import Host, HostError, host
+from regd_client.blocking import BlockingConnection
+from regd_client.errors import RegdError
+
+VARIABLE = "REGD_ADDRESS"
+
+
+class Registry:
+    """A running registry. `address` is `tcp://127.0.0.1:PORT`, `path` its file, None in memory."""
+
+    def __init__(self, address: str, path: Path | None, *, shared: bool = False) -> None:
+        self.address = address
+        self.path = path
+        self.is_shared = shared  # by the whole test run: not for one test to stop
+
+    @property
+    def port(self) -> int:
+        return int(self.address.rpartition(":")[2])
+
+    def instances(self) -> list[dict[str, Any]]:
+        """Return what is registered, in order of name and instance, as `list` has it on the wire.
+
+        Raises:
+            Unavailable: it is stopped.
+        """
+        found: list[dict[str, Any]] = []
+        more: dict[str, Any] = {}
+        with BlockingConnection(self.address) as connection:
+            while True:
+                page = connection.ask("list", **more)
+                found += page["instances"]
+                if "next" not in page:
+                    return found
+                more = {"after": page["next"]}
+
+    def stop(self) -> None:
+        """Stop the daemon in order. It keeps its port and what is registered. Twice is harmless."""
+        self._refuse()
+
+    def start(self) -> None:
+        """Start it again, on the same port, with what it kept. Harmless while it runs."""
+        self._refuse()
+
+    def restart(self) -> None:
+        """Stop it, and start it again on the same port with what it kept."""
+        self.stop()
+        self.start()
+
+    def _refuse(self) -> None:
+        raise HostError(
+            "regd: this registry is shared by the whole test run (regd_scope = run), so no test may stop it; "
+            "take one of its own with regd.testing.running()"
+        )
+
+    def described(self) -> str:
+        """Return what is registered, for people; why not, where it cannot be asked."""
+        try:
+            return "\n".join([f"{self!r}:", *map(json.dumps, self.instances())])
+        except RegdError as error:
+            return f"{self!r} cannot be asked: {error}"
+
+    def __str__(self) -> str:
+        return self.address
+
+    def __repr__(self) -> str:
+        return f"<Registry {self.address} {self.path or 'in memory'}>"
+
+
+class OwnRegistry(Registry):
+    """One that was started by this process."""
+
+    def __init__(self, path: Path | None, *, shared: bool = False) -> None:
+        self._host: Host = host()
+        made = self._host.ask("open", path=str(path) if path else None)
+        super().__init__(made["address"], path, shared=shared)
+        self._daemon: int = made["daemon"]
+
+    def _ask(self, do: str) -> dict[str, Any]:
+        return self._host.ask(do, daemon=self._daemon)
+
+    def stop(self) -> None:
+        if self.is_shared:
+            self._refuse()
+        self._ask("stop")
+
+    def start(self) -> None:
+        if self.is_shared:
+            self._refuse()
+        self._ask("start")
+
+    def described(self) -> str:
+        try:
+            shown = self._ask("show")
+        except HostError as error:
+            return f"{self!r} cannot be asked: {error}"
+        state = "" if shown["running"] else ", stopped"
+        return "\n".join([f"{self!r}{state}:", *shown["registry"], "It logged:", *shown["log"]])
+
+    def logged(self) -> str:
+        """Return the last of what the daemon logged.
+
+        Raises:
+            HostError: it cannot be asked.
+        """
+        return "\n".join(self._ask("show")["log"])
+
+    def end(self) -> None:
+        """End it for good. That somebody killed its process is no error here; that this one failed is.
+
+        In a child that was forked nothing happens: it is the parent's.
+        """
+        if self._host.owner == os.getpid() and not self._host.was_killed:
+            self._ask("end")
+
+
+@contextlib.contextmanager
+def running(path: str | os.PathLike[str] | None = None) -> Iterator[Registry]:
+    """Run a registry, in memory or in the file `path`, and name it in `REGD_ADDRESS` for as long.
+
+        with regd.testing.running() as registry:
+            subprocess.run([sys.executable, "-m", "shop"], check=True)
+            print(registry.instances())
+
+    Raises:
+        HostError: it cannot be started.
+    """
+    registry = OwnRegistry(Path(path).absolute() if path is not None else None)
+    try:
+        with found_by_children(registry):
+            yield registry
+    finally:
+        registry.end()
+
+
+@contextlib.contextmanager
+def found_by_children(registry: Registry) -> Iterator[Registry]:
+    """Name a registry in `REGD_ADDRESS`, and put back what was there."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = registry.address
+    try:
+        yield registry
+    finally:
+        if before is None:
+            os.environ.pop(VARIABLE, None)
+        else:
+            os.environ[VARIABLE] = before

@@ -1,0 +1,204 @@
+"""The host process as the tests see it: started when it is first needed, asked in lines, gone with this process.
+
+Pipes and nothing else, so that what a test does to sockets, time or files does not matter. Must not know what a
+registry is.
+"""
+
+import atexit
+import contextlib
+import itertools
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+_ANSWER_S = 30.0  # for what takes milliseconds on a machine that is not asleep
+_END_S = 5.0
+
+# The folder that this package was found in, behind the standard library: regd needs nothing else.
+_FOLDER = str(Path(__file__).resolve().parents[2])
+# Nothing is worth the collector's look yet; Ctrl-C is for pytest, which then ends this one in order; and asyncio
+# can do without ssl, which takes long to import.
+_START = """
+import _signal, gc, sys
+_signal.signal(_signal.SIGINT, _signal.SIG_IGN)
+gc.disable()
+sys.path.append(sys.argv[1])
+sys.modules["ssl"] = None
+from regd.testing.host import main
+main([int(each) for each in sys.argv[2:]])
+"""
+
+
+class HostError(RuntimeError):
+    """A registry cannot be had, or asked. Its text is for people."""
+
+
+class Host:
+    """The process, and what was asked of it. Any thread may ask."""
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()  # a child that was forked must start its own
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._rest = b""
+        self._said: list[str] = []  # what is no answer: why it ended
+        self._open: set[int] = set()
+        self._process = _started()
+
+    @property
+    def is_used(self) -> bool:
+        return bool(self._open)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    @property
+    def was_killed(self) -> bool:
+        return (self._process.poll() or 0) < 0
+
+    def ask(self, do: str, **more: Any) -> dict[str, Any]:
+        """Return the answer.
+
+        Raises:
+            HostError: it says what is in the way, or does not answer.
+        """
+        with self._lock:
+            number = next(self._numbers)
+            self._send(json.dumps({"id": number, "do": do, **more}).encode() + b"\n")
+            answer = self._answer(number)
+        if "error" in answer:
+            raise HostError(f"regd: {answer['error']}")
+        if do == "open":
+            self._open.add(answer["daemon"])
+        elif do == "end":
+            self._open.discard(more["daemon"])
+        return answer
+
+    def _send(self, line: bytes) -> None:
+        assert self._process.stdin is not None
+        view = memoryview(line)
+        try:
+            while view:
+                view = view[self._process.stdin.write(view) or 0 :]
+        except (OSError, ValueError):
+            raise self._ended() from None
+
+    def _answer(self, number: int) -> dict[str, Any]:
+        while True:
+            *lines, self._rest = self._rest.split(b"\n")
+            for at, line in enumerate(lines):
+                try:
+                    answer = json.loads(line)
+                except ValueError:
+                    self._said.append(line.decode(errors="replace"))
+                    continue
+                # One whose asker was interrupted, by Ctrl-C or a timeout, is nobody's.
+                if answer["id"] == number:
+                    self._rest = b"\n".join((*lines[at + 1 :], self._rest))
+                    return dict(answer)
+            self._rest += self._read()
+
+    def _read(self) -> bytes:
+        assert self._process.stdout is not None
+        poll = select.poll()
+        poll.register(self._process.stdout, select.POLLIN)
+        if not poll.poll(_ANSWER_S * 1000):
+            raise HostError(
+                f"regd: the process of the tests' registries ({self._process.pid}) has not answered for "
+                f"{_ANSWER_S:g} s; is it stopped, or the machine overloaded?"
+            )
+        chunk = self._process.stdout.read(65_536)
+        if not chunk:
+            raise self._ended()
+        return bytes(chunk)
+
+    def _ended(self) -> HostError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_S)
+        why = "\n".join([f"with status {self._process.returncode}", *self._said[-20:]])
+        return HostError(f"regd: the process of the tests' registries ({self._process.pid}) has ended, {why}")
+
+    def close(self) -> None:
+        """End the process, and wait for it. Twice is harmless."""
+        atexit.unregister(self.close)
+        if self.owner != os.getpid():
+            return
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+
+def _started() -> "subprocess.Popen[bytes]":
+    flags = ["-I", "-S", *(["-B"] if sys.dont_write_bytecode else [])]
+    parents = _parents()
+    try:
+        return subprocess.Popen(
+            [sys.executable, *flags, "-c", _START, _FOLDER, *map(str, parents)],
+            bufsize=0,
+            cwd="/",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=parents,
+        )
+    except OSError as error:
+        raise HostError(
+            f"regd: cannot start {sys.executable} for the tests' registry: {error.strerror}"
+        ) from error
+    finally:
+        for each in parents:
+            os.close(each)
+
+
+def _parents() -> list[int]:
+    """Return pidfds of whom the host must not outlive. Elsewhere than on Linux its stdin ends with us."""
+    # A worker of pytest-xdist lives on for some seconds when its controller is killed.
+    wanted = [os.getpid(), *([os.getppid()] if "PYTEST_XDIST_WORKER" in os.environ else [])]
+    if not hasattr(os, "pidfd_open"):
+        return []
+    found = []
+    for each in wanted:
+        with contextlib.suppress(OSError):
+            found.append(os.pidfd_open(each))
+    return found
+
+
+_hosts: list[Host] = []  # one at most that is of this process and lives
+_starting = threading.Lock()
+
+
+def host() -> Host:
+    """Return the host of this process, started where there is none."""
+    with _starting:
+        found = [each for each in _hosts if each.owner == os.getpid() and not each.has_ended]
+        if not found:
+            found = [Host()]
+            atexit.register(found[0].close)
+        _hosts[:] = found
+        return found[0]
+
+
+def close_unused() -> None:
+    """End the host, unless somebody still has a registry there."""
+    with _starting:
+        for each in _hosts:
+            if not each.is_used:
+                each.close()
+                _hosts.remove(each)
