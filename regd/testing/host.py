@@ -31,16 +31,17 @@ NOWHERE = Path("/in-memory/registry.json")  # the name of a file that there is n
 _LOGGED_MAX = 50  # lines, of each daemon
 _LINES_MAX = 200  # of a registry that is shown
 
-_logged: ContextVar["deque[str]"] = ContextVar("_logged")
+_logs: "list[deque[str]]" = []  # of all daemons
+_log: ContextVar["deque[str]"] = ContextVar("_log")  # of the one that speaks
 
 
 class _Log(logging.Handler):
-    """Keeps what each daemon says with it: what it starts inherits its context."""
+    """Keeps what each daemon says with it: all that it starts has its context, but for the thread that writes."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        lines = _logged.get(None)
-        if lines is not None:  # else it is of the thread that writes a file
-            lines.append(self.format(record))
+        speaks = _log.get(None)
+        for log in _logs if speaks is None else [speaks]:
+            log.append(self.format(record))
 
 
 class Daemon:
@@ -49,7 +50,8 @@ class Daemon:
     def __init__(self, path: Path | None) -> None:
         self._path = path or NOWHERE
         self._files = Files() if path else MemoryFiles()
-        self._logged: deque[str] = deque(maxlen=_LOGGED_MAX)
+        self._log: deque[str] = deque(maxlen=_LOGGED_MAX)
+        _logs.append(self._log)
         self._port = 0
         self._server: Server | None = None
         self._failing: asyncio.Task[None] | None = None
@@ -66,7 +68,7 @@ class Daemon:
         return {"address": self._server.addresses[0]}
 
     async def _start(self) -> Server:
-        _logged.set(self._logged)
+        _log.set(self._log)
         server = Server(Config(registry=self._path, port=self._port), files=self._files)
         await server.start()
         return server
@@ -101,11 +103,12 @@ class Daemon:
             lines = [f"cannot read {self._path}: {error.strerror}"]
         if len(lines) > _LINES_MAX:
             lines[_LINES_MAX:] = [f"… and {len(lines) - _LINES_MAX} more lines"]
-        return {"registry": lines, "log": list(self._logged), "running": self._server is not None}
+        return {"registry": lines, "log": list(self._log), "running": self._server is not None}
 
     async def end(self) -> dict[str, object]:
         await self.stop()
         self._give_up_port()
+        _logs[:] = [log for log in _logs if log is not self._log]
         return {}
 
 
@@ -130,7 +133,7 @@ class Host:
         asked = json.loads(line)
         try:
             answer = await self._do(asked)
-        except (ListenError, StorageError) as error:
+        except (ListenError, StorageError, OSError) as error:
             answer = {"error": str(error)}
         return json.dumps({"id": asked["id"], **answer}).encode() + b"\n"
 
@@ -155,7 +158,7 @@ class Host:
         raise ValueError(f"nothing to do: {asked!r}")
 
 
-async def _serve(parents: Sequence[int]) -> None:
+async def _serve(parents: Sequence[int]) -> NoReturn:
     loop = asyncio.get_running_loop()
     for each in parents:
         loop.add_reader(each, os._exit, 0)
@@ -168,6 +171,7 @@ async def _serve(parents: Sequence[int]) -> None:
     gc.enable()
     while line := await asked.readline():
         answers.write(await host.answer(line))
+    os._exit(0)  # at once: nobody asks any more
 
 
 def main(parents: Sequence[int]) -> NoReturn:
@@ -181,4 +185,3 @@ def main(parents: Sequence[int]) -> NoReturn:
         traceback.print_exc()
         sys.stdout.flush()
         os._exit(1)
-    os._exit(0)  # at once: nobody asks any more

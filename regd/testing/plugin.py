@@ -87,6 +87,8 @@ def regd(request: pytest.FixtureRequest) -> "Iterator[Registry]":
         except HostError as error:
             pytest.fail(str(error), pytrace=False)
         stack.enter_context(found_by_children(registry))
+        if request.scope == "package":
+            _end_with_package(request)
         _running.append(registry)
         stack.callback(_running.remove, registry)
         yield registry
@@ -106,6 +108,13 @@ def _opened(request: pytest.FixtureRequest, stack: contextlib.ExitStack) -> "Reg
     shared: _Shared | None = config.pluginmanager.get_plugin(_SHARED)
     assert shared is not None
     return shared.registry()
+
+
+def _end_with_package(request: "Any") -> None:
+    """A fixture's package is where it is defined, for pytest; so one of a plugin would live for the session."""
+    package = request._pyfuncitem.getparent(pytest.Package)
+    if package is not None:
+        package.addfinalizer(lambda: request._fixturedef.finish(request))
 
 
 def _path(request: pytest.FixtureRequest) -> "Path | None":

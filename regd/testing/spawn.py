@@ -72,6 +72,8 @@ class Host:
         Raises:
             HostError: it says what is in the way, or does not answer.
         """
+        if self.owner != os.getpid():
+            raise HostError("regd: this registry is of the process that this one was forked from: ask there")
         with self._lock:
             number = next(self._numbers)
             self._send(json.dumps({"id": number, "do": do, **more}).encode() + b"\n")
@@ -131,8 +133,6 @@ class Host:
     def close(self) -> None:
         """End the process, and wait for it. Twice is harmless."""
         atexit.unregister(self.close)
-        if self.owner != os.getpid():
-            return
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(OSError):
@@ -143,6 +143,14 @@ class Host:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
+
+    def forget(self) -> None:
+        """Let go of it in a child that was forked: it is the parent's."""
+        atexit.unregister(self.close)
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._process.returncode = 0  # or there would be a warning that it runs
 
 
 def _started() -> "subprocess.Popen[bytes]":
@@ -180,25 +188,43 @@ def _parents() -> list[int]:
     return found
 
 
-_hosts: list[Host] = []  # one at most that is of this process and lives
+_hosts: list[Host] = []  # one at most that lives
 _starting = threading.Lock()
 
 
 def host() -> Host:
-    """Return the host of this process, started where there is none."""
+    """Return the host of this process, started where there is none.
+
+    Raises:
+        HostError: it cannot be started.
+    """
     with _starting:
-        found = [each for each in _hosts if each.owner == os.getpid() and not each.has_ended]
-        if not found:
-            found = [Host()]
-            atexit.register(found[0].close)
-        _hosts[:] = found
-        return found[0]
+        for each in _hosts[:]:
+            if not each.has_ended:
+                return each
+            each.close()
+            _hosts.remove(each)
+        made = Host()
+        atexit.register(made.close)
+        _hosts.append(made)
+        return made
 
 
 def close_unused() -> None:
     """End the host, unless somebody still has a registry there."""
     with _starting:
-        for each in _hosts:
+        for each in _hosts[:]:
             if not each.is_used:
                 each.close()
                 _hosts.remove(each)
+
+
+def _forget_all() -> None:
+    """In a child that was forked: who needs one there starts one."""
+    global _starting
+    _starting = threading.Lock()  # another thread may have held it
+    while _hosts:
+        _hosts.pop().forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)

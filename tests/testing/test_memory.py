@@ -1,0 +1,139 @@
+"""Files in memory are as files: whatever is done to them, they answer and refuse as the system's do."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from regd.storage.files import Files, Held, Print
+from regd.storage.store import StorageError, Store
+from regd.testing.memory import MemoryFiles
+from tests.storage.test_store import down, up
+
+NAMES = ("a", "b", "deep/a", "deep/b")
+NO_FILE = 1_000_000  # is open nowhere
+OPERATIONS = "make_folder,sync_folder,read,rename,create,write,sync,close,remove,print,print open".split(",")
+
+
+class Shelf:
+    """One of the two doors, asked in names and numbers that mean the same at both."""
+
+    def __init__(self, files: Files, root: Path) -> None:
+        self._files = files
+        self._root = root
+        self._open: list[int] = []
+        files.make_folder(root)
+
+    def do(self, step: tuple[str, str, str, int]) -> object:
+        """Return what came back, or the kind and number of the error."""
+        operation, name, other, number = step
+        files, path, at = self._files, self._root / name, self._root / other
+        fd = self._open[number] if number < len(self._open) else NO_FILE
+        table: dict[str, Callable[[], object]] = {
+            "make_folder": lambda: files.make_folder(at.parent),
+            "sync_folder": lambda: files.sync_folder(path.parent),
+            "read": lambda: files.read(path),
+            "rename": lambda: files.rename(path, at),
+            "create": lambda: self._open.append(files.create(path)),
+            "write": lambda: files.write(fd, name.encode()),
+            "sync": lambda: files.sync(fd),
+            "close": lambda: files.close(fd) or self._open.remove(fd),  # type: ignore[func-returns-value]
+            "remove": lambda: files.remove(path),
+            "print": lambda: size(files.print(path)),
+            "print open": lambda: size(files.print(fd)),
+        }
+        try:
+            return table[operation]()
+        except OSError as error:
+            return type(error), error.errno
+
+    def close(self) -> None:
+        for fd in self._open:
+            self._files.close(fd)
+
+
+def size(print: Print | None) -> object:
+    return None if print is None else (print.size, print.is_regular)
+
+
+STEPS = st.tuples(
+    st.sampled_from(OPERATIONS),
+    st.sampled_from(NAMES),
+    st.sampled_from(NAMES),
+    st.integers(0, 2),
+)
+
+
+@settings(deadline=None)
+@given(steps=st.lists(STEPS, max_size=30))
+def test_whatever_is_done_the_answers_are_the_systems(steps: list[tuple[str, str, str, int]]) -> None:
+    with TemporaryDirectory() as folder:
+        real, ours = Shelf(Files(), Path(folder)), Shelf(MemoryFiles(), Path(folder))
+        try:
+            for step in steps:
+                assert ours.do(step) == real.do(step), step
+        finally:
+            real.close()
+
+
+@pytest.mark.parametrize("make", [Files, MemoryFiles])
+def test_a_print_tells_every_change(tmp_path: Path, make: Callable[[], Files]) -> None:
+    files = make()
+    files.make_folder(tmp_path)
+    prints = []
+    for data in (b"a", b"a", b"b"):
+        fd = files.create(tmp_path / "new")
+        files.write(fd, data)
+        written = files.print(fd)
+        files.close(fd)
+        files.rename(tmp_path / "new", tmp_path / "file")
+        assert files.print(tmp_path / "file") == written  # a rename is no change
+        prints.append(written)
+    assert len(set(prints[1:])) == 2
+
+
+@pytest.mark.parametrize("make", [Files, MemoryFiles])
+def test_a_lock_is_held_once(tmp_path: Path, make: Callable[[], Files]) -> None:
+    files = make()
+    files.make_folder(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        files.lock(tmp_path / "none/lock")
+    held = files.lock(tmp_path / "lock")
+    with pytest.raises(Held, match=r"\(process \d+\)"):
+        files.lock(tmp_path / "lock")
+    files.unlock(held)
+    with pytest.raises(OSError, match="Bad file"):
+        files.unlock(held)
+    files.unlock(files.lock(tmp_path / "lock"))
+
+
+NAME = st.sampled_from(["a", "b", "c"])
+
+
+@given(wanted=st.lists(st.tuples(NAME, st.integers(0, 3)), max_size=20))
+def test_a_store_loads_what_was_committed(wanted: list[tuple[str, int]]) -> None:
+    """load(commit(x)) = x, after each commit, and nothing of it is on a disk."""
+    path, files, warned = Path("/in-memory/registry.json"), MemoryFiles(), list[str]()
+    held: dict[str, int] = {}
+    for rev, (name, port) in enumerate(wanted, 1):
+        store = Store(path, warned.append, files)
+        document = store.open(0.0)
+        store.make()
+        assert {entry.name: entry.port for entry in document.entries} == held
+        with pytest.raises(StorageError, match="in use by another regd"):
+            Store(path, warned.append, files).open(0.0)
+        store.commit([up(rev, name, port) if port else down(rev, name)])
+        if port:
+            held[name] = port
+        else:
+            held.pop(name, None)
+        store.close()
+    if held:
+        kept = json.loads(files.read(path))
+        assert {name: kept[name]["port"] for name in held} == held
+    assert warned == []
+    assert not path.parent.exists()

@@ -1,0 +1,193 @@
+"""A registry without pytest's fixture: what can be asked of it, and what it says when something is in the way."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import regd.testing
+import regd_client
+from regd.testing import HostError, Registry, running
+from regd.testing.registry import OwnRegistry
+from regd.testing.spawn import _START, close_unused, host
+from regd_client.blocking import BlockingConnection
+from tests.support.daemon import ROOT
+from tests.testing.suites import clean, has_ended, watched
+
+
+def ask(registry: Registry, cmd: str, **arguments: object) -> dict[str, object]:
+    with BlockingConnection(registry.address) as connection:
+        return connection.ask(cmd, **arguments)
+
+
+def names(registry: Registry) -> list[str]:
+    return [each["name"] for each in registry.instances()]
+
+
+def test_registries_inside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REGD_ADDRESS", "tcp://127.0.0.1:1")
+    with running() as outer:
+        ask(outer, "register", name="outer", port=1)
+        with running() as inner:
+            assert os.environ["REGD_ADDRESS"] == inner.address == f"tcp://127.0.0.1:{inner.port}"
+            ask(inner, "register", name="inner", port=1)
+            assert names(inner) == ["inner"]
+        assert os.environ["REGD_ADDRESS"] == str(outer)
+        assert names(outer) == ["outer"]
+    assert os.environ["REGD_ADDRESS"] == "tcp://127.0.0.1:1"
+    with pytest.raises(regd_client.Unavailable):
+        outer.instances()
+
+
+def test_all_pages() -> None:
+    with running() as registry, BlockingConnection(registry.address) as connection:
+        for number in range(1_001):
+            connection.ask("register", name="worker", instance=f"{number:04}", port=1)
+        assert [each["instance"] for each in registry.instances()] == [f"{number:04}" for number in range(1_001)]
+        assert isinstance(registry, OwnRegistry)
+        assert registry.described().count("worker/") < 1_000
+        assert "more lines" in registry.described()
+
+
+async def test_a_service_is_there_again_after_a_restart() -> None:
+    with running() as registry:
+        async with regd_client.register("runner", 5050), regd_client.mirror("runner") as mirror:
+            registry.stop()
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", registry.port))
+            assert "stopped" in registry.described()
+            registry.start()
+            registry.start()  # twice is harmless
+            assert names(registry) == ["runner"]
+            assert mirror.resolve("runner").port == 5050
+
+
+def test_nobody_is_given_the_port_meanwhile() -> None:
+    with running() as registry:
+        ask(registry, "register", name="db", port=1)
+        registry.stop()
+        registry.stop()
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", registry.port))
+        registry.start()
+        assert names(registry) == ["db"]
+
+
+def test_a_registry_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with running("deep/registry.json") as registry:
+        assert registry.path == tmp_path / "deep/registry.json"
+        ask(registry, "register", name="db", port=5432)
+        assert '"db": {"port": 5432}' in registry.path.read_text()
+        registry.path.unlink()
+        ask(registry, "register", name="other", port=1)
+        assert "was removed by another hand" in registry.described()  # the thread that writes is heard, too
+    with running(tmp_path / "deep/registry.json") as registry:
+        assert names(registry) == ["db", "other"]
+
+
+def test_a_file_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    (tmp_path / "registry.json").write_text("[]")
+    before = os.environ.get("REGD_ADDRESS")
+    with (
+        pytest.raises(HostError, match=r"registry\.json.*nothing was changed"),
+        running(tmp_path / "registry.json"),
+    ):
+        pass
+    assert os.environ.get("REGD_ADDRESS") == before
+    with running(tmp_path / "other.json"), pytest.raises(HostError, match="in use by another regd"):  # noqa: SIM117
+        with running(tmp_path / "other.json"):
+            pass
+
+
+def test_a_process_that_was_killed_is_told_and_another_is_started() -> None:
+    with running() as registry:
+        os.kill(host().pid, signal.SIGKILL)
+        with pytest.raises(HostError, match=r"has ended, with status -9"):
+            registry.restart()
+        assert "cannot be asked" in registry.described()
+        with running() as other:
+            assert names(other) == []
+
+
+def test_a_process_that_fails_says_why() -> None:
+    made = host()
+    with pytest.raises(HostError, match=r"with status 1\n(.|\n)*ValueError: nothing to do"):
+        made.ask("dance", daemon=made.ask("open", path=None)["daemon"])
+
+
+def test_answers_that_nobody_took_are_nobodys() -> None:
+    with running() as registry:
+        made = host()
+        made._send(b'{"id": 0, "do": "open", "path": null}\n')  # as one that was interrupted
+        ask(registry, "register", name="db", port=1)
+        registry.restart()
+        assert names(registry) == ["db"]
+
+
+def test_many_threads_ask_at_once() -> None:
+    def use() -> None:
+        try:
+            made = OwnRegistry(None)
+            ask(made, "register", name=f"a{made.port}", port=1)
+            made.restart()
+            found.append(names(made) == [f"a{made.port}"])
+            made.end()
+        except BaseException as error:
+            found.append(error)
+
+    found: list[object] = []
+    threads = [threading.Thread(target=use) for _ in range(8)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert found == [True] * 8
+
+
+def test_a_process_that_nobody_needs_ends() -> None:
+    with running():
+        pid = host().pid
+        close_unused()
+        assert host().pid == pid
+    with watched(pid) as file:
+        close_unused()
+        assert has_ended(file)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)  # and left no zombie
+
+
+@pytest.mark.parametrize("how", ["stdin", "parent"])
+def test_the_process_ends_with_its_stdin_or_its_parent(how: str) -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as parent, watched(parent.pid) as file:
+        with subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _START, str(ROOT), str(file)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[file], env=clean(),
+        ) as process:  # fmt: skip
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(b'{"id": 1, "do": "open", "path": null}\n')
+            process.stdin.flush()
+            assert b"tcp://127.0.0.1:" in process.stdout.readline()
+            process.send_signal(signal.SIGINT)  # is for pytest
+            process.stdin.write(b'{"id": 2, "do": "show", "daemon": 1}\n')
+            process.stdin.flush()
+            assert b'"running": true' in process.stdout.readline()
+            if how == "stdin":
+                process.stdin.close()
+            else:
+                parent.kill()
+            assert process.wait(15) == 0
+        parent.kill()
+
+
+def test_what_the_package_offers() -> None:
+    assert {"running", "Registry", "HostError"} <= set(dir(regd.testing))
+    assert regd.testing.Registry is Registry
+    with pytest.raises(AttributeError, match="walking"):
+        getattr(regd.testing, "walking")  # noqa: B009
