@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.daemon import Daemon, InLoop
 
+collect_ignore = ["sample"]  # a project of its own, which system/test_sample.py runs
+
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Run on asyncio's own loop, or with REGD_TEST_LOOP=uvloop on uvloop's."""

@@ -171,16 +171,13 @@ class _Shared:
             self._registry = None
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item,
-) -> "Generator[None, pytest.TestReport, pytest.TestReport]":
+@pytest.hookimpl(hookwrapper=True)  # as older pytests know it, too
+def pytest_runtest_makereport(item: pytest.Item) -> "Generator[None, Any, None]":
     """Show the registries of a test that failed."""
-    report = yield
+    report = (yield).get_result()
     if report.failed and report.when != "teardown" and "regd.testing.registry" in sys.modules:
         for registry in _used_by(item):
             report.sections.append(("regd", registry.described()))
-    return report
 
 
 def _used_by(item: pytest.Item) -> "list[Registry]":

@@ -16,7 +16,19 @@ from tests.storage.test_store import down, up
 
 NAMES = ("a", "b", "deep/a", "deep/b")
 NO_FILE = 1_000_000  # is open nowhere
-OPERATIONS = "make_folder,sync_folder,read,rename,create,write,sync,close,remove,print,print open".split(",")
+OPERATIONS = [
+    "make_folder",
+    "sync_folder",
+    "read",
+    "rename",
+    "create",
+    "write",
+    "sync",
+    "close",
+    "remove",
+    "print",
+    "print open",
+]
 
 
 class Shelf:
@@ -114,6 +126,7 @@ def test_a_lock_is_held_once(tmp_path: Path, make: Callable[[], Files]) -> None:
 NAME = st.sampled_from(["a", "b", "c"])
 
 
+@settings(deadline=None)
 @given(wanted=st.lists(st.tuples(NAME, st.integers(0, 3)), max_size=20))
 def test_a_store_loads_what_was_committed(wanted: list[tuple[str, int]]) -> None:
     """load(commit(x)) = x, after each commit, and nothing of it is on a disk."""

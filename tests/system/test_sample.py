@@ -1,0 +1,55 @@
+"""A project of somebody else, with the built wheel in an environment of its own: nothing of this checkout is there."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import ROOT
+
+SAMPLE = ROOT / "tests" / "sample"
+BESIDE = ("pytest", "pytest-asyncio", "pytest-xdist")
+_OFFLINE = ("No matching distribution found", "Connection", "Temporary failure in name resolution")
+
+
+def install(*command: str | Path) -> None:
+    plain = {
+        key: value for key, value in os.environ.items() if not key.startswith(("REGD_", "PYTHON", "PYTEST_"))
+    }
+    done = subprocess.run(
+        [str(each) for each in command], env=plain, capture_output=True, text=True, timeout=240, check=False
+    )
+    shown = done.stdout + done.stderr
+    if done.returncode and any(words in shown for words in _OFFLINE):
+        pytest.skip(f"no package index to be reached: {shown.splitlines()[-1]}")
+    assert done.returncode == 0, shown
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment with the wheel and what a suite needs beside it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    install(sys.executable, "-m", "build", "--wheel", "--outdir", folder / "dist", ROOT)
+    install(sys.executable, "-m", "venv", folder / "venv")
+    python = folder / "venv/bin/python"
+    [wheel] = (folder / "dist").glob("*.whl")
+    install(python, "-m", "pip", "install", "-q", wheel, *BESIDE)
+    return python
+
+
+@pytest.mark.timeout(600)  # it builds, and fetches what it installs
+@pytest.mark.parametrize(
+    "flags", [[], ["-n", "2"], ["-n", "2", "-o", "regd_storage=tmp_path"]], ids=["alone", "workers", "files"]
+)
+def test_the_suite_of_a_project_that_has_the_wheel(python: Path, tmp_path: Path, flags: list[str]) -> None:
+    project = tmp_path / "shop"
+    shutil.copytree(SAMPLE, project, ignore=shutil.ignore_patterns("__pycache__", ".pytest_cache"))
+    plain = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [python, "-m", "pytest", "-p", "no:cacheprovider", *flags], cwd=project, env=plain, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "13 passed" in done.stdout

@@ -1,0 +1,30 @@
+"""The page for people who test: its programs are suites that pass."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import ROOT
+from tests.support.documents import blocks
+from tests.testing.suites import Suite
+
+PAGE = ROOT / "regd" / "testing" / "README.md"
+
+
+@pytest.mark.parametrize("flags", [[], ["-n", "2"]], ids=["alone", "workers"])
+def test_the_programs_of_the_page(tmp_path: Path, flags: list[str]) -> None:
+    programs = blocks(PAGE, "python")
+    suite = Suite(tmp_path, programs[0])
+    for number, program in enumerate(programs[1:]):
+        suite.write(f"test_{number}.py", program)
+    assert f"{len(programs) + 1} passed" in suite.passes(*flags)
+
+
+def test_the_options_of_the_page(tmp_path: Path) -> None:
+    [options] = blocks(PAGE, "toml")
+    suite = Suite(
+        tmp_path, "def test_it(regd, pytestconfig):\n    assert pytestconfig.inipath.name == 'pyproject.toml'\n"
+    )
+    (suite.folder / "pytest.ini").unlink()
+    suite.write("pyproject.toml", options)
+    suite.passes("--strict-config", "-p", "no:cacheprovider")
