@@ -40,6 +40,7 @@ def names(registry):
 
 EVERY_KIND = """
 BEFORE = os.environ.get("REGD_ADDRESS")
+LAST = []
 
 def test_sync(regd):
     assert names(regd) == []
@@ -51,6 +52,7 @@ def test_sync(regd):
     assert found == "127.0.0.1:5432\\n"
     assert names(regd) == ["db"]
     tell(ask(regd, "stats")["pid"])
+    LAST.append(regd)
 
 async def test_async(regd):
     assert names(regd) == []
@@ -82,6 +84,8 @@ class TestOfUnittest:
 
 def test_that_takes_none():
     assert os.environ.get("REGD_ADDRESS") == BEFORE
+    with pytest.raises(regd_client.Unavailable):
+        LAST[0].instances()
 """
 
 
@@ -185,6 +189,17 @@ def test_workers_with_one_registry(tmp_path: Path, storage: str) -> None:
     assert ("basetemp" in suite.told("told-gw0")[0]) == (storage == "tmp_path")
 
 
+def test_a_registry_of_the_whole_run_is_not_stopped_without_workers_either(tmp_path: Path) -> None:
+    tests = """
+@pytest.mark.parametrize("what", ["stop", "start", "restart"])
+def test_it(regd, what):
+    with pytest.raises(running.HostError, match="shared by the whole test run"):
+        getattr(regd, what)()
+    assert names(regd) == []
+"""
+    Suite(tmp_path, HEAD + "import regd.testing as running\n" + tests, "regd_scope = run").passes()
+
+
 FAILING = """
 @pytest.fixture
 def broken(regd):
@@ -264,7 +279,7 @@ def test_it(regd, after):
     {before}
     ask(regd, "register", name="db", port=1)
     with open("pipe", "w") as pipe:
-        print(ask(regd, "stats")["pid"], regd.port, file=pipe)
+        print(ask(regd, "stats")["pid"], os.getpid(), file=pipe)
     {sleep}
 """
 # A child that has all that pytest has open, the pipes to the daemon's process too.
@@ -285,8 +300,10 @@ def test_kill_9_of_pytest_ends_the_daemon(tmp_path: Path, scope: str, flags: tup
     os.mkfifo(suite.folder / "pipe")
     with suite.started(*flags) as process:
         try:
-            pid, _ = suite.told_soon("pipe")
+            pid, worker = suite.told_soon("pipe")
             with watched(int(pid)) as host:
+                if flags:
+                    os.kill(int(worker), signal.SIGSTOP)  # it would end by itself, but only after a while
                 process.kill()
                 assert has_ended(host)
             os.kill(int(suite.told()[0]), 0)  # the child lives
@@ -358,9 +375,11 @@ def test_it(regd):
 def test_a_test_that_forks(tmp_path: Path) -> None:
     tests = """
 def test_it(regd):
+    files = os.listdir("/proc/self/fd")
     child = os.fork()
     if child == 0:
         try:
+            assert len(os.listdir("/proc/self/fd")) == len(files) - 2  # without the pipes
             assert names(regd) == []
             with pytest.raises(running.HostError, match="forked"):
                 regd.restart()

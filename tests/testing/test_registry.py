@@ -39,6 +39,7 @@ def test_registries_inside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
             assert names(inner) == ["inner"]
         assert os.environ["REGD_ADDRESS"] == str(outer)
         assert names(outer) == ["outer"]
+        assert outer.described().count("0 registrations at revision 0") == 1  # the inner one's log is its own
     assert os.environ["REGD_ADDRESS"] == "tcp://127.0.0.1:1"
     with pytest.raises(regd_client.Unavailable):
         outer.instances()
