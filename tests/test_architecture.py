@@ -18,6 +18,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "regd/cli": ({"regd", "regd.cli", "regd.server", "regd.storage", "regd_client"}, set()),
     "regd/testing": ({"regd.server", "regd.storage", "regd.testing", "regd_client"}, set()),
     "client/regd_client": ({"regd_client"}, set()),
+    "client/regd_client/testing": ({"regd_client"}, set()),
     "services": ({"regd_client"}, set()),
 }
 # What is not in the standard library, and who may import it: an extra, or the framework of an example.

@@ -15,12 +15,14 @@ from regd_client import wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
     from typing import Any, Self
 
     from regd_client.following import Endpoint
     from regd_client.thread import Listening, Registration
+
+opener: Callable[[float], socket] | None = None  # `regd_client.testing` puts its own here
 
 
 class BlockingConnection:
@@ -39,6 +41,8 @@ class BlockingConnection:
             raise wire.unavailable(self.address, error.strerror or str(error)) from error
 
     def _connect(self, timeout_s: float) -> socket:
+        if opener is not None:
+            return opener(timeout_s)
         if self.address.path:
             return _connected(AF_UNIX, self.address.path, timeout_s)
         host, trouble = self.address.host, OSError("no address")

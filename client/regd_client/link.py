@@ -6,25 +6,34 @@ Must not know what goes over it.
 import asyncio
 import random
 import time
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from regd_client import wire
 from regd_client.connection import Connection, Lost
 from regd_client.errors import RegdError, Unavailable
+from regd_client.wire import Address
 
 _BACKOFF_S = (0.02, 0.5)  # the first and the longest pause between tries to connect
 
 T = TypeVar("T")
 
+Opener = Callable[[Address, Lost], Awaitable[Connection]]
+opener: Opener = Connection.open  # `regd_client.testing` puts its own here
+
 
 class Link:
-    """`connection` is the last one, usable or not. `lost` hears of what a connection holds no more."""
+    """`connection` is the last one, usable or not. `lost` hears of what a connection holds no more.
+
+    It goes on where it went first: what was registered at a fake must not come to a daemon, nor the other way.
+    """
 
     def __init__(self, address: str | None, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self.connection: Connection | None = None
         self.lost: Lost = lambda connection, event: None
         self._address = address
+        self._opener: Opener | None = None
         self._connecting: asyncio.Task[Connection] | None = None
         self._why = "no answer in time"  # the last try failed
 
@@ -56,12 +65,15 @@ class Link:
 
     async def _connect(self) -> Connection:
         address = wire.find_address(self._address)
+        open = self._opener = self._opener or opener
         until = time.monotonic() + self.timeout_s
         pause_s, longest_s = _BACKOFF_S
         while True:
             try:
                 async with asyncio.timeout(max(0.0, until - time.monotonic())):
-                    return await Connection.open(address, self.lost)
+                    return await open(address, self.lost)
+            except Unavailable:
+                raise  # whoever says so itself knows that trying on is no use
             except TimeoutError:
                 self._why = "no answer in time"
             except OSError as error:
