@@ -49,7 +49,7 @@ class State:
         self._served: dict[tuple[str, frozenset[tuple[str, str]]], str] = {}  # who was last, by name and meta
         now = time.time()
         for key, entry in self._entries.items():
-            holders = tuple(replace(each, session=None) for each in entry.holders)
+            holders = tuple(replace(each, session=None) for each in entry.holders if not each.withdrawn)
             self._entries[key] = replace(entry, holders=holders, rev=self.rev, registered_at=now)
 
     # Reading.
