@@ -92,9 +92,10 @@ async def real(folder: Path) -> AsyncIterator[Real]:
 def plain(said: Any) -> Any:
     """Return what the two must agree in."""
     if isinstance(said, dict):
-        return {key: plain(value) for key, value in said.items() if key not in WORDS} | {
-            "connection": said["connection"] is not None for _ in range("connection" in said)
-        }
+        kept = {key: plain(value) for key, value in said.items() if key not in WORDS}
+        if "connection" in said:
+            kept["connection"] = said["connection"] is not None
+        return kept
     return [plain(each) for each in said] if isinstance(said, list) else said
 
 
