@@ -25,7 +25,7 @@ opener: Opener = Connection.open  # `regd_client.testing` puts its own here
 class Link:
     """`connection` is the last one, usable or not. `lost` hears of what a connection holds no more.
 
-    It goes on where it went first: what was registered at a fake must not come to a daemon, nor the other way.
+    It goes back to where it was first: what was registered at a fake must not come to a daemon.
     """
 
     def __init__(self, address: str | None, timeout_s: float) -> None:
@@ -65,13 +65,15 @@ class Link:
 
     async def _connect(self) -> Connection:
         address = wire.find_address(self._address)
-        open = self._opener = self._opener or opener
+        open = self._opener or opener
         until = time.monotonic() + self.timeout_s
         pause_s, longest_s = _BACKOFF_S
         while True:
             try:
                 async with asyncio.timeout(max(0.0, until - time.monotonic())):
-                    return await open(address, self.lost)
+                    made = await open(address, self.lost)
+                self._opener = open
+                return made
             except Unavailable:
                 raise  # whoever says so itself knows that trying on is no use
             except TimeoutError:
