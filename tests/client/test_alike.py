@@ -70,25 +70,29 @@ HISTORY = st.lists(st.one_of(ASKED, ASKED, ASKED, ASKED, DONE), min_size=10, max
 
 
 class Side:
-    """Three clients of one of the two, and what their watches are told."""
+    """Four clients of one of the two, and what they are told. The last of them asks for nothing that it holds."""
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
         self.clients: list[Client] = []
-        self.told: list[list[dict[str, Any]]] = []
+        self.told: list[list[dict[str, Any]]] = []  # by watch
+        self.lost: list[list[dict[str, Any]]] = []  # by client
         self._ends = 0
 
     async def begin(self) -> None:
         self.clients = [self.registry.client() for _ in range(4)]
-        self.told = [[] for _ in range(len(WATCHES) + 1)]
-        for client in self.clients:
-            await client.ping()
+        self.told = [[] for _ in WATCHES]
+        self.lost = [[] for _ in self.clients]
+        for who in range(4):
+            await self._connect(who)
         connection = await self.clients[3]._connected()
-        for told, arguments in zip(self.told, WATCHES, strict=False):
+        for told, arguments in zip(self.told, WATCHES, strict=True):
             await connection.ask("watch", arguments, told.append)
-        connection._lost = lambda _, event: self.told[-1].append(event)
-        for client in self.clients[:3]:
-            (await client._connected())._lost = connection._lost
+
+    async def _connect(self, who: int) -> None:
+        lost = self.lost[who]
+        self.clients[who]._link.lost = lambda connection, event: lost.append(event)
+        await self.clients[who].ping()
 
     async def do(self, cmd: str, who: int, arguments: dict[str, Any]) -> Any:
         if cmd == "restart":
@@ -97,9 +101,10 @@ class Side:
                 pass
             await self.begin()
         elif cmd == "close":
+            await self.clients[who].ping()  # what it was told is here
             await self.clients[who].close()
             self.clients[who] = self.registry.client()
-            (await self.clients[who]._connected())._lost = (await self.clients[3]._connected())._lost
+            await self._connect(who)
         else:
             return await outcome(self.clients[who], cmd, **arguments)
         return None
@@ -116,10 +121,12 @@ class Side:
         await outcome(self.clients[3], "register", name="web", meta=ZONE, **end)
         await outcome(self.clients[3], "register", name="db", **end)
         async with asyncio.timeout(WAIT_S):
-            for told in self.told[: len(WATCHES)]:
+            for told in self.told:
                 while not end.items() <= told[-1].items():
                     await asyncio.sleep(0)
-        return plain([[each for each in told if "event" in each] for told in self.told])
+        for client in self.clients:
+            await client.ping()
+        return plain([[each for each in told if "event" in each] for told in (*self.told, *self.lost)])
 
     async def end(self) -> None:
         for client in self.clients:
@@ -153,7 +160,7 @@ async def live(history: list[tuple[str, int, dict[str, Any]]], folder: Path) -> 
 
 
 @pytest.mark.timeout(300)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(HISTORY)
 def test_any_history_goes_alike(history: list[tuple[str, int, dict[str, Any]]]) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -290,8 +290,8 @@ async def test_a_list_in_pages(client: Client) -> None:
 
 
 async def test_more_than_a_reply_holds(client: Client) -> None:
-    for n in range(400):
-        await client.register("a", 1 + n, instance=str(n), meta={"k": "v" * 4_000}, static=True)
+    meta = {"k": "v" * 4_000}
+    await asyncio.gather(*(client.register("a", 1, instance=str(n), meta=meta, static=True) for n in range(400)))
     reply = await outcome(client, "resolve", name="a", all=True)
     assert reply["more"]
     assert len(reply["instances"]) < 300
