@@ -462,6 +462,7 @@ async def test_a_wait_ends_when_somebody_is_ready(client: Client, other: Client)
         assert (await client.resolve("web", wait=0)).port == port
         found = await outcome(client, "resolve", name="web", wait=WAIT_S, all=True)
         assert [each["instance"] for each in found["instances"]] == ["", "no"]
+        assert (await client.resolve("web")).instance == ""  # that was the other's turn
 
 
 async def test_a_wait_goes_on_over_a_restart(registry: Registry, client: Client, other: Client) -> None:

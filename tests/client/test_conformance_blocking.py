@@ -84,7 +84,7 @@ def test_threads_and_loops_at_once() -> None:
             blocking.register("third", 3, static=True)
 
         thread = threading.Thread(target=work)
-        assert asyncio.run(follow()) == ["up first", "sync", "up second", "up third"]
+        assert asyncio.run(follow(), debug=True) == ["up first", "sync", "up second", "up third"]
         thread.join(WAIT_S)
         assert found == [listening.endpoint, listening.port]
         blocking.deregister("second")
