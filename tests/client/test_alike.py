@@ -63,10 +63,13 @@ ASKED = st.one_of(
     [st.tuples(st.just(cmd), st.integers(0, 2), arguments) for cmd, arguments in REQUESTS.items()]
     + [st.tuples(st.just(cmd), st.integers(0, 2), REQUESTS[cmd]) for cmd in ("register", "register", "update")]
 )
+SHARED = st.sampled_from(  # what several hold, and one withdraws from
+    (("register", {"name": "web", "port": 1, "hold": True}), ("update", {"name": "web", "state": "draining"}))
+).flatmap(lambda asked: st.tuples(st.just(asked[0]), st.integers(0, 2), st.just(asked[1])))
 DONE: st.SearchStrategy[tuple[str, int, dict[str, Any]]] = st.tuples(
     st.sampled_from(("close", "close", "restart")), st.integers(0, 2), st.just({})
 )
-HISTORY = st.lists(st.one_of(ASKED, ASKED, ASKED, ASKED, DONE), min_size=10, max_size=40)
+HISTORY = st.lists(st.one_of(ASKED, ASKED, ASKED, SHARED, DONE), min_size=10, max_size=40)
 
 
 class Side:

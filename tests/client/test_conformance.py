@@ -317,6 +317,11 @@ async def test_turns(client: Client) -> None:
     await client.deregister("w", "i2")
     assert await ports(3) == [4, 2, 4]
     assert [each.port for each in await client.resolve_all("w")] == [2, 4]
+    await client.register("x", 1, instance="b")
+    await client.resolve("x")  # alone: that is no turn
+    for instance in ("a", "c"):
+        await client.register("x", 1, instance=instance)
+    assert (await client.resolve("x")).instance == "a"
     assert [each.port for each in await client.resolve_all("w", meta={"zone": "b"})] == [2, 4]
 
 
@@ -552,6 +557,31 @@ async def test_several_holders_of_one_address(client: Client, other: Client) -> 
     with pytest.raises(regd_client.NotFound):
         await client.resolve("a")
     assert await told.kinds("down a deregistered 4") == ["sync 0", "up a 1", "change a 2", "change a 3", "down a deregistered 4"]  # fmt: skip
+
+
+async def test_who_has_withdrawn_keeps_nothing(registry: Registry, client: Client) -> None:
+    told = Told()
+    await told.begin(client)
+    held = {"port": 1, "hold": True}
+    await outcome(client, "register", name="a", **held)
+    async with Client() as short:
+        for name in ("a", "b"):
+            await outcome(short, "register", name=name, **held)
+        await outcome(client, "register", name="b", **held)
+        await outcome(client, "update", name="a", state="draining")
+    assert await told.kinds("down a connection closed 3") == [
+        "sync 0",
+        "up a 1",
+        "up b 2",
+        "down a connection closed 3",
+    ]
+    async with Client() as second:
+        await outcome(second, "register", name="b", **held)
+        await outcome(client, "update", name="b", state="draining")
+        async with registry.away():
+            pass
+    async with Client() as fresh:
+        assert plain((await fresh.why("b"))["instances"][0]["owners"]) == [{"connection": False}]
 
 
 async def test_what_a_connection_held_ends_with_it(registry: Registry, client: Client) -> None:
