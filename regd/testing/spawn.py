@@ -154,6 +154,8 @@ class Host:
 
 
 def _started() -> "subprocess.Popen[bytes]":
+    if not sys.executable:
+        raise HostError("regd: cannot start a Python for the tests' registry: sys.executable does not name one")
     flags = ["-I", "-S", *(["-B"] if sys.dont_write_bytecode else [])]
     parents = _parents()
     try:

@@ -269,6 +269,16 @@ def test_next(regd):
     assert "1 failed, 1 passed" in shown
 
 
+@pytest.mark.parametrize("python", ["/nowhere/python", ""])
+def test_a_registry_that_cannot_be_had_is_told_without_a_traceback(tmp_path: Path, python: str) -> None:
+    suite = Suite(tmp_path, "def test_it(regd): pass")
+    suite.write("conftest.py", f"import sys\nsys.executable = {python!r}\n")
+    status, shown = suite.run()
+    assert status == pytest.ExitCode.TESTS_FAILED
+    assert f"regd: cannot start {python or 'a Python'} for the tests' registry: " in shown
+    assert "spawn.py" not in shown
+
+
 SLEEPING = """
 @pytest.fixture
 def after(regd):
