@@ -31,7 +31,7 @@ NOWHERE = Path("/in-memory/registry.json")  # the name of a file that there is n
 _LOGGED_MAX = 50  # lines, of each daemon
 _LINES_MAX = 200  # of a registry that is shown
 
-_logs: "list[deque[str]]" = []  # of all daemons
+_logs: "list[deque[str]]" = []  # of all daemons that run
 _log: ContextVar["deque[str]"] = ContextVar("_log")  # of the one that speaks
 
 
@@ -51,7 +51,6 @@ class Daemon:
         self._path = path or NOWHERE
         self._files = Files() if path else MemoryFiles()
         self._log: deque[str] = deque(maxlen=_LOGGED_MAX)
-        _logs.append(self._log)
         self._port = 0
         self._server: Server | None = None
         self._failing: asyncio.Task[None] | None = None
@@ -65,6 +64,7 @@ class Daemon:
             self._server = await asyncio.create_task(self._start())
             self._port = int(self._server.addresses[0].rpartition(":")[2])
             self._failing = asyncio.create_task(_loudly(self._server))
+            _logs.append(self._log)
         return {"address": self._server.addresses[0]}
 
     async def _start(self) -> Server:
@@ -79,6 +79,7 @@ class Daemon:
             self._failing.cancel()
             await self._server.stop()
             self._server = None
+            _logs[:] = [log for log in _logs if log is not self._log]
             self._keep_port()
         return {}
 
@@ -108,7 +109,6 @@ class Daemon:
     async def end(self) -> dict[str, object]:
         await self.stop()
         self._give_up_port()
-        _logs[:] = [log for log in _logs if log is not self._log]
         return {}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from regd.testing.spawn import Host, HostError, host
 from regd_client.blocking import BlockingConnection
-from regd_client.errors import RegdError
+from regd_client.errors import RegdError, from_reply
 
 VARIABLE = "REGD_ADDRESS"
 
@@ -30,13 +30,15 @@ class Registry:
         """Return what is registered, in order of name and instance, as `list` has it on the wire.
 
         Raises:
-            Unavailable: it is stopped.
+            Unavailable: it is stopped, or stopping.
         """
         found: list[dict[str, Any]] = []
         more: dict[str, Any] = {}
         with BlockingConnection(self.address) as connection:
             while True:
                 page = connection.ask("list", **more)
+                if not page["ok"]:
+                    raise from_reply(page)
                 found += page["instances"]
                 if "next" not in page:
                     return found

@@ -18,6 +18,7 @@ from typing import Any
 
 _ANSWER_S = 30.0  # for what takes milliseconds on a machine that is not asleep
 _END_S = 5.0
+_ANSWER = b'{"id": '  # begins each answer; else it is what Python says when something fails
 
 # The folder that this package was found in, behind the standard library: regd needs nothing else.
 _FOLDER = str(Path(__file__).resolve().parents[2])
@@ -99,15 +100,14 @@ class Host:
         while True:
             *lines, self._rest = self._rest.split(b"\n")
             for at, line in enumerate(lines):
-                try:
-                    answer = json.loads(line)
-                except ValueError:
+                if not line.startswith(_ANSWER):
                     self._said.append(line.decode(errors="replace"))
                     continue
+                answer: dict[str, Any] = json.loads(line)
                 # One whose asker was interrupted, by Ctrl-C or a timeout, is nobody's.
                 if answer["id"] == number:
                     self._rest = b"\n".join((*lines[at + 1 :], self._rest))
-                    return dict(answer)
+                    return answer
             self._rest += self._read()
 
     def _read(self) -> bytes:
@@ -156,7 +156,9 @@ class Host:
 def _started() -> "subprocess.Popen[bytes]":
     if not sys.executable:
         raise HostError("regd: cannot start a Python for the tests' registry: sys.executable does not name one")
-    flags = ["-I", "-S", *(["-B"] if sys.dont_write_bytecode else [])]
+    flags = ["-I", "-S"]  # no environment, and no site: whatever is installed there is not wanted
+    flags += ["-B"] if sys.dont_write_bytecode else []
+    flags += ["-X", f"pycache_prefix={sys.pycache_prefix}"] if sys.pycache_prefix else []
     parents = _parents()
     try:
         return subprocess.Popen(
