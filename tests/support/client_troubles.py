@@ -1,0 +1,279 @@
+"""What goes wrong at who asks: a program with the client, or a person with `regctl`. Each is brought about for real."""
+
+import asyncio
+import logging
+import os
+import socket
+
+import regd_client
+from regd.cli import run as run_module
+from regd_client import BadArgument, Client, Conflict, NotFound, Timeout, Unavailable
+from regd_client import service as service_module
+from regd_client.blocking import BlockingConnection
+from tests.support.daemon import WAIT_S, InLoop
+from tests.support.files import FULL, ToldFiles
+from tests.support.scenes import Producers, Scene, refused, until
+
+says = Producers()
+
+
+def unused_port() -> socket.socket:
+    """Return a socket that keeps a port, and accepts nothing there."""
+    made = socket.socket()
+    made.bind(("127.0.0.1", 0))
+    return made
+
+
+# Nobody answers.
+
+
+@says("no regd at … (Connection refused); start one with …, or name another address in REGD_ADDRESS")
+async def nobody(scene: Scene) -> str:
+    with unused_port() as kept:
+        scene.at(kept.getsockname()[1])
+        return await scene.regctl("ping", status=3)
+
+
+@says("no regd at … (timed out); start one with …, or name another address in REGD_ADDRESS")
+async def silence(scene: Scene) -> str:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+
+        def ask() -> object:
+            with BlockingConnection(f"127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.02) as connection:
+                return connection.ask("ping")
+
+        return await refused(Unavailable, asyncio.to_thread(ask))
+
+
+@says("no regd at … (the connection broke before the answer came; a change may have been made or not); …")
+async def broken(scene: Scene) -> str:
+    files = ToldFiles()
+    async with scene.daemon(files=files) as daemon, Client() as client:
+        files.gate.clear()
+        files.syncing.clear()
+        asked = asyncio.ensure_future(client.register("db", 5432, static=True))
+        await until(files.syncing.is_set)
+        for connection in list(daemon.server.connections):
+            connection.cut()
+        said = await refused(Unavailable, asked)
+        files.gate.set()
+    return said
+
+
+@says("…this is no answer of regd: …")
+async def no_regd(scene: Scene) -> str:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        scene.at(server.sockets[0].getsockname()[1])
+        return await scene.regctl("ping", status=3)
+
+
+@says("… is no address; write tcp://HOST:PORT, HOST:PORT or unix:///path")
+async def bad_address(scene: Scene) -> str:
+    return await scene.regctl("ping", "--address", "localhost", status=2)
+
+
+@says("the registry is away, trying on: …")
+async def away(scene: Scene) -> str:
+    async with scene.daemon() as daemon, Client() as client:
+        await client.register("db", 5432)
+        client._link.timeout_s = 0.0
+        await daemon.server.stop()
+        return await scene.logged("trying on")
+
+
+@says("the daemon has been away for … s, and stale_s_max is …")
+async def too_old(scene: Scene) -> str:
+    async with scene.daemon() as daemon, Client() as client, client.mirror("db", stale_s_max=0) as mirror:
+        await client.register("db", 5432)
+        await daemon.server.stop()
+        await until(lambda: mirror.stale_s > 0)
+
+        async def look() -> object:
+            return mirror.resolve("db")
+
+        return await refused(Unavailable, look())
+
+
+# A name is not found.
+
+
+@says("no service …")
+async def not_found(scene: Scene) -> str:
+    async with scene.daemon():
+        await regd_client.register("db", 5432, static=True)
+        assert "did you mean" in await refused(NotFound, regd_client.resolve("bd"))
+        return await scene.regctl("resolve", "bd", status=1)
+
+
+@says("… is here, but none is ready")
+async def not_ready(scene: Scene) -> str:
+    async with scene.daemon(), regd_client.register("db", 5432, state="starting"):
+        return await refused(NotFound, regd_client.resolve("db"))
+
+
+@says("no ready instance of … in the mirror")
+async def not_in_the_mirror(scene: Scene) -> str:
+    async with scene.daemon(), regd_client.mirror("work*") as mirror:
+
+        async def look() -> object:
+            return mirror.resolve("db")
+
+        return await refused(NotFound, look())
+
+
+@says("…waited … s: … was never registered…")
+async def never_registered(scene: Scene) -> str:
+    async with scene.daemon():
+        await refused(Timeout, regd_client.resolve("db", wait=0))
+        return await scene.regctl("wait", "db", "--timeout", "0", status=1)
+
+
+@says("…waited … s: … is registered, and cannot be reached: …")
+async def unreachable(scene: Scene) -> str:
+    with unused_port() as kept:
+        async with scene.daemon() as daemon:
+            await regd_client.register("db", kept.getsockname()[1], static=True)
+            peer = await daemon.peer()
+            peer.send({"cmd": "resolve", "name": "db", "wait": 60})
+            await until(lambda: daemon.server.probed > 0)
+            daemon.clock.advance(60)
+            return str((await peer.reply())["message"])
+
+
+@says("…waited … s: … left … s ago: …")
+async def left(scene: Scene) -> str:
+    async with scene.daemon():
+        async with regd_client.register("db", 5432):
+            pass
+        return await scene.regctl("wait", "db", "--timeout", "0", status=1)
+
+
+# A service is not registered, or no longer.
+
+
+async def hold(daemon: InLoop, name: str, **more: bool) -> None:
+    """Be another program that has the name."""
+    reply = await (await daemon.peer()).ask(cmd="register", name=name, port=1, hold=True, **more)
+    assert reply["ok"], reply
+
+
+@says("name must be labels of a-z 0-9 - _, …")
+async def bad_name(scene: Scene) -> str:
+    async with scene.daemon():
+        return await refused(BadArgument, regd_client.register("Web server", 8000))
+
+
+@says("host is nothing to call: … means every address here; give one, such as 127.0.0.1")
+async def every_address(scene: Scene) -> str:
+    async with scene.daemon():
+        return await refused(BadArgument, regd_client.register("web", 8000, host="0.0.0.0"))
+
+
+@says("… is at …, held by …; stop that one, take another name or instance, or take over with force")
+async def held(scene: Scene) -> str:
+    async with scene.daemon() as daemon:
+        await hold(daemon, "db")
+        await refused(Conflict, regd_client.register("db", 5433))
+        return await scene.regctl("register", "db", "5433", status=4)
+
+
+@says("… serves at …, not registered yet, trying on: …")
+async def not_yet(scene: Scene) -> str:
+    files = ToldFiles()
+    async with (
+        scene.daemon(files=files),
+        regd_client.serving("web") as service,
+    ):
+        files.failing["write"] = FULL
+        async with await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0):
+            said = await scene.logged("not registered yet")
+            files.failing.clear()
+            await service.registration()  # it has tried on
+    return said
+
+
+@says("… is not registered: no server has opened its port on this event loop for … s")
+async def no_server(scene: Scene) -> str:
+    scene.patch.setattr(service_module, "_NOBODY_S", 0.0)
+    async with regd_client.serving("web"):
+        return await scene.logged("no server has opened")
+
+
+@says("lost the registration of …: …")
+async def lost(scene: Scene) -> str:
+    async with scene.daemon() as daemon, regd_client.register("db", 5432):
+        await hold(daemon, "db", force=True)
+        return await scene.logged("lost the registration")
+
+
+@says("left … registered: …")
+async def left_registered(scene: Scene) -> str:
+    files = ToldFiles()
+    async with scene.daemon(files=files):
+        async with regd_client.register("db", 5432):
+            files.failing["write"] = FULL
+        files.failing.clear()
+    return await scene.logged("left db")
+
+
+@says("the registry has not confirmed yet that … ended")
+async def not_confirmed(scene: Scene) -> str:
+    async with scene.daemon() as daemon, regd_client.register("db", 5432):
+        await daemon.server.stop()
+    return await scene.logged("not confirmed")
+
+
+# `regctl run`, `env`, and command lines.
+
+
+@says("cannot have port …: …; name another")
+async def port_of_another(scene: Scene) -> str:
+    with socket.create_server(("127.0.0.1", 0)) as another:
+        scene.at(1)
+        return await scene.regctl("run", "web", "--port", str(another.getsockname()[1]), "--", "true", status=4)
+
+
+@says("…: No such file or directory")
+async def no_such_command(scene: Scene) -> str:
+    return await scene.process("regd.cli.regctl", "run", "web", "--", "./web", status=127)
+
+
+@says("… is not registered: for … s nothing accepts connections at …; the command must listen on port …")
+async def nothing_accepts(scene: Scene) -> str:
+    scene.patch.setattr(run_module, "_SILENT_S", 0.0)
+    log = logging.getLogger("regd_client")
+    scene.patch.setattr(log, "handlers", list(log.handlers))
+    with unused_port() as kept:
+        given = {"name": "web", "instance": None, "meta": None}
+        name = run_module._Name(given, run_module._Told(False), os.getpid(), kept.getsockname()[1])
+        name.begin(accepts=False)
+        told = ""
+        while not told.endswith("\n"):
+            await asyncio.sleep(0)
+            told += scene.told()
+        assert name.withdraw()
+        assert await asyncio.to_thread(name.is_gone, WAIT_S)
+    return told.removeprefix("regctl: ").rstrip("\n")
+
+
+@says("… is left out: another service has its variables")
+async def same_variables(scene: Scene) -> str:
+    async with scene.daemon():
+        for name in ("shop-db", "shop.db"):
+            await regd_client.register(name, 5432, static=True)
+        return await scene.regctl("env", status=0)
+
+
+@says("name the command, behind …")
+async def no_command(scene: Scene) -> str:
+    return await scene.regctl("run", "web", status=2, prefix="regctl run")
+
+
+@says("… (see regctl … --help)")
+async def bad_line(scene: Scene) -> str:
+    return await scene.regctl("resolve", status=2, prefix="regctl resolve")

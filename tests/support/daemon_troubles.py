@@ -1,0 +1,157 @@
+"""What goes wrong at the daemon: when it starts, in its log, and on the wire. Each is brought about for real."""
+
+import errno
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from regd.core.limits import DEFAULT
+from regd.storage.store import StorageError
+from tests.support.daemon import InLoop
+from tests.support.files import FULL, ToldFiles
+from tests.support.peers import Told
+from tests.support.scenes import Producers, Scene, until
+
+says = Producers()
+REGISTER: dict[str, Any] = {"cmd": "register", "name": "db", "port": 5432}
+
+
+# It does not start.
+
+
+@says("port … on … is taken by another program, or by a regd that runs already; stop that one, or …")
+async def port_taken(scene: Scene) -> str:
+    async with InLoop(scene.folder / "another.json") as daemon:
+        return await scene.regd("--port", str(daemon.port), status=1)
+
+
+@says("… is in use by another regd…; stop that one, or name another file with --registry")
+async def registry_taken(scene: Scene) -> str:
+    async with scene.daemon():
+        return await scene.regd("--port", "0", status=1)
+
+
+@says("…: …; nothing was changed: mend the file, or move it away to start empty")
+async def registry_does_not_parse(scene: Scene) -> str:
+    scene.registry.write_text('{\n"db": {"port": 5432},\n}\n')
+    return await scene.regd("--port", "0", status=1)
+
+
+@says("… is not a regular file; name another with --registry")
+async def registry_is_a_folder(scene: Scene) -> str:
+    scene.registry.mkdir()
+    return await scene.regd("--port", "0", status=1)
+
+
+@says("cannot use the folder …: …; give its rights to this user, or name another file with --registry")
+async def folder_is_a_file(scene: Scene) -> str:
+    (scene.folder / "state").touch()
+    scene.registry = scene.folder / "state" / "registry.json"
+    return await scene.regd("--port", "0", status=1)
+
+
+@says("cannot write …: …; give the rights on its folder to this user, or name another file with --registry")
+async def folder_may_not_be_written(scene: Scene) -> str:
+    files = ToldFiles()
+    files.failing["create"] = errno.EACCES
+    with pytest.raises(StorageError) as caught:
+        await InLoop(scene.registry, files=files).__aenter__()
+    return str(caught.value)
+
+
+@says("… (see regd --help)")
+async def bad_flag(scene: Scene) -> str:
+    return await scene.regd("--port", "70000", status=2)
+
+
+# Its log.
+
+
+@says("the registry file could not be written (…); the change is not in effect")
+async def disk_full(scene: Scene) -> str:
+    files = ToldFiles()
+    async with scene.daemon(files=files):
+        files.failing["write"] = FULL
+        said = await scene.regctl("register", "db", "5432", status=4)
+        files.failing.clear()
+    await scene.logged("changes are refused until it can be written")
+    return said
+
+
+@says(
+    "… was changed by another hand: a copy of that is …, and regd writes its own. To edit the file, stop regd first"
+)
+async def file_edited(scene: Scene) -> str:
+    async with scene.daemon() as daemon:
+        scene.registry.write_text('{"web": {"port": 8000}}\n')
+        assert (await (await daemon.peer()).ask(REGISTER))["ok"]
+    return await scene.logged("another hand")
+
+
+@says("user … may only read here; start regd with --allow-uid …, or run one of your own")
+async def other_user(scene: Scene) -> str:
+    async with scene.daemon(peers=Told()):
+        said = await scene.regctl("register", "db", "5432", status=4)
+    await scene.logged("denied 127.0.0.1 port ")
+    return said
+
+
+# The wire.
+
+
+async def answer(scene: Scene, code: str, *requests: bytes | str | dict[str, Any], **how: Any) -> str:
+    """Return the message of the reply to the last request."""
+    async with scene.daemon(**how) as daemon:
+        peer = await daemon.peer()
+        for request in requests:
+            reply = await peer.ask(request)
+        assert reply["error"] == code
+        return str(reply["message"])
+
+
+@says("this is regd: one JSON object a line, such as …, or a bare word: …")
+async def stranger(scene: Scene) -> str:
+    said = await answer(scene, "bad_request", b"GET / HTTP/1.1\r\n")
+    await scene.logged("which does not speak regd")
+    return said
+
+
+@says("not JSON at character …: …")
+async def no_json(scene: Scene) -> str:
+    return await answer(scene, "bad_json", "{'cmd': 'ping'}")
+
+
+@says("no command …")
+async def unknown_command(scene: Scene) -> str:
+    return await answer(scene, "unknown_command", {"cmd": "lookup", "name": "db"})
+
+
+@says("… has no argument …")
+async def unknown_argument(scene: Scene) -> str:
+    return await answer(scene, "bad_argument", {**REGISTER, "prot": 1})
+
+
+@says("a line is at most … bytes; this one was skipped")
+async def long_line(scene: Scene) -> str:
+    return await answer(scene, "too_large", json.dumps({**REGISTER, "meta": {"k": "x" * DEFAULT.line_bytes_max}}))
+
+
+@says("… connections are open; close some, or try again later")
+async def too_many_connections(scene: Scene) -> str:
+    async with scene.daemon(limits=replace(DEFAULT, connections_max=1)) as daemon:
+        assert (await (await daemon.peer()).ask("ping"))["ok"]
+        return await scene.regctl("ping", status=4)
+
+
+@says("regd is stopping; connect again in a moment")
+async def stopping(scene: Scene) -> str:
+    async with scene.daemon() as daemon:
+        peer = await daemon.peer()
+        peer.send({"cmd": "resolve", "name": "db", "wait": 60})
+        await until(lambda: daemon.server.parked == 1)
+        await daemon.server.stop()
+        reply = await peer.reply()
+        assert reply["error"] == "shutting_down"
+        return str(reply["message"])
