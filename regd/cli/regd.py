@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import NoReturn
 
 import regd
+from regd.server.clock import LoopClock
 from regd.server.lifecycle import DEFAULT_GRACE_S, DEFAULT_PORT, Config, Server, default_registry
 from regd.server.listener import ListenError
+from regd.server.systemd import Heart, Notices, handed_over, watchdog_s
 from regd.storage.store import StorageError
 
 log = logging.getLogger("regd")
@@ -63,8 +65,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--port",
         type=_port,
-        default=DEFAULT_PORT,
-        help=f"TCP port on 127.0.0.1 and ::1; 0 picks a free one (default: {DEFAULT_PORT})",
+        help=f"TCP port on 127.0.0.1 and ::1; 0 picks a free one (default: {DEFAULT_PORT}, or the sockets that "
+        "systemd hands over, in place of --port and --unix)",
     )
     parser.add_argument(
         "--unix", type=Path, metavar="PATH", help="listen on a Unix socket too, for this user alone"
@@ -103,7 +105,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the daemon and return its exit status: 0 after a signal, 1 when it cannot start, 2 for bad usage."""
+    """Run the daemon and return its exit status: 0 after a signal, 1 when it cannot start, 2 for bad usage.
+
+    What a service manager says in the environment is heard, and taken out of it.
+    """
     given = _arguments(argv)
     logging.basicConfig(
         level=given.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
@@ -114,9 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = _config(given)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_run(config))
-    except (ListenError, StorageError, _Unheard) as error:
+    except (ListenError, StorageError, _Unheard, _Misused) as error:
         print(f"regd: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, _Misused) else 1
     except KeyboardInterrupt:  # before the handler stood
         return 130
     return 0
@@ -126,14 +131,23 @@ class _Unheard(Exception):
     """Nobody can be told where regd listens."""
 
 
+class _Misused(Exception):
+    """A flag and what a service manager hands over cannot both be had."""
+
+
 def _config(given: argparse.Namespace) -> Config:
     for flag, path in (("--registry", given.registry), ("--unix", given.unix)):
         if path is not None and not path.absolute().name:
             raise StorageError(f"{flag} {path} is a folder; name a file in it")
+    handed = handed_over(os.environ)
+    for flag, value in (("--port", given.port), ("--unix", given.unix)):
+        if handed and value is not None:
+            raise _Misused(f"{flag} {value}: what to listen on was handed over already; leave the flag out")
     return Config(
         registry=(given.registry or default_registry(os.environ)).absolute(),
-        port=given.port,
+        port=DEFAULT_PORT if given.port is None else given.port,
         unix=given.unix.absolute() if given.unix else None,
+        inherited=handed,
         grace_s=given.grace,
         allowed_uids=given.allow_uid,
     )
@@ -185,7 +199,8 @@ async def _run(config: Config) -> None:
         loop.add_signal_handler(number, ask, number)
     # The thread that writes the file takes turns with the loop, which asks for one at every send and receive.
     sys.setswitchinterval(_SWITCH_S)
-    server = Server(config)
+    clock = LoopClock()
+    server = Server(config, clock=clock)
     gc.collect()
     gc.disable()  # what is loaded stays: nothing of it is worth a look, now or later
     await server.start()
@@ -193,11 +208,14 @@ async def _run(config: Config) -> None:
     gc.callbacks.append(_spare_the_old)
     gc.set_threshold(_GARBAGE, *gc.get_threshold()[1:])  # else a twentieth of all time goes into looking
     gc.enable()
+    heart = Heart(Notices(os.environ), clock, watchdog_s(os.environ), lambda: server.status)
     try:
         for address in server.addresses:
             _say(f"listening {address}")
+        heart.start()
         await _until(asked, server)
     finally:
+        heart.stop()
         await server.stop()
 
 

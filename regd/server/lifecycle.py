@@ -19,7 +19,7 @@ from regd.server.clock import Clock, LoopClock
 from regd.server.connection import Connection
 from regd.server.context import Budget, Context, Room, Sessions
 from regd.server.engine import Engine
-from regd.server.listener import Listeners, raise_open_files
+from regd.server.listener import Handed, Listeners, raise_open_files
 from regd.server.peers import Peers
 from regd.server.pulse import Pulse
 from regd.server.reaper import Reaper
@@ -60,6 +60,7 @@ class Config:
     registry: Path
     port: int = DEFAULT_PORT
     unix: Path | None = None
+    inherited: Sequence[Handed] = ()  # sockets that listen already, in place of `port` and `unix`
     grace_s: float = DEFAULT_GRACE_S  # for clients to come back and claim what they held
     allowed_uids: Collection[int] = ()  # that may write, besides root and the daemon's own
     limits: Limits = DEFAULT
@@ -91,6 +92,7 @@ class Server:
         self._listeners = Listeners()
         self._streams: Streams | None = None
         self._store = Store(config.registry, log.warning, self._files)
+        self._registry: Registry | None = None
         self._engine: Engine | None = None
         self._context: Context | None = None
         self._engine_task: asyncio.Task[None] | None = None
@@ -99,6 +101,14 @@ class Server:
     def addresses(self) -> list[str]:
         """Return where it listens, as `tcp://HOST:PORT` and `unix:///path`."""
         return self._listeners.addresses
+
+    @property
+    def status(self) -> str:
+        """Return how it is, in a line for people."""
+        if self._registry is None:
+            return "starting"
+        count, rev = len(self._registry), self._registry.rev
+        return f"{count} registrations at revision {rev}, {len(self.connections)} connections"
 
     @property
     def connections(self) -> "set[Connection]":
@@ -146,9 +156,7 @@ class Server:
         config = self._config
         limits = _within_open_files(config.limits)
         # 1. Addresses first: a second regd must end here, before it touches a file.
-        self._listeners.open_tcp(config.port)
-        if config.unix is not None:
-            self._listeners.open_unix(config.unix, self._files)
+        self._listen(config)
         self._peers.open(self._listeners.sockets)
         # 2. The registry: locked, read, and made where it is missing.
         document = self._store.open(self._clock.wall())
@@ -156,6 +164,7 @@ class Server:
         # 3. The parts.
         clock, tally, sessions, pulse = self._clock, Tally(), Sessions(), self._pulse
         registry = Registry(document.entries, document.rev, limits, now=clock.now(), claim_s=config.grace_s)
+        self._registry = registry
         replies = Replies()
         registry.touched = replies.forget
         watches = Watches(registry, clock, limits, pulse, self._epoch)
@@ -220,6 +229,14 @@ class Server:
         for note in self._listeners.notes:
             log.warning("%s", note)
         log.info("%d registrations at revision %d from %s", len(registry), registry.rev, self._store.path)
+
+    def _listen(self, config: Config) -> None:
+        if config.inherited:
+            self._listeners.inherit(config.inherited)
+            return
+        self._listeners.open_tcp(config.port)
+        if config.unix is not None:
+            self._listeners.open_unix(config.unix, self._files)
 
     async def failed(self) -> None:
         """Wait for ever, or raise what ended the engine: a bug, and the end of the process."""

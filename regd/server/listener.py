@@ -1,5 +1,6 @@
-"""Sockets that listen: loopback TCP on both families, and a Unix socket when asked for. Nothing else, ever:
-without authentication and TLS regd is for this machine alone. Must not know what is said on them.
+"""Sockets that listen: loopback TCP on both families, and a Unix socket when asked for; or those that were opened
+for regd before it was started. Nothing else, ever: without authentication and TLS regd is for this machine alone.
+Must not know what is said on them.
 """
 
 import contextlib
@@ -7,8 +8,10 @@ import errno
 import os
 import resource
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from regd.storage.files import Files, Held
 
@@ -19,6 +22,13 @@ _SPARE_FILES = 192  # open files that are no connections: the registry, sockets,
 
 class ListenError(Exception):
     """An address cannot be had. Its text is one line: which, why, what to do."""
+
+
+class Handed(NamedTuple):
+    """A socket that another program has opened for this one: its file number, and what that program calls it."""
+
+    file: int
+    name: str
 
 
 @dataclass(slots=True)
@@ -76,6 +86,15 @@ class Listeners:
             why = error.strerror or str(error)  # a path that is too long has no errno
             raise ListenError(f"cannot listen on {path}: {why}; name another with --unix") from None
         self._unix = path
+
+    def inherit(self, handed: Sequence[Handed]) -> None:
+        """Listen on sockets that listen already. The path of a Unix socket stays: it is not ours.
+
+        Raises:
+            ListenError: one of them is nothing to listen on for regd.
+        """
+        for each in handed:
+            self.sockets.append(_inherited(each))
 
     @staticmethod
     def _clear(path: Path) -> None:
@@ -139,6 +158,40 @@ def _unix(path: Path) -> socket.socket:
     finally:
         os.umask(before)
     return listener
+
+
+def _inherited(handed: Handed) -> socket.socket:
+    what = f"the inherited socket {handed.file} ({handed.name!a})"
+    try:
+        listener = socket.socket(fileno=handed.file)
+    except OSError as error:
+        raise ListenError(f"{what} cannot be used: {error.strerror}; correct what starts regd") from None
+    try:
+        fault = _fault(listener)
+        if fault is not None:
+            raise ListenError(f"{what} {fault}")
+        listener.setblocking(False)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _fault(listener: socket.socket) -> str | None:
+    """Return why regd may not listen on a socket, and what to write in a .socket unit instead."""
+    if listener.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
+        return "is neither TCP nor Unix; give ListenStream= an address of loopback, or a path"
+    if listener.type != socket.SOCK_STREAM or listener.proto not in (0, socket.IPPROTO_TCP):
+        return "is no TCP and no Unix stream socket; use ListenStream="
+    if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        return "does not listen; use ListenStream= and Accept=no"
+    name = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        if isinstance(name, bytes) or not os.path.isabs(name):
+            return "has no path that a client could be given; use ListenStream=/PATH"
+    elif not (name[0] == "::1" or name[0].startswith("127.")):
+        return f"listens on {name[0]}, and regd on loopback alone; use ListenStream=127.0.0.1:{name[1]}"
+    return None
 
 
 def _address(listener: socket.socket) -> str:

@@ -48,7 +48,10 @@ class Peers:
 
     def open(self, listeners: Sequence[socket.socket]) -> None:
         """Find out how the system can be asked, by asking for a socket that is known to be there."""
-        here: End = listeners[0].getsockname()[:2]
+        tcp = [each for each in listeners if each.family != socket.AF_UNIX]
+        if not tcp:  # a Unix socket knows its peer
+            return
+        here: End = tcp[0].getsockname()[:2]
         try:
             self._netlink = socket.socket(
                 socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG
