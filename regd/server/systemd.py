@@ -1,5 +1,5 @@
-"""What a service manager hands over, and what it is told: sockets that listen already (sd_listen_fds(3)); and that
-regd is ready, lives, and stops (sd_notify(3), sd_watchdog_enabled(3)).
+"""What a service manager hands over, and what it is told: sockets that listen already (sd_listen_fds(3)); that it
+is ready, that it lives, and that it stops (sd_notify(3), sd_watchdog_enabled(3)).
 
 All of it comes by the environment and is taken out of it, since it is meant for this process alone. The variables
 are systemd's; others speak the same. Must not know what is served.
