@@ -30,7 +30,7 @@ def handed_over(environment: MutableMapping[str, str]) -> list[Handed]:
     """
     environment.pop("LISTEN_PIDFDID", None)
     pid, count, names = (environment.pop(f"LISTEN_{each}", None) for each in ("PID", "FDS", "FDNAMES"))
-    if pid != str(os.getpid()) or count is None:
+    if pid != str(os.getpid()) or count in (None, "0"):
         return []
     if not _COUNT.fullmatch(count):
         raise ListenError(f"LISTEN_FDS is {count!a}, not the number of sockets; correct what starts regd")
