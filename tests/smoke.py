@@ -23,6 +23,8 @@ def main() -> None:
         assert run("regctl", "--version").startswith("regctl ")
         code = "import regd_client, pathlib; print(pathlib.Path(regd_client.__file__).with_name('py.typed').exists(), regd_client.Client.__name__)"
         assert run("python", "-c", code) == "True Client\n"
+        code = "import regd, pathlib; print(sorted(each.name for each in pathlib.Path(*regd.__path__, 'systemd').rglob('regd.*')))"
+        assert run("python", "-c", code) == "['regd.service', 'regd.service', 'regd.socket', 'regd.socket']\n"
         daemon = subprocess.Popen(
             [commands / "regd", "--port", "0", "--registry", "registry.json", "--log-level", "warning"],
             cwd=folder, env=plain, stdout=subprocess.PIPE, text=True,

@@ -18,7 +18,7 @@ log = logging.getLogger("regd")
 
 _FIRST_FILE = 3  # SD_LISTEN_FDS_START
 _COUNT = re.compile(r"[0-9]{1,5}")
-_READY_S = 1.0  # for a busy service manager to take the one message that it must not miss
+_PATIENCE_S = 1.0  # for a busy service manager to take what is told once
 _STATUS_S = 10.0  # until people see a change
 
 
@@ -127,7 +127,7 @@ class Heart:
         """To be called when everything is open, and never before."""
         if self._notices.are_heard:
             self._told = self._status()
-            self._notices.tell("READY=1", f"STATUS={self._told}", *self._sign, wait_s=_READY_S)
+            self._notices.tell("READY=1", f"STATUS={self._told}", *self._sign, wait_s=_PATIENCE_S)
             self._go_on()
 
     def _go_on(self) -> None:
@@ -148,5 +148,5 @@ class Heart:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-            self._notices.tell("STOPPING=1", "STATUS=stopping")
+            self._notices.tell("STOPPING=1", "STATUS=stopping", wait_s=_PATIENCE_S)
         self._notices.close()

@@ -138,6 +138,24 @@ def test_the_kernel_tells_who_has_the_other_end(host: str, as_host: str, table: 
     asked.close()
 
 
+@linux
+def test_a_unix_socket_that_comes_first_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sockets that are handed over come in any order, and the kernel is asked for one of TCP."""
+    listener, ours, theirs = connection("127.0.0.1")
+    with listener, ours, theirs, socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(tmp_path / "s"))
+        first, asked, alone = Peers(), Peers(), Peers()
+        first.open([listener])
+        asked.open([unix, listener])
+        assert (asked._ask is by_table) == (first._ask is by_table)
+        assert asked.uid_of(ours) == os.geteuid()
+        monkeypatch.setattr(peers, "_TABLES", ())
+        alone.open([unix])
+        assert alone.uid_of(unix) is not None
+    for each in (first, asked, alone):
+        each.close()
+
+
 def test_a_listener_on_the_port_of_a_peer_that_went_is_not_asked_for_its_user(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -1,0 +1,365 @@
+"""regd under systemd's own tools: handed-over sockets, a real notify socket, and the unit files."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import ROOT, WAIT_S, Daemon, environment
+
+UNITS = ROOT / "regd" / "systemd"
+_TRIES = 8  # for a port that nobody takes in between
+_QUIET_S = 1.0  # in which a loop that works would have fed the watchdog twenty times
+_HIGH_FILE = 60  # for a copy of a socket, out of the way of those that a shell opens
+
+# The daemon's loop stands still from SIGUSR1 until its input ends. Its threads go on.
+HANGS = """
+import signal, sys
+sys.modules["uvloop"] = None
+
+def hang(*_):
+    print("hangs", flush=True)
+    sys.stdin.read()
+    print("goes on", flush=True)
+
+signal.signal(signal.SIGUSR1, hang)
+from regd.cli.regd import main
+raise SystemExit(main())
+"""
+
+
+def need(tool: str) -> str:
+    if shutil.which(tool) is None:
+        pytest.skip(f"no {tool} on this machine")
+    return tool
+
+
+@pytest.fixture
+def inbox(tmp_path: Path) -> Iterator[socket.socket]:
+    """The service manager's end of a notify socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as made:
+        made.bind(str(tmp_path / "notify"))
+        made.settimeout(WAIT_S)
+        yield made
+
+
+def until(inbox: socket.socket, begins: str) -> list[str]:
+    """Return what comes, up to a message that begins so."""
+    came: list[str] = []
+    while not (came and came[-1].startswith(begins)):
+        came.append(inbox.recv(4_096).decode())
+    return came
+
+
+def drain(inbox: socket.socket) -> list[str]:
+    came = []
+    inbox.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            came.append(inbox.recv(4_096).decode())
+    inbox.settimeout(WAIT_S)
+    return came
+
+
+@contextlib.contextmanager
+def running(command: list[str], **variables: str) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        command, env=environment(**variables), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Ask it to leave, and return the exit status and what it logged."""
+    process.terminate()
+    return ended(process)
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, errors = process.communicate(timeout=WAIT_S)
+    return process.returncode, errors
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """Stop it, and return when it stands still."""
+    process.send_signal(signal.SIGSTOP)
+    assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+
+
+# Sockets that listen before the daemon exists.
+
+
+@contextlib.contextmanager
+def activator(daemon: Daemon, path: Path, **variables: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """systemd-socket-activate, listening on both families and a path, and its port. It becomes the daemon."""
+    told = environment(**variables)
+    given = [f"-E{key}={told[key]}" for key in ("PYTHONPATH", *variables)]
+    said: list[str] = []
+    for _ in range(_TRIES):
+        port = free_port()
+        where = [f"--listen={each}" for each in (f"127.0.0.1:{port}", f"[::1]:{port}", str(path))]
+        with running([need("systemd-socket-activate"), *where, *given, *daemon.command()]) as tool:
+            assert tool.stderr is not None
+            for line in tool.stderr:
+                said.append(line)
+                if line.startswith(f"Listening on {path} as"):
+                    yield tool, port
+                    return
+        path.unlink(missing_ok=True)
+    raise AssertionError(f"systemd-socket-activate does not listen: {said}")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+def ask(where: tuple[str, int] | str, line: bytes) -> socket.socket:
+    """Connect and send, and wait for nothing."""
+    client = socket.socket(socket.AF_UNIX) if isinstance(where, str) else socket.socket(family(where[0]))
+    client.settimeout(WAIT_S)
+    client.connect(where)
+    client.sendall(line)
+    return client
+
+
+def family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def test_who_connects_before_the_daemon_exists_is_answered(tmp_path: Path, inbox: socket.socket) -> None:
+    path = tmp_path / "s"
+    daemon = Daemon(tmp_path / "registry.json")
+    with activator(daemon, path, NOTIFY_SOCKET=inbox.getsockname()) as (tool, port):
+        stop(tool)  # until all have asked
+        places: list[tuple[str, int] | str] = [("127.0.0.1", port), ("::1", port), str(path)]
+        clients = [
+            ask(where, b'{"cmd":"register","name":"n%d","port":1}\n' % n) for n, where in enumerate(places)
+        ]
+        assert not daemon.registry.exists()
+        tool.send_signal(signal.SIGCONT)
+        for client in clients:
+            with client, client.makefile("rb") as lines:
+                assert json.loads(lines.readline())["ok"]
+        assert tool.stdout is not None
+        assert [tool.stdout.readline() for _ in places] == [
+            f"listening tcp://127.0.0.1:{port}\n",
+            f"listening tcp://[::1]:{port}\n",
+            f"listening unix://{path}\n",
+        ]
+        assert until(inbox, "READY=1")
+        assert end(tool)[0] == 0
+        assert until(inbox, "STOPPING=1")
+    assert set(json.loads(daemon.registry.read_bytes())) == {"$regd", "n0", "n1", "n2"}
+    assert path.is_socket()  # it is not regd's
+
+
+def test_flags_and_handed_over_sockets_are_one_too_many(tmp_path: Path) -> None:
+    for flags in (["--port", "0"], ["--unix", str(tmp_path / "own")]):
+        daemon = Daemon(tmp_path / "registry.json", *flags)
+        with activator(daemon, tmp_path / "s") as (tool, port), ask(("127.0.0.1", port), b"ping\n"):
+            _, errors = tool.communicate(timeout=WAIT_S)
+            assert tool.returncode == 2
+            assert errors.splitlines()[-1].startswith(f"regd: {flags[0]} {flags[1]}: "), errors
+            assert "Traceback" not in errors
+        assert not daemon.registry.exists()
+        (tmp_path / "s").unlink()
+
+
+def handed(command: list[str], sock: socket.socket, pid: str = "$$") -> tuple[int, str, str]:
+    """Run a command with a socket at 3, as sd_listen_fds(3) has it, and return its status and output."""
+    high = fcntl.fcntl(sock, fcntl.F_DUPFD, _HIGH_FILE)
+    try:
+        done = subprocess.run(
+            ["bash", "-c", f'LISTEN_PID={pid} LISTEN_FDS=1 exec "$@" 3<&{high} {high}<&-', "bash", *command],
+            env=environment(), pass_fds=[high], capture_output=True, text=True, timeout=WAIT_S, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(high)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "host", "says"),
+    [
+        (socket.SOCK_STREAM, "0.0.0.0", "listens on 0.0.0.0, and regd on loopback alone"),
+        (socket.SOCK_STREAM, "::", "listens on ::, and regd on loopback alone"),
+        (socket.SOCK_DGRAM, "127.0.0.1", "is no TCP and no Unix stream socket"),
+    ],
+)
+def test_a_socket_that_is_not_for_regd_is_one_line(
+    tmp_path: Path, kind: socket.SocketKind, host: str, says: str
+) -> None:
+    daemon = Daemon(tmp_path / "registry.json")
+    with socket.socket(family(host), kind) as sock:
+        sock.bind((host, 0))
+        if kind == socket.SOCK_STREAM:
+            sock.listen()
+        status, out, errors = handed(daemon.command(), sock)
+    assert (status, out) == (1, "")
+    assert errors.startswith("regd: the inherited socket 3 ('unknown') ")
+    assert says in errors
+    assert errors.count("\n") == 1
+    assert not daemon.registry.exists()
+
+
+def test_what_is_handed_to_another_process_is_left_alone(tmp_path: Path) -> None:
+    """It says where it listens when it gets so far; here it fails at its own port, which is taken."""
+    with socket.create_server(("127.0.0.1", 0)) as theirs, socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        daemon = Daemon(tmp_path / "registry.json", "--port", str(port))
+        status, _, errors = handed(daemon.command(), theirs, pid="1")
+        assert (status, errors.count("\n")) == (1, 1)
+        assert f"port {port} on 127.0.0.1 is taken" in errors
+        status, _, errors = handed(daemon.command(), theirs)
+        assert (status, errors.count("\n")) == (2, 1)
+
+
+# What systemd is told.
+
+
+@pytest.mark.parametrize("abstract", [False, True], ids=["path", "abstract"])
+def test_ready_alive_stopping(tmp_path: Path, inbox: socket.socket, abstract: bool) -> None:
+    daemon = Daemon(tmp_path / "registry.json")
+    daemon.registry.write_text('{"db": {"port": 5432}}')
+    with contextlib.ExitStack() as stack:
+        address = inbox.getsockname()
+        if abstract:
+            address = f"@regd-test-{os.getpid()}"
+            inbox = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+            inbox.bind(f"\0{address[1:]}")
+            inbox.settimeout(WAIT_S)
+        process = stack.enter_context(
+            running(daemon.command("--port", "0"), NOTIFY_SOCKET=address, WATCHDOG_USEC="400000")
+        )
+        first = inbox.recv(4_096).decode().splitlines()
+        assert first == ["READY=1", "STATUS=1 registrations at revision 1, 0 connections", "WATCHDOG=1"]
+        assert process.stdout is not None
+        port = int(process.stdout.readline().rpartition(":")[2])  # which was said before
+        with ask(("127.0.0.1", port), b"resolve db\n") as client, client.makefile() as lines:
+            assert json.loads(lines.readline())["port"] == 5432
+        for _ in range(3):
+            assert inbox.recv(4_096).startswith(b"WATCHDOG=1")
+        process.terminate()
+        assert until(inbox, "STOPPING=1")[-1] == "STOPPING=1\nSTATUS=stopping"
+        status, errors = ended(process)
+        assert (status, "Traceback" in errors) == (0, False)
+        assert drain(inbox) == []
+
+
+def test_a_start_that_fails_is_not_ready(tmp_path: Path, inbox: socket.socket) -> None:
+    daemon = Daemon(tmp_path / "registry.json")
+    daemon.registry.write_text("{")
+    with running(daemon.command("--port", "0"), NOTIFY_SOCKET=inbox.getsockname()) as process:
+        process.communicate(timeout=WAIT_S)
+        assert process.returncode == 1
+    assert drain(inbox) == []
+
+
+def test_a_loop_that_hangs_feeds_no_watchdog(tmp_path: Path, inbox: socket.socket) -> None:
+    command = [sys.executable, "-c", HANGS, "--port", "0", "--registry", str(tmp_path / "registry.json")]
+    with running(command, NOTIFY_SOCKET=inbox.getsockname(), WATCHDOG_USEC="100000") as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        until(inbox, "READY=1")
+        until(inbox, "WATCHDOG=1")
+        process.send_signal(signal.SIGUSR1)
+        assert any(line == "hangs\n" for line in process.stdout)
+        drain(inbox)
+        inbox.settimeout(_QUIET_S)
+        with pytest.raises(TimeoutError):
+            inbox.recv(4_096)
+        inbox.settimeout(WAIT_S)
+        process.stdin.close()
+        assert process.stdout.readline() == "goes on\n"
+        until(inbox, "WATCHDOG=1")
+        process.stdin = None  # which `communicate` would write to
+        assert end(process)[0] == 0
+
+
+def test_a_stopped_process_feeds_no_watchdog(tmp_path: Path, inbox: socket.socket) -> None:
+    command = Daemon(tmp_path / "registry.json").command("--port", "0")
+    with running(command, NOTIFY_SOCKET=inbox.getsockname(), WATCHDOG_USEC="100000") as process:
+        until(inbox, "WATCHDOG=1")
+        stop(process)
+        drain(inbox)
+        inbox.settimeout(_QUIET_S)
+        with pytest.raises(TimeoutError):
+            inbox.recv(4_096)
+        inbox.settimeout(WAIT_S)
+        process.send_signal(signal.SIGCONT)
+        until(inbox, "WATCHDOG=1")
+        assert end(process)[0] == 0
+
+
+def test_nobody_to_tell_is_one_line_and_no_end(tmp_path: Path) -> None:
+    command = Daemon(tmp_path / "registry.json").command("--port", "0")
+    with running(command, NOTIFY_SOCKET=str(tmp_path / "nobody"), WATCHDOG_USEC="2000") as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline().rpartition(":")[2])
+        for _ in range(50):  # it has some beats meanwhile
+            with ask(("127.0.0.1", port), b"ping\n") as client:
+                assert client.recv(100) == b'{"ok":true}\n'
+        status, errors = end(process)
+    assert (status, "Traceback" in errors) == (0, False)
+    assert errors.count("cannot tell") == 1
+
+
+# The unit files.
+
+
+def analyze(*arguments: str, **variables: str) -> str:
+    """Run systemd-analyze, and return what it says when it is content."""
+    done = subprocess.run(
+        [need("systemd-analyze"), *arguments],
+        env=environment(**variables), capture_output=True, text=True, timeout=WAIT_S, check=False,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    if "unrecognized option" in said or "Unknown command" in said or "Failed to initialize manager" in said:
+        pytest.skip(f"this systemd-analyze cannot: {said.strip()}")
+    assert done.returncode == 0, said
+    return said
+
+
+@pytest.mark.parametrize(("folder", "who"), [(UNITS, "--system"), (UNITS / "user", "--user")])
+def test_the_units_are_valid(tmp_path: Path, folder: Path, who: str) -> None:
+    for name in ("regd.service", "regd.socket"):
+        text = (folder / name).read_text()
+        # It does not look at ExecSearchPath=, and regd need not be where a newcomer has it.
+        text = text.replace("ExecStart=regd ", f"ExecStart={sys.executable} -m regd ")
+        (tmp_path / name).write_text(text)
+    units = [str(tmp_path / name) for name in ("regd.service", "regd.socket")]
+    said = analyze("verify", who, *units, XDG_RUNTIME_DIR=str(tmp_path), HOME=str(tmp_path))
+    assert not [line for line in said.splitlines() if "regd" in line], said
+
+
+@pytest.mark.parametrize(("unit", "most"), [("regd.service", 20), ("user/regd.service", 70)])
+def test_the_units_are_hardened(unit: str, most: int) -> None:
+    """Of 100. A user's manager can take less away without a namespace in which all other users look alike."""
+    analyze("security", "--offline=true", f"--threshold={most}", str(UNITS / unit))
+
+
+def test_the_units_start_the_command_that_the_package_brings() -> None:
+    for folder in (UNITS, UNITS / "user"):
+        service = (folder / "regd.service").read_text().splitlines()
+        assert "ExecStart=regd $REGD_FLAGS" in service
+        assert "Type=notify" in service
+        assert "StateDirectory=regd" in service
+        assert not [line for line in service if line.startswith(("PrivateUsers=", "ProtectProc=", "ProcSubset="))]
+        for line in (folder / "regd.socket").read_text().splitlines():
+            if line.startswith("ListenStream="):
+                assert line.partition("=")[2].startswith(("127.0.0.1:", "[::1]:", "%t/")), line
