@@ -1,4 +1,4 @@
-"""The one table of what `regctl` understands: its parser and its help are made from it.
+"""The one table of what `regctl` understands: its parser, its help, its manual and its completion come from it.
 
 Must not know what a command does, or how anything is shown.
 """
@@ -44,7 +44,9 @@ def _port(text: str) -> int | None:
 
 
 class Argument:
-    """One argument of a command. `takes` says what a shell may offer for it: `service`, or nothing."""
+    """One argument of a command. `takes` says what a shell may offer for it besides its choices: `service`,
+    `command`, or nothing.
+    """
 
     def __init__(self, name: str, doc: str, *, takes: str = "", **how: Any) -> None:
         self.name = name
@@ -84,6 +86,7 @@ PATTERN = Argument(
 ANY_INSTANCE = Argument("--instance", "only this instance (default: any)", metavar="INSTANCE")
 INSTANCE = Argument("--instance", 'which instance (default: "")', metavar="INSTANCE")
 FILTER = _labels("only those that carry it")
+SHELLS = ("bash", "zsh", "fish")
 
 COMMON = (
     Argument(
@@ -190,6 +193,21 @@ COMMANDS = {
     ),
     "ping": Command("Ask whether a daemon answers.", examples=["regctl ping"]),
     "stats": Command("Show the daemon's counters and limits.", examples=["regctl stats"]),
+    "names": Command(
+        "Print the names of services, at once or not at all.",
+        PATTERN,
+        more="For completion in shells: where no daemon answers within 0.2 s it prints and says nothing.",
+        examples=["regctl names 'work*'"],
+    ),
+    "completion": Command(
+        "Print what makes a shell complete the command lines of regctl.",
+        Argument("shell", "bash, zsh or fish", choices=SHELLS, metavar="SHELL"),
+        examples=[
+            'eval "$(regctl completion bash)"',
+            'regctl completion zsh > "${fpath[1]}/_regctl"',
+            "regctl completion fish > ~/.config/fish/completions/regctl.fish",
+        ],
+    ),
 }
 
 

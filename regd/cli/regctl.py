@@ -23,7 +23,14 @@ if TYPE_CHECKING:
 
 NOT_FOUND, USAGE, NO_DAEMON, REFUSED = 1, 2, 3, 4
 _STATUSES = {"not_found": NOT_FOUND, "timeout": NOT_FOUND, "bad_argument": USAGE, "shutting_down": NO_DAEMON}
-_PLAIN = {"resolve": 1, "deregister": 1, "why": 1, "ping": 0, "stats": 0}  # commands, with how many names
+_PLAIN = {
+    "resolve": 1,
+    "deregister": 1,
+    "why": 1,
+    "ping": 0,
+    "stats": 0,
+    "names": 1,
+}  # commands, with how many names
 
 
 def _given(argv: Sequence[str]) -> dict[str, Any]:
@@ -60,12 +67,8 @@ def _run(given: dict[str, Any]) -> int:
     if given.get("meta") is not None:
         given["meta"] = dict(given["meta"])
     try:
-        if command == "run":
-            from regd.cli import run
-
-            return run.run(address, as_json, given)
-        if command == "wait":
-            return _wait(address, given["names"], given["timeout"], as_json)
+        if command in _ALONE:
+            return _ALONE[command](address, as_json, given)
         with BlockingConnection(address) as connection:
             if command == "watch":
                 return _watch(connection, given, as_json)
@@ -86,6 +89,32 @@ def _run(given: dict[str, Any]) -> int:
     return 0
 
 
+def _run_under_a_name(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
+    from regd.cli import run
+
+    return run.run(address, as_json, given)
+
+
+def _names(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
+    from regd.cli.names import names
+
+    found = names(address, given.get("name"))
+    if found is None:
+        return NO_DAEMON
+    if as_json:
+        say_json({"ok": True, "names": found})
+    else:
+        sys.stdout.write("".join(f"{name}\n" for name in found))
+    return 0
+
+
+def _completion(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
+    from regd.cli import completion
+
+    sys.stdout.write(completion.script(given["shell"]))
+    return 0
+
+
 def _watch(connection: BlockingConnection, given: dict[str, Any], as_json: bool) -> int:
     reply = connection.ask("watch", **given)
     if not reply["ok"]:
@@ -100,10 +129,10 @@ def _watch(connection: BlockingConnection, given: dict[str, Any], as_json: bool)
     return 0
 
 
-def _wait(address: str | None, names: Sequence[str], timeout_s: float, as_json: bool) -> int:
+def _wait(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
     """Wait for one after the other; a daemon that is not there yet is waited for too."""
-    until = time.monotonic() + timeout_s
-    for name in names:
+    until = time.monotonic() + given["timeout"]
+    for name in given["names"]:
         reply = wait_for(address, name, until)
         if not reply["ok"]:
             return _refused(reply, as_json, f"{name}: ")
@@ -138,6 +167,10 @@ def _env(connection: BlockingConnection, names: Sequence[str], as_json: bool) ->
         for key, value in made.items():
             say(f"{key}={value}")
     return 0
+
+
+# What makes its own connections, or none.
+_ALONE = {"run": _run_under_a_name, "wait": _wait, "names": _names, "completion": _completion}
 
 
 def _code(error: RegdError) -> str:

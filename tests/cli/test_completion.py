@@ -1,0 +1,243 @@
+"""Completion in the real shells: of commands, options, names of services, and of what stands behind `--`."""
+
+import json
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from regd.cli import completion
+from regd.cli.commands import COMMANDS, COMMON, SHELLS
+from regd_client.blocking import BlockingConnection
+from tests.support.daemon import Daemon, environment
+from tests.support.shells import Terminal, need, ran, shell_environment
+
+Completed = Callable[..., list[str]]
+
+
+@pytest.fixture
+def names(process: Daemon) -> Daemon:
+    with BlockingConnection(process.addresses[0]) as peer:
+        for name in ("db", "runner", "run-two"):
+            assert peer.ask("register", name=name, port=1)["ok"]
+    return process
+
+
+def bash(line: str, env: dict[str, str]) -> list[str]:
+    """Call the function as bash does, with the words that it cuts."""
+    words = [piece for word in shlex.split(line) for piece in _cut(word)]
+    if line.endswith(" "):
+        words.append("")
+    quoted = " ".join(map(shlex.quote, words))
+    code = (
+        f"source <(regctl completion bash); COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _regctl; "
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    return ran([need("bash"), "--norc", "-c", code], env).split()
+
+
+def _cut(word: str) -> Iterator[str]:
+    piece = ""
+    for letter in word:
+        if piece and (letter in "=:") != (piece[-1] in "=:"):
+            yield piece
+            piece = ""
+        piece += letter
+    yield piece
+
+
+ZSH = r"""
+unsetopt zle_bracketed_paste prompt_sp beep; autoload -Uz compinit; compinit -u -D
+source <(regctl completion zsh)
+pressed() { zle list-choices; print -n 'all ''seen' }
+zle -N pressed; bindkey '^I' pressed
+compadd() { # as the shell's own; what fits is written down, too
+    local -a fits
+    if [[ " ${@[1,(i)(-|--)]} " != *' -'[^-]#[OAD]' '* ]]; then
+        builtin compadd -A fits "$@"
+        (( $#fits )) && print -l -- $fits >> ~/fits
+    fi
+    builtin compadd "$@"
+}
+setopt extended_glob; PS1='rea''dy> '
+"""
+
+
+def zsh(line: str, env: dict[str, str]) -> list[str]:
+    """Press TAB on a terminal, and look what zsh takes for possible."""
+    fits = Path(env["HOME"], "fits")
+    fits.unlink(missing_ok=True)
+    settings = Path(env["HOME"], "settings")
+    settings.write_text(ZSH)
+    with Terminal([need("zsh"), "-f", "-i"], env) as terminal:
+        terminal.press("source ~/settings\n")
+        terminal.seen("ready> ")
+        terminal.press(f"{line}\t")
+        terminal.seen("all seen")
+    return sorted(set(fits.read_text().split())) if fits.exists() else []
+
+
+def fish(line: str, env: dict[str, str]) -> list[str]:
+    code = f"regctl completion fish | source; complete -C {shlex.quote(line)}"
+    return [each.partition("\t")[0] for each in ran([need("fish"), "--no-config", "-c", code], env).splitlines()]
+
+
+ALL = {"bash": bash, "zsh": zsh, "fish": fish}
+COMMON_OPTIONS = ["--address", "--help", "--json"]
+RUN_OPTIONS = ["--instance", "--meta", "--port", "--socket", "--timeout", "--wait"]
+CASES = {
+    "regctl re": ["register", "resolve"],
+    "regctl nothing-like-that": [],
+    "regctl --js": ["--json"],
+    "regctl --json --": ["--address", "--help", "--version"],
+    "regctl resolve --": ["--all", "--instance", "--meta", *COMMON_OPTIONS],
+    "regctl list --meta a=b --json --": ["--address", "--help", "--meta"],
+    "regctl resolve ": ["db", "run-two", "runner"],
+    "regctl resolve ru": ["run-two", "runner"],
+    "regctl resolve nobody": [],
+    "regctl resolve --instance ": [],
+    "regctl list --meta zone=a d": ["db"],
+    "regctl why --json d": ["db"],
+    "regctl list --meta ": [],
+    "regctl register ": [],
+    "regctl wait db ru": ["run-two", "runner"],
+    "regctl completion ": ["bash", "fish", "zsh"],
+    "regctl run shop --wait db ru": ["run-two", "runner"],
+    "regctl run shop --wait db runner --": [*RUN_OPTIONS, *COMMON_OPTIONS],
+    "regctl run ru": [],
+}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_commands_options_and_names(shell: str, names: Daemon, tmp_path: Path) -> None:
+    env = shell_environment(names.addresses[0], tmp_path)
+    for line, wanted in CASES.items():
+        assert sorted(ALL[shell](line, env)) == sorted(wanted), line
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_value_behind_an_equals_sign(shell: str, names: Daemon, tmp_path: Path) -> None:
+    env = shell_environment(names.addresses[0], tmp_path)
+    [found] = ALL[shell]("regctl run shop --wait=d", env)
+    assert found.removeprefix("--wait=") == "db"  # fish says all of the word
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_names_are_of_the_daemon_that_the_line_names(shell: str, names: Daemon, tmp_path: Path) -> None:
+    nowhere = f"unix://{tmp_path}/none"
+    env = shell_environment(nowhere, tmp_path)
+    assert ALL[shell](f"regctl --address {names.addresses[0]} why d", env) == ["db"]
+    assert ALL[shell](f"regctl why --address={names.addresses[0]} d", env) == ["db"]
+    env = shell_environment(names.addresses[0], tmp_path)
+    assert ALL[shell](f"regctl --address {nowhere} why d", env) == []
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_without_a_daemon_or_an_answer_there_are_no_names_and_no_words(shell: str, tmp_path: Path) -> None:
+    assert ALL[shell]("regctl resolve ", shell_environment(f"unix://{tmp_path}/none", tmp_path)) == []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        env = shell_environment(f"127.0.0.1:{silent.getsockname()[1]}", tmp_path)
+        assert ALL[shell]("regctl resolve ", env) == []
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_behind_two_dashes_is_a_command_line_of_its_own(shell: str, names: Daemon, tmp_path: Path) -> None:
+    env = shell_environment(names.addresses[0], tmp_path)
+    (tmp_path / "unlike-a-name.txt").touch()
+    assert "cksum" in ALL[shell]("regctl run db -- cksu", env)
+    assert "cksum" in ALL[shell]("regctl run --wait db runner --meta a=b web -- cksu", env)
+    assert "--port" not in ALL[shell]("regctl run db -- cksum --po", env)
+    if shell != "bash":  # its function leaves files to readline: see on the terminal
+        assert ALL[shell]("regctl run db -- cksum unl", env) == ["unlike-a-name.txt"]
+
+
+def test_on_a_terminal_of_bash(names: Daemon, tmp_path: Path) -> None:
+    (tmp_path / "unlike-a-name.txt").touch()
+    env = shell_environment(names.addresses[0], tmp_path) | {"PS1": "> "}
+    with Terminal([need("bash"), "--norc", "--noprofile", "-i"], env) as terminal:
+        terminal.press("source <(regctl completion bash); echo re''ady\n")
+        terminal.seen("ready\r\n")
+        for typed, shown in (
+            ("regctl deregi\t", "regctl deregister "),
+            ("regctl resolve runn\t", "regctl resolve runner "),
+            ("regctl run x --wait=d\t", "regctl run x --wait=db "),
+            (f"regctl why --address {names.addresses[0]} d\t", "db "),
+            ("regctl run x -- cksum unl\t", "cksum unlike-a-name.txt "),
+        ):
+            terminal.press(f"{typed}\x15")
+            terminal.seen(shown)
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_each_is_described(shell: str) -> None:
+    text = completion.script(shell)
+    for name, command in COMMANDS.items():
+        assert name in text
+        assert command.doc.replace("'", r"'\''" if shell == "zsh" else r"\'") in text
+    for each in (*COMMON, *(each for command in COMMANDS.values() for each in command.arguments)):
+        if each.is_option:
+            assert f"{each.name}" in text or f"-l {each.name[2:]}" in text
+            assert each.doc.split(":")[0].split(";")[0].replace("'", "") in text
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_scripts_are_right_in_their_shells(shell: str) -> None:
+    done = subprocess.run(
+        [need(shell), "-n"],
+        input=completion.script(shell),
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# `regctl names`
+
+
+def regctl_names(address: str, *arguments: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "regd.cli.regctl", "names", *arguments],
+        env=environment(REGD_ADDRESS=address), capture_output=True, text=True, timeout=20, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_names(names: Daemon) -> None:
+    with BlockingConnection(names.addresses[0]) as peer:
+        for number in range(1_500):
+            peer.ask("register", name="many", instance=str(number), port=1)
+    assert regctl_names(names.addresses[0]) == (0, "db\nmany\nrun-two\nrunner\n", "")
+    assert regctl_names(names.addresses[0], "run*") == (0, "run-two\nrunner\n", "")
+    assert regctl_names(names.addresses[0], "RUN*") == (0, "", "")
+    assert json.loads(regctl_names(names.addresses[0], "d*", "--json")[1]) == {"ok": True, "names": ["db"]}
+
+
+def test_names_of_whoever_is_no_regd(tmp_path: Path) -> None:
+    """What goes into a command line is checked: it may come from anybody who listens there."""
+    instances = [{"name": each} for each in ("good", "$(evil)", "a b", "-rf", "a\nb", 7, "")]
+    for said, wanted in (
+        ({"ok": True, "instances": instances}, (0, "good\n", "")),
+        ({"ok": True}, (3, "", "")),
+        ({"ok": True, "instances": 7}, (3, "", "")),
+        ("HTTP/1.1 400 Bad Request", (3, "", "")),
+    ):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            line = json.dumps(said) if isinstance(said, dict) else said
+
+            def answer(server: socket.socket = server, line: str = line) -> None:
+                accepted, _ = server.accept()
+                with accepted:
+                    accepted.recv(4_096)
+                    accepted.sendall(line.encode() + b"\n")
+
+            answering = threading.Thread(target=answer)
+            answering.start()
+            assert regctl_names(f"127.0.0.1:{server.getsockname()[1]}", "*") == wanted, said
+            answering.join()
