@@ -6,6 +6,7 @@ Must not know what a command does, or how anything is shown.
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -14,8 +15,15 @@ from typing import Any, NoReturn
 import regd
 
 USAGE = 2  # the exit status for what cannot be understood
+DOC = "Ask and change the service registry of this machine."
 _WIDTH = 80  # of a terminal, and of a text that is read well
-STATUSES = "Exit status: 0 done, 1 not found or not in time, 2 bad usage, 3 no daemon, 4 refused otherwise."
+STATUSES = {
+    0: "done",
+    1: "not found or not in time",
+    USAGE: "bad usage",
+    3: "no daemon",
+    4: "refused otherwise",
+}
 
 
 def _label(text: str) -> tuple[str, str]:
@@ -87,6 +95,7 @@ ANY_INSTANCE = Argument("--instance", "only this instance (default: any)", metav
 INSTANCE = Argument("--instance", 'which instance (default: "")', metavar="INSTANCE")
 FILTER = _labels("only those that carry it")
 SHELLS = ("bash", "zsh", "fish")
+PAGES = ("regctl", "regd")
 
 COMMON = (
     Argument(
@@ -208,7 +217,27 @@ COMMANDS = {
             "regctl completion fish > ~/.config/fish/completions/regctl.fish",
         ],
     ),
+    "help": Command(
+        "Tell how regctl is used, or one of its commands.",
+        Argument("topic", "the command", nargs="?", metavar="COMMAND", takes="command"),
+        examples=["regctl help", "regctl help run"],
+    ),
+    "manual": Command(
+        "Print the manual as a page for man.",
+        Argument(
+            "page", "regctl or regd (default: regctl)", nargs="?", choices=PAGES, default=PAGES[0], metavar="PAGE"
+        ),
+        examples=["regctl manual | man -l -", "regctl manual regd > ~/.local/share/man/man1/regd.1"],
+    ),
 }
+
+
+def unknown(command: str) -> str:
+    """Return what to say of a command that is none."""
+    near = difflib.get_close_matches(command, COMMANDS, 1)
+    return f"no command {command!r}; " + (
+        f"did you mean {near[0]!r}?" if near else "`regctl help` names them all"
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -231,8 +260,8 @@ def parser(shown: Callable[[str], str]) -> argparse.ArgumentParser:
     common = _common()
     made = _Parser(
         prog="regctl",
-        description="Ask and change the service registry of this machine.",
-        epilog=STATUSES,
+        description=DOC,
+        epilog="Exit status: " + ", ".join(f"{number} {means}" for number, means in STATUSES.items()) + ".",
         parents=[common],
         allow_abbrev=False,
     )

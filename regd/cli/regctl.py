@@ -115,6 +115,22 @@ def _completion(address: str | None, as_json: bool, given: dict[str, Any]) -> in
     return 0
 
 
+def _help(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
+    from regd.cli import commands
+
+    topic = given["topic"]
+    if topic is None or topic in commands.COMMANDS:
+        commands.read(["--help"] if topic is None else [topic, "--help"], visible)  # which ends the program
+    return _refused({"error": "bad_argument", "message": commands.unknown(topic)}, as_json)
+
+
+def _manual(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
+    from regd.cli import manual
+
+    sys.stdout.write(manual.page(given["page"]))
+    return 0
+
+
 def _watch(connection: BlockingConnection, given: dict[str, Any], as_json: bool) -> int:
     reply = connection.ask("watch", **given)
     if not reply["ok"]:
@@ -170,7 +186,14 @@ def _env(connection: BlockingConnection, names: Sequence[str], as_json: bool) ->
 
 
 # What makes its own connections, or none.
-_ALONE = {"run": _run_under_a_name, "wait": _wait, "names": _names, "completion": _completion}
+_ALONE = {
+    "run": _run_under_a_name,
+    "wait": _wait,
+    "names": _names,
+    "completion": _completion,
+    "help": _help,
+    "manual": _manual,
+}
 
 
 def _code(error: RegdError) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import regd
+from regd.cli.commands import Argument
 from regd.server.clock import LoopClock
 from regd.server.lifecycle import DEFAULT_GRACE_S, DEFAULT_PORT, Config, Server, default_registry
 from regd.server.listener import ListenError
@@ -54,53 +55,60 @@ def _uid(text: str) -> int:
     return int(text)
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        prog="regd",
-        description="The service registry of this machine: register names, resolve them.",
-        epilog='Probe it: echo \'{"cmd":"help"}\' | nc 127.0.0.1 7343',
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"regd {regd.__version__}")
-    parser.add_argument(
+DOC = "The service registry of this machine: register names, resolve them."
+STATUSES = {0: "ended by a signal, as asked", 1: "cannot start, or cannot go on: stderr says why", 2: "bad usage"}
+FLAGS = (
+    Argument(
         "--port",
-        type=_port,
-        help=f"TCP port on 127.0.0.1 and ::1; 0 picks a free one (default: {DEFAULT_PORT}, or the sockets that "
+        f"TCP port on 127.0.0.1 and ::1; 0 picks a free one (default: {DEFAULT_PORT}, or the sockets that "
         "systemd hands over, in place of --port and --unix)",
-    )
-    parser.add_argument(
-        "--unix", type=Path, metavar="PATH", help="listen on a Unix socket too, for this user alone"
-    )
-    parser.add_argument(
+        type=_port,
+        metavar="PORT",
+    ),
+    Argument("--unix", "listen on a Unix socket too, for this user alone", type=Path, metavar="PATH"),
+    Argument(
         "--registry",
+        "the registry's file (default: registry.json in $STATE_DIRECTORY, $XDG_STATE_HOME/regd or "
+        "~/.local/state/regd)",
         type=Path,
         metavar="PATH",
-        help="the registry's file (default: registry.json in $STATE_DIRECTORY, $XDG_STATE_HOME/regd or "
-        "~/.local/state/regd)",
-    )
-    parser.add_argument(
+    ),
+    Argument(
         "--grace",
+        "how long, after a restart, what connections held waits for them to come back "
+        f"(default: {DEFAULT_GRACE_S:g})",
         type=_seconds,
         default=DEFAULT_GRACE_S,
         metavar="SECONDS",
-        help="how long, after a restart, what connections held waits for them to come back "
-        f"(default: {DEFAULT_GRACE_S:g})",
-    )
-    parser.add_argument(
+    ),
+    Argument(
         "--allow-uid",
+        "let this user write over TCP, besides root and the one that regd runs as; may be given again",
         type=_uid,
         action="append",
         default=[],
         metavar="UID",
-        help="let this user write over TCP, besides root and the one that regd runs as; may be given again",
-    )
-    parser.add_argument(
+    ),
+    Argument(
         "--log-level",
+        "how much goes to stderr (default: info)",
         type=str.lower,
         choices=("debug", "info", "warning", "error"),
         default="info",
-        help="how much goes to stderr (default: info)",
+    ),
+)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="regd",
+        description=DOC,
+        epilog='Probe it: echo \'{"cmd":"help"}\' | nc 127.0.0.1 7343',
+        allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"regd {regd.__version__}")
+    for flag in FLAGS:
+        flag.add_to(parser)
     return parser.parse_args(argv)
 
 
