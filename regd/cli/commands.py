@@ -202,6 +202,13 @@ COMMANDS = {
     ),
     "ping": Command("Ask whether a daemon answers.", examples=["regctl ping"]),
     "stats": Command("Show the daemon's counters and limits.", examples=["regctl stats"]),
+    "doctor": Command(
+        "Look at the usual troubles, and say what to do.",
+        more="A line for each: the address, the daemon, others beside it, rights, versions, the registry's file, "
+        "limits, lag, and services that accept no connection. It changes nothing. Exit status 1: something is "
+        "wrong.",
+        examples=["regctl doctor"],
+    ),
     "names": Command(
         "Print the names of services, at once or not at all.",
         PATTERN,

@@ -124,6 +124,23 @@ def _help(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
     return _refused({"error": "bad_argument", "message": commands.unknown(topic)}, as_json)
 
 
+def _doctor(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
+    from regd.cli import doctor
+
+    all_well = True
+    told = []
+    for each in doctor.examine(address):
+        all_well &= each.ok
+        if as_json:
+            told.append({"check": each.check, "ok": each.ok, "found": each.found, "do": each.do})
+        else:
+            mark, do = ("ok", "") if each.ok else ("wrong", f"; {each.do}")
+            say(f"{mark:5}  {each.check:9}  {each.found}{do}", flush=True)
+    if as_json:
+        say_json({"ok": all_well, "findings": told})
+    return 0 if all_well else 1
+
+
 def _manual(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
     from regd.cli import manual
 
@@ -193,6 +210,7 @@ _ALONE = {
     "completion": _completion,
     "help": _help,
     "manual": _manual,
+    "doctor": _doctor,
 }
 
 

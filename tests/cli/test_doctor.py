@@ -1,0 +1,318 @@
+"""`regctl doctor`: each trouble, made for real where that can be, is found, and what to do is said."""
+
+import asyncio
+import contextlib
+import http.server
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regd.cli import doctor, nearby
+from regd.cli.doctor import Finding, examine
+from regd.core.limits import DEFAULT
+from regd_client import wire
+from regd_client.blocking import BlockingConnection
+from tests.support.daemon import WAIT_S, Daemon, InLoop, environment
+from tests.support.peers import Told
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other daemons of this machine are no trouble of the test's."""
+    monkeypatch.delenv("REGD_ADDRESS", raising=False)
+    monkeypatch.setattr(wire, "DEFAULT_ADDRESS", "tcp://127.0.0.1:1")
+    monkeypatch.setattr(nearby, "_told", lambda: iter(()))
+
+
+def wrong(address: str) -> dict[str, Finding]:
+    return {each.check: each for each in examine(address) if not each.ok}
+
+
+async def wrong_of(daemon: InLoop) -> dict[str, Finding]:
+    async with asyncio.timeout(2 * WAIT_S):
+        return await asyncio.to_thread(wrong, f"127.0.0.1:{daemon.port}")
+
+
+def test_all_is_well(process: Daemon) -> None:
+    with BlockingConnection(process.addresses[0]) as peer, socket.create_server(("127.0.0.1", 0)) as server:
+        peer.ask("register", name="web", port=server.getsockname()[1])
+        found = [each for each in examine(process.addresses[0]) if each.check != "lag"]  # of a busy machine
+        assert [each.check for each in found] == ["address", "daemon", "elsewhere", "rights", "version", "host", "file", "limits", "services"]  # fmt: skip
+        assert all(each.ok for each in found), found
+        assert found[0].found == f"{process.addresses[0]}, from --address"
+        assert f"{process.registry} is written, at revision 1" in found[6].found
+        assert peer.ask("stats")["commits"] == 1  # it has changed nothing
+
+
+def test_as_a_command(process: Daemon, tmp_path: Path) -> None:
+    def ran(*arguments: str, address: str) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "regd.cli.regctl", "doctor", *arguments],
+            env=environment(REGD_ADDRESS=address), capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    status, out, errors = ran(address=f"unix://{tmp_path}/none")
+    assert (status, errors) == (1, "")
+    assert out.splitlines()[:2] == [
+        f"ok     address    unix://{tmp_path}/none, from $REGD_ADDRESS",
+        f"wrong  daemon     nobody listens at unix://{tmp_path}/none; start one with `regd`, or name another address",
+    ]
+    status, out, errors = ran("--json", address=process.addresses[0])
+    said = json.loads(out)
+    assert errors == ""
+    assert said["ok"] is (status == 0) is all(each["ok"] for each in said["findings"])
+    assert set(said["findings"][0]) == {"check", "ok", "found", "do"}
+    assert said["findings"][1]["check"] == "daemon"
+    assert said["findings"][1]["ok"]
+
+
+# The address, and who is there.
+
+
+@pytest.mark.parametrize("address", ["nonsense", "unix://relative", "127.0.0.1:0"])
+def test_an_address_that_is_none(address: str) -> None:
+    assert set(wrong(address)) == {"address"}
+
+
+def test_where_the_address_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert next(examine(None)).found.endswith("from the default")
+    monkeypatch.setenv("REGD_ADDRESS", f"unix://{tmp_path}/none")
+    assert next(examine(None)).found.endswith("from $REGD_ADDRESS")
+    assert next(examine("127.0.0.1:5")).found == "tcp://127.0.0.1:5, from --address"
+
+
+def test_nobody_listens() -> None:
+    found = wrong(_free_address())["daemon"]
+    assert "nobody listens" in found.found
+    assert "start one with `regd`" in found.do
+
+
+def _free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_somebody_who_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "ANSWER_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        found = wrong(f"127.0.0.1:{server.getsockname()[1]}")["daemon"]
+    assert "does not answer within 0.2 s" in found.found
+    assert "ss -ltnp" in found.do
+
+
+def test_a_web_server() -> None:
+    class Quiet(http.server.BaseHTTPRequestHandler):
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Quiet) as server:
+        serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        serving.start()
+        try:
+            found = wrong(f"127.0.0.1:{server.server_address[1]}")["daemon"]
+        finally:
+            server.shutdown()
+            serving.join()
+    assert "no regd listens" in found.found
+
+
+async def test_a_daemon_that_is_full(tmp_path: Path) -> None:
+    async with InLoop(tmp_path / "registry.json", limits=replace(DEFAULT, connections_max=1)) as daemon:
+        assert (await (await daemon.peer()).ask("ping"))["ok"]
+        assert "takes no connection" in (await wrong_of(daemon))["daemon"].found
+
+
+def test_two_daemons(process: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Daemon(tmp_path / "other" / "registry.json") as other:
+        other.start()
+        monkeypatch.setenv("REGD_ADDRESS", other.addresses[0])
+        found = wrong(process.addresses[0])["elsewhere"]
+        with BlockingConnection(other.addresses[0]) as peer:
+            epoch = peer.ask("hello")["epoch"]
+        assert (
+            found.found
+            == f"another regd answers at {other.addresses[0]}: registry {other.registry}, epoch {epoch}"
+        )
+        assert f"REGD_ADDRESS={other.addresses[0]}" in found.do
+        found = wrong(_free_address())["elsewhere"]  # none at the address, and one elsewhere
+        assert found.do == f"set REGD_ADDRESS={other.addresses[0]} everywhere"
+
+
+def test_one_daemon_at_two_addresses_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Daemon(tmp_path / "registry.json", "--unix", f"{tmp_path}/socket") as daemon:
+        daemon.start()
+        monkeypatch.setenv("REGD_ADDRESS", f"unix://{tmp_path}/socket")
+        assert "elsewhere" not in wrong(daemon.addresses[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="no /proc on this system")
+def test_a_daemon_that_runs_is_seen_by_its_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    command = [
+        sys.executable,
+        "-m",
+        "regd",
+        "--port",
+        "0",
+        f"--unix={tmp_path}/socket",
+        "--registry",
+        f"{tmp_path}/r",
+    ]
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as running:
+        try:
+            assert running.stdout is not None
+            assert running.stdout.readline().startswith(b"listening")
+            assert f"unix://{tmp_path}/socket" in set(nearby._told())
+        finally:
+            running.kill()
+
+
+def test_what_a_command_line_says() -> None:
+    listens = nearby._listens
+    assert list(listens(["regd", "--port", "5", "--unix", "/a"])) == ["127.0.0.1:5", "unix:///a"]
+    assert list(listens(["python", "-m", "regd", "--port=5", "--log-level", "info"])) == ["127.0.0.1:5"]
+    assert list(listens(["regd", "--port", "0"])) == []
+
+
+# What a daemon says.
+
+
+async def test_a_user_who_may_only_read(tmp_path: Path) -> None:
+    async with InLoop(tmp_path / "registry.json", peers=Told()) as daemon:
+        found = await wrong_of(daemon)
+        assert set(found) == {"rights"}
+        assert f"--allow-uid {os.geteuid()}" in found["rights"].do
+
+
+async def test_limits_that_are_near(tmp_path: Path) -> None:
+    limits = replace(DEFAULT, registrations_max=5, watches_total_max=5)
+    async with InLoop(tmp_path / "registry.json", limits=limits) as daemon:
+        peer = await daemon.peer()
+        for number in range(3):
+            await peer.ask(cmd="register", name=f"n{number}", port=5, host="far.example")
+        assert "limits" not in await wrong_of(daemon)
+        await peer.ask(cmd="register", name="n3", port=5, host="far.example")
+        found = (await wrong_of(daemon))["limits"]
+        assert found.found == "registrations 4 of 5"
+        assert "deregister" in found.do
+
+
+async def test_an_event_loop_that_comes_late(daemon: InLoop) -> None:
+    daemon.clock.advance(1.0)
+    assert "lag" not in await wrong_of(daemon)
+    daemon.clock.stop(1.75)
+    found = (await wrong_of(daemon))["lag"]
+    assert "0.750 s late" in found.found
+    assert "top" in found.do
+
+
+async def test_services_that_accept_nothing(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        await peer.ask(cmd="register", name="here", port=server.getsockname()[1])
+        await peer.ask(cmd="register", name="gone", port=int(_free_address().rpartition(":")[2]))
+        await peer.ask(cmd="register", name="soon", port=1, state="starting")
+        await peer.ask(cmd="register", name="far", port=1, host="far.example")
+        found = (await wrong_of(daemon))["services"]
+    assert found.found.startswith("1 of 2 accept no connection: gone (127.0.0.1:")
+    assert "regctl deregister" in found.do
+
+
+# Its file.
+
+
+async def test_a_folder_that_is_gone(tmp_path: Path) -> None:
+    async with InLoop(tmp_path / "folder" / "registry.json") as daemon:
+        await (await daemon.peer()).ask(cmd="register", name="db", port=1, host="far.example")
+        shutil.rmtree(tmp_path / "folder")
+        found = (await wrong_of(daemon))["file"]
+        assert found.found == f"the folder {tmp_path}/folder is gone"
+        assert "make the folder again" in found.do
+
+
+async def test_a_file_that_is_gone_or_behind(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    await peer.ask(cmd="register", name="db", port=1, host="far.example")
+    before = daemon.registry.read_text()
+    await peer.ask(cmd="register", name="db", port=2, host="far.example")
+    assert await wrong_of(daemon) == {}
+    daemon.registry.write_text(before)
+    assert "revision 1 and not 3" in (await wrong_of(daemon))["file"].found
+    daemon.registry.write_text("{}")
+    assert "revision None and not 3" in (await wrong_of(daemon))["file"].found
+    daemon.registry.unlink()
+    assert (await wrong_of(daemon))["file"].found == f"{daemon.registry} is gone"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+async def test_a_folder_that_cannot_be_written(daemon: InLoop) -> None:
+    daemon.registry.parent.chmod(0o500)
+    try:
+        assert "cannot be written" in (await wrong_of(daemon))["file"].found
+    finally:
+        daemon.registry.parent.chmod(0o700)
+
+
+async def test_a_disk_that_is_full(daemon: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = list(os.statvfs(daemon.registry.parent))
+    full[4] = 1  # f_bavail
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(full))
+    assert "is full" in (await wrong_of(daemon))["file"].found
+
+
+# A daemon of another kind, which says what a real one said, but for a few words.
+
+
+@contextlib.contextmanager
+def another(process: Daemon, change: Callable[[dict[str, Any]], object]) -> Iterator[str]:
+    with BlockingConnection(process.addresses[0]) as peer, socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            accepted, _ = server.accept()
+            with accepted, accepted.makefile("rb") as lines:
+                for line in lines:
+                    asked = json.loads(line)
+                    reply = peer.ask(asked.pop("cmd"), **asked)
+                    change(reply)
+                    accepted.sendall(json.dumps(reply).encode() + b"\n")
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+        answering.join(WAIT_S)
+        assert not answering.is_alive()
+
+
+def test_another_version(process: Daemon) -> None:
+    with another(process, lambda reply: reply.update(version="0.0.1")) as address:
+        found = wrong(address)["version"]
+    assert "0.0.1" in found.found
+    assert "same version" in found.do
+
+
+def test_another_container(process: Daemon) -> None:
+    with another(process, lambda reply: reply.get("host", {}).update(pid_namespace="pid:[1]")) as address:
+        found = list(examine(address))
+    by_check = {each.check: each for each in found}
+    assert "another container" in by_check["host"].found
+    assert by_check["file"].found.endswith("is not on this side")
+    assert by_check["services"].found.startswith("not tried")
+
+
+def test_answers_that_make_no_sense(process: Daemon) -> None:
+    with another(process, lambda reply: reply.pop("limits", None)) as address:
+        found = wrong(address)["daemon"]
+    assert "its answers broke off" in found.found
