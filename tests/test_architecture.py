@@ -17,6 +17,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "regd/server": ({"regd", "regd.core", "regd.protocol", "regd.storage", "regd.server"}, set()),
     "regd/cli": ({"regd", "regd.cli", "regd.server", "regd.storage", "regd_client"}, set()),
     "regd/testing": ({"regd.server", "regd.storage", "regd.testing", "regd_client"}, set()),
+    "regd/cli/top": ({"regd.cli", "regd_client"}, set()),
     "client/regd_client": ({"regd_client"}, set()),
     "client/regd_client/testing": ({"regd_client"}, set()),
     "services": ({"regd_client"}, set()),
@@ -24,6 +25,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
 # What is not in the standard library, and who may import it: an extra, or the framework of an example.
 OTHERS = {
     "regd/cli/regd.py": ("uvloop",),
+    "regd/cli/top/screen.py": ("prompt_toolkit",),
     "regd/testing/plugin.py": ("pytest",),
     "services/gateway.py": ("starlette",),
 }

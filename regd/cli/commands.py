@@ -43,6 +43,10 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _interval(text: str) -> float:
+    return max(0.1, _seconds(text))  # more often is no use to anybody's eyes
+
+
 def _port(text: str) -> int | None:
     if text == "auto":
         return None
@@ -199,6 +203,21 @@ COMMANDS = {
         NAME,
         ANY_INSTANCE,
         examples=["regctl why web"],
+    ),
+    "top": Command(
+        "Show the registry live: what is there, what came and went, how much is asked.",
+        PATTERN,
+        Argument(
+            "--interval",
+            "between two looks at the daemon's figures, 0.1 to 3600 (default: 1)",
+            type=_interval,
+            default=1.0,
+            metavar="SECONDS",
+        ),
+        more="Keys: q ends, ? shows the others. It outlives the daemon's restart. With the extra `top` "
+        "(pip install 'regd[top]') it has a selection, filters and `why`; without, it is a plain table. Where "
+        "stdout is no terminal it prints one frame and ends; so it does with --json.",
+        examples=["regctl top", "regctl top 'work*'", "regctl top --json | jq .stats.lag_s"],
     ),
     "ping": Command("Ask whether a daemon answers.", examples=["regctl ping"]),
     "stats": Command("Show the daemon's counters and limits.", examples=["regctl stats"]),

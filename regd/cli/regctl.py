@@ -95,6 +95,12 @@ def _run_under_a_name(address: str | None, as_json: bool, given: dict[str, Any])
     return run.run(address, as_json, given)
 
 
+def _top(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
+    from regd.cli.top import main as top
+
+    return top.run(address, as_json, given)
+
+
 def _names(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
     from regd.cli.names import names
 
@@ -205,6 +211,7 @@ def _env(connection: BlockingConnection, names: Sequence[str], as_json: bool) ->
 # What makes its own connections, or none.
 _ALONE = {
     "run": _run_under_a_name,
+    "top": _top,
     "wait": _wait,
     "names": _names,
     "completion": _completion,

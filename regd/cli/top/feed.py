@@ -1,0 +1,124 @@
+"""Where `regctl top` hears: one watch that goes on over breaks, `stats` at intervals, and `why` of one instance.
+
+Must not know how anything is shown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from regd.cli.showing import lines
+from regd.cli.top.drawing import Daemon
+from regd.cli.top.look import Look
+from regd.cli.top.model import Key, Picture
+from regd.cli.top.rates import Rates
+from regd_client import wire
+from regd_client.errors import NotFound, RegdError, Unavailable
+from regd_client.following import Event, Follow
+from regd_client.keeping import Keeper
+from regd_client.link import Link
+
+_CONNECT_S = 1.0  # for a try; the next one follows
+_PICTURE_S = 15.0  # for the first picture
+
+
+class Feed:
+    """`changed` is called when there is something else to see. `daemon` is how it is at the other end."""
+
+    def __init__(self, address: str | None, pattern: str | None, look: Look, interval_s: float) -> None:
+        self.picture = Picture()
+        self.look = look
+        self.changed: Callable[[], None] = lambda: None
+        self.stats: dict[str, Any] = {}
+        self._interval_s = interval_s
+        self._address = str(wire.find_address(address))
+        self._link = Link(address, _CONNECT_S)
+        self._keeper = Keeper(self._link)
+        self._rates = Rates()
+        self._complete = asyncio.Event()
+        self._follow = Follow(pattern or "*", None, self._heard, self._complete.set)
+        self._asked: asyncio.Event = asyncio.Event()
+
+    @property
+    def daemon(self) -> Daemon:
+        return Daemon(self._address, self._rates.figures, self._follow.stale_s)
+
+    @property
+    def instances(self) -> list[dict[str, Any]]:
+        """All that is there, as the daemon says it."""
+        found = sorted(self._follow.picture.items())
+        return [{name: fields[name] for name in fields if name not in ("event", "watch")} for _, fields in found]
+
+    @contextlib.asynccontextmanager
+    async def following(self) -> AsyncIterator[None]:
+        """Hear, from the first picture to the end of the `async with`.
+
+        Raises:
+            Unavailable: there is no daemon, or it tells too little.
+            RegdError: it does not take the pattern.
+        """
+        logging.getLogger("regd_client").addHandler(logging.NullHandler())  # the frame says what there is to say
+        try:
+            async with self._keeper.following(self._follow):
+                try:
+                    async with asyncio.timeout(_PICTURE_S):
+                        await self._complete.wait()
+                        await self._ask_stats()
+                except TimeoutError:
+                    raise Unavailable(
+                        f"the daemon at {self._address} told too little in {_PICTURE_S:g} s"
+                    ) from None
+                yield
+        finally:
+            self._keeper.end()
+            await self._link.close()
+
+    async def ask(self) -> None:
+        """Ask for figures at intervals, and at once for a `why` that somebody wants to see, until cancelled."""
+        while True:
+            with contextlib.suppress(RegdError):  # it is away: the frame says so
+                await self._ask_stats()
+                await self._ask_why()
+            self.changed()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._interval_s):
+                    await self._asked.wait()
+                    self._asked.clear()
+                    with contextlib.suppress(RegdError):
+                        await self._ask_why()
+                    self.changed()
+
+    def ask_now(self) -> None:
+        """Ask for the `why` of what has just been selected."""
+        self._asked.set()
+
+    def _heard(self, event: Event) -> None:
+        found = event.endpoint
+        key: Key = ("", "") if found is None else (found.name, found.instance)
+        fields = self._follow.picture.get(key) if event.kind != "down" else None
+        self.picture.take(event.kind, key, fields, time.monotonic(), event.reason)
+        if event.kind == "sync":
+            self._complete.set()
+        self.changed()
+
+    async def _ask_stats(self) -> None:
+        self.stats = await (await self._link.connected()).ask("stats", {})
+        self._rates.take(self.stats)
+
+    async def _ask_why(self) -> None:
+        look, asked = self.look, self.look.selected
+        if look.pane != "why" or asked is None:
+            return
+        name, instance = asked
+        try:
+            reply = await (await self._link.connected()).ask("why", {"name": name, "instance": instance})
+            told = list(lines("why", reply))
+        except NotFound as nothing:
+            told = [str(nothing)]
+        if look.selected == asked:
+            look.why = told

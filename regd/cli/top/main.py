@@ -1,0 +1,76 @@
+"""`regctl top` from beginning to end: which view it is, and how it ends.
+
+Must not know what is shown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from regd.cli.top import plain
+from regd.cli.top.feed import Feed
+from regd.cli.top.look import Look
+
+_ENDS = (signal.SIGTERM, signal.SIGHUP)
+
+
+def run(address: str | None, as_json: bool, given: Mapping[str, Any]) -> int:
+    """Show the registry, and return the exit status.
+
+    Raises:
+        RegdError: there is no daemon at the beginning, or it refuses.
+        KeyboardInterrupt: on Ctrl-C.
+    """
+    return asyncio.run(_run(address, as_json, given["name"], given["interval"]))
+
+
+async def _run(address: str | None, as_json: bool, pattern: str | None, interval_s: float) -> int:
+    feed = Feed(address, pattern, Look(), interval_s)
+    async with feed.following():
+        if as_json or not sys.stdout.isatty():
+            plain.once(feed, as_json)
+            return 0
+        return await _shown(feed)
+
+
+async def _shown(feed: Feed) -> int:
+    """Show it until the person has seen enough, or a signal says so: the terminal is restored then, too."""
+    ended_by = 0
+    showing = asyncio.ensure_future(_view(feed))
+    asking = asyncio.ensure_future(feed.ask())
+
+    def end(number: int) -> None:
+        nonlocal ended_by
+        ended_by = number
+        showing.cancel()
+
+    for each in _ENDS:
+        asyncio.get_running_loop().add_signal_handler(each, end, each)
+    try:
+        await showing
+    except asyncio.CancelledError:
+        if not ended_by:
+            raise
+    finally:
+        asking.cancel()
+        showing.cancel()
+        await asyncio.wait((asking, showing))
+    return 128 + ended_by if ended_by else 0
+
+
+async def _view(feed: Feed) -> None:
+    """The whole screen where the extra `top` is installed and the terminal can do it, else a plain table."""
+    if sys.stdin is not None and sys.stdin.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        try:
+            from regd.cli.top.screen import show
+        except ImportError:
+            pass
+        else:
+            await show(feed)
+            return
+    await plain.show(feed)

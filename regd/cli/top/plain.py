@@ -1,0 +1,92 @@
+"""`regctl top` without a library: a table that is drawn again and again, one frame for a pipe, and one as JSON.
+
+Of escape sequences it uses only those to go home and to clear. Must not know a daemon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import termios
+import time
+import tty
+from collections.abc import Iterator
+
+from regd.cli.showing import say
+from regd.cli.top.drawing import Line, frame, table
+from regd.cli.top.feed import Feed
+
+_HOME, _CLEAR_LINE, _CLEAR_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
+_KEYS = "qsrNASH"  # those that need no selection
+_WIDE = 10_000  # a pipe has no width
+
+
+def text_of(line: Line) -> str:
+    return "".join(text for _, text in line).rstrip()
+
+
+def once(feed: Feed, as_json: bool) -> None:
+    """Print one frame."""
+    wall, daemon = time.time(), feed.daemon
+    if as_json:
+        print(json.dumps({"address": daemon.address, "stats": feed.stats, "instances": feed.instances}))
+        return
+    rows = feed.picture.shown("name", False, "")
+    feed.look.page = max(1, len(rows))
+    above = frame(feed.picture, feed.look, daemon, (_WIDE, 8), time.monotonic(), wall)[:3]
+    feed.look.page = max(1, len(rows))
+    for line in (*above, *table(rows, feed.look, _WIDE, time.monotonic(), wall)):
+        say(text_of(line))
+
+
+async def show(feed: Feed) -> None:
+    """Draw until `q`, Ctrl-C, or a signal to end."""
+    again = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    feed.changed = again.set
+    loop.add_signal_handler(signal.SIGWINCH, again.set)
+    over = asyncio.Event()
+
+    def pressed() -> None:
+        for key in os.read(sys.stdin.fileno(), 1_024).decode(errors="replace") or "q":  # nothing: it hung up
+            if key in _KEYS and not feed.look.press(key, []):
+                over.set()
+        again.set()
+
+    with _keys() as there:
+        if there:
+            loop.add_reader(sys.stdin, pressed)
+        while not over.is_set():
+            again.clear()
+            _draw(feed)
+            await again.wait()
+
+
+def _draw(feed: Feed) -> None:
+    width, height = shutil.get_terminal_size()
+    size = max(1, width - 1), height  # a full last column would move some terminals on
+    lines = frame(feed.picture, feed.look, feed.daemon, size, time.monotonic(), time.time())
+    lines[-1:] = [[("", "q quit  s sort  r reverse"), ("", "   for more: pip install 'regd[top]'")]]
+    body = "\r\n".join(text_of(line)[: size[0]] + _CLEAR_LINE for line in lines)
+    sys.stdout.write(_HOME + body + _CLEAR_BELOW)
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _keys() -> Iterator[bool]:
+    """Have keys one by one, where they come from a terminal."""
+    if not sys.stdin or not sys.stdin.isatty():
+        yield False
+        return
+    before = termios.tcgetattr(sys.stdin)
+    try:
+        tty.setcbreak(sys.stdin)
+        yield True
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+        print()

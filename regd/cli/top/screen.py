@@ -1,0 +1,109 @@
+"""`regctl top` on the whole screen, by prompt_toolkit: keys, sizes, and only what is different is sent.
+
+Must not know what a frame says, nor what a key does.
+"""
+
+from __future__ import annotations
+
+import time
+
+from prompt_toolkit.application import Application
+from prompt_toolkit.formatted_text import StyleAndTextTuples
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.keys import Keys
+from prompt_toolkit.layout import FormattedTextControl, Layout, Window
+from prompt_toolkit.styles import Style
+
+from regd.cli.top.drawing import frame
+from regd.cli.top.feed import Feed
+
+# The terminal's own colours, so that light and dark are both readable.
+_STYLE = Style.from_dict(
+    {
+        "title": "bold",
+        "head": "bold",
+        "key": "bold",
+        "dim": "dim",
+        "selected": "reverse",
+        "away": "bold ansired",
+        "gone": "ansired",
+        "new": "ansigreen",
+        "warn": "ansimagenta",
+    }
+)
+_NAMES = {
+    Keys.Up: "up",
+    Keys.Down: "down",
+    Keys.PageUp: "pageup",
+    Keys.PageDown: "pagedown",
+    Keys.Home: "home",
+    Keys.End: "end",
+    Keys.ControlM: "enter",
+    Keys.ControlJ: "enter",
+    Keys.Escape: "escape",
+    Keys.ControlH: "backspace",
+}
+_DRAW_S = 0.05  # not more often, however much happens
+_ESCAPE_S = 0.05  # until a lone Esc is no beginning of another key
+
+
+class _Screen:
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+        body = FormattedTextControl(self._text, show_cursor=False)
+        self.app: Application[None] = Application(
+            layout=Layout(Window(body, wrap_lines=False, always_hide_cursor=True)),
+            style=_STYLE,
+            key_bindings=self._bindings(),
+            full_screen=True,
+            min_redraw_interval=_DRAW_S,
+            max_render_postpone_time=_DRAW_S,
+        )
+        self.app.ttimeoutlen = _ESCAPE_S
+
+    def _text(self) -> StyleAndTextTuples:
+        rows, columns = self.app.output.get_size()
+        feed = self._feed
+        lines = frame(feed.picture, feed.look, feed.daemon, (columns, rows), time.monotonic(), time.time())
+        made: StyleAndTextTuples = []
+        for line in lines:
+            made += [(f"class:{style}" if style else "", text) for style, text in line]
+            made.append(("", "\n"))
+        return made[:-1]
+
+    def _bindings(self) -> KeyBindings:
+        made = KeyBindings()
+        for key in _NAMES:
+            made.add(key)(self._named)
+        made.add(Keys.Any)(self._character)
+        made.add(Keys.BracketedPaste)(self._character)
+        for key in (Keys.ControlC, Keys.SIGINT):
+            made.add(key)(lambda event: event.app.exit(exception=KeyboardInterrupt))
+        made.add(Keys.ControlZ)(lambda event: event.app.suspend_to_background())
+        made.add(Keys.ControlL)(lambda event: event.app.renderer.clear())
+        return made
+
+    def _named(self, event: KeyPressEvent) -> None:
+        key = event.key_sequence[0].key
+        self._press(_NAMES[Keys(key)])
+
+    def _character(self, event: KeyPressEvent) -> None:
+        for each in event.data:
+            self._press(each)
+
+    def _press(self, key: str) -> None:
+        look = self._feed.look
+        before = look.selected, look.pane
+        rows = self._feed.picture.shown(look.sort, look.reverse, look.words)
+        if not look.press(key, rows) and not self.app.is_done:
+            self.app.exit()
+        if look.pane == "why" and before != (look.selected, look.pane):
+            look.why = []
+            self._feed.ask_now()
+
+
+async def show(feed: Feed) -> None:
+    """Show it until `q` or Ctrl-C, and leave the terminal as it was."""
+    screen = _Screen(feed)
+    feed.changed = screen.app.invalidate
+    await screen.app.run_async()
