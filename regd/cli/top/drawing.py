@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from regd.cli.showing import visible
 from regd.cli.top.look import HELP, Look
-from regd.cli.top.model import NEW_S, News, Picture, Row
+from regd.cli.top.model import NEW_S, News, Picture, Row, named
 from regd.cli.top.rates import Figures
 
 Line = list[tuple[str, str]]  # style and text; the styles are those of `screen.py`
@@ -25,15 +25,16 @@ _LEAST = {"NAME": 8, "INSTANCE": 8, "ADDRESS": 12, "STATE": 8, "AGE": 4, "HELD B
 _MOST = {"NAME": 32, "INSTANCE": 16, "ADDRESS": 28, "STATE": 9, "AGE": 4, "HELD BY": 22, "META": 200}
 _WEIGHT = ("NAME", "STATE", "AGE", "ADDRESS", "HELD BY", "INSTANCE", "META")  # what goes last where it is narrow
 _MARKS = {"up": ("new", "+", "came"), "down": ("gone", "-", "left"), "change": ("warn", "~", "changed")}
+_NARROW = 60  # an instance has no column of its own then
 _NEWS_LINES = 4
 _PANE_LINES = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Daemon:
-    """The other end: its address, its figures, and for how long it has been away; 0.0: it is there."""
+    """The other end: what it is called, its figures, and for how long it has been away; 0.0: it is there."""
 
-    address: str
+    title: str
     figures: Figures
     away_s: float = 0.0
 
@@ -135,10 +136,10 @@ def _above(picture: Picture, look: Look, daemon: Daemon, shown: int, wall: float
     counted += f" instance{'' if instances == 1 else 's'} of {_many(picture.services, 'service')}"
     if daemon.away_s:
         since = time.strftime("%H:%M:%S", time.localtime(wall - daemon.away_s))
-        title: Line = [("away", f"away since {since} ({age(daemon.away_s)})"), ("title", f"  {daemon.address}")]
+        title: Line = [("away", f"away since {since} ({age(daemon.away_s)})"), ("title", f"  {daemon.title}")]
         what: Line = [("dim", f"the last picture: {counted}; trying on")]
     else:
-        title = [("title", daemon.address), ("", f"  {counted}")]
+        title = [("title", daemon.title), ("", f"  {counted}")]
         if figures.uptime_s is not None:
             title.append(("dim", f"  up {age(figures.uptime_s)}"))
         what = [
@@ -168,7 +169,7 @@ def _keys(look: Look) -> Line:
 def table(rows: Sequence[Row], look: Look, width: int, now: float, wall: float, away: bool = False) -> list[Line]:
     """Return the head, and the rows that are seen."""
     seen = rows[look.first : look.first + look.page]
-    texts = [_texts(row, wall) for row in seen]
+    texts = [_texts(row, wall, width < _NARROW) for row in seen]
     widths = _widths(texts, width - 2)
     head = [*_head(look, widths)]
     lines: list[Line] = [[("head", "  " + _GAP.join(head))]]
@@ -184,17 +185,25 @@ def _head(look: Look, widths: dict[str, int]) -> list[str]:
 
 
 def _aligned(column: str, text: str, width: int) -> str:
-    return fitted(text, width) if column != "AGE" else text[:width].rjust(width)
+    if column == "AGE":
+        return text.rjust(width)
+    if column == "ADDRESS" and len(text) > width:
+        return "…" + text[1 - width :]  # the port says more than the beginning
+    return fitted(text, width)
 
 
-def _texts(row: Row, wall: float) -> dict[str, str]:
-    shown = (row.name, row.instance, row.address, row.state, age(wall - row.since), row.holders, row.meta)
+def _texts(row: Row, wall: float, narrow: bool) -> dict[str, str]:
+    name, instance = (named(*row.key), "") if narrow else (row.name, row.instance)
+    shown = (name, instance, row.address, row.state, age(wall - row.since), row.holders, row.meta)
     return dict(zip(_COLUMNS, shown, strict=True))
 
 
 def _widths(texts: Sequence[dict[str, str]], width: int) -> dict[str, int]:
     """Return the columns that fit, in their order, and how wide each may be."""
-    wanted = {name: max(cells(name) + 1, *(cells(each[name]) for each in texts), 0) for name in _COLUMNS}
+    arrow = _SORTED_BY.values()
+    wanted = {
+        name: max(len(name) + (name in arrow), *(cells(each[name]) for each in texts), 0) for name in _COLUMNS
+    }
     if not any(each["INSTANCE"] for each in texts):
         del wanted["INSTANCE"]
     if not any(each["META"] for each in texts):

@@ -36,7 +36,7 @@ class Feed:
         self.changed: Callable[[], None] = lambda: None
         self.stats: dict[str, Any] = {}
         self._interval_s = interval_s
-        self._address = str(wire.find_address(address))
+        self.address = str(wire.find_address(address))
         self._link = Link(address, _CONNECT_S)
         self._keeper = Keeper(self._link)
         self._rates = Rates()
@@ -46,7 +46,7 @@ class Feed:
 
     @property
     def daemon(self) -> Daemon:
-        return Daemon(self._address, self._rates.figures, self._follow.stale_s)
+        return Daemon(f"regd at {self.address.removeprefix('tcp://')}", self._rates.figures, self._follow.stale_s)
 
     @property
     def instances(self) -> list[dict[str, Any]]:
@@ -71,7 +71,7 @@ class Feed:
                         await self._ask_stats()
                 except TimeoutError:
                     raise Unavailable(
-                        f"the daemon at {self._address} told too little in {_PICTURE_S:g} s"
+                        f"the daemon at {self.address} told too little in {_PICTURE_S:g} s"
                     ) from None
                 yield
         finally:
@@ -107,7 +107,8 @@ class Feed:
         self.changed()
 
     async def _ask_stats(self) -> None:
-        self.stats = await (await self._link.connected()).ask("stats", {})
+        reply = await (await self._link.connected()).ask("stats", {})
+        self.stats = {name: reply[name] for name in reply if name not in ("ok", "id")}
         self._rates.take(self.stats)
 
     async def _ask_why(self) -> None:

@@ -32,7 +32,7 @@ def run(address: str | None, as_json: bool, given: Mapping[str, Any]) -> int:
 async def _run(address: str | None, as_json: bool, pattern: str | None, interval_s: float) -> int:
     feed = Feed(address, pattern, Look(), interval_s)
     async with feed.following():
-        if as_json or not sys.stdout.isatty():
+        if as_json or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
             plain.once(feed, as_json)
             return 0
         return await _shown(feed)
@@ -65,12 +65,12 @@ async def _shown(feed: Feed) -> int:
 
 async def _view(feed: Feed) -> None:
     """The whole screen where the extra `top` is installed and the terminal can do it, else a plain table."""
-    if sys.stdin is not None and sys.stdin.isatty() and os.environ.get("TERM", "dumb") != "dumb":
-        try:
-            from regd.cli.top.screen import show
-        except ImportError:
-            pass
-        else:
-            await show(feed)
-            return
-    await plain.show(feed)
+    if sys.stdin is None or not sys.stdin.isatty():
+        await plain.show(feed, "")
+        return
+    try:
+        from regd.cli.top.screen import show
+    except ImportError:
+        await plain.show(feed, " for more: pip install 'regd[top]'")
+    else:
+        await show(feed)

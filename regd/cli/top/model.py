@@ -89,11 +89,14 @@ class Picture:
         self.news: deque[News] = deque(maxlen=_NEWS_MOST)
         self.synced = False  # all that was there at the beginning is here
         self._version = 0
+        self._counted = (0, 0)  # at which version, and how many services there are
         self._shown: tuple[object, list[Row]] = (None, [])
 
     @property
     def services(self) -> int:
-        return len({name for name, _ in self.rows})
+        if self._counted[0] != self._version:
+            self._counted = self._version, len({name for name, _ in self.rows})
+        return self._counted[1]
 
     def take(self, kind: str, key: Key, fields: Mapping[str, Any] | None, now: float, reason: str = "") -> None:
         """Take an event; `fields` are those of the instance, None for `down`. `sync` ends the beginning."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -17,12 +16,14 @@ import time
 import tty
 from collections.abc import Iterator
 
-from regd.cli.showing import say
-from regd.cli.top.drawing import Line, frame, table
+from regd.cli.showing import say, say_json
+from regd.cli.top.drawing import Line, cut, frame, table
 from regd.cli.top.feed import Feed
 
 _HOME, _CLEAR_LINE, _CLEAR_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
 _KEYS = "qsrNASH"  # those that need no selection
+_PAUSE_S = 0.05  # between two frames at least
+_IDLE = 4  # times as long as a frame took
 _WIDE = 10_000  # a pipe has no width
 
 
@@ -34,7 +35,7 @@ def once(feed: Feed, as_json: bool) -> None:
     """Print one frame."""
     wall, daemon = time.time(), feed.daemon
     if as_json:
-        print(json.dumps({"address": daemon.address, "stats": feed.stats, "instances": feed.instances}))
+        say_json({"address": feed.address, "stats": feed.stats, "instances": feed.instances})
         return
     rows = feed.picture.shown("name", False, "")
     feed.look.page = max(1, len(rows))
@@ -44,8 +45,8 @@ def once(feed: Feed, as_json: bool) -> None:
         say(text_of(line))
 
 
-async def show(feed: Feed) -> None:
-    """Draw until `q`, Ctrl-C, or a signal to end."""
+async def show(feed: Feed, hint: str) -> None:
+    """Draw until `q`, Ctrl-C, or a signal to end; the last line ends with the hint."""
     again = asyncio.Event()
     loop = asyncio.get_running_loop()
     feed.changed = again.set
@@ -63,16 +64,18 @@ async def show(feed: Feed) -> None:
             loop.add_reader(sys.stdin, pressed)
         while not over.is_set():
             again.clear()
-            _draw(feed)
+            began = time.monotonic()
+            _draw(feed, ("q quit  s sort  r reverse  " if there else "Ctrl-C quit  ") + hint)
+            await asyncio.sleep(max(_PAUSE_S, _IDLE * (time.monotonic() - began)))
             await again.wait()
 
 
-def _draw(feed: Feed) -> None:
+def _draw(feed: Feed, keys: str) -> None:
     width, height = shutil.get_terminal_size()
     size = max(1, width - 1), height  # a full last column would move some terminals on
     lines = frame(feed.picture, feed.look, feed.daemon, size, time.monotonic(), time.time())
-    lines[-1:] = [[("", "q quit  s sort  r reverse"), ("", "   for more: pip install 'regd[top]'")]]
-    body = "\r\n".join(text_of(line)[: size[0]] + _CLEAR_LINE for line in lines)
+    lines[-1] = cut([("", keys)], size[0])
+    body = "\r\n".join(text_of(line) + _CLEAR_LINE for line in lines)
     sys.stdout.write(_HOME + body + _CLEAR_BELOW)
     sys.stdout.flush()
 

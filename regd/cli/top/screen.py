@@ -5,6 +5,7 @@ Must not know what a frame says, nor what a key does.
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from prompt_toolkit.application import Application
@@ -43,7 +44,8 @@ _NAMES = {
     Keys.Escape: "escape",
     Keys.ControlH: "backspace",
 }
-_DRAW_S = 0.05  # not more often, however much happens
+_PAUSE_S = 0.05  # between two frames at least, however much happens
+_IDLE = 4  # times as long as a frame took
 _ESCAPE_S = 0.05  # until a lone Esc is no beginning of another key
 
 
@@ -56,19 +58,30 @@ class _Screen:
             style=_STYLE,
             key_bindings=self._bindings(),
             full_screen=True,
-            min_redraw_interval=_DRAW_S,
-            max_render_postpone_time=_DRAW_S,
         )
         self.app.ttimeoutlen = _ESCAPE_S
+        self._took_s = 0.0  # the last frame
+        self._due: asyncio.TimerHandle | None = None
+
+    def changed(self) -> None:
+        """Draw soon."""
+        if self._due is None:
+            pause_s = max(_PAUSE_S, _IDLE * self._took_s)
+            self._due = asyncio.get_running_loop().call_later(pause_s, self._draw)
+
+    def _draw(self) -> None:
+        self._due = None
+        self.app.invalidate()
 
     def _text(self) -> StyleAndTextTuples:
         rows, columns = self.app.output.get_size()
-        feed = self._feed
-        lines = frame(feed.picture, feed.look, feed.daemon, (columns, rows), time.monotonic(), time.time())
+        feed, began = self._feed, time.monotonic()
+        lines = frame(feed.picture, feed.look, feed.daemon, (columns, rows), began, time.time())
         made: StyleAndTextTuples = []
         for line in lines:
             made += [(f"class:{style}" if style else "", text) for style, text in line]
             made.append(("", "\n"))
+        self._took_s = time.monotonic() - began
         return made[:-1]
 
     def _bindings(self) -> KeyBindings:
@@ -105,5 +118,5 @@ class _Screen:
 async def show(feed: Feed) -> None:
     """Show it until `q` or Ctrl-C, and leave the terminal as it was."""
     screen = _Screen(feed)
-    feed.changed = screen.app.invalidate
+    feed.changed = screen.changed
     await screen.app.run_async()
