@@ -21,11 +21,12 @@ Line = list[tuple[str, str]]  # style and text; the styles are those of `screen.
 _GAP = "  "
 _COLUMNS = ("NAME", "INSTANCE", "ADDRESS", "STATE", "AGE", "HELD BY", "META")
 _SORTED_BY = {"name": "NAME", "state": "STATE", "age": "AGE", "holders": "HELD BY"}
-_LEAST = {"NAME": 8, "INSTANCE": 8, "ADDRESS": 12, "STATE": 8, "AGE": 4, "HELD BY": 8, "META": 6}
-_MOST = {"NAME": 32, "INSTANCE": 16, "ADDRESS": 28, "STATE": 9, "AGE": 4, "HELD BY": 22, "META": 200}
+_LEAST = {"NAME": 12, "INSTANCE": 8, "ADDRESS": 8, "STATE": 8, "AGE": 4, "HELD BY": 8, "META": 6}
+_MOST = {"NAME": 32, "INSTANCE": 16, "ADDRESS": 28, "STATE": 9, "AGE": 4, "HELD BY": 22, "META": 9_000}
 _WEIGHT = ("NAME", "STATE", "AGE", "ADDRESS", "HELD BY", "INSTANCE", "META")  # what goes last where it is narrow
 _MARKS = {"up": ("new", "+", "came"), "down": ("gone", "-", "left"), "change": ("warn", "~", "changed")}
 _NARROW = 60  # an instance has no column of its own then
+_WIDE = 10_000
 _NEWS_LINES = 4
 _PANE_LINES = 10
 
@@ -123,6 +124,14 @@ def frame(
     lines += [[] for _ in range(height - len(under) - 1 - len(lines))]
     lines = [*lines[: max(1, height - len(under) - 1)], *under, _keys(look)]
     return [cut(line, width) for line in lines[-height:]] if height > 1 else [cut(lines[0], width)]
+
+
+def whole(picture: Picture, look: Look, daemon: Daemon, now: float, wall: float) -> list[Line]:
+    """Return a frame of all rows, as wide and as high as they are: paper has no edges."""
+    rows = picture.shown(look.sort, look.reverse, look.words)
+    look.page = max(1, len(rows))
+    lines = [*_above(picture, look, daemon, len(rows), wall), *table(rows, look, _WIDE, now, wall)]
+    return lines if rows else [*lines, [("dim", _nothing(picture, look))]]
 
 
 def _nothing(picture: Picture, look: Look) -> str:

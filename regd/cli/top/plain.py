@@ -17,14 +17,13 @@ import tty
 from collections.abc import Iterator
 
 from regd.cli.showing import say, say_json
-from regd.cli.top.drawing import Line, cut, frame, table
+from regd.cli.top.drawing import Line, cut, frame, whole
 from regd.cli.top.feed import Feed
 
 _HOME, _CLEAR_LINE, _CLEAR_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
 _KEYS = "qsrNASH"  # those that need no selection
 _PAUSE_S = 0.05  # between two frames at least
 _IDLE = 4  # times as long as a frame took
-_WIDE = 10_000  # a pipe has no width
 
 
 def text_of(line: Line) -> str:
@@ -33,15 +32,10 @@ def text_of(line: Line) -> str:
 
 def once(feed: Feed, as_json: bool) -> None:
     """Print one frame."""
-    wall, daemon = time.time(), feed.daemon
     if as_json:
         say_json({"address": feed.address, "stats": feed.stats, "instances": feed.instances})
         return
-    rows = feed.picture.shown("name", False, "")
-    feed.look.page = max(1, len(rows))
-    above = frame(feed.picture, feed.look, daemon, (_WIDE, 8), time.monotonic(), wall)[:3]
-    feed.look.page = max(1, len(rows))
-    for line in (*above, *table(rows, feed.look, _WIDE, time.monotonic(), wall)):
+    for line in whole(feed.picture, feed.look, feed.daemon, time.monotonic(), time.time()):
         say(text_of(line))
 
 

@@ -1,0 +1,256 @@
+"""`regctl top` as a person has it: in a real terminal, with keys, sizes, and a daemon that goes and comes back."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from regd_client.blocking import BlockingConnection
+from tests.support.daemon import Daemon, environment
+from tests.support.terminal import SEEN_S, Terminal
+
+WITHOUT = "sys.modules['prompt_toolkit'] = None"  # as if the extra were not installed
+Top = Callable[..., Terminal]
+
+
+@pytest.fixture
+def peer(process: Daemon) -> Iterator[BlockingConnection]:
+    with BlockingConnection(process.addresses[0]) as made:
+        yield made
+
+
+@pytest.fixture
+def top(process: Daemon) -> Top:
+    def make(*argv: str, **more: Any) -> Terminal:
+        return Terminal("top", "--interval", "0.2", *argv, REGD_ADDRESS=process.addresses[0], **more)
+
+    return make
+
+
+def register(peer: BlockingConnection, *names: str, **more: object) -> None:
+    for at, name in enumerate(names):
+        assert peer.ask("register", name=name, port=8_000 + at, **more)["ok"]
+
+
+def listed(terminal: Terminal) -> list[str]:
+    """Return the names in the table, in order."""
+    head = next(
+        (at for at, line in enumerate(terminal.lines) if line.startswith("  NAME")), terminal.screen.lines
+    )
+    rows = terminal.lines[head + 1 :]
+    end = next((at for at, line in enumerate(rows) if not line or line.startswith("──")), len(rows))
+    return [row[2:].split()[0] for row in rows[:end]]
+
+
+def test_what_is_there_comes_and_goes(peer: BlockingConnection, top: Top) -> None:
+    register(peer, "db", "web", hold=True, pid=os.getpid(), ttl=60)
+    with top() as terminal:
+        terminal.shows("regd at 127.0.0.1:", "2 instances of 2 services", "came and went", "requests ", "lag ")
+        terminal.see(lambda: terminal.line("  db").split()[1:3] == ["127.0.0.1:8000", "ready"])
+        terminal.see(lambda: f"hold pid {os.getpid()} ttl" in terminal.line("  db"))
+        register(peer, "api")
+        terminal.shows("3 instances of 3 services", "api  came: 127.0.0.1:8000")
+        terminal.see(lambda: terminal.line("+ api"))
+        peer.ask("update", name="db", state="draining")
+        terminal.shows("db  changed: ready → draining")
+        peer.ask("deregister", name="web")
+        terminal.shows("2 instances of 2 services", "web  left: deregistered")
+        terminal.see(lambda: listed(terminal) == ["api", "db"])
+        terminal.type("q")
+        assert terminal.ended() == 0
+        assert terminal.is_restored
+
+
+def test_sort_select_and_filter(peer: BlockingConnection, top: Top) -> None:
+    register(peer, "b", "a", "c")
+    peer.ask("update", name="c", state="starting")
+    with top() as terminal:
+        terminal.shows("3 instances")
+        terminal.see(lambda: listed(terminal) == ["a", "b", "c"])
+        terminal.type("r")
+        terminal.see(lambda: listed(terminal) == ["c", "b", "a"])
+        terminal.type("rA")
+        terminal.see(lambda: "AGE▾" in terminal.text and listed(terminal) == ["c", "a", "b"])
+        terminal.type("s")
+        terminal.see(lambda: "STATE▾" in terminal.text and listed(terminal) == ["c", "a", "b"])
+        terminal.type("N\x1b[B\x1b[B")  # down, twice
+        terminal.see(lambda: terminal.line("> b"))
+        terminal.type("k")
+        terminal.see(lambda: terminal.line("> a"))
+        terminal.type("/START")
+        terminal.see(lambda: listed(terminal) == ["c"])
+        terminal.see(lambda: "1 of 3 instances" in terminal.text and terminal.lines[-1].startswith("/START_"))
+        terminal.type("q\x7f\r")  # `q` is a letter here
+        terminal.see(lambda: terminal.lines[-1].startswith("/START  q quit"))
+        terminal.type("\x1b")
+        terminal.see(lambda: listed(terminal) == ["a", "b", "c"])
+        terminal.type("?")
+        terminal.shows("PgUp", "the other way round")
+        terminal.type("\x1b")
+        terminal.shows("came and went")
+
+
+def test_why(peer: BlockingConnection, top: Top) -> None:
+    register(peer, "db", "web")
+    with top() as terminal:
+        terminal.shows("2 instances")
+        terminal.type("jw")
+        terminal.shows("── why", "db at 127.0.0.1:8000: ready", "static: nobody holds it")
+        terminal.type("j")
+        terminal.shows("web at 127.0.0.1:8001: ready")
+        peer.ask("deregister", name="db")
+        peer.ask("deregister", name="web")
+        terminal.shows("nothing is registered", "web left")
+        terminal.type("\x1b")
+        terminal.see(lambda: "── why" not in terminal.text)
+        terminal.type("\x03")
+        assert terminal.ended() == 130
+        assert terminal.is_restored
+
+
+def fits(terminal: Terminal, width: int, height: int) -> bool:
+    head = terminal.line("  NAME")
+    return (
+        len(terminal.lines) == height
+        and terminal.lines[-1].startswith("q quit  s sort")
+        and bool(head)
+        and ("INSTANCE" in head) is (width >= 60)
+        and ("zone=a" if width >= 60 else "db/one") in terminal.text
+    )
+
+
+def test_sizes(peer: BlockingConnection, top: Top) -> None:
+    register(peer, "db", "web", instance="one", meta={"zone": "a"})
+    with top(width=100) as terminal:
+        terminal.shows("META", "zone=a", "INSTANCE")
+        for width, height in ((80, 24), (50, 14), (20, 5), (100, 30)):
+            terminal.resize(width, height)
+            terminal.see(functools.partial(fits, terminal, width, height))
+
+
+def test_the_daemons_restart(process: Daemon, peer: BlockingConnection, top: Top) -> None:
+    register(peer, "db", "web")
+    with top() as terminal:
+        terminal.shows("2 instances")
+        process.end()
+        terminal.shows("away since", "the last picture: 2 instances", "trying on")
+        terminal.see(lambda: listed(terminal) == ["db", "web"])
+        process.start()
+        terminal.shows("requests ", "2 instances")
+        with BlockingConnection(process.addresses[0]) as again:
+            register(again, "api")
+            terminal.shows("api  came")
+            terminal.see(lambda: listed(terminal) == ["api", "db", "web"])
+
+
+@pytest.mark.parametrize("before", ["pass", WITHOUT])
+def test_peers_texts_reach_the_terminal_escaped(peer: BlockingConnection, top: Top, before: str) -> None:
+    register(peer, "db", meta={"note": "\x1b]0;mine\x07\x1b[31m\u202ered\x9b2J"})
+    with top(before=before, width=140) as terminal:
+        terminal.shows(r"note=\x1b]0;mine\x07\x1b[31m\u202ered\x9b2J")
+        for wild in (b"\x1b]0;", b"\x07", b"\x1b[31mred", "\u202e".encode(), "\x9b".encode()):
+            assert wild not in terminal.raw
+
+
+def test_a_signal_restores_the_terminal_too(peer: BlockingConnection, top: Top) -> None:
+    with top() as terminal:
+        terminal.shows("nothing is registered")
+        terminal.process.send_signal(signal.SIGTERM)
+        assert terminal.ended() == 128 + signal.SIGTERM
+        assert terminal.is_restored
+
+
+# Without the extra.
+
+
+def test_a_plain_table(process: Daemon, peer: BlockingConnection, top: Top) -> None:
+    register(peer, "db")
+    with top(before=WITHOUT) as terminal:
+        terminal.shows("1 instance of 1 service", "pip install 'regd[top]'")
+        register(peer, "web")
+        terminal.shows("web  came")
+        terminal.type("r")
+        terminal.see(lambda: listed(terminal) == ["web", "db"])
+        terminal.resize(50, 14)
+        terminal.see(lambda: terminal.lines[-1].startswith("q quit"))
+        process.end()
+        terminal.shows("away since")
+        process.start()
+        terminal.shows("requests ")
+        terminal.type("q")
+        assert terminal.ended() == 0
+        assert terminal.is_restored
+
+
+def test_ctrl_c_ends_the_plain_table(peer: BlockingConnection, top: Top) -> None:
+    with top(before=WITHOUT) as terminal:
+        terminal.shows("nothing is registered")
+        terminal.type("\x03")
+        assert terminal.ended() == 130
+        assert terminal.is_restored
+
+
+# Without a terminal.
+
+
+def piped(process: Daemon, *argv: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "regd.cli.regctl", "top", *argv],
+        env=environment(REGD_ADDRESS=process.addresses[0], **variables),
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SEEN_S, check=False,
+    )  # fmt: skip
+
+
+def test_one_frame_and_the_end(process: Daemon, peer: BlockingConnection) -> None:
+    register(peer, "db", "web", meta={"note": "\x1b[31mred" + 100 * "x"})
+    done = piped(process, "d*")
+    assert (done.returncode, done.stderr) == (0, "")
+    title, figures, _, head, row = done.stdout.splitlines()
+    assert title.startswith("regd at 127.0.0.1:")
+    assert "1 instance of 1 service" in title
+    assert "lag " in figures
+    assert head.split()[0] == "NAME▾"
+    assert row.split() == [
+        "db",
+        "127.0.0.1:8000",
+        "ready",
+        row.split()[3],
+        "static",
+        r"note=\x1b[31mred" + 100 * "x",
+    ]
+
+
+def test_json_is_one_object(process: Daemon, peer: BlockingConnection) -> None:
+    register(peer, "db", "web")
+    done = piped(process, "--json")
+    said = json.loads(done.stdout)
+    assert (done.returncode, said["address"], set(said)) == (
+        0,
+        process.addresses[0],
+        {"address", "stats", "instances"},
+    )
+    assert [each["name"] for each in said["instances"]] == ["db", "web"]
+    assert said["stats"]["registrations"] == 2
+
+
+def test_what_goes_wrong_at_the_beginning(process: Daemon) -> None:
+    done = piped(process, "*x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("regctl: ")
+    process.end()
+    done = piped(process)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (3, "", 1)
+    assert "start one with `regd`" in done.stderr
+
+
+def test_a_terminal_that_can_nothing_gets_one_frame(process: Daemon, top: Top) -> None:
+    with top(TERM="dumb") as terminal:
+        assert terminal.ended() == 0
+        assert "nothing is registered" in terminal.text
+        assert b"\x1b" not in terminal.raw
