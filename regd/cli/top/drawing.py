@@ -21,6 +21,7 @@ Line = list[tuple[str, str]]  # style and text; the styles are those of `screen.
 _GAP = "  "
 _COLUMNS = ("NAME", "INSTANCE", "ADDRESS", "STATE", "AGE", "HELD BY", "META")
 _SORTED_BY = {"name": "NAME", "state": "STATE", "age": "AGE", "holders": "HELD BY"}
+_CALM = {"AGE": 4, "META": 4}  # columns are so wide at least, else 8, whatever is in them
 _LEAST = {"NAME": 12, "INSTANCE": 8, "ADDRESS": 8, "STATE": 8, "AGE": 4, "HELD BY": 8, "META": 6}
 _MOST = {"NAME": 32, "INSTANCE": 16, "ADDRESS": 28, "STATE": 9, "AGE": 4, "HELD BY": 22, "META": 9_000}
 _WEIGHT = ("NAME", "STATE", "AGE", "ADDRESS", "HELD BY", "INSTANCE", "META")  # what goes last where it is narrow
@@ -217,14 +218,15 @@ def _widths(texts: Sequence[dict[str, str]], width: int) -> dict[str, int]:
         del wanted["INSTANCE"]
     if not any(each["META"] for each in texts):
         del wanted["META"]
-    wanted = {name: max(_LEAST[name], min(most, _MOST[name])) for name, most in wanted.items()}
+    wanted = {name: min(max(most, _CALM.get(name, 8)), _MOST[name]) for name, most in wanted.items()}
+    least = {name: min(most, _LEAST[name]) for name, most in wanted.items()}
     kept: dict[str, int] = {}
     left = width
     for name in (each for each in _WEIGHT if each in wanted):
-        if left < _LEAST[name] and kept:
+        if left < least[name] and kept:
             break
-        kept[name] = _LEAST[name]
-        left -= _LEAST[name] + len(_GAP)
+        kept[name] = least[name]
+        left -= least[name] + len(_GAP)
     left += len(_GAP)
     for name in (each for each in _WEIGHT if each in kept):
         more = max(0, min(wanted[name] - kept[name], left))

@@ -37,6 +37,7 @@ class Feed:
         self.stats: dict[str, Any] = {}
         self._interval_s = interval_s
         self.address = str(wire.find_address(address))
+        self._title = f"regd at {self.address.removeprefix('tcp://')}" + (f"  {pattern}" if pattern else "")
         self._link = Link(address, _CONNECT_S)
         self._keeper = Keeper(self._link)
         self._rates = Rates()
@@ -46,7 +47,7 @@ class Feed:
 
     @property
     def daemon(self) -> Daemon:
-        return Daemon(f"regd at {self.address.removeprefix('tcp://')}", self._rates.figures, self._follow.stale_s)
+        return Daemon(self._title, self._rates.figures, self._follow.stale_s)
 
     @property
     def instances(self) -> list[dict[str, Any]]:

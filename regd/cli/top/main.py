@@ -52,25 +52,26 @@ async def _shown(feed: Feed) -> int:
     for each in _ENDS:
         asyncio.get_running_loop().add_signal_handler(each, end, each)
     try:
-        await showing
+        await asyncio.wait((showing, asking), return_when=asyncio.FIRST_COMPLETED)
+        if asking.done():
+            asking.result()  # it ends by a bug only, which nobody shall have to guess
+        return showing.result()
     except asyncio.CancelledError:
         if not ended_by:
             raise
+        return 128 + ended_by
     finally:
         asking.cancel()
         showing.cancel()
         await asyncio.wait((asking, showing))
-    return 128 + ended_by if ended_by else 0
 
 
-async def _view(feed: Feed) -> None:
-    """The whole screen where the extra `top` is installed and the terminal can do it, else a plain table."""
+async def _view(feed: Feed) -> int:
+    """The whole screen where the extra `top` is installed and keys come from a terminal, else a plain table."""
     if sys.stdin is None or not sys.stdin.isatty():
-        await plain.show(feed, "")
-        return
+        return await plain.show(feed, "")
     try:
         from regd.cli.top.screen import show
     except ImportError:
-        await plain.show(feed, " for more: pip install 'regd[top]'")
-    else:
-        await show(feed)
+        return await plain.show(feed, " for more: pip install 'regd[top]'")
+    return await show(feed)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import termios
@@ -39,8 +38,8 @@ def once(feed: Feed, as_json: bool) -> None:
         say(text_of(line))
 
 
-async def show(feed: Feed, hint: str) -> None:
-    """Draw until `q`, Ctrl-C, or a signal to end; the last line ends with the hint."""
+async def show(feed: Feed, hint: str) -> int:
+    """Draw until `q`, Ctrl-C, or a signal to end; the last line ends with the hint. Returns the exit status."""
     again = asyncio.Event()
     loop = asyncio.get_running_loop()
     feed.changed = again.set
@@ -48,7 +47,10 @@ async def show(feed: Feed, hint: str) -> None:
     over = asyncio.Event()
 
     def pressed() -> None:
-        for key in os.read(sys.stdin.fileno(), 1_024).decode(errors="replace") or "q":  # nothing: it hung up
+        typed = b""
+        with contextlib.suppress(OSError):
+            typed = os.read(sys.stdin.fileno(), 1_024)
+        for key in typed.decode(errors="replace") or "q":  # nothing: it hung up
             if key in _KEYS and not feed.look.press(key, []):
                 over.set()
         again.set()
@@ -62,10 +64,13 @@ async def show(feed: Feed, hint: str) -> None:
             _draw(feed, ("q quit  s sort  r reverse  " if there else "Ctrl-C quit  ") + hint)
             await asyncio.sleep(max(_PAUSE_S, _IDLE * (time.monotonic() - began)))
             await again.wait()
+    return 0
 
 
 def _draw(feed: Feed, keys: str) -> None:
-    width, height = shutil.get_terminal_size()
+    width, height = os.get_terminal_size(sys.stdout.fileno())  # and not $COLUMNS, which does not follow
+    if not width or not height:
+        width, height = 80, 24  # a terminal that nobody has told its size
     size = max(1, width - 1), height  # a full last column would move some terminals on
     lines = frame(feed.picture, feed.look, feed.daemon, size, time.monotonic(), time.time())
     lines[-1] = cut([("", keys)], size[0])

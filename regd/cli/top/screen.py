@@ -46,6 +46,7 @@ _NAMES = {
 }
 _PAUSE_S = 0.05  # between two frames at least, however much happens
 _IDLE = 4  # times as long as a frame took
+_INTERRUPTED = 130  # as shells say it
 _ESCAPE_S = 0.05  # until a lone Esc is no beginning of another key
 
 
@@ -53,7 +54,7 @@ class _Screen:
     def __init__(self, feed: Feed) -> None:
         self._feed = feed
         body = FormattedTextControl(self._text, show_cursor=False)
-        self.app: Application[None] = Application(
+        self.app: Application[int] = Application(
             layout=Layout(Window(body, wrap_lines=False, always_hide_cursor=True)),
             style=_STYLE,
             key_bindings=self._bindings(),
@@ -89,9 +90,9 @@ class _Screen:
         for key in _NAMES:
             made.add(key)(self._named)
         made.add(Keys.Any)(self._character)
-        made.add(Keys.BracketedPaste)(self._character)
+        made.add(Keys.BracketedPaste)(self._pasted)
         for key in (Keys.ControlC, Keys.SIGINT):
-            made.add(key)(lambda event: event.app.exit(exception=KeyboardInterrupt))
+            made.add(key)(lambda event: self._end(_INTERRUPTED))
         made.add(Keys.ControlZ)(lambda event: event.app.suspend_to_background())
         made.add(Keys.ControlL)(lambda event: event.app.renderer.clear())
         return made
@@ -101,22 +102,29 @@ class _Screen:
         self._press(_NAMES[Keys(key)])
 
     def _character(self, event: KeyPressEvent) -> None:
-        for each in event.data:
+        self._press(event.data)
+
+    def _pasted(self, event: KeyPressEvent) -> None:
+        for each in event.data if self._feed.look.typing else "":  # a text is no row of commands
             self._press(each)
+
+    def _end(self, status: int) -> None:
+        if not self.app.is_done:
+            self.app.exit(result=status)
 
     def _press(self, key: str) -> None:
         look = self._feed.look
         before = look.selected, look.pane
         rows = self._feed.picture.shown(look.sort, look.reverse, look.words)
-        if not look.press(key, rows) and not self.app.is_done:
-            self.app.exit()
+        if not look.press(key, rows):
+            self._end(0)
         if look.pane == "why" and before != (look.selected, look.pane):
             look.why = []
             self._feed.ask_now()
 
 
-async def show(feed: Feed) -> None:
-    """Show it until `q` or Ctrl-C, and leave the terminal as it was."""
+async def show(feed: Feed) -> int:
+    """Show it until `q` or Ctrl-C, leave the terminal as it was, and return the exit status."""
     screen = _Screen(feed)
     feed.changed = screen.changed
-    await screen.app.run_async()
+    return await screen.app.run_async()
