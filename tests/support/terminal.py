@@ -38,7 +38,7 @@ class Terminal:
         self.modes = termios.tcgetattr(slave)
         self.process = subprocess.Popen(
             [sys.executable, "-c", _CODE.format(before=before), *argv], cwd=ROOT,
-            env=environment(**{"TERM": "xterm", **variables}),
+            env=environment(**{"TERM": "xterm", "COLUMNS": "33", **variables}),  # as of another terminal
             stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
         )  # fmt: skip
 

@@ -95,7 +95,7 @@ class Feed:
                     self.changed()
 
     def ask_now(self) -> None:
-        """Ask for the `why` of what has just been selected."""
+        """Ask for the `why` that is to be seen, as something is different."""
         self._asked.set()
 
     def _heard(self, event: Event) -> None:
@@ -105,6 +105,8 @@ class Feed:
         self.picture.take(event.kind, key, fields, time.monotonic(), event.reason)
         if event.kind == "sync":
             self._complete.set()
+        elif key == self.look.about:
+            self.ask_now()
         self.changed()
 
     async def _ask_stats(self) -> None:
@@ -113,7 +115,7 @@ class Feed:
         self._rates.take(self.stats)
 
     async def _ask_why(self) -> None:
-        look, asked = self.look, self.look.selected
+        look, asked = self.look, self.look.about
         if look.pane != "why" or asked is None:
             return
         name, instance = asked
@@ -122,5 +124,5 @@ class Feed:
             told = list(lines("why", reply))
         except NotFound as nothing:
             told = [str(nothing)]
-        if look.selected == asked:
+        if look.about == asked:
             look.why = told

@@ -36,6 +36,9 @@ class Look:
         self.typing = False  # a filter
         self.pane = ""  # `why`, `help` or nothing
         self.why: list[str] = []  # what is known of the selected one
+        self.about: Key | None = (
+            None  # which that is: it stays so when the instance goes, as then it is asked most
+        )
         self.selected: Key | None = None
         self.first = 0  # the first row that is seen
         self.page = 1
@@ -109,5 +112,5 @@ class Look:
         else:
             self.settle(rows)
             at = max(0, min(self._at + by, len(rows) - 1))
-        self.selected = rows[at].key
+        self.selected = self.about = rows[at].key
         self.settle(rows)

@@ -114,11 +114,11 @@ class _Screen:
 
     def _press(self, key: str) -> None:
         look = self._feed.look
-        before = look.selected, look.pane
+        before = look.about, look.pane
         rows = self._feed.picture.shown(look.sort, look.reverse, look.words)
         if not look.press(key, rows):
             self._end(0)
-        if look.pane == "why" and before != (look.selected, look.pane):
+        if look.pane == "why" and before != (look.about, look.pane):
             look.why = []
             self._feed.ask_now()
 
