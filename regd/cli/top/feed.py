@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from regd.cli.showing import lines
@@ -24,6 +24,7 @@ from regd_client.keeping import Keeper
 from regd_client.link import Link
 
 _CONNECT_S = 1.0  # for a try; the next one follows
+_PAUSE_S = 0.1  # between two questions about an instance, however much happens to it
 _PICTURE_S = 15.0  # for the first picture
 
 
@@ -43,7 +44,7 @@ class Feed:
         self._rates = Rates()
         self._complete = asyncio.Event()
         self._follow = Follow(pattern or "*", None, self._heard, self._complete.set)
-        self._asked: asyncio.Event = asyncio.Event()
+        self._asked = asyncio.Event()  # for a `why`
 
     @property
     def daemon(self) -> Daemon:
@@ -80,19 +81,20 @@ class Feed:
             await self._link.close()
 
     async def ask(self) -> None:
-        """Ask for figures at intervals, and at once for a `why` that somebody wants to see, until cancelled."""
+        """Ask for figures at intervals, and for a `why` that somebody wants to see, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._ask_again(self._ask_stats, self.ask_now, self._interval_s))
+            group.create_task(self._ask_again(self._ask_why, lambda: None, _PAUSE_S))
+
+    async def _ask_again(
+        self, ask: Callable[[], Awaitable[None]], then: Callable[[], None], pause_s: float
+    ) -> None:
         while True:
             with contextlib.suppress(RegdError):  # it is away: the frame says so
-                await self._ask_stats()
-                await self._ask_why()
+                await ask()
+            then()
             self.changed()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._interval_s):
-                    await self._asked.wait()
-                    self._asked.clear()
-                    with contextlib.suppress(RegdError):
-                        await self._ask_why()
-                    self.changed()
+            await asyncio.sleep(pause_s)
 
     def ask_now(self) -> None:
         """Ask for the `why` that is to be seen, as something is different."""
@@ -115,6 +117,8 @@ class Feed:
         self._rates.take(self.stats)
 
     async def _ask_why(self) -> None:
+        await self._asked.wait()
+        self._asked.clear()
         look, asked = self.look, self.look.about
         if look.pane != "why" or asked is None:
             return
