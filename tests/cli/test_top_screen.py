@@ -251,6 +251,17 @@ def test_what_goes_wrong_at_the_beginning(process: Daemon) -> None:
     assert "start one with `regd`" in done.stderr
 
 
+def test_other_commands_import_nothing_of_it(process: Daemon) -> None:
+    code = "import sys; from regd.cli.regctl import main; main(); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "list", "x*"],
+        env=environment(REGD_ADDRESS=process.addresses[0]), capture_output=True, text=True, timeout=SEEN_S, check=True,
+    )  # fmt: skip
+    loaded = done.stdout.split()
+    assert "regd.cli.commands" in loaded
+    assert not [each for each in loaded if each.startswith(("regd.cli.top", "prompt_toolkit", "asyncio"))]
+
+
 def test_a_terminal_that_can_nothing_gets_one_frame(process: Daemon, top: Top) -> None:
     with top(TERM="dumb") as terminal:
         assert terminal.ended() == 0
