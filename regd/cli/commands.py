@@ -215,7 +215,7 @@ COMMANDS = {
             metavar="SECONDS",
         ),
         more="Keys: q ends, ? shows the others. It outlives the daemon's restart. With the extra `top` "
-        "(pip install 'regd[top]') it has a selection, filters and `why`; without, it is a plain table. Where "
+        "(prompt_toolkit) it has a selection, filters and `why`; without, it is a plain table. Where "
         "stdout is no terminal it prints one frame and ends; so it does with --json.",
         examples=["regctl top", "regctl top 'work*'", "regctl top --json | jq .stats.lag_s"],
     ),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from regd.cli.commands import read
-from regd.cli.top.drawing import Daemon, Line, age, cells, fitted, frame, rate, whole
+from regd.cli.top.drawing import Daemon, Line, age, cells, fitted, frame, lag, rate, whole
 from regd.cli.top.look import Look
 from regd.cli.top.model import NEW_S, Picture, holders
 from regd.cli.top.rates import Figures, Rates
@@ -161,6 +161,13 @@ def test_ages(seconds: float, shown: str) -> None:
 @pytest.mark.parametrize(("per_s", "shown"), [(None, "-"), (0.0, "0/s"), (0.25, "0.2/s"), (12.6, "13/s")])
 def test_rates(per_s: float | None, shown: str) -> None:
     assert rate(per_s) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(None, "-"), (0.00042, "0.4 ms"), (0.999, "999.0 ms"), (12.53, "12.5 s")]
+)
+def test_lag(seconds: float | None, shown: str) -> None:
+    assert lag(seconds) == shown
 
 
 # Keys.

@@ -176,7 +176,7 @@ def test_a_signal_restores_the_terminal_too(peer: BlockingConnection, top: Top) 
 def test_a_plain_table(process: Daemon, peer: BlockingConnection, top: Top) -> None:
     register(peer, "db")
     with top(before=WITHOUT) as terminal:
-        terminal.shows("1 instance of 1 service", "pip install 'regd[top]'")
+        terminal.shows("1 instance of 1 service", "pip install prompt_toolkit")
         register(peer, "web")
         terminal.shows("web  came")
         terminal.type("r")

@@ -86,8 +86,10 @@ def rate(per_s: float | None) -> str:
     return f"{per_s:.0f}/s" if per_s >= 10 or per_s == 0 else f"{per_s:.1f}/s"
 
 
-def _milliseconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{1_000 * seconds:.1f} ms"
+def lag(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{1_000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def cut(line: Line, width: int) -> Line:
@@ -154,7 +156,7 @@ def _above(picture: Picture, look: Look, daemon: Daemon, shown: int, wall: float
             title.append(("dim", f"  up {age(figures.uptime_s)}"))
         what = [
             ("", f"requests {rate(figures.requests)}  changes {rate(figures.changes)}"),
-            ("", f"  lag {_milliseconds(figures.lag_s)}, at most {_milliseconds(figures.lag_s_max)}"),
+            ("", f"  lag {lag(figures.lag_s)}, at most {lag(figures.lag_s_max)}"),
             ("dim", "" if figures.connections is None else f"  {_many(int(figures.connections), 'connection')}"),
         ]
     return [title, what, []]

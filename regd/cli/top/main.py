@@ -73,5 +73,5 @@ async def _view(feed: Feed) -> int:
     try:
         from regd.cli.top.screen import show
     except ImportError:
-        return await plain.show(feed, " for more: pip install 'regd[top]'")
+        return await plain.show(feed, " for more: pip install prompt_toolkit")
     return await show(feed)
