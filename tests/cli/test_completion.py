@@ -182,7 +182,8 @@ def test_each_is_described(shell: str) -> None:
     for each in (*COMMON, *(each for command in COMMANDS.values() for each in command.arguments)):
         if each.is_option:
             assert f"{each.name}" in text or f"-l {each.name[2:]}" in text
-            assert each.doc.split(":")[0].split(";")[0].replace("'", "") in text
+            said = each.doc.split(":")[0].split(";")[0]
+            assert said.replace("'", r"'\''" if shell == "zsh" else r"\'") in text
 
 
 @pytest.mark.parametrize("shell", SHELLS)
