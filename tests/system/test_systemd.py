@@ -250,12 +250,13 @@ def test_ready_alive_stopping(tmp_path: Path, inbox: socket.socket, abstract: bo
         assert first == ["READY=1", "STATUS=1 registrations at revision 1, 0 connections", "WATCHDOG=1"]
         assert process.stdout is not None
         port = int(process.stdout.readline().rpartition(":")[2])  # which was said before
-        with ask(("127.0.0.1", port), b"resolve db\n") as client, client.makefile() as lines:
-            assert json.loads(lines.readline())["port"] == 5432
+        client = stack.enter_context(ask(("127.0.0.1", port), b"resolve db\n"))
+        assert json.loads(client.recv(4_096))["port"] == 5432
         for _ in range(3):
             assert inbox.recv(4_096).startswith(b"WATCHDOG=1")
         process.terminate()
-        assert until(inbox, "STOPPING=1")[-1] == "STOPPING=1\nSTATUS=stopping"
+        assert client.recv(1) == b""
+        assert drain(inbox)[-1] == "STOPPING=1\nSTATUS=stopping"  # before anything was closed
         status, errors = ended(process)
         assert (status, "Traceback" in errors) == (0, False)
         assert drain(inbox) == []
