@@ -1,0 +1,143 @@
+"""The page for who comes from elsewhere: regd's side of it is run, each part of the page against a daemon of its own."""
+
+import contextlib
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import ROOT, WAIT_S, Daemon, environment
+
+PAGE = ROOT / "client" / "COMING_FROM.md"
+PARTS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.DOTALL | re.MULTILINE))
+TASKS = ("register", "wait", "find", "list", "watch", "health", "drain", "deregister", "in tests")
+LASTS = ("regctl run", "regctl watch")  # what ends when it is told to
+COMMAND_S = 40.0  # the page says 30 for most
+COMMANDS = {
+    "regctl": f'exec "{sys.executable}" -m regd.cli.regctl "$@"',
+    "python3": f'exec "{sys.executable}" "$@"',
+    "migrate": "exit 0",
+}
+
+
+def commands_of(part: str) -> list[str]:
+    """Return what stands on regd's side of the table, row after row."""
+    rows = re.findall(r"^\| .* \| .* \| (.*) \|$", PARTS[part], re.MULTILINE)
+    return [code for row in rows for code in re.findall(r"`([^`]+)`", row) if "regctl " in code]
+
+
+class Shell:
+    """Runs lines in a folder where `regctl`, `python3` and `./migrate` are there, and ends what goes on."""
+
+    def __init__(self, folder: Path, daemon: Daemon) -> None:
+        for name, script in COMMANDS.items():
+            path = folder / name
+            path.write_text(f"#!/bin/sh\n{script}\n")
+            path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        self._folder = folder
+        self._environment = environment(
+            REGD_ADDRESS=daemon.addresses[0], PATH=f"{folder}{os.pathsep}{os.environ['PATH']}"
+        )
+        self._going_on: list[subprocess.Popen[str]] = []
+
+    def begin(self, line: str) -> "subprocess.Popen[str]":
+        made = subprocess.Popen(
+            ["bash", "-c", line], cwd=self._folder, env=self._environment, text=True, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        self._going_on.append(made)
+        return made
+
+    def run(self, line: str) -> str:
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=self._folder, env=self._environment, text=True,
+            stdin=subprocess.DEVNULL, capture_output=True, timeout=COMMAND_S, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, ""), line
+        return done.stdout
+
+    def end(self) -> None:
+        for each in self._going_on:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(each.pid, signal.SIGTERM)
+            try:
+                each.communicate(timeout=WAIT_S)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(each.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def shell(process: Daemon, tmp_path: Path) -> Iterator[Shell]:
+    (folder := tmp_path / "shell").mkdir()
+    made = Shell(folder, process)
+    yield made
+    made.end()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_table_is_run(part: str, shell: Shell) -> None:
+    lines = commands_of(part)
+    assert len(lines) >= 7
+    for line in lines:
+        if line.startswith("regctl watch"):
+            told = shell.begin(line).stdout
+            assert told is not None
+            assert told.readline().startswith("up\t"), line
+        elif line.startswith(LASTS):
+            shell.begin(line)
+        else:
+            shell.run(line)
+    there = {line.partition("\t")[0] for line in shell.run("regctl list").splitlines()}
+    assert there
+    assert not there & set(re.findall("regctl deregister ([a-z]+)", "\n".join(lines)))
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if "```sh\n" in PARTS[part]])
+def test_the_script_is_run(part: str, shell: Shell) -> None:
+    [script] = re.findall(r"^```sh\n(.*?)^```", PARTS[part], re.MULTILINE | re.DOTALL)
+    told = shell.begin(f"set -e\n{script}echo done\nwait").stdout
+    assert told is not None
+    said = "".join(iter(told.readline, "done\n"))
+    [accepts] = re.findall("^db accepts connections at (.*)", said, re.MULTILINE)
+    [found] = re.findall("^the database is at (.*)", said, re.MULTILINE)
+    assert accepts == found
+    assert "\nweb accepts connections at " in said
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if "```python\n" in PARTS[part]])
+def test_the_program_is_run(part: str, process: Daemon, tmp_path: Path) -> None:
+    [program] = re.findall(r"^```python\n(.*?)^```", PARTS[part], re.MULTILINE | re.DOTALL)
+    (path := tmp_path / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(path)], env=environment(REGD_ADDRESS=process.addresses[0]),
+        capture_output=True, text=True, timeout=COMMAND_S, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, ""), program
+    assert "127.0.0.1" in done.stdout
+
+
+@pytest.mark.parametrize("part", ["Consul", "etcd", "Eureka"])
+def test_the_same_tasks_are_told_of_each(part: str) -> None:
+    rows = re.findall(r"^\| ([^|]*) \|", PARTS[part], re.MULTILINE)
+    for task in TASKS:
+        assert any(row.startswith(task) for row in rows), task
+
+
+def test_every_part_says_what_is_different_and_when_to_stay() -> None:
+    assert list(PARTS) == ["Consul", "etcd", "Eureka", "docker compose", "wait-for-it"]
+    for text in PARTS.values():
+        assert "\nWhat is different:\n" in text
+        assert "\nStay with " in text
+        assert "the pytest fixture `regd`" in text
+
+
+def test_links_lead_somewhere() -> None:
+    for link in re.findall(r"\]\(([^)#:]+)\)", PAGE.read_text()):
+        assert (PAGE.parent / link).exists(), link
