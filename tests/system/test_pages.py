@@ -38,7 +38,10 @@ def programs(page: Path) -> Iterator[Program]:
 
 PROGRAMS = list(programs(SERVERS))
 APPLICATION = PROGRAMS[0][1]
-COMMANDS = [(title, APPLICATION, command) for title, _, command in programs(REGCTL)]
+COMMANDS = [
+    (title, APPLICATION, command) for title, _, command in programs(REGCTL) if command.startswith("regctl run")
+]
+assert len(COMMANDS) == 2
 
 
 @contextlib.contextmanager
