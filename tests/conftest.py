@@ -10,6 +10,7 @@ import pytest
 from tests.support.daemon import Daemon, InLoop
 
 collect_ignore = ["sample"]  # a project of its own, which system/test_sample.py runs
+os.environ.pop("REGD_AUTOSTART", None)  # no test starts a daemon of whoever runs the tests
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from _socket import AF_UNIX, SOCK_STREAM, getaddrinfo, socket
 
 from regd_client import wire
+from regd_client.errors import Unavailable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,17 +29,45 @@ opener: Callable[[float], socket] | None = None  # `regd_client.testing` puts it
 class BlockingConnection:
     """Ask one thing after the other.
 
-    `timeout_s` bounds every wait, the connecting one too; there are no second tries.
+    `timeout_s` bounds every wait, the connecting one too; there are no second tries. With `starts` a daemon may
+    be started where none is, if REGD_AUTOSTART says so; not for who only looks on.
     """
 
-    def __init__(self, address: str | None = None, timeout_s: float = 5.0) -> None:
+    def __init__(self, address: str | None = None, timeout_s: float = 5.0, *, starts: bool = True) -> None:
         self.address = wire.find_address(address)
         self._rest = b""
         self._timeout_s = timeout_s
         try:
-            self._socket = self._connect(timeout_s)
+            self._open(starts and opener is None and wire.autostarts(self.address))
+        except Unavailable:
+            raise
         except OSError as error:
             raise wire.unavailable(self.address, error.strerror or str(error)) from error
+
+    def _open(self, starts: bool) -> None:
+        if not starts:
+            self._socket = self._connect(self._timeout_s)
+            return
+        try:
+            self._meet()
+        except OSError as error:
+            from regd_client import starting
+
+            if not starting.is_gone(error):
+                raise
+            starting.until_open(self.address, self._timeout_s, self._meet)
+
+    def _meet(self) -> None:
+        """Connect, and see that the daemon is there: one that ends for want of work takes nobody any more."""
+        self._socket = self._connect(self._timeout_s)
+        try:
+            self._socket.sendall(wire.request("ping", None, {}))
+            reply = wire.reply(self._line())
+            if not reply.get("ok"):
+                raise wire.refused(self.address, reply)
+        except BaseException:
+            self._socket.close()
+            raise
 
     def _connect(self, timeout_s: float) -> socket:
         if opener is not None:

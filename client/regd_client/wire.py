@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:7343"
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")  # where regd listens
 LINE_BYTES_MAX = 65_536  # of a request; the daemon skips longer ones
 REPLY_BYTES_MAX = 4 * 1_048_576  # far beyond what the daemon promises; more is another program
 
@@ -85,6 +86,11 @@ def _bad_address(text: str) -> BadArgument:
 def find_address(given: str | None = None) -> Address:
     """Return the daemon's address: the one given, else $REGD_ADDRESS, else tcp://127.0.0.1:7343."""
     return parse_address(given or os.environ.get("REGD_ADDRESS") or DEFAULT_ADDRESS)
+
+
+def autostarts(address: Address) -> bool:
+    """Whether a daemon is to be started when none answers there: $REGD_AUTOSTART is 1, and it is this machine."""
+    return os.environ.get("REGD_AUTOSTART") == "1" and (bool(address.path) or address.host in _LOOPBACK)
 
 
 def request(cmd: str, id: int | None, arguments: dict[str, Any]) -> bytes:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _PASSING = ("shutting_down", "busy")  # refusals after which it is worth to try again
+_NOT_STARTED = "not_started"  # on demand, and it will not be any other in a moment
 _PAUSE_S = 0.1  # between tries to connect
 
 
@@ -49,7 +50,7 @@ def wait_for(address: str | None, name: str, until: float) -> dict[str, Any]:
                 reply = connection.ask("resolve", name=name, wait=left_s)
             if reply.get("error") not in _PASSING or time.monotonic() >= until:
                 return reply
-        except Unavailable:
-            if time.monotonic() >= until:
+        except Unavailable as error:
+            if error.code == _NOT_STARTED or time.monotonic() >= until:
                 raise
         time.sleep(min(_PAUSE_S, left_s))

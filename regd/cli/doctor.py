@@ -88,7 +88,7 @@ def examine(address: str | None) -> Iterator[Finding]:
 
 def _reached(stack: ExitStack, at: wire.Address) -> tuple[_Daemon | None, Finding]:
     try:
-        connection = stack.enter_context(BlockingConnection(str(at), ANSWER_S))
+        connection = stack.enter_context(BlockingConnection(str(at), ANSWER_S, starts=False))
     except Unavailable as error:
         return None, _not_connected(at, error.__cause__)
     try:
@@ -132,7 +132,7 @@ def _elsewhere(at: wire.Address, epoch: str | None) -> Iterator[Finding]:
     others: dict[Any, tuple[wire.Address, Any]] = {}
     for each in nearby.addresses(at):
         try:
-            with BlockingConnection(str(each), ANSWER_S / 10) as connection:
+            with BlockingConnection(str(each), ANSWER_S / 10, starts=False) as connection:
                 hello, stats = connection.ask("hello"), connection.ask("stats")
         except RegdError:
             continue

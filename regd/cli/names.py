@@ -29,7 +29,7 @@ def names(address: str | None, pattern: str | None) -> list[str] | None:
     setitimer(ITIMER_REAL, _END_S)
     until = time.monotonic() + _ANSWER_S
     try:
-        with BlockingConnection(address, _ANSWER_S) as connection:
+        with BlockingConnection(address, _ANSWER_S, starts=False) as connection:
             return _all(connection, pattern, until)
     except (RegdError, KeyError, TypeError, AttributeError):  # the others: it answers, and is no regd
         return None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import regd
+from regd.cli.background import Background, Foreground, LogError, is_stderr, open_log
 from regd.cli.commands import Argument
 from regd.server.clock import LoopClock
 from regd.server.lifecycle import DEFAULT_GRACE_S, DEFAULT_PORT, Config, Server, default_registry
@@ -49,6 +50,13 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _idle_seconds(text: str) -> float:
+    seconds = _seconds(text)
+    if seconds < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 to 86400 seconds, not {text!r}")
+    return seconds
+
+
 def _uid(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"must be the number of a user, as `id -u` shows it, not {text!r}")
@@ -56,7 +64,11 @@ def _uid(text: str) -> int:
 
 
 DOC = "The service registry of this machine: register names, resolve them."
-STATUSES = {0: "ended by a signal, as asked", 1: "cannot start, or cannot go on: stderr says why", 2: "bad usage"}
+STATUSES = {
+    0: "ended by a signal, as asked, or with --idle-exit because nobody needs it",
+    1: "cannot start, or cannot go on: stderr says why",
+    2: "bad usage",
+}
 FLAGS = (
     Argument(
         "--port",
@@ -90,8 +102,21 @@ FLAGS = (
         metavar="UID",
     ),
     Argument(
+        "--idle-exit",
+        "end when nothing is registered and nobody connected for so long, as one does that was started by "
+        "REGD_AUTOSTART=1 (default: stay)",
+        type=_idle_seconds,
+        metavar="SECONDS",
+    ),
+    Argument("--log", "append the log to this file instead of writing it to stderr", type=Path, metavar="PATH"),
+    Argument(
+        "--background",
+        "once it listens, go on in the background, in a session of its own; needs --log",
+        action="store_true",
+    ),
+    Argument(
         "--log-level",
-        "how much goes to stderr (default: info)",
+        "how much is logged (default: info)",
         type=str.lower,
         choices=("debug", "info", "warning", "error"),
         default="info",
@@ -109,26 +134,37 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"regd {regd.__version__}")
     for flag in FLAGS:
         flag.add_to(parser)
-    return parser.parse_args(argv)
+    given = parser.parse_args(argv)
+    if given.background and given.log is None:
+        parser.error("--background needs --log, or nobody hears of it again")
+    return given
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the daemon and return its exit status: 0 after a signal, 1 when it cannot start, 2 for bad usage.
+    """Run the daemon and return its exit status.
 
-    What a service manager says in the environment is heard, and taken out of it.
+    0 after a signal, or when nobody needs it, 1 when it cannot start, 2 for bad usage. What a service manager
+    says in the environment is heard, and taken out of it.
     """
     given = _arguments(argv)
-    logging.basicConfig(
-        level=given.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
-    )
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # its warnings are of peers that went away
-    _give_memory_back()
+    logged = None
     try:
         config = _config(given)
+        logged = open_log(config.log) if config.log else None
+        logging.basicConfig(
+            level=given.log_level.upper(),
+            format="%(asctime)s %(levelname)s %(message)s",
+            stream=logged or sys.stderr,
+        )
+        logging.getLogger("asyncio").setLevel(logging.ERROR)  # its warnings are of peers that went away
+        starter = Background(logged) if given.background and logged else Foreground()
+        _give_memory_back()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_run(config))
-    except (ListenError, StorageError, _Unheard, _Misused) as error:
+            runner.run(_run(config, starter))
+    except (ListenError, StorageError, LogError, _Unheard, _Misused) as error:
         print(f"regd: {error}", file=sys.stderr)
+        if logged and not is_stderr(logged):  # the person at the terminal, and whoever reads the log
+            print(f"regd: {error}", file=logged)
         return 2 if isinstance(error, _Misused) else 1
     except KeyboardInterrupt:  # before the handler stood
         return 130
@@ -144,7 +180,7 @@ class _Misused(Exception):
 
 
 def _config(given: argparse.Namespace) -> Config:
-    for flag, path in (("--registry", given.registry), ("--unix", given.unix)):
+    for flag, path in (("--registry", given.registry), ("--unix", given.unix), ("--log", given.log)):
         if path is not None and not path.absolute().name:
             raise StorageError(f"{flag} {path} is a folder; name a file in it")
     handed = handed_over(os.environ)
@@ -158,6 +194,8 @@ def _config(given: argparse.Namespace) -> Config:
         inherited=handed,
         grace_s=given.grace,
         allowed_uids=given.allow_uid,
+        idle_exit_s=given.idle_exit,
+        log=given.log.absolute() if given.log else None,
     )
 
 
@@ -193,7 +231,7 @@ def _spare_the_old(phase: str, info: Mapping[str, int]) -> None:
         gc.freeze()
 
 
-async def _run(config: Config) -> None:
+async def _run(config: Config, starter: Foreground) -> None:
     loop = asyncio.get_running_loop()
     asked = asyncio.Event()
 
@@ -220,6 +258,7 @@ async def _run(config: Config) -> None:
     try:
         for address in server.addresses:
             _say(f"listening {address}")
+        starter.leave()
         heart.start()
         await _until(asked, server)
     finally:
@@ -238,17 +277,17 @@ def _say(line: str) -> None:
 
 
 async def _until(asked: asyncio.Event, server: Server) -> None:
-    """Wait until somebody asks for the end; a bug in the engine ends it too, loudly."""
-    ask = asyncio.ensure_future(asked.wait())
+    """Wait until somebody asks for the end, or nobody needs it; a bug in the engine ends it too, loudly."""
     fail = asyncio.ensure_future(server.failed())
+    ends = [asyncio.ensure_future(asked.wait()), asyncio.ensure_future(server.idled()), fail]
     try:
-        await asyncio.wait((ask, fail), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if fail.done():
             fail.result()
     finally:
-        ask.cancel()
-        fail.cancel()
-        await asyncio.gather(ask, fail, return_exceptions=True)
+        for each in ends:
+            each.cancel()
+        await asyncio.gather(*ends, return_exceptions=True)
 
 
 if __name__ == "__main__":

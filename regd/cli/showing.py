@@ -97,7 +97,7 @@ def _tree(fields: Mapping[str, Any], indent: str = "") -> Iterable[str]:
         if isinstance(value, dict):
             yield f"{indent}{key}"
             yield from _tree(value, indent + "  ")
-        elif key != "ok":
+        elif key != "ok" and value is not None:
             yield f"{indent}{key}  {value}"
 
 

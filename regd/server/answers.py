@@ -39,24 +39,25 @@ class Identity:
     """Who this daemon is, from its start to its end.
 
     `epoch` is new at every start. `boot` and `pid_namespace` tell a client whether its process numbers are ours;
-    None where the system does not say.
+    None where the system does not say. `log` is the file that the log goes to, None where it goes to stderr.
     """
 
     epoch: str
     loop: str
     registry: str
+    log: str | None
     boot: str | None
     pid_namespace: str | None
     pid: int
     started: float  # monotonic seconds
 
 
-def identify(epoch: str, loop: str, registry: str, started: float) -> Identity:
+def identify(epoch: str, loop: str, registry: str, log: str | None, started: float) -> Identity:
     """Ask the system what there is to know of it (Linux: proc(5), namespaces(7))."""
     namespace = None
     with contextlib.suppress(OSError):
         namespace = os.readlink("/proc/self/ns/pid")
-    return Identity(epoch, loop, registry, boot_id(), namespace, os.getpid(), started)
+    return Identity(epoch, loop, registry, log, boot_id(), namespace, os.getpid(), started)
 
 
 Slow = Iterator[bytes | None]
@@ -256,6 +257,7 @@ class Answers:
                 "pid": identity.pid,
                 "loop": identity.loop,
                 "registry": identity.registry,
+                "log": identity.log,
                 "uptime_s": round(self._clock.now() - identity.started, 3),
                 "epoch": identity.epoch,
                 "rev": self._registry.rev,

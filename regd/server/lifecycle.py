@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from regd.server.clock import Clock, LoopClock
 from regd.server.connection import Connection
 from regd.server.context import Budget, Context, Room, Sessions
 from regd.server.engine import Engine
+from regd.server.idle import Idle
 from regd.server.listener import Handed, Listeners, raise_open_files
 from regd.server.peers import Peers
 from regd.server.pulse import Pulse
@@ -63,6 +64,8 @@ class Config:
     inherited: Sequence[Handed] = ()  # sockets that listen already, in place of `port` and `unix`
     grace_s: float = DEFAULT_GRACE_S  # for clients to come back and claim what they held
     allowed_uids: Collection[int] = ()  # that may write, besides root and the daemon's own
+    idle_exit_s: float | None = None  # until it ends by itself when nobody needs it; None: it stays
+    log: Path | None = None  # where the log goes, for `stats`; None: to stderr
     limits: Limits = DEFAULT
 
 
@@ -96,6 +99,8 @@ class Server:
         self._engine: Engine | None = None
         self._context: Context | None = None
         self._engine_task: asyncio.Task[None] | None = None
+        self._idle: Idle | None = None
+        self._idled = asyncio.Event()
 
     @property
     def addresses(self) -> list[str]:
@@ -188,7 +193,13 @@ class Server:
             counts = {"watches": len(watches), "waiting": len(waits), "processes": len(reaper.processes)}
             return {**counts, **pulse.described()}
 
-        identity = identify(self._epoch, _loop_name(), str(self._store.path), clock.now())
+        identity = identify(
+            self._epoch,
+            _loop_name(),
+            str(self._store.path),
+            None if config.log is None else str(config.log),
+            clock.now(),
+        )
         self._context = Context(
             limits=limits,
             engine=self._engine,
@@ -226,6 +237,9 @@ class Server:
         context, self._streams = self._context, Streams()
         for each in self._listeners.sockets:
             self._streams.listen(each, lambda: Connection(context))
+        if config.idle_exit_s is not None:
+            self._idle = Idle(clock, config.idle_exit_s, lambda: _quiet(registry, context), self._idle_out)
+            self._idle.start()
         for note in self._listeners.notes:
             log.warning("%s", note)
         log.info("%d registrations at revision %d from %s", len(registry), registry.rev, self._store.path)
@@ -243,9 +257,22 @@ class Server:
         assert self._engine_task is not None
         await asyncio.shield(self._engine_task)
 
+    async def idled(self) -> None:
+        """Wait until nobody has needed it for `idle_exit_s`: it takes no more callers, and is to be stopped."""
+        await self._idled.wait()
+
+    def _idle_out(self) -> None:
+        # In the turn that has found nobody: whoever connects now was never accepted, and is reset without a word.
+        assert self._streams is not None
+        self._streams.deafen()
+        log.info("nothing was registered and nobody connected for %g s: leaving", self._config.idle_exit_s)
+        self._idled.set()
+
     async def stop(self) -> None:
         """Leave in order, with the last commit on disk. Twice is harmless."""
         # 1. Let nobody in.
+        if self._idle is not None:
+            self._idle.close()
         if self._streams is not None:
             self._streams.deafen()
         # 2. Take no more writes; those that wait still land, and are answered.
@@ -279,6 +306,16 @@ class Server:
         self._listeners.close(self._files)
         self._peers.close()
         self._store.close()
+
+
+def _quiet(registry: Registry, context: Context) -> Hashable | None:
+    """Return None while something is registered or somebody connected, else a mark of all that was before.
+
+    A watcher that was killed looks like one that listens on, until it is told its next `progress`.
+    """
+    if len(registry) or context.connections:
+        return None
+    return registry.rev, context.tally.connections_accepted, context.tally.connections_refused
 
 
 def _within_open_files(limits: Limits) -> Limits:

@@ -145,13 +145,14 @@ def running(path: str | os.PathLike[str] | None = None) -> Iterator[Registry]:
 
 @contextlib.contextmanager
 def found_by_children(registry: Registry) -> Iterator[Registry]:
-    """Name a registry in `REGD_ADDRESS`, and put back what was there."""
-    before = os.environ.get(VARIABLE)
+    """Name a registry in `REGD_ADDRESS`, and put back what was there.
+
+    None is started on demand meanwhile: when a test has ended its own, nobody is to come in its place.
+    """
+    before = {each: os.environ.pop(each, None) for each in (VARIABLE, "REGD_AUTOSTART")}
     os.environ[VARIABLE] = registry.address
     try:
         yield registry
     finally:
-        if before is None:
-            os.environ.pop(VARIABLE, None)
-        else:
-            os.environ[VARIABLE] = before
+        os.environ.pop(VARIABLE, None)
+        os.environ.update({each: value for each, value in before.items() if value is not None})

@@ -11,6 +11,7 @@ import pytest
 
 import regd
 from tests.support.daemon import Daemon, environment
+from tests.support.demand import demand
 
 
 def run(daemon: Daemon, *flags: str, uid: int | None = None) -> tuple[int, str, str]:
@@ -158,3 +159,45 @@ def test_an_acknowledged_registration_survives_kill_9(tmp_path: Path) -> None:
                 daemon.end(signal.SIGKILL)
             held = json.loads(daemon.registry.read_bytes())
             assert all(f"n{n}" in held for n in range(acknowledged))
+
+
+def test_a_log_in_a_file_has_all_of_it_and_stats_say_where(tmp_path: Path) -> None:
+    log = tmp_path / "regd.log"
+    log.write_text("before\n")
+    with Daemon(tmp_path / "registry.json", "--log", str(log)) as daemon:
+        daemon.start()
+        with socket.create_connection(("127.0.0.1", daemon.port)) as peer:
+            peer.sendall(b'{"cmd":"stats"}\n')
+            assert json.loads(peer.makefile().readline())["log"] == str(log)
+        status, errors = daemon.end()
+    assert (status, errors) == (0, "")
+    first, *_, last = log.read_text().splitlines()
+    assert (first, last.endswith("INFO SIGTERM: leaving")) == ("before", True)
+
+
+def test_what_goes_wrong_at_the_start_is_told_in_both(process: Daemon, tmp_path: Path) -> None:
+    log = tmp_path / "regd.log"
+    status, out, errors = run(process, "--port", "0", "--log", str(log))
+    assert (status, out) == (1, "")
+    assert log.read_text() == one_line(errors)
+    assert log.stat().st_mode & 0o777 == 0o600
+    status, out, errors = run(process, "--port", "0", "--log", str(tmp_path / "none" / "log"))
+    assert (status, out) == (1, "")
+    assert "cannot write the log" in one_line(errors)
+    assert run(process, "--background")[0] == 2
+    assert run(process, "--idle-exit", "0")[0] == 2
+
+
+def test_in_the_background_it_is_there_when_the_command_has_ended(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path / "registry.json", "--log", str(tmp_path / "log"))
+    with demand(tmp_path) as place:  # which ends it
+        status, out, errors = run(daemon, "--port", "0", "--background")  # its pipes end: nobody else has them
+        assert (status, errors) == (0, "")
+        assert place.daemons() == {int((tmp_path / "registry.json.lock").read_text())}
+        port = int(out.splitlines()[0].rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as peer:
+            peer.sendall(b"ping\n")
+            assert peer.recv(4_096) == b'{"ok":true}\n'
+        status, out, errors = run(daemon, "--port", str(port), "--background")
+        assert (status, out) == (1, "")
+        assert "is taken" in one_line(errors)

@@ -34,6 +34,16 @@ async def nobody(scene: Scene) -> str:
         return await scene.regctl("ping", status=3)
 
 
+@says("regd at … cannot be started: …")
+async def not_started(scene: Scene) -> str:
+    (scene.folder / "state").touch()
+    scene.patch.setenv("XDG_STATE_HOME", str(scene.folder / "state"))
+    scene.patch.setenv("REGD_AUTOSTART", "1")
+    with unused_port() as kept:
+        scene.at(kept.getsockname()[1])
+        return await scene.regctl("ping", status=3)
+
+
 @says("no regd at … (timed out); start one with …, or name another address in REGD_ADDRESS")
 async def silence(scene: Scene) -> str:
     with socket.create_server(("127.0.0.1", 0)) as silent:

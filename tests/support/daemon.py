@@ -83,9 +83,10 @@ class InLoop:
         unix: Path | None = None,
         epoch: str = EPOCH,
         peers: Peers | None = None,
+        idle_exit_s: float | None = None,
     ) -> None:
         self.clock = HandClock()
-        self.config = Config(registry=registry, port=0, limits=limits, unix=unix)
+        self.config = Config(registry=registry, port=0, limits=limits, unix=unix, idle_exit_s=idle_exit_s)
         self.server = Server(self.config, clock=self.clock, files=files, epoch=epoch, peers=peers)
         self.peers: list[Peer] = []
 

@@ -29,6 +29,18 @@ def names(registry: Registry) -> list[str]:
     return [each["name"] for each in registry.instances()]
 
 
+def test_none_is_started_on_demand_in_place_of_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("REGD_AUTOSTART", "1")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with running() as registry:
+        registry.stop()
+        with pytest.raises(regd_client.Unavailable, match="no regd at"):
+            BlockingConnection(registry.address)
+        registry.start()
+    assert os.environ["REGD_AUTOSTART"] == "1"
+    assert not list(tmp_path.iterdir())
+
+
 def test_registries_inside_each_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("REGD_ADDRESS", "tcp://127.0.0.1:1")
     with running() as outer:

@@ -1,0 +1,424 @@
+"""A daemon on demand, with real processes: one, however many ask at once; it outlives who started it."""
+
+import asyncio
+import contextlib
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import regd_client
+from regd_client import blocking, link, starting, wire
+from regd_client.blocking import BlockingConnection
+from tests.support.daemon import WAIT_S, Daemon, InLoop
+from tests.support.demand import SLOW_S, Demand, demand, kept_port, stat
+
+BLOCKING = """
+import sys
+from regd_client.blocking import BlockingConnection
+print("ready", flush=True)
+sys.stdin.readline()
+with BlockingConnection(timeout_s=40.0) as connection:
+    print(connection.ask("stats")["pid"], flush=True)
+    sys.stdin.readline()
+"""
+ASYNC = """
+import asyncio, sys
+from regd_client import Client
+print("ready", flush=True)
+sys.stdin.readline()
+async def main():
+    async with Client(connect_timeout_s=40.0) as client:
+        print((await client.stats())["pid"], flush=True)
+        sys.stdin.readline()
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Demand]:
+    """A place at a Unix socket, which this process asks, too."""
+    monkeypatch.setattr(starting, "_REST_S", 1_000.0)
+    with demand(tmp_path) as made:
+        for key, value in made.environment().items():
+            if key.startswith(("REGD_", "XDG_")) or key == "HOME":
+                monkeypatch.setenv(key, value)
+        yield made
+
+
+def told(program: "subprocess.Popen[str]") -> str:
+    assert program.stdout is not None
+    line = program.stdout.readline()
+    if not line:
+        _, errors = program.communicate(timeout=WAIT_S)
+        raise AssertionError(errors)
+    return line.strip()
+
+
+def tell(program: "subprocess.Popen[str]") -> None:
+    assert program.stdin is not None
+    program.stdin.write("\n")
+    program.stdin.flush()
+
+
+def until(true: Callable[[], bool]) -> None:
+    late = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < late
+        time.sleep(0.01)
+
+
+def pids_of(programs: "list[subprocess.Popen[str]]") -> set[int]:
+    """Have all ask at once, and return the numbers of the daemons that they found."""
+    try:
+        for each in programs:
+            assert told(each) == "ready"
+        for each in programs:
+            tell(each)
+        found = {int(told(each)) for each in programs}
+        for each in programs:
+            _, errors = each.communicate("\n", timeout=WAIT_S)
+            assert (each.returncode, errors) == (0, "")
+        return found
+    finally:
+        for each in programs:
+            each.kill()
+            each.communicate()
+
+
+def pid_of(address: str | None = None) -> int:
+    with BlockingConnection(address, timeout_s=SLOW_S) as connection:
+        return int(connection.ask("stats")["pid"])
+
+
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
+def test_thirty_that_ask_at_once_get_one(tmp_path: Path, tcp: bool) -> None:
+    with demand(tmp_path, tcp) as place:
+        found = pids_of([place.program(ASYNC if number % 5 == 0 else BLOCKING) for number in range(30)])
+        assert len(found) == 1
+        until(lambda: place.daemons() == found)  # whoever waited for it to listen has ended, too
+        assert place.log.count("registrations at revision") == 1, place.log
+        assert "in use" not in place.log, place.log
+        [lock] = place.folder.glob("*.json.lock")
+        assert int(lock.read_text()) in found
+
+
+def test_with_a_state_folder_each_they_get_one_all_the_same(tmp_path: Path) -> None:
+    """No common lock: the daemons' own rule of the taken port decides, and who was refused finds the other."""
+    with demand(tmp_path, tcp=True) as place:
+        programs = [place.program(BLOCKING, XDG_STATE_HOME=str(tmp_path / str(number))) for number in range(5)]
+        found = pids_of(programs)
+        assert len(found) == 1
+        until(lambda: place.daemons() == found)
+
+
+def test_who_was_refused_looks_once_more(here: Demand, tmp_path: Path) -> None:
+    """Somebody without our lock was quicker: that is found, and is no failure."""
+    start = starting.Start(wire.find_address())
+    try:
+        assert start.step() == 0.0  # locked: look again, nobody is there
+        with Daemon(tmp_path / "other" / "registry.json", "--unix", str(tmp_path / "s")) as quicker:
+            quicker.start()
+            while start.step() > 0.0:
+                time.sleep(0.01)
+            assert "in use by another regd" in here.log
+            assert quicker.process is not None
+            assert pid_of() == quicker.process.pid
+    finally:
+        start.close()
+
+
+def test_who_gives_up_leaves_no_zombie_and_the_daemon_comes_all_the_same(here: Demand) -> None:
+    start = starting.Start(wire.find_address())
+    try:
+        start.step()
+        start.step()
+        process = start._process
+        assert process is not None
+        assert "it is being started; its log is" in start.why
+    finally:
+        start.close()
+    until(lambda: process.returncode == 0)  # somebody has waited for it
+    assert pid_of() in here.daemons()
+    assert here.log.count("registrations at revision") == 1
+
+
+def test_it_outlives_its_starter_and_has_nothing_of_it(here: Demand, tmp_path: Path) -> None:
+    (tmp_path / "inherited").touch()
+    code = f"""
+import os, signal
+file = os.open({str(tmp_path / "inherited")!r}, os.O_RDONLY)
+os.set_inheritable(file, True)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+{BLOCKING}"""
+    program = here.program(code, LISTEN_FDS="1", NOTIFY_SOCKET="/nowhere", STATE_DIRECTORY=str(tmp_path / "x"))
+    try:
+        assert told(program) == "ready"
+        tell(program)
+        pid = int(told(program))
+        # No child is left to it, not even one that has ended.
+        until(lambda: not children(program.pid))
+        assert stat(pid)["session"] == str(pid)
+    finally:
+        program.kill()
+        program.communicate()
+    assert pid_of() == pid
+    assert str(tmp_path / "inherited") not in files_of(pid)
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    assert not [each for each in variables if each.startswith((b"REGD_", b"LISTEN_", b"NOTIFY_", b"STATE_"))]
+    assert os.readlink(f"/proc/{pid}/cwd") == "/"
+    assert not (tmp_path / "x").exists()
+    os.kill(pid, signal.SIGTERM)
+    until(lambda: not here.daemons())
+    assert "SIGTERM: leaving" in here.log
+
+
+def files_of(pid: int) -> list[str]:
+    found = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a connection that has just ended
+            found.append(os.readlink(path))
+    assert os.devnull in found
+    return found
+
+
+def children(parent: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if stat(int(path.name))["parent"] == str(parent):
+                found.append(int(path.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_regctl_just_works_and_stats_say_where_it_is(here: Demand) -> None:
+    assert pid_of() in here.daemons()
+    assert here.regctl("ping") == (0, "regd answers\n", "")
+    status, out, _ = here.regctl("stats")
+    assert status == 0
+    said = dict(line.split("  ", 1) for line in out.splitlines() if line.startswith(("registry  ", "log  ")))
+    assert Path(said["registry"]).parent == Path(said["log"]).parent == here.folder
+    assert Path(said["registry"]).stat().st_mode & 0o777 == 0o600
+    assert Path(said["log"]).stat().st_mode & 0o777 == 0o600
+    assert "registrations at revision" in Path(said["log"]).read_text()
+
+
+@pytest.mark.parametrize("command", ["wait", "run"])
+def test_regctl_wait_and_run_start_it(here: Demand, command: str) -> None:
+    if command == "run":
+        done = here.regctl("run", "web", "--wait", "db", "--timeout", "0.5", "--", "true")
+    else:
+        done = here.regctl("wait", "db", "--timeout", "0.5")
+    assert done[0] in (1, 3)  # nobody registered it; 3: the machine was too busy to start the daemon by then
+    assert pid_of() in here.daemons()
+    until(lambda: here.log.count("registrations at revision") == 1)
+
+
+async def test_a_client_whose_daemon_was_killed_starts_another(here: Demand) -> None:
+    async with (
+        regd_client.Client(connect_timeout_s=SLOW_S) as client,
+        client.register("web", 1) as registration,
+    ):
+        first = (await client.stats())["pid"]
+        os.kill(first, signal.SIGKILL)
+        async with asyncio.timeout(SLOW_S):
+            await registration.update({"zone": "a"})  # waits until it is registered again
+            assert (await client.stats())["pid"] != first
+            assert (await client.resolve("web")).meta == {"zone": "a"}
+
+
+async def test_who_comes_while_it_ends_gets_another(here: Demand, tmp_path: Path) -> None:
+    """It takes nobody any more, and the system has connected them all the same: they are reset, and start one."""
+    async with InLoop(tmp_path / "registry.json", unix=tmp_path / "s", idle_exit_s=80.0) as ending:
+        ending.clock.advance(90.0)
+        await ending.server.idled()
+        async with asyncio.timeout(SLOW_S):
+            asyncs = asyncio.create_task(asked())
+            blockings = asyncio.create_task(asyncio.to_thread(pid_of))
+            until_s = time.monotonic() + 0.05
+            while time.monotonic() < until_s:  # so that they wait for an answer, mostly
+                await asyncio.sleep(0)
+            await ending.server.stop()
+            assert {await asyncs, await blockings} == here.daemons()
+
+
+async def asked() -> int:
+    async with regd_client.Client(connect_timeout_s=SLOW_S) as client:
+        return int((await client.stats())["pid"])
+
+
+# Where none is started.
+
+
+@pytest.mark.parametrize("value", [None, "", "0", "true", "11"])
+async def test_off_without_the_variable(here: Demand, value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if value is None:
+        monkeypatch.delenv("REGD_AUTOSTART")
+    else:
+        monkeypatch.setenv("REGD_AUTOSTART", value)
+    await is_not_started(here)
+
+
+async def is_not_started(here: Demand, address: str | None = None) -> None:
+    with pytest.raises(regd_client.Unavailable, match="no regd at"):
+        BlockingConnection(address, timeout_s=0.2)
+    with pytest.raises(regd_client.Unavailable, match="no regd at"):
+        async with regd_client.Client(address, connect_timeout_s=0.2):
+            pass
+    assert not here.folder.exists()
+    assert not here.daemons()
+
+
+async def test_never_for_another_host(here: Demand) -> None:
+    with kept_port() as port:  # 127.0.0.2 is refused as one far away would be, and regd would not listen there
+        await is_not_started(here, f"tcp://127.0.0.2:{port}")
+    for host in ("192.0.2.1", "db.example", "localhost.example", "127.0.0.1.example", "0.0.0.0", "::"):
+        assert not wire.autostarts(wire.Address(host, 1)), host
+    for host in ("127.0.0.1", "::1", "localhost"):
+        assert wire.autostarts(wire.Address(host, 1)), host
+
+
+async def test_never_for_one_that_is_there_and_does_not_answer(here: Demand, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as deaf:
+        deaf.bind(str(tmp_path / "s"))
+        deaf.listen()
+        await is_not_started(here)
+
+
+def test_never_for_who_only_looks_on(here: Demand) -> None:
+    """A doctor, who looks at many addresses, and a shell that completes a line."""
+    assert "nobody listens at" in here.regctl("doctor")[1]
+    names = here.program("from regd.cli.names import names; print(names(None, None))")
+    assert names.communicate(timeout=SLOW_S) == ("None\n", "")
+    assert not here.folder.exists()
+    assert not here.daemons()
+
+
+async def test_never_in_place_of_a_fake(here: Demand, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*where: object) -> Any:
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "the fake has ended")
+
+    async def gone_too(*where: object) -> Any:
+        gone()
+
+    monkeypatch.setattr(blocking, "opener", gone)
+    monkeypatch.setattr(link, "opener", gone_too)
+    await is_not_started(here)
+
+
+async def test_one_that_was_there_is_given_time_to_come_back(
+    here: Demand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "_RESTART_S", 1_000.0)
+    pid = await asyncio.to_thread(pid_of)
+    async with regd_client.Client(connect_timeout_s=0.2) as client:
+        assert (await client.stats())["pid"] == pid
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: not here.daemons())
+        for _ in range(2):  # the first finds the break
+            with pytest.raises(regd_client.Unavailable, match="no regd at"):
+                await client.stats()
+    assert not here.daemons()
+    assert here.log.count("registrations at revision") == 1
+
+
+async def test_never_for_one_that_is_no_regd(here: Demand, tmp_path: Path) -> None:
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 mail ready\r\n")
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_unix_server(greet, tmp_path / "s"):
+        with pytest.raises(regd_client.Unavailable, match="this is no answer of regd"):
+            await regd_client.Client().ping()
+        with pytest.raises(regd_client.Unavailable, match="this is no answer of regd"):
+            await asyncio.to_thread(BlockingConnection)
+    assert not here.folder.exists()
+
+
+# Where it cannot be started.
+
+
+async def refused(address: str | None = None) -> str:
+    """Return what both clients say, which is one clear line."""
+    with pytest.raises(regd_client.Unavailable) as blocking:
+        BlockingConnection(address, timeout_s=SLOW_S)
+    with pytest.raises(regd_client.Unavailable) as asyncs:
+        await regd_client.Client(address, connect_timeout_s=SLOW_S).ping()
+    assert str(blocking.value) == str(asyncs.value)
+    assert blocking.value.code == asyncs.value.code == starting.NOT_STARTED
+    assert "\n" not in str(blocking.value)
+    return str(blocking.value)
+
+
+async def test_a_state_folder_that_cannot_be_had(here: Demand, tmp_path: Path) -> None:
+    (tmp_path / "state").touch()
+    assert await refused() == (
+        f"regd at unix://{tmp_path}/s cannot be started: cannot use {here.folder}: Not a directory; "
+        "give its rights to this user, or name another folder in XDG_STATE_HOME"
+    )
+    status, out, errors = here.regctl("wait", "db", "--timeout", "1000")  # it is not tried again and again
+    assert (status, out) == (3, "")
+    assert errors.startswith(f"regctl: regd at unix://{tmp_path}/s cannot be started: ")
+    assert errors.count("\n") == 1
+
+
+async def test_a_port_of_which_another_program_has_a_half(here: Demand) -> None:
+    """Nobody listens at the address, and the daemon cannot either: its own words, and where its log is."""
+    with kept_port() as port, socket.socket(socket.AF_INET6) as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        other.bind(("::1", port))
+        other.listen()
+        assert await refused(f"tcp://127.0.0.1:{port}") == (
+            f"regd at tcp://127.0.0.1:{port} cannot be started: port {port} on ::1 is taken by another program, or "
+            "by a regd that runs already; stop that one, or name another with --port; "
+            f"its log is {here.folder}/registry-{port}.log"
+        )
+    assert here.log.count("is taken by") == 1  # and for a while it is not tried again
+    assert not list(here.folder.glob("*.json"))
+
+
+async def test_a_client_alone_says_that_there_is_no_daemon(here: Demand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starting, "_package", lambda: None)
+    monkeypatch.setenv("PATH", str(here.place))
+    assert (await refused()).endswith(
+        "there is none to start: this Python has no package regd, and PATH no `regd`"
+    )
+
+
+def test_a_client_alone_takes_the_command_on_the_path(here: Demand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starting, "_package", lambda: None)
+    command = here.place / "bin" / "regd"
+    command.parent.mkdir()
+    command.write_text(f"#!/bin/sh\nexec '{sys.executable}' -m regd \"$@\"\n")
+    command.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", here.environment()["PYTHONPATH"])
+    assert pid_of() in here.daemons()
+
+
+# The end.
+
+
+def test_idle_exit_ends_it_in_order(tmp_path: Path) -> None:
+    with Daemon(tmp_path / "registry.json", "--idle-exit", "1") as daemon:
+        daemon.start()
+        assert daemon.process is not None
+        _, errors = daemon.process.communicate(timeout=WAIT_S)
+        assert daemon.process.returncode == 0
+        daemon.process = None
+    assert errors.splitlines()[-1].endswith(
+        "INFO nothing was registered and nobody connected for 1 s: leaving"
+    ), errors
+    assert not os.path.exists(tmp_path / "registry.json.tmp")
