@@ -21,6 +21,10 @@ def main() -> None:
 
         assert run("regd", "--version").startswith("regd ")
         assert run("regctl", "--version").startswith("regctl ")
+        for shell in ("bash", "zsh", "fish"):
+            assert "regctl" in run("regctl", "completion", shell)
+        for page in ("regctl", "regd"):
+            assert run("regctl", "manual", page).startswith(".TH ")
         code = "import regd_client, pathlib; print(pathlib.Path(regd_client.__file__).with_name('py.typed').exists(), regd_client.Client.__name__)"
         assert run("python", "-c", code) == "True Client\n"
         code = "import regd, pathlib; print(sorted(each.name for each in pathlib.Path(*regd.__path__, 'systemd').rglob('regd.*')))"

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,6 @@ from regd_client.blocking import BlockingConnection
 from tests.support.daemon import Daemon, environment
 from tests.support.shells import Terminal, need, ran, shell_environment
 
-Completed = Callable[..., list[str]]
-
 
 @pytest.fixture
 def names(process: Daemon) -> Daemon:
@@ -28,17 +26,15 @@ def names(process: Daemon) -> Daemon:
     return process
 
 
-def bash(line: str, env: dict[str, str]) -> list[str]:
+def bash(lines: Sequence[str], env: dict[str, str]) -> list[list[str]]:
     """Call the function as bash does, with the words that it cuts."""
-    words = [piece for word in shlex.split(line) for piece in _cut(word)]
-    if line.endswith(" "):
-        words.append("")
-    quoted = " ".join(map(shlex.quote, words))
-    code = (
-        f"source <(regctl completion bash); COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _regctl; "
-        'printf "%s\\n" "${COMPREPLY[@]}"'
-    )
-    return ran([need("bash"), "--norc", "-c", code], env).split()
+    code = ["source <(regctl completion bash)"]
+    for line in lines:
+        words = [piece for word in shlex.split(line) for piece in _cut(word)]
+        words += [""] * line.endswith(" ")
+        quoted = " ".join(map(shlex.quote, words))
+        code.append(f"COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _regctl; echo ${{COMPREPLY[*]}}")
+    return [each.split() for each in ran([need("bash"), "--norc", "-c", "\n".join(code)], env).splitlines()]
 
 
 def _cut(word: str) -> Iterator[str]:
@@ -68,23 +64,33 @@ setopt extended_glob; PS1='rea''dy> '
 """
 
 
-def zsh(line: str, env: dict[str, str]) -> list[str]:
+def zsh(lines: Sequence[str], env: dict[str, str]) -> list[list[str]]:
     """Press TAB on a terminal, and look what zsh takes for possible."""
-    fits = Path(env["HOME"], "fits")
-    fits.unlink(missing_ok=True)
-    settings = Path(env["HOME"], "settings")
+    fits, settings = Path(env["HOME"], "fits"), Path(env["HOME"], "settings")
     settings.write_text(ZSH)
+    found = []
     with Terminal([need("zsh"), "-f", "-i"], env) as terminal:
         terminal.press("source ~/settings\n")
         terminal.seen("ready> ")
-        terminal.press(f"{line}\t")
-        terminal.seen("all seen")
-    return sorted(set(fits.read_text().split())) if fits.exists() else []
+        for line in lines:
+            fits.write_text("")
+            terminal.press(f"\x15{line}\t")
+            terminal.seen("all seen")
+            found.append(sorted(set(fits.read_text().split())))
+    return found
 
 
-def fish(line: str, env: dict[str, str]) -> list[str]:
-    code = f"regctl completion fish | source; complete -C {shlex.quote(line)}"
-    return [each.partition("\t")[0] for each in ran([need("fish"), "--no-config", "-c", code], env).splitlines()]
+def fish(lines: Sequence[str], env: dict[str, str]) -> list[list[str]]:
+    asked = (f"echo (complete -C {shlex.quote(line)} | string replace -r '\\t.*' '')" for line in lines)
+    code = ["regctl completion fish | source", *asked]
+    return [each.split() for each in ran([need("fish"), "--no-config", "-c", "\n".join(code)], env).splitlines()]
+
+
+def completed(shell: str, env: dict[str, str], *lines: str) -> list[list[str]]:
+    """Return what a shell offers at the end of each line."""
+    found = ALL[shell](lines, env)
+    assert len(found) == len(lines)
+    return found
 
 
 ALL = {"bash": bash, "zsh": zsh, "fish": fish}
@@ -107,6 +113,8 @@ CASES = {
     "regctl register ": [],
     "regctl wait db ru": ["run-two", "runner"],
     "regctl completion ": ["bash", "fish", "zsh"],
+    "regctl help re": ["register", "resolve"],
+    "regctl manual ": ["regctl", "regd"],
     "regctl run shop --wait db ru": ["run-two", "runner"],
     "regctl run shop --wait db runner --": [*RUN_OPTIONS, *COMMON_OPTIONS],
     "regctl run ru": [],
@@ -116,14 +124,15 @@ CASES = {
 @pytest.mark.parametrize("shell", SHELLS)
 def test_commands_options_and_names(shell: str, names: Daemon, tmp_path: Path) -> None:
     env = shell_environment(names.addresses[0], tmp_path)
-    for line, wanted in CASES.items():
-        assert sorted(ALL[shell](line, env)) == sorted(wanted), line
+    found = completed(shell, env, *CASES)
+    for (line, wanted), offered in zip(CASES.items(), found, strict=True):
+        assert sorted(offered) == sorted(wanted), line
 
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_value_behind_an_equals_sign(shell: str, names: Daemon, tmp_path: Path) -> None:
     env = shell_environment(names.addresses[0], tmp_path)
-    [found] = ALL[shell]("regctl run shop --wait=d", env)
+    [[found]] = completed(shell, env, "regctl run shop --wait=d")
     assert found.removeprefix("--wait=") == "db"  # fish says all of the word
 
 
@@ -131,37 +140,40 @@ def test_a_value_behind_an_equals_sign(shell: str, names: Daemon, tmp_path: Path
 def test_the_names_are_of_the_daemon_that_the_line_names(shell: str, names: Daemon, tmp_path: Path) -> None:
     nowhere = f"unix://{tmp_path}/none"
     env = shell_environment(nowhere, tmp_path)
-    assert ALL[shell](f"regctl --address {names.addresses[0]} why d", env) == ["db"]
-    assert ALL[shell](f"regctl why --address={names.addresses[0]} d", env) == ["db"]
+    lines = [f"regctl --address {names.addresses[0]} why d", f"regctl why --address={names.addresses[0]} d"]
+    assert completed(shell, env, *lines, "regctl why d") == [["db"], ["db"], []]
     env = shell_environment(names.addresses[0], tmp_path)
-    assert ALL[shell](f"regctl --address {nowhere} why d", env) == []
+    assert completed(shell, env, f"regctl --address {nowhere} why d") == [[]]
 
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_without_a_daemon_or_an_answer_there_are_no_names_and_no_words(shell: str, tmp_path: Path) -> None:
-    assert ALL[shell]("regctl resolve ", shell_environment(f"unix://{tmp_path}/none", tmp_path)) == []
+    assert completed(shell, shell_environment(f"unix://{tmp_path}/none", tmp_path), "regctl resolve ") == [[]]
     with socket.create_server(("127.0.0.1", 0)) as silent:
         env = shell_environment(f"127.0.0.1:{silent.getsockname()[1]}", tmp_path)
-        assert ALL[shell]("regctl resolve ", env) == []
+        assert completed(shell, env, "regctl resolve ") == [[]]
 
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_behind_two_dashes_is_a_command_line_of_its_own(shell: str, names: Daemon, tmp_path: Path) -> None:
     env = shell_environment(names.addresses[0], tmp_path)
     (tmp_path / "unlike-a-name.txt").touch()
-    assert "cksum" in ALL[shell]("regctl run db -- cksu", env)
-    assert "cksum" in ALL[shell]("regctl run --wait db runner --meta a=b web -- cksu", env)
-    assert "--port" not in ALL[shell]("regctl run db -- cksum --po", env)
-    if shell != "bash":  # its function leaves files to readline: see on the terminal
-        assert ALL[shell]("regctl run db -- cksum unl", env) == ["unlike-a-name.txt"]
+    one, other, options, files = completed(
+        shell, env, "regctl run db -- cksu", "regctl run --wait db runner --meta a=b web -- cksu",
+        "regctl run db -- cksum --po", "regctl run db -- cksum unl",
+    )  # fmt: skip
+    assert "cksum" in one
+    assert "cksum" in other
+    assert "--port" not in options
+    assert files == ["unlike-a-name.txt"] or shell == "bash"  # its readline finds files: see on the terminal
 
 
 def test_on_a_terminal_of_bash(names: Daemon, tmp_path: Path) -> None:
     (tmp_path / "unlike-a-name.txt").touch()
-    env = shell_environment(names.addresses[0], tmp_path) | {"PS1": "> "}
+    env = shell_environment(names.addresses[0], tmp_path)
     with Terminal([need("bash"), "--norc", "--noprofile", "-i"], env) as terminal:
-        terminal.press("source <(regctl completion bash); echo re''ady\n")
-        terminal.seen("ready\r\n> ")  # only a prompt reads keys as they are
+        terminal.press("source <(regctl completion bash); PS1='rea''dy> '\n")
+        terminal.seen("ready> ")
         for typed, shown in (
             ("regctl deregi\t", "regctl deregister "),
             ("regctl resolve runn\t", "regctl resolve runner "),
@@ -169,7 +181,7 @@ def test_on_a_terminal_of_bash(names: Daemon, tmp_path: Path) -> None:
             (f"regctl why --address {names.addresses[0]} d\t", "db "),
             ("regctl run x -- cksum unl\t", "cksum unlike-a-name.txt "),
         ):
-            terminal.press(f"{typed}\x15")
+            terminal.press(f"\x15{typed}")
             terminal.seen(shown)
 
 
