@@ -15,7 +15,7 @@ from regd.cli import completion
 from regd.cli.commands import COMMANDS, COMMON, SHELLS
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import Daemon, environment
-from tests.support.shells import Terminal, need, ran, shell_environment
+from tests.support.shells import PATIENT, Terminal, need, ran, shell_environment
 
 
 @pytest.fixture
@@ -148,9 +148,11 @@ def test_the_names_are_of_the_daemon_that_the_line_names(shell: str, names: Daem
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_without_a_daemon_or_an_answer_there_are_no_names_and_no_words(shell: str, tmp_path: Path) -> None:
-    assert completed(shell, shell_environment(f"unix://{tmp_path}/none", tmp_path), "regctl resolve ") == [[]]
+    assert completed(
+        shell, shell_environment(f"unix://{tmp_path}/none", tmp_path, patient=False), "regctl resolve "
+    ) == [[]]
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        env = shell_environment(f"127.0.0.1:{silent.getsockname()[1]}", tmp_path)
+        env = shell_environment(f"127.0.0.1:{silent.getsockname()[1]}", tmp_path, patient=False)
         assert completed(shell, env, "regctl resolve ") == [[]]
 
 
@@ -216,7 +218,7 @@ def test_the_scripts_are_right_in_their_shells(shell: str) -> None:
 
 def regctl_names(address: str, *arguments: str) -> tuple[int, str, str]:
     done = subprocess.run(
-        [sys.executable, "-m", "regd.cli.regctl", "names", *arguments],
+        [sys.executable, "-c", PATIENT.format(python=""), "names", *arguments],
         env=environment(REGD_ADDRESS=address), capture_output=True, text=True, timeout=20, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr

@@ -32,6 +32,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REGD_ADDRESS", raising=False)
     monkeypatch.setattr(wire, "DEFAULT_ADDRESS", "tcp://127.0.0.1:1")
     monkeypatch.setattr(nearby, "_told", lambda: iter(()))
+    monkeypatch.setattr(doctor, "ANSWER_S", 10 * WAIT_S)  # a tenth of it for others
 
 
 def wrong(address: str) -> dict[str, Finding]:
