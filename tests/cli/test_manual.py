@@ -62,6 +62,13 @@ def test_roff_has_no_complaint(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PAGES)
+def test_what_is_to_be_typed_stays_ascii(name: str) -> None:
+    """A bare `-` would become a hyphen, a bare `'` a quotation mark, which no shell takes."""
+    assert re.findall(r"(?<!\\)-.*", manual.page(name)) == []
+    assert re.findall(r".*['`^~].*", manual.page(name)) == []
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_man_shows_it(name: str, tmp_path: Path) -> None:
     path = tmp_path / f"{name}.1"
     path.write_text(regctl("manual", name))
