@@ -198,6 +198,13 @@ async def test_a_user_who_may_only_read(tmp_path: Path) -> None:
         assert f"--allow-uid {os.geteuid()}" in found["rights"].do
 
 
+async def test_the_question_whether_it_may_write_changes_nothing(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    await peer.ask(cmd="register", name=doctor._NOBODY, port=1, host="far.example")  # even if there is one
+    assert await wrong_of(daemon) == {}
+    assert (await peer.ask(cmd="stats"))["rev"] == 1
+
+
 async def test_limits_that_are_near(tmp_path: Path) -> None:
     limits = replace(DEFAULT, registrations_max=5, watches_total_max=5)
     async with InLoop(tmp_path / "registry.json", limits=limits) as daemon:
