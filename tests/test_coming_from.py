@@ -104,7 +104,11 @@ def test_the_script_is_run(part: str, shell: Shell) -> None:
     [script] = re.findall(r"^```sh\n(.*?)^```", PARTS[part], re.MULTILINE | re.DOTALL)
     told = shell.begin(f"set -e\n{script}echo done\nwait").stdout
     assert told is not None
-    said = "".join(iter(told.readline, "done\n"))
+    said = ""
+    while not said.endswith("done\n"):
+        line = told.readline()
+        assert line, f"it ended: {said}"
+        said += line
     [accepts] = re.findall("^db accepts connections at (.*)", said, re.MULTILINE)
     [found] = re.findall("^the database is at (.*)", said, re.MULTILINE)
     assert accepts == found
