@@ -79,9 +79,8 @@ class Listeners:
             self._clear(path)
             self.sockets.append(_unix(path))
         except Held as held:
-            raise ListenError(
-                f"{path} is in use by another regd{held}; stop that one, or name another with --unix"
-            ) from None
+            do = "name" if held.elsewhere else "stop that one, or name"
+            raise ListenError(f"{path} is in use by another regd{held}; {do} another with --unix") from None
         except OSError as error:
             why = error.strerror or str(error)  # a path that is too long has no errno
             raise ListenError(f"cannot listen on {path}: {why}; name another with --unix") from None

@@ -16,6 +16,9 @@ from typing import NamedTuple
 _NEVER_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL)
 
 
+_HOLDER_BYTES = 512
+
+
 class Print(NamedTuple):
     """What tells whether a file is still the one that we wrote."""
 
@@ -26,7 +29,14 @@ class Print(NamedTuple):
 
 
 class Held(Exception):
-    """Another process has the lock. Its text names that process, or is empty."""
+    """Another process has the lock. Its text says which, as far as that is known, or is empty.
+
+    `elsewhere`: that process runs on another machine or in another container, so its number means nothing here.
+    """
+
+    def __init__(self, who: str = "", *, elsewhere: bool = False) -> None:
+        super().__init__(who)
+        self.elsewhere = elsewhere
 
 
 class Files:
@@ -102,13 +112,13 @@ class Files:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with contextlib.suppress(OSError):  # the number is a courtesy, also on a full disk
+            with contextlib.suppress(OSError):  # the words are a courtesy, also on a full disk
                 os.ftruncate(fd, 0)
-                os.write(fd, b"%d\n" % os.getpid())
+                os.write(fd, f"{os.getpid()}\n{' '.join(_place())} {os.uname().nodename}\n".encode())
         except BlockingIOError:
-            holder = os.read(fd, 20).strip()
+            text = os.read(fd, _HOLDER_BYTES).decode(errors="replace")
             os.close(fd)
-            raise Held(f" (process {int(holder)})" if holder.isdigit() else "") from None
+            raise _held(text) from None
         except BaseException:
             os.close(fd)
             raise
@@ -116,3 +126,24 @@ class Files:
 
     def unlock(self, fd: int) -> None:
         os.close(fd)
+
+
+def _place() -> list[str]:
+    """Return what tells where process numbers mean the same: this boot of a machine, and the pid namespace."""
+    boot, namespace = os.uname().nodename, "-"
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    with contextlib.suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")
+    return [boot, namespace]
+
+
+def _held(text: str) -> Held:
+    """Make the exception from what the holder wrote into its lock file."""
+    pid, _, rest = text.partition("\n")
+    words, place = rest.split(), _place()
+    if len(words) == 3 and words[:2] != place:
+        host = "".join(each for each in words[2] if each.isprintable())
+        where = f"on the machine {host}" if words[0] != place[0] else f"in another container, {host}"
+        return Held(f" {where}", elsewhere=True)
+    return Held(f" (process {pid})" if pid.isdecimal() and len(pid) <= 10 else "")

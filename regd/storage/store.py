@@ -49,6 +49,10 @@ class Store:
             lock = self.path.with_name(self.path.name + ".lock")
             self._lock = self._files.lock(lock)
         except Held as held:
+            if held.elsewhere:
+                raise StorageError(
+                    f"{self.path} is in use by a regd{held}; name a file that only this one uses with --registry"
+                ) from None
             raise StorageError(
                 f"{self.path} is in use by another regd{held}; stop that one, or name another file "
                 "with --registry"
