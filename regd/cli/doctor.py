@@ -149,7 +149,8 @@ def _elsewhere(at: wire.Address, epoch: str | None) -> Iterator[Finding]:
 def _rights(daemon: _Daemon) -> Iterator[Finding]:
     reply = daemon.connection.ask("deregister", **{"name": _NOBODY, "if": 0})
     if reply.get("error") == "denied":
-        do = f"start that regd with --allow-uid {os.geteuid()}, or run one of your own"
+        do = "run a regd of your own (--port off --unix PATH) and set REGD_ADDRESS=unix://PATH; "
+        do += f"or have that one started with --allow-uid {os.geteuid()}"
         yield Finding("rights", "this user may only read", do)
     else:
         yield Finding("rights", "this user may read and write")

@@ -246,6 +246,8 @@ class Connection(asyncio.Protocol):
             if item.fatal:
                 context.complain(self._transport.get_extra_info("peername"), item.seen)
                 self._end()
+            elif context.events.logs_requests:
+                context.events.bad_line(self.peer, self._asker.uid, item.refusal)
             return self._error(item.refusal)
         try:
             reply = self._do(item)
@@ -253,7 +255,10 @@ class Connection(asyncio.Protocol):
             if self._in_flight:  # the engine takes no more, and replies before this one are not out yet
                 self._held_up = item
                 return None
+            context.events.refused(self.peer, self._asker.uid, item, refusal)
             reply = self._error(refusal, item.id)
+        if context.events.logs_requests and self._held_up is None:
+            context.events.request(self.peer, self._asker.uid, item)
         context.tally.requests[item.cmd] += self._held_up is None
         return reply
 
@@ -261,7 +266,7 @@ class Connection(asyncio.Protocol):
         """Return the reply, None where it comes later."""
         context, command = self._context, COMMANDS[request.cmd]
         if command.guarded and self._is_guest:
-            raise context.denied(self._transport.get_extra_info("peername"), self._asker.uid, request.cmd)
+            raise context.denied(self._asker.uid)
         if command.writes:
             size = request.weight_bytes
             self._kept.check(size)
@@ -354,6 +359,8 @@ class Connection(asyncio.Protocol):
         def done(outcome: bytes | Refused) -> None:
             self._in_flight -= 1
             self._kept.give(size)
+            if isinstance(outcome, Refused):
+                self._context.events.refused(self.peer, self._asker.uid, request, outcome)
             if self._ending or self._transport.is_closing():
                 return
             if isinstance(outcome, Refused):

@@ -15,6 +15,7 @@ from regd.protocol import messages
 from regd.server.answers import Answers
 from regd.server.clock import Clock
 from regd.server.engine import Engine
+from regd.server.event_log import EventLog
 from regd.server.peers import Peers
 from regd.server.pulse import Pulse
 from regd.server.reaper import Reaper
@@ -105,6 +106,7 @@ class Context:
     output: Budget
     kept: Room
     kept_of_guests: Room
+    events: EventLog
     connections: "set[Connection]" = field(default_factory=set)
     sessions: "Sessions" = field(default_factory=lambda: Sessions())
     alone: asyncio.Event = field(default_factory=asyncio.Event)  # set when the last connection has gone
@@ -115,15 +117,17 @@ class Context:
         self.tally.strangers += 1
         self._complain("refused %s, which does not speak regd: %r…", peer_text(peer), seen)
 
-    def denied(self, peer: object, uid: int | None, cmd: str) -> Refused:
-        """Log a user who may not write, and return what to answer."""
-        who = "a user that the system does not tell" if uid is None else f"user {uid}"
-        self._complain("denied %s a %s: it is of %s", peer_text(peer), cmd, who)
+    @staticmethod
+    def denied(uid: int | None) -> Refused:
+        """Return what to answer a user who may not write. Most want a registry of their own."""
+        own = "run a regd of your own, `regd --port off --unix PATH`, and set REGD_ADDRESS=unix://PATH"
         if uid is None:
-            why = "the system does not tell which user you are, so you may only read"
-        else:
-            why = f"user {uid} may only read here; start regd with --allow-uid {uid}, or run one of your own"
-        return Refused(Code.DENIED, why)
+            return Refused(
+                Code.DENIED, f"the system does not tell regd which user you are, so you may only read; {own}"
+            )
+        return Refused(
+            Code.DENIED, f"user {uid} may only read here; {own}; or have this one started with --allow-uid {uid}"
+        )
 
     def _complain(self, text: str, *values: object) -> None:
         """Log one line of a kind in a while: a flood of strangers must not flood the log."""

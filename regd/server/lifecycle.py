@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +20,9 @@ from regd.server.clock import Clock, LoopClock
 from regd.server.connection import Connection
 from regd.server.context import Budget, Context, Room, Sessions
 from regd.server.engine import Engine
+from regd.server.event_log import EventLog
 from regd.server.idle import Idle
-from regd.server.listener import Handed, Listeners, raise_open_files
+from regd.server.listener import Handed, ListenError, Listeners, raise_open_files
 from regd.server.peers import Peers
 from regd.server.pulse import Pulse
 from regd.server.reaper import Reaper
@@ -37,6 +39,7 @@ log = logging.getLogger("regd")
 
 DEFAULT_GRACE_S = 30.0
 DEFAULT_PORT = 7343  # "REGD" on a phone's keys
+_CONNECTIONS_MIN = 16  # fewer are of no use
 _GOODBYE_S = 2.0  # for replies to leave before the connections are cut
 
 
@@ -44,26 +47,50 @@ def default_registry(environment: Mapping[str, str]) -> Path:
     """Return where the registry is kept when nobody says: the service manager's place, or the user's.
 
     Raises:
-        StorageError: this user has no home.
+        StorageError: the environment names no such place.
     """
-    if folder := environment.get("STATE_DIRECTORY"):
-        return Path(folder.partition(":")[0]) / "registry.json"  # systemd.exec(5): may be several
-    home = environment.get("XDG_STATE_HOME")
+    if folders := environment.get("STATE_DIRECTORY"):
+        folder = folders.partition(":")[0]  # systemd.exec(5): may be several
+        if not os.path.isabs(folder):
+            raise StorageError(
+                f"STATE_DIRECTORY is {folder!r}, not a path from / on; name a file with --registry"
+            )
+        return Path(folder) / "registry.json"
+    base = environment.get("XDG_STATE_HOME", "")
+    if os.path.isabs(base):  # else it is to be ignored (XDG Base Directory Specification)
+        return Path(base) / "regd" / "registry.json"
+    return _home() / ".local" / "state" / "regd" / "registry.json"
+
+
+def _home() -> Path:
+    """Return this user's home folder, which is there.
+
+    Raises:
+        StorageError: HOME is no such folder, or is not set and the system knows none.
+    """
+    text = os.environ.get("HOME")
     try:
-        base = Path(home) if home and os.path.isabs(home) else Path.home() / ".local" / "state"
+        home = Path(text) if text is not None else Path.home()
     except RuntimeError:
         raise StorageError("this user has no home to keep the registry in; name a file with --registry") from None
-    return base / "regd" / "registry.json"
+    if not home.is_absolute() or not home.is_dir():
+        shown = repr(str(text)) if text is not None else str(home)
+        raise StorageError(
+            f"the home folder of this user, {shown}, is not there to keep the registry in; "
+            "correct HOME, or name a file with --registry"
+        )
+    return home
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     registry: Path
-    port: int = DEFAULT_PORT
+    port: int | None = DEFAULT_PORT  # None: no TCP
     unix: Path | None = None
     inherited: Sequence[Handed] = ()  # sockets that listen already, in place of `port` and `unix`
     grace_s: float = DEFAULT_GRACE_S  # for clients to come back and claim what they held
     allowed_uids: Collection[int] = ()  # that may write, besides root and the daemon's own
+    allow_any_user: bool = False  # every user may write
     idle_exit_s: float | None = None  # until it ends by itself when nobody needs it; None: it stays
     log: Path | None = None  # where the log goes, for `stats`; None: to stderr
     limits: Limits = DEFAULT
@@ -91,7 +118,7 @@ class Server:
         self._pulse = Pulse(self._clock)
         self._kept = Room(config.limits.kept_bytes_max)
         self._kept_of_guests = Room(config.limits.guests_kept_bytes_max)
-        self._peers = peers or Peers(config.allowed_uids)
+        self._peers = peers or Peers(config.allowed_uids, anyone=config.allow_any_user)
         self._listeners = Listeners()
         self._streams: Streams | None = None
         self._store = Store(config.registry, log.warning, self._files)
@@ -99,6 +126,7 @@ class Server:
         self._engine: Engine | None = None
         self._context: Context | None = None
         self._engine_task: asyncio.Task[None] | None = None
+        self._events: EventLog | None = None
         self._idle: Idle | None = None
         self._idled = asyncio.Event()
 
@@ -162,15 +190,19 @@ class Server:
         limits = _within_open_files(config.limits)
         # 1. Addresses first: a second regd must end here, before it touches a file.
         self._listen(config)
-        self._peers.open(self._listeners.sockets)
         # 2. The registry: locked, read, and made where it is missing.
+        folder = self._store.path.parent
+        is_new = not folder.exists()
         document = self._store.open(self._clock.wall())
+        if is_new:
+            log.info("made the folder %s, which was not there", folder)
         self._store.make()
         # 3. The parts.
         clock, tally, sessions, pulse = self._clock, Tally(), Sessions(), self._pulse
         registry = Registry(document.entries, document.rev, limits, now=clock.now(), claim_s=config.grace_s)
         self._registry = registry
-        replies = Replies()
+        self._events = events = EventLog(clock, sessions.peer_of)
+        replies = Replies(remembers=not events.logs_requests)  # what is remembered is answered without a request
         registry.touched = replies.forget
         watches = Watches(registry, clock, limits, pulse, self._epoch)
         waits = Waits(registry, clock, limits, pulse)
@@ -179,6 +211,7 @@ class Server:
         def landed(changes: Sequence[Change]) -> None:
             watches.landed(changes)
             waits.landed(changes)
+            events.changes(changes)
 
         def settled(lost: Sequence[Lost], free: set[Process]) -> None:
             reaper.settled(free)
@@ -228,6 +261,7 @@ class Server:
             output=Budget(limits.output_bytes_total_max),
             kept=self._kept,
             kept_of_guests=self._kept_of_guests,
+            events=events,
             sessions=sessions,
         )
         reaper.start()
@@ -247,9 +281,10 @@ class Server:
     def _listen(self, config: Config) -> None:
         if config.inherited:
             self._listeners.inherit(config.inherited)
-            return
-        self._listeners.open_tcp(config.port)
-        if config.unix is not None:
+        elif config.port is not None:
+            self._listeners.open_tcp(config.port)
+        self._peers.open(self._listeners.sockets)
+        if config.unix is not None and not config.inherited:
             self._listeners.open_unix(config.unix, self._files)
 
     async def failed(self) -> None:
@@ -286,6 +321,8 @@ class Server:
             self._context.waits.close()
             self._context.reaper.close()
             self._pulse.close()
+        if self._events is not None:
+            self._events.close()
         if self._streams is not None:
             self._streams.close()
         # 4. Addresses, lock.
@@ -319,15 +356,31 @@ def _quiet(registry: Registry, context: Context) -> Hashable | None:
 
 
 def _within_open_files(limits: Limits) -> Limits:
-    """Raise how many files may be open, and share out what there is between connections and processes."""
+    """Raise how many files may be open, and share out what there is between connections and processes.
+
+    Raises:
+        ListenError: there are too few to be of use.
+    """
     wanted = limits.connections_max + limits.processes_max
     there = raise_open_files(wanted + limits.probes_max)
     if there >= wanted + limits.probes_max:
         return limits
     share = there / (wanted + limits.probes_max)
+    connections, files = int(limits.connections_max * share), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if connections < _CONNECTIONS_MIN:
+        raise ListenError(
+            f"this process may open {files} files, too few for {_CONNECTIONS_MIN} connections; "
+            "raise the limit to 1024 or more (ulimit -Hn; LimitNOFILE= in a unit)"
+        )
+    log.warning(
+        "this process may open %d files (ulimit -Hn): regd takes %d connections at a time, not %d",
+        files,
+        connections,
+        limits.connections_max,
+    )
     return replace(
         limits,
-        connections_max=max(1, int(limits.connections_max * share)),
+        connections_max=connections,
         processes_max=max(1, int(limits.processes_max * share)),
         probes_max=max(1, int(limits.probes_max * share)),
     )

@@ -2,7 +2,8 @@
 
 A Unix socket knows its peer (unix(7), SO_PEERCRED). Of a loopback TCP connection the kernel is asked for the
 peer's own end, by netlink (sock_diag(7), linux/inet_diag.h): one question and one answer, where the text table
-would cost time in proportion to all sockets. Where there is no such netlink, the text table it is.
+would cost time in proportion to all sockets. Where there is no such netlink, the text table is read.
+In a user namespace, all users that it does not map look alike (user_namespaces(7)): that number names nobody.
 Must not know lines.
 """
 
@@ -11,11 +12,18 @@ import logging
 import os
 import socket
 import struct
+import sys
 from collections.abc import Callable, Collection, Sequence
+
+from regd.server.listener import ListenError
 
 log = logging.getLogger("regd")
 
 ROOT = 0
+ALL_USERS = 2**32 - 1  # how many there are; as a number it is nobody's, and written as -1
+
+_OVERFLOW_UID = 65_534  # where the kernel does not say; its default
+_LINUX = sys.platform == "linux"
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
@@ -38,16 +46,56 @@ End = tuple[str, int]  # an address and a port
 Ask = Callable[[End, End], int | None]
 
 
-class Peers:
-    """`allowed` are the users that may write, besides root and the daemon's own."""
+def unmapped_uid() -> int | None:
+    """Return the number that stands for every user without a mapping here; None where all users are mapped.
 
-    def __init__(self, allowed: Collection[int] = ()) -> None:
-        self._may_write = {ROOT, os.geteuid(), *allowed}
+    Source: user_namespaces(7), "Unmapped user and group IDs".
+    """
+    try:
+        with open(_UID_MAP, encoding="ascii") as file:
+            mapped = sum(int(line.split()[2]) for line in file)
+    except FileNotFoundError:
+        # A kernel without user namespaces, where all users are what they seem; or no /proc, which tells nothing.
+        mapped = ALL_USERS if not _LINUX or os.path.isdir("/proc/self") else 0
+    except (OSError, ValueError, IndexError):
+        mapped = 0
+    if mapped >= ALL_USERS:
+        return None
+    try:
+        with open(_OVERFLOW, encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return _OVERFLOW_UID
+
+
+class Peers:
+    """Identifies the users at the other ends of connections.
+
+    `allowed` are the users that may write, besides root and the daemon's own; `anyone`: all users may.
+    """
+
+    def __init__(self, allowed: Collection[int] = (), *, anyone: bool = False) -> None:
+        self._unmapped = unmapped_uid()
+        self._may_write = {ROOT, os.geteuid(), *allowed} - {self._unmapped, ALL_USERS}
+        self._anyone = anyone
+        self._tells_nobody = False  # of TCP, and this system is not expected to
         self._ask: Ask | None = None
         self._netlink: socket.socket | None = None
 
     def open(self, listeners: Sequence[socket.socket]) -> None:
-        """Find out how the system can be asked, by asking for a socket that is known to be there."""
+        """Find out how the system can be asked, by asking for a socket that is known to be there.
+
+        Raises:
+            ListenError: on Linux, the kernel does not identify TCP peers, and not every user may write.
+        """
+        if self._anyone:
+            log.warning("every user of this machine may write (--allow-any-user)")
+        elif os.geteuid() == self._unmapped:
+            log.warning(
+                "the user that regd runs as is not mapped in this user namespace (%s), so its programs may only "
+                "read; map it, as `unshare --map-root-user` does",
+                _UID_MAP,
+            )
         tcp = [each for each in listeners if each.family != socket.AF_UNIX]
         if not tcp:  # a Unix socket knows its peer
             return
@@ -63,10 +111,18 @@ class Peers:
         except (OSError, AttributeError):  # AttributeError: not Linux
             pass
         self.close()
-        if any(os.path.exists(table) for table in _TABLES):
+        if is_in_table(here):
             self._ask = by_table
-            return
-        log.warning("this system does not tell whose a connection is: any user of this machine may write")
+        elif not _LINUX:
+            self._tells_nobody = True
+            if not self._anyone:
+                log.warning("this system does not tell whose a connection is: any user of this machine may write")
+        elif not self._anyone:
+            raise ListenError(
+                "cannot tell which user is at the other end of a TCP connection: this process has neither "
+                "AF_NETLINK nor /proc/net/tcp; listen on a Unix socket alone with --port off --unix PATH, "
+                "or let every user of this machine write with --allow-any-user"
+            )
 
     def close(self) -> None:
         """Twice is harmless."""
@@ -78,17 +134,20 @@ class Peers:
     def uid_of(self, connection: socket.socket) -> int | None:
         """Return the user at the other end, None where nobody can tell."""
         if connection.family == socket.AF_UNIX:
-            return _unix_uid(connection)
+            return self._known(_unix_uid(connection))
         if self._ask is None:
             return None
         try:
-            return self._ask(connection.getpeername()[:2], connection.getsockname()[:2])
+            return self._known(self._ask(connection.getpeername()[:2], connection.getsockname()[:2]))
         except OSError:
             return None  # the peer has gone already
 
+    def _known(self, uid: int | None) -> int | None:
+        return None if uid in (self._unmapped, ALL_USERS) else uid
+
     def may_write(self, uid: int | None) -> bool:
-        """Whether this user may write; one that is unknown may where the system tells of nobody."""
-        return uid in self._may_write or (uid is None and self._ask is None)
+        """Whether this user may write. An unknown one may only read, but where the system tells of nobody."""
+        return self._anyone or uid in self._may_write or (uid is None and self._tells_nobody)
 
     # Netlink.
 
@@ -151,35 +210,50 @@ def owner(row: bytes) -> int | None:
 
 
 def _unix_uid(connection: socket.socket) -> int | None:
+    if not hasattr(socket, "SO_PEERCRED"):  # not Linux: the socket's mode has to do
+        return os.geteuid()
     try:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    except (OSError, AttributeError):  # not Linux: the socket's mode has to do
-        return os.geteuid()
-    return int(struct.unpack("=iII", credentials)[1])
+        return int(struct.unpack("=iII", credentials)[1])
+    except (OSError, struct.error):
+        return None
 
 
 # The text table (proc_net_tcp in the kernel's documentation).
 
 _TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
+_UID_MAP = "/proc/self/uid_map"
+_OVERFLOW = "/proc/sys/kernel/overflowuid"
 
 
 def by_table(theirs: End, ours: End) -> int | None:
     """Return the owner of the connection from `theirs` to `ours`. A mapped peer stands in the second table."""
     for table in _TABLES:
-        try:
-            with open(table, encoding="ascii") as file:
-                rows = file.read().splitlines()[1:]
-        except OSError:
-            continue
+        rows = _rows(table)
         for mapped in ("", "::ffff:") if table == _TABLES[1] else ("",):
             if mapped and _family(theirs[0]) == socket.AF_INET6:
                 continue
             wanted = [_hex(mapped + host, port) for host, port in (theirs, ours)]
-            for row in rows:
-                fields = row.split()
+            for fields in rows:
                 if fields[1:3] == wanted and int(fields[3], 16) != _TCP_LISTEN:
                     return int(fields[7]) if int(fields[9]) else None
     return None
+
+
+def is_in_table(listener: End) -> bool:
+    """Whether the text tables can be read, and show a socket that listens there."""
+    wanted = _hex(*listener)
+    return any(
+        fields[1] == wanted and int(fields[3], 16) == _TCP_LISTEN for table in _TABLES for fields in _rows(table)
+    )
+
+
+def _rows(table: str) -> list[list[str]]:
+    try:
+        with open(table, encoding="ascii") as file:
+            return [row.split() for row in file.read().splitlines()[1:]]
+    except OSError:
+        return []
 
 
 def _hex(host: str, port: int) -> str:

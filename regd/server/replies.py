@@ -23,7 +23,8 @@ _REPLY_BYTES_MAX = 65_536  # and with what: the peer may read none of it
 class Replies:
     """`known` has the replies by line, as it stands, with its line feed; `count` is how many were given."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, remembers: bool = True) -> None:
+        self._remembers = remembers
         self.known: dict[bytes, bytes] = {}
         self._known = self.known.__getitem__
         self.count = 0
@@ -59,7 +60,8 @@ class Replies:
 
     def remember(self, entry: Entry) -> None:
         """Say the same again of this one's name, until it is forgotten."""
-        self.known[_line(entry.name.encode())] = messages.resolved(None, entry)
+        if self._remembers:
+            self.known[_line(entry.name.encode())] = messages.resolved(None, entry)
 
     def forget(self, name: str) -> None:
         """What was said of a name may not be true any more."""

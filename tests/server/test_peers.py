@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from regd.server import peers
+from regd.server.listener import ListenError
 from regd.server.peers import Peers, by_table, is_connection, owner, question
 from tests.support.daemon import Daemon, InLoop, environment
 from tests.support.peers import STRANGER, Told
@@ -151,7 +153,10 @@ def test_a_unix_socket_that_comes_first_changes_nothing(tmp_path: Path, monkeypa
         assert asked.uid_of(ours) == os.geteuid()
         monkeypatch.setattr(peers, "_TABLES", ())
         alone.open([unix])
-        assert alone.uid_of(unix) is not None
+        assert alone.uid_of(unix) is None, "nobody is connected: that names no user"
+        here, there = socket.socketpair()
+        with here, there:
+            assert alone.uid_of(here) == os.geteuid()
     for each in (first, asked, alone):
         each.close()
 
@@ -176,17 +181,178 @@ def test_without_netlink_the_text_table_is_read(monkeypatch: pytest.MonkeyPatch)
         assert asked.uid_of(ours) == os.geteuid()
 
 
-def test_where_the_system_tells_nothing_anybody_may_write_and_that_is_told(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def telling_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "_NETLINK_SOCK_DIAG", 31)
     monkeypatch.setattr(peers, "_TABLES", ("/nowhere",))
+
+
+def test_outside_linux_anybody_may_write_and_that_is_told(
+    telling_nothing: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(peers, "_LINUX", False)
     asked = Peers()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         asked.open([listener])
     assert asked.may_write(None)
     assert not asked.may_write(STRANGER)  # a Unix socket tells, whatever TCP does
     assert "any user of this machine may write" in caplog.text
+
+
+@linux
+def test_on_linux_tcp_is_refused_where_the_kernel_does_not_tell(telling_nothing: None) -> None:
+    asked = Peers()
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        pytest.raises(ListenError, match=r"--port off --unix PATH.*--allow-any-user"),
+    ):
+        asked.open([listener])
+    assert not asked.may_write(None)
+
+
+@linux
+def test_allow_any_user_lets_unknown_users_write_and_says_so(
+    telling_nothing: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = Peers(anyone=True)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        asked.open([listener])
+    assert asked.may_write(None)
+    assert asked.may_write(STRANGER)
+    assert "every user of this machine may write (--allow-any-user)" in caplog.text
+
+
+@linux
+def test_a_table_that_does_not_show_the_listener_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another network namespace, for example: no peer would ever be found in it."""
+    (tmp_path / "tcp").write_text(TABLE)
+    monkeypatch.setattr(peers, "_NETLINK_SOCK_DIAG", 31)
+    monkeypatch.setattr(peers, "_TABLES", (str(tmp_path / "tcp"),))
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(ListenError):
+        Peers().open([listener])
+
+
+def test_a_unix_socket_that_does_not_tell_its_peer_lets_it_only_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not TCP is listened on: unknown is never allowed."""
+    asked = Peers()
+    asked.open([])
+    with socket.socket(socket.AF_UNIX) as unconnected:
+        assert not asked.may_write(asked.uid_of(unconnected))
+    assert not asked.may_write(None)
+    assert not asked.may_write(peers.ALL_USERS)
+
+
+# User namespaces: by values, and real ones.
+
+OVERFLOW = 65_534
+
+
+@pytest.fixture
+def in_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let Peers see a user namespace that maps 1000 users, in which 65534 stands for all others."""
+    (tmp_path / "uid_map").write_text("         0     100000       1000\n")
+    (tmp_path / "overflowuid").write_text(f"{OVERFLOW}\n")
+    monkeypatch.setattr(peers, "_UID_MAP", str(tmp_path / "uid_map"))
+    monkeypatch.setattr(peers, "_OVERFLOW", str(tmp_path / "overflowuid"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("uid_map", "overflow", "unmapped"),
+    [
+        ("0 0 4294967295\n", "65534", None),
+        ("0 0 1000\n1000 1000 4294966295\n", "65534", None),
+        ("0 1000 1\n", "65534", OVERFLOW),
+        ("0 1000 1\n", "99", 99),
+        ("0 1000 1\n", None, OVERFLOW),  # ProcSubset=pid hides it
+        ("", "65534", OVERFLOW),  # nobody is mapped yet
+        ("what\n", "65534", OVERFLOW),
+    ],
+)
+def test_which_number_stands_for_all_users_without_a_mapping(
+    uid_map: str, overflow: str | None, unmapped: int | None, in_namespace: Path
+) -> None:
+    (in_namespace / "uid_map").write_text(uid_map)
+    if overflow is None:
+        (in_namespace / "overflowuid").unlink()
+    else:
+        (in_namespace / "overflowuid").write_text(overflow)
+    assert peers.unmapped_uid() == unmapped
+
+
+def test_a_kernel_without_user_namespaces_maps_all_users(in_namespace: Path) -> None:
+    (in_namespace / "uid_map").unlink()
+    assert peers.unmapped_uid() is None
+
+
+@linux
+def test_an_unmapped_user_is_unknown(in_namespace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Peers()
+    listener, ours, theirs = connection("127.0.0.1")
+    with listener, ours, theirs:
+        asked.open([listener])
+        monkeypatch.setattr(asked, "_ask", lambda theirs, ours: OVERFLOW)
+        assert asked.uid_of(ours) is None
+        monkeypatch.setattr(asked, "_ask", lambda theirs, ours: 999)
+        assert asked.uid_of(ours) == 999
+    asked.close()
+
+
+def test_an_unmapped_daemon_has_no_user_of_its_own(
+    in_namespace: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else all the others without a mapping would be it."""
+    monkeypatch.setattr(os, "geteuid", lambda: OVERFLOW)
+    asked = Peers((OVERFLOW,))
+    asked.open([])
+    assert not asked.may_write(OVERFLOW)
+    assert "is not mapped in this user namespace" in caplog.text
+
+
+def unshared(*how: str) -> list[str]:
+    """Return the beginning of a command that runs in a user namespace."""
+    command = ["unshare", *how, "--"]
+    if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("no user namespaces for this user")
+    return command
+
+
+@linux
+@needs_root
+@pytest.mark.parametrize("via", ["tcp", "unix"])
+def test_a_real_user_that_the_namespace_does_not_map_may_only_read(via: str, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with Daemon(tmp_path / "registry.json", "--unix", str(path), before=unshared("--map-root-user")) as daemon:
+        daemon.start()
+        os.chmod(path, 0o666)
+        for folder in (tmp_path, *tmp_path.parents[:-1]):
+            if "pytest" in str(folder):
+                folder.chmod(0o755)
+        where: int | str = daemon.port if via == "tcp" else str(path)
+        denied, read = ask_as(STRANGER, where, WRITES[0], {"cmd": "list"})
+        assert (denied["error"], read["ok"]) == ("denied", True)
+        assert "--allow-uid" not in str(denied["message"])
+        assert str(OVERFLOW) not in str(denied["message"])
+        [own] = ask_as(0, where, {"cmd": "register", "name": "own", "port": 1})
+        assert own["ok"]
+        _, log = daemon.end()
+    assert "(unknown user): register evil" in log
+
+
+@linux
+def test_the_number_of_all_unmapped_users_is_not_allowed_to_write(tmp_path: Path) -> None:
+    daemon = Daemon(
+        tmp_path / "r.json", "--allow-uid", str(OVERFLOW), before=unshared("--user", "--map-root-user")
+    )
+    done = subprocess.run(
+        daemon.command("--port", "0"), env=environment(), capture_output=True, text=True, timeout=20
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert f"--allow-uid {OVERFLOW}" in done.stderr
+    assert "/proc/self/uid_map" in done.stderr
+    assert not (tmp_path / "r.json").exists()
 
 
 WRITES: list[dict[str, Any]] = [
@@ -204,6 +370,7 @@ READS = ["ping", "hello", "help", "list", "stats"]
 async def test_another_user_reads_and_does_not_write(
     uid: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "regd")
     told = Told()
     told.uid = 0
     async with InLoop(tmp_path / "registry.json", peers=told) as daemon:
@@ -221,6 +388,11 @@ async def test_another_user_reads_and_does_not_write(
         assert (await stranger.ask(cmd="watch"))["ok"]
         told_of = [each for each in caplog.messages if each.startswith("denied")]
         assert len(told_of) == 1, "a flood of them must not flood the log"
+        daemon.clock.advance(1)
+        [first, rest] = [each for each in caplog.messages if each.startswith("denied")]
+        assert ": register evil at 127.0.0.1:1: " in first
+        assert ": renew db: " in rest
+        assert rest.endswith(f"({len(WRITES) - 2} more left out)")
 
 
 @pytest.mark.socket
@@ -248,7 +420,10 @@ AS_ANOTHER = """
 import json, os, socket, sys
 "".encode("idna")  # loaded now: another user may not be able to read this Python
 os.setgroups([]); os.setgid({uid}); os.setuid({uid})
-with socket.create_connection(("127.0.0.1", {port})) as peer:
+where = {where!r}
+peer = socket.socket(socket.AF_UNIX if isinstance(where, str) else socket.AF_INET)
+peer.connect(where if isinstance(where, str) else ("127.0.0.1", where))
+with peer:
     for request in json.loads(sys.argv[1]):
         if request.get("pid") == "own":
             request["pid"] = os.getpid()
@@ -258,8 +433,8 @@ with socket.create_connection(("127.0.0.1", {port})) as peer:
 """
 
 
-def ask_as(uid: int, port: int, *requests: dict[str, Any]) -> list[dict[str, Any]]:
-    script = AS_ANOTHER.format(uid=uid, port=port)
+def ask_as(uid: int, where: int | str, *requests: dict[str, Any]) -> list[dict[str, Any]]:
+    script = AS_ANOTHER.format(uid=uid, where=where)
     done = subprocess.run(
         [sys.executable, "-c", script, json.dumps(requests)],
         env=environment(),
@@ -279,7 +454,7 @@ def test_a_real_other_user_is_denied_and_reads(process: Daemon) -> None:
     assert replies[1]["instances"] == []
     assert process.port
     _, errors = process.end()
-    assert f"it is of user {STRANGER}" in errors
+    assert f"(user {STRANGER}): register evil" in errors
 
 
 @linux
@@ -307,7 +482,7 @@ def test_a_peer_that_has_gone_when_it_is_looked_at_does_not_write(process: Daemo
     assert ask_as(0, process.port, {"cmd": "list"})[0]["instances"] == []
 
 
-@pytest.mark.parametrize("value", ["www-data", "-1", "1.5", "4294967296"])
+@pytest.mark.parametrize("value", ["www-data", "-1", "1.5", "4294967295", "4294967296"])
 def test_a_user_is_given_by_number(value: str, tmp_path: Path) -> None:
     daemon = Daemon(tmp_path / "registry.json", f"--allow-uid={value}")
     done = subprocess.run(daemon.command(), env=environment(), capture_output=True, text=True, timeout=20)

@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -116,10 +117,14 @@ class InLoop:
 
 
 class Daemon:
-    """A daemon in a process of its own, on a free port. `stock` keeps it on asyncio's own loop."""
+    """A daemon in a process of its own, on a free port.
 
-    def __init__(self, registry: Path, *flags: str, stock: bool = True) -> None:
+    `stock` keeps it on asyncio's own loop; `before` is a command that runs it, such as `unshare`.
+    """
+
+    def __init__(self, registry: Path, *flags: str, stock: bool = True, before: Sequence[str] = ()) -> None:
         self.registry = registry
+        self._before = before
         self._flags = flags
         self._stock = stock
         self.process: subprocess.Popen[str] | None = None
@@ -129,7 +134,16 @@ class Daemon:
     def command(self, *flags: str) -> list[str]:
         hide = "import sys; sys.modules['uvloop'] = None; " if self._stock else ""
         start = f"{hide}from regd.cli.regd import main; raise SystemExit(main())"
-        return [sys.executable, "-c", start, "--registry", str(self.registry), *self._flags, *flags]
+        return [
+            *self._before,
+            sys.executable,
+            "-c",
+            start,
+            "--registry",
+            str(self.registry),
+            *self._flags,
+            *flags,
+        ]
 
     def start(self) -> None:
         """Start, again on the same port where it has run before, and wait until it listens."""

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from regd.core.limits import DEFAULT
+from regd.server import peers
+from regd.server.listener import ListenError
 from regd.storage.store import StorageError
 from tests.support.daemon import InLoop
 from tests.support.files import FULL, ToldFiles
@@ -31,6 +33,50 @@ async def port_taken(scene: Scene) -> str:
 async def registry_taken(scene: Scene) -> str:
     async with scene.daemon():
         return await scene.regd("--port", "0", status=1)
+
+
+@says("… is in use by a regd on the machine …; name a file that only this one uses with --registry")
+async def registry_taken_elsewhere(scene: Scene) -> str:
+    async with scene.daemon():
+        lock = scene.folder / "registry.json.lock"
+        pid, boot, place, _ = lock.read_text().split()
+        lock.write_text(f"{pid}\n{boot[::-1]} {place} alpha\n")
+        said = await scene.regd("--port", "0", status=1)
+        assert "alpha" in said
+        assert pid not in said
+        return said
+
+
+@says("cannot tell which user is at the other end of a TCP connection: …; listen on a Unix socket alone with …")
+async def nobody_tells(scene: Scene) -> str:
+    scene.patch.setattr(peers, "_NETLINK_SOCK_DIAG", 31)
+    scene.patch.setattr(peers, "_TABLES", ())
+    with pytest.raises(ListenError) as caught:
+        await InLoop(scene.registry).__aenter__()
+    assert not scene.registry.exists()
+    return str(caught.value)
+
+
+@says("this process may open … files, too few for … connections; raise the limit to 1024 or more (…)")
+async def few_files(scene: Scene) -> str:
+    return await scene.regd("--port", "0", status=1, before=("prlimit", "--nofile=192:192"))
+
+
+@says(
+    "the home folder of this user, …, is not there to keep the registry in; correct HOME, or name a file with …"
+)
+async def no_home(scene: Scene) -> str:
+    scene.patch.setenv("HOME", "home")
+    scene.patch.delenv("XDG_STATE_HOME", raising=False)
+    said = await scene.process("regd", "--port", "0", status=1)
+    assert list(scene.folder.iterdir()) == []
+    return said
+
+
+@says("… is relative, and the current folder cannot be found (…); name a path from / on, or change the folder")
+async def no_current_folder(scene: Scene) -> str:
+    gone = ("sh", "-c", 'mkdir gone && cd gone && rmdir ../gone && exec "$@"', "sh")
+    return await scene.regd("--port", "0", "--registry", "r.json", status=1, before=gone)
 
 
 @says("…: …; nothing was changed: mend the file, or move it away to start empty")
@@ -90,12 +136,20 @@ async def file_edited(scene: Scene) -> str:
     return await scene.logged("another hand")
 
 
-@says("user … may only read here; start regd with --allow-uid …, or run one of your own")
+@says("user … may only read here; run a regd of your own, …, and set REGD_ADDRESS=…; or have this one …")
 async def other_user(scene: Scene) -> str:
     async with scene.daemon(peers=Told()):
         said = await scene.regctl("register", "db", "5432", status=4)
     await scene.logged("denied 127.0.0.1 port ")
     return said
+
+
+@says("the system does not tell regd which user you are, so you may only read; …")
+async def unknown_user(scene: Scene) -> str:
+    told = Told()
+    told.uid = None
+    async with scene.daemon(peers=told):
+        return await scene.regctl("register", "db", "5432", status=4)
 
 
 # The wire.

@@ -6,7 +6,7 @@ Must not know which troubles there are.
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Scene:
         self.folder = folder
         self.registry = folder / "registry.json"
         self.patch = patch
+        log.set_level("INFO", "regd")
         self._log = log
         self._shown = shown
 
@@ -44,9 +45,9 @@ class Scene:
     def at(self, port: int) -> None:
         self.patch.setenv("REGD_ADDRESS", f"tcp://127.0.0.1:{port}")
 
-    async def regd(self, *flags: str, status: int) -> str:
+    async def regd(self, *flags: str, status: int, before: Sequence[str] = ()) -> str:
         """Return what the command says that does not start, without its name before it."""
-        return await self._run("regd", Daemon(self.registry).command(*flags), status)
+        return await self._run("regd", Daemon(self.registry, before=before).command(*flags), status)
 
     async def regctl(self, *arguments: str, status: int, prefix: str = "regctl") -> str:
         """Return what a command says that fails with this status. It runs here, in a thread."""
