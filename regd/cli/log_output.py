@@ -11,7 +11,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,9 @@ class JsonLines(logging.Formatter):
 FORMATS: dict[str, type[TextLines] | type[JsonLines]] = {"text": TextLines, "json": JsonLines}
 
 
-def _rows(record: logging.LogRecord) -> Iterable[tuple[str, dict[str, Any]]]:
+def _rows(record: logging.LogRecord) -> Sequence[tuple[str, dict[str, Any]]]:
     if hasattr(record.msg, "rows"):  # a regd.server.event_log.Message
-        rows: Iterator[tuple[str, dict[str, Any]]] = record.msg.rows()
+        rows: Sequence[tuple[str, dict[str, Any]]] = record.msg.rows
         return rows
     return [(escaped(record.getMessage()), {})]
 

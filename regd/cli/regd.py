@@ -392,7 +392,7 @@ def _reopen(output: LogOutput) -> None:
 def _announce(addresses: Sequence[str]) -> None:
     """Print where regd listens, in one write: who has read the first line may close the pipe."""
     try:
-        print("\n".join(f"listening {each}" for each in addresses), flush=True)
+        print("\n".join(f"listening {escaped(each)}" for each in addresses), flush=True)
     except OSError as error:
         sys.stdout = None  # the interpreter would try once more at its end
         log.warning("cannot write to stdout: %s; listening on %s", error.strerror, ", ".join(addresses))

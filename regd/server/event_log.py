@@ -26,48 +26,36 @@ PeerOf = Callable[[int], str | None]
 class Message:
     """What one call of the logger says: one line or several, each a text with its fields."""
 
-    def __init__(self, text: str, fields: dict[str, Any]) -> None:
-        self._row = (text, fields)
-
-    def rows(self) -> Iterator[Row]:
-        yield self._row
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
 
     def __str__(self) -> str:
-        return "\n".join(text for text, _ in self.rows())
+        return "\n".join(text for text, _ in self.rows)
 
 
-class _Changes(Message):
-    """A batch of changes: one call of the logger for all of them, since a call costs more than a line."""
+def _changes(changes: Sequence[Change], peer_of: PeerOf) -> Iterator[Row]:
+    for rev, op, entry, reason, _ in changes:
+        if op is Op.UP:
+            terms = _terms(entry, peer_of)
+            holder = ", ".join(f"{what} {value}" for what, value in terms.items()) or "static"
+            text = f"up {key_text(entry.key)} at {messages.joined(entry.host, entry.port)}, rev {rev}, {holder}"
+            yield text, _fields(op, entry, rev) | terms
+        elif op is Op.DOWN:
+            text = f"down {key_text(entry.key)} at {messages.joined(entry.host, entry.port)}, rev {rev}: {reason}"
+            yield text, _fields(op, entry, rev) | {"reason": str(reason)}
 
-    def __init__(self, changes: Sequence[Change], peer_of: PeerOf) -> None:
-        self._changes = changes
-        self._peer_of = peer_of
 
-    def rows(self) -> Iterator[Row]:
-        for rev, op, entry, reason, _ in self._changes:
-            if op is Op.UP:
-                terms = self._terms(entry)
-                holder = ", ".join(f"{what} {value}" for what, value in terms.items()) or "static"
-                text = (
-                    f"up {key_text(entry.key)} at {messages.joined(entry.host, entry.port)}, rev {rev}, {holder}"
-                )
-                yield text, _fields(op, entry, rev) | terms
-            elif op is Op.DOWN:
-                address = messages.joined(entry.host, entry.port)
-                text = f"down {key_text(entry.key)} at {address}, rev {rev}: {reason}"
-                yield text, _fields(op, entry, rev) | {"reason": str(reason)}
-
-    def _terms(self, entry: Entry) -> dict[str, Any]:
-        """Return on what a registration depends: its process, connection and lease."""
-        terms: dict[str, Any] = {}
-        for holder in entry.holders[-1:]:
-            if holder.process is not None:
-                terms["pid"] = holder.process.pid
-            if holder.hold and holder.session is not None:
-                terms["connection"] = self._peer_of(holder.session) or "closed"
-            if holder.ttl_s is not None:
-                terms["ttl"] = messages.seconds(holder.ttl_s)
-        return terms
+def _terms(entry: Entry, peer_of: PeerOf) -> dict[str, Any]:
+    """Return on what a registration depends: its process, connection and lease."""
+    terms: dict[str, Any] = {}
+    for holder in entry.holders[-1:]:
+        if holder.process is not None:
+            terms["pid"] = holder.process.pid
+        if holder.hold and holder.session is not None:
+            terms["connection"] = peer_of(holder.session) or "closed"
+        if holder.ttl_s is not None:
+            terms["ttl"] = messages.seconds(holder.ttl_s)
+    return terms
 
 
 def _fields(op: Op, entry: Entry, rev: int) -> dict[str, Any]:
@@ -94,9 +82,9 @@ class EventLog:
         self._refusals = {code: _Throttle(clock) for code in (Code.CONFLICT, Code.DENIED)}
 
     def changes(self, changes: Sequence[Change]) -> None:
-        """Log what came and went."""
-        if self._logs_events and any(op is Op.UP or op is Op.DOWN for _, op, *_ in changes):
-            log.info(_Changes(changes, self._peer_of))
+        """Log what came and went: one call of the logger for a batch, since a call costs more than a line."""
+        if self._logs_events and (rows := list(_changes(changes, self._peer_of))):
+            log.info(Message(rows))
 
     def refused(self, peer: str, uid: int | None, request: Request, refusal: Refused) -> None:
         """Log a conflict or a denial; any other refusal is between the daemon and its peer."""
@@ -108,13 +96,13 @@ class EventLog:
         """Log a request. Call it only where `logs_requests`."""
         arguments = _shortened(json.dumps(request.arguments, separators=(",", ":"), default=str))
         fields = {"event": "request", "peer": peer, "uid": uid, "cmd": request.cmd, "arguments": arguments}
-        log.debug(Message(f"request {peer} ({_user(uid)}): {request.cmd} {arguments}", fields))
+        log.debug(Message([(f"request {peer} ({_user(uid)}): {request.cmd} {arguments}", fields)]))
 
     def bad_line(self, peer: str, uid: int | None, refusal: Refused) -> None:
         """Log a line that is no request. Call it only where `logs_requests`."""
         why = _shortened(refusal.message)
         fields = {"event": "bad_line", "peer": peer, "uid": uid, "error": str(refusal.code), "reason": why}
-        log.debug(Message(f"{refusal.code} {peer} ({_user(uid)}): {why}", fields))
+        log.debug(Message([(f"{refusal.code} {peer} ({_user(uid)}): {why}", fields)]))
 
     def close(self) -> None:
         """Log what was counted and not told yet. Idempotent."""
@@ -138,7 +126,8 @@ def _refusal(peer: str, uid: int | None, request: Request, refusal: Refused, lef
         "reason": why,
         "left_out": left_out,
     }
-    return Message(f"{refusal.code} {peer} ({_user(uid)}): {request.cmd} {key}{address}: {why}{more}", fields)
+    text = f"{refusal.code} {peer} ({_user(uid)}): {request.cmd} {key}{address}: {why}{more}"
+    return Message([(text, fields)])
 
 
 def _shortened(text: str) -> str:
