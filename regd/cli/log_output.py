@@ -108,7 +108,9 @@ class LogOutput(logging.Handler):
         self._path = path
         self._fd = _STDERR if path is None else open_log(path)
         self._ready = threading.Condition()
-        self._pending: deque[bytes] = deque()
+        self._pending: deque[tuple[bytes, int]] = (
+            deque()
+        )  # lines, and how many are lost if these cannot be written
         self._pending_bytes = 0
         self._left_out = 0  # lines that were not written, and not told of yet
         self._why = ""
@@ -143,16 +145,21 @@ class LogOutput(logging.Handler):
 
     def _put(self, data: bytes) -> None:
         with self._ready:
+            count = data.count(b"\n")
             if self._pending_bytes + len(data) > _PENDING_BYTES_MAX:
-                self._leave_out(data, "it is not read fast enough")
+                self._left_out, self._why = self._left_out + count, "it is not read fast enough"
                 return
-            self._pending.append(data)
+            if self._left_out:
+                data = self._note() + data
+                count, self._left_out = count + self._left_out, 0
+            self._pending.append((data, count))
             self._pending_bytes += len(data)
             self._ready.notify()
 
-    def _leave_out(self, data: bytes, why: str) -> None:
-        self._left_out += data.count(b"\n")
-        self._why = why
+    def _note(self) -> bytes:
+        given = {"levelname": "WARNING", "msg": "%d lines of the log were left out: %s"}
+        record = logging.makeLogRecord({**given, "args": (self._left_out, self._why)})
+        return f"{self.lines.format(record)}\n".encode(errors="backslashreplace")
 
     def _run(self) -> None:
         while True:
@@ -161,25 +168,18 @@ class LogOutput(logging.Handler):
                     self._ready.wait()
                 if not self._pending:
                     return
-                data = b"".join(self._pending)
-                size = self._pending_bytes
+                data = b"".join(each for each, _ in self._pending)
+                count, size = sum(count for _, count in self._pending), self._pending_bytes
                 self._pending.clear()
-                left_out, self._left_out, why = self._left_out, 0, self._why
-            note = self._note(left_out, why) if left_out else b""
+            why = ""
             try:
-                self._write(b"\n" * self._torn + note + data)
+                self._write(b"\n" * self._torn + data)
             except OSError as error:
-                with self._ready:
-                    self._left_out += left_out
-                    self._leave_out(data, error.strerror or "unknown error")
+                why = error.strerror or "unknown error"
             with self._ready:
                 self._pending_bytes -= size
-
-    def _note(self, count: int, why: str) -> bytes:
-        record = logging.makeLogRecord(
-            {"levelname": "WARNING", "msg": "%d lines of the log were left out: %s", "args": (count, why)}
-        )
-        return f"{self.lines.format(record)}\n".encode(errors="backslashreplace")
+                if why:
+                    self._left_out, self._why = self._left_out + count, why
 
     def _write(self, data: bytes) -> None:
         view = memoryview(data)
@@ -215,6 +215,8 @@ class LogOutput(logging.Handler):
         """Write what is pending, as far as somebody takes it. Idempotent."""
         thread, self._thread = self._thread, None
         if thread is not None:
+            if self._left_out:
+                self._put(b"")  # which tells of them
             with self._ready:
                 self._closing = True
                 self._ready.notify()

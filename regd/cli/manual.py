@@ -28,6 +28,13 @@ _STATE = {
     "STATE_DIRECTORY": "The folder of `registry.json`, as systemd sets it.",
     "XDG_STATE_HOME": "Without that: `regd/registry.json` in this folder; without both in ~/.local/state.",
 }
+_TAKEN = {
+    "SIGTERM, SIGINT": "End: no more requests are taken, the replies go out, and the registrations stay in "
+    "their file.",
+    "SIGHUP": "With `--log`: open that file anew, for log rotation. In a terminal that hangs up: end, unless "
+    "started by nohup(1).",
+    "SIGUSR1, SIGUSR2, SIGALRM": "Nothing but a line in the log.",
+}
 _RUN = {126: "`run`: the command cannot be run", 127: "`run`: the command is not there"}
 _SIGNALS = {130: "Ctrl-C"}
 
@@ -88,12 +95,14 @@ def _regd() -> Iterator[str]:
         *_terms(daemon.STATUSES | _SIGNALS),
         ".PP",
         *_text("Asked twice to end, it ends at once, with 128 and the number of the signal."),
+        ".SH SIGNALS",
+        *_terms(_TAKEN),
         ".SH EXAMPLES",
         *_examples(
             (
                 "regd",
+                "regd --port off --unix /run/user/1000/regd.sock",
                 "regd --port 0 --registry ./registry.json",
-                "regd --unix /run/user/1000/regd.sock",
                 'echo \'{"cmd":"help"}\' | nc 127.0.0.1 7343',
             )
         ),

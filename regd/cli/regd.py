@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon and return its exit status.
 
     0 after a signal, or when nobody needs it, 1 when it cannot start, 2 for bad usage. What a service manager
-    says in the environment is heard, and taken out of it.
+    says in the environment is heard, and taken out of it. A stdout or log that cannot be written changes nothing.
     """
     open_standard_files()
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -111,7 +111,7 @@ def test_the_page_of_regd_is_whole() -> None:
         assert f"\n       {flag}" in text
     for each in FLAGS:
         assert _flat(each.doc) in _flat(text)
-    for part in ("ENVIRONMENT", "FILES", "EXIT STATUS", "EXAMPLES", "SEE ALSO"):
+    for part in ("ENVIRONMENT", "FILES", "EXIT STATUS", "SIGNALS", "EXAMPLES", "SEE ALSO"):
         assert f"\n{part}\n" in text
     assert """echo '{"cmd":"help"}' | nc 127.0.0.1 7343\n""" in text
 

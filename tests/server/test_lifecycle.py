@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -135,3 +136,23 @@ async def test_stopping_twice_is_harmless(tmp_path: Path) -> None:
 )
 def test_where_the_registry_is_when_nobody_says(environment: dict[str, str], path: str) -> None:
     assert str(default_registry(environment)) == path
+
+
+@pytest.mark.parametrize("home", ["", "relative", "~", "/nonexistent"])
+def test_a_home_that_is_not_there_is_told(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", home)
+    with pytest.raises(StorageError, match="--registry"):
+        default_registry({})
+    assert default_registry({"XDG_STATE_HOME": "/x"}) == Path("/x/regd/registry.json")
+
+
+def test_a_user_that_the_system_does_not_know_has_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 3_999_999_999)
+    with pytest.raises(StorageError, match="--registry"):
+        default_registry({})
+
+
+def test_a_relative_state_directory_is_told() -> None:
+    with pytest.raises(StorageError, match="STATE_DIRECTORY is 'here'"):
+        default_registry({"STATE_DIRECTORY": "here"})

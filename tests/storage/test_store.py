@@ -118,6 +118,37 @@ def test_a_second_store_is_refused_while_the_first_lives(shelf: Shelf) -> None:
     other.close()
 
 
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        (
+            lambda boot, space: f"4711\n{boot} {space} here\n",
+            "in use by another regd (process 4711); stop that one",
+        ),
+        (lambda boot, space: "4711\n", "in use by another regd (process 4711); stop that one"),  # of an older one
+        (lambda boot, space: "", "in use by another regd; stop that one"),
+        (lambda boot, space: "what\nis this", "in use by another regd; stop that one"),
+        (lambda boot, space: f"4711\n0-1-2 {space} alpha\x1b\n", "in use by a regd on the machine alpha; name"),
+        (
+            lambda boot, space: f"1\n{boot} pid:[1] c0ffee\n",
+            "in use by a regd in another container, c0ffee; name",
+        ),
+    ],
+)
+def test_a_process_elsewhere_is_not_to_be_stopped(
+    shelf: Shelf, written: Callable[[str, str], str], says: str
+) -> None:
+    """The lock of a folder on NFS, or of a volume of two containers: the number is of no process here."""
+    lock = shelf.path.with_name("registry.json.lock")
+    pid, boot, space, host = lock.read_text().split()
+    assert (int(pid), host) == (os.getpid(), os.uname().nodename)
+    lock.write_text(written(boot, space))
+    with pytest.raises(StorageError) as caught:
+        shelf.again().open(0.0)
+    assert says in str(caught.value)
+    assert ("4711" in str(caught.value)) is ("process" in says)
+
+
 def test_a_link_to_the_registry_is_the_registry(shelf: Shelf, tmp_path: Path) -> None:
     link = tmp_path / "link.json"
     link.symlink_to(shelf.path)

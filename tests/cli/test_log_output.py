@@ -1,0 +1,144 @@
+"""Where the log goes: what is left out is counted, torn lines are ended, and nothing that fails is raised."""
+
+import errno
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from regd.cli import log_output
+from regd.cli.log_output import JsonLines, LogOutput, TextLines, escaped
+from tests.support.daemon import WAIT_S
+
+
+@pytest.fixture
+def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LogOutput]:
+    """An output to a file, which takes what `emit` is given; nothing else of `logging` is changed."""
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+    for name in ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks", "_srcfile"):
+        monkeypatch.setattr(logging, name, getattr(logging, name, True), raising=False)
+    made = LogOutput(tmp_path / "log", "text")
+    yield made
+    made.close()
+    os.close(made.fd)
+
+
+def record(message: str, *args: object, **more: object) -> logging.LogRecord:
+    return logging.makeLogRecord({"msg": message, "args": args, "levelname": "INFO", **more})
+
+
+def until_idle(output: LogOutput) -> None:
+    late = time.monotonic() + WAIT_S
+    while output._pending_bytes:
+        assert time.monotonic() < late
+        time.sleep(0.001)
+
+
+def lines(path: Path) -> list[str]:
+    return [
+        line.partition(" INFO ")[2] or line.partition(" WARNING ")[2] for line in path.read_text().splitlines()
+    ]
+
+
+def test_lines_that_the_disk_did_not_take_are_counted(
+    output: LogOutput, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failing = os.write, threading.Event()
+
+    def write(fd: int, data: bytes) -> int:
+        if fd == output.fd and failing.is_set():
+            if len(data) > 20:
+                return real(fd, data[:20])  # it was full in the middle of a line
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(fd, data)
+
+    output.start("info")
+    output.emit(record("before"))
+    until_idle(output)
+    monkeypatch.setattr(os, "write", write)
+    failing.set()
+    for number in range(3):
+        output.emit(record("lost %d", number))
+        until_idle(output)
+    failing.clear()
+    output.emit(record("after"))
+    output.close()
+    said = lines(tmp_path / "log")
+    assert said[0] == "before"
+    assert said[-2:] == ["3 lines of the log were left out: No space left on device", "after"]
+
+
+def test_what_nobody_reads_is_bounded_and_counted(
+    output: LogOutput, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_output, "_PENDING_BYTES_MAX", 1_000)
+    gate, real = threading.Event(), os.write
+
+    def write(fd: int, data: bytes) -> int:
+        if fd == output.fd:
+            assert gate.wait(WAIT_S)
+        return real(fd, data)
+
+    monkeypatch.setattr(os, "write", write)
+    output.start("info")
+    for number in range(100):
+        output.emit(record("line %d", number))
+        assert output._pending_bytes <= 1_000
+    gate.set()
+    until_idle(output)
+    output.emit(record("after"))
+    output.close()
+    said = lines(tmp_path / "log")
+    written = sum(each.startswith("line ") for each in said)
+    assert 0 < written < 100
+    assert said[:written] == [f"line {number}" for number in range(written)]
+    assert said[-2:] == [f"{100 - written} lines of the log were left out: it is not read fast enough", "after"]
+
+
+def test_a_reader_that_is_stuck_does_not_hold_up_the_end(
+    output: LogOutput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_output, "_CLOSE_S", 0.01)
+    gate, real = threading.Event(), os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: gate.wait(WAIT_S) and real(fd, data))
+    output.start("info")
+    thread = output._thread
+    assert thread is not None
+    output.emit(record("line"))
+    output.close()
+    assert thread.is_alive()
+    gate.set()
+    thread.join(WAIT_S)
+    assert not thread.is_alive()
+
+
+def test_a_message_is_one_line_without_control_characters() -> None:
+    hostile = "a\nb\r\x1b[31m\x7f\u202e\udcff\u0085é"
+    assert escaped(hostile) == r"a\nb\r\x1b[31m\x7f\u202e\udcff\x85é"
+    assert TextLines().format(record("%s", hostile)).count("\n") == 0
+    line = JsonLines().format(record("%s", hostile))
+    assert line.isascii()
+    assert json.loads(line)["message"] == escaped(hostile)
+
+
+def test_a_bug_has_its_traceback_in_one_json_object() -> None:
+    try:
+        raise ZeroDivisionError
+    except ZeroDivisionError as error:
+        caught = (type(error), error, error.__traceback__)
+    line = JsonLines().format(record("regd ends", exc_info=caught))
+    assert "ZeroDivisionError" in json.loads(line)["exception"]
+    assert line.count("\n") == 0
+    assert TextLines().format(record("regd ends", exc_info=caught)).count("\n") > 2
+
+
+def test_a_message_that_cannot_be_shown_is_no_error(output: LogOutput, tmp_path: Path) -> None:
+    output.start("info")
+    output.emit(record("%d", "no number"))
+    output.close()
+    assert "cannot be shown" in (tmp_path / "log").read_text()
