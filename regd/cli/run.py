@@ -15,7 +15,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from typing import Any
 
 from regd.cli.asking import wait_for
 from regd.cli.child import NotStarted, passed_on, signals, start, until_ended
-from regd.cli.showing import visible
+from regd.cli.showing import complain, visible
 from regd.cli.variables import variables
 from regd_client.blocking import BlockingConnection
 from regd_client.errors import RegdError, Unavailable
@@ -58,7 +57,7 @@ class _Told:
             line = json.dumps({"event": event, **fields, "message": text})
         else:
             line = f"regctl: {visible(text)}"
-        print(line, file=sys.stderr, flush=True)
+        complain(line)
 
 
 def run(address: str | None, as_json: bool, given: Mapping[str, Any]) -> int:

@@ -25,6 +25,16 @@ def say_json(fields: dict[str, Any]) -> None:
     print(json.dumps(fields), flush=True)
 
 
+def complain(text: str) -> None:
+    """Write a line to stderr. Never raises: no action depends on whether its message could be printed."""
+    if sys.stderr is None:  # closed by the shell, `2>&-`: print would take stdout
+        return
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        return
+
+
 def lines(command: str, reply: dict[str, Any]) -> Iterable[str]:
     match command:
         case "resolve" if "instances" in reply:
