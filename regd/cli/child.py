@@ -20,7 +20,17 @@ from regd_client.service import DRAIN_S
 
 CANNOT_RUN, NO_COMMAND = 126, 127  # as shells say it
 _ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
-_PASSED = (*_ENDS, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_STOPS = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)  # job control, setpgid(2)
+_FAULTS = {
+    signal.SIGABRT,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGILL,
+    signal.SIGSEGV,
+    signal.SIGSYS,
+    signal.SIGTRAP,
+}
+_NOT_PASSED = {signal.SIGCHLD, signal.SIGKILL, signal.SIGSTOP, *_FAULTS}  # this process's own
 _FROM_TERMINAL = 128  # SI_KERNEL (sigaction(2)): the terminal told the whole group
 _LISTEN_FD = 3  # sd_listen_fds(3)
 _LOOK_S = 0.01  # between two looks whether the name is gone
@@ -45,8 +55,14 @@ class Name(Protocol):
 
 
 def signals() -> set[int]:
-    """Return the signals to wait for: the command's end, and what is passed on unless this process ignores it."""
-    return {signal.SIGCHLD, *(each for each in _PASSED if signal.getsignal(each) != signal.SIG_IGN)}
+    """Return the signals to wait for: SIGCHLD, and every signal to pass on.
+
+    All but faults are passed on, as by tini(1), and but those that this process ignores: so does the command.
+    SIGCHLD gets its default action, as in timeout(1): a parent that ignores it would hide the command's end.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    passed = signal.valid_signals() - _NOT_PASSED
+    return {signal.SIGCHLD, *(each for each in passed if signal.getsignal(each) != signal.SIG_IGN)}
 
 
 def start(
@@ -98,43 +114,96 @@ def _become(
             signal.signal(each, signal.SIG_DFL)  # Python ignores them, and the command would go on so
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.execvp(argv[0], argv)
-    except OSError as error:
-        os.write(writing, b"%d" % (error.errno or 0))
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the environment
+        os.write(writing, b"%d" % (getattr(error, "errno", None) or errno.EINVAL))
     finally:
         os._exit(CANNOT_RUN)
 
 
 def until_ended(child: int, waited_for: Collection[int], name: Name, complain: Callable[[str], None]) -> int:
-    """Pass signals on until the command has ended, and return how. Before one that ends it, the name goes."""
+    """Pass signals on until the command has ended, and return its wait status.
+
+    The first signal that ends the command is held back until the name is gone and `DRAIN_S` has passed, so that
+    whoever has just resolved the name can still connect. A second one ends that wait.
+    """
+    held = _Held(child, name, complain)
     while True:
-        came = signal.sigwaitinfo(waited_for)
+        came = held.next(waited_for)
+        if came is None:
+            continue
         if came.si_signo == signal.SIGCHLD:
             number, status = os.waitpid(child, os.WNOHANG)
             if number == child:
                 return status
             continue
-        from_terminal = came.si_code == _FROM_TERMINAL and os.getpgid(child) == os.getpgrp()
-        if came.si_signo in _ENDS and name.withdraw() and not from_terminal:
-            _hold_back(waited_for, name)
+        from_terminal = is_from_terminal(came, child)
+        if came.si_signo in _ENDS:
+            held.release()
+            if name.withdraw() and not from_terminal:
+                held.hold(came.si_signo)
+                continue
         if not from_terminal:
-            try:
-                os.kill(child, came.si_signo)  # it is not reaped yet, so the number is its
-            except PermissionError:
-                complain(f"cannot pass {signal.Signals(came.si_signo).name} on: it is another user's")
+            pass_on(child, came.si_signo, complain)
+        if came.si_signo in _STOPS:
+            _stop(came.si_signo)
 
 
-def _hold_back(waited_for: Collection[int], name: Name) -> None:
-    """Wait until the name is gone, and give those who have just resolved it the time to connect.
+class _Held:
+    """The signal that is held back from the command, if any, and until when."""
 
-    Whatever comes meanwhile ends it.
-    """
-    until = time.monotonic() + _LEAVE_S
-    came = None
-    while came is None and time.monotonic() < until and not name.is_gone():
-        came = signal.sigtimedwait(waited_for, _LOOK_S)
-    came = came or signal.sigtimedwait(waited_for, DRAIN_S)
-    if came is not None:
-        os.kill(os.getpid(), came.si_signo)  # blocked: it is taken in its turn
+    def __init__(self, child: int, name: Name, complain: Callable[[str], None]) -> None:
+        self._child = child
+        self._name = name
+        self._complain = complain
+        self._number: int | None = None
+        self._until = 0.0  # by time.monotonic
+
+    def hold(self, number: int) -> None:
+        self._number = number
+        self._until = time.monotonic() + _LEAVE_S
+
+    def release(self) -> None:
+        """Pass it on now."""
+        if self._number is not None:
+            number, self._number = self._number, None
+            pass_on(self._child, number, self._complain)
+
+    def next(self, waited_for: Collection[int]) -> signal.struct_siginfo | None:
+        """Return the next signal, None for none yet; release what has been held for long enough."""
+        if self._number is None:
+            return signal.sigwaitinfo(waited_for)
+        if self._name.is_gone():
+            self._until = min(self._until, time.monotonic() + DRAIN_S)
+        if time.monotonic() >= self._until:
+            self.release()
+        return signal.sigtimedwait(waited_for, _LOOK_S)
+
+
+def is_from_terminal(came: signal.struct_siginfo, child: int) -> bool:
+    """Return whether the terminal has sent a signal to the child, too."""
+    return came.si_code == _FROM_TERMINAL and os.getpgid(child) == os.getpgrp()
+
+
+def pass_on(child: int, number: int, complain: Callable[[str], None]) -> None:
+    """Send a signal to a child that is not reaped yet."""
+    try:
+        os.kill(child, number)
+    except PermissionError:
+        complain(f"cannot pass {_name(number)} on to process {child}: it belongs to another user")
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def _stop(number: int) -> None:
+    """Take the default action of SIGTSTP, SIGTTIN or SIGTTOU: stop, unless nobody could resume this process."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+    os.kill(os.getpid(), number)  # returns once this process is resumed
+    signal.pthread_sigmask(signal.SIG_BLOCK, {number})
 
 
 def passed_on(status: int) -> int:
@@ -148,5 +217,6 @@ def passed_on(status: int) -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # one core is enough
     with contextlib.suppress(OSError):
         signal.signal(-code, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {-code})  # whoever started this process may have blocked it
     os.kill(os.getpid(), -code)
     return 128 - code  # it did not end us: as shells say it
