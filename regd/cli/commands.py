@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -181,11 +180,11 @@ COMMANDS = {
         ),
         INSTANCE,
         _labels("a label"),
-        more="Signals and the exit status are passed on; 126: the command cannot be run, 127: it is not there. "
-        "On SIGTERM and Ctrl-C the name goes first. Without a daemon the command runs, and is registered as soon "
-        "as there is one.",
+        more="`--` may be left out, but not behind `--wait OTHER ...`. Signals and the exit status are passed "
+        "on; 126: the command cannot be run, 127: it is not there. On SIGTERM and Ctrl-C the name goes first. "
+        "Without a daemon the command runs, and is registered as soon as there is one.",
         examples=[
-            "regctl run web --wait db -- sh -c 'python3 -m http.server $PORT'",
+            "regctl run web --wait db -- sh -c 'exec python3 -m http.server --bind 127.0.0.1 \"$PORT\"'",
             "regctl run web --port 8000 -- gunicorn --bind 127.0.0.1:8000 shop.wsgi",
             "regctl run web --socket -- uvicorn --fd 3 shop:app",
         ],
@@ -311,16 +310,59 @@ def parser(shown: Callable[[str], str]) -> argparse.ArgumentParser:
 
 
 def read(argv: Sequence[str], shown: Callable[[str], str]) -> dict[str, Any]:
-    """Return what a command line says; what stands behind `--` of one that runs a command is its `argv`."""
+    """Return what a command line says; for `run`, what it is to run is its `argv`."""
     made = parser(shown)
-    argv, behind = list(argv), None
-    if "--" in argv and any(each in COMMANDS and COMMANDS[each].runs for each in argv[: argv.index("--")]):
-        at = argv.index("--")
-        argv, behind = argv[:at], argv[at + 1 :]
-    given = vars(made.parse_args(argv))
+    own, behind = _split(argv)
+    given = vars(made.parse_args(own))
     if COMMANDS[given["command"]].runs:
         if not behind:
-            print(f"regctl {given['command']}: name the command, behind `--`", file=sys.stderr)
-            raise SystemExit(USAGE)
+            missing = "name the command, behind `--`"
+            if given["wait"]:
+                missing = "put `--` before the command: --wait takes all words up to it"
+            made.exit(USAGE, f"regctl {given['command']}: {missing}\n")
         given["argv"] = behind
     return given
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line of `run` into its own words and the command: at `--`, or behind the name.
+
+    An option that takes many words takes all up to the next option. Where it has taken the name too, as in
+    `run --wait db web -- ./server`, the last of them is the name.
+    """
+    own = list(argv)
+    options = {each.name: each for each in COMMON}
+    runs_at = names = last_of_many = at = 0
+    while at < len(own):
+        word = own[at]
+        if word == "--":
+            break
+        if word.startswith("-"):
+            words = _words(options.get(word), own[at + 1 :])
+            at += words
+            last_of_many = at if words > 1 else last_of_many
+        elif not runs_at:
+            if word not in COMMANDS or not COMMANDS[word].runs:
+                return own, []
+            runs_at = at + 1
+            options |= {each.name: each for each in COMMANDS[word].arguments}
+        elif names:
+            return own[:at], own[at:]
+        else:
+            names = 1
+        at += 1
+    if not runs_at:
+        return own, []
+    own, behind = own[:at], own[at + 1 :]
+    if not names and last_of_many:
+        own.insert(runs_at, own.pop(last_of_many))
+    return own, behind
+
+
+def _words(option: Argument | None, following: list[str]) -> int:
+    """Return how many of the words behind an option are its values; None is one that is unknown, or has a `=`."""
+    if option is None or option.how.get("action") == "store_true":
+        return 0
+    if option.how.get("nargs") != "+":
+        return 1
+    return next((at for at, word in enumerate(following) if word.startswith("-")), len(following))

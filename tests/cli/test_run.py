@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from regd.cli import commands
 from regd.cli import run as run_module
 from regd.cli.variables import prefix, variables
 from regd_client.blocking import BlockingConnection
@@ -229,6 +230,44 @@ def test_exit_statuses(process: Daemon, arguments: list[str], status: int, says:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "name", "others", "argv"),
+    [
+        ("run web -- ./server --port 1", "web", [], ["./server", "--port", "1"]),
+        ("run web ./server --port 1", "web", [], ["./server", "--port", "1"]),
+        ("run --port 80 --socket web npm run dev -- -p", "web", [], ["npm", "run", "dev", "--", "-p"]),
+        ("--json --address here:1 run --meta a=b web run run", "web", [], ["run", "run"]),
+        ("run web --wait db cache -- ./server", "web", ["db", "cache"], ["./server"]),
+        ("run web --wait db --timeout 3 ./server", "web", ["db"], ["./server"]),
+        ("run --wait=db web ./server", "web", ["db"], ["./server"]),
+        ("run --wait db web -- ./server", "web", ["db"], ["./server"]),
+        ("run --wait db --wait cache web -- ./server -- x", "web", ["db", "cache"], ["./server", "--", "x"]),
+        ("run --wait db cache web --port 80 -- ./server", "web", ["db", "cache"], ["./server"]),
+    ],
+)
+def test_where_the_command_begins(line: str, name: str, others: list[str], argv: list[str]) -> None:
+    found = commands.read(line.split(), str)
+    assert (found["name"], found["wait"], found["argv"]) == (name, others, argv)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("run web", "name the command, behind `--`"),
+        ("run web --wait db ./server", "put `--` before the command"),
+        ("run --wait db web ./server", "put `--` before the command"),
+        ("run --wait db -- ./server", "required: NAME"),
+        ("run --wait db --wait cache -- ./server", "required: NAME"),
+        ("run web --nonsense ./server", "unrecognized arguments: --nonsense"),
+        ("resolve run -- x", "unrecognized arguments: x"),
+    ],
+)
+def test_where_no_command_begins(line: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        commands.read(line.split(), str)
+    assert says in capsys.readouterr().err
+
+
 def test_what_ends_the_command_ends_regctl_too(process: Daemon, peer: BlockingConnection) -> None:
     with running(process, "web", "--", *PROGRAM) as command:
         pid = int(command.line().split()[0])
@@ -310,6 +349,159 @@ def test_ctrl_c_comes_once(process: Daemon) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
     finally:
         os.close(terminal)
+
+
+# Says its name and each signal that it gets, and ends at a line.
+LISTENER = """
+import os, signal, sys
+
+def heard(number, frame):
+    print(number, flush=True)
+
+own = {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ}
+for number in signal.valid_signals() - own:
+    signal.signal(number, heard)
+print("waits", flush=True)
+sys.stdin.readline()
+"""
+PASSED_ON = [
+    signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGCONT, signal.SIGWINCH,
+    signal.SIGURG, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGRTMIN, signal.SIGRTMAX,
+]  # fmt: skip
+
+
+def test_every_signal_is_passed_on_but_faults(process: Daemon) -> None:
+    """In a session of its own nobody could resume regctl, so the signals of job control do not stop it."""
+    with running(process, "web", "--", sys.executable, "-c", LISTENER) as command:
+        assert command.line() == "waits"
+        for number in PASSED_ON:
+            command.process.send_signal(number)
+            assert command.line() == str(int(number))
+        command.type("")
+        assert command.process.wait(WAIT_S) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU])
+def test_job_control_stops_regctl_and_resumes_it(process: Daemon, number: int) -> None:
+    with subprocess.Popen(
+        [*REGCTL, "run", "web", "--", sys.executable, "-c", LISTENER], cwd=ROOT,
+        env=environment(REGD_ADDRESS=process.addresses[0]), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        process_group=0,  # with its parent, this process, in the same session: a job, as of a shell
+    ) as made:  # fmt: skip
+        command = Running(made)
+        try:
+            assert command.line() == "waits"
+            made.send_signal(number)
+            assert command.line() == str(int(number))
+            assert os.waitpid(made.pid, os.WUNTRACED)[1] == (number << 8 | 0x7F)
+            made.send_signal(signal.SIGCONT)
+            assert command.line() == str(int(signal.SIGCONT))
+            command.end()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(made.pid, signal.SIGKILL)
+
+
+# Starts regctl as a parent does that has its own mind about signals.
+INHERITED = """
+import os, signal, sys
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD, signal.SIGUSR1, signal.SIGTERM])
+os.execv(sys.executable, [sys.executable, "-m", "regd.cli.regctl", *sys.argv[1:]])
+"""
+ENDS_BY_USR1 = (
+    "import os, signal; signal.pthread_sigmask(signal.SIG_SETMASK, []); os.kill(os.getpid(), signal.SIGUSR1)"
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        (["sh", "-c", "exit 7"], 7),
+        (["./nothing"], 127),
+        ([sys.executable, "-c", ENDS_BY_USR1], -signal.SIGUSR1),
+    ],
+)
+def test_signals_that_a_parent_ignores_or_blocks(process: Daemon, command: list[str], status: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INHERITED, "run", "web", "--", *command], cwd=ROOT,
+        env=environment(REGD_ADDRESS=process.addresses[0]), capture_output=True, text=True, timeout=START_S, check=False,
+    )  # fmt: skip
+    assert (done.returncode, "Traceback" in done.stderr) == (status, False), done.stderr
+
+
+def test_a_blocked_signal_is_passed_on_all_the_same(process: Daemon) -> None:
+    code = LISTENER.replace('print("waits"', 'signal.pthread_sigmask(signal.SIG_SETMASK, []); print("waits"')
+    with subprocess.Popen(
+        [sys.executable, "-c", INHERITED, "run", "web", "--", sys.executable, "-c", code], cwd=ROOT,
+        env=environment(REGD_ADDRESS=process.addresses[0]), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as made:  # fmt: skip
+        command = Running(made)
+        assert command.line() == "waits"
+        made.send_signal(signal.SIGTERM)
+        assert command.line() == str(int(signal.SIGTERM))
+        command.end()
+
+
+# Messages that cannot be printed.
+
+
+@pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-", "a pipe that nobody reads"])
+def test_the_name_stays_when_no_message_can_be_printed(
+    process: Daemon, peer: BlockingConnection, stderr: str
+) -> None:
+    """And stdout has what the command prints, and nothing else."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    if not stderr.startswith("2>"):
+        stderr = f"2>&{writing}"
+    script = f"exec {' '.join(REGCTL)} run web --socket -- {sys.executable} -c '{COMMAND}' {stderr}"
+    try:
+        with subprocess.Popen(
+            ["bash", "-c", script], cwd=ROOT, env=environment(REGD_ADDRESS=process.addresses[0]), text=True, pass_fds=[writing],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        ) as made:  # fmt: skip
+            command = Running(made)
+            port = command.line().split()[1]
+            peer.ask("resolve", name="web", wait=WAIT_S)
+            made.send_signal(signal.SIGUSR1)
+            assert command.line() == f"SIGUSR1 127.0.0.1:{port}"
+            peer.ask("deregister", name="web")  # regctl complains that it has lost the name
+            made.send_signal(signal.SIGUSR1)
+            assert command.line() == "SIGUSR1 nobody"
+            command.type("127.0.0.1")  # where it cannot listen: the port is its own already
+            assert made.stdout is not None
+            assert made.stdout.read() == ""
+            assert made.wait(WAIT_S) == 1
+    finally:
+        os.close(writing)
+
+
+@pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-"])
+def test_the_status_when_no_message_can_be_printed(process: Daemon, stderr: str) -> None:
+    for arguments, status in (
+        ("-- ./nothing", 127),
+        ("--wait db --timeout 0 -- true", 1),
+        ("", 2),
+        ("--nonsense", 2),
+    ):
+        done = subprocess.run(
+            ["bash", "-c", f"exec {' '.join(REGCTL)} run web {arguments} {stderr}"], cwd=ROOT,
+            env=environment(REGD_ADDRESS=process.addresses[0]), capture_output=True, text=True, timeout=START_S, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (status, ""), arguments
+
+
+def test_the_signal_that_a_sent_one_follows_is_not_lost(process: Daemon) -> None:
+    """Neither while the first is held back until the name is gone, nor any other meanwhile."""
+    with running(process, "web", "--", sys.executable, "-c", LISTENER) as command:
+        assert command.line() == "waits"
+        for number in (signal.SIGTERM, signal.SIGWINCH, signal.SIGUSR1, signal.SIGINT):
+            command.process.send_signal(number)
+        heard = {int(command.line()) for _ in range(4)}
+        assert heard == {signal.SIGTERM, signal.SIGWINCH, signal.SIGUSR1, signal.SIGINT}
+        command.type("")
+        assert command.process.wait(WAIT_S) == 0
 
 
 # The registry.
