@@ -47,6 +47,12 @@ def _given(argv: Sequence[str]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    if argv is None and os.getpid() == 1:
+        from regd.cli import pid1
+
+        status = pid1.exit_status()
+        if status is not None:
+            return status
     if sys.stdout is None:  # the shell closed it: `>&-`
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if isinstance(sys.stdout, io.TextIOWrapper):
