@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import Any
 
 from regd.cli.asking import wait_for
 from regd.cli.child import NotStarted, passed_on, signals, start, until_ended
+from regd.cli.port_owner import is_of, listener
 from regd.cli.showing import complain, visible
 from regd.cli.variables import variables
 from regd_client.blocking import BlockingConnection
@@ -238,20 +240,47 @@ class _Name:
         """Return the address of this machine at which the command accepts."""
         pause_s, longest_s = _PAUSE_S
         warn_at = time.monotonic() + _SILENT_S
+        last, told = "", ""
         while True:
+            why_not = ""
             for host in ("127.0.0.1", "::1"):
                 if await _accepts(host, self._port):
-                    return host
-            if time.monotonic() > warn_at:
+                    why_not = self._why_not(host)
+                    if not why_not:
+                        return host
+            if why_not and why_not == last != told:  # twice in a row: it is no listener that was just closing
+                told = why_not
+                self._not_registered("taken", why_not)
+            if not why_not and time.monotonic() > warn_at:
                 warn_at = float("inf")
-                self._told.say(
+                self._not_registered(
                     "silent",
-                    f"{self._name} is not registered: for {_SILENT_S:g} s nothing accepts connections at "
-                    f"{joined('127.0.0.1', self._port)}; the command must listen on port {self._port} ($PORT)",
-                    name=self._name,
+                    f"for {_SILENT_S:g} s nothing accepts connections at {joined('127.0.0.1', self._port)}; "
+                    f"the command must listen on port {self._port} ($PORT)",
                 )
-            await asyncio.sleep(pause_s)
+            last = why_not
+            await asyncio.sleep(_LOOK_S if why_not else pause_s)
             pause_s = min(1.5 * pause_s, longest_s)
+
+    def _why_not(self, host: str) -> str:
+        """Return why what accepts connections there does not count as the command, empty if it does."""
+        at = joined(host, self._port)
+        try:
+            found = listener(host, self._port)
+        except OSError as error:
+            if sys.platform != "linux":
+                return ""  # no system call tells, and regd lets every user write
+            return (
+                f"the kernel does not tell who listens at {at} ({error}); hand the command its socket: --socket"
+            )
+        if found is None:
+            return f"no socket of this machine listens at {at}, but connections are accepted: a packet filter's?"
+        if is_of(self._child, found):
+            return ""
+        return f"user {found.uid} listens at {at}, not the command; stop that program, or use --socket"
+
+    def _not_registered(self, event: str, why: str) -> None:
+        self._told.say(event, f"{self._name} is not registered: {why}", name=self._name)
 
 
 class _Heard(logging.Handler):

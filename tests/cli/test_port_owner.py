@@ -1,0 +1,163 @@
+"""Who listens on a port, as the kernel tells, and whether it is the command that the port is kept for."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from regd.cli import port_owner
+from regd.cli.port_owner import Listener, is_of, listener
+from regd_client.blocking import BlockingConnection
+from tests.cli.test_run import running, until
+from tests.support.daemon import Daemon
+from tests.support.peers import STRANGER
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's kernel")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+WAYS = [port_owner._by_netlink, port_owner._by_table]
+
+
+@contextlib.contextmanager
+def sleeping() -> Iterator[int]:
+    """Yield a process that does nothing."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        try:
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def listens(host: str, port: int = 0, uid: int | None = None) -> socket.socket:
+    """Listen, as another user where one is named: a socket belongs to the effective user that makes it."""
+    if uid is not None:
+        os.seteuid(uid)
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    finally:
+        if uid is not None:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("ask", WAYS)
+@pytest.mark.parametrize(
+    ("bound", "host"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::1", "::1"), ("::", "::1")]
+)
+def test_the_kernel_tells_who_listens(ask: Callable[[str, int], Listener | None], bound: str, host: str) -> None:
+    with listens(bound) as there:
+        port = there.getsockname()[1]
+        expected = Listener(os.geteuid(), os.fstat(there.fileno()).st_ino)
+        assert ask(host, port) == expected
+        with socket.create_connection((host, port)):  # a connection on that port is no listener
+            assert ask(host, port) == expected
+    assert ask(host, port) is None
+
+
+@pytest.mark.parametrize("ask", WAYS)
+def test_a_socket_of_both_families(ask: Callable[[str, int], Listener | None]) -> None:
+    with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as there:
+        found = ask("127.0.0.1", there.getsockname()[1])
+        assert found is not None
+        assert found.inode == os.fstat(there.fileno()).st_ino
+
+
+def test_a_port_that_is_only_bound_has_no_listener() -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        assert listener("127.0.0.1", bound.getsockname()[1]) is None
+
+
+def test_the_table_is_read_where_netlink_is_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(host: str, port: int) -> None:
+        raise OSError("Address family not supported by protocol")
+
+    monkeypatch.setattr(port_owner, "_by_netlink", refused)
+    with listens("127.0.0.1") as there:
+        found = listener("127.0.0.1", there.getsockname()[1])
+        assert found is not None
+        assert found.uid == os.geteuid()
+
+
+def test_sockets_of_this_user_and_of_root_count_as_the_commands() -> None:
+    with sleeping() as command:
+        assert is_of(command, Listener(os.geteuid(), 1))
+        assert is_of(command, Listener(0, 1))
+        assert not is_of(command, Listener(STRANGER, 1))
+
+
+def test_a_socket_that_the_command_has_open_is_its_own_whatever_its_user() -> None:
+    with listens("127.0.0.1") as there, sleeping() as other:
+        inode = os.fstat(there.fileno()).st_ino
+        assert is_of(os.getpid(), Listener(STRANGER, inode))
+        assert not is_of(other, Listener(STRANGER, inode))
+
+
+def test_the_overflow_user_is_nobody_where_users_are_not_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 65_534)
+    with sleeping() as command:
+        for all_mapped in (True, False):
+            monkeypatch.setattr(port_owner, "_all_users_are_mapped", lambda mapped=all_mapped: mapped)
+            assert is_of(command, Listener(65_534, 1)) == all_mapped
+
+
+@needs_root
+def test_a_user_that_the_command_has_become() -> None:
+    """As `sudo -u` does: the command is this user's, and a child of it is another's."""
+    code = f"import subprocess; subprocess.run(['sleep', '60'], user={STRANGER})"
+    with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as command:
+        try:
+            until(lambda: is_of(command.pid, Listener(STRANGER, 1)))
+            assert not is_of(command.pid, Listener(STRANGER + 1, 1))
+        finally:
+            os.killpg(command.pid, 9)
+
+
+COMMAND = """
+import os, socket, sys
+port = int(os.environ["PORT"])
+print(port, flush=True)
+sys.stdin.readline()
+there = socket.create_server(("127.0.0.1", port))
+print("listens", flush=True)
+sys.stdin.readline()
+"""
+
+
+@needs_root
+@pytest.mark.parametrize("port", ["auto", "given"])
+def test_a_port_that_another_user_takes_is_not_registered(process: Daemon, port: str) -> None:
+    if port == "given":
+        with listens("127.0.0.1") as free:
+            port = str(free.getsockname()[1])
+    with (
+        running(process, "web", "--port", port, "--", sys.executable, "-c", COMMAND) as command,
+        BlockingConnection(process.addresses[0]) as peer,
+    ):
+        taken = int(command.line())
+        with listens("127.0.0.1", taken, STRANGER):
+            assert command.told() == (
+                f"regctl: web is not registered: user {STRANGER} listens at 127.0.0.1:{taken}, not the command; "
+                "stop that program, or use --socket"
+            )
+            assert peer.ask("list")["instances"] == []
+        command.type("")
+        assert command.line() == "listens"
+        assert command.told() == f"regctl: web is registered at 127.0.0.1:{taken}"
+        command.type("")
+        assert command.process.wait(15) == 0
+
+
+@needs_root
+def test_a_command_that_becomes_another_user_is_registered(process: Daemon) -> None:
+    imports = "import os, socket, sys"  # before: another user may not be able to read this Python
+    code = COMMAND.replace(imports, f'{imports}; "".encode("idna"); os.setuid({STRANGER})')
+    with running(process, "web", "--", sys.executable, "-c", code) as command:
+        port = int(command.line())
+        command.type("")
+        assert command.line() == "listens"
+        assert command.told() == f"regctl: web is registered at 127.0.0.1:{port}"
+        command.type("")
+        assert command.process.wait(15) == 0
