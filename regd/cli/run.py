@@ -156,6 +156,9 @@ def _bound(port: int) -> socket.socket:
 
 
 def _run(given: Mapping[str, Any], told: _Told, environment: dict[str, str], held: socket.socket | None) -> int:
+    log = logging.getLogger("regd_client")
+    log.addHandler(_Heard(told))
+    log.setLevel(logging.INFO)  # what went wrong, and that it is over
     waited_for = signals()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)  # of the client's thread, too
     try:
@@ -193,7 +196,6 @@ class _Name:
 
     def begin(self, accepts: bool) -> None:
         """Register it as soon as the command accepts."""
-        logging.getLogger("regd_client").addHandler(_Heard(self._told))
         self._kept = self._thread.begin(self._keep(accepts))
 
     def withdraw(self) -> bool:
@@ -287,11 +289,11 @@ class _Heard(logging.Handler):
     """What the client has to say is said as all the rest."""
 
     def __init__(self, told: _Told) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.INFO)
         self._told = told
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._told.say("trouble", record.getMessage())
+        self._told.say("trouble" if record.levelno >= logging.WARNING else "info", record.getMessage())
 
 
 def _bound_to(child: int) -> dict[str, int]:

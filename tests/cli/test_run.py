@@ -529,6 +529,10 @@ def test_a_daemon_that_comes_later(process: Daemon) -> None:
         assert "not registered yet, trying on: no regd at" in command.told()
         process.start()
         assert command.told() == f"regctl: web is registered at 127.0.0.1:{port}"
+        process.end()
+        assert "the registry is away, trying on: " in command.told()
+        process.start()
+        assert command.told() == "regctl: the registry is back"
         command.end()
 
 
