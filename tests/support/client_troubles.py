@@ -1,12 +1,12 @@
 """What goes wrong at who asks: a program with the client, or a person with `regctl`. Each is brought about for real."""
 
 import asyncio
-import logging
 import os
 import socket
 
 import regd_client
 from regd.cli import run as run_module
+from regd.cli.port_owner import Listener
 from regd_client import BadArgument, Client, Conflict, NotFound, Timeout, Unavailable
 from regd_client import service as service_module
 from regd_client.blocking import BlockingConnection
@@ -256,18 +256,29 @@ async def no_such_command(scene: Scene) -> str:
 @says("… is not registered: for … s nothing accepts connections at …; the command must listen on port …")
 async def nothing_accepts(scene: Scene) -> str:
     scene.patch.setattr(run_module, "_SILENT_S", 0.0)
-    log = logging.getLogger("regd_client")
-    scene.patch.setattr(log, "handlers", list(log.handlers))
     with unused_port() as kept:
-        given = {"name": "web", "instance": None, "meta": None}
-        name = run_module._Name(given, run_module._Told(False), os.getpid(), kept.getsockname()[1])
-        name.begin(accepts=False)
-        told = ""
-        while not told.endswith("\n"):
-            await asyncio.sleep(0)
-            told += scene.told()
-        assert name.withdraw()
-        assert await asyncio.to_thread(name.is_gone, WAIT_S)
+        return await not_registered(scene, kept.getsockname()[1])
+
+
+@says("… is not registered: user … listens at …, not the command; stop that program, or use --socket")
+async def another_user_listens(scene: Scene) -> str:
+    scene.patch.setattr(run_module, "_LOOK_S", 0.5)
+    scene.patch.setattr(run_module, "listener", lambda host, port: Listener(os.geteuid() + 1, 0))
+    with socket.create_server(("127.0.0.1", 0)) as another:
+        return await not_registered(scene, another.getsockname()[1])
+
+
+async def not_registered(scene: Scene, port: int) -> str:
+    """Return what `regctl run` says of a command whose port is not its own, or not open."""
+    given = {"name": "web", "instance": None, "meta": None}
+    name = run_module._Name(given, run_module._Told(False), os.getpid(), port)
+    name.begin(accepts=False)
+    told = ""
+    while not told.endswith("\n"):
+        await asyncio.sleep(0)
+        told += scene.told()
+    assert name.withdraw()
+    assert await asyncio.to_thread(name.is_gone, WAIT_S)
     return told.removeprefix("regctl: ").rstrip("\n")
 
 
