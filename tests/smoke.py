@@ -1,6 +1,7 @@
 """Tries the installed package, not the checkout: `python3 tests/smoke.py FOLDER`, the folder of its commands."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,21 @@ def main() -> None:
         for shell in ("bash", "zsh", "fish"):
             assert "regctl" in run("regctl", "completion", shell)
         for page in ("regctl", "regd"):
-            assert run("regctl", "manual", page).startswith(".TH ")
+            text = run("regctl", "manual", page)
+            assert text.startswith(".TH ")
+            assert (commands.parent / "share" / "man" / "man1" / f"{page}.1").read_text() == text
+        pages = commands.parent / "share" / "doc" / "regd"
+        assert run("regctl", "help").endswith(f"\nPages: {pages.resolve()}\n")
+        for each in pages.rglob("*.md"):
+            for link in re.findall(r"\]\(([^)#:]+)", each.read_text()):
+                assert (each.parent / link).exists(), f"{each}: {link}"
+        assert {"README.md", "client/SERVERS.md", "regd/TROUBLESHOOTING.md", "regd/cli/README.md"} <= {
+            each.relative_to(pages).as_posix() for each in pages.rglob("*.md")
+        }
+        code = "import importlib.metadata as m; print(m.metadata('regd')['Description'])"
+        description = run("python", "-c", code)
+        assert description.startswith("# regd\n")
+        assert re.findall(r"\]\((?!https?:)[^)]*\)", description) == []
         code = "import regd_client, pathlib; print(pathlib.Path(regd_client.__file__).with_name('py.typed').exists(), regd_client.Client.__name__)"
         assert run("python", "-c", code) == "True Client\n"
         code = "import regd, pathlib; print(sorted(each.name for each in pathlib.Path(*regd.__path__, 'systemd').rglob('regd.*')))"

@@ -6,6 +6,7 @@ Must not know what a command does, or how anything is shown.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import textwrap
 from collections.abc import Callable, Sequence
@@ -272,6 +273,25 @@ class _Parser(argparse.ArgumentParser):
         self.exit(USAGE, f"{self.prog}: {_Parser.shown(message)} (see {self.prog} --help)\n")
 
 
+class _Whole(_Parser):
+    def format_help(self) -> str:
+        found = pages()
+        return super().format_help() + (f"\nPages: {found}\n" if found else "")
+
+
+def pages() -> str:
+    """Return the folder of the pages: where they are installed, else the checkout, else nothing."""
+    from importlib import metadata
+    from pathlib import Path
+
+    with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout that was never installed
+        for each in metadata.files("regd") or ():
+            if each.match("share/doc/regd/README.md"):
+                return str(Path(str(each.locate())).resolve().parent)
+    checkout = Path(*regd.__path__).resolve().parent
+    return str(checkout) if (checkout / "README.md").exists() else ""
+
+
 def _common() -> _Parser:
     made = _Parser(add_help=False)
     for each in COMMON:
@@ -283,7 +303,7 @@ def parser(shown: Callable[[str], str]) -> argparse.ArgumentParser:
     """Return what reads a command line; `shown` makes a text fit for a terminal."""
     _Parser.shown = staticmethod(shown)
     common = _common()
-    made = _Parser(
+    made = _Whole(
         prog="regctl",
         description=DOC,
         epilog="Exit status: " + ", ".join(f"{number} {means}" for number, means in STATUSES.items()) + ".",

@@ -35,6 +35,9 @@ _TAKEN = {
     "started by nohup(1).",
     "SIGUSR1, SIGUSR2, SIGALRM": "Nothing but a line in the log.",
 }
+_PAGES = {
+    "share/doc/regd": "The pages about regd, below the prefix of its installation; `regctl help` tells where.",
+}
 _RUN = {126: "`run`: the command cannot be run", 127: "`run`: the command is not there"}
 _SIGNALS = {130: "Ctrl-C"}
 
@@ -62,6 +65,7 @@ def _regctl() -> Iterator[str]:
     for name, command in COMMANDS.items():
         yield from _command(name, command)
     yield from (".SH ENVIRONMENT", *_terms(_ASKED | _GIVEN))
+    yield from (".SH FILES", *_terms(_PAGES))
     yield from (".SH EXIT STATUS", *_terms(commands.STATUSES | _RUN | _SIGNALS))
     yield ".PP"
     yield from _text("`run` otherwise passes the status of its command on, and a signal that ended it.")
@@ -90,6 +94,7 @@ def _regd() -> Iterator[str]:
         ".SH FILES",
         *_terms(
             {"~/.local/state/regd/registry.json": "All registrations, one a line. Stop regd before editing it."}
+            | _PAGES
         ),
         ".SH EXIT STATUS",
         *_terms(daemon.STATUSES | _SIGNALS),

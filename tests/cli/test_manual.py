@@ -11,7 +11,7 @@ import pytest
 from regd.cli import manual
 from regd.cli.commands import COMMANDS, COMMON, PAGES, STATUSES
 from regd.cli.regd import FLAGS
-from tests.support.daemon import environment
+from tests.support.daemon import ROOT, environment
 
 
 def ran(*argv: str, said: str = "", status: int = 0) -> str:
@@ -54,6 +54,13 @@ def test_help_of_all_and_of_nothing() -> None:
     assert regctl("help", "resolv", status=2) == "regctl: no command 'resolv'; did you mean 'resolve'?\n"
     assert regctl("help", "\x1b", status=2).count("regctl help") == 1
     assert "\x1b" not in regctl("help", "\x1b", status=2)
+
+
+def test_help_tells_where_the_pages_are() -> None:
+    assert regctl("help").endswith(f"\nPages: {ROOT}\n")
+    assert "Pages:" not in regctl("help", "run")
+    for name in PAGES:
+        assert "share/doc/regd" in shown(name)
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -100,7 +107,7 @@ def test_the_page_of_regctl_is_whole() -> None:
     statuses = _flat(text[text.index("EXIT STATUS") :])
     for status, means in STATUSES.items():
         assert f"{status} {means}" in statuses
-    for part in ("ENVIRONMENT", "EXIT STATUS", "EXAMPLES", "SEE ALSO"):
+    for part in ("ENVIRONMENT", "FILES", "EXIT STATUS", "EXAMPLES", "SEE ALSO"):
         assert f"\n{part}\n" in text
     assert "REGD_ADDRESS" in text
 
