@@ -30,7 +30,7 @@ _FAULTS = {
     signal.SIGSYS,
     signal.SIGTRAP,
 }
-_NOT_PASSED = {signal.SIGCHLD, signal.SIGKILL, signal.SIGSTOP, *_FAULTS}  # this process's own
+_OWN = {signal.SIGCHLD, signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ, *_FAULTS}
 _FROM_TERMINAL = 128  # SI_KERNEL (sigaction(2)): the terminal told the whole group
 _LISTEN_FD = 3  # sd_listen_fds(3)
 _LOOK_S = 0.01  # between two looks whether the name is gone
@@ -55,14 +55,12 @@ class Name(Protocol):
 
 
 def signals() -> set[int]:
-    """Return the signals to wait for: SIGCHLD, and every signal to pass on.
+    """Return the signals to wait for: SIGCHLD, and every signal to pass on: all but faults, as tini(1) does.
 
-    All but faults are passed on, as by tini(1), and but those that this process ignores: so does the command.
     SIGCHLD gets its default action, as in timeout(1): a parent that ignores it would hide the command's end.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    passed = signal.valid_signals() - _NOT_PASSED
-    return {signal.SIGCHLD, *(each for each in passed if signal.getsignal(each) != signal.SIG_IGN)}
+    return {signal.SIGCHLD, *(signal.valid_signals() - _OWN)}
 
 
 def start(
@@ -137,7 +135,7 @@ def until_ended(child: int, waited_for: Collection[int], name: Name, complain: C
                 return status
             continue
         from_terminal = is_from_terminal(came, child)
-        if came.si_signo in _ENDS:
+        if came.si_signo in _ENDS and signal.getsignal(came.si_signo) != signal.SIG_IGN:  # else it ends nothing
             held.release()
             if name.withdraw() and not from_terminal:
                 held.hold(came.si_signo)

@@ -430,6 +430,24 @@ def test_signals_that_a_parent_ignores_or_blocks(process: Daemon, command: list[
     assert (done.returncode, "Traceback" in done.stderr) == (status, False), done.stderr
 
 
+def test_a_signal_that_a_parent_ignores_is_passed_on_and_the_name_stays(process: Daemon) -> None:
+    """As SIGINT is in the background of a script: the command ignores it, unless it says otherwise."""
+    code = INHERITED.replace("SIGCHLD, signal.SIG_IGN", "SIGINT, signal.SIG_IGN").replace("[signal.SIGCHLD,", "[")
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "run", "web", "--socket", "--", *PROGRAM], cwd=ROOT, start_new_session=True,
+        env=environment(REGD_ADDRESS=process.addresses[0]), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as made:  # fmt: skip
+        command = Running(made)
+        try:
+            port = command.line().split()[1]
+            peer_wait(process)
+            for _ in range(2):
+                made.send_signal(signal.SIGINT)
+                assert command.line() == f"SIGINT 127.0.0.1:{port}"
+        finally:
+            os.killpg(made.pid, signal.SIGKILL)
+
+
 def test_a_blocked_signal_is_passed_on_all_the_same(process: Daemon) -> None:
     code = LISTENER.replace('print("waits"', 'signal.pthread_sigmask(signal.SIG_SETMASK, []); print("waits"')
     with subprocess.Popen(
