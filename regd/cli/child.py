@@ -21,16 +21,12 @@ from regd_client.service import DRAIN_S
 CANNOT_RUN, NO_COMMAND = 126, 127  # as shells say it
 _ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 _STOPS = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)  # job control, setpgid(2)
-_FAULTS = {
-    signal.SIGABRT,
-    signal.SIGBUS,
-    signal.SIGFPE,
-    signal.SIGILL,
-    signal.SIGSEGV,
-    signal.SIGSYS,
-    signal.SIGTRAP,
-}
-_OWN = {signal.SIGCHLD, signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ, *_FAULTS}
+# Not passed on: what cannot be caught, and what this process causes by itself.
+_OWN = {
+    signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ,
+    signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGSYS, signal.SIGTRAP,
+}  # fmt: skip
+_TO_LEADER = (signal.SIGHUP, signal.SIGCONT)  # of a terminal that hangs up, to the leader of its session alone
 _FROM_TERMINAL = 128  # SI_KERNEL (sigaction(2)): the terminal told the whole group
 _LISTEN_FD = 3  # sd_listen_fds(3)
 _LOOK_S = 0.01  # between two looks whether the name is gone
@@ -179,6 +175,8 @@ class _Held:
 
 def is_from_terminal(came: signal.struct_siginfo, child: int) -> bool:
     """Return whether the terminal has sent a signal to the child, too."""
+    if came.si_signo in _TO_LEADER and os.getsid(0) == os.getpid():
+        return False
     return came.si_code == _FROM_TERMINAL and os.getpgid(child) == os.getpgrp()
 
 

@@ -276,7 +276,7 @@ class _Name:
                 f"the kernel does not tell who listens at {at} ({error}); hand the command its socket: --socket"
             )
         if found is None:
-            return f"no socket of this machine listens at {at}, but connections are accepted: a packet filter's?"
+            return f"connections to {at} are accepted, but no socket of this machine listens there"
         if is_of(self._child, found):
             return ""
         return f"user {found.uid} listens at {at}, not the command; stop that program, or use --socket"

@@ -351,6 +351,37 @@ def test_ctrl_c_comes_once(process: Daemon) -> None:
         os.close(terminal)
 
 
+def test_a_terminal_that_hangs_up_tells_the_command(process: Daemon, tmp_path: Path) -> None:
+    """The kernel tells the leader of the session alone, which is regctl under `ssh -t` and `xterm -e`."""
+    heard = tmp_path / "heard"
+    os.mkfifo(heard)
+    code = "import signal, sys; signal.sigwait({signal.SIGHUP}); open(sys.argv[1], 'w').write('SIGHUP')"
+    code = f"import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.SIGHUP}}); print('waits', flush=True); {code}"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execvpe(
+            sys.executable,
+            [*REGCTL, "run", "web", "--", sys.executable, "-c", code, str(heard)],
+            environment(REGD_ADDRESS=process.addresses[0]),
+        )
+    try:
+        shown = b""
+        while b"waits\r\n" not in shown:
+            assert select.select([terminal], [], [], START_S)[0]
+            shown += os.read(terminal, 4_096)
+    finally:
+        os.close(terminal)
+    reading = os.open(heard, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert select.select([reading], [], [], START_S)[0]
+        until(lambda: os.waitpid(pid, os.WNOHANG)[0] == pid)
+        assert os.read(reading, 100) == b"SIGHUP"
+    finally:
+        os.close(reading)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+
 # Says its name and each signal that it gets, and ends at a line.
 LISTENER = """
 import os, signal, sys
