@@ -1,7 +1,8 @@
 """The signals that end a server, held back until the names of its services are withdrawn.
 
-A server that is told to end turns away at once who has just connected, so the names must go before it is told.
-Whoever waits for the signal, with `signal.signal` or on the event loop, gets it later, and a second one at once.
+A server that is told to end turns away new connections at once, so the names must be withdrawn before. The
+handlers of the program and of its event loop get the first signal afterwards. The second signal gives them both
+at once, also while the event loop is blocked.
 Must not know what is registered.
 """
 
@@ -49,29 +50,35 @@ class _Held:
         self._reading, self._written = socket.socketpair()
         self._reading.setblocking(False)
         self._written.setblocking(False)
-        self._loop.add_reader(self._reading, self._woken)
+        self._loop.add_reader(self._reading, self._pass_on)
         self._wakes = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
         for number in _ENDS:
             handler = signal.getsignal(number)
             if callable(handler):  # else it is ignored, or ends the process: nothing is held then
                 self._handlers[number] = handler
-                signal.signal(number, _later)
+                signal.signal(number, self._handle)
 
-    def _woken(self) -> None:
-        self._sort()
-        if len(self._waiting) > 1:
-            self.release()
-        elif self._waiting and self._task is None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Hold the first signal. The second is not left to the event loop, which may be blocked."""
+        self._waiting.append(number)
+        running = self._loop.is_running()
+        if running and len(self._waiting) == 1:
+            self._loop.call_soon_threadsafe(self._begin)
+            return
+        if running:
+            self._loop.call_soon_threadsafe(self.release)
+        self._let_go()
+
+    def _begin(self) -> None:
+        if not self._released and self._task is None:
             self._task = asyncio.create_task(self._withdraw(), name="regd-client-signal")
 
-    def _sort(self) -> None:
-        """Keep what is held, and pass the rest on to the event loop."""
+    def _pass_on(self) -> None:
+        """Tell the event loop of the signals that are not held."""
         with contextlib.suppress(BlockingIOError):
             for number in self._reading.recv(4_096):
-                if number in self._handlers:
-                    self._waiting.append(number)
-                elif self._wakes >= 0:
+                if number not in self._handlers and self._wakes >= 0:
                     os.write(self._wakes, bytes((number,)))
 
     async def _withdraw(self) -> None:
@@ -80,28 +87,30 @@ class _Held:
         finally:
             self.release()
 
+    def _let_go(self) -> None:
+        """Stand aside, and raise what was held. A signal may come, and call this, at any point of it."""
+        for number, handler in self._handlers.items():
+            if signal.getsignal(number) == self._handle:
+                signal.signal(number, handler)
+        if (wakes := signal.set_wakeup_fd(self._wakes)) != self._written.fileno():
+            signal.set_wakeup_fd(wakes)  # another one's since
+        while self._waiting:
+            signal.raise_signal(self._waiting.pop(0))
+
     def release(self) -> None:
-        """Stand aside, and let go on what was held."""
+        """Hold nothing more, and let go what was held."""
         global _held
         if self._released:
             return
         self._released = True
         _held = None
         self._loop.remove_reader(self._reading)
-        if (wakes := signal.set_wakeup_fd(self._wakes)) != self._written.fileno():
-            signal.set_wakeup_fd(wakes)  # another one's since
-        self._sort()
-        for number, handler in self._handlers.items():
-            if signal.getsignal(number) is _later:
-                signal.signal(number, handler)
-        self._reading.close()
-        self._written.close()
-        for number in self._waiting:
-            signal.raise_signal(number)
+        try:
+            self._let_go()
+        finally:
+            self._pass_on()
+            self._reading.close()
+            self._written.close()
 
 
 _held: _Held | None = None
-
-
-def _later(number: int, frame: FrameType | None) -> None:
-    """Handle a signal by name only: the event loop reads of it."""

@@ -5,6 +5,8 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import regd_client
 from regd_client import service as service_module
 from regd_client.client import Client
 from tests.client.relay import until
-from tests.support.daemon import WAIT_S, InLoop
+from tests.support.daemon import WAIT_S, InLoop, environment
 
 pytestmark = pytest.mark.socket
 
@@ -376,6 +378,63 @@ async def test_without_a_handler_nothing_is_held() -> None:
     before = signal.getsignal(signal.SIGTERM)
     async with regd_client.serving("web"):
         assert signal.getsignal(signal.SIGTERM) is before is signal.SIG_DFL
+
+
+BLOCKED = """
+import asyncio, signal, sys, time
+import regd_client
+
+def handler(number, frame):
+    print("heard", flush=True)
+    if number == signal.SIGTERM:
+        raise SystemExit(3)
+
+async def main():
+    if "SIGTERM" in sys.argv:
+        signal.signal(signal.SIGTERM, handler)
+    serving = regd_client.listen("web") if "listen" in sys.argv else regd_client.serving("web")
+    async with serving:
+        print("blocked", flush=True)
+        time.sleep(1_000) if "sleep" in sys.argv else [None for _ in iter(int, 1)]
+
+loop = {"asyncio": asyncio.new_event_loop}
+if "uvloop" in sys.argv:
+    import uvloop
+    loop["uvloop"] = uvloop.new_event_loop
+asyncio.Runner(loop_factory=loop[sys.argv[1]]).run(main())
+"""
+
+
+def blocked(*arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", BLOCKED, *arguments]
+    return subprocess.Popen(
+        command, env=environment(**os.environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("what", ["serving", "listen"])
+@pytest.mark.parametrize("how", ["sleep", "work"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_second_signal_ends_a_blocked_program(
+    loop: str, what: str, how: str, number: signal.Signals
+) -> None:
+    with blocked(loop, what, how, number.name) as program:
+        try:
+            assert program.stdout is not None
+            assert await asyncio.to_thread(program.stdout.readline) == "blocked\n"
+            sent = 0
+            async with asyncio.timeout(WAIT_S):
+                while program.poll() is None:  # two that come together are one to Python
+                    program.send_signal(number)
+                    sent += 1
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        await asyncio.to_thread(program.wait, 0.2)
+            assert sent >= 2  # the first was held until the name is gone
+            _, errors = await asyncio.to_thread(program.communicate, timeout=WAIT_S)
+            assert program.returncode == (3 if number == signal.SIGTERM else -signal.SIGINT), errors
+        finally:
+            program.kill()
 
 
 def test_in_another_thread_nothing_is_held(daemon: InLoop) -> None:
