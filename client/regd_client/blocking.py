@@ -189,22 +189,25 @@ def serving(
     instance: str | None = None,
     meta: Mapping[str, str] | None = None,
     drain_s: float = 0.1,
-) -> Registration:
-    """Register a service whose port is open, and withdraw it before the server hears of SIGTERM or Ctrl-C.
+) -> None:
+    """Register a server whose port is open, for as long as this process lives.
 
-    For the hook that a server runs in the main thread of each worker, when that handles signals already. The
-    worker goes on for `drain_s` after the name has gone: whoever has just resolved it is still answered.
+        def when_ready(server):  # in gunicorn.conf.py
+            blocking.serving("shop", server.LISTENERS[0].getsockname()[1])
+
+    Call it in the main thread of the process that owns the port, when that handles signals already: before the
+    handlers of SIGTERM and SIGINT are called, the name is withdrawn and `drain_s` seconds pass. No thread stays
+    behind, and no connection where the daemon can see this process, so workers may be forked from it. While no
+    daemon answers or another owner has the name, registering is tried again every second (by SIGALRM).
+
+    Raises:
+        BadArgument: the daemon does not take the arguments.
+        RegdError: it cannot be registered now, and not be tried again: SIGALRM is in use, or this is not the main
+            thread.
     """
-    from regd_client.ending import Ending
+    from regd_client.ending import ProcessName
 
-    ending = Ending(drain_s)  # first: a server may be told to end while it still starts
-    try:
-        made = register(name, port, host=host, instance=instance, meta=meta)
-    except BaseException:
-        ending.give_up()
-        raise
-    ending.withdraws(made)
-    return made
+    ProcessName(name, port, {"host": host, "instance": instance, "meta": meta}, drain_s).register()
 
 
 def listen(

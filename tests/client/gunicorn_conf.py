@@ -1,4 +1,4 @@
-"""gunicorn's settings for test_servers: each worker is a holder of the one registration."""
+"""gunicorn's settings for test_servers: the name is the master's, as in client/SERVERS.md."""
 
 from typing import Any
 
@@ -8,6 +8,5 @@ bind = "127.0.0.1:0"
 loglevel = "warning"
 
 
-def post_worker_init(worker: Any) -> None:
-    if worker.alive:  # else it was told to end while it was starting
-        blocking.serving("web", worker.sockets[0].getsockname()[1])
+def when_ready(server: Any) -> None:
+    blocking.serving("web", server.LISTENERS[0].getsockname()[1])

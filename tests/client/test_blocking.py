@@ -6,14 +6,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 import regd_client
-from regd_client import blocking
-from regd_client.thread import Registration, client_thread
+from regd_client import blocking, ending, wire
+from regd_client.thread import client_thread
 from tests.support.daemon import WAIT_S, Daemon, environment
 
 
@@ -137,60 +138,158 @@ def test_ctrl_c_ends_a_wait() -> None:
             running.kill()
 
 
-def test_a_server_hears_of_its_end_when_the_name_has_gone() -> None:
-    got: list[list[dict[str, object]]] = []
-    heard = threading.Event()
+Heard = list[list[dict[str, object]]]
 
-    def handler(number: int, frame: object) -> None:
-        got.append(instances())
-        heard.set()
 
-    before = signal.signal(signal.SIGTERM, handler)
-    try:
-        blocking.serving("web", 1, drain_s=0.0)
-        assert len(instances()) == 1
+@pytest.fixture
+def heard() -> Iterator[Heard]:
+    """What is registered whenever the program's own handler of SIGTERM is called."""
+    got: Heard = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
+    timer = signal.setitimer(signal.ITIMER_REAL, 0.0)  # pytest-timeout's
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, frame: got.append(instances()))
+    yield got
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    signal.setitimer(signal.ITIMER_REAL, *timer)
+
+
+def connections() -> int:
+    with blocking.BlockingConnection() as connection:
+        return int(connection.ask("stats")["connections"])
+
+
+def test_a_server_hears_of_its_end_when_the_name_has_gone(heard: Heard) -> None:
+    blocking.serving("web", 1, drain_s=0.0)
+    assert len(instances()) == 1
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert heard == [[]]
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert len(heard) == 2
+
+
+def test_nothing_stays_behind_in_a_process_that_forks_workers(heard: Heard) -> None:
+    threads = threading.active_count()
+    blocking.serving("web", 1, meta={"zone": "a"})
+    assert threading.active_count() == threads
+    until(lambda: connections() == 1)  # the one that asks
+    [found] = instances()
+    assert (found["pid"], found["meta"], "hold" in found) == (os.getpid(), {"zone": "a"}, False)
+
+
+def test_a_forked_worker_that_is_told_to_end_leaves_the_name(heard: Heard) -> None:
+    blocking.serving("web", 1)
+    if not (pid := os.fork()):
         os.kill(os.getpid(), signal.SIGTERM)
-        assert heard.wait(WAIT_S)
-        assert got == [[]]
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert len(got) == 2
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os._exit(len(heard))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    assert len(instances()) == 1
 
 
-def test_a_signal_while_it_is_being_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_of_several_processes_stays_until_the_last_leaves(heard: Heard) -> None:
+    with subprocess.Popen(["sleep", "1000"]) as other:
+        try:
+            with blocking.BlockingConnection() as connection:
+                blocking.serving("web", 1, drain_s=0.0)
+                assert connection.ask("register", name="web", port=1, pid=other.pid)["ok"]
+                os.kill(os.getpid(), signal.SIGTERM)
+                [[found]] = heard
+                assert found["state"] == "ready"
+        finally:
+            other.kill()
+    until(lambda: instances() == [])
+
+
+def test_a_name_that_is_somebody_elses_by_now_stays(heard: Heard) -> None:
+    blocking.serving("web", 1, drain_s=0.0)
+    with blocking.BlockingConnection() as connection:
+        assert connection.ask("register", name="web", port=2, force=True)["ok"]
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert [found["port"] for found in heard[0]] == [2]
+
+
+def test_a_daemon_that_cannot_see_the_process_sees_a_connection(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "own_host", lambda: {"boot": "another", "pid_namespace": "pid:[1]"})
+    blocking.serving("web", 1, drain_s=0.0)
+    [found] = instances()
+    assert (found["hold"], "pid" in found) == (True, False)
+    assert connections() == 2
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert heard == [[]]
+    until(lambda: connections() == 1)
+
+
+def test_a_signal_while_it_is_being_registered(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server hears of it once the name has come, and has gone again."""
-    heard = threading.Event()
-    got: list[list[dict[str, object]]] = []
-    register = blocking.register
+    ask = blocking.BlockingConnection.ask
+    asked: list[str] = []
 
-    def handler(number: int, frame: object) -> None:
-        got.append(instances())
-        heard.set()
+    def interrupted(connection: blocking.BlockingConnection, cmd: str, **arguments: Any) -> dict[str, Any]:
+        asked.append(cmd)
+        if asked.count("register") == 1 and cmd == "register":
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert heard == []
+        return ask(connection, cmd, **arguments)
 
-    def interrupted(*args: Any, **more: Any) -> Registration:
-        os.kill(os.getpid(), signal.SIGTERM)
-        made = register(*args, **more)
-        assert got == []
-        return made
-
-    before = signal.signal(signal.SIGTERM, handler)
-    monkeypatch.setattr(blocking, "register", interrupted)
-    try:
-        blocking.serving("web", 1, drain_s=0.0)
-        assert heard.wait(WAIT_S)
-        assert got == [[]]
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(blocking.BlockingConnection, "ask", interrupted)
+    blocking.serving("web", 1, drain_s=0.0)
+    assert heard == [[]]
+    assert "deregister" in asked
 
 
-def test_what_cannot_be_registered_holds_no_signal() -> None:
-    before = signal.getsignal(signal.SIGINT)
+def test_what_cannot_be_registered_holds_no_signal(heard: Heard) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(regd_client.BadArgument):
         blocking.serving("no name", 1)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_server_whose_name_another_owner_has_waits_for_it(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ending, "_PAUSE_S", 0.01)
+    with blocking.BlockingConnection() as owner:
+        owner.ask("register", name="web", port=2, hold=True)
+        blocking.serving("web", 1)
+        until(lambda: stats()["requests"]["register"] >= 4)
+        assert [found["port"] for found in instances()] == [2]
+    until(lambda: [found["port"] for found in instances()] == [1])
+    until(lambda: "is registered at 127.0.0.1:1 now" in caplog.text)
+    assert caplog.text.count("not registered yet") == 1
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+
+
+def stats() -> dict[str, Any]:
+    with blocking.BlockingConnection() as connection:
+        return connection.ask("stats")
+
+
+def test_a_server_that_ends_before_it_is_registered_is_not_tried_again(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ending, "_PAUSE_S", 0.01)
+    with blocking.BlockingConnection() as owner:
+        owner.ask("register", name="web", port=2, hold=True)
+        blocking.serving("web", 1, drain_s=0.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert [found["port"] for found in heard[0]] == [2]
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+
+
+def test_where_no_timer_can_be_had_it_is_an_error_at_once(heard: Heard) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with blocking.BlockingConnection() as owner:
+        owner.ask("register", name="web", port=2, hold=True)
+        with ThreadPoolExecutor(1) as pool, pytest.raises(regd_client.Conflict):
+            pool.submit(blocking.serving, "web", 1).result()
+        signal.signal(signal.SIGALRM, lambda number, frame: None)
+        with pytest.raises(regd_client.Conflict):
+            blocking.serving("web", 1)
+        assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_program_that_ends_leaves_nothing_half_done() -> None:

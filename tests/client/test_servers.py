@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -29,6 +30,8 @@ SERVERS = {
     "hypercorn with workers": [*HYPERCORN, "--workers", "2", "tests.client.asgi_apps:starlette_app"],
     "gunicorn": [*GUNICORN, "tests.client.wsgi_app:app"],
     "gunicorn with workers": [*GUNICORN, "--workers", "2", "--threads", "2", "tests.client.wsgi_app:app"],
+    "gunicorn with gevent": [*GUNICORN, "--workers", "2", "-k", "gevent", "tests.client.wsgi_app:app"],
+    "gunicorn and preload": [*GUNICORN, "--workers", "2", "--preload", "tests.client.wsgi_app:app"],
     "aiohttp": [*PYTHON, "tests.client.apps", "aiohttp"],
     "asyncio": [*PYTHON, "tests.client.apps", "plain"],
     "asyncio and listen": [*PYTHON, "tests.client.apps", "listen"],
@@ -36,13 +39,16 @@ SERVERS = {
 
 
 @contextlib.contextmanager
-def serving(command: list[str], daemon: Daemon, folder: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def serving(
+    command: list[str], daemon: Daemon, folder: Path | None = None, log: IO[bytes] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server until the block ends, in a group of its own, that is ended as a whole."""
     process = subprocess.Popen(
         command,
         cwd=folder or ROOT,
         env=environment(REGD_ADDRESS=daemon.addresses[0]),
         start_new_session=True,
+        stderr=log,
     )
     try:
         yield process
@@ -56,11 +62,11 @@ class Dropped(Exception):
     """The server took the connection, and closed it without a word."""
 
 
-async def fetch(found: regd_client.Endpoint) -> int:
+async def fetch(found: regd_client.Endpoint, path: str = "/") -> int:
     """Return what the service answers: the number of its process."""
     reader, writer = await asyncio.open_connection(found.host, found.port)
     try:
-        writer.write(b"GET / HTTP/1.1\r\nHost: there\r\nConnection: close\r\n\r\n")
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: there\r\nConnection: close\r\n\r\n".encode())
         head, _, body = (await reader.read()).partition(b"\r\n\r\n")
     finally:
         writer.close()
@@ -116,6 +122,13 @@ async def calling(daemon: Daemon) -> AsyncIterator[tuple[Client, Caller]]:
             task = group.create_task(caller.run())
             yield client, caller
             task.cancel()
+
+
+async def until_owners(client: Client, true: Callable[[list[int]], bool]) -> list[int]:
+    async with asyncio.timeout(START_S):
+        while not true(found := await owners(client)):
+            await asyncio.sleep(0.01)
+    return found
 
 
 async def owners(client: Client) -> list[int]:
@@ -185,3 +198,135 @@ async def test_a_reload(process: Daemon, tmp_path: Path) -> None:
             os.utime(program, (2_000_000_000, 2_000_000_000))
             await caller.until(lambda: caller.last not in (0, before))
             assert len(await owners(client)) == 1
+
+
+# gunicorn: the name is the master's.
+
+WSGI = """
+import os, pathlib, time
+here = pathlib.Path(__file__).parent
+
+def until(name):
+    (here / f"{name}.begun").touch()
+    while not (here / f"{name}.may_go_on").exists():
+        time.sleep(0.01)
+
+if (here / "slow").exists():
+    until("import")
+
+def app(environ, start):
+    if environ["PATH_INFO"] == "/slow":
+        until("request")
+    (here / "served").touch()
+    body = str(os.getpid()).encode()
+    start("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+"""
+KINDS = {
+    "sync": ["-k", "sync"],
+    "gthread": ["--threads", "4"],
+    "gevent": ["-k", "gevent"],
+    "gevent in the master, too": ["-k", "gevent", "--config", "gevent_conf.py"],
+}
+
+
+def gunicorn(folder: Path, *arguments: str) -> list[str]:
+    config = (ROOT / "tests" / "client" / "gunicorn_conf.py").read_text()
+    (folder / "gunicorn_conf.py").write_text(config)
+    (folder / "gevent_conf.py").write_text("from gevent import monkey\nmonkey.patch_all()\n" + config)
+    (folder / "application.py").write_text(WSGI)
+    return [*PYTHON, "gunicorn", "--config", "gunicorn_conf.py", *arguments, "application:app"]
+
+
+async def until_exists(path: Path) -> None:
+    async with asyncio.timeout(START_S):
+        while not path.exists():  # noqa: ASYNC240
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_request_under_way_at_sigterm_is_answered(kind: str, process: Daemon, tmp_path: Path) -> None:
+    async with Client(process.addresses[0]) as client:
+        with serving(gunicorn(tmp_path, *KINDS[kind]), process, tmp_path) as running:
+            found = await client.resolve("web", wait=START_S)
+            under_way = asyncio.create_task(fetch(found, "/slow"))
+            await until_exists(tmp_path / "request.begun")
+            running.terminate()
+            assert await until_owners(client, lambda pids: not pids) == []
+            assert not under_way.done()
+            (tmp_path / "request.may_go_on").touch()
+            assert await under_way > 0
+            assert await asyncio.to_thread(running.wait, START_S) == 0
+        [departure] = (await client.why("web"))["departures"]
+        assert departure["reason"] == "deregistered"
+
+
+async def test_a_reload_with_a_slow_import_keeps_the_name(process: Daemon, tmp_path: Path) -> None:
+    async with Client(process.addresses[0]) as client:
+        with serving(gunicorn(tmp_path), process, tmp_path) as running:
+            found = await client.resolve("web", wait=START_S)
+            before = await fetch(found)
+            assert await owners(client) == [running.pid]
+            (tmp_path / "slow").touch()
+            running.send_signal(signal.SIGHUP)
+            await until_exists(tmp_path / "import.begun")
+            waiting = [asyncio.create_task(fetch(await client.resolve("web"))) for _ in range(3)]
+            (tmp_path / "import.may_go_on").touch()
+            after = [await each for each in waiting]
+            async with asyncio.timeout(START_S):
+                while await fetch(await client.resolve("web")) == before:
+                    pass
+            assert all(after)
+            assert (await client.why("web"))["departures"] == []
+
+
+async def test_workers_that_end_after_some_requests_keep_the_name(process: Daemon, tmp_path: Path) -> None:
+    async with calling(process) as (client, caller):
+        caller.may_be_dropped = True  # gunicorn's worker drops who has just connected
+        with serving(gunicorn(tmp_path, "--workers", "2", "--max-requests", "3"), process, tmp_path):
+            await caller.again(1)
+            rev = (await client.hello())["rev"]
+            first = caller.last
+            await caller.again(20)
+            await caller.until(lambda: caller.last != first)
+            assert caller.missing == 0
+            assert (await client.hello())["rev"] == rev
+
+
+async def test_an_upgrade_hands_the_name_over(process: Daemon, tmp_path: Path) -> None:
+    """SIGUSR2: the next master has the same port, and joins; the old one leaves."""
+    async with Client(process.addresses[0]) as client:
+        with serving(gunicorn(tmp_path), process, tmp_path) as running:
+            found = await client.resolve("web", wait=START_S)
+            running.send_signal(signal.SIGUSR2)
+            pids = await until_owners(client, lambda pids: len(pids) == 2)
+            [upgraded] = set(pids) - {running.pid}
+            async with asyncio.timeout(START_S):
+                while len({await fetch(found) for _ in range(10)}) < 2:  # until it has a worker
+                    pass
+            running.terminate()
+            assert await asyncio.to_thread(running.wait, START_S) == 0
+            assert await until_owners(client, lambda pids: len(pids) == 1) == [upgraded]
+            assert (await client.resolve("web")).port == found.port
+            assert await fetch(found) > 0
+            assert (await client.why("web"))["departures"] == []
+            os.kill(upgraded, signal.SIGTERM)
+            await until_owners(client, lambda pids: not pids)
+        [departure] = (await client.why("web"))["departures"]
+        assert departure["reason"] == "deregistered"
+
+
+async def test_a_master_without_a_daemon_is_registered_when_there_is_one(tmp_path: Path) -> None:
+    with Daemon(tmp_path / "registry.json") as daemon:
+        daemon.start()
+        daemon.end()
+        log = tmp_path / "log"
+        with log.open("wb") as written, serving(gunicorn(tmp_path), daemon, tmp_path, written) as running:
+            async with asyncio.timeout(START_S):
+                while "not registered yet" not in log.read_text():
+                    await asyncio.sleep(0.01)
+            daemon.start()
+            async with Client(daemon.addresses[0]) as client:
+                assert await fetch(await client.resolve("web", wait=START_S)) > 0
+                assert await owners(client) == [running.pid]
+            assert log.read_text().count("not registered yet") == log.read_text().count("is registered at") == 1
