@@ -1,12 +1,15 @@
-"""Servers of an event loop: who opens one is heard of, and closes its listener only when whoever listens is done.
+"""Servers of an event loop: a door notices when one opens its port, and delays the closing of its listener.
 
-Every asyncio server opens its port through `loop.create_server`. While somebody listens, that goes through here;
-there is no other place that all servers pass. Must not know what is registered.
+asyncio's servers open their port with `loop.create_server`. Servers with an accept loop of their own, such as
+Tornado, pass a listening socket to `loop.add_reader`. While there are doors, both methods go through here. A server
+that uses neither is found by its listening socket, if its port is known. Must not know what is registered.
 """
 
 import asyncio
+import contextlib
 import os
 import socket
+import stat
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, NoReturn
 
@@ -36,12 +39,24 @@ class Door:
         host, port = next(each for each in addresses(sockets) if self._port in (None, each[1]))
         self._opened(host, port)
 
+    def look(self) -> bool:
+        """Open it if this process listens on the port already. Returns whether it does."""
+        if self._port is None:
+            return False
+        with contextlib.ExitStack() as stack:
+            found = [stack.enter_context(each) for each in _own_sockets()]
+            listening = [each for each in found if is_listener(each) and self.fits([each])]
+            if listening:
+                self.open(listening)
+            return bool(listening)
+
     def __enter__(self) -> "Door":
         loop = asyncio.get_running_loop()
         opener = vars(loop).get("create_server")
         if not isinstance(opener, _Opener):
             opener = _Opener(loop)
             vars(loop)["create_server"] = opener
+            vars(loop)["add_reader"] = opener.add_reader
         opener.doors.append(self)
         return self
 
@@ -50,15 +65,16 @@ class Door:
         opener = found["create_server"]
         opener.doors.remove(self)
         if not opener.doors:
-            del found["create_server"]
+            del found["create_server"], found["add_reader"]
 
 
 class _Opener:
-    """Stands in for a loop's `create_server`."""
+    """Stands in for a loop's `create_server` and `add_reader`."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.doors: list[Door] = []
         self._create = loop.create_server
+        self._add_reader = loop.add_reader
 
     async def __call__(
         self, *args: Any, sock: socket.socket | None = None, **more: Any
@@ -75,6 +91,12 @@ class _Opener:
             raise
         door = door or self._door(server.sockets)
         return server if door is None else _LateServer(server, door)
+
+    def add_reader(self, fd: Any, callback: Callable[..., Any], *args: Any) -> None:
+        self._add_reader(fd, callback, *args)
+        with contextlib.suppress(OSError, ValueError), _same(fd if isinstance(fd, int) else fd.fileno()) as found:
+            if is_listener(found) and (door := self._door([found])) is not None:
+                door.open([found])
 
     def _door(self, sockets: Iterable[Any]) -> Door | None:
         return next((each for each in self.doors if each.fits(sockets)), None)
@@ -130,6 +152,38 @@ class _LateServer(asyncio.AbstractServer):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._server, name)
+
+
+def is_listener(found: socket.socket) -> bool:
+    """Whether it accepts TCP connections."""
+    if found.family not in (socket.AF_INET, socket.AF_INET6) or found.type != socket.SOCK_STREAM:
+        return False
+    return bool(found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def _same(fd: int) -> socket.socket:
+    """Return a socket of one's own for the one behind a descriptor.
+
+    Raises:
+        OSError: there is none.
+    """
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        raise OSError(f"descriptor {fd} is no socket")
+    copied = os.dup(fd)
+    try:
+        return socket.socket(fileno=copied)
+    except BaseException:
+        os.close(copied)
+        raise
+
+
+def _own_sockets() -> list[socket.socket]:
+    """Return copies of all sockets of this process, to be closed by the caller."""
+    found = []
+    for name in os.listdir("/dev/fd"):
+        with contextlib.suppress(OSError):
+            found.append(_same(int(name)))
+    return found
 
 
 def addresses(sockets: Iterable[Any]) -> list[tuple[str, int]]:

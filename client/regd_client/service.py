@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import sys
 from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -23,7 +24,11 @@ log = logging.getLogger("regd_client")
 
 DRAIN_S = 0.1
 _PAUSE_S = 0.5  # at most, between tries to register
+_MAKING_S = 1.0  # for a registration that is just being made, when the service is told to end
 _NOBODY_S = 10.0  # until it is worth a word that nothing listens
+_LOOK_S = (0.05, 1.0)  # between looks for a port that was opened elsewhere, the first and the longest
+_ELSEWHERE_S = 1.0  # until the same under a server that may have opened it elsewhere
+_ELSEWHERE = ("granian", "sanic")  # those that open their port outside of the event loop, or before `serving`
 
 
 class Service:
@@ -39,11 +44,15 @@ class Service:
         self._arguments = arguments
         self._drain_s = drain_s
         self._patient = patient
+        self._port = port
+        self._said = False  # that no server has come
+        self._troubled: type[RegdError] | None = None  # the last that was in the way of registering it
         self._door = Door(port, self.opened, self.withdraw)
         self._hooks = contextlib.ExitStack()
         self._client = Client()
         self._registering: asyncio.Task[Registration] | None = None
         self._withdrawing: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
         self._opened: asyncio.Future[asyncio.Task[Registration]] = asyncio.get_running_loop().create_future()
 
     async def registration(self) -> Registration:
@@ -60,11 +69,10 @@ class Service:
 
     async def _register(self, host: str, port: int) -> Registration:
         """Try until it succeeds: the service works meanwhile, and whoever has the name may leave."""
-        told: type[RegdError] | None = None
         arguments = {"host": host, **self._arguments}
         while True:
             try:
-                return await self._client.register(self._name, port, **arguments)
+                made = await self._client.register(self._name, port, **arguments)
             except BadArgument as error:
                 if self._patient:
                     log.error(
@@ -74,10 +82,14 @@ class Service:
             except RegdError as trouble:
                 if not self._patient:
                     raise
-                if told is not type(trouble):
+                if self._troubled is not type(trouble):
                     at = joined(host, port)
                     log.warning("%s serves at %s, not registered yet, trying on: %s", self._name, at, trouble)
-                told = type(trouble)
+                self._troubled = type(trouble)
+            else:
+                if self._troubled is not None:
+                    log.warning("%s is registered at %s now", self._name, joined(host, port))
+                return made
             await asyncio.sleep(random.uniform(0, _PAUSE_S))
 
     async def withdraw(self) -> None:
@@ -91,6 +103,8 @@ class Service:
         if task is None:
             return
         if not task.done():
+            if not self._troubled:  # the answer is under way: what it registered is to be withdrawn
+                await asyncio.wait((task,), timeout=_MAKING_S)
             task.cancel()
             await asyncio.wait((task,))
         if task.cancelled() or task.exception() is not None:
@@ -101,18 +115,32 @@ class Service:
             log.warning("left %s registered: %s", self._name, trouble)
         await asyncio.sleep(self._drain_s)
 
-    def nobody(self) -> None:
+    async def _look(self) -> None:
+        """Find a port that is not opened on this event loop."""
+        pause_s, longest_s = _LOOK_S
+        while self._registering is None:
+            await asyncio.sleep(pause_s)
+            if self._registering is None and self._door.look():
+                return
+            pause_s = min(2 * pause_s, longest_s)
+
+    def nobody(self, after_s: float) -> None:
         """Say that no server has come."""
-        if not self._opened.done():
+        if not self._opened.done() and not self._said:
+            self._said = True
             log.warning(
-                "%s is not registered: no server has opened its port on this event loop for %g s",
+                "%s is not registered: no server has opened its port on this event loop for %g s%s",
                 self._name,
-                _NOBODY_S,
+                after_s,
+                "" if self._port else f'; name the port: serving("{self._name}", PORT)',
             )
 
     async def __aenter__(self) -> Self:
         self._hooks.enter_context(self._door)
         self._hooks.enter_context(held_until(self.withdraw))
+        if self._port is not None:
+            self._looking = asyncio.create_task(self._look(), name="regd-client-look")
+            self._hooks.callback(self._looking.cancel)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -162,7 +190,9 @@ class Serving:
     @contextlib.asynccontextmanager
     async def _life(self) -> AsyncIterator[Service]:
         async with Service(self._name, self._port, self._arguments, self._drain_s) as service:
-            waiting = asyncio.get_running_loop().call_later(_NOBODY_S, service.nobody)
+            elsewhere = self._port is None and any(each in sys.modules for each in _ELSEWHERE)
+            after_s = _ELSEWHERE_S if elsewhere else _NOBODY_S
+            waiting = asyncio.get_running_loop().call_later(after_s, service.nobody, after_s)
             try:
                 yield service
             finally:
@@ -195,11 +225,19 @@ def serving(
         async with regd_client.serving("gateway"):
             server = await asyncio.start_server(answer, "127.0.0.1", 0)
 
-    The server is the first that opens a TCP port on this event loop from then on, or the one that opens `port`.
+    The server is the first that opens a TCP port on this event loop from then on, or the one that opens `port`. A
+    server that opens its port elsewhere in this process is found by `port` alone.
     Without a daemon, or while somebody else has the name, the service works and registering is tried on. Before
     the server is told to end, by SIGTERM or Ctrl-C, or closes its listener, the name is withdrawn, and `drain_s`
     passes: whoever has just resolved it still finds it open. `host` is what others are told, by default where the
     server listens.
     """
+    if "daphne.cli" in sys.modules:  # it calls no start-up hook
+        log.warning(
+            "%s is not registered: daphne does not run the lifespan of an application; start it with "
+            '`regctl run %s -- sh -c \'exec daphne -p "$PORT" APPLICATION\'`',
+            name,
+            name,
+        )
     given = {"instance": instance, "meta": meta} | ({} if host is None else {"host": host})
     return Serving(name, port, given, drain_s)

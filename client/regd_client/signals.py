@@ -92,8 +92,10 @@ class _Held:
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, handler)
-        if (wakes := signal.set_wakeup_fd(self._wakes)) != self._written.fileno():
-            signal.set_wakeup_fd(wakes)  # another one's since
+        # Another one's since, where the event loop was run anew: uvloop closes that of the run before.
+        wakes = signal.set_wakeup_fd(-1)
+        with contextlib.suppress(OSError, ValueError):
+            signal.set_wakeup_fd(self._wakes if wakes == self._written.fileno() else wakes)
         while self._waiting:
             signal.raise_signal(self._waiting.pop(0))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import sys
 import time
@@ -38,6 +39,9 @@ _LOG_BYTES = 4_096  # looked at for its last line
 _GONE = (errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ENOENT)
 _NOT_ITS = ("REGD_", "LISTEN_", "WATCHDOG_")  # variables that mean the starter, and systemd's to it
 _NOR_THESE = ("NOTIFY_SOCKET", "STATE_DIRECTORY", "PYTHONWARNINGS", "PYTHONINSPECT")
+_PYTHON = re.compile(r"(python|pypy)[0-9.]*[a-z]?(-[a-z0-9]+)?(\.exe)?", re.IGNORECASE)
+_FROZEN = ("_PYI_", "_MEIPASS")  # variables of PyInstaller, which has more for a program that it starts again
+_LIBRARIES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH")  # a frozen program has others
 
 _failures: dict[str, tuple[float, str]] = {}  # by address: until when it rests, and what was in the way
 
@@ -78,14 +82,14 @@ class Start:
 
     def __init__(self, address: wire.Address) -> None:
         self._address = address
-        self._registry = os.path.join(_folder(), _registry(address))
-        self._log = self._registry.removesuffix(".json") + ".log"
+        self._registry = self._log = ""
+        self._base: list[str] = []  # the command, without its flags
         self._lock: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._starts = 0
         self._looked = False  # since the process has ended
         self._said_from = 0  # where its part of the log begins
-        self.why = f"another process is starting it; its log is {self._log}"
+        self.why = "another process is starting it"
 
     def step(self) -> float:
         """Do what is next when nobody was there just now; return how many seconds later to look again.
@@ -96,6 +100,11 @@ class Start:
         rests_until, failure = _failures.get(str(self._address), (0.0, ""))
         if time.monotonic() < rests_until:
             raise Unavailable(failure, NOT_STARTED)
+        if not self._base:  # nothing is made before that is clear
+            self._base = self._program()
+            self._registry = os.path.join(self._folder(), _registry(self._address))
+            self._log = self._registry.removesuffix(".json") + ".log"
+            self.why = f"another process is starting it; its log is {self._log}"
         try:
             return self._step()
         except OSError as error:
@@ -151,15 +160,36 @@ class Start:
         if self._address.path:
             where = ["--unix", self._address.path, "--port", "0"]
         kept = ["--registry", self._registry, "--log", self._log]
-        return [*self._program(), *where, *kept, "--background", "--idle-exit", str(IDLE_EXIT_S)]
+        return [*self._base, *where, *kept, "--background", "--idle-exit", str(IDLE_EXIT_S)]
 
     def _program(self) -> list[str]:
-        if sys.executable and _package() is not None:
-            return [sys.executable, "-P", "-m", "regd"]
+        interpreter = _interpreter()
+        if interpreter is not None and _package() is not None:
+            return [interpreter, "-P", "-m", "regd"]
         found = shutil.which("regd")
-        if found is None:
+        found = None if found is None else _absolute(found)
+        if found is not None and not _is_this_program(found):
+            return [found]
+        if interpreter is not None:
             raise self._failed("there is none to start: this Python has no package regd, and PATH no `regd`")
-        return [os.path.abspath(found)]
+        program = sys.executable or "this program"
+        raise self._failed(
+            f"there is none to start: {program} is no Python interpreter, and PATH has no `regd`; "
+            "install regd, or start it yourself"
+        )
+
+    def _folder(self) -> str:
+        """Return where the daemon of this user keeps its registry. $STATE_DIRECTORY is the starter's own."""
+        base = os.environ.get("XDG_STATE_HOME", "")
+        if not os.path.isabs(base):
+            home = os.environ.get("HOME") or _home()
+            if not os.path.isabs(home):
+                raise self._failed(
+                    "there is no folder for its registry: HOME is no absolute path, and this user has no home "
+                    "folder; set HOME or XDG_STATE_HOME"
+                )
+            base = os.path.join(home, ".local", "state")
+        return os.path.join(base, "regd")
 
     def _failed(self, why: str) -> Unavailable:
         told = f"; its log is {self._log}" if self._starts else ""
@@ -188,12 +218,14 @@ class Start:
             threading.Thread(target=process.wait, name="regd-client-started", daemon=True).start()
 
 
-def _folder() -> str:
-    """Return where the daemon of this user keeps its registry. $STATE_DIRECTORY is the starter's own."""
-    base = os.environ.get("XDG_STATE_HOME", "")
-    if not os.path.isabs(base):
-        base = os.path.join(os.path.expanduser("~"), ".local", "state")
-    return os.path.join(base, "regd")
+def _home() -> str:
+    """Return this user's home folder as the system knows it, "" where it does not."""
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        return ""
 
 
 def _registry(address: wire.Address) -> str:
@@ -218,6 +250,38 @@ def _locked(path: str) -> int | None:
     return fd
 
 
+def _interpreter() -> str | None:
+    """Return the Python that runs this program, None where it is embedded or frozen and there is none beside it.
+
+    A frozen program is its own `sys.executable`; an embedding one too, or the interpreter has none at all.
+    """
+    if getattr(sys, "frozen", False):
+        return None
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    beside = os.path.join(sys.exec_prefix, "bin", f"python{version}")
+    for path in (sys.executable, beside):
+        if path and os.path.isabs(path) and os.access(path, os.X_OK) and not os.path.isdir(path):
+            names = (os.path.basename(path), os.path.basename(os.path.realpath(path)))
+            if any(_PYTHON.fullmatch(name) for name in names):
+                return path
+    return None
+
+
+def _is_this_program(path: str) -> bool:
+    try:
+        return bool(sys.executable) and os.path.samefile(path, sys.executable)
+    except OSError:
+        return False
+
+
+def _absolute(path: str) -> str | None:
+    """Return an absolute path, None for a relative one where the current folder has been deleted."""
+    try:
+        return os.path.abspath(path)
+    except OSError:
+        return None
+
+
 def _package() -> str | None:
     """Return the folder in which this interpreter finds the package regd, None where it does not."""
     try:
@@ -226,7 +290,8 @@ def _package() -> str | None:
         return None
     if found is None or found.origin is None:  # None: a folder of that name, and no package
         return None
-    return os.path.dirname(os.path.dirname(os.path.abspath(found.origin)))
+    origin = _absolute(found.origin)
+    return None if origin is None else os.path.dirname(os.path.dirname(origin))
 
 
 def _environment() -> dict[str, str]:
@@ -234,7 +299,18 @@ def _environment() -> dict[str, str]:
     kept = {
         key: value for key, value in os.environ.items() if not key.startswith(_NOT_ITS) and key not in _NOR_THESE
     }
-    package = _package()
-    if package is not None and os.path.basename(package) not in ("site-packages", "dist-packages"):
-        kept["PYTHONPATH"] = os.pathsep.join(filter(None, (package, kept.get("PYTHONPATH"))))
+    # Relative to our current folder, and not to the daemon's.
+    folders = [_absolute(each) for each in kept.pop("PYTHONPATH", "").split(os.pathsep) if each]
+    if getattr(sys, "frozen", False):
+        for name in _LIBRARIES:
+            kept.pop(name, None)
+            if (before := kept.pop(f"{name}_ORIG", None)) is not None:
+                kept[name] = before
+        kept = {key: value for key, value in kept.items() if not key.startswith(_FROZEN)}
+    else:
+        package = _package()
+        if package is not None and os.path.basename(package) not in ("site-packages", "dist-packages"):
+            folders.insert(0, package)
+    if any(folders):
+        kept["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     return kept

@@ -395,7 +395,10 @@ async def main():
     serving = regd_client.listen("web") if "listen" in sys.argv else regd_client.serving("web")
     async with serving:
         print("blocked", flush=True)
-        time.sleep(1_000) if "sleep" in sys.argv else [None for _ in iter(int, 1)]
+        if "sleep" in sys.argv:
+            time.sleep(1_000)
+        while True:
+            pass
 
 loop = {"asyncio": asyncio.new_event_loop}
 if "uvloop" in sys.argv:

@@ -408,6 +408,114 @@ def test_a_client_alone_takes_the_command_on_the_path(here: Demand, monkeypatch:
     assert pid_of() in here.daemons()
 
 
+@pytest.fixture
+def app(here: Demand, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """This program as one that is no Python: whenever it is started, it makes a file."""
+    program = here.place / "app"
+    program.write_text(f"#!/bin/sh\necho \"$@\" >> '{here.place}/started'\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setenv("PATH", str(here.place))
+    return program
+
+
+@pytest.mark.parametrize("how", ["frozen", "embedded", "none"])
+async def test_a_program_that_is_no_python_is_not_started_again(
+    here: Demand, app: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = str(app)
+    if how == "frozen":
+        monkeypatch.setattr(sys, "frozen", True, raising=False)
+    else:
+        monkeypatch.setattr(sys, "exec_prefix", str(here.place))
+    if how == "none":
+        monkeypatch.setattr(sys, "executable", None)
+        named = "this program"
+    assert (await refused()).endswith(
+        f"there is none to start: {named} is no Python interpreter, and PATH has no `regd`; install regd, or start "
+        "it yourself"
+    )
+    assert sorted(path.name for path in here.place.iterdir()) == ["app"]
+
+
+def test_an_embedded_python_takes_the_interpreter_beside_it(here: Demand, app: Path) -> None:
+    assert pid_of() in here.daemons()
+    assert not (here.place / "started").exists()
+
+
+def test_a_frozen_program_takes_the_command_on_the_path(
+    here: Demand, app: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the libraries of the system, and not with those that it was frozen with."""
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    folder = here.place / "bin"
+    folder.mkdir()
+    command = folder / "regd"
+    python = Path(sys.exec_prefix) / "bin" / "python"
+    command.write_text(f"#!/bin/sh\nexec '{python}' -m regd \"$@\"\n")
+    command.chmod(0o700)
+    for key, value in {
+        "PATH": f"{folder}:/usr/bin:/bin",
+        "PYTHONPATH": here.environment()["PYTHONPATH"],
+        "LD_LIBRARY_PATH": "/bundled",
+        "LD_LIBRARY_PATH_ORIG": "/before",
+        "_PYI_ARCHIVE_FILE": "app",
+    }.items():
+        monkeypatch.setenv(key, value)
+    pid = pid_of()
+    variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    assert "LD_LIBRARY_PATH=/before" in variables
+    assert not [each for each in variables if each.startswith(("_PYI", "LD_LIBRARY_PATH_ORIG"))]
+    assert not (here.place / "started").exists()
+
+
+@pytest.mark.parametrize("home", [None, "", "relative"])
+async def test_without_a_home_nothing_is_made(
+    here: Demand, home: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(here.place)
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setattr(starting, "_home", lambda: "")
+    if home is None:
+        monkeypatch.delenv("HOME")
+    else:
+        monkeypatch.setenv("HOME", home)
+    assert (await refused()).endswith(
+        "there is no folder for its registry: HOME is no absolute path, and this user has no home folder; set HOME "
+        "or XDG_STATE_HOME"
+    )
+    assert list(here.place.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["bin", f"bin{os.pathsep}/usr/bin"])
+def test_in_a_folder_that_has_been_deleted(here: Demand, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is relative to it is not there; all else is started as ever."""
+    folder = here.place / "deleted"
+    folder.mkdir()
+    before = Path.cwd()
+    os.chdir(folder)
+    folder.rmdir()
+    try:
+        monkeypatch.setenv("PATH", path)
+        monkeypatch.setenv("PYTHONPATH", f"relative{os.pathsep}{here.environment()['PYTHONPATH']}")
+        assert starting._environment()["PYTHONPATH"].count("relative") == 0
+        assert pid_of() in here.daemons()
+    finally:
+        os.chdir(before)
+
+
+def test_what_the_starter_ignores_the_daemon_does_not(here: Demand) -> None:
+    code = f"""
+import signal
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+    signal.signal(number, signal.SIG_IGN)
+{BLOCKING}"""
+    [pid] = pids_of([here.program(code)])
+    os.kill(pid, signal.SIGTERM)
+    until(lambda: not here.daemons())
+    assert here.log.count("registrations at revision") == 1
+
+
 # The end.
 
 
