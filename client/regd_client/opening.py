@@ -1,8 +1,8 @@
 """Servers of an event loop: a door notices when one opens its port, and delays the closing of its listener.
 
-asyncio's servers open their port with `loop.create_server`. Servers with an accept loop of their own, such as
-Tornado, pass a listening socket to `loop.add_reader`. While there are doors, both methods go through here. A server
-that uses neither is found by its listening socket, if its port is known. Must not know what is registered.
+asyncio's servers open their port with `loop.create_server`. Servers with an accept loop of their own, as Tornado,
+pass a listening socket to `loop.add_reader`. While there are doors, both methods go through here. A server that
+uses neither is found by its listening socket, if its port is known. Must not know what is registered.
 """
 
 import asyncio

@@ -235,7 +235,7 @@ def serving(
     if "daphne.cli" in sys.modules:  # it calls no start-up hook
         log.warning(
             "%s is not registered: daphne does not run the lifespan of an application; start it with "
-            '`regctl run %s -- sh -c \'exec daphne -p "$PORT" APPLICATION\'`',
+            "`regctl run %s -- sh -c 'exec daphne -p \"$PORT\" APPLICATION'`",
             name,
             name,
         )

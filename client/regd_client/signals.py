@@ -52,7 +52,10 @@ class _Held:
         self._written.setblocking(False)
         self._loop.add_reader(self._reading, self._pass_on)
         self._wakes = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
+        self._run_forever = self._loop.run_forever
+        vars(self._loop)["run_forever"] = self._run_again
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+        self._others: set[int] = set()  # those that have another handler since
         for number in _ENDS:
             handler = signal.getsignal(number)
             if callable(handler):  # else it is ignored, or ends the process: nothing is held then
@@ -70,15 +73,29 @@ class _Held:
             self._loop.call_soon_threadsafe(self.release)
         self._let_go()
 
+    def _run_again(self) -> None:
+        """Run the event loop. uvloop has itself woken anew in every run."""
+        self._loop.call_soon(self._stand_before)
+        self._run_forever()
+
+    def _stand_before(self) -> None:
+        if self._released:
+            return
+        wakes = signal.set_wakeup_fd(self._written.fileno())
+        if wakes != self._written.fileno():
+            self._wakes = wakes
+        self._others = {number for number in self._handlers if signal.getsignal(number) != self._handle}
+
     def _begin(self) -> None:
         if not self._released and self._task is None:
             self._task = asyncio.create_task(self._withdraw(), name="regd-client-signal")
 
     def _pass_on(self) -> None:
         """Tell the event loop of the signals that are not held."""
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # nothing more, or the event loop is closed
             for number in self._reading.recv(4_096):
-                if number not in self._handlers and self._wakes >= 0:
+                held = number in self._handlers and number not in self._others
+                if not held and self._wakes >= 0:
                     os.write(self._wakes, bytes((number,)))
 
     async def _withdraw(self) -> None:
@@ -107,6 +124,7 @@ class _Held:
         self._released = True
         _held = None
         self._loop.remove_reader(self._reading)
+        vars(self._loop).pop("run_forever", None)
         try:
             self._let_go()
         finally:

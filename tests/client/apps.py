@@ -1,6 +1,6 @@
 """Services as users write them, one line of registry in each. Run by real servers in test_servers.
 
-python -m tests.client.apps aiohttp|plain|listen
+python -m tests.client.apps aiohttp|plain|listen|tornado
 """
 
 import asyncio
@@ -52,6 +52,21 @@ async def serve_listen() -> None:
         await asked.wait()
 
 
+async def serve_tornado() -> None:
+    from tornado import web
+
+    class Answer(web.RequestHandler):
+        def get(self) -> None:
+            self.write(str(os.getpid()))
+
+    asked = _asked_to_leave()
+    async with regd_client.serving("web"):
+        server = web.Application([("/", Answer)]).listen(0, "127.0.0.1")
+        await asked.wait()
+        server.stop()
+        await server.close_all_connections()
+
+
 if __name__ == "__main__":
     match sys.argv[1]:
         case "aiohttp":
@@ -60,3 +75,5 @@ if __name__ == "__main__":
             asyncio.run(serve_plain())
         case "listen":
             asyncio.run(serve_listen())
+        case "tornado":
+            asyncio.run(serve_tornado())

@@ -23,3 +23,9 @@ async def starlette_answer(request: Request) -> PlainTextResponse:
 
 
 starlette_app = Starlette(routes=[Route("/", starlette_answer)], lifespan=regd_client.serving("web"))
+
+# For servers that open their port outside of the event loop.
+port_app = Starlette(
+    routes=[Route("/", starlette_answer)],
+    lifespan=regd_client.serving("web", int(os.environ.get("WEB_PORT", "0")) or None),
+)

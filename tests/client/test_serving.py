@@ -278,6 +278,63 @@ async def test_nobody_comes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
         await until(lambda: "no server has opened its port" in caplog.text)
 
 
+@pytest.mark.parametrize("module", ["granian", "sanic"])
+async def test_a_server_that_opens_its_port_elsewhere_is_named_at_once(
+    module: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, module, sys)
+    monkeypatch.setattr(service_module, "_ELSEWHERE_S", 0.0)
+    async with regd_client.serving("web"):
+        await until(lambda: 'name the port: serving("web", PORT)' in caplog.text)
+
+
+def test_daphne_runs_no_lifespan(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    assert caplog.text == ""
+    monkeypatch.setitem(sys.modules, "daphne.cli", sys)
+    regd_client.serving("web")
+    assert "web is not registered: daphne does not run the lifespan" in caplog.text
+
+
+async def test_a_port_that_is_opened_elsewhere_is_found(client: Client) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as another, socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        port = opened.getsockname()[1]
+        async with regd_client.serving("web", port) as service:
+            assert another.getsockname()[1] != port
+            assert not service._door.look()  # bound, and does not listen yet
+            opened.listen()
+            assert (await service.registration()).endpoint.port == port
+        assert await names(client) == []
+
+
+async def test_a_listener_that_the_loop_only_watches_is_found(client: Client) -> None:
+    """As Tornado and Twisted do."""
+    loop = asyncio.get_running_loop()
+    async with regd_client.serving("web") as service:
+        one, other = socket.socketpair()
+        with one, other, socket.create_server(("127.0.0.1", 0)) as opened:
+            loop.add_reader(one, lambda: None)
+            loop.remove_reader(one)
+            assert not service._opened.done()
+            loop.add_reader(opened.fileno(), lambda: None)
+            assert (await service.registration()).endpoint.port == opened.getsockname()[1]
+            loop.remove_reader(opened.fileno())
+    assert "add_reader" not in vars(loop)
+
+
+async def test_a_registration_under_way_is_withdrawn(client: Client) -> None:
+    """The daemon has it, and its answer has not come yet."""
+    opened = None
+    async with regd_client.serving("web"):
+        opened = await server()
+        async with asyncio.timeout(WAIT_S):
+            while (await client.stats())["requests"].get("register", 0) == 0:
+                await asyncio.sleep(0)
+    opened.close()
+    await opened.wait_closed()
+    assert [each["reason"] for each in (await client.why("web"))["departures"]] == ["deregistered"]
+
+
 async def test_a_lifespan_can_be_entered_again(client: Client) -> None:
     lifespan = regd_client.serving("web")
     for _ in range(2):
@@ -378,6 +435,54 @@ async def test_without_a_handler_nothing_is_held() -> None:
     before = signal.getsignal(signal.SIGTERM)
     async with regd_client.serving("web"):
         assert signal.getsignal(signal.SIGTERM) is before is signal.SIG_DFL
+
+
+RUNS = """
+import asyncio, os, signal, sys
+import regd_client
+
+async def main():
+    loop = asyncio.get_running_loop()
+    if early:
+        loop.add_signal_handler(signal.SIGTERM, loop.stop)
+    serving = regd_client.serving("web", drain_s=0.0)
+    service = await serving.__aenter__()
+    server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)
+    await service.registration()
+    if not early:
+        loop.add_signal_handler(signal.SIGTERM, loop.stop)
+    return serving, server
+
+async def end(serving, server):
+    async with regd_client.Client() as client:
+        print([each["state"] for each in await client.instances()])
+    await serving.__aexit__(None, None, None)
+    server.close()
+    await server.wait_closed()
+
+early = sys.argv[2] == "early"
+if sys.argv[1] == "uvloop":
+    import uvloop
+    loop = uvloop.new_event_loop()
+else:
+    loop = asyncio.new_event_loop()
+made = loop.run_until_complete(main())
+loop.call_soon(loop.call_soon, os.kill, os.getpid(), signal.SIGTERM)
+loop.run_forever()
+loop.run_until_complete(end(*made))
+loop.close()
+"""
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize(("handler", "states"), [("early", "[]"), ("late", "['ready']")])
+async def test_an_event_loop_that_is_run_several_times(loop: str, handler: str, states: str) -> None:
+    """As Sanic and granian do. The handler that is there before `serving` hears of the signal after it."""
+    command = [sys.executable, "-c", RUNS, loop, handler]
+    done = await asyncio.to_thread(
+        subprocess.run, command, env=environment(**os.environ), capture_output=True, text=True, timeout=WAIT_S
+    )
+    assert (done.stdout, done.stderr, done.returncode) == (states + "\n", "", 0)
 
 
 BLOCKED = """

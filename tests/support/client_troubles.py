@@ -207,7 +207,7 @@ async def not_yet(scene: Scene) -> str:
     return said
 
 
-@says("… is not registered: no server has opened its port on this event loop for … s")
+@says("… is not registered: no server has opened its port on this event loop for … s; name the port: …")
 async def no_server(scene: Scene) -> str:
     scene.patch.setattr(service_module, "_NOBODY_S", 0.0)
     async with regd_client.serving("web"):

@@ -67,8 +67,11 @@ def started(command: str, folder: Path, daemon: Daemon) -> "Iterator[subprocess.
 def test_a_service_under_its_server(
     title: str, files: dict[str, str], command: str, process: Daemon, tmp_path: Path
 ) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text.replace("8000", port))
+    command = command.replace("8000", port)
     with (
         BlockingConnection(process.addresses[0], START_S) as peer,
         started(command, tmp_path, process) as running,

@@ -1,0 +1,35 @@
+"""Sanic applications as users write them: `app`, and `early`, which registers in hooks that are further out.
+
+The port is $WEB_PORT: Sanic opens it outside of the event loop.
+"""
+
+import os
+from typing import Any
+
+from sanic import HTTPResponse, Request, Sanic
+from sanic.response import text
+
+import regd_client
+
+
+def made(name: str, start: str, stop: str) -> Any:
+    app: Any = Sanic(name)
+    serving = regd_client.serving("web", int(os.environ["WEB_PORT"]))
+
+    async def answer(request: Request) -> HTTPResponse:
+        return text(str(os.getpid()))
+
+    async def register(app: Any) -> None:
+        await serving.__aenter__()
+
+    async def withdraw(app: Any) -> None:
+        await serving.__aexit__(None, None, None)
+
+    app.add_route(answer, "/")
+    app.register_listener(register, start)
+    app.register_listener(withdraw, stop)
+    return app
+
+
+app = made("app", "after_server_start", "before_server_stop")
+early = made("early", "before_server_start", "after_server_stop")
