@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import json
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import regd
+from regd.cli.showing import Output, complain, say_json
 
 USAGE = 2  # the exit status for what cannot be understood
 DOC = "Ask and change the service registry of this machine."
@@ -50,9 +53,34 @@ def _interval(text: str) -> float:
 def _port(text: str) -> int | None:
     if text == "auto":
         return None
-    if not (text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65_535):
+    if not _is_port(text):
         raise argparse.ArgumentTypeError(f"must be 1 to 65535, or auto, not {text!r}")
     return int(text)
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65_535
+
+
+def _endpoint(text: str) -> tuple[str | None, int]:
+    """Read [HOST:]PORT; the host is None where only the port is given."""
+    host, colon, port = text.rpartition(":")
+    in_brackets = host.startswith("[") and host.endswith("]")
+    if not _is_port(port) or (colon and not host) or (":" in host and not in_brackets):
+        raise argparse.ArgumentTypeError(
+            f"must be PORT or HOST:PORT, such as 5432 or [::1]:5432, with a port from 1 to 65535, not {text!r}"
+        )
+    return host.removeprefix("[").removesuffix("]") or None, int(port)
+
+
+def _ttl(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"must be 1 to 86400 seconds, not {text!r}")
+    return int(seconds) if seconds.is_integer() else seconds
 
 
 class Argument:
@@ -78,12 +106,19 @@ class Command:
     """`doc` is one sentence, `more` what there is to know besides, `examples` lines for a shell."""
 
     def __init__(
-        self, doc: str, *arguments: Argument, more: str = "", examples: Sequence[str] = (), runs: bool = False
+        self,
+        doc: str,
+        *arguments: Argument,
+        more: str = "",
+        examples: Sequence[str] = (),
+        aliases: Sequence[str] = (),
+        runs: bool = False,
     ) -> None:
         self.doc = doc
         self.arguments = arguments
         self.more = more
         self.examples = examples
+        self.aliases = aliases
         self.runs = runs  # a command line of its own, behind `--`
 
 
@@ -98,6 +133,8 @@ PATTERN = Argument(
 ANY_INSTANCE = Argument("--instance", "only this instance (default: any)", metavar="INSTANCE")
 INSTANCE = Argument("--instance", 'which instance (default: "")', metavar="INSTANCE")
 FILTER = _labels("only those that carry it")
+STATES = ("starting", "ready", "draining")
+FORMATS = ("shell", "docker")
 SHELLS = ("bash", "zsh", "fish")
 PAGES = ("regctl", "regd")
 
@@ -117,7 +154,9 @@ COMMON = (
 )
 
 COMMANDS = {
-    "list": Command("List registrations.", PATTERN, FILTER, examples=["regctl list", "regctl list 'work*'"]),
+    "list": Command(
+        "List registrations.", PATTERN, FILTER, examples=["regctl list", "regctl list 'work*'"], aliases=["ls"]
+    ),
     "resolve": Command(
         "Print the address of a ready instance.",
         NAME,
@@ -129,17 +168,45 @@ COMMANDS = {
     "register": Command(
         "Register a service; it stays until it is deregistered.",
         Argument("name", "the service", metavar="NAME"),
-        Argument("port", "1 to 65535", metavar="PORT", type=int),
-        Argument("--host", "where it listens (default: 127.0.0.1)", metavar="HOST"),
+        Argument(
+            "port",
+            "where it listens: PORT or HOST:PORT, such as 5432 or [::1]:5432",
+            metavar="PORT",
+            type=_endpoint,
+        ),
+        Argument("--host", "the same as HOST:PORT (default: 127.0.0.1)", metavar="HOST"),
         INSTANCE,
         _labels("a label"),
-        examples=["regctl register db 5432"],
+        Argument("--state", "starting, ready or draining (default: ready)", choices=STATES, metavar="STATE"),
+        Argument("--ttl", "end it unless it is registered again in time", type=_ttl, metavar="SECONDS"),
+        Argument("--pid", "end it with this process", type=int, metavar="PID"),
+        Argument("--force", "replace a registration whose owner lives", action="store_true"),
+        examples=["regctl register db 5432", "regctl register db [::1]:5432 --pid $$"],
     ),
-    "deregister": Command("End a registration.", NAME, INSTANCE, examples=["regctl deregister db"]),
+    "deregister": Command(
+        "End a registration.", NAME, INSTANCE, examples=["regctl deregister db"], aliases=["rm"]
+    ),
+    "update": Command(
+        "Change the state or the labels of a registration.",
+        NAME,
+        INSTANCE,
+        Argument("--state", "starting, ready or draining", choices=STATES, metavar="STATE"),
+        _labels("a label; replaces all that were there"),
+        examples=["regctl update db --state starting", "regctl update db --meta zone=a --meta role=primary"],
+    ),
+    "drain": Command(
+        "Set the state of a registration to draining: it is resolved no more, and stays registered.",
+        NAME,
+        INSTANCE,
+        more="The same as `regctl update NAME --state draining`.",
+        examples=["regctl drain web", "regctl update web --state ready"],
+    ),
     "watch": Command(
         "Show what is there, and then every change, until Ctrl-C.",
         PATTERN,
         FILTER,
+        more="It outlives a restart of the daemon: it connects again, and shows what is different. stderr says "
+        "when the daemon is away.",
         examples=["regctl watch", "regctl watch 'work*'"],
     ),
     "wait": Command(
@@ -194,9 +261,21 @@ COMMANDS = {
     "env": Command(
         "Print the addresses of services as environment variables.",
         Argument("names", "the services (default: all)", nargs="*", metavar="NAME", takes="service"),
+        Argument(
+            "--format",
+            "shell: quoted for eval; docker: not quoted, for docker run --env-file (default: shell)",
+            choices=FORMATS,
+            default=FORMATS[0],
+            metavar="FORMAT",
+        ),
         more="For `shop.db`: SHOP_DB_HOST, SHOP_DB_PORT and SHOP_DB_ADDRESS, which is HOST:PORT. It is the name "
-        "in capitals, with `_` for all that is no letter and no digit, and before a digit at the beginning.",
-        examples=['eval "$(regctl env db)"', "env $(regctl env db cache) ./worker"],
+        "in capitals, with `_` for all that is no letter and no digit, and before a digit at the beginning. "
+        "After `set -a` the shell exports them.",
+        examples=[
+            'eval "$(regctl env db)"',
+            'set -a; eval "$(regctl env db cache)"; ./worker',
+            "regctl env --format docker > services.env",
+        ],
     ),
     "why": Command(
         "Tell what is known of a service: owners, last probe, who left and why.",
@@ -220,7 +299,11 @@ COMMANDS = {
         examples=["regctl top", "regctl top 'work*'", "regctl top --json | jq .stats.lag_s"],
     ),
     "ping": Command("Ask whether a daemon answers.", examples=["regctl ping"]),
-    "stats": Command("Show the daemon's counters and limits.", examples=["regctl stats"]),
+    "stats": Command(
+        "Show the daemon's counters.",
+        Argument("--limits", "show the limits in use, too", action="store_true"),
+        examples=["regctl stats", "regctl stats --limits"],
+    ),
     "doctor": Command(
         "Look at the usual troubles, and say what to do.",
         more="A line for each: the address, the daemon, others beside it, rights, versions, the registry's file, "
@@ -258,9 +341,12 @@ COMMANDS = {
 }
 
 
+ALIASES = {alias: name for name, command in COMMANDS.items() for alias in command.aliases}
+
+
 def unknown(command: str) -> str:
     """Return what to say of a command that is none."""
-    near = difflib.get_close_matches(command, COMMANDS, 1)
+    near = difflib.get_close_matches(command, (*COMMANDS, *ALIASES), 1)
     return f"no command {command!r}; " + (
         f"did you mean {near[0]!r}?" if near else "`regctl help` names them all"
     )
@@ -268,9 +354,28 @@ def unknown(command: str) -> str:
 
 class _Parser(argparse.ArgumentParser):
     shown: Callable[[str], str]
+    as_json = False
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"{self.prog}: {_Parser.shown(message)} (see {self.prog} --help)\n")
+        refuse(self.prog, f"{_Parser.shown(message)} (see {self.prog} --help)")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Write help, usage or version as everything else is written."""
+        if file is sys.stderr:
+            complain(message.rstrip("\n"))
+        else:
+            Output.write(message)
+
+
+def refuse(prog: str, message: str) -> NoReturn:
+    """Say what is wrong with the command line, and end with the status for that."""
+    if not _Parser.as_json:
+        complain(f"{prog}: {message}")
+    elif any(prog == f"regctl {name}" and command.runs for name, command in COMMANDS.items()):
+        complain(json.dumps({"event": "refused", "error": "bad_argument", "message": message}))
+    else:
+        say_json({"ok": False, "error": "bad_argument", "message": message})
+    raise SystemExit(USAGE)
 
 
 class _Whole(_Parser):
@@ -293,7 +398,7 @@ def pages() -> str:
 
 
 def _common() -> _Parser:
-    made = _Parser(add_help=False)
+    made = _Parser(prog="regctl", add_help=False)
     for each in COMMON:
         each.add_to(made)
     return made
@@ -315,6 +420,7 @@ def parser(shown: Callable[[str], str]) -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         each = commands.add_parser(
             name,
+            aliases=command.aliases,
             help=command.doc,
             description="\n\n".join(textwrap.fill(text, _WIDTH) for text in (command.doc, command.more) if text),
             epilog="examples:\n" + "".join(f"  {line}\n" for line in command.examples),
@@ -333,15 +439,36 @@ def read(argv: Sequence[str], shown: Callable[[str], str]) -> dict[str, Any]:
     """Return what a command line says; for `run`, what it is to run is its `argv`."""
     made = parser(shown)
     own, behind = _split(argv)
+    _Parser.as_json = "--json" in own
+    _check_command(made, own)
     given = vars(made.parse_args(own))
+    given["command"] = ALIASES.get(given["command"], given["command"])
     if COMMANDS[given["command"]].runs:
         if not behind:
             missing = "name the command, behind `--`"
             if given["wait"]:
                 missing = "put `--` before the command: --wait takes all words up to it"
-            made.exit(USAGE, f"regctl {given['command']}: {missing}\n")
+            refuse(f"regctl {given['command']}", missing)
         given["argv"] = behind
+    elif given["command"] == "register":
+        host, given["port"] = given["port"]
+        if host is not None and given["host"] is not None:
+            refuse("regctl register", "give the host once: as HOST:PORT, or as --host")
+        given["host"] = host or given["host"]
     return given
+
+
+def _check_command(made: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Show the help where there is no command, and what was perhaps meant where there is none of that name."""
+    rest = _common().parse_known_args(argv)[1]
+    words = [word for word in rest if not word.startswith("-")]
+    if words and words[0] not in COMMANDS and words[0] not in ALIASES:
+        refuse("regctl", _Parser.shown(unknown(words[0])))
+    if not rest and _Parser.as_json:
+        refuse("regctl", "name a command; `regctl help` names them all")
+    if not rest:
+        made.print_help()
+        made.exit()
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

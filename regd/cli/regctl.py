@@ -7,12 +7,21 @@ start-up scripts, so it imports neither asyncio nor the daemon, and for a plain 
 from __future__ import annotations
 
 import io
-import os
 import sys
 import time
 
 from regd.cli.asking import ask, wait_for
-from regd.cli.showing import address_of, lines, news, say, say_json, visible
+from regd.cli.showing import (
+    Output,
+    address_of,
+    complain,
+    finish,
+    lines,
+    open_standard_streams,
+    say,
+    say_json,
+    visible,
+)
 from regd_client.blocking import BlockingConnection
 from regd_client.errors import BadArgument, RegdError, Unavailable
 
@@ -22,10 +31,14 @@ if TYPE_CHECKING:
     from typing import Any
 
 NOT_FOUND, USAGE, NO_DAEMON, REFUSED = 1, 2, 3, 4
+_NAMED = 5  # instances, in a message
+# What handling a reply raises when it has another shape than regd's: whoever answers may be another program.
+_MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
 _STATUSES = {"not_found": NOT_FOUND, "timeout": NOT_FOUND, "bad_argument": USAGE, "shutting_down": NO_DAEMON}
 _PLAIN = {
     "resolve": 1,
     "deregister": 1,
+    "drain": 1,
     "why": 1,
     "ping": 0,
     "stats": 0,
@@ -53,19 +66,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = pid1.exit_status()
         if status is not None:
             return status
-    if sys.stdout is None:  # the shell closed it: `>&-`
-        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    open_standard_streams()
+    Output.begin()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to fail
     try:
-        status = _run(_given(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
+        try:
+            status = _run(_given(sys.argv[1:] if argv is None else argv))
+        except SystemExit as end:  # help or a usage error, already said
+            status = int(end.code or 0)
+        finish()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return status
+    if Output.failure is None or isinstance(Output.failure, BrokenPipeError):
+        return status  # who closes the pipe has seen enough
+    complain(f"regctl: cannot write to stdout: {Output.failure.strerror}")
+    return REFUSED
 
 
 def _run(given: dict[str, Any]) -> int:
@@ -76,23 +92,57 @@ def _run(given: dict[str, Any]) -> int:
         if command in _ALONE:
             return _ALONE[command](address, as_json, given)
         with BlockingConnection(address) as connection:
-            if command == "watch":
-                return _watch(connection, given, as_json)
             if command == "env":
-                return _env(connection, given["names"], as_json)
-            reply = ask(connection, command, {key: value for key, value in given.items() if value is not False})
+                return _env(connection, given["names"], given["format"], as_json)
+            return _ask(connection, command, given, as_json)
     except RegdError as error:
         reply = {**error.details, "ok": False, "error": _code(error), "message": str(error)}
         status = _refused(reply, as_json)
         return NO_DAEMON if isinstance(error, Unavailable) else status
+    except _MALFORMED as error:
+        missing = " is missing" if isinstance(error, KeyError) else ""
+        message = f"this is no answer of regd: {error}{missing}; name another address in REGD_ADDRESS"
+        _refused({"ok": False, "error": "unavailable", "message": message}, as_json)
+        return NO_DAEMON
+
+
+def _ask(connection: BlockingConnection, command: str, given: dict[str, Any], as_json: bool) -> int:
+    """Ask one thing, and show the reply."""
+    with_limits = given.pop("limits", False)
+    if command == "drain":
+        command, given = "update", {**given, "state": "draining"}
+    reply = ask(connection, command, {key: value for key, value in given.items() if value is not False})
     if not reply["ok"]:
-        return _refused(reply, as_json)
+        return _refused(_with_instances(connection, command, given, reply), as_json)
+    if command == "stats" and not (with_limits or as_json):
+        reply.pop("limits", None)
+    shown = list(lines(command, reply))  # all of it, before any is written: it may be no reply of regd
     if as_json:
         say_json(reply)
         return 0
-    for line in lines(command, reply):
+    for line in shown:
         say(line)
     return 0
+
+
+def _with_instances(
+    connection: BlockingConnection, command: str, given: Mapping[str, Any], reply: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a `not_found` that names the instances which are there, and how to choose one."""
+    instance = given.get("instance")
+    if reply["error"] != "not_found" or (command in ("resolve", "why") and instance is None):
+        return reply
+    try:
+        listed = connection.ask("list", name=given["name"], limit=_NAMED + 1)
+    except RegdError:
+        return reply
+    others = [each["instance"] for each in listed.get("instances", ()) if each["instance"] != (instance or "")]
+    if not others:
+        return reply
+    found = ", ".join(f"{given['name']}/{each}" if each else given["name"] for each in others[:_NAMED])
+    there = f"there {'is' if len(others) == 1 else 'are'} {found}{', …' if len(others) > _NAMED else ''}"
+    choose = f"`--instance {others[0]}`" if others[0] else "leave out --instance"
+    return {**reply, "message": f"{reply['message']}; {there}: {choose}"}
 
 
 def _run_under_a_name(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
@@ -116,14 +166,14 @@ def _names(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
     if as_json:
         say_json({"ok": True, "names": found})
     else:
-        sys.stdout.write("".join(f"{name}\n" for name in found))
+        Output.write("".join(f"{name}\n" for name in found))
     return 0
 
 
 def _completion(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
     from regd.cli import completion
 
-    sys.stdout.write(completion.script(given["shell"]))
+    Output.write(completion.script(given["shell"]))
     return 0
 
 
@@ -131,9 +181,9 @@ def _help(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
     from regd.cli import commands
 
     topic = given["topic"]
-    if topic is None or topic in commands.COMMANDS:
+    if topic is None or topic in commands.COMMANDS or topic in commands.ALIASES:
         commands.read(["--help"] if topic is None else [topic, "--help"], visible)  # which ends the program
-    return _refused({"error": "bad_argument", "message": commands.unknown(topic)}, as_json)
+    return _refused({"ok": False, "error": "bad_argument", "message": commands.unknown(topic)}, as_json)
 
 
 def _doctor(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
@@ -156,22 +206,15 @@ def _doctor(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
 def _manual(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
     from regd.cli import manual
 
-    sys.stdout.write(manual.page(given["page"]))
+    Output.write(manual.page(given["page"]))
     return 0
 
 
-def _watch(connection: BlockingConnection, given: dict[str, Any], as_json: bool) -> int:
-    reply = connection.ask("watch", **given)
-    if not reply["ok"]:
-        return _refused(reply, as_json)
-    for event in connection.events():
-        if "event" not in event:  # the daemon ends it, and says why
-            return _refused(event, as_json)
-        if as_json:
-            say_json(event)
-        elif line := news(event):
-            say(line, flush=True)
-    return 0
+def _watch(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
+    from regd.cli import watch
+
+    ended = watch.watch(address, given.get("name"), given.get("meta"), as_json)
+    return 0 if ended is None else _refused(ended, as_json)
 
 
 def _wait(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
@@ -181,14 +224,15 @@ def _wait(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
         reply = wait_for(address, name, until)
         if not reply["ok"]:
             return _refused(reply, as_json, f"{name}: ")
+        at = address_of(reply)
         if as_json:
             say_json(reply)
         else:
-            say(f"{name} accepts connections at {address_of(reply)}", flush=True)
+            say(f"{name} accepts connections at {at}", flush=True)
     return 0
 
 
-def _env(connection: BlockingConnection, names: Sequence[str], as_json: bool) -> int:
+def _env(connection: BlockingConnection, names: Sequence[str], form: str, as_json: bool) -> int:
     """All or nothing: what is half set is found out late."""
     from regd.cli.variables import variables
 
@@ -204,14 +248,24 @@ def _env(connection: BlockingConnection, names: Sequence[str], as_json: bool) ->
             return _refused(reply, as_json)
         found = [each for each in reply["instances"] if each["state"] == "ready"]
     made, hidden = variables(found)
+    for key, value in made.items():
+        if not value.isprintable():  # in either format a line feed would begin another variable
+            raise ValueError(f"{key} is {value!r}")
     for name in hidden:
-        print(f"regctl: {name} is left out: another service has its variables", file=sys.stderr)
+        complain(f"regctl: {visible(name)} is left out: another service has its variables")
     if as_json:
         say_json(made)
     else:
         for key, value in made.items():
-            say(f"{key}={value}")
+            say(f"{key}={_quoted(value) if form == 'shell' else value}")
     return 0
+
+
+def _quoted(value: str) -> str:
+    """Return a value as one word for a shell. As shlex.quote, whose import takes longer."""
+    if value and all(each.isascii() and (each.isalnum() or each in "-_.:") for each in value):
+        return value
+    return "'" + value.replace("'", "'\"'\"'") + "'"
 
 
 # What makes its own connections, or none.
@@ -219,6 +273,7 @@ _ALONE = {
     "run": _run_under_a_name,
     "top": _top,
     "wait": _wait,
+    "watch": _watch,
     "names": _names,
     "completion": _completion,
     "help": _help,
@@ -236,11 +291,12 @@ def _code(error: RegdError) -> str:
 
 def _refused(reply: Mapping[str, Any], as_json: bool, about: str = "") -> int:
     """Tell what is in the way, and return the exit status."""
+    status, text = _STATUSES.get(reply["error"], REFUSED), visible(about + reply["message"])
     if as_json:
         say_json(dict(reply))
     else:
-        print(f"regctl: {visible(about + reply['message'])}", file=sys.stderr)
-    return _STATUSES.get(reply["error"], REFUSED)
+        complain(f"regctl: {text}")
+    return status
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """What people see of the registry. All of it goes through `visible`: peers chose these texts, and whoever answers
 may be no regd. Must not know how anything is asked.
+
+Writing never raises: what a command does and its exit status do not depend on whether anyone reads its messages.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -14,25 +17,82 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from typing import Any
 
+EMPTY = "-"  # a column without a value; programs that split at blanks would skip it
+
+
+class Output:
+    """stdout. After `failure`, which is why it could not be written, further text is dropped."""
+
+    failure: OSError | None = None
+
+    @classmethod
+    def begin(cls) -> None:
+        """Forget what was written before."""
+        cls.failure = None
+
+    @classmethod
+    def write(cls, text: str, flush: bool = False) -> None:
+        """Write text, and with `flush` all that waits in the buffer too."""
+        if cls.failure is not None:
+            return
+        try:
+            sys.stdout.write(text)
+            if flush:
+                sys.stdout.flush()
+        except OSError as error:
+            cls.failure = error
+            _discard(1)
+
+
+def complain(text: str) -> None:
+    """Write a line to stderr, or drop it where stderr cannot be written."""
+    if sys.stderr is None:
+        return  # print() would take stdout instead
+    try:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        _discard(2)
+
+
+def finish() -> None:
+    """Write what the buffers of both streams hold."""
+    Output.write("", flush=True)
+    try:
+        sys.stderr.flush()  # of the logging module
+    except (OSError, ValueError):
+        _discard(2)
+
+
+def _discard(number: int) -> None:
+    """Send what the buffer of a broken stream still holds to /dev/null: else it fails again at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, number)
+    os.close(null)
+
+
+def open_standard_streams() -> None:
+    """Open what is closed of descriptors 0 to 2 on /dev/null, for children too: else the next socket or file gets
+    the number, and text meant for the terminal.
+    """
+    if sys.stdin is None or sys.stdout is None or sys.stderr is None:
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+            os.set_inheritable(number, True)
+        os.close(number)
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w")
+
 
 def say(line: str, flush: bool = False) -> None:
-    print("\t".join(map(visible, line.split("\t"))), flush=flush)
+    Output.write("\t".join(map(visible, line.split("\t"))) + "\n", flush)
 
 
 def say_json(fields: dict[str, Any]) -> None:
     import json
 
-    print(json.dumps(fields), flush=True)
-
-
-def complain(text: str) -> None:
-    """Write a line to stderr. Never raises: no action depends on whether its message could be printed."""
-    if sys.stderr is None:  # closed by the shell, `2>&-`: print would take stdout
-        return
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        return
+    Output.write(json.dumps(fields) + "\n", flush=True)
 
 
 def lines(command: str, reply: dict[str, Any]) -> Iterable[str]:
@@ -62,16 +122,15 @@ def news(event: Mapping[str, Any]) -> str:
         case "up" | "change" as kind:
             return "\t".join((kind, *_row(event)))
         case "down":
-            return "\t".join(("down", event["name"], event["instance"], event["reason"]))
-        case "reset":
-            return "reset"
+            return "\t".join(("down", event["name"], event["instance"] or EMPTY, event["reason"]))
         case _:
             return ""
 
 
 def _row(each: Mapping[str, Any]) -> tuple[str, ...]:
     meta = " ".join(f"{key}={value}" for key, value in each["meta"].items())
-    return tuple(map(visible, (each["name"], each["instance"], address_of(each), each["state"], meta)))
+    columns = (each["name"], each["instance"], address_of(each), each["state"], meta)
+    return tuple(visible(column) or EMPTY for column in columns)
 
 
 def _table(rows: list[tuple[str, ...]]) -> Iterable[str]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,7 +49,7 @@ def test_register_resolve_list_deregister(regctl: Run) -> None:
     assert regctl("resolve", "db", "--instance", "two") == (0, "[::1]:1\n", "")
     assert regctl("resolve", "db", "--meta", "zone=a") == (0, "[::1]:1\n", "")
     assert regctl("resolve", "db", "--all") == (0, "127.0.0.1:5432\n[::1]:1\n", "")
-    assert regctl("list") == (0, "db\t\t127.0.0.1:5432\tready\t\ndb\ttwo\t[::1]:1\tready\tzone=a\n", "")
+    assert regctl("list") == (0, "db\t-\t127.0.0.1:5432\tready\t-\ndb\ttwo\t[::1]:1\tready\tzone=a\n", "")
     assert regctl("list", "x*") == (0, "", "")
     assert regctl("deregister", "db") == (0, "", "")
     assert regctl("deregister", "db", "--instance", "two") == (0, "", "")
@@ -99,7 +99,7 @@ def test_a_person_sees_a_table_and_no_escape_sequences(regctl: Run, process: Dae
     os.close(mine)
     lines = shown.splitlines()
     assert lines[0].split() == ["NAME", "INSTANCE", "ADDRESS", "STATE", "META"]
-    assert lines[1].split() == ["db", "127.0.0.1:5432", "ready", r"note=\x1b[31mred"]
+    assert lines[1].split() == ["db", "-", "127.0.0.1:5432", "ready", r"note=\x1b[31mred"]
     assert "\x1b" not in shown
 
 
@@ -211,9 +211,9 @@ def test_watch(regctl: Run, process: Daemon) -> None:
         text=True,
     ) as watching:
         assert watching.stdout is not None
-        assert watching.stdout.readline() == "up\ta\t\t127.0.0.1:1\tready\t\n"
+        assert watching.stdout.readline() == "up\ta\t-\t127.0.0.1:1\tready\t-\n"
         regctl("deregister", "a")
-        assert watching.stdout.readline() == "down\ta\t\tderegistered\n"
+        assert watching.stdout.readline() == "down\ta\t-\tderegistered\n"
         watching.send_signal(signal.SIGINT)
         assert watching.wait(10) == 130
 
@@ -259,15 +259,299 @@ def test_a_watch_that_the_daemon_ends(regctl: Run, flags: tuple[str, ...], shown
     assert errors == ("" if flags else "regctl: too much waits\n")
 
 
-@pytest.mark.parametrize("command", ["list", "ping", "resolve nobody"])
-def test_a_closed_stdout(process: Daemon, command: str) -> None:
-    done = subprocess.run(
-        ["bash", "-c", f"{sys.executable} -m regd.cli.regctl {command} >&-"],
-        env=environment(REGD_ADDRESS=process.addresses[0]),
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-        timeout=20,
+# Commands and options.
+
+
+def test_register_with_all_its_options(regctl: Run, process: Daemon) -> None:
+    pid = str(os.getpid())
+    assert regctl("register", "a", "[::1]:70", "--ttl", "30", "--state", "starting") == (0, "[::1]:70\n", "")
+    assert regctl("register", "b", "localhost:70", "--pid", pid) == (0, "localhost:70\n", "")
+    with BlockingConnection(process.addresses[0]) as peer:
+        a, b = peer.ask("list")["instances"]
+    assert (a["host"], a["port"], a["ttl"], a["state"]) == ("::1", 70, 30, "starting")
+    assert (b["host"], b["pid"]) == ("localhost", os.getpid())
+    status, out, errors = regctl("register", "b", "71")
+    assert (status, out) == (4, "")
+    assert "held by pid" in errors
+    assert regctl("register", "b", "71", "--force") == (0, "127.0.0.1:71\n", "")
+
+
+@pytest.mark.parametrize("place", ["::1:70", "[::1]", ":70", "70:", "a:b", "0", "65536", "-1", "٣", "1" * 5_000])
+def test_what_is_no_place_to_listen(place: str, regctl: Run) -> None:
+    status, out, errors = regctl("register", "db", "--", place)
+    assert (status, out, errors.count("\n")) == (2, "", 1)
+    assert "[::1]:5432" in errors
+
+
+def test_a_host_is_given_once(regctl: Run) -> None:
+    assert regctl("register", "db", "a:1", "--host", "b") == (
+        2,
+        "",
+        "regctl register: give the host once: as HOST:PORT, or as --host\n",
     )
+
+
+def test_update_and_drain(regctl: Run) -> None:
+    regctl("register", "db", "1", "--meta", "zone=a")
+    assert regctl("update", "db", "--state", "starting", "--meta", "zone=b") == (0, "", "")
+    assert regctl("list")[1] == "db\t-\t127.0.0.1:1\tstarting\tzone=b\n"
+    assert regctl("drain", "db") == (0, "", "")
+    assert regctl("list")[1] == "db\t-\t127.0.0.1:1\tdraining\tzone=b\n"
+    assert regctl("update", "db")[0] == 2
+    assert regctl("update", "db", "--state", "gone")[0] == 2
+    assert regctl("drain", "nobody")[0] == 1
+    assert regctl("register", "w", "1", "--instance", "1")[0] == 0
+    assert regctl("drain", "w", "--instance", "1")[0] == 0
+
+
+def test_aliases(regctl: Run) -> None:
+    regctl("register", "db", "1")
+    assert regctl("ls", "d*") == regctl("list", "d*") == (0, "db\t-\t127.0.0.1:1\tready\t-\n", "")
+    assert regctl("rm", "db") == (0, "", "")
+    assert regctl("ls") == (0, "", "")
+    assert regctl("help", "ls")[1].startswith("usage: regctl list")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("lst", "list"), ("derigister", "deregister"), ("rmm", "rm"), ("drian", "drain")]
+)
+def test_a_command_that_is_meant(typed: str, meant: str, regctl: Run) -> None:
+    assert regctl("--address", "x:1", typed, "db") == (
+        2,
+        "",
+        f"regctl: no command {typed!r}; did you mean {meant!r}?\n",
+    )
+
+
+def test_regctl_alone_shows_help(regctl: Run) -> None:
+    assert regctl() == regctl("--help")
+    assert regctl()[0] == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [["lst"], ["resolve"], ["ping", "--foo"], ["register", "a", "x"], ["wait", "a", "--timeout", "x"], [], ["help", "x"],
+     ["register", "a", "b:1", "--host", "c"]],
+)  # fmt: skip
+def test_usage_errors_are_json_too(line: list[str], regctl: Run) -> None:
+    for argv in (["--json", *line], [*line, "--json"]):
+        status, out, errors = regctl(*argv)
+        assert (status, errors) == (2, "")
+        said = json.loads(out)
+        assert (said["ok"], said["error"]) == (False, "bad_argument")
+        assert said["message"]
+
+
+def test_usage_errors_of_run_leave_stdout_to_the_command(regctl: Run) -> None:
+    for line in (["run"], ["run", "web"], ["run", "web", "--port", "x", "--", "true"]):
+        status, out, errors = regctl("--json", *line)
+        assert (status, out) == (2, "")
+        assert json.loads(errors)["error"] == "bad_argument"
+
+
+@pytest.mark.parametrize(
+    "line", [["deregister", "w"], ["rm", "w"], ["update", "w", "--state", "ready"], ["drain", "w"]]
+)
+def test_instances_that_are_there_are_named(line: list[str], regctl: Run) -> None:
+    regctl("register", "w", "1", "--instance", "1")
+    status, out, errors = regctl(*line)
+    assert (status, out) == (1, "")
+    assert errors.endswith("; there is w/1: `--instance 1`\n")
+    for number in range(2, 8):
+        regctl("register", "w", "1", "--instance", str(number))
+    message = json.loads(regctl("--json", *line)[1])["message"]
+    assert message.endswith("; there are w/1, w/2, w/3, w/4, w/5, …: `--instance 1`")
+
+
+def test_instances_beside_the_one_that_is_not_there(regctl: Run) -> None:
+    regctl("register", "db", "1")
+    for line in (
+        ["resolve", "db", "--instance", "x"],
+        ["why", "db", "--instance", "x"],
+        ["rm", "db", "--instance", "x"],
+    ):
+        status, _, errors = regctl(*line)
+        assert (status, errors.count("there is db: leave out --instance")) == (1, 1), line
+    assert "there is" not in regctl("rm", "nobody")[2]
+
+
+def test_limits_are_shown_when_asked_for(regctl: Run) -> None:
+    assert "connections_max" not in regctl("stats")[1]
+    status, out, _ = regctl("stats", "--limits")
+    assert status == 0
+    assert "connections_max" in out
+    assert "registrations" in out
+    assert "connections_max" in json.loads(regctl("stats", "--json")[1])["limits"]
+
+
+# `watch` over restarts.
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)], ids=["people", "json"])
+def test_watch_survives_a_restart_and_shows_what_is_different(
+    flags: tuple[str, ...], regctl: Run, process: Daemon
+) -> None:
+    for name in ("stays", "goes", "changes"):
+        regctl("register", name, "1")
+    watching = subprocess.Popen(
+        [sys.executable, "-u", "-m", "regd.cli.regctl", "watch", *flags],
+        env=environment(REGD_ADDRESS=process.addresses[0]), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert watching.stdout is not None
+    assert watching.stderr is not None
+
+    def told() -> tuple[str, str]:
+        """Return kind and name of the next event that is one of an instance."""
+        while True:
+            assert watching.stdout is not None
+            line = watching.stdout.readline()
+            said = json.loads(line) if flags else {}
+            if said.get("event") not in ("sync", "progress"):
+                return (said["event"], said["name"]) if flags else (line.split("\t")[0], line.split("\t")[1])
+
+    with watching:
+        try:
+            assert {told() for _ in range(3)} == {("up", "stays"), ("up", "goes"), ("up", "changes")}
+            process.end()
+            assert watching.stderr.readline().startswith("regctl: the registry is away, trying on: no regd at ")
+            fields = json.loads(process.registry.read_text())
+            fields.pop("$regd")
+            fields["changes"]["port"] = 2
+            del fields["goes"]
+            fields["comes"] = {"port": 3}
+            process.registry.write_text(json.dumps(fields))
+            process.start()
+            assert {told() for _ in range(3)} == {("down", "goes"), ("change", "changes"), ("up", "comes")}
+            assert watching.stderr.readline() == "regctl: the registry is back\n"
+            regctl("deregister", "stays")
+            assert told() == ("down", "stays")
+        finally:
+            watching.send_signal(signal.SIGINT)
+        assert watching.wait(10) == 130
+        assert watching.stderr.read() == ""
+
+
+def test_watch_ends_where_another_program_has_taken_the_port(process: Daemon) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "regd.cli.regctl", "watch", "--json"],
+        env=environment(REGD_ADDRESS=process.addresses[0]), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as watching:  # fmt: skip
+        assert watching.stdout is not None
+        assert watching.stderr is not None
+        assert json.loads(watching.stdout.readline())["event"] == "sync"
+        process.end()
+        assert "away" in watching.stderr.readline()
+        with socket.create_server(("127.0.0.1", process.port)) as another:
+            accepted, _ = another.accept()
+            with accepted:
+                accepted.recv(65_536)
+                accepted.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                assert "no answer of regd" in json.loads(watching.stdout.readline())["message"]
+        assert watching.wait(20) == 3
+
+
+# Output that cannot be written.
+
+
+def shell(process: Daemon, script: str) -> "subprocess.CompletedProcess[str]":
+    """Run a script of bash, in which `regctl` is the command, and 9 a pipe that nobody reads any more."""
+    with_regctl = f'regctl() {{ "{sys.executable}" -m regd.cli.regctl "$@"; }}\n'
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            ["bash", "-c", f"exec 9>&{writing}\n{with_regctl}{script}"], pass_fds=[writing],
+            env=environment(REGD_ADDRESS=process.addresses[0]), capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(writing)
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "Exception ignored" not in done.stderr, done.stderr
+    return done
+
+
+SAY = [
+    "list", "list --json", "resolve db", "stats", "why db", "ping", "env db", "names", "help", "help run", "--help",
+    "--version", "manual", "manual regd", "completion bash", "top", "top --json", "wait here --timeout 10", "doctor",
+    "watch", "register db 5432", "", "lst --json", "resolve nobody --json",
+]  # fmt: skip
+
+
+@pytest.fixture
+def peopled(process: Daemon) -> Iterator[Daemon]:
+    with BlockingConnection(process.addresses[0]) as peer, socket.create_server(("127.0.0.1", 0)) as here:
+        for name in ("db", "here"):
+            assert peer.ask("register", name=name, port=here.getsockname()[1])["ok"]
+        yield process
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+@pytest.mark.parametrize("line", SAY)
+def test_a_full_stdout_is_an_error(line: str, peopled: Daemon) -> None:
+    done = shell(peopled, f"regctl {line} >/dev/full")
+    assert (done.returncode, done.stderr) == (4, "regctl: cannot write to stdout: No space left on device\n")
+
+
+@pytest.mark.parametrize("line", SAY)
+def test_a_pipe_that_nobody_reads_is_none(line: str, peopled: Daemon) -> None:
+    done = shell(peopled, f"regctl {line} >&9")
+    status = {"lst --json": 2, "resolve nobody --json": 1}.get(line, 0)
+    assert done.stderr == ""
+    assert done.returncode == status or line == "doctor"
+
+
+def test_wait_goes_on_to_the_next_though_nobody_reads(peopled: Daemon) -> None:
+    assert shell(peopled, "regctl wait here nobody --timeout 0.3 >&9 && echo goes on").stdout == ""
+    assert shell(peopled, "regctl wait here nobody --timeout 0.3 >/dev/full && echo goes on").stdout == ""
+
+
+FAIL = {
+    "wait nobody --timeout 0.1": 1,
+    "resolve nobody": 1,
+    "deregister nobody": 1,
+    "register a b": 2,
+    "lst": 2,
+    "run": 2,
+    "help lst": 2,
+    "ping --address 127.0.0.1:1": 3,
+    "env db nobody": 1,
+    "top --address 127.0.0.1:1": 3,
+    "watch --address 127.0.0.1:1": 3,
+}
+
+
+@pytest.mark.parametrize("stderr", ["2>&9", "2>/dev/full", "2>&-", "2>&- >&-", "2>&- >&- <&-", "2>&- >&9"])
+@pytest.mark.parametrize("line", FAIL)
+def test_a_broken_stderr_changes_no_status(line: str, stderr: str, peopled: Daemon) -> None:
+    done = shell(peopled, f"regctl {line} {stderr}")
+    assert (done.returncode, done.stdout, done.stderr) == (FAIL[line], "", "")
+
+
+def test_stderr_is_broken_and_the_work_is_done(peopled: Daemon) -> None:
+    done = shell(
+        peopled,
+        "for to in /dev/full '&9' '&-'; do eval \"regctl register shop-db 1 2>$to >$to\"; done; regctl ls shop*",
+    )
+    assert done.stdout == "shop-db\t-\t127.0.0.1:1\tready\t-\n"
+    script = "regctl register shop.db 1 >/dev/null; regctl env shop-db shop.db"  # one is left out, with a warning
+    assert (
+        len({shell(peopled, f"{script} {end}; echo $?").stdout for end in ("2>/dev/null", "2>&9", "2>&-")}) == 1
+    )
+
+
+@pytest.mark.parametrize("command", ["list", "ping", "resolve nobody", "top", "stats", "list --json"])
+def test_a_closed_stdout(peopled: Daemon, command: str) -> None:
+    done = shell(peopled, f"regctl {command} >&-")
     assert done.returncode == (1 if command.startswith("resolve") else 0)
-    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_nothing_is_written_into_what_took_a_closed_number(closed: str, peopled: Daemon) -> None:
+    """The connection to the daemon would be descriptor 0, 1 or 2."""
+    for command in ("resolve nobody", "list", "watch nobody --address 127.0.0.1:1", "register x 1"):
+        shell(peopled, f"regctl {command} {closed}")
+    with BlockingConnection(peopled.addresses[0]) as peer:
+        stats = peer.ask("stats")
+    assert stats["strangers"] == 0
+    assert not stats["errors"].get("bad_request")
+    assert not stats["errors"].get("bad_json")

@@ -1,0 +1,295 @@
+"""Another program where regd should be: whatever it answers, each command ends with a documented status and at most
+one line of error, and nothing of the answer is run by a shell.
+"""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regd.cli import doctor, names, nearby, regctl
+from regd.cli.commands import COMMANDS
+from regd_client.blocking import BlockingConnection
+from tests.support.daemon import WAIT_S, Daemon, environment
+
+HOSTILE_HOST = "127.0.0.1$(touch pwned)"
+INSTANCE = {
+    "name": "db",
+    "instance": "1",
+    "host": "127.0.0.1",
+    "port": 5432,
+    "meta": {"zone": "a"},
+    "state": "ready",
+    "rev": 1,
+    "registered_at": 1790000000.0,
+}
+WHY = {
+    **INSTANCE,
+    "alive": True,
+    "since": 1790000000.0,
+    "owners": [{"pid": 1}],
+    "probe": {"accepted": False, "age_s": 1.0, "why": "refused"},
+}
+REPLIES: dict[str, dict[str, Any]] = {
+    "list": {"ok": True, "epoch": "e", "rev": 1, "instances": [INSTANCE]},
+    "resolve": {"ok": True, **INSTANCE},
+    "register": {"ok": True, **INSTANCE},
+    "deregister": {"ok": True, "removed": 1, "rev": 1},
+    "update": {"ok": True, "rev": 1},
+    "watch": {"ok": True, "watch": 1, "epoch": "e", "rev": 1},
+    "why": {"ok": True, "name": "db", "instances": [WHY], "departures": [{"instance": "1", "age_s": 1.0, "reason": "replaced"}]},
+    "hello": {"ok": True, "server": "regd", "version": "1", "epoch": "e", "rev": 1, "limits": {}, "host": {}},
+    "stats": {"ok": True, "registry": "/none", "pid": 1, "uptime_s": 1.0, "epoch": "e", "limits": {}, "requests": {"list": 1}},
+}  # fmt: skip
+EVENTS = [
+    {"event": "up", "watch": 1, **INSTANCE},
+    {"event": "sync", "watch": 1, "rev": 1},
+    {"event": "down", "watch": 1, "name": "db", "instance": "1", "reason": "replaced", "rev": 2},
+    {"ok": False, "error": "denied", "message": "no more"},
+]
+LINES = {
+    "list": ["list"],
+    "resolve": ["resolve", "db"],
+    "register": ["register", "db", "5432"],
+    "deregister": ["deregister", "db"],
+    "update": ["update", "db", "--state", "ready"],
+    "drain": ["drain", "db"],
+    "watch": ["watch"],
+    "wait": ["wait", "db", "--timeout", "0"],
+    "env": ["env", "db"],
+    "why": ["why", "db"],
+    "top": ["top"],
+    "ping": ["ping"],
+    "stats": ["stats", "--limits"],
+    "doctor": ["doctor"],
+    "names": ["names"],
+    "run": ["run", "web", "--wait", "db", "--timeout", "0", "--", "true"],
+}
+ODD: tuple[Any, ...] = (None, 7, -1.5, 1e300, True, "text", [], [7], {}, {"a": {"b": [None]}})
+Answer = Callable[[str], list[Any]]
+
+
+@contextmanager
+def impostor(answer: Answer) -> Iterator[str]:
+    """Answer every request by what stands for its command, and hang up after a `watch`."""
+
+    def serve() -> None:
+        while True:
+            accepted, _ = listening.accept()
+            with accepted, accepted.makefile("rwb") as lines:
+                for line in lines:
+                    if line == b"end\n":
+                        return
+                    cmd = json.loads(line)["cmd"]
+                    try:
+                        for each in answer(cmd):
+                            lines.write(each if isinstance(each, bytes) else json.dumps(each).encode() + b"\n")
+                        lines.flush()
+                    except OSError:
+                        break
+                    if cmd == "watch":
+                        break
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            with socket.create_connection(listening.getsockname()) as last:
+                last.sendall(b"end\n")
+            thread.join(WAIT_S)
+
+
+def answers(**changed: Any) -> Answer:
+    """Answer as regd does, but for some commands."""
+
+    def answer(cmd: str) -> list[Any]:
+        said = changed.get(cmd, REPLIES.get(cmd, {"ok": True}))
+        return [said, *changed.get("events", EVENTS)] if cmd == "watch" else [said]
+
+    return answer
+
+
+def variants(fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield it without each member, and with each member of another type; so for its instances too."""
+    for key, value in fields.items():
+        if key in ("ok", "event"):
+            continue
+        yield {name: each for name, each in fields.items() if name != key}
+        for odd in ODD:
+            yield {**fields, key: odd}
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            for each in variants(value[0]):
+                yield {**fields, key: [each]}
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other daemons of this machine are none of the test's business."""
+    monkeypatch.setattr(nearby, "addresses", lambda but: [])
+    monkeypatch.setattr(nearby, "accepts", lambda host, port: True)
+    monkeypatch.setattr(doctor, "ANSWER_S", WAIT_S)
+    monkeypatch.setattr(names, "_ANSWER_S", WAIT_S)
+    monkeypatch.setattr(names, "_END_S", 10 * WAIT_S)
+
+
+@pytest.fixture
+def ran(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def run(address: str, *line: str) -> tuple[int, str, str]:
+        status = regctl.main(["--address", address, *line])
+        out, told = capsys.readouterr()
+        return status, out, told
+
+    return run
+
+
+def test_every_command_that_asks_is_tried() -> None:
+    assert set(LINES) == set(COMMANDS) - {"completion", "help", "manual"}
+
+
+IN_PROCESS = [command for command in LINES if command not in ("run", "top")]
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
+@pytest.mark.parametrize("command", IN_PROCESS)
+def test_members_that_are_missing_or_of_another_type(
+    command: str, flags: list[str], ran: Callable[..., tuple[int, str, str]]
+) -> None:
+    said: list[Any] = [{}]
+    asked: list[str] = []
+
+    def answer(cmd: str) -> list[Any]:
+        asked.append(cmd)
+        return answers(**said[0])(cmd)
+
+    with impostor(answer) as address:
+        status, _, told = ran(address, *flags, *LINES[command])
+        assert status == {"doctor": 1, "watch": 4}.get(command, 0), told
+        for cmd in set(asked) & set(REPLIES):
+            for variant in variants(REPLIES[cmd]):
+                said[0] = {cmd: variant}
+                status, out, told = ran(address, *flags, *LINES[command])
+                assert status in (0, 1, 2, 3, 4), (cmd, variant)
+                assert told.count("\n") == bool(told), (cmd, variant, told)
+                assert not flags or all(json.loads(line) is not None for line in out.splitlines())
+
+
+ERRORS = [
+    {"ok": False},
+    {"ok": False, "error": [], "message": "x"},
+    {"ok": False, "error": "busy", "message": 7},
+    {"ok": False, "error": "not_found", "message": None, "near": 7},
+    {"event": 7},
+    b"[]\n",
+    b"HTTP/1.1 400 Bad Request\r\n\r\n",
+    b"\xff\xfe\n",
+    b'{"ok":true' + b"[" * 5_000 + b"\n",
+]
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
+@pytest.mark.parametrize("command", IN_PROCESS)
+def test_refusals_and_lines_of_no_kind(
+    command: str, flags: list[str], ran: Callable[..., tuple[int, str, str]]
+) -> None:
+    said: list[Any] = [None]
+    with impostor(lambda cmd: [said[0]]) as address:
+        for said[0] in ERRORS:
+            status, out, told = ran(address, *flags, *LINES[command])
+            assert told.count("\n") == bool(told), told
+            if command == "names":  # says nothing, whatever is wrong
+                assert (status in (0, 3), told) == (True, "")
+            else:
+                assert status in (1, 2, 3, 4)
+                assert out or told
+
+
+@pytest.mark.parametrize(
+    ("command", "cmd", "without"),
+    [
+        ("list", "list", "instances"), ("resolve", "resolve", "host"), ("register", "register", "port"),
+        ("watch", "watch", "epoch"), ("wait", "resolve", "host"), ("env", "resolve", "name"), ("why", "why", "instances"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
+def test_a_reply_that_lacks_what_is_shown_is_an_error(
+    command: str, cmd: str, without: str, flags: list[str], ran: Callable[..., tuple[int, str, str]]
+) -> None:
+    reply = {key: value for key, value in REPLIES[cmd].items() if key != without}
+    with impostor(answers(**{cmd: reply})) as address:
+        status, out, told = ran(address, *flags, *LINES[command])
+    assert status in (3, 4)
+    message = json.loads(out)["message"] if flags else told
+    assert without in message
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
+@pytest.mark.parametrize("command", ["top", "run"])
+def test_commands_that_need_a_process_of_their_own(command: str, flags: list[str], tmp_path: Path) -> None:
+    """`top` is the client's own connection in an event loop, and `run` forks."""
+    wrong: list[dict[str, Any]] = [
+        {"watch": {"ok": True}, "resolve": {"ok": True}},
+        {"watch": {"ok": True, "epoch": 7}, "events": [{"event": "up"}], "resolve": {"ok": False}},
+        {"stats": {"ok": True}, "resolve": {"ok": True, **INSTANCE, "host": 7}},
+    ]
+    for each in wrong:
+        with impostor(answers(**each)) as address:
+            done = subprocess.run(
+                [sys.executable, "-m", "regd.cli.regctl", *flags, *LINES[command]],
+                env=environment(REGD_ADDRESS=address), cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+            )  # fmt: skip
+        assert "Traceback" not in done.stderr, done.stderr
+        assert done.returncode in (0, 1, 3, 4)
+
+
+# What reaches a shell.
+
+
+@pytest.mark.parametrize("member", ["host", "name"])
+def test_eval_of_env_runs_nothing(member: str, tmp_path: Path) -> None:
+    with impostor(answers(resolve={**REPLIES["resolve"], member: HOSTILE_HOST})) as address:
+        done = subprocess.run(
+            ["bash", "-c", f'eval "$({sys.executable} -m regd.cli.regctl env db)"; echo "at $DB_HOST"'],
+            env=environment(REGD_ADDRESS=address), cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+    assert not (tmp_path / "pwned").exists()
+    assert done.stdout in (f"at {HOSTILE_HOST}\n", "at \n")  # whole, or refused
+
+
+@pytest.mark.parametrize("form", ["shell", "docker"])
+@pytest.mark.parametrize("host", ["a\nPATH=/evil", "a\x1b[31m", "a\0b"])
+def test_env_takes_no_control_characters(form: str, host: str, ran: Callable[..., tuple[int, str, str]]) -> None:
+    with impostor(answers(resolve={**REPLIES["resolve"], "host": host})) as address:
+        status, out, told = ran(address, "env", "db", "--format", form)
+    assert (status in (3, 4), out) == (True, "")
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "value", ["", "a", "127.0.0.1:80", "[::1]:80", "a b", "it's", "$(x)", "`x`", "~", "é", '"', "\\"]
+)
+def test_a_value_is_one_word_of_a_shell(value: str) -> None:
+    quoted = regctl._quoted(value)
+    done = subprocess.run(["sh", "-c", f'V={quoted}; printf %s "$V"'], capture_output=True, text=True, check=True)
+    assert done.stdout == value
+    assert (quoted == value) is (value in ("a", "127.0.0.1:80"))
+
+
+def test_formats_of_env(process: Daemon, ran: Callable[..., tuple[int, str, str]]) -> None:
+    with BlockingConnection(process.addresses[0]) as peer:
+        assert peer.ask("register", name="db", port=5432, host="::1")["ok"]
+    shown = {form: ran(process.addresses[0], "env", "db", "--format", form) for form in ("shell", "docker")}
+    assert shown["shell"] == (
+        0,
+        "DB_HOST='::1'\nDB_PORT=5432\nDB_ADDRESS='[::1]:5432'\n".replace("'::1'", "::1"),
+        "",
+    )
+    assert shown["docker"] == (0, "DB_HOST=::1\nDB_PORT=5432\nDB_ADDRESS=[::1]:5432\n", "")
