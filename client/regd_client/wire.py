@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:7343"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")  # where regd listens
+_YES = ("1", "true", "yes", "on")  # of REGD_AUTOSTART, in any case
+_NO = ("", "0", "false", "no", "off")
+_warned: set[str] = set()
 LINE_BYTES_MAX = 65_536  # of a request; the daemon skips longer ones
 REPLY_BYTES_MAX = 4 * 1_048_576  # far beyond what the daemon promises; more is another program
 
@@ -89,8 +92,19 @@ def find_address(given: str | None = None) -> Address:
 
 
 def autostarts(address: Address) -> bool:
-    """Whether a daemon is to be started when none answers there: $REGD_AUTOSTART is 1, and it is this machine."""
-    return os.environ.get("REGD_AUTOSTART") == "1" and (bool(address.path) or address.host in _LOOPBACK)
+    """Return whether to start a daemon when none answers there: $REGD_AUTOSTART says yes, and it is this machine.
+
+    Any other value than a yes or a no is logged once, and counts as no.
+    """
+    value = os.environ.get("REGD_AUTOSTART", "")
+    if value.lower() not in (*_YES, *_NO) and value not in _warned:
+        _warned.add(value)
+        import logging  # which takes longer than many a command
+
+        logging.getLogger("regd_client").warning(
+            "REGD_AUTOSTART is %r, which is neither yes nor no: no daemon is started; write 1 or 0", value
+        )
+    return value.lower() in _YES and (bool(address.path) or address.host in _LOOPBACK)
 
 
 def request(cmd: str, id: int | None, arguments: dict[str, Any]) -> bytes:

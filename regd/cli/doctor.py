@@ -30,7 +30,10 @@ _GAUGES = {
     "registrations": ("registrations_max", "deregister what is not needed: `regctl list` shows all of them"),
     "registry_bytes": ("registry_bytes_max", "register less `meta`, or fewer instances"),
     "connections": ("connections_max", "let programs keep one connection each; raise `ulimit -n` of regd"),
-    "guests": ("guests_max", "another user's programs connect too often; start regd with --allow-uid for them"),
+    "guests": (
+        "guests_max",
+        "another user's programs connect too often; let them run a regd of their own, named in REGD_ADDRESS",
+    ),
     "watches": ("watches_total_max", "let programs keep one watch, and end those that are not read"),
     "waiting": ("parked_total_max", "many programs wait for services that do not come: `regctl why NAME`"),
     "processes": ("processes_max", "register fewer instances with `pid`; `hold` needs none"),
@@ -58,6 +61,8 @@ class _Daemon:
         self.hello = hello
         self.stats = connection.ask("stats")
         self.is_here = all(hello["host"].get(key) == own for key, own in wire.own_host().items())
+        self.pid: int = self.stats["pid"]
+        self.is_in_another_network = self.is_here and nearby.is_in_another_network(self.pid)
 
     def number(self, name: str) -> float:
         value = self.stats.get(name, 0)
@@ -77,8 +82,7 @@ def examine(address: str | None) -> Iterator[Finding]:
         try:
             daemon, found = _reached(stack, at)
             yield found
-            epoch = None if daemon is None else daemon.hello["epoch"]
-            yield from _elsewhere(at, epoch)
+            yield from _elsewhere(at, daemon)
             if daemon is not None:
                 for check in _CHECKS:
                     yield from check(daemon)
@@ -127,8 +131,10 @@ def _other(at: wire.Address) -> Finding:
     return Finding("daemon", found, f"see who it is: {nearby.who(at)}; or name another address in REGD_ADDRESS")
 
 
-def _elsewhere(at: wire.Address, epoch: str | None) -> Iterator[Finding]:
+def _elsewhere(at: wire.Address, daemon: _Daemon | None) -> Iterator[Finding]:
     """Look for another daemon: two that are taken for one are found out late."""
+    epoch = None if daemon is None else daemon.hello["epoch"]
+    seen: set[object] = set() if daemon is None else {daemon.pid}
     others: dict[Any, tuple[wire.Address, Any]] = {}
     for each in nearby.addresses(at):
         try:
@@ -138,19 +144,25 @@ def _elsewhere(at: wire.Address, epoch: str | None) -> Iterator[Finding]:
             continue
         if hello.get("server") == "regd" and hello.get("epoch") != epoch:
             others.setdefault(hello.get("epoch"), (each, stats.get("registry")))
+            seen.add(stats.get("pid"))
     for other, (each, registry) in others.items():
         found = f"{'another' if epoch else 'a'} regd answers at {each}: registry {registry}, epoch {other}"
         use = f"set REGD_ADDRESS={each} everywhere"
         yield Finding("elsewhere", found, f"end one of the two, or {use}" if epoch else use)
-    if not others:
+    beyond = [pid for pid, _ in nearby.daemons() if pid not in seen and nearby.is_in_another_network(pid)]
+    for pid in beyond:
+        found = f"process {pid} is a regd in another network namespace: its 127.0.0.1 is not the one of this side"
+        do = "start that regd with --unix PATH and set REGD_ADDRESS=unix://PATH, or start a regd on this side too"
+        yield Finding("elsewhere", found, "" if epoch else do)
+    if not others and not beyond:
         yield Finding("elsewhere", "no other regd is seen")
 
 
 def _rights(daemon: _Daemon) -> Iterator[Finding]:
     reply = daemon.connection.ask("deregister", **{"name": _NOBODY, "if": 0})
     if reply.get("error") == "denied":
-        do = "run a regd of your own (--port off --unix PATH) and set REGD_ADDRESS=unix://PATH; "
-        do += f"or have that one started with --allow-uid {os.geteuid()}"
+        own = "run a regd of your own (`regd --port off --unix PATH`) and set REGD_ADDRESS=unix://PATH"
+        do = f"{own}; or ask whoever runs that regd for --allow-uid"
         yield Finding("rights", "this user may only read", do)
     else:
         yield Finding("rights", "this user may read and write")
@@ -166,7 +178,12 @@ def _versions(daemon: _Daemon) -> Iterator[Finding]:
 
 
 def _host(daemon: _Daemon) -> Iterator[Finding]:
-    if daemon.is_here:
+    if daemon.is_in_another_network:
+        found = (
+            f"the daemon, process {daemon.pid}, is in another network namespace: its 127.0.0.1 is not this one"
+        )
+        yield Finding("host", found, "start a regd on this side too, for what listens on loopback here")
+    elif daemon.is_here:
         yield Finding("host", "the daemon shares boot and process numbers")
     else:
         do = "start a regd on this side too; or register with `hold` or `ttl` there, and no `pid`"
@@ -210,6 +227,8 @@ def _content(path: Path, daemon: _Daemon) -> Finding:
     if not path.exists() and before > 0 and path.parent.is_dir():
         return Finding("file", f"{path} is gone", "change any registration: it is written again then")
     rev = nearby.revision(path)
+    if rev is None and daemon.number("commits") == 0:
+        return Finding("file", f"{path} was written by hand; regd writes its own with the next change")
     if rev is None or rev < before:
         do = "make the disk writable: regd writes it with the next change; its log says what was in the way"
         return Finding("file", f"{path} is behind what is registered: revision {rev} and not {before:g}", do)
@@ -241,7 +260,7 @@ def _lag(daemon: _Daemon) -> Iterator[Finding]:
 
 
 def _services(daemon: _Daemon) -> Iterator[Finding]:
-    if not daemon.is_here:
+    if not daemon.is_here or daemon.is_in_another_network:
         yield Finding("services", "not tried: their loopback is not on this side")
         return
     instances = daemon.connection.ask("list", limit=1_000)["instances"]

@@ -7,6 +7,7 @@ start-up scripts, so it imports neither asyncio nor the daemon, and for a plain 
 from __future__ import annotations
 
 import io
+import os
 import sys
 import time
 

@@ -31,7 +31,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other daemons of this machine are no trouble of the test's."""
     monkeypatch.delenv("REGD_ADDRESS", raising=False)
     monkeypatch.setattr(wire, "DEFAULT_ADDRESS", "tcp://127.0.0.1:1")
-    monkeypatch.setattr(nearby, "_told", lambda: iter(()))
+    monkeypatch.setattr(nearby, "daemons", lambda: iter(()))
     monkeypatch.setattr(doctor, "ANSWER_S", 10 * WAIT_S)  # a tenth of it for others
 
 
@@ -158,34 +158,119 @@ def test_one_daemon_at_two_addresses_is_one(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="no /proc on this system")
-def test_a_daemon_that_runs_is_seen_by_its_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "how", ["-m regd", "-P -m regd", "-X dev -Pm regd", "-Wignore -mregd.cli.regd", "script"]
+)
+def test_a_daemon_that_runs_is_seen_by_its_command_line(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
-    command = [
-        sys.executable,
-        "-m",
-        "regd",
-        "--port",
-        "0",
-        f"--unix={tmp_path}/socket",
-        "--registry",
-        f"{tmp_path}/r",
-    ]
+    script = tmp_path / "regd"
+    script.write_text("from regd.cli.regd import main\nraise SystemExit(main())\n")
+    program = [str(script)] if how == "script" else how.split()
+    flags = ["--port", "0", "--unix=socket", "--registry", f"{tmp_path}/r"]
     with subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as running:
+        [sys.executable, *program, *flags],
+        env=environment(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    ) as running:  # fmt: skip
         try:
             assert running.stdout is not None
             assert running.stdout.readline().startswith(b"listening")
             assert f"unix://{tmp_path}/socket" in set(nearby._told())
+            assert running.pid in {pid for pid, _ in nearby.daemons()}
         finally:
             running.kill()
 
 
-def test_what_a_command_line_says() -> None:
-    listens = nearby._listens
-    assert list(listens(["regd", "--port", "5", "--unix", "/a"])) == ["127.0.0.1:5", "unix:///a"]
-    assert list(listens(["python", "-m", "regd", "--port=5", "--log-level", "info"])) == ["127.0.0.1:5"]
-    assert list(listens(["regd", "--port", "0"])) == []
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("regd --port 5 --unix /a", ["127.0.0.1:5", "unix:///a"]),
+        ("/usr/bin/regd --port=5", ["127.0.0.1:5"]),
+        ("python -m regd --port=5 --log-level info", ["127.0.0.1:5"]),
+        ("/v/bin/python3.12 -P -m regd --port 5", ["127.0.0.1:5"]),
+        ("python -X dev -W error -I -m regd --port 5", ["127.0.0.1:5"]),
+        ("python -Xdev -bbPm regd --port 5", ["127.0.0.1:5"]),
+        ("python -PX dev -mregd --port 5", ["127.0.0.1:5"]),
+        ("python --check-hash-based-pycs always -m regd.cli.regd --port 5", ["127.0.0.1:5"]),
+        ("pypy3 -u /v/bin/regd --port 5", ["127.0.0.1:5"]),
+        ("regd --port 0", []),
+        ("regd", []),
+        ("uv run regd --port 5", None),  # its child is the daemon
+        ("python -m regdoc --port 5", None),
+        ("python -c regd --port 5", None),
+        ("python -cm regd --port 5", None),
+        ("python client.py -m regd --port 5", None),
+        ("python -X regd --port 5", None),
+        ("python", None),
+        ("python -m", None),
+        ("python -X", None),
+        ("less regd --port 5", None),
+        ("", None),
+    ],
+)
+def test_what_a_command_line_says(line: str, told: list[str] | None) -> None:
+    flags = nearby._flags(line.split(" "))
+    assert (None if flags is None else list(nearby._listens(flags))) == told
+
+
+def test_a_relative_socket_is_in_the_folder_of_its_daemon(tmp_path: Path) -> None:
+    os.symlink(tmp_path, tmp_path / "cwd")
+    assert list(nearby._listens(["--unix", "s"], f"{tmp_path}/cwd")) == [f"unix://{tmp_path}/s"]
+    assert list(nearby._listens(["--unix", "s"], f"{tmp_path}/gone")) == []
+
+
+# Another network namespace.
+
+
+def in_a_network_of_its_own(*command: str) -> list[str]:
+    """Return a command line that runs it there, by `unshare` of util-linux."""
+    for how in (["unshare", "--net"], ["unshare", "--user", "--map-root-user", "--net"]):
+        if (
+            shutil.which("unshare")
+            and subprocess.run([*how, "true"], capture_output=True, check=False).returncode == 0
+        ):
+            return [*how, *command]
+    pytest.skip("no network namespace can be made here")
+
+
+@contextlib.contextmanager
+def beyond(folder: Path) -> Iterator[int]:
+    """Have a daemon in another network namespace, with a socket `s` in the folder; yield its process."""
+    command = in_a_network_of_its_own(
+        "sh", "-c", 'ip link set lo up 2>/dev/null; exec "$@"', "sh",
+        sys.executable, "-m", "regd", "--port", "7343", "--unix", f"{folder}/s", "--registry", f"{folder}/r.json",
+    )  # fmt: skip
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        try:
+            assert running.stdout is not None
+            line = running.stdout.readline()
+            if not line.startswith("listening"):
+                pytest.skip(f"no daemon in a network namespace of its own: {running.communicate(timeout=WAIT_S)}")
+            yield running.pid
+        finally:
+            running.kill()
+
+
+def test_a_daemon_in_another_network_namespace_is_named(
+    process: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder := tmp_path / "beyond").mkdir()
+    with beyond(folder) as pid:
+        monkeypatch.setattr(nearby, "daemons", lambda: iter([(pid, ["--port", "7343"])]))
+        assert list(nearby._told()) == []  # its 127.0.0.1:7343 is not ours
+        found = wrong(_free_address())["elsewhere"]
+        assert found.found.startswith(f"process {pid} is a regd in another network namespace")
+        assert "--unix" in found.do
+        [found] = [each for each in examine(process.addresses[0]) if each.check == "elsewhere"]
+        assert found.ok  # there is one on this side
+        assert str(pid) in found.found
+        by_socket = {each.check: each for each in examine(f"unix://{folder}/s")}
+        assert by_socket["host"].found.startswith(f"the daemon, process {pid}, is in another network namespace")
+        assert by_socket["services"].found.startswith("not tried")
+        assert by_socket["elsewhere"].found == "no other regd is seen"
 
 
 # What a daemon says.
@@ -195,7 +280,8 @@ async def test_a_user_who_may_only_read(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "registry.json", peers=Told()) as daemon:
         found = await wrong_of(daemon)
         assert set(found) == {"rights"}
-        assert f"--allow-uid {os.geteuid()}" in found["rights"].do
+        do = found["rights"].do
+        assert do.index("--unix") < do.index("REGD_ADDRESS") < do.index("--allow-uid")
 
 
 async def test_the_question_whether_it_may_write_changes_nothing(daemon: InLoop) -> None:
@@ -263,6 +349,17 @@ async def test_a_file_that_is_gone_or_behind(daemon: InLoop) -> None:
     assert "revision None and not 3" in (await wrong_of(daemon))["file"].found
     daemon.registry.unlink()
     assert (await wrong_of(daemon))["file"].found == f"{daemon.registry} is gone"
+
+
+async def test_a_registry_written_by_hand_is_not_wrong(tmp_path: Path) -> None:
+    (path := tmp_path / "registry.json").write_text('{"runner": {"port": 5050, "host": "far.example"}}')
+    async with InLoop(path) as daemon:
+        assert await wrong_of(daemon) == {}
+        path.with_name("copy").write_bytes(path.read_bytes())
+        await (await daemon.peer()).ask(cmd="register", name="db", port=1, host="far.example")
+        assert await wrong_of(daemon) == {}
+        path.with_name("copy").replace(path)  # not what the daemon has written
+        assert "is behind what is registered" in (await wrong_of(daemon))["file"].found
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")

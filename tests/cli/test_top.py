@@ -259,10 +259,27 @@ def test_a_daemon_that_is_away() -> None:
 
 def test_a_narrow_terminal_keeps_instance_and_port() -> None:
     made = picture(fields("web", "one", host="2001:db8::aaaa:bbbb:cccc", port=4_321))
-    head, row = drawn(made, size=(40, 12))[3:5]
+    head, row = drawn(made, size=(59, 12))[3:5]
     assert head.split() == ["NAME▾", "ADDRESS", "STATE", "AGE"]
     assert row.startswith("  web/one ")
     assert ":4321" in row
+
+
+@pytest.mark.parametrize("width", [40, 50, 60, 80, 100, 200])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "2001:db8::aaaa:bbbb:cccc", "printer.of.the.third.floor", "far." * 6 + "e"]
+)
+def test_an_address_is_never_shortened(host: str, width: int) -> None:
+    made = picture(fields("a-name-that-is-rather-long", "one", host=host, port=4_321, meta={"zone": "a" * 40}))
+    take(made, fields("another-name-that-is-rather-long", "two", host=host, port=4_321), 5.0)
+    address = made.rows["another-name-that-is-rather-long", "two"].address
+    shown = drawn(made, size=(width, 24), now=5.0)
+    assert [address in line for line in shown[4:6]] == [True, True]
+    assert [line.split()[0] for line in shown[4:6]] != [address] * 2  # the name has some room, too
+    assert not any(":" in line for line in drawn(made, size=(20, 24))[3:6])  # whole, or not at all
+    [news] = [line for line in shown if " ago  " in line]
+    assert news.endswith(f": {address}") or width < 60
+    assert all(address in line for line in texts(whole(made, Look(), HERE, 5.0, WALL))[4:6])
 
 
 def test_only_the_window_is_drawn() -> None:

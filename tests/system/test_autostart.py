@@ -260,13 +260,36 @@ async def asked() -> int:
 # Where none is started.
 
 
-@pytest.mark.parametrize("value", [None, "", "0", "true", "11"])
+@pytest.mark.parametrize("value", [None, "", "0", "false", "No", "OFF", "11", "ja"])
 async def test_off_without_the_variable(here: Demand, value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if value is None:
         monkeypatch.delenv("REGD_AUTOSTART")
     else:
         monkeypatch.setenv("REGD_AUTOSTART", value)
     await is_not_started(here)
+
+
+@pytest.mark.parametrize("value", ["1", "true", "YES", "On"])
+def test_words_that_say_yes(
+    value: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("REGD_AUTOSTART", value)
+    assert wire.autostarts(wire.Address("127.0.0.1", 1))
+    assert not wire.autostarts(wire.Address("far.example", 1))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("value", ["11", "ja", " 1", "\x1b[31m"])
+def test_a_word_that_says_neither_is_told_once(
+    value: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(wire, "_warned", set())
+    monkeypatch.setenv("REGD_AUTOSTART", value)
+    for _ in range(3):
+        assert not wire.autostarts(wire.Address("127.0.0.1", 1))
+    assert caplog.messages == [
+        f"REGD_AUTOSTART is {value!r}, which is neither yes nor no: no daemon is started; write 1 or 0"
+    ]
 
 
 async def is_not_started(here: Demand, address: str | None = None) -> None:

@@ -22,9 +22,10 @@ _GAP = "  "
 _COLUMNS = ("NAME", "INSTANCE", "ADDRESS", "STATE", "AGE", "HELD BY", "META")
 _SORTED_BY = {"name": "NAME", "state": "STATE", "age": "AGE", "holders": "HELD BY"}
 _CALM = {"AGE": 4, "META": 4}  # columns are so wide at least, else 8, whatever is in them
-_LEAST = {"NAME": 12, "INSTANCE": 8, "ADDRESS": 8, "STATE": 8, "AGE": 4, "HELD BY": 8, "META": 6}
-_MOST = {"NAME": 32, "INSTANCE": 16, "ADDRESS": 28, "STATE": 9, "AGE": 4, "HELD BY": 22, "META": 9_000}
-_WEIGHT = ("NAME", "STATE", "AGE", "ADDRESS", "HELD BY", "INSTANCE", "META")  # what goes last where it is narrow
+_LEAST = {"NAME": 12, "INSTANCE": 8, "STATE": 8, "AGE": 4, "HELD BY": 8, "META": 6}
+_MOST = {"NAME": 32, "INSTANCE": 16, "STATE": 9, "AGE": 4, "HELD BY": 22, "META": 9_000}
+_NAME_LEAST = 4  # beside an address that leaves no more
+_WEIGHT = ("NAME", "STATE", "AGE", "HELD BY", "INSTANCE", "META")  # what goes last where it is narrow
 _MARKS = {"up": ("new", "+", "came"), "down": ("gone", "-", "left"), "change": ("warn", "~", "changed")}
 _NARROW = 60  # an instance has no column of its own then
 _WIDE = 10_000
@@ -199,8 +200,6 @@ def _head(look: Look, widths: dict[str, int]) -> list[str]:
 def _aligned(column: str, text: str, width: int) -> str:
     if column == "AGE":
         return text.rjust(width)
-    if column == "ADDRESS" and len(text) > width:
-        return "…" + text[1 - width :]  # the port says more than the beginning
     return fitted(text, width)
 
 
@@ -211,7 +210,10 @@ def _texts(row: Row, wall: float, narrow: bool) -> dict[str, str]:
 
 
 def _widths(texts: Sequence[dict[str, str]], width: int) -> dict[str, int]:
-    """Return the columns that fit, in their order, and how wide each may be."""
+    """Return the columns that fit, in their order, and how wide each may be.
+
+    Addresses are copied, so their column is as wide as they are, or left out where it leaves no room for a name.
+    """
     arrow = _SORTED_BY.values()
     wanted = {
         name: max(len(name) + (name in arrow), *(cells(each[name]) for each in texts), 0) for name in _COLUMNS
@@ -220,10 +222,15 @@ def _widths(texts: Sequence[dict[str, str]], width: int) -> dict[str, int]:
         del wanted["INSTANCE"]
     if not any(each["META"] for each in texts):
         del wanted["META"]
+    address = wanted.pop("ADDRESS")
     wanted = {name: min(max(most, _CALM.get(name, 8)), _MOST[name]) for name, most in wanted.items()}
     least = {name: min(most, _LEAST[name]) for name, most in wanted.items()}
     kept: dict[str, int] = {}
     left = width
+    has_address = width >= address + len(_GAP) + _NAME_LEAST
+    if has_address:
+        left -= address + len(_GAP)
+        least["NAME"] = min(least["NAME"], left)
     for name in (each for each in _WEIGHT if each in wanted):
         if left < least[name] and kept:
             break
@@ -234,6 +241,8 @@ def _widths(texts: Sequence[dict[str, str]], width: int) -> dict[str, int]:
         more = max(0, min(wanted[name] - kept[name], left))
         kept[name] += more
         left -= more
+    if has_address:
+        kept["ADDRESS"] = address
     return {name: kept[name] for name in _COLUMNS if name in kept}
 
 
@@ -272,7 +281,7 @@ def _under(picture: Picture, look: Look, height: int, width: int, now: float) ->
     most = _NEWS_LINES if height >= 18 else 2 if height >= 12 else 0
     if most == 0:
         return []
-    told_now = [_told(each, now) for _, each in zip(range(most), picture.news, strict=False)]
+    told_now = [_told(each, width, now) for _, each in zip(range(most), picture.news, strict=False)]
     return [_rule("came and went", width), *told_now, *([] for _ in range(most - len(told_now)))]
 
 
@@ -280,12 +289,9 @@ def _rule(title: str, width: int) -> Line:
     return [("dim", f"── {title} " + "─" * max(0, width - len(title) - 4))]
 
 
-def _told(news: News, now: float) -> Line:
+def _told(news: News, width: int, now: float) -> Line:
     style, mark, did = _MARKS[news.kind]
-    return [
-        (style, f"{mark} "),
-        ("dim", f"{age(now - news.at):>4} ago  "),
-        ("", news.who),
-        (style, f"  {did}"),
-        ("dim", f": {news.what}" if news.what else ""),
-    ]
+    begins, ends = f"{age(now - news.at):>4} ago  ", f": {news.what}" if news.what else ""
+    room = max(_NAME_LEAST, width - len(f"{mark}   {begins}{did}") - cells(ends))
+    who = news.who if cells(news.who) <= room else fitted(news.who, room)
+    return [(style, f"{mark} "), ("dim", begins), ("", who), (style, f"  {did}"), ("dim", ends)]
