@@ -72,6 +72,9 @@ _regctl() {
                 count=$((count + 1))
             else
                 command=$word
+                case $word in
+@ALIASES@
+                esac
             fi
         fi
     done

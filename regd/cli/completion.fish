@@ -43,6 +43,9 @@ function __regctl_place
                 set count (math $count + 1)
             else
                 set command $token
+                switch $token
+@ALIASES@
+                end
             end
         end
     end
@@ -71,6 +74,8 @@ function __regctl_at --argument-names command where
 end
 
 function __regctl_gave --argument-names option
+    set -l place (__regctl_place)
+    test "$place[3]" = $option; and return 1 # its value is still to come
     string match -q -- "$option" (string replace -r '=.*' '' -- (commandline -opc))
 end
 

@@ -1,7 +1,8 @@
 """Scripts that make bash, zsh and fish complete the command lines of regctl, from the one table.
 
-Each script knows the commands and options by itself; it asks `regctl names` for the names of services, and has no
-offer where free text stands. Behind the `--` of a command that runs another, the shell goes on as anywhere.
+Each script knows the commands, their aliases and options by itself; it asks `regctl names` for the names of
+services, and has no offer where free text stands. Behind the `--` of a command that runs another, the shell goes
+on as anywhere.
 Must not know what a command does.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from importlib import resources
 
-from regd.cli.commands import COMMANDS, COMMON, Argument
+from regd.cli.commands import ALIASES, COMMANDS, COMMON, Argument
 
 _ALONE = {"--help": "show this help, and do nothing else", "--version": "show the version, and do nothing else"}
 _HELP = {"--help": _ALONE["--help"]}
@@ -92,6 +93,10 @@ def _bash() -> str:
         .replace("@TAKES@", "\n".join(takes))
         .replace("@OFFERS@", "\n".join(offers))
         .replace("@COMMANDS@", " ".join(COMMANDS))
+        .replace(
+            "@ALIASES@",
+            "\n".join(f"                {alias}) command={name} ;;" for alias, name in ALIASES.items()),
+        )
         .replace("@RUNNING@", "|".join(_RUNNING))
     )
 
@@ -124,7 +129,7 @@ def _zsh_command(name: str) -> str:
         *(_zsh_word(each) for each in arguments if not each.is_option),
     ]
     lines = "\n".join("    " + line for line in _zsh_lines(specs))
-    return f"    {name})\n        _arguments -S \\\n{lines}\n        ;;"
+    return f"    {'|'.join((name, *COMMANDS[name].aliases))})\n        _arguments -S \\\n{lines}\n        ;;"
 
 
 def _zsh_lines(specs: list[str]) -> list[str]:
@@ -174,6 +179,10 @@ def _quoted(text: str) -> str:
 
 
 def _fish() -> str:
+    aliases = [
+        f"                    case {alias}\n                        set command {name}"
+        for alias, name in ALIASES.items()
+    ]
     takes = [
         f"        case '{command}:{option}'\n            echo {many}" for command, option, many in _several()
     ]
@@ -200,6 +209,7 @@ def _fish() -> str:
     return (
         _frame("fish")
         .replace("@TAKES@", "\n".join(takes))
+        .replace("@ALIASES@", "\n".join(aliases))
         .replace("@COMPLETE@", "\n".join(lines))
         .replace("@RUNNING@", " ".join(_RUNNING))
     )

@@ -118,6 +118,15 @@ CASES = {
     "regctl run shop --wait db ru": ["run-two", "runner"],
     "regctl run shop --wait db runner --": [*RUN_OPTIONS, *COMMON_OPTIONS],
     "regctl run ru": [],
+    "regctl ls d": ["db"],
+    "regctl ls --": ["--meta", *COMMON_OPTIONS],
+    "regctl rm ru": ["run-two", "runner"],
+    "regctl drain d": ["db"],
+    "regctl update db --state ": ["draining", "ready", "starting"],
+    "regctl register db 1 --state r": ["ready"],
+    "regctl env --format ": ["docker", "shell"],
+    "regctl env --format shell d": ["db"],
+    "regctl stats --": ["--limits", *COMMON_OPTIONS],
 }
 
 
