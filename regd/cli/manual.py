@@ -16,6 +16,7 @@ _HELP = Argument("--help", "show how it is used, and do nothing else", action="h
 _VERSION = Argument("--version", "show the version, and do nothing else", action="version")
 _ASKED = {
     "REGD_ADDRESS": "Where the daemon is, when `--address` does not say so. Without both: tcp://127.0.0.1:7343.",
+    "REGD_AUTOSTART": "With `1`, `true`, `yes` or `on` a daemon is started where none answers on this machine.",
 }
 _GIVEN = {
     "PORT": "For the command of `regctl run`: the port to listen on.",

@@ -15,7 +15,7 @@ from regd_client.wire import joined
 TYPE_CHECKING = False  # as in typing, whose import takes longer than many a command
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from typing import Any
+    from typing import Any, TextIO
 
 EMPTY = "-"  # a column without a value; programs that split at blanks would skip it
 
@@ -41,7 +41,7 @@ class Output:
                 sys.stdout.flush()
         except OSError as error:
             cls.failure = error
-            _discard(1)
+            _discard(sys.stdout)
 
 
 def complain(text: str) -> None:
@@ -52,7 +52,7 @@ def complain(text: str) -> None:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
     except (OSError, ValueError):
-        _discard(2)
+        _discard(sys.stderr)
 
 
 def finish() -> None:
@@ -61,14 +61,18 @@ def finish() -> None:
     try:
         sys.stderr.flush()  # of the logging module
     except (OSError, ValueError):
-        _discard(2)
+        _discard(sys.stderr)
 
 
-def _discard(number: int) -> None:
-    """Send what the buffer of a broken stream still holds to /dev/null: else it fails again at exit."""
+def _discard(stream: TextIO) -> None:
+    """Send what the buffer of a broken stream still holds to /dev/null: else writing it fails again at exit."""
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, number)
-    os.close(null)
+    try:
+        os.dup2(null, stream.fileno())
+    except (OSError, ValueError):
+        return  # no file: it has no buffer that anyone flushes
+    finally:
+        os.close(null)
 
 
 def open_standard_streams() -> None:

@@ -3,11 +3,12 @@
 import asyncio
 import os
 import socket
+import sys
 
 import regd_client
 from regd.cli import run as run_module
 from regd.cli.port_owner import Listener
-from regd_client import BadArgument, Client, Conflict, NotFound, Timeout, Unavailable
+from regd_client import BadArgument, Client, Conflict, NotFound, Timeout, Unavailable, wire
 from regd_client import service as service_module
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import WAIT_S, InLoop
@@ -288,6 +289,27 @@ async def same_variables(scene: Scene) -> str:
         for name in ("shop-db", "shop.db"):
             await regd_client.register(name, 5432, static=True)
         return await scene.regctl("env", status=0)
+
+
+@says("cannot write to stdout: …")
+async def full_stdout(scene: Scene) -> str:
+    command = f"'{sys.executable}' -m regd.cli.regctl --version >/dev/full"
+    return await scene.shell("regctl", command, status=4)
+
+
+@says("no registration of …; there is …: …")
+async def with_an_instance(scene: Scene) -> str:
+    async with scene.daemon():
+        await regd_client.register("worker", 5061, instance="1", static=True)
+        return await scene.regctl("deregister", "worker", status=1)
+
+
+@says("REGD_AUTOSTART is …, which is neither yes nor no: no daemon is started; write 1 or 0")
+async def neither_yes_nor_no(scene: Scene) -> str:
+    scene.patch.setattr(wire, "_warned", set())
+    scene.patch.setenv("REGD_AUTOSTART", "maybe")
+    wire.autostarts(wire.Address("127.0.0.1", 1))
+    return await scene.logged("REGD_AUTOSTART")
 
 
 @says("name the command, behind …")

@@ -66,6 +66,10 @@ class Scene:
         """Return what a command says that fails with this status, as a process, for what cannot run in a thread."""
         return await self._run(module.rpartition(".")[2], [sys.executable, "-m", module, *arguments], status)
 
+    async def shell(self, name: str, line: str, status: int) -> str:
+        """Return what a command says that fails with this status, as a line of a shell."""
+        return await self._run(name, ["sh", "-c", line], status)
+
     async def _run(self, name: str, command: list[str], status: int) -> str:
         done = await asyncio.to_thread(
             subprocess.run,
