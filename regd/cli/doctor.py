@@ -161,8 +161,8 @@ def _elsewhere(at: wire.Address, daemon: _Daemon | None) -> Iterator[Finding]:
 def _rights(daemon: _Daemon) -> Iterator[Finding]:
     reply = daemon.connection.ask("deregister", **{"name": _NOBODY, "if": 0})
     if reply.get("error") == "denied":
-        own = "run a regd of your own (`regd --port off --unix PATH`) and set REGD_ADDRESS=unix://PATH"
-        do = f"{own}; or ask whoever runs that regd for --allow-uid"
+        do = "run a regd of your own (--port off --unix PATH) and set REGD_ADDRESS=unix://PATH; "
+        do += f"or have that one started with --allow-uid {os.geteuid()}"
         yield Finding("rights", "this user may only read", do)
     else:
         yield Finding("rights", "this user may read and write")

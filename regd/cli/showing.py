@@ -44,17 +44,6 @@ class Output:
             _discard(sys.stdout)
 
 
-def complain(text: str) -> None:
-    """Write a line to stderr, or drop it where stderr cannot be written."""
-    if sys.stderr is None:
-        return  # print() would take stdout instead
-    try:
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
-    except (OSError, ValueError):
-        _discard(sys.stderr)
-
-
 def finish() -> None:
     """Write what the buffers of both streams hold."""
     Output.write("", flush=True)
@@ -97,6 +86,17 @@ def say_json(fields: dict[str, Any]) -> None:
     import json
 
     Output.write(json.dumps(fields) + "\n", flush=True)
+
+
+def complain(text: str) -> None:
+    """Write a line to stderr, or drop it where stderr cannot be written."""
+    if sys.stderr is None:
+        return  # print() would take stdout instead
+    try:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        _discard(sys.stderr)
 
 
 def lines(command: str, reply: dict[str, Any]) -> Iterable[str]:
