@@ -11,12 +11,20 @@ import logging
 import os
 import select
 from collections.abc import Callable
+from itertools import islice
 
 from regd.core.errors import Code, Refused
 from regd.core.limits import Limits
 from regd.core.model import Process
 
 log = logging.getLogger("regd")
+
+# What pidfd_open(2) says of a number that no process has; EINVAL and ENOENT: a thread has it.
+_NO_PROCESS = (errno.ESRCH, errno.EINVAL, errno.ENOENT)
+# … and when there is no room now. Anything else, such as EPERM of a container's seccomp filter, stays as it is.
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+_ROOT = 0
+_LOOKS = 256  # at processes that could not be watched, before others get a turn
 
 
 def boot_id() -> str | None:
@@ -34,9 +42,9 @@ class Processes:
     def __init__(self, limits: Limits, ended: Callable[[Process], None]) -> None:
         self._limits = limits
         self._ended = ended
-        self._boot = boot_id()
+        self._boot = boot_id() if _sees_own_namespace() else None
         self._files: dict[Process, int] = {}
-        self.unwatched: set[Process] = set()  # that hold something, and could not be watched
+        self.unwatched: dict[Process, None] = {}  # that hold something, and could not be watched
         self._found: list[Process] = []  # since the last `settle`
 
     def __len__(self) -> int:
@@ -45,32 +53,25 @@ class Processes:
     def find(self, pid: int, uid: int | None = None) -> Process:
         """Return the process that has this number now, and watch it until `release`, or a `settle` without it.
 
-        With `uid` it must belong to that user.
+        With `uid` it must belong to that user, unless that is root.
 
         Raises:
             Refused: `bad_argument` when none has it, `denied` when it is another user's, `unsupported` where the
-                system cannot watch, `busy`.
+                system does not let regd see or watch it, `busy` when too many are watched.
         """
         if self._boot is None or not hasattr(os, "pidfd_open"):
-            raise Refused(Code.UNSUPPORTED, "this system cannot watch a process; use hold or ttl")
+            raise _unseen(pid, "this system shows regd no processes")
         try:
             file = os.pidfd_open(pid)
-        except ProcessLookupError:
-            raise _no_process(pid) from None
         except OSError as error:
-            if error.errno in (errno.EINVAL, errno.ENOENT):  # the number of a thread
+            if error.errno in _NO_PROCESS:
                 raise _no_process(pid) from None
-            code = Code.UNSUPPORTED if error.errno == errno.ENOSYS else Code.BUSY  # or too many open files
-            raise Refused(code, f"process {pid} cannot be watched: {error.strerror}") from None
+            if error.errno in _NO_ROOM:
+                why = f"process {pid} cannot be watched now: {error.strerror}; try again later"
+                raise Refused(Code.BUSY, why) from None
+            raise _unseen(pid, error.strerror or "unknown error") from None
         try:
-            process = Process(pid, f"{self._boot}/{_start_ticks(pid)}")
-            users = _uids(pid) if uid is not None else ()
-            if has_ended(file):  # what was read may be of another one
-                raise _no_process(pid)
-            if uid is not None and uid not in users:
-                raise Refused(
-                    Code.DENIED, f"process {pid} is of user {users[0]}, and you are user {uid}", field="pid"
-                )
+            process = self._identify(pid, file, uid)
             if process in self._files:
                 os.close(file)
                 return process
@@ -84,6 +85,24 @@ class Processes:
         asyncio.get_running_loop().add_reader(file, self._end, process)
         return process
 
+    def _identify(self, pid: int, file: int, uid: int | None) -> Process:
+        """Return the process of a pidfd, by what /proc says of its number."""
+        checks_user = uid is not None and uid != _ROOT
+        try:
+            process = Process(pid, f"{self._boot}/{_start_ticks(pid)}")
+            users = _uids(pid) if checks_user else ()
+        except OSError as error:
+            if has_ended(file):
+                raise _no_process(pid) from None
+            raise _unseen(pid, f"/proc/{pid}: {error.strerror}") from None  # mounted with hidepid (proc(5))
+        if has_ended(file):  # what was read may be of another one
+            raise _no_process(pid)
+        if checks_user and uid not in users:
+            raise Refused(
+                Code.DENIED, f"process {pid} is of user {users[0]}, and you are user {uid}", field="pid"
+            )
+        return process
+
     def watch(self, process: Process) -> bool:
         """Watch the process that a number once meant. False when it has ended.
 
@@ -94,21 +113,31 @@ class Processes:
         except Refused as refusal:
             if refusal.code is Code.BAD_ARGUMENT or self._is_over(process):
                 return False
-            log.warning("%s; looking at it now and then instead", refusal.message)
-            self.unwatched.add(process)
+            if not self.unwatched:
+                log.warning("%s; looking at it now and then instead, and at others like it", refusal.message)
+            self.unwatched[process] = None
             return True
 
     def retry(self) -> list[Process]:
-        """Look at those that could not be watched, and return which have ended."""
-        ended = [process for process in self.unwatched if self._is_over(process)]
-        self.unwatched.difference_update(ended)
+        """Look at some of those that could not be watched, and return which have ended."""
+        ended = []
+        for process in list(islice(self.unwatched, _LOOKS)):
+            del self.unwatched[process]
+            if self._is_over(process):
+                ended.append(process)
+            else:
+                self.unwatched[process] = None  # behind the others
         return ended
 
     def _is_over(self, process: Process) -> bool:
+        """Whether a process has ended for certain. One that cannot be seen has not while its number is in use."""
         try:
-            return process.born != f"{self._boot}/{_start_ticks(process.pid)}"
-        except Refused:
-            return True
+            if self._boot is not None:
+                return process.born != f"{self._boot}/{_start_ticks(process.pid)}"
+        except OSError:
+            if process.born.rpartition("/")[0] != self._boot:
+                return True
+        return not _is_in_use(process.pid)
 
     def settle(self, is_used: Callable[[Process], bool]) -> None:
         """Let go of what was found, and is of no use after all."""
@@ -125,7 +154,7 @@ class Processes:
         return file is None or has_ended(file)
 
     def release(self, process: Process) -> None:
-        self.unwatched.discard(process)
+        self.unwatched.pop(process, None)
         file = self._files.pop(process, None)
         if file is not None:
             asyncio.get_running_loop().remove_reader(file)
@@ -146,24 +175,50 @@ def has_ended(file: int) -> bool:
     return bool(poll.poll(0))
 
 
-def _start_ticks(pid: int) -> str:
+def _is_in_use(pid: int) -> bool:
+    """Whether any process has a number, seen or not (kill(2): EPERM is of one that exists)."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            # The name may hold blanks and parentheses; behind its last one stand the fields from the third on.
-            return file.read().rpartition(b")")[2].split()[19].decode("ascii")
-    except (OSError, IndexError):
-        raise _no_process(pid) from None
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _sees_own_namespace() -> bool:
+    """Whether /proc shows the processes by the numbers that this one knows them by (pid_namespaces(7))."""
+    try:
+        return os.readlink("/proc/self") == str(os.getpid())
+    except OSError:
+        return False
+
+
+def _start_ticks(pid: int) -> str:
+    """Return when a process started. OSError: /proc does not show it."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        # The name may hold blanks and parentheses; behind its last one stand the fields from the third on.
+        fields = file.read().rpartition(b")")[2].split()
+    if len(fields) < 20:
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+    return fields[19].decode("ascii")
 
 
 def _uids(pid: int) -> tuple[int, ...]:
-    """Return the users that a process runs as: real, effective, saved, and for files (proc_pid_status(5))."""
-    try:
-        with open(f"/proc/{pid}/status", "rb") as file:
-            [found] = [line for line in file if line.startswith(b"Uid:")]
-    except (OSError, ValueError):
-        raise _no_process(pid) from None
-    return tuple(int(each) for each in found.split()[1:])
+    """Return the users that a process runs as: real, effective, saved, and for files (proc_pid_status(5)).
+
+    OSError: /proc does not show it.
+    """
+    with open(f"/proc/{pid}/status", "rb") as file:
+        found = [line for line in file if line.startswith(b"Uid:")]
+    if not found:
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+    return tuple(int(each) for each in found[0].split()[1:])
 
 
 def _no_process(pid: int) -> Refused:
     return Refused(Code.BAD_ARGUMENT, f"pid {pid}: there is no such process", field="pid")
+
+
+def _unseen(pid: int, why: str) -> Refused:
+    return Refused(Code.UNSUPPORTED, f"regd cannot watch process {pid}: {why}; use hold or ttl", field="pid")
