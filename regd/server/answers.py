@@ -15,14 +15,15 @@ import regd
 from regd.core.draft import Contested, Draft
 from regd.core.errors import Code, Refused
 from regd.core.limits import Limits
-from regd.core.model import DEFAULT_HOST, Entry, Holder, Key, State, key_text
+from regd.core.model import DEFAULT_HOST, Entry, Holder, Key, Process, State, key_text
 from regd.core.registry import Page, Registry
 from regd.core.service import Search
 from regd.protocol import messages
 from regd.protocol.commands import Request, described
 from regd.server.clock import Clock
 from regd.server.engine import Write
-from regd.server.probes import Probes
+from regd.server.namespaces import HERE, Elsewhere
+from regd.server.probes import Probes, may_probe
 from regd.server.processes import Processes, boot_id
 from regd.server.replies import Replies
 from regd.server.tally import Tally
@@ -65,10 +66,11 @@ Slow = Iterator[bytes | None]
 
 
 class Asker(NamedTuple):
-    """Who asks: a connection, and its user where that is known."""
+    """Who asks: a connection, its user where that is known, and its namespaces."""
 
     session: int
     uid: int | None
+    elsewhere: Elsewhere = HERE
 
 
 class Answers:
@@ -418,16 +420,23 @@ class Answers:
     def _register(self, draft: Draft, request: Request, asker: Asker) -> bytes:
         given = request.arguments
         name, instance = _key(given)
-        holders: tuple[Holder, ...] = ()
-        hold, pid, ttl_s = given.get("hold", False), given.get("pid"), given.get("ttl")
-        if hold or pid is not None or ttl_s is not None:
-            process = None if pid is None else self._processes.find(pid, asker.uid)
-            holders = (Holder(0, asker.session, hold, process, ttl_s),)
         host, meta, state = (
             given.get("host", DEFAULT_HOST),
             given.get("meta", {}),
             given.get("state", State.READY),
         )
+        if asker.elsewhere.network and may_probe(host):
+            raise Refused(
+                Code.BAD_ARGUMENT,
+                f"{host} is of your network namespace, which is not regd's, so that nobody here could reach it; "
+                "register an address that can be reached from here",
+                field="host",
+            )
+        holders: tuple[Holder, ...] = ()
+        hold, pid, ttl_s = given.get("hold", False), given.get("pid"), given.get("ttl")
+        if hold or pid is not None or ttl_s is not None:
+            process = None if pid is None else self._find(pid, asker)
+            holders = (Holder(0, asker.session, hold, process, ttl_s),)
         wanted = Entry(
             name, instance, host, given["port"], meta, state, rev=0, registered_at=0.0, holders=holders
         )
@@ -438,6 +447,15 @@ class Answers:
         except Contested as contested:
             raise self._conflict(contested) from None
         return messages.registered(request.id, entry, replaced)
+
+    def _find(self, pid: int, asker: Asker) -> Process:
+        if asker.elsewhere.pid:
+            raise Refused(
+                Code.UNSUPPORTED,
+                f"regd cannot watch process {pid}: it is in another pid namespace; use hold or ttl",
+                field="pid",
+            )
+        return self._processes.find(pid, asker.uid)
 
     def _conflict(self, contested: Contested) -> Refused:
         entry, owner = contested.entry, self._owner(contested.owner)

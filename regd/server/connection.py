@@ -18,6 +18,7 @@ from regd.protocol.reader import Item, Problem, Quit, Reader
 from regd.server.answers import Asker, Slow
 from regd.server.clock import Timer
 from regd.server.context import Context, peer_text
+from regd.server.namespaces import elsewhere
 from regd.server.waits import Wait
 from regd.server.watches import Watch
 
@@ -102,14 +103,15 @@ class Connection(asyncio.Protocol):
         self._transport.set_write_buffer_limits(high=context.limits.output_bytes_max, low=0)
         context.connections.add(self)
         context.alone.clear()
-        uid = context.peers.uid_of(self._transport.get_extra_info("socket"))
+        connection = self._transport.get_extra_info("socket")
+        uid = context.peers.uid_of(connection)
         self._is_guest = not context.peers.may_write(uid)
         self._kept = context.kept_of_guests if self._is_guest else context.kept
         tally, limits = context.tally, context.limits
         full = tally.connections >= limits.connections_max
         if not full and not (self._is_guest and tally.guests >= limits.guests_max):
             self._accepted = True
-            self._asker = Asker(context.sessions.add(self), uid)
+            self._asker = Asker(context.sessions.add(self), uid, elsewhere(connection))
             tally.connections += 1
             tally.guests += self._is_guest
             tally.connections_accepted += 1

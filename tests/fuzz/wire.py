@@ -5,6 +5,7 @@ not do any more. Must not know what the bytes mean.
 """
 
 import asyncio
+import socket
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -97,7 +98,9 @@ def _place(error: BaseException) -> str:
 
 
 class _Kernel:
-    """What `is_cut` asks of a socket: a descriptor that is quiet while the peer is there."""
+    """What is asked of a socket: its family, and a descriptor that is quiet while the peer is there."""
+
+    family = socket.AF_INET
 
     def __init__(self, wire: "Wire", quiet: int) -> None:
         self._wire = wire

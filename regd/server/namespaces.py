@@ -1,0 +1,54 @@
+"""Whether the peer of a Unix socket is in another network or pid namespace (namespaces(7)).
+
+Its loopback addresses and process numbers then mean something else than here. A peer on TCP has reached a
+loopback address of this network namespace; nobody can tell its pid namespace, so `hello` names ours for it to
+compare.
+"""
+
+import os
+import socket
+import struct
+from dataclasses import dataclass
+
+_SO_NETNS_COOKIE = 71  # asm-generic/socket.h, since Linux 5.14; of a peer's end too: it is the peer's namespace
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """What the kernel says to be another namespace. False where it does not say."""
+
+    network: bool = False
+    pid: bool = False
+
+
+HERE = Elsewhere()
+
+
+def elsewhere(connection: socket.socket) -> Elsewhere:
+    """Ask the kernel about the peer of a connection."""
+    if connection.family != socket.AF_UNIX:
+        return HERE
+    return Elsewhere(network=_network(connection), pid=_pid(connection))
+
+
+def _network(connection: socket.socket) -> bool:
+    try:
+        with socket.socket(socket.AF_UNIX) as ours:
+            return _cookie(connection) != _cookie(ours)
+    except OSError:
+        return False
+
+
+def _cookie(each: socket.socket) -> int:
+    [cookie] = struct.unpack("=Q", each.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8))
+    return int(cookie)
+
+
+def _pid(connection: socket.socket) -> bool:
+    try:
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        [pid, _, _] = struct.unpack("=iII", credentials)
+        # 0: the peer is in a namespace that is not below ours, and has no number here.
+        return pid == 0 or os.readlink(f"/proc/{pid}/ns/pid") != os.readlink("/proc/self/ns/pid")
+    except (OSError, AttributeError, struct.error):
+        return False
