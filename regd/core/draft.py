@@ -150,9 +150,9 @@ class Draft:
         return holder.process is not None and any(holder.process == wish.process for wish in wanted.holders)
 
     def _check_rivals(self, rivals: Iterable[Holder], before: Entry) -> None:
-        """Refuse where somebody else holds it and lives. Who has not claimed it yet counts as dead."""
+        """Refuse if another owner lives. An unclaimed hold counts as dead, unless its process lives."""
         for holder in rivals:
-            if holder.withdrawn or (holder.hold and holder.session is None):
+            if holder.withdrawn or (holder.unclaimed and holder.process is None):
                 continue
             if self._registry.lifetimes.gone(holder) is not None or self._is_gone(holder):
                 continue

@@ -5,7 +5,7 @@ any more. Must not know connections, processes or timers: `now` comes in, `next_
 """
 
 import heapq
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -24,19 +24,33 @@ class Ending:
 
 # What a deadline is of: a lease, or the time in which a loaded `hold` must be claimed.
 _CLAUSES = (Reason.EXPIRED, Reason.CLOSED)
+_STEPS = 256  # outdated records that one look takes off the queue
+
+Record = tuple[float, int, Reason, Key]
 
 
 class Lifetimes:
-    """`claim_s` is how long a loaded `hold` waits for its client; with a living process it waits for ever."""
+    """`claim_s` is how long a loaded `hold` waits for its client.
+
+    A holder that has a process too goes on waiting, and is added to `unclaimed`, by key and id, whenever its
+    address is to be probed.
+
+    Deadlines are kept as if the time that `prolong` adds had not passed, so that adding it costs nothing.
+    """
 
     def __init__(self, claim_s: float) -> None:
+        self.unclaimed: deque[tuple[Key, int]] = deque()
         self._claim_s = claim_s
-        self._of_session: defaultdict[int, set[Key]] = defaultdict(set)
-        self._of_process: defaultdict[Process, set[Key]] = defaultdict(set)
+        self._prolonged_s = 0.0
+        # In order of registration, so that an end has an order.
+        self._of_session: defaultdict[int, dict[Key, None]] = defaultdict(dict)
+        self._of_process: defaultdict[Process, dict[Key, None]] = defaultdict(dict)
         self._due: dict[tuple[int, Reason], float] = {}  # by holder; the truth
-        self._queue: list[tuple[float, int, Reason, Key]] = []  # a heap that may also hold what is over
-        self._span_s: dict[tuple[int, Reason], float] = {}  # the full time, for a fresh start
-        self._key: dict[int, Key] = {}  # of holders with a deadline
+        # Heaps of deadlines, outdated ones among them. `_shrinking` is one with too many of these: it is emptied
+        # into the other, some records at a time.
+        self._queue: list[Record] = []
+        self._shrinking: list[Record] = []
+        self._awaits_probe: set[int] = set()  # unclaimed holders that have a process
         # Known to be gone, and not landed yet: sessions, processes, and holders by their id.
         self._gone_sessions: set[int] = set()
         self._gone_processes: set[Process] = set()
@@ -58,36 +72,43 @@ class Lifetimes:
         kept = {holder.id for holder in new}
         for holder in old:
             if holder.id not in kept:
-                for clause in _CLAUSES:
-                    self._drop(holder.id, clause)
+                self._drop(holder.id)
         return self._leave(key, old, new)
 
     def _add(self, key: Key, holder: Holder, now: float) -> None:
         if holder.hold and holder.session is not None:
-            self._of_session[holder.session].add(key)
+            self._of_session[holder.session][key] = None
         if holder.process is not None:
-            self._of_process[holder.process].add(key)
-        self._set(key, holder.id, Reason.EXPIRED, holder.ttl_s, now)
-        unclaimed = holder.hold and holder.session is None and holder.process is None
-        self._set(key, holder.id, Reason.CLOSED, self._claim_s if unclaimed else None, now)
+            self._of_process[holder.process][key] = None
+        if holder.ttl_s is not None:
+            self._push(key, holder.id, Reason.EXPIRED, now + holder.ttl_s)
+        if holder.unclaimed:
+            self._push(key, holder.id, Reason.CLOSED, now + self._claim_s)
+            if holder.process is not None:
+                self._awaits_probe.add(holder.id)
 
-    def _set(self, key: Key, holder_id: int, clause: Reason, span_s: float | None, now: float) -> None:
-        if span_s is None:
-            self._drop(holder_id, clause)
-            return
-        self._key[holder_id] = key
-        self._span_s[holder_id, clause] = span_s
-        self._push(holder_id, clause, now + span_s)
-
-    def _push(self, holder_id: int, clause: Reason, deadline: float) -> None:
+    def _push(self, key: Key, holder_id: int, clause: Reason, deadline: float) -> None:
+        deadline -= self._prolonged_s
         self._due[holder_id, clause] = deadline
-        heapq.heappush(self._queue, (deadline, holder_id, clause, self._key[holder_id]))
+        heapq.heappush(self._queue, (deadline, holder_id, clause, key))
+        self._shrink(4)
 
-    def _drop(self, holder_id: int, clause: Reason) -> None:
-        self._due.pop((holder_id, clause), None)
-        self._span_s.pop((holder_id, clause), None)
-        if not any((holder_id, each) in self._due for each in _CLAUSES):
-            self._key.pop(holder_id, None)
+    def _shrink(self, most: int) -> None:
+        """Take up to `most` records off the queue that has too many outdated ones."""
+        if not self._shrinking and len(self._queue) > 64 + 4 * len(self._due):
+            self._queue, self._shrinking = self._shrinking, self._queue
+        for _ in range(min(most, len(self._shrinking))):
+            record = self._shrinking.pop()  # the last one: a heap without it is still a heap
+            if self._is_current(record):
+                heapq.heappush(self._queue, record)
+
+    def _is_current(self, record: Record) -> bool:
+        return self._due.get(record[1:3]) == record[0]
+
+    def _drop(self, holder_id: int) -> None:
+        for clause in _CLAUSES:
+            self._due.pop((holder_id, clause), None)
+        self._awaits_probe.discard(holder_id)
 
     def _leave(self, key: Key, old: Iterable[Holder], new: Iterable[Holder]) -> set[Process]:
         sessions = {holder.session for holder in new if holder.hold}
@@ -96,11 +117,11 @@ class Lifetimes:
         for holder in old:
             session, process = holder.session, holder.process
             if holder.hold and session is not None and session not in sessions:
-                self._of_session[session].discard(key)
+                self._of_session[session].pop(key, None)
                 if not self._of_session[session]:
                     del self._of_session[session]
             if process is not None and process not in processes:
-                self._of_process[process].discard(key)
+                self._of_process[process].pop(key, None)
                 if not self._of_process[process]:
                     del self._of_process[process]
                     free.add(process)
@@ -114,8 +135,11 @@ class Lifetimes:
             return self._of_process.get(ending.process, ())
         return [ending.holder[0]] if ending.holder else []
 
-    def held_count(self, session: int | None) -> int:
-        return len(self._of_session.get(session, ())) if session is not None else 0
+    def held_count(self, owner: int | Process | None) -> int:
+        """Return how many registrations a connection or a process holds."""
+        if isinstance(owner, Process):
+            return len(self._of_process.get(owner, ()))
+        return len(self._of_session.get(owner, ())) if owner is not None else 0
 
     def knows(self, process: Process) -> bool:
         return process in self._of_process
@@ -126,37 +150,61 @@ class Lifetimes:
 
     # Time.
 
-    def renew(self, holder: Holder, now: float, ttl_s: float) -> None:
+    def renew(self, key: Key, holder: Holder, now: float, ttl_s: float) -> None:
         """Start a lease anew, this time for `ttl_s`."""
         if (holder.id, Reason.EXPIRED) in self._due:
-            self._push(holder.id, Reason.EXPIRED, now + ttl_s)
-            if len(self._queue) > 64 + 4 * len(self._due):  # what was renewed often is in it often
-                self._queue = [(due, id, clause, self._key[id]) for (id, clause), due in self._due.items()]
-                heapq.heapify(self._queue)
+            self._push(key, holder.id, Reason.EXPIRED, now + ttl_s)
+
+    def prolong(self, seconds: float) -> None:
+        """Add time in which no renewal and no claim could be heard to every deadline."""
+        self._prolonged_s += seconds
 
     def next_deadline(self) -> float | None:
-        """Return when `expire` has something to say, or None."""
-        while self._queue and self._due.get(self._queue[0][1:3]) != self._queue[0][0]:
-            heapq.heappop(self._queue)
-        return self._queue[0][0] if self._queue else None
+        """Return when `expire` has something to say, or None.
+
+        So many records may be outdated that the answer is too early; `expire` then takes more of them off.
+        """
+        self._shrink(_STEPS)
+        for queue in (self._queue, self._shrinking):
+            for _ in range(min(_STEPS, len(queue))):
+                if self._is_current(queue[0]):
+                    break
+                heapq.heappop(queue)
+        queue = self._first()
+        return queue[0][0] + self._prolonged_s if queue else None
+
+    def _first(self) -> list[Record]:
+        """Return the queue with the earliest deadline, an empty one if there is none."""
+        if self._shrinking and (not self._queue or self._shrinking[0] < self._queue[0]):
+            return self._shrinking
+        return self._queue
 
     def expire(self, now: float, most: int) -> list[Ending]:
-        """Return up to `most` whose time is over, each once, and count them as gone."""
+        """Return up to `most` whose time is over, each once, and count them as gone.
+
+        An unclaimed holder that has a process is not over: it is added to `unclaimed`.
+        """
         endings: list[Ending] = []
-        while len(endings) < most and (deadline := self.next_deadline()) is not None and deadline <= now:
-            _, holder_id, clause, key = heapq.heappop(self._queue)
+        for _ in range(most):
+            queue = self._first()
+            if not queue or queue[0][0] + self._prolonged_s > now:
+                break
+            record = heapq.heappop(queue)
+            _, holder_id, clause, key = record
+            if not self._is_current(record):
+                continue
             del self._due[holder_id, clause]
-            if holder_id not in self._gone_holders:
+            if clause is Reason.CLOSED and holder_id in self._awaits_probe:
+                self.unclaimed.append((key, holder_id))
+            elif holder_id not in self._gone_holders:
                 self._gone_holders[holder_id] = clause
                 endings.append(Ending(clause, holder=(key, holder_id)))
         return endings
 
-    def refresh(self, now: float) -> None:
-        """Give everybody the full time again: for a while nobody could be heard."""
-        for (holder_id, clause), deadline in list(self._due.items()):
-            fresh = now + self._span_s[holder_id, clause]
-            if fresh > deadline:
-                self._push(holder_id, clause, fresh)
+    def wait_on(self, key: Key, holder_id: int, deadline: float) -> None:
+        """Let an unclaimed holder that was in `unclaimed` be there again at `deadline`, if it still waits."""
+        if holder_id in self._awaits_probe:
+            self._push(key, holder_id, Reason.CLOSED, deadline)
 
     # Who is gone.
 

@@ -72,9 +72,14 @@ class Holder:
             return self.hold and other.hold and self.session is not None and self.session == other.session
         return self.process == other.process
 
+    @property
+    def unclaimed(self) -> bool:
+        """Whether it was loaded, and its connection has not come back yet."""
+        return self.hold and self.session is None
+
     def is_claimed_by(self, other: "Holder") -> bool:
         """Whether `other` may be the one that held this before the daemon was started."""
-        return self.hold and other.hold and self.session is None and self.process == other.process
+        return self.unclaimed and other.hold and self.process == other.process
 
 
 @dataclass(slots=True)

@@ -26,6 +26,7 @@ from regd.server.namespaces import HERE, Elsewhere
 from regd.server.probes import Probes, may_probe
 from regd.server.processes import Processes, boot_id
 from regd.server.replies import Replies
+from regd.server.stalls import Stalls
 from regd.server.tally import Tally
 
 PROTOCOL = 1
@@ -83,6 +84,7 @@ class Answers:
         clock: Clock,
         tally: Tally,
         limits: Limits,
+        stalls: Stalls,
         processes: Processes,
         probes: Probes,
         replies: Replies,
@@ -94,6 +96,7 @@ class Answers:
         self._clock = clock
         self._tally = tally
         self._limits = limits
+        self._stalls = stalls
         self._processes = processes
         self._probes = probes
         self._replies = replies
@@ -293,10 +296,10 @@ class Answers:
         if not leases:
             raise Refused(Code.BAD_ARGUMENT, f"{key_text(key)!r} has no ttl to renew", field="name")
         own = [lease for lease in leases if lease[0].session == session]
-        granted = 0.0
+        granted, now = 0.0, self._stalls.now()
         for holder, ttl_s in own or leases:
             granted = given.get("ttl", ttl_s)
-            self._registry.lifetimes.renew(holder, self._clock.now(), granted)
+            self._registry.lifetimes.renew(key, holder, now, granted)
         return messages.ok(request.id, {"ttl": messages.seconds(granted)})
 
     # Explaining.

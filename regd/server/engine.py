@@ -21,6 +21,7 @@ from regd.core.model import Change, Holder, Process, Reason
 from regd.core.registry import Registry
 from regd.server.clock import Clock
 from regd.server.pulse import Pulse
+from regd.server.stalls import Stalls
 from regd.server.tally import Tally
 from regd.storage.store import Store
 
@@ -58,6 +59,7 @@ class Engine:
         tally: Tally,
         pulse: Pulse,
         limits: Limits,
+        stalls: Stalls,
         is_gone: Callable[[Holder], bool],
         landed: Callable[[Sequence[Change]], None],
         settled: Callable[[Sequence[Lost], set[Process]], None],
@@ -68,11 +70,11 @@ class Engine:
         self._tally = tally
         self._pulse = pulse
         self._limits = limits
+        self._stalls = stalls
         self._is_gone = is_gone
         self._landed = landed
         self._settled = settled
         self._turn = 0.0  # when this one began
-        self.flushing_since: float | None = None  # when the flush that is in flight began
         self._waiting: deque[tuple[Write, Done] | Ending] = deque()
         self._wake = asyncio.Event()
         self._closing = False
@@ -156,7 +158,7 @@ class Engine:
         for count, changes in enumerate(_slices(draft.changes)):
             if count:
                 await self._others()
-            free |= self._registry.land(changes, self._clock.now())
+            free |= self._registry.land(changes, self._stalls.now())
             self._landed(changes)
         for ending in endings:
             self._registry.lifetimes.settle(ending)
@@ -212,14 +214,14 @@ class Engine:
 
     async def _commit(self, changes: Sequence[Change]) -> Refused | None:
         self._pulse.took("batch", self._turn)
-        self.flushing_since = self._clock.now()
+        self._stalls.flush_began()
         try:
             await self._in_thread(self._store.commit, changes)
         except OSError as error:
             self._tally.commits_failed += 1
             return self._failed(error)
         finally:
-            self.flushing_since = None
+            self._stalls.flush_ended()
             self._turn = self._clock.now()
         self._tally.commits += 1
         if self._complained_at is not None:

@@ -27,6 +27,7 @@ from regd.server.peers import Peers
 from regd.server.pulse import Pulse
 from regd.server.reaper import Reaper
 from regd.server.replies import Replies
+from regd.server.stalls import Stalls
 from regd.server.streams import Streams
 from regd.server.tally import Tally
 from regd.server.turns import Turns
@@ -206,7 +207,8 @@ class Server:
         registry.touched = replies.forget
         watches = Watches(registry, clock, limits, pulse, self._epoch)
         waits = Waits(registry, clock, limits, pulse)
-        reaper = Reaper(registry, clock, limits, sessions.is_cut)
+        stalls = Stalls(clock, registry.lifetimes)
+        reaper = Reaper(registry, clock, limits, stalls, waits.probes, sessions.is_cut)
 
         def landed(changes: Sequence[Change]) -> None:
             watches.landed(changes)
@@ -219,7 +221,7 @@ class Server:
                 sessions.tell(each)
 
         self._engine = reaper.engine = Engine(
-            registry, self._store, clock, tally, pulse, limits, reaper.is_gone, landed, settled
+            registry, self._store, clock, tally, pulse, limits, stalls, reaper.is_gone, landed, settled
         )
 
         def gauges() -> dict[str, object]:
@@ -242,6 +244,7 @@ class Server:
                 clock,
                 tally,
                 limits,
+                stalls,
                 reaper.processes,
                 waits.probes,
                 replies,

@@ -6,6 +6,7 @@ Must not know who waits, nor names.
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import socket
 from collections.abc import Callable
@@ -15,6 +16,10 @@ from regd.core.limits import Limits
 from regd.server.clock import Clock, Timer
 
 _PAUSE_S = (0.02, 0.5)  # the first and the longest between two attempts
+
+_REFUSED = "connection refused"
+# Errors of an address that this machine does not have, such as ::1: they say nothing of who listens.
+_NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENETUNREACH)
 
 Address = tuple[str, int]
 
@@ -51,6 +56,11 @@ class Finding:
     def accepted(self) -> bool:
         return not self.why
 
+    @property
+    def refused(self) -> bool:
+        """Whether nobody listens there, for certain."""
+        return self.why == _REFUSED
+
 
 class _Probe:
     def __init__(self) -> None:
@@ -68,6 +78,7 @@ class Probes:
         self._limits = limits
         self._found = found
         self._probes: dict[Address, _Probe] = {}
+        self._asked: dict[Address, list[Callable[[Finding], None]]] = {}
         self._last: dict[Address, Finding] = {}  # the newest are kept, for `why`
         self.count = 0
         self._room = asyncio.Semaphore(limits.probes_max)
@@ -84,6 +95,11 @@ class Probes:
         if not probe.wanted:
             self._end(address)
 
+    def ask(self, address: Address, told: Callable[[Finding], None]) -> None:
+        """Probe an address once, and call `told` with what was found."""
+        self._asked.setdefault(address, []).append(told)
+        self.want(address)
+
     def _end(self, address: Address) -> None:
         probe = self._probes.pop(address)
         if probe.task is not None:
@@ -92,6 +108,7 @@ class Probes:
             probe.timer.cancel()
 
     def close(self) -> None:
+        self._asked.clear()
         for address in list(self._probes):
             self._end(address)
 
@@ -116,7 +133,7 @@ class Probes:
             why = await _connect(address, self._limits.probe_s_max)
         self.count += 1
         self._last.pop(address, None)
-        self._last[address] = Finding(self.count, self._clock.now(), why)
+        self._last[address] = finding = Finding(self.count, self._clock.now(), why)
         if len(self._last) > self._limits.departures_max:
             del self._last[next(iter(self._last))]
         probe.task = None
@@ -124,11 +141,17 @@ class Probes:
         probe.timer = self._clock.call_at(next_at, lambda: self._try_now(address, probe))
         probe.pause_s = min(2 * probe.pause_s, _PAUSE_S[1])
         self._found(address)
+        for told in self._asked.pop(address, ()):
+            self.unwant(address)
+            told(finding)
 
 
 async def _connect(address: Address, timeout_s: float) -> str:
-    """Connect and close at once. Returns why that failed, or an empty string."""
-    why = "no address"
+    """Connect and close at once. Returns why that failed, or an empty string.
+
+    The connection counts as refused only if every address of this machine refused it.
+    """
+    reasons: list[str] = []
     for host in _targets(address[0]):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -138,14 +161,15 @@ async def _connect(address: Address, timeout_s: float) -> str:
                     await asyncio.get_running_loop().sock_connect(probe, (host, address[1]))
                 if not met_itself(probe):
                     return ""
-                why = "connection refused"
+                reasons.append(_REFUSED)
         except TimeoutError:
-            why = "no answer"
+            reasons.append("no answer")
         except ConnectionRefusedError:
-            why = "connection refused"
+            reasons.append(_REFUSED)
         except OSError as error:
-            why = (error.strerror or str(error)).lower()
-    return why
+            if error.errno not in _NO_SUCH_ADDRESS:
+                reasons.append((error.strerror or str(error)).lower())
+    return next((why for why in reasons if why != _REFUSED), _REFUSED if reasons else "no such address")
 
 
 def met_itself(probe: socket.socket) -> bool:

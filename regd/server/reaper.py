@@ -1,39 +1,48 @@
 """Who went: a connection, a process, a lease. Tells the registry at once, and the engine to land it.
 
-Time that the daemon did not run does not count: who could not be heard gets the full time again.
 Must not know the protocol.
 """
 
-import logging
 from collections.abc import Callable
+from functools import partial
 
 from regd.core.lifetimes import Ending
 from regd.core.limits import Limits
-from regd.core.model import Holder, Process, Reason
+from regd.core.model import Entry, Holder, Key, Process, Reason
 from regd.core.registry import Registry
 from regd.server.clock import Clock
 from regd.server.engine import Engine
+from regd.server.probes import Finding, Probes, may_probe
 from regd.server.processes import Processes
+from regd.server.stalls import LOOK_S, Stalls
 
-log = logging.getLogger("regd")
-
-_BEAT_S = 0.5
 _SLICE = 256  # leases that run out before others get a turn
-_LATE_S = 0.25  # a beat that is later: the daemon was stopped, or the loop was busy for too long
+_PROBE_EVERY_S = 30.0  # an unclaimed registration whose process lives
 
 
 class Reaper:
     """`is_cut` says of a session whether the kernel knows its connection to have ended."""
 
-    def __init__(self, registry: Registry, clock: Clock, limits: Limits, is_cut: Callable[[int], bool]) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        clock: Clock,
+        limits: Limits,
+        stalls: Stalls,
+        probes: Probes,
+        is_cut: Callable[[int], bool],
+    ) -> None:
         self.processes = Processes(limits, self._process_ended)
         self.engine: Engine | None = None  # set once, when there is one
         self._registry = registry
         self._clock = clock
+        self._stalls = stalls
+        self._probes = probes
         self._is_cut = is_cut
         self._beating = False
         self._closed = False
-        self._deaf = False  # the disk holds up what may be renewals
+        self._probing = 0
+        self._probing_max = max(1, limits.probes_max // 4)  # the rest is for those who wait
 
     def is_gone(self, holder: Holder) -> bool:
         """Look once more, with the system's eyes."""
@@ -57,10 +66,13 @@ class Reaper:
         for process in free:
             self.processes.release(process)
         self.processes.settle(self._registry.lifetimes.knows)
+        self._beat_on()
+
+    def _beat_on(self) -> None:
         wanted = self._registry.lifetimes.next_deadline() is not None or self.processes.unwatched
         if wanted and not self._beating and not self._closed:
             self._beating = True
-            self._beat_at(self._next())
+            self._clock.call_at(self._next(), self._beat)
 
     def start(self) -> None:
         """Watch the processes that were loaded; those that ended meanwhile, or are others now, end at once."""
@@ -74,34 +86,47 @@ class Reaper:
         self.processes.close()
 
     def _next(self) -> float:
+        now = self._clock.now()
         deadline = self._registry.lifetimes.next_deadline()
-        beat = self._clock.now() + _BEAT_S
-        if deadline is None or self._deaf:
-            return beat
-        return max(self._clock.now(), min(beat, deadline))
+        return now + LOOK_S if deadline is None else max(now, min(now + LOOK_S, deadline))
 
-    def _beat_at(self, due: float) -> None:
-        self._clock.call_at(due, lambda: self._beat(due))
-
-    def _beat(self, due: float) -> None:
+    def _beat(self) -> None:
+        self._beating = False
         if self._closed:
             return
         assert self.engine is not None
-        now = self._clock.now()
-        lifetimes = self._registry.lifetimes
-        flushing_since = self.engine.flushing_since
-        if flushing_since is not None and now - flushing_since > _LATE_S:
-            self._deaf = True  # a renewal behind a write waits for the disk with it
-        elif self._deaf or now - due > _LATE_S:
-            log.info("could not hear everybody for a while: every ttl begins anew")
-            lifetimes.refresh(now)
-            self._deaf = False
-        if not self._deaf:
-            for ending in self._registry.expire(now, _SLICE):
-                self.engine.end(ending)
+        for ending in self._registry.expire(self._stalls.now(), _SLICE):
+            self.engine.end(ending)
+        self._probe_unclaimed()
         for process in self.processes.retry():
             self._process_ended(process)
-        if lifetimes.next_deadline() is None and not self.processes.unwatched:
-            self._beating = False
-        else:
-            self._beat_at(self._next())
+        self._beat_on()
+
+    # Registrations that nobody has claimed, and whose process lives.
+
+    def _probe_unclaimed(self) -> None:
+        unclaimed = self._registry.lifetimes.unclaimed
+        for _ in range(min(_SLICE, len(unclaimed))):
+            if self._probing >= self._probing_max:
+                return
+            key, holder_id = unclaimed.popleft()
+            entry = self._entry_held_by(key, holder_id)
+            if entry is not None and may_probe(entry.host):  # elsewhere it stays as long as its process
+                self._probing += 1
+                self._probes.ask((entry.host, entry.port), partial(self._probed, key, holder_id))
+
+    def _entry_held_by(self, key: Key, holder_id: int) -> Entry | None:
+        """Return an entry, None once this holder has been claimed or has ended."""
+        entry = self._registry.get(key)
+        if entry is None or all(holder.id != holder_id for holder in entry.holders):
+            return None
+        return entry
+
+    def _probed(self, key: Key, holder_id: int, finding: Finding) -> None:
+        self._probing -= 1
+        if not finding.refused:  # no answer: it may be blocked, with a full queue of connections
+            self._registry.lifetimes.wait_on(key, holder_id, self._stalls.now() + _PROBE_EVERY_S)
+        elif self._entry_held_by(key, holder_id) is not None:
+            self._end(Ending(Reason.CLOSED, holder=(key, holder_id)))
+        self._probe_unclaimed()
+        self._beat_on()

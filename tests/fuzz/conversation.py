@@ -218,7 +218,7 @@ class Conversation:
         lifetimes = self.registry.lifetimes
         for table in (
             self.registry._services, self.registry._names, context.connections, context.reaper.processes._files,
-            lifetimes._of_session, lifetimes._of_process, lifetimes._due, lifetimes._span_s, lifetimes._key,
+            lifetimes._of_session, lifetimes._of_process, lifetimes._due, lifetimes._awaits_probe, lifetimes.unclaimed,
             lifetimes._gone_sessions, lifetimes._gone_processes, lifetimes._gone_holders,
             world.timers,
         ):  # fmt: skip

@@ -16,6 +16,7 @@ from regd.core.registry import Registry
 from regd.server.connection import Connection
 from regd.server.engine import Engine, Write
 from regd.server.pulse import Pulse
+from regd.server.stalls import Stalls
 from regd.server.tally import Tally
 from regd.storage.store import Store
 from tests.fuzz.world import World
@@ -44,6 +45,7 @@ class Bench:
             self.tally,
             Pulse(self.clock),
             limits,
+            Stalls(self.clock, self.registry.lifetimes),
             is_gone=lambda holder: False,
             landed=lambda changes: None,
             settled=lambda lost, free: None,

@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -172,7 +173,12 @@ class Histories(RuleBasedStateMachine):
             rivals = [
                 each
                 for each in known.holds
-                if not (each.withdrawn or each.unclaimed or each.session == session or (pid and each.pid == pid))
+                if not (
+                    each.withdrawn
+                    or (each.unclaimed and each.pid is None)  # its process lives, or it would have ended
+                    or each.session == session
+                    or (pid and each.pid == pid)
+                )
             ]
             conflict = bool(rivals) and not force
             if not conflict:
@@ -240,7 +246,7 @@ class Histories(RuleBasedStateMachine):
         if entry is not None:
             for holder in entry.holders:
                 if holder.ttl_s is not None:
-                    self.registry.lifetimes.renew(holder, self.now, holder.ttl_s)
+                    self.registry.lifetimes.renew(key, holder, self.now, holder.ttl_s)
             for each in self.model[key].holds:
                 each.due = self.now + each.ttl if each.ttl else float("inf")
 
@@ -259,22 +265,34 @@ class Histories(RuleBasedStateMachine):
         self.model_end(lambda each: each.pid == pid)
         self.end(Ending(Reason.EXITED, process=process))
 
-    @rule(seconds=st.sampled_from([1.0, 4.9, 5.0, 20.0, 30.0]))
-    def advance(self, seconds: float) -> None:
+    @rule(seconds=st.sampled_from([1.0, 4.9, 5.0, 20.0, 30.0]), refused=st.booleans())
+    def advance(self, seconds: float, refused: bool) -> None:
+        """Time passes. What is unclaimed and has a process is probed: `refused` is the answer of all addresses."""
         self.now += seconds
+        late = [each for known in self.model.values() for each in known.holds if each.claim <= self.now]
+        for each in late:
+            if each.pid is not None and not refused:
+                each.claim = self.now + GRACE_S
         self.model_end(lambda each: each.due <= self.now or each.claim <= self.now)
+        lifetimes = self.registry.lifetimes
         for ending in self.registry.expire(self.now, 1_000):
             self.end(ending)
+        while lifetimes.unclaimed:
+            key, holder_id = lifetimes.unclaimed.popleft()
+            if refused:
+                self.end(Ending(Reason.CLOSED, holder=(key, holder_id)))
+            else:
+                lifetimes.wait_on(key, holder_id, self.now + GRACE_S)
 
     @rule()
     def stall(self) -> None:
-        """The daemon did not run: everybody gets the full time again."""
+        """Nobody could be heard: just that is added to every deadline."""
         self.now += 100.0
-        self.registry.lifetimes.refresh(self.now)
+        self.registry.lifetimes.prolong(100.0)
         for known in self.model.values():
             for each in known.holds:
-                each.due = self.now + each.ttl if each.ttl else float("inf")
-                each.claim = each.claim and (self.now + GRACE_S if each.claim < float("inf") else each.claim)
+                each.due += 100.0
+                each.claim += 100.0
 
     @rule()
     def restart(self) -> None:
@@ -290,7 +308,7 @@ class Histories(RuleBasedStateMachine):
             for each in known.holds:
                 each.session = None
                 each.due = self.now + each.ttl if each.ttl else float("inf")
-                each.claim = self.now + GRACE_S if each.hold and each.pid is None else float("inf")
+                each.claim = self.now + GRACE_S if each.hold else float("inf")
         self.watchers = [Folded(self.registry, each.watch.meta) for each in self.watchers]  # type: ignore[arg-type]
 
     @rule(which=st.integers(0, 1))
@@ -328,7 +346,7 @@ class Histories(RuleBasedStateMachine):
     def deadlines_are_of_those_who_have_one(self) -> None:
         due = [min(each.due, each.claim) for known in self.model.values() for each in known.holds]
         nearest = min(due, default=float("inf"))
-        assert (self.registry.lifetimes.next_deadline() or float("inf")) == nearest
+        assert (self.registry.lifetimes.next_deadline() or float("inf")) == pytest.approx(nearest)
 
     @invariant()
     def nothing_is_kept_of_those_who_went(self) -> None:
@@ -340,7 +358,8 @@ class Histories(RuleBasedStateMachine):
             each.session for each in holders if each.hold and each.session is not None
         }
         assert set(lifetimes.processes) == {each.process for each in holders if each.process is not None}
-        assert set(lifetimes._key) <= {each.id for each in holders}
+        assert {holder_id for holder_id, _ in lifetimes._due} <= {each.id for each in holders}
+        assert lifetimes._awaits_probe == {each.id for each in holders if each.unclaimed and each.process}
         assert not lifetimes._gone_holders
 
 

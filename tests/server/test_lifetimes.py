@@ -1,16 +1,18 @@
 """Who holds keeps, who goes loses it at once: connections, processes and leases, on real sockets."""
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from regd.core.limits import Limits
+from regd.server import probes
 from tests.support.daemon import WAIT_S, InLoop, Peer
 from tests.support.files import ToldFiles
 
@@ -153,16 +155,90 @@ async def test_ttl_ends_without_renew(daemon: InLoop) -> None:
     assert (await peer.ask(cmd="renew", name="s"))["error"] == "bad_argument"
 
 
-async def test_time_that_the_daemon_did_not_run_does_not_count(daemon: InLoop) -> None:
+async def test_time_that_the_daemon_did_not_run_is_added_and_no_more(daemon: InLoop) -> None:
     peer = await daemon.peer()
     await peer.ask(cmd="register", name="a", port=1, ttl=5)
     daemon.clock.advance(4)
     daemon.clock.stop(60)
+    daemon.clock.advance(0.9)
     assert (await peer.ask(cmd="resolve", name="a"))["ok"]
-    daemon.clock.advance(4.9)
+    daemon.clock.advance(0.1)
+    assert (await peer.ask(cmd="resolve", name="a"))["last"]["reason"] == "ttl expired"
+
+
+async def test_what_is_heard_first_after_a_stop_gets_its_own_time(daemon: InLoop) -> None:
+    """A renewal, or a registration, is read before the timer that is late."""
+    peer = await daemon.peer()
+    await peer.ask(cmd="register", name="a", port=1, ttl=5)
+    daemon.clock.advance(4)
+    daemon.clock.skip(60)
     assert (await peer.ask(cmd="renew", name="a"))["ok"]
-    daemon.clock.advance(5)
-    await until_landed(peer, "a")
+    assert (await peer.ask(cmd="register", name="b", port=1, ttl=5))["ok"]
+    daemon.clock.advance(4.9)
+    for name in "ab":
+        assert (await peer.ask(cmd="resolve", name=name))["ok"]
+    daemon.clock.advance(0.1)
+    for name in "ab":
+        assert (await peer.ask(cmd="resolve", name=name))["error"] == "not_found"
+
+
+async def test_time_in_which_nobody_could_claim_is_added_to_the_grace(tmp_path: Path) -> None:
+    async with restarted(tmp_path, {"cmd": "register", "name": "a", "port": 1, "hold": True}) as daemon:
+        peer = await daemon.peer()
+        daemon.clock.advance(29)
+        daemon.clock.stop(100)
+        daemon.clock.advance(0.9)
+        assert (await peer.ask(cmd="resolve", name="a"))["ok"]
+        daemon.clock.advance(0.1)
+        assert (await peer.ask(cmd="resolve", name="a"))["last"]["reason"] == "connection closed"
+
+
+async def flush(daemon: InLoop, files: ToldFiles, peer: Peer, seconds: float, **request: Any) -> None:
+    """Make a change whose flush takes so long."""
+    files.gate.clear()
+    files.syncing.clear()
+    peer.send(request)
+    async with asyncio.timeout(WAIT_S):
+        while not files.syncing.is_set():
+            await asyncio.sleep(0)
+    daemon.clock.advance(seconds)
+    files.gate.set()
+    assert (await peer.reply())["ok"]
+
+
+async def test_a_lease_ends_though_one_slow_flush_follows_the_other(tmp_path: Path) -> None:
+    files = ToldFiles()
+    async with InLoop(tmp_path / "registry.json", files=files) as daemon:
+        writer, other = await daemon.peer(), await daemon.peer()
+        await writer.ask(cmd="register", name="a", port=1, ttl=1)
+        for n in range(3):
+            await flush(daemon, files, writer, 0.5, cmd="register", name=f"n{n}", port=1)
+            assert (await other.ask(cmd="resolve", name="a"))["ok"]
+        await flush(daemon, files, writer, 0.5, cmd="register", name="n3", port=1)
+        daemon.clock.advance(0)
+        assert (await other.ask(cmd="resolve", name="a"))["last"]["reason"] == "ttl expired"
+
+
+async def test_a_stop_within_a_slow_flush_counts_once(tmp_path: Path) -> None:
+    files = ToldFiles()
+    async with InLoop(tmp_path / "registry.json", files=files) as daemon:
+        writer, other = await daemon.peer(), await daemon.peer()
+        await writer.ask(cmd="register", name="a", port=1, ttl=5)
+        daemon.clock.advance(4)
+        files.gate.clear()
+        files.syncing.clear()
+        writer.send({"cmd": "register", "name": "b", "port": 1})
+        async with asyncio.timeout(WAIT_S):
+            while not files.syncing.is_set():
+                await asyncio.sleep(0)
+        daemon.clock.stop(60)
+        daemon.clock.advance(10)
+        files.gate.set()
+        assert (await writer.reply())["ok"]
+        daemon.clock.advance(0.9)
+        assert (await other.ask(cmd="resolve", name="a"))["ok"]
+        daemon.clock.advance(0.1)
+        assert (await other.ask(cmd="resolve", name="a"))["error"] == "not_found"
 
 
 async def test_conflict(daemon: InLoop, spawn: Callable[[], subprocess.Popen[bytes]]) -> None:
@@ -208,9 +284,45 @@ async def test_static_and_held_take_over_from_each_other(daemon: InLoop) -> None
     assert "hold" not in await two.ask(cmd="resolve", name="a")
 
 
+async def test_conditions_over_a_static_registration_are_its_lifetime(
+    daemon: InLoop, spawn: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    one, two, process = await daemon.peer(), await daemon.peer(), spawn()
+    for name in ("hold", "pid", "ttl"):
+        await two.ask(cmd="register", name=name, port=1)
+    await one.ask(cmd="register", name="hold", port=1, hold=True)
+    await two.ask(cmd="register", name="pid", port=1, pid=process.pid)
+    await two.ask(cmd="register", name="ttl", port=1, ttl=5)
+    await one.close()
+    await until_landed(two, "hold")
+    process.kill()
+    await until_landed(two, "pid")
+    daemon.clock.advance(5)
+    await until_landed(two, "ttl")
+
+
+@pytest.mark.parametrize("conditions", [{"hold": True}, {"pid": "own"}, {"ttl": 5}])
+async def test_a_registration_without_conditions_makes_it_static(
+    daemon: InLoop, conditions: dict[str, Any], spawn: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    one, two, process = await daemon.peer(), await daemon.peer(), spawn()
+    conditions = {key: process.pid if value == "own" else value for key, value in conditions.items()}
+    await one.ask({"cmd": "register", "name": "a", "port": 1, **conditions})
+    assert (await two.ask(cmd="register", name="a", port=1))["rev"] == 2
+    process.kill()
+    process.wait()
+    await one.close()
+    daemon.clock.advance(60)
+    assert (await two.ask(cmd="register", name="last", port=1))["rev"] == 3  # behind any end
+    assert (await two.ask(cmd="why", name="a"))["instances"][0]["owners"] == [{"static": True}]
+    assert (await two.ask(cmd="stats"))["processes"] == 0
+
+
 async def test_restart(tmp_path: Path, spawn: Callable[[], subprocess.Popen[bytes]]) -> None:
     path = tmp_path / "registry.json"
     lives, dies = spawn(), spawn()
+    listener = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
     async with InLoop(path) as first:
         peer = await first.peer()
         held: dict[str, dict[str, Any]] = {
@@ -220,7 +332,7 @@ async def test_restart(tmp_path: Path, spawn: Callable[[], subprocess.Popen[byte
             "ttl": {"ttl": 40},
             "lives": {"pid": lives.pid},
             "dies": {"pid": dies.pid},
-            "kept": {"pid": lives.pid, "hold": True},
+            "kept": {"pid": lives.pid, "hold": True, "port": port},
         }
         for name, conditions in held.items():
             assert (await peer.ask({"cmd": "register", "name": name, "port": 1, **conditions}))["ok"]
@@ -249,15 +361,154 @@ async def test_restart(tmp_path: Path, spawn: Callable[[], subprocess.Popen[byte
         lives.kill()
         await until_landed(peer, "kept")
         await until_landed(peer, "lives")
+    listener.close()
+    await listener.wait_closed()
 
 
-async def test_who_has_not_come_back_yet_counts_as_dead_for_conflict(tmp_path: Path) -> None:
+@contextlib.asynccontextmanager
+async def restarted(tmp_path: Path, *requests: dict[str, Any]) -> AsyncIterator[InLoop]:
+    """A daemon that has loaded what an earlier one was asked for, and whose clients have not come back."""
     path = tmp_path / "registry.json"
     async with InLoop(path) as first:
-        await (await first.peer()).ask(cmd="register", name="a", port=1, hold=True)
+        peer = await first.peer()
+        for request in requests:
+            assert (await peer.ask(request))["ok"]
         await first.server.stop()
     async with InLoop(path) as second:
-        assert (await (await second.peer()).ask(cmd="register", name="a", port=2, hold=True))["replaced"]
+        yield second
+
+
+async def test_an_unclaimed_hold_counts_as_dead_for_a_conflict_and_one_whose_process_lives_does_not(
+    tmp_path: Path, spawn: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    process = spawn()
+    register: dict[str, Any] = {"cmd": "register", "port": 1, "hold": True}
+    both = {**register, "name": "both", "pid": process.pid}
+    async with restarted(tmp_path, {**register, "name": "hold"}, both) as daemon:
+        peer = await daemon.peer()
+        assert (await peer.ask({**register, "name": "hold", "port": 2}))["replaced"]
+        refused = await peer.ask({**register, "name": "both", "port": 2})
+        assert (refused["error"], refused["owner"]["pid"]) == ("conflict", process.pid)
+        assert f"pid {process.pid}" in refused["message"]
+        owner = await daemon.peer()
+        rev = (await peer.ask(cmd="resolve", name="both"))["rev"]
+        assert (await owner.ask(both))["rev"] == rev  # a claim
+        process.kill()
+        process.wait()
+        assert (await peer.ask({**register, "name": "both", "port": 2}))["ok"]
+
+
+async def test_an_unclaimed_owner_whose_process_the_kernel_knows_to_be_gone_is_dead(
+    tmp_path: Path, spawn: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    process = spawn()
+    both = {"cmd": "register", "name": "a", "port": 1, "hold": True, "pid": process.pid}
+    async with restarted(tmp_path, both) as daemon:
+        peer = await daemon.peer()
+        peer.send({"cmd": "register", "name": "a", "port": 2, "hold": True})
+        process.kill()
+        process.wait()
+        assert (await peer.reply())["replaced"]
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What probes find, by host: nothing else is ever connected to."""
+    found: dict[str, str] = {}
+
+    async def connect(address: probes.Address, timeout_s: float) -> str:
+        return found[address[0]]
+
+    monkeypatch.setattr(probes, "_connect", connect)
+    return found
+
+
+async def until_probed(daemon: InLoop, count: int) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while daemon.server.probed < count:
+            await asyncio.sleep(0)
+
+
+async def test_an_unclaimed_registration_of_a_living_process_ends_when_its_address_is_refused(
+    tmp_path: Path, answers: dict[str, str]
+) -> None:
+    """`hold` and `pid`: at the end of the grace, and every 30 s after. No answer is none."""
+    requests = [
+        {"cmd": "register", "name": name, "host": host, "port": 1, "hold": True, "pid": os.getpid()}
+        for name, host in (("left", "127.0.0.1"), ("blocked", "127.0.0.2"), ("far", "192.0.2.1"))
+    ]
+    answers |= {"127.0.0.1": "connection refused", "127.0.0.2": "no answer"}
+    async with restarted(tmp_path, *requests) as daemon:
+        peer = await daemon.peer()
+        daemon.clock.advance(29.9)
+        assert (await peer.ask(cmd="resolve", name="left"))["ok"]
+        assert daemon.server.probed == 0
+        daemon.clock.advance(0.1)
+        await until_landed(peer, "left")
+        assert (await peer.ask(cmd="resolve", name="left"))["last"]["reason"] == "connection closed"
+        await until_probed(daemon, 2)
+        for answer in ("", "no answer", "connection reset by peer"):
+            answers["127.0.0.2"] = answer
+            daemon.clock.advance(29.9)
+            before = daemon.server.probed
+            daemon.clock.advance(0.1)
+            await until_probed(daemon, before + 1)
+            assert (await peer.ask(cmd="resolve", name="blocked"))["ok"]
+        answers["127.0.0.2"] = "connection refused"
+        daemon.clock.advance(30)
+        await until_landed(peer, "blocked")
+        assert [each["name"] for each in (await peer.ask(cmd="list"))["instances"]] == ["far"]
+
+
+async def test_a_registration_that_is_claimed_is_not_probed(tmp_path: Path, answers: dict[str, str]) -> None:
+    both = {"cmd": "register", "name": "a", "port": 1, "hold": True, "pid": os.getpid()}
+    async with restarted(tmp_path, both) as daemon:
+        peer, other = await daemon.peer(), await daemon.peer()
+        assert (await peer.ask(both))["ok"]
+        daemon.clock.advance(120)
+        assert (await other.ask(cmd="resolve", name="a"))["ok"]
+        assert daemon.server.probed == 0
+        await peer.reset()
+        await until_landed(other, "a")
+
+
+async def test_a_claim_during_the_probe_keeps_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    async def connect(address: probes.Address, timeout_s: float) -> str:
+        asked.set()
+        await answer.wait()
+        return "connection refused"
+
+    monkeypatch.setattr(probes, "_connect", connect)
+    both = {"cmd": "register", "name": "a", "port": 1, "hold": True, "pid": os.getpid()}
+    async with restarted(tmp_path, both) as daemon:
+        peer = await daemon.peer()
+        daemon.clock.advance(30)
+        async with asyncio.timeout(WAIT_S):
+            await asked.wait()
+        assert (await peer.ask(both))["ok"]
+        answer.set()
+        await until_probed(daemon, 1)
+        assert (await peer.ask(cmd="resolve", name="a"))["ok"]
+        daemon.clock.advance(60)
+        assert (await peer.ask(cmd="resolve", name="a"))["ok"]
+
+
+async def test_very_many_unclaimed_registrations_are_probed_some_at_a_time(
+    tmp_path: Path, answers: dict[str, str]
+) -> None:
+    answers["127.0.0.1"] = "connection refused"
+    requests = [
+        {"cmd": "register", "name": f"n{n}", "port": n + 1, "hold": True, "pid": os.getpid()} for n in range(400)
+    ]
+    async with restarted(tmp_path, *requests) as daemon:
+        peer = await daemon.peer()
+        daemon.clock.advance(30)
+        assert len([task for task in asyncio.all_tasks() if task.get_name() == "regd-probe"]) <= 64
+        async with asyncio.timeout(WAIT_S):
+            while (await peer.ask(cmd="stats"))["registrations"]:
+                daemon.clock.advance(0)
 
 
 async def test_a_number_that_another_process_has_now(

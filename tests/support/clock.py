@@ -46,6 +46,10 @@ class HandClock:
 
     def stop(self, seconds: float) -> None:
         """Let time pass in which nothing runs: what fell due meanwhile is called late, all at its end."""
+        self.skip(seconds)
+        self.advance(0)
+
+    def skip(self, seconds: float) -> None:
+        """Let time pass, and call nothing yet."""
         self._now += seconds
         self._wall += seconds
-        self.advance(0)

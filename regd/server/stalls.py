@@ -1,0 +1,52 @@
+"""Time in which the daemon could not hear renewals: it was stopped, its loop was held, or its disk held it up.
+
+Such time is added to the deadlines of leases and of holds that wait for their client, and nothing more.
+"""
+
+import logging
+
+from regd.core.lifetimes import Lifetimes
+from regd.server.clock import Clock
+
+log = logging.getLogger("regd")
+
+LOOK_S = 0.5  # between two looks at the time
+_LATE_S = 0.25  # a look may be so late, and a flush may take so long, before that counts
+_LOG_FROM_S = 2.0  # of one stall
+
+
+class Stalls:
+    """Whoever sets, renews or ends a lease takes the time from `now`.
+
+    A renewal behind a write on its connection waits for the flush in flight, and then for its own. The first
+    quarter of a second of each flush counts as time that passed: a lease that is renewed in time has that much to
+    spare, and one that nobody renews ends even while one flush follows the other.
+    """
+
+    def __init__(self, clock: Clock, lifetimes: Lifetimes) -> None:
+        self._clock = clock
+        self._lifetimes = lifetimes
+        self._looked_at = clock.now()
+        self._flushing_since: float | None = None
+
+    def now(self) -> float:
+        """Add what was lost since the last look to the deadlines, and return the time."""
+        now = self._clock.now()
+        lost_s = 0.0
+        if now - self._looked_at > LOOK_S + _LATE_S:
+            lost_s = now - self._looked_at  # nobody knows when in that time the daemon was stopped
+        elif self._flushing_since is not None:
+            lost_s = now - max(self._looked_at, self._flushing_since + _LATE_S)
+        self._looked_at = now
+        if lost_s > 0 and self._lifetimes.next_deadline() is not None:
+            self._lifetimes.prolong(lost_s)
+            if lost_s > _LOG_FROM_S:
+                log.info("could not hear renewals for %.1f s: added to every ttl and to the grace", lost_s)
+        return now
+
+    def flush_began(self) -> None:
+        self._flushing_since = self.now()
+
+    def flush_ended(self) -> None:
+        self.now()
+        self._flushing_since = None
