@@ -7,11 +7,15 @@ sockets, or what time it is.
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from regd.core.errors import Code, Refused
 from regd.core.lifetimes import Ending
-from regd.core.model import Change, Entry, Holder, Key, Op, Reason, State
+from regd.core.model import Change, Entry, Holder, Key, Op, Process, Reason, State
 from regd.core.registry import Registry
+
+Owner = int | Process | None
+"""A connection by its session, or a process; None: the connection of a hold that is unclaimed."""
 
 
 class Contested(Exception):
@@ -49,8 +53,8 @@ class Draft:
         self._at = at
         self._is_gone = is_gone
         self._over: dict[Key, Entry | None] = {}
-        self._held: set[Key] = set()  # given holders here
-        self._newly_held: Counter[int | None] = Counter()  # how many more a connection holds here
+        self._held: dict[Key, None] = {}  # given holders here
+        self._newly_held: Counter[Owner] = Counter()  # how many more a connection or process holds here
         self._count = len(registry)
         self._weight_bytes = registry.weight_bytes
         self.rev = registry.rev
@@ -99,15 +103,18 @@ class Draft:
         return replace(wanted, holders=tuple(self._known(holder, wanted.key) for holder in wanted.holders))
 
     def _known(self, holder: Holder, key: Key) -> Holder:
-        """Give a holder its id, if its connection may hold one more."""
-        most = self._registry.limits.held_max
-        session = holder.session
-        if holder.hold and session not in _sessions(self.get(key)):
-            count = self._registry.lifetimes.held_count(session) + self._newly_held[session]
-            if count >= most:
-                raise Refused(Code.BUSY, f"this connection holds {most} registrations already")
+        """Give a holder its id, if its connection and its process may hold one more."""
+        limits, owners = self._registry.limits, _owners(self.get(key))
+        if holder.hold and holder.session not in owners:
+            self._check_held(holder.session, limits.held_max, "this connection")
+        if holder.process is not None and holder.process not in owners:
+            self._check_held(holder.process, limits.process_held_max, f"process {holder.process.pid}")
         self._registry.last_holder += 1
         return replace(holder, id=self._registry.last_holder)
+
+    def _check_held(self, owner: Owner, most: int, who: str) -> None:
+        if self._registry.lifetimes.held_count(owner) + self._newly_held[owner] >= most:
+            raise Refused(Code.BUSY, f"{who} holds {most} registrations already; deregister some")
 
     def _join(self, wanted: Entry, before: Entry, session: int | None) -> Entry:
         """Register at the address that is registered: one more holder, or the same one again."""
@@ -222,7 +229,6 @@ class Draft:
 
         One registration at a time: it may be many.
         """
-        keys = {key for ending in endings for key in self._registry.lifetimes.held_by(ending)} | self._held
         sessions = {each.session: each.reason for each in endings if each.session is not None}
         processes = {each.process: each.reason for each in endings if each.process is not None}
         ids = {each.holder[1]: each.reason for each in endings if each.holder is not None}
@@ -234,8 +240,8 @@ class Draft:
                 return processes[holder.process]
             return ids.get(holder.id)
 
-        for key in sorted(keys):
-            yield
+        for key in chain(*(self._registry.lifetimes.held_by(each) for each in endings), self._held.copy()):
+            yield  # a key may come twice: nobody is left to end then
             before = self.get(key)
             if before is None:
                 continue
@@ -281,7 +287,7 @@ class Draft:
         self._weight_bytes -= before.weight_bytes if before else 0
         self._over[key] = after
         if after is not None and after.holders:
-            self._held.add(key)
+            self._held[key] = None
         if (before is not None and before.holders) or (after is not None and after.holders):
             self._count_held(before, after)
         self.rev += op is not Op.KEEP
@@ -289,7 +295,7 @@ class Draft:
         return entry
 
     def _count_held(self, before: Entry | None, after: Entry | None) -> None:
-        old, new = _sessions(before), _sessions(after)
+        old, new = _owners(before), _owners(after)
         if old != new:
             self._newly_held.update(new - old)
             self._newly_held.subtract(old - new)
@@ -310,6 +316,12 @@ def _copy(entry: Entry, meta: Mapping[str, str], state: State, holders: tuple[Ho
     )
 
 
-def _sessions(entry: Entry | None) -> set[int | None]:
-    """Return the connections that hold an entry."""
-    return {each.session for each in entry.holders if each.hold} if entry is not None else set()
+def _owners(entry: Entry | None) -> set[Owner]:
+    """Return the connections and processes that hold an entry."""
+    owners: set[Owner] = set()
+    for holder in entry.holders if entry is not None else ():
+        if holder.hold:
+            owners.add(holder.session)
+        if holder.process is not None:
+            owners.add(holder.process)
+    return owners

@@ -69,6 +69,9 @@ class Limits:
     )
     departures_kept: int = _row(8, "of each name, for `why`", "the oldest is forgotten")
     held_max: int = _row(10_000, "per connection, with `hold`", "request refused", "busy")
+    process_held_max: int = _row(
+        10_000, "per process, with `pid`; its end is that many changes", "request refused", "busy"
+    )
     holders_max: int = _row(256, "of one registration; the workers of one server", "request refused", "busy")
     processes_max: int = _row(
         8_192, "`pid`s watched; each is an open file", "request refused", "busy", each_bytes=2_048

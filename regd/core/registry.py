@@ -18,6 +18,8 @@ from regd.core.model import Change, Entry, Key, Op, Process, State
 from regd.core.near import nearest
 from regd.core.service import Search, Service
 
+_TOUCHED_MAX = 1_000  # names, one by one
+
 
 @dataclass(frozen=True, slots=True)
 class Page:
@@ -37,7 +39,8 @@ class Departure:
 class Registry:
     """What has landed. `claim_s` is how long what was loaded with `hold` waits for its client.
 
-    `touched` is called with a name whenever what readers are told of it may have changed.
+    `touched` is called with a name whenever what readers are told of it may have changed, `touched_all` when that
+    may be so of very many names.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Registry:
         self._served: OrderedDict[tuple[str, int], str] = OrderedDict()  # who was, by name and filter
         self._departures: OrderedDict[str, deque[Departure]] = OrderedDict()
         self.touched: Callable[[str], None] = lambda name: None
+        self.touched_all: Callable[[], None] = lambda: None
         for entry in sorted(entries, key=lambda entry: entry.key):
             self._set(entry)
             if entry.holders:
@@ -119,16 +123,22 @@ class Registry:
     def gone(self, ending: Ending) -> None:
         """Resolve no more what only this one held. A draft must end it."""
         self.lifetimes.mark(ending)
-        for name, _ in self.lifetimes.held_by(ending):
-            self.touched(name)
+        self._touch(ending)
 
     def expire(self, now: float, most: int) -> list[Ending]:
         """Return up to `most` whose time is over, as `gone`."""
         endings = self.lifetimes.expire(now, most)
         for ending in endings:
-            for name, _ in self.lifetimes.held_by(ending):
-                self.touched(name)
+            self._touch(ending)
         return endings
+
+    def _touch(self, ending: Ending) -> None:
+        keys = self.lifetimes.held_by(ending)
+        if len(keys) > _TOUCHED_MAX:
+            self.touched_all()
+            return
+        for name, _ in keys:
+            self.touched(name)
 
     def _departed(self, name: str, departure: Departure) -> None:
         self._departures.setdefault(name, deque(maxlen=self.limits.departures_kept)).append(departure)

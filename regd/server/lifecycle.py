@@ -204,7 +204,7 @@ class Server:
         self._registry = registry
         self._events = events = EventLog(clock, sessions.peer_of)
         replies = Replies(remembers=not events.logs_requests)  # what is remembered is answered without a request
-        registry.touched = replies.forget
+        registry.touched, registry.touched_all = replies.forget, replies.forget_all
         watches = Watches(registry, clock, limits, pulse, self._epoch)
         waits = Waits(registry, clock, limits, pulse)
         stalls = Stalls(clock, registry.lifetimes)

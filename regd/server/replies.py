@@ -25,9 +25,8 @@ class Replies:
 
     def __init__(self, *, remembers: bool = True) -> None:
         self._remembers = remembers
-        self.known: dict[bytes, bytes] = {}
-        self._known = self.known.__getitem__
         self.count = 0
+        self.forget_all()
 
     def to(self, data: bytes) -> bytes | None:
         """Return the replies to a chunk of the peer's bytes, None unless all of it is lines that need no work."""
@@ -66,6 +65,11 @@ class Replies:
     def forget(self, name: str) -> None:
         """What was said of a name may not be true any more."""
         self.known.pop(_line(name.encode()), None)
+
+    def forget_all(self) -> None:
+        """Forget what was said of every name."""
+        self.known: dict[bytes, bytes] = {}
+        self._known = self.known.__getitem__
 
 
 def _line(name: bytes) -> bytes:

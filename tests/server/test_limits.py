@@ -230,6 +230,24 @@ async def test_held(running: Running) -> None:
         assert [(await peer.reply()).get("error") for _ in range(4)] == [None, None, "busy", None]
 
 
+@rows("process_held_max")
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="this system cannot watch a process")
+async def test_held_by_a_process(running: Running) -> None:
+    child = await asyncio.create_subprocess_exec("sleep", "60")
+    try:
+        async with running(process_held_max=3) as daemon:
+            peer, other = await daemon.peer(), await daemon.peer()
+            own: dict[str, Any] = {"cmd": "register", "port": 1, "pid": os.getpid()}
+            await three(lambda n: (peer, other)[n % 2].ask({**own, "name": f"a{n}", "hold": n == 1}))
+            assert (await peer.ask(cmd="register", name="a3", port=1, pid=child.pid))["ok"]
+            # In one batch too, and what was given up makes room.
+            peer.send({"cmd": "deregister", "name": "a0"}, *({**own, "name": name} for name in "bcb"))
+            assert [(await peer.reply()).get("error") for _ in range(4)] == [None, None, "busy", None]
+    finally:
+        child.kill()
+        await child.wait()
+
+
 @rows("holders_max")
 async def test_holders(running: Running) -> None:
     async with running(holders_max=3) as daemon:
