@@ -14,6 +14,8 @@ from regd.core.lifetimes import Ending
 from regd.core.model import Change, Entry, Holder, Key, Op, Process, Reason, State
 from regd.core.registry import Registry
 
+ENDS_MAX = 10_000  # changes of one draft, from which on `end` leaves the rest to another one
+
 Owner = int | Process | None
 """A connection by its session, or a process; None: the connection of a hold that is unclaimed."""
 
@@ -60,6 +62,7 @@ class Draft:
         self.rev = registry.rev
         self.changes: list[Change] = []
         self.lost: list[Lost] = []
+        self.unfinished: dict[Ending, None] = {}
 
     def get(self, key: Key) -> Entry | None:
         return self._over[key] if key in self._over else self._registry.get(key)
@@ -227,7 +230,8 @@ class Draft:
     def end(self, *endings: Ending) -> Iterator[None]:
         """Take holders that are gone off all that they held; what nobody else holds goes with them.
 
-        One registration at a time: it may be many.
+        One registration at a time. Once the draft has `ENDS_MAX` changes the rest is left for another draft, and
+        the endings are `unfinished`.
         """
         sessions = {each.session: each.reason for each in endings if each.session is not None}
         processes = {each.process: each.reason for each in endings if each.process is not None}
@@ -240,7 +244,11 @@ class Draft:
                 return processes[holder.process]
             return ids.get(holder.id)
 
-        for key in chain(*(self._registry.lifetimes.held_by(each) for each in endings), self._held.copy()):
+        held_by = self._registry.lifetimes.held_by
+        for key in chain(chain.from_iterable(map(held_by, endings)), self._held.copy()):
+            if len(self.changes) >= ENDS_MAX:
+                self.unfinished.update(dict.fromkeys(endings))
+                return
             yield  # a key may come twice: nobody is left to end then
             before = self.get(key)
             if before is None:

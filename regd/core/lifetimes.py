@@ -4,10 +4,10 @@
 any more. Must not know connections, processes or timers: `now` comes in, `next_deadline` goes out.
 """
 
-import heapq
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 from regd.core.model import Entry, Holder, Key, Process, Reason
 
@@ -90,7 +90,7 @@ class Lifetimes:
     def _push(self, key: Key, holder_id: int, clause: Reason, deadline: float) -> None:
         deadline -= self._prolonged_s
         self._due[holder_id, clause] = deadline
-        heapq.heappush(self._queue, (deadline, holder_id, clause, key))
+        heappush(self._queue, (deadline, holder_id, clause, key))
         self._shrink(4)
 
     def _shrink(self, most: int) -> None:
@@ -100,7 +100,7 @@ class Lifetimes:
         for _ in range(min(most, len(self._shrinking))):
             record = self._shrinking.pop()  # the last one: a heap without it is still a heap
             if self._is_current(record):
-                heapq.heappush(self._queue, record)
+                heappush(self._queue, record)
 
     def _is_current(self, record: Record) -> bool:
         return self._due.get(record[1:3]) == record[0]
@@ -169,7 +169,7 @@ class Lifetimes:
             for _ in range(min(_STEPS, len(queue))):
                 if self._is_current(queue[0]):
                     break
-                heapq.heappop(queue)
+                heappop(queue)
         queue = self._first()
         return queue[0][0] + self._prolonged_s if queue else None
 
@@ -189,7 +189,7 @@ class Lifetimes:
             queue = self._first()
             if not queue or queue[0][0] + self._prolonged_s > now:
                 break
-            record = heapq.heappop(queue)
+            record = heappop(queue)
             _, holder_id, clause, key = record
             if not self._is_current(record):
                 continue

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVarTuple
 
-from regd.core.draft import Draft, Lost
+from regd.core.draft import ENDS_MAX, Draft, Lost
 from regd.core.errors import Code, Refused
 from regd.core.lifetimes import Ending
 from regd.core.limits import Limits
@@ -35,7 +35,7 @@ Done = Callable[[bytes | Refused], None]
 
 _Given = TypeVarTuple("_Given")
 
-_BATCH_MAX = 1_024  # bounds how long one batch can hold the loop
+_BATCH_MAX = 1_024  # writes; bounds how long one batch can hold the loop
 _SLICE = 128  # writes judged, landed or answered before others get a turn
 _TURN_S = 0.003  # and so long, where they are dear
 _GATHER_S = 0.002  # at most, for those who write again
@@ -116,9 +116,7 @@ class Engine:
             await self._in_thread(self._store.prepare)
             while self._waiting or self._repair or not self._closing:
                 if self._waiting:
-                    count = min(len(self._waiting), _BATCH_MAX)
-                    # Without a name: what has landed must not be kept while nothing else comes.
-                    await self._land([self._waiting.popleft() for _ in range(count)])
+                    count = await self._land(self._next_batch())  # not named: what has landed must not be kept
                     await self._gather(len(self._waiting) + count)
                 elif self._repair:
                     self._repair = False
@@ -130,6 +128,14 @@ class Engine:
                 await self._commit([])
         finally:
             self._thread.shutdown()
+
+    def _next_batch(self) -> list[tuple[Write, Done] | Ending]:
+        batch: list[tuple[Write, Done] | Ending] = []
+        writes = 0
+        while self._waiting and writes < _BATCH_MAX and len(batch) < ENDS_MAX:
+            batch.append(self._waiting.popleft())
+            writes += not isinstance(batch[-1], Ending)
+        return batch
 
     async def _gather(self, wanted: int) -> None:
         """Let those who were just answered write again before the next flush, which costs the same for all.
@@ -146,7 +152,8 @@ class Engine:
             if self._clock.now() >= until:
                 break
 
-    async def _land(self, batch: Sequence[tuple[Write, Done] | Ending]) -> None:
+    async def _land(self, batch: Sequence[tuple[Write, Done] | Ending]) -> int:
+        """Judge a batch, commit it, make it visible, and answer it. Returns how many there were."""
         draft = Draft(self._registry, self._clock.wall(), self._is_gone)
         outcomes = await self._judge(batch, draft)
         endings = [each for each in batch if isinstance(each, Ending)]
@@ -160,8 +167,10 @@ class Engine:
                 await self._others()
             free |= self._registry.land(changes, self._stalls.now())
             self._landed(changes)
+        self._waiting.extendleft(reversed(draft.unfinished))
         for ending in endings:
-            self._registry.lifetimes.settle(ending)
+            if ending not in draft.unfinished:
+                self._registry.lifetimes.settle(ending)
         self._tally.changes += len(draft.changes)
         self._settled(draft.lost, {each for each in free if not self._registry.lifetimes.knows(each)})
         dones = [each[1] for each in batch if not isinstance(each, Ending)]
@@ -170,6 +179,7 @@ class Engine:
             if count % _SLICE == 0:
                 await self._others()
         self._pulse.took("batch", self._turn)
+        return len(batch)
 
     async def _judge(self, batch: Sequence[tuple[Write, Done] | Ending], draft: Draft) -> list[bytes | Refused]:
         """Judge what a batch wants, in order, and return what the writes are answered if they land."""

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from regd.core import draft
 from regd.core.draft import Draft
 from regd.core.errors import Code, Refused
 from regd.core.lifetimes import Ending
 from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Entry, Holder, Reason, State
 from regd.core.registry import Registry
+from regd.server import engine
 from regd.server.connection import Connection
 from regd.server.engine import Engine, Write
 from regd.server.pulse import Pulse
@@ -272,6 +274,39 @@ async def test_an_end_is_never_refused_and_the_file_follows(tmp_path: Path) -> N
             await asyncio.sleep(0)
     assert bench.held() == {"$regd": {"format": 1, "rev": 2}}
     await bench.close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_an_end_of_very_many_is_several_batches(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (draft, engine):
+        monkeypatch.setattr(module, "ENDS_MAX", 4)
+    bench = Bench(tmp_path)
+
+    def held(name: str) -> Write:
+        entry = Entry(name, "", "127.0.0.1", 1, {}, State.READY, 0, 0.0, holders=(Holder(0, 7, hold=True),))
+        return lambda draft: b"%d" % draft.register(entry, session=7)[0].rev
+
+    bench.submit(*(held(f"n{n}") for n in range(10)))
+    await bench.until(10)
+    commits = bench.tally.commits
+    ending = Ending(Reason.CLOSED, session=7)
+    bench.registry.gone(ending)
+    assert not any(bench.registry.is_ready(entry) for n in range(10) for entry in bench.registry.named(f"n{n}"))
+    if fails:
+        bench.files.failing["create"] = FULL
+    bench.engine.end(ending)
+    async with asyncio.timeout(WAIT_S):
+        while len(bench.registry):
+            await asyncio.sleep(0)
+            assert not any(bench.registry.is_ready(e) for n in range(10) for e in bench.registry.named(f"n{n}"))
+    bench.files.failing.clear()
+    await bench.close()
+    assert fails or bench.tally.commits == commits + 3
+    assert bench.registry.rev == 20
+    assert not bench.registry.lifetimes._gone_sessions
+    assert bench.held().keys() == {"$regd"}
 
 
 def test_a_batch_that_has_landed_is_not_kept_and_with_it_connections_that_have_gone() -> None:

@@ -331,6 +331,24 @@ def test_the_registry_tells_of_each_name_that_readers_are_told_otherwise_of() ->
     assert told == [("held", 0)]
 
 
+def test_an_end_of_very_many_forgets_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regd.core.registry._TOUCHED_MAX", 2)
+    registry, replies = Registry(), Replies()
+    registry.touched, registry.touched_all = replies.forget, replies.forget_all
+    draft = Draft(registry, 0.0)
+    for n in range(3):
+        draft.register(entry(f"n{n}", holders=(Holder(0, 7, hold=True),)), session=7)
+    registry.land(draft.changes, 0.0)
+    for n in range(3):
+        replies.remember(next(registry.named(f"n{n}")))
+    asked = b'{"cmd":"resolve","name":"n1"}\n'
+    assert replies.to(asked) is not None
+    registry.gone(Ending(Reason.CLOSED, session=7))
+    assert replies.to(asked) is None
+    replies.remember(next(registry.named("n1")))
+    assert replies.to(asked) is not None
+
+
 def test_what_is_remembered_is_forgotten_by_name() -> None:
     replies = Replies()
     for name in ("db", "a.b", "db2"):
