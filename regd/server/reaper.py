@@ -17,6 +17,7 @@ from regd.server.processes import Processes
 from regd.server.stalls import LOOK_S, Stalls
 
 _SLICE = 256  # leases that run out before others get a turn
+_STALLED_LOOK_S = 0.1
 _PROBE_EVERY_S = 30.0  # an unclaimed registration whose process lives
 
 
@@ -87,6 +88,8 @@ class Reaper:
 
     def _next(self) -> float:
         now = self._clock.now()
+        if self._stalls.time_stands_still:  # a deadline that is near stays as near
+            return now + _STALLED_LOOK_S
         deadline = self._registry.lifetimes.next_deadline()
         return now + LOOK_S if deadline is None else max(now, min(now + LOOK_S, deadline))
 

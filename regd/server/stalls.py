@@ -44,6 +44,11 @@ class Stalls:
                 log.info("could not hear renewals for %.1f s: added to every ttl and to the grace", lost_s)
         return now
 
+    @property
+    def time_stands_still(self) -> bool:
+        """Whether a flush has taken so long by now that no deadline comes nearer."""
+        return self._flushing_since is not None and self._clock.now() >= self._flushing_since + _LATE_S
+
     def flush_began(self) -> None:
         self._flushing_since = self.now()
 

@@ -666,3 +666,57 @@ async def test_draining_by_register_withdraws_that_holder(
     assert (await peer.ask(cmd="resolve", name="a"))["ok"]
     processes[1].kill()
     await until_landed(peer, "a")
+
+
+async def test_a_withdrawn_holder_may_come_back_or_leave(daemon: InLoop) -> None:
+    one, two = await daemon.peer(), await daemon.peer()
+    for peer in (one, two):
+        await peer.ask(cmd="register", name="a", port=1, hold=True)
+    assert (await one.ask(cmd="update", name="a", state="draining"))["rev"] == 1
+    owners = (await two.ask(cmd="why", name="a"))["instances"][0]["owners"]
+    assert [each.get("withdrawn", False) for each in owners] == [True, False]
+    assert (await one.ask(cmd="update", name="a", state="ready"))["rev"] == 1
+    assert (await two.ask(cmd="update", name="a", state="draining"))["rev"] == 1
+    assert (await one.ask(cmd="resolve", name="a"))["ok"]
+    # It gives up what it does not hold any more: nothing ends.
+    assert await two.ask(cmd="deregister", name="a") == {"ok": True, "removed": 0, "rev": 1}
+    assert await one.ask(cmd="deregister", name="a") == {"ok": True, "removed": 1, "rev": 2}
+
+
+async def test_a_name_whose_other_holders_have_withdrawn_is_free_for_conflicts_only_when_the_last_goes(
+    daemon: InLoop,
+) -> None:
+    one, two, rival = [await daemon.peer() for _ in range(3)]
+    for peer in (one, two):
+        await peer.ask(cmd="register", name="a", port=1, hold=True)
+    await one.ask(cmd="update", name="a", state="draining")
+    assert (await rival.ask(cmd="register", name="a", port=2, hold=True))["error"] == "conflict"
+    await two.reset()
+    await until_landed(rival, "a")
+    assert (await rival.ask(cmd="register", name="a", port=2, hold=True))["ok"]
+
+
+async def test_ends_of_very_many_leases_do_not_renew_the_rest(tmp_path: Path) -> None:
+    """Each batch of ends is a slow flush, and the next leases fall due meanwhile."""
+    files = ToldFiles()
+    async with InLoop(tmp_path / "registry.json", files=files) as daemon:
+        peer, other = await daemon.peer(), await daemon.peer()
+        for n in range(20):
+            peer.send({"cmd": "register", "name": f"n{n}", "port": 1, "ttl": 1 + n / 4})
+        for _ in range(20):
+            assert (await peer.reply())["ok"]
+        began = daemon.clock.now()
+        left = 20
+        while left:
+            files.gate.clear()
+            files.syncing.clear()
+            async with asyncio.timeout(WAIT_S):
+                while not files.syncing.is_set():
+                    daemon.clock.advance(0.05)
+                    await asyncio.sleep(0.001)
+            daemon.clock.advance(1.0)
+            files.gate.set()
+            await other.ask(cmd="ping")
+            left = len((await other.ask(cmd="list"))["instances"])
+            # 5.75 s of leases, of which a flush lets a quarter of a second pass; some steps of ours on top.
+            assert daemon.clock.now() - began < 5.75 * 5 + 5
