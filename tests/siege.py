@@ -10,6 +10,7 @@ hostile connections must be gone, memory back, and nothing registered that shoul
 import argparse
 import contextlib
 import json
+import os
 import resource
 import select
 import socket
@@ -32,6 +33,7 @@ from tests.support.daemon import ROOT, WAIT_S, Daemon, environment
 SEEDED = 900  # registrations of about a kilobyte: all of them are a reply of nearly a mebibyte
 PAUSE_S = 0.005  # of the peer between two rounds
 SPARE_FILES = 256
+OTHER = 65_533  # a user that nobody here is
 
 Sample = tuple[float, str, float]  # when, what, and how many milliseconds; negative: refused
 
@@ -101,9 +103,18 @@ class Siege:
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(status.partition("VmRSS:")[2].split()[0]) / 1_024
 
-    def connect(self, *, small: bool = False) -> socket.socket:
-        """Connect; with `small`, so that the kernel takes little for a peer that does not read."""
-        made = socket.socket()
+    def connect(self, *, small: bool = False, uid: int = 0) -> socket.socket:
+        """Connect; with `small`, so that the kernel takes little for a peer that does not read.
+
+        With `uid`, as that user, which only root can.
+        """
+        if uid:
+            os.seteuid(uid)
+        try:
+            made = socket.socket()
+        finally:
+            if uid:
+                os.seteuid(0)
         self.sockets.append(made)
         made.settimeout(WAIT_S)
         if small:
@@ -340,6 +351,40 @@ def dear_requests(siege: Siege, count: int) -> None:
     assert all(len(rest(each)) == 100 for each in made)
 
 
+def others_list(siege: Siege, count: int) -> None:
+    """Another user's programs ask for large replies, and read none. Only these are cut."""
+    there = open_files(count)
+    owner = siege.connect(small=True)
+    owner.sendall(held("good.owner") + b"list\n" * 20)
+    for _ in range(there):
+        send(siege.connect(small=True, uid=OTHER), b"list\n" * 20)
+    siege.stay()
+    siege.notes.append(f"{siege.stats()['cut']} were cut")
+    with owner.makefile("rb") as lines:
+        assert all(json.loads(next(lines))["ok"] for _ in range(21))
+    owner.sendall(b'{"cmd":"deregister","name":"good.owner"}\n')
+    assert json.loads(owner.recv(1_000))["ok"]
+
+
+def others_ask(siege: Siege, count: int) -> None:
+    """Another user's programs ask for something cheap, all of them at once, again and again."""
+    made = [siege.connect(uid=OTHER) for _ in range(open_files(count))]
+    requests = [
+        b"help",
+        b'{"cmd":"help"}',
+        b'{"cmd":"stats"}',
+        b'{"cmd":"resolve","name":"seed1"}',
+        b"ping",
+        b"list seed1",
+    ]
+    for request in requests:
+        for each in made:
+            each.sendall(request + b"\n")
+        for each in made:
+            while not each.recv(65_536).endswith(b"\n"):
+                pass
+
+
 @dataclass(frozen=True)
 class Scenario:
     """`count` is of the long form, `few` of the short one."""
@@ -348,6 +393,7 @@ class Scenario:
     count: int
     few: int
     hold_s: float = 1.0
+    needs_root: bool = False
 
     @property
     def name(self) -> str:
@@ -367,6 +413,8 @@ SCENARIOS = (
     Scenario(strangers, 3_000, 200),
     Scenario(dear_requests, 200, 5),
     Scenario(pipeline, 100_000, 20_000, hold_s=2.0),
+    Scenario(others_list, 2_500, 40, hold_s=2.0, needs_root=True),
+    Scenario(others_ask, 2_500, 200, needs_root=True),
 )
 
 
@@ -527,6 +575,9 @@ def main() -> None:
     sys.stdout.write("ms: median, 99 of 100, most — in peace | under siege\n")
     for scenario in SCENARIOS:
         if given.scenarios and scenario.name not in given.scenarios:
+            continue
+        if scenario.needs_root and os.geteuid() != 0:
+            sys.stdout.write(f"{scenario.name.replace('_', ' ')}: left out, only root can become another user\n")
             continue
         with (
             tempfile.TemporaryDirectory() as folder,

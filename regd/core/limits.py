@@ -4,8 +4,8 @@ The daemon reads its limits from a `Limits`, `hello` and `stats` show them, and 
 against this one by a test. Must not know how a limit is enforced.
 """
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 
 def _row(value: float, why: str, beyond: str, error: str = "", *, each_bytes: int = 0) -> Any:
@@ -47,6 +47,32 @@ class Limits:
     )
     guests_kept_bytes_max: int = _row(
         16_777_216, "the same, of users who may only read", "request refused", "busy", each_bytes=1
+    )
+    guests_input_bytes_total_max: int = _row(
+        16_777_216,
+        "`input_bytes_total_max` of users who may only read",
+        "the largest are closed",
+        "busy",
+        each_bytes=1,
+    )
+    guests_output_bytes_total_max: int = _row(
+        16_777_216, "`output_bytes_total_max` of users who may only read", "the largest are cut", each_bytes=1
+    )
+    guests_watches_total_max: int = _row(
+        16_384, "`watches_total_max` of users who may only read", "request refused", "busy"
+    )
+    guests_parked_total_max: int = _row(
+        4_096, "`parked_total_max` of users who may only read", "request refused", "busy"
+    )
+    guests_probes_max: int = _row(64, "`probes_max` for users who may only read", "the rest waits for its turn")
+    guests_turns_max: int = _row(
+        1_024, "`turns_max` of users who may only read", "the turn begins anew", each_bytes=512
+    )
+    guests_slow_max: int = _row(
+        8,
+        "replies that take several time slices, of users who may only read",
+        "the rest waits for its turn",
+        each_bytes=1_600_000,
     )
     output_bytes_max: int = _row(
         16_384, "unsent, per connection; the kernel holds more", "connection is not read until all is sent"
@@ -102,6 +128,12 @@ class Limits:
     farewell_s_max: float = _row(
         1.0, "input discarded so that a reset does not eat the last line", "connection cut"
     )
+
+    def of_guests(self) -> Self:
+        """Return the limits of users who may only read: each row `guests_X` in place of row `X`."""
+        names = {row.name for row in fields(self)}
+        own = {name: getattr(self, f"guests_{name}") for name in names if f"guests_{name}" in names}
+        return replace(self, **own)
 
     @property
     def memory_bytes(self) -> int:

@@ -62,6 +62,7 @@ class Registry:
         self._services: dict[str, Service] = {}
         self._names: list[str] = []  # in order
         self._served: OrderedDict[tuple[str, int], str] = OrderedDict()  # who was, by name and filter
+        self._served_to_guests: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._departures: OrderedDict[str, deque[Departure]] = OrderedDict()
         self.touched: Callable[[str], None] = lambda name: None
         self.touched_all: Callable[[], None] = lambda: None
@@ -175,35 +176,47 @@ class Registry:
         return Search(entries, 0, most, partial(self._fits, meta))
 
     def search_in_turn(
-        self, name: str, instance: str | None, meta: Mapping[str, str], most: int, after: str | None = None
+        self,
+        name: str,
+        instance: str | None,
+        meta: Mapping[str, str],
+        most: int,
+        after: str | None = None,
+        *,
+        guest: bool = False,
     ) -> Search:
-        """The same, the one whose turn it is first, or the one behind `after`; `took` says who got it."""
+        """The same, the one whose turn it is first, or the one behind `after`; `took` says who got it.
+
+        `guest`: for a user who may only read. Their positions are their own, so that nobody else's turn changes.
+        """
         entries = self._instances(name, instance)
         start = 0
         if len(entries) > 1:
-            start = self._services[name].behind(self._last_served(name, meta) if after is None else after)
+            start = self._services[name].behind(self._last_served(name, meta, guest) if after is None else after)
         return Search(entries, start, most, partial(self._fits, meta))
 
-    def took(self, entry: Entry, meta: Mapping[str, str]) -> None:
+    def took(self, entry: Entry, meta: Mapping[str, str], *, guest: bool = False) -> None:
         """Say that `entry`, of `search_in_turn`, was given to somebody."""
         service = self._services.get(entry.name)
         if service is None or len(service.entries) == 1:
             return
-        if not meta:
+        if not meta and not guest:
             service.served = entry.instance
             return
         # By hash: somebody else's filter may share the turns, and none costs more than a number.
         key = (entry.name, hash(frozenset(meta.items())))
-        self._served[key] = entry.instance
-        self._served.move_to_end(key)
-        if len(self._served) > self.limits.turns_max:
-            self._served.popitem(last=False)
+        served = self._served_to_guests if guest else self._served
+        served[key] = entry.instance
+        served.move_to_end(key)
+        if len(served) > (self.limits.guests_turns_max if guest else self.limits.turns_max):
+            served.popitem(last=False)
 
-    def _last_served(self, name: str, meta: Mapping[str, str]) -> str | None:
+    def _last_served(self, name: str, meta: Mapping[str, str], guest: bool) -> str | None:
         service = self._services[name]
-        if not meta:
+        if not meta and not guest:
             return service.served
-        return self._served.get((name, hash(frozenset(meta.items()))), service.served)
+        served = self._served_to_guests if guest else self._served
+        return served.get((name, hash(frozenset(meta.items()))), service.served)
 
     def _instances(self, name: str, instance: str | None) -> list[Entry]:
         service = self._services.get(name)

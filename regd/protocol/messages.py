@@ -152,8 +152,7 @@ def _flat(entry: Entry) -> bytes:
 
 def resolved(id: str | int | None, entry: Entry) -> bytes:
     """Return the reply that is one instance, flat."""
-    reply = _flat(entry)
-    return reply if id is None else with_id(_encode(id).encode(), reply)
+    return identified(id, _flat(entry))
 
 
 def registered(id: str | int | None, entry: Entry, replaced: bool) -> bytes:
@@ -172,6 +171,11 @@ def _id(id: str | int | None) -> str:
 def with_id(id: bytes, reply: bytes) -> bytes:
     """Put an id, as JSON, into a reply that has none and is `ok`."""
     return b'{"ok":true,"id":' + id + b"," + reply[len(_OK) :]
+
+
+def identified(id: str | int | None, reply: bytes) -> bytes:
+    """Put an id, if there is one, into a reply that has none and is `ok`."""
+    return reply if id is None else with_id(_encode(id).encode(), reply)
 
 
 def instance(entry: Entry) -> bytes:

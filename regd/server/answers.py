@@ -23,7 +23,7 @@ from regd.protocol.commands import Request, described
 from regd.server.clock import Clock
 from regd.server.engine import Write
 from regd.server.namespaces import HERE, Elsewhere
-from regd.server.probes import Probes, may_probe
+from regd.server.probes import Findings, may_probe
 from regd.server.processes import Processes, boot_id
 from regd.server.replies import Replies
 from regd.server.stalls import Stalls
@@ -72,6 +72,7 @@ class Asker(NamedTuple):
     session: int
     uid: int | None
     elsewhere: Elsewhere = HERE
+    is_guest: bool = False  # may only read
 
 
 class Answers:
@@ -86,7 +87,7 @@ class Answers:
         limits: Limits,
         stalls: Stalls,
         processes: Processes,
-        probes: Probes,
+        findings: Findings,
         replies: Replies,
         peer_of: Callable[[int], str | None],
         gauges: Callable[[], Mapping[str, object]],
@@ -98,12 +99,13 @@ class Answers:
         self._limits = limits
         self._stalls = stalls
         self._processes = processes
-        self._probes = probes
+        self._findings = findings
         self._replies = replies
         self._peer_of = peer_of
         self._gauges = gauges
-        self._reads: Mapping[str, Callable[[Request, int], bytes | Slow]] = {
-            "ping": lambda request, session: messages.ok(request.id, {}),
+        self._helps: dict[str | None, bytes] = {}  # the replies to `help`, by topic, without an id
+        self._reads: Mapping[str, Callable[[Request, Asker], bytes | Slow]] = {
+            "ping": lambda request, asker: messages.ok(request.id, {}),
             "hello": self._hello,
             "help": self._help,
             "resolve": self._resolve,
@@ -118,13 +120,13 @@ class Answers:
             "update": self._update,
         }
 
-    def read(self, request: Request, session: int) -> bytes | Slow:
+    def read(self, request: Request, asker: Asker) -> bytes | Slow:
         """Answer a command that changes nothing.
 
         Raises:
             Refused: it cannot be answered.
         """
-        return self._reads[request.cmd](request, session)
+        return self._reads[request.cmd](request, asker)
 
     def write(self, request: Request, asker: Asker) -> Write:
         """Return how to judge a command that changes something."""
@@ -146,9 +148,9 @@ class Answers:
         if entry is None:
             raise self._timeout(request)
         if request.arguments.get("all"):
-            search = self._search(request)
+            search = self._search(request, guest=False)
             search.go_on(self._limits.search_max)
-            return self._resolved(request, search.found or [entry], self._registry.rev)
+            return self._resolved(request, search.found or [entry], self._registry.rev, guest=False)
         return messages.resolved(request.id, entry)
 
     def position(self) -> dict[str, object]:
@@ -157,7 +159,7 @@ class Answers:
 
     # Reads.
 
-    def _hello(self, request: Request, session: int) -> bytes:
+    def _hello(self, request: Request, asker: Asker) -> bytes:
         identity = self._identity
         return messages.ok(
             request.id,
@@ -174,28 +176,33 @@ class Answers:
             },
         )
 
-    def _help(self, request: Request, session: int) -> bytes:
-        return messages.ok(request.id, {"commands": described(request.arguments.get("topic"))})
+    def _help(self, request: Request, asker: Asker) -> bytes:
+        topic = request.arguments.get("topic")
+        if topic not in self._helps:
+            self._helps[topic] = messages.ok(None, {"commands": described(topic)})
+        return messages.identified(request.id, self._helps[topic])
 
-    def _resolve(self, request: Request, session: int) -> bytes | Slow:
-        search = self._search(request)
+    def _resolve(self, request: Request, asker: Asker) -> bytes | Slow:
+        search = self._search(request, asker.is_guest)
         if search.go_on(self._limits.search_max) and len(search.found) <= _ENCODED_MAX:
-            return self._resolved(request, search.found, self._registry.rev)
-        return self._resolve_slowly(request, search, self._registry.rev)
+            return self._resolved(request, search.found, self._registry.rev, asker.is_guest)
+        return self._resolve_slowly(request, asker.is_guest)
 
-    def _search(self, request: Request) -> Search:
+    def _search(self, request: Request, guest: bool) -> Search:
         given = request.arguments
         name, instance, meta = given["name"], given.get("instance"), given.get("meta", {})
         if given.get("all"):
             return self._registry.search(name, instance, meta, self._limits.reply_instances_max + 1)
-        return self._registry.search_in_turn(name, instance, meta, 1)
+        return self._registry.search_in_turn(name, instance, meta, 1, guest=guest)
 
-    def _resolve_slowly(self, request: Request, search: Search, rev: int) -> Slow:
+    def _resolve_slowly(self, request: Request, guest: bool) -> Slow:
+        """Search anew: until it is this reply's turn nothing is kept for it."""
         yield None
+        search, rev = self._search(request, guest), self._registry.rev
         while not search.go_on(self._limits.search_max):
             yield None
         yield from self._encode(search.found)
-        yield self._resolved(request, search.found, rev)
+        yield self._resolved(request, search.found, rev, guest)
 
     @staticmethod
     def _encode(entries: list[Entry]) -> Iterator[None]:
@@ -205,14 +212,14 @@ class Answers:
             if count % _ENCODED_MAX == 0:
                 yield None
 
-    def _resolved(self, request: Request, found: list[Entry], rev: int) -> bytes:
+    def _resolved(self, request: Request, found: list[Entry], rev: int, guest: bool) -> bytes:
         """Answer with what was found at a revision."""
         given = request.arguments
         if not found:
             raise self._none_ready(given["name"], given.get("instance"), given.get("meta", {}))
         if not given.get("all"):
             entry = found[0]
-            self._registry.took(entry, given.get("meta", {}))
+            self._registry.took(entry, given.get("meta", {}), guest=guest)
             if len(given) == 1 and self._registry.is_all(entry):
                 self._replies.remember(entry)
             return messages.resolved(request.id, entry)
@@ -224,21 +231,25 @@ class Answers:
             result["more"] = True
         return messages.instances(request.id, result, shown)
 
-    def _list(self, request: Request, session: int) -> bytes | Slow:
+    def _list(self, request: Request, asker: Asker) -> bytes | Slow:
+        page = self._page(request)
+        if len(page.entries) <= _ENCODED_MAX:
+            return self._listed(request, page, self.position())
+        return self._list_slowly(request)
+
+    def _page(self, request: Request) -> Page:
         given = request.arguments
-        page = self._registry.page(
+        return self._registry.page(
             given.get("name", "*"),
             given.get("meta", {}),
             given.get("after"),
             min(given.get("limit", self._limits.reply_instances_max), self._limits.reply_instances_max),
         )
-        position = self.position()
-        if len(page.entries) <= _ENCODED_MAX:
-            return self._listed(request, page, position)
-        return self._list_slowly(request, page, position)
 
-    def _list_slowly(self, request: Request, page: Page, position: dict[str, object]) -> Slow:
+    def _list_slowly(self, request: Request) -> Slow:
+        """Take the page anew: until it is this reply's turn nothing is kept for it."""
         yield None
+        page, position = self._page(request), self.position()
         yield from self._encode(page.entries)
         yield self._listed(request, page, position)
 
@@ -253,7 +264,7 @@ class Answers:
             result["next"] = key_text(after)
         return messages.instances(request.id, result, entries)
 
-    def _stats(self, request: Request, session: int) -> bytes:
+    def _stats(self, request: Request, asker: Asker) -> bytes:
         identity, tally = self._identity, self._tally
         return messages.ok(
             request.id,
@@ -284,7 +295,7 @@ class Answers:
             },
         )
 
-    def _renew(self, request: Request, session: int) -> bytes:
+    def _renew(self, request: Request, asker: Asker) -> bytes:
         """Renew the lease of whoever asks, where it has one, else all of that registration."""
         given = request.arguments
         name, key = given["name"], _key(given)
@@ -295,7 +306,7 @@ class Answers:
         leases = [(each, each.ttl_s) for each in entry.holders if each.ttl_s is not None]
         if not leases:
             raise Refused(Code.BAD_ARGUMENT, f"{key_text(key)!r} has no ttl to renew", field="name")
-        own = [lease for lease in leases if lease[0].session == session]
+        own = [lease for lease in leases if lease[0].session == asker.session]
         granted, now = 0.0, self._stalls.now()
         for holder, ttl_s in own or leases:
             granted = given.get("ttl", ttl_s)
@@ -304,7 +315,7 @@ class Answers:
 
     # Explaining.
 
-    def _why(self, request: Request, session: int) -> bytes:
+    def _why(self, request: Request, asker: Asker) -> bytes:
         name, instance = request.arguments["name"], request.arguments.get("instance")
         entries = (
             self._registry.named(name)
@@ -334,7 +345,7 @@ class Answers:
     def _known(self, entry: Entry) -> dict[str, object]:
         """Return all that is known of an instance."""
         alive = self._registry.lifetimes.is_alive(entry)
-        finding = self._probes.last((entry.host, entry.port))
+        finding = self._findings.last((entry.host, entry.port))
         return {
             "instance": entry.instance,
             "host": entry.host,
@@ -376,7 +387,7 @@ class Answers:
         refusing = [
             f"{messages.joined(each.host, each.port)} ({finding.why})"
             for each in self._some_ready(name, instance, meta, _SHOWN_MAX)
-            if (finding := self._probes.last((each.host, each.port))) is not None and finding.why
+            if (finding := self._findings.last((each.host, each.port))) is not None and finding.why
         ]
         if refusing:
             why = f"{name!r} is registered, and cannot be reached: {', '.join(refusing[:3])}"

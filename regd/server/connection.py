@@ -19,6 +19,7 @@ from regd.server.answers import Asker, Slow
 from regd.server.clock import Timer
 from regd.server.context import Context, peer_text
 from regd.server.namespaces import elsewhere
+from regd.server.streams import Stream
 from regd.server.waits import Wait
 from regd.server.watches import Watch
 
@@ -27,6 +28,7 @@ _TURN_S = 0.001  # and so long, where requests are dear
 _REPLY_S = 0.000_01  # about what sending one takes
 _CHUNK_BYTES = 65_536  # replies are gathered up to here and sent as one
 _LINGERING_MAX = 32  # refused connections that are listened to for a while, so that the reason arrives for sure
+_LINGERING_GUESTS_MAX = 16  # as many, while only so many are
 _LATE_S = 0.25
 _LOOK_S = 0.05
 _HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR  # POLLRDHUP: Linux, poll(2)
@@ -45,7 +47,6 @@ class Connection(asyncio.Protocol):
         "_held_up",
         "_in_flight",
         "_is_guest",
-        "_kept",
         "_landed",
         "_looking",
         "_may_hold",
@@ -57,6 +58,7 @@ class Connection(asyncio.Protocol):
         "_reading",
         "_replies",
         "_scheduled",
+        "_share",
         "_slow",
         "_timer",
         "_transport",
@@ -74,7 +76,7 @@ class Connection(asyncio.Protocol):
         self._slow: Slow | None = None  # or until this reply to it is there
         self._accepted = False  # within `connections_max`
         self._is_guest = False  # may only read
-        self._kept = context.kept  # where what is kept of its requests is counted
+        self._share = context.writers  # of the daemon: what it takes is counted there
         self._counted = False  # bytes of its requests wait, and are counted
         self._in_flight = 0  # writes submitted and not answered
         self._landed: list[bytes] = []  # their replies, gathered for one send
@@ -106,21 +108,24 @@ class Connection(asyncio.Protocol):
         connection = self._transport.get_extra_info("socket")
         uid = context.peers.uid_of(connection)
         self._is_guest = not context.peers.may_write(uid)
-        self._kept = context.kept_of_guests if self._is_guest else context.kept
+        if self._is_guest:
+            self._share = context.guests
+            cast(Stream, transport).low_priority = True
         tally, limits = context.tally, context.limits
         full = tally.connections >= limits.connections_max
         if not full and not (self._is_guest and tally.guests >= limits.guests_max):
             self._accepted = True
-            self._asker = Asker(context.sessions.add(self), uid, elsewhere(connection))
+            self._asker = Asker(context.sessions.add(self), uid, elsewhere(connection), self._is_guest)
             tally.connections += 1
             tally.guests += self._is_guest
             tally.connections_accepted += 1
             self._quiet = True
             return
         tally.connections_refused += 1
-        count = f"{tally.connections} connections are open" if full else f"{tally.guests} guests are here"
-        refusal = Refused(Code.BUSY, f"{count}; close some, or try again later")
-        if len(context.connections) - tally.connections <= _LINGERING_MAX:
+        count = f"connections ({tally.connections:,})" if full else f"read-only connections ({tally.guests:,})"
+        refusal = Refused(Code.BUSY, f"too many {count}; close some or try again later")
+        most = _LINGERING_GUESTS_MAX if self._is_guest else _LINGERING_MAX
+        if len(context.connections) - tally.connections <= most:
             self._refuse(refusal)
         else:
             self._ending = True
@@ -157,39 +162,44 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         self._paused = True
         self._quiet = False
+        if self._slow is not None:  # it begins anew when the peer reads: others have the slot meanwhile
+            self._slow = None
+            self._share.slow.give(self)
         self._account_output()
 
     def resume_writing(self) -> None:
         self._paused = False
         self._account_output()
-        self._context.watches.resume(list(self._watches.values()))
-        self._schedule()
+        self._share.watches.resume(list(self._watches.values()))
+        self.schedule()
 
     def connection_lost(self, exc: Exception | None) -> None:
         context = self._context
         self._ending, self._quiet = True, False
         self._reader.close()
         self._held_up = self._slow = None
+        self._share.slow.give(self)
         self._landed.clear()
         self._let_go()
+        context.half_closed.discard(self)
         context.sessions.remove(self._asker.session)
         context.connections.discard(self)
         if not context.connections:
             context.alone.set()
         context.tally.connections -= self._accepted
         context.tally.guests -= self._accepted and self._is_guest
-        context.input.hold(self, 0)
-        context.output.hold(self, 0)
+        self._share.input.hold(self, 0)
+        self._share.output.hold(self, 0)
         if self._timer is not None:
             self._timer.cancel()
 
     # The work.
 
     def _work_or_wait(self) -> None:
-        if self._context.turns.has_time and not self._scheduled:
+        if self._share.turns.has_time and not self._scheduled:
             self._work()
         else:
-            self._schedule()
+            self.schedule()
             self._settle()
 
     def _work(self) -> None:
@@ -214,14 +224,14 @@ class Connection(asyncio.Protocol):
                     replies.clear()
                     size = 0
             if now > began + _TURN_S:
-                self._schedule(busy=True)
+                self.schedule(busy=True)
                 break
         else:
-            self._schedule(busy=True)
+            self.schedule(busy=True)
         if replies:
             self._transport.write(b"".join(replies))
         self._settle()
-        self._context.turns.spent(self._context.clock.now() - began)
+        self._share.turns.spent(self._context.clock.now() - began)
 
     def _take(self) -> Item | None:
         if self._paused or self._ending or self._blocked:
@@ -271,9 +281,9 @@ class Connection(asyncio.Protocol):
             raise context.denied(self._asker.uid)
         if command.writes:
             size = request.weight_bytes
-            self._kept.check(size)
+            self._share.kept.check(size)
             context.engine.submit(context.answers.write(request, self._asker), self._done(request, size))
-            self._kept.take(size)
+            self._share.kept.take(size)
             self._in_flight += 1
             self._may_hold = self._may_hold or request.arguments.get("hold", False)
             return None
@@ -283,14 +293,24 @@ class Connection(asyncio.Protocol):
 
     def _read(self, request: Request) -> bytes | None:
         """Answer, or hold the request up until there is an answer: others have a turn meanwhile."""
-        slow, self._slow = self._slow, None
-        reply = slow or self._context.answers.read(request, self._asker.session)
-        if isinstance(reply, bytes):
-            return reply
-        now = next(reply)
-        if now is None:
-            self._slow, self._held_up = reply, request
-            self._schedule(busy=True)
+        if self._slow is None:
+            reply = self._context.answers.read(request, self._asker)
+            if isinstance(reply, bytes):
+                return reply
+            self._slow = reply
+        if not self._share.slow.take(self):
+            self._held_up = request
+            return None
+        now: bytes | None = b""
+        try:
+            now = next(self._slow)
+        finally:
+            if now is None:
+                self._held_up = request
+                self.schedule(busy=True)
+            else:
+                self._slow = None
+                self._share.slow.give(self)
         return now
 
     def _watch(self, request: Request) -> bytes:
@@ -302,9 +322,9 @@ class Connection(asyncio.Protocol):
             raise Refused(Code.BUSY, f"this connection has {len(self._watches)} watches already")
         since = (given["epoch"], given["since"]) if "epoch" in given else None
         number, size = self._watch_count + 1, request.weight_bytes
-        self._kept.check(size)
-        watch = context.watches.start(self, number, given.get("name", "*"), given.get("meta", {}), since)
-        self._kept.take(size)
+        self._share.kept.check(size)
+        watch = self._share.watches.start(self, number, given.get("name", "*"), given.get("meta", {}), since)
+        self._share.kept.take(size)
         self._watch_count = number
         self._watches[number] = watch
         watch.kept_bytes = size
@@ -314,8 +334,8 @@ class Connection(asyncio.Protocol):
         watch = self._watches.pop(request.arguments["watch"], None)
         if watch is None:
             raise Refused(Code.NOT_FOUND, f"this connection has no watch {request.arguments['watch']}")
-        self._context.watches.stop(watch)
-        self._kept.give(watch.kept_bytes)
+        self._share.watches.stop(watch)
+        self._share.kept.give(watch.kept_bytes)
         return messages.ok(request.id, {})
 
     def _park(self, request: Request) -> bytes | None:
@@ -324,7 +344,7 @@ class Connection(asyncio.Protocol):
         if len(self._parked) >= context.limits.parked_max:
             raise Refused(Code.BUSY, f"{len(self._parked)} requests of this connection wait already")
         size = 2 * request.weight_bytes  # a wait is as much again
-        self._kept.check(size)
+        self._share.kept.check(size)
         wait: Wait | None = None
         at_once: list[bytes] = []
 
@@ -337,19 +357,19 @@ class Connection(asyncio.Protocol):
                 at_once.append(reply)
                 return
             if self._parked.pop(wait, None) is not None:
-                self._kept.give(size)
+                self._share.kept.give(size)
             self._blocked = self._blocked and request.id is not None
             if not self._ending:
                 self._landed.append(reply)
-                self._schedule()
+                self.schedule()
 
-        wait = context.waits.park(
+        wait = self._share.waits.park(
             given["name"], given.get("instance"), given.get("meta", {}), given["wait"], done
         )
         if at_once:
             return at_once[0]
         self._parked[wait] = request
-        self._kept.take(size)
+        self._share.kept.take(size)
         self._blocked = request.id is None
         return None
 
@@ -360,7 +380,7 @@ class Connection(asyncio.Protocol):
     def _done(self, request: Request, size: int) -> Callable[[bytes | Refused], None]:
         def done(outcome: bytes | Refused) -> None:
             self._in_flight -= 1
-            self._kept.give(size)
+            self._share.kept.give(size)
             if isinstance(outcome, Refused):
                 self._context.events.refused(self.peer, self._asker.uid, request, outcome)
             if self._ending or self._transport.is_closing():
@@ -370,14 +390,14 @@ class Connection(asyncio.Protocol):
                 self._landed.append(self._error(outcome, request.id))
             else:
                 self._landed.append(outcome)
-            self._schedule()
+            self.schedule()
 
         return done
 
-    def _schedule(self, busy: bool = False) -> None:
+    def schedule(self, busy: bool = False) -> None:
         if not self._scheduled:
             self._scheduled = True
-            self._context.turns.wait(self, busy)
+            self._share.turns.wait(self, busy)
 
     def go_on(self) -> None:
         """Do what there is to do: it is this one's turn."""
@@ -389,7 +409,7 @@ class Connection(asyncio.Protocol):
             if landed:
                 self._transport.write(b"".join(landed))
             self._settle()
-            self._context.turns.spent(_REPLY_S)
+            self._share.turns.spent(_REPLY_S)
             return
         self._work()
 
@@ -416,6 +436,17 @@ class Connection(asyncio.Protocol):
         poll = select.poll()
         poll.register(found.fileno(), _HUNG_UP)
         return bool(poll.poll(0))
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a reply or events are to come, and the end of the peer would not be seen."""
+        unseen = self._eof or not self._reading
+        return unseen and not self._ending and bool(self._parked or self._watches)
+
+    def is_gone(self) -> bool:
+        """Whether nobody has the peer's end open any more."""
+        found = self._transport.get_extra_info("socket")
+        return found is None or self._context.peers.is_gone(found)
 
     # Holding back, and ending.
 
@@ -461,7 +492,9 @@ class Connection(asyncio.Protocol):
                 self._transport.pause_reading()
 
     def _look_out(self) -> None:
-        """While a peer that may hold something is not read, its end would not be seen: ask the kernel."""
+        """While a peer that holds something or waits is not read, its end would not be seen: ask the kernel."""
+        if self.is_waiting:
+            self._context.half_closed.add(self)
         if self._may_hold and not self._reading and not self._looking:
             self._looking = True
             clock = self._context.clock
@@ -502,14 +535,14 @@ class Connection(asyncio.Protocol):
     def _account_input(self) -> None:
         context, size = self._context, self._reader.waiting_bytes
         self._counted = size > 0
-        for each in context.input.hold(self, size):
+        for each in self._share.input.hold(self, size):
             context.tally.cut += 1
             each._refuse(Refused(Code.BUSY, "too many bytes wait in regd, yours among them; try again later"))
 
     def _account_output(self) -> None:
         context = self._context
         size = self._transport.get_write_buffer_size() if self._paused else 0
-        too_much = context.output.hold(self, size)
+        too_much = self._share.output.hold(self, size)
         for each in too_much:
             context.tally.cut += 1
             each.cut()
@@ -527,21 +560,21 @@ class Connection(asyncio.Protocol):
         self._ending, self._quiet = True, False
         self._reader.close()
         self._held_up = self._slow = None
+        self._share.slow.give(self)
         self._let_go()
-        self._context.input.hold(self, 0)
+        self._share.input.hold(self, 0)
         asyncio.get_running_loop().call_soon(self._farewell)
 
     def _let_go(self) -> None:
         """End what goes with the connection: what it holds, its watches, what it waits for."""
-        context = self._context
         self._release()
         for watch in self._watches.values():
-            context.watches.stop(watch)
-            self._kept.give(watch.kept_bytes)
+            self._share.watches.stop(watch)
+            self._share.kept.give(watch.kept_bytes)
         self._watches.clear()
         for wait, request in self._parked.items():
-            context.waits.cancel(wait)
-            self._kept.give(2 * request.weight_bytes)
+            self._share.waits.cancel(wait)
+            self._share.kept.give(2 * request.weight_bytes)
         self._parked.clear()
 
     def _release(self) -> None:
@@ -582,7 +615,7 @@ class Connection(asyncio.Protocol):
     def cut(self) -> None:
         """End at once; what was not sent is lost."""
         self._ending, self._quiet = True, False
-        self._context.output.hold(self, 0)
+        self._share.output.hold(self, 0)
         self._transport.abort()
 
     def close(self) -> None:

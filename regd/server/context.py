@@ -16,6 +16,7 @@ from regd.server.answers import Answers
 from regd.server.clock import Clock
 from regd.server.engine import Engine
 from regd.server.event_log import EventLog
+from regd.server.half_closed import HalfClosed
 from regd.server.peers import Peers
 from regd.server.pulse import Pulse
 from regd.server.reaper import Reaper
@@ -86,6 +87,52 @@ class Room:
         self.total -= size
 
 
+class Slots:
+    """So many connections may be at a reply that takes several time slices; the others wait in order."""
+
+    def __init__(self, most: float) -> None:
+        self._most = most
+        self._taken: set[Connection] = set()
+        self._waiting: dict[Connection, None] = {}
+
+    def take(self, connection: "Connection") -> bool:
+        """Return whether the connection has a slot. If not, it is scheduled once there is one for it."""
+        if connection not in self._taken:
+            if len(self._taken) >= self._most:
+                self._waiting[connection] = None
+                return False
+            self._waiting.pop(connection, None)
+            self._taken.add(connection)
+        return True
+
+    def give(self, connection: "Connection") -> None:
+        """Give the slot back, or wait for none any more. Idempotent."""
+        self._waiting.pop(connection, None)
+        if connection in self._taken:
+            self._taken.discard(connection)
+            if self._waiting:
+                following = next(iter(self._waiting))
+                del self._waiting[following]
+                self._taken.add(following)
+                following.schedule(busy=True)
+
+
+@dataclass(slots=True)
+class Share:
+    """What the connections of one kind of user take of the daemon: of those who may write, or may only read.
+
+    Nothing in here is shared between the two, so that readers never take what belongs to a writer.
+    """
+
+    turns: Turns
+    watches: Watches
+    waits: Waits
+    input: Budget
+    output: Budget
+    kept: Room
+    slow: Slots
+
+
 @dataclass(slots=True)
 class Context:
     """What all connections of a daemon share."""
@@ -95,17 +142,13 @@ class Context:
     answers: Answers
     replies: Replies
     reaper: Reaper
-    watches: Watches
-    waits: Waits
     peers: Peers
     clock: Clock
     tally: Tally
     pulse: Pulse
-    turns: Turns
-    input: Budget
-    output: Budget
-    kept: Room
-    kept_of_guests: Room
+    writers: Share
+    guests: Share
+    half_closed: HalfClosed
     events: EventLog
     connections: "set[Connection]" = field(default_factory=set)
     sessions: "Sessions" = field(default_factory=lambda: Sessions())

@@ -5,6 +5,7 @@ together. Must not know signals or command lines, so that a test can start one i
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import resource
 from collections.abc import Collection, Hashable, Mapping, Sequence
@@ -18,19 +19,21 @@ from regd.core.registry import Registry
 from regd.server.answers import Answers, identify
 from regd.server.clock import Clock, LoopClock
 from regd.server.connection import Connection
-from regd.server.context import Budget, Context, Room, Sessions
+from regd.server.context import Budget, Context, Room, Sessions, Share, Slots
 from regd.server.engine import Engine
 from regd.server.event_log import EventLog
+from regd.server.half_closed import HalfClosed
 from regd.server.idle import Idle
 from regd.server.listener import Handed, ListenError, Listeners, raise_open_files
 from regd.server.peers import Peers
+from regd.server.probes import Findings
 from regd.server.pulse import Pulse
 from regd.server.reaper import Reaper
 from regd.server.replies import Replies
 from regd.server.stalls import Stalls
 from regd.server.streams import Streams
 from regd.server.tally import Tally
-from regd.server.turns import Turns
+from regd.server.turns import GUESTS_S, Turns
 from regd.server.waits import Waits
 from regd.server.watches import Watches
 from regd.storage.files import Files
@@ -117,14 +120,13 @@ class Server:
         self._files = files or Files()
         self._epoch = epoch or os.urandom(8).hex()
         self._pulse = Pulse(self._clock)
-        self._kept = Room(config.limits.kept_bytes_max)
-        self._kept_of_guests = Room(config.limits.guests_kept_bytes_max)
         self._peers = peers or Peers(config.allowed_uids, anyone=config.allow_any_user)
         self._listeners = Listeners()
         self._streams: Streams | None = None
         self._store = Store(config.registry, log.warning, self._files)
         self._registry: Registry | None = None
         self._engine: Engine | None = None
+        self._findings: Findings | None = None
         self._context: Context | None = None
         self._engine_task: asyncio.Task[None] | None = None
         self._events: EventLog | None = None
@@ -151,27 +153,31 @@ class Server:
     @property
     def waiting_bytes(self) -> int:
         """What is kept of lines that are unfinished or unanswered."""
-        return self._context.input.total if self._context else 0
+        return sum(share.input.total for share in self._shares)
 
     @property
     def unsent_bytes(self) -> int:
         """What waits for peers that do not read."""
-        return self._context.output.total if self._context else 0
+        return sum(share.output.total for share in self._shares)
 
     @property
     def kept_bytes(self) -> int:
         """What is kept of requests that wait for the disk, are parked or watch."""
-        return self._kept.total + self._kept_of_guests.total
+        return sum(share.kept.total for share in self._shares)
 
     @property
     def parked(self) -> int:
         """How many requests wait for somebody to accept."""
-        return len(self._context.waits) if self._context else 0
+        return sum(len(share.waits) for share in self._shares)
 
     @property
     def probed(self) -> int:
         """How many attempts to connect were made."""
-        return self._context.waits.probes.count if self._context else 0
+        return self._findings.count if self._findings else 0
+
+    @property
+    def _shares(self) -> "list[Share]":
+        return [self._context.writers, self._context.guests] if self._context else []
 
     async def start(self) -> None:
         """Open everything, or leave nothing behind.
@@ -205,14 +211,17 @@ class Server:
         self._events = events = EventLog(clock, sessions.peer_of)
         replies = Replies(remembers=not events.logs_requests)  # what is remembered is answered without a request
         registry.touched, registry.touched_all = replies.forget, replies.forget_all
-        watches = Watches(registry, clock, limits, pulse, self._epoch)
-        waits = Waits(registry, clock, limits, pulse)
+        findings = self._findings = Findings(limits.departures_max)
+
+        shares = self._made_shares(registry, limits, findings)
+        writers, guests = shares
         stalls = Stalls(clock, registry.lifetimes)
-        reaper = Reaper(registry, clock, limits, stalls, waits.probes, sessions.is_cut)
+        reaper = Reaper(registry, clock, limits, stalls, writers.waits.probes, sessions.is_cut)
 
         def landed(changes: Sequence[Change]) -> None:
-            watches.landed(changes)
-            waits.landed(changes)
+            for each in shares:
+                each.watches.landed(changes)
+                each.waits.landed(changes)
             events.changes(changes)
 
         def settled(lost: Sequence[Lost], free: set[Process]) -> None:
@@ -225,8 +234,12 @@ class Server:
         )
 
         def gauges() -> dict[str, object]:
-            counts = {"watches": len(watches), "waiting": len(waits), "processes": len(reaper.processes)}
-            return {**counts, **pulse.described()}
+            return {
+                "watches": sum(len(each.watches) for each in shares),
+                "waiting": sum(len(each.waits) for each in shares),
+                "processes": len(reaper.processes),
+                **pulse.described(),
+            }
 
         identity = identify(
             self._epoch,
@@ -246,24 +259,20 @@ class Server:
                 limits,
                 stalls,
                 reaper.processes,
-                waits.probes,
+                findings,
                 replies,
                 sessions.peer_of,
                 gauges,
             ),
             replies=replies,
             reaper=reaper,
-            watches=watches,
-            waits=waits,
             peers=self._peers,
             clock=clock,
             tally=tally,
             pulse=pulse,
-            turns=Turns(),
-            input=Budget(limits.input_bytes_total_max),
-            output=Budget(limits.output_bytes_total_max),
-            kept=self._kept,
-            kept_of_guests=self._kept_of_guests,
+            writers=writers,
+            guests=guests,
+            half_closed=HalfClosed(clock),
             events=events,
             sessions=sessions,
         )
@@ -280,6 +289,25 @@ class Server:
         for note in self._listeners.notes:
             log.warning("%s", note)
         log.info("%d registrations at revision %d from %s", len(registry), registry.rev, self._store.path)
+
+    def _made_shares(self, registry: Registry, limits: Limits, findings: Findings) -> tuple[Share, Share]:
+        """Return what those who may write share, and what those who may only read do."""
+
+        def share(limits: Limits, turns: Turns, slow_max: float, *, guests: bool = False) -> Share:
+            return Share(
+                turns=turns,
+                watches=Watches(registry, self._clock, limits, self._pulse, self._epoch),
+                waits=Waits(registry, self._clock, limits, self._pulse, findings, guests=guests),
+                input=Budget(limits.input_bytes_total_max),
+                output=Budget(limits.output_bytes_total_max),
+                kept=Room(limits.kept_bytes_max),
+                slow=Slots(slow_max),
+            )
+
+        return (
+            share(limits, Turns(), math.inf),
+            share(limits.of_guests(), Turns(GUESTS_S, GUESTS_S), limits.guests_slow_max, guests=True),
+        )
 
     def _listen(self, config: Config) -> None:
         if config.inherited:
@@ -320,8 +348,10 @@ class Server:
         # 3. Let the replies out, and cut who does not take them.
         if self._context is not None:
             await self._say_goodbye(self._context)
-            self._context.watches.close()
-            self._context.waits.close()
+            for share in self._shares:
+                share.watches.close()
+                share.waits.close()
+            self._context.half_closed.close()
             self._context.reaper.close()
             self._pulse.close()
         if self._events is not None:
@@ -349,10 +379,7 @@ class Server:
 
 
 def _quiet(registry: Registry, context: Context) -> Hashable | None:
-    """Return None while something is registered or somebody connected, else a mark of all that was before.
-
-    A watcher that was killed looks like one that listens on, until it is told its next `progress`.
-    """
+    """Return None while something is registered or somebody connected, else a mark of all that was before."""
     if len(registry) or context.connections:
         return None
     return registry.rev, context.tally.connections_accepted, context.tally.connections_refused
@@ -364,11 +391,12 @@ def _within_open_files(limits: Limits) -> Limits:
     Raises:
         ListenError: there are too few to be of use.
     """
-    wanted = limits.connections_max + limits.processes_max
-    there = raise_open_files(wanted + limits.probes_max)
-    if there >= wanted + limits.probes_max:
+    probes = limits.probes_max + limits.guests_probes_max
+    wanted = limits.connections_max + limits.processes_max + probes
+    there = raise_open_files(wanted)
+    if there >= wanted:
         return limits
-    share = there / (wanted + limits.probes_max)
+    share = there / wanted
     connections, files = int(limits.connections_max * share), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if connections < _CONNECTIONS_MIN:
         raise ListenError(
@@ -381,11 +409,14 @@ def _within_open_files(limits: Limits) -> Limits:
         connections,
         limits.connections_max,
     )
+    # Of the fewer connections users who may only read have the same part.
     return replace(
         limits,
         connections_max=connections,
+        guests_max=max(1, int(limits.guests_max * share)),
         processes_max=max(1, int(limits.processes_max * share)),
         probes_max=max(1, int(limits.probes_max * share)),
+        guests_probes_max=max(1, int(limits.guests_probes_max * share)),
     )
 
 

@@ -10,6 +10,7 @@ Must not know lines.
 import errno
 import logging
 import os
+import select
 import socket
 import struct
 import sys
@@ -144,6 +145,27 @@ class Peers:
 
     def _known(self, uid: int | None) -> int | None:
         return None if uid in (self._unmapped, ALL_USERS) else uid
+
+    def is_gone(self, connection: socket.socket) -> bool:
+        """Whether nobody has the other end open any more, as far as the system tells.
+
+        A peer that has closed its sending side alone is still there. Over TCP our socket looks the same in both
+        cases, so the kernel is asked for the peer's: one that nobody has open has no inode, or no row.
+        """
+        poll = select.poll()
+        poll.register(connection.fileno(), 0)  # POLLHUP and POLLERR are always told: both sides closed, or reset
+        if poll.poll(0):
+            return True
+        if connection.family == socket.AF_UNIX:
+            return False
+        try:
+            theirs, ours = connection.getpeername()[:2], connection.getsockname()[:2]
+            if self._netlink is not None:
+                row = self._row(theirs, ours)
+                return not (is_connection(row, theirs, ours) and _OWNER.unpack_from(row, _OWNER_AT)[1])
+            return self._ask is by_table and by_table(theirs, ours) is None
+        except OSError:
+            return False  # it cannot be told now
 
     def may_write(self, uid: int | None) -> bool:
         """Whether this user may write. An unknown one may only read, but where the system tells of nobody."""

@@ -70,18 +70,40 @@ class _Probe:
         self.timer: Timer | None = None
 
 
-class Probes:
-    """`found` is called with each address that was tried."""
+class Findings:
+    """What the last attempts found, by address; the newest are kept, for `why`. `count` is of all attempts."""
 
-    def __init__(self, clock: Clock, limits: Limits, found: Callable[[Address], None]) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._last: dict[Address, Finding] = {}
+        self.count = 0
+
+    def add(self, address: Address, at: float, why: str) -> Finding:
+        self.count += 1
+        self._last.pop(address, None)
+        finding = self._last[address] = Finding(self.count, at, why)
+        if len(self._last) > self._most:
+            del self._last[next(iter(self._last))]
+        return finding
+
+    def last(self, address: Address) -> Finding | None:
+        return self._last.get(address)
+
+
+class Probes:
+    """`found` is called with each address that was tried; what was found is added to `findings`."""
+
+    def __init__(
+        self, clock: Clock, limits: Limits, findings: Findings, found: Callable[[Address], None]
+    ) -> None:
         self._clock = clock
         self._limits = limits
+        self._findings = findings
         self._found = found
         self._probes: dict[Address, _Probe] = {}
         self._asked: dict[Address, list[Callable[[Finding], None]]] = {}
-        self._last: dict[Address, Finding] = {}  # the newest are kept, for `why`
-        self.count = 0
-        self._room = asyncio.Semaphore(limits.probes_max)
+        self._queue: dict[Address, _Probe] = {}  # beyond `probes_max`, in order: these take no task meanwhile
+        self._running = 0
 
     def want(self, address: Address) -> None:
         """Probe an address until `unwant`, as often as it was wanted."""
@@ -102,6 +124,7 @@ class Probes:
 
     def _end(self, address: Address) -> None:
         probe = self._probes.pop(address)
+        self._queue.pop(address, None)
         if probe.task is not None:
             probe.task.cancel()
         if probe.timer is not None:
@@ -121,21 +144,24 @@ class Probes:
             probe.pause_s = _PAUSE_S[0]
             self._try_now(address, probe)
 
-    def last(self, address: Address) -> Finding | None:
-        return self._last.get(address)
-
     def _try_now(self, address: Address, probe: _Probe) -> None:
         probe.timer = None
+        if self._running >= self._limits.probes_max:
+            self._queue[address] = probe
+            return
+        self._running += 1
         probe.task = asyncio.create_task(self._try(address, probe), name="regd-probe")
+        probe.task.add_done_callback(self._tried)
+
+    def _tried(self, task: asyncio.Task[None]) -> None:
+        self._running -= 1
+        if self._queue:
+            address = next(iter(self._queue))
+            self._try_now(address, self._queue.pop(address))
 
     async def _try(self, address: Address, probe: _Probe) -> None:
-        async with self._room:
-            why = await _connect(address, self._limits.probe_s_max)
-        self.count += 1
-        self._last.pop(address, None)
-        self._last[address] = finding = Finding(self.count, self._clock.now(), why)
-        if len(self._last) > self._limits.departures_max:
-            del self._last[next(iter(self._last))]
+        why = await _connect(address, self._limits.probe_s_max)
+        finding = self._findings.add(address, self._clock.now(), why)
         probe.task = None
         next_at = self._clock.now() + probe.pause_s
         probe.timer = self._clock.call_at(next_at, lambda: self._try_now(address, probe))

@@ -2,6 +2,7 @@
 
 asyncio's own cost more than all that regd does for a lookup: for each socket that is ready, a dozen calls between
 the loop and the protocol. Here one callback of the loop serves all that are ready, from an epoll of their own.
+Those of low priority have another one, and a bounded time in each turn of the loop, however many they are.
 Must not know what the bytes mean.
 """
 
@@ -11,6 +12,8 @@ import errno
 import logging
 import select
 import socket
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +23,7 @@ _RECEIVED_BYTES_MAX = 16_384  # at a time
 _READY_MAX = 64  # streams served at a time
 _LOOKS = 2  # in one turn of the loop: while some are served, others become ready
 _CALLERS_MAX = 64  # taken in one turn
+_LOW_S = 0.001  # for streams of low priority, in one turn of the loop
 _NO_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _AGAIN_S = 1.0  # until callers are taken again, when there was no file for one
 _IN, _OUT = 1, 4  # as EPOLLIN and EPOLLOUT
@@ -37,6 +41,8 @@ class Streams:
         self._epoll = select.epoll() if hasattr(select, "epoll") else None
         if self._epoll is not None:
             self._loop.add_reader(self._epoll.fileno(), self._serve)
+        self._low_epoll: select.epoll | None = None  # made with the first stream of low priority
+        self._low_ready: deque[tuple[int, int]] = deque()  # to be served before others are asked for
 
     def listen(self, listener: socket.socket, protocol: Callable[[], asyncio.Protocol]) -> None:
         """Take callers, each with a protocol of its own."""
@@ -58,9 +64,10 @@ class Streams:
             for file in self._served:
                 self._loop.remove_reader(file)
                 self._loop.remove_writer(file)
-        elif not self._epoll.closed:
-            self._loop.remove_reader(self._epoll.fileno())
-            self._epoll.close()
+        for epoll in (self._epoll, self._low_epoll):
+            if epoll is not None and not epoll.closed:
+                self._loop.remove_reader(epoll.fileno())
+                epoll.close()
         self._served.clear()
 
     def _take(self, listener: socket.socket, protocol: Callable[[], asyncio.Protocol]) -> None:
@@ -98,7 +105,8 @@ class Streams:
             self._served[file] = stream
         else:
             del self._served[file]
-        if self._epoll is None:  # not Linux: each is the loop's
+        epoll = self._epoll_of(stream)
+        if epoll is None:  # not Linux: each is the loop's
             for event, add, remove in (
                 (_IN, self._loop.add_reader, self._loop.remove_reader),
                 (_OUT, self._loop.add_writer, self._loop.remove_writer),
@@ -108,11 +116,19 @@ class Streams:
                 elif before & event and not events & event:
                     remove(file)
         elif not before:
-            self._epoll.register(file, events)
+            epoll.register(file, events)
         elif events:
-            self._epoll.modify(file, events)
+            epoll.modify(file, events)
         else:  # the system would report an end again and again
-            self._epoll.unregister(file)
+            epoll.unregister(file)
+
+    def _epoll_of(self, stream: "Stream") -> "select.epoll | None":
+        if self._epoll is None or not stream.low_priority:
+            return self._epoll
+        if self._low_epoll is None:
+            self._low_epoll = select.epoll()
+            self._loop.add_reader(self._low_epoll.fileno(), self._serve_low)
+        return self._low_epoll
 
     def _serve(self) -> None:
         assert self._epoll is not None
@@ -125,6 +141,20 @@ class Streams:
                     stream.serve(events)
                 except Exception as error:
                     self._failed(stream, error)
+
+    def _serve_low(self) -> None:
+        """Serve some; those behind them come first in the next turn of the loop, so that each gets its turn."""
+        assert self._low_epoll is not None
+        until = time.monotonic() + _LOW_S
+        if not self._low_ready:
+            self._low_ready.extend(self._low_epoll.poll(0, _READY_MAX))
+        while self._low_ready:
+            file, events = self._low_ready.popleft()
+            stream = self._served.get(file)
+            if stream is not None:  # another one of this number, perhaps: it finds nothing to do
+                self._serve_one(stream, events)
+            if time.monotonic() > until:
+                return
 
     def _serve_one(self, stream: "Stream", events: int) -> None:
         try:
@@ -159,6 +189,7 @@ class Stream(asyncio.Transport):
         "_socket",
         "_streams",
         "file",
+        "low_priority",
     )
 
     def __init__(
@@ -175,6 +206,7 @@ class Stream(asyncio.Transport):
         self.file = connected.fileno()
         self._address = address
         self._protocol = protocol
+        self.low_priority = False  # set by the protocol in `connection_made`: others are served first
         self._events = 0  # that it wants to be served for
         self._out: bytearray | None = None  # what the system did not take yet
         self._high, self._low = 65_536, 16_384

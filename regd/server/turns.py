@@ -9,8 +9,9 @@ import asyncio
 from collections import deque
 from typing import Protocol
 
-_FRESH_S = 0.003  # of one turn of the loop, for those who have just got something
-_BUSY_S = 0.002  # and for those who have used up their part before
+FRESH_S = 0.003  # of one turn of the loop, for those who have just got something
+BUSY_S = 0.002  # and for those who have used up their part before
+GUESTS_S = 0.001  # for each of the two, of users who may only read
 
 
 class Worker(Protocol):
@@ -18,7 +19,11 @@ class Worker(Protocol):
 
 
 class Turns:
-    def __init__(self) -> None:
+    """`fresh_s` and `busy_s` are how much time of one turn of the loop it shares out."""
+
+    def __init__(self, fresh_s: float = FRESH_S, busy_s: float = BUSY_S) -> None:
+        self._fresh_s = fresh_s
+        self._busy_s = busy_s
         self._spent_s = 0.0  # since the loop is known to have turned
         self._fresh: deque[Worker] = deque()
         self._busy: deque[Worker] = deque()
@@ -27,7 +32,7 @@ class Turns:
     @property
     def has_time(self) -> bool:
         """Whether somebody may be served now. Else it must `wait`."""
-        return self._spent_s < _FRESH_S
+        return self._spent_s < self._fresh_s
 
     def spent(self, seconds: float) -> None:
         """Count what serving took."""
@@ -46,10 +51,10 @@ class Turns:
     def _turn(self) -> None:
         self._scheduled = False
         self._spent_s = 0.0
-        self._serve(self._fresh, _FRESH_S)
+        self._serve(self._fresh, self._fresh_s)
         # Whatever comes in this turn has its time still, and some is always left for the busy.
-        self._serve(self._busy, self._spent_s + _BUSY_S)
-        self._spent_s -= min(self._spent_s, _BUSY_S)
+        self._serve(self._busy, self._spent_s + self._busy_s)
+        self._spent_s -= min(self._spent_s, self._busy_s)
         if self._fresh or self._busy:
             self._turn_soon()
 

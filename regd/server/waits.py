@@ -5,6 +5,7 @@ turn that accepts, once those before it are known not to. Must not know connecti
 """
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
 from regd.core.errors import Code, Refused
@@ -13,7 +14,7 @@ from regd.core.model import Change, Entry
 from regd.core.registry import Registry
 from regd.core.service import Search
 from regd.server.clock import Clock, Timer
-from regd.server.probes import Address, Probes, may_probe
+from regd.server.probes import Address, Findings, Probes, may_probe
 from regd.server.pulse import Pulse
 
 _SLICE = 128  # looks in one turn of the loop
@@ -69,17 +70,30 @@ class Wait:
 
 
 class Waits:
-    def __init__(self, registry: Registry, clock: Clock, limits: Limits, pulse: Pulse) -> None:
+    """`guests`: of users who may only read. These are looked after apart, so that they hold up nobody else's."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        clock: Clock,
+        limits: Limits,
+        pulse: Pulse,
+        findings: Findings,
+        *,
+        guests: bool = False,
+    ) -> None:
         self._registry = registry
         self._clock = clock
         self._limits = limits
         self._pulse = pulse
+        self._findings = findings
+        self._guests = guests
         self._named: dict[str, dict[Wait, None]] = {}
         self._probing: dict[Address, dict[Wait, None]] = {}
-        self._to_look: dict[Wait, None] = {}  # in order
+        self._to_look: OrderedDict[Wait, None] = OrderedDict()
         self._looking = False
         self._count = 0
-        self.probes = Probes(clock, limits, self._probed)
+        self.probes = Probes(clock, limits, findings, self._probed)
 
     def __len__(self) -> int:
         return self._count
@@ -99,7 +113,7 @@ class Waits:
         """
         if self._count >= self._limits.parked_total_max:
             raise Refused(Code.BUSY, f"{self._count} requests wait; try again later")
-        wait = Wait(name, instance, meta, self.probes.count, not wait_s, done)
+        wait = Wait(name, instance, meta, self._findings.count, not wait_s, done)
         self._named.setdefault(name, {})[wait] = None
         self._count += 1
         deadline = self._clock.now() + (wait_s or _AT_ONCE_S)
@@ -159,6 +173,7 @@ class Waits:
         entries = self._candidates(wait)
         if entries is None:
             self._look_soon(wait)
+            self._to_look.move_to_end(wait, last=False)  # so that no other search has to be kept meanwhile
             return
         self._probe(wait, [(each.host, each.port) for each in entries if may_probe(each.host)])
         undecided = False
@@ -181,7 +196,9 @@ class Waits:
         """Return the instances in turn, of very many some; None while they are not all looked at."""
         if wait.search is None:
             most = self._limits.probed_instances_max
-            wait.search = self._registry.search_in_turn(wait.name, wait.instance, wait.meta, most, wait.after)
+            wait.search = self._registry.search_in_turn(
+                wait.name, wait.instance, wait.meta, most, wait.after, guest=self._guests
+            )
         search = wait.search
         if not search.go_on(self._limits.search_max):
             return None
@@ -190,7 +207,7 @@ class Waits:
 
     def _found(self, wait: Wait, address: Address) -> bool | None:
         """Return whether an address accepts, None while that is not known."""
-        finding = self.probes.last(address)
+        finding = self._findings.last(address)
         if finding is None or finding.number <= wait.began:
             return None
         return finding.accepted
@@ -202,7 +219,9 @@ class Waits:
     def _take_any(self, wait: Wait) -> None:
         """Those whose turn it was have not answered in time: take whoever accepts."""
         wait.soon = None
-        for entry in self._candidates(wait) or ():
+        entries = self._candidates(wait)
+        wait.search = None
+        for entry in entries or ():
             if not wait.over and self._found(wait, (entry.host, entry.port)):
                 self._end(wait, entry)
 
@@ -238,6 +257,6 @@ class Waits:
             del self._named[wait.name]
         self._count -= 1
         if entry is not None:
-            self._registry.took(entry, wait.meta)
+            self._registry.took(entry, wait.meta, guest=self._guests)
         done, wait.done = wait.done, _nobody  # which knows the wait: no cycle is left for the collector
         done(entry)

@@ -163,17 +163,22 @@ class Conversation:
         assert context.connections == {friend}
         assert list(context.sessions._open.values()) == [friend]
         assert context.tally.connections == 1
-        assert len(context.watches) == 1
-        assert not context.watches._behind
-        assert len(context.waits) == 0
-        assert not context.waits._named
-        assert not context.waits._probing
-        assert not context.waits.probes._probes
-        for budget in (context.input, context.output):
-            assert budget.total == 0
-            assert not budget._held
-        [watch] = next(iter(context.watches._watches.values()))  # the friend's
-        assert (context.kept.total, context.kept_of_guests.total) == (watch.kept_bytes, 0)
+        for share in (context.writers, context.guests):
+            assert not share.watches._behind
+            assert len(share.waits) == 0
+            assert not share.waits._named
+            assert not share.waits._probing
+            assert not share.waits.probes._probes
+            assert not share.waits.probes._queue
+            for budget in (share.input, share.output):
+                assert budget.total == 0
+                assert not budget._held
+            assert not share.slow._taken
+            assert not share.slow._waiting
+        assert not context.half_closed._waiters
+        assert (len(context.writers.watches), len(context.guests.watches)) == (1, 0)
+        [watch] = next(iter(context.writers.watches._watches.values()))  # the friend's
+        assert (context.writers.kept.total, context.guests.kept.total) == (watch.kept_bytes, 0)
         for call in self.world.timers:
             assert getattr(call, "__self__", None) is not self.connection, call
 

@@ -161,7 +161,8 @@ def census(world: World) -> Counter[str]:
     registry = world.context.engine._registry
     registry.history = History(registry.rev, TIGHT)
     registry._departures.clear()
-    world.context.waits.probes._last.clear()
+    assert world.server._findings is not None
+    world.server._findings._last.clear()
     return Counter(
         f"{kind.__module__}.{kind.__qualname__}"
         for kind in map(type, gc.get_objects())

@@ -121,6 +121,7 @@ class Wire(asyncio.Transport):
         super().__init__({"peername": ("127.0.0.1", 40_000), "socket": _Kernel(self, quiet)})
         self._loop = loop
         self.protocol: Connection
+        self.low_priority = False
         self.sent = bytearray()  # has reached the peer
         self.taking = True  # the peer reads
         self.eof_sent = False  # the peer will send no more

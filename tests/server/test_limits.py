@@ -6,8 +6,9 @@
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sized
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,10 +20,12 @@ from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Change, Entry, Op, State
 from regd.core.registry import Registry
 from regd.protocol.commands import Request
+from regd.server.lifecycle import _within_open_files
 from regd.server.peers import Peers
+from regd.server.streams import Stream
 from tests.support.daemon import WAIT_S, InLoop, Peer
 from tests.support.files import ToldFiles
-from tests.support.peers import Told
+from tests.support.peers import STRANGER, Told
 
 pytestmark = pytest.mark.socket
 
@@ -57,6 +60,14 @@ async def until(true: Callable[[], object]) -> None:
     async with asyncio.timeout(WAIT_S):
         while not true():
             await asyncio.sleep(0)
+
+
+def has(things: Sized, count: int) -> bool:
+    return len(things) >= count
+
+
+def is_parked(daemon: InLoop, count: int) -> bool:
+    return daemon.server.parked == count
 
 
 # Arguments: what is checked before anything is done.
@@ -190,6 +201,10 @@ async def test_guests_leave_room_for_others(running: Running) -> None:
         owner = await daemon.peer()
         stats = await owner.ask(cmd="stats")
         assert (stats["connections"], stats["guests"]) == (4, 3)
+        sockets = {
+            each._is_guest: cast(Stream, each._transport).low_priority for each in daemon.server.connections
+        }
+        assert sockets == {True: True, False: False}
         for peer in daemon.peers[:4]:
             await peer.close()
         await until(lambda: len(daemon.server.connections) == 1)
@@ -212,6 +227,177 @@ async def test_what_is_kept_for_guests_leaves_room_for_others(step: int, running
         assert (await ask_watch(owner, "a"))["ok"]
         await guest.reset()
         await until(lambda: daemon.server.kept_bytes == size)
+
+
+@rows("guests_output_bytes_total_max")
+async def test_bytes_that_guests_do_not_read_cut_guests_alone(running: Running) -> None:
+    """The owner has the most unsent bytes of all, and keeps its connection."""
+    told = Told()
+    told.uid = 0
+    async with running(peers=told, guests_output_bytes_total_max=300_000) as daemon:
+        owner = await daemon.peer()
+        for n in range(900):
+            owner.send({"cmd": "register", "name": f"n{n}", "port": 1, "meta": {"k": "v" * 1_000}})
+        for _ in range(900):
+            await owner.reply()
+        reading = await daemon.peer()
+        assert (await reading.ask(cmd="register", name="held", port=1, hold=True))["ok"]
+        reading.writer.transport.pause_reading()
+        reading.send(b"list\n" * 100)
+        await until(lambda: daemon.server.unsent_bytes)
+        told.uid = STRANGER
+        for _ in range(12):
+            deaf = await daemon.peer()
+            deaf.writer.transport.pause_reading()
+            deaf.send(b"list\n" * 100)
+        async with asyncio.timeout(WAIT_S):
+            while not (await owner.ask(cmd="stats"))["cut"]:
+                pass
+        assert (await owner.ask("resolve held"))["ok"]
+        reading.writer.transport.resume_reading()
+        for _ in range(100):
+            assert (await reading.reply())["ok"]
+
+
+@rows("guests_input_bytes_total_max")
+async def test_bytes_that_guests_leave_unfinished_cut_guests_alone(running: Running) -> None:
+    told = Told()
+    told.uid = 0
+    async with running(peers=told, guests_input_bytes_total_max=3_000) as daemon:
+        owner = await daemon.peer()
+        owner.send(b"{" + b" " * 9_999)
+        await until(lambda: daemon.server.waiting_bytes == 10_000)
+        told.uid = STRANGER
+        guests = [await daemon.peer() for _ in range(3)]
+        for guest in guests:
+            guest.send(b"{" + b" " * 999)
+        await until(lambda: daemon.server.waiting_bytes == 13_000)
+        guests[0].send(b"  ")
+        assert (await guests[0].reply())["error"] == "busy"
+        assert (await owner.ask(b'"cmd":"ping"}\n'))["ok"]
+        assert (await guests[1].ask(b'"cmd":"ping"}\n'))["ok"]
+
+
+@rows("guests_watches_total_max", "guests_parked_total_max")
+async def test_watches_and_waits_of_guests_leave_room_for_others(running: Running) -> None:
+    told = Told()
+    async with running(
+        peers=told, guests_watches_total_max=3, watches_total_max=3, guests_parked_total_max=3, parked_total_max=3
+    ) as daemon:
+        for uid in (STRANGER, 0):
+            told.uid = uid
+            peers = [await daemon.peer() for _ in range(4)]
+            await three(partial(watch_as, peers))
+            parked = daemon.server.parked + 3
+            for peer in peers[:3]:
+                peer.send({"cmd": "resolve", "name": "a", "wait": 60, "id": 1})
+            await until(partial(is_parked, daemon, parked))
+            assert (await peers[3].ask(cmd="resolve", name="a", wait=60, id=2))["error"] == "busy"
+        stats = await peers[0].ask(cmd="stats")
+        assert (stats["watches"], stats["waiting"]) == (6, 6)
+
+
+@rows("guests_slow_max")
+async def test_long_replies_of_guests_take_turns_and_one_that_does_not_read_holds_up_none(
+    running: Running,
+) -> None:
+    told = Told()
+    told.uid = 0
+    async with running(peers=told, guests_slow_max=1, search_max=1) as daemon:
+        owner = await daemon.peer()
+        for n in range(12):
+            await owner.ask(cmd="register", name="a", port=1, instance=f"{n:02}", meta={"k": "v"})
+        told.uid = STRANGER
+        guests = [await daemon.peer() for _ in range(5)]
+        request = {"cmd": "resolve", "name": "a", "all": True, "meta": {"k": "v"}}
+        assert daemon.server._context is not None
+        slow, most = daemon.server._context.guests.slow, 0
+        for guest in guests:
+            guest.send(*[request] * 3)
+        await until(lambda: slow._waiting)
+        guests[1].writer.transport.abort()
+        replies = [asyncio.create_task(each.reply()) for n, each in enumerate(guests) if n != 1 for _ in range(1)]
+        async with asyncio.timeout(WAIT_S):
+            while not all(each.done() for each in replies):
+                most = max(most, len(slow._taken))
+                await asyncio.sleep(0)
+        assert most == 1
+        assert {len(each.result()["instances"]) for each in replies} == {12}
+        for n in (0, 2, 3, 4):
+            for _ in range(2):
+                assert len((await guests[n].reply())["instances"]) == 12
+        await until(lambda: not (slow._taken or slow._waiting))
+
+
+@rows("guests_turns_max")
+def test_whom_a_guest_gets_changes_nobody_elses_turn() -> None:
+    entries = [Entry("a", str(n), "127.0.0.1", 1, {"k": "v"}, State.READY, 1, 0.0) for n in range(3)]
+    registry = Registry(entries, 1, Limits(guests_turns_max=2, turns_max=2))
+
+    def resolve(*, guest: bool, **meta: str) -> str:
+        search = registry.search_in_turn("a", None, meta, 1, guest=guest)
+        assert search.go_on(10)
+        registry.took(search.found[0], meta, guest=guest)
+        return search.found[0].instance
+
+    for meta in ({}, {"k": "v"}):
+        got = [(resolve(guest=False, **meta), resolve(guest=True, **meta)) for _ in range(3)]
+        assert [own for own, _ in got] == ["0", "1", "2"], meta
+        assert sorted(own for _, own in got) == ["0", "1", "2"], meta
+    for n in range(10):
+        search = registry.search_in_turn("a", None, {"k": "v"}, 1, guest=True)
+        search.go_on(10)
+        registry.took(search.found[0], {"k": "v", "n": str(n)}, guest=True)
+    assert len(registry._served_to_guests) == 2
+    assert resolve(guest=False, k="v") == "0"
+
+
+@rows("guests_probes_max", "probes_max")
+@pytest.mark.parametrize("uid", [STRANGER, 0])
+async def test_no_more_addresses_are_probed_at_a_time(
+    uid: int, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each user's waits have their own; the next is tried when one is done."""
+    told, running_now, most = Told(), set[Any](), 0
+    gates: list[asyncio.Future[None]] = []
+
+    async def connect(address: Any, timeout_s: float) -> str:
+        nonlocal most
+        running_now.add(address)
+        most = max(most, len(running_now))
+        gates.append(asyncio.get_running_loop().create_future())
+        try:
+            await gates[-1]
+        finally:
+            running_now.discard(address)
+        return ""
+
+    monkeypatch.setattr("regd.server.probes._connect", connect)
+    told.uid = 0
+    async with running(peers=told, guests_probes_max=2, probes_max=3) as daemon:
+        owner = await daemon.peer()
+        for n in range(8):
+            await owner.ask(cmd="register", name=f"a{n}", port=1 + n)
+        told.uid = uid
+        peer = await daemon.peer()
+        peer.send(*({"cmd": "resolve", "name": f"a{n}", "wait": 60, "id": n} for n in range(8)))
+        await until(lambda: daemon.server.parked == 8 and len(gates) == (2 if uid else 3))
+        for n in range(8):
+            await until(partial(has, gates, n + 1))
+            gates[n].set_result(None)
+            assert (await peer.reply())["ok"]
+        assert most == (2 if uid else 3)
+
+
+@pytest.mark.parametrize("hard", [1_024, 4_096, 20_000])
+def test_the_part_of_guests_is_the_same_where_fewer_files_may_be_open(
+    hard: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regd.server.lifecycle.raise_open_files", lambda wanted: min(wanted, hard - 192))
+    limits = _within_open_files(DEFAULT)
+    assert limits.guests_max <= limits.connections_max / 4 + 1
+    assert limits.guests_probes_max <= limits.probes_max / 4 + 1
+    assert limits.connections_max + limits.processes_max + limits.probes_max + limits.guests_probes_max <= hard
 
 
 @rows("held_max")
@@ -278,6 +464,10 @@ async def test_watches(running: Running) -> None:
     async with running(watches_total_max=3) as daemon:
         peers = [await daemon.peer() for _ in range(4)]
         await three(lambda n: ask_watch(peers[n], "a"))
+
+
+async def watch_as(peers: list[Peer], n: int) -> dict[str, Any]:
+    return await ask_watch(peers[n], "a")
 
 
 async def ask_watch(peer: Peer, name: str, **more: Any) -> dict[str, Any]:
@@ -499,7 +689,7 @@ async def test_replies(running: Running) -> None:
 
 # Tested where they belong: slices and turns in test_health and test_service, probes in test_wait, `progress` in
 # test_watch, who does not read in test_connection.
-TESTED.update({"search_max", "turns_max", "probes_max", "probed_instances_max", "probe_s_max", "progress_s"})
+TESTED.update({"search_max", "turns_max", "probed_instances_max", "probe_s_max", "progress_s"})
 TESTED.update({"output_bytes_max", "output_bytes_total_max"})
 
 

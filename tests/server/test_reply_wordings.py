@@ -254,7 +254,10 @@ def test_an_unfinished_line_is_finished_first(twins: Twins) -> None:
     twins.turn()
     twins.asker.send(b"}\n")
     twins.settle()
-    assert [world.context.input.total for world in twins.worlds] == [0, 0]  # nor does anything wait any more
+    assert [world.context.writers.input.total for world in twins.worlds] == [
+        0,
+        0,
+    ]  # nor does anything wait any more
 
 
 def test_behind_quit_and_behind_a_stranger_nothing_is_answered(twins: Twins) -> None:

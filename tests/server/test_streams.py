@@ -8,10 +8,52 @@ from functools import partial
 
 import pytest
 
+from regd.server import streams as module
 from regd.server.streams import Stream
-from tests.support.streams import KIB, MANY, Bench, Caller, turns, until
+from tests.support.streams import KIB, MANY, Bench, Caller, Told, turns, until
 
 pytestmark = pytest.mark.socket
+
+
+# Priority.
+
+
+async def test_streams_of_low_priority_get_a_bounded_time_in_a_turn_of_the_loop_and_each_its_turn(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is of another priority is served in each turn, however many there are."""
+    if bench.streams._epoll is None:
+        pytest.skip("one epoll for each priority")
+    _, high = await bench.pair()
+    caller = bench.callers[-1]
+
+    def made() -> Told:
+        told = Told()
+        told.on["made"] = lambda: setattr(told.transport, "low_priority", True)
+        return told
+
+    bench.protocol = made
+    low = [await bench.pair() for _ in range(100)]
+    monkeypatch.setattr(module, "_LOW_S", -1.0)  # no time at all: one is served
+    for each, _ in low:
+        each.send(b"low")
+    order: list[Told] = []
+    for _, told in low:
+        told.on["data"] = partial(order.append, told)
+    for count in range(1, 6):
+        served, got = len(order), len(high.got)
+        caller.send(b"high")
+        await turns(2)
+        assert len(high.got) == got + 4
+        assert count <= len(order) <= served + 2
+    await until(lambda: len(order) == 100)
+    assert len(set(order)) == 100
+    for told in (low[0][1], low[70][1]):
+        told.transport.write(MANY)
+        told.transport.close()
+    for each in (low[0][0], low[70][0]):
+        assert await each.rest() == MANY
+    assert await bench.is_quiet()
 
 
 # Writing.

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from regd.server.turns import Turns
+from regd.server.turns import GUESTS_S, Turns
 from tests.support.daemon import WAIT_S
 
 
@@ -49,6 +49,24 @@ async def test_whoever_has_little_to_do_does_not_wait_for_the_busy() -> None:
     await drain([fresh])
     assert len(log) - before <= 5
     await drain(busy)
+
+
+async def test_those_with_little_time_take_no_more_in_one_turn_of_the_loop_however_many_they_are() -> None:
+    turns, log = Turns(GUESTS_S, GUESTS_S), list[str]()
+    seen = [turns.has_time]
+    turns.spent(GUESTS_S)
+    assert [*seen, turns.has_time] == [True, False]
+    workers = [Worker(turns, f"one{n}", log, 0.0005, 2) for n in range(100)]
+    for each in workers:
+        turns.wait(each, busy=False)
+    steps = []
+    async with asyncio.timeout(WAIT_S):
+        while any(each.times for each in workers):
+            before = len(log)
+            await asyncio.sleep(0)
+            steps.append(len(log) - before)
+    assert max(steps) <= 2 * GUESTS_S / 0.0005
+    assert len(log) == 200
 
 
 async def test_the_busy_go_on_among_many_who_come_and_each_in_its_turn() -> None:

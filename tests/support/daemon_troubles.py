@@ -192,7 +192,7 @@ async def long_line(scene: Scene) -> str:
     return await answer(scene, "too_large", json.dumps({**REGISTER, "meta": {"k": "x" * DEFAULT.line_bytes_max}}))
 
 
-@says("… connections are open; close some, or try again later")
+@says("too many connections (…); close some or try again later")
 async def too_many_connections(scene: Scene) -> str:
     async with scene.daemon(limits=replace(DEFAULT, connections_max=1)) as daemon:
         assert (await (await daemon.peer()).ask("ping"))["ok"]

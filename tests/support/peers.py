@@ -18,3 +18,6 @@ class Told(Peers):
 
     def uid_of(self, connection: socket.socket) -> int | None:
         return self.uid
+
+    def is_gone(self, connection: socket.socket) -> bool:
+        return False

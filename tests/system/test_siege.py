@@ -1,6 +1,7 @@
 """The siege in its short form: the same scenarios with small counts, and what must hold behind each."""
 
 import asyncio
+import os
 import resource
 from pathlib import Path
 
@@ -31,6 +32,8 @@ class Few(Daemon):
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda each: each.name)
 def test_siege(tmp_path: Path, scenario: Scenario) -> None:
     kind = Daemon
+    if scenario.needs_root and os.geteuid() != 0:
+        pytest.skip("only root can become another user")
     if scenario.attack is full_house:
         kind = Few
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
