@@ -17,6 +17,7 @@ from regd.cli import commands
 from regd.core.errors import Code
 from regd.core.limits import Limits
 from regd.protocol.commands import COMMANDS
+from regd.protocol.messages import HTTP_REFUSAL
 from tests.support.daemon import ROOT, Daemon, InLoop, environment
 from tests.support.documents import blocks, fits, replay
 from tests.support.peers import Told
@@ -52,6 +53,10 @@ def test_every_command_and_error_is_in_the_protocol_page() -> None:
         assert f'"cmd":"{name}"' in sent, f"no conversation shows {name}"
     for code in Code:
         assert f"| `{code}` | {code.meaning} |" in page, code
+
+
+def test_the_refusal_in_http_is_in_the_protocol_page() -> None:
+    assert f"```text\n{HTTP_REFUSAL.decode()}```".replace("\r\n", "\n") in PROTOCOL.read_text()
 
 
 def limit_rows() -> list[str]:

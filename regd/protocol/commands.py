@@ -86,7 +86,7 @@ def _check_key(value: object) -> Key:
 
 def _check_topic(value: object) -> str:
     if type(value) is not str or value not in COMMANDS:
-        near = _near(value, COMMANDS) if type(value) is str else []
+        near = nearest_word(value, COMMANDS) if type(value) is str else []
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise Invalid(f"must be a command, one of {', '.join(COMMANDS)}{hint}")
     return value
@@ -234,7 +234,8 @@ COMMANDS: Mapping[str, Command] = {
 }
 
 
-def _near(word: str, words: Mapping[str, object]) -> list[str]:
+def nearest_word(word: str, words: Mapping[str, object]) -> list[str]:
+    """Return the word that somebody who wrote `word` may have meant, if there is one."""
     return get_close_matches(word[:64], words, n=1)
 
 
@@ -246,7 +247,7 @@ def check(cmd: str, id: str | int | None, given: Mapping[str, object]) -> Reques
     """
     command = COMMANDS.get(cmd)
     if command is None:
-        near = _near(cmd, COMMANDS)
+        near = nearest_word(cmd, COMMANDS)
         hint = f"did you mean {near[0]!r}?" if near else '{"cmd":"help"} lists them'
         raise Refused(Code.UNKNOWN_COMMAND, f"no command {cmd[:64]!r}; {hint}", near=near)
     checked: dict[str, Any] = {}
@@ -266,7 +267,7 @@ def check(cmd: str, id: str | int | None, given: Mapping[str, object]) -> Reques
 
 
 def _unknown_argument(cmd: str, command: Command, name: str) -> Refused:
-    near = _near(name, command.arguments)
+    near = nearest_word(name, command.arguments)
     if near:
         hint = f"did you mean {near[0]!r}?"
     elif command.arguments:

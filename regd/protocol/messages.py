@@ -199,6 +199,23 @@ def instances(id: str | int | None, result: Mapping[str, object], entries: Itera
     return head[:-2] + b',"instances":[' + b",".join(map(instance, entries)) + b"]}\n"
 
 
+_HTTP_TEXT = b"""\
+This is regd, a service registry. It does not speak HTTP.
+It takes one JSON object a line, or a bare line such as: help
+From a shell: regctl list, or: printf 'help\\nquit\\n' | nc HOST PORT
+"""
+
+# The reply to an HTTP request: the same for all, and nothing in it is the peer's. No header lets a page read it.
+HTTP_REFUSAL = (
+    b"HTTP/1.1 400 Bad Request\r\n"
+    b"Connection: close\r\n"
+    b"Content-Type: text/plain; charset=utf-8\r\n"
+    b"Content-Length: %d\r\n"
+    b"X-Content-Type-Options: nosniff\r\n"
+    b"\r\n%s"
+) % (len(_HTTP_TEXT), _HTTP_TEXT)
+
+
 # Events. `watch` is the number that the peer knows the watch by.
 
 

@@ -2,6 +2,15 @@
 
 How it works: `receive` splits into lines and keeps what is unfinished; `next` looks at one line at a time, so
 that whoever is behind can stop. Total: any bytes give requests and problems, nothing else comes out.
+
+The first of these applies to a line:
+1. It begins with `{`: a JSON request.
+2. It is an HTTP request line: refused in HTTP, and the end.
+3. It is a bare line (`bare.py`): a request.
+4. It begins with a letter and is printable: a mistyped bare line. It is the end if no valid request came before,
+   since a program of another protocol begins with a line of that protocol.
+5. Else it is of another protocol, and the end.
+
 Must not know sockets or time.
 """
 
@@ -10,28 +19,22 @@ from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 
-from regd.core.errors import Code, Invalid, Refused
+from regd.core.errors import Code, Refused
 from regd.core.limits import DEFAULT, Limits
-from regd.core.model import check_name, check_pattern
+from regd.protocol.bare import Quit, understand
 from regd.protocol.commands import Request
-from regd.protocol.messages import decode
+from regd.protocol.messages import HTTP_REFUSAL, decode
 
 # telnet writes a carriage return as CR NUL (RFC 854), so that is a blank too, here and at the end of a line.
 _BLANKS = re.compile(rb"(?:[ \t]|\r\0?)*")
 _END_BYTES = len(b"\r\0\r")  # of a line's end, beyond the line and its line feed
 # What Python keeps around a line in the queue; many short lines cost more than they are.
 _LINE_OVERHEAD_BYTES = 56
-_WORDS = (b"help", b"ping", b"list", b"resolve", b"watch", b"quit")  # read-only
-_BARE = re.compile(
-    rb"(?:(help|ping|list|watch|quit)|(resolve)[ \t]+([!-~]{1,253})|(watch)[ \t]+([!-~]{1,254}))"
-    rb"(?:[ \t]|\r\0?)*"
-)
-# As much of a line as can still become a bare form: a word, or one with a name and the beginning of that.
-# Possessive (`++`, `*+`): a long run of blanks would be tried at every split of it.
-_BARE_BEGUN = re.compile(
-    rb"(?:resolve[ \t]++[!-~]{0,253}|watch[ \t]++[!-~]{0,254}|help|ping|list|quit|resolve|watch)(?:[ \t]|\r\0?)*+"
-)
-_BARE_BYTES_MAX = 512  # of a bare form with its blanks: it is looked at again with every chunk
+# Printable, then a line's end. Possessive (`*+`): a long run of blanks would be tried at every split of it.
+_TEXT = re.compile(rb"([!-~][ -~\t]*+)(?:[ \t]|\r\0?)*+")
+_HTTP = re.compile(rb"[!-~]+[ \t]+[!-~]+[ \t]+HTTP/[!-~]*[ \t]*")  # RFC 9112, section 3
+_HTTP_BEGUN = re.compile(rb"[!-~]+[ \t]+[!-~]")
+_BARE_BYTES_MAX = 512  # of a bare line with its blanks: it is looked at again with every chunk
 _SEEN_BYTES = 60  # of a stranger's line, for the log
 
 
@@ -46,22 +49,21 @@ class _Stranger:
     """Stands in the queue for the first line that is not of this protocol."""
 
     seen: bytes
+    http: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """A line that gets an error. After a fatal one nothing of this peer is looked at.
 
-    `seen` is how the line of a stranger begins, raw: not for a terminal as it is.
+    `seen` is how the line of a stranger begins, raw: not for a terminal as it is. `reply` is what the peer gets
+    in place of an error line, if it speaks another protocol.
     """
 
     refusal: Refused
     fatal: bool = False
     seen: bytes = b""
-
-
-class Quit:
-    """The peer said `quit`: it wants its replies, and then the end."""
+    reply: bytes = b""
 
 
 Item = Request | Problem | Quit
@@ -70,9 +72,10 @@ Item = Request | Problem | Quit
 class Reader:
     """The reading half of a conversation."""
 
-    __slots__ = ("_closed", "_limits", "_lines", "_rest", "_skipping", "_waiting_bytes")
+    __slots__ = ("_closed", "_limits", "_lines", "_rest", "_skipping", "_waiting_bytes", "valid")
 
     def __init__(self, limits: Limits = DEFAULT) -> None:
+        self.valid = False  # the peer has sent a valid request
         self._limits = limits
         self._lines: deque[bytes | _Mark | _Stranger] = deque()
         self._rest = bytearray()  # the unfinished line
@@ -143,10 +146,18 @@ class Reader:
         if not line.startswith(b"{"):
             line = line[_leading(line) :]
         if len(line) > self._most(line):
-            self._lines.append(_Mark.TOO_LARGE if line.startswith(b"{") else _Stranger(line[:_SEEN_BYTES]))
+            self._lines.append(_Mark.TOO_LARGE if line.startswith(b"{") else self._too_long(line))
         elif line:
             self._lines.append(line)
             self._waiting_bytes += len(line) + _LINE_OVERHEAD_BYTES
+
+    def _too_long(self, line: bytes) -> _Stranger:
+        """Judge what is too long for a bare line: the target of an HTTP request may be as long as a line."""
+        http = len(line) <= self._limits.line_bytes_max and self._may_be_http(line) and _is_http(line)
+        return _Stranger(line[:_SEEN_BYTES], http)
+
+    def _may_be_http(self, line: bytes | bytearray) -> bool:
+        return _HTTP_BEGUN.match(line, 0, self._most(line)) is not None
 
     def _more(self, data: bytes) -> None:
         """Keep more of an unfinished line, while it can still become one."""
@@ -159,17 +170,23 @@ class Reader:
             del self._rest[: blanks - (blanks == len(self._rest) and self._rest.endswith(b"\r"))]
             if not self.unfinished:
                 return
-        too_long = len(self._rest) > self._most(self._rest) + _END_BYTES
-        if not self._rest.startswith(b"{") and (too_long or not _may_be_bare(self._rest)):
-            # It has no end yet, and need not have one: a TLS hello may hold no line feed at all.
-            self._lines.append(_Stranger(bytes(self._rest[:_SEEN_BYTES])))
-            self._rest.clear()
-            self._closed = True
-            return
-        if too_long:
+        if not self._rest.startswith(b"{"):
+            if not self._may_be_text():
+                # It has no end yet, and need not have one: a TLS hello may hold no line feed at all.
+                self._lines.append(_Stranger(bytes(self._rest[:_SEEN_BYTES])))
+                self._rest.clear()
+                self._closed = True
+        elif len(self._rest) > self._limits.line_bytes_max + _END_BYTES:
             self._lines.append(_Mark.TOO_LARGE)
             self._rest.clear()
             self._skipping = True
+
+    def _may_be_text(self) -> bool:
+        """Whether the unfinished line can still become a bare line, or an HTTP request line."""
+        size = len(self._rest)
+        if size <= self._most(self._rest) + _END_BYTES:
+            return _TEXT.fullmatch(self._rest) is not None
+        return size <= self._limits.line_bytes_max + _END_BYTES and self._may_be_http(self._rest)
 
     def _most(self, line: bytes | bytearray) -> int:
         """How long a line may be that begins like this one."""
@@ -185,50 +202,50 @@ class Reader:
             most = self._limits.line_bytes_max
             return Problem(Refused(Code.TOO_LARGE, f"a line is at most {most} bytes; this one was skipped"))
         if isinstance(line, _Stranger):
-            return self._stranger(line.seen)
+            return self._stranger(line)
         assert isinstance(line, bytes)
         self._waiting_bytes -= len(line) + _LINE_OVERHEAD_BYTES
-        if not line.startswith(b"{"):
-            return self._bare(line)
         try:
-            return decode(line)
+            item = decode(line) if line.startswith(b"{") else self._text(line)
         except Refused as refusal:
             return Problem(refusal.bare())
+        self.valid = self.valid or isinstance(item, Request)
+        return item
 
-    def _bare(self, line: bytes) -> Item:
-        form = _BARE.fullmatch(line)
-        if form is None:
-            return self._stranger(line[:_SEEN_BYTES])
-        word, resolve, service, watch, pattern = form.groups()
-        if word == b"quit":
-            return Quit()
-        if word:
-            return Request(word.decode(), None, {})
+    def _text(self, line: bytes) -> Item:
+        text = _TEXT.fullmatch(line)
+        http = _is_http(line)
+        if text is None or http or not line[:1].isalpha():
+            return self._stranger(_Stranger(line[:_SEEN_BYTES], http))
         try:
-            if resolve:
-                return Request("resolve", None, {"name": check_name(service.decode())})
-            return Request(watch.decode(), None, {"name": check_pattern(pattern.decode())})
-        except Invalid as error:
-            return Problem(Refused(Code.BAD_ARGUMENT, f"name {error}", field="name"))
+            return understand(text[1].decode())
+        except Refused as refusal:
+            if self.valid:
+                raise
+            self.close()
+            refusal.message += " (closed: no valid request came before)"
+            return Problem(refusal.bare(), fatal=True, seen=line[:_SEEN_BYTES])
 
-    def _stranger(self, seen: bytes) -> Problem:
+    def _stranger(self, line: _Stranger) -> Problem:
         self.close()
         return Problem(
             Refused(
                 Code.BAD_REQUEST,
-                'this is regd: one JSON object a line, such as {"cmd":"help"}, or a bare word: '
-                "help, ping, list, resolve NAME, watch [NAME], quit",
+                'this is regd: one JSON object a line, such as {"cmd":"help"}, or a bare line such as help, list '
+                "or resolve NAME",
             ),
             fatal=True,
-            seen=seen,
+            seen=line.seen,
+            reply=HTTP_REFUSAL if line.http else b"",
         )
+
+
+def _is_http(line: bytes) -> bool:
+    text = _TEXT.fullmatch(line)
+    return text is not None and _HTTP.fullmatch(text[1]) is not None
 
 
 def _leading(line: bytes | bytearray) -> int:
     """How many blanks a line begins with."""
     blanks = _BLANKS.match(line)
     return blanks.end() if blanks else 0
-
-
-def _may_be_bare(begun: bytearray) -> bool:
-    return any(word.startswith(begun) for word in _WORDS) or _BARE_BEGUN.fullmatch(begun) is not None

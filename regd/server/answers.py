@@ -19,6 +19,7 @@ from regd.core.model import DEFAULT_HOST, Entry, Holder, Key, Process, State, ke
 from regd.core.registry import Page, Registry
 from regd.core.service import Search
 from regd.protocol import messages
+from regd.protocol.bare import USAGES
 from regd.protocol.commands import Request, described
 from regd.server.clock import Clock
 from regd.server.engine import Write
@@ -177,6 +178,8 @@ class Answers:
         )
 
     def _help(self, request: Request, asker: Asker) -> bytes:
+        if "short" in request.arguments:  # of a bare line
+            return messages.ok(None, {"bare": USAGES, "more": '{"cmd":"help"}'})
         topic = request.arguments.get("topic")
         if topic not in self._helps:
             self._helps[topic] = messages.ok(None, {"commands": described(topic)})

@@ -13,8 +13,9 @@ from typing import cast
 from regd.core.errors import Code, Refused
 from regd.core.model import Entry
 from regd.protocol import messages
+from regd.protocol.bare import Quit
 from regd.protocol.commands import COMMANDS, Request
-from regd.protocol.reader import Item, Problem, Quit, Reader
+from regd.protocol.reader import Item, Problem, Reader
 from regd.server.answers import Asker, Slow
 from regd.server.clock import Timer
 from regd.server.context import Context, peer_text
@@ -142,6 +143,7 @@ class Connection(asyncio.Protocol):
             else:
                 replies.count += 1
             if reply is not None:
+                self._reader.valid = True
                 self._transport.write(reply)
                 return
             self._quiet = False
@@ -260,7 +262,8 @@ class Connection(asyncio.Protocol):
                 self._end()
             elif context.events.logs_requests:
                 context.events.bad_line(self.peer, self._asker.uid, item.refusal)
-            return self._error(item.refusal)
+            line = self._error(item.refusal)
+            return item.reply or line
         try:
             reply = self._do(item)
         except Refused as refusal:

@@ -119,9 +119,10 @@ class Conversation:
         self._tidy_up()
 
     def _check_closed(self) -> None:
-        """Behind a stranger and `quit` the daemon closes, whatever the peer does."""
+        """Behind `quit` and a line of another protocol the daemon closes, whatever the peer does."""
         said = list(oracle.understood(bytes(self.given), TIGHT.line_bytes_max, ended=False))
-        if said and said[-1].kind in (oracle.STRANGER, oracle.QUIT) and not self.connection._parked:
+        sure = all(each.ends is not None for each in said)
+        if said and sure and said[-1].ends and not self.connection._parked:
             self.world.pass_time(2 * TIGHT.farewell_s_max)
             assert self.peer.lost
 
@@ -140,20 +141,22 @@ class Conversation:
 
     def _check_replies(self, said: list[Said]) -> None:
         """Every line is one; and the replies are those to what was said, in order, all or the first of them."""
-        sent = bytes(self.peer.sent)
+        sent, http = _without_http(bytes(self.peer.sent))
         whole, _, rest = sent.rpartition(b"\n")
         cut = self.world.context.tally.cut > self.cut_before
         assert not rest or cut or self.peer.is_reset, rest
         lines = [is_a_line(each + b"\n") for each in whole.split(b"\n") if each]
         replies = [each for each in lines if "ok" in each]
-        expected = [each for each in said if each.kind != oracle.QUIT]
+        expected = [each for each in said if each.kind not in (oracle.QUIT, oracle.HTTP)]
+        depends = [each for each in expected if each.ends is None]
         waits = any(each.arguments and "wait" in each.arguments for each in said)
-        complete = not (cut or self.late or self.early or self.peer.is_reset)
+        complete = not (cut or self.late or self.early or self.peer.is_reset or depends)
         if not complete:
             del replies[-1:]  # it may say why
-        elif not (waits and said[-1].kind == oracle.STRANGER):  # which ends what waits
+        elif not (waits and said[-1].ends and said[-1].kind != oracle.QUIT):  # which ends what waits
             assert len(replies) == len(expected), (expected, replies)
-        if waits:
+            assert oracle.is_http_refusal(http) is any(each.kind == oracle.HTTP for each in said), http
+        if waits or depends:
             return  # overtaken, perhaps
         for reply, each in zip(replies, expected, strict=False):
             _answers(reply, each)
@@ -229,6 +232,13 @@ class Conversation:
         ):  # fmt: skip
             assert not table, table
         assert self.registry.weight_bytes == 0
+
+
+def _without_http(sent: bytes) -> tuple[bytes, bytes]:
+    """Return the lines, and what stands behind them in HTTP."""
+    found = re.search(rb"^HTTP/", sent, re.MULTILINE)
+    at = found.start() if found else len(sent)
+    return sent[:at], sent[at:]
 
 
 def listed(registry: Registry) -> list[Entry]:

@@ -8,6 +8,7 @@ import ipaddress
 import json
 import math
 import re
+import string
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,19 +17,23 @@ BARE_BYTES_MAX = 512  # of a bare word, its name and the blanks of whoever typed
 DEPTH_MAX = 100  # beyond it: refused, under either of two codes
 
 # What a line may turn out to be, beside the codes of errors.
-STRANGER, QUIT, REQUEST, UNSURE = "stranger", "quit", "request", "unsure"
+STRANGER, HTTP, QUIT, REQUEST, UNSURE = "stranger", "http", "quit", "request", "unsure"
 
 WRITES = ("register", "deregister", "update")
 
 
 @dataclass(frozen=True)
 class Said:
-    """One line: its kind or the error that it must get, and what it asks. `id` is what the reply must carry."""
+    """One line: its kind or the error that it must get, and what it asks. `id` is what the reply must carry.
+
+    `ends`: nothing behind it is looked at; None where that depends on a line before it that the oracle cannot judge.
+    """
 
     kind: str
     cmd: str = ""
     id: str | int | None = None
     arguments: Mapping[str, Any] | None = None
+    ends: bool | None = False
 
 
 class Bad(Exception):
@@ -41,16 +46,21 @@ class Bad(Exception):
 
 
 def understood(stream: bytes, line_bytes_max: int, ended: bool = True) -> Iterator[Said]:
-    """Say what each line is, up to a stranger or `quit`. `ended`: what is unfinished counts as a line."""
+    """Say what each line is, up to one that ends it. `ended`: what is unfinished counts as a line."""
+    valid: bool | None = False  # a valid request came before
     *lines, rest = stream.split(b"\n")
     for raw in lines + [rest] * ended:
         line = _without_blanks(_without_end(raw))
         if not line:
             continue
-        said = _line(line, line_bytes_max)
+        said = _line(line, line_bytes_max, valid)
         yield said
-        if said.kind in (STRANGER, QUIT):
+        if said.ends:
             return
+        if said.kind == REQUEST:
+            valid = True
+        elif said.kind == UNSURE:
+            valid = valid or None
 
 
 def _without_end(line: bytes) -> bytes:
@@ -68,35 +78,93 @@ def _without_blanks(line: bytes) -> bytes:
     return line[at:]
 
 
-def _line(line: bytes, line_bytes_max: int) -> Said:
-    if not line.startswith(b"{"):
-        return _bare(line) if len(line) <= min(line_bytes_max, BARE_BYTES_MAX) else Said(STRANGER)
-    if len(line) > line_bytes_max:
-        return Said("too_large")
-    try:
-        return judged(line)
-    except Bad as bad:
-        return Said(bad.code, id=bad.id)
+def _line(line: bytes, line_bytes_max: int, valid: bool | None) -> Said:
+    """The table of the contract, row by row."""
+    if line.startswith(b"{"):
+        if len(line) > line_bytes_max:
+            return Said("too_large")
+        try:
+            return judged(line)
+        except Bad as bad:
+            return Said(bad.code, id=bad.id)
+    text = _text(line)
+    short = len(line) <= min(line_bytes_max, BARE_BYTES_MAX)
+    if text is not None and len(line) <= line_bytes_max and _is_http(text, line_bytes_max):
+        return Said(HTTP, ends=True)
+    if text is None or not short or text[0] not in string.ascii_letters:
+        return Said(STRANGER, ends=True)
+    said = _bare(*re.split("[ \t]+", text.strip(" \t")))
+    if said.kind in (REQUEST, QUIT):
+        return said
+    return Said(said.kind, ends=None if valid is None else not valid)
 
 
-def _bare(line: bytes) -> Said:
-    text = line.replace(b"\r\0", b" ").replace(b"\r", b" ").decode("latin-1")
-    words = re.split("[ \t]+", text.strip(" \t"))
-    # A return is a blank at the end only; between the words stand blanks and tabs.
-    if b"\r" in line and re.search(rb"\r\0?[ \t\r\0]*[^ \t\r\0]", line):
-        return Said(STRANGER)
-    if not all(re.fullmatch("[!-~]+", word) for word in words):
-        return Said(STRANGER)
-    match words:
-        case ["quit"]:
-            return Said(QUIT)
-        case ["help" | "ping" | "list" | "watch"]:
-            return Said(REQUEST, words[0], arguments={})
-        case ["resolve", name] if len(name) <= 253:
-            return Said(REQUEST, "resolve", arguments={"name": name}) if _name(name) else Said("bad_argument")
-        case ["watch", name] if len(name) <= 254:
-            return Said(REQUEST, "watch", arguments={"name": name}) if _pattern(name) else Said("bad_argument")
-    return Said(STRANGER)
+def _text(line: bytes) -> str | None:
+    """A line as text, if it is printable. A return is a blank, at the end only."""
+    while line.endswith((b"\r", b"\r\0", b" ", b"\t")):
+        line = line[: -2 if line.endswith(b"\0") else -1]
+    printable = all(0x20 <= byte < 0x7F or byte == 0x09 for byte in line)
+    return line.decode() if line and printable else None
+
+
+def _is_http(text: str, line_bytes_max: int) -> bool:
+    """A word, blank, target, blank, `HTTP/…`; the target begins where a bare line could still be one."""
+    words = re.split("[ \t]+", text)
+    begins = len(text) - len(text.split(maxsplit=1)[-1])
+    return len(words) == 3 and words[2].startswith("HTTP/") and begins < min(line_bytes_max, BARE_BYTES_MAX)
+
+
+def _bare(word: str, *given: str) -> Said:
+    cmd = word.lower()
+    match cmd, given:
+        case "quit", ():
+            return Said(QUIT, ends=True)
+        case "help", ():
+            return Said(REQUEST, "help", arguments={"short": True})
+        case (("ping" | "stats" | "list" | "watch"), ()):
+            return Said(REQUEST, cmd, arguments={})
+        case (("list" | "watch"), (name,)) if _pattern(name):
+            return Said(REQUEST, cmd, arguments={"name": name})
+        case (("resolve" | "deregister" | "why"), (name,)) if _name(name):
+            return Said(REQUEST, cmd, arguments={"name": name})
+        case "register", (name, address):
+            return _registration(name, address)
+    known = ("quit", "help", "ping", "stats", "list", "watch", "resolve", "deregister", "why", "register")
+    return Said("bad_argument" if cmd in known else "unknown_command")
+
+
+def _registration(name: str, address: str) -> Said:
+    host, colon, digits = address.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+        if not host or "[" in host or "]" in host:
+            return Said("bad_argument")
+    elif ":" in host or "[" in host or "]" in host or (colon and not host):
+        return Said("bad_argument")
+    if not re.fullmatch("[0-9]{1,5}", digits) or not 1 <= int(digits) <= 65_535 or not _name(name):
+        return Said("bad_argument")
+    arguments: dict[str, Any] = {"name": name, "port": int(digits)}
+    if not colon:
+        return Said(REQUEST, "register", arguments=arguments)
+    fits = _host(host)
+    if fits is False:
+        return Said("bad_argument")
+    return Said(UNSURE if fits is None else REQUEST, "register", arguments={**arguments, "host": host})
+
+
+def is_http_refusal(reply: bytes) -> bool:
+    """A complete answer to an HTTP request, which no page may read and no cache keep for something else."""
+    head, _, body = reply.partition(b"\r\n\r\n")
+    status, *lines = head.split(b"\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (each.partition(b":") for each in lines)}
+    return (
+        status == b"HTTP/1.1 400 Bad Request"
+        and headers.keys() == {b"connection", b"content-type", b"content-length", b"x-content-type-options"}
+        and headers[b"connection"] == b"close"
+        and headers[b"content-type"].startswith(b"text/plain")
+        and int(headers[b"content-length"]) == len(body)
+        and headers[b"x-content-type-options"] == b"nosniff"
+    )
 
 
 # JSON, strictly.

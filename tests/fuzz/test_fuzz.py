@@ -94,7 +94,11 @@ def requests(draw: st.DrawFn) -> bytes:
     return line
 
 
-words = st.sampled_from([b"help", b"ping", b"list", b"watch", b"resolve db", b"watch w*", b"quit", b"", b"\r\0"])
+words = st.sampled_from(
+    [b"help", b"ping", b"list", b"watch", b"resolve db", b"watch w*", b"quit", b"", b"\r\0", b"stats", b"LIST d*",
+     b"register db 5061", b"Register db [::1]:1", b"register a localhost:2", b"deregister db", b"why db", b"pong",
+     b"resolve", b"register db", b"hello", b"REGISTER /db HTTP/1.1", b"GET / HTTP/1.0"]
+)  # fmt: skip
 ends = st.sampled_from([b"\n", b"\n", b"\n", b"\r\n", b"\r\0\r\n", b"\r\0\n", b" \n", b""])
 lines = st.builds(
     bytes.__add__, st.one_of(requests(), requests(), requests(), words, st.sampled_from(STRANGERS)), ends

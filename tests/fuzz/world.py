@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from regd.core.limits import Limits
-from regd.server import probes, processes
+from regd.server import half_closed, probes, processes
 from regd.server.connection import Connection
 from regd.server.context import Context
 from regd.server.lifecycle import Config, Server
@@ -196,6 +196,7 @@ _FAKES: tuple[tuple[Any, str, object], ...] = (
     (processes, "_start_ticks", str),
     (processes, "boot_id", lambda: "boot"),
     (probes, "_connect", _connect),
+    (half_closed, "CHECK_S", 900.0),  # an hour passes in every conversation with a wait
 )
 
 

@@ -11,8 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from regd.core.limits import DEFAULT, Limits
+from regd.protocol.bare import Quit
 from regd.protocol.commands import COMMANDS, Request
-from regd.protocol.reader import Problem, Quit, Reader
+from regd.protocol.messages import HTTP_REFUSAL
+from regd.protocol.reader import Problem, Reader
 
 MOST = DEFAULT.line_bytes_max
 NEXT = b'{"cmd":"ping","id":"next"}\n'  # trailing data: does the session go on behind the case?
@@ -30,7 +32,8 @@ def said(chunks: Iterable[bytes], end: bool = False, limits: Limits = DEFAULT) -
                     items.append(item.cmd if item.id is None else f"{item.cmd}#{item.id}")
                 case Problem():
                     assert item.refusal.message
-                    items.append(item.refusal.code + ("!" if item.fatal else ""))
+                    assert item.reply in (b"", HTTP_REFUSAL)
+                    items.append(("http" if item.reply else item.refusal.code) + ("!" if item.fatal else ""))
                 case Quit():
                     items.append("quit")
 
@@ -69,7 +72,19 @@ CASES: dict[str, tuple[bytes, list[str]]] = {
     "ping": (b"ping\r\n", ["ping"]),
     "list": (b" list \n", ["list"]),
     "resolve": (b"resolve  db\t\r\n", ["resolve"]),
-    "resolve of a bad name": (b"resolve DB\n", ["bad_argument"]),
+    "stats": (b"stats\n", ["stats"]),
+    "why": (b"why db\n", ["why"]),
+    "watch": (b"watch\n", ["watch"]),
+    "watch of a prefix": (b"watch work*\n", ["watch"]),
+    "list of a name": (b"list db\n", ["list"]),
+    "list of a prefix": (b"list work*\n", ["list"]),
+    "register": (b"register db 5432\n", ["register"]),
+    "register with a host": (b"register db db.example:5432\n", ["register"]),
+    "register with an IPv6 address": (b"register db [::1]:5432\n", ["register"]),
+    "deregister": (b"deregister db\n", ["deregister"]),
+    "upper case": (b"REGISTER db 5432\nRESOLVE db\nPing\n", ["register", "resolve", "ping"]),
+    "the longest bare line": (b"list" + b" " * 508 + b"\n", ["list"]),
+    "the longest bare line, through telnet": (b"list" + b" " * 508 + b"\r\0\r\n", ["list"]),
     "quit": (b"quit\n", ["quit"]),
     # telnet, fed from a pipe, sends a carriage return as CR NUL.
     "a word through telnet": (b"list\r\0\r\n", ["list"]),
@@ -116,31 +131,77 @@ CASES: dict[str, tuple[bytes, list[str]]] = {
     "two too long": ((padded(MOST + 1) + b"\n") * 2, ["too_large", "too_large"]),
 }
 
-STRANGERS: dict[str, bytes] = {
-    "HTTP": b"POST / HTTP/1.1\r\nHost: 127.0.0.1:7343\r\n\r\n",
-    "HTTP with a body of commands": b'GET / HTTP/1.1\r\n\r\n{"cmd":"register","name":"evil","port":1}\n',
+# The guard: the rows of the contract's table behind the first, with what a line gets that is the first of its
+# connection. Behind a valid request only mistyped lines differ: they do not end it.
+
+HTTP: dict[str, bytes] = {
+    "POST": b"POST / HTTP/1.1\r\nHost: 127.0.0.1:7343\r\n\r\n",
+    "a body of commands": b'GET / HTTP/1.1\r\n\r\n{"cmd":"register","name":"evil","port":1}\n',
     "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "a method that is a command": b"REGISTER /evil HTTP/1.1\r\n\r\n",
+    "a method that is a command, and a name": b"watch db HTTP/1.1\n",
+    "a method that is no word": b"!#$%&'*+-.^_`|~1 / HTTP/1.1\r\n",
+    "many blanks": b" \tGET \t /  HTTP/1.0 \t\r\n",
+    "a proxy": b"CONNECT db.example:80 HTTP/1.1\r\n",
+    "a long target": b"GET /" + b"x" * 5_000 + b" HTTP/1.1\r\n",
+    "the longest": b"GET /" + b"x" * (MOST - 14) + b" HTTP/1.1\r\n",
+    "through telnet": b"GET / HTTP/1.1\r\0\r\n",
+    "RTSP's neighbour": b"OPTIONS * HTTP/\n",
+}
+MISTYPED: dict[str, tuple[bytes, str]] = {
+    "another word": (b"pong\n", "unknown_command"),
+    "a word of JSON lines alone": (b"hello\n", "unknown_command"),
+    "curl's dict": (b"CLIENT libcurl 8.5.0\r\n", "unknown_command"),
+    "HTTP/0.9": (b"GET /\r\n", "unknown_command"),
+    "SSH": (b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n", "unknown_command"),
+    "SMTP": (b"EHLO evil.example\r\n", "unknown_command"),
+    "a header": (b"Content-Length: 5\r\n", "unknown_command"),
+    "a word and more": (b"ping pong\n", "bad_argument"),
+    "resolve of nothing": (b"resolve\n", "bad_argument"),
+    "resolve of two": (b"resolve a b\n", "bad_argument"),
+    "resolve of a bad name": (b"resolve DB\n", "bad_argument"),
+    "resolve of too much": (b"resolve " + b"a" * 254 + b"\n", "bad_argument"),
+    "list of two": (b"list a b\n", "bad_argument"),
+    "register of a name alone": (b"register db\n", "bad_argument"),
+    "register of three": (b"register db 1 2\n", "bad_argument"),
+    "register of no port": (b"register db http\n", "bad_argument"),
+    "register of a port too high": (b"register db 65536\n", "bad_argument"),
+    "register of a huge port": (b"register db 100000000000\n", "bad_argument"),
+    "register of another sign": (b"register db +1\n", "bad_argument"),
+    "register of a bare IPv6 address": (b"register db ::1:80\n", "bad_argument"),
+    "register of no host": (b"register db :80\n", "bad_argument"),
+    "register of a host that cannot be called": (b"register db 0.0.0.0:80\n", "bad_argument"),
+    "a word without an end": (b"listlistlist\n", "unknown_command"),
+    "as long as may be": (b"x" * 512 + b"\n", "unknown_command"),
+    "a tab": (b"list\ta b\n", "bad_argument"),
+}
+STRANGERS: dict[str, bytes] = {
     "TLS": bytes.fromhex("16030102000100 01fc0303") + b"x" * 50,
     "SOCKS 5": b"\x05\x01\x00",
     "random": b"\x00\xff\x80",
     "a NUL": b"\0",
     "a NUL too many": b"\r\0\0",
     "a NUL behind a word": b"list\0",
+    "a word that is not ASCII": "häng\n".encode(),
+    "an escape": b"ping\x1b[31m\n",
+    "a return within": b"resolve\rdb\n",
     "a list": b'[{"cmd":"ping"}]\n',
     "a string": b'"ping"\n',
+    "Redis": b"*1\r\n",
     "a byte order mark": b'\xef\xbb\xbf{"cmd":"ping"}\n',
-    "another word": b"pong\n",
-    "an upper-case word": b"PING\n",
-    "a word and more": b"ping pong\n",
-    "list with a name": b"list db\n",
-    "resolve of nothing": b"resolve\n",
-    "resolve of two": b"resolve a b\n",
-    "resolve of too much": b"resolve " + b"a" * 254 + b"\n",
-    "a word without an end": b"listlistlist",
-    "too long": b"x" * (MOST + 1) + b"\n",
+    "too long": b"x" * 513 + b"\n",
+    "far too long": b"x" * (MOST + 1) + b"\n",
     "a word and too many blanks": b"list" + b" " * 600 + b"\n",
     "a word and blanks without end": b"resolve" + b" " * (MOST + 9),
+    "a long target, and no HTTP": b"GET /" + b"x" * 600 + b"\n",
+    "HTTP that is too long": b"GET /" + b"x" * MOST + b" HTTP/1.1\r\n",
+    "HTTP with a target that is not ASCII": "GET /ä HTTP/1.1\r\n".encode(),
 }
+GUARD: list[tuple[str, bytes, str, str]] = [
+    *((f"HTTP: {name}", data, "http!", "http!") for name, data in HTTP.items()),
+    *((f"mistyped: {name}", data, code + "!", code) for name, (data, code) in MISTYPED.items()),
+    *((f"other: {name}", data, "bad_request!", "bad_request!") for name, data in STRANGERS.items()),
+]
 
 
 def one_by_one(data: bytes) -> list[bytes]:
@@ -160,20 +221,49 @@ def test_lines_byte_by_byte(data: bytes, expected: list[str]) -> None:
     assert said([data[:9], data[9:] + NEXT]) == [*expected, "ping#next"]
 
 
-@pytest.mark.parametrize("data", STRANGERS.values(), ids=STRANGERS)
-def test_strangers_get_one_error_and_nothing_behind_it_is_looked_at(data: bytes) -> None:
-    assert said([data, NEXT, b"\n" + NEXT]) == ["bad_request!"]
-    assert said([data + b"\n" + NEXT]) == ["bad_request!"]
-    assert said(one_by_one(data + b"\n" + NEXT)) == ["bad_request!"]
-    assert said([NEXT + data, b"\n" + NEXT]) == ["ping#next", "bad_request!"]
+guard = pytest.mark.parametrize(
+    ("data", "first", "later"), [row[1:] for row in GUARD], ids=[row[0] for row in GUARD]
+)
 
 
-@pytest.mark.parametrize("data", [b"P", b"\x16\x03", b"pingx", b"resolve a b", b" G"])
+@guard
+def test_the_guard(data: bytes, first: str, later: str) -> None:
+    """Whatever is the end: nothing behind it is looked at, however the bytes come."""
+    ends = b"" if data.endswith(b"\n") else b"\n"
+    assert said([data + ends + NEXT]) == [first]
+    assert said([data + ends, NEXT, b"\n" + NEXT]) == [first]
+    assert said(one_by_one(data + ends + NEXT)) == [first]
+    behind = [] if later.endswith("!") else ["ping#next"]
+    assert said([NEXT + data + ends, NEXT]) == ["ping#next", later, *behind]
+    assert said(one_by_one(NEXT + data + ends + NEXT)) == ["ping#next", later, *behind]
+    assert said([data.rstrip(b"\n")], end=True) == [first]
+
+
+@pytest.mark.parametrize("before", [b"{\n", b'{"cmd":"pin"}\n', b"\n", b'{"cmd":"ping","id":[]}\n'])
+def test_what_was_refused_is_no_valid_request(before: bytes) -> None:
+    assert said([before + b"pong\n" + NEXT])[-1] == "unknown_command!"
+
+
+@pytest.mark.parametrize("data", [b"\x16\x03", b"ping\0", "ä".encode(), b"x" * 516, b"[" * 516, b"list\r\n\x16"])
 def test_strangers_need_no_line_feed(data: bytes) -> None:
-    assert said([data]) == ["bad_request!"]
+    assert said([data])[-1] == "bad_request!"
 
 
-@pytest.mark.parametrize("data", [b"p", b"resolv", b"resolve ", b"resolve d", b" \t", b"{", b"quit "])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"p",
+        b"resolv",
+        b"resolve ",
+        b"pong",
+        b" \t",
+        b"{",
+        b"quit ",
+        b"GET / HTTP/1.1",
+        b"GET /" + b"x" * 9_000,
+        b"[",
+    ],
+)
 def test_what_may_still_be_a_line_is_waited_for(data: bytes) -> None:
     assert said([data]) == []
 
@@ -184,13 +274,74 @@ def test_what_may_still_be_a_line_is_waited_for(data: bytes) -> None:
         (b"ping", ["ping"]),
         (b'{"cmd":"ping"}', ["ping"]),
         (b'{"cmd":"pi', ["bad_json"]),
-        (b"pin", ["bad_request!"]),
+        (b"pin", ["unknown_command!"]),
         (b"", []),
         (b" ", []),
     ],
 )
 def test_the_end_ends_a_line(data: bytes, expected: list[str]) -> None:
     assert said([data], end=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "arguments"),
+    [
+        (b"help", {"short": True}),
+        (b"list", {}),
+        (b"watch  work*\t", {"name": "work*"}),
+        (b"why db", {"name": "db"}),
+        (b"register db 5432", {"name": "db", "port": 5432}),
+        (b"register db 0080", {"name": "db", "port": 80}),
+        (b"REGISTER db db.example:5432", {"name": "db", "port": 5432, "host": "db.example"}),
+        (b"register db [::1]:5432", {"name": "db", "port": 5432, "host": "::1"}),
+    ],
+)
+def test_what_a_bare_line_asks_for(line: bytes, arguments: dict[str, object]) -> None:
+    reader = Reader()
+    reader.receive(line + b"\n")
+    item = reader.next()
+    assert isinstance(item, Request)
+    assert (item.cmd, item.id, item.arguments) == (line.split()[0].decode().lower(), None, arguments)
+
+
+@pytest.mark.parametrize(
+    ("line", "details", "hint"),
+    [
+        (b"pong", {"near": ["ping"]}, "did you mean 'ping'?"),
+        (b"zzz", {"near": []}, "help lists them"),
+        (b"HELLO", {"near": ["hello"]}, '{"cmd":"hello"}'),
+        (b"resolve", {"field": "name"}, "resolve NAME"),
+        (b"register db", {"field": "port"}, "register NAME [HOST:]PORT"),
+        (b"register db x", {"field": "port"}, "HOST:PORT"),
+        (b"register DB 1", {"field": "name"}, "name "),
+        (b"ping pong", {"field": "pong"}, "takes none"),
+        (b"resolve a b", {"field": "b"}, "resolve NAME"),
+    ],
+)
+def test_a_mistyped_line_gets_a_suggestion(line: bytes, details: dict[str, object], hint: str) -> None:
+    for before in (b"", NEXT):
+        reader = Reader()
+        reader.receive(before + line + b"\n")
+        item = reader.next()
+        if before:
+            item = reader.next()
+        assert isinstance(item, Problem)
+        assert item.refusal.details == details
+        assert hint in item.refusal.message
+        assert ("closed" in item.refusal.message) is item.fatal is (not before)
+
+
+def test_the_refusal_in_http_is_complete_and_constant() -> None:
+    head, _, body = HTTP_REFUSAL.partition(b"\r\n\r\n")
+    assert head.split(b"\r\n") == [
+        b"HTTP/1.1 400 Bad Request",
+        b"Connection: close",
+        b"Content-Type: text/plain; charset=utf-8",
+        b"Content-Length: %d" % len(body),
+        b"X-Content-Type-Options: nosniff",
+    ]
+    assert body.isascii()
+    assert b"does not speak HTTP" in body
 
 
 def test_a_line_without_end_is_forgotten_while_it_goes_on() -> None:
@@ -239,6 +390,8 @@ streams = st.lists(
         mutated,
         st.just(b"\n"),
         st.just(b"resolve a\r\n"),
+        st.just(b"pong\n"),
+        st.just(b"GET / HTTP/1.1\r\n"),
         st.just(b"\r\0"),
         st.just(b"{" * 57),
     )
@@ -247,6 +400,7 @@ streams = st.lists(
 
 @given(streams, st.integers(1, 20))
 @example([b"\xed\xa0\x80"], 1)
+@example([b"\r\x00", b"{\x00"], 1)
 @example([b"{" * 57, b"\r\0", b"\r\0", b"\n"], 1)
 @settings(max_examples=400, deadline=None)
 def test_any_bytes_and_any_cut(pieces: list[bytes], cut: int) -> None:
@@ -255,4 +409,4 @@ def test_any_bytes_and_any_cut(pieces: list[bytes], cut: int) -> None:
     limits = Limits(line_bytes_max=60)
     whole = said([data], end=True, limits=limits)
     assert said([data[at : at + cut] for at in range(0, len(data), cut)], end=True, limits=limits) == whole
-    assert whole.count("bad_request!") <= 1
+    assert not any(each.endswith("!") for each in whole[:-1])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from regd.core.limits import Limits
+from regd.protocol.messages import HTTP_REFUSAL
 from tests.support.daemon import EPOCH, WAIT_S, InLoop
 from tests.support.files import FULL, ToldFiles
 
@@ -161,18 +162,59 @@ async def test_a_browser_is_refused_and_its_body_is_not_looked_at(
     for _ in range(3):
         peer = await daemon.peer()
         peer.send(b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-        reply = json.loads(await peer.rest())
-        assert reply["error"] == "bad_request"
+        assert await peer.rest() == HTTP_REFUSAL
         await peer.close()
     assert (await (await daemon.peer()).ask("resolve evil"))["error"] == "not_found"
     assert len([record for record in caplog.records if "does not speak regd" in record.message]) == 1
     assert r"b'POST / HTTP/1.1'" in caplog.text
 
 
+async def test_a_telnet_session_of_bare_lines(daemon: InLoop) -> None:
+    """A typing error leaves it; all that is written by hand is static."""
+    peer = await daemon.peer()
+    peer.send(b"HELP\r\0\r\n")
+    line = await peer.line()
+    assert len(line) < 600
+    assert "register NAME [HOST:]PORT" in json.loads(line)["bare"]
+    assert (await peer.ask("pong"))["near"] == ["ping"]
+    assert (await peer.ask("register db 5432"))["rev"] == 1
+    assert (await peer.ask("REGISTER db [::1]:5433"))["replaced"]
+    assert (await peer.ask("resolve db"))["host"] == "::1"
+    assert [each["name"] for each in (await peer.ask("list d*"))["instances"]] == ["db"]
+    assert (await peer.ask("why db"))["instances"][0]["owners"] == [{"static": True}]
+    assert (await peer.ask("register db http"))["field"] == "port"
+    assert (await peer.ask("stats"))["requests"]["register"] == 2
+    peer.writer.write_eof()
+    assert await peer.rest() == b""
+    other = await daemon.peer()
+    assert (await other.ask("DEREGISTER db"))["removed"] == 1
+
+
+async def test_a_reply_that_is_known_is_of_a_valid_request(daemon: InLoop) -> None:
+    """It takes another way through the daemon; a typing error behind it ends nothing."""
+    resolve = b'{"cmd":"resolve","name":"db"}\n'
+    peer, other = await daemon.peer(), await daemon.peer()
+    assert (await peer.ask("register db 5432"))["ok"]
+    assert (await peer.ask(resolve))["ok"]
+    assert (await other.ask(resolve))["ok"]
+    assert (await other.ask("pong"))["error"] == "unknown_command"
+    assert (await other.ask("ping"))["ok"]
+
+
+async def test_help_is_the_same_each_time_and_carries_its_id(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    for topic in ({}, {"topic": "ping"}):
+        first = await peer.ask(cmd="help", **topic)
+        assert first["commands"].keys() >= {"ping"}
+        for id in ("x", 7):
+            assert await peer.ask(cmd="help", id=id, **topic) == {**first, "id": id}
+
+
 async def test_the_error_line_is_not_eaten_by_a_reset(daemon: InLoop) -> None:
     peer = await daemon.peer()
     peer.send(b"GET / HTTP/1.1\r\n" + b"x" * 3_000_000)  # more than the daemon has read when it answers
-    assert json.loads(await peer.line())["error"] == "bad_request"
+    async with asyncio.timeout(WAIT_S):
+        assert await peer.reader.readexactly(len(HTTP_REFUSAL)) == HTTP_REFUSAL
 
 
 async def test_a_stranger_who_resets_behind_the_answer_is_no_trouble(

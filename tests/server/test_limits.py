@@ -20,6 +20,7 @@ from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Change, Entry, Op, State
 from regd.core.registry import Registry
 from regd.protocol.commands import Request
+from regd.protocol.messages import HTTP_REFUSAL
 from regd.server.lifecycle import _within_open_files
 from regd.server.peers import Peers
 from regd.server.streams import Stream
@@ -599,7 +600,7 @@ async def test_a_farewell(running: Running) -> None:
     async with running() as daemon:
         peer = await daemon.peer()
         peer.send(b"GET / HTTP/1.1\r\n\r\n")
-        assert (await peer.reply())["error"] == "bad_request"
+        assert await peer.rest() == HTTP_REFUSAL
         daemon.clock.advance(DEFAULT.farewell_s_max / 2)
         await (await daemon.peer()).ask(cmd="ping")
         assert len(daemon.server.connections) == 2

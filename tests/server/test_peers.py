@@ -381,6 +381,8 @@ async def test_another_user_reads_and_does_not_write(
         for request in WRITES:
             reply = await stranger.ask(request)
             assert (reply["ok"], reply["error"]) == (False, "denied"), request
+        for line in ("register evil 666", "REGISTER db 666", "deregister db"):
+            assert (await stranger.ask(line))["error"] == "denied", line
         assert daemon.registry.read_bytes() == before
         for cmd in READS:
             assert (await stranger.ask(cmd=cmd))["ok"]

@@ -165,9 +165,9 @@ async def answer(scene: Scene, code: str, *requests: bytes | str | dict[str, Any
         return str(reply["message"])
 
 
-@says("this is regd: one JSON object a line, such as …, or a bare word: …")
+@says("this is regd: one JSON object a line, such as …, or a bare line such as …")
 async def stranger(scene: Scene) -> str:
-    said = await answer(scene, "bad_request", b"GET / HTTP/1.1\r\n")
+    said = await answer(scene, "bad_request", b"\x16\x03\x01\n")
     await scene.logged("which does not speak regd")
     return said
 
