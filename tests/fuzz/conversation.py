@@ -110,9 +110,11 @@ class Conversation:
         world.settle()
         self._check_closed()
         self._end()
-        said = list(oracle.understood(bytes(self.given), TIGHT.line_bytes_max, ended=not peer.is_reset))
-        self._check_replies(said)
-        _explain(self.registry.history.since(self.first_rev, 10_000), [s for s in said if s.cmd in oracle.WRITES])
+        given = bytes(self.given)
+        self._check_replies(list(oracle.understood(given, TIGHT.line_bytes_max, ended=not peer.is_reset)))
+        # A peer that ended its side before it reset the connection has ended its last line.
+        asked = [each for each in oracle.understood(given, TIGHT.line_bytes_max) if each.cmd in oracle.WRITES]
+        _explain(self.registry.history.since(self.first_rev, 10_000), asked)
         self._check_nothing_left()
         self._check_friend()
         self._check_file()
