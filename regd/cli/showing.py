@@ -21,7 +21,7 @@ EMPTY = "-"  # a column without a value; programs that split at blanks would ski
 
 
 class Output:
-    """stdout. After `failure`, which is why it could not be written, further text is dropped."""
+    """stdout. `failure` is why it could not be written; from then on all text goes to /dev/null."""
 
     failure: OSError | None = None
 
@@ -33,8 +33,6 @@ class Output:
     @classmethod
     def write(cls, text: str, flush: bool = False) -> None:
         """Write text, and with `flush` all that waits in the buffer too."""
-        if cls.failure is not None:
-            return
         try:
             sys.stdout.write(text)
             if flush:
