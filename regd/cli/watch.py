@@ -5,7 +5,7 @@ Must not know how a line is read from the command line.
 
 from __future__ import annotations
 
-import time
+import select
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,10 +90,17 @@ class _Watch:
             say(news(fields), flush=True)
 
 
+def _nobody_reads(within_s: float) -> bool:
+    """Return whether the reader of stdout has closed the pipe; waits so long for that, and only for that."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return bool(poll.poll(1_000 * within_s))
+
+
 def watch(
     address: str | None, pattern: str | None, meta: Mapping[str, str] | None, as_json: bool
 ) -> dict[str, Any] | None:
-    """Watch until the daemon refuses, and return its refusal; None when stdout is broken.
+    """Watch until the daemon refuses, and return its refusal; None when nobody reads stdout any more.
 
     Raises:
         Unavailable: there is no daemon at the beginning, or its address is another program's now.
@@ -110,4 +117,5 @@ def watch(
             if not watching.synced or isinstance(error.__cause__, Unavailable):  # the latter: no answer of regd
                 raise
             watching.lose(str(error))
-        time.sleep(_PAUSE_S)
+        if _nobody_reads(_PAUSE_S):
+            return None

@@ -450,6 +450,20 @@ def test_watch_ends_where_another_program_has_taken_the_port(process: Daemon) ->
         assert watching.wait(20) == 3
 
 
+def test_watch_ends_when_the_daemon_is_away_and_nobody_reads(process: Daemon) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "regd.cli.regctl", "watch", "--json"],
+        env=environment(REGD_ADDRESS=process.addresses[0]), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as watching:  # fmt: skip
+        assert watching.stdout is not None
+        assert watching.stderr is not None
+        assert json.loads(watching.stdout.readline())["event"] == "sync"
+        process.end()
+        assert "away" in watching.stderr.readline()
+        watching.stdout.close()
+        assert watching.wait(20) == 0
+
+
 # Output that cannot be written.
 
 
