@@ -53,7 +53,7 @@ def unmapped_uid() -> int | None:
     Source: user_namespaces(7), "Unmapped user and group IDs".
     """
     try:
-        with open(_UID_MAP, encoding="ascii") as file:
+        with open(_UID_MAP, "rb") as file:
             mapped = sum(int(line.split()[2]) for line in file)
     except FileNotFoundError:
         # A kernel without user namespaces, where all users are what they seem; or no /proc, which tells nothing.
@@ -63,7 +63,7 @@ def unmapped_uid() -> int | None:
     if mapped >= ALL_USERS:
         return None
     try:
-        with open(_OVERFLOW, encoding="ascii") as file:
+        with open(_OVERFLOW, "rb") as file:
             return int(file.read())
     except (OSError, ValueError):
         return _OVERFLOW_UID
