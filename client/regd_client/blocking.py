@@ -207,7 +207,8 @@ def serving(
     """
     from regd_client.ending import ProcessName
 
-    ProcessName(name, port, {"host": host, "instance": instance, "meta": meta}, drain_s).register()
+    given = {"host": host, "instance": instance, "meta": None if meta is None else dict(meta)}
+    ProcessName(name, port, given, drain_s).register()
 
 
 def listen(
