@@ -540,7 +540,8 @@ async def test_a_second_signal_ends_a_blocked_program(
                         await asyncio.to_thread(program.wait, 0.2)
             assert sent >= 2  # the first was held until the name is gone
             _, errors = await asyncio.to_thread(program.communicate, timeout=WAIT_S)
-            assert program.returncode == (3 if number == signal.SIGTERM else -signal.SIGINT), errors
+            # 3 is the handler's; a third one may come when Python has given up the handlers already.
+            assert program.returncode in ((3, -number) if number == signal.SIGTERM else (-number,)), errors
         finally:
             program.kill()
 
