@@ -10,6 +10,7 @@ called, this imports no asyncio, and of socket only what is written in C, so tha
 from __future__ import annotations
 
 from _socket import AF_UNIX, SOCK_STREAM, getaddrinfo, socket
+from time import monotonic  # bound here: what a test patches into the module `time` does not stop the clock
 
 from regd_client import wire
 from regd_client.errors import Unavailable
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from regd_client.following import Endpoint
     from regd_client.thread import Listening, Registration
+
+_EVENTS_MAX = 10_000  # before one reply
 
 opener: Callable[[float], socket] | None = None  # `regd_client.testing` puts its own here
 
@@ -36,6 +39,7 @@ class BlockingConnection:
     def __init__(self, address: str | None = None, timeout_s: float = 5.0, *, starts: bool = True) -> None:
         self.address = wire.find_address(address)
         self._rest = b""
+        self._events: list[dict[str, Any]] = []  # those that came before a reply
         self._timeout_s = timeout_s
         try:
             self._open(starts and opener is None and wire.autostarts(self.address))
@@ -62,8 +66,8 @@ class BlockingConnection:
         self._socket = self._connect(self._timeout_s)
         try:
             self._socket.sendall(wire.request("ping", None, {}))
-            reply = wire.reply(self._line())
-            if not reply.get("ok"):
+            reply = wire.checked("ping", {}, wire.reply(self._line(monotonic() + self._timeout_s)))
+            if not reply["ok"]:
                 raise wire.refused(self.address, reply)
         except BaseException:
             self._socket.close()
@@ -86,42 +90,65 @@ class BlockingConnection:
         raise trouble
 
     def ask(self, cmd: str, **arguments: Any) -> dict[str, Any]:
-        """Send a request and return the daemon's reply, whether it is `ok` or not.
+        """Send a request and return the daemon's reply, whether it is `ok` or not. Every value in it is checked.
 
         Raises:
-            Unavailable: the connection broke, or the answer took too long.
+            Unavailable: the connection broke, the answer took too long, or it is not from a regd.
             BadArgument: the request cannot be sent.
         """
         line = wire.request(cmd, None, arguments)
         wait = arguments.get("wait")
+        timeout_s = self._timeout_s + (0.0 if wait is None else wait)
+        until = monotonic() + timeout_s
         try:
-            self._socket.settimeout(self._timeout_s + wait if wait is not None else self._timeout_s)
+            self._socket.settimeout(timeout_s)
             self._socket.sendall(line)
-            return wire.reply(self._line())
+            while "event" in (fields := wire.reply(self._line(until))):
+                self._events.append(fields)
+                if len(self._events) > _EVENTS_MAX:
+                    raise wire.not_a_reply(f"to {cmd}: events, and no reply")
         except OSError as error:
+            if isinstance(error, Unavailable):
+                raise
             raise wire.unavailable(self.address, error.strerror or str(error)) from error
+        return wire.checked(cmd, arguments, fields)
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Yield what comes without being asked for, for ever. Behind a `watch`.
+        """Yield what comes without being asked for, for ever. Behind a `watch`. A refusal ends it.
 
         Raises:
-            Unavailable: the connection broke.
+            Unavailable: the connection broke, or what came is not from a regd.
         """
+        while self._events:
+            yield self._events.pop(0)
         try:
             self._socket.settimeout(None)
             while True:
-                yield wire.reply(self._line())
+                fields = wire.reply(self._line())
+                if fields.get("ok"):
+                    raise wire.not_a_reply("a reply to nothing")
+                yield fields
         except OSError as error:
+            if isinstance(error, Unavailable):
+                raise
             raise wire.unavailable(self.address, error.strerror or str(error)) from error
 
-    def _line(self) -> bytes:
+    def _line(self, until: float | None = None) -> bytes:
+        """Return the next line. `until` (by `time.monotonic`) bounds it, else the socket's timeout each piece."""
         parts = [self._rest]
         size = 0
         while b"\n" not in parts[-1]:
+            if until is not None:
+                left_s = until - monotonic()
+                if left_s <= 0:
+                    raise TimeoutError("timed out")
+                self._socket.settimeout(left_s)
             part = self._socket.recv(65_536)
             size += len(part)
-            if not part or size > wire.REPLY_BYTES_MAX:
+            if not part:
                 raise ConnectionResetError("the connection ended before the answer")
+            if size > wire.REPLY_BYTES_MAX:
+                raise wire.not_a_reply("a line without an end")
             parts.append(part)
         line, _, self._rest = b"".join(parts).partition(b"\n")
         return line

@@ -11,9 +11,9 @@ import struct
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-from regd_client import repeated, wire
+from regd_client import repeated, replies, wire
 from regd_client.errors import RegdError, Unavailable
 from regd_client.wire import Address
 
@@ -24,6 +24,16 @@ _RESET = struct.pack("ii", 1, 0)  # on closing: linger on, for no time (socket(7
 _CHUNK_BYTES = 16_384  # read at once, at most
 
 Heard = Callable[[dict[str, Any]], None]
+
+
+class _Asked(NamedTuple):
+    """A request without its reply: who waits, from when it is late, whether it is asked again and again."""
+
+    answer: "asyncio.Future[dict[str, Any]]"
+    late_from: float
+    again: bool
+    cmd: str
+    arguments: dict[str, Any]
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -41,8 +51,7 @@ class Connection(asyncio.BufferedProtocol):
         self.shares_processes: bool | None = None  # whether the daemon sees the same processes; None: not asked
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        # By number: who waits, from when it is late, and whether it is asked again and again.
-        self._waiting: dict[int, tuple[asyncio.Future[dict[str, Any]], float, bool]] = {}
+        self._waiting: dict[int, _Asked] = {}  # by number
         self._hearing: dict[int, Heard | None] = {}  # who hears a reply first; None: who did has gone
         self._watches: dict[int, Heard] = {}
         self._number = 0
@@ -93,7 +102,8 @@ class Connection(asyncio.BufferedProtocol):
         number = self._number
         line = repeated.request(cmd, number, arguments)
         answer = self._loop.create_future()
-        self._waiting[number] = answer, time.monotonic() + (arguments.get("wait") or 0.0), again
+        late_from = time.monotonic() + (arguments.get("wait") or 0.0)
+        self._waiting[number] = _Asked(answer, late_from, again, cmd, arguments)
         if heard is not None:
             self._hearing[number] = heard
         if self._dog is None:
@@ -151,7 +161,7 @@ class Connection(asyncio.BufferedProtocol):
         It answers who closes only one side, and cannot tell whether both are closed. A reset tells it.
         """
         now = time.monotonic()
-        if not self.usable or not self._waiting or any(late <= now for _, late, _ in self._waiting.values()):
+        if not self.usable or not self._waiting or any(each.late_from <= now for each in self._waiting.values()):
             return
         assert self._transport is not None
         found = self._transport.get_extra_info("socket")
@@ -172,7 +182,7 @@ class Connection(asyncio.BufferedProtocol):
         self._dog = None
         if not self._waiting or self._broken is not None:
             return
-        silent_since = max(self.heard_at, min(late_from for _, late_from, _ in self._waiting.values()))
+        silent_since = max(self.heard_at, min(each.late_from for each in self._waiting.values()))
         left_s = silent_since + HANGS_S - time.monotonic()
         if left_s <= 0 and self._suspicious:
             self.abort(f"no answer for {HANGS_S:g} s", self.heard_at)
@@ -195,7 +205,7 @@ class Connection(asyncio.BufferedProtocol):
         if not lines:
             self._rest += first
             if len(self._rest) > wire.REPLY_BYTES_MAX:
-                self._break(Unavailable(f"whoever answers at {self.address} is no regd: a line without an end"))
+                self._break(wire.not_a_reply("a line without an end"))
             return
         last = lines.pop()
         if self._rest:
@@ -209,47 +219,54 @@ class Connection(asyncio.BufferedProtocol):
         if self._broken is not None:
             return
         number, said = repeated.parts(line)
-        waiting = self._waiting.get(number)
-        again = waiting is not None and waiting[2]
+        asked = self._waiting.get(number)
         try:
-            fields = repeated.reply(said) if again else wire.reply(line)
-        except RegdError as error:
+            if asked is not None and asked.again:
+                self._take(number, asked, repeated.reply(said))
+                return
+            fields = wire.reply(line)
+            if "event" in fields:
+                self._tell(fields)
+            elif "id" in fields:
+                number = fields["id"]
+                if type(number) is not int or (asked := self._waiting.get(number)) is None:
+                    raise wire.not_a_reply(f"nobody asked with id {number!r:.40}")
+                self._take(number, asked, wire.checked(asked.cmd, asked.arguments, fields))
+            elif fields["ok"]:
+                raise wire.not_a_reply("id is missing", line)
+            else:
+                self._break(wire.refused(self.address, fields))
+        except Unavailable as error:
             self._break(error)
-            return
-        if again:
-            self._take(number, fields)
-        elif "event" in fields:
-            self._tell(fields)
-        elif "id" in fields:
-            self._take(fields["id"], fields)
-        else:
-            self._break(wire.refused(self.address, fields))
 
-    def _take(self, number: int, reply: dict[str, Any]) -> None:
+    def _take(self, number: int, asked: "_Asked", reply: dict[str, Any]) -> None:
+        del self._waiting[number]
         if number in self._hearing:
-            self._hear(self._hearing.pop(number), reply)
-        waiting = self._waiting.pop(number, None)
-        if waiting is None or waiting[0].done():  # done: its caller was cancelled
+            self._hear(asked.cmd, self._hearing.pop(number), reply)
+        if asked.answer.done():  # its caller was cancelled
             return
-        if reply["ok"] is True:
-            waiting[0].set_result(reply)
+        if reply["ok"]:
+            asked.answer.set_result(reply)
         else:
-            waiting[0].set_exception(wire.refusal(reply, self.address))
+            asked.answer.set_exception(wire.refusal(reply, self.address))
 
     def _tell(self, event: dict[str, Any]) -> None:
-        heard = self._watches.get(event.get("watch", 0))
-        if heard is not None:
-            heard(event)
-        elif event["event"] == "lost":
+        kind = event["event"]
+        if kind == "lost":
             self._lost(self, event)
+        elif replies.is_known_event(kind):
+            heard = self._watches.get(event["watch"])
+            if heard is not None:
+                heard(event)
 
-    def _hear(self, heard: Heard | None, reply: dict[str, Any]) -> None:
+    def _hear(self, cmd: str, heard: Heard | None, reply: dict[str, Any]) -> None:
         if not reply["ok"]:
             return
         if heard is None:
-            self.post("unwatch", {"watch": reply["watch"]})
+            if cmd == "watch":
+                self.post("unwatch", {"watch": reply["watch"]})
             return
-        if "watch" in reply:
+        if cmd == "watch":
             self._watches[reply["watch"]] = heard
         heard(reply)
 
@@ -274,9 +291,9 @@ class Connection(asyncio.BufferedProtocol):
         waiting, self._waiting = self._waiting, {}
         self._watches.clear()
         self._hearing.clear()
-        for answer, _, _ in waiting.values():
-            if not answer.done():
-                answer.set_exception(_copy(error))
+        for asked in waiting.values():
+            if not asked.answer.done():
+                asked.answer.set_exception(_copy(error))
         if self._dog is not None:
             self._dog.cancel()
             self._dog = None

@@ -69,4 +69,11 @@ def from_reply(reply: dict[str, Any]) -> RegdError:
     """Return the exception for a reply that says `"ok": false`."""
     code = str(reply.get("error", ""))
     details = {key: value for key, value in reply.items() if key not in ("ok", "id", "error", "message")}
-    return _CLASSES.get(code, RegdError)(str(reply.get("message", code)), code, details)
+    return _CLASSES.get(code, RegdError)(_printable(str(reply.get("message", code))), code, details)
+
+
+def _printable(text: str) -> str:
+    """Escape what a peer could move a terminal's cursor with, or begin another line of a log."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

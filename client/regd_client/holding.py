@@ -124,7 +124,10 @@ class Holdings:
             return {}
         if connection.shares_processes is None:
             theirs = (await connection.ask("hello", {}))["host"]
-            connection.shares_processes = None not in theirs.values() and theirs == wire.own_host()
+            ours = wire.own_host()
+            connection.shares_processes = None not in ours.values() and all(
+                theirs[key] == value for key, value in ours.items()
+            )
         if not connection.shares_processes:
             return {"hold": True}
         return {"hold": True, "pid": os.getpid()} if each.process is None else {"pid": each.process}

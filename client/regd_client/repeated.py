@@ -39,12 +39,12 @@ def parts(line: bytes) -> tuple[int, bytes]:
 
 
 def reply(said: bytes) -> dict[str, Any]:
-    """Return what `wire.reply` does, but for the number. It belongs to everybody: it is not to be changed."""
+    """Return the checked reply to `resolve`, without its number. It belongs to everybody: never change it."""
     return _known(said) if len(said) <= _REPLY_BYTES_MAX else _read(said)
 
 
 def _read(said: bytes) -> dict[str, Any]:
-    return wire.reply(b'{"ok":true,' + said)
+    return wire.checked("resolve", {}, wire.reply(b'{"ok":true,' + said))
 
 
 _known = functools.lru_cache(_KEPT)(_read)

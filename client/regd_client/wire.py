@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 
-from regd_client import notation
+from regd_client import notation, replies
 from regd_client.errors import BadArgument, RegdError, Unavailable, from_reply
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:7343"
@@ -21,6 +22,7 @@ _YES = ("1", "true", "yes", "on")  # of REGD_AUTOSTART, in any case
 _NO = ("", "0", "false", "no", "off")
 _warned: set[str] = set()
 LINE_BYTES_MAX = 65_536  # of a request; the daemon skips longer ones
+NOT_REGD = "not_regd"  # the code of the error that says so
 REPLY_BYTES_MAX = 4 * 1_048_576  # far beyond what the daemon promises; more is another program
 
 
@@ -130,18 +132,38 @@ def request(cmd: str, id: int | None, arguments: dict[str, Any]) -> bytes:
 
 
 def reply(line: bytes) -> dict[str, Any]:
-    """Read a line of the daemon's.
+    """Read a line from a daemon: an event, a refusal, or a reply that is `ok`, whose result `checked` checks.
 
     Raises:
-        Unavailable: whoever sent it is no regd.
+        Unavailable: it is not from a regd.
     """
     try:
         fields = notation.read(line.decode())
+        why = replies.fault(fields)
     except (ValueError, RecursionError):
-        fields = None
-    if type(fields) is not dict or ("ok" in fields) is ("event" in fields):
-        raise Unavailable(f"this is no answer of regd: {line[:60]!r}")
+        why = "it is no JSON"
+    if why:
+        raise not_a_reply(why, line)
+    return fields  # type: ignore[no-any-return]
+
+
+def checked(cmd: str, arguments: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the reply to a command, when it is a refusal or has the result that the command gives.
+
+    Raises:
+        Unavailable: it is not from a regd.
+    """
+    if "ok" not in fields:
+        raise not_a_reply("it is an event", str(fields["event"]))
+    if fields["ok"] and (why := replies.result_fault(cmd, arguments, fields)):
+        raise not_a_reply(f"to {cmd}: {why}")
     return fields
+
+
+def not_a_reply(why: str, line: bytes | str = "") -> Unavailable:
+    """Return the error of a peer that does not speak the protocol."""
+    shown = f": {line[:60]!r}" if line else ""
+    return Unavailable(f"not a regd reply ({why}){shown}; see which program listens there", NOT_REGD)
 
 
 def refusal(fields: dict[str, Any], address: Address) -> RegdError:

@@ -160,7 +160,7 @@ async def test_who_is_no_regd_is_told() -> None:
         writer.close()
 
     async with await asyncio.start_server(web, "127.0.0.1", 0) as server:
-        with pytest.raises(regd_client.RegdError, match="no answer of regd"):
+        with pytest.raises(regd_client.RegdError, match="not a regd reply"):
             await Client(f"127.0.0.1:{server.sockets[0].getsockname()[1]}").ping()
 
 
@@ -175,6 +175,8 @@ async def test_a_reply_goes_to_whoever_asked_whatever_the_order() -> None:
                 "instance": "",
                 "host": "h",
                 "meta": {},
+                "state": "ready",
+                "rev": 1,
             }
             writer.write(json.dumps(reply | {"port": int(fields["name"][1:])}).encode() + b"\n")
         writer.close()

@@ -70,6 +70,9 @@ class Nowhere(asyncio.Transport):
         pass
 
 
+INSTANCE = b'"instance":"","host":"h","port":1,"meta":{},"state":"ready","rev":5'
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50, 64, 1_000, 100_000])
 async def test_lines_may_be_cut_anywhere(size: int) -> None:
     heard: list[Any] = []
@@ -85,16 +88,17 @@ async def test_lines_may_be_cut_anywhere(size: int) -> None:
     ]
     asked[-1].cancel()
     said = (
-        b'{"ok":true,"id":1,"name":"a","port":1}\n'
-        b'{"ok":true,"id":2,"watch":1,"rev":2}\n'
+        b'{"ok":true,"id":1,"name":"a",%s}\n'
+        b'{"ok":true,"id":2,"watch":1,"epoch":"e","rev":2}\n'
         b'{"event":"sync","watch":1,"rev":3}\n'
-        b'{"event":"lost","name":"a","rev":4}\n'
-        b'{"ok":true,"id":3,"name":"a","port":1}\n'
-        b'{"event":"up","watch":1,"rev":5,"meta":{"k":"' + b"v" * 70_000 + b'"}}\n'
+        b'{"event":"lost","name":"a","instance":"","reason":"replaced","rev":4}\n'
+        b'{"ok":true,"id":3,"name":"a",%s}\n'
+        b'{"event":"up","watch":1,"name":"a",%s,"later":"' + b"v" * 70_000 + b'"}\n'
         b'{"ok":false,"id":5,"error":"not_found","message":"none"}\n'
-        b'{"ok":true,"id":6,"name":"a","port":1}\n'
-        b'{"ok":true,"id":4,"name":"b","port":1}\n'
+        b'{"ok":true,"id":6,"name":"a",%s}\n'
+        b'{"ok":true,"id":4,"name":"b",%s}\n'
     )
+    said %= (INSTANCE,) * said.count(b"%s")
     while said:
         room = connection.get_buffer(-1)[:size]
         piece, said = said[: len(room)], said[len(room) :]
@@ -102,7 +106,7 @@ async def test_lines_may_be_cut_anywhere(size: int) -> None:
         connection.buffer_updated(len(piece))
     assert heard == [2, 3, "a", 5]
     assert [each.result()["port"] for each in asked[:4:2]] == [1, 1]
-    assert asked[3].result() == {"ok": True, "id": 4, "name": "b", "port": 1}
+    assert (asked[3].result()["id"], asked[3].result()["name"]) == (4, "b")
     assert isinstance(asked[4].exception(), regd_client.NotFound)
     connection.connection_lost(None)
     await connection.closed

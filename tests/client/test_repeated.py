@@ -13,6 +13,8 @@ from tests.support.daemon import Daemon
 
 FIELDS = {"name": "a", "instance": "", "host": "h", "port": 1, "meta": {"k": "v"}, "state": "ready", "rev": 1}
 
+SAID = b'"name":"a","instance":"","host":"h","port":1,"meta":{"k":"v"},"state":"ready","rev":%d}'
+
 
 @pytest.mark.parametrize(
     "arguments",
@@ -74,18 +76,18 @@ def test_other_lines_are_none_of_its(line: bytes) -> None:
 
 @pytest.mark.parametrize("said", [b"", b"}", b'"name":"a"', b'"event":"up"}', b"[]}", b"\xff}"])
 def test_what_is_no_reply(said: bytes) -> None:
-    with pytest.raises(regd_client.RegdError, match="no answer of regd"):
+    with pytest.raises(regd_client.RegdError, match="not a regd reply"):
         repeated.reply(said)
 
 
 def test_there_are_so_many_and_none_is_long() -> None:
     for n in range(2 * repeated._KEPT):
         repeated.request("resolve", 1, {"name": f"n{n}"})
-        repeated.reply(b'"rev":%d}' % n)
+        repeated.reply(SAID % n)
     kept = [repeated._question.cache_info(), repeated._known.cache_info()]
     assert [each.currsize for each in kept] == [repeated._KEPT] * 2
     repeated.request("resolve", 1, {"name": "x" * 300})
-    repeated.reply(b'"meta":"%s"}' % (b"x" * 1_024))
+    repeated.reply(SAID.replace(b'"v"', b'"' + b"v" * 1_024 + b'"') % 1)
     assert [repeated._question.cache_info(), repeated._known.cache_info()] == kept
 
 

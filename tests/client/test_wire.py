@@ -72,7 +72,7 @@ def test_where_the_address_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("line", [b"", b"{", b"[]", b"{}", b'{"ok":true,"event":"up"}', b"\xff", b"[" * 100_000])
 def test_what_is_no_reply(line: bytes) -> None:
-    with pytest.raises(regd_client.RegdError, match="no answer of regd"):
+    with pytest.raises(regd_client.RegdError, match="not a regd reply"):
         wire.reply(line)
 
 

@@ -71,7 +71,7 @@ async def broken(scene: Scene) -> str:
     return said
 
 
-@says("…this is no answer of regd: …")
+@says("not a regd reply (…)…; see which program listens there")
 async def no_regd(scene: Scene) -> str:
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readline()

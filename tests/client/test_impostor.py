@@ -1,0 +1,452 @@
+"""What answers at the address may be no regd, and hostile: nothing that it sends is used before it was checked."""
+
+import asyncio
+import copy
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import regd_client
+from regd_client import blocking, replies, wire
+from regd_client.blocking import BlockingConnection
+from regd_client.client import Client
+from regd_client.connection import Connection
+from regd_client.errors import RegdError, Unavailable
+from regd_client.following import Follow
+from regd_client.wire import Address
+from tests.client.test_connection import Nowhere
+
+INSTANCE: dict[str, Any] = {
+    "name": "db",
+    "instance": "1",
+    "host": "127.0.0.1",
+    "port": 5432,
+    "meta": {"zone": "a"},
+    "state": "ready",
+    "rev": 7,
+    "registered_at": 1_790_000_000.5,
+    "hold": True,
+    "pid": 12,
+    "ttl": 10,
+}
+ENDPOINT: dict[str, Any] = {key: INSTANCE[key] for key in ("name", "instance", "host", "port")}
+KNOWN: dict[str, Any] = {
+    "instance": "1",
+    "host": "127.0.0.1",
+    "port": 5432,
+    "state": "ready",
+    "alive": True,
+    "rev": 7,
+    "since": 1_790_000_000.5,
+    "owners": [
+        {"connection": None, "pid": 12, "ttl": 10.5},
+        {"connection": "127.0.0.1 port 1", "withdrawn": True},
+    ],
+    "more_owners": False,
+    "probe": {"accepted": False, "age_s": 0.5, "why": "refused"},
+}
+HELLO: dict[str, Any] = {
+    "server": "regd",
+    "version": "1",
+    "protocol": 1,
+    "epoch": "e",
+    "rev": 7,
+    "features": ["hold"],
+    "limits": {"line_bytes_max": 65_536},
+    "host": {"boot": "b", "pid_namespace": "n"},
+    "loop": "asyncio",
+}
+STATS: dict[str, Any] = {
+    "version": "1",
+    "pid": 5,
+    "loop": "asyncio",
+    "registry": "/r.json",
+    "log": None,
+    "uptime_s": 1.5,
+    "epoch": "e",
+    "rev": 7,
+    "registrations": 1,
+    "connections": 1,
+    "watches": 0,
+    "waiting": 0,
+    "lag_s": 0.0,
+    "slowest": {"what": "list", "took_s": 0.1, "age_s": 2},
+    "requests": {"ping": 1},
+    "errors": {},
+    "limits": {"line_bytes_max": 65_536},
+}
+REFUSAL: dict[str, Any] = {
+    "ok": False,
+    "error": "conflict",
+    "message": "held",
+    "near": ["dc"],
+    "field": "name",
+    "last": {"reason": "replaced", "age_s": 1.5},
+    "owner": {"pid": 1},
+    "rev": 3,
+}
+REPLIES: dict[str, dict[str, Any]] = {
+    "ping": {"ok": True},
+    "hello": {"ok": True, **HELLO},
+    "register": {"ok": True, **ENDPOINT, "rev": 7, "replaced": True},
+    "deregister": {"ok": True, "removed": 1, "rev": 8},
+    "resolve": {"ok": True, **INSTANCE},
+    "resolve all": {"ok": True, "rev": 7, "instances": [INSTANCE], "more": False},
+    "list": {"ok": True, "epoch": "e", "rev": 7, "instances": [INSTANCE]},
+    "update": {"ok": True, "rev": 8},
+    "renew": {"ok": True, "ttl": 10},
+    "why": {
+        "ok": True,
+        "name": "db",
+        "instances": [KNOWN],
+        "departures": [{"instance": "1", "reason": "replaced", "age_s": 0.5}],
+    },
+    "stats": {"ok": True, **STATS},
+    "watch": {"ok": True, "watch": 1, "epoch": "e", "rev": 7},
+    "unwatch": {"ok": True},
+}
+EVENTS: list[dict[str, Any]] = [
+    {"event": "up", "watch": 1, **INSTANCE},
+    {"event": "change", "watch": 1, **INSTANCE},
+    {"event": "down", "watch": 1, "name": "db", "instance": "1", "reason": "replaced", "rev": 8},
+    {"event": "sync", "watch": 1, "rev": 9},
+    {"event": "progress", "watch": 1, "rev": 9},
+    {"event": "reset", "watch": 1, "rev": 9},
+    {"event": "lost", "name": "db", "instance": "1", "reason": "replaced", "rev": 8},
+]
+# Each of these is sent as it is written: some of them no encoder would make.
+JUNK = [
+    "null", "true", "false", "0", "1", "-1", "1.5", "1e999", "NaN", "-Infinity", "9" * 30, "1" + "0" * 5_000,
+    '""', '"$(touch pwned)"', '"127.0.0.1 X=1"', '"a\\nb"', '"\\ud800"', '"\\u0000"', '"' + "x" * 300 + '"',
+    "[]", "[1]", '["\\ud800"]', "{}", '{"a":1}', '{"":{"":[null]}}', "[" * 300 + "]" * 300, '{"a":' * 300 + "1" + "}" * 300,
+]  # fmt: skip
+
+
+def paths(value: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if isinstance(value, dict | list):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield (*path, key)
+            yield from paths(each, (*path, key))
+
+
+MARK = "a mark that is replaced by what no encoder would make"
+
+
+def put(
+    fields: dict[str, Any], path: tuple[Any, ...], value: object = None, *, drop: bool = False
+) -> dict[str, Any]:
+    made = copy.deepcopy(fields)
+    at: Any = made
+    for key in path[:-1]:
+        at = at[key]
+    if drop:
+        del at[path[-1]]
+    else:
+        at[path[-1]] = value
+    return made
+
+
+def spoilt(fields: dict[str, Any]) -> Iterator[str]:
+    """Yield a valid line with one part of it missing, of another type, or of another value; and lines that are none."""
+    for path in [*paths(fields), ("unknown",)]:
+        if path != ("unknown",):
+            yield json.dumps(put(fields, path, drop=True))
+        text = json.dumps(put(fields, path, MARK))
+        for junk in JUNK:
+            yield text.replace(f'"{MARK}"', junk)
+    yield from ("", "{}", "[]", "null", "7", "HTTP/1.1 400 Bad Request", '{"ok":true', "[" * 100_000)
+    yield from (json.dumps({"event": "up", **fields}), json.dumps({"ok": True}), json.dumps({"ok": 1}))
+    yield from map(json.dumps, EVENTS)
+
+
+def with_id(line: str, id: object) -> bytes:
+    return line.replace("{", f'{{"id":{json.dumps(id)},', 1).replace(",}", "}").encode() + b"\n"
+
+
+class Impostor:
+    """`says` are the lines of the replies, by command; what is not there is answered as a daemon would."""
+
+    def __init__(self) -> None:
+        self.says: dict[str, str] = {}
+        self.address = ""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            fields = json.loads(line)
+            cmd = "resolve all" if fields.get("all") else fields["cmd"]
+            writer.write(with_id(self.says.get(cmd) or json.dumps(REPLIES[cmd]), fields["id"]))
+        writer.close()
+
+
+@asynccontextmanager
+async def impostor() -> AsyncIterator[Impostor]:
+    made = Impostor()
+    server = await asyncio.start_server(made.serve, "127.0.0.1", 0)
+    async with server:
+        made.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        yield made
+
+
+async def leave(client: Client) -> None:
+    await (await client.register("db", 5432, instance="1")).deregister()
+
+
+async def mirror(client: Client) -> None:
+    async with client.mirror("db", timeout=0.001):
+        pass
+
+
+CALLS: dict[str, list[Callable[[Client], Awaitable[object]]]] = {
+    "ping": [Client.ping],
+    "hello": [Client.hello, leave],
+    "register": [leave],
+    "deregister": [lambda client: client.deregister("db"), leave],
+    "resolve": [lambda client: client.resolve("db"), lambda client: client.resolve("db", wait=0.01)],
+    "resolve all": [lambda client: client.resolve_all("db")],
+    "list": [lambda client: client.instances()],
+    "update": [lambda client: client.update("db", {}), leave],
+    "why": [lambda client: client.why("db")],
+    "stats": [Client.stats],
+    "watch": [mirror],
+}
+
+
+@pytest.mark.parametrize("cmd", CALLS)
+@pytest.mark.parametrize("refusal", [False, True])
+async def test_a_verb_raises_no_other_error(cmd: str, refusal: bool, caplog: pytest.LogCaptureFixture) -> None:
+    async with impostor() as other:
+        for line in spoilt(REFUSAL if refusal else REPLIES[cmd]):
+            other.says = {cmd: line}
+            for call in CALLS[cmd]:
+                client = Client(other.address)
+                try:
+                    await call(client)
+                except RegdError as error:
+                    assert str(error).isprintable(), line[:200]
+                finally:
+                    await client.close()
+    assert not [each for each in caplog.records if each.exc_info], "a traceback"
+
+
+@pytest.mark.parametrize("cmd", REPLIES)
+@pytest.mark.parametrize("refusal", [False, True])
+def test_a_command_raises_no_other_error(cmd: str, refusal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`regctl` is built on this: whatever it returns is fit to be used."""
+    cmd, *everything = cmd.split()
+    asked = {"all": True} if everything else {}
+    valid = REFUSAL if refusal else REPLIES[" ".join([cmd, *everything])]
+    for line in [json.dumps(valid), *spoilt(valid)]:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            monkeypatch.setattr(blocking, "opener", lambda timeout_s, ours=ours: ours)
+            theirs.sendall(line.encode() + b"\n")
+            theirs.shutdown(socket.SHUT_WR)
+            with BlockingConnection() as connection:
+                try:
+                    reply = connection.ask(cmd, **asked)
+                except RegdError as error:
+                    assert str(error).isprintable()
+                else:
+                    assert type(reply["ok"]) is bool
+                    json.dumps(reply)
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event["event"])
+async def test_an_event_raises_no_other_error(event: dict[str, Any]) -> None:
+    for line in [json.dumps(event), *spoilt(event)]:
+        lost: list[dict[str, Any]] = []
+        connection = Connection(Address("h", 1), lambda connection, event, lost=lost: lost.append(event))
+        connection.connection_made(Nowhere())
+        follow = Follow("*", None, lambda event: None)
+        connection.ask("watch", follow.begin(connection), follow.take)
+        for each in (
+            with_id(json.dumps(REPLIES["watch"]), 1),
+            line.encode() + b"\n",
+            json.dumps(event).encode() + b"\n",
+        ):
+            while each:
+                room = connection.get_buffer(-1)
+                piece, each = each[: len(room)], each[len(room) :]
+                room[: len(piece)] = piece
+                connection.buffer_updated(len(piece))
+        for key, fields in follow.picture.items():
+            assert (fields["name"], fields["instance"]) == key
+            assert replies.is_host(fields["host"])
+        connection.connection_lost(None)
+
+
+BAD = {
+    "name": ["", "Db", "d b", "a..b", "-a", "a-", "a/b", "a" * 64, ".".join(["a" * 63] * 4), "db\n", "d$b"],
+    "instance": ["a b", "a/b", "a\n", "é", "x" * 64, "$(x)"],
+    "host": [
+        "", "127.0.0.1$(touch x)", "127.0.0.1 X=1", "a;b", "a\nb", "a\tb", "`x`", "'a'", '"a"', "a\0b", "é.example",
+        "0.0.0.0", "::", "::ffff:0.0.0.0", "[::1]", "::1%", "::1%a b", "fe80::1%$(x)", "::g", "1.2.3", "1.2.3.256",
+        "01.2.3.4", "1.2.3.4.5", "127.1", "0x7f000001", "a.0x", "a..b", ".a", "a.", "-a", "a-", "a" * 64, "a." * 127 + "a",
+        "a/b", "a\\b", "a|b", "a&b", "a>b", "a*", "~", "a=b", "a:b", "\ud800",
+    ],
+    "port": [0, -1, 65_536, "5432", 5432.0, True, None],
+    "meta": [None, [], {"v": 1}, {"v": None}, {"v": "\ud800"}, {str(n): "" for n in range(65)}, {"k": "x" * 4_096}],
+    "state": ["", "READY", "gone", None, True, ["ready"]],
+    "rev": [-1, True, "1", 1.0, None, 2**63],
+}  # fmt: skip
+GOOD = {
+    "name": ["a", "_", "a-b_c.d0"],
+    "instance": ["", "1", "A.b_c-d", "x" * 63],
+    "host": ["127.0.0.1", "::1", "fe80::1%eth0", "::ffff:1.2.3.4", "localhost", "db.example", "a_b", "1a", "x" * 63, "255.255.255.255"],
+    "port": [1, 65_535],
+    "meta": [{}, {"": ""}, {"é\n": "'$(x)"}, {str(n): "" for n in range(64)}, {"k": "x" * 4_095}],
+    "state": ["starting", "ready", "draining"],
+    "rev": [0, 2**63 - 1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", BAD)
+def test_the_rules_for_values(key: str) -> None:
+    lines = [("resolve", {}), ("resolve", {"all": True}), ("list", {})]
+    for value in [*GOOD[key], *BAD[key]]:
+        fields = {**INSTANCE, key: value}
+        many = {"ok": True, "epoch": "e", "rev": 7, "instances": [INSTANCE, fields]}
+        for cmd, asked in lines:
+            reply = {"ok": True, **fields} if (cmd, asked) == ("resolve", {}) else many
+            assert (replies.result_fault(cmd, asked, reply) == "") is (value in GOOD[key]), value
+        assert (replies.fault({"event": "up", "watch": 1, **fields}) == "") is (value in GOOD[key]), value
+        if key in ("name", "instance", "host", "port", "rev"):
+            assert (replies.result_fault("register", {}, {**REPLIES["register"], key: value}) == "") is (
+                value in GOOD[key]
+            )
+
+
+@pytest.mark.parametrize("cmd", [*REPLIES])
+def test_a_reply_is_whole(cmd: str) -> None:
+    """The optional members may be missing; without any of the others it is no reply."""
+    optional = {
+        "ok",
+        "replaced",
+        "more",
+        "registered_at",
+        "hold",
+        "pid",
+        "ttl",
+        "registry",
+        "log",
+        "loop",
+        "lag_s",
+        "slowest",
+    }
+    if cmd in ("hello", "renew"):
+        optional -= {"loop", "ttl"}
+    word = cmd.removesuffix(" all")
+    asked = {"all": True} if cmd != word else {}
+    assert replies.result_fault(word, asked, REPLIES[cmd]) == ""
+    for key in REPLIES[cmd]:
+        found = replies.result_fault(word, asked, put(REPLIES[cmd], (key,), drop=True))
+        assert (found == "") is (key in optional), key
+
+
+async def test_a_number_that_nobody_asked_with() -> None:
+    for id in (2, -1, 0, 10**40, "1", True, 1.5, None, [1], {"a": 1}, "x" * 65):
+        connection = Connection(Address("h", 1), lambda connection, event: None)
+        connection.connection_made(Nowhere())
+        asked = connection.ask("ping", {})
+        line = with_id('{"ok":true}', id)
+        connection.get_buffer(-1)[: len(line)] = line
+        connection.buffer_updated(len(line))
+        assert isinstance(asked.exception(), Unavailable), id
+        assert not connection.usable
+
+
+def test_pages_that_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = {"ok": True, "epoch": "e", "rev": 1, "instances": []}
+    for after, following, valid in (
+        ("b", "b", False),
+        ("b", "a", False),
+        ("b/1", "b", False),
+        ("b/1", "b/2", True),
+        ("b", "c", True),
+        (None, "a", True),
+    ):
+        found = replies.result_fault("list", {"after": after}, {**page, "next": following})
+        assert (found == "") is valid
+
+
+async def test_a_wait_does_not_wait_for_what_is_no_regd() -> None:
+    async with impostor() as other, asyncio.timeout(30), Client(other.address) as client:
+        other.says = {"resolve": '{"ok":true}'}
+        with pytest.raises(Unavailable, match="not a regd reply") as raised:
+            await client.resolve("db", wait=3_600)
+    assert raised.value.code == wire.NOT_REGD
+
+
+async def test_what_a_peer_says_reaches_no_terminal() -> None:
+    async with impostor() as other, Client(other.address) as client:
+        other.says = {"ping": '{"ok":false,"error":"busy","message":"\\u001b[2J\\nERROR a\\ud800"}'}
+        with pytest.raises(RegdError) as raised:
+            await client.ping()
+    assert str(raised.value) == r"\x1b[2J\nERROR a\ud800"
+
+
+async def test_a_result_of_a_daemon_to_come() -> None:
+    """Members and events that the client does not know are ignored, and results keep them."""
+    async with impostor() as other, Client(other.address) as client:
+        other.says = {"hello": json.dumps({**REPLIES["hello"], "later": {"a": [1]}})}
+        assert (await client.hello())["later"] == {"a": [1]}
+    assert replies.fault({"event": "later", "what": [1]}) == ""
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["ok", "db", "127.0.0.1"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(
+    cmd=st.sampled_from(list(REPLIES)),
+    change=st.dictionaries(
+        st.sampled_from(
+            [
+                *INSTANCE,
+                *STATS,
+                *HELLO,
+                "ok",
+                "id",
+                "event",
+                "instances",
+                "next",
+                "near",
+                "owner",
+                "error",
+                "message",
+            ]
+        ),
+        JSON,
+        max_size=3,
+    ),
+)
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
+def test_whatever_is_sent_is_taken_or_refused(cmd: str, change: dict[str, Any]) -> None:
+    for valid in (REPLIES[cmd], REFUSAL, *EVENTS):
+        fields = {**valid, **change}
+        line = json.dumps(fields).encode()
+        word = cmd.removesuffix(" all")
+        try:
+            reply = wire.checked(word, {"all": word != cmd}, wire.reply(line))
+        except Unavailable as error:
+            assert str(error).isprintable()
+            continue
+        for each in [reply, *reply.get("instances", [])] if reply["ok"] else []:
+            if "host" in each and word in ("resolve", "list", "register", "why"):
+                assert replies.is_host(each["host"])
+        if not reply["ok"]:
+            assert str(regd_client.errors.from_reply(reply)).isprintable()
