@@ -3,6 +3,8 @@
     with regd_client.blocking.register("shop", 8000):
         found = regd_client.blocking.resolve("db", wait=10)
 
+`Client(address)` has every verb of the async client, `watch` and `mirror` too, on one connection.
+
 Beside them `BlockingConnection`, which asks one thing after the other: `regctl` is built on it. Until a verb is
 called, this imports no asyncio, and of socket only what is written in C, so that a command starts quickly.
 """
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     from regd_client.following import Endpoint
+    from regd_client.thread import Client as Client
     from regd_client.thread import Listening, Registration
 
 _EVENTS_MAX = 10_000  # before one reply
@@ -187,6 +190,7 @@ def register(
     static: bool = False,
     force: bool = False,
     pid: int | None = None,
+    timeout: float | None = None,
 ) -> Registration:
     """Register a service, as `regd_client.register` does; use it with `with`, or call its `deregister`."""
     from regd_client import functions, thread
@@ -202,6 +206,7 @@ def register(
             static=static,
             force=force,
             pid=pid,
+            timeout=timeout,
         )
 
     own = thread.client_thread()
@@ -245,22 +250,23 @@ def listen(
     host: str = "127.0.0.1",
     instance: str | None = None,
     meta: Mapping[str, str] | None = None,
+    timeout: float | None = None,
 ) -> Listening:
     """Listen on a free port, or on `port`, and register it, as `regd_client.listen` does."""
     from regd_client import listening, thread
 
     async def listened() -> Any:
-        return await listening.listen(name, port, host=host, instance=instance, meta=meta)
+        return await listening.listen(name, port, host=host, instance=instance, meta=meta, timeout=timeout)
 
     own = thread.client_thread()
     return thread.Listening(own.call(listened()), own)
 
 
-def deregister(name: str, instance: str | None = None) -> None:
+def deregister(name: str, instance: str | None = None, *, timeout: float | None = None) -> None:
     """End a registration, whoever made it, as `regd_client.deregister` does."""
     from regd_client import functions, thread
 
-    thread.client_thread().call(functions.deregister(name, instance))
+    thread.client_thread().call(functions.deregister(name, instance, timeout=timeout))
 
 
 def resolve(
@@ -269,15 +275,30 @@ def resolve(
     instance: str | None = None,
     meta: Mapping[str, str] | None = None,
     wait: float | None = None,
+    timeout: float | None = None,
 ) -> Endpoint:
     """Return a ready instance, as `regd_client.resolve` does."""
     from regd_client import functions, thread
 
-    return thread.client_thread().call(functions.resolve(name, instance=instance, meta=meta, wait=wait))
+    return thread.client_thread().call(
+        functions.resolve(name, instance=instance, meta=meta, wait=wait, timeout=timeout)
+    )
 
 
-def resolve_all(name: str, *, meta: Mapping[str, str] | None = None) -> list[Endpoint]:
+def resolve_all(
+    name: str, *, meta: Mapping[str, str] | None = None, timeout: float | None = None
+) -> list[Endpoint]:
     """Return all ready instances, as `regd_client.resolve_all` does."""
     from regd_client import functions, thread
 
-    return thread.client_thread().call(functions.resolve_all(name, meta=meta))
+    return thread.client_thread().call(functions.resolve_all(name, meta=meta, timeout=timeout))
+
+
+if not TYPE_CHECKING:  # a checker has the class itself
+
+    def __getattr__(name: str) -> object:
+        if name == "Client":
+            from regd_client.thread import Client
+
+            return Client
+        raise AttributeError(f"module 'regd_client.blocking' has no attribute {name!r}")

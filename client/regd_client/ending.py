@@ -141,7 +141,7 @@ class ProcessName:
         if self._said is not type(trouble):
             self._said = type(trouble)
             log.warning(
-                "%s serves at %s, not registered yet, trying on: %s", self._entry["name"], self._at, trouble
+                "%s serves at %s, not registered yet, still trying: %s", self._entry["name"], self._at, trouble
             )
         signal.setitimer(signal.ITIMER_REAL, _PAUSE_S)
         return True
@@ -155,7 +155,7 @@ class ProcessName:
             self._try_later(trouble)
         else:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            log.warning("%s is registered at %s now", self._entry["name"], self._at)
+            log.warning("%s is registered now, at %s", self._entry["name"], self._at)
 
     # Withdrawn.
 

@@ -23,6 +23,7 @@ def register(
     static: bool = False,
     force: bool = False,
     pid: int | None = None,
+    timeout: float | None = None,
 ) -> Registering:
     """Register a service, as `Client.register` does, on a connection of its own."""
     made = Client().register(
@@ -35,15 +36,16 @@ def register(
         static=static,
         force=force,
         pid=pid,
+        timeout=timeout,
     )
     made._own = True
     return made
 
 
-async def deregister(name: str, instance: str | None = None) -> None:
+async def deregister(name: str, instance: str | None = None, *, timeout: float | None = None) -> None:
     """End a registration, as `Client.deregister` does."""
-    async with Client() as client:
-        await client.deregister(name, instance)
+    async with _client() as client:
+        await client.deregister(name, instance, timeout=timeout)
 
 
 async def resolve(
@@ -52,32 +54,54 @@ async def resolve(
     instance: str | None = None,
     meta: Mapping[str, str] | None = None,
     wait: float | None = None,
+    timeout: float | None = None,
 ) -> Endpoint:
     """Return a ready instance, as `Client.resolve` does."""
-    client = Client()  # connects within `wait`
-    try:
-        return await client.resolve(name, instance=instance, meta=meta, wait=wait)
-    finally:
-        await client.close()
+    async with _client() as client:
+        return await client.resolve(name, instance=instance, meta=meta, wait=wait, timeout=timeout)
 
 
-async def resolve_all(name: str, *, meta: Mapping[str, str] | None = None) -> list[Endpoint]:
+async def resolve_all(
+    name: str, *, meta: Mapping[str, str] | None = None, timeout: float | None = None
+) -> list[Endpoint]:
     """Return all ready instances, as `Client.resolve_all` does."""
-    async with Client() as client:
-        return await client.resolve_all(name, meta=meta)
+    async with _client() as client:
+        return await client.resolve_all(name, meta=meta, timeout=timeout)
 
 
-async def watch(pattern: str = "*", *, meta: Mapping[str, str] | None = None) -> AsyncGenerator[Event, None]:
+async def watch(
+    pattern: str = "*", *, meta: Mapping[str, str] | None = None, timeout: float | None = None
+) -> AsyncGenerator[Event, None]:
     """Yield what is there and every change, as `Client.watch` does."""
-    async with Client() as client, contextlib.aclosing(client.watch(pattern, meta=meta)) as events:
+    async with (
+        _client() as client,
+        contextlib.aclosing(client.watch(pattern, meta=meta, timeout=timeout)) as events,
+    ):
         async for event in events:
             yield event
 
 
 @contextlib.asynccontextmanager
 async def mirror(
-    pattern: str = "*", *, meta: Mapping[str, str] | None = None, stale_s_max: float | None = None
+    pattern: str = "*",
+    *,
+    meta: Mapping[str, str] | None = None,
+    stale_s_max: float | None = None,
+    timeout: float | None = None,
 ) -> AsyncIterator[Mirror]:
     """Keep a local picture, as `Client.mirror` does."""
-    async with Client() as client, client.mirror(pattern, meta=meta, stale_s_max=stale_s_max) as made:
+    async with (
+        _client() as client,
+        client.mirror(pattern, meta=meta, stale_s_max=stale_s_max, timeout=timeout) as made,
+    ):
         yield made
+
+
+@contextlib.asynccontextmanager
+async def _client() -> AsyncIterator[Client]:
+    """Close a client behind one call. The call connects it, within its own `timeout` and `wait`."""
+    client = Client()
+    try:
+        yield client
+    finally:
+        await client.close()

@@ -6,9 +6,9 @@ that it says, and not when a task comes to it. Must not know when to make all go
 
 import asyncio
 import contextlib
-import logging
 import os
 import random
+import time
 import weakref
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
@@ -18,9 +18,8 @@ from regd_client.connection import Connection, Heard
 from regd_client.errors import Conflict, RegdError, Unavailable
 from regd_client.following import Key
 from regd_client.link import Link, joined
+from regd_client.logger import log
 from regd_client.registration import Registration
-
-log = logging.getLogger("regd_client")
 
 _CLOSE_S = 0.2  # for a daemon that comes back just when the client is closed
 _PAUSE_S = (0.02, 0.5)  # before the first try to leave again, and the longest
@@ -38,6 +37,7 @@ class Holdings:
         self._of: dict[Key, Registration] = {}
         self._turns: weakref.WeakValueDictionary[Key, asyncio.Lock] = weakref.WeakValueDictionary()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.lingers = False  # it is closed, and what is still to be withdrawn keeps the link open
 
     def __len__(self) -> int:
         return len(self._of)
@@ -85,10 +85,23 @@ class Holdings:
             nonlocal stands
             stands = self._made(wanted, connection, reply)
 
-        connection = await self._link.connected()
-        async with self._turn(wanted.key):
-            if wanted.kept:
-                await self._ask(connection, wanted, made)
+        wanted.place = str(wire.find_address(self._link.address)), *wanted.key
+        try:
+            connection = await self._link.connected(wanted.timeout_s, wanted.patience)
+            async with self._turn(wanted.key):
+                if wanted.kept:
+                    earlier = _NEWEST.get(wanted.place)
+                    _NEWEST[wanted.place] = wanted
+                    try:
+                        await self._ask(connection, wanted, made)
+                    except RegdError:
+                        if earlier is not None and earlier.kept:
+                            _NEWEST[wanted.place] = earlier
+                        raise
+        except RegdError as error:
+            if wanted.on is None:
+                wanted.finish(str(error))
+            raise
         return stands
 
     def _made(self, made: Registration, connection: Connection, reply: Mapping[str, Any]) -> Registration:
@@ -96,9 +109,10 @@ class Holdings:
         if earlier is not None and earlier.kept and not made.static and earlier.is_at(reply):
             earlier.arguments = made.arguments
             earlier.made_on(connection, reply)
+            _NEWEST[earlier.place] = earlier
             return earlier
         if earlier is not None:
-            self._lose(earlier, "replaced")
+            self._lose(earlier, _REPLACED, made)
         made.made_on(connection, reply)
         if not made.static:
             self._of[made.key] = made
@@ -111,7 +125,7 @@ class Holdings:
         try:
             await connection.ask("register", {**each.arguments, **hold, **other}, heard)
         except RegdError as refusal:
-            if refusal.code != "unsupported" or hold.get("pid") is None:
+            if "pid" not in hold or not _cannot_be_seen(refusal, hold["pid"]):
                 raise
             connection.shares_processes = False
             await connection.ask("register", {**each.arguments, "hold": True, **other}, heard)
@@ -143,6 +157,10 @@ class Holdings:
         async with self._turn(each.key):
             if not each.kept or each.on is connection:
                 return True
+            newer = _newer(each)
+            if newer is not None and newer.where != each.where:
+                self._lose(each, _REPLACED, newer)  # else each would take the name from the other for ever
+                return True
             try:
                 await self._ask(connection, each, lambda reply: each.made_on(connection, reply), force=None)
             except Conflict as conflict:
@@ -151,12 +169,12 @@ class Holdings:
                 return False
             except RegdError as trouble:
                 if each.trouble != str(trouble):
-                    log.warning("could not register %s again, trying on: %s", each.endpoint.name, trouble)
+                    log.warning("could not register %s again, still trying: %s", each.endpoint.name, trouble)
                 each.trouble = str(trouble)
                 return False
         return True
 
-    async def holder(self, each: Registration) -> Connection:
+    async def holder(self, each: Registration, timeout_s: float | None = None) -> Connection:
         """Return the connection that holds it, once one does.
 
         Raises:
@@ -164,7 +182,7 @@ class Holdings:
             Unavailable: no daemon comes back in time.
         """
         try:
-            async with asyncio.timeout(self._link.timeout_s):
+            async with asyncio.timeout(self._link.timeout_s if timeout_s is None else timeout_s):
                 while each.kept and (each.on is None or not each.on.usable):
                     each.moved.clear()
                     await each.moved.wait()
@@ -178,15 +196,26 @@ class Holdings:
 
     def _lost(self, connection: Connection, event: Mapping[str, Any]) -> None:
         each = self._of.get((event["name"], event["instance"]))
-        if each is not None and each.on is connection:
-            self._lose(each, str(event["reason"]))
+        if each is None or each.on is not connection:
+            return
+        newer = _newer(each)
+        if newer is not None and event["reason"] == "replaced":
+            self._lose(each, _REPLACED, newer)
+        else:
+            self._lose(each, event["reason"])
 
-    def _lose(self, each: Registration, reason: str) -> None:
+    def _lose(self, each: Registration, reason: str, newer: Registration | None = None) -> None:
         """It is somebody else's now. It is not registered again: two would take it from each other for ever."""
         if each.kept:
             each.lost_reason = reason
             each.lost.set()
-            log.warning("lost the registration of %s: %s", each.endpoint.name, reason)
+            more = ""
+            if newer is not None and newer.where != each.where:
+                ours, theirs = wire.joined(*each.where), wire.joined(*newer.where)
+                more = (
+                    f": it was at {ours}, the newer one is at {theirs}; to keep both, give each its own instance="
+                )
+            log.warning("lost the registration of %s: %s%s", each.endpoint.name, reason, more)
         self._finish(each, reason)
 
     def _finish(self, each: Registration, why: str) -> None:
@@ -203,6 +232,7 @@ class Holdings:
     def leave(self, each: Registration) -> "asyncio.Task[None]":
         """End it, in a task that goes on when nobody waits any more."""
         if each.leaving is None or each.leaving.done():
+            each.left_at = time.monotonic()
             each.leaving = self._begin(self._leave(each), "regd-client-leave")
             each.moved.set()
         return each.leaving
@@ -215,8 +245,12 @@ class Holdings:
             try:
                 connection = await self._link.connected()
                 async with self._turn(each.key):
-                    if each.on is connection or await self._claim(connection, each):
-                        await each.end_on(connection)
+                    newer = _newer(each) if each.on is not connection else None
+                    if newer is None or newer.began < each.left_at:
+                        if each.on is connection or await self._claim(connection, each):
+                            await each.end_on(connection)
+                    elif newer.on is None:
+                        raise Unavailable("this process is just registering it again")
                 break
             except Unavailable:
                 await asyncio.sleep(random.uniform(0, pause_s))
@@ -246,16 +280,65 @@ class Holdings:
         return False
 
     async def close(self) -> None:
-        """Keep nothing more. What a restarted daemon keeps for its client is ended first, if that is quick."""
-        adrift = [each for each in self._of.values() if each.on is not None and not each.on.usable]
+        """Keep nothing more. What a restarted daemon keeps for its client is ended first.
+
+        That takes 0.2 s at most here. Then `lingers` is true: it goes on until the daemon is back, or the event
+        loop ends, and closes the link.
+        """
+        self._changed = lambda: None  # the keeper has ended
+        leaving: dict[asyncio.Task[None], Registration] = {}
         try:
-            if adrift:
-                await asyncio.wait([self.leave(each) for each in adrift], timeout=_CLOSE_S)
-        finally:
             for each in list(self._of.values()):
+                if each.on is not None and (each.leaving is not None or not each.on.usable):
+                    leaving[self.leave(each)] = each
+            if leaving:
+                await asyncio.wait(leaving, timeout=_CLOSE_S)
+        finally:
+            rest = {task: each for task, each in leaving.items() if not task.done()}
+            for each in [each for each in self._of.values() if each not in rest.values()]:
                 self._finish(each, "the client was closed")
-            for task in self._tasks:
+            for task in self._tasks - rest.keys():
                 task.cancel()
+            if rest:
+                self.lingers = True
+                task = asyncio.create_task(self._linger(rest), name="regd-client-linger")
+                _LINGERING.add(task)
+                task.add_done_callback(_LINGERING.discard)
+
+    async def _linger(self, leaving: Mapping["asyncio.Task[None]", Registration]) -> None:
+        try:
+            await asyncio.wait(leaving)
+        finally:
+            for each in leaving.values():
+                self._finish(each, "the client was closed")
+            self._link.end()
+
+
+_REPLACED = "replaced by a newer registration of this process"
+_LINGERING: set["asyncio.Task[None]"] = set()  # a loop keeps its tasks weakly
+# By the daemon's address, name and instance: what this process registered there last, with any of its clients.
+_NEWEST: weakref.WeakValueDictionary[tuple[str, ...], Registration] = weakref.WeakValueDictionary()
+
+
+def _newer(each: Registration) -> Registration | None:
+    """Return what this process has registered, or is registering, under the same name after this."""
+    found = _NEWEST.get(each.place)
+    return found if found is not None and found is not each and found.kept else None
+
+
+def _cannot_be_seen(refusal: RegdError, pid: int) -> bool:
+    """Whether the daemon refuses a process only because it cannot see or watch it."""
+    if refusal.code == "unsupported":
+        return True
+    if refusal.code != "bad_argument" or refusal.details.get("field") != "pid":
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _is_unclaimed(known: Mapping[str, Any], pid: int | None) -> bool:

@@ -5,7 +5,6 @@ It lives as long as there is something to keep. Must not know what becomes of a 
 
 import asyncio
 import contextlib
-import logging
 import random
 import time
 from collections.abc import AsyncIterator
@@ -14,9 +13,8 @@ from regd_client.connection import Connection
 from regd_client.errors import RegdError
 from regd_client.following import Follow
 from regd_client.holding import Holdings
-from regd_client.link import Link
-
-log = logging.getLogger("regd_client")
+from regd_client.link import Link, Patience
+from regd_client.logger import log
 
 _PAUSE_S = (0.02, 0.5)  # at most, before the first try to make all good, and before others
 _AGAIN_S = 1.0  # between two tries to register again what the daemon could not take
@@ -36,7 +34,7 @@ class Keeper:
     @contextlib.asynccontextmanager
     async def following(self, follow: Follow) -> AsyncIterator[None]:
         """Follow, over breaks, until the end of the `async with`."""
-        connection = await self._link.connected()
+        connection = await self._link.connected(patience=Patience.NONE)
         try:
             await self._follow(connection, follow)
             self._follows[follow] = None
@@ -95,12 +93,12 @@ class Keeper:
                 whole = await self._restore(connection)
             except RegdError as trouble:
                 if not told:
-                    log.warning("the registry is away, trying on: %s", trouble)
+                    log.warning("the registry is away, still trying: %s", trouble)
                     told = True
                 await asyncio.sleep(random.uniform(0, _PAUSE_S[1]))
                 continue
             if told:
-                log.info("the registry is back")
+                log.warning("the registry is back")
                 told = False
             await self._while_it_lasts(connection, None if whole else _AGAIN_S)
             if not connection.usable:

@@ -4,19 +4,23 @@ Must not know what goes over it.
 """
 
 import asyncio
+import errno
 import random
 import time
 from collections.abc import Awaitable, Callable
+from enum import Enum
 from typing import TYPE_CHECKING, TypeVar
 
 from regd_client import wire
 from regd_client.connection import Connection, Lost
 from regd_client.errors import RegdError, Unavailable
+from regd_client.logger import log
 from regd_client.wire import Address
 
 if TYPE_CHECKING:
     from regd_client.starting import Start
 
+TRY_S = 5.0  # to connect, where the caller says nothing
 _RESTART_S = 1.0  # for a daemon that was here to come back by itself, before another is started
 _BACKOFF_S = (0.02, 0.5)  # the first and the longest pause between tries to connect
 
@@ -27,19 +31,45 @@ _real: Opener = Connection.open
 opener: Opener = _real  # `regd_client.testing` puts its own here
 
 
+class Patience(Enum):
+    """What to do while nobody listens at the address."""
+
+    NONE = "fail as soon as the system refuses the connection"
+    SILENT = "try again"
+    TOLD = "try again, and log it at once"
+
+
+def running_loop() -> asyncio.AbstractEventLoop:
+    """Return the running event loop.
+
+    Raises:
+        RegdError: asyncio runs none here.
+    """
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise RegdError(
+            "regd_client needs asyncio, and no asyncio event loop runs here: under trio, or without a loop, use "
+            "regd_client.blocking (in a thread)"
+        ) from None
+
+
 class Link:
     """`connection` is the last one, usable or not. `lost` hears of what a connection holds no more.
 
-    It goes back to where it was first: what was registered at a fake must not come to a daemon.
+    It goes back to where it was first: what was registered at a fake must not come to a daemon. `timeout_s` is
+    how long it tries to connect, whoever calls; None: 5 s, if the caller has the patience.
     """
 
-    def __init__(self, address: str | None, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
+    def __init__(self, address: str | None, timeout_s: float | None) -> None:
+        self.timeout_s = TRY_S if timeout_s is None else timeout_s
+        self._always_patient = timeout_s is not None
         self.connection: Connection | None = None
         self.lost: Lost = lambda connection, event: None
-        self._address = address
+        self.address = address
         self._opener: Opener | None = None
         self._connecting: asyncio.Task[Connection] | None = None
+        self._waiting: dict[asyncio.Future[None], Patience] = {}  # done when the connection was refused
         self._why = "no answer in time"  # the last try failed
 
     @property
@@ -47,54 +77,85 @@ class Link:
         """The connection, where there is nothing to wait for. In a child that was forked there is none."""
         return self.connection if self.connection is not None and self.connection.usable else None
 
-    async def connected(self, within_s: float | None = None) -> Connection:
+    async def connected(self, within_s: float | None = None, patience: Patience = Patience.SILENT) -> Connection:
         """Return a connection that is usable, within the time that is left to the caller.
 
         Raises:
-            Unavailable: there is none in time, or the client was closed.
+            Unavailable: there is none in time, nobody listens and there is no patience, or the client was closed.
         """
         if (usable := self.usable) is not None:
             return usable
+        loop = running_loop()
+        if self._always_patient and patience is Patience.NONE:
+            patience = Patience.SILENT
         if self._connecting is None:
-            self._connecting = asyncio.create_task(self._connect(), name="regd-client-connect")
+            self._connecting = loop.create_task(self._connect(), name="regd-client-connect")
             self._connecting.add_done_callback(self._done)
+        connecting = self._connecting
+        refused = loop.create_future()
+        self._waiting[refused] = patience
         try:
-            async with asyncio.timeout(within_s):
-                return await joined(self._connecting)
+            async with asyncio.timeout(self.timeout_s if within_s is None else within_s):
+                await asyncio.wait((connecting, refused), return_when=asyncio.FIRST_COMPLETED)
+                if not connecting.done():
+                    raise self.away()
+                return await joined(connecting)
         except TimeoutError:
             raise self.away() from None
+        finally:
+            self._forget(connecting, refused)
+
+    def _forget(self, connecting: "asyncio.Task[Connection]", refused: "asyncio.Future[None]") -> None:
+        """End the tries when the last who waits for them has gone."""
+        self._waiting.pop(refused, None)
+        refused.cancel()
+        if not self._waiting and self._connecting is connecting and not connecting.done():
+            self._connecting = None
+            connecting.cancel()
 
     def away(self) -> Unavailable:
         """Return the error of a daemon that cannot be reached."""
-        return wire.unavailable(wire.find_address(self._address), self._why)
+        return wire.unavailable(wire.find_address(self.address), self._why)
 
     async def _connect(self) -> Connection:
-        address = wire.find_address(self._address)
+        """Try until somebody answers; whoever waits decides how long."""
+        address = wire.find_address(self.address)
         open = self._opener or opener
-        began = time.monotonic()
-        until = began + self.timeout_s
         pause_s, longest_s = _BACKOFF_S
+        began = time.monotonic()
         demand = _Demand(address, open, began + _RESTART_S if self.connection is not None else began)
+        told = False
         try:
             while True:
                 wait_s = pause_s * random.uniform(0.5, 1.0)
                 try:
-                    async with asyncio.timeout(max(0.0, until - time.monotonic())):
+                    async with asyncio.timeout(self.timeout_s):
                         made = await demand.met(await open(address, self.lost))
                     self._opener = open
+                    if told:
+                        log.warning("connected to regd at %s", address)
                     return made
                 except Unavailable:
-                    raise  # whoever says so itself knows that trying on is no use
+                    raise  # whoever says so itself knows that trying again is no use
                 except TimeoutError:
                     self._why = "no answer in time"
                 except OSError as error:
                     self._why, wait_s = demand.after(error, wait_s)
-                if time.monotonic() + wait_s >= until:  # no time for another try
-                    raise self.away()
+                    if not demand.starts and is_refused(error):
+                        self._refused()
+                if not told and Patience.TOLD in self._waiting.values():
+                    told = True
+                    log.warning("%s; still trying", self.away())
                 await asyncio.sleep(wait_s)
                 pause_s = min(2 * pause_s, longest_s)
         finally:
             demand.close()
+
+    def _refused(self) -> None:
+        """Tell those who have no patience."""
+        for refused, patience in self._waiting.items():
+            if patience is Patience.NONE and not refused.done():
+                refused.set_result(None)
 
     def _done(self, task: "asyncio.Task[Connection]") -> None:
         if self._connecting is task:
@@ -122,12 +183,20 @@ class Link:
             await asyncio.wait((connecting,))
 
 
+def is_refused(error: OSError) -> bool:
+    """Return whether the system says that nobody listens there."""
+    return isinstance(error, ConnectionRefusedError | FileNotFoundError) or (
+        # Of a host with several addresses asyncio gives all the errors as one text.
+        error.errno is None and f"[Errno {errno.ECONNREFUSED}]" in str(error)
+    )
+
+
 class _Demand:
     """Starts a daemon where none is there and one may be, from a moment on (monotonic seconds)."""
 
     def __init__(self, address: Address, open: Opener, due_at: float) -> None:
         self._address = address
-        self._may = open is _real and wire.autostarts(address)
+        self.starts = open is _real and wire.autostarts(address)
         self._due_at = due_at
         self._start: Start | None = None
 
@@ -138,7 +207,7 @@ class _Demand:
             OSError: it ended before it said anything.
             Unavailable: whoever is there is no regd, or has no room.
         """
-        if not self._may:
+        if not self.starts:
             return made
         silent_since = made.heard_at
         try:
@@ -157,7 +226,7 @@ class _Demand:
             Unavailable: it cannot be started.
         """
         why = error.strerror or str(error)
-        if not self._may or time.monotonic() < self._due_at:
+        if not self.starts or time.monotonic() < self._due_at:
             return why, pause_s
         from regd_client import starting
 

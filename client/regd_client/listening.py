@@ -9,9 +9,11 @@ from collections.abc import Generator, Mapping
 from types import TracebackType
 from typing import Any
 
+from regd_client.arguments import check_seconds, check_service, check_text, check_whole, labels
 from regd_client.following import Endpoint
+from regd_client.link import running_loop
 from regd_client.opening import addresses
-from regd_client.registration import Registration
+from regd_client.registration import Registration, warn_of
 from regd_client.service import DRAIN_S, Service
 
 BACKLOG = 128
@@ -42,8 +44,15 @@ class Listen:
     """What `listen` returns: to be awaited for a `Listening`, or the `async with` around it."""
 
     def __init__(
-        self, name: str, host: str, port: int, arguments: dict[str, Any], backlog: int, drain_s: float
+        self,
+        name: str,
+        host: str,
+        port: int,
+        arguments: dict[str, Any],
+        backlog: int,
+        drain_s: float,
     ) -> None:
+        self._awaited = False
         self._name = name
         self._where = host, port
         self._arguments = arguments
@@ -52,9 +61,15 @@ class Listen:
         self._made: Listening | None = None
 
     def __await__(self) -> Generator[Any, None, Listening]:
+        self._awaited = True
         return self._listen().__await__()
 
+    def __del__(self) -> None:
+        if not self._awaited:
+            warn_of(f"listen({self._name!r})", self)
+
     async def __aenter__(self) -> Listening:
+        self._awaited = True
         self._made = await self._listen()
         return self._made
 
@@ -65,6 +80,7 @@ class Listen:
         await self._made.close()
 
     async def _listen(self) -> Listening:
+        running_loop()
         async with contextlib.AsyncExitStack() as stack:
             made = stack.enter_context(listening_socket(*self._where, self._backlog))
             made.setblocking(False)
@@ -94,6 +110,7 @@ def listen(
     meta: Mapping[str, str] | None = None,
     backlog: int = BACKLOG,
     drain_s: float = DRAIN_S,
+    timeout: float | None = None,
 ) -> Listen:
     """Listen at `host`, on a free port or on `port`, and register it.
 
@@ -103,9 +120,18 @@ def listen(
     From then on connections are accepted by the system, and wait for the server. On leaving, and before a server
     on this event loop closes the socket, the name is withdrawn; `drain_s` later the socket closes.
 
+    Without a daemon it tries to register for 5 s, or for `timeout` seconds.
+
     Raises:
         OSError: the port cannot be had.
         Conflict: another owner has the name, and lives.
         Unavailable: no daemon answers.
     """
-    return Listen(name, host, port, {"instance": instance, "meta": meta}, backlog, drain_s)
+    check_service(name, instance)
+    check_whole("port", port, required=True)
+    check_text("host", host, required=True)
+    check_whole("backlog", backlog, required=True)
+    check_seconds("drain_s", drain_s)
+    check_seconds("timeout", timeout)
+    arguments = {"instance": instance, "meta": labels(meta), "timeout": timeout}
+    return Listen(name, host, port, arguments, backlog, drain_s)

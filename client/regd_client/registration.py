@@ -4,23 +4,23 @@ Whether it stands is decided by the holdings. Must not know when the connection 
 """
 
 import asyncio
-import logging
 import os
 import time
+import warnings
 from collections.abc import Coroutine, Generator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from regd_client.arguments import check_seconds, check_text, labels
 from regd_client.connection import Connection, Heard
 from regd_client.errors import Conflict, NotFound, RegdError, Unavailable
 from regd_client.following import Endpoint, Key, endpoint
-from regd_client.link import joined
+from regd_client.link import Patience, joined, running_loop
+from regd_client.logger import log
 
 if TYPE_CHECKING:
     from regd_client.client import Client
     from regd_client.holding import Holdings
-
-log = logging.getLogger("regd_client")
 
 _ENDS_S = 1.0  # for a daemon that is stopping to close the connection
 _LEAVE_S = 2.0  # for the daemon to confirm that it has ended
@@ -30,7 +30,15 @@ _LEAVE_AWAY_S = 0.2  # the same, from when the connection broke: the daemon may 
 class Registration:
     """A registration that was made here. `lost` is set when somebody took it; `lost_reason` says how."""
 
-    def __init__(self, client: "Client", arguments: dict[str, Any], static: bool, process: int | None) -> None:
+    def __init__(
+        self,
+        client: "Client",
+        arguments: dict[str, Any],
+        static: bool,
+        process: int | None,
+        timeout_s: float | None = None,
+        patience: Patience = Patience.TOLD,
+    ) -> None:
         self._client = client
         self._holdings: Holdings = client._keeper.holdings
         self._pid = os.getpid()
@@ -43,6 +51,11 @@ class Registration:
         self.arguments = arguments
         self.static = static
         self.process = process  # that it lasts as long as, instead of this one
+        self.timeout_s = timeout_s  # to connect, the first time
+        self.patience = patience
+        self.began = time.monotonic()
+        self.left_at = 0.0
+        self.place: tuple[str, ...] = ()  # the daemon's address, name and instance
         self.on: Connection | None = None  # the last connection that held it
         self.over = ""  # why it is no more
         self.making: asyncio.Task[Registration] | None = None
@@ -54,6 +67,11 @@ class Registration:
     def kept(self) -> bool:
         """Whether the caller wants it, and has it. A child that was forked does not: it is the parent's."""
         return not self.over and self.leaving is None and self._pid == os.getpid()
+
+    @property
+    def where(self) -> tuple[str, int]:
+        """The host and port, as the caller wants them to be known."""
+        return self.arguments["host"] or "127.0.0.1", self.arguments["port"]
 
     def made_on(self, connection: Connection, reply: Mapping[str, Any]) -> None:
         """Take the reply to `register`."""
@@ -79,22 +97,32 @@ class Registration:
         if state is not None:
             self.arguments["state"] = state
 
-    async def update(self, meta: Mapping[str, str] | None = None, *, state: str | None = None) -> None:
+    async def update(
+        self,
+        meta: Mapping[str, str] | None = None,
+        *,
+        state: str | None = None,
+        timeout: float | None = None,
+    ) -> None:
         """Replace its meta as a whole, set its state (`starting`, `ready`, `draining`), or both.
 
-        After a break it waits until it is registered again.
+        After a break it waits until it is registered again, for 5 s or `timeout` seconds.
 
         Raises:
             NotFound: it has ended, or is somebody else's now.
             Unavailable: no daemon comes back in time.
         """
-        given = None if meta is None else dict(meta)
+        check_text("state", state)
+        await self._client._within(timeout, "update", self._update(labels(meta), state, timeout))
 
+    async def _update(self, given: dict[str, str] | None, state: str | None, timeout: float | None) -> None:
         def altered(reply: Mapping[str, Any]) -> None:
             self._altered(given, state)
 
         while True:
-            connection = await (self._client._connected() if self.static else self._holdings.holder(self))
+            connection = await (
+                self._client._connected() if self.static else self._holdings.holder(self, timeout)
+            )
             try:
                 if await self.while_ours(connection, "update", altered, meta=given, state=state):
                     return
@@ -105,25 +133,29 @@ class Registration:
             else:
                 raise self.gone()
 
-    async def deregister(self) -> None:
+    async def deregister(self, *, timeout: float | None = None) -> None:
         """End it: first `draining`, then gone. Harmless when it has ended; what is somebody else's now stays.
 
-        It waits 2 s at most, and 0.2 s without a daemon. What is not confirmed by then goes on for as long as the
-        client is open.
+        It waits for `timeout` seconds, else for 2 s at most, and 0.2 s without a daemon. What is not confirmed by
+        then goes on in the background, as long as the event loop lives.
         """
+        check_seconds("timeout", timeout)
         if self._pid != os.getpid() or self.over:
             return  # the parent's, or nobody's
         if self.static:
             await self.end_on(await self._client._connected())
             return
         leaving = self._holdings.leave(self)
-        await self._have_patience(leaving)
+        await self._have_patience(leaving, timeout)
         if not leaving.done():
             log.warning("the registry has not confirmed yet that %s ended", self.endpoint.name)
         elif not leaving.cancelled():
             await joined(leaving)
 
-    async def _have_patience(self, leaving: "asyncio.Task[None]") -> None:
+    async def _have_patience(self, leaving: "asyncio.Task[None]", timeout: float | None) -> None:
+        if timeout is not None:
+            await asyncio.wait((leaving,), timeout=timeout)
+            return
         on = self.on
         if on is None:
             return
@@ -175,6 +207,11 @@ class Registration:
         return here if (here["host"], here["port"]) == (self.endpoint.host, self.endpoint.port) else None
 
 
+def warn_of(call: str, source: object) -> None:
+    """Warn of what was made and never awaited, as Python does of a coroutine."""
+    warnings.warn(f"{call} was never awaited", RuntimeWarning, stacklevel=3, source=source)
+
+
 def _fields(found: Endpoint) -> dict[str, Any]:
     return {"name": found.name, "instance": found.instance, "host": found.host, "port": found.port}
 
@@ -182,16 +219,22 @@ def _fields(found: Endpoint) -> dict[str, Any]:
 class OwnRegistration(Registration):
     """One that was made by the function `register`, with a client of its own."""
 
-    async def update(self, meta: Mapping[str, str] | None = None, *, state: str | None = None) -> None:
+    async def update(
+        self,
+        meta: Mapping[str, str] | None = None,
+        *,
+        state: str | None = None,
+        timeout: float | None = None,
+    ) -> None:
         try:
-            await super().update(meta, state=state)
+            await super().update(meta, state=state, timeout=timeout)
         finally:
             if self.static:
                 await self._client.close()
 
-    async def deregister(self) -> None:
+    async def deregister(self, *, timeout: float | None = None) -> None:
         try:
-            await super().deregister()
+            await super().deregister(timeout=timeout)
         finally:
             await self._client.close()
 
@@ -200,9 +243,17 @@ class Registering(Coroutine[Any, Any, Registration]):
     """What `register` returns: a coroutine that gives a `Registration`, or the `async with` around its life."""
 
     def __init__(
-        self, client: "Client", arguments: dict[str, Any], static: bool, process: int | None = None
+        self,
+        client: "Client",
+        arguments: dict[str, Any],
+        static: bool,
+        process: int | None = None,
+        timeout: float | None = None,
     ) -> None:
+        self._awaited = False
         self._client = client
+        self._timeout = timeout
+        self.patience = Patience.TOLD
         self._arguments = arguments
         self._static = static
         self._process = process
@@ -213,9 +264,11 @@ class Registering(Coroutine[Any, Any, Registration]):
     # A coroutine, so that a task can be made of it.
 
     def __await__(self) -> Generator[Any, None, Registration]:
+        self._awaited = True
         return self._register().__await__()
 
     def _run(self) -> "Coroutine[Any, Any, Registration]":
+        self._awaited = True
         if self._running is None:
             self._running = self._register()
         return self._running
@@ -227,12 +280,18 @@ class Registering(Coroutine[Any, Any, Registration]):
         return self._run().throw(*args)
 
     def close(self) -> None:
+        self._awaited = True
         if self._running is not None:
             self._running.close()
+
+    def __del__(self) -> None:
+        if not self._awaited:
+            warn_of(f"register({self._arguments['name']!r})", self)
 
     # Around the life of a service.
 
     async def __aenter__(self) -> Registration:
+        self._awaited = True
         self._made = await self._register()
         return self._made
 
@@ -247,12 +306,15 @@ class Registering(Coroutine[Any, Any, Registration]):
             log.warning("left %s registered: %s", self._made.endpoint.name, trouble)
 
     async def _register(self) -> Registration:
+        self._awaited = True
+        running_loop()
         self._client._check_fork()
         kind = OwnRegistration if self._own else Registration
-        wanted = kind(self._client, self._arguments, self._static, self._process)
+        wanted = kind(self._client, self._arguments, self._static, self._process, self._timeout, self.patience)
         over = self._own
         try:
-            made = await self._client._keeper.holdings.register(wanted)
+            work = self._client._keeper.holdings.register(wanted)
+            made = await self._client._within(self._timeout, "register", work)
             over = over and self._static
         finally:
             if over:

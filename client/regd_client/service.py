@@ -6,7 +6,6 @@ that is registered and ended there is known without being reachable. Must not kn
 
 import asyncio
 import contextlib
-import logging
 import random
 import sys
 from collections.abc import AsyncIterator, Mapping
@@ -15,12 +14,12 @@ from typing import Any, Self
 
 from regd_client.client import Client
 from regd_client.errors import BadArgument, RegdError
+from regd_client.link import Patience, running_loop
+from regd_client.logger import log
 from regd_client.opening import Door
 from regd_client.registration import Registration
 from regd_client.signals import held_until
 from regd_client.wire import joined
-
-log = logging.getLogger("regd_client")
 
 DRAIN_S = 0.1
 _PAUSE_S = 0.5  # at most, between tries to register
@@ -53,7 +52,7 @@ class Service:
         self._registering: asyncio.Task[Registration] | None = None
         self._withdrawing: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None
-        self._opened: asyncio.Future[asyncio.Task[Registration]] = asyncio.get_running_loop().create_future()
+        self._opened: asyncio.Future[asyncio.Task[Registration]] = running_loop().create_future()
 
     async def registration(self) -> Registration:
         """Return the registration, once there is one."""
@@ -72,7 +71,10 @@ class Service:
         arguments = {"host": host, **self._arguments}
         while True:
             try:
-                made = await self._client.register(self._name, port, **arguments)
+                registering = self._client.register(self._name, port, **arguments)
+                if self._patient:
+                    registering.patience = Patience.NONE  # the tries are made here
+                made = await registering
             except BadArgument as error:
                 if self._patient:
                     log.error(
@@ -84,11 +86,11 @@ class Service:
                     raise
                 if self._troubled is not type(trouble):
                     at = joined(host, port)
-                    log.warning("%s serves at %s, not registered yet, trying on: %s", self._name, at, trouble)
+                    log.warning("%s serves at %s, not registered yet, still trying: %s", self._name, at, trouble)
                 self._troubled = type(trouble)
             else:
                 if self._troubled is not None:
-                    log.warning("%s is registered at %s now", self._name, joined(host, port))
+                    log.warning("%s is registered now, at %s", self._name, made.endpoint)
                 return made
             await asyncio.sleep(random.uniform(0, _PAUSE_S))
 

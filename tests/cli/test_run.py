@@ -575,7 +575,7 @@ def test_a_daemon_that_comes_later(process: Daemon) -> None:
     with running(process, "web", "--", *PROGRAM) as command:
         port = command.line().split()[1]
         command.type("127.0.0.1")
-        assert "not registered yet, trying on: no regd at" in command.told()
+        assert "not registered yet, still trying: no regd at" in command.told()
         process.start()
         assert command.told() == f"regctl: web is registered at 127.0.0.1:{port}"
         process.end()
@@ -590,7 +590,7 @@ def test_a_name_that_becomes_free(process: Daemon, peer: BlockingConnection) -> 
     with running(process, "web", "--", *PROGRAM) as command:
         command.line()
         command.type("127.0.0.1")
-        assert "not registered yet, trying on: " in command.told()
+        assert "not registered yet, still trying: " in command.told()
         peer.ask("deregister", name="web")
         assert command.told().startswith("regctl: web is registered at ")
         peer.ask("deregister", name="web")

@@ -257,7 +257,7 @@ def test_a_server_whose_name_another_owner_has_waits_for_it(
         until(lambda: stats()["requests"]["register"] >= 4)
         assert [found["port"] for found in instances()] == [2]
     until(lambda: [found["port"] for found in instances()] == [1])
-    until(lambda: "is registered at 127.0.0.1:1 now" in caplog.text)
+    until(lambda: "is registered now, at 127.0.0.1:1" in caplog.text)
     assert caplog.text.count("not registered yet") == 1
     assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
 

@@ -10,10 +10,12 @@ import pytest
 import regd_client
 from regd_client import registration as registration_module
 from regd_client.client import Client
+from regd_client.holding import _LINGERING
 from tests.client.relay import Relay, until
 from tests.support.daemon import WAIT_S, InLoop
 
 pytestmark = pytest.mark.socket
+REPLACED = "replaced by a newer registration of this process"
 
 
 @pytest.fixture
@@ -127,6 +129,52 @@ async def test_leaving_without_a_daemon_is_quick(
     assert not [each for each in caplog.messages if each.startswith("left")]
 
 
+@pytest.mark.parametrize("how", ["listen", "register", "client"])
+async def test_what_is_left_without_a_daemon_ends_when_the_daemon_is_back(
+    relay: Relay, daemon: InLoop, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """Its client is closed by then: it is withdrawn in the background, for as long as the event loop lives."""
+    async with AsyncExitStack() as stack:
+        if how == "listen":
+            await stack.enter_async_context(regd_client.listen("job", drain_s=0.0))
+        elif how == "register":
+            await stack.enter_async_context(regd_client.register("job", 1))
+        else:
+            client = await stack.enter_async_context(Client())
+            await client.register("job", 1)
+        async with stopped(relay, daemon):
+            if how == "client":
+                await until(lambda: client._link.usable is None)
+            await stack.aclose()
+            assert _LINGERING
+    async with Client() as other:
+        assert await other.instances("job") or not _LINGERING
+        await gone(other, "job")
+    await until(lambda: not _LINGERING)
+    await until(lambda: not daemon.server.connections)
+
+
+@pytest.mark.parametrize("port", [1, 2])
+@pytest.mark.parametrize("turns", [0, 1, 20])
+async def test_what_is_registered_again_is_not_withdrawn(
+    relay: Relay, daemon: InLoop, port: int, turns: int
+) -> None:
+    """A process that left a name while the daemon was away, and registers it again, has it."""
+    left = await regd_client.register("job", 1)
+    async with Client() as client:
+        async with stopped(relay, daemon):
+            await left.deregister()
+            assert _LINGERING
+            again = asyncio.ensure_future(client.register("job", port))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+        registration = await again
+        await until(lambda: not _LINGERING)
+        await client.ping()
+        assert [each["port"] for each in await client.instances("job")] == [port]
+        assert not registration.lost.is_set()
+
+
 async def test_leaving_what_has_a_client_of_its_own_is_quick(relay: Relay, daemon: InLoop) -> None:
     async with regd_client.register("a", 1):
         relay.refuse()
@@ -206,7 +254,7 @@ async def test_one_client_has_a_name_once(relay: Relay, other: Client) -> None:
         assert await client.register("a", 1, meta={"k": "2"}) is first
         assert first.endpoint.meta == {"k": "2"}
         second = await client.register("a", 2)
-        assert (first.lost.is_set(), first.lost_reason, second.lost.is_set()) == (True, "replaced", False)
+        assert (first.lost.is_set(), first.lost_reason, second.lost.is_set()) == (True, REPLACED, False)
         await first.deregister()
         assert (await other.resolve("a")).port == 2
         static = await client.register("a", 2, static=True)

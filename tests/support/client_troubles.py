@@ -88,13 +88,13 @@ async def bad_address(scene: Scene) -> str:
     return await scene.regctl("ping", "--address", "localhost", status=2)
 
 
-@says("the registry is away, trying on: …")
+@says("the registry is away, still trying: …")
 async def away(scene: Scene) -> str:
     async with scene.daemon() as daemon, Client() as client:
         await client.register("db", 5432)
         client._link.timeout_s = 0.0
         await daemon.server.stop()
-        return await scene.logged("trying on")
+        return await scene.logged("still trying")
 
 
 @says("the daemon has been away for … s, and stale_s_max is …")
@@ -193,7 +193,7 @@ async def held(scene: Scene) -> str:
         return await scene.regctl("register", "db", "5433", status=4)
 
 
-@says("… serves at …, not registered yet, trying on: …")
+@says("… serves at …, not registered yet, still trying: …")
 async def not_yet(scene: Scene) -> str:
     files = ToldFiles()
     async with (
