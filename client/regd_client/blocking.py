@@ -179,6 +179,19 @@ def _connected(family: int, where: Any, timeout_s: float) -> socket:
     return made
 
 
+def _modules() -> tuple[Any, Any]:
+    """Return the modules that import asyncio, loaded when a verb is called first.
+
+    Raises:
+        Unavailable: the process is ending, and nothing can be loaded.
+    """
+    try:
+        from regd_client import functions, thread
+    except ImportError:
+        raise Unavailable("this process is ending: regd_client.blocking can be used no more") from None
+    return functions, thread
+
+
 def register(
     name: str,
     port: int,
@@ -193,7 +206,7 @@ def register(
     timeout: float | None = None,
 ) -> Registration:
     """Register a service, as `regd_client.register` does; use it with `with`, or call its `deregister`."""
-    from regd_client import functions, thread
+    functions, thread = _modules()
 
     async def registered() -> Any:
         return await functions.register(
@@ -210,7 +223,8 @@ def register(
         )
 
     own = thread.client_thread()
-    return thread.Registration(own.call(registered()), own)
+    made: Registration = thread.Registration(own.call(registered()), own)
+    return made
 
 
 def serving(
@@ -253,18 +267,19 @@ def listen(
     timeout: float | None = None,
 ) -> Listening:
     """Listen on a free port, or on `port`, and register it, as `regd_client.listen` does."""
-    from regd_client import listening, thread
+    _, thread = _modules()
 
     async def listened() -> Any:
-        return await listening.listen(name, port, host=host, instance=instance, meta=meta, timeout=timeout)
+        return await thread.listening.listen(name, port, host=host, instance=instance, meta=meta, timeout=timeout)
 
     own = thread.client_thread()
-    return thread.Listening(own.call(listened()), own)
+    made: Listening = thread.Listening(own.call(listened()), own)
+    return made
 
 
 def deregister(name: str, instance: str | None = None, *, timeout: float | None = None) -> None:
     """End a registration, whoever made it, as `regd_client.deregister` does."""
-    from regd_client import functions, thread
+    functions, thread = _modules()
 
     thread.client_thread().call(functions.deregister(name, instance, timeout=timeout))
 
@@ -278,20 +293,22 @@ def resolve(
     timeout: float | None = None,
 ) -> Endpoint:
     """Return a ready instance, as `regd_client.resolve` does."""
-    from regd_client import functions, thread
+    functions, thread = _modules()
 
-    return thread.client_thread().call(
+    found: Endpoint = thread.client_thread().call(
         functions.resolve(name, instance=instance, meta=meta, wait=wait, timeout=timeout)
     )
+    return found
 
 
 def resolve_all(
     name: str, *, meta: Mapping[str, str] | None = None, timeout: float | None = None
 ) -> list[Endpoint]:
     """Return all ready instances, as `regd_client.resolve_all` does."""
-    from regd_client import functions, thread
+    functions, thread = _modules()
 
-    return thread.client_thread().call(functions.resolve_all(name, meta=meta, timeout=timeout))
+    found: list[Endpoint] = thread.client_thread().call(functions.resolve_all(name, meta=meta, timeout=timeout))
+    return found
 
 
 if not TYPE_CHECKING:  # a checker has the class itself

@@ -25,7 +25,7 @@ from regd_client.connection import Connection
 from regd_client.errors import BadArgument, RegdError, Timeout, Unavailable
 from regd_client.following import Backlog, Endpoint, Event, Follow, endpoint
 from regd_client.keeping import Keeper
-from regd_client.link import Link, Patience, running_loop
+from regd_client.link import Link, Patience, pause, running_loop
 from regd_client.picture import Mirror
 from regd_client.registration import Registering
 from regd_client.wire import NOT_REGD
@@ -259,7 +259,7 @@ class Client:
                     raise
                 name = asked["name"]
                 raise Unavailable(f"the daemon said nothing while {wait:g} s were waited for {name!r}") from None
-            await asyncio.sleep(random.uniform(0, _PAUSE_S))
+            await pause(random.uniform(0, _PAUSE_S))
 
     async def resolve_all(
         self, name: str, *, meta: Mapping[str, str] | None = None, timeout: float | None = None
@@ -315,15 +315,23 @@ class Client:
         return self._watch(pattern, labels(meta), timeout)
 
     async def _watch(
-        self, pattern: str, meta: dict[str, str] | None, timeout: float | None
+        self, pattern: str, meta: dict[str, str] | None, timeout: float | None, own: bool = False
     ) -> AsyncGenerator[Event, None]:
+        """Yield events. `own`: the client was made for this, and ends with it.
+
+        There is no other generator within: at its end an event loop closes all that are left at once.
+        """
         self._check_fork()
         backlog = Backlog()
-        async with contextlib.AsyncExitStack() as stack:
-            following = self._keeper.following(Follow(pattern, meta, backlog.add, backlog.end))
-            await self._within(timeout, "watch", stack.enter_async_context(following))
-            while (event := await backlog.next()) is not None:
-                yield event
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                following = self._keeper.following(Follow(pattern, meta, backlog.add, backlog.end))
+                await self._within(timeout, "watch", stack.enter_async_context(following))
+                while (event := await backlog.next()) is not None:
+                    yield event
+        finally:
+            if own:
+                await self.close()
 
     @contextlib.asynccontextmanager
     async def mirror(

@@ -6,6 +6,7 @@ Nothing stays open behind them, but for what is registered or followed. Must not
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
+from regd_client.arguments import check_seconds, check_text, labels
 from regd_client.client import Client
 from regd_client.following import Endpoint, Event
 from regd_client.picture import Mirror
@@ -69,16 +70,13 @@ async def resolve_all(
         return await client.resolve_all(name, meta=meta, timeout=timeout)
 
 
-async def watch(
+def watch(
     pattern: str = "*", *, meta: Mapping[str, str] | None = None, timeout: float | None = None
 ) -> AsyncGenerator[Event, None]:
     """Yield what is there and every change, as `Client.watch` does."""
-    async with (
-        _client() as client,
-        contextlib.aclosing(client.watch(pattern, meta=meta, timeout=timeout)) as events,
-    ):
-        async for event in events:
-            yield event
+    check_text("pattern", pattern, required=True)
+    check_seconds("timeout", timeout)
+    return Client()._watch(pattern, labels(meta), timeout, own=True)
 
 
 @contextlib.asynccontextmanager

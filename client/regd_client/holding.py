@@ -17,7 +17,7 @@ from regd_client import wire
 from regd_client.connection import Connection, Heard
 from regd_client.errors import Conflict, RegdError, Unavailable
 from regd_client.following import Key
-from regd_client.link import Link, joined
+from regd_client.link import Link, joined, pause
 from regd_client.logger import log
 from regd_client.registration import Registration
 
@@ -253,7 +253,7 @@ class Holdings:
                         raise Unavailable("this process is just registering it again")
                 break
             except Unavailable:
-                await asyncio.sleep(random.uniform(0, pause_s))
+                await pause(random.uniform(0, pause_s))
                 pause_s = min(2 * pause_s, longest_s)
             except RegdError:
                 self._drop(each)

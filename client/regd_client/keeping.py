@@ -7,13 +7,12 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator
 
 from regd_client.connection import Connection
 from regd_client.errors import RegdError
 from regd_client.following import Follow
 from regd_client.holding import Holdings
-from regd_client.link import Link, Patience
+from regd_client.link import Link, Patience, pause
 from regd_client.logger import log
 
 _PAUSE_S = (0.02, 0.5)  # at most, before the first try to make all good, and before others
@@ -31,21 +30,32 @@ class Keeper:
         self._task: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()  # there is nothing to keep any more
 
-    @contextlib.asynccontextmanager
-    async def following(self, follow: Follow) -> AsyncIterator[None]:
+    def following(self, follow: Follow) -> "_Following":
         """Follow, over breaks, until the end of the `async with`."""
+        return _Following(self, follow)
+
+    async def begin(self, follow: Follow) -> None:
+        """Follow from now on.
+
+        Raises:
+            RegdError: the daemon is away, or does not take the pattern.
+        """
         connection = await self._link.connected(patience=Patience.NONE)
         try:
             await self._follow(connection, follow)
-            self._follows[follow] = None
-            self._keep()
-            yield
-        finally:
-            self._follows.pop(follow, None)
-            if isinstance(follow.on, Connection):
-                follow.on.forget(follow.take)  # the watch is that connection's, and no other's
-            follow.end()
-            self._keep()
+        except BaseException:
+            self.stop(follow)
+            raise
+        self._follows[follow] = None
+        self._keep()
+
+    def stop(self, follow: Follow) -> None:
+        """Follow no more."""
+        self._follows.pop(follow, None)
+        if isinstance(follow.on, Connection):
+            follow.on.forget(follow.take)  # the watch is that connection's, and no other's
+        follow.end()
+        self._keep()
 
     async def _follow(self, connection: Connection, follow: Follow) -> None:
         try:
@@ -95,14 +105,14 @@ class Keeper:
                 if not told:
                     log.warning("the registry is away, still trying: %s", trouble)
                     told = True
-                await asyncio.sleep(random.uniform(0, _PAUSE_S[1]))
+                await pause(random.uniform(0, _PAUSE_S[1]))
                 continue
             if told:
                 log.warning("the registry is back")
                 told = False
             await self._while_it_lasts(connection, None if whole else _AGAIN_S)
             if not connection.usable:
-                await asyncio.sleep(random.uniform(0, _PAUSE_S[0]))  # not all clients of a daemon at once
+                await pause(random.uniform(0, _PAUSE_S[0]))  # not all clients of a daemon at once
 
     async def _restore(self, connection: Connection) -> bool:
         """Register again and follow again what this connection does not know. Returns whether all is done."""
@@ -131,6 +141,20 @@ class Keeper:
             if connection.usable and time.monotonic() - connection.heard_at >= _QUIET_S:
                 with contextlib.suppress(RegdError):
                     await connection.ask("ping", {})
+
+
+class _Following:
+    """No generator: at its end an event loop closes all that are left at once, and one within another breaks."""
+
+    def __init__(self, keeper: Keeper, follow: Follow) -> None:
+        self._keeper = keeper
+        self._follow = follow
+
+    async def __aenter__(self) -> None:
+        await self._keeper.begin(self._follow)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._keeper.stop(self._follow)
 
 
 _TASKS: set["asyncio.Task[None]"] = set()  # a loop keeps its tasks weakly

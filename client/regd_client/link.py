@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from enum import Enum
+from types import BuiltinFunctionType
 from typing import TYPE_CHECKING, TypeVar
 
 from regd_client import wire
@@ -52,6 +53,14 @@ def running_loop() -> asyncio.AbstractEventLoop:
             "regd_client needs asyncio, and no asyncio event loop runs here: under trio, or without a loop, use "
             "regd_client.blocking (in a thread)"
         ) from None
+
+
+async def pause(seconds: float) -> None:
+    """Sleep, also while a test has stopped the clock that the event loop reads, as freezegun does."""
+    if isinstance(time.monotonic, BuiltinFunctionType):  # else it was replaced, perhaps by one that stands still
+        await asyncio.sleep(seconds)
+    else:
+        await asyncio.to_thread(time.sleep, seconds)
 
 
 class Link:
@@ -146,7 +155,7 @@ class Link:
                 if not told and Patience.TOLD in self._waiting.values():
                     told = True
                     log.warning("%s; still trying", self.away())
-                await asyncio.sleep(wait_s)
+                await pause(wait_s)
                 pause_s = min(2 * pause_s, longest_s)
         finally:
             demand.close()

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from regd_client.client import Client
 from regd_client.errors import BadArgument, RegdError
-from regd_client.link import Patience, running_loop
+from regd_client.link import Patience, pause, running_loop
 from regd_client.logger import log
 from regd_client.opening import Door
 from regd_client.registration import Registration
@@ -92,7 +92,7 @@ class Service:
                 if self._troubled is not None:
                     log.warning("%s is registered now, at %s", self._name, made.endpoint)
                 return made
-            await asyncio.sleep(random.uniform(0, _PAUSE_S))
+            await pause(random.uniform(0, _PAUSE_S))
 
     async def withdraw(self) -> None:
         """Take the name away, and give those who have just resolved it the time to connect. Twice is harmless."""
@@ -115,7 +115,7 @@ class Service:
             await task.result().deregister()
         except RegdError as trouble:
             log.warning("left %s registered: %s", self._name, trouble)
-        await asyncio.sleep(self._drain_s)
+        await pause(self._drain_s)
 
     async def _look(self) -> None:
         """Find a port that is not opened on this event loop."""

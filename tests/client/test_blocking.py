@@ -1,5 +1,6 @@
 """The blocking face: the same verbs from programs without an event loop."""
 
+import inspect
 import os
 import signal
 import subprocess
@@ -324,3 +325,113 @@ def test_a_bug_in_the_thread_is_the_callers() -> None:
 
     with pytest.raises(ZeroDivisionError):
         client_thread().call(buggy())
+
+
+def test_a_client_has_every_verb(process: Daemon) -> None:
+    for name, verb in inspect.getmembers(regd_client.Client, inspect.isfunction):
+        if not name.startswith("_"):
+            here = inspect.signature(getattr(blocking.Client, name))
+            assert list(here.parameters) == list(inspect.signature(verb).parameters), name
+    address = process.addresses[0]
+    with blocking.Client(address) as client, blocking.Client(address) as other:
+        client.ping()
+        assert client.hello()["server"] == "regd"
+        with client.register("web", 1, meta={"zone": "x"}) as registration:
+            assert client.resolve("web") == other.resolve("web", wait=None) == registration.endpoint
+            assert [each.port for each in client.resolve_all("web")] == [1]
+            other.update("web", {"zone": "y"})
+            assert [each["meta"] for each in client.instances("we*")] == [{"zone": "y"}]
+            assert client.why("web")["instances"]
+            with other.mirror("web") as mirror:
+                assert (mirror.resolve("web").meta, mirror.resolve_all("web")[0].port) == ({"zone": "y"}, 1)
+                assert (mirror.live, mirror.stale_s) == (True, 0.0)
+                with pytest.raises(regd_client.NotFound):
+                    mirror.resolve("db")
+            with client.watch("web") as events:
+                kinds = [next(events).kind, next(events).kind]
+                other.update("web", {})
+                kinds.append(next(events).kind)
+            assert kinds == ["up", "sync", "change"]
+        with pytest.raises(regd_client.NotFound):
+            client.deregister("web")
+        assert client.stats(timeout=WAIT_S)["watches"] == 0
+
+
+def test_a_client_that_is_closed_ends_its_watch(process: Daemon) -> None:
+    client = blocking.Client(process.addresses[0])
+    events = client.watch()
+    assert next(events).kind == "sync"
+    client.close()
+    assert list(events) == []
+
+
+def test_a_child_that_was_forked_has_a_client_of_its_own(process: Daemon) -> None:
+    with blocking.Client(process.addresses[0]) as client:
+        client.register("web", 1)
+        child = os.fork()
+        if child == 0:
+            try:
+                os._exit(0 if client.resolve("web", timeout=WAIT_S).port == 1 else 1)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert client.resolve("web").port == 1
+
+
+LATE = """if True:
+    import atexit
+    import regd_client
+    from regd_client import blocking
+
+    def late():
+        registration.deregister()
+        listening.close()
+        for call in (lambda: blocking.resolve("web"), client.ping, lambda: registration.update({})):
+            try:
+                call()
+            except regd_client.Unavailable as error:
+                print(error)
+
+    class Late:
+        def __del__(self):
+            late()
+
+    EARLIER
+    registration, listening, client = blocking.register("web", 1), blocking.listen("db"), blocking.Client()
+"""
+
+
+@pytest.mark.parametrize("how", ["atexit.register(late)", "kept = Late()"])
+def test_at_the_end_of_the_process_it_is_silent_or_unavailable(how: str) -> None:
+    done = run(LATE.replace("EARLIER", how), "-X", "dev", "-W", "error")
+    said = "this process is ending: regd_client.blocking can be used no more\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, 3 * said, "")
+
+
+@pytest.mark.parametrize("make", ["regd_client.watch()", "client.watch()"])
+def test_watches_that_are_abandoned_at_the_end_of_a_loop(make: str) -> None:
+    program = f"""if True:
+    import asyncio, regd_client
+    async def main():
+        async with regd_client.Client() as client:
+            for watch in watches: watch.append({make})
+            for watch in watches: await anext(watch[0])
+    watches = [], []
+    asyncio.run(main())
+"""
+    done = run(program, "-W", "error")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_clock_that_stands_still_hangs_nothing() -> None:
+    pytest.importorskip("freezegun")
+    program = """if True:
+    import asyncio, freezegun, regd_client
+    async def main():
+        async with regd_client.listen("web"):
+            print((await regd_client.resolve("web")).name)
+    with freezegun.freeze_time("2030-01-01"):
+        asyncio.run(main())
+"""
+    done = run(program)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "web\n", "")

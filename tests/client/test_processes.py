@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 import regd_client
+from regd.core.errors import Code, Refused
+from regd.core.model import Process
+from regd.server.processes import Processes
 from regd_client.client import Client
 from tests.client.relay import Relay
 from tests.client.test_leaving import gone, stopped
@@ -83,6 +86,44 @@ async def test_where_the_daemon_sees_other_processes_it_lasts_as_long_as_the_con
             await client.register("a", 1, pid=child.pid)
             assert await shown(other, "a") == [(None, True)]
         await gone(other, "a")
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("answer", ["unsupported", "bad_argument"])
+async def test_a_process_that_the_daemon_cannot_see_lasts_as_long_as_the_connection(
+    relay: Relay,
+    daemon: InLoop,
+    child: subprocess.Popen[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    answer: str,
+    own: bool,
+) -> None:
+    """Without pidfd, or with a hidden /proc; older daemons say then that there is no such process."""
+
+    def find(self: Processes, pid: int, uid: int | None) -> Process:
+        raise Refused(
+            Code.UNSUPPORTED if answer == "unsupported" else Code.BAD_ARGUMENT,
+            f"pid {pid}: not seen",
+            **({"field": "pid"} if answer == "bad_argument" else {}),
+        )
+
+    monkeypatch.setattr(Processes, "find", find)
+    async with Client() as other:
+        async with Client() as client:
+            await client.register("a", 1, pid=None if own else child.pid)
+            await client.register("b", 1)
+            assert await shown(other, "a") == await shown(other, "b") == [(None, True)]
+        await gone(other, "a")
+
+
+async def test_a_process_that_is_not_there_is_a_mistake(relay: Relay, child: subprocess.Popen[bytes]) -> None:
+    child.kill()
+    child.wait()
+    async with Client() as client:
+        for pid in (child.pid, 2**31 - 1):
+            with pytest.raises(regd_client.BadArgument) as refused:
+                await client.register("a", 1, pid=pid)
+            assert refused.value.details["field"] == "pid"
 
 
 async def test_what_outlives_every_process_is_bound_to_none(relay: Relay) -> None:

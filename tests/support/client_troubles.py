@@ -35,6 +35,25 @@ async def nobody(scene: Scene) -> str:
         return await scene.regctl("ping", status=3)
 
 
+@says("no regd at …; still trying")
+async def still_trying(scene: Scene) -> str:
+    with unused_port() as kept:
+        scene.at(kept.getsockname()[1])
+        registering = asyncio.ensure_future(regd_client.register("db", 5432, timeout=WAIT_S))
+        said = await scene.logged("still trying")
+        registering.cancel()
+        await asyncio.gather(registering, return_exceptions=True)
+    return said
+
+
+@says("regd_client needs asyncio, and no asyncio event loop runs here: …")
+async def no_asyncio(scene: Scene) -> str:
+    async def elsewhere() -> None:
+        await asyncio.to_thread(next, regd_client.resolve("db").__await__())
+
+    return await refused(regd_client.RegdError, elsewhere())
+
+
 @says("regd at … cannot be started: …")
 async def not_started(scene: Scene) -> str:
     (scene.folder / "state").touch()

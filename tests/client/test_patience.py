@@ -1,0 +1,255 @@
+"""How long a verb tries without a daemon, and what is logged of it."""
+
+import asyncio
+import io
+import logging
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import regd_client
+from regd_client import Client, Timeout, Unavailable, blocking
+from regd_client.blocking import BlockingConnection
+from regd_client.holding import _NEWEST
+from tests.client.relay import Relay, until
+from tests.client.test_arguments import VERBS
+from tests.client.test_leaving import REPLACED
+from tests.support.daemon import WAIT_S, InLoop
+
+pytestmark = pytest.mark.socket
+READS = [
+    lambda client: client.ping(),
+    lambda client: client.hello(),
+    lambda client: client.stats(),
+    lambda client: client.why("a"),
+    lambda client: client.resolve("a"),
+    lambda client: client.resolve_all("a"),
+    lambda client: client.instances(),
+    lambda client: anext(client.watch()),
+    lambda client: client.mirror().__aenter__(),
+    lambda client: client.__aenter__(),
+    lambda client: client.deregister("a"),
+]
+
+
+@pytest.fixture
+def nowhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a port that nobody listens at, and nobody else gets."""
+    with socket.socket() as kept:
+        kept.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{kept.getsockname()[1]}"
+        monkeypatch.setenv("REGD_ADDRESS", address)
+        yield address
+
+
+@pytest.fixture
+def one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail the test, instead of waiting, where a second try is made."""
+
+    async def pause(seconds: float) -> None:
+        raise AssertionError("it tries again")
+
+    monkeypatch.setattr("regd_client.link.TRY_S", WAIT_S)
+    monkeypatch.setattr("regd_client.link.pause", pause)
+
+
+@pytest.mark.parametrize("call", READS)
+@pytest.mark.parametrize("kind", ["tcp", "unix", "localhost"])
+async def test_reads_fail_as_soon_as_the_system_refuses(
+    call: Callable[[Client], Any], kind: str, nowhere: str, tmp_path: Path
+) -> None:
+    address = {
+        "tcp": nowhere,
+        "unix": f"unix://{tmp_path}/none",
+        "localhost": nowhere.replace("127.0.0.1", "localhost"),
+    }[kind]
+    client = Client(address)
+    client._link.timeout_s = 2 * WAIT_S
+    async with asyncio.timeout(WAIT_S):
+        with pytest.raises(Unavailable, match="no regd at"):
+            await call(client)
+    assert client._link._connecting is None
+    await client.close()
+
+
+async def test_a_wait_covers_connecting_too(tmp_path: Path) -> None:
+    path = tmp_path / "late"
+    client = Client(f"unix://{path}")
+    waiting = asyncio.create_task(client.resolve("a", wait=WAIT_S))
+    refused = asyncio.create_task(client.resolve("a"))
+    with pytest.raises(Unavailable):
+        await refused
+    server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+    async with server, InLoop(tmp_path / "late.json", unix=path), Client(f"unix://{path}") as other:
+        await other.register("a", server.sockets[0].getsockname()[1])
+        assert (await waiting).name == "a"
+        await client.close()
+
+
+async def test_register_tries_again_and_says_so_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "late"
+    monkeypatch.setenv("REGD_ADDRESS", f"unix://{path}")
+    registering = asyncio.ensure_future(regd_client.register("a", 1, timeout=WAIT_S))
+    listening = asyncio.ensure_future(regd_client.listen("b", timeout=WAIT_S).__aenter__())
+    await until(lambda: len(caplog.messages) == 2)
+    assert all(each.startswith(f"no regd at unix://{path} (") for each in caplog.messages)
+    assert all(each.endswith("; still trying") for each in caplog.messages)
+    async with InLoop(tmp_path / "late.json", unix=path):
+        registration = await registering
+        await (await listening).close()
+        await registration.deregister()
+    assert caplog.messages[2:4] == [f"connected to regd at unix://{path}"] * 2
+
+
+async def test_a_server_that_is_registered_late_says_so_at_once_and_when_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "late"
+    monkeypatch.setenv("REGD_ADDRESS", f"unix://{path}")
+    async with (
+        regd_client.serving("web") as service,
+        await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0),
+    ):
+        await until(lambda: caplog.messages)
+        async with InLoop(tmp_path / "late.json", unix=path):
+            made = await service.registration()
+            assert len(caplog.messages) == 2
+            assert "not registered yet, still trying: no regd at" in caplog.messages[0]
+            assert caplog.messages[1] == f"web is registered now, at {made.endpoint}"
+            await service.withdraw()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("kind", ["nobody", "silence"])
+async def test_a_timeout_bounds_every_verb(
+    verb: Callable[[Client, Any], Any], kind: str, nowhere: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regd_client.connection.HANGS_S", 2 * WAIT_S)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = nowhere if kind == "nobody" else f"127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("REGD_ADDRESS", address)
+        client = Client(address, connect_timeout_s=2 * WAIT_S)
+        async with asyncio.timeout(WAIT_S):
+            with pytest.raises(Unavailable if kind == "nobody" else (Timeout, Unavailable)):
+                await verb(client, 0.05)
+        await client.close()
+
+
+def test_a_timeout_bounds_the_blocking_verbs(nowhere: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = blocking.Client(f"127.0.0.1:{silent.getsockname()[1]}")
+        for call in (
+            client.ping,
+            client.stats,
+            client.instances,
+            client.hello,
+            lambda timeout: client.resolve("a", timeout=timeout),
+        ):
+            with pytest.raises(Timeout, match=r"was not answered within 0\.05 s"):
+                call(timeout=0.05)
+        client.close()
+    with pytest.raises(Unavailable):
+        blocking.register("a", 1, timeout=0.05)
+
+
+def test_a_reply_that_comes_in_drops_takes_no_longer_than_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dripping:
+        """A socket that always has one byte more, each a second later."""
+
+        now = 0.0
+
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda *args: None
+
+        def recv(self, most: int) -> bytes:
+            Dripping.now += 1.0
+            return b"{"
+
+    monkeypatch.setattr(blocking, "opener", lambda timeout_s: Dripping())
+    monkeypatch.setattr(blocking, "monotonic", lambda: Dripping.now)
+    with BlockingConnection(timeout_s=5.0) as connection, pytest.raises(Unavailable, match="timed out"):
+        connection.ask("ping")
+    assert 5.0 <= Dripping.now <= 6.0
+
+
+class Raising(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("broken", ["handler", "closed", "none", "full"])
+async def test_what_cannot_be_logged_happens_all_the_same(
+    relay: Relay, daemon: InLoop, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A registration is lost, and another is kept over a restart, whatever becomes of the log lines."""
+    log = logging.getLogger("regd_client")
+    closed = io.StringIO()
+    closed.close()
+    full = open("/dev/full", "w")  # noqa: SIM115, ASYNC230
+    stream = {"handler": None, "closed": closed, "none": None, "full": full}[broken]
+    handler = Raising() if broken == "handler" else logging.StreamHandler(stream or closed)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(log, "handlers", [handler])
+    monkeypatch.setattr(log, "propagate", False)
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    async with Client() as client, Client(f"127.0.0.1:{daemon.port}") as other:
+        first = await client.register("a", 1)
+        kept = await client.register("b", 1)
+        await other.register("a", 2, force=True)
+        await first.lost.wait()
+        client._link.timeout_s = 0.01
+        relay.refuse()
+        relay.cut()
+        await until(lambda: kept.on is not None and not kept.on.usable)
+        await relay.accept()
+        client._link.timeout_s = WAIT_S
+        await kept.update({"k": "v"})
+        assert (await other.resolve("b")).meta == {"k": "v"}
+    monkeypatch.undo()
+    try:
+        full.close()
+    except OSError:
+        pass
+
+
+async def test_two_clients_of_one_process_and_one_name(relay: Relay, caplog: pytest.LogCaptureFixture) -> None:
+    async with Client() as one, Client() as two:
+        first = await one.register("shop", 8000)
+        second = await two.register("shop", 8001)
+        async with asyncio.timeout(WAIT_S):
+            await first.lost.wait()
+        assert (first.lost_reason, second.lost.is_set()) == (REPLACED, False)
+        assert caplog.messages == [
+            f"lost the registration of shop: {REPLACED}: it was at 127.0.0.1:8000, the newer one is at "
+            "127.0.0.1:8001; to keep both, give each its own instance="
+        ]
+        relay.cut()
+        await second.update({"k": "v"})
+        await one.ping()
+        assert (await two.resolve("shop")).port == 8001
+
+
+async def test_a_newer_registration_stays_when_the_older_ones_connection_comes_back(
+    relay: Relay, daemon: InLoop
+) -> None:
+    """The older client was cut off, and has heard of nothing."""
+    async with Client() as one, Client(f"127.0.0.1:{daemon.port}") as two:
+        first = await one.register("shop", 8000)
+        relay.refuse()
+        relay.cut()
+        await until(lambda: first.on is not None and not first.on.usable)
+        # Both find the same daemon, at two addresses: the place of the newer one is made to be the older one's.
+        second = await two.register("shop", 8001)
+        _NEWEST[first.place] = second
+        await relay.accept()
+        async with asyncio.timeout(WAIT_S):
+            await first.lost.wait()
+        assert first.lost_reason == REPLACED
+        assert (await two.resolve("shop")).port == 8001
+        assert not second.lost.is_set()
