@@ -61,7 +61,7 @@ class _Watch:
     def lose(self, why: str) -> None:
         """Say once that the daemon is away."""
         if not self._away:
-            complain(f"regctl: the registry is away, trying on: {visible(why)}")
+            complain(f"regctl: the registry is away, still trying: {visible(why)}")
             self._away = True
 
     def _take(self, event: dict[str, Any]) -> None:

@@ -579,7 +579,7 @@ def test_a_daemon_that_comes_later(process: Daemon) -> None:
         process.start()
         assert command.told() == f"regctl: web is registered at 127.0.0.1:{port}"
         process.end()
-        assert "the registry is away, trying on: " in command.told()
+        assert "the registry is away, still trying: " in command.told()
         process.start()
         assert command.told() == "regctl: the registry is back"
         command.end()
