@@ -413,7 +413,9 @@ def test_watch_survives_a_restart_and_shows_what_is_different(
         try:
             assert {told() for _ in range(3)} == {("up", "stays"), ("up", "goes"), ("up", "changes")}
             process.end()
-            assert watching.stderr.readline().startswith("regctl: the registry is away, still trying: no regd at ")
+            assert watching.stderr.readline().startswith(
+                "regctl: the registry is away, still trying: no regd at "
+            )
             fields = json.loads(process.registry.read_text())
             fields.pop("$regd")
             fields["changes"]["port"] = 2

@@ -346,4 +346,6 @@ async def test_a_master_without_a_daemon_is_registered_when_there_is_one(tmp_pat
             async with Client(daemon.addresses[0]) as client:
                 assert await fetch(await client.resolve("web", wait=START_S)) > 0
                 assert await owners(client) == [running.pid]
-            assert log.read_text().count("not registered yet") == log.read_text().count("is registered now, at") == 1
+            assert (
+                log.read_text().count("not registered yet") == log.read_text().count("is registered now, at") == 1
+            )
