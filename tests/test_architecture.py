@@ -16,7 +16,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "regd/storage": ({"regd.core", "regd.storage"}, PURE - {"os"}),
     "regd/server": ({"regd", "regd.core", "regd.protocol", "regd.storage", "regd.server"}, set()),
     "regd/cli": ({"regd", "regd.cli", "regd.server", "regd.storage", "regd_client"}, set()),
-    "regd/testing": ({"regd.server", "regd.storage", "regd.testing", "regd_client"}, set()),
+    "regd/testing": ({"regd.core", "regd.server", "regd.storage", "regd.testing", "regd_client"}, set()),
     "regd/cli/top": ({"regd.cli", "regd_client"}, set()),
     "client/regd_client": ({"regd_client"}, set()),
     "client/regd_client/testing": ({"regd_client"}, set()),

@@ -190,6 +190,15 @@ class Draft:
         self._tell(before, others, Reason.DEREGISTERED)
         return 1
 
+    def drop(self, key: Key, reason: Reason) -> None:
+        """End a registration for `reason`, whoever holds it. Its holders are not told.
+
+        Raises:
+            Refused: `not_found`.
+        """
+        before = self._must(key)
+        self._add(Op.DOWN, before, before, reason)
+
     def update(
         self,
         key: Key,

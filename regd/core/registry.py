@@ -80,6 +80,10 @@ class Registry:
         service = self._services.get(name)
         return service.get(instance) if service is not None else None
 
+    def keys(self) -> list[Key]:
+        """Return the keys of all entries, in order."""
+        return [entry.key for entry in self._behind("", None)]
+
     def land(self, changes: Iterable[Change], now: float) -> set[Process]:
         """Make the changes of a draft, in their order, visible to readers.
 

@@ -7,6 +7,7 @@ Must not know what a command does.
 
 import asyncio
 import select
+import socket
 from collections.abc import Callable
 from typing import cast
 
@@ -428,12 +429,17 @@ class Connection(asyncio.Protocol):
                 self._account_output()
 
     @property
+    def socket(self) -> "socket.socket | None":
+        found: socket.socket | None = self._transport.get_extra_info("socket")
+        return found
+
+    @property
     def peer(self) -> str:
         return peer_text(self._transport.get_extra_info("peername"))
 
     def is_cut(self) -> bool:
         """Whether the peer has closed its side, as far as the kernel knows."""
-        found = self._transport.get_extra_info("socket")
+        found = self.socket
         if self._eof or self._ending or found is None or found.fileno() < 0:
             return True
         poll = select.poll()

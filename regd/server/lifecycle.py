@@ -8,19 +8,21 @@ import logging
 import math
 import os
 import resource
+import socket
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from regd.core.draft import Lost
+from regd.core.errors import Refused
 from regd.core.limits import DEFAULT, Limits
-from regd.core.model import Change, Process
+from regd.core.model import Change, Key, Process
 from regd.core.registry import Registry
 from regd.server.answers import Answers, identify
 from regd.server.clock import Clock, LoopClock
 from regd.server.connection import Connection
 from regd.server.context import Budget, Context, Room, Sessions, Share, Slots
-from regd.server.engine import Engine
+from regd.server.engine import Engine, Write
 from regd.server.event_log import EventLog
 from regd.server.half_closed import HalfClosed
 from regd.server.idle import Idle
@@ -98,6 +100,7 @@ class Config:
     idle_exit_s: float | None = None  # until it ends by itself when nobody needs it; None: it stays
     log: Path | None = None  # where the log goes, for `stats`; None: to stderr
     limits: Limits = DEFAULT
+    raise_open_files: bool = True  # as the limits need; not in a process that is somebody else's
 
 
 class Server:
@@ -151,6 +154,12 @@ class Server:
         return self._context.connections if self._context else set()
 
     @property
+    def sockets(self) -> list[socket.socket]:
+        """Return those that listen, and those of connections."""
+        found = [each.socket for each in self.connections]
+        return [*self._listeners.sockets, *(each for each in found if each is not None)]
+
+    @property
     def waiting_bytes(self) -> int:
         """What is kept of lines that are unfinished or unanswered."""
         return sum(share.input.total for share in self._shares)
@@ -194,7 +203,7 @@ class Server:
 
     async def _start(self) -> None:
         config = self._config
-        limits = _within_open_files(config.limits)
+        limits = _within_open_files(config.limits) if config.raise_open_files else config.limits
         # 1. Addresses first: a second regd must end here, before it touches a file.
         self._listen(config)
         # 2. The registry: locked, read, and made where it is missing.
@@ -317,6 +326,27 @@ class Server:
         self._peers.open(self._listeners.sockets)
         if config.unix is not None and not config.inherited:
             self._listeners.open_unix(config.unix, self._files)
+
+    def keys(self) -> list[Key]:
+        """Return what is registered."""
+        return self._registry.keys() if self._registry is not None else []
+
+    async def write(self, write: Write) -> bytes:
+        """Have the engine judge and land a write that no peer has asked for, and return its reply.
+
+        Raises:
+            Refused: it is refused.
+        """
+        assert self._engine is not None
+        assert self._engine_task is not None
+        landed: asyncio.Future[bytes | Refused] = asyncio.get_running_loop().create_future()
+        self._engine.submit(write, landed.set_result)
+        await asyncio.wait((landed, self._engine_task), return_when=asyncio.FIRST_COMPLETED)
+        if not landed.done():
+            await self._engine_task  # which raises what ended it
+        if isinstance(outcome := landed.result(), Refused):
+            raise outcome
+        return outcome
 
     async def failed(self) -> None:
         """Wait for ever, or raise what ended the engine: a bug, and the end of the process."""

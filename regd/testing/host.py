@@ -25,11 +25,9 @@ from regd.server.lifecycle import Config, Server
 from regd.server.listener import ListenError
 from regd.storage.files import Files
 from regd.storage.store import StorageError
-from regd.testing.memory import MemoryFiles
+from regd.testing.memory import IN_MEMORY, MemoryFiles, excerpt
 
-NOWHERE = Path("/in-memory/registry.json")  # the name of a file that there is not
 _LOGGED_MAX = 50  # lines, of each daemon
-_LINES_MAX = 200  # of a registry that is shown
 
 _logs: "list[deque[str]]" = []  # of all daemons that run
 _log: ContextVar["deque[str]"] = ContextVar("_log")  # of the one that speaks
@@ -48,7 +46,7 @@ class Daemon:
     """One registry. It keeps its port and its file while it is stopped."""
 
     def __init__(self, path: Path | None) -> None:
-        self._path = path or NOWHERE
+        self._path = path or IN_MEMORY
         self._files = Files() if path else MemoryFiles()
         self._log: deque[str] = deque(maxlen=_LOGGED_MAX)
         self._port = 0
@@ -98,12 +96,7 @@ class Daemon:
 
     async def show(self) -> dict[str, object]:
         """Return the registry's file and the last of the log, in lines."""
-        try:
-            lines = self._files.read(self._path).decode(errors="replace").splitlines()
-        except OSError as error:
-            lines = [f"cannot read {self._path}: {error.strerror}"]
-        if len(lines) > _LINES_MAX:
-            lines[_LINES_MAX:] = [f"… and {len(lines) - _LINES_MAX} more lines"]
+        lines = excerpt(self._files, self._path)
         return {"registry": lines, "log": list(self._log), "running": self._server is not None}
 
     async def end(self) -> dict[str, object]:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from regd.storage.files import Files, Held, Print
 
+IN_MEMORY = Path("/in-memory/registry.json")  # the path of a registry's file in `MemoryFiles`
+_LINES_MAX = 200
+
 
 @dataclass(slots=True)
 class _Kept:
@@ -103,6 +106,17 @@ class MemoryFiles(Files):
     def _in_folder(self, path: Path) -> None:
         if path.parent not in self._folders:
             raise _error(errno.ENOENT, path)
+
+
+def excerpt(files: Files, path: Path) -> list[str]:
+    """Return the first lines of a registry's file, for people; why not, if it cannot be read."""
+    try:
+        lines = files.read(path).decode(errors="replace").splitlines()
+    except OSError as error:
+        return [f"cannot read {path}: {error.strerror}"]
+    if len(lines) > _LINES_MAX:
+        lines[_LINES_MAX:] = [f"… and {len(lines) - _LINES_MAX} more lines"]
+    return lines
 
 
 def _error(number: int, path: Path | None = None) -> OSError:

@@ -1,4 +1,5 @@
-"""The pytest plugin that comes with the package: the fixture `regd`, and the registry of a test that failed.
+"""The pytest plugin that comes with the package: the fixtures `regd` and `regd_in_process`, and the registry of a
+test that failed.
 
 Every pytest here loads it, so what starts a registry is imported when somebody asks for one.
 """
@@ -14,12 +15,13 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
+    from regd.testing.in_process import InProcessRegistry
     from regd.testing.registry import OwnRegistry, Registry
 
 SCOPES = ("function", "class", "module", "package", "session", "run")
 STORAGES = ("memory", "tmp_path")
 _SHARED = "regd-shared"  # the plugin that has the registry of scope `run`; and what workers are told
-_running: "list[Registry]" = []  # of the fixture
+_running: "list[Registry]" = []  # of the fixtures
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -92,6 +94,17 @@ def regd(request: pytest.FixtureRequest) -> "Iterator[Registry]":
         _running.append(registry)
         stack.callback(_running.remove, registry)
         yield registry
+
+
+@pytest.fixture
+def regd_in_process() -> "Iterator[InProcessRegistry]":
+    """A registry in this process, for unit tests. Clients find it by REGD_ADDRESS."""
+    from regd.testing import in_process
+
+    with in_process.running() as registry:
+        _running.append(registry)
+        yield registry
+        _running.remove(registry)
 
 
 def _opened(request: pytest.FixtureRequest, stack: contextlib.ExitStack) -> "Registry":
@@ -187,5 +200,6 @@ def _used_by(item: pytest.Item) -> "list[Registry]":
     given = [each for each in getattr(item, "funcargs", {}).values() if isinstance(each, Registry)]
     # Where the set-up failed, or `getfixturevalue` asked, it is not among them.
     named = getattr(getattr(item, "_request", None), "fixturenames", ())
-    fixture = [each for each in _running if "regd" in named and each not in given]
-    return [*dict.fromkeys(given), *fixture]
+    fixtures = {"regd", "regd_in_process"}.intersection(named)
+    running = [each for each in _running if fixtures and each not in given]
+    return [*dict.fromkeys(given), *running]

@@ -3,13 +3,14 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from regd.testing.spawn import Host, HostError, host
 from regd_client.blocking import BlockingConnection
 from regd_client.errors import RegdError, from_reply
+from regd_client.following import Endpoint, endpoint
 
 VARIABLE = "REGD_ADDRESS"
 
@@ -26,23 +27,92 @@ class Registry:
     def port(self) -> int:
         return int(self.address.rpartition(":")[2])
 
-    def instances(self) -> list[dict[str, Any]]:
+    def instances(self, pattern: str = "*") -> list[dict[str, Any]]:
         """Return what is registered, in order of name and instance, as `list` has it on the wire.
 
+        `pattern` is a name, or the beginning of names and a `*`.
+
         Raises:
-            Unavailable: it is stopped, or stopping.
+            Unavailable: the registry is stopped, or stopping.
+            BadArgument: `pattern` is neither.
         """
-        found: list[dict[str, Any]] = []
-        more: dict[str, Any] = {}
-        with BlockingConnection(self.address) as connection:
+        instances: list[dict[str, Any]] = []
+        after: str | None = None
+        with self._connection() as connection:
             while True:
-                page = connection.ask("list", **more)
-                if not page["ok"]:
-                    raise from_reply(page)
-                found += page["instances"]
+                page = _ask(connection, "list", name=pattern, after=after)
+                instances += page["instances"]
                 if "next" not in page:
-                    return found
-                more = {"after": page["next"]}
+                    return instances
+                after = page["next"]
+
+    def register(
+        self,
+        name: str,
+        port: int,
+        *,
+        host: str | None = None,
+        instance: str | None = None,
+        meta: Mapping[str, str] | None = None,
+        state: str | None = None,
+        force: bool = False,
+    ) -> Endpoint:
+        """Register a service that nobody holds: it stays until it is deregistered.
+
+            regd.register("db", 5432, meta={"role": "primary"})
+
+        `force` takes the name from a client that holds it, which gets `lost`.
+
+        Raises:
+            Conflict: a client holds the name at another address.
+            BadArgument: a value is not valid.
+            Unavailable: the registry is stopped, or stopping.
+        """
+        with self._connection() as connection:
+            reply = _ask(
+                connection,
+                "register",
+                name=name,
+                port=port,
+                host=host,
+                instance=instance,
+                meta=None if meta is None else dict(meta),
+                state=state,
+                force=force,
+            )
+        return endpoint({**reply, "meta": dict(meta or {})})
+
+    def update(
+        self,
+        name: str,
+        meta: Mapping[str, str] | None = None,
+        *,
+        state: str | None = None,
+        instance: str | None = None,
+    ) -> None:
+        """Replace the meta of a registration as a whole, set its state, or both, whoever registered it.
+
+        Raises:
+            NotFound: there is no such registration.
+            BadArgument: a value is not valid, or both are missing.
+            Unavailable: the registry is stopped, or stopping.
+        """
+        with self._connection() as connection:
+            given = None if meta is None else dict(meta)
+            _ask(connection, "update", name=name, instance=instance, meta=given, state=state)
+
+    def deregister(self, name: str, instance: str | None = None) -> None:
+        """End a registration, whoever registered it; a client that holds it gets `lost`.
+
+        Raises:
+            NotFound: there is no such registration.
+            Unavailable: the registry is stopped, or stopping.
+        """
+        with self._connection() as connection:
+            _ask(connection, "deregister", name=name, instance=instance)
+
+    def _connection(self) -> BlockingConnection:
+        return BlockingConnection(self.address, starts=False)
 
     def stop(self) -> None:
         """Stop the daemon in order. It keeps its port and what is registered. Twice is harmless."""
@@ -56,6 +126,21 @@ class Registry:
         """Stop it, and start it again on the same port with what it kept."""
         self.stop()
         self.start()
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """Stop the daemon until the end of the `with`: connections end, and none can be had.
+
+            with regd.away():
+                assert mirror.resolve("db").stale_s > 0
+
+        What is registered is there afterwards, and clients come back by themselves, as after any restart.
+        """
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
 
     def _refuse(self) -> None:
         raise HostError(
@@ -75,6 +160,13 @@ class Registry:
 
     def __repr__(self) -> str:
         return f"<Registry {self.address} {self.path or 'in memory'}>"
+
+
+def _ask(connection: BlockingConnection, cmd: str, **arguments: Any) -> dict[str, Any]:
+    reply = connection.ask(cmd, **{key: value for key, value in arguments.items() if value is not None})
+    if not reply["ok"]:
+        raise from_reply(reply)
+    return reply
 
 
 class OwnRegistry(Registry):

@@ -1,0 +1,426 @@
+"""A registry in the caller's process: the real daemon in a thread, its file in memory, on a private Unix socket.
+
+    from regd.testing import in_process
+
+    with in_process.running() as registry:
+        registry.register("db", 5432)
+        assert regd_client.blocking.resolve("db").port == 5432
+        registry.kill("db")
+
+For unit tests: it is ready in a few milliseconds, and a test can make happen at once what otherwise takes a crash
+or time. Nothing of the process is changed but `REGD_ADDRESS`, until the end of the `with`: no signal handler, no
+limit, no setting of the garbage collector, the allocator, the interpreter or the logging. The daemon logs to the
+logger `regd`.
+"""
+
+import asyncio
+import contextlib
+import heapq
+import itertools
+import logging
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
+
+from regd.core.draft import Draft
+from regd.core.errors import Refused
+from regd.core.model import Reason
+from regd.server.lifecycle import Config, Server
+from regd.server.listener import Handed
+from regd.testing.memory import IN_MEMORY, MemoryFiles, excerpt
+from regd.testing.registry import Registry, found_by_children
+from regd.testing.spawn import HostError
+from regd_client.errors import Unavailable, from_reply
+
+log = logging.getLogger("regd")
+
+_BACKLOG = 4_096
+_FOLDER_BYTES_MAX = 70  # of the temporary folder's path: a socket's path has 107 at most, 103 on macOS
+
+T = TypeVar("T")
+
+
+class InProcessRegistry(Registry):
+    """A registry in this process. Any thread may call it, with or without an event loop; no call waits for time
+    to pass. Made by `running`.
+    """
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()  # one call at a time
+        self._files = MemoryFiles()
+        self._folder = tempfile.TemporaryDirectory(prefix="regd-", dir=_short_folder())
+        self._socket = os.path.join(self._folder.name, "regd.sock")
+        self._server: Server | None = None
+        self._failure: Exception | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._thread = _LoopThread()
+        self._clock = _Clock(self._thread.loop)
+        super().__init__(f"unix://{self._socket}", None)
+        try:
+            self.start()
+        except BaseException:
+            self.end()
+            raise
+        _LIVING.add(self)
+
+    @property
+    def port(self) -> int:
+        raise AttributeError(f"{self!r} has no port; use its address")
+
+    # What happens to registrations.
+
+    def kill(self, name: str, instance: str | None = None) -> None:
+        """End a registration as if its process had been killed: `down` with the reason `process exited`.
+
+            registry.register("db", 5432)
+            registry.kill("db")
+            regd_client.blocking.resolve("db")  # NotFound: its process exited
+
+        It does not matter who registered it and how. Other registrations of the process stay. The registration's
+        client is told nothing, as a killed process could not be: where it lives in this process, it registers
+        again when it connects anew, for example after `cut`.
+
+        Raises:
+            NotFound: there is no such registration.
+            Unavailable: the registry is stopped.
+        """
+        self._end_registration(name, instance, Reason.EXITED)
+
+    def expire(self, name: str, instance: str | None = None) -> None:
+        """End a registration as if its lease had not been renewed: `down` with the reason `ttl expired`.
+
+        As `kill` in all else. To have leases end by themselves, see `advance`.
+
+        Raises:
+            NotFound: there is no such registration.
+            Unavailable: the registry is stopped.
+        """
+        self._end_registration(name, instance, Reason.EXPIRED)
+
+    def _end_registration(self, name: str, instance: str | None, reason: Reason) -> None:
+        key = name, instance or ""
+
+        def drop(draft: Draft) -> bytes:
+            draft.drop(key, reason)
+            return b""
+
+        async def end() -> None:
+            await self._running().write(drop)
+
+        try:
+            self._call(end())
+        except Refused as refused:
+            fields = {"error": refused.code, "message": refused.message, **refused.details}
+            raise from_reply(fields) from None
+
+    # What happens to the daemon.
+
+    def cut(self) -> None:
+        """Break every connection, and end what connections hold.
+
+            async with regd_client.register("web", 8000) as registration:
+                registry.cut()  # it is registered again as soon as its client is back
+
+        Clients connect again, register again and go on with their watches. When this returns, the registrations
+        are gone, unless their clients are back already.
+        """
+        self._call(self._cut())
+
+    async def _cut(self) -> None:
+        if self._server is None:
+            return
+        connections = set(self._server.connections)
+        for connection in connections:
+            connection.cut()
+        while connections & self._server.connections:  # noqa: ASYNC110  # they end in the loop's next iteration
+            await asyncio.sleep(0)
+        await self._server.write(_change_nothing)  # behind the ends of the registrations
+
+    def stop(self) -> None:
+        """Stop the daemon: connections end, and none can be had. It keeps what is registered. Idempotent."""
+        self._call(self._stop())
+
+    async def _stop(self) -> None:
+        if self._server is not None:
+            server, self._server = self._server, None
+            await server.stop()
+
+    def start(self) -> None:
+        """Start the daemon at the same address, with what it kept. Idempotent."""
+        self._call(self._start())
+
+    async def _start(self) -> None:
+        if self._server is None:
+            config = Config(registry=IN_MEMORY, inherited=[self._listener()], raise_open_files=False)
+            server = Server(config, clock=self._clock, files=self._files)
+            await server.start()
+            self._server = server
+            self._watching = asyncio.create_task(self._watch_for_failure(server))
+
+    def _listener(self) -> Handed:
+        """Return a socket that listens. The folder around it is for this user alone, whatever the umask."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._socket)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(self._socket)
+            listener.listen(_BACKLOG)
+            return Handed(listener.detach(), "regd.testing")
+
+    async def _watch_for_failure(self, server: Server) -> None:
+        """A bug in the daemon ends it at once, so that nobody waits for an answer, and every later call fails."""
+        try:
+            await server.failed()
+        except Exception as error:
+            log.critical("the registry in this process has failed", exc_info=error)
+            self._failure = error
+            await self._stop()
+
+    def advance(self, seconds: float) -> None:
+        """Move the daemon's clock on. What is due in that time happens now, in its order.
+
+            registry.advance(60)  # leases that nobody has renewed for a minute have ended
+
+        Leases end, a `resolve` with `wait` runs into its timeout, registrations that no client has claimed since
+        a restart end. Only the daemon's time moves, not that of the process.
+
+        Raises:
+            ValueError: `seconds` is negative.
+            Unavailable: the registry is stopped.
+        """
+        if not seconds >= 0:
+            raise ValueError(f"advance({seconds!r}): a clock goes forward only; seconds must be 0 or more")
+        self._call(self._advance(seconds))
+
+    async def _advance(self, seconds: float) -> None:
+        server = self._running()
+        await server.write(_change_nothing)  # behind all writes: a flush under way would seem to take that long
+        self._clock.advance(seconds)
+        await server.write(_change_nothing)
+
+    # Looking, and the end.
+
+    def described(self) -> str:
+        """Return what is registered, for people."""
+        state = "" if self._server is not None else ", stopped"
+        return "\n".join([f"{self!r}{state}:", *excerpt(self._files, IN_MEMORY)])
+
+    def end(self) -> None:
+        """End the daemon and its thread for good. Idempotent, and without effect in a forked child.
+
+        A client that still has a registration is told that it is lost, so that it does not register it at another
+        daemon.
+
+        Raises:
+            HostError: the daemon had failed.
+        """
+        if self._pid != os.getpid() or not self._thread.is_alive:
+            return
+        if sys.is_finalizing():
+            return  # the `with` was never left; threads run no more
+        _LIVING.discard(self)
+        with self._lock:
+            try:
+                self._thread.call(self._leave())
+            finally:
+                self._thread.end()
+                self._folder.cleanup()
+        if self._failure is not None:
+            raise HostError(f"regd: {self!r} has failed: {self._failure!r}") from self._failure
+
+    async def _leave(self) -> None:
+        try:
+            # Not at the end of the program, when the daemon cannot begin a thread, and clients end, too.
+            if self._server is not None and threading.main_thread().is_alive():
+                await self._deregister_all(self._server)
+        finally:
+            await self._stop()
+            if self._watching is not None:
+                await self._watching
+
+    @staticmethod
+    async def _deregister_all(server: Server) -> None:
+        keys = server.keys()
+
+        def deregister(draft: Draft) -> bytes:
+            for key in keys:
+                if draft.get(key) is not None:
+                    draft.deregister(key)
+            return b""
+
+        await server.write(deregister)
+
+    def _running(self) -> Server:
+        if self._server is None:
+            raise Unavailable(f"{self!r} is stopped; start it first")
+        return self._server
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the daemon's loop, and return what it returns."""
+        try:
+            if self._pid != os.getpid():
+                raise HostError("regd: this registry is of the process that this one was forked from: ask there")
+            with self._lock:
+                if self._failure is not None:
+                    raise HostError(f"regd: {self!r} has failed: {self._failure!r}") from self._failure
+                if not self._thread.is_alive:
+                    raise HostError(f"regd: {self!r} has ended")
+                return self._thread.call(work)
+        finally:
+            work.close()  # no effect, unless it never began
+
+    def _forget_in_child(self) -> None:
+        """Let go of the daemon's sockets in a forked child: while it had them, no peer would see them close."""
+        server = self._server
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for each in server.sockets if server is not None else ():
+            if each.fileno() >= 0:
+                os.dup2(nowhere, each.fileno(), inheritable=False)
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def running() -> Iterator[InProcessRegistry]:
+    """Run a registry in this process, and name it in `REGD_ADDRESS` for as long.
+
+        with regd.testing.in_process.running() as registry:
+            registry.register("db", 5432)
+
+    Child processes find it, too. Several may run at once, one `with` inside the other: the innermost has
+    `REGD_ADDRESS`, and each can be reached by its `address`.
+
+    Raises:
+        HostError: at the end, if the daemon has failed.
+        OSError: no socket or no temporary folder can be had.
+    """
+    registry = InProcessRegistry()
+    try:
+        with found_by_children(registry):
+            yield registry
+    finally:
+        registry.end()
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """asyncio's own event loop, whatever the policy, on a clock that tests do not patch."""
+
+    def time(self) -> float:
+        return time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
+class _LoopThread:
+    """A thread with an event loop."""
+
+    def __init__(self) -> None:
+        self.loop = _Loop()
+        self.loop.set_debug(False)  # PYTHONASYNCIODEBUG and `python -X dev` are about the caller's loops
+        # As a daemon thread, it does not hold up the end of a program that never left the `with`.
+        self._thread = threading.Thread(target=self._run, name="regd-in-process", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return not self.loop.is_closed()
+
+    def _run(self) -> None:
+        try:
+            self.loop.run_forever()
+            self.loop.run_until_complete(_cancel_all())
+        finally:
+            self.loop.close()
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    def end(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+
+
+async def _cancel_all() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Timer:
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call: Callable[[], None] | None = call
+
+    def cancel(self) -> None:
+        self.call = None
+
+
+class _Clock:
+    """The daemon's `Clock`: the loop's time, and what `advance` has added. Used in the loop's thread only."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._ahead_s = 0.0
+        self._timers: list[tuple[float, int, _Timer]] = []  # a heap
+        self._numbers = itertools.count()
+        self._alarm: asyncio.TimerHandle | None = None
+
+    def now(self) -> float:
+        return self._loop.time() + self._ahead_s
+
+    def wall(self) -> float:
+        return round(time.time() + self._ahead_s, 3)
+
+    def call_at(self, when: float, call: Callable[[], None]) -> _Timer:
+        timer = _Timer(call)
+        heapq.heappush(self._timers, (when, next(self._numbers), timer))
+        if self._timers[0][2] is timer:
+            self._set_alarm()
+        return timer
+
+    def advance(self, seconds: float) -> None:
+        """Move on, and call each timer that falls due at its own time."""
+        end = self.now() + seconds
+        try:
+            while self._timers and self._timers[0][0] <= end:
+                when, _, timer = heapq.heappop(self._timers)
+                self._move_to(when)
+                if timer.call is not None:
+                    timer.call()
+            self._move_to(end)
+        finally:
+            self._set_alarm()
+
+    def _move_to(self, when: float) -> None:
+        self._ahead_s += max(0.0, when - self.now())
+
+    def _set_alarm(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        if self._timers:
+            self._alarm = self._loop.call_at(self._timers[0][0] - self._ahead_s, self.advance, 0.0)
+
+
+def _change_nothing(draft: Draft) -> bytes:
+    return b""
+
+
+def _short_folder() -> str | None:
+    """Return where the folder of a socket is made: None, the system's place, unless its path is too long."""
+    return "/tmp" if len(os.fsencode(tempfile.gettempdir())) > _FOLDER_BYTES_MAX else None
+
+
+_LIVING: "weakref.WeakSet[InProcessRegistry]" = weakref.WeakSet()
+
+
+def _forget_all_in_child() -> None:
+    for each in list(_LIVING):
+        each._forget_in_child()
+    _LIVING.clear()
+
+
+os.register_at_fork(after_in_child=_forget_all_in_child)
