@@ -19,7 +19,6 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "regd/testing": ({"regd.core", "regd.server", "regd.storage", "regd.testing", "regd_client"}, set()),
     "regd/cli/top": ({"regd.cli", "regd_client"}, set()),
     "client/regd_client": ({"regd_client"}, set()),
-    "client/regd_client/testing": ({"regd_client"}, set()),
     "services": ({"regd_client"}, set()),
 }
 # What is not in the standard library, and who may import it: an extra, or the framework of an example.

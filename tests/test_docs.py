@@ -87,21 +87,6 @@ def test_the_program_of_the_client_page_runs(process: Daemon, tmp_path: Path) ->
         assert (done.returncode, done.stderr) == (0, ""), program
 
 
-def test_the_programs_of_the_testing_page_run(tmp_path: Path) -> None:
-    """Alone: nothing of them needs a daemon."""
-    whole, tests = blocks(ROOT / "client" / "TESTING.md", "python")
-    program = tmp_path / "program.py"
-    program.write_text(whole)
-    (tmp_path / "test_shop.py").write_text(tests)
-    nowhere = environment(REGD_ADDRESS=f"unix://{tmp_path}/none")
-    for command in ([str(program)], ["-m", "pytest", "-q", "-p", "no:asyncio", str(tmp_path)]):
-        done = subprocess.run(
-            [sys.executable, "-W", "error", *command], cwd=tmp_path, env=nowhere, capture_output=True, text=True, timeout=30, check=False,
-        )  # fmt: skip
-        assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    assert " passed" in done.stdout
-
-
 @pytest.mark.parametrize("page", [README, REGCTL], ids=["README", "regctl"])
 def test_the_sessions_of_a_page(page: Path, process: Daemon) -> None:
     """Their commands, typed into a shell, print what stands there, but for the times; … stands for anything."""

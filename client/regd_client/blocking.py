@@ -19,7 +19,7 @@ from regd_client.errors import Unavailable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
     from types import TracebackType
     from typing import Any, Self
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from regd_client.thread import Listening, Registration
 
 _EVENTS_MAX = 10_000  # before one reply
-
-opener: Callable[[float], socket] | None = None  # `regd_client.testing` puts its own here
 
 
 class BlockingConnection:
@@ -45,7 +43,7 @@ class BlockingConnection:
         self._events: list[dict[str, Any]] = []  # those that came before a reply
         self._timeout_s = timeout_s
         try:
-            self._open(starts and opener is None and wire.autostarts(self.address))
+            self._open(starts and wire.autostarts(self.address))
         except Unavailable:
             raise
         except OSError as error:
@@ -77,8 +75,6 @@ class BlockingConnection:
             raise
 
     def _connect(self, timeout_s: float) -> socket:
-        if opener is not None:
-            return opener(timeout_s)
         if self.address.path:
             return _connected(AF_UNIX, self.address.path, timeout_s)
         host, trouble = self.address.host, OSError("no address")

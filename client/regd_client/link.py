@@ -7,7 +7,6 @@ import asyncio
 import errno
 import random
 import time
-from collections.abc import Awaitable, Callable
 from enum import Enum
 from types import BuiltinFunctionType
 from typing import TYPE_CHECKING, TypeVar
@@ -26,10 +25,6 @@ _RESTART_S = 1.0  # for a daemon that was here to come back by itself, before an
 _BACKOFF_S = (0.02, 0.5)  # the first and the longest pause between tries to connect
 
 T = TypeVar("T")
-
-Opener = Callable[[Address, Lost], Awaitable[Connection]]
-_real: Opener = Connection.open
-opener: Opener = _real  # `regd_client.testing` puts its own here
 
 
 class Patience(Enum):
@@ -66,8 +61,7 @@ async def pause(seconds: float) -> None:
 class Link:
     """`connection` is the last one, usable or not. `lost` hears of what a connection holds no more.
 
-    It goes back to where it was first: what was registered at a fake must not come to a daemon. `timeout_s` is
-    how long it tries to connect, whoever calls; None: 5 s, if the caller has the patience.
+    `timeout_s` is how long it tries to connect, whoever calls; None: 5 s, if the caller has the patience.
     """
 
     def __init__(self, address: str | None, timeout_s: float | None) -> None:
@@ -76,7 +70,6 @@ class Link:
         self.connection: Connection | None = None
         self.lost: Lost = lambda connection, event: None
         self.address = address
-        self._opener: Opener | None = None
         self._connecting: asyncio.Task[Connection] | None = None
         self._waiting: dict[asyncio.Future[None], Patience] = {}  # done when the connection was refused
         self._why = "no answer in time"  # the last try failed
@@ -129,18 +122,16 @@ class Link:
     async def _connect(self) -> Connection:
         """Try until somebody answers; whoever waits decides how long."""
         address = wire.find_address(self.address)
-        open = self._opener or opener
         pause_s, longest_s = _BACKOFF_S
         began = time.monotonic()
-        demand = _Demand(address, open, began + _RESTART_S if self.connection is not None else began)
+        demand = _Demand(address, began + _RESTART_S if self.connection is not None else began)
         told = False
         try:
             while True:
                 wait_s = pause_s * random.uniform(0.5, 1.0)
                 try:
                     async with asyncio.timeout(self.timeout_s):
-                        made = await demand.met(await open(address, self.lost))
-                    self._opener = open
+                        made = await demand.met(await Connection.open(address, self.lost))
                     if told:
                         log.warning("connected to regd at %s", address)
                     return made
@@ -203,9 +194,9 @@ def is_refused(error: OSError) -> bool:
 class _Demand:
     """Starts a daemon where none is there and one may be, from a moment on (monotonic seconds)."""
 
-    def __init__(self, address: Address, open: Opener, due_at: float) -> None:
+    def __init__(self, address: Address, due_at: float) -> None:
         self._address = address
-        self.starts = open is _real and wire.autostarts(address)
+        self.starts = wire.autostarts(address)
         self._due_at = due_at
         self._start: Start | None = None
 

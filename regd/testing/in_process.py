@@ -291,6 +291,7 @@ def running() -> Iterator[InProcessRegistry]:
 
         with regd.testing.in_process.running() as registry:
             registry.register("db", 5432)
+            subprocess.run([sys.executable, "-m", "shop"], check=True)
 
     Child processes find it, too. Several may run at once, one `with` inside the other: the innermost has
     `REGD_ADDRESS`, and each can be reached by its `address`.

@@ -1,51 +1,21 @@
-"""The fake and a daemon in the test's loop, with one face: what is tried with the one is tried with the other."""
+"""A daemon in the test's loop, which can cut its connections and go away."""
 
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 
 from regd.server.lifecycle import Config, Server
-from regd_client import testing
 from regd_client.client import Client
-from regd_client.connection import Connection
 from regd_client.errors import RegdError
 from tests.support.daemon import InLoop
 
-WORDS = ("message", "registered_at", "since", "age_s", "epoch", "version", "connection")  # may be its own
+WORDS = ("message", "registered_at", "since", "age_s", "epoch", "version", "connection")  # differ from run to run
 
 
-class Registry(Protocol):
-    def client(self) -> Client: ...
-
-    def cut(self) -> None:
-        """Break all connections."""
-
-    def away(self) -> contextlib.AbstractAsyncContextManager[None]:
-        """Stop, and be back at the end."""
-
-
-class Fake:
-    def __init__(self, fake: testing.FakeRegistry) -> None:
-        self.fake = fake
-
-    def client(self) -> Client:
-        client = Client()
-        client._link._opener = self.fake._open  # also while a daemon is tried beside it
-        return client
-
-    def cut(self) -> None:
-        self.fake.cut()
-
-    @contextlib.asynccontextmanager
-    async def away(self) -> AsyncIterator[None]:
-        with self.fake.away():
-            yield
-
-
-class Real:
+class Registry:
     def __init__(self, daemon: InLoop) -> None:
         self._daemon = daemon
         self._starts = 0
@@ -55,16 +25,16 @@ class Real:
         return f"tcp://127.0.0.1:{self._daemon.port}"
 
     def client(self) -> Client:
-        client = Client(self.address)
-        client._link._opener = Connection.open
-        return client
+        return Client(self.address)
 
     def cut(self) -> None:
+        """Break all connections."""
         for each in list(self._daemon.server.connections):
             each.cut()
 
     @contextlib.asynccontextmanager
     async def away(self) -> AsyncIterator[None]:
+        """Stop, and be back at the end."""
         config = Config(registry=self._daemon.registry, port=self._daemon.port)
         await self._daemon.server.stop()
         yield
@@ -74,23 +44,17 @@ class Real:
 
 
 @contextlib.asynccontextmanager
-async def fake() -> AsyncIterator[Fake]:
-    with testing.fake() as made:
-        yield Fake(made)
-
-
-@contextlib.asynccontextmanager
-async def real(folder: Path) -> AsyncIterator[Real]:
+async def running(folder: Path) -> AsyncIterator[Registry]:
     """Run a daemon, where clients find it."""
     async with InLoop(folder / "registry.json") as daemon:
-        running = Real(daemon)
+        made = Registry(daemon)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("REGD_ADDRESS", running.address)
-            yield running
+            patch.setenv("REGD_ADDRESS", made.address)
+            yield made
 
 
 def plain(said: Any) -> Any:
-    """Return what the two must agree in."""
+    """Return a reply without what differs from run to run."""
     if isinstance(said, dict):
         kept = {key: plain(value) for key, value in said.items() if key not in WORDS}
         if "connection" in said:

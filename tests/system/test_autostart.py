@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import errno
 import os
 import signal
 import socket
@@ -11,12 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import regd_client
-from regd_client import blocking, link, starting, wire
+from regd_client import link, starting, wire
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import WAIT_S, Daemon, InLoop
 from tests.support.demand import SLOW_S, Demand, demand, kept_port, stat
@@ -325,18 +323,6 @@ def test_never_for_who_only_looks_on(here: Demand) -> None:
     assert names.communicate(timeout=SLOW_S) == ("None\n", "")
     assert not here.folder.exists()
     assert not here.daemons()
-
-
-async def test_never_in_place_of_a_fake(here: Demand, monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone(*where: object) -> Any:
-        raise ConnectionRefusedError(errno.ECONNREFUSED, "the fake has ended")
-
-    async def gone_too(*where: object) -> Any:
-        gone()
-
-    monkeypatch.setattr(blocking, "opener", gone)
-    monkeypatch.setattr(link, "opener", gone_too)
-    await is_not_started(here)
 
 
 async def test_one_that_was_there_is_given_time_to_come_back(

@@ -52,4 +52,4 @@ def test_the_suite_of_a_project_that_has_the_wheel(python: Path, tmp_path: Path,
         [python, "-m", "pytest", "-p", "no:cacheprovider", *flags], cwd=project, env=plain, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "13 passed" in done.stdout
+    assert "14 passed" in done.stdout

@@ -1,12 +1,14 @@
 """The page for people who test: its programs are suites that pass."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.daemon import ROOT
 from tests.support.documents import blocks
-from tests.testing.suites import Suite
+from tests.testing.suites import Suite, clean
 
 PAGE = ROOT / "regd" / "testing" / "README.md"
 
@@ -18,6 +20,15 @@ def test_the_programs_of_the_page(tmp_path: Path, flags: list[str]) -> None:
     for number, program in enumerate(programs[1:]):
         suite.write(f"test_{number}.py", program)
     assert f"{len(programs) + 1} passed" in suite.passes(*flags)
+
+
+def test_the_suite_of_unittest_runs_without_pytest(tmp_path: Path) -> None:
+    [program] = [each for each in blocks(PAGE, "python") if "unittest.main()" in each]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], env=clean(), cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert "Warning" not in done.stderr
 
 
 def test_the_options_of_the_page(tmp_path: Path) -> None:

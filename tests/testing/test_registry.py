@@ -201,7 +201,9 @@ def test_the_process_ends_with_its_stdin_or_its_parent(how: str) -> None:
 
 
 def test_what_the_package_offers() -> None:
-    assert {"running", "Registry", "HostError"} <= set(dir(regd.testing))
+    assert {"running", "Registry", "HostError", "in_process"} <= set(dir(regd.testing))
+    program = "import regd.testing\nwith regd.testing.in_process.running() as made: made.register('db', 1)"
+    subprocess.run([sys.executable, "-c", program], env=clean(), timeout=60, check=True)
     assert regd.testing.Registry is Registry
     with pytest.raises(AttributeError, match="walking"):
         getattr(regd.testing, "walking")  # noqa: B009

@@ -10,6 +10,7 @@ import pytest
 
 import regd_client
 from regd.testing import Registry
+from regd.testing.in_process import InProcessRegistry
 from regd_client import blocking
 from shop.prices import NAME, price, serving
 
@@ -55,6 +56,14 @@ async def test_a_process_that_is_killed_is_gone(regd: Registry, service: "subpro
             break
     with pytest.raises(regd_client.NotFound):
         await regd_client.resolve(NAME)
+
+
+async def test_prices_without_a_process(regd_in_process: InProcessRegistry) -> None:
+    async with serving():
+        assert await price("apple") == 30
+        regd_in_process.kill(NAME)
+        with pytest.raises(regd_client.NotFound):
+            await regd_client.resolve(NAME)
 
 
 @pytest.mark.parametrize("number", range(8))

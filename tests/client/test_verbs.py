@@ -1,4 +1,4 @@
-"""One set of tests for the fake and for the daemon: whoever tests with the one may rely on the other."""
+"""Every verb of the client, and every answer of the daemon, from the one to the other."""
 
 import asyncio
 import os
@@ -14,15 +14,15 @@ import regd_client
 from regd_client.client import Client
 from tests.client.relay import until
 from tests.support.daemon import WAIT_S
-from tests.support.registries import Registry, fake, outcome, plain, real
+from tests.support.registries import Registry, outcome, plain, running
 
 pytestmark = pytest.mark.socket
 
 
-@pytest.fixture(params=["fake", "daemon"])
-async def registry(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Registry]:
-    async with fake() if request.param == "fake" else real(tmp_path) as running:
-        yield running
+@pytest.fixture
+async def registry(tmp_path: Path) -> AsyncIterator[Registry]:
+    async with running(tmp_path) as made:
+        yield made
 
 
 @pytest.fixture
@@ -661,7 +661,7 @@ async def registry_client(registry: Registry) -> AsyncIterator[Client]:
 async def test_nobody_answers_while_it_is_away(registry: Registry, client: Client) -> None:
     await client.ping()
     async with registry.away():
-        client._link.timeout_s = 0  # for the daemon's sake: at a fake nothing is tried on
+        client._link.timeout_s = 0
         for _ in range(2):
             with pytest.raises(regd_client.Unavailable) as raised:
                 await client.ping()

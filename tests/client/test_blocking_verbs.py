@@ -1,4 +1,4 @@
-"""The blocking face at the fake and at a daemon in a process of its own."""
+"""Every verb of the blocking client, at a daemon."""
 
 import asyncio
 import threading
@@ -7,20 +7,16 @@ from collections.abc import Iterator
 import pytest
 
 import regd_client
-from regd_client import blocking, testing
-from tests.support.daemon import WAIT_S, Daemon
+from regd.testing import Registry, in_process
+from regd_client import blocking
+from tests.support.daemon import WAIT_S
 from tests.support.registries import plain
 
 
-@pytest.fixture(params=["fake", "process"], autouse=True)
-def registry(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if request.param == "fake":
-        with testing.fake():
-            yield
-        return
-    daemon: Daemon = request.getfixturevalue("process")
-    monkeypatch.setenv("REGD_ADDRESS", daemon.addresses[0])
-    yield
+@pytest.fixture(autouse=True)
+def registry() -> Iterator[Registry]:
+    with in_process.running() as made:
+        yield made
 
 
 def test_the_verbs() -> None:
