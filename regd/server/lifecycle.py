@@ -93,7 +93,7 @@ class Config:
     registry: Path
     port: int | None = DEFAULT_PORT  # None: no TCP
     unix: Path | None = None
-    inherited: Sequence[Handed] = ()  # sockets that listen already, in place of `port` and `unix`
+    inherited: Sequence[Handed | socket.socket] = ()  # sockets that listen already, in place of `port` and `unix`
     grace_s: float = DEFAULT_GRACE_S  # for clients to come back and claim what they held
     allowed_uids: Collection[int] = ()  # that may write, besides root and the daemon's own
     allow_any_user: bool = False  # every user may write

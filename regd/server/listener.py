@@ -86,14 +86,14 @@ class Listeners:
             raise ListenError(f"cannot listen on {path}: {why}; name another with --unix") from None
         self._unix = path
 
-    def inherit(self, handed: Sequence[Handed]) -> None:
+    def inherit(self, handed: Sequence[Handed | socket.socket]) -> None:
         """Listen on sockets that listen already. The path of a Unix socket stays: it is not ours.
 
         Raises:
             ListenError: one of them is nothing to listen on for regd.
         """
         for each in handed:
-            self.sockets.append(_inherited(each))
+            self.sockets.append(_inherited(each) if isinstance(each, Handed) else each)
 
     @staticmethod
     def _clear(path: Path) -> None:

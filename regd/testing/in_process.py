@@ -32,7 +32,6 @@ from regd.core.draft import Draft
 from regd.core.errors import Refused
 from regd.core.model import Reason
 from regd.server.lifecycle import Config, Server
-from regd.server.listener import Handed
 from regd.testing.memory import IN_MEMORY, MemoryFiles, excerpt
 from regd.testing.registry import Registry, found_by_children
 from regd.testing.spawn import HostError
@@ -164,14 +163,19 @@ class InProcessRegistry(Registry):
             self._server = server
             self._watching = asyncio.create_task(self._watch_for_failure(server))
 
-    def _listener(self) -> Handed:
+    def _listener(self) -> socket.socket:
         """Return a socket that listens. The folder around it is for this user alone, whatever the umask."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._socket)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
             listener.bind(self._socket)
             listener.listen(_BACKLOG)
-            return Handed(listener.detach(), "regd.testing")
+            listener.setblocking(False)
+        except BaseException:
+            listener.close()
+            raise
+        return listener
 
     async def _watch_for_failure(self, server: Server) -> None:
         """A bug in the daemon ends it at once, so that nobody waits for an answer, and every later call fails."""

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -352,6 +353,21 @@ def test_one_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     with pytest.raises(FileNotFoundError), in_process.running():
         raise AssertionError("it runs")
     assert left_behind(before) == []
+
+
+def test_where_only_unix_sockets_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pytest-socket does it: whoever makes one has to say its family."""
+
+    class Guarded(socket.socket):
+        def __init__(self, family: int = -1, *more: Any, **named: Any) -> None:
+            assert family == socket.AF_UNIX
+            super().__init__(family, *more, **named)
+
+    monkeypatch.setattr(socket, "socket", Guarded)
+    with in_process.running() as registry:
+        registry.register("db", 1)
+        registry.restart()
+        assert names(registry) == ["db"]
 
 
 def test_a_temporary_folder_with_a_long_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
