@@ -54,6 +54,7 @@ class Connection(asyncio.Protocol):
         "_may_hold",
         "_parked",
         "_paused",
+        "_queued",
         "_quiet",
         "_quitting",
         "_reader",
@@ -76,6 +77,7 @@ class Connection(asyncio.Protocol):
         self._reader = Reader(context.limits)
         self._held_up: Item | None = None  # the next item, waiting until the writes before it have landed
         self._slow: Slow | None = None  # or until this reply to it is there
+        self._queued = False  # for a slot to make that reply in
         self._accepted = False  # within `connections_max`
         self._is_guest = False  # may only read
         self._share = context.writers  # of the daemon: what it takes is counted there
@@ -303,8 +305,13 @@ class Connection(asyncio.Protocol):
                 return reply
             self._slow = reply
         if not self._share.slow.take(self):
-            self._held_up = request
+            self._held_up, self._queued = request, True
             return None
+        if self._queued:
+            self._queued = False
+            if self.is_gone():  # it was not read meanwhile: make no reply for nobody
+                self.cut()
+                return None
         now: bytes | None = b""
         try:
             now = next(self._slow)

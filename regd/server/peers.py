@@ -152,6 +152,8 @@ class Peers:
         A peer that has closed its sending side alone is still there. Over TCP our socket looks the same in both
         cases, so the kernel is asked for the peer's: one that nobody has open has no inode, or no row.
         """
+        if connection.fileno() < 0:
+            return True
         poll = select.poll()
         poll.register(connection.fileno(), 0)  # POLLHUP and POLLERR are always told: both sides closed, or reset
         if poll.poll(0):

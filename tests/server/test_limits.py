@@ -330,6 +330,22 @@ async def test_long_replies_of_guests_take_turns_and_one_that_does_not_read_hold
         await until(lambda: not (slow._taken or slow._waiting))
 
 
+async def test_for_a_guest_that_went_while_it_waited_for_a_long_reply_none_is_made(running: Running) -> None:
+    told = Told()
+    told.uid = 0
+    async with running(peers=told, guests_slow_max=1, search_max=1) as daemon:
+        owner = await daemon.peer()
+        for n in range(12):
+            await owner.ask(cmd="register", name="a", port=1, instance=f"{n:02}")
+        told.uid = STRANGER
+        told.is_gone = lambda connection: True  # type: ignore[method-assign]
+        guests = [await daemon.peer() for _ in range(3)]
+        for guest in guests:
+            guest.send({"cmd": "resolve", "name": "a", "all": True})
+        assert len((await guests[0].reply())["instances"]) == 12  # it waited for none
+        assert [await guest.rest() for guest in guests[1:]] == [b"", b""]
+
+
 @rows("guests_turns_max")
 def test_whom_a_guest_gets_changes_nobody_elses_turn() -> None:
     entries = [Entry("a", str(n), "127.0.0.1", 1, {"k": "v"}, State.READY, 1, 0.0) for n in range(3)]
