@@ -26,7 +26,7 @@ from regd.cli.commands import Argument
 from regd.cli.log_output import FORMATS, LogError, LogOutput, escaped, has_terminal, say
 from regd.server.clock import LoopClock
 from regd.server.lifecycle import DEFAULT_GRACE_S, DEFAULT_PORT, Config, Server, default_registry
-from regd.server.listener import ListenError
+from regd.server.listener import Handed, ListenError
 from regd.server.peers import ALL_USERS, unmapped_uid
 from regd.server.systemd import Heart, Notices, handed_over, watchdog_s
 from regd.storage.store import StorageError
@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = _config(given)
         if given.background:
-            close_inherited_files([each.file for each in config.inherited])
+            close_inherited_files([each.file for each in config.inherited if isinstance(each, Handed)])
         output = LogOutput(config.log, given.log_format)
         starter = Background(output.fd) if given.background else Foreground()
         take_signals()
