@@ -21,7 +21,6 @@ from regd.server.answers import Asker, Slow
 from regd.server.clock import Timer
 from regd.server.context import Context, peer_text
 from regd.server.namespaces import elsewhere
-from regd.server.streams import Stream
 from regd.server.waits import Wait
 from regd.server.watches import Watch
 
@@ -36,7 +35,7 @@ _LOOK_S = 0.05
 _HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR  # POLLRDHUP: Linux, poll(2)
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     __slots__ = (
         "_accepted",
         "_asker",
@@ -87,7 +86,9 @@ class Connection(asyncio.Protocol):
         self._scheduled = False  # `go_on` will be called
         self._paused = False  # the peer does not read
         self._reading = True
-        self._quiet = False  # nothing is under way: what comes next may be answered before anything else
+        self._quiet = (
+            False  # nothing is under way: what comes next may be answered before anything else; guests wait
+        )
         self._eof = False  # the peer has closed its sending side
         self._ending = False  # nothing more is looked at; what is sent is sent
         self._timer: Timer | None = None
@@ -104,8 +105,15 @@ class Connection(asyncio.Protocol):
     # What asyncio calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        context = self._context
         self._transport = cast(asyncio.Transport, transport)
+        try:
+            self._begin()
+        except BaseException:
+            self._transport.abort()  # asyncio would leave it open
+            raise
+
+    def _begin(self) -> None:
+        context = self._context
         self._transport.set_write_buffer_limits(high=context.limits.output_bytes_max, low=0)
         context.connections.add(self)
         context.alone.clear()
@@ -114,7 +122,6 @@ class Connection(asyncio.Protocol):
         self._is_guest = not context.peers.may_write(uid)
         if self._is_guest:
             self._share = context.guests
-            cast(Stream, transport).low_priority = True
         tally, limits = context.tally, context.limits
         full = tally.connections >= limits.connections_max
         if not full and not (self._is_guest and tally.guests >= limits.guests_max):
@@ -123,7 +130,7 @@ class Connection(asyncio.Protocol):
             tally.connections += 1
             tally.guests += self._is_guest
             tally.connections_accepted += 1
-            self._quiet = True
+            self._quiet = not self._is_guest
             return
         tally.connections_refused += 1
         count = f"connections ({tally.connections:,})" if full else f"read-only connections ({tally.guests:,})"
@@ -135,6 +142,12 @@ class Connection(asyncio.Protocol):
             self._ending = True
             self._transport.write(self._error(refusal))
             self._transport.close()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._context.received
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(bytes(self._context.received[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
         if self._quiet:
@@ -473,7 +486,7 @@ class Connection(asyncio.Protocol):
             return
         self._quiet = False
         if reader.empty and not self._is_held_back:
-            self._quiet = not (self._in_flight or self._landed or self._scheduled)
+            self._quiet = not (self._in_flight or self._landed or self._scheduled or self._is_guest)
             if self._reading and not self._counted:  # mostly there is nothing more to do
                 return
         idle = self._held_up is None and not reader.pending and not self._paused

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("regd")
 
 _COMPLAIN_EVERY_S = 10.0
+_RECEIVED_BYTES_MAX = 16_384  # at a time, of one connection
 
 
 class Budget:
@@ -152,6 +153,8 @@ class Context:
     events: EventLog
     connections: "set[Connection]" = field(default_factory=set)
     sessions: "Sessions" = field(default_factory=lambda: Sessions())
+    # Every connection receives into this one buffer: asyncio's own reads allocate 256 KiB each.
+    received: memoryview = field(default_factory=lambda: memoryview(bytearray(_RECEIVED_BYTES_MAX)))
     alone: asyncio.Event = field(default_factory=asyncio.Event)  # set when the last connection has gone
     _complained_at: dict[str, float] = field(default_factory=dict)  # by the complaint
 

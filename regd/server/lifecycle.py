@@ -18,6 +18,7 @@ from regd.core.errors import Refused
 from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Change, Key, Process
 from regd.core.registry import Registry
+from regd.server.acceptor import Acceptor
 from regd.server.answers import Answers, identify
 from regd.server.clock import Clock, LoopClock
 from regd.server.connection import Connection
@@ -33,7 +34,6 @@ from regd.server.pulse import Pulse
 from regd.server.reaper import Reaper
 from regd.server.replies import Replies
 from regd.server.stalls import Stalls
-from regd.server.streams import Streams
 from regd.server.tally import Tally
 from regd.server.turns import GUESTS_S, Turns
 from regd.server.waits import Waits
@@ -125,7 +125,7 @@ class Server:
         self._pulse = Pulse(self._clock)
         self._peers = peers or Peers(config.allowed_uids, anyone=config.allow_any_user)
         self._listeners = Listeners()
-        self._streams: Streams | None = None
+        self._acceptor: Acceptor | None = None
         self._store = Store(config.registry, log.warning, self._files)
         self._registry: Registry | None = None
         self._engine: Engine | None = None
@@ -289,11 +289,14 @@ class Server:
         pulse.start()
         self._engine_task = asyncio.create_task(self._engine.run(), name="regd-engine")
         # 4. Serve.
-        context, self._streams = self._context, Streams()
+        context = self._context
+        acceptor = self._acceptor = Acceptor(lambda: Connection(context))
         for each in self._listeners.sockets:
-            self._streams.listen(each, lambda: Connection(context))
+            acceptor.listen(each)
         if config.idle_exit_s is not None:
-            self._idle = Idle(clock, config.idle_exit_s, lambda: _quiet(registry, context), self._idle_out)
+            self._idle = Idle(
+                clock, config.idle_exit_s, lambda: _quiet(registry, context, acceptor), self._idle_out
+            )
             self._idle.start()
         for note in self._listeners.notes:
             log.warning("%s", note)
@@ -359,8 +362,8 @@ class Server:
 
     def _idle_out(self) -> None:
         # In the turn that has found nobody: whoever connects now was never accepted, and is reset without a word.
-        assert self._streams is not None
-        self._streams.deafen()
+        assert self._acceptor is not None
+        self._acceptor.stop()
         log.info("nothing was registered and nobody connected for %g s: leaving", self._config.idle_exit_s)
         self._idled.set()
 
@@ -369,8 +372,9 @@ class Server:
         # 1. Let nobody in.
         if self._idle is not None:
             self._idle.close()
-        if self._streams is not None:
-            self._streams.deafen()
+        if self._acceptor is not None:
+            self._acceptor.stop()
+            await self._acceptor.started()
         # 2. Take no more writes; those that wait still land, and are answered.
         if self._engine is not None and self._engine_task is not None:
             self._engine.close()
@@ -386,8 +390,6 @@ class Server:
             self._pulse.close()
         if self._events is not None:
             self._events.close()
-        if self._streams is not None:
-            self._streams.close()
         # 4. Addresses, lock.
         self._close_files()
 
@@ -408,9 +410,9 @@ class Server:
         self._store.close()
 
 
-def _quiet(registry: Registry, context: Context) -> Hashable | None:
+def _quiet(registry: Registry, context: Context, acceptor: Acceptor) -> Hashable | None:
     """Return None while something is registered or somebody connected, else a mark of all that was before."""
-    if len(registry) or context.connections:
+    if len(registry) or context.connections or acceptor.starting:
         return None
     return registry.rev, context.tally.connections_accepted, context.tally.connections_refused
 

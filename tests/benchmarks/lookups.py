@@ -17,7 +17,7 @@ def one_at_a_time(bench: Bench) -> Rounds:
 
 def tell_one_at_a_time(rounds: Rounds) -> Told:
     row = "resolve, one at a time"
-    goals = at_least(rounds, "regd", 0.85, "Redis", row) + at_least(rounds, "regd, fast", 1.05, "Redis", row)
+    goals = at_least(rounds, "regd", 0.75, "Redis", row) + at_least(rounds, "regd, fast", 0.95, "Redis", row)
     return Told([by_rate(rounds, "Redis")], goals, [rates(rounds, row, "Redis")])
 
 
@@ -28,7 +28,7 @@ def sixteen_deep(bench: Bench) -> Rounds:
 
 def tell_sixteen_deep(rounds: Rounds) -> Told:
     row = "resolve, 16 deep"
-    goals = at_least(rounds, "regd", 1.2, "Redis", row) + at_least(rounds, "regd, fast", 1.2, "Redis", row)
+    goals = at_least(rounds, "regd", 1.15, "Redis", row) + at_least(rounds, "regd, fast", 1.3, "Redis", row)
     return Told([by_rate(rounds, "Redis")], goals, [rates(rounds, row, "Redis", 1.2)])
 
 

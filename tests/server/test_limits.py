@@ -23,7 +23,7 @@ from regd.protocol.commands import Request
 from regd.protocol.messages import HTTP_REFUSAL
 from regd.server.lifecycle import _within_open_files
 from regd.server.peers import Peers
-from regd.server.streams import Stream
+from regd.server.turns import Turns, Worker
 from tests.support.daemon import WAIT_S, InLoop, Peer
 from tests.support.files import ToldFiles
 from tests.support.peers import STRANGER, Told
@@ -202,14 +202,52 @@ async def test_guests_leave_room_for_others(running: Running) -> None:
         owner = await daemon.peer()
         stats = await owner.ask(cmd="stats")
         assert (stats["connections"], stats["guests"]) == (4, 3)
-        sockets = {
-            each._is_guest: cast(Stream, each._transport).low_priority for each in daemon.server.connections
-        }
-        assert sockets == {True: True, False: False}
         for peer in daemon.peers[:4]:
             await peer.close()
         await until(lambda: len(daemon.server.connections) == 1)
         assert (await owner.ask(cmd="stats"))["guests"] == 0
+
+
+class NoTime:
+    """Turns in which there is no time for anybody until the test has it."""
+
+    has_time = False
+
+    def __init__(self) -> None:
+        self.waiting: list[Worker] = []
+
+    def wait(self, worker: Worker, busy: bool) -> None:
+        self.waiting.append(worker)
+
+    def spent(self, seconds: float) -> None:
+        pass
+
+
+@pytest.mark.socket
+async def test_a_guest_is_read_on_when_it_had_its_turn_and_the_owner_is_served_meanwhile(
+    running: Running,
+) -> None:
+    told = Told()
+    async with running(peers=told) as daemon:
+        assert daemon.server._context is not None
+        guest = await daemon.peer()
+        assert (await guest.ask(cmd="ping"))["ok"]
+        turns = daemon.server._context.guests.turns = cast(Turns, NoTime())
+        [connection] = daemon.server.connections
+        guest.send(b'{"cmd":"resolve","name":"db"}\n' * 100)
+        await until(lambda: not connection._transport.is_reading())
+        guest.send(b'{"cmd":"ping"}\n')
+        told.uid = 0
+        owner = await daemon.peer()
+        assert (await owner.ask(cmd="register", name="db", port=1))["ok"]
+        assert (await owner.ask(cmd="resolve", name="db"))["port"] == 1
+        assert (await owner.ask(cmd="resolve", name="db"))["port"] == 1
+        assert not connection._transport.is_reading()
+        while not connection._transport.is_reading():
+            cast(NoTime, turns).waiting.pop(0).go_on()
+        await until(lambda: bool(cast(NoTime, turns).waiting))
+        cast(NoTime, turns).waiting.pop(0).go_on()
+        assert [(await guest.reply())["ok"] for _ in range(101)] == [True] * 101
 
 
 @rows("guests_kept_bytes_max")

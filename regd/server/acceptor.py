@@ -1,0 +1,81 @@
+"""Accept connections on the listening sockets, and give each one a protocol of its own.
+
+`loop.create_server` is not used because of what it does without file descriptors: asyncio logs an error for each
+waiting caller, and uvloop closes callers without a word. Here callers stay in the kernel's queue, and one line is
+logged a second.
+"""
+
+import asyncio
+import errno
+import logging
+import socket
+from collections.abc import Callable
+
+log = logging.getLogger("regd")
+
+_ACCEPTS_MAX = 64  # of one listener in one iteration of the loop, so that open connections are served in between
+_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_RETRY_S = 1.0
+
+
+class Acceptor:
+    """Accepts in the running loop. `protocol` makes the protocol of one connection."""
+
+    def __init__(self, protocol: Callable[[], asyncio.BaseProtocol]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._protocol = protocol
+        self._listeners: list[socket.socket] = []
+        self._starting: set[asyncio.Task[None]] = set()
+
+    @property
+    def starting(self) -> int:
+        """How many accepted connections have not reached their protocol yet."""
+        return len(self._starting)
+
+    def listen(self, listener: socket.socket) -> None:
+        """Accept connections of a listening socket from now on."""
+        listener.setblocking(False)
+        self._listeners.append(listener)
+        self._loop.add_reader(listener, self._accept, listener)
+
+    def stop(self) -> None:
+        """Accept no more. Connections that were accepted still reach their protocol. Idempotent."""
+        for listener in self._listeners:
+            self._loop.remove_reader(listener)
+        self._listeners.clear()
+
+    async def started(self) -> None:
+        """Wait until every accepted connection has reached its protocol."""
+        if self._starting:
+            await asyncio.wait(self._starting)
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(_ACCEPTS_MAX):
+            try:
+                connection, _ = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno not in _OUT_OF_RESOURCES:
+                    raise
+                log.error("cannot accept connections: %s; trying again in %g s", error.strerror, _RETRY_S)
+                self._loop.remove_reader(listener)
+                self._loop.call_later(_RETRY_S, self._resume, listener)
+                return
+            connection.setblocking(False)
+            if connection.family != socket.AF_UNIX:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            task = self._loop.create_task(self._start(connection))
+            self._starting.add(task)
+            task.add_done_callback(self._starting.discard)
+
+    def _resume(self, listener: socket.socket) -> None:
+        if listener in self._listeners:
+            self._loop.add_reader(listener, self._accept, listener)
+
+    async def _start(self, connection: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(self._protocol, connection)
+        except BaseException:
+            connection.close()
+            raise

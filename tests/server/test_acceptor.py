@@ -1,0 +1,246 @@
+"""Accepting connections: in slices, without file descriptors, until told to stop."""
+
+import asyncio
+import errno
+import itertools
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from regd.server.acceptor import Acceptor
+from tests.support.daemon import WAIT_S, InLoop
+from tests.support.scenes import until
+
+pytestmark = pytest.mark.socket
+
+
+class NoDescriptors(socket.socket):
+    """A listener whose `accept` fails with the error `number` while that is set."""
+
+    number = 0
+    attempts = 0
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        self.attempts += 1
+        if self.number:
+            raise OSError(self.number, os.strerror(self.number))
+        return super().accept()
+
+
+class TimersByHand:
+    """The running loop, except that `call_later` only records what is to be called, and after how long."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.timers: list[tuple[float, Callable[[], object]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+    def call_later(self, delay: float, callback: Callable[..., object], *args: Any) -> None:
+        self.timers.append((delay, lambda: callback(*args)))
+
+
+class Recorder(asyncio.Protocol):
+    """Keeps what it receives."""
+
+    def __init__(self, connections: "list[Recorder]") -> None:
+        self.received = b""
+        self._connections = connections
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self._connections.append(self)
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+
+
+class Scene:
+    """An acceptor on a listener that can fail, the connections it made, and the callers' sockets."""
+
+    def __init__(self) -> None:
+        self.connections: list[Recorder] = []
+        self.callers: list[socket.socket] = []
+        self.errors: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: self.errors.append(context))
+        self.acceptor = Acceptor(lambda: Recorder(self.connections))
+        self.loop = TimersByHand()
+        self.acceptor._loop = cast(asyncio.AbstractEventLoop, self.loop)
+        self.listener = NoDescriptors()
+        self.listener.bind(("127.0.0.1", 0))
+        self.listener.listen(256)
+        self.acceptor.listen(self.listener)
+
+    def call(self, data: bytes = b"") -> socket.socket:
+        caller = socket.create_connection(self.listener.getsockname())
+        caller.sendall(data)
+        self.callers.append(caller)
+        return caller
+
+    async def close(self) -> None:
+        self.acceptor.stop()
+        await self.acceptor.started()
+        for connection in self.connections:
+            connection.transport.abort()
+        await settle()
+        self.listener.close()
+        for caller in self.callers:
+            caller.close()
+        assert self.errors == []
+
+
+async def settle() -> None:
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def scene() -> AsyncIterator[Scene]:
+    running = Scene()
+    yield running
+    await running.close()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+async def test_without_descriptors_callers_wait_and_one_line_is_logged_per_attempt(
+    scene: Scene, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    scene.call()
+    await until(lambda: len(scene.connections) == 1)
+    scene.listener.number = number
+    scene.listener.attempts = 0
+    waiting = [scene.call(b"waited") for _ in range(3)]
+    for attempt in (1, 2):
+        await until(lambda: bool(scene.loop.timers))
+        await settle()
+        assert (scene.listener.attempts, len(scene.loop.timers)) == (attempt, 1)
+        assert [os.strerror(number) in message for message in caplog.messages] == [True] * attempt
+        assert [record.levelno for record in caplog.records] == [logging.ERROR] * attempt
+        delay, retry = scene.loop.timers.pop()
+        assert delay == 1.0
+        if attempt == 1:
+            retry()
+    scene.callers[0].sendall(b"served meanwhile")
+    await until(lambda: scene.connections[0].received == b"served meanwhile")
+    scene.listener.number = 0
+    retry()
+    await until(lambda: [each.received for each in scene.connections[1:]] == [b"waited"] * len(waiting))
+    assert len(caplog.messages) == 2
+
+
+async def test_after_stop_it_does_not_retry(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    scene.listener.number = errno.EMFILE
+    scene.call()
+    await until(lambda: bool(scene.loop.timers))
+    scene.acceptor.stop()
+    scene.listener.number = 0
+    [(_, retry)] = scene.loop.timers
+    retry()
+    await settle()
+    assert (scene.connections, scene.listener.attempts) == ([], 1)
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EINTR, errno.EAGAIN])
+async def test_a_caller_that_left_before_it_was_accepted_is_skipped(
+    scene: Scene, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    scene.listener.number = number
+    scene.call(b"x")
+    await until(lambda: bool(scene.listener.attempts))
+    scene.listener.number = 0
+    await until(lambda: [each.received for each in scene.connections] == [b"x"])
+    assert (scene.loop.timers, caplog.messages) == ([], [])
+
+
+async def test_any_other_error_of_accept_is_reported_and_accepting_goes_on(scene: Scene) -> None:
+    scene.listener.number = errno.EPERM
+    scene.call()
+    await until(lambda: bool(scene.errors))
+    scene.listener.number = 0
+    assert {type(error["exception"]) for error in scene.errors} == {PermissionError}
+    scene.errors.clear()
+    await until(lambda: len(scene.connections) == 1)
+    assert scene.loop.timers == []
+
+
+async def test_callers_are_accepted_in_slices(scene: Scene) -> None:
+    """A test suite that starts at once does not hold up the connections that are open already."""
+    for _ in range(200):
+        scene.call()
+    counts = [0]
+    while len(scene.connections) < 200:
+        await asyncio.sleep(0)
+        counts.append(len(scene.connections))
+    assert max(after - before for before, after in itertools.pairwise(counts)) <= 64
+
+
+async def test_after_stop_nobody_is_accepted_and_open_connections_are_served(scene: Scene) -> None:
+    caller = scene.call()
+    await until(lambda: len(scene.connections) == 1)
+    scene.acceptor.stop()
+    scene.acceptor.stop()
+    scene.call()
+    await settle()
+    assert len(scene.connections) == 1
+    caller.sendall(b"still here")
+    await until(lambda: scene.connections[0].received == b"still here")
+
+
+async def test_a_connection_that_is_starting_counts_and_can_be_waited_for(scene: Scene) -> None:
+    scene.call()
+    scene.acceptor._accept(scene.listener)
+    assert scene.acceptor.starting == 1
+    scene.acceptor.stop()
+    await scene.acceptor.started()
+    assert (len(scene.connections), scene.acceptor.starting) == (1, 0)
+
+
+async def test_accepted_sockets_are_non_blocking_and_send_short_lines_at_once(
+    scene: Scene, tmp_path: Path
+) -> None:
+    caller = scene.call()
+    await until(lambda: len(scene.connections) == 1)
+    transport = scene.connections[0].transport
+    accepted = transport.get_extra_info("socket")
+    assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    assert not os.get_blocking(accepted.fileno())
+    assert transport.get_extra_info("peername") == caller.getsockname()
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as unix:
+        listener.bind(os.fspath(tmp_path / "s"))
+        listener.listen()
+        scene.acceptor.listen(listener)
+        unix.connect(os.fspath(tmp_path / "s"))
+        unix.sendall(b"by path")
+        await until(lambda: scene.connections[-1].received == b"by path")
+        assert scene.connections[-1].transport.get_extra_info("socket").family == socket.AF_UNIX
+        scene.acceptor.stop()
+
+
+async def test_a_daemon_without_descriptors_serves_its_callers_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    accept = socket.socket.accept
+    failing = True
+
+    def fail(self: socket.socket) -> tuple[socket.socket, Any]:
+        if failing:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return accept(self)
+
+    monkeypatch.setattr("regd.server.acceptor._RETRY_S", 0.01)
+    async with InLoop(tmp_path / "registry.json") as daemon:
+        monkeypatch.setattr(socket.socket, "accept", fail)
+        with socket.create_connection(("127.0.0.1", daemon.port)) as caller:
+            caller.sendall(b'{"cmd":"ping"}\n')
+            caller.setblocking(False)
+            await until(lambda: "cannot accept connections" in caplog.text)
+            failing = False
+            async with asyncio.timeout(WAIT_S):
+                assert await asyncio.get_running_loop().sock_recv(caller, 100) == b'{"ok":true}\n'

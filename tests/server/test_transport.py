@@ -1,0 +1,160 @@
+"""What asyncio's transports, of either loop, must keep for the daemon: resets, bugs, and nothing left behind."""
+
+import asyncio
+import contextlib
+import gc
+import os
+import random
+import socket
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from regd.server.connection import Connection
+from tests.support.daemon import InLoop, Peer
+from tests.support.scenes import until
+
+pytestmark = pytest.mark.socket
+
+RESET = struct.pack("ii", 1, 0)
+SCRIPTS = (
+    b'{"cmd":"ping"}\n' * 40,
+    b'{"cmd":"register","name":"a","port":1,"hold":true}\n{"cmd":"resolve","name":"a"}\n',
+    b'{"cmd":"resolve","name":"none","wait":60}\n',
+    b'{"cmd":"watch","id":1}\n{"cmd":"list","id":2}\n',
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"\x16\x03\x01 not for regd",
+    b'{"cmd":"list"}\nquit\n',
+    b'{"cmd":"unfinished',
+)
+
+
+def _reset(caller: socket.socket) -> None:
+    caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    caller.close()
+
+
+def _shut_and_close(caller: socket.socket) -> None:
+    caller.shutdown(socket.SHUT_WR)
+    caller.close()
+
+
+def _read_and_reset(caller: socket.socket) -> None:
+    with contextlib.suppress(BlockingIOError):
+        caller.recv(64)
+    _reset(caller)
+
+
+ENDS: tuple[Callable[[socket.socket], None], ...] = (
+    _reset,
+    socket.socket.close,
+    _shut_and_close,
+    _read_and_reset,
+)
+
+
+async def test_a_peer_may_end_its_connection_at_any_moment(daemon: InLoop) -> None:
+    errors: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context))
+    witness = await daemon.peer()
+    choices = random.Random(11)
+    for _ in range(300):
+        script, end = choices.choice(SCRIPTS), choices.choice(ENDS)
+        caller = socket.create_connection(("127.0.0.1", daemon.port))
+        caller.setblocking(False)
+        for _ in range(choices.randrange(4)):
+            await asyncio.sleep(0)
+        cut = choices.randrange(len(script) + 1)
+        caller.sendall(script[:cut])
+        for _ in range(choices.randrange(6)):
+            await asyncio.sleep(0)
+        with contextlib.suppress(OSError):  # the daemon may have closed it
+            caller.send(script[cut:])
+        for _ in range(choices.randrange(6)):
+            await asyncio.sleep(0)
+        end(caller)
+    assert (await witness.ask(cmd="ping"))["ok"]
+    daemon.clock.advance(60.0)  # half-closed peers with a wait get their answer, watchers their `progress`
+    await until(lambda: _others_are_gone(daemon))
+    assert (await witness.ask(cmd="resolve", name="a"))["error"] == "not_found"
+    assert errors == []
+
+
+def _others_are_gone(daemon: InLoop) -> bool:
+    daemon.clock.advance(1.0)
+    return len(daemon.server.connections) == 1
+
+
+@pytest.mark.parametrize("method", ["data_received", "eof_received", "_begin"])
+async def test_a_bug_in_a_connection_closes_that_one_alone(
+    daemon: InLoop, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    errors: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context))
+    witness = await daemon.peer()
+    assert (await witness.ask(cmd="ping"))["ok"]
+    original = getattr(Connection, method)
+
+    def broken(self: Connection, *arguments: Any) -> Any:
+        if method == "_begin":
+            original(self, *arguments)
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, method, broken)
+        victim = Peer(*await asyncio.open_connection("127.0.0.1", daemon.port))
+        victim.send("ping")
+        if method == "eof_received":
+            victim.writer.write_eof()
+        with contextlib.suppress(ConnectionError):
+            assert b"internal" not in await victim.rest()
+        await until(lambda: bool(errors))
+    await victim.close()
+    await until(lambda: len(daemon.server.connections) == 1)
+    assert isinstance(errors[0]["exception"], ZeroDivisionError)
+    assert (await witness.ask(cmd="ping"))["ok"]
+    errors.clear()
+
+
+async def test_a_connection_that_ended_is_freed_without_the_garbage_collector(daemon: InLoop) -> None:
+    """The daemon lets the collector look at nothing twice, so what ends must go by itself."""
+    context = daemon.server._context
+    gc.collect()
+    gc.disable()
+    try:
+        for end in ENDS:
+            for script in SCRIPTS:
+                caller = socket.create_connection(("127.0.0.1", daemon.port))
+                caller.setblocking(False)
+                await until(lambda: len(daemon.server.connections) == 1)
+                caller.sendall(script)
+                for _ in range(3):
+                    await asyncio.sleep(0)
+                end(caller)
+                await until(lambda: _all_are_gone(daemon))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        left = [each for each in gc.get_objects() if isinstance(each, Connection) and each._context is context]
+        assert left == []
+    finally:
+        gc.enable()
+
+
+def _all_are_gone(daemon: InLoop) -> bool:
+    daemon.clock.advance(5.0)
+    return not daemon.server.connections
+
+
+async def test_no_descriptor_stays_open(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    await peer.ask(cmd="ping")
+    before = len(os.listdir("/proc/self/fd"))
+    for script in SCRIPTS:
+        caller = socket.create_connection(("127.0.0.1", daemon.port))
+        caller.sendall(script)
+        await asyncio.sleep(0)
+        _reset(caller)
+    await until(lambda: _others_are_gone(daemon))
+    await until(lambda: len(os.listdir("/proc/self/fd")) == before)
