@@ -679,7 +679,7 @@ async def test_a_name_that_another_took_meanwhile_is_lost(registry: Registry) ->
         async with registry.away():
             pass
         async with Client() as other:
-            await outcome(other, "register", name="a", port=2, hold=True)
+            await outcome(other, "register", name="a", port=2, hold=True, force=True)  # its process lives
             client._keeper._keep()
             async with asyncio.timeout(WAIT_S):
                 await registration.lost.wait()
