@@ -46,6 +46,7 @@ class Service:
         self._port = port
         self._said = False  # that no server has come
         self._troubled: type[RegdError] | None = None  # the last that was in the way of registering it
+        self.tells = True  # when it is registered after all; `regctl run` says so itself
         self._door = Door(port, self.opened, self.withdraw)
         self._hooks = contextlib.ExitStack()
         self._client = Client()
@@ -89,7 +90,7 @@ class Service:
                     log.warning("%s serves at %s, not registered yet, still trying: %s", self._name, at, trouble)
                 self._troubled = type(trouble)
             else:
-                if self._troubled is not None:
+                if self._troubled is not None and self.tells:
                     log.warning("%s is registered now, at %s", self._name, made.endpoint)
                 return made
             await pause(random.uniform(0, _PAUSE_S))

@@ -226,6 +226,7 @@ class _Name:
         """Be registered from when the command accepts until it is told to leave."""
         host = "127.0.0.1" if accepts else await self._accepting()
         async with Service(self._name, None, self._arguments | _bound_to(self._child), drain_s=0.0) as service:
+            service.tells = False
             service.opened(host, self._port)
             registration = asyncio.ensure_future(service.registration())
             await asyncio.wait((registration,))

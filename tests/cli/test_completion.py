@@ -245,13 +245,17 @@ def test_names(names: Daemon) -> None:
 
 def test_names_of_whoever_is_no_regd(tmp_path: Path) -> None:
     """What goes into a command line is checked: it may come from anybody who listens there."""
-    instances = [{"name": each} for each in ("good", "$(evil)", "a b", "-rf", "a\nb", 7, "")]
-    for said, wanted in (
-        ({"ok": True, "instances": instances}, (0, "good\n", "")),
+    good = {"name": "good", "instance": "", "host": "h", "port": 1, "meta": {}, "state": "ready", "rev": 1}
+    page = {"ok": True, "epoch": "e", "rev": 1, "instances": [good]}
+    evil = [{**good, "name": each} for each in ("$(evil)", "a b", "-rf", "a\nb", 7, "")]
+    cases: list[tuple[dict[str, object] | str, tuple[int, str, str]]] = [
+        (page, (0, "good\n", "")),
+        *(({**page, "instances": [good, each]}, (3, "", "")) for each in evil),
         ({"ok": True}, (3, "", "")),
         ({"ok": True, "instances": 7}, (3, "", "")),
         ("HTTP/1.1 400 Bad Request", (3, "", "")),
-    ):
+    ]
+    for said, wanted in cases:
         with socket.create_server(("127.0.0.1", 0)) as server:
             line = json.dumps(said) if isinstance(said, dict) else said
 

@@ -105,7 +105,7 @@ async def test_leaving_after_a_restart_leaves_the_other_workers(relay: Relay, da
         async with stopped(relay, daemon):
             pass
         await registration.deregister()
-        await until(lambda: others.on is not None and others.on.usable)
+        await until(lambda: registration.over and others.on is not None and others.on.usable)
         [known] = (await other.why("a"))["instances"]
         assert [owner["connection"] is not None for owner in known["owners"]] == [True]
         assert not others.lost.is_set()
