@@ -263,6 +263,7 @@ def test_a_command_raises_no_other_error(cmd: str, refusal: bool, monkeypatch: p
                     assert str(error).isprintable()
                 else:
                     assert type(reply["ok"]) is bool
+                    assert not reply["ok"] or replies.result_fault(cmd, asked, reply) == ""
                     json.dumps(reply)
 
 

@@ -201,8 +201,11 @@ async def test_what_cannot_be_logged_happens_all_the_same(
     async with Client() as client, Client(f"127.0.0.1:{daemon.port}") as other:
         first = await client.register("a", 1)
         kept = await client.register("b", 1)
+        connection = await client._connected()
         await other.register("a", 2, force=True)
         await first.lost.wait()
+        await client.ping()
+        assert (first.over, client._link.usable) == ("replaced", connection)
         client._link.timeout_s = 0.01
         relay.refuse()
         relay.cut()

@@ -11,7 +11,8 @@ from regd.core.errors import Code, Refused
 from regd.core.model import Process
 from regd.server.processes import Processes
 from regd_client.client import Client
-from tests.client.relay import Relay
+from regd_client.holding import _LINGERING, _NEWEST
+from tests.client.relay import Relay, until
 from tests.client.test_leaving import gone, stopped
 from tests.support.daemon import InLoop
 
@@ -86,6 +87,27 @@ async def test_where_the_daemon_sees_other_processes_it_lasts_as_long_as_the_con
             await client.register("a", 1, pid=child.pid)
             assert await shown(other, "a") == [(None, True)]
         await gone(other, "a")
+
+
+async def test_what_was_left_without_a_daemon_and_registered_again_stays(
+    relay: Relay, daemon: InLoop, child: subprocess.Popen[bytes]
+) -> None:
+    """No connection holds it, so whoever withdraws it late ends the newer one, if it does not look."""
+    left = await regd_client.register("a", 1, pid=child.pid)
+    await daemon.server.stop()
+    relay.refuse()
+    relay.cut()
+    await left.deregister()
+    assert _LINGERING
+    daemon.server = InLoop(daemon.registry, epoch="another").server
+    await daemon.server.start()
+    async with Client(f"127.0.0.1:{daemon.port}") as client:
+        # Both find the same daemon, at two addresses: the place of the newer one is made to be the older one's.
+        _NEWEST[left.place] = await client.register("a", 1, pid=child.pid)
+        relay.to = daemon.port
+        await relay.accept()
+        await until(lambda: not _LINGERING)
+        assert await shown(client, "a") == [(child.pid, None)]
 
 
 @pytest.mark.parametrize("own", [True, False])
