@@ -129,6 +129,7 @@ class Link:
         try:
             while True:
                 wait_s = pause_s * random.uniform(0.5, 1.0)
+                asking = list(self._waiting)  # who came later has the next try
                 try:
                     async with asyncio.timeout(self.timeout_s):
                         made = await demand.met(await Connection.open(address, self.lost))
@@ -142,7 +143,7 @@ class Link:
                 except OSError as error:
                     self._why, wait_s = demand.after(error, wait_s)
                     if not demand.starts and is_refused(error):
-                        self._refused()
+                        self._refused(asking)
                 if not told and Patience.TOLD in self._waiting.values():
                     told = True
                     log.warning("%s; still trying", self.away())
@@ -151,10 +152,10 @@ class Link:
         finally:
             demand.close()
 
-    def _refused(self) -> None:
-        """Tell those who have no patience."""
-        for refused, patience in self._waiting.items():
-            if patience is Patience.NONE and not refused.done():
+    def _refused(self, asking: "list[asyncio.Future[None]]") -> None:
+        """Tell those who have no patience that they were refused."""
+        for refused in asking:
+            if self._waiting.get(refused) is Patience.NONE and not refused.done():
                 refused.set_result(None)
 
     def _done(self, task: "asyncio.Task[Connection]") -> None:

@@ -256,3 +256,31 @@ async def test_a_newer_registration_stays_when_the_older_ones_connection_comes_b
         assert first.lost_reason == REPLACED
         assert (await two.resolve("shop")).port == 8001
         assert not second.lost.is_set()
+
+
+async def test_a_try_that_began_earlier_refuses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemon may have come since: who has no patience has one try of its own."""
+    began = asyncio.Event()
+    tries: list[asyncio.Future[Any]] = []
+
+    async def open(address: object, lost: object) -> Any:
+        tries.append(asyncio.get_running_loop().create_future())
+        began.set()
+        return await tries[-1]
+
+    monkeypatch.setattr("regd_client.link.opener", open)
+    client = Client()
+    patient = asyncio.create_task(client.resolve("a", wait=WAIT_S))
+    await began.wait()
+    late = asyncio.create_task(client.ping())
+    await asyncio.sleep(0)
+    began.clear()
+    tries[0].set_exception(ConnectionRefusedError())
+    await began.wait()
+    assert not late.done()
+    tries[1].set_exception(ConnectionRefusedError())
+    with pytest.raises(Unavailable):
+        await late
+    patient.cancel()
+    await asyncio.gather(patient, return_exceptions=True)
+    await client.close()
