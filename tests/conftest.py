@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import Daemon, InLoop
+from tests.support.daemon import DaemonProcess, InLoop
 
 collect_ignore = ["sample"]  # a project of its own, which system/test_sample.py runs
 os.environ.pop("REGD_AUTOSTART", None)  # no test starts a daemon of whoever runs the tests
@@ -32,8 +32,8 @@ async def daemon(tmp_path: Path) -> AsyncIterator[InLoop]:
 
 
 @pytest.fixture
-def process(tmp_path: Path) -> Iterator[Daemon]:
+def process(tmp_path: Path) -> Iterator[DaemonProcess]:
     """A daemon in a process of its own, started."""
-    with Daemon(tmp_path / "registry.json") as running:
+    with DaemonProcess(tmp_path / "registry.json") as running:
         running.start()
         yield running

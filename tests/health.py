@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tests.support.daemon import Daemon
+from tests.support.daemon import DaemonProcess
 
 COUNT = 100_000
 LIMIT_MS = 20.0
@@ -131,7 +131,7 @@ def measure(one_name: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "registry.json"
         write_registry(path, one_name)
-        with Daemon(path, "--log-level", "error") as daemon:
+        with DaemonProcess(path, "--log-level", "error") as daemon:
             daemon.start()
             ours, theirs = multiprocessing.Pipe()
             pinging = multiprocessing.get_context("spawn").Process(target=ping, args=(daemon.port, theirs))

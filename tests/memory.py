@@ -16,7 +16,7 @@ from typing import Any
 
 from regd.core.limits import DEFAULT
 from tests.health import Caller
-from tests.support.daemon import Daemon
+from tests.support.daemon import DaemonProcess
 
 BIG = {f"{n:02}" + "k" * 28: "v" * 34 for n in range(64)}  # as many strings as may be, as long as may be
 MIB = 2**20
@@ -103,7 +103,7 @@ def main() -> int:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))
     promised = DEFAULT.memory_bytes
-    with tempfile.TemporaryDirectory() as folder, Daemon(Path(folder) / "registry.json") as daemon:
+    with tempfile.TemporaryDirectory() as folder, DaemonProcess(Path(folder) / "registry.json") as daemon:
         daemon.start()
         assert daemon.process is not None
         pid = daemon.process.pid

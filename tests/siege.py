@@ -28,7 +28,7 @@ from typing import Any
 
 from regd_client.blocking import BlockingConnection
 from regd_client.errors import RegdError
-from tests.support.daemon import ROOT, WAIT_S, Daemon, environment
+from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, environment
 
 SEEDED = 900  # registrations of about a kilobyte: all of them are a reply of nearly a mebibyte
 PAUSE_S = 0.005  # of the peer between two rounds
@@ -87,7 +87,7 @@ def behave(address: str) -> None:
 class Siege:
     """A daemon under siege. `hold_s` is how long a scenario stays when it has come up."""
 
-    daemon: Daemon
+    daemon: DaemonProcess
     hold_s: float = 0.0
     sockets: list[socket.socket] = field(default_factory=list)
     rss_most: float = 0.0
@@ -498,7 +498,7 @@ def seed(address: str) -> None:
             assert len(rest(made)) == SEEDED
 
 
-def besiege(daemon: Daemon, scenario: Scenario, count: int, hold_s: float, calm_s: float) -> Figures:
+def besiege(daemon: DaemonProcess, scenario: Scenario, count: int, hold_s: float, calm_s: float) -> Figures:
     """Run one scenario against a fresh daemon, and say what it did."""
     daemon.start()
     seed(daemon.addresses[0])
@@ -582,7 +582,7 @@ def main() -> None:
             continue
         with (
             tempfile.TemporaryDirectory() as folder,
-            Daemon(Path(folder) / "registry.json", stock=not given.uvloop) as daemon,
+            DaemonProcess(Path(folder) / "registry.json", stock=not given.uvloop) as daemon,
         ):
             try:
                 show(scenario, besiege(daemon, scenario, scenario.count, scenario.hold_s, calm_s=2.0))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import ROOT, WAIT_S, Daemon, environment
+from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, environment
 
 PAGE = ROOT / "client" / "COMING_FROM.md"
 PARTS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.DOTALL | re.MULTILINE))
@@ -35,7 +35,7 @@ def commands_of(part: str) -> list[str]:
 class Shell:
     """Runs lines in a folder where `regctl`, `python3` and `./migrate` are there, and ends what goes on."""
 
-    def __init__(self, folder: Path, daemon: Daemon) -> None:
+    def __init__(self, folder: Path, daemon: DaemonProcess) -> None:
         for name, script in COMMANDS.items():
             path = folder / name
             path.write_text(f"#!/bin/sh\n{script}\n")
@@ -74,7 +74,7 @@ class Shell:
 
 
 @pytest.fixture
-def shell(process: Daemon, tmp_path: Path) -> Iterator[Shell]:
+def shell(process: DaemonProcess, tmp_path: Path) -> Iterator[Shell]:
     (folder := tmp_path / "shell").mkdir()
     made = Shell(folder, process)
     yield made
@@ -116,7 +116,7 @@ def test_the_script_is_run(part: str, shell: Shell) -> None:
 
 
 @pytest.mark.parametrize("part", [part for part in PARTS if "```python\n" in PARTS[part]])
-def test_the_program_is_run(part: str, process: Daemon, tmp_path: Path) -> None:
+def test_the_program_is_run(part: str, process: DaemonProcess, tmp_path: Path) -> None:
     [program] = re.findall(r"^```python\n(.*?)^```", PARTS[part], re.MULTILINE | re.DOTALL)
     (path := tmp_path / "program.py").write_text(program)
     done = subprocess.run(

@@ -18,7 +18,7 @@ from regd.core.errors import Code
 from regd.core.limits import Limits
 from regd.protocol.commands import COMMANDS
 from regd.protocol.messages import HTTP_REFUSAL
-from tests.support.daemon import ROOT, Daemon, InLoop, environment
+from tests.support.daemon import ROOT, DaemonProcess, InLoop, environment
 from tests.support.documents import blocks, fits, replay
 from tests.support.peers import Told
 
@@ -77,7 +77,7 @@ def test_the_limits_are_in_the_design_page() -> None:
     assert f"together {Limits().memory_bytes / 2**20:.0f} MiB" in page
 
 
-def test_the_program_of_the_client_page_runs(process: Daemon, tmp_path: Path) -> None:
+def test_the_program_of_the_client_page_runs(process: DaemonProcess, tmp_path: Path) -> None:
     for number, program in enumerate(blocks(CLIENT, "python") + blocks(README, "python")):
         path = tmp_path / f"program{number}.py"
         path.write_text(program)
@@ -88,7 +88,7 @@ def test_the_program_of_the_client_page_runs(process: Daemon, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("page", [README, REGCTL], ids=["README", "regctl"])
-def test_the_sessions_of_a_page(page: Path, process: Daemon) -> None:
+def test_the_sessions_of_a_page(page: Path, process: DaemonProcess) -> None:
     """Their commands, typed into a shell, print what stands there, but for the times; … stands for anything."""
     text = "".join(blocks(page, "console"))
     if "| nc " in text and shutil.which("nc") is None:

@@ -12,13 +12,13 @@ from regd_client.errors import BadArgument, Conflict, Denied, NotFound, RegdErro
 
 TYPE_CHECKING = False  # as in typing, whose import takes longer than many a command
 if TYPE_CHECKING:
+    from regd_client.api import deregister, mirror, register, resolve, resolve_all, watch
     from regd_client.client import Client
-    from regd_client.following import Endpoint, Event
-    from regd_client.functions import deregister, mirror, register, resolve, resolve_all, watch
-    from regd_client.listening import Listening, listen
-    from regd_client.picture import Mirror
+    from regd_client.listening import RegisteredSocket, listen
+    from regd_client.mirrors import Mirror
     from regd_client.registration import Registration
     from regd_client.service import serving
+    from regd_client.watches import Endpoint, Event
 
 __all__ = [
     "BadArgument",
@@ -27,10 +27,10 @@ __all__ = [
     "Denied",
     "Endpoint",
     "Event",
-    "Listening",
     "Mirror",
     "NotFound",
     "RegdError",
+    "RegisteredSocket",
     "Registration",
     "Timeout",
     "Unavailable",
@@ -49,9 +49,9 @@ if not TYPE_CHECKING:  # or a checker would take every name for a good one
 
     def __getattr__(name: str) -> object:
         if name in __all__:
-            from regd_client import client, following, functions, listening, picture, registration, service
+            from regd_client import api, client, listening, mirrors, registration, service, watches
 
-            for module in (functions, client, registration, following, picture, listening, service):
+            for module in (api, client, registration, watches, mirrors, listening, service):
                 if name in vars(module):
                     return vars(module)[name]
         raise AttributeError(f"module 'regd_client' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The registry for programs without an event loop: the verbs as functions that block, over the async client.
+"""The registry for programs without an event loop: the verbs as api that block, over the async client.
 
     with regd_client.blocking.register("shop", 8000):
         found = regd_client.blocking.resolve("db", wait=10)
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, Self
 
-    from regd_client.following import Endpoint
+    from regd_client.thread import BlockingRegistration, BlockingSocket
     from regd_client.thread import Client as Client
-    from regd_client.thread import Listening, Registration
+    from regd_client.watches import Endpoint
 
 _EVENTS_MAX = 10_000  # before one reply
 
@@ -56,11 +56,11 @@ class BlockingConnection:
         try:
             self._meet()
         except OSError as error:
-            from regd_client import starting
+            from regd_client import autostart
 
-            if not starting.is_gone(error):
+            if not autostart.is_gone(error):
                 raise
-            starting.until_open(self.address, self._timeout_s, self._meet)
+            autostart.until_open(self.address, self._timeout_s, self._meet)
 
     def _meet(self) -> None:
         """Connect, and see that the daemon is there: one that ends for want of work takes nobody any more."""
@@ -182,10 +182,10 @@ def _modules() -> tuple[Any, Any]:
         Unavailable: the process is ending, and nothing can be loaded.
     """
     try:
-        from regd_client import functions, thread
+        from regd_client import api, thread
     except ImportError:
         raise Unavailable("this process is ending: regd_client.blocking can be used no more") from None
-    return functions, thread
+    return api, thread
 
 
 def register(
@@ -200,12 +200,12 @@ def register(
     force: bool = False,
     pid: int | None = None,
     timeout: float | None = None,
-) -> Registration:
+) -> BlockingRegistration:
     """Register a service, as `regd_client.register` does; use it with `with`, or call its `deregister`."""
-    functions, thread = _modules()
+    api, thread = _modules()
 
     async def registered() -> Any:
-        return await functions.register(
+        return await api.register(
             name,
             port,
             host=host,
@@ -219,7 +219,7 @@ def register(
         )
 
     own = thread.client_thread()
-    made: Registration = thread.Registration(own.call(registered()), own)
+    made: BlockingRegistration = thread.BlockingRegistration(own.call(registered()), own)
     return made
 
 
@@ -261,7 +261,7 @@ def listen(
     instance: str | None = None,
     meta: Mapping[str, str] | None = None,
     timeout: float | None = None,
-) -> Listening:
+) -> BlockingSocket:
     """Listen on a free port, or on `port`, and register it, as `regd_client.listen` does."""
     _, thread = _modules()
 
@@ -269,15 +269,15 @@ def listen(
         return await thread.listening.listen(name, port, host=host, instance=instance, meta=meta, timeout=timeout)
 
     own = thread.client_thread()
-    made: Listening = thread.Listening(own.call(listened()), own)
+    made: BlockingSocket = thread.BlockingSocket(own.call(listened()), own)
     return made
 
 
 def deregister(name: str, instance: str | None = None, *, timeout: float | None = None) -> None:
     """End a registration, whoever made it, as `regd_client.deregister` does."""
-    functions, thread = _modules()
+    api, thread = _modules()
 
-    thread.client_thread().call(functions.deregister(name, instance, timeout=timeout))
+    thread.client_thread().call(api.deregister(name, instance, timeout=timeout))
 
 
 def resolve(
@@ -289,10 +289,10 @@ def resolve(
     timeout: float | None = None,
 ) -> Endpoint:
     """Return a ready instance, as `regd_client.resolve` does."""
-    functions, thread = _modules()
+    api, thread = _modules()
 
     found: Endpoint = thread.client_thread().call(
-        functions.resolve(name, instance=instance, meta=meta, wait=wait, timeout=timeout)
+        api.resolve(name, instance=instance, meta=meta, wait=wait, timeout=timeout)
     )
     return found
 
@@ -301,9 +301,9 @@ def resolve_all(
     name: str, *, meta: Mapping[str, str] | None = None, timeout: float | None = None
 ) -> list[Endpoint]:
     """Return all ready instances, as `regd_client.resolve_all` does."""
-    functions, thread = _modules()
+    api, thread = _modules()
 
-    found: list[Endpoint] = thread.client_thread().call(functions.resolve_all(name, meta=meta, timeout=timeout))
+    found: list[Endpoint] = thread.client_thread().call(api.resolve_all(name, meta=meta, timeout=timeout))
     return found
 
 

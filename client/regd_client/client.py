@@ -22,12 +22,12 @@ from regd_client.arguments import (
     labels,
 )
 from regd_client.connection import Connection
+from regd_client.connector import Connector, Patience, pause, running_loop
 from regd_client.errors import BadArgument, RegdError, Timeout, Unavailable
-from regd_client.following import Backlog, Endpoint, Event, Follow, endpoint
-from regd_client.keeping import Keeper
-from regd_client.link import Link, Patience, pause, running_loop
-from regd_client.picture import Mirror
-from regd_client.registration import Registering
+from regd_client.mirrors import Mirror
+from regd_client.registrar import Registrar
+from regd_client.registration import RegistrationContext
+from regd_client.watches import Endpoint, Event, EventQueue, WatchState, endpoint
 from regd_client.wire import NOT_REGD
 
 _SLACK_S = 1.0  # for an answer that comes when the time is over
@@ -65,8 +65,8 @@ class Client:
 
     def _begin(self) -> None:
         self._pid = os.getpid()
-        self._link = Link(self._address, self._connect_timeout_s)
-        self._keeper = Keeper(self._link)
+        self._link = Connector(self._address, self._connect_timeout_s)
+        self._keeper = Registrar(self._link)
 
     async def __aenter__(self) -> Self:
         try:
@@ -137,7 +137,7 @@ class Client:
         force: bool = False,
         pid: int | None = None,
         timeout: float | None = None,
-    ) -> "Registering":
+    ) -> "RegistrationContext":
         """Register a service; `await` it for a `Registration`, or use it with `async with`.
 
         It lasts as long as this connection and this process, comes back after a break by itself, and is
@@ -165,7 +165,7 @@ class Client:
             "state": state,
             "force": force or None,
         }
-        return Registering(self, arguments, static, pid, timeout)
+        return RegistrationContext(self, arguments, static, pid, timeout)
 
     async def deregister(self, name: str, instance: str | None = None, *, timeout: float | None = None) -> None:
         """End a registration, whoever made it; one that was made with this client as its own `deregister` does.
@@ -322,10 +322,10 @@ class Client:
         There is no other generator within: at its end an event loop closes all that are left at once.
         """
         self._check_fork()
-        backlog = Backlog()
+        backlog = EventQueue()
         try:
             async with contextlib.AsyncExitStack() as stack:
-                following = self._keeper.following(Follow(pattern, meta, backlog.add, backlog.end))
+                following = self._keeper.following(WatchState(pattern, meta, backlog.add, backlog.end))
                 await self._within(timeout, "watch", stack.enter_async_context(following))
                 while (event := await backlog.next()) is not None:
                     yield event
@@ -366,7 +366,7 @@ class Client:
             if event.kind == "sync":
                 complete.set()
 
-        follow = Follow(pattern, labels(meta), changed, complete.set)
+        follow = WatchState(pattern, labels(meta), changed, complete.set)
         mirror.follow(follow)
         async with contextlib.AsyncExitStack() as stack:
             try:

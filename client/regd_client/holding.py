@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 from regd_client import wire
 from regd_client.connection import Connection, Heard
+from regd_client.connector import Connector, joined, pause
 from regd_client.errors import Conflict, RegdError, Unavailable
-from regd_client.following import Key
-from regd_client.link import Link, joined, pause
 from regd_client.logger import log
 from regd_client.registration import Registration
+from regd_client.watches import Key
 
 _CLOSE_S = 0.2  # for a daemon that comes back just when the client is closed
 _PAUSE_S = (0.02, 0.5)  # before the first try to leave again, and the longest
@@ -30,7 +30,7 @@ T = TypeVar("T")
 class Holdings:
     """`changed` is called when there is more to keep, or less."""
 
-    def __init__(self, link: Link, changed: Callable[[], None]) -> None:
+    def __init__(self, link: Connector, changed: Callable[[], None]) -> None:
         self._link = link
         link.lost = self._lost
         self._changed = changed

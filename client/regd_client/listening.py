@@ -10,16 +10,16 @@ from types import TracebackType
 from typing import Any
 
 from regd_client.arguments import check_seconds, check_service, check_text, check_whole, labels
-from regd_client.following import Endpoint
-from regd_client.link import running_loop
-from regd_client.opening import addresses
+from regd_client.connector import running_loop
 from regd_client.registration import Registration, warn_of
-from regd_client.service import DRAIN_S, Service
+from regd_client.server_hook import addresses
+from regd_client.service import DRAIN_S, ServiceLifecycle
+from regd_client.watches import Endpoint
 
 BACKLOG = 128
 
 
-class Listening:
+class RegisteredSocket:
     """A socket that listens and is registered. Others reach it at `endpoint`; `close` ends both."""
 
     def __init__(self, made: socket.socket, registration: Registration, end: contextlib.AsyncExitStack) -> None:
@@ -40,8 +40,8 @@ class Listening:
         await self._end.aclose()
 
 
-class Listen:
-    """What `listen` returns: to be awaited for a `Listening`, or the `async with` around it."""
+class ListenContext:
+    """What `listen` returns: to be awaited for a `RegisteredSocket`, or the `async with` around it."""
 
     def __init__(
         self,
@@ -58,9 +58,9 @@ class Listen:
         self._arguments = arguments
         self._backlog = backlog
         self._drain_s = drain_s
-        self._made: Listening | None = None
+        self._made: RegisteredSocket | None = None
 
-    def __await__(self) -> Generator[Any, None, Listening]:
+    def __await__(self) -> Generator[Any, None, RegisteredSocket]:
         self._awaited = True
         return self._listen().__await__()
 
@@ -68,7 +68,7 @@ class Listen:
         if not self._awaited:
             warn_of(f"listen({self._name!r})", self)
 
-    async def __aenter__(self) -> Listening:
+    async def __aenter__(self) -> RegisteredSocket:
         self._awaited = True
         self._made = await self._listen()
         return self._made
@@ -79,16 +79,16 @@ class Listen:
         assert self._made is not None
         await self._made.close()
 
-    async def _listen(self) -> Listening:
+    async def _listen(self) -> RegisteredSocket:
         running_loop()
         async with contextlib.AsyncExitStack() as stack:
             made = stack.enter_context(listening_socket(*self._where, self._backlog))
             made.setblocking(False)
             [(host, port)] = addresses([made])
-            service = Service(self._name, port, self._arguments, self._drain_s, patient=False)
+            service = ServiceLifecycle(self._name, port, self._arguments, self._drain_s, patient=False)
             await stack.enter_async_context(service)
             service.opened(host, port)
-            return Listening(made, await service.registration(), stack.pop_all())
+            return RegisteredSocket(made, await service.registration(), stack.pop_all())
 
 
 def listening_socket(host: str, port: int, backlog: int) -> socket.socket:
@@ -111,7 +111,7 @@ def listen(
     backlog: int = BACKLOG,
     drain_s: float = DRAIN_S,
     timeout: float | None = None,
-) -> Listen:
+) -> ListenContext:
     """Listen at `host`, on a free port or on `port`, and register it.
 
         async with regd_client.listen("runner") as listening:
@@ -134,4 +134,4 @@ def listen(
     check_seconds("drain_s", drain_s)
     check_seconds("timeout", timeout)
     arguments = {"instance": instance, "meta": labels(meta), "timeout": timeout}
-    return Listen(name, host, port, arguments, backlog, drain_s)
+    return ListenContext(name, host, port, arguments, backlog, drain_s)

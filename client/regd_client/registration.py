@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from regd_client.arguments import check_seconds, check_text, labels
 from regd_client.connection import Connection, Heard
+from regd_client.connector import Patience, joined, running_loop
 from regd_client.errors import Conflict, NotFound, RegdError, Unavailable
-from regd_client.following import Endpoint, Key, endpoint
-from regd_client.link import Patience, joined, running_loop
 from regd_client.logger import log
+from regd_client.watches import Endpoint, Key, endpoint
 
 if TYPE_CHECKING:
     from regd_client.client import Client
@@ -216,7 +216,7 @@ def _fields(found: Endpoint) -> dict[str, Any]:
     return {"name": found.name, "instance": found.instance, "host": found.host, "port": found.port}
 
 
-class OwnRegistration(Registration):
+class StandaloneRegistration(Registration):
     """One that was made by the function `register`, with a client of its own."""
 
     async def update(
@@ -239,7 +239,7 @@ class OwnRegistration(Registration):
             await self._client.close()
 
 
-class Registering(Coroutine[Any, Any, Registration]):
+class RegistrationContext(Coroutine[Any, Any, Registration]):
     """What `register` returns: a coroutine that gives a `Registration`, or the `async with` around its life."""
 
     def __init__(
@@ -309,7 +309,7 @@ class Registering(Coroutine[Any, Any, Registration]):
         self._awaited = True
         running_loop()
         self._client._check_fork()
-        kind = OwnRegistration if self._own else Registration
+        kind = StandaloneRegistration if self._own else Registration
         wanted = kind(self._client, self._arguments, self._static, self._process, self._timeout, self.patience)
         over = self._own
         try:

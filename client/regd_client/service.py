@@ -13,11 +13,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from regd_client.client import Client
+from regd_client.connector import Patience, pause, running_loop
 from regd_client.errors import BadArgument, RegdError
-from regd_client.link import Patience, pause, running_loop
 from regd_client.logger import log
-from regd_client.opening import Door
 from regd_client.registration import Registration
+from regd_client.server_hook import ListenHook
 from regd_client.signals import held_until
 from regd_client.wire import joined
 
@@ -30,7 +30,7 @@ _ELSEWHERE_S = 1.0  # until the same under a server that may have opened it else
 _ELSEWHERE = ("granian", "sanic")  # those that open their port outside of the event loop, or before `serving`
 
 
-class Service:
+class ServiceLifecycle:
     """One life of a service: from its start-up hook to the end of its shutdown hook, within `async with`.
 
     `patient`: what is in the way of registering it is waited for, and not raised by `registration`.
@@ -47,7 +47,7 @@ class Service:
         self._said = False  # that no server has come
         self._troubled: type[RegdError] | None = None  # the last that was in the way of registering it
         self.tells = True  # when it is registered after all; `regctl run` says so itself
-        self._door = Door(port, self.opened, self.withdraw)
+        self._door = ListenHook(port, self.opened, self.withdraw)
         self._hooks = contextlib.ExitStack()
         self._client = Client()
         self._registering: asyncio.Task[Registration] | None = None
@@ -161,7 +161,7 @@ class _Lifespan(contextlib.AbstractAsyncContextManager[None]):
     aiohttp before 3.14 takes no such thing, but an iterator that yields once.
     """
 
-    def __init__(self, life: contextlib.AbstractAsyncContextManager[Service]) -> None:
+    def __init__(self, life: contextlib.AbstractAsyncContextManager[ServiceLifecycle]) -> None:
         self._life = life
 
     async def __aenter__(self) -> None:
@@ -177,7 +177,7 @@ class _Lifespan(contextlib.AbstractAsyncContextManager[None]):
             yield
 
 
-class Serving:
+class LifespanContext:
     """What `serving` returns: a lifespan for frameworks that take one, or the `async with` around a server."""
 
     def __init__(self, name: str, port: int | None, arguments: dict[str, Any], drain_s: float) -> None:
@@ -185,14 +185,14 @@ class Serving:
         self._port = port
         self._arguments = arguments
         self._drain_s = drain_s
-        self._entered: contextlib.AbstractAsyncContextManager[Service] | None = None
+        self._entered: contextlib.AbstractAsyncContextManager[ServiceLifecycle] | None = None
 
     def __call__(self, app: object) -> _Lifespan:
         return _Lifespan(self._life())
 
     @contextlib.asynccontextmanager
-    async def _life(self) -> AsyncIterator[Service]:
-        async with Service(self._name, self._port, self._arguments, self._drain_s) as service:
+    async def _life(self) -> AsyncIterator[ServiceLifecycle]:
+        async with ServiceLifecycle(self._name, self._port, self._arguments, self._drain_s) as service:
             elsewhere = self._port is None and any(each in sys.modules for each in _ELSEWHERE)
             after_s = _ELSEWHERE_S if elsewhere else _NOBODY_S
             waiting = asyncio.get_running_loop().call_later(after_s, service.nobody, after_s)
@@ -201,7 +201,7 @@ class Serving:
             finally:
                 waiting.cancel()
 
-    async def __aenter__(self) -> Service:
+    async def __aenter__(self) -> ServiceLifecycle:
         self._entered = self._life()
         return await self._entered.__aenter__()
 
@@ -220,7 +220,7 @@ def serving(
     instance: str | None = None,
     meta: Mapping[str, str] | None = None,
     drain_s: float = DRAIN_S,
-) -> Serving:
+) -> LifespanContext:
     """Register a service once its server has opened its port, and withdraw it before that server closes it.
 
         app = FastAPI(lifespan=regd_client.serving("gateway"))
@@ -243,4 +243,4 @@ def serving(
             name,
         )
     given = {"instance": instance, "meta": meta} | ({} if host is None else {"host": host})
-    return Serving(name, port, given, drain_s)
+    return LifespanContext(name, port, given, drain_s)

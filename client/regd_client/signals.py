@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from regd_client.opening import Withdraw
+from regd_client.server_hook import Withdraw
 
 _ENDS = (signal.SIGTERM, signal.SIGINT)
 

@@ -14,17 +14,17 @@ from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from regd_client import client, listening, picture, registration
+from regd_client import client, listening, mirrors, registration
 from regd_client.connection import abort_all
 from regd_client.errors import Unavailable
-from regd_client.following import Endpoint, Event
+from regd_client.watches import Endpoint, Event
 
 T = TypeVar("T")
 
 _FAREWELL_S = 1.0
 
 
-class ClientThread:
+class LoopThread:
     """An event loop that runs until the process ends."""
 
     def __init__(self) -> None:
@@ -93,15 +93,15 @@ async def _end_all() -> None:
     await abort_all("the program ended")
 
 
-_threads: list[ClientThread] = []  # the last is ours; those before it, of the processes that we were forked from
+_threads: list[LoopThread] = []  # the last is ours; those before it, of the processes that we were forked from
 _starting = threading.Lock()
 
 
-def client_thread() -> ClientThread:
+def client_thread() -> LoopThread:
     """Return this process's thread; a child that was forked has none of its parent's."""
     with _starting:
         if not _threads or _threads[-1].pid != os.getpid():
-            _threads.append(ClientThread())
+            _threads.append(LoopThread())
         return _threads[-1]
 
 
@@ -113,10 +113,10 @@ def _lock_anew() -> None:
 os.register_at_fork(after_in_child=_lock_anew)
 
 
-class Registration:
+class BlockingRegistration:
     """A registration that was made here; deregistered on leaving the `with`."""
 
-    def __init__(self, made: registration.Registration, thread: ClientThread) -> None:
+    def __init__(self, made: registration.Registration, thread: LoopThread) -> None:
         self._made = made
         self._thread = thread
 
@@ -161,10 +161,10 @@ class Registration:
             self.deregister()
 
 
-class Listening:
+class BlockingSocket:
     """A socket that listens and is registered; `close`, or leaving the `with`, ends both."""
 
-    def __init__(self, made: listening.Listening, thread: ClientThread) -> None:
+    def __init__(self, made: listening.RegisteredSocket, thread: LoopThread) -> None:
         self._made = made
         self._thread = thread
         made.socket.setblocking(True)
@@ -188,10 +188,10 @@ class Listening:
         self.close()
 
 
-class Watch:
+class BlockingWatch:
     """The events of a watch, one after another; `close` ends it, and so does the end of the `with`."""
 
-    def __init__(self, events: AsyncGenerator[Event, None], thread: ClientThread) -> None:
+    def __init__(self, events: AsyncGenerator[Event, None], thread: LoopThread) -> None:
         self._events = events
         self._thread = thread
 
@@ -221,10 +221,10 @@ class Watch:
         self.close()
 
 
-class Mirror:
+class BlockingMirror:
     """The mirror of a blocking client: `resolve` and `resolve_all` answer from it without a round trip."""
 
-    def __init__(self, made: picture.Mirror, thread: ClientThread) -> None:
+    def __init__(self, made: mirrors.Mirror, thread: LoopThread) -> None:
         self._made = made
         self._thread = thread
 
@@ -270,7 +270,7 @@ class Client:
         self._client = client.Client(address, connect_timeout_s=connect_timeout_s)
 
     @property
-    def _own(self) -> tuple[ClientThread, client.Client]:
+    def _own(self) -> tuple[LoopThread, client.Client]:
         if self._thread.pid != os.getpid():
             self._thread = client_thread()
         return self._thread, self._client
@@ -321,7 +321,7 @@ class Client:
         force: bool = False,
         pid: int | None = None,
         timeout: float | None = None,
-    ) -> Registration:
+    ) -> BlockingRegistration:
         """Register a service; use it with `with`, or call its `deregister`."""
         thread, own = self._own
 
@@ -339,7 +339,7 @@ class Client:
                 timeout=timeout,
             )
 
-        return Registration(thread.call(registered()), thread)
+        return BlockingRegistration(thread.call(registered()), thread)
 
     def deregister(self, name: str, instance: str | None = None, *, timeout: float | None = None) -> None:
         """End a registration, whoever made it."""
@@ -388,10 +388,10 @@ class Client:
 
     def watch(
         self, pattern: str = "*", *, meta: Mapping[str, str] | None = None, timeout: float | None = None
-    ) -> Watch:
+    ) -> BlockingWatch:
         """Return an iterator of what is there as `up` events, `sync`, and then every change as it happens."""
         thread, own = self._own
-        return Watch(own.watch(pattern, meta=meta, timeout=timeout), thread)
+        return BlockingWatch(own.watch(pattern, meta=meta, timeout=timeout), thread)
 
     @contextlib.contextmanager
     def mirror(
@@ -401,13 +401,13 @@ class Client:
         meta: Mapping[str, str] | None = None,
         stale_s_max: float | None = None,
         timeout: float | None = None,
-    ) -> Iterator[Mirror]:
+    ) -> Iterator[BlockingMirror]:
         """Keep a local picture of the services whose name fits; any thread may resolve from it."""
         thread, own = self._own
         kept = own.mirror(pattern, meta=meta, stale_s_max=stale_s_max, timeout=timeout)
         made = thread.call(kept.__aenter__())
         try:
-            yield Mirror(made, thread)
+            yield BlockingMirror(made, thread)
         finally:
             if not thread.ended:
                 thread.call(kept.__aexit__(None, None, None))

@@ -120,7 +120,7 @@ def until_ended(child: int, waited_for: Collection[int], name: Name, complain: C
     The first signal that ends the command is held back until the name is gone and `DRAIN_S` has passed, so that
     whoever has just resolved the name can still connect. A second one ends that wait.
     """
-    held = _Held(child, name, complain)
+    held = _HeldBack(child, name, complain)
     while True:
         came = held.next(waited_for)
         if came is None:
@@ -142,7 +142,7 @@ def until_ended(child: int, waited_for: Collection[int], name: Name, complain: C
             _stop(came.si_signo)
 
 
-class _Held:
+class _HeldBack:
     """The signal that is held back from the command, if any, and until when."""
 
     def __init__(self, child: int, name: Name, complain: Callable[[str], None]) -> None:

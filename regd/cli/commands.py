@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import regd
-from regd.cli.showing import Output, complain, say_json
+from regd.cli.output import Output, complain, say_json
 
 USAGE = 2  # the exit status for what cannot be understood
 DOC = "Ask and change the service registry of this machine."
@@ -83,7 +83,7 @@ def _ttl(text: str) -> float:
     return int(seconds) if seconds.is_integer() else seconds
 
 
-class Argument:
+class Parameter:
     """One argument of a command. `takes` says what a shell may offer for it besides its choices: `service`,
     `command`, or nothing.
     """
@@ -102,13 +102,13 @@ class Argument:
         parser.add_argument(self.name, help=self.doc, **self.how)
 
 
-class Command:
+class Subcommand:
     """`doc` is one sentence, `more` what there is to know besides, `examples` lines for a shell."""
 
     def __init__(
         self,
         doc: str,
-        *arguments: Argument,
+        *arguments: Parameter,
         more: str = "",
         examples: Sequence[str] = (),
         aliases: Sequence[str] = (),
@@ -122,16 +122,16 @@ class Command:
         self.runs = runs  # a command line of its own, behind `--`
 
 
-def _labels(doc: str) -> Argument:
-    return Argument("--meta", f"{doc}; may be given again", type=_label, action="append", metavar="KEY=VALUE")
+def _labels(doc: str) -> Parameter:
+    return Parameter("--meta", f"{doc}; may be given again", type=_label, action="append", metavar="KEY=VALUE")
 
 
-NAME = Argument("name", "the service", metavar="NAME", takes="service")
-PATTERN = Argument(
+NAME = Parameter("name", "the service", metavar="NAME", takes="service")
+PATTERN = Parameter(
     "name", "only this, or what begins with it: 'work*'", nargs="?", metavar="NAME", takes="service"
 )
-ANY_INSTANCE = Argument("--instance", "only this instance (default: any)", metavar="INSTANCE")
-INSTANCE = Argument("--instance", 'which instance (default: "")', metavar="INSTANCE")
+ANY_INSTANCE = Parameter("--instance", "only this instance (default: any)", metavar="INSTANCE")
+INSTANCE = Parameter("--instance", 'which instance (default: "")', metavar="INSTANCE")
 FILTER = _labels("only those that carry it")
 STATES = ("starting", "ready", "draining")
 FORMATS = ("shell", "docker")
@@ -139,13 +139,13 @@ SHELLS = ("bash", "zsh", "fish")
 PAGES = ("regctl", "regd")
 
 COMMON = (
-    Argument(
+    Parameter(
         "--address",
         "tcp://HOST:PORT, HOST:PORT or unix:///path (default: $REGD_ADDRESS, else tcp://127.0.0.1:7343)",
         default=argparse.SUPPRESS,
         metavar="ADDRESS",
     ),
-    Argument(
+    Parameter(
         "--json",
         "print what the daemon says, one JSON object a line",
         action="store_true",
@@ -154,54 +154,54 @@ COMMON = (
 )
 
 COMMANDS = {
-    "list": Command(
+    "list": Subcommand(
         "List registrations.", PATTERN, FILTER, examples=["regctl list", "regctl list 'work*'"], aliases=["ls"]
     ),
-    "resolve": Command(
+    "resolve": Subcommand(
         "Print the address of a ready instance.",
         NAME,
-        Argument("--all", "of all ready instances", action="store_true"),
+        Parameter("--all", "of all ready instances", action="store_true"),
         ANY_INSTANCE,
         FILTER,
         examples=["curl http://$(regctl resolve web)/"],
     ),
-    "register": Command(
+    "register": Subcommand(
         "Register a service; it stays until it is deregistered.",
-        Argument("name", "the service", metavar="NAME"),
-        Argument(
+        Parameter("name", "the service", metavar="NAME"),
+        Parameter(
             "port",
             "where it listens: PORT or HOST:PORT, such as 5432 or [::1]:5432",
             metavar="PORT",
             type=_endpoint,
         ),
-        Argument("--host", "the same as HOST:PORT (default: 127.0.0.1)", metavar="HOST"),
+        Parameter("--host", "the same as HOST:PORT (default: 127.0.0.1)", metavar="HOST"),
         INSTANCE,
         _labels("a label"),
-        Argument("--state", "starting, ready or draining (default: ready)", choices=STATES, metavar="STATE"),
-        Argument("--ttl", "end it unless it is registered again in time", type=_ttl, metavar="SECONDS"),
-        Argument("--pid", "end it with this process", type=int, metavar="PID"),
-        Argument("--force", "replace a registration whose owner lives", action="store_true"),
+        Parameter("--state", "starting, ready or draining (default: ready)", choices=STATES, metavar="STATE"),
+        Parameter("--ttl", "end it unless it is registered again in time", type=_ttl, metavar="SECONDS"),
+        Parameter("--pid", "end it with this process", type=int, metavar="PID"),
+        Parameter("--force", "replace a registration whose owner lives", action="store_true"),
         examples=["regctl register db 5432", "regctl register db [::1]:5432 --pid $$"],
     ),
-    "deregister": Command(
+    "deregister": Subcommand(
         "End a registration.", NAME, INSTANCE, examples=["regctl deregister db"], aliases=["rm"]
     ),
-    "update": Command(
+    "update": Subcommand(
         "Change the state or the labels of a registration.",
         NAME,
         INSTANCE,
-        Argument("--state", "starting, ready or draining", choices=STATES, metavar="STATE"),
+        Parameter("--state", "starting, ready or draining", choices=STATES, metavar="STATE"),
         _labels("a label; replaces all that were there"),
         examples=["regctl update db --state starting", "regctl update db --meta zone=a --meta role=primary"],
     ),
-    "drain": Command(
+    "drain": Subcommand(
         "Set the state of a registration to draining: it is resolved no more, and stays registered.",
         NAME,
         INSTANCE,
         more="The same as `regctl update NAME --state draining`.",
         examples=["regctl drain web", "regctl update web --state ready"],
     ),
-    "watch": Command(
+    "watch": Subcommand(
         "Show what is there, and then every change, until Ctrl-C.",
         PATTERN,
         FILTER,
@@ -209,28 +209,28 @@ COMMANDS = {
         "when the daemon is away.",
         examples=["regctl watch", "regctl watch 'work*'"],
     ),
-    "wait": Command(
+    "wait": Subcommand(
         "Wait until each of the services accepts connections.",
-        Argument("names", "the services", nargs="+", metavar="NAME", takes="service"),
-        Argument("--timeout", "for all of them (default: 30)", type=_seconds, default=30.0, metavar="SECONDS"),
+        Parameter("names", "the services", nargs="+", metavar="NAME", takes="service"),
+        Parameter("--timeout", "for all of them (default: 30)", type=_seconds, default=30.0, metavar="SECONDS"),
         more="It waits for the daemon, too.",
         examples=["regctl wait db cache --timeout 10 && ./migrate"],
     ),
-    "run": Command(
+    "run": Subcommand(
         "Run a command under a name, from when it accepts connections until it has ended.",
-        Argument("name", "the service that the command is", metavar="NAME"),
-        Argument(
+        Parameter("name", "the service that the command is", metavar="NAME"),
+        Parameter(
             "--port",
             "where the command listens; auto: a free port, told in $PORT (default: auto)",
             type=_port,
             metavar="N|auto",
         ),
-        Argument(
+        Parameter(
             "--socket",
             "hand the command a listening socket, as systemd does: $LISTEN_FDS, file 3",
             action="store_true",
         ),
-        Argument(
+        Parameter(
             "--wait",
             "first wait until these accept connections; the command finds them in its environment",
             nargs="+",
@@ -239,7 +239,7 @@ COMMANDS = {
             metavar="OTHER",
             takes="service",
         ),
-        Argument(
+        Parameter(
             "--timeout",
             "for all that is waited for (default: 30)",
             type=_seconds,
@@ -258,10 +258,10 @@ COMMANDS = {
         ],
         runs=True,
     ),
-    "env": Command(
+    "env": Subcommand(
         "Print the addresses of services as environment variables.",
-        Argument("names", "the services (default: all)", nargs="*", metavar="NAME", takes="service"),
-        Argument(
+        Parameter("names", "the services (default: all)", nargs="*", metavar="NAME", takes="service"),
+        Parameter(
             "--format",
             "shell: quoted for eval; docker: not quoted, for docker run --env-file (default: shell)",
             choices=FORMATS,
@@ -277,16 +277,16 @@ COMMANDS = {
             "regctl env --format docker > services.env",
         ],
     ),
-    "why": Command(
+    "why": Subcommand(
         "Tell what is known of a service: owners, last probe, who left and why.",
         NAME,
         ANY_INSTANCE,
         examples=["regctl why web"],
     ),
-    "top": Command(
+    "top": Subcommand(
         "Show the registry live: what is there, what came and went, how much is asked.",
         PATTERN,
-        Argument(
+        Parameter(
             "--interval",
             "between two looks at the daemon's figures, 0.1 to 3600 (default: 1)",
             type=_interval,
@@ -298,42 +298,42 @@ COMMANDS = {
         "stdout is no terminal it prints one frame and ends; so it does with --json.",
         examples=["regctl top", "regctl top 'work*'", "regctl top --json | jq .stats.lag_s"],
     ),
-    "ping": Command("Ask whether a daemon answers.", examples=["regctl ping"]),
-    "stats": Command(
+    "ping": Subcommand("Ask whether a daemon answers.", examples=["regctl ping"]),
+    "stats": Subcommand(
         "Show the daemon's counters.",
-        Argument("--limits", "show the limits in use, too", action="store_true"),
+        Parameter("--limits", "show the limits in use, too", action="store_true"),
         examples=["regctl stats", "regctl stats --limits"],
     ),
-    "doctor": Command(
+    "doctor": Subcommand(
         "Look at the usual troubles, and say what to do.",
         more="A line for each: the address, the daemon, others beside it, rights, versions, the registry's file, "
         "limits, lag, and services that accept no connection. It changes nothing. Exit status 1: something is "
         "wrong.",
         examples=["regctl doctor"],
     ),
-    "names": Command(
+    "names": Subcommand(
         "Print the names of services, at once or not at all.",
         PATTERN,
         more="For completion in shells: where no daemon answers within 0.2 s it prints and says nothing.",
         examples=["regctl names 'work*'"],
     ),
-    "completion": Command(
+    "completion": Subcommand(
         "Print what makes a shell complete the command lines of regctl.",
-        Argument("shell", "bash, zsh or fish", choices=SHELLS, metavar="SHELL"),
+        Parameter("shell", "bash, zsh or fish", choices=SHELLS, metavar="SHELL"),
         examples=[
             'eval "$(regctl completion bash)"',
             'regctl completion zsh > "${fpath[1]}/_regctl"',
             "regctl completion fish > ~/.config/fish/completions/regctl.fish",
         ],
     ),
-    "help": Command(
+    "help": Subcommand(
         "Tell how regctl is used, or one of its commands.",
-        Argument("topic", "the command", nargs="?", metavar="COMMAND", takes="command"),
+        Parameter("topic", "the command", nargs="?", metavar="COMMAND", takes="command"),
         examples=["regctl help", "regctl help run"],
     ),
-    "manual": Command(
+    "manual": Subcommand(
         "Print the manual as a page for man.",
-        Argument(
+        Parameter(
             "page", "regctl or regd (default: regctl)", nargs="?", choices=PAGES, default=PAGES[0], metavar="PAGE"
         ),
         examples=["regctl manual | man -l -", "regctl manual regd > ~/.local/share/man/man1/regd.1"],
@@ -506,7 +506,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, behind
 
 
-def _words(option: Argument | None, following: list[str]) -> int:
+def _words(option: Parameter | None, following: list[str]) -> int:
     """Return how many of the words behind an option are its values; None is one that is unknown, or has a `=`."""
     if option is None or option.how.get("action") == "store_true":
         return 0

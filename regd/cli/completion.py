@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from importlib import resources
 
-from regd.cli.commands import ALIASES, COMMANDS, COMMON, Argument
+from regd.cli.commands import ALIASES, COMMANDS, COMMON, Parameter
 
 _ALONE = {"--help": "show this help, and do nothing else", "--version": "show the version, and do nothing else"}
 _HELP = {"--help": _ALONE["--help"]}
@@ -28,23 +28,23 @@ def _frame(shell: str) -> str:
     return (resources.files(__package__) / f"completion.{shell}").read_text("utf-8")
 
 
-def values(argument: Argument) -> str:
+def values(argument: Parameter) -> str:
     """Return how many words belong to it: `none`, `one`, or `many`, up to the next option."""
     if argument.how.get("action") == "store_true":
         return "none"
     return "many" if argument.how.get("nargs") in ("+", "*") else "one"
 
 
-def again(argument: Argument) -> bool:
+def again(argument: Parameter) -> bool:
     """Return whether an option may be given more than once."""
     return argument.how.get("action") in ("append", "extend")
 
 
-def _options(command: str) -> list[Argument]:
+def _options(command: str) -> list[Parameter]:
     return [*(each for each in COMMANDS[command].arguments if each.is_option), *COMMON]
 
 
-def _offer(argument: Argument) -> str:
+def _offer(argument: Parameter) -> str:
     """Return what may stand there: words, `service`, or nothing."""
     if argument.takes == "command":
         return " ".join(COMMANDS)
@@ -101,7 +101,7 @@ def _bash() -> str:
     )
 
 
-def _bash_options(arguments: Iterable[Argument], more: Iterable[str]) -> str:
+def _bash_options(arguments: Iterable[Parameter], more: Iterable[str]) -> str:
     """Those that may be given again end in `*`."""
     return " ".join([*(each.name + "*" * again(each) for each in arguments), *more])
 
@@ -141,7 +141,7 @@ def _zsh_described(name: str) -> str:
     return f"{name}:{COMMANDS[name].doc}"
 
 
-def _zsh_option(argument: Argument) -> str:
+def _zsh_option(argument: Parameter) -> str:
     shown = f"{'*' if again(argument) else ''}{argument.name}"
     if values(argument) == "none":
         return f"{shown}[{_zsh_text(argument.doc)}]"
@@ -152,13 +152,13 @@ def _zsh_alone(name: str, doc: str) -> str:
     return f"(- *){name}[{doc}]"
 
 
-def _zsh_word(argument: Argument) -> str:
+def _zsh_word(argument: Parameter) -> str:
     colons = {"?": "::"}.get(str(argument.how.get("nargs")), ":")
     place = "*" if values(argument) == "many" else ""
     return f"{place}{colons}{argument.how['metavar']}:{_zsh_offer(argument)}"
 
 
-def _zsh_offer(argument: Argument) -> str:
+def _zsh_offer(argument: Parameter) -> str:
     offer = _offer(argument)
     if argument.takes == "command":
         return "_regctl_commands"
@@ -223,7 +223,7 @@ def _quoted_star(place: str) -> str:
     return '"*"' if place == "*" else place
 
 
-def _fish_option(condition: str, argument: Argument) -> str:
+def _fish_option(condition: str, argument: Parameter) -> str:
     once = "" if again(argument) else f"; and not __regctl_gave {argument.name}"
     made = f"complete -c regctl -n '{condition}{once}' -l {argument.name[2:]} -d {_fish_text(argument.doc)}"
     if values(argument) == "none":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import regd
-from regd.cli import nearby
+from regd.cli import local_probe
 from regd_client import wire
 from regd_client.blocking import BlockingConnection
 from regd_client.errors import BadArgument, RegdError, Unavailable
@@ -62,7 +62,7 @@ class _Daemon:
         self.stats = connection.ask("stats")
         self.is_here = all(hello["host"].get(key) == own for key, own in wire.own_host().items())
         self.pid: int = self.stats["pid"]
-        self.is_in_another_network = self.is_here and nearby.is_in_another_network(self.pid)
+        self.is_in_another_network = self.is_here and local_probe.is_in_another_network(self.pid)
 
     def number(self, name: str) -> float:
         value = self.stats.get(name, 0)
@@ -101,7 +101,7 @@ def _reached(stack: ExitStack, at: wire.Address) -> tuple[_Daemon | None, Findin
         if isinstance(error.__cause__, TimeoutError):
             found = f"something listens at {at} and does not answer within {ANSWER_S:g} s"
             return None, Finding(
-                "daemon", found, f"see who it is: {nearby.who(at)}; a regd that hangs: restart it"
+                "daemon", found, f"see who it is: {local_probe.who(at)}; a regd that hangs: restart it"
             )
         return None, _other(at)
     if hello.get("server") == "regd":
@@ -128,7 +128,9 @@ def _not_connected(at: wire.Address, why: BaseException | None) -> Finding:
 
 def _other(at: wire.Address) -> Finding:
     found = f"something that is no regd listens at {at}"
-    return Finding("daemon", found, f"see who it is: {nearby.who(at)}; or name another address in REGD_ADDRESS")
+    return Finding(
+        "daemon", found, f"see who it is: {local_probe.who(at)}; or name another address in REGD_ADDRESS"
+    )
 
 
 def _elsewhere(at: wire.Address, daemon: _Daemon | None) -> Iterator[Finding]:
@@ -136,7 +138,7 @@ def _elsewhere(at: wire.Address, daemon: _Daemon | None) -> Iterator[Finding]:
     epoch = None if daemon is None else daemon.hello["epoch"]
     seen: set[object] = set() if daemon is None else {daemon.pid}
     others: dict[Any, tuple[wire.Address, Any]] = {}
-    for each in nearby.addresses(at):
+    for each in local_probe.addresses(at):
         try:
             with BlockingConnection(str(each), ANSWER_S / 10, starts=False) as connection:
                 hello, stats = connection.ask("hello"), connection.ask("stats")
@@ -149,7 +151,9 @@ def _elsewhere(at: wire.Address, daemon: _Daemon | None) -> Iterator[Finding]:
         found = f"{'another' if epoch else 'a'} regd answers at {each}: registry {registry}, epoch {other}"
         use = f"set REGD_ADDRESS={each} everywhere"
         yield Finding("elsewhere", found, f"end one of the two, or {use}" if epoch else use)
-    beyond = [pid for pid, _ in nearby.daemons() if pid not in seen and nearby.is_in_another_network(pid)]
+    beyond = [
+        pid for pid, _ in local_probe.daemons() if pid not in seen and local_probe.is_in_another_network(pid)
+    ]
     for pid in beyond:
         found = f"process {pid} is a regd in another network namespace: its 127.0.0.1 is not the one of this side"
         do = "start that regd with --unix PATH and set REGD_ADDRESS=unix://PATH, or start a regd on this side too"
@@ -217,7 +221,7 @@ def _room(path: Path, daemon: _Daemon) -> Iterator[Finding]:
             "file", f"the disk of {path.parent} is full", "make room: the file is written anew each time"
         )
     if disk.f_flag & os.ST_RDONLY or not (
-        os.access(path.parent, os.W_OK) or not nearby.is_ours(daemon.stats["pid"])
+        os.access(path.parent, os.W_OK) or not local_probe.is_ours(daemon.stats["pid"])
     ):
         yield Finding("file", f"{path.parent} cannot be written", "give it back to the user that regd runs as")
 
@@ -226,7 +230,7 @@ def _content(path: Path, daemon: _Daemon) -> Finding:
     before = daemon.number("rev")
     if not path.exists() and before > 0 and path.parent.is_dir():
         return Finding("file", f"{path} is gone", "change any registration: it is written again then")
-    rev = nearby.revision(path)
+    rev = local_probe.revision(path)
     if rev is None and daemon.number("commits") == 0:
         return Finding("file", f"{path} was written by hand; regd writes its own with the next change")
     if rev is None or rev < before:
@@ -264,14 +268,14 @@ def _services(daemon: _Daemon) -> Iterator[Finding]:
         yield Finding("services", "not tried: their loopback is not on this side")
         return
     instances = daemon.connection.ask("list", limit=1_000)["instances"]
-    ready = [each for each in instances if each["state"] == "ready" and nearby.is_loopback(each["host"])]
+    ready = [each for each in instances if each["state"] == "ready" and local_probe.is_loopback(each["host"])]
     until = time.monotonic() + _TRY_S
     tried, silent = 0, []
     for each in ready[:_SERVICES]:
         if time.monotonic() > until:
             break
         tried += 1
-        if not nearby.accepts(each["host"], each["port"]):
+        if not local_probe.accepts(each["host"], each["port"]):
             silent.append(f"{each['name']} ({wire.joined(each['host'], each['port'])})")
     if silent:
         more = f" and {len(silent) - _NAMED} more" if len(silent) > _NAMED else ""

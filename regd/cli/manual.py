@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import regd
 from regd.cli import commands
-from regd.cli.commands import COMMANDS, COMMON, Argument, Command
+from regd.cli.commands import COMMANDS, COMMON, Parameter, Subcommand
 
-_HELP = Argument("--help", "show how it is used, and do nothing else", action="help")
-_VERSION = Argument("--version", "show the version, and do nothing else", action="version")
+_HELP = Parameter("--help", "show how it is used, and do nothing else", action="help")
+_VERSION = Parameter("--version", "show the version, and do nothing else", action="version")
 _ASKED = {
     "REGD_ADDRESS": "Where the daemon is, when `--address` does not say so. Without both: tcp://127.0.0.1:7343.",
     "REGD_AUTOSTART": "With `1`, `true`, `yes` or `on` a daemon is started where none answers on this machine.",
@@ -124,7 +124,7 @@ def _head(name: str, doc: str) -> Iterator[str]:
     yield rf"{name} \- {_plain(doc[:1].lower() + doc[1:].rstrip('.'))}"
 
 
-def _command(name: str, command: Command) -> Iterator[str]:
+def _command(name: str, command: Subcommand) -> Iterator[str]:
     words = [_short(each) for each in command.arguments]
     if command.runs:
         words.append(r"\fB\-\-\fR \fICOMMAND\fR [\fIARGUMENT\fR ...]")
@@ -137,7 +137,7 @@ def _command(name: str, command: Command) -> Iterator[str]:
     yield from _listed(command.arguments)
 
 
-def _short(argument: Argument) -> str:
+def _short(argument: Parameter) -> str:
     """Return how an argument stands in a synopsis."""
     shown = _shown(argument)
     how = argument.how.get("nargs")
@@ -146,14 +146,14 @@ def _short(argument: Argument) -> str:
     return f"[{shown} ...]" if how == "+" else f"[{shown}]"
 
 
-def _shown(argument: Argument) -> str:
+def _shown(argument: Parameter) -> str:
     value = argument.how.get("metavar") or "|".join(argument.how.get("choices", ()))
     if not argument.is_option:
         return rf"\fI{_plain(value)}\fR"
     return rf"\fB{_plain(argument.name)}\fR" + (rf" \fI{_plain(value)}\fR" if value else "")
 
 
-def _listed(arguments: Iterable[Argument]) -> Iterator[str]:
+def _listed(arguments: Iterable[Parameter]) -> Iterator[str]:
     for each in arguments:
         yield from (".TP", _shown(each), *_text(each.doc))
 

@@ -10,7 +10,7 @@ import os
 import signal
 
 from regd.cli.child import is_from_terminal, pass_on, signals
-from regd.cli.showing import complain
+from regd.cli.output import complain
 
 
 def exit_status() -> int | None:

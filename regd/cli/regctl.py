@@ -11,8 +11,7 @@ import os
 import sys
 import time
 
-from regd.cli.asking import ask, wait_for
-from regd.cli.showing import (
+from regd.cli.output import (
     Output,
     address_of,
     complain,
@@ -23,6 +22,7 @@ from regd.cli.showing import (
     say_json,
     visible,
 )
+from regd.cli.queries import ask, wait_for
 from regd_client.blocking import BlockingConnection
 from regd_client.errors import BadArgument, RegdError, Unavailable
 
@@ -159,7 +159,7 @@ def _top(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
 
 
 def _names(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
-    from regd.cli.names import names
+    from regd.cli.complete_names import names
 
     found = names(address, given.get("name"))
     if found is None:
@@ -235,7 +235,7 @@ def _wait(address: str | None, as_json: bool, given: dict[str, Any]) -> int:
 
 def _env(connection: BlockingConnection, names: Sequence[str], form: str, as_json: bool) -> int:
     """All or nothing: what is half set is found out late."""
-    from regd.cli.variables import variables
+    from regd.cli.env_vars import variables
 
     found: list[dict[str, Any]] = []
     for name in names:

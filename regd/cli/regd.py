@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import regd
-from regd.cli.background import (
+from regd.cli.commands import Parameter
+from regd.cli.daemonize import (
     Background,
     Foreground,
     close_inherited_files,
     open_standard_files,
     take_signals,
 )
-from regd.cli.commands import Argument
 from regd.cli.log_output import FORMATS, LogError, LogOutput, escaped, has_terminal, say
 from regd.server.clock import LoopClock
-from regd.server.lifecycle import DEFAULT_GRACE_S, DEFAULT_PORT, Config, Server, default_registry
-from regd.server.listener import Handed, ListenError
-from regd.server.peers import ALL_USERS, unmapped_uid
-from regd.server.systemd import Heart, Notices, handed_over, watchdog_s
+from regd.server.daemon import DEFAULT_GRACE_S, DEFAULT_PORT, Config, Daemon, default_registry
+from regd.server.listener import InheritedSocket, ListenError
+from regd.server.peer_credentials import ALL_USERS, unmapped_uid
+from regd.server.systemd import Notifier, Watchdog, handed_over, watchdog_s
 from regd.storage.store import StorageError
 
 log = logging.getLogger("regd")
@@ -97,22 +97,22 @@ STATUSES = {
     2: "bad usage",
 }
 FLAGS = (
-    Argument(
+    Parameter(
         "--port",
         "TCP port on 127.0.0.1 and ::1; 0 picks a free one, off listens on no TCP "
         f"(default: {DEFAULT_PORT}, or the sockets that systemd hands over, in place of --port and --unix)",
         type=_port,
         metavar="PORT",
     ),
-    Argument("--unix", "listen on a Unix socket too, for this user alone", type=Path, metavar="PATH"),
-    Argument(
+    Parameter("--unix", "listen on a Unix socket too, for this user alone", type=Path, metavar="PATH"),
+    Parameter(
         "--registry",
         "the registry's file (default: registry.json in $STATE_DIRECTORY, $XDG_STATE_HOME/regd or "
         "~/.local/state/regd)",
         type=Path,
         metavar="PATH",
     ),
-    Argument(
+    Parameter(
         "--grace",
         "how long, after a restart, what connections held waits for them to come back "
         f"(default: {DEFAULT_GRACE_S:g})",
@@ -120,7 +120,7 @@ FLAGS = (
         default=DEFAULT_GRACE_S,
         metavar="SECONDS",
     ),
-    Argument(
+    Parameter(
         "--allow-uid",
         "let this user write over TCP, besides root and the one that regd runs as; may be given again",
         type=_uid,
@@ -128,30 +128,30 @@ FLAGS = (
         default=[],
         metavar="UID",
     ),
-    Argument(
+    Parameter(
         "--allow-any-user",
         "let every user of this machine write: for a system that does not say whose a TCP connection is",
         action="store_true",
     ),
-    Argument(
+    Parameter(
         "--idle-exit",
         "end when nothing is registered and nobody connected for so long, as one does that was started by "
         "REGD_AUTOSTART=1 (default: stay)",
         type=_idle_seconds,
         metavar="SECONDS",
     ),
-    Argument(
+    Parameter(
         "--log",
         "append the log to this file instead of writing it to stderr; SIGHUP opens it anew",
         type=Path,
         metavar="PATH",
     ),
-    Argument(
+    Parameter(
         "--background",
         "once it listens, go on in the background, in a session of its own; needs --log",
         action="store_true",
     ),
-    Argument(
+    Parameter(
         "--log-level",
         "how much is logged; info has a line for each service that comes or goes, each conflict and each denial, "
         "debug for each request too (default: info)",
@@ -159,7 +159,7 @@ FLAGS = (
         choices=("debug", "info", "warning", "error"),
         default="info",
     ),
-    Argument(
+    Parameter(
         "--log-format",
         "json: one JSON object a line (default: text)",
         choices=tuple(FORMATS),
@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = _config(given)
         if given.background:
-            close_inherited_files([each.file for each in config.inherited if isinstance(each, Handed)])
+            close_inherited_files([each.file for each in config.inherited if isinstance(each, InheritedSocket)])
         output = LogOutput(config.log, given.log_format)
         starter = Background(output.fd) if given.background else Foreground()
         take_signals()
@@ -318,7 +318,7 @@ async def _run(config: Config, starter: Foreground, output: LogOutput) -> None:
     # The thread that writes the file takes turns with the loop, which asks for one at every send and receive.
     sys.setswitchinterval(_SWITCH_S)
     clock = LoopClock()
-    server = Server(config, clock=clock)
+    server = Daemon(config, clock=clock)
     gc.collect()
     gc.disable()  # what is loaded stays: nothing of it is worth a look, now or later
     await server.start()
@@ -326,7 +326,7 @@ async def _run(config: Config, starter: Foreground, output: LogOutput) -> None:
     gc.callbacks.append(_spare_the_old)
     gc.set_threshold(_GARBAGE, *gc.get_threshold()[1:])  # else a twentieth of all time goes into looking
     gc.enable()
-    heart = Heart(Notices(os.environ), clock, watchdog_s(os.environ), lambda: server.status)
+    heart = Watchdog(Notifier(os.environ), clock, watchdog_s(os.environ), lambda: server.status)
     try:
         _announce(server.addresses)
         starter.leave()
@@ -398,7 +398,7 @@ def _announce(addresses: Sequence[str]) -> None:
         log.warning("cannot write to stdout: %s; listening on %s", error.strerror, ", ".join(addresses))
 
 
-async def _until(asked: asyncio.Event, server: Server) -> None:
+async def _until(asked: asyncio.Event, server: Daemon) -> None:
     """Wait until somebody asks for the end, or nobody needs it; a bug in the engine ends it too, loudly."""
     fail = asyncio.ensure_future(server.failed())
     ends = [asyncio.ensure_future(asked.wait()), asyncio.ensure_future(server.idled()), fail]

@@ -21,14 +21,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from regd.cli.asking import wait_for
 from regd.cli.child import NotStarted, passed_on, signals, start, until_ended
+from regd.cli.env_vars import variables
+from regd.cli.output import complain, visible
 from regd.cli.port_owner import is_of, listener
-from regd.cli.showing import complain, visible
-from regd.cli.variables import variables
+from regd.cli.queries import wait_for
 from regd_client.blocking import BlockingConnection
 from regd_client.errors import RegdError, Unavailable
-from regd_client.service import Service
+from regd_client.service import ServiceLifecycle
 from regd_client.thread import client_thread
 from regd_client.wire import joined
 
@@ -225,7 +225,9 @@ class _Name:
     async def _registered(self, accepts: bool, leaving: asyncio.Future[Any]) -> None:
         """Be registered from when the command accepts until it is told to leave."""
         host = "127.0.0.1" if accepts else await self._accepting()
-        async with Service(self._name, None, self._arguments | _bound_to(self._child), drain_s=0.0) as service:
+        async with ServiceLifecycle(
+            self._name, None, self._arguments | _bound_to(self._child), drain_s=0.0
+        ) as service:
             service.tells = False
             service.opened(host, self._port)
             registration = asyncio.ensure_future(service.registration())

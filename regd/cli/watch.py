@@ -9,10 +9,10 @@ import select
 from collections.abc import Mapping
 from typing import Any
 
-from regd.cli.showing import Output, complain, news, say, say_json, visible
+from regd.cli.output import Output, complain, news, say, say_json, visible
 from regd_client.blocking import BlockingConnection
 from regd_client.errors import Unavailable
-from regd_client.following import Event, Follow
+from regd_client.watches import Event, WatchState
 
 _PASSING = ("shutting_down", "busy")  # refusals after which to connect again
 _PAUSE_S = 0.2  # between tries to connect
@@ -34,7 +34,7 @@ class _Watch:
         self._away = False
         self._as_json = as_json
         self._raw: dict[str, Any] = {}  # the event that is being taken
-        self._follow = Follow(pattern or "*", meta, self._changed)
+        self._follow = WatchState(pattern or "*", meta, self._changed)
 
     def follow(self, connection: BlockingConnection) -> dict[str, Any] | None:
         """Show the events of one connection. Returns a refusal by the daemon, or None when stdout is broken.

@@ -1,7 +1,6 @@
 """The registry as it has landed: the file holds it, readers see it. What is registered, who is near, who left.
 
-The other state, what will be true once a batch has landed, is a draft's (`draft.py`). Must not know files,
-sockets, or what time it is.
+The other state, what will be true once a batch has landed, is a transaction's (`transaction.py`).
 """
 
 from bisect import bisect_left, insort
@@ -12,11 +11,11 @@ from functools import partial
 from itertools import islice
 
 from regd.core.history import History
-from regd.core.lifetimes import Ending, Lifetimes
+from regd.core.holders import HolderGone, HolderIndex
+from regd.core.instances import Instances, Search
 from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Change, Entry, Key, Op, Process, State
-from regd.core.near import nearest
-from regd.core.service import Search, Service
+from regd.core.suggestions import nearest
 
 _TOUCHED_MAX = 1_000  # names, one by one
 
@@ -55,11 +54,11 @@ class Registry:
         self.limits = limits
         self.rev = rev
         self.history = History(rev, limits)
-        self.lifetimes = Lifetimes(claim_s)
+        self.lifetimes = HolderIndex(claim_s)
         self.last_holder = 0  # the highest id that was given
         self.weight_bytes = 0
         self._count = 0
-        self._services: dict[str, Service] = {}
+        self._services: dict[str, Instances] = {}
         self._names: list[str] = []  # in order
         self._served: OrderedDict[tuple[str, int], str] = OrderedDict()  # who was, by name and filter
         self._served_to_guests: OrderedDict[tuple[str, int], str] = OrderedDict()
@@ -85,7 +84,7 @@ class Registry:
         return [entry.key for entry in self._behind("", None)]
 
     def land(self, changes: Iterable[Change], now: float) -> set[Process]:
-        """Make the changes of a draft, in their order, visible to readers.
+        """Make the changes of a transaction, in their order, visible to readers.
 
         Returns the processes of which nothing is held any more.
         """
@@ -111,7 +110,7 @@ class Registry:
     def _set(self, entry: Entry, before: Entry | None = None) -> None:
         service = self._services.get(entry.name)
         if service is None:
-            service = self._services[entry.name] = Service()
+            service = self._services[entry.name] = Instances()
             insort(self._names, entry.name)
         service.set(entry)
         self._count += before is None
@@ -125,19 +124,19 @@ class Registry:
             del self._services[entry.name]
             del self._names[bisect_left(self._names, entry.name)]
 
-    def gone(self, ending: Ending) -> None:
-        """Resolve no more what only this one held. A draft must end it."""
+    def gone(self, ending: HolderGone) -> None:
+        """Resolve no more what only this one held. A transaction must end it."""
         self.lifetimes.mark(ending)
         self._touch(ending)
 
-    def expire(self, now: float, most: int) -> list[Ending]:
+    def expire(self, now: float, most: int) -> list[HolderGone]:
         """Return up to `most` whose time is over, as `gone`."""
         endings = self.lifetimes.expire(now, most)
         for ending in endings:
             self._touch(ending)
         return endings
 
-    def _touch(self, ending: Ending) -> None:
+    def _touch(self, ending: HolderGone) -> None:
         keys = self.lifetimes.held_by(ending)
         if len(keys) > _TOUCHED_MAX:
             self.touched_all()

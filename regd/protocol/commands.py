@@ -19,7 +19,7 @@ _PAIR_BYTES = 192
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ArgType:
     """A kind of value: how people call it, and the check that returns it or raises `Invalid`."""
 
     word: str
@@ -28,7 +28,7 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    kind: Kind
+    kind: ArgType
     doc: str
     required: bool = False
 
@@ -100,28 +100,30 @@ def _check_epoch(value: object) -> str:
 
 _REVISION_MAX = 2**63 - 1  # what 64-bit readers of the file and the wire can hold
 
-NAME = Kind("name", model.check_name)
-PATTERN = Kind("name or prefix*", model.check_pattern)
-INSTANCE = Kind("instance", model.check_instance)
-PORT = Kind("port 1-65535", model.check_port)
-HOST = Kind("IP address or host name", model.check_host)
-META = Kind("object of strings", model.check_meta)
-STATE = Kind("starting, ready or draining", model.check_state)
-FLAG = Kind("true or false", model.check_flag)
-REVISION = Kind("revision", lambda value: model.check_whole(value, 0, _REVISION_MAX))
-LIMIT = Kind(
+NAME = ArgType("name", model.check_name)
+PATTERN = ArgType("name or prefix*", model.check_pattern)
+INSTANCE = ArgType("instance", model.check_instance)
+PORT = ArgType("port 1-65535", model.check_port)
+HOST = ArgType("IP address or host name", model.check_host)
+META = ArgType("object of strings", model.check_meta)
+STATE = ArgType("starting, ready or draining", model.check_state)
+FLAG = ArgType("true or false", model.check_flag)
+REVISION = ArgType("revision", lambda value: model.check_whole(value, 0, _REVISION_MAX))
+LIMIT = ArgType(
     f"1-{DEFAULT.reply_instances_max}", lambda value: model.check_whole(value, 1, DEFAULT.reply_instances_max)
 )
-PLACE = Kind("a reply's `next`", _check_key)
-TOPIC = Kind("command", _check_topic)
-PID = Kind("process number", lambda value: model.check_whole(value, 1, 2**31 - 1))
-TTL = Kind(
+PLACE = ArgType("a reply's `next`", _check_key)
+TOPIC = ArgType("command", _check_topic)
+PID = ArgType("process number", lambda value: model.check_whole(value, 1, 2**31 - 1))
+TTL = ArgType(
     f"seconds {DEFAULT.ttl_s_min:g}-{DEFAULT.ttl_s_max:g}",
     lambda value: model.check_seconds(value, DEFAULT.ttl_s_min, DEFAULT.ttl_s_max),
 )
-WAIT = Kind(f"seconds 0-{DEFAULT.wait_s_max:g}", lambda value: model.check_seconds(value, 0, DEFAULT.wait_s_max))
-EPOCH = Kind("epoch", _check_epoch)
-NUMBER = Kind("number of a watch", lambda value: model.check_whole(value, 1, _REVISION_MAX))
+WAIT = ArgType(
+    f"seconds 0-{DEFAULT.wait_s_max:g}", lambda value: model.check_seconds(value, 0, DEFAULT.wait_s_max)
+)
+EPOCH = ArgType("epoch", _check_epoch)
+NUMBER = ArgType("number of a watch", lambda value: model.check_whole(value, 1, _REVISION_MAX))
 
 _IF = Argument(REVISION, "act only when the registration is at this revision; 0: only when there is none")
 _OF_NAME = Argument(NAME, "the service", required=True)

@@ -16,12 +16,12 @@ from regd.core.model import Entry
 from regd.protocol import messages
 from regd.protocol.bare import Quit
 from regd.protocol.commands import COMMANDS, Request
-from regd.protocol.reader import Item, Problem, Reader
-from regd.server.answers import Asker, Slow
+from regd.protocol.parser import Item, Problem, RequestParser
 from regd.server.clock import Timer
 from regd.server.context import Context, peer_text
+from regd.server.handlers import Caller, IncrementalReply
 from regd.server.namespaces import elsewhere
-from regd.server.waits import Wait
+from regd.server.pending_resolves import PendingResolve
 from regd.server.watches import Watch
 
 _SLICE = 128  # requests of one connection before others get a turn
@@ -73,9 +73,9 @@ class Connection(asyncio.BufferedProtocol):
     def __init__(self, context: Context) -> None:
         self._context = context
         self._replies = context.replies
-        self._reader = Reader(context.limits)
+        self._reader = RequestParser(context.limits)
         self._held_up: Item | None = None  # the next item, waiting until the writes before it have landed
-        self._slow: Slow | None = None  # or until this reply to it is there
+        self._slow: IncrementalReply | None = None  # or until this reply to it is there
         self._queued = False  # for a slot to make that reply in
         self._accepted = False  # within `connections_max`
         self._is_guest = False  # may only read
@@ -93,14 +93,14 @@ class Connection(asyncio.BufferedProtocol):
         self._ending = False  # nothing more is looked at; what is sent is sent
         self._timer: Timer | None = None
         self._deadline = 0.0  # of an unfinished line
-        self._parked: dict[Wait, Request] = {}
+        self._parked: dict[PendingResolve, Request] = {}
         self._quitting = False  # `quit` was said; the parked are still to be answered
         self._looking = False  # whether the peer is there still, while it is not read
         self._blocked = False  # a request without id is parked: the replies of those behind it must wait
         self._may_hold = False  # it has asked for `hold`
         self._watches: dict[int, Watch] = {}
         self._watch_count = 0
-        self._asker = Asker(0, None)
+        self._asker = Caller(0, None)
 
     # What asyncio calls.
 
@@ -126,7 +126,7 @@ class Connection(asyncio.BufferedProtocol):
         full = tally.connections >= limits.connections_max
         if not full and not (self._is_guest and tally.guests >= limits.guests_max):
             self._accepted = True
-            self._asker = Asker(context.sessions.add(self), uid, elsewhere(connection), self._is_guest)
+            self._asker = Caller(context.sessions.add(self), uid, elsewhere(connection), self._is_guest)
             tally.connections += 1
             tally.guests += self._is_guest
             tally.connections_accepted += 1
@@ -369,7 +369,7 @@ class Connection(asyncio.BufferedProtocol):
             raise Refused(Code.BUSY, f"{len(self._parked)} requests of this connection wait already")
         size = 2 * request.weight_bytes  # a wait is as much again
         self._share.kept.check(size)
-        wait: Wait | None = None
+        wait: PendingResolve | None = None
         at_once: list[bytes] = []
 
         def done(entry: Entry | None) -> None:

@@ -8,22 +8,22 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from regd.core.draft import Lost
 from regd.core.errors import Code, Refused
 from regd.core.limits import Limits
+from regd.core.transaction import OwnershipLost
 from regd.protocol import messages
-from regd.server.answers import Answers
 from regd.server.clock import Clock
+from regd.server.counters import Counters
 from regd.server.engine import Engine
 from regd.server.event_log import EventLog
 from regd.server.half_closed import HalfClosed
-from regd.server.peers import Peers
-from regd.server.pulse import Pulse
+from regd.server.handlers import Handlers
+from regd.server.loop_monitor import LoopMonitor
+from regd.server.peer_credentials import PeerCredentials
+from regd.server.pending_resolves import PendingResolves
 from regd.server.reaper import Reaper
-from regd.server.replies import Replies
-from regd.server.tally import Tally
-from regd.server.turns import Turns
-from regd.server.waits import Waits
+from regd.server.resolve_cache import ResolveCache
+from regd.server.scheduler import FairScheduler
 from regd.server.watches import Watches
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _COMPLAIN_EVERY_S = 10.0
 _RECEIVED_BYTES_MAX = 16_384  # at a time, of one connection
 
 
-class Budget:
+class BufferQuota:
     """Bytes that wait, per connection and in all. Beyond the bound the largest give way."""
 
     def __init__(self, bytes_max: int) -> None:
@@ -65,7 +65,7 @@ class Budget:
         return gone
 
 
-class Room:
+class MemoryQuota:
     """Bytes that are kept of requests. When there is no room, no more is taken."""
 
     def __init__(self, bytes_max: int) -> None:
@@ -125,12 +125,12 @@ class Share:
     Nothing in here is shared between the two, so that readers never take what belongs to a writer.
     """
 
-    turns: Turns
+    turns: FairScheduler
     watches: Watches
-    waits: Waits
-    input: Budget
-    output: Budget
-    kept: Room
+    waits: PendingResolves
+    input: BufferQuota
+    output: BufferQuota
+    kept: MemoryQuota
     slow: Slots
 
 
@@ -140,13 +140,13 @@ class Context:
 
     limits: Limits
     engine: Engine
-    answers: Answers
-    replies: Replies
+    answers: Handlers
+    replies: ResolveCache
     reaper: Reaper
-    peers: Peers
+    peers: PeerCredentials
     clock: Clock
-    tally: Tally
-    pulse: Pulse
+    tally: Counters
+    pulse: LoopMonitor
     writers: Share
     guests: Share
     half_closed: HalfClosed
@@ -207,7 +207,7 @@ class Sessions:
         connection = self._open.get(session)
         return connection.peer if connection else None
 
-    def tell(self, lost: Lost) -> None:
+    def tell(self, lost: OwnershipLost) -> None:
         """Tell a connection that somebody took what it held."""
         connection = self._open.get(lost.session)
         if connection is not None:

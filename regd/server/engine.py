@@ -13,22 +13,22 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVarTuple
 
-from regd.core.draft import ENDS_MAX, Draft, Lost
 from regd.core.errors import Code, Refused
-from regd.core.lifetimes import Ending
+from regd.core.holders import HolderGone
 from regd.core.limits import Limits
 from regd.core.model import Change, Holder, Process, Reason
 from regd.core.registry import Registry
+from regd.core.transaction import ENDS_MAX, OwnershipLost, Transaction
 from regd.server.clock import Clock
-from regd.server.pulse import Pulse
+from regd.server.counters import Counters
+from regd.server.loop_monitor import LoopMonitor
 from regd.server.stalls import Stalls
-from regd.server.tally import Tally
 from regd.storage.store import Store
 
 log = logging.getLogger("regd")
 
-Write = Callable[[Draft], bytes]
-"""Judges one request: makes its changes on the draft and returns the reply, or raises `Refused`."""
+Write = Callable[[Transaction], bytes]
+"""Judges one request: makes its changes on the transaction and returns the reply, or raises `Refused`."""
 
 Done = Callable[[bytes | Refused], None]
 """Is called once, with the reply, when the request's fate is known and on disk."""
@@ -56,13 +56,13 @@ class Engine:
         registry: Registry,
         store: Store,
         clock: Clock,
-        tally: Tally,
-        pulse: Pulse,
+        tally: Counters,
+        pulse: LoopMonitor,
         limits: Limits,
         stalls: Stalls,
         is_gone: Callable[[Holder], bool],
         landed: Callable[[Sequence[Change]], None],
-        settled: Callable[[Sequence[Lost], set[Process]], None],
+        settled: Callable[[Sequence[OwnershipLost], set[Process]], None],
     ) -> None:
         self._registry = registry
         self._store = store
@@ -75,7 +75,7 @@ class Engine:
         self._landed = landed
         self._settled = settled
         self._turn = 0.0  # when this one began
-        self._waiting: deque[tuple[Write, Done] | Ending] = deque()
+        self._waiting: deque[tuple[Write, Done] | HolderGone] = deque()
         self._wake = asyncio.Event()
         self._closing = False
         self._repair_due = False
@@ -96,7 +96,7 @@ class Engine:
         self._waiting.append((write, done))
         self._wake.set()
 
-    def end(self, ending: Ending) -> None:
+    def end(self, ending: HolderGone) -> None:
         """Queue the end of what somebody held, behind the writes that came before. Never refused.
 
         While the daemon stops, nobody's end is due to it.
@@ -129,12 +129,12 @@ class Engine:
         finally:
             self._thread.shutdown()
 
-    def _next_batch(self) -> list[tuple[Write, Done] | Ending]:
-        batch: list[tuple[Write, Done] | Ending] = []
+    def _next_batch(self) -> list[tuple[Write, Done] | HolderGone]:
+        batch: list[tuple[Write, Done] | HolderGone] = []
         writes = 0
         while self._waiting and writes < _BATCH_MAX and len(batch) < ENDS_MAX:
             batch.append(self._waiting.popleft())
-            writes += not isinstance(batch[-1], Ending)
+            writes += not isinstance(batch[-1], HolderGone)
         return batch
 
     async def _gather(self, wanted: int) -> None:
@@ -152,28 +152,28 @@ class Engine:
             if self._clock.now() >= until:
                 break
 
-    async def _land(self, batch: Sequence[tuple[Write, Done] | Ending]) -> int:
+    async def _land(self, batch: Sequence[tuple[Write, Done] | HolderGone]) -> int:
         """Judge a batch, commit it, make it visible, and answer it. Returns how many there were."""
-        draft = Draft(self._registry, self._clock.wall(), self._is_gone)
-        outcomes = await self._judge(batch, draft)
-        endings = [each for each in batch if isinstance(each, Ending)]
+        transaction = Transaction(self._registry, self._clock.wall(), self._is_gone)
+        outcomes = await self._judge(batch, transaction)
+        endings = [each for each in batch if isinstance(each, HolderGone)]
         # A file that may show what is not in effect is mended even by a request that changes nothing.
-        failure = await self._commit(draft.changes) if draft.changes or self._store.dirty else None
+        failure = await self._commit(transaction.changes) if transaction.changes or self._store.dirty else None
         if failure is not None:
-            draft = await self._end_all_the_same(endings)
+            transaction = await self._end_all_the_same(endings)
         free: set[Process] = set()
-        for count, changes in enumerate(_slices(draft.changes)):
+        for count, changes in enumerate(_slices(transaction.changes)):
             if count:
                 await self._others()
             free |= self._registry.land(changes, self._stalls.now())
             self._landed(changes)
-        self._waiting.extendleft(reversed(draft.unfinished))
+        self._waiting.extendleft(reversed(transaction.unfinished))
         for ending in endings:
-            if ending not in draft.unfinished:
+            if ending not in transaction.unfinished:
                 self._registry.lifetimes.settle(ending)
-        self._tally.changes += len(draft.changes)
-        self._settled(draft.lost, {each for each in free if not self._registry.lifetimes.knows(each)})
-        dones = [each[1] for each in batch if not isinstance(each, Ending)]
+        self._tally.changes += len(transaction.changes)
+        self._settled(transaction.lost, {each for each in free if not self._registry.lifetimes.knows(each)})
+        dones = [each[1] for each in batch if not isinstance(each, HolderGone)]
         for count, (done, outcome) in enumerate(zip(dones, outcomes, strict=True), 1):
             done(failure or outcome)
             if count % _SLICE == 0:
@@ -181,29 +181,31 @@ class Engine:
         self._pulse.took("batch", self._turn)
         return len(batch)
 
-    async def _judge(self, batch: Sequence[tuple[Write, Done] | Ending], draft: Draft) -> list[bytes | Refused]:
+    async def _judge(
+        self, batch: Sequence[tuple[Write, Done] | HolderGone], transaction: Transaction
+    ) -> list[bytes | Refused]:
         """Judge what a batch wants, in order, and return what the writes are answered if they land."""
         outcomes: list[bytes | Refused] = []
-        together: list[Ending] = []  # that stand side by side: an entry of many holders is altered once
+        together: list[HolderGone] = []  # that stand side by side: an entry of many holders is altered once
         self._turn = self._clock.now()
         for count, each in enumerate(batch, 1):
-            if isinstance(each, Ending):
+            if isinstance(each, HolderGone):
                 together.append(each)
                 continue
             if together:
-                await self._end(draft, together)
+                await self._end(transaction, together)
                 together.clear()
             try:
-                outcomes.append(each[0](draft))
+                outcomes.append(each[0](transaction))
             except Refused as refusal:
                 outcomes.append(refusal.bare())
             if count % _SLICE == 0 or self._clock.now() > self._turn + _TURN_S:
                 await self._others()
-        await self._end(draft, together)
+        await self._end(transaction, together)
         return outcomes
 
-    async def _end(self, draft: Draft, endings: Sequence[Ending]) -> None:
-        for count, _ in enumerate(draft.end(*endings), 1):
+    async def _end(self, transaction: Transaction, endings: Sequence[HolderGone]) -> None:
+        for count, _ in enumerate(transaction.end(*endings), 1):
             if count % _SLICE == 0 or self._clock.now() > self._turn + _TURN_S:
                 await self._others()
 
@@ -213,14 +215,14 @@ class Engine:
         await asyncio.sleep(0)
         self._turn = self._clock.now()
 
-    async def _end_all_the_same(self, endings: Sequence[Ending]) -> Draft:
+    async def _end_all_the_same(self, endings: Sequence[HolderGone]) -> Transaction:
         """Judge the endings of a failed batch alone; the file follows when it can be written."""
-        draft = Draft(self._registry, self._clock.wall(), self._is_gone)
-        await self._end(draft, endings)
-        if draft.changes:
-            self._store.owe(draft.changes)
+        transaction = Transaction(self._registry, self._clock.wall(), self._is_gone)
+        await self._end(transaction, endings)
+        if transaction.changes:
+            self._store.owe(transaction.changes)
             self._repair_later()
-        return draft
+        return transaction
 
     async def _commit(self, changes: Sequence[Change]) -> Refused | None:
         self._pulse.took("batch", self._turn)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from regd.storage.files import Files, Held
+from regd.storage.files import AlreadyLocked, Files
 
 _BACKLOG = 4_096  # as far as the kernel lets us: a whole test suite may start at once
 _PORT_TRIES = 32
@@ -24,7 +24,7 @@ class ListenError(Exception):
     """An address cannot be had. Its text is one line: which, why, what to do."""
 
 
-class Handed(NamedTuple):
+class InheritedSocket(NamedTuple):
     """A socket that another program has opened for this one: its file number, and what that program calls it."""
 
     file: int
@@ -78,7 +78,7 @@ class Listeners:
             self._unix_lock = files.lock(path.with_name(path.name + ".lock"))
             self._clear(path)
             self.sockets.append(_unix(path))
-        except Held as held:
+        except AlreadyLocked as held:
             do = "name" if held.elsewhere else "stop that one, or name"
             raise ListenError(f"{path} is in use by another regd{held}; {do} another with --unix") from None
         except OSError as error:
@@ -86,14 +86,14 @@ class Listeners:
             raise ListenError(f"cannot listen on {path}: {why}; name another with --unix") from None
         self._unix = path
 
-    def inherit(self, handed: Sequence[Handed | socket.socket]) -> None:
+    def inherit(self, handed: Sequence[InheritedSocket | socket.socket]) -> None:
         """Listen on sockets that listen already. The path of a Unix socket stays: it is not ours.
 
         Raises:
             ListenError: one of them is nothing to listen on for regd.
         """
         for each in handed:
-            self.sockets.append(_inherited(each) if isinstance(each, Handed) else each)
+            self.sockets.append(_inherited(each) if isinstance(each, InheritedSocket) else each)
 
     @staticmethod
     def _clear(path: Path) -> None:
@@ -159,7 +159,7 @@ def _unix(path: Path) -> socket.socket:
     return listener
 
 
-def _inherited(handed: Handed) -> socket.socket:
+def _inherited(handed: InheritedSocket) -> socket.socket:
     what = f"the inherited socket {handed.file} ({handed.name!a})"
     try:
         listener = socket.socket(fileno=handed.file)

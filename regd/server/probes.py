@@ -45,7 +45,7 @@ def _targets(host: str) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class ProbeResult:
     """What an attempt to connect found, and when (monotonic seconds)."""
 
     number: int  # of all that were made
@@ -70,23 +70,23 @@ class _Probe:
         self.timer: Timer | None = None
 
 
-class Findings:
+class ProbeResults:
     """What the last attempts found, by address; the newest are kept, for `why`. `count` is of all attempts."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._last: dict[Address, Finding] = {}
+        self._last: dict[Address, ProbeResult] = {}
         self.count = 0
 
-    def add(self, address: Address, at: float, why: str) -> Finding:
+    def add(self, address: Address, at: float, why: str) -> ProbeResult:
         self.count += 1
         self._last.pop(address, None)
-        finding = self._last[address] = Finding(self.count, at, why)
+        finding = self._last[address] = ProbeResult(self.count, at, why)
         if len(self._last) > self._most:
             del self._last[next(iter(self._last))]
         return finding
 
-    def last(self, address: Address) -> Finding | None:
+    def last(self, address: Address) -> ProbeResult | None:
         return self._last.get(address)
 
 
@@ -94,14 +94,14 @@ class Probes:
     """`found` is called with each address that was tried; what was found is added to `findings`."""
 
     def __init__(
-        self, clock: Clock, limits: Limits, findings: Findings, found: Callable[[Address], None]
+        self, clock: Clock, limits: Limits, findings: ProbeResults, found: Callable[[Address], None]
     ) -> None:
         self._clock = clock
         self._limits = limits
         self._findings = findings
         self._found = found
         self._probes: dict[Address, _Probe] = {}
-        self._asked: dict[Address, list[Callable[[Finding], None]]] = {}
+        self._asked: dict[Address, list[Callable[[ProbeResult], None]]] = {}
         self._queue: dict[Address, _Probe] = {}  # beyond `probes_max`, in order: these take no task meanwhile
         self._running = 0
 
@@ -117,7 +117,7 @@ class Probes:
         if not probe.wanted:
             self._end(address)
 
-    def ask(self, address: Address, told: Callable[[Finding], None]) -> None:
+    def ask(self, address: Address, told: Callable[[ProbeResult], None]) -> None:
         """Probe an address once, and call `told` with what was found."""
         self._asked.setdefault(address, []).append(told)
         self.want(address)

@@ -6,13 +6,13 @@ Must not know the protocol.
 from collections.abc import Callable
 from functools import partial
 
-from regd.core.lifetimes import Ending
+from regd.core.holders import HolderGone
 from regd.core.limits import Limits
 from regd.core.model import Entry, Holder, Key, Process, Reason
 from regd.core.registry import Registry
 from regd.server.clock import Clock
 from regd.server.engine import Engine
-from regd.server.probes import Finding, Probes, may_probe
+from regd.server.probes import ProbeResult, Probes, may_probe
 from regd.server.processes import Processes
 from regd.server.stalls import LOOK_S, Stalls
 
@@ -52,12 +52,12 @@ class Reaper:
         return holder.process is not None and self.processes.is_gone(holder.process)
 
     def connection_ended(self, session: int) -> None:
-        self._end(Ending(Reason.CLOSED, session=session))
+        self._end(HolderGone(Reason.CLOSED, session=session))
 
     def _process_ended(self, process: Process) -> None:
-        self._end(Ending(Reason.EXITED, process=process))
+        self._end(HolderGone(Reason.EXITED, process=process))
 
-    def _end(self, ending: Ending) -> None:
+    def _end(self, ending: HolderGone) -> None:
         assert self.engine is not None
         self._registry.gone(ending)
         self.engine.end(ending)
@@ -125,11 +125,11 @@ class Reaper:
             return None
         return entry
 
-    def _probed(self, key: Key, holder_id: int, finding: Finding) -> None:
+    def _probed(self, key: Key, holder_id: int, finding: ProbeResult) -> None:
         self._probing -= 1
         if not finding.refused:  # no answer: it may be blocked, with a full queue of connections
             self._registry.lifetimes.wait_on(key, holder_id, self._stalls.now() + _PROBE_EVERY_S)
         elif self._entry_held_by(key, holder_id) is not None:
-            self._end(Ending(Reason.CLOSED, holder=(key, holder_id)))
+            self._end(HolderGone(Reason.CLOSED, holder=(key, holder_id)))
         self._probe_unclaimed()
         self._beat_on()

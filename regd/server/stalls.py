@@ -5,7 +5,7 @@ Such time is added to the deadlines of leases and of holds that wait for their c
 
 import logging
 
-from regd.core.lifetimes import Lifetimes
+from regd.core.holders import HolderIndex
 from regd.server.clock import Clock
 
 log = logging.getLogger("regd")
@@ -23,7 +23,7 @@ class Stalls:
     spare, and one that nobody renews ends even while one flush follows the other.
     """
 
-    def __init__(self, clock: Clock, lifetimes: Lifetimes) -> None:
+    def __init__(self, clock: Clock, lifetimes: HolderIndex) -> None:
         self._clock = clock
         self._lifetimes = lifetimes
         self._looked_at = clock.now()

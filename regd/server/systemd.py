@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, MutableMapping
 
 from regd.server.clock import Clock, Timer
-from regd.server.listener import Handed, ListenError
+from regd.server.listener import InheritedSocket, ListenError
 
 log = logging.getLogger("regd")
 
@@ -22,7 +22,7 @@ _PATIENCE_S = 1.0  # for a busy service manager to take what is told once
 _STATUS_S = 10.0  # until people see a change
 
 
-def handed_over(environment: MutableMapping[str, str]) -> list[Handed]:
+def handed_over(environment: MutableMapping[str, str]) -> list[InheritedSocket]:
     """Take what was opened for this process; nothing when it is another's. No child will inherit it.
 
     Raises:
@@ -39,7 +39,7 @@ def handed_over(environment: MutableMapping[str, str]) -> list[Handed]:
         raise ListenError(
             f"LISTEN_FDS is {count}, and LISTEN_FDNAMES has {len(named)} names; correct what starts regd"
         )
-    handed = [Handed(file, name) for file, name in enumerate(named, _FIRST_FILE)]
+    handed = [InheritedSocket(file, name) for file, name in enumerate(named, _FIRST_FILE)]
     for each in handed:
         try:
             os.set_inheritable(each.file, False)
@@ -62,7 +62,7 @@ def watchdog_s(environment: MutableMapping[str, str]) -> float | None:
     return int(every_us) / 1e6
 
 
-class Notices:
+class Notifier:
     """The way to the service manager; nowhere when it wants to hear nothing.
 
     What cannot be told is told to the log, once, and ends nothing.
@@ -106,14 +106,14 @@ class Notices:
             self._socket = None
 
 
-class Heart:
+class Watchdog:
     """Tells that the service is ready, from then on that it lives and how it is, and at last that it stops.
 
     It beats in the event loop, so that it stands still when the loop does.
     """
 
     def __init__(
-        self, notices: Notices, clock: Clock, watchdog_s: float | None, status: Callable[[], str]
+        self, notices: Notifier, clock: Clock, watchdog_s: float | None, status: Callable[[], str]
     ) -> None:
         self._notices = notices
         self._clock = clock

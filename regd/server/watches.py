@@ -17,7 +17,7 @@ from regd.core.model import Change, Entry, Key, Op, Reason
 from regd.core.registry import Registry
 from regd.protocol import messages
 from regd.server.clock import Clock, Timer
-from regd.server.pulse import Pulse
+from regd.server.loop_monitor import LoopMonitor
 
 _SLICE = 128  # entries or changes of one watch before others get a turn; watches before the loop turns
 _SLICE_BYTES = 16_384  # and bytes, though at least one: what a peer that does not read can cost
@@ -84,7 +84,7 @@ class Watch:
 
 
 class Watches:
-    def __init__(self, registry: Registry, clock: Clock, limits: Limits, pulse: Pulse, epoch: str) -> None:
+    def __init__(self, registry: Registry, clock: Clock, limits: Limits, pulse: LoopMonitor, epoch: str) -> None:
         self._registry = registry
         self._clock = clock
         self._limits = limits

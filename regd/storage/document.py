@@ -101,7 +101,7 @@ def parse(data: bytes, registered_at: float) -> Document:
     try:
         for key, fields in _members(text):
             if key in entries or (marked and key == _HEAD):
-                raise _Twice(key)
+                raise _DuplicateKey(key)
             if key == _HEAD:
                 rev, marked = _rev(fields), True
             else:
@@ -110,7 +110,7 @@ def parse(data: bytes, registered_at: float) -> Document:
         raise Unreadable(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
     except Invalid as error:
         raise Unreadable(f"{_place(text, key)}: {error}") from None
-    except _Twice as twice:
+    except _DuplicateKey as twice:
         first = text.find(twice.quoted)
         at = text.find(twice.quoted, first + 1)
         raise Unreadable(f"line {_line_of(text, at)}: the key {twice.quoted} stands twice") from None
@@ -182,7 +182,7 @@ def _text(data: bytes) -> str:
         raise Unreadable(f"line {at}: not UTF-8") from None
 
 
-class _Twice(Exception):
+class _DuplicateKey(Exception):
     def __init__(self, key: str) -> None:
         super().__init__(key)
         self.quoted = json.dumps(key)
@@ -209,7 +209,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
         seen: set[str] = set()
-        raise _Twice(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+        raise _DuplicateKey(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
     return made
 
 

@@ -19,7 +19,7 @@ _NEVER_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL)
 _HOLDER_BYTES = 512
 
 
-class Print(NamedTuple):
+class Fingerprint(NamedTuple):
     """What tells whether a file is still the one that we wrote."""
 
     inode: int
@@ -28,7 +28,7 @@ class Print(NamedTuple):
     is_regular: bool
 
 
-class Held(Exception):
+class AlreadyLocked(Exception):
     """Another process has the lock. Its text says which, as far as that is known, or is empty.
 
     `elsewhere`: that process runs on another machine or in another container, so its number means nothing here.
@@ -95,13 +95,13 @@ class Files:
     def remove(self, path: Path) -> None:
         os.unlink(path)
 
-    def print(self, file: Path | int) -> Print | None:
+    def print(self, file: Path | int) -> Fingerprint | None:
         """Return the print of a path or an open file, None where there is no file."""
         try:
             found = os.stat(file)
         except FileNotFoundError:
             return None
-        return Print(found.st_ino, found.st_size, found.st_mtime_ns, stat.S_ISREG(found.st_mode))
+        return Fingerprint(found.st_ino, found.st_size, found.st_mtime_ns, stat.S_ISREG(found.st_mode))
 
     def lock(self, path: Path) -> int:
         """Lock a file until `unlock` or the end of this process, and return what `unlock` takes.
@@ -138,12 +138,12 @@ def _place() -> list[str]:
     return [boot, namespace]
 
 
-def _held(text: str) -> Held:
+def _held(text: str) -> AlreadyLocked:
     """Make the exception from what the holder wrote into its lock file."""
     pid, _, rest = text.partition("\n")
     words, place = rest.split(), _place()
     if len(words) == 3 and words[:2] != place:
         host = "".join(each for each in words[2] if each.isprintable())
         where = f"on the machine {host}" if words[0] != place[0] else f"in another container, {host}"
-        return Held(f" {where}", elsewhere=True)
-    return Held(f" (process {pid})" if pid.isdecimal() and len(pid) <= 10 else "")
+        return AlreadyLocked(f" {where}", elsewhere=True)
+    return AlreadyLocked(f" (process {pid})" if pid.isdecimal() and len(pid) <= 10 else "")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from regd.core.model import Change, Entry, Op, key_text
 from regd.storage.document import Document, Unreadable, chunks, line, parse
-from regd.storage.files import Files, Held, Print
-from regd.storage.lines import Lines
+from regd.storage.files import AlreadyLocked, Files, Fingerprint
+from regd.storage.line_blocks import LineBlocks
 
 _NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -32,10 +32,10 @@ class Store:
         self._warn = warn
         self._files = files or Files()
         self._temporary = self.path.with_name(self.path.name + ".tmp")
-        self._lines = Lines()  # as in the file, encoded once when they change
+        self._lines = LineBlocks()  # as in the file, encoded once when they change
         self._unwritten: list[Entry] = []  # what was loaded, and is not in the lines yet
         self._rev = 0
-        self._print: Print | None = None  # of the file as we last read or wrote it
+        self._print: Fingerprint | None = None  # of the file as we last read or wrote it
         self._lock: int | None = None
 
     def open(self, registered_at: float) -> Document:
@@ -48,7 +48,7 @@ class Store:
             self._files.make_folder(self.path.parent)
             lock = self.path.with_name(self.path.name + ".lock")
             self._lock = self._files.lock(lock)
-        except Held as held:
+        except AlreadyLocked as held:
             if held.elsewhere:
                 raise StorageError(
                     f"{self.path} is in use by a regd{held}; name a file that only this one uses with --registry"

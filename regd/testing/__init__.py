@@ -11,8 +11,8 @@ The modules are imported when they are first used, because every pytest imports 
 TYPE_CHECKING = False  # as in typing, whose import takes longer
 if TYPE_CHECKING:
     from regd.testing import in_process
+    from regd.testing.host_process import HostError
     from regd.testing.registry import Registry, running
-    from regd.testing.spawn import HostError
 
 __all__ = ["HostError", "Registry", "in_process", "running"]
 

@@ -28,13 +28,13 @@ import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
-from regd.core.draft import Draft
 from regd.core.errors import Refused
 from regd.core.model import Reason
-from regd.server.lifecycle import Config, Server
+from regd.core.transaction import Transaction
+from regd.server.daemon import Config, Daemon
+from regd.testing.host_process import HostError
 from regd.testing.memory import IN_MEMORY, MemoryFiles, excerpt
 from regd.testing.registry import Registry, found_by_children
-from regd.testing.spawn import HostError
 from regd_client.errors import Unavailable, from_reply
 
 log = logging.getLogger("regd")
@@ -56,7 +56,7 @@ class InProcessRegistry(Registry):
         self._files = MemoryFiles()
         self._folder = tempfile.TemporaryDirectory(prefix="regd-", dir=_short_folder())
         self._socket = os.path.join(self._folder.name, "regd.sock")
-        self._server: Server | None = None
+        self._server: Daemon | None = None
         self._failure: Exception | None = None
         self._watching: asyncio.Task[None] | None = None
         self._thread = _LoopThread()
@@ -106,8 +106,8 @@ class InProcessRegistry(Registry):
     def _end_registration(self, name: str, instance: str | None, reason: Reason) -> None:
         key = name, instance or ""
 
-        def drop(draft: Draft) -> bytes:
-            draft.drop(key, reason)
+        def drop(transaction: Transaction) -> bytes:
+            transaction.drop(key, reason)
             return b""
 
         async def end() -> None:
@@ -158,7 +158,7 @@ class InProcessRegistry(Registry):
     async def _start(self) -> None:
         if self._server is None:
             config = Config(registry=IN_MEMORY, inherited=[self._listener()], raise_open_files=False)
-            server = Server(config, clock=self._clock, files=self._files)
+            server = Daemon(config, clock=self._clock, files=self._files)
             await server.start()
             self._server = server
             self._watching = asyncio.create_task(self._watch_for_failure(server))
@@ -177,7 +177,7 @@ class InProcessRegistry(Registry):
             raise
         return listener
 
-    async def _watch_for_failure(self, server: Server) -> None:
+    async def _watch_for_failure(self, server: Daemon) -> None:
         """A bug in the daemon ends it at once, so that nobody waits for an answer, and every later call fails."""
         try:
             await server.failed()
@@ -249,18 +249,18 @@ class InProcessRegistry(Registry):
                 await self._watching
 
     @staticmethod
-    async def _deregister_all(server: Server) -> None:
+    async def _deregister_all(server: Daemon) -> None:
         keys = server.keys()
 
-        def deregister(draft: Draft) -> bytes:
+        def deregister(transaction: Transaction) -> bytes:
             for key in keys:
-                if draft.get(key) is not None:
-                    draft.deregister(key)
+                if transaction.get(key) is not None:
+                    transaction.deregister(key)
             return b""
 
         await server.write(deregister)
 
-    def _running(self) -> Server:
+    def _running(self) -> Daemon:
         if self._server is None:
             raise Unavailable(f"{self!r} is stopped; start it first")
         return self._server
@@ -410,7 +410,7 @@ class _Clock:
             self._alarm = self._loop.call_at(self._timers[0][0] - self._ahead_s, self.advance, 0.0)
 
 
-def _change_nothing(draft: Draft) -> bytes:
+def _change_nothing(transaction: Transaction) -> bytes:
     return b""
 
 

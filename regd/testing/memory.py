@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from regd.storage.files import Files, Held, Print
+from regd.storage.files import AlreadyLocked, Files, Fingerprint
 
 IN_MEMORY = Path("/in-memory/registry.json")  # the path of a registry's file in `MemoryFiles`
 _LINES_MAX = 200
@@ -21,8 +21,8 @@ class _Kept:
     data: bytearray = field(default_factory=bytearray)
     changes: int = 0  # stands for the time of the last one
 
-    def print(self) -> Print:
-        return Print(self.inode, len(self.data), self.changes, is_regular=True)
+    def print(self) -> Fingerprint:
+        return Fingerprint(self.inode, len(self.data), self.changes, is_regular=True)
 
 
 class MemoryFiles(Files):
@@ -73,7 +73,7 @@ class MemoryFiles(Files):
         self._kept(path)
         del self._files[path]
 
-    def print(self, file: Path | int) -> Print | None:
+    def print(self, file: Path | int) -> Fingerprint | None:
         if isinstance(file, int):
             return self._opened(file).print()
         found = self._files.get(file)
@@ -82,7 +82,7 @@ class MemoryFiles(Files):
     def lock(self, path: Path) -> int:
         self._in_folder(path)
         if path in self._locks.values():
-            raise Held(f" (process {os.getpid()})")
+            raise AlreadyLocked(f" (process {os.getpid()})")
         if path not in self._files:
             self._files[path] = _Kept(inode=next(self._numbers))
         fd = next(self._numbers)

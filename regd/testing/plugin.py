@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if spawn := sys.modules.get("regd.testing.spawn"):
+    if spawn := sys.modules.get("regd.testing.host_process"):
         spawn.close_unused()
 
 
@@ -59,7 +59,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if config.getoption("collectonly") or config.getini("regd_scope") == "run":
         return
     if any(_wants(item) for item in session.items):
-        from regd.testing.spawn import HostError, host
+        from regd.testing.host_process import HostError, host
 
         with contextlib.suppress(HostError):  # whoever needs it will hear why
             host()
@@ -80,8 +80,8 @@ def _scope(fixture_name: str, config: pytest.Config) -> "Any":
 @pytest.fixture(scope=_scope)
 def regd(request: pytest.FixtureRequest) -> "Iterator[Registry]":
     """A private registry that runs: a daemon on a free port, which every child process finds by REGD_ADDRESS."""
+    from regd.testing.host_process import HostError
     from regd.testing.registry import found_by_children
-    from regd.testing.spawn import HostError
 
     with contextlib.ExitStack() as stack:
         try:
@@ -161,7 +161,7 @@ class _Shared:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: "Any") -> None:
-        from regd.testing.spawn import HostError
+        from regd.testing.host_process import HostError
 
         try:
             registry = self.registry()
@@ -173,7 +173,7 @@ class _Shared:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Add what a worker could not know: what the daemon logged."""
         if hasattr(report, "node") and self._registry and any(title == "regd" for title, _ in report.sections):
-            from regd.testing.spawn import HostError
+            from regd.testing.host_process import HostError
 
             with contextlib.suppress(HostError):  # the worker's own section says that it has ended
                 report.sections.append(("regd logged", self._registry.logged()))

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from regd.testing.spawn import Host, HostError, host
+from regd.testing.host_process import HostError, HostProcess, host
 from regd_client.blocking import BlockingConnection
 from regd_client.errors import RegdError, from_reply
-from regd_client.following import Endpoint, endpoint
+from regd_client.watches import Endpoint, endpoint
 
 VARIABLE = "REGD_ADDRESS"
 
@@ -173,7 +173,7 @@ class OwnRegistry(Registry):
     """One that was started by this process."""
 
     def __init__(self, path: Path | None, *, shared: bool = False) -> None:
-        self._host: Host = host()
+        self._host: HostProcess = host()
         made = self._host.ask("open", path=str(path) if path else None)
         super().__init__(made["address"], path, shared=shared)
         self._daemon: int = made["daemon"]

@@ -14,12 +14,12 @@ import pytest
 from regd.cli import completion
 from regd.cli.commands import COMMANDS, COMMON, SHELLS
 from regd_client.blocking import BlockingConnection
-from tests.support.daemon import Daemon, environment
+from tests.support.daemon import DaemonProcess, environment
 from tests.support.shells import PATIENT, Terminal, need, ran, shell_environment
 
 
 @pytest.fixture
-def names(process: Daemon) -> Daemon:
+def names(process: DaemonProcess) -> DaemonProcess:
     with BlockingConnection(process.addresses[0]) as peer:
         for name in ("db", "runner", "run-two"):
             assert peer.ask("register", name=name, port=1)["ok"]
@@ -131,7 +131,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_commands_options_and_names(shell: str, names: Daemon, tmp_path: Path) -> None:
+def test_commands_options_and_names(shell: str, names: DaemonProcess, tmp_path: Path) -> None:
     env = shell_environment(names.addresses[0], tmp_path)
     found = completed(shell, env, *CASES)
     for (line, wanted), offered in zip(CASES.items(), found, strict=True):
@@ -139,14 +139,16 @@ def test_commands_options_and_names(shell: str, names: Daemon, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_a_value_behind_an_equals_sign(shell: str, names: Daemon, tmp_path: Path) -> None:
+def test_a_value_behind_an_equals_sign(shell: str, names: DaemonProcess, tmp_path: Path) -> None:
     env = shell_environment(names.addresses[0], tmp_path)
     [[found]] = completed(shell, env, "regctl run shop --wait=d")
     assert found.removeprefix("--wait=") == "db"  # fish says all of the word
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_the_names_are_of_the_daemon_that_the_line_names(shell: str, names: Daemon, tmp_path: Path) -> None:
+def test_the_names_are_of_the_daemon_that_the_line_names(
+    shell: str, names: DaemonProcess, tmp_path: Path
+) -> None:
     nowhere = f"unix://{tmp_path}/none"
     env = shell_environment(nowhere, tmp_path)
     lines = [f"regctl --address {names.addresses[0]} why d", f"regctl why --address={names.addresses[0]} d"]
@@ -166,7 +168,7 @@ def test_without_a_daemon_or_an_answer_there_are_no_names_and_no_words(shell: st
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_behind_two_dashes_is_a_command_line_of_its_own(shell: str, names: Daemon, tmp_path: Path) -> None:
+def test_behind_two_dashes_is_a_command_line_of_its_own(shell: str, names: DaemonProcess, tmp_path: Path) -> None:
     env = shell_environment(names.addresses[0], tmp_path)
     (tmp_path / "unlike-a-name.txt").touch()
     one, other, options, files = completed(
@@ -179,7 +181,7 @@ def test_behind_two_dashes_is_a_command_line_of_its_own(shell: str, names: Daemo
     assert files == ["unlike-a-name.txt"] or shell == "bash"  # its readline finds files: see on the terminal
 
 
-def test_on_a_terminal_of_bash(names: Daemon, tmp_path: Path) -> None:
+def test_on_a_terminal_of_bash(names: DaemonProcess, tmp_path: Path) -> None:
     (tmp_path / "unlike-a-name.txt").touch()
     env = shell_environment(names.addresses[0], tmp_path)
     with Terminal([need("bash"), "--norc", "--noprofile", "-i"], env) as terminal:
@@ -233,7 +235,7 @@ def regctl_names(address: str, *arguments: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def test_names(names: Daemon) -> None:
+def test_names(names: DaemonProcess) -> None:
     with BlockingConnection(names.addresses[0]) as peer:
         for number in range(1_500):
             peer.ask("register", name="many", instance=str(number), port=1)

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from regd.cli import doctor, nearby
+from regd.cli import doctor, local_probe
 from regd.cli.doctor import Finding, examine
 from regd.core.limits import DEFAULT
 from regd_client import wire
 from regd_client.blocking import BlockingConnection
-from tests.support.daemon import WAIT_S, Daemon, InLoop, environment
+from tests.support.daemon import WAIT_S, DaemonProcess, InLoop, environment
 from tests.support.peers import Told
 
 
@@ -31,7 +31,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other daemons of this machine are no trouble of the test's."""
     monkeypatch.delenv("REGD_ADDRESS", raising=False)
     monkeypatch.setattr(wire, "DEFAULT_ADDRESS", "tcp://127.0.0.1:1")
-    monkeypatch.setattr(nearby, "daemons", lambda: iter(()))
+    monkeypatch.setattr(local_probe, "daemons", lambda: iter(()))
     monkeypatch.setattr(doctor, "ANSWER_S", 10 * WAIT_S)  # a tenth of it for others
 
 
@@ -44,7 +44,7 @@ async def wrong_of(daemon: InLoop) -> dict[str, Finding]:
         return await asyncio.to_thread(wrong, f"127.0.0.1:{daemon.port}")
 
 
-def test_all_is_well(process: Daemon) -> None:
+def test_all_is_well(process: DaemonProcess) -> None:
     with BlockingConnection(process.addresses[0]) as peer, socket.create_server(("127.0.0.1", 0)) as server:
         peer.ask("register", name="web", port=server.getsockname()[1])
         found = [each for each in examine(process.addresses[0]) if each.check != "lag"]  # of a busy machine
@@ -55,7 +55,7 @@ def test_all_is_well(process: Daemon) -> None:
         assert peer.ask("stats")["commits"] == 1  # it has changed nothing
 
 
-def test_as_a_command(process: Daemon, tmp_path: Path) -> None:
+def test_as_a_command(process: DaemonProcess, tmp_path: Path) -> None:
     def ran(*arguments: str, address: str) -> tuple[int, str, str]:
         done = subprocess.run(
             [sys.executable, "-m", "regd.cli.regctl", "doctor", *arguments],
@@ -134,8 +134,8 @@ async def test_a_daemon_that_is_full(tmp_path: Path) -> None:
         assert "takes no connection" in (await wrong_of(daemon))["daemon"].found
 
 
-def test_two_daemons(process: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Daemon(tmp_path / "other" / "registry.json") as other:
+def test_two_daemons(process: DaemonProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with DaemonProcess(tmp_path / "other" / "registry.json") as other:
         other.start()
         monkeypatch.setenv("REGD_ADDRESS", other.addresses[0])
         found = wrong(process.addresses[0])["elsewhere"]
@@ -151,7 +151,7 @@ def test_two_daemons(process: Daemon, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_one_daemon_at_two_addresses_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Daemon(tmp_path / "registry.json", "--unix", f"{tmp_path}/socket") as daemon:
+    with DaemonProcess(tmp_path / "registry.json", "--unix", f"{tmp_path}/socket") as daemon:
         daemon.start()
         monkeypatch.setenv("REGD_ADDRESS", f"unix://{tmp_path}/socket")
         assert "elsewhere" not in wrong(daemon.addresses[0])
@@ -176,8 +176,8 @@ def test_a_daemon_that_runs_is_seen_by_its_command_line(
         try:
             assert running.stdout is not None
             assert running.stdout.readline().startswith(b"listening")
-            assert f"unix://{tmp_path}/socket" in set(nearby._told())
-            assert running.pid in {pid for pid, _ in nearby.daemons()}
+            assert f"unix://{tmp_path}/socket" in set(local_probe._told())
+            assert running.pid in {pid for pid, _ in local_probe.daemons()}
         finally:
             running.kill()
 
@@ -210,14 +210,14 @@ def test_a_daemon_that_runs_is_seen_by_its_command_line(
     ],
 )
 def test_what_a_command_line_says(line: str, told: list[str] | None) -> None:
-    flags = nearby._flags(line.split(" "))
-    assert (None if flags is None else list(nearby._listens(flags))) == told
+    flags = local_probe._flags(line.split(" "))
+    assert (None if flags is None else list(local_probe._listens(flags))) == told
 
 
 def test_a_relative_socket_is_in_the_folder_of_its_daemon(tmp_path: Path) -> None:
     os.symlink(tmp_path, tmp_path / "cwd")
-    assert list(nearby._listens(["--unix", "s"], f"{tmp_path}/cwd")) == [f"unix://{tmp_path}/s"]
-    assert list(nearby._listens(["--unix", "s"], f"{tmp_path}/gone")) == []
+    assert list(local_probe._listens(["--unix", "s"], f"{tmp_path}/cwd")) == [f"unix://{tmp_path}/s"]
+    assert list(local_probe._listens(["--unix", "s"], f"{tmp_path}/gone")) == []
 
 
 # Another network namespace.
@@ -255,12 +255,12 @@ def beyond(folder: Path) -> Iterator[int]:
 
 
 def test_a_daemon_in_another_network_namespace_is_named(
-    process: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    process: DaemonProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder := tmp_path / "beyond").mkdir()
     with beyond(folder) as pid:
-        monkeypatch.setattr(nearby, "daemons", lambda: iter([(pid, ["--port", "7343"])]))
-        assert list(nearby._told()) == []  # its 127.0.0.1:7343 is not ours
+        monkeypatch.setattr(local_probe, "daemons", lambda: iter([(pid, ["--port", "7343"])]))
+        assert list(local_probe._told()) == []  # its 127.0.0.1:7343 is not ours
         found = wrong(_free_address())["elsewhere"]
         assert found.found.startswith(f"process {pid} is a regd in another network namespace")
         assert "--unix" in found.do
@@ -382,7 +382,7 @@ async def test_a_disk_that_is_full(daemon: InLoop, monkeypatch: pytest.MonkeyPat
 
 
 @contextlib.contextmanager
-def another(process: Daemon, change: Callable[[dict[str, Any]], object]) -> Iterator[str]:
+def another(process: DaemonProcess, change: Callable[[dict[str, Any]], object]) -> Iterator[str]:
     with BlockingConnection(process.addresses[0]) as peer, socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
@@ -401,14 +401,14 @@ def another(process: Daemon, change: Callable[[dict[str, Any]], object]) -> Iter
         assert not answering.is_alive()
 
 
-def test_another_version(process: Daemon) -> None:
+def test_another_version(process: DaemonProcess) -> None:
     with another(process, lambda reply: reply.update(version="0.0.1")) as address:
         found = wrong(address)["version"]
     assert "0.0.1" in found.found
     assert "same version" in found.do
 
 
-def test_another_container(process: Daemon) -> None:
+def test_another_container(process: DaemonProcess) -> None:
     with another(process, lambda reply: reply.get("host", {}).update(pid_namespace="pid:[1]")) as address:
         found = list(examine(address))
     by_check = {each.check: each for each in found}
@@ -417,7 +417,7 @@ def test_another_container(process: Daemon) -> None:
     assert by_check["services"].found.startswith("not tried")
 
 
-def test_answers_that_make_no_sense(process: Daemon) -> None:
+def test_answers_that_make_no_sense(process: DaemonProcess) -> None:
     with another(process, lambda reply: reply.pop("registry", None)) as address:
         found = wrong(address)["daemon"]
     assert "its answers broke off" in found.found

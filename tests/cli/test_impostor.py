@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from regd.cli import doctor, names, nearby, regctl
+from regd.cli import complete_names, doctor, local_probe, regctl
 from regd.cli.commands import COMMANDS
 from regd_client.blocking import BlockingConnection
-from tests.support.daemon import WAIT_S, Daemon, environment
+from tests.support.daemon import WAIT_S, DaemonProcess, environment
 
 HOSTILE_HOST = "127.0.0.1$(touch pwned)"
 INSTANCE = {
@@ -134,11 +134,11 @@ def variants(fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other daemons of this machine are none of the test's business."""
-    monkeypatch.setattr(nearby, "addresses", lambda but: [])
-    monkeypatch.setattr(nearby, "accepts", lambda host, port: True)
+    monkeypatch.setattr(local_probe, "addresses", lambda but: [])
+    monkeypatch.setattr(local_probe, "accepts", lambda host, port: True)
     monkeypatch.setattr(doctor, "ANSWER_S", WAIT_S)
-    monkeypatch.setattr(names, "_ANSWER_S", WAIT_S)
-    monkeypatch.setattr(names, "_END_S", 10 * WAIT_S)
+    monkeypatch.setattr(complete_names, "_ANSWER_S", WAIT_S)
+    monkeypatch.setattr(complete_names, "_END_S", 10 * WAIT_S)
 
 
 @pytest.fixture
@@ -283,7 +283,7 @@ def test_a_value_is_one_word_of_a_shell(value: str) -> None:
     assert (quoted == value) is (value in ("a", "127.0.0.1:80"))
 
 
-def test_formats_of_env(process: Daemon, ran: Callable[..., tuple[int, str, str]]) -> None:
+def test_formats_of_env(process: DaemonProcess, ran: Callable[..., tuple[int, str, str]]) -> None:
     with BlockingConnection(process.addresses[0]) as peer:
         assert peer.ask("register", name="db", port=5432, host="::1")["ok"]
     shown = {form: ran(process.addresses[0], "env", "db", "--format", form) for form in ("shell", "docker")}

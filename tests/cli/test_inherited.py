@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.daemon import WAIT_S, Daemon, environment
+from tests.support.daemon import WAIT_S, DaemonProcess, environment
 from tests.support.demand import demand
 
 needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
@@ -53,7 +53,7 @@ def is_up(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def running(daemon: Daemon, path: Path, **how: Any) -> Iterator["subprocess.Popen[bytes]"]:
+def running(daemon: DaemonProcess, path: Path, **how: Any) -> Iterator["subprocess.Popen[bytes]"]:
     """Run a daemon on a Unix socket alone, in the foreground, from the moment when it answers."""
     how.setdefault("env", environment())
     with subprocess.Popen(daemon.command("--port", "off", "--unix", str(path)), **how) as process:
@@ -83,7 +83,7 @@ def place_of(pid: int, number: int) -> str:
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
 def test_in_the_background_with_closed_descriptors_it_lives(closed: str, tmp_path: Path) -> None:
     log, path = tmp_path / "log", tmp_path / "s"
-    daemon = Daemon(tmp_path / "registry.json", "--log", str(log), "--port", "off", "--unix", str(path))
+    daemon = DaemonProcess(tmp_path / "registry.json", "--log", str(log), "--port", "off", "--unix", str(path))
     with demand(tmp_path) as place:
         command = in_shell(f'"$@" {closed}', daemon.command("--background"))
         done = subprocess.run(command, env=environment(), capture_output=True, timeout=WAIT_S)
@@ -96,7 +96,7 @@ def test_in_the_background_with_closed_descriptors_it_lives(closed: str, tmp_pat
 def test_with_closed_descriptors_nothing_else_gets_their_numbers(tmp_path: Path) -> None:
     """Else what is meant for stderr is written into a socket."""
     daemon, path = (
-        Daemon(tmp_path / "registry.json", "--port", "off", "--unix", str(tmp_path / "s")),
+        DaemonProcess(tmp_path / "registry.json", "--port", "off", "--unix", str(tmp_path / "s")),
         tmp_path / "s",
     )
     with subprocess.Popen(in_shell('exec "$@" <&- >&- 2>&-', daemon.command()), env=environment()) as process:
@@ -109,13 +109,13 @@ def test_with_closed_descriptors_nothing_else_gets_their_numbers(tmp_path: Path)
 
 @pytest.mark.parametrize("flags", [["--registry", "/"], ["--prot", "1"]])
 def test_without_stderr_errors_are_not_written_to_stdout(flags: list[str], tmp_path: Path) -> None:
-    command = in_shell('"$@" 2>&-', Daemon(tmp_path / "registry.json").command(*flags))
+    command = in_shell('"$@" 2>&-', DaemonProcess(tmp_path / "registry.json").command(*flags))
     done = subprocess.run(command, env=environment(), capture_output=True, timeout=WAIT_S)
     assert (done.returncode, done.stdout) == (1 if flags[0] == "--registry" else 2, b"")
 
 
 def test_in_the_background_it_keeps_no_file_of_the_caller(tmp_path: Path) -> None:
-    daemon = Daemon(
+    daemon = DaemonProcess(
         tmp_path / "registry.json", "--log", str(tmp_path / "log"), "--port", "off", "--unix", str(tmp_path / "s")
     )
     heard, told = os.pipe()
@@ -135,7 +135,7 @@ def test_in_the_background_it_keeps_no_file_of_the_caller(tmp_path: Path) -> Non
 
 def test_in_the_background_it_keeps_the_sockets_that_were_handed_over(tmp_path: Path) -> None:
     path = tmp_path / "s"
-    daemon = Daemon(tmp_path / "registry.json", "--log", str(tmp_path / "log"))
+    daemon = DaemonProcess(tmp_path / "registry.json", "--log", str(tmp_path / "log"))
     with demand(tmp_path), socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
@@ -156,7 +156,7 @@ def test_a_full_stdout_is_one_line_in_the_log_and_no_end(tmp_path: Path) -> None
     path = tmp_path / "s"
     with (
         open("/dev/full", "wb") as full,
-        running(Daemon(tmp_path / "r.json"), path, stdout=full, stderr=subprocess.PIPE) as process,
+        running(DaemonProcess(tmp_path / "r.json"), path, stdout=full, stderr=subprocess.PIPE) as process,
     ):
         assert is_up(path)
         assert end(process) == 0
@@ -170,7 +170,7 @@ def test_a_caller_that_reads_no_more_does_not_end_it(tmp_path: Path) -> None:
     path = tmp_path / "s"
     heard, told = os.pipe()
     os.close(heard)
-    with running(Daemon(tmp_path / "r.json"), path, stdout=told, stderr=subprocess.DEVNULL) as process:
+    with running(DaemonProcess(tmp_path / "r.json"), path, stdout=told, stderr=subprocess.DEVNULL) as process:
         os.close(told)
         assert is_up(path)
         assert end(process) == 0
@@ -183,7 +183,7 @@ def test_a_log_on_a_full_disk_costs_the_log_alone(flags: list[str], tmp_path: Pa
     with (
         open("/dev/full", "wb") as full,
         running(
-            Daemon(tmp_path / "r.json", *flags),
+            DaemonProcess(tmp_path / "r.json", *flags),
             path,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE if flags else full,
@@ -202,7 +202,7 @@ def test_a_log_on_a_full_disk_costs_the_log_alone(flags: list[str], tmp_path: Pa
 def test_help_and_errors_on_a_full_disk_have_their_status(
     flags: list[str], where: str, status: int, tmp_path: Path
 ) -> None:
-    command = in_shell(f'"$@" {where}/dev/full', Daemon(tmp_path / "r.json").command(*flags))
+    command = in_shell(f'"$@" {where}/dev/full', DaemonProcess(tmp_path / "r.json").command(*flags))
     done = subprocess.run(command, env=environment(), capture_output=True, timeout=WAIT_S)
     assert (done.returncode, done.stdout) == (status, b"")
     assert done.stderr == (b"regd: cannot write to stdout: No space left on device\n" if status == 1 else b"")
@@ -212,7 +212,7 @@ def test_a_log_that_nobody_reads_holds_up_nothing(tmp_path: Path) -> None:
     path = tmp_path / "s"
     heard, told = os.pipe()
     requests = [b'{"cmd":"register","name":"%s-%d","port":1}' % (b"n" * 50, number) for number in range(2_000)]
-    with running(Daemon(tmp_path / "r.json"), path, stdout=subprocess.DEVNULL, stderr=told) as process:
+    with running(DaemonProcess(tmp_path / "r.json"), path, stdout=subprocess.DEVNULL, stderr=told) as process:
         os.close(told)
         for some in batched(requests, 50):
             assert all(reply["ok"] for reply in ask(path, *some)), "twice the pipe's size is logged in the end"
@@ -237,7 +237,7 @@ def test_a_path_that_stdout_cannot_show_is_escaped(
 ) -> None:
     path, log = tmp_path / f"{name}.sock", tmp_path / f"{name}.log"
     with running(
-        Daemon(tmp_path / f"{name}.json", "--log", str(log)),
+        DaemonProcess(tmp_path / f"{name}.json", "--log", str(log)),
         path,
         stdout=subprocess.PIPE,
         env=environment(**variables),
@@ -254,7 +254,9 @@ def test_a_path_that_stdout_cannot_show_is_escaped(
 
 def test_signals_that_mean_nothing_to_it_are_logged_and_ignored(tmp_path: Path) -> None:
     path, log = tmp_path / "s", tmp_path / "log"
-    with running(Daemon(tmp_path / "r.json", "--log", str(log)), path, stdout=subprocess.DEVNULL) as process:
+    with running(
+        DaemonProcess(tmp_path / "r.json", "--log", str(log)), path, stdout=subprocess.DEVNULL
+    ) as process:
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGPROF):
             process.send_signal(number)
             until(lambda number=number: f"{number.name}: ignored" in log.read_text())  # type: ignore[misc]
@@ -266,7 +268,9 @@ def test_signals_that_mean_nothing_to_it_are_logged_and_ignored(tmp_path: Path) 
 def test_sighup_opens_the_log_anew(tmp_path: Path) -> None:
     path, log, old = tmp_path / "s", tmp_path / "logs" / "log", tmp_path / "logs" / "old"
     log.parent.mkdir()
-    with running(Daemon(tmp_path / "r.json", "--log", str(log)), path, stdout=subprocess.DEVNULL) as process:
+    with running(
+        DaemonProcess(tmp_path / "r.json", "--log", str(log)), path, stdout=subprocess.DEVNULL
+    ) as process:
         log.rename(old)
         process.send_signal(signal.SIGHUP)
         until(lambda: log.exists() and "opened anew" in log.read_text())
@@ -283,7 +287,7 @@ def test_sighup_opens_the_log_anew(tmp_path: Path) -> None:
 def test_sighup_without_a_file_for_the_log_and_without_a_terminal_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with running(
-        Daemon(tmp_path / "r.json"),
+        DaemonProcess(tmp_path / "r.json"),
         path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -312,7 +316,7 @@ def test_it_ends_in_order_when_its_terminal_hangs_up(flags: list[str], tmp_path:
     path, log = tmp_path / "s", tmp_path / "log"
     ours, theirs = pty.openpty()
     with running(
-        Daemon(tmp_path / "r.json", *flags, *([str(log)] if flags else [])), path,
+        DaemonProcess(tmp_path / "r.json", *flags, *([str(log)] if flags else [])), path,
         stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=has_terminal_as_its_own,
     ) as process:  # fmt: skip
         os.close(theirs)
@@ -330,7 +334,7 @@ def test_under_nohup_it_outlives_its_terminal(tmp_path: Path) -> None:
     path, log = tmp_path / "s", tmp_path / "log"
     ours, theirs = pty.openpty()
     with running(
-        Daemon(tmp_path / "r.json", "--log", str(log)), path,
+        DaemonProcess(tmp_path / "r.json", "--log", str(log)), path,
         stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=ignores_sighup,
     ) as process:  # fmt: skip
         os.close(theirs)
@@ -346,7 +350,11 @@ def test_a_signal_that_the_caller_has_blocked_ends_it_all_the_same(tmp_path: Pat
 
     path = tmp_path / "s"
     with running(
-        Daemon(tmp_path / "r.json"), path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=block
+        DaemonProcess(tmp_path / "r.json"),
+        path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=block,
     ) as process:
         assert end(process) == 0
 
@@ -357,7 +365,7 @@ def test_a_signal_that_the_caller_has_blocked_ends_it_all_the_same(tmp_path: Pat
 @pytest.mark.skipif(sys.platform != "linux", reason="prlimit is Linux's")
 def test_with_few_files_it_says_how_many_connections_it_takes(tmp_path: Path) -> None:
     path = tmp_path / "s"
-    daemon = Daemon(tmp_path / "r.json", before=("prlimit", "--nofile=256:256"))
+    daemon = DaemonProcess(tmp_path / "r.json", before=("prlimit", "--nofile=256:256"))
     with running(daemon, path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         warning = process.stderr.readline().decode()
@@ -403,7 +411,7 @@ def test_a_folder_that_it_makes_is_told(tmp_path: Path) -> None:
     path, folder = tmp_path / "s", tmp_path / "typo" / "deep"
     for told in (1, 0):
         with running(
-            Daemon(folder / "r.json"), path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            DaemonProcess(folder / "r.json"), path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         ) as process:
             assert end(process) == 0
             assert process.stderr is not None
@@ -415,7 +423,9 @@ def test_a_folder_that_it_makes_is_told(tmp_path: Path) -> None:
 
 def test_port_off_listens_on_no_tcp(tmp_path: Path) -> None:
     path = tmp_path / "s"
-    with running(Daemon(tmp_path / "r.json"), path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    with running(
+        DaemonProcess(tmp_path / "r.json"), path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
         assert end(process) == 0
         assert process.stdout is not None
         assert process.stdout.read() == f"listening unix://{path}\n".encode()
@@ -423,7 +433,7 @@ def test_port_off_listens_on_no_tcp(tmp_path: Path) -> None:
 
 def test_port_off_alone_is_bad_usage(tmp_path: Path) -> None:
     done = subprocess.run(
-        Daemon(tmp_path / "r.json").command("--port", "off"), env=environment(), capture_output=True, text=True,
+        DaemonProcess(tmp_path / "r.json").command("--port", "off"), env=environment(), capture_output=True, text=True,
         timeout=WAIT_S,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")

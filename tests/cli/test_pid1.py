@@ -12,7 +12,7 @@ import pytest
 
 from regd_client.blocking import BlockingConnection
 from tests.cli.test_run import LISTENER, REGCTL, Running, peer, until
-from tests.support.daemon import ROOT, WAIT_S, Daemon, environment
+from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, environment
 
 __all__ = ["peer"]  # a fixture
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not has_containers(), reason="this user may make
 
 
 @contextlib.contextmanager
-def process_1(daemon: Daemon, *arguments: str) -> Iterator[tuple[Running, int]]:
+def process_1(daemon: DaemonProcess, *arguments: str) -> Iterator[tuple[Running, int]]:
     """Run regctl as process 1, and yield it with its number outside."""
     with subprocess.Popen(
         [*CONTAINER, *REGCTL, *arguments], cwd=ROOT, env=environment(REGD_ADDRESS=daemon.addresses[0]), text=True,
@@ -52,7 +52,7 @@ def process_1(daemon: Daemon, *arguments: str) -> Iterator[tuple[Running, int]]:
     ids=["wait", "run --wait"],
 )
 def test_what_waits_ends_at_a_signal(
-    process: Daemon, peer: BlockingConnection, arguments: tuple[str, ...]
+    process: DaemonProcess, peer: BlockingConnection, arguments: tuple[str, ...]
 ) -> None:
     with process_1(process, *arguments) as (command, number):
         until(lambda: peer.ask("stats")["waiting"] == 1)
@@ -64,7 +64,7 @@ def test_what_waits_ends_at_a_signal(
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
 )
 def test_what_follows_ends_at_a_signal(
-    process: Daemon, peer: BlockingConnection, number: int, status: int
+    process: DaemonProcess, peer: BlockingConnection, number: int, status: int
 ) -> None:
     peer.ask("register", name="db", port=1)
     with process_1(process, "watch") as (command, pid):
@@ -74,7 +74,7 @@ def test_what_follows_ends_at_a_signal(
         assert "Traceback" not in command.process.stderr.read()  # type: ignore[union-attr]
 
 
-def test_a_command_gets_its_signals_and_its_status_is_passed_on(process: Daemon) -> None:
+def test_a_command_gets_its_signals_and_its_status_is_passed_on(process: DaemonProcess) -> None:
     with process_1(process, "run", "web", "--", sys.executable, "-c", LISTENER) as (command, number):
         assert command.line() == "waits"
         for each in (signal.SIGWINCH, signal.SIGTTIN, signal.SIGTSTP, signal.SIGUSR1, signal.SIGTERM):
@@ -85,7 +85,7 @@ def test_a_command_gets_its_signals_and_its_status_is_passed_on(process: Daemon)
 
 
 @pytest.mark.parametrize(("script", "status"), [("exit 7", 7), ("kill -9 $$", 137)])
-def test_the_status_of_the_command(process: Daemon, script: str, status: int) -> None:
+def test_the_status_of_the_command(process: DaemonProcess, script: str, status: int) -> None:
     with process_1(process, "run", "web", "--", "sh", "-c", script) as (command, _):
         assert command.process.wait(WAIT_S) == status
 
@@ -109,7 +109,7 @@ input()
 """
 
 
-def test_orphans_are_reaped(process: Daemon) -> None:
+def test_orphans_are_reaped(process: DaemonProcess) -> None:
     with process_1(process, "run", "web", "--", sys.executable, "-c", ORPHAN) as (command, number):
         orphan = Path(f"/proc/{number}/root/proc", command.line())
         until(lambda: not orphan.exists())

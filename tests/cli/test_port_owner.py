@@ -13,7 +13,7 @@ from regd.cli import port_owner
 from regd.cli.port_owner import Listener, is_of, listener
 from regd_client.blocking import BlockingConnection
 from tests.cli.test_run import running, until
-from tests.support.daemon import Daemon
+from tests.support.daemon import DaemonProcess
 from tests.support.peers import STRANGER
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's kernel")
@@ -128,7 +128,7 @@ sys.stdin.readline()
 
 @needs_root
 @pytest.mark.parametrize("port", ["auto", "given"])
-def test_a_port_that_another_user_takes_is_not_registered(process: Daemon, port: str) -> None:
+def test_a_port_that_another_user_takes_is_not_registered(process: DaemonProcess, port: str) -> None:
     if port == "given":
         with listens("127.0.0.1") as free:
             port = str(free.getsockname()[1])
@@ -151,7 +151,7 @@ def test_a_port_that_another_user_takes_is_not_registered(process: Daemon, port:
 
 
 @needs_root
-def test_a_command_that_becomes_another_user_is_registered(process: Daemon) -> None:
+def test_a_command_that_becomes_another_user_is_registered(process: DaemonProcess) -> None:
     imports = "import os, socket, sys"  # before: another user may not be able to read this Python
     code = COMMAND.replace(imports, f'{imports}; "".encode("idna"); os.setuid({STRANGER})')
     with running(process, "web", "--", sys.executable, "-c", code) as command:

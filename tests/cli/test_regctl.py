@@ -17,7 +17,7 @@ import pytest
 from regd.cli.commands import parser
 from regd.cli.regctl import _PLAIN, _given
 from regd_client.blocking import BlockingConnection
-from tests.support.daemon import Daemon, environment
+from tests.support.daemon import DaemonProcess, environment
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -26,7 +26,7 @@ PLAIN = [[command, *["name"] * names] for command, names in _PLAIN.items()]
 
 
 @pytest.fixture
-def regctl(process: Daemon) -> Run:
+def regctl(process: DaemonProcess) -> Run:
     def run(*arguments: str, address: str = "") -> tuple[int, str, str]:
         done = subprocess.run(
             [sys.executable, "-m", "regd.cli.regctl", *arguments],
@@ -84,7 +84,7 @@ def test_json_is_the_reply(regctl: Run) -> None:
     assert [each["name"] for each in json.loads(regctl("list", "--json")[1])["instances"]] == ["db"]
 
 
-def test_a_person_sees_a_table_and_no_escape_sequences(regctl: Run, process: Daemon) -> None:
+def test_a_person_sees_a_table_and_no_escape_sequences(regctl: Run, process: DaemonProcess) -> None:
     regctl("register", "db", "5432", "--meta", "note=\x1b[31mred")
     mine, theirs = pty.openpty()
     subprocess.run(
@@ -119,7 +119,7 @@ def test_a_plain_line_is_read_as_any_other(argv: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("line", "shown"), [(["resolve", "db"], "127.0.0.1:5432\n"), (["names", "d*"], "db\n")])
-def test_a_plain_line_imports_nothing_dear(line: list[str], shown: str, process: Daemon) -> None:
+def test_a_plain_line_imports_nothing_dear(line: list[str], shown: str, process: DaemonProcess) -> None:
     """They took as long as Python's own start, and half as long again."""
     dear = {
         "asyncio",
@@ -135,7 +135,7 @@ def test_a_plain_line_imports_nothing_dear(line: list[str], shown: str, process:
     }
     code = (
         "import sys; before = set(sys.modules); from regd.cli.regctl import main\n"
-        "if 'names' in sys.argv: import regd.cli.names as names; names._ANSWER_S = names._END_S = 15.0  # busy machines\n"
+        "if 'names' in sys.argv: import regd.cli.complete_names as names; names._ANSWER_S = names._END_S = 15.0  # busy machines\n"
         "status = main(sys.argv[1:])\n"
         "print(*(set(sys.modules) - before), file=sys.stderr); sys.exit(status)"
     )
@@ -160,7 +160,7 @@ def test_what_is_not_plain_is_left_to_the_parser(argv: list[str], capsys: pytest
     assert "regctl" in "".join(capsys.readouterr())
 
 
-def test_a_pipe_that_has_seen_enough(regctl: Run, process: Daemon) -> None:
+def test_a_pipe_that_has_seen_enough(regctl: Run, process: DaemonProcess) -> None:
     for n in range(3):
         regctl("register", f"n{n}", "1")
     command = f"{sys.executable} -m regd.cli.regctl list | true"
@@ -202,7 +202,7 @@ def test_why(regctl: Run) -> None:
     assert regctl("why", "b")[0] == 1
 
 
-def test_watch(regctl: Run, process: Daemon) -> None:
+def test_watch(regctl: Run, process: DaemonProcess) -> None:
     regctl("register", "a", "1")
     with subprocess.Popen(
         [sys.executable, "-m", "regd.cli.regctl", "watch", "a*"],
@@ -218,7 +218,7 @@ def test_watch(regctl: Run, process: Daemon) -> None:
         assert watching.wait(10) == 130
 
 
-def test_wait_goes_on_over_a_restart(process: Daemon) -> None:
+def test_wait_goes_on_over_a_restart(process: DaemonProcess) -> None:
     with (
         subprocess.Popen(
             [sys.executable, "-m", "regd.cli.regctl", "wait", "late", "--timeout", "30"],
@@ -262,7 +262,7 @@ def test_a_watch_that_the_daemon_ends(regctl: Run, flags: tuple[str, ...], shown
 # Commands and options.
 
 
-def test_register_with_all_its_options(regctl: Run, process: Daemon) -> None:
+def test_register_with_all_its_options(regctl: Run, process: DaemonProcess) -> None:
     pid = str(os.getpid())
     assert regctl("register", "a", "[::1]:70", "--ttl", "30", "--state", "starting") == (0, "[::1]:70\n", "")
     assert regctl("register", "b", "localhost:70", "--pid", pid) == (0, "localhost:70\n", "")
@@ -389,7 +389,7 @@ def test_limits_are_shown_when_asked_for(regctl: Run) -> None:
 
 @pytest.mark.parametrize("flags", [(), ("--json",)], ids=["people", "json"])
 def test_watch_survives_a_restart_and_shows_what_is_different(
-    flags: tuple[str, ...], regctl: Run, process: Daemon
+    flags: tuple[str, ...], regctl: Run, process: DaemonProcess
 ) -> None:
     for name in ("stays", "goes", "changes"):
         regctl("register", name, "1")
@@ -433,7 +433,7 @@ def test_watch_survives_a_restart_and_shows_what_is_different(
         assert watching.stderr.read() == ""
 
 
-def test_watch_ends_where_another_program_has_taken_the_port(process: Daemon) -> None:
+def test_watch_ends_where_another_program_has_taken_the_port(process: DaemonProcess) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "regd.cli.regctl", "watch", "--json"],
         env=environment(REGD_ADDRESS=process.addresses[0]), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -452,7 +452,7 @@ def test_watch_ends_where_another_program_has_taken_the_port(process: Daemon) ->
         assert watching.wait(20) == 3
 
 
-def test_watch_ends_when_the_daemon_is_away_and_nobody_reads(process: Daemon) -> None:
+def test_watch_ends_when_the_daemon_is_away_and_nobody_reads(process: DaemonProcess) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "regd.cli.regctl", "watch", "--json"],
         env=environment(REGD_ADDRESS=process.addresses[0]), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -469,7 +469,7 @@ def test_watch_ends_when_the_daemon_is_away_and_nobody_reads(process: Daemon) ->
 # Output that cannot be written.
 
 
-def shell(process: Daemon, script: str) -> "subprocess.CompletedProcess[str]":
+def shell(process: DaemonProcess, script: str) -> "subprocess.CompletedProcess[str]":
     """Run a script of bash, in which `regctl` is the command, and 9 a pipe that nobody reads any more."""
     with_regctl = f'regctl() {{ "{sys.executable}" -m regd.cli.regctl "$@"; }}\n'
     reading, writing = os.pipe()
@@ -494,7 +494,7 @@ SAY = [
 
 
 @pytest.fixture
-def peopled(process: Daemon) -> Iterator[Daemon]:
+def peopled(process: DaemonProcess) -> Iterator[DaemonProcess]:
     with BlockingConnection(process.addresses[0]) as peer, socket.create_server(("127.0.0.1", 0)) as here:
         for name in ("db", "here"):
             assert peer.ask("register", name=name, port=here.getsockname()[1])["ok"]
@@ -503,20 +503,20 @@ def peopled(process: Daemon) -> Iterator[Daemon]:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
 @pytest.mark.parametrize("line", SAY)
-def test_a_full_stdout_is_an_error(line: str, peopled: Daemon) -> None:
+def test_a_full_stdout_is_an_error(line: str, peopled: DaemonProcess) -> None:
     done = shell(peopled, f"regctl {line} >/dev/full")
     assert (done.returncode, done.stderr) == (4, "regctl: cannot write to stdout: No space left on device\n")
 
 
 @pytest.mark.parametrize("line", SAY)
-def test_a_pipe_that_nobody_reads_is_none(line: str, peopled: Daemon) -> None:
+def test_a_pipe_that_nobody_reads_is_none(line: str, peopled: DaemonProcess) -> None:
     done = shell(peopled, f"regctl {line} >&9")
     status = {"lst --json": 2, "resolve nobody --json": 1}.get(line, 0)
     assert done.stderr == ""
     assert done.returncode == status or line == "doctor"
 
 
-def test_wait_goes_on_to_the_next_though_nobody_reads(peopled: Daemon) -> None:
+def test_wait_goes_on_to_the_next_though_nobody_reads(peopled: DaemonProcess) -> None:
     assert shell(peopled, "regctl wait here nobody --timeout 0.3 >&9 && echo goes on").stdout == ""
     assert shell(peopled, "regctl wait here nobody --timeout 0.3 >/dev/full && echo goes on").stdout == ""
 
@@ -538,12 +538,12 @@ FAIL = {
 
 @pytest.mark.parametrize("stderr", ["2>&9", "2>/dev/full", "2>&-", "2>&- >&-", "2>&- >&- <&-", "2>&- >&9"])
 @pytest.mark.parametrize("line", FAIL)
-def test_a_broken_stderr_changes_no_status(line: str, stderr: str, peopled: Daemon) -> None:
+def test_a_broken_stderr_changes_no_status(line: str, stderr: str, peopled: DaemonProcess) -> None:
     done = shell(peopled, f"regctl {line} {stderr}")
     assert (done.returncode, done.stdout, done.stderr) == (FAIL[line], "", "")
 
 
-def test_stderr_is_broken_and_the_work_is_done(peopled: Daemon) -> None:
+def test_stderr_is_broken_and_the_work_is_done(peopled: DaemonProcess) -> None:
     done = shell(
         peopled,
         "for to in /dev/full '&9' '&-'; do eval \"regctl register shop-db 1 2>$to >$to\"; done; regctl ls shop*",
@@ -556,13 +556,13 @@ def test_stderr_is_broken_and_the_work_is_done(peopled: Daemon) -> None:
 
 
 @pytest.mark.parametrize("command", ["list", "ping", "resolve nobody", "top", "stats", "list --json"])
-def test_a_closed_stdout(peopled: Daemon, command: str) -> None:
+def test_a_closed_stdout(peopled: DaemonProcess, command: str) -> None:
     done = shell(peopled, f"regctl {command} >&-")
     assert done.returncode == (1 if command.startswith("resolve") else 0)
 
 
 @pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- >&- 2>&-"])
-def test_nothing_is_written_into_what_took_a_closed_number(closed: str, peopled: Daemon) -> None:
+def test_nothing_is_written_into_what_took_a_closed_number(closed: str, peopled: DaemonProcess) -> None:
     """The connection to the daemon would be descriptor 0, 1 or 2."""
     for command in ("resolve nobody", "list", "watch nobody --address 127.0.0.1:1", "register x 1"):
         shell(peopled, f"regctl {command} {closed}")

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 import regd
-from tests.support.daemon import Daemon, environment
+from tests.support.daemon import DaemonProcess, environment
 from tests.support.demand import demand
 
 
-def run(daemon: Daemon, *flags: str, uid: int | None = None) -> tuple[int, str, str]:
+def run(daemon: DaemonProcess, *flags: str, uid: int | None = None) -> tuple[int, str, str]:
     command = daemon.command(*flags)
     if uid is not None:
         command = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", *command]
@@ -29,7 +29,7 @@ def one_line(errors: str) -> str:
 
 
 def test_it_says_where_it_listens_and_listens_there(tmp_path: Path) -> None:
-    with Daemon(tmp_path / "deep" / "registry.json", "--unix", str(tmp_path / "s")) as daemon:
+    with DaemonProcess(tmp_path / "deep" / "registry.json", "--unix", str(tmp_path / "s")) as daemon:
         daemon.start()
         assert daemon.process is not None
         assert daemon.process.stdout is not None
@@ -48,7 +48,7 @@ def test_it_says_where_it_listens_and_listens_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_cleanly(process: Daemon, number: signal.Signals) -> None:
+def test_a_signal_ends_it_cleanly(process: DaemonProcess, number: signal.Signals) -> None:
     with socket.create_connection(("127.0.0.1", process.port)) as peer:
         peer.sendall(b'{"cmd":"register","name":"db","port":1}\n')
         assert b'"ok":true' in peer.recv(4_096)
@@ -63,7 +63,7 @@ def test_a_signal_ends_it_cleanly(process: Daemon, number: signal.Signals) -> No
         assert b'"port":1' in peer.recv(4_096)
 
 
-def test_a_second_one_says_so_and_touches_nothing(process: Daemon, tmp_path: Path) -> None:
+def test_a_second_one_says_so_and_touches_nothing(process: DaemonProcess, tmp_path: Path) -> None:
     before = process.registry.stat()
     status, out, errors = run(process, "--port", "0")
     assert (status, out) == (1, "")
@@ -72,7 +72,7 @@ def test_a_second_one_says_so_and_touches_nothing(process: Daemon, tmp_path: Pat
         if process.process
         else False
     )
-    other = Daemon(tmp_path / "other" / "registry.json")
+    other = DaemonProcess(tmp_path / "other" / "registry.json")
     status, out, errors = run(other, "--port", str(process.port))
     assert (status, out) == (1, "")
     assert f"port {process.port} on 127.0.0.1 is taken" in one_line(errors)
@@ -82,7 +82,7 @@ def test_a_second_one_says_so_and_touches_nothing(process: Daemon, tmp_path: Pat
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 100, b'{"a": {"port": 1}', b"[1]"])
 def test_a_damaged_registry_is_refused_and_kept(tmp_path: Path, data: bytes) -> None:
-    daemon = Daemon(tmp_path / "registry.json")
+    daemon = DaemonProcess(tmp_path / "registry.json")
     daemon.registry.write_bytes(data)
     status, out, errors = run(daemon, "--port", "0")
     assert (status, out) == (1, "")
@@ -97,7 +97,7 @@ def test_a_folder_that_it_may_not_write_is_told(tmp_path: Path) -> None:
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_uid == 0 and "pytest" in str(folder):
             folder.chmod(0o755)
-    daemon = Daemon(locked / "registry.json")
+    daemon = DaemonProcess(locked / "registry.json")
     status, out, errors = run(daemon, "--port", "0", uid=65_534)
     if status == 127 or "Permission denied: '/" in errors or "No module" in errors or "can't open" in errors:
         pytest.skip("another user cannot even run this Python")
@@ -118,7 +118,7 @@ def test_a_folder_that_it_may_not_write_is_told(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_flag_is_one_line(tmp_path: Path, flags: list[str], says: str) -> None:
-    status, _, errors = run(Daemon(tmp_path / "registry.json"), *flags)
+    status, _, errors = run(DaemonProcess(tmp_path / "registry.json"), *flags)
     assert status == 2
     assert says in one_line(errors)
     assert "regd --help" in errors
@@ -126,7 +126,7 @@ def test_a_bad_flag_is_one_line(tmp_path: Path, flags: list[str], says: str) -> 
 
 
 def test_version_and_help(tmp_path: Path) -> None:
-    daemon = Daemon(tmp_path / "registry.json")
+    daemon = DaemonProcess(tmp_path / "registry.json")
     assert run(daemon, "--version") == (0, f"regd {regd.__version__}\n", "")
     status, out, _ = run(daemon, "--help")
     assert status == 0
@@ -136,7 +136,7 @@ def test_version_and_help(tmp_path: Path) -> None:
 
 def test_uvloop_is_used_where_it_is_installed(tmp_path: Path) -> None:
     pytest.importorskip("uvloop")
-    with Daemon(tmp_path / "registry.json", stock=False) as daemon:
+    with DaemonProcess(tmp_path / "registry.json", stock=False) as daemon:
         daemon.start()
         with socket.create_connection(("127.0.0.1", daemon.port)) as peer:
             peer.sendall(b'{"cmd":"hello"}\n')
@@ -145,7 +145,7 @@ def test_uvloop_is_used_where_it_is_installed(tmp_path: Path) -> None:
 
 
 def test_an_acknowledged_registration_survives_kill_9(tmp_path: Path) -> None:
-    with Daemon(tmp_path / "registry.json") as daemon:
+    with DaemonProcess(tmp_path / "registry.json") as daemon:
         acknowledged = 0
         for _ in range(5):
             daemon.start()
@@ -164,7 +164,7 @@ def test_an_acknowledged_registration_survives_kill_9(tmp_path: Path) -> None:
 def test_a_log_in_a_file_has_all_of_it_and_stats_say_where(tmp_path: Path) -> None:
     log = tmp_path / "regd.log"
     log.write_text("before\n")
-    with Daemon(tmp_path / "registry.json", "--log", str(log)) as daemon:
+    with DaemonProcess(tmp_path / "registry.json", "--log", str(log)) as daemon:
         daemon.start()
         with socket.create_connection(("127.0.0.1", daemon.port)) as peer:
             peer.sendall(b'{"cmd":"stats"}\n')
@@ -175,7 +175,7 @@ def test_a_log_in_a_file_has_all_of_it_and_stats_say_where(tmp_path: Path) -> No
     assert (first, last.endswith("INFO SIGTERM: leaving")) == ("before", True)
 
 
-def test_what_goes_wrong_at_the_start_is_told_in_both(process: Daemon, tmp_path: Path) -> None:
+def test_what_goes_wrong_at_the_start_is_told_in_both(process: DaemonProcess, tmp_path: Path) -> None:
     log = tmp_path / "regd.log"
     status, out, errors = run(process, "--port", "0", "--log", str(log))
     assert (status, out) == (1, "")
@@ -189,7 +189,7 @@ def test_what_goes_wrong_at_the_start_is_told_in_both(process: Daemon, tmp_path:
 
 
 def test_in_the_background_it_is_there_when_the_command_has_ended(tmp_path: Path) -> None:
-    daemon = Daemon(tmp_path / "registry.json", "--log", str(tmp_path / "log"))
+    daemon = DaemonProcess(tmp_path / "registry.json", "--log", str(tmp_path / "log"))
     with demand(tmp_path) as place:  # which ends it
         status, out, errors = run(daemon, "--port", "0", "--background")  # its pipes end: nobody else has them
         assert (status, errors) == (0, "")

@@ -18,9 +18,9 @@ import pytest
 
 from regd.cli import commands
 from regd.cli import run as run_module
-from regd.cli.variables import prefix, variables
+from regd.cli.env_vars import prefix, variables
 from regd_client.blocking import BlockingConnection
-from tests.support.daemon import ROOT, WAIT_S, Daemon, environment
+from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, environment
 
 REGCTL = [sys.executable, "-m", "regd.cli.regctl"]
 START_S = 30.0  # for a server, on a busy machine
@@ -71,7 +71,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(daemon: Daemon | None, *arguments: str, **more: str) -> Iterator[Running]:
+def running(daemon: DaemonProcess | None, *arguments: str, **more: str) -> Iterator[Running]:
     address = {"REGD_ADDRESS": daemon.addresses[0]} if daemon is not None else {}
     with subprocess.Popen(
         [*REGCTL, "run", *arguments], cwd=ROOT, env=environment(**address, **more), text=True,
@@ -84,7 +84,7 @@ def running(daemon: Daemon | None, *arguments: str, **more: str) -> Iterator[Run
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def finished(daemon: Daemon, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def finished(daemon: DaemonProcess, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [*REGCTL, *arguments], cwd=ROOT, env=environment(REGD_ADDRESS=daemon.addresses[0]),
         capture_output=True, text=True, timeout=START_S, check=False,
@@ -92,7 +92,7 @@ def finished(daemon: Daemon, *arguments: str) -> "subprocess.CompletedProcess[st
 
 
 @pytest.fixture
-def peer(process: Daemon) -> Iterator[BlockingConnection]:
+def peer(process: DaemonProcess) -> Iterator[BlockingConnection]:
     with BlockingConnection(process.addresses[0]) as made:
         yield made
 
@@ -113,7 +113,7 @@ def names(peer: BlockingConnection) -> list[tuple[str, str, int]]:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_a_free_port_is_kept_and_registered_when_the_command_accepts(
-    process: Daemon, peer: BlockingConnection, host: str
+    process: DaemonProcess, peer: BlockingConnection, host: str
 ) -> None:
     with running(process, "web", "--port", "auto", "--meta", "zone=a", "--", *PROGRAM) as command:
         pid, port = map(int, command.line().split())
@@ -129,7 +129,7 @@ def test_a_free_port_is_kept_and_registered_when_the_command_accepts(
         assert peer.ask("why", name="web")["departures"][0]["reason"] in ("deregistered", "process exited")
 
 
-def test_a_port_of_its_own(process: Daemon, peer: BlockingConnection) -> None:
+def test_a_port_of_its_own(process: DaemonProcess, peer: BlockingConnection) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = finished(process, "run", "web", "--port", str(port), "--", "true")
@@ -166,7 +166,9 @@ def status_line(port: int) -> bytes:
 
 
 @pytest.mark.parametrize("server", SERVERS)
-def test_servers_on_a_port_that_is_kept_for_them(process: Daemon, peer: BlockingConnection, server: str) -> None:
+def test_servers_on_a_port_that_is_kept_for_them(
+    process: DaemonProcess, peer: BlockingConnection, server: str
+) -> None:
     with running(process, "web", "--", *SERVERS[server]) as command:
         found = peer_wait(process)
         assert b" 200 " in status_line(found["port"])
@@ -176,7 +178,7 @@ def test_servers_on_a_port_that_is_kept_for_them(process: Daemon, peer: Blocking
 
 
 @pytest.mark.parametrize("server", INHERITING)
-def test_servers_that_are_handed_a_socket(process: Daemon, peer: BlockingConnection, server: str) -> None:
+def test_servers_that_are_handed_a_socket(process: DaemonProcess, peer: BlockingConnection, server: str) -> None:
     with running(process, "web", "--socket", "--", *INHERITING[server]) as command:
         while not command.told().startswith("regctl: web is registered at 127.0.0.1:"):
             assert command.process.poll() is None  # what it says itself stands there, too
@@ -187,12 +189,12 @@ def test_servers_that_are_handed_a_socket(process: Daemon, peer: BlockingConnect
     assert names(peer) == []
 
 
-def peer_wait(process: Daemon) -> dict[str, int]:
+def peer_wait(process: DaemonProcess) -> dict[str, int]:
     with BlockingConnection(process.addresses[0]) as waiting:
         return waiting.ask("resolve", name="web", wait=START_S)
 
 
-def test_a_socket_as_systemd_hands_it_over(process: Daemon) -> None:
+def test_a_socket_as_systemd_hands_it_over(process: DaemonProcess) -> None:
     code = """if True:
     import os, socket
     found = socket.socket(fileno=3)
@@ -224,7 +226,7 @@ def test_a_socket_as_systemd_hands_it_over(process: Daemon) -> None:
         (["web", "--address", "nonsense", "--", "true"], 2, "is no address"),
     ],
 )
-def test_exit_statuses(process: Daemon, arguments: list[str], status: int, says: str) -> None:
+def test_exit_statuses(process: DaemonProcess, arguments: list[str], status: int, says: str) -> None:
     done = finished(process, "run", *arguments)
     assert (done.returncode, says in done.stderr or done.stderr) == (status, True)
     assert "Traceback" not in done.stderr
@@ -268,7 +270,7 @@ def test_where_no_command_begins(line: str, says: str, capsys: pytest.CaptureFix
     assert says in capsys.readouterr().err
 
 
-def test_what_ends_the_command_ends_regctl_too(process: Daemon, peer: BlockingConnection) -> None:
+def test_what_ends_the_command_ends_regctl_too(process: DaemonProcess, peer: BlockingConnection) -> None:
     with running(process, "web", "--", *PROGRAM) as command:
         pid = int(command.line().split()[0])
         command.type("127.0.0.1")
@@ -278,7 +280,9 @@ def test_what_ends_the_command_ends_regctl_too(process: Daemon, peer: BlockingCo
     assert names(peer) == []
 
 
-def test_the_name_stays_with_the_command_when_regctl_is_killed(process: Daemon, peer: BlockingConnection) -> None:
+def test_the_name_stays_with_the_command_when_regctl_is_killed(
+    process: DaemonProcess, peer: BlockingConnection
+) -> None:
     with running(process, "web", "--", *PROGRAM) as command:
         command.line()
         command.type("127.0.0.1")
@@ -293,7 +297,7 @@ def test_the_name_stays_with_the_command_when_regctl_is_killed(process: Daemon, 
 # Signals.
 
 
-def test_signals_are_passed_on_and_the_name_goes_before_the_end(process: Daemon) -> None:
+def test_signals_are_passed_on_and_the_name_goes_before_the_end(process: DaemonProcess) -> None:
     with running(process, "web", "--", *PROGRAM) as command:
         port = command.line().split()[1]
         command.type("127.0.0.1")
@@ -308,7 +312,7 @@ def test_signals_are_passed_on_and_the_name_goes_before_the_end(process: Daemon)
         command.end(3)
 
 
-def test_a_signal_before_it_is_registered(process: Daemon) -> None:
+def test_a_signal_before_it_is_registered(process: DaemonProcess) -> None:
     with running(process, "web", "--", *PROGRAM) as command:
         command.line()
         command.process.terminate()
@@ -317,7 +321,7 @@ def test_a_signal_before_it_is_registered(process: Daemon) -> None:
         command.end()
 
 
-def test_ctrl_c_comes_once(process: Daemon) -> None:
+def test_ctrl_c_comes_once(process: DaemonProcess) -> None:
     """The terminal tells the command itself."""
     pid, terminal = pty.fork()
     if pid == 0:
@@ -351,7 +355,7 @@ def test_ctrl_c_comes_once(process: Daemon) -> None:
         os.close(terminal)
 
 
-def test_a_terminal_that_hangs_up_tells_the_command(process: Daemon, tmp_path: Path) -> None:
+def test_a_terminal_that_hangs_up_tells_the_command(process: DaemonProcess, tmp_path: Path) -> None:
     """The kernel tells the leader of the session alone, which is regctl under `ssh -t` and `xterm -e`."""
     heard = tmp_path / "heard"
     os.mkfifo(heard)
@@ -401,7 +405,7 @@ PASSED_ON = [
 ]  # fmt: skip
 
 
-def test_every_signal_is_passed_on_but_faults(process: Daemon) -> None:
+def test_every_signal_is_passed_on_but_faults(process: DaemonProcess) -> None:
     """In a session of its own nobody could resume regctl, so the signals of job control do not stop it."""
     with running(process, "web", "--", sys.executable, "-c", LISTENER) as command:
         assert command.line() == "waits"
@@ -413,7 +417,7 @@ def test_every_signal_is_passed_on_but_faults(process: Daemon) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU])
-def test_job_control_stops_regctl_and_resumes_it(process: Daemon, number: int) -> None:
+def test_job_control_stops_regctl_and_resumes_it(process: DaemonProcess, number: int) -> None:
     with subprocess.Popen(
         [*REGCTL, "run", "web", "--", sys.executable, "-c", LISTENER], cwd=ROOT,
         env=environment(REGD_ADDRESS=process.addresses[0]), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -453,7 +457,7 @@ ENDS_BY_USR1 = (
         ([sys.executable, "-c", ENDS_BY_USR1], -signal.SIGUSR1),
     ],
 )
-def test_signals_that_a_parent_ignores_or_blocks(process: Daemon, command: list[str], status: int) -> None:
+def test_signals_that_a_parent_ignores_or_blocks(process: DaemonProcess, command: list[str], status: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", INHERITED, "run", "web", "--", *command], cwd=ROOT,
         env=environment(REGD_ADDRESS=process.addresses[0]), capture_output=True, text=True, timeout=START_S, check=False,
@@ -461,7 +465,7 @@ def test_signals_that_a_parent_ignores_or_blocks(process: Daemon, command: list[
     assert (done.returncode, "Traceback" in done.stderr) == (status, False), done.stderr
 
 
-def test_a_signal_that_a_parent_ignores_is_passed_on_and_the_name_stays(process: Daemon) -> None:
+def test_a_signal_that_a_parent_ignores_is_passed_on_and_the_name_stays(process: DaemonProcess) -> None:
     """As SIGINT is in the background of a script: the command ignores it, unless it says otherwise."""
     code = INHERITED.replace("SIGCHLD, signal.SIG_IGN", "SIGINT, signal.SIG_IGN").replace("[signal.SIGCHLD,", "[")
     with subprocess.Popen(
@@ -479,7 +483,7 @@ def test_a_signal_that_a_parent_ignores_is_passed_on_and_the_name_stays(process:
             os.killpg(made.pid, signal.SIGKILL)
 
 
-def test_a_blocked_signal_is_passed_on_all_the_same(process: Daemon) -> None:
+def test_a_blocked_signal_is_passed_on_all_the_same(process: DaemonProcess) -> None:
     code = LISTENER.replace('print("waits"', 'signal.pthread_sigmask(signal.SIG_SETMASK, []); print("waits"')
     with subprocess.Popen(
         [sys.executable, "-c", INHERITED, "run", "web", "--", sys.executable, "-c", code], cwd=ROOT,
@@ -497,7 +501,7 @@ def test_a_blocked_signal_is_passed_on_all_the_same(process: Daemon) -> None:
 
 @pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-", "a pipe that nobody reads"])
 def test_the_name_stays_when_no_message_can_be_printed(
-    process: Daemon, peer: BlockingConnection, stderr: str
+    process: DaemonProcess, peer: BlockingConnection, stderr: str
 ) -> None:
     """And stdout has what the command prints, and nothing else."""
     reading, writing = os.pipe()
@@ -527,7 +531,7 @@ def test_the_name_stays_when_no_message_can_be_printed(
 
 
 @pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-"])
-def test_the_status_when_no_message_can_be_printed(process: Daemon, stderr: str) -> None:
+def test_the_status_when_no_message_can_be_printed(process: DaemonProcess, stderr: str) -> None:
     for arguments, status in (
         ("-- ./nothing", 127),
         ("--wait db --timeout 0 -- true", 1),
@@ -541,7 +545,7 @@ def test_the_status_when_no_message_can_be_printed(process: Daemon, stderr: str)
         assert (done.returncode, done.stdout) == (status, ""), arguments
 
 
-def test_the_signal_that_a_sent_one_follows_is_not_lost(process: Daemon) -> None:
+def test_the_signal_that_a_sent_one_follows_is_not_lost(process: DaemonProcess) -> None:
     """Neither while the first is held back until the name is gone, nor any other meanwhile."""
     with running(process, "web", "--", sys.executable, "-c", LISTENER) as command:
         assert command.line() == "waits"
@@ -557,7 +561,7 @@ def test_the_signal_that_a_sent_one_follows_is_not_lost(process: Daemon) -> None
 
 
 def test_the_others_are_waited_for_and_found_in_the_environment(
-    process: Daemon, peer: BlockingConnection
+    process: DaemonProcess, peer: BlockingConnection
 ) -> None:
     code = "import os; print(*(os.environ[f'SHOP_DB_{each}'] for each in ('HOST', 'PORT', 'ADDRESS')))"
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as there:
@@ -570,7 +574,7 @@ def test_the_others_are_waited_for_and_found_in_the_environment(
             assert command.process.wait(WAIT_S) == 0
 
 
-def test_a_daemon_that_comes_later(process: Daemon) -> None:
+def test_a_daemon_that_comes_later(process: DaemonProcess) -> None:
     process.end()
     with running(process, "web", "--", *PROGRAM) as command:
         port = command.line().split()[1]
@@ -585,7 +589,7 @@ def test_a_daemon_that_comes_later(process: Daemon) -> None:
         command.end()
 
 
-def test_a_name_that_becomes_free(process: Daemon, peer: BlockingConnection) -> None:
+def test_a_name_that_becomes_free(process: DaemonProcess, peer: BlockingConnection) -> None:
     peer.ask("register", name="web", port=1, hold=True)
     with running(process, "web", "--", *PROGRAM) as command:
         command.line()
@@ -598,7 +602,7 @@ def test_a_name_that_becomes_free(process: Daemon, peer: BlockingConnection) -> 
         command.end()
 
 
-def test_what_it_says_itself_is_json_too(process: Daemon) -> None:
+def test_what_it_says_itself_is_json_too(process: DaemonProcess) -> None:
     with running(process, "web", "--json", "--instance", "a", "--", *PROGRAM, INSTANCE="a") as command:
         port = command.line().split()[1]
         command.type("127.0.0.1")
@@ -610,7 +614,7 @@ def test_what_it_says_itself_is_json_too(process: Daemon) -> None:
 
 
 def test_a_command_that_stays_silent(
-    process: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    process: DaemonProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("REGD_ADDRESS", process.addresses[0])
     monkeypatch.setattr(run_module, "_SILENT_S", 0.0)
@@ -662,7 +666,7 @@ def test_the_first_instance_stands_for_its_name_and_two_names_never_mix() -> Non
     assert hidden == ["a.b"]
 
 
-def test_env(process: Daemon, peer: BlockingConnection) -> None:
+def test_env(process: DaemonProcess, peer: BlockingConnection) -> None:
     peer.ask("register", name="shop.db", port=5432, host="::1")
     peer.ask("register", name="cache", port=6379)
     peer.ask("register", name="later", port=1, state="starting")
@@ -684,7 +688,7 @@ def test_env(process: Daemon, peer: BlockingConnection) -> None:
     assert (done.returncode, done.stdout) == (1, "")
 
 
-def test_json_tells_what_goes_wrong_too(process: Daemon) -> None:
+def test_json_tells_what_goes_wrong_too(process: DaemonProcess) -> None:
     for arguments, status, error in (
         (["env", "nobody"], 1, "not_found"),
         (["wait", "nobody", "--timeout", "0"], 1, "timeout"),

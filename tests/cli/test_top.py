@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from regd.cli.commands import read
-from regd.cli.top.drawing import Daemon, Line, age, cells, fitted, frame, lag, rate, whole
-from regd.cli.top.look import Look
-from regd.cli.top.model import NEW_S, Picture, holders
+from regd.cli.top.model import NEW_S, Table, holders
 from regd.cli.top.rates import Figures, Rates
+from regd.cli.top.render import DaemonInfo, Line, age, cells, fitted, frame, lag, rate, whole
+from regd.cli.top.view_state import ViewState
 
 WALL = 1_790_000_000.0
-HERE = Daemon("regd at 127.0.0.1:7343", Figures(12.3, 0.4, 0.0011, 0.006, 3.0, 7_300.0))
+HERE = DaemonInfo("regd at 127.0.0.1:7343", Figures(12.3, 0.4, 0.0011, 0.006, 3.0, 7_300.0))
 
 
 def fields(name: str, instance: str = "", **more: Any) -> dict[str, Any]:
@@ -21,20 +21,20 @@ def fields(name: str, instance: str = "", **more: Any) -> dict[str, Any]:
     return {"name": name, "instance": instance, **plain, **more}
 
 
-def picture(*there: dict[str, Any]) -> Picture:
-    made = Picture()
+def picture(*there: dict[str, Any]) -> Table:
+    made = Table()
     for each in there:
         take(made, each)
     made.take("sync", ("", ""), None, 0.0)
     return made
 
 
-def take(made: Picture, each: dict[str, Any], now: float = 0.0) -> None:
+def take(made: Table, each: dict[str, Any], now: float = 0.0) -> None:
     key = (each["name"], each["instance"])
     made.take("change" if key in made.rows else "up", key, each, now)
 
 
-def names(made: Picture, look: Look) -> list[str]:
+def names(made: Table, look: ViewState) -> list[str]:
     return [row.name for row in made.shown(look.sort, look.reverse, look.words)]
 
 
@@ -42,12 +42,12 @@ def texts(lines: list[Line]) -> list[str]:
     return ["".join(text for _, text in line).rstrip() for line in lines]
 
 
-def drawn(made: Picture, look: Look | None = None, size: tuple[int, int] = (80, 24), **more: Any) -> list[str]:
+def drawn(made: Table, look: ViewState | None = None, size: tuple[int, int] = (80, 24), **more: Any) -> list[str]:
     daemon, now, wall = more.get("daemon", HERE), more.get("now", 0.0), more.get("wall", WALL)
-    return texts(frame(made, look or Look(), daemon, size, now, wall))
+    return texts(frame(made, look or ViewState(), daemon, size, now, wall))
 
 
-def press(look: Look, made: Picture, *keys: str) -> bool:
+def press(look: ViewState, made: Table, *keys: str) -> bool:
     return [look.press(key, made.shown(look.sort, look.reverse, look.words)) for key in keys][-1]
 
 
@@ -109,7 +109,7 @@ def test_orders_and_filter() -> None:
         fields("a", registered_at=WALL - 30, meta={"Zone": "X"}),
         fields("c", registered_at=WALL - 20, state="draining", pid=7),
     )
-    look = Look()
+    look = ViewState()
     for keys, order in (
         ("N", "abc"), ("r", "cba"), ("rA", "bca"), ("r", "acb"), ("rS", "bca"), ("H", "bca"), ("s", "abc"), ("s", "bca"),
     ):  # fmt: skip
@@ -174,7 +174,7 @@ def test_lag(seconds: float | None, shown: str) -> None:
 
 
 def test_the_selection_stays_with_its_instance() -> None:
-    made, look = picture(*(fields(name) for name in "bdf")), Look()
+    made, look = picture(*(fields(name) for name in "bdf")), ViewState()
     look.page = 2
     press(look, made, "j", "down")
     assert look.selected == ("d", "")
@@ -196,7 +196,7 @@ def test_the_selection_stays_with_its_instance() -> None:
 
 
 def test_a_filter_is_typed_and_goes() -> None:
-    made, look = picture(fields("quiet"), fields("web")), Look()
+    made, look = picture(fields("quiet"), fields("web")), ViewState()
     assert press(look, made, "/", "q", "x", "backspace", "up", "\x1b", "enter")
     assert (look.words, look.typing, names(made, look)) == ("q", False, ["quiet"])
     press(look, made, "escape")
@@ -207,7 +207,7 @@ def test_a_filter_is_typed_and_goes() -> None:
 
 
 def test_panes() -> None:
-    made, look = picture(fields("web")), Look()
+    made, look = picture(fields("web")), ViewState()
     press(look, made, "?")
     assert "PgUp" in "\n".join(drawn(made, look))
     press(look, made, "w")
@@ -216,7 +216,7 @@ def test_panes() -> None:
     assert (look.selected, "line 0" in shown, "  and 21 more lines" in shown) == (("web", ""), True, True)
     press(look, made, "escape")
     assert (look.pane, look.selected) == ("", ("web", ""))
-    assert press(Look(), picture(), "w", "j", "G", "enter", "escape", "pagedown")
+    assert press(ViewState(), picture(), "w", "j", "G", "enter", "escape", "pagedown")
 
 
 # Frames.
@@ -247,9 +247,9 @@ def test_a_frame_of_80_columns() -> None:
 
 
 def test_a_daemon_that_is_away() -> None:
-    away = Daemon("regd at 127.0.0.1:7343", HERE.figures, 65.0)
+    away = DaemonInfo("regd at 127.0.0.1:7343", HERE.figures, 65.0)
     made = picture(fields("db"))
-    lines = frame(made, Look(), away, (40, 12), 0.0, WALL)
+    lines = frame(made, ViewState(), away, (40, 12), 0.0, WALL)
     shown = texts(lines)
     assert shown[0].startswith("away since ")
     assert " (1m)  regd at" in shown[0]
@@ -279,16 +279,16 @@ def test_an_address_is_never_shortened(host: str, width: int) -> None:
     assert not any(":" in line for line in drawn(made, size=(20, 24))[3:6])  # whole, or not at all
     [news] = [line for line in shown if " ago  " in line]
     assert news.endswith(f": {address}") or width < 60
-    assert all(address in line for line in texts(whole(made, Look(), HERE, 5.0, WALL))[4:6])
+    assert all(address in line for line in texts(whole(made, ViewState(), HERE, 5.0, WALL))[4:6])
 
 
 def test_only_the_window_is_drawn() -> None:
-    made, look = picture(*(fields(f"n{n:03}") for n in range(200))), Look()
+    made, look = picture(*(fields(f"n{n:03}") for n in range(200))), ViewState()
     assert drawn(made, look)[4].startswith("  n000")
     press(look, made, "G")
     shown = drawn(made, look)
     assert shown[-7].startswith("> n199")
-    assert len(whole(made, Look(), HERE, 0.0, WALL)) == 204
+    assert len(whole(made, ViewState(), HERE, 0.0, WALL)) == 204
 
 
 def test_wide_letters_take_two_columns() -> None:
@@ -312,9 +312,9 @@ def test_a_frame_fits_and_is_safe(
 ) -> None:
     made = picture(*(fields(name, str(n), host=state, state=state, meta=meta) for n in range(5)))
     made.take("down", (name, "1"), None, 0.0, reason)
-    look = Look()
+    look = ViewState()
     look.pane, look.why, look.selected = pane, [why] * 20, (name, "2")
-    for daemon in (HERE, Daemon(reason, Figures(), 5.0)):
+    for daemon in (HERE, DaemonInfo(reason, Figures(), 5.0)):
         shown = [
             "".join(text for _, text in line) for line in frame(made, look, daemon, (width, height), 0.0, WALL)
         ]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from regd_client.blocking import BlockingConnection
-from tests.support.daemon import Daemon, environment
+from tests.support.daemon import DaemonProcess, environment
 from tests.support.terminal import SEEN_S, Terminal
 
 SELDOM = ("--interval", "3600")  # so that nothing is drawn or asked but for a key, an event, or a size
@@ -21,13 +21,13 @@ Top = Callable[..., Terminal]
 
 
 @pytest.fixture
-def peer(process: Daemon) -> Iterator[BlockingConnection]:
+def peer(process: DaemonProcess) -> Iterator[BlockingConnection]:
     with BlockingConnection(process.addresses[0]) as made:
         yield made
 
 
 @pytest.fixture
-def top(process: Daemon) -> Top:
+def top(process: DaemonProcess) -> Top:
     def make(*argv: str, **more: Any) -> Terminal:
         return Terminal("top", "--interval", "0.2", *argv, REGD_ADDRESS=process.addresses[0], **more)
 
@@ -138,7 +138,7 @@ def test_sizes(peer: BlockingConnection, top: Top, before: str) -> None:
             terminal.see(functools.partial(fits, terminal, width, height))
 
 
-def test_the_daemons_restart(process: Daemon, peer: BlockingConnection, top: Top) -> None:
+def test_the_daemons_restart(process: DaemonProcess, peer: BlockingConnection, top: Top) -> None:
     register(peer, "db", "web")
     with top() as terminal:
         terminal.shows("2 instances")
@@ -173,7 +173,7 @@ def test_a_signal_restores_the_terminal_too(peer: BlockingConnection, top: Top) 
 # Without the extra.
 
 
-def test_a_plain_table(process: Daemon, peer: BlockingConnection, top: Top) -> None:
+def test_a_plain_table(process: DaemonProcess, peer: BlockingConnection, top: Top) -> None:
     register(peer, "db")
     with top(before=WITHOUT) as terminal:
         terminal.shows("1 instance of 1 service", "pip install prompt_toolkit")
@@ -201,7 +201,7 @@ def test_ctrl_c_ends_the_plain_table(peer: BlockingConnection, top: Top) -> None
 # Without a terminal.
 
 
-def piped(process: Daemon, *argv: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+def piped(process: DaemonProcess, *argv: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "regd.cli.regctl", "top", *argv],
         env=environment(REGD_ADDRESS=process.addresses[0], **variables),
@@ -209,7 +209,7 @@ def piped(process: Daemon, *argv: str, **variables: str) -> "subprocess.Complete
     )  # fmt: skip
 
 
-def test_one_frame_and_the_end(process: Daemon, peer: BlockingConnection) -> None:
+def test_one_frame_and_the_end(process: DaemonProcess, peer: BlockingConnection) -> None:
     register(peer, "db", "web", meta={"note": "\x1b[31mred" + 100 * "x"})
     done = piped(process, "d*")
     assert (done.returncode, done.stderr) == (0, "")
@@ -228,7 +228,7 @@ def test_one_frame_and_the_end(process: Daemon, peer: BlockingConnection) -> Non
     ]
 
 
-def test_json_is_one_object(process: Daemon, peer: BlockingConnection) -> None:
+def test_json_is_one_object(process: DaemonProcess, peer: BlockingConnection) -> None:
     register(peer, "db", "web")
     done = piped(process, "--json")
     said = json.loads(done.stdout)
@@ -241,7 +241,7 @@ def test_json_is_one_object(process: Daemon, peer: BlockingConnection) -> None:
     assert said["stats"]["registrations"] == 2
 
 
-def test_what_goes_wrong_at_the_beginning(process: Daemon) -> None:
+def test_what_goes_wrong_at_the_beginning(process: DaemonProcess) -> None:
     done = piped(process, "*x")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("regctl: ")
@@ -251,7 +251,7 @@ def test_what_goes_wrong_at_the_beginning(process: Daemon) -> None:
     assert "start one with `regd`" in done.stderr
 
 
-def test_other_commands_import_nothing_of_it(process: Daemon) -> None:
+def test_other_commands_import_nothing_of_it(process: DaemonProcess) -> None:
     code = "import sys; from regd.cli.regctl import main; main(); print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code, "list", "x*"],
@@ -262,7 +262,7 @@ def test_other_commands_import_nothing_of_it(process: Daemon) -> None:
     assert not [each for each in loaded if each.startswith(("regd.cli.top", "prompt_toolkit", "asyncio"))]
 
 
-def test_a_terminal_that_can_nothing_gets_one_frame(process: Daemon, top: Top) -> None:
+def test_a_terminal_that_can_nothing_gets_one_frame(process: DaemonProcess, top: Top) -> None:
     with top(TERM="dumb") as terminal:
         assert terminal.ended() == 0
         assert "nothing is registered" in terminal.text

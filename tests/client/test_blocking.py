@@ -16,11 +16,11 @@ import pytest
 import regd_client
 from regd_client import blocking, ending, wire
 from regd_client.thread import client_thread
-from tests.support.daemon import WAIT_S, Daemon, environment
+from tests.support.daemon import WAIT_S, DaemonProcess, environment
 
 
 @pytest.fixture(autouse=True)
-def address(process: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+def address(process: DaemonProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REGD_ADDRESS", process.addresses[0])
 
 
@@ -62,7 +62,7 @@ def test_the_verbs() -> None:
         blocking.register("no name", 1)
 
 
-def test_it_is_there_again_after_the_daemon_was_restarted(process: Daemon) -> None:
+def test_it_is_there_again_after_the_daemon_was_restarted(process: DaemonProcess) -> None:
     registration = blocking.register("web", 1)
     process.end(signal.SIGKILL)
     process.registry.unlink()
@@ -327,7 +327,7 @@ def test_a_bug_in_the_thread_is_the_callers() -> None:
         client_thread().call(buggy())
 
 
-def test_a_client_has_every_verb(process: Daemon) -> None:
+def test_a_client_has_every_verb(process: DaemonProcess) -> None:
     for name, verb in inspect.getmembers(regd_client.Client, inspect.isfunction):
         if not name.startswith("_"):
             here = inspect.signature(getattr(blocking.Client, name))
@@ -357,7 +357,7 @@ def test_a_client_has_every_verb(process: Daemon) -> None:
         assert client.stats(timeout=WAIT_S)["watches"] == 0
 
 
-def test_a_client_that_is_closed_ends_its_watch(process: Daemon) -> None:
+def test_a_client_that_is_closed_ends_its_watch(process: DaemonProcess) -> None:
     client = blocking.Client(process.addresses[0])
     events = client.watch()
     assert next(events).kind == "sync"
@@ -365,7 +365,7 @@ def test_a_client_that_is_closed_ends_its_watch(process: Daemon) -> None:
     assert list(events) == []
 
 
-def test_a_child_that_was_forked_has_a_client_of_its_own(process: Daemon) -> None:
+def test_a_child_that_was_forked_has_a_client_of_its_own(process: DaemonProcess) -> None:
     with blocking.Client(process.addresses[0]) as client:
         client.register("web", 1)
         child = os.fork()

@@ -10,7 +10,7 @@ import pytest
 
 import regd_client
 from regd_client.client import Client
-from tests.support.daemon import WAIT_S, Daemon, InLoop
+from tests.support.daemon import WAIT_S, DaemonProcess, InLoop
 
 pytestmark = pytest.mark.socket
 
@@ -197,7 +197,7 @@ async def test_a_list_of_several_pages_is_whole(daemon: InLoop) -> None:
 
 
 def test_several_event_loops_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Daemon(tmp_path / "own.json") as process:
+    with DaemonProcess(tmp_path / "own.json") as process:
         process.start()
         monkeypatch.setenv("REGD_ADDRESS", process.addresses[0])
 

@@ -10,14 +10,14 @@ import pytest
 import regd_client
 from regd_client import client as client_module
 from regd_client import connection as connection_module
-from regd_client import keeping
+from regd_client import registrar
 from regd_client.client import Client
 from tests.client.relay import Relay, until
-from tests.support.daemon import WAIT_S, Daemon
+from tests.support.daemon import WAIT_S, DaemonProcess
 
 pytestmark = pytest.mark.socket
 
-assert keeping._QUIET_S + connection_module.HANGS_S + connection_module._AGAIN_S <= 15  # as promised
+assert registrar._QUIET_S + connection_module.HANGS_S + connection_module._AGAIN_S <= 15  # as promised
 QUIET_S, HANGS_S, AGAIN_S = 0.4, 0.6, 0.05
 LATE_S = 0.3  # of a machine that is busy: less than QUIET_S
 
@@ -25,7 +25,7 @@ LATE_S = 0.3  # of a machine that is busy: less than QUIET_S
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client's patience, some thirty times as short."""
-    monkeypatch.setattr(keeping, "_QUIET_S", QUIET_S)
+    monkeypatch.setattr(registrar, "_QUIET_S", QUIET_S)
     monkeypatch.setattr(connection_module, "HANGS_S", HANGS_S)
     monkeypatch.setattr(connection_module, "_AGAIN_S", AGAIN_S)
     monkeypatch.setattr(connection_module, "_FAREWELL_S", 0.1)
@@ -72,7 +72,7 @@ async def test_the_longest_wait_is_not_longer(relay: Relay, monkeypatch: pytest.
         await asyncio.gather(waiting, return_exceptions=True)
 
 
-async def test_a_loop_that_was_held_up_hears_before_it_judges(process: Daemon) -> None:
+async def test_a_loop_that_was_held_up_hears_before_it_judges(process: DaemonProcess) -> None:
     """Some loops look at what is due before they read."""
     async with Client(process.addresses[0]) as client:
         connection = await client._connected()

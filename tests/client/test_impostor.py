@@ -20,7 +20,7 @@ from regd_client.blocking import BlockingConnection
 from regd_client.client import Client
 from regd_client.connection import Connection
 from regd_client.errors import RegdError, Unavailable
-from regd_client.following import Follow
+from regd_client.watches import WatchState
 from regd_client.wire import Address
 from tests.client.test_connection import Nowhere
 
@@ -272,7 +272,7 @@ async def test_an_event_raises_no_other_error(event: dict[str, Any]) -> None:
     for line in [json.dumps(event), *spoilt(event)]:
         connection = Connection(Address("h", 1), lambda connection, event: None)
         connection.connection_made(Nowhere())
-        follow = Follow("*", None, lambda event: None)
+        follow = WatchState("*", None, lambda event: None)
         connection.ask("watch", follow.begin(connection), follow.take)
         for each in (
             with_id(json.dumps(REPLIES["watch"]), 1),

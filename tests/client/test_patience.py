@@ -53,8 +53,8 @@ def one_try(monkeypatch: pytest.MonkeyPatch) -> None:
     async def pause(seconds: float) -> None:
         raise AssertionError("it tries again")
 
-    monkeypatch.setattr("regd_client.link.TRY_S", WAIT_S)
-    monkeypatch.setattr("regd_client.link.pause", pause)
+    monkeypatch.setattr("regd_client.connector.TRY_S", WAIT_S)
+    monkeypatch.setattr("regd_client.connector.pause", pause)
 
 
 @pytest.mark.parametrize("call", READS)
@@ -268,7 +268,7 @@ async def test_a_try_that_began_earlier_refuses_nobody(monkeypatch: pytest.Monke
         began.set()
         return await tries[-1]
 
-    monkeypatch.setattr("regd_client.link.opener", open)
+    monkeypatch.setattr("regd_client.connector.opener", open)
     client = Client()
     patient = asyncio.create_task(client.resolve("a", wait=WAIT_S))
     await began.wait()

@@ -9,7 +9,7 @@ import pytest
 import regd_client
 from regd_client import repeated, wire
 from regd_client.client import Client
-from tests.support.daemon import Daemon
+from tests.support.daemon import DaemonProcess
 
 FIELDS = {"name": "a", "instance": "", "host": "h", "port": 1, "meta": {"k": "v"}, "state": "ready", "rev": 1}
 
@@ -106,7 +106,7 @@ async def test_who_answers_with_nonsense_is_no_regd(said: bytes) -> None:
 
 
 @pytest.mark.socket
-async def test_whoever_changes_what_it_got_changes_nobody_elses(process: Daemon) -> None:
+async def test_whoever_changes_what_it_got_changes_nobody_elses(process: DaemonProcess) -> None:
     async with Client(process.addresses[0]) as client:
         await client.register("a", 1, meta={"k": "v"})
         found = [await client.resolve("a") for _ in range(2)]

@@ -15,7 +15,7 @@ import pytest
 
 import regd_client
 from regd_client.client import Client
-from tests.support.daemon import ROOT, Daemon, environment
+from tests.support.daemon import ROOT, DaemonProcess, environment
 
 START_S = 30.0  # for a server with its frameworks, on a busy machine
 
@@ -50,7 +50,7 @@ SERVERS = {
 
 @contextlib.contextmanager
 def serving(
-    command: list[str], daemon: Daemon, folder: Path | None = None, log: IO[bytes] | None = None
+    command: list[str], daemon: DaemonProcess, folder: Path | None = None, log: IO[bytes] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server until the block ends, in a group of its own, that is ended as a whole."""
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -127,7 +127,7 @@ class Caller:
 
 
 @contextlib.asynccontextmanager
-async def calling(daemon: Daemon) -> AsyncIterator[tuple[Client, Caller]]:
+async def calling(daemon: DaemonProcess) -> AsyncIterator[tuple[Client, Caller]]:
     async with Client(daemon.addresses[0]) as client:
         caller = Caller(client)
         async with asyncio.TaskGroup() as group:
@@ -152,7 +152,7 @@ async def owners(client: Client) -> list[int]:
 
 
 @pytest.mark.parametrize("server", SERVERS)
-async def test_whoever_resolves_the_name_gets_an_answer(server: str, process: Daemon) -> None:
+async def test_whoever_resolves_the_name_gets_an_answer(server: str, process: DaemonProcess) -> None:
     """From before the server starts until after it has ended: no refused connection, no unanswered request."""
     async with calling(process) as (client, caller):
         with serving(SERVERS[server], process) as running:
@@ -174,7 +174,7 @@ async def test_whoever_resolves_the_name_gets_an_answer(server: str, process: Da
 
 
 @pytest.mark.parametrize("server", ["uvicorn with workers", "hypercorn with workers", "granian with workers"])
-async def test_several_workers_are_one_registration(server: str, process: Daemon) -> None:
+async def test_several_workers_are_one_registration(server: str, process: DaemonProcess) -> None:
     async with calling(process) as (client, caller):
         with serving(SERVERS[server], process):
             async with asyncio.timeout(START_S):
@@ -203,7 +203,7 @@ async def answer() -> int:
 """
 
 
-async def test_a_reload(process: Daemon, tmp_path: Path) -> None:
+async def test_a_reload(process: DaemonProcess, tmp_path: Path) -> None:
     program = tmp_path / "app.py"
     program.write_text(APP)
     command = [*UVICORN, "--reload", "--reload-dir", str(tmp_path), "app:app"]
@@ -262,7 +262,9 @@ async def until_exists(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_request_under_way_at_sigterm_is_answered(kind: str, process: Daemon, tmp_path: Path) -> None:
+async def test_a_request_under_way_at_sigterm_is_answered(
+    kind: str, process: DaemonProcess, tmp_path: Path
+) -> None:
     async with Client(process.addresses[0]) as client:
         with serving(gunicorn(tmp_path, *KINDS[kind]), process, tmp_path) as running:
             found = await client.resolve("web", wait=START_S)
@@ -278,7 +280,7 @@ async def test_a_request_under_way_at_sigterm_is_answered(kind: str, process: Da
         assert departure["reason"] == "deregistered"
 
 
-async def test_a_reload_with_a_slow_import_keeps_the_name(process: Daemon, tmp_path: Path) -> None:
+async def test_a_reload_with_a_slow_import_keeps_the_name(process: DaemonProcess, tmp_path: Path) -> None:
     async with Client(process.addresses[0]) as client:
         with serving(gunicorn(tmp_path), process, tmp_path) as running:
             found = await client.resolve("web", wait=START_S)
@@ -297,7 +299,7 @@ async def test_a_reload_with_a_slow_import_keeps_the_name(process: Daemon, tmp_p
             assert (await client.why("web"))["departures"] == []
 
 
-async def test_workers_that_end_after_some_requests_keep_the_name(process: Daemon, tmp_path: Path) -> None:
+async def test_workers_that_end_after_some_requests_keep_the_name(process: DaemonProcess, tmp_path: Path) -> None:
     async with calling(process) as (client, caller):
         caller.may_be_dropped = True  # gunicorn's worker drops who has just connected
         with serving(gunicorn(tmp_path, "--workers", "2", "--max-requests", "3"), process, tmp_path):
@@ -310,7 +312,7 @@ async def test_workers_that_end_after_some_requests_keep_the_name(process: Daemo
             assert (await client.hello())["rev"] == rev
 
 
-async def test_an_upgrade_hands_the_name_over(process: Daemon, tmp_path: Path) -> None:
+async def test_an_upgrade_hands_the_name_over(process: DaemonProcess, tmp_path: Path) -> None:
     """SIGUSR2: the next master has the same port, and joins; the old one leaves."""
     async with Client(process.addresses[0]) as client:
         with serving(gunicorn(tmp_path), process, tmp_path) as running:
@@ -334,7 +336,7 @@ async def test_an_upgrade_hands_the_name_over(process: Daemon, tmp_path: Path) -
 
 
 async def test_a_master_without_a_daemon_is_registered_when_there_is_one(tmp_path: Path) -> None:
-    with Daemon(tmp_path / "registry.json") as daemon:
+    with DaemonProcess(tmp_path / "registry.json") as daemon:
         daemon.start()
         daemon.end()
         log = tmp_path / "log"

@@ -4,8 +4,8 @@ import heapq
 
 import pytest
 
-from regd.core import lifetimes as module
-from regd.core.lifetimes import Lifetimes
+from regd.core import holders as module
+from regd.core.holders import HolderIndex
 from regd.core.model import Entry, Holder, Key, State
 
 
@@ -13,7 +13,7 @@ def leased(n: int, ttl_s: float) -> Entry:
     return Entry(f"n{n}", "", "127.0.0.1", 1, {}, State.READY, 0, 0.0, (Holder(n, 1, ttl_s=ttl_s),))
 
 
-def ended(lifetimes: Lifetimes, now: float) -> list[Key]:
+def ended(lifetimes: HolderIndex, now: float) -> list[Key]:
     """Expire as the daemon does: as often as there is something to say by now."""
     keys = []
     while (deadline := lifetimes.next_deadline()) is not None and deadline <= now:
@@ -22,7 +22,7 @@ def ended(lifetimes: Lifetimes, now: float) -> list[Key]:
 
 
 def test_deadlines_are_exact_whatever_was_renewed() -> None:
-    lifetimes = Lifetimes(30.0)
+    lifetimes = HolderIndex(30.0)
     entries = [leased(n, 5.0 + n % 7) for n in range(2_000)]
     due = {}
     for entry in entries:
@@ -39,7 +39,7 @@ def test_deadlines_are_exact_whatever_was_renewed() -> None:
 
 
 def test_time_that_is_added_moves_all_and_only_what_is_there() -> None:
-    lifetimes = Lifetimes(30.0)
+    lifetimes = HolderIndex(30.0)
     one, two = leased(1, 5.0), leased(2, 5.0)
     lifetimes.move(None, one, 0.0)
     lifetimes.prolong(100.0)
@@ -52,7 +52,7 @@ def test_time_that_is_added_moves_all_and_only_what_is_there() -> None:
 
 def test_a_look_takes_a_bounded_number_of_outdated_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
     """200,000 renewed leases must not hold the loop in the moment in which they would have ended."""
-    lifetimes = Lifetimes(30.0)
+    lifetimes = HolderIndex(30.0)
     entries = [leased(n, 5.0) for n in range(5_000)]
     for entry in entries:
         lifetimes.move(None, entry, 0.0)
@@ -78,7 +78,7 @@ def test_a_look_takes_a_bounded_number_of_outdated_deadlines(monkeypatch: pytest
 
 def test_outdated_deadlines_take_little_memory() -> None:
     """A day long each, and renewed or given up at once."""
-    lifetimes = Lifetimes(30.0)
+    lifetimes = HolderIndex(30.0)
     kept = leased(0, 86_400.0)
     lifetimes.move(None, kept, 0.0)
     most = 0

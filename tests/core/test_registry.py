@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from regd.core.draft import Contested, Draft
 from regd.core.errors import Code, Refused
 from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Change, Entry, Holder, Key, Op, State
 from regd.core.registry import Registry
+from regd.core.transaction import OwnerConflict, Transaction
 
 
 def wanted(
@@ -27,11 +27,11 @@ def wanted(
 
 
 def land(registry: Registry, *entries: Entry, now: float = 0.0) -> list[Change]:
-    draft = Draft(registry, at=5.0)
+    transaction = Transaction(registry, at=5.0)
     for entry in entries:
-        draft.register(entry)
-    registry.land(draft.changes, now)
-    return draft.changes
+        transaction.register(entry)
+    registry.land(transaction.changes, now)
+    return transaction.changes
 
 
 def listed(
@@ -76,7 +76,7 @@ class Histories(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.registry = Registry()
-        self.draft = Draft(self.registry, 5.0)
+        self.transaction = Transaction(self.registry, 5.0)
         self.model: dict[Key, tuple[str, int, Mapping[str, str], State]] = {}
         self.drafted = dict(self.model)
         self.folded: dict[Key, Entry] = {}
@@ -84,7 +84,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(name=names, instance=instances, port=st.integers(1, 2), meta=metas, state=states)
     def register(self, name: str, instance: str, port: int, meta: Mapping[str, str], state: State) -> None:
-        entry, replaced = self.draft.register(wanted(name, instance, port, meta=meta, state=state))
+        entry, replaced = self.transaction.register(wanted(name, instance, port, meta=meta, state=state))
         before = self.drafted.get((name, instance))
         assert replaced is (before is not None and before[1] != port)
         self.drafted[name, instance] = (entry.host, port, meta, state)
@@ -92,33 +92,33 @@ class Histories(RuleBasedStateMachine):
     @rule(name=names, instance=instances)
     def deregister(self, name: str, instance: str) -> None:
         if (name, instance) in self.drafted:
-            self.draft.deregister((name, instance))
+            self.transaction.deregister((name, instance))
             del self.drafted[name, instance]
         else:
             with pytest.raises(Refused) as refusal:
-                self.draft.deregister((name, instance))
+                self.transaction.deregister((name, instance))
             assert refusal.value.code is Code.NOT_FOUND
 
     @rule(name=names, instance=instances, meta=metas, state=st.none() | states)
     def update(self, name: str, instance: str, meta: Mapping[str, str], state: State | None) -> None:
         if (name, instance) in self.drafted:
-            self.draft.update((name, instance), meta, state)
+            self.transaction.update((name, instance), meta, state)
             host, port, _, before = self.drafted[name, instance]
             self.drafted[name, instance] = (host, port, meta, state or before)
 
     @rule()
     def land(self) -> None:
-        changes = self.draft.changes
+        changes = self.transaction.changes
         assert [change.rev for change in changes] == list(range(self.rev + 1, self.rev + 1 + len(changes)))
         self.rev += len(changes)
         self.registry.land(changes, 0.0)
         fold(self.folded, changes)
         self.model = dict(self.drafted)
-        self.draft = Draft(self.registry, 5.0)
+        self.transaction = Transaction(self.registry, 5.0)
 
     @rule()
     def forget(self) -> None:
-        self.draft = Draft(self.registry, 5.0)
+        self.transaction = Transaction(self.registry, 5.0)
         self.drafted = dict(self.model)
 
     @invariant()
@@ -189,8 +189,8 @@ def test_another_address_is_down_and_up() -> None:
 def test_meta_changes_keep_the_time_of_registration() -> None:
     registry = Registry()
     land(registry, wanted())
-    draft = Draft(registry, at=99.0)
-    entry, _ = draft.register(wanted(meta={"a": "b"}))
+    transaction = Transaction(registry, at=99.0)
+    entry, _ = transaction.register(wanted(meta={"a": "b"}))
     assert (entry.registered_at, entry.rev) == (5.0, 2)
 
 
@@ -202,38 +202,38 @@ def test_if(if_rev: int, there: bool, fits: bool) -> None:
     registry = Registry()
     if there:
         land(registry, wanted())
-    draft = Draft(registry, 0.0)
+    transaction = Transaction(registry, 0.0)
     if fits:
-        draft.register(wanted(port=2), if_rev)
+        transaction.register(wanted(port=2), if_rev)
     else:
         with pytest.raises(Refused) as refusal:
-            draft.register(wanted(port=2), if_rev)
+            transaction.register(wanted(port=2), if_rev)
         assert refusal.value.code is Code.CONFLICT
         assert refusal.value.details == {"rev": 1 if there else 0}
-        assert draft.changes == []
+        assert transaction.changes == []
 
 
 def test_conditions_are_judged_against_what_will_be_true() -> None:
-    draft = Draft(Registry(), 0.0)
-    draft.register(wanted(), if_rev=0)
+    transaction = Transaction(Registry(), 0.0)
+    transaction.register(wanted(), if_rev=0)
     with pytest.raises(Refused):
-        draft.register(wanted(port=2), if_rev=0)
-    draft.register(wanted(port=2), if_rev=1)
+        transaction.register(wanted(port=2), if_rev=0)
+    transaction.register(wanted(port=2), if_rev=1)
 
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_registrations_are_limited(count: int) -> None:
     registry = Registry(limits=Limits(registrations_max=3))
     land(registry, *(wanted(f"n{n}") for n in range(count)))
-    draft = Draft(registry, 0.0)
+    transaction = Transaction(registry, 0.0)
     if count < 3:
-        draft.register(wanted("one-more"))
+        transaction.register(wanted("one-more"))
     with pytest.raises(Refused) as refusal:
-        draft.register(wanted("too-many"))
+        transaction.register(wanted("too-many"))
     assert refusal.value.code is Code.BUSY
-    draft.register(wanted("n0", port=2))  # no more than before
-    draft.deregister(("n1", ""))
-    draft.register(wanted("too-many"))
+    transaction.register(wanted("n0", port=2))  # no more than before
+    transaction.deregister(("n1", ""))
+    transaction.register(wanted("too-many"))
 
 
 def test_bytes_are_limited() -> None:
@@ -241,9 +241,9 @@ def test_bytes_are_limited() -> None:
     registry = Registry(limits=Limits(registry_bytes_max=entry.weight_bytes))
     land(registry, entry)
     with pytest.raises(Refused) as refusal:
-        Draft(registry, 0.0).update(entry.key, {"k": "v" * 101}, None)
+        Transaction(registry, 0.0).update(entry.key, {"k": "v" * 101}, None)
     assert refusal.value.code is Code.BUSY
-    Draft(registry, 0.0).update(entry.key, {"k": "v" * 99}, None)
+    Transaction(registry, 0.0).update(entry.key, {"k": "v" * 99}, None)
 
 
 @given(
@@ -264,11 +264,11 @@ def test_what_is_there_throughout_is_listed_once() -> None:
     registry = Registry()
     land(registry, *(wanted(f"n{n:02}") for n in range(10)))
     first = registry.page("*", {}, None, 5)
-    draft = Draft(registry, 0.0)
-    draft.deregister(("n04", ""))
-    draft.register(wanted("n00a"))
-    draft.register(wanted("n06a"))
-    registry.land(draft.changes, 0.0)
+    transaction = Transaction(registry, 0.0)
+    transaction.deregister(("n04", ""))
+    transaction.register(wanted("n00a"))
+    transaction.register(wanted("n06a"))
+    registry.land(transaction.changes, 0.0)
     second = registry.page("*", {}, first.after, 100)
     assert [entry.name for entry in first.entries + second.entries] == [
         *(f"n{n:02}" for n in range(7)), "n06a", "n07", "n08", "n09",
@@ -289,9 +289,9 @@ def test_departures_are_remembered_and_bounded() -> None:
     registry = Registry(limits=Limits(departures_max=2))
     for n in range(3):
         land(registry, wanted(f"n{n}"))
-        draft = Draft(registry, 0.0)
-        draft.deregister((f"n{n}", ""))
-        registry.land(draft.changes, now=float(n))
+        transaction = Transaction(registry, 0.0)
+        transaction.deregister((f"n{n}", ""))
+        registry.land(transaction.changes, now=float(n))
     assert registry.last("n0", 0.0) is None
     last = registry.last("n2", 0.0)
     assert last is not None
@@ -314,11 +314,11 @@ def test_looks_at_a_bounded_number_of_candidates(monkeypatch: pytest.MonkeyPatch
 def test_a_batch_has_the_room_that_it_gave_back() -> None:
     first, second = wanted("a"), wanted("b")
     registry = Registry(limits=Limits(registry_bytes_max=first.weight_bytes))
-    draft = Draft(registry, 0.0)
-    draft.register(first)
-    draft.deregister(first.key)
-    draft.register(second)
-    registry.land(draft.changes, 0.0)
+    transaction = Transaction(registry, 0.0)
+    transaction.register(first)
+    transaction.deregister(first.key)
+    transaction.register(second)
+    registry.land(transaction.changes, 0.0)
     assert registry.get(second.key) is not None
 
 
@@ -327,9 +327,9 @@ def test_before_a_conflict_the_owner_is_looked_at_once_more() -> None:
     owner = Holder(0, 1, hold=True)
     land(registry, replace(wanted(), holders=(owner,)))
     rival = replace(wanted(port=2), holders=(replace(owner, session=2),))
-    with pytest.raises(Contested):
-        Draft(registry, 0.0).register(rival, session=2)
+    with pytest.raises(OwnerConflict):
+        Transaction(registry, 0.0).register(rival, session=2)
     asked: list[Holder] = []
-    draft = Draft(registry, 0.0, is_gone=lambda holder: not asked.append(holder))  # type: ignore[func-returns-value]
-    assert draft.register(rival, session=2)[1]
+    transaction = Transaction(registry, 0.0, is_gone=lambda holder: not asked.append(holder))  # type: ignore[func-returns-value]
+    assert transaction.register(rival, session=2)[1]
     assert [holder.session for holder in asked] == [1]

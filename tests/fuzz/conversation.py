@@ -18,11 +18,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from regd.core.draft import Draft
 from regd.core.errors import Code
 from regd.core.limits import DEFAULT
 from regd.core.model import Change, Entry, Key, Op, Reason, key_text
 from regd.core.registry import Registry
+from regd.core.transaction import Transaction
 from tests.fuzz import oracle
 from tests.fuzz.oracle import Said
 from tests.fuzz.world import REGISTRY, TIGHT, World
@@ -254,8 +254,8 @@ def listed(registry: Registry) -> list[Entry]:
             return entries
 
 
-def _deregister(key: Key, draft: Draft) -> bytes:
-    return b"%d" % draft.deregister(key)
+def _deregister(key: Key, transaction: Transaction) -> bytes:
+    return b"%d" % transaction.deregister(key)
 
 
 def _shown(entry: Entry) -> dict[str, object]:

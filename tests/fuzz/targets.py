@@ -16,7 +16,7 @@ from regd.protocol import messages
 from regd.protocol.bare import Quit
 from regd.protocol.commands import Request
 from regd.protocol.messages import decode
-from regd.protocol.reader import Problem, Reader
+from regd.protocol.parser import Problem, RequestParser
 from regd.storage.document import Document, Unreadable, chunks, line, parse
 from tests.fuzz import oracle
 from tests.fuzz.conversation import BEFORE, Conversation, is_a_line
@@ -66,7 +66,7 @@ def _cut(plan: bytes, stream: bytes) -> Iterator[bytes]:
 
 def _items(pieces: Any, limits: Limits) -> list[object]:
     """Feed pieces, and return what comes out, up to `quit`; a problem as its code, fatal or not, and its id."""
-    source = Reader(limits)
+    source = RequestParser(limits)
     items: list[object] = []
     for piece in pieces:
         source.receive(piece)
@@ -83,7 +83,7 @@ def _items(pieces: Any, limits: Limits) -> list[object]:
     return items
 
 
-def _drain(source: Reader, items: list[object]) -> bool:
+def _drain(source: RequestParser, items: list[object]) -> bool:
     """Take what there is. False when nothing more may come: behind a stranger, or `quit`."""
     while (item := source.next()) is not None:
         if isinstance(item, Quit):

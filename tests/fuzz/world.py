@@ -1,4 +1,4 @@
-"""A daemon without sockets, threads, disk or time: put together by `Server` itself, on doors that are faked below it.
+"""A daemon without sockets, threads, disk or time: put together by `Daemon` itself, on doors that are faked below it.
 
 Quick enough for a thousand conversations a second, and the same every time. Must not know what the bytes mean.
 """
@@ -15,8 +15,8 @@ from regd.core.limits import Limits
 from regd.server import half_closed, probes, processes
 from regd.server.connection import Connection
 from regd.server.context import Context
-from regd.server.lifecycle import Config, Server
-from regd.storage.files import Files, Print
+from regd.server.daemon import Config, Daemon
+from regd.storage.files import Files, Fingerprint
 from tests.fuzz.wire import TurningLoop, Wire
 from tests.support.clock import HandClock
 from tests.support.daemon import EPOCH
@@ -95,10 +95,10 @@ class MemoryFiles(Files):
     def remove(self, path: Path) -> None:
         del self.contents[path]
 
-    def print(self, file: Path | int) -> Print | None:
+    def print(self, file: Path | int) -> Fingerprint | None:
         path = self._open[file] if isinstance(file, int) else file
         found = self.contents.get(path)
-        return Print(found[1], len(found[0]), 0, True) if found else None
+        return Fingerprint(found[1], len(found[0]), 0, True) if found else None
 
 
 class _NoListeners:
@@ -125,7 +125,7 @@ class World:
         self._quiet = os.eventfd(0)  # never readable
         peers = Told()
         peers.uid = 0
-        self.server = Server(
+        self.server = Daemon(
             Config(registry=REGISTRY, port=0, limits=limits),
             clock=self.clock,
             files=self.files,

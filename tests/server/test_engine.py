@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from regd.core import draft
-from regd.core.draft import Draft
+from regd.core import transaction as transaction_module
 from regd.core.errors import Code, Refused
-from regd.core.lifetimes import Ending
+from regd.core.holders import HolderGone
 from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Entry, Holder, Reason, State
 from regd.core.registry import Registry
+from regd.core.transaction import Transaction
 from regd.server import engine
 from regd.server.connection import Connection
+from regd.server.counters import Counters
 from regd.server.engine import Engine, Write
-from regd.server.pulse import Pulse
+from regd.server.loop_monitor import LoopMonitor
 from regd.server.stalls import Stalls
-from regd.server.tally import Tally
 from regd.storage.store import Store
 from tests.fuzz.world import World
 from tests.support.clock import HandClock
@@ -34,7 +34,7 @@ class Bench:
     def __init__(self, folder: Path, limits: Limits = DEFAULT) -> None:
         self.files = ToldFiles()
         self.clock = HandClock()
-        self.tally = Tally()
+        self.tally = Counters()
         self.path = folder / "registry.json"
         self.store = Store(self.path, print, self.files)
         self.store.open(0.0)
@@ -45,7 +45,7 @@ class Bench:
             self.store,
             self.clock,
             self.tally,
-            Pulse(self.clock),
+            LoopMonitor(self.clock),
             limits,
             Stalls(self.clock, self.registry.lifetimes),
             is_gone=lambda holder: False,
@@ -86,8 +86,8 @@ class Bench:
 
 
 def register(name: str, port: int = 1, if_rev: int | None = None) -> Write:
-    def write(draft: Draft) -> bytes:
-        entry, _ = draft.register(Entry(name, "", "127.0.0.1", port, {}, State.READY, 0, 0.0), if_rev)
+    def write(transaction: Transaction) -> bytes:
+        entry, _ = transaction.register(Entry(name, "", "127.0.0.1", port, {}, State.READY, 0, 0.0), if_rev)
         return b"%d" % entry.rev
 
     return write
@@ -207,7 +207,7 @@ async def test_closing_lands_what_waits_and_takes_no_more(tmp_path: Path) -> Non
 async def test_a_bug_ends_the_engine_loudly(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
 
-    def bug(draft: Draft) -> bytes:
+    def bug(transaction: Transaction) -> bytes:
         raise ZeroDivisionError
 
     bench.submit(bug)
@@ -217,9 +217,9 @@ async def test_a_bug_ends_the_engine_loudly(tmp_path: Path) -> None:
 
 
 def deregister(name: str) -> Write:
-    def write(draft: Draft) -> bytes:
-        draft.deregister((name, ""))
-        return b"%d" % draft.rev
+    def write(transaction: Transaction) -> bytes:
+        transaction.deregister((name, ""))
+        return b"%d" % transaction.rev
 
     return write
 
@@ -255,10 +255,10 @@ async def test_a_refused_change_does_not_survive_an_orderly_stop(tmp_path: Path)
 async def test_an_end_is_never_refused_and_the_file_follows(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     held = Entry("held", "", "127.0.0.1", 1, {}, State.READY, 0, 0.0, holders=(Holder(0, 7, hold=True),))
-    bench.submit(lambda draft: b"%d" % draft.register(held, session=7)[0].rev)
+    bench.submit(lambda transaction: b"%d" % transaction.register(held, session=7)[0].rev)
     await bench.until(1)
     bench.files.failing["create"] = FULL
-    ending = Ending(Reason.CLOSED, session=7)
+    ending = HolderGone(Reason.CLOSED, session=7)
     bench.registry.gone(ending)
     assert not any(map(bench.registry.is_ready, bench.registry.named("held")))
     bench.engine.end(ending)
@@ -280,18 +280,18 @@ async def test_an_end_is_never_refused_and_the_file_follows(tmp_path: Path) -> N
 async def test_an_end_of_very_many_is_several_batches(
     fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (draft, engine):
+    for module in (transaction_module, engine):
         monkeypatch.setattr(module, "ENDS_MAX", 4)
     bench = Bench(tmp_path)
 
     def held(name: str) -> Write:
         entry = Entry(name, "", "127.0.0.1", 1, {}, State.READY, 0, 0.0, holders=(Holder(0, 7, hold=True),))
-        return lambda draft: b"%d" % draft.register(entry, session=7)[0].rev
+        return lambda transaction: b"%d" % transaction.register(entry, session=7)[0].rev
 
     bench.submit(*(held(f"n{n}") for n in range(10)))
     await bench.until(10)
     commits = bench.tally.commits
-    ending = Ending(Reason.CLOSED, session=7)
+    ending = HolderGone(Reason.CLOSED, session=7)
     bench.registry.gone(ending)
     assert not any(bench.registry.is_ready(entry) for n in range(10) for entry in bench.registry.named(f"n{n}"))
     if fails:

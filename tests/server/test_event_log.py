@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from regd.core.limits import Limits
-from tests.support.daemon import WAIT_S, Daemon, InLoop, Peer, environment
+from tests.support.daemon import WAIT_S, DaemonProcess, InLoop, Peer, environment
 from tests.support.files import ToldFiles
 from tests.support.peers import Told
 
@@ -154,7 +154,7 @@ async def test_at_info_no_request_is_logged_and_at_debug_each_is_once(
     assert all(line.isascii() and line.isprintable() and len(line) < 600 for line in lines)
 
 
-def talk(daemon: Daemon, *requests: dict[str, Any]) -> None:
+def talk(daemon: DaemonProcess, *requests: dict[str, Any]) -> None:
     with socket.create_connection(("127.0.0.1", daemon.port), WAIT_S) as peer, peer.makefile("rb") as lines:
         for request in requests:
             peer.sendall(json.dumps(request).encode() + b"\n")
@@ -164,7 +164,7 @@ def talk(daemon: Daemon, *requests: dict[str, Any]) -> None:
 @pytest.mark.parametrize("level", ["info", "debug"])
 def test_the_log_in_json_is_one_object_a_line(level: str, tmp_path: Path) -> None:
     held = {"cmd": "register", "name": "db", "port": 1, "hold": True}
-    with Daemon(tmp_path / "registry.json", "--log-level", level, "--log-format", "json") as daemon:
+    with DaemonProcess(tmp_path / "registry.json", "--log-level", level, "--log-format", "json") as daemon:
         daemon.start()
         with socket.create_connection(("127.0.0.1", daemon.port), WAIT_S) as peer:
             peer.sendall(json.dumps(held).encode() + b"\n")
@@ -185,8 +185,8 @@ def test_the_log_in_json_is_one_object_a_line(level: str, tmp_path: Path) -> Non
         assert sum(line.get("event") == "request" for line in lines) == 3
 
 
-def test_why_it_does_not_start_is_json_too(process: Daemon, tmp_path: Path) -> None:
-    other = Daemon(tmp_path / "other.json", "--log-format", "json", "--port", str(process.port))
+def test_why_it_does_not_start_is_json_too(process: DaemonProcess, tmp_path: Path) -> None:
+    other = DaemonProcess(tmp_path / "other.json", "--log-format", "json", "--port", str(process.port))
     done = subprocess.run(other.command(), env=environment(), capture_output=True, text=True, timeout=WAIT_S)
     assert done.returncode == 1
     line = json.loads(done.stderr)

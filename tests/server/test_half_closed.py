@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from regd.server import peers
+from regd.server import peer_credentials
 from regd.server.half_closed import CHECK_S, HalfClosed
 from tests.support.clock import HandClock
 from tests.support.daemon import WAIT_S, InLoop, environment
@@ -93,7 +93,7 @@ async def test_a_peer_that_has_closed_its_side_and_lives_gets_its_reply(
 ) -> None:
     if table:
         daemon.server._peers.close()
-        daemon.server._peers._ask = peers.by_table
+        daemon.server._peers._ask = peer_credentials.by_table
     peer = await daemon.peer()
     peer.send(WAIT)
     peer.writer.write_eof()
@@ -114,7 +114,7 @@ async def test_one_that_is_not_read_is_noticed_too(daemon: InLoop, table: bool) 
     """Behind a wait without an id stands so much that the end of the peer is not read."""
     if table:
         daemon.server._peers.close()
-        daemon.server._peers._ask = peers.by_table
+        daemon.server._peers._ask = peer_credentials.by_table
     plain = socket.create_connection(("127.0.0.1", daemon.port))
     plain.sendall(WAIT + b'{"cmd":"ping"}\n' * 20_000)
     await until(lambda: any(not each._reading for each in daemon.server.connections))

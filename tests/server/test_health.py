@@ -11,8 +11,8 @@ from regd.core.limits import Limits
 from regd.protocol.commands import Request
 from regd.server import engine
 from regd.server.connection import Connection
-from regd.server.pulse import Pulse
-from regd.server.waits import Wait
+from regd.server.loop_monitor import LoopMonitor
+from regd.server.pending_resolves import PendingResolve
 from regd.server.watches import Watch
 from tests.support.clock import HandClock
 from tests.support.daemon import WAIT_S, InLoop, Peer
@@ -192,7 +192,7 @@ async def test_the_daemon_tells_how_late_it_was(daemon: InLoop) -> None:
 
 def test_the_slowest_is_kept_with_its_name() -> None:
     clock = HandClock()
-    pulse = Pulse(clock)
+    pulse = LoopMonitor(clock)
     for what, took_s in (("list", 0.002), ("watch", 0.005), ("ping", 0.001)):
         began = clock.now()
         clock.advance(took_s)
@@ -237,7 +237,7 @@ async def test_a_connection_leaves_nothing_for_the_collector(daemon: InLoop) -> 
             while (await other.ask(cmd="stats"))["registrations"] > 1:
                 pass
         await other.ask(cmd="list")
-        kinds = Connection | Wait | Watch | Request
+        kinds = Connection | PendingResolve | Watch | Request
         assert [type(each) for each in gc.get_objects() if isinstance(each, kinds)] == [Connection]
     finally:
         gc.enable()

@@ -13,12 +13,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from regd.core.draft import Contested, Draft
 from regd.core.errors import Refused
-from regd.core.lifetimes import Ending
+from regd.core.holders import HolderGone
 from regd.core.limits import Limits
 from regd.core.model import Entry, Holder, Key, Process, Reason, State
 from regd.core.registry import Registry
+from regd.core.transaction import OwnerConflict, Transaction
 from regd.protocol import messages
 from regd.server.watches import Watch
 from regd.storage.document import chunks, line, parse
@@ -115,14 +115,14 @@ class Histories(RuleBasedStateMachine):
     def process(self, pid: int) -> Process:
         return Process(pid, f"boot/{self.born[pid]}")
 
-    def land(self, draft: Draft) -> None:
-        self.registry.land(draft.changes, self.now)
+    def land(self, transaction: Transaction) -> None:
+        self.registry.land(transaction.changes, self.now)
 
-    def end(self, ending: Ending) -> None:
+    def end(self, ending: HolderGone) -> None:
         self.registry.gone(ending)
-        draft = Draft(self.registry, 5.0)
-        list(draft.end(ending))
-        self.land(draft)
+        transaction = Transaction(self.registry, 5.0)
+        list(transaction.end(ending))
+        self.land(transaction)
         self.registry.lifetimes.settle(ending)
 
     def model_end(self, gone: Any) -> None:
@@ -183,25 +183,25 @@ class Histories(RuleBasedStateMachine):
             conflict = bool(rivals) and not force
             if not conflict:
                 self.model[key] = Known(port, meta, "ready", [wish] if conditional else [])
-        draft = Draft(self.registry, 5.0)
+        transaction = Transaction(self.registry, 5.0)
         holders = (Holder(0, session, hold, self.process(pid) if pid else None, ttl),) if conditional else ()
         wanted = Entry(*key, "127.0.0.1", port, meta, State.READY, 0, 0.0, holders)
         try:
-            draft.register(wanted, session=session, force=force)
-        except Contested:
+            transaction.register(wanted, session=session, force=force)
+        except OwnerConflict:
             assert conflict
-            assert not draft.changes
+            assert not transaction.changes
         else:
             assert not conflict
-        self.land(draft)
+        self.land(transaction)
 
     @rule(key=keys, player=sessions)
     def deregister(self, key: Key, player: int) -> None:
         session = self.open[player]
-        draft = Draft(self.registry, 5.0)
+        transaction = Transaction(self.registry, 5.0)
         known = self.model.get(key)
         try:
-            removed = draft.deregister(key, session=session)
+            removed = transaction.deregister(key, session=session)
         except Refused:
             assert known is None
             return
@@ -213,18 +213,18 @@ class Histories(RuleBasedStateMachine):
         else:
             del self.model[key]
             assert removed == 1
-            assert {lost.session for lost in draft.lost} == {
+            assert {lost.session for lost in transaction.lost} == {
                 each.session for each in others if each.session is not None
             }
-        self.land(draft)
+        self.land(transaction)
 
     @rule(key=keys, player=sessions, state=st.sampled_from(["ready", "draining"]))
     def update(self, key: Key, player: int, state: str) -> None:
         session = self.open[player]
-        draft = Draft(self.registry, 5.0)
+        transaction = Transaction(self.registry, 5.0)
         known = self.model.get(key)
         try:
-            draft.update(key, None, State(state), session=session)
+            transaction.update(key, None, State(state), session=session)
         except Refused:
             assert known is None
             return
@@ -238,7 +238,7 @@ class Histories(RuleBasedStateMachine):
             known.state = state
             for each in own:
                 each.withdrawn = False
-        self.land(draft)
+        self.land(transaction)
 
     @rule(key=keys)
     def renew(self, key: Key) -> None:
@@ -256,14 +256,14 @@ class Histories(RuleBasedStateMachine):
         self.opened += 1
         self.open[player] = self.opened
         self.model_end(lambda each: each.hold and each.session == session)
-        self.end(Ending(Reason.CLOSED, session=session))
+        self.end(HolderGone(Reason.CLOSED, session=session))
 
     @rule(pid=pids)
     def exit(self, pid: int) -> None:
         process = self.process(pid)
         self.born[pid] += 1
         self.model_end(lambda each: each.pid == pid)
-        self.end(Ending(Reason.EXITED, process=process))
+        self.end(HolderGone(Reason.EXITED, process=process))
 
     @rule(seconds=st.sampled_from([1.0, 4.9, 5.0, 20.0, 30.0]), refused=st.booleans())
     def advance(self, seconds: float, refused: bool) -> None:
@@ -280,7 +280,7 @@ class Histories(RuleBasedStateMachine):
         while lifetimes.unclaimed:
             key, holder_id = lifetimes.unclaimed.popleft()
             if refused:
-                self.end(Ending(Reason.CLOSED, holder=(key, holder_id)))
+                self.end(HolderGone(Reason.CLOSED, holder=(key, holder_id)))
             else:
                 lifetimes.wait_on(key, holder_id, self.now + GRACE_S)
 

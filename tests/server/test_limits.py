@@ -14,16 +14,16 @@ from typing import Any, cast
 
 import pytest
 
-from regd.core.draft import Draft
 from regd.core.history import History
 from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Change, Entry, Op, State
 from regd.core.registry import Registry
+from regd.core.transaction import Transaction
 from regd.protocol.commands import Request
 from regd.protocol.messages import HTTP_REFUSAL
-from regd.server.lifecycle import _within_open_files
-from regd.server.peers import Peers
-from regd.server.turns import Turns, Worker
+from regd.server.daemon import _within_open_files
+from regd.server.peer_credentials import PeerCredentials
+from regd.server.scheduler import FairScheduler, Worker
 from tests.support.daemon import WAIT_S, InLoop, Peer
 from tests.support.files import ToldFiles
 from tests.support.peers import STRANGER, Told
@@ -48,7 +48,7 @@ def running(tmp_path: Path) -> Running:
 
     @contextlib.asynccontextmanager
     async def run(
-        files: ToldFiles | None = None, peers: Peers | None = None, **limits: float
+        files: ToldFiles | None = None, peers: PeerCredentials | None = None, **limits: float
     ) -> AsyncIterator[InLoop]:
         path = tmp_path / "registry.json"
         async with InLoop(path, limits=replace(DEFAULT, **cast(Any, limits)), files=files, peers=peers) as daemon:
@@ -232,7 +232,7 @@ async def test_a_guest_is_read_on_when_it_had_its_turn_and_the_owner_is_served_m
         assert daemon.server._context is not None
         guest = await daemon.peer()
         assert (await guest.ask(cmd="ping"))["ok"]
-        turns = daemon.server._context.guests.turns = cast(Turns, NoTime())
+        turns = daemon.server._context.guests.turns = cast(FairScheduler, NoTime())
         [connection] = daemon.server.connections
         guest.send(b'{"cmd":"resolve","name":"db"}\n' * 100)
         await until(lambda: not connection._transport.is_reading())
@@ -448,7 +448,7 @@ async def test_no_more_addresses_are_probed_at_a_time(
 def test_the_part_of_guests_is_the_same_where_fewer_files_may_be_open(
     hard: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("regd.server.lifecycle.raise_open_files", lambda wanted: min(wanted, hard - 192))
+    monkeypatch.setattr("regd.server.daemon.raise_open_files", lambda wanted: min(wanted, hard - 192))
     limits = _within_open_files(DEFAULT)
     assert limits.guests_max <= limits.connections_max / 4 + 1
     assert limits.guests_probes_max <= limits.probes_max / 4 + 1
@@ -717,10 +717,10 @@ def test_departures() -> None:
     registry = registry_of(0, departures_max=3, departures_kept=2)
     for name in ("a", "b", "c", "d"):
         for n in range(3):
-            draft = Draft(registry, 0.0)
-            draft.register(Entry(name, str(n), "127.0.0.1", 1, {}, State.READY, 0, 0.0))
-            draft.deregister((name, str(n)))
-            registry.land(draft.changes, 0.0)
+            transaction = Transaction(registry, 0.0)
+            transaction.register(Entry(name, str(n), "127.0.0.1", 1, {}, State.READY, 0, 0.0))
+            transaction.deregister((name, str(n)))
+            registry.land(transaction.changes, 0.0)
     assert [len(registry.departures(name)) for name in ("a", "b", "c", "d")] == [0, 2, 2, 2]
 
 

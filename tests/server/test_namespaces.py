@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from regd.server import namespaces
-from tests.support.daemon import Daemon, environment
+from tests.support.daemon import DaemonProcess, environment
 
 pytestmark = [
     pytest.mark.socket,
@@ -71,7 +71,7 @@ def test_a_loopback_address_of_another_network_namespace_is_refused(tmp_path: Pa
         for n, host in enumerate(("127.0.0.1", "::1", "localhost", "127.9.9.9", "192.0.2.1"))
     ]
     del wishes[0]["host"]  # the default
-    with Daemon(tmp_path / "registry.json", "--unix", str(path)) as daemon:
+    with DaemonProcess(tmp_path / "registry.json", "--unix", str(path)) as daemon:
         daemon.start()
         replies = ask_from(["-n"], path, *wishes)
         assert [reply.get("error") for reply in replies] == [*["bad_argument"] * 4, None]
@@ -83,7 +83,7 @@ def test_a_loopback_address_of_another_network_namespace_is_refused(tmp_path: Pa
 def test_a_process_of_another_pid_namespace_is_unsupported(tmp_path: Path) -> None:
     path = tmp_path / "s"
     wish = {"cmd": "register", "name": "a", "port": 1, "hold": True, "pid": "own"}
-    with Daemon(tmp_path / "registry.json", "--unix", str(path)) as daemon:
+    with DaemonProcess(tmp_path / "registry.json", "--unix", str(path)) as daemon:
         daemon.start()
         assert [reply.get("error") for reply in ask_from(["-p", "-f"], path, wish)] == ["unsupported"]
         assert [reply.get("error") for reply in ask_from(["-m"], path, wish)] == [None]

@@ -55,7 +55,7 @@ async def test_a_connection_is_refused_when_every_address_refuses_it(
     except (AttributeError, TypeError):
         pytest.skip("this loop's methods cannot be replaced")
     assert found == why
-    assert probes.Finding(1, 0.0, found).refused is (why == "connection refused")
+    assert probes.ProbeResult(1, 0.0, found).refused is (why == "connection refused")
 
 
 async def test_a_full_queue_is_no_answer() -> None:

@@ -167,7 +167,7 @@ async def test_root_may_state_any_process_and_others_their_own(
 HIDDEN = """
 import asyncio, json, os, subprocess, sys
 from pathlib import Path
-from regd.server.lifecycle import Config, Server
+from regd.server.daemon import Config, Server
 
 if os.readlink("/proc/self/ns/mnt") == sys.argv[1]:
     sys.exit("not in a mount namespace of its own")

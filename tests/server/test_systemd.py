@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from regd.server import systemd
-from regd.server.lifecycle import Config, Server
-from regd.server.listener import Handed, ListenError
-from regd.server.systemd import Heart, Notices, handed_over, watchdog_s
+from regd.server.daemon import Config, Daemon
+from regd.server.listener import InheritedSocket, ListenError
+from regd.server.systemd import Notifier, Watchdog, handed_over, watchdog_s
 from tests.support.clock import HandClock
 from tests.support.daemon import WAIT_S, Peer
 
@@ -42,7 +42,7 @@ def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
 )
 def test_what_is_handed_over_is_taken(listener: socket.socket, environment: dict[str, str], name: str) -> None:
     environment["PATH"] = "/bin"
-    assert handed_over(environment) == [Handed(listener.fileno(), name)]
+    assert handed_over(environment) == [InheritedSocket(listener.fileno(), name)]
     assert environment == {"PATH": "/bin"}
     assert not listener.get_inheritable()
 
@@ -105,12 +105,12 @@ def spared(file: int) -> object:
 
 
 @contextlib.contextmanager
-def handed(*listeners: socket.socket) -> Iterator[list[Handed]]:
+def handed(*listeners: socket.socket) -> Iterator[list[InheritedSocket]]:
     """Hand over copies, as the service manager does, which goes on listening."""
     with contextlib.ExitStack() as stack:
         for each in listeners:
             stack.enter_context(each)
-        yield [Handed(os.dup(each.fileno()), "test") for each in listeners]
+        yield [InheritedSocket(os.dup(each.fileno()), "test") for each in listeners]
 
 
 def unix(path: Path | str, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
@@ -128,7 +128,7 @@ async def test_it_listens_on_what_is_handed_over_alone(tmp_path: Path) -> None:
     six = socket.create_server(("::1", 0), family=socket.AF_INET6)
     own = unix(path)
     with handed(own, six, four) as files:
-        server = Server(Config(registry=tmp_path / "r.json", unix=tmp_path / "not", inherited=files))
+        server = Daemon(Config(registry=tmp_path / "r.json", unix=tmp_path / "not", inherited=files))
         await server.start()
         try:
             assert server.addresses == [
@@ -159,7 +159,7 @@ async def connected(listener: socket.socket) -> Peer:
 async def test_a_unix_socket_alone_will_do(tmp_path: Path) -> None:
     own = unix(tmp_path / "s")
     with handed(own) as files:
-        server = Server(Config(registry=tmp_path / "r.json", inherited=files))
+        server = Daemon(Config(registry=tmp_path / "r.json", inherited=files))
         await server.start()
         try:
             peer = await connected(own)
@@ -206,10 +206,10 @@ async def test_anything_else_is_refused_and_nothing_touched(tmp_path: Path, kind
     with contextlib.ExitStack() as stack:
         good = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         file = number(stack, kind, tmp_path)
-        files = [Handed(os.dup(good.fileno()), "good"), Handed(file, "b\x1bd")]
+        files = [InheritedSocket(os.dup(good.fileno()), "good"), InheritedSocket(file, "b\x1bd")]
         registry = tmp_path / "folder" / "r.json"
         with pytest.raises(ListenError, match=says) as refused:
-            await Server(Config(registry=registry, inherited=files)).start()
+            await Daemon(Config(registry=registry, inherited=files)).start()
         assert str(refused.value).startswith(f"the inherited socket {file} ('b\\x1bd') ")
         assert not registry.parent.exists()
 
@@ -264,7 +264,7 @@ class Beating:
     def __init__(self, address: str, watchdog: float | None) -> None:
         self.clock = HandClock()
         self.status = "calm"
-        self.heart = Heart(Notices({"NOTIFY_SOCKET": address}), self.clock, watchdog, lambda: self.status)
+        self.heart = Watchdog(Notifier({"NOTIFY_SOCKET": address}), self.clock, watchdog, lambda: self.status)
 
 
 @contextlib.contextmanager
@@ -364,7 +364,7 @@ def test_when_there_are_no_more_files_it_gives_its_sign(
 def test_nobody_wants_to_know(caplog: pytest.LogCaptureFixture) -> None:
     for environment in ({}, {"NOTIFY_SOCKET": ""}):
         clock = HandClock()
-        heart = Heart(Notices(environment), clock, 4.0, lambda: "calm")
+        heart = Watchdog(Notifier(environment), clock, 4.0, lambda: "calm")
         heart.start()
         assert not clock._timers
         heart.stop()

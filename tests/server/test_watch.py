@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from regd.core.draft import Draft
 from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Entry, State
 from regd.core.registry import Registry
-from regd.server.pulse import Pulse
+from regd.core.transaction import Transaction
+from regd.server.loop_monitor import LoopMonitor
 from regd.server.watches import Watches
 from tests.support.clock import HandClock
 from tests.support.daemon import WAIT_S, InLoop, Peer
@@ -241,17 +241,17 @@ async def test_what_changes_while_the_state_is_being_sent_follows_it() -> None:
     registry = Registry()
 
     def land(*entries: Entry) -> None:
-        draft = Draft(registry, 5.0)
+        transaction = Transaction(registry, 5.0)
         for entry in entries:
-            draft.register(entry)
-        registry.land(draft.changes, 0.0)
-        watches.landed(draft.changes)
+            transaction.register(entry)
+        registry.land(transaction.changes, 0.0)
+        watches.landed(transaction.changes)
 
     def entry(n: int, port: int) -> Entry:
         return Entry(f"n{n:03}", "", "127.0.0.1", port, {}, State.READY, 0, 0.0)
 
     clock = HandClock()
-    watches, peer = Watches(registry, clock, DEFAULT, Pulse(clock), "epoch"), Slot()
+    watches, peer = Watches(registry, clock, DEFAULT, LoopMonitor(clock), "epoch"), Slot()
     land(*(entry(n, 1) for n in range(300)))
     watch = watches.start(peer, 1, "*", {}, None)
     await asyncio.sleep(0)

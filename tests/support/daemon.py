@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from regd.core.limits import DEFAULT, Limits
-from regd.server.lifecycle import Config, Server
-from regd.server.peers import Peers
+from regd.server.daemon import Config, Daemon
+from regd.server.peer_credentials import PeerCredentials
 from regd.storage.files import Files
 from tests.support.clock import HandClock
 
@@ -83,12 +83,12 @@ class InLoop:
         files: Files | None = None,
         unix: Path | None = None,
         epoch: str = EPOCH,
-        peers: Peers | None = None,
+        peers: PeerCredentials | None = None,
         idle_exit_s: float | None = None,
     ) -> None:
         self.clock = HandClock()
         self.config = Config(registry=registry, port=0, limits=limits, unix=unix, idle_exit_s=idle_exit_s)
-        self.server = Server(self.config, clock=self.clock, files=files, epoch=epoch, peers=peers)
+        self.server = Daemon(self.config, clock=self.clock, files=files, epoch=epoch, peers=peers)
         self.peers: list[Peer] = []
 
     @property
@@ -116,7 +116,7 @@ class InLoop:
         return peer
 
 
-class Daemon:
+class DaemonProcess:
     """A daemon in a process of its own, on a free port.
 
     `stock` keeps it on asyncio's own loop; `before` is a command that runs it, such as `unshare`.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from regd.core.limits import DEFAULT
-from regd.server import peers
+from regd.server import peer_credentials
 from regd.server.listener import ListenError
 from regd.storage.store import StorageError
 from tests.support.daemon import InLoop
@@ -49,8 +49,8 @@ async def registry_taken_elsewhere(scene: Scene) -> str:
 
 @says("cannot tell which user is at the other end of a TCP connection: …; listen on a Unix socket alone with …")
 async def nobody_tells(scene: Scene) -> str:
-    scene.patch.setattr(peers, "_NETLINK_SOCK_DIAG", 31)
-    scene.patch.setattr(peers, "_TABLES", ())
+    scene.patch.setattr(peer_credentials, "_NETLINK_SOCK_DIAG", 31)
+    scene.patch.setattr(peer_credentials, "_TABLES", ())
     with pytest.raises(ListenError) as caught:
         await InLoop(scene.registry).__aenter__()
     assert not scene.registry.exists()

@@ -14,7 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
-from regd.storage.files import Files, Print
+from regd.storage.files import Files, Fingerprint
 
 FOLDER = -1  # what a name may stand for, beside the number of a file, and None for nothing
 Name = int | None
@@ -270,7 +270,7 @@ class RecordedFiles(Files):
         if trouble:
             self._fail()
 
-    def print(self, file: Path | int) -> Print | None:
+    def print(self, file: Path | int) -> Fingerprint | None:
         if self._befalls():
             self._fail()
         return super().print(file)

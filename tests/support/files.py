@@ -5,7 +5,7 @@ import os
 import threading
 from pathlib import Path
 
-from regd.storage.files import Files, Print
+from regd.storage.files import Files, Fingerprint
 
 
 class ToldFiles(Files):
@@ -49,7 +49,7 @@ class ToldFiles(Files):
         self._tell("sync_folder")
         super().sync_folder(path)
 
-    def print(self, file: Path | int) -> Print | None:
+    def print(self, file: Path | int) -> Fingerprint | None:
         if "print" in self.failing:
             self._tell("print")
         return super().print(file)

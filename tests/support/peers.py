@@ -3,12 +3,12 @@
 import socket
 from collections.abc import Sequence
 
-from regd.server.peers import Peers
+from regd.server.peer_credentials import PeerCredentials
 
 STRANGER = 65_533  # a number that nobody here has
 
 
-class Told(Peers):
+class Told(PeerCredentials):
     """Says of every TCP peer what the test says."""
 
     uid: int | None = STRANGER

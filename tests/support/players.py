@@ -16,9 +16,9 @@ from typing import Any
 
 from regd_client.client import Client
 from regd_client.errors import RegdError, Timeout, Unavailable
-from regd_client.picture import Mirror
+from regd_client.mirrors import Mirror
 from regd_client.registration import Registration
-from tests.support.daemon import WAIT_S, Daemon, Peer
+from tests.support.daemon import WAIT_S, DaemonProcess, Peer
 from tests.support.witnesses import Failure, Listener, Model, Record, Value, Watcher, digest, key_of, value_of
 
 GRACE_S = 4.0
@@ -31,7 +31,7 @@ STATES = ("ready", "ready", "starting", "draining")
 FINE = ("conflict", "not_found", "shutting_down")  # refusals that a write may meet
 
 
-class SmallDaemon(Daemon):
+class SmallDaemon(DaemonProcess):
     """A daemon whose watchers are soon too late, and hear of progress often."""
 
     def command(self, *flags: str) -> list[str]:

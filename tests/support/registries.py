@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from regd.server.lifecycle import Config, Server
+from regd.server.daemon import Config, Daemon
 from regd_client.client import Client
 from regd_client.errors import RegdError
 from tests.support.daemon import InLoop
@@ -39,7 +39,7 @@ class Registry:
         await self._daemon.server.stop()
         yield
         self._starts += 1
-        self._daemon.server = Server(config, clock=self._daemon.clock, epoch=f"start {self._starts}")
+        self._daemon.server = Daemon(config, clock=self._daemon.clock, epoch=f"start {self._starts}")
         await self._daemon.server.start()
 
 

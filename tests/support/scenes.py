@@ -15,7 +15,7 @@ import pytest
 
 from regd.cli import regctl
 from regd_client import RegdError
-from tests.support.daemon import WAIT_S, Daemon, InLoop, environment
+from tests.support.daemon import WAIT_S, DaemonProcess, InLoop, environment
 
 
 class Scene:
@@ -47,7 +47,7 @@ class Scene:
 
     async def regd(self, *flags: str, status: int, before: Sequence[str] = ()) -> str:
         """Return what the command says that does not start, without its name before it."""
-        return await self._run("regd", Daemon(self.registry, before=before).command(*flags), status)
+        return await self._run("regd", DaemonProcess(self.registry, before=before).command(*flags), status)
 
     async def regctl(self, *arguments: str, status: int, prefix: str = "regctl") -> str:
         """Return what a command says that fails with this status. It runs here, in a thread."""

@@ -21,8 +21,8 @@ from tests.support.daemon import WAIT_S, environment
 # regctl as it is, but that it waits for an answer as long as a busy machine takes.
 PATIENT = """#!{python}
 import sys
-import regd.cli.names
-regd.cli.names._ANSWER_S = regd.cli.names._END_S = 15.0
+import regd.cli.complete_names
+regd.cli.complete_names._ANSWER_S = regd.cli.complete_names._END_S = 15.0
 from regd.cli.regctl import main
 sys.exit(main())
 """

@@ -7,14 +7,14 @@ import signal
 import subprocess
 from pathlib import Path
 
-from regd.server import engine, lifecycle
+from regd.server import daemon, engine
 from regd.storage.files import Files
-from tests.support.daemon import Daemon, environment
+from tests.support.daemon import DaemonProcess, environment
 
 _STEPS_OF_A_START = 12  # in which nothing fails: a daemon that cannot write at its start may say so, and leave
 
 
-class Victim(Daemon):
+class Victim(DaemonProcess):
     """A daemon that is going to be killed. With a plan it runs on a door with troubles of its own."""
 
     def __init__(self, registry: Path, plan: str = "") -> None:
@@ -44,7 +44,7 @@ class Victim(Daemon):
 
 def trouble(kill_at: int, fail_share: float, seed: int) -> None:
     """In the daemon's process: kill it at this operation of its door, have a share of its commits fail."""
-    vars(lifecycle)["Files"] = lambda: Troubled(kill_at, fail_share, seed)
+    vars(daemon)["Files"] = lambda: Troubled(kill_at, fail_share, seed)
     engine._REPAIR_AFTER_S = 0.01
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import regd_client
-from regd_client import link, starting, wire
+from regd_client import autostart, connector, wire
 from regd_client.blocking import BlockingConnection
-from tests.support.daemon import WAIT_S, Daemon, InLoop
+from tests.support.daemon import WAIT_S, DaemonProcess, InLoop
 from tests.support.demand import SLOW_S, Demand, demand, kept_port, stat
 
 BLOCKING = """
@@ -44,7 +44,7 @@ asyncio.run(main())
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Demand]:
     """A place at a Unix socket, which this process asks, too."""
-    monkeypatch.setattr(starting, "_REST_S", 1_000.0)
+    monkeypatch.setattr(autostart, "_REST_S", 1_000.0)
     with demand(tmp_path) as made:
         for key, value in made.environment().items():
             if key.startswith(("REGD_", "XDG_")) or key == "HOME":
@@ -120,10 +120,10 @@ def test_with_a_state_folder_each_they_get_one_all_the_same(tmp_path: Path) -> N
 
 def test_who_was_refused_looks_once_more(here: Demand, tmp_path: Path) -> None:
     """Somebody without our lock was quicker: that is found, and is no failure."""
-    start = starting.Start(wire.find_address())
+    start = autostart.Autostart(wire.find_address())
     try:
         assert start.step() == 0.0  # locked: look again, nobody is there
-        with Daemon(tmp_path / "other" / "registry.json", "--unix", str(tmp_path / "s")) as quicker:
+        with DaemonProcess(tmp_path / "other" / "registry.json", "--unix", str(tmp_path / "s")) as quicker:
             quicker.start()
             while start.step() > 0.0:
                 time.sleep(0.01)
@@ -135,7 +135,7 @@ def test_who_was_refused_looks_once_more(here: Demand, tmp_path: Path) -> None:
 
 
 def test_who_gives_up_leaves_no_zombie_and_the_daemon_comes_all_the_same(here: Demand) -> None:
-    start = starting.Start(wire.find_address())
+    start = autostart.Autostart(wire.find_address())
     try:
         start.step()
         start.step()
@@ -319,7 +319,7 @@ async def test_never_for_one_that_is_there_and_does_not_answer(here: Demand, tmp
 def test_never_for_who_only_looks_on(here: Demand) -> None:
     """A doctor, who looks at many addresses, and a shell that completes a line."""
     assert "nobody listens at" in here.regctl("doctor")[1]
-    names = here.program("from regd.cli.names import names; print(names(None, None))")
+    names = here.program("from regd.cli.complete_names import names; print(names(None, None))")
     assert names.communicate(timeout=SLOW_S) == ("None\n", "")
     assert not here.folder.exists()
     assert not here.daemons()
@@ -328,7 +328,7 @@ def test_never_for_who_only_looks_on(here: Demand) -> None:
 async def test_one_that_was_there_is_given_time_to_come_back(
     here: Demand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link, "_RESTART_S", 1_000.0)
+    monkeypatch.setattr(connector, "_RESTART_S", 1_000.0)
     pid = await asyncio.to_thread(pid_of)
     async with regd_client.Client(connect_timeout_s=0.2) as client:
         assert (await client.stats())["pid"] == pid
@@ -365,7 +365,7 @@ async def refused(address: str | None = None) -> str:
     with pytest.raises(regd_client.Unavailable) as asyncs:
         await regd_client.Client(address, connect_timeout_s=SLOW_S).ping()
     assert str(blocking.value) == str(asyncs.value)
-    assert blocking.value.code == asyncs.value.code == starting.NOT_STARTED
+    assert blocking.value.code == asyncs.value.code == autostart.NOT_STARTED
     assert "\n" not in str(blocking.value)
     return str(blocking.value)
 
@@ -399,7 +399,7 @@ async def test_a_port_of_which_another_program_has_a_half(here: Demand) -> None:
 
 
 async def test_a_client_alone_says_that_there_is_no_daemon(here: Demand, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(starting, "_package", lambda: None)
+    monkeypatch.setattr(autostart, "_package", lambda: None)
     monkeypatch.setenv("PATH", str(here.place))
     assert (await refused()).endswith(
         "there is none to start: this Python has no package regd, and PATH no `regd`"
@@ -407,7 +407,7 @@ async def test_a_client_alone_says_that_there_is_no_daemon(here: Demand, monkeyp
 
 
 def test_a_client_alone_takes_the_command_on_the_path(here: Demand, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(starting, "_package", lambda: None)
+    monkeypatch.setattr(autostart, "_package", lambda: None)
     command = here.place / "bin" / "regd"
     command.parent.mkdir()
     command.write_text(f"#!/bin/sh\nexec '{sys.executable}' -m regd \"$@\"\n")
@@ -484,7 +484,7 @@ async def test_without_a_home_nothing_is_made(
 ) -> None:
     monkeypatch.chdir(here.place)
     monkeypatch.delenv("XDG_STATE_HOME")
-    monkeypatch.setattr(starting, "_home", lambda: "")
+    monkeypatch.setattr(autostart, "_home", lambda: "")
     if home is None:
         monkeypatch.delenv("HOME")
     else:
@@ -507,7 +507,7 @@ def test_in_a_folder_that_has_been_deleted(here: Demand, path: str, monkeypatch:
     try:
         monkeypatch.setenv("PATH", path)
         monkeypatch.setenv("PYTHONPATH", f"relative{os.pathsep}{here.environment()['PYTHONPATH']}")
-        assert starting._environment()["PYTHONPATH"].count("relative") == 0
+        assert autostart._environment()["PYTHONPATH"].count("relative") == 0
         assert pid_of() in here.daemons()
     finally:
         os.chdir(before)
@@ -529,7 +529,7 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
 
 
 def test_idle_exit_ends_it_in_order(tmp_path: Path) -> None:
-    with Daemon(tmp_path / "registry.json", "--idle-exit", "1") as daemon:
+    with DaemonProcess(tmp_path / "registry.json", "--idle-exit", "1") as daemon:
         daemon.start()
         assert daemon.process is not None
         _, errors = daemon.process.communicate(timeout=WAIT_S)

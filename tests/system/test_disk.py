@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.daemon import WAIT_S, Daemon, InLoop, Peer
+from tests.support.daemon import WAIT_S, DaemonProcess, InLoop, Peer
 from tests.support.files import BROKEN, FULL, ToldFiles
 
 STEPS = ("create", "write", "sync", "rename", "sync_folder", "print")
@@ -90,10 +90,10 @@ def small(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-async def peers() -> AsyncIterator[Callable[[Daemon], Any]]:
+async def peers() -> AsyncIterator[Callable[[DaemonProcess], Any]]:
     made: list[Peer] = []
 
-    async def connect(daemon: Daemon) -> Peer:
+    async def connect(daemon: DaemonProcess) -> Peer:
         made.append(Peer(*await asyncio.open_connection("127.0.0.1", daemon.port)))
         return made[-1]
 
@@ -112,8 +112,8 @@ def fill(folder: Path) -> Path:
     return filler
 
 
-async def test_a_full_disk(small: Path, peers: Callable[[Daemon], Any]) -> None:
-    with Daemon(small / "registry.json") as daemon:
+async def test_a_full_disk(small: Path, peers: Callable[[DaemonProcess], Any]) -> None:
+    with DaemonProcess(small / "registry.json") as daemon:
         daemon.start()
         peer, watcher = await peers(daemon), await peers(daemon)
         assert (await peer.ask(cmd="register", name="old", port=1))["ok"]
@@ -143,9 +143,9 @@ def idle() -> subprocess.Popen[bytes]:
 
 
 async def test_who_dies_while_the_disk_is_full_is_gone_and_the_file_follows(
-    small: Path, peers: Callable[[Daemon], Any]
+    small: Path, peers: Callable[[DaemonProcess], Any]
 ) -> None:
-    with Daemon(small / "registry.json") as daemon:
+    with DaemonProcess(small / "registry.json") as daemon:
         daemon.start()
         peer, holder, watcher = [await peers(daemon) for _ in range(3)]
         with idle() as process:
@@ -172,8 +172,8 @@ async def test_who_dies_while_the_disk_is_full_is_gone_and_the_file_follows(
         assert (reply["instances"], reply["rev"]) == ([], 6)
 
 
-async def test_a_disk_that_becomes_read_only(small: Path, peers: Callable[[Daemon], Any]) -> None:
-    with Daemon(small / "registry.json") as daemon:
+async def test_a_disk_that_becomes_read_only(small: Path, peers: Callable[[DaemonProcess], Any]) -> None:
+    with DaemonProcess(small / "registry.json") as daemon:
         daemon.start()
         peer, watcher = await peers(daemon), await peers(daemon)
         assert (await peer.ask(cmd="register", name="old", port=1))["ok"]
@@ -189,8 +189,10 @@ async def test_a_disk_that_becomes_read_only(small: Path, peers: Callable[[Daemo
         assert held(daemon.registry) == {"old", "late"}
 
 
-async def test_a_folder_that_is_gone_and_comes_back(tmp_path: Path, peers: Callable[[Daemon], Any]) -> None:
-    with Daemon(tmp_path / "deep" / "registry.json") as daemon:
+async def test_a_folder_that_is_gone_and_comes_back(
+    tmp_path: Path, peers: Callable[[DaemonProcess], Any]
+) -> None:
+    with DaemonProcess(tmp_path / "deep" / "registry.json") as daemon:
         daemon.start()
         peer, watcher = await peers(daemon), await peers(daemon)
         assert (await peer.ask(cmd="register", name="old", port=1))["ok"]

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 import pytest
 
 from regd_client import blocking
-from tests.support.daemon import ROOT, WAIT_S, Daemon, environment
+from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, environment
 
 BUSY_S = 30.0  # for a server with its framework, on a busy machine
 
 
 @pytest.fixture
-def gateway(process: Daemon, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def gateway(process: DaemonProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Return where it takes jobs."""
     monkeypatch.setenv("REGD_ADDRESS", process.addresses[0])
     command = [
@@ -47,14 +47,14 @@ def post(url: str, body: bytes) -> tuple[int, object]:
             return error.code, json.load(error)
 
 
-def runner(process: Daemon) -> "subprocess.Popen[str]":
+def runner(process: DaemonProcess) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "services/runner.py", "0"],
         cwd=ROOT, env=environment(REGD_ADDRESS=process.addresses[0]), stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
-def test_it_passes_jobs_on_wherever_the_runner_is(process: Daemon, gateway: str) -> None:
+def test_it_passes_jobs_on_wherever_the_runner_is(process: DaemonProcess, gateway: str) -> None:
     for numbers in ([1, 2, 3], [4, 5]):  # the second time it is another process, on another port
         with runner(process) as running:
             assert post(gateway, json.dumps({"numbers": numbers}).encode()) == (200, {"sum": sum(numbers)})
@@ -65,7 +65,7 @@ def test_what_is_no_job_is_refused(gateway: str) -> None:
     assert post(gateway, b"no job") == (400, {"error": "a job is JSON"})
 
 
-def test_without_a_daemon_it_says_so(process: Daemon, gateway: str) -> None:
+def test_without_a_daemon_it_says_so(process: DaemonProcess, gateway: str) -> None:
     process.end()
     status, answer = post(gateway, b"{}")
     assert status == 503

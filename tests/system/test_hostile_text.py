@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from regd_client.blocking import BlockingConnection
-from tests.support.daemon import ROOT, WAIT_S, Daemon, InLoop, Peer, environment
+from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, InLoop, Peer, environment
 
 # What moves a cursor, sets a colour or a title, turns the direction of reading, or ends a line where none ends.
 HOSTILE = "\x1b[31m\x1b]0;evil\x07\x9b31m\x85\x7f\x08\r\n\t\u202e\u2066\u2028\u2029\u200b\ufeff\U000e0041"
@@ -51,7 +51,7 @@ def regctl(address: str, *arguments: str) -> str:
 
 
 @pytest.fixture
-def marked(process: Daemon) -> Daemon:
+def marked(process: DaemonProcess) -> DaemonProcess:
     """Return a daemon with a registration that is as hostile as may be."""
     with BlockingConnection(process.addresses[0]) as peer:
         assert peer.ask("register", name="bad", port=1, meta={HOSTILE: HOSTILE, "k": HOSTILE})["ok"]
@@ -59,14 +59,14 @@ def marked(process: Daemon) -> Daemon:
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
-def test_regctl_shows_no_text_of_a_registration_raw(marked: Daemon, flags: list[str]) -> None:
+def test_regctl_shows_no_text_of_a_registration_raw(marked: DaemonProcess, flags: list[str]) -> None:
     for command in COMMANDS:
         shown = regctl(marked.addresses[0], *flags, *command)
         assert harmless(shown), (command, shown)
         assert r"\u202e" in shown or command[0] != "list"
 
 
-def test_a_terminal_gets_none_of_it(marked: Daemon) -> None:
+def test_a_terminal_gets_none_of_it(marked: DaemonProcess) -> None:
     mine, theirs = pty.openpty()
     with BlockingConnection(marked.addresses[0]) as peer:
         assert peer.ask("register", name="bad", port=1, meta={HOSTILE: HOSTILE})["ok"]
@@ -83,7 +83,7 @@ def test_a_terminal_gets_none_of_it(marked: Daemon) -> None:
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
-def test_regctl_watch_shows_none_of_it(process: Daemon, flags: list[str]) -> None:
+def test_regctl_watch_shows_none_of_it(process: DaemonProcess, flags: list[str]) -> None:
     watching = subprocess.Popen(
         [sys.executable, "-m", "regd.cli.regctl", *flags, "watch"],
         env=environment(REGD_ADDRESS=process.addresses[0], PYTHONUTF8="1"), stdout=subprocess.PIPE, encoding="utf-8",
@@ -104,7 +104,7 @@ def test_regctl_watch_shows_none_of_it(process: Daemon, flags: list[str]) -> Non
     assert harmless(shown)
 
 
-def test_regctl_says_its_arguments_visibly(marked: Daemon, tmp_path: Path) -> None:
+def test_regctl_says_its_arguments_visibly(marked: DaemonProcess, tmp_path: Path) -> None:
     """They may come from a list that somebody else has written."""
     text = HOSTILE.replace("\0", "")
     address = marked.addresses[0]
@@ -292,7 +292,7 @@ async def test_the_log_shows_no_strangers_bytes_raw(daemon: InLoop, caplog: pyte
 
 
 def test_the_log_of_a_process_is_plain_at_every_level(tmp_path: Path) -> None:
-    with Daemon(tmp_path / "registry.json", "--log-level", "debug") as process:
+    with DaemonProcess(tmp_path / "registry.json", "--log-level", "debug") as process:
         process.start()
         for said in STRANGERS:
             with socket.create_connection(("127.0.0.1", process.port), WAIT_S) as made:
@@ -337,7 +337,7 @@ def fake_runner(answer: bytes) -> Iterator[int]:
     ],
     ids=["JSON", "text", "no text", "nothing"],
 )
-def test_the_caller_shows_no_answer_raw(process: Daemon, answer: bytes) -> None:
+def test_the_caller_shows_no_answer_raw(process: DaemonProcess, answer: bytes) -> None:
     with fake_runner(answer) as port, BlockingConnection(process.addresses[0]) as peer:
         assert peer.ask("register", name="runner", port=port, meta={HOSTILE: HOSTILE})["ok"]
         done = subprocess.run(

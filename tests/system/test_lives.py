@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from regd_client.blocking import BlockingConnection
-from tests.support.daemon import WAIT_S, Daemon, environment
+from tests.support.daemon import WAIT_S, DaemonProcess, environment
 
 SERVICE = """
 import asyncio, sys, time
@@ -28,12 +28,12 @@ asyncio.run(main())
 
 
 @pytest.fixture
-def peer(process: Daemon) -> Iterator[BlockingConnection]:
+def peer(process: DaemonProcess) -> Iterator[BlockingConnection]:
     with BlockingConnection(process.addresses[0]) as connection:
         yield connection
 
 
-def start(process: Daemon, how: str) -> subprocess.Popen[str]:
+def start(process: DaemonProcess, how: str) -> subprocess.Popen[str]:
     service = subprocess.Popen(
         [sys.executable, "-c", SERVICE, how],
         env=environment(REGD_ADDRESS=process.addresses[0]),
@@ -55,7 +55,7 @@ def gone_after_s(peer: BlockingConnection, name: str) -> float:
 
 @pytest.mark.parametrize("how", ["works", "hangs"])
 def test_a_killed_service_is_gone_at_once_and_a_busy_one_is_not(
-    process: Daemon, peer: BlockingConnection, how: str
+    process: DaemonProcess, peer: BlockingConnection, how: str
 ) -> None:
     with start(process, how) as service:
         began = time.monotonic()
@@ -69,7 +69,7 @@ def test_a_killed_service_is_gone_at_once_and_a_busy_one_is_not(
     assert last["reason"] in ("process exited", "connection closed")
 
 
-def test_a_stopped_service_keeps_its_name(process: Daemon, peer: BlockingConnection) -> None:
+def test_a_stopped_service_keeps_its_name(process: DaemonProcess, peer: BlockingConnection) -> None:
     with start(process, "works") as service:
         service.send_signal(signal.SIGSTOP)
         assert peer.ask("resolve", name="service")["ok"]
@@ -78,7 +78,7 @@ def test_a_stopped_service_keeps_its_name(process: Daemon, peer: BlockingConnect
         service.kill()
 
 
-def test_a_daemon_that_was_stopped_drops_no_lease(process: Daemon, peer: BlockingConnection) -> None:
+def test_a_daemon_that_was_stopped_drops_no_lease(process: DaemonProcess, peer: BlockingConnection) -> None:
     peer.ask("register", name="leased", port=1, ttl=1)
     assert process.process is not None
     process.process.send_signal(signal.SIGSTOP)
@@ -88,7 +88,7 @@ def test_a_daemon_that_was_stopped_drops_no_lease(process: Daemon, peer: Blockin
     assert gone_after_s(peer, "leased") > 0.5
 
 
-def test_a_killed_daemon_does_not_take_a_reused_number_for_the_old_process(process: Daemon) -> None:
+def test_a_killed_daemon_does_not_take_a_reused_number_for_the_old_process(process: DaemonProcess) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         with BlockingConnection(process.addresses[0]) as peer:
             assert peer.ask("register", name="a", port=1, pid=other.pid)["ok"]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from regd_client.blocking import BlockingConnection
-from tests.support.daemon import ROOT, WAIT_S, Daemon, environment
+from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, environment
 
 SERVERS = ROOT / "client" / "SERVERS.md"
 REGCTL = ROOT / "regd" / "cli" / "README.md"
@@ -45,7 +45,7 @@ assert len(COMMANDS) == 2
 
 
 @contextlib.contextmanager
-def started(command: str, folder: Path, daemon: Daemon) -> "Iterator[subprocess.Popen[bytes]]":
+def started(command: str, folder: Path, daemon: DaemonProcess) -> "Iterator[subprocess.Popen[bytes]]":
     with subprocess.Popen(
         ["bash", "-c", f"exec {command}"],
         cwd=folder,
@@ -65,7 +65,7 @@ def started(command: str, folder: Path, daemon: Daemon) -> "Iterator[subprocess.
     ids=[command.partition("\n")[0] for _, _, command in PROGRAMS + COMMANDS],
 )
 def test_a_service_under_its_server(
-    title: str, files: dict[str, str], command: str, process: Daemon, tmp_path: Path
+    title: str, files: dict[str, str], command: str, process: DaemonProcess, tmp_path: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])

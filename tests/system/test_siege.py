@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.siege import EXPECTED, SCENARIOS, Scenario, besiege, full_house
-from tests.support.daemon import WAIT_S, Daemon, InLoop
+from tests.support.daemon import WAIT_S, DaemonProcess, InLoop
 
 LOG_LINES_MAX = 6  # its start, its end, and strangers: one line in 10 s
 SERVED_MS_MAX = 5_000.0  # far beyond what is seen: this machine may have other things to do
@@ -18,7 +18,7 @@ RSS_MOST_MIB_MAX = {
 }  # above what it was; `input_bytes_total_max`, and as much for handling
 
 
-class Few(Daemon):
+class Few(DaemonProcess):
     """A daemon that may open few files, and so has room for few connections."""
 
     FILES = 1_000
@@ -31,7 +31,7 @@ class Few(Daemon):
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda each: each.name)
 def test_siege(tmp_path: Path, scenario: Scenario) -> None:
-    kind = Daemon
+    kind = DaemonProcess
     if scenario.needs_root and os.geteuid() != 0:
         pytest.skip("only root can become another user")
     if scenario.attack is full_house:

@@ -24,7 +24,7 @@ import pytest
 from regd.protocol.messages import HTTP_REFUSAL
 from regd_client.blocking import BlockingConnection
 from tests.fuzz import oracle
-from tests.support.daemon import WAIT_S, Daemon
+from tests.support.daemon import WAIT_S, DaemonProcess
 
 PAGE = Path(__file__).with_name("strangers.html")
 LOG_EVERY_S = 10.0
@@ -44,7 +44,7 @@ BODY = COMMANDS.encode()
 class Watched:
     """A daemon with one registration, which strangers are not to touch."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: DaemonProcess) -> None:
         self.daemon = daemon
         self.began = time.monotonic()
         self.peer = BlockingConnection(daemon.addresses[0])
@@ -89,7 +89,7 @@ class Watched:
 
 
 @pytest.fixture
-def watched(process: Daemon) -> Iterator[Watched]:
+def watched(process: DaemonProcess) -> Iterator[Watched]:
     made = Watched(process)
     yield made
     made.end()
@@ -335,7 +335,7 @@ def test_a_page_in_a_browser(watched: Watched, tmp_path: Path, host: str) -> Non
 
 
 @needs("telnet")
-def test_a_session_in_telnet(process: Daemon) -> None:
+def test_a_session_in_telnet(process: DaemonProcess) -> None:
     """Typed into the real program, typing errors and all; it is the daemon that closes, at `quit`."""
     with subprocess.Popen(
         ["telnet", "127.0.0.1", str(process.port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -357,7 +357,7 @@ def test_a_session_in_telnet(process: Daemon) -> None:
 
 @needs("nc")
 @pytest.mark.parametrize("end", ["", "quit\n"])
-def test_nc_gets_one_line_for_each_of_its_own(process: Daemon, end: str) -> None:
+def test_nc_gets_one_line_for_each_of_its_own(process: DaemonProcess, end: str) -> None:
     done = subprocess.run(
         ["nc", *([] if end else ["-N"]), "127.0.0.1", str(process.port)],
         input="register db 5432\nresolve db\n" + end, capture_output=True, text=True, timeout=WAIT_S, check=True,
@@ -366,7 +366,7 @@ def test_nc_gets_one_line_for_each_of_its_own(process: Daemon, end: str) -> None
 
 
 @needs("nc")
-def test_nc_that_has_closed_its_side_gets_what_it_waits_for(process: Daemon) -> None:
+def test_nc_that_has_closed_its_side_gets_what_it_waits_for(process: DaemonProcess) -> None:
     with subprocess.Popen(
         ["nc", "-N", "127.0.0.1", str(process.port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as nc:

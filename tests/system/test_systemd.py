@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import ROOT, WAIT_S, Daemon, environment
+from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, environment
 
 UNITS = ROOT / "regd" / "systemd"
 _TRIES = 8  # for a port that nobody takes in between
@@ -104,7 +104,7 @@ def stop(process: subprocess.Popen[str]) -> None:
 
 
 @contextlib.contextmanager
-def activator(daemon: Daemon, path: Path, **variables: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def activator(daemon: DaemonProcess, path: Path, **variables: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """systemd-socket-activate, listening on both families and a path, and its port. It becomes the daemon."""
     told = environment(**variables)
     given = [f"-E{key}={told[key]}" for key in ("PYTHONPATH", *variables)]
@@ -143,7 +143,7 @@ def family(host: str) -> socket.AddressFamily:
 
 def test_who_connects_before_the_daemon_exists_is_answered(tmp_path: Path, inbox: socket.socket) -> None:
     path = tmp_path / "s"
-    daemon = Daemon(tmp_path / "registry.json")
+    daemon = DaemonProcess(tmp_path / "registry.json")
     with activator(daemon, path, NOTIFY_SOCKET=inbox.getsockname()) as (tool, port):
         stop(tool)  # until all have asked
         places: list[tuple[str, int] | str] = [("127.0.0.1", port), ("::1", port), str(path)]
@@ -170,7 +170,7 @@ def test_who_connects_before_the_daemon_exists_is_answered(tmp_path: Path, inbox
 
 def test_flags_and_handed_over_sockets_are_one_too_many(tmp_path: Path) -> None:
     for flags in (["--port", "0"], ["--unix", str(tmp_path / "own")]):
-        daemon = Daemon(tmp_path / "registry.json", *flags)
+        daemon = DaemonProcess(tmp_path / "registry.json", *flags)
         with activator(daemon, tmp_path / "s") as (tool, port), ask(("127.0.0.1", port), b"ping\n"):
             _, errors = tool.communicate(timeout=WAIT_S)
             assert tool.returncode == 2
@@ -204,7 +204,7 @@ def handed(command: list[str], sock: socket.socket, pid: str = "$$") -> tuple[in
 def test_a_socket_that_is_not_for_regd_is_one_line(
     tmp_path: Path, kind: socket.SocketKind, host: str, says: str
 ) -> None:
-    daemon = Daemon(tmp_path / "registry.json")
+    daemon = DaemonProcess(tmp_path / "registry.json")
     with socket.socket(family(host), kind) as sock:
         sock.bind((host, 0))
         if kind == socket.SOCK_STREAM:
@@ -221,7 +221,7 @@ def test_what_is_handed_to_another_process_is_left_alone(tmp_path: Path) -> None
     """It says where it listens when it gets so far; here it fails at its own port, which is taken."""
     with socket.create_server(("127.0.0.1", 0)) as theirs, socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        daemon = Daemon(tmp_path / "registry.json", "--port", str(port))
+        daemon = DaemonProcess(tmp_path / "registry.json", "--port", str(port))
         status, _, errors = handed(daemon.command(), theirs, pid="1")
         assert (status, errors.count("\n")) == (1, 1)
         assert f"port {port} on 127.0.0.1 is taken" in errors
@@ -234,7 +234,7 @@ def test_what_is_handed_to_another_process_is_left_alone(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("abstract", [False, True], ids=["path", "abstract"])
 def test_ready_alive_stopping(tmp_path: Path, inbox: socket.socket, abstract: bool) -> None:
-    daemon = Daemon(tmp_path / "registry.json")
+    daemon = DaemonProcess(tmp_path / "registry.json")
     daemon.registry.write_text('{"db": {"port": 5432}}')
     with contextlib.ExitStack() as stack:
         address = inbox.getsockname()
@@ -263,7 +263,7 @@ def test_ready_alive_stopping(tmp_path: Path, inbox: socket.socket, abstract: bo
 
 
 def test_a_start_that_fails_is_not_ready(tmp_path: Path, inbox: socket.socket) -> None:
-    daemon = Daemon(tmp_path / "registry.json")
+    daemon = DaemonProcess(tmp_path / "registry.json")
     daemon.registry.write_text("{")
     with running(daemon.command("--port", "0"), NOTIFY_SOCKET=inbox.getsockname()) as process:
         process.communicate(timeout=WAIT_S)
@@ -293,7 +293,7 @@ def test_a_loop_that_hangs_feeds_no_watchdog(tmp_path: Path, inbox: socket.socke
 
 
 def test_a_stopped_process_feeds_no_watchdog(tmp_path: Path, inbox: socket.socket) -> None:
-    command = Daemon(tmp_path / "registry.json").command("--port", "0")
+    command = DaemonProcess(tmp_path / "registry.json").command("--port", "0")
     with running(command, NOTIFY_SOCKET=inbox.getsockname(), WATCHDOG_USEC="100000") as process:
         until(inbox, "WATCHDOG=1")
         stop(process)
@@ -308,7 +308,7 @@ def test_a_stopped_process_feeds_no_watchdog(tmp_path: Path, inbox: socket.socke
 
 
 def test_nobody_to_tell_is_one_line_and_no_end(tmp_path: Path) -> None:
-    command = Daemon(tmp_path / "registry.json").command("--port", "0")
+    command = DaemonProcess(tmp_path / "registry.json").command("--port", "0")
     with running(command, NOTIFY_SOCKET=str(tmp_path / "nobody"), WATCHDOG_USEC="2000") as process:
         assert process.stdout is not None
         port = int(process.stdout.readline().rpartition(":")[2])

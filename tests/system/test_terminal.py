@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from tests.support.daemon import Daemon
+from tests.support.daemon import DaemonProcess
 
 REGISTER = r"""printf '{"cmd":"register","name":"db","port":5432}\n{"cmd":"resolve","name":"db"}\nquit\n' | %s 127.0.0.1 %d"""
 
@@ -22,7 +22,7 @@ def need(tool: str) -> str:
 
 
 @pytest.mark.parametrize("tool", ["nc.openbsd", "nc.traditional"])
-def test_netcat(process: Daemon, tool: str) -> None:
+def test_netcat(process: DaemonProcess, tool: str) -> None:
     need(tool)
     lines = shell(REGISTER % (tool, process.port)).splitlines()
     assert len(lines) == 2
@@ -33,12 +33,12 @@ def test_netcat(process: Daemon, tool: str) -> None:
     assert shell(f"""echo '{{"cmd":"ping"}}' | {tool} -w 1 127.0.0.1 {process.port}""") == '{"ok":true}\n'
 
 
-def test_netcat_that_ends_its_side(process: Daemon) -> None:
+def test_netcat_that_ends_its_side(process: DaemonProcess) -> None:
     need("nc.openbsd")
     assert shell(f"""echo '{{"cmd":"ping"}}' | nc.openbsd -N 127.0.0.1 {process.port}""") == '{"ok":true}\n'
 
 
-def test_telnet(process: Daemon) -> None:
+def test_telnet(process: DaemonProcess) -> None:
     """telnet drops what it has not sent yet when its input ends, so its input stays open here, as a terminal's does."""
     with subprocess.Popen(
         [need("telnet"), "127.0.0.1", str(process.port)],
@@ -53,7 +53,7 @@ def test_telnet(process: Daemon) -> None:
     assert all('"name":"db"' in line for line in lines)
 
 
-def test_curl_is_refused(process: Daemon) -> None:
+def test_curl_is_refused(process: DaemonProcess) -> None:
     need("curl")
     done = subprocess.run(
         ["curl", "-sS", "--http0.9", "-d", '{"cmd":"register","name":"evil","port":1}', f"http://127.0.0.1:{process.port}/"],

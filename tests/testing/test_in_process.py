@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import regd_client
-from regd.core.draft import Draft
+from regd.core.transaction import Transaction
 from regd.testing import HostError, Registry, in_process, running
 from regd.testing.in_process import InProcessRegistry
 from regd_client import Client, blocking
@@ -429,7 +429,7 @@ def test_a_bug_in_the_daemon_is_told(caplog: pytest.LogCaptureFixture, monkeypat
         registry = stack.enter_context(in_process.running())
         registry.register("db", 1)
         connection = stack.enter_context(BlockingConnection())
-        monkeypatch.setattr(Draft, "drop", fail)
+        monkeypatch.setattr(Transaction, "drop", fail)
         with pytest.raises(ZeroDivisionError):
             registry.kill("db")
         with pytest.raises(regd_client.Unavailable):
@@ -673,7 +673,7 @@ def test_it(regd_in_process, number):
         regd_in_process.kill("web")
         with pytest.raises(regd_client.NotFound):
             blocking.resolve("web")
-    spawn = sys.modules["regd.testing.spawn"]
+    spawn = sys.modules["regd.testing.host_process"]
     assert not spawn._hosts  # no process was begun
 
 async def test_async(regd_in_process):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regd.storage.files import Files, Held, Print
+from regd.storage.files import AlreadyLocked, Files, Fingerprint
 from regd.storage.store import StorageError, Store
 from regd.testing.memory import MemoryFiles
 from tests.storage.test_store import down, up
@@ -68,7 +68,7 @@ class Shelf:
             self._files.close(fd)
 
 
-def size(print: Print | None) -> object:
+def size(print: Fingerprint | None) -> object:
     return None if print is None else (print.size, print.is_regular)
 
 
@@ -115,7 +115,7 @@ def test_a_lock_is_held_once(tmp_path: Path, make: Callable[[], Files]) -> None:
     with pytest.raises(FileNotFoundError):
         files.lock(tmp_path / "none/lock")
     held = files.lock(tmp_path / "lock")
-    with pytest.raises(Held, match=r"\(process \d+\)"):
+    with pytest.raises(AlreadyLocked, match=r"\(process \d+\)"):
         files.lock(tmp_path / "lock")
     files.unlock(held)
     with pytest.raises(OSError, match="Bad file"):

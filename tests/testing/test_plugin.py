@@ -362,7 +362,7 @@ def regd():
 def test_it(regd):
     assert regd == "mine"
     assert "REGD_ADDRESS" not in os.environ
-    assert "regd.testing.spawn" not in sys.modules
+    assert "regd.testing.host_process" not in sys.modules
 """
     suite = Suite(tmp_path, "import os, sys, pytest\n" + tests)
     suite.passes()

@@ -13,8 +13,8 @@ import pytest
 import regd.testing
 import regd_client
 from regd.testing import HostError, Registry, running
+from regd.testing.host_process import _START, close_unused, host
 from regd.testing.registry import OwnRegistry
-from regd.testing.spawn import _START, close_unused, host
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import ROOT
 from tests.testing.suites import clean, has_ended, watched

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from regd.cli.top import plain
-from regd.cli.top.feed import Feed
-from regd.cli.top.look import Look
+from regd.cli.top.source import Source
+from regd.cli.top.view_state import ViewState
 
 _ENDS = (signal.SIGTERM, signal.SIGHUP)
 
@@ -30,7 +30,7 @@ def run(address: str | None, as_json: bool, given: Mapping[str, Any]) -> int:
 
 
 async def _run(address: str | None, as_json: bool, pattern: str | None, interval_s: float) -> int:
-    feed = Feed(address, pattern, Look(), interval_s)
+    feed = Source(address, pattern, ViewState(), interval_s)
     async with feed.following():
         if as_json or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
             plain.once(feed, as_json)
@@ -38,7 +38,7 @@ async def _run(address: str | None, as_json: bool, pattern: str | None, interval
         return await _shown(feed)
 
 
-async def _shown(feed: Feed) -> int:
+async def _shown(feed: Source) -> int:
     """Show it until the person has seen enough, or a signal says so: the terminal is restored then, too."""
     ended_by = 0
     showing = asyncio.ensure_future(_view(feed))
@@ -66,7 +66,7 @@ async def _shown(feed: Feed) -> int:
         await asyncio.wait((asking, showing))
 
 
-async def _view(feed: Feed) -> int:
+async def _view(feed: Source) -> int:
     """The whole screen where the extra `top` is installed and keys come from a terminal, else a plain table."""
     if sys.stdin is None or not sys.stdin.isatty():
         return await plain.show(feed, "")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from regd.cli.showing import visible
+from regd.cli.output import visible
 from regd_client.wire import joined
 
 Key = tuple[str, str]  # name and instance
@@ -41,7 +41,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class RecentEvent:
     """Something that happened `at` a time by the caller's `now`: `kind` is `up`, `change` or `down`."""
 
     kind: str
@@ -81,12 +81,12 @@ def _row(fields: Mapping[str, Any], before: Row | None, now: float) -> Row:
     )
 
 
-class Picture:
+class Table:
     """The instances, and the newest of the news first."""
 
     def __init__(self) -> None:
         self.rows: dict[Key, Row] = {}
-        self.news: deque[News] = deque(maxlen=_NEWS_MOST)
+        self.news: deque[RecentEvent] = deque(maxlen=_NEWS_MOST)
         self.synced = False  # all that was there at the beginning is here
         self._version = 0
         self._counted = (0, 0)  # at which version, and how many services there are
@@ -111,7 +111,7 @@ class Picture:
             self.rows[key] = row
             what = row.address if before is None else _changes(before, row)
         if self.synced:
-            self.news.appendleft(News(kind, named(*key), what, now))
+            self.news.appendleft(RecentEvent(kind, named(*key), what, now))
 
     def shown(self, sort: str, reverse: bool, words: str) -> list[Row]:
         """Return the rows that carry each of the words, in order."""

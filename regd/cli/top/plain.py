@@ -15,9 +15,9 @@ import time
 import tty
 from collections.abc import Iterator
 
-from regd.cli.showing import say, say_json
-from regd.cli.top.drawing import Line, cut, frame, whole
-from regd.cli.top.feed import Feed
+from regd.cli.output import say, say_json
+from regd.cli.top.render import Line, cut, frame, whole
+from regd.cli.top.source import Source
 
 _HOME, _CLEAR_LINE, _CLEAR_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
 _KEYS = "qsrNASH"  # those that need no selection
@@ -29,7 +29,7 @@ def text_of(line: Line) -> str:
     return "".join(text for _, text in line).rstrip()
 
 
-def once(feed: Feed, as_json: bool) -> None:
+def once(feed: Source, as_json: bool) -> None:
     """Print one frame."""
     if as_json:
         say_json({"address": feed.address, "stats": feed.stats, "instances": feed.instances})
@@ -38,7 +38,7 @@ def once(feed: Feed, as_json: bool) -> None:
         say(text_of(line))
 
 
-async def show(feed: Feed, hint: str) -> int:
+async def show(feed: Source, hint: str) -> int:
     """Draw until `q`, Ctrl-C, or a signal to end; the last line ends with the hint. Returns the exit status."""
     again = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -67,7 +67,7 @@ async def show(feed: Feed, hint: str) -> int:
     return 0
 
 
-def _draw(feed: Feed, keys: str) -> None:
+def _draw(feed: Source, keys: str) -> None:
     width, height = os.get_terminal_size(sys.stdout.fileno())  # and not $COLUMNS, which does not follow
     if not width or not height:
         width, height = 80, 24  # a terminal that nobody has told its size

@@ -15,8 +15,8 @@ from prompt_toolkit.keys import Keys
 from prompt_toolkit.layout import FormattedTextControl, Layout, Window
 from prompt_toolkit.styles import Style
 
-from regd.cli.top.drawing import frame
-from regd.cli.top.feed import Feed
+from regd.cli.top.render import frame
+from regd.cli.top.source import Source
 
 # The terminal's own colours, so that light and dark are both readable.
 _STYLE = Style.from_dict(
@@ -51,7 +51,7 @@ _ESCAPE_S = 0.05  # until a lone Esc is no beginning of another key
 
 
 class _Screen:
-    def __init__(self, feed: Feed) -> None:
+    def __init__(self, feed: Source) -> None:
         self._feed = feed
         body = FormattedTextControl(self._text, show_cursor=False)
         self.app: Application[int] = Application(
@@ -123,7 +123,7 @@ class _Screen:
             self._feed.ask_now()
 
 
-async def show(feed: Feed) -> int:
+async def show(feed: Source) -> int:
     """Show it until `q` or Ctrl-C, leave the terminal as it was, and return the exit status."""
     screen = _Screen(feed)
     feed.changed = screen.changed

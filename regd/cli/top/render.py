@@ -1,0 +1,299 @@
+"""The frame of `regctl top`: lines of styled spans, for any width and height.
+
+Every text goes through `visible` here, whoever it is from. Must not know a clock, nor how a frame reaches a
+terminal.
+"""
+
+from __future__ import annotations
+
+import time
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from regd.cli.output import visible
+from regd.cli.top.model import NEW_S, RecentEvent, Row, Table, named
+from regd.cli.top.rates import Figures
+from regd.cli.top.view_state import HELP, ViewState
+
+Line = list[tuple[str, str]]  # style and text; the styles are those of `screen.py`
+
+_GAP = "  "
+_COLUMNS = ("NAME", "INSTANCE", "ADDRESS", "STATE", "AGE", "HELD BY", "META")
+_SORTED_BY = {"name": "NAME", "state": "STATE", "age": "AGE", "holders": "HELD BY"}
+_CALM = {"AGE": 4, "META": 4}  # columns are so wide at least, else 8, whatever is in them
+_LEAST = {"NAME": 12, "INSTANCE": 8, "STATE": 8, "AGE": 4, "HELD BY": 8, "META": 6}
+_MOST = {"NAME": 32, "INSTANCE": 16, "STATE": 9, "AGE": 4, "HELD BY": 22, "META": 9_000}
+_NAME_LEAST = 4  # beside an address that leaves no more
+_WEIGHT = ("NAME", "STATE", "AGE", "HELD BY", "INSTANCE", "META")  # what goes last where it is narrow
+_MARKS = {"up": ("new", "+", "came"), "down": ("gone", "-", "left"), "change": ("warn", "~", "changed")}
+_NARROW = 60  # an instance has no column of its own then
+_WIDE = 10_000
+_NEWS_LINES = 4
+_PANE_LINES = 10
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonInfo:
+    """The other end: what it is called, its figures, and for how long it has been away; 0.0: it is there."""
+
+    title: str
+    figures: Figures
+    away_s: float = 0.0
+
+
+# Texts.
+
+
+def cells(text: str) -> int:
+    """Return how many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    return sum(map(_cells, text))
+
+
+def _cells(each: str) -> int:
+    if unicodedata.combining(each):
+        return 0
+    return 2 if unicodedata.east_asian_width(each) in "WF" else 1
+
+
+def fitted(text: str, width: int) -> str:
+    """Return a text that is safe, and of just this many columns: cut, or filled with blanks."""
+    text = visible(text)
+    took = cells(text)
+    if took > width:
+        kept, took = "", 1
+        for each in text:
+            if took + _cells(each) > width:
+                break
+            kept, took = kept + each, took + _cells(each)
+        text = kept + "…"
+    return text + " " * (width - took) if width > 0 else ""
+
+
+def age(seconds: float) -> str:
+    """Return a time in at most four letters."""
+    whole = max(0, int(seconds))
+    for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60)):
+        if whole >= size:
+            return f"{whole // size}{unit}"
+    return f"{whole}s"
+
+
+def rate(per_s: float | None) -> str:
+    if per_s is None:
+        return "-"
+    return f"{per_s:.0f}/s" if per_s >= 10 or per_s == 0 else f"{per_s:.1f}/s"
+
+
+def lag(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{1_000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def cut(line: Line, width: int) -> Line:
+    """Return what of a line fits."""
+    made: Line = []
+    for style, text in line:
+        text = visible(text)
+        if cells(text) > width:
+            text = fitted(text, width)
+        width -= cells(text)
+        if text:
+            made.append((style, text))
+    return made
+
+
+# The frame.
+
+
+def frame(
+    picture: Table, look: ViewState, daemon: DaemonInfo, size: tuple[int, int], now: float, wall: float
+) -> list[Line]:
+    """Return as many lines as the terminal has, each no wider than it is. `size` is columns and lines.
+
+    `now` is as the picture has heard it, `wall` is in Unix seconds.
+    """
+    width, height = size
+    rows = picture.shown(look.sort, look.reverse, look.words)
+    under = _under(picture, look, height, width, now)
+    above = _above(picture, look, daemon, len(rows), wall)[: max(1, height - 4)]
+    look.page = max(1, height - len(above) - len(under) - 2)  # the head of the table, and the keys
+    look.settle(rows)
+    lines = [*above, *table(rows, look, width, now, wall, away=daemon.away_s > 0)]
+    if not rows:
+        lines.append([("dim", _nothing(picture, look))])
+    lines += [[] for _ in range(height - len(under) - 1 - len(lines))]
+    lines = [*lines[: max(1, height - len(under) - 1)], *under, _keys(look)]
+    return [cut(line, width) for line in lines[-height:]] if height > 1 else [cut(lines[0], width)]
+
+
+def whole(picture: Table, look: ViewState, daemon: DaemonInfo, now: float, wall: float) -> list[Line]:
+    """Return a frame of all rows, as wide and as high as they are: paper has no edges."""
+    rows = picture.shown(look.sort, look.reverse, look.words)
+    look.page = max(1, len(rows))
+    lines = [*_above(picture, look, daemon, len(rows), wall), *table(rows, look, _WIDE, now, wall)]
+    return lines if rows else [*lines, [("dim", _nothing(picture, look))]]
+
+
+def _nothing(picture: Table, look: ViewState) -> str:
+    return f"nothing here carries {look.words!r}" if look.words and picture.rows else "nothing is registered"
+
+
+def _above(picture: Table, look: ViewState, daemon: DaemonInfo, shown: int, wall: float) -> list[Line]:
+    figures = daemon.figures
+    instances = len(picture.rows)
+    counted = f"{shown} of {instances}" if look.words else f"{instances}"
+    counted += f" instance{'' if instances == 1 else 's'} of {_many(picture.services, 'service')}"
+    if daemon.away_s:
+        since = time.strftime("%H:%M:%S", time.localtime(wall - daemon.away_s))
+        title: Line = [("away", f"away since {since} ({age(daemon.away_s)})"), ("title", f"  {daemon.title}")]
+        what: Line = [("dim", f"the last picture: {counted}; trying on")]
+    else:
+        title = [("title", daemon.title), ("", f"  {counted}")]
+        if figures.uptime_s is not None:
+            title.append(("dim", f"  up {age(figures.uptime_s)}"))
+        what = [
+            ("", f"requests {rate(figures.requests)}  changes {rate(figures.changes)}"),
+            ("", f"  lag {lag(figures.lag_s)}, at most {lag(figures.lag_s_max)}"),
+            ("dim", "" if figures.connections is None else f"  {_many(int(figures.connections), 'connection')}"),
+        ]
+    return [title, what, []]
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _keys(look: ViewState) -> Line:
+    if look.typing:
+        return [("key", "/"), ("", look.words + "_"), ("dim", "  Enter keeps it, Esc clears it")]
+    words: Line = [("warn", f"/{look.words}  ")] if look.words else []
+    order: Line = [("dim", f"by {look.sort}{', turned' if look.reverse else ''}  ")]
+    keys = (("q", "quit"), ("s", "sort"), ("/", "filter"), ("w", "why"), ("?", "help"))
+    return [*words, *(span for key, does in keys for span in (("key", key), ("", f" {does}  "))), *order]
+
+
+# The table.
+
+
+def table(
+    rows: Sequence[Row], look: ViewState, width: int, now: float, wall: float, away: bool = False
+) -> list[Line]:
+    """Return the head, and the rows that are seen."""
+    seen = rows[look.first : look.first + look.page]
+    texts = [_texts(row, wall, width < _NARROW) for row in seen]
+    widths = _widths(texts, width - 2)
+    head = [*_head(look, widths)]
+    lines: list[Line] = [[("head", "  " + _GAP.join(head))]]
+    for row, each in zip(seen, texts, strict=True):
+        lines.append(_line(row, each, widths, row.key == look.selected, now, away))
+    return lines
+
+
+def _head(look: ViewState, widths: dict[str, int]) -> list[str]:
+    arrow = "▴" if look.reverse else "▾"
+    names = ((name, name + arrow if _SORTED_BY[look.sort] == name else name) for name in widths)
+    return [_aligned(name, text, widths[name]) for name, text in names]
+
+
+def _aligned(column: str, text: str, width: int) -> str:
+    if column == "AGE":
+        return text.rjust(width)
+    return fitted(text, width)
+
+
+def _texts(row: Row, wall: float, narrow: bool) -> dict[str, str]:
+    name, instance = (named(*row.key), "") if narrow else (row.name, row.instance)
+    shown = (name, instance, row.address, row.state, age(wall - row.since), row.holders, row.meta)
+    return dict(zip(_COLUMNS, shown, strict=True))
+
+
+def _widths(texts: Sequence[dict[str, str]], width: int) -> dict[str, int]:
+    """Return the columns that fit, in their order, and how wide each may be.
+
+    Addresses are copied, so their column is as wide as they are, or left out where it leaves no room for a name.
+    """
+    arrow = _SORTED_BY.values()
+    wanted = {
+        name: max(len(name) + (name in arrow), *(cells(each[name]) for each in texts), 0) for name in _COLUMNS
+    }
+    if not any(each["INSTANCE"] for each in texts):
+        del wanted["INSTANCE"]
+    if not any(each["META"] for each in texts):
+        del wanted["META"]
+    address = wanted.pop("ADDRESS")
+    wanted = {name: min(max(most, _CALM.get(name, 8)), _MOST[name]) for name, most in wanted.items()}
+    least = {name: min(most, _LEAST[name]) for name, most in wanted.items()}
+    kept: dict[str, int] = {}
+    left = width
+    has_address = width >= address + len(_GAP) + _NAME_LEAST
+    if has_address:
+        left -= address + len(_GAP)
+        least["NAME"] = min(least["NAME"], left)
+    for name in (each for each in _WEIGHT if each in wanted):
+        if left < least[name] and kept:
+            break
+        kept[name] = least[name]
+        left -= least[name] + len(_GAP)
+    left += len(_GAP)
+    for name in (each for each in _WEIGHT if each in kept):
+        more = max(0, min(wanted[name] - kept[name], left))
+        kept[name] += more
+        left -= more
+    if has_address:
+        kept["ADDRESS"] = address
+    return {name: kept[name] for name in _COLUMNS if name in kept}
+
+
+def _line(
+    row: Row, texts: dict[str, str], widths: dict[str, int], selected: bool, now: float, away: bool
+) -> Line:
+    new = now - row.seen_at < NEW_S
+    mark = ">" if selected else "+" if new else " "
+    style = "selected" if selected else "dim" if away else ""
+    line: Line = [(style or ("new" if new else ""), mark + " ")]
+    for name, width in widths.items():
+        own = "warn" if name == "STATE" and row.state != "ready" else "dim" if name == "META" else ""
+        if name == "NAME" and new:
+            own = "new"
+        line.append((style or own, _aligned(name, texts[name], width)))
+        line.append((style, _GAP))
+    return line[:-1]
+
+
+# Under the table: what came and went, or a pane.
+
+
+def _under(picture: Table, look: ViewState, height: int, width: int, now: float) -> list[Line]:
+    if look.pane == "help":
+        lines: list[Line] = [[("key", f"{keys:<9}"), ("", f"  {does}")] for keys, does in HELP]
+        return [_rule("keys", width), *lines[: max(1, height - 6)]]
+    if look.pane == "why":
+        most = max(1, min(_PANE_LINES, height - 8))
+        told = [("dim" if text.startswith(" ") else "", text) for text in look.why]
+        told = (
+            told
+            if len(told) <= most
+            else [*told[: most - 1], ("dim", f"  and {len(told) - most + 1} more lines")]
+        )
+        return [_rule("why", width), *([each] for each in told), *([] for _ in range(most - len(told)))]
+    most = _NEWS_LINES if height >= 18 else 2 if height >= 12 else 0
+    if most == 0:
+        return []
+    told_now = [_told(each, width, now) for _, each in zip(range(most), picture.news, strict=False)]
+    return [_rule("came and went", width), *told_now, *([] for _ in range(most - len(told_now)))]
+
+
+def _rule(title: str, width: int) -> Line:
+    return [("dim", f"── {title} " + "─" * max(0, width - len(title) - 4))]
+
+
+def _told(news: RecentEvent, width: int, now: float) -> Line:
+    style, mark, did = _MARKS[news.kind]
+    begins, ends = f"{age(now - news.at):>4} ago  ", f": {news.what}" if news.what else ""
+    room = max(_NAME_LEAST, width - len(f"{mark}   {begins}{did}") - cells(ends))
+    who = news.who if cells(news.who) <= room else fitted(news.who, room)
+    return [(style, f"{mark} "), ("dim", begins), ("", who), (style, f"  {did}"), ("dim", ends)]

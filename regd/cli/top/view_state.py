@@ -1,0 +1,116 @@
+"""What the person at `regctl top` has chosen: order, filter, selection, pane; and what each key does.
+
+Must not know a terminal: keys come by name, and rows as a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from regd.cli.top.model import SORTS, Key, Row
+
+_DIRECT = {"N": "name", "A": "age", "S": "state", "H": "holders"}
+_MOVES = {"up": -1, "k": -1, "down": 1, "j": 1}
+_FAR = {"home": -1, "g": -1, "end": 1, "G": 1}
+_ALL = 1 << 30
+
+HELP = (
+    ("q  Ctrl-C", "end"),
+    ("↑ ↓  k j", "select; PgUp PgDn Home End go further"),
+    ("w  Enter", "why: who holds it, the last probe, who left"),
+    ("s", "next order: name, age, state, holders"),
+    ("N A S H", "order by name, age, state, holders"),
+    ("r", "the other way round"),
+    ("/", "filter: what carries all the words; Enter keeps it"),
+    ("Esc", "back; clears the filter"),
+)
+
+
+class ViewState:
+    """`page` is how many rows are seen at once; who draws says so."""
+
+    def __init__(self) -> None:
+        self.sort = SORTS[0]
+        self.reverse = False
+        self.words = ""
+        self.typing = False  # a filter
+        self.pane = ""  # `why`, `help` or nothing
+        self.why: list[str] = []  # what is known of the selected one
+        self.about: Key | None = (
+            None  # which that is: it stays so when the instance goes, as then it is asked most
+        )
+        self.selected: Key | None = None
+        self.first = 0  # the first row that is seen
+        self.page = 1
+        self._at = 0  # where the selection is, or was when it went
+
+    def settle(self, rows: Sequence[Row]) -> None:
+        """Keep selection and window within the rows: the selection stays with its instance, else in its place."""
+        if self.selected is not None:
+            self._at = next((at for at, row in enumerate(rows) if row.key == self.selected), self._at)
+            self._at = max(0, min(self._at, len(rows) - 1))
+            self.selected = rows[self._at].key if rows else self.selected
+            self.first = min(max(self.first, self._at - self.page + 1), self._at)
+        self.first = max(0, min(self.first, len(rows) - self.page))
+
+    def press(self, key: str, rows: Sequence[Row]) -> bool:
+        """Do what a key says: a character, or a name such as `up`. Returns whether to go on."""
+        if self.typing:
+            self._type(key)
+        elif key == "q":
+            return False
+        elif key in _MOVES:
+            self._move(_MOVES[key], rows)
+        elif key in ("pageup", "pagedown"):
+            self._move(-self.page if key == "pageup" else self.page, rows)
+        elif key in _FAR:
+            self._move(_FAR[key] * _ALL, rows)
+        else:
+            self._choose(key, rows)
+        return True
+
+    def _choose(self, key: str, rows: Sequence[Row]) -> None:
+        if key == "s":
+            self.sort = SORTS[(SORTS.index(self.sort) + 1) % len(SORTS)]
+        elif key in _DIRECT:
+            self.sort = _DIRECT[key]
+        elif key == "r":
+            self.reverse = not self.reverse
+        elif key == "/":
+            self.typing = True
+        elif key == "?":
+            self.pane = "" if self.pane == "help" else "help"
+        elif key in ("w", "enter") and rows:
+            self._move(0, rows)
+            self.pane = "" if self.pane == "why" else "why"
+        elif key == "escape":
+            self._back()
+
+    def _back(self) -> None:
+        if self.pane:
+            self.pane = ""
+        elif self.words:
+            self.words = ""
+        else:
+            self.selected = None
+
+    def _type(self, key: str) -> None:
+        if key == "enter":
+            self.typing = False
+        elif key == "escape":
+            self.typing, self.words = False, ""
+        elif key == "backspace":
+            self.words = self.words[:-1]
+        elif len(key) == 1 and key.isprintable():
+            self.words += key
+
+    def _move(self, by: int, rows: Sequence[Row]) -> None:
+        if not rows:
+            return
+        if self.selected is None:
+            at = len(rows) - 1 if by == _ALL else min(self.first, len(rows) - 1)
+        else:
+            self.settle(rows)
+            at = max(0, min(self._at + by, len(rows) - 1))
+        self.selected = self.about = rows[at].key
+        self.settle(rows)

@@ -1,0 +1,343 @@
+"""The registry as it will be once the batch that is being put together has landed.
+
+Conditions are judged against it. Changes go from a transaction to the file to `Registry.land`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+
+from regd.core.errors import Code, Refused
+from regd.core.holders import HolderGone
+from regd.core.model import Change, Entry, Holder, Key, Op, Process, Reason, State
+from regd.core.registry import Registry
+
+ENDS_MAX = 10_000  # changes of one transaction, from which on `end` leaves the rest to another one
+
+Owner = int | Process | None
+"""A connection by its session, or a process; None: the connection of a hold that is unclaimed."""
+
+
+class OwnerConflict(Exception):
+    """Another owner lives. Whoever knows the owner's process and connection says so to the peer."""
+
+    def __init__(self, entry: Entry, owner: Holder) -> None:
+        super().__init__(entry.name)
+        self.entry = entry
+        self.owner = owner
+
+
+@dataclass(frozen=True, slots=True)
+class OwnershipLost:
+    """A connection that no longer has what it held, because somebody else wanted so."""
+
+    session: int
+    rev: int
+    entry: Entry
+    reason: Reason
+
+
+def _nobody(holder: Holder) -> bool:
+    return False
+
+
+class Transaction:
+    """The changes of one batch over a registry. Each request is judged against all before it.
+
+    `at` is the wall clock in Unix seconds, for display. A request that is refused leaves no change.
+    `is_gone` says of a holder, at the last moment, whether the system knows it to be gone.
+    """
+
+    def __init__(self, registry: Registry, at: float, is_gone: Callable[[Holder], bool] = _nobody) -> None:
+        self._registry = registry
+        self._at = at
+        self._is_gone = is_gone
+        self._over: dict[Key, Entry | None] = {}
+        self._held: dict[Key, None] = {}  # given holders here
+        self._newly_held: Counter[Owner] = Counter()  # how many more a connection or process holds here
+        self._count = len(registry)
+        self._weight_bytes = registry.weight_bytes
+        self.rev = registry.rev
+        self.changes: list[Change] = []
+        self.lost: list[OwnershipLost] = []
+        self.unfinished: dict[HolderGone, None] = {}
+
+    def get(self, key: Key) -> Entry | None:
+        return self._over[key] if key in self._over else self._registry.get(key)
+
+    def register(
+        self, wanted: Entry, if_rev: int | None = None, *, session: int | None = None, force: bool = False
+    ) -> tuple[Entry, bool]:
+        """Register `wanted` with its one holder or none; `rev`, `registered_at` and the holder's id are set here.
+
+        `session` is the connection that asks. Returns the entry as it now stands, and whether it replaced another
+        address.
+
+        Raises:
+            Refused: `conflict` where `if_rev` fails or another owner lives, `busy` where something is full.
+        """
+        before = self.get(wanted.key)
+        self._check_if(before, if_rev, wanted.key)
+        if before is None:
+            self._check_room(wanted, None)
+            return self._put(self._with_known_holders(wanted)), False
+        if (before.host, before.port) == (wanted.host, wanted.port):
+            return self._join(wanted, before, session), False
+        rivals = [holder for holder in before.holders if not self._is_mine(holder, wanted, session)]
+        if not force:
+            self._check_rivals(rivals, before)
+        self._check_room(wanted, before)
+        wanted = self._with_known_holders(wanted)
+        self._add(Op.DOWN, before, before, Reason.REPLACED)
+        self._tell(before, (each for each in before.holders if each.session != session), Reason.REPLACED)
+        return self._put(wanted), True
+
+    def _put(self, wanted: Entry) -> Entry:
+        """Add an entry where none stands now."""
+        entry = _copy(wanted, wanted.meta, wanted.state, wanted.holders)
+        entry.rev, entry.registered_at = self.rev + 1, self._at
+        return self._add(Op.UP, entry, None)
+
+    def _with_known_holders(self, wanted: Entry) -> Entry:
+        if not wanted.holders:
+            return wanted
+        return replace(wanted, holders=tuple(self._known(holder, wanted.key) for holder in wanted.holders))
+
+    def _known(self, holder: Holder, key: Key) -> Holder:
+        """Give a holder its id, if its connection and its process may hold one more."""
+        limits, owners = self._registry.limits, _owners(self.get(key))
+        if holder.hold and holder.session not in owners:
+            self._check_held(holder.session, limits.held_max, "this connection")
+        if holder.process is not None and holder.process not in owners:
+            self._check_held(holder.process, limits.process_held_max, f"process {holder.process.pid}")
+        self._registry.last_holder += 1
+        return replace(holder, id=self._registry.last_holder)
+
+    def _check_held(self, owner: Owner, most: int, who: str) -> None:
+        if self._registry.lifetimes.held_count(owner) + self._newly_held[owner] >= most:
+            raise Refused(Code.BUSY, f"{who} holds {most} registrations already; deregister some")
+
+    def _join(self, wanted: Entry, before: Entry, session: int | None) -> Entry:
+        """Register at the address that is registered: one more holder, or the same one again."""
+        if not wanted.holders:
+            return self._set(before, wanted, ())
+        [wish] = wanted.holders
+        old = next((each for each in before.holders if each.is_same(wish)), None)
+        old = old or next((each for each in before.holders if each.is_claimed_by(wish)), None)
+        others = [each for each in before.holders if each is not old and not each.withdrawn]
+        if wanted.state is State.DRAINING and old is not None and others:
+            return self._alter(before, self._withdrawn(before, {old.id}))
+        if old is not None and replace(old, id=0) == wish and old.ttl_s is None:
+            return self._set(before, wanted, before.holders)
+        if old is None and len(before.holders) >= self._registry.limits.holders_max:
+            raise Refused(Code.BUSY, f"{wanted.name!r} has {len(before.holders)} holders already")
+        new = self._known(wish, wanted.key)
+        if old is None:
+            return self._set(before, wanted, (*before.holders, new))
+        return self._set(before, wanted, tuple(new if each is old else each for each in before.holders))
+
+    def _set(self, before: Entry, wanted: Entry, holders: tuple[Holder, ...]) -> Entry:
+        """Give an entry the meta and state that are wanted, and these holders."""
+        after = _copy(before, wanted.meta, wanted.state, holders)
+        self._check_room(after, before)
+        return self._alter(before, after)
+
+    def _alter(self, before: Entry, after: Entry) -> Entry:
+        """Put `after`, which was just made from `before`, in its place, as far as they differ."""
+        if not after.looks_like(before):
+            after.rev = self.rev + 1
+            return self._add(Op.CHANGE, after, before)
+        if after.holders != before.holders:
+            return self._add(Op.KEEP, after, before)
+        return before
+
+    @staticmethod
+    def _is_mine(holder: Holder, wanted: Entry, session: int | None) -> bool:
+        if session is not None and holder.session == session:
+            return True
+        return holder.process is not None and any(holder.process == wish.process for wish in wanted.holders)
+
+    def _check_rivals(self, rivals: Iterable[Holder], before: Entry) -> None:
+        """Refuse if another owner lives. An unclaimed hold counts as dead, unless its process lives."""
+        for holder in rivals:
+            if holder.withdrawn or (holder.unclaimed and holder.process is None):
+                continue
+            if self._registry.lifetimes.gone(holder) is not None or self._is_gone(holder):
+                continue
+            raise OwnerConflict(before, holder)
+
+    def _tell(self, entry: Entry, holders: Iterable[Holder], reason: Reason) -> None:
+        for session in {holder.session for holder in holders if holder.session is not None}:
+            self.lost.append(OwnershipLost(session, self.rev, entry, reason))
+
+    def deregister(self, key: Key, if_rev: int | None = None, *, session: int | None = None) -> int:
+        """End a registration; where the one who asks is one of several holders, only its own hold.
+
+        Returns how many registrations that ended.
+
+        Raises:
+            Refused: `not_found`, or `conflict` where `if_rev` fails.
+        """
+        before = self._must(key)
+        self._check_if(before, if_rev, key)
+        others = tuple(each for each in before.holders if session is None or each.session != session)
+        if len(others) < len(before.holders) and any(not holder.withdrawn for holder in others):
+            self._alter(before, replace(before, holders=others))
+            return 0
+        self._add(Op.DOWN, before, before, Reason.DEREGISTERED)
+        self._tell(before, others, Reason.DEREGISTERED)
+        return 1
+
+    def drop(self, key: Key, reason: Reason) -> None:
+        """End a registration for `reason`, whoever holds it. Its holders are not told.
+
+        Raises:
+            Refused: `not_found`.
+        """
+        before = self._must(key)
+        self._add(Op.DOWN, before, before, reason)
+
+    def update(
+        self,
+        key: Key,
+        meta: Mapping[str, str] | None,
+        state: State | None,
+        if_rev: int | None = None,
+        *,
+        session: int | None = None,
+    ) -> Entry:
+        """Set `meta` (as a whole), `state` or both, and return the entry as it now stands.
+
+        `draining` by one of several holders withdraws that one, and leaves the state to the others.
+
+        Raises:
+            Refused: `not_found`, `conflict` where `if_rev` fails, `busy` where the registry is full.
+        """
+        before = self._must(key)
+        self._check_if(before, if_rev, key)
+        after = replace(before, meta=before.meta if meta is None else meta)
+        own = {each.id for each in before.holders if session is not None and each.session == session}
+        others = any(each.id not in own and not each.withdrawn for each in before.holders)
+        if state is State.DRAINING and own and others:
+            after = self._withdrawn(after, own)
+        elif state is not None:
+            holders = tuple(
+                replace(each, withdrawn=each.id not in own and each.withdrawn) for each in before.holders
+            )
+            after = replace(after, state=state, holders=holders)
+        self._check_room(after, before)
+        return self._alter(before, after)
+
+    @staticmethod
+    def _withdrawn(entry: Entry, ids: Collection[int]) -> Entry:
+        """Keep holders known, so that they can deregister their own, but let them hold nothing."""
+        holders = tuple(replace(each, withdrawn=True) if each.id in ids else each for each in entry.holders)
+        return replace(entry, holders=holders)
+
+    def end(self, *endings: HolderGone) -> Iterator[None]:
+        """Take holders that are gone off all that they held; what nobody else holds goes with them.
+
+        One registration at a time. After `ENDS_MAX` changes the rest is left to another transaction, and
+        the endings are `unfinished`.
+        """
+        sessions = {each.session: each.reason for each in endings if each.session is not None}
+        processes = {each.process: each.reason for each in endings if each.process is not None}
+        ids = {each.holder[1]: each.reason for each in endings if each.holder is not None}
+
+        def reason(holder: Holder) -> Reason | None:
+            if holder.hold and holder.session in sessions:
+                return sessions[holder.session]
+            if holder.process is not None and holder.process in processes:
+                return processes[holder.process]
+            return ids.get(holder.id)
+
+        held_by = self._registry.lifetimes.held_by
+        for key in chain(chain.from_iterable(map(held_by, endings)), self._held.copy()):
+            if len(self.changes) >= ENDS_MAX:
+                self.unfinished.update(dict.fromkeys(endings))
+                return
+            yield  # a key may come twice: nobody is left to end then
+            before = self.get(key)
+            if before is None:
+                continue
+            kept = tuple(holder for holder in before.holders if reason(holder) is None)
+            if len(kept) == len(before.holders):
+                continue
+            if any(not holder.withdrawn for holder in kept):
+                self._alter(before, replace(before, holders=kept))
+            else:
+                last = [why for holder in before.holders if (why := reason(holder)) and not holder.withdrawn]
+                self._add(Op.DOWN, before, before, last[-1] if last else Reason.CLOSED)
+
+    def _must(self, key: Key) -> Entry:
+        entry = self.get(key)
+        if entry is None:
+            name, instance = key
+            which = f"{name!r} with instance {instance!r}" if instance else repr(name)
+            raise Refused(Code.NOT_FOUND, f"no registration of {which}")
+        return entry
+
+    def _check_if(self, before: Entry | None, if_rev: int | None, key: Key) -> None:
+        rev = before.rev if before else 0
+        if if_rev is not None and if_rev != rev:
+            now = f"is at revision {rev}" if before else "does not exist"
+            raise Refused(Code.CONFLICT, f"the registration of {key[0]!r} {now}, and `if` says {if_rev}", rev=rev)
+
+    def _check_room(self, wanted: Entry, before: Entry | None) -> None:
+        limits = self._registry.limits
+        if before is None and self._count >= limits.registrations_max:
+            raise Refused(Code.BUSY, f"the registry is full: {limits.registrations_max} registrations")
+        freed = before.weight_bytes if before else 0
+        if wanted.weight_bytes > freed and (
+            self._weight_bytes + wanted.weight_bytes - freed > limits.registry_bytes_max
+        ):
+            raise Refused(Code.BUSY, f"the registry is full: {limits.registry_bytes_max} bytes")
+
+    def _add(self, op: Op, entry: Entry, before: Entry | None, reason: str = "") -> Entry:
+        """Add a change of what stands there now, which is `before`."""
+        key = entry.key
+        after = None if op is Op.DOWN else entry
+        self._count += (after is not None) - (before is not None)
+        self._weight_bytes += after.weight_bytes if after else 0
+        self._weight_bytes -= before.weight_bytes if before else 0
+        self._over[key] = after
+        if after is not None and after.holders:
+            self._held[key] = None
+        if (before is not None and before.holders) or (after is not None and after.holders):
+            self._count_held(before, after)
+        self.rev += op is not Op.KEEP
+        self.changes.append(Change(self.rev, op, entry, reason, before))
+        return entry
+
+    def _count_held(self, before: Entry | None, after: Entry | None) -> None:
+        old, new = _owners(before), _owners(after)
+        if old != new:
+            self._newly_held.update(new - old)
+            self._newly_held.subtract(old - new)
+
+
+def _copy(entry: Entry, meta: Mapping[str, str], state: State, holders: tuple[Holder, ...]) -> Entry:
+    """Return an entry like another: as `replace`, which looks at each field."""
+    return Entry(
+        entry.name,
+        entry.instance,
+        entry.host,
+        entry.port,
+        meta,
+        state,
+        entry.rev,
+        entry.registered_at,
+        holders,
+    )
+
+
+def _owners(entry: Entry | None) -> set[Owner]:
+    """Return the connections and processes that hold an entry."""
+    owners: set[Owner] = set()
+    for holder in entry.holders if entry is not None else ():
+        if holder.hold:
+            owners.add(holder.session)
+        if holder.process is not None:
+            owners.add(holder.process)
+    return owners

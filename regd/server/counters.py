@@ -1,0 +1,21 @@
+"""What the daemon counts for `stats`. Only numbers: who reads them and how is for others."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Counters:
+    """Counts since the start, but for `connections` and `guests`, which are now."""
+
+    connections: int = 0
+    guests: int = 0  # of these, of users who may only read
+    connections_accepted: int = 0
+    connections_refused: int = 0
+    strangers: int = 0
+    cut: int = 0  # connections that held too many bytes waiting
+    commits: int = 0
+    commits_failed: int = 0
+    changes: int = 0
+    requests: Counter[str] = field(default_factory=Counter)  # by command
+    errors: Counter[str] = field(default_factory=Counter)  # by code

@@ -1,0 +1,49 @@
+"""How well the event loop is: how late it comes to its timers, and what has held it longest.
+
+For `stats`, and for whoever looks for what makes others wait. Must not know what is measured.
+"""
+
+from regd.server.clock import Clock, Timer
+
+_BEAT_S = 1.0
+
+
+class LoopMonitor:
+    """`lag_s` is how late the last beat was, `lag_max_s` the latest since the start."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._timer: Timer | None = None
+        self.lag_s = 0.0
+        self.lag_max_s = 0.0
+        self.slowest_s = 0.0
+        self._slowest = ""
+        self._slowest_at = 0.0
+
+    def start(self) -> None:
+        due = self._clock.now() + _BEAT_S
+        self._timer = self._clock.call_at(due, lambda: self._beat(due))
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _beat(self, due: float) -> None:
+        self.lag_s = max(0.0, self._clock.now() - due)
+        self.lag_max_s = max(self.lag_max_s, self.lag_s)
+        self.start()
+
+    def took(self, what: str, began: float) -> float:
+        """Count what held the loop from `began` until now, and return now."""
+        now = self._clock.now()
+        if now - began > self.slowest_s:
+            self.slowest_s, self._slowest, self._slowest_at = now - began, what, now
+        return now
+
+    def described(self) -> dict[str, object]:
+        """Return what `stats` shows."""
+        slowest: dict[str, object] | None = None
+        if self._slowest:
+            age_s = round(self._clock.now() - self._slowest_at, 3)
+            slowest = {"what": self._slowest, "took_s": round(self.slowest_s, 6), "age_s": age_s}
+        return {"lag_s": round(self.lag_s, 6), "lag_max_s": round(self.lag_max_s, 6), "slowest": slowest}

@@ -1,0 +1,287 @@
+"""Which user is at the other end of a connection, and who may write.
+
+A Unix socket knows its peer (unix(7), SO_PEERCRED). Of a loopback TCP connection the kernel is asked for the
+peer's own end, by netlink (sock_diag(7), linux/inet_diag.h): one question and one answer, where the text table
+would cost time in proportion to all sockets. Where there is no such netlink, the text table is read.
+In a user namespace, all users that it does not map look alike (user_namespaces(7)): that number names nobody.
+Must not know lines.
+"""
+
+import errno
+import logging
+import os
+import select
+import socket
+import struct
+import sys
+from collections.abc import Callable, Collection, Sequence
+
+from regd.server.listener import ListenError
+
+log = logging.getLogger("regd")
+
+ROOT = 0
+ALL_USERS = 2**32 - 1  # how many there are; as a number it is nobody's, and written as -1
+
+_OVERFLOW_UID = 65_534  # where the kernel does not say; its default
+_LINUX = sys.platform == "linux"
+
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_NLMSG_ERROR = 2
+_NLM_F_REQUEST = 1
+_TCP_LISTEN = 10
+_ANY = 0xFFFF_FFFF  # any state; and no cookie
+_HEAD = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
+_ASKED = struct.Struct("=BBBBI")  # inet_diag_req_v2: family, protocol, extensions, padding, states
+_PORTS = struct.Struct("!HH")  # inet_diag_sockid begins: source, destination, then both addresses in 16 bytes
+_REST = struct.Struct("=III")  # … and ends: interface, cookie
+_STATE_AT = _HEAD.size + 1  # in an inet_diag_msg: family, state, timer, retransmissions, and the sockid
+_ID_AT = _HEAD.size + 4
+_ID_BYTES = _PORTS.size + 32  # as far as it tells connections apart
+_OWNER = struct.Struct("=II")  # uid and inode
+_OWNER_AT = _ID_AT + _ID_BYTES + _REST.size + 12  # behind expiry and the two queues
+_ANSWER_S = 1.0  # the kernel answers within the call
+
+End = tuple[str, int]  # an address and a port
+Ask = Callable[[End, End], int | None]
+
+
+def unmapped_uid() -> int | None:
+    """Return the number that stands for every user without a mapping here; None where all users are mapped.
+
+    Source: user_namespaces(7), "Unmapped user and group IDs".
+    """
+    try:
+        with open(_UID_MAP, "rb") as file:
+            mapped = sum(int(line.split()[2]) for line in file)
+    except FileNotFoundError:
+        # A kernel without user namespaces, where all users are what they seem; or no /proc, which tells nothing.
+        mapped = ALL_USERS if not _LINUX or os.path.isdir("/proc/self") else 0
+    except (OSError, ValueError, IndexError):
+        mapped = 0
+    if mapped >= ALL_USERS:
+        return None
+    try:
+        with open(_OVERFLOW, "rb") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return _OVERFLOW_UID
+
+
+class PeerCredentials:
+    """Identifies the users at the other ends of connections.
+
+    `allowed` are the users that may write, besides root and the daemon's own; `anyone`: all users may.
+    """
+
+    def __init__(self, allowed: Collection[int] = (), *, anyone: bool = False) -> None:
+        self._unmapped = unmapped_uid()
+        self._may_write = {ROOT, os.geteuid(), *allowed} - {self._unmapped, ALL_USERS}
+        self._anyone = anyone
+        self._tells_nobody = False  # of TCP, and this system is not expected to
+        self._ask: Ask | None = None
+        self._netlink: socket.socket | None = None
+
+    def open(self, listeners: Sequence[socket.socket]) -> None:
+        """Find out how the system can be asked, by asking for a socket that is known to be there.
+
+        Raises:
+            ListenError: on Linux, the kernel does not identify TCP peers, and not every user may write.
+        """
+        if self._anyone:
+            log.warning("every user of this machine may write (--allow-any-user)")
+        elif os.geteuid() == self._unmapped:
+            log.warning(
+                "the user that regd runs as is not mapped in this user namespace (%s), so its programs may only "
+                "read; map it, as `unshare --map-root-user` does",
+                _UID_MAP,
+            )
+        tcp = [each for each in listeners if each.family != socket.AF_UNIX]
+        if not tcp:  # a Unix socket knows its peer
+            return
+        here: End = tcp[0].getsockname()[:2]
+        try:
+            self._netlink = socket.socket(
+                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG
+            )
+            self._netlink.settimeout(_ANSWER_S)
+            if owner(self._row(here, (here[0], 0))) is not None:
+                self._ask = self._by_netlink
+                return
+        except (OSError, AttributeError):  # AttributeError: not Linux
+            pass
+        self.close()
+        if is_in_table(here):
+            self._ask = by_table
+        elif not _LINUX:
+            self._tells_nobody = True
+            if not self._anyone:
+                log.warning("this system does not tell whose a connection is: any user of this machine may write")
+        elif not self._anyone:
+            raise ListenError(
+                "cannot tell which user is at the other end of a TCP connection: this process has neither "
+                "AF_NETLINK nor /proc/net/tcp; listen on a Unix socket alone with --port off --unix PATH, "
+                "or let every user of this machine write with --allow-any-user"
+            )
+
+    def close(self) -> None:
+        """Twice is harmless."""
+        self._ask = None
+        if self._netlink is not None:
+            self._netlink.close()
+            self._netlink = None
+
+    def uid_of(self, connection: socket.socket) -> int | None:
+        """Return the user at the other end, None where nobody can tell."""
+        if connection.family == socket.AF_UNIX:
+            return self._known(_unix_uid(connection))
+        if self._ask is None:
+            return None
+        try:
+            return self._known(self._ask(connection.getpeername()[:2], connection.getsockname()[:2]))
+        except OSError:
+            return None  # the peer has gone already
+
+    def _known(self, uid: int | None) -> int | None:
+        return None if uid in (self._unmapped, ALL_USERS) else uid
+
+    def is_gone(self, connection: socket.socket) -> bool:
+        """Whether nobody has the other end open any more, as far as the system tells.
+
+        A peer that has closed its sending side alone is still there. Over TCP our socket looks the same in both
+        cases, so the kernel is asked for the peer's: one that nobody has open has no inode, or no row.
+        """
+        if connection.fileno() < 0:
+            return True
+        poll = select.poll()
+        poll.register(connection.fileno(), 0)  # POLLHUP and POLLERR are always told: both sides closed, or reset
+        if poll.poll(0):
+            return True
+        if connection.family == socket.AF_UNIX:
+            return False
+        try:
+            theirs, ours = connection.getpeername()[:2], connection.getsockname()[:2]
+            if self._netlink is not None:
+                row = self._row(theirs, ours)
+                return not (is_connection(row, theirs, ours) and _OWNER.unpack_from(row, _OWNER_AT)[1])
+            return self._ask is by_table and by_table(theirs, ours) is None
+        except OSError:
+            return False  # it cannot be told now
+
+    def may_write(self, uid: int | None) -> bool:
+        """Whether this user may write. An unknown one may only read, but where the system tells of nobody."""
+        return self._anyone or uid in self._may_write or (uid is None and self._tells_nobody)
+
+    # Netlink.
+
+    def _by_netlink(self, theirs: End, ours: End) -> int | None:
+        row = self._row(theirs, ours)
+        # The answer may be another socket: where no connection fits, a listener on that port does.
+        if not is_connection(row, theirs, ours):
+            return None
+        return owner(row)
+
+    def _row(self, source: End, destination: End) -> bytes:
+        """Return what the kernel says of one socket, empty when there is none."""
+        assert self._netlink is not None
+        self._netlink.send(question(source, destination))
+        while True:
+            answer = self._netlink.recv(8_192)
+            length, kind, *_ = _HEAD.unpack_from(answer)
+            if kind == _SOCK_DIAG_BY_FAMILY:
+                return answer[:length]
+            if kind == _NLMSG_ERROR:
+                [number] = struct.unpack_from("=i", answer, _HEAD.size)
+                if -number != errno.ENOENT:
+                    raise OSError(-number, os.strerror(-number))
+                return b""
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _id(source: End, destination: End) -> bytes:
+    packed = (socket.inet_pton(_family(host), host).ljust(16, b"\0") for host, _ in (source, destination))
+    return _PORTS.pack(source[1], destination[1]) + b"".join(packed)
+
+
+def question(source: End, destination: End) -> bytes:
+    """Return the netlink message that asks for the TCP socket from `source` to `destination`."""
+    asked = _ASKED.pack(_family(source[0]), socket.IPPROTO_TCP, 0, 0, _ANY)
+    body = asked + _id(source, destination) + _REST.pack(0, _ANY, _ANY)
+    return _HEAD.pack(_HEAD.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0) + body
+
+
+def is_connection(row: bytes, source: End, destination: End) -> bool:
+    """Whether a row is of just this connection, also of a peer that calls itself ::ffff:127.0.0.1."""
+    if len(row) < _OWNER_AT + _OWNER.size or row[_STATE_AT] == _TCP_LISTEN:
+        return False
+    found = row[_ID_AT : _ID_AT + _ID_BYTES]
+    ids = [_id(source, destination)]
+    if _family(source[0]) == socket.AF_INET:
+        ids.append(_id(*((f"::ffff:{host}", port) for host, port in (source, destination))))
+    return found in ids
+
+
+def owner(row: bytes) -> int | None:
+    """Return the user whose socket it is. None without an inode: nobody has it open, and it may show root."""
+    if len(row) < _OWNER_AT + _OWNER.size:
+        return None
+    uid, inode = _OWNER.unpack_from(row, _OWNER_AT)
+    return int(uid) if inode else None
+
+
+def _unix_uid(connection: socket.socket) -> int | None:
+    if not hasattr(socket, "SO_PEERCRED"):  # not Linux: the socket's mode has to do
+        return os.geteuid()
+    try:
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return int(struct.unpack("=iII", credentials)[1])
+    except (OSError, struct.error):
+        return None
+
+
+# The text table (proc_net_tcp in the kernel's documentation).
+
+_TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
+_UID_MAP = "/proc/self/uid_map"
+_OVERFLOW = "/proc/sys/kernel/overflowuid"
+
+
+def by_table(theirs: End, ours: End) -> int | None:
+    """Return the owner of the connection from `theirs` to `ours`. A mapped peer stands in the second table."""
+    for table in _TABLES:
+        rows = _rows(table)
+        for mapped in ("", "::ffff:") if table == _TABLES[1] else ("",):
+            if mapped and _family(theirs[0]) == socket.AF_INET6:
+                continue
+            wanted = [_hex(mapped + host, port) for host, port in (theirs, ours)]
+            for fields in rows:
+                if fields[1:3] == wanted and int(fields[3], 16) != _TCP_LISTEN:
+                    return int(fields[7]) if int(fields[9]) else None
+    return None
+
+
+def is_in_table(listener: End) -> bool:
+    """Whether the text tables can be read, and show a socket that listens there."""
+    wanted = _hex(*listener)
+    return any(
+        fields[1] == wanted and int(fields[3], 16) == _TCP_LISTEN for table in _TABLES for fields in _rows(table)
+    )
+
+
+def _rows(table: str) -> list[list[str]]:
+    try:
+        with open(table, encoding="ascii") as file:
+            return [row.split() for row in file.read().splitlines()[1:]]
+    except OSError:
+        return []
+
+
+def _hex(host: str, port: int) -> str:
+    """Write an end as the table does: words of four bytes in the machine's order."""
+    packed = socket.inet_pton(_family(host), host)
+    words = struct.unpack(f"={len(packed) // 4}I", packed)
+    return "".join(f"{word:08X}" for word in words) + f":{port:04X}"

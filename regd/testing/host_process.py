@@ -1,0 +1,234 @@
+"""The host process as the tests see it: started when it is first needed, asked in lines, gone with this process.
+
+Pipes and nothing else, so that what a test does to sockets, time or files does not matter. Must not know what a
+registry is.
+"""
+
+import atexit
+import contextlib
+import itertools
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+_ANSWER_S = 30.0  # for what takes milliseconds on a machine that is not asleep
+_END_S = 5.0
+_ANSWER = b'{"id": '  # begins each answer; else it is what Python says when something fails
+
+# The folder that this package was found in, behind the standard library: regd needs nothing else.
+_FOLDER = str(Path(__file__).resolve().parents[2])
+# Nothing is worth the collector's look yet; Ctrl-C is for pytest, which then ends this one in order; and asyncio
+# can do without ssl, which takes long to import.
+_START = """
+import _signal, gc, sys
+_signal.signal(_signal.SIGINT, _signal.SIG_IGN)
+gc.disable()
+sys.path.append(sys.argv[1])
+sys.modules["ssl"] = None
+from regd.testing.host_server import main
+main([int(each) for each in sys.argv[2:]])
+"""
+
+
+class HostError(RuntimeError):
+    """A registry cannot be had, or asked. Its text is for people."""
+
+
+class HostProcess:
+    """The process, and what was asked of it. Any thread may ask."""
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()  # a child that was forked must start its own
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._rest = b""
+        self._said: list[str] = []  # what is no answer: why it ended
+        self._open: set[int] = set()
+        self._process = _started()
+
+    @property
+    def is_used(self) -> bool:
+        return bool(self._open)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    @property
+    def was_killed(self) -> bool:
+        return (self._process.poll() or 0) < 0
+
+    def ask(self, do: str, **more: Any) -> dict[str, Any]:
+        """Return the answer.
+
+        Raises:
+            HostError: it says what is in the way, or does not answer.
+        """
+        if self.owner != os.getpid():
+            raise HostError("regd: this registry is of the process that this one was forked from: ask there")
+        with self._lock:
+            number = next(self._numbers)
+            self._send(json.dumps({"id": number, "do": do, **more}).encode() + b"\n")
+            answer = self._answer(number)
+        if "error" in answer:
+            raise HostError(f"regd: {answer['error']}")
+        if do == "open":
+            self._open.add(answer["daemon"])
+        elif do == "end":
+            self._open.discard(more["daemon"])
+        return answer
+
+    def _send(self, line: bytes) -> None:
+        assert self._process.stdin is not None
+        view = memoryview(line)
+        try:
+            while view:
+                view = view[self._process.stdin.write(view) or 0 :]
+        except (OSError, ValueError):
+            raise self._ended() from None
+
+    def _answer(self, number: int) -> dict[str, Any]:
+        while True:
+            *lines, self._rest = self._rest.split(b"\n")
+            for at, line in enumerate(lines):
+                if not line.startswith(_ANSWER):
+                    self._said.append(line.decode(errors="replace"))
+                    continue
+                answer: dict[str, Any] = json.loads(line)
+                # One whose asker was interrupted, by Ctrl-C or a timeout, is nobody's.
+                if answer["id"] == number:
+                    self._rest = b"\n".join((*lines[at + 1 :], self._rest))
+                    return answer
+            self._rest += self._read()
+
+    def _read(self) -> bytes:
+        assert self._process.stdout is not None
+        poll = select.poll()
+        poll.register(self._process.stdout, select.POLLIN)
+        if not poll.poll(_ANSWER_S * 1000):
+            raise HostError(
+                f"regd: the process of the tests' registries ({self._process.pid}) has not answered for "
+                f"{_ANSWER_S:g} s; is it stopped, or the machine overloaded?"
+            )
+        chunk = self._process.stdout.read(65_536)
+        if not chunk:
+            raise self._ended()
+        return bytes(chunk)
+
+    def _ended(self) -> HostError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_S)
+        why = "\n".join([f"with status {self._process.returncode}", *self._said[-20:]])
+        return HostError(f"regd: the process of the tests' registries ({self._process.pid}) has ended, {why}")
+
+    def close(self) -> None:
+        """End the process, and wait for it. Twice is harmless."""
+        atexit.unregister(self.close)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+    def forget(self) -> None:
+        """Let go of it in a child that was forked: it is the parent's."""
+        atexit.unregister(self.close)
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._process.returncode = 0  # or there would be a warning that it runs
+
+
+def _started() -> "subprocess.Popen[bytes]":
+    if not sys.executable:
+        raise HostError("regd: cannot start a Python for the tests' registry: sys.executable does not name one")
+    flags = ["-I", "-S"]  # no environment, and no site: whatever is installed there is not wanted
+    flags += ["-B"] if sys.dont_write_bytecode else []
+    flags += ["-X", f"pycache_prefix={sys.pycache_prefix}"] if sys.pycache_prefix else []
+    parents = _parents()
+    try:
+        return subprocess.Popen(
+            [sys.executable, *flags, "-c", _START, _FOLDER, *map(str, parents)],
+            bufsize=0,
+            cwd="/",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=parents,
+        )
+    except OSError as error:
+        raise HostError(
+            f"regd: cannot start {sys.executable} for the tests' registry: {error.strerror}"
+        ) from error
+    finally:
+        for each in parents:
+            os.close(each)
+
+
+def _parents() -> list[int]:
+    """Return pidfds of whom the host must not outlive. Elsewhere than on Linux its stdin ends with us."""
+    # A worker of pytest-xdist lives on for some seconds when its controller is killed.
+    wanted = [os.getpid(), *([os.getppid()] if "PYTEST_XDIST_WORKER" in os.environ else [])]
+    if not hasattr(os, "pidfd_open"):
+        return []
+    found = []
+    for each in wanted:
+        with contextlib.suppress(OSError):
+            found.append(os.pidfd_open(each))
+    return found
+
+
+_hosts: list[HostProcess] = []  # one at most that lives
+_starting = threading.Lock()
+
+
+def host() -> HostProcess:
+    """Return the host of this process, started where there is none.
+
+    Raises:
+        HostError: it cannot be started.
+    """
+    with _starting:
+        for each in _hosts[:]:
+            if not each.has_ended:
+                return each
+            each.close()
+            _hosts.remove(each)
+        made = HostProcess()
+        atexit.register(made.close)
+        _hosts.append(made)
+        return made
+
+
+def close_unused() -> None:
+    """End the host, unless somebody still has a registry there."""
+    with _starting:
+        for each in _hosts[:]:
+            if not each.is_used:
+                each.close()
+                _hosts.remove(each)
+
+
+def _forget_all() -> None:
+    """In a child that was forked: who needs one there starts one."""
+    global _starting
+    _starting = threading.Lock()  # another thread may have held it
+    while _hosts:
+        _hosts.pop().forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)

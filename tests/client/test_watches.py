@@ -1,0 +1,255 @@
+"""Who follows is never told a false picture, whatever breaks, ends or is cancelled on the way."""
+
+import asyncio
+import itertools
+import json
+import os
+import random
+import time
+
+import pytest
+
+import regd_client
+from regd_client import client as client_module
+from regd_client.client import Client
+from regd_client.mirrors import Mirror
+from regd_client.watches import Endpoint, Event, EventQueue, WatchState
+from tests.client.relay import Relay, until
+from tests.support.daemon import WAIT_S, InLoop
+
+pytestmark = pytest.mark.socket
+
+
+async def listen(client: Client, told: list[str]) -> None:
+    async for event in client.watch("x"):
+        told.append(event.kind)  # noqa: PERF401 - as it comes
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_a_cancelled_watch_leaves_none(relay: Relay, turns: int) -> None:
+    """The daemon takes 256 of a connection."""
+    async with Client() as client:
+        for _ in range(3):
+            task = asyncio.create_task(listen(client, []))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        await client.ping()  # behind what was said of the watches
+        await client.ping()  # and behind what was answered to that
+        assert (await client.stats())["watches"] == 0
+
+
+async def test_ending_one_watch_after_a_break_leaves_the_others(
+    relay: Relay, daemon: InLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each connection counts its watches from 1."""
+    peer = await daemon.peer()
+    await peer.ask(cmd="register", name="w", port=1)
+    monkeypatch.setattr(random, "uniform", lambda low, high: 0.5)  # what is kept comes back after the new one
+    async with Client() as client:
+        old = client.mirror("w")
+        await old.__aenter__()
+        relay.cut()
+        await until(lambda: not client._link.connection.usable)  # type: ignore[union-attr]
+        async with client.mirror("w") as mirror:
+            await old.__aexit__(None, None, None)
+            await client.ping()
+            await peer.ask(cmd="register", name="w", port=2)
+            await until(lambda: mirror.resolve("w").port == 2)
+
+
+async def test_a_break_while_it_is_made_good_is_one_too(relay: Relay, daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    await peer.ask(cmd="register", name="w", port=1)
+    async with Client() as client, client.mirror("w") as one, client.mirror("w", stale_s_max=0.0) as two:
+        assert (one.live, two.live) == (True, True)
+
+        def second(said: dict[str, object]) -> bool:
+            if relay.count("watch") == 4:
+                relay.refuse()
+            return relay.count("watch") == 4
+
+        relay.cut_at = second
+        relay.cut()
+        await until(lambda: relay.count("watch") == 4 and not client._link.connection.usable)  # type: ignore[union-attr]
+        assert (one.live, two.live) == (False, False)
+        assert one.resolve("w").stale_s > 0.0
+        with pytest.raises(regd_client.Unavailable):
+            two.resolve("w")
+        relay.cut_at = lambda said: False
+        await relay.accept()
+        await until(lambda: one.live and two.live)
+
+
+@pytest.mark.parametrize("ending", ["close", "leave"])
+async def test_a_mirror_that_nobody_keeps_is_not_live(relay: Relay, daemon: InLoop, ending: str) -> None:
+    peer = await daemon.peer()
+    await peer.ask(cmd="register", name="w", port=1)
+    async with Client() as client:
+        async with client.mirror("w", stale_s_max=0.0) as strict, client.mirror("w") as mirror:
+            assert mirror.resolve("w").stale_s == strict.resolve("w").stale_s == 0.0
+            if ending == "close":
+                await client.close()
+                assert not mirror.live
+        await peer.ask(cmd="deregister", name="w")
+        await client.ping()
+        assert not mirror.live
+        assert mirror.resolve("w").stale_s > 0.0
+        with pytest.raises(regd_client.Unavailable, match="stale_s_max"):
+            strict.resolve("w")
+
+
+async def test_a_mirror_in_a_child_that_was_forked_is_not_live(relay: Relay, daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    await peer.ask(cmd="register", name="w", port=1)
+    async with Client() as client, client.mirror("w") as mirror:
+        read, write = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                os.write(write, f"{mirror.live} {mirror.resolve('w').stale_s > 0.0}".encode())
+            finally:
+                os._exit(0)
+        os.close(write)
+        await asyncio.to_thread(os.waitpid, child, 0)
+        assert os.read(read, 100) == b"False True"
+        os.close(read)
+        assert mirror.live
+
+
+async def test_closing_ends_who_watches_and_who_waits_for_a_picture(relay: Relay) -> None:
+    async with Client() as client:
+        told: list[str] = []
+        listening = asyncio.create_task(listen(client, told))
+        await until(lambda: told == ["sync"])
+        relay.flowing.clear()
+        mirror = client.mirror("*")
+        begun = asyncio.create_task(mirror.__aenter__())
+        await until(lambda: relay.count("watch") == 2)
+        await client.close()
+        async with asyncio.timeout(WAIT_S):
+            await listening
+        with pytest.raises(regd_client.Unavailable, match="closed"):
+            await begun
+
+
+async def test_the_first_picture_comes_in_time_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def reticent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        said = json.loads(await reader.readline())
+        writer.write(b'{"ok":true,"id":%d,"watch":1,"epoch":"e","rev":1}\n' % said["id"])
+        await reader.read()
+        writer.close()
+
+    monkeypatch.setattr(client_module, "_PICTURE_S", 0.1)
+    server = await asyncio.start_server(reticent, "127.0.0.1", 0)
+    async with server, Client(f"127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
+        with pytest.raises(regd_client.Unavailable, match="too little"):
+            async with client.mirror("*"):
+                pass
+
+
+class Source:
+    """Where events come from, as far as who follows must know."""
+
+    usable = True
+    ended_at: float | None = None
+
+
+def up(name: str, rev: int) -> dict[str, object]:
+    return {
+        "event": "up", "name": name, "instance": "", "host": "h", "port": 1, "meta": {}, "state": "ready", "rev": rev
+    }  # fmt: skip
+
+
+def test_sync_is_told_once() -> None:
+    """The daemon is restarted before anybody has heard the first."""
+    told: list[Event] = []
+    follow = WatchState("*", None, told.append)
+    for epoch in ("one", "two"):
+        follow.begin(Source())
+        for line in ({"ok": True, "epoch": epoch}, {"event": "reset", "rev": 1}, {"event": "sync", "rev": 1}):
+            follow.take(line)
+    assert [event.kind for event in told] == ["sync"]
+
+
+def test_how_old_a_picture_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    follow, mirror, source = WatchState("*", None, lambda event: None), Mirror(None), Source()
+    mirror.follow(follow)
+
+    def after(seconds: float) -> tuple[bool, float]:
+        clock[0] += seconds
+        return mirror.live, round(mirror.stale_s, 6)
+
+    assert after(1) == (False, 1.0)  # there is none yet
+    follow.begin(source)
+    follow.take({"ok": True, "epoch": "e"})
+    assert after(1) == (False, 2.0)
+    follow.take({"event": "sync", "rev": 1})
+    assert after(50) == (True, 0.0)
+    follow.take({"event": "reset", "rev": 1})  # from then on, and not from when it was last without a picture
+    assert after(1) == (False, 1.0)
+    follow.take({"event": "sync", "rev": 1})
+    assert after(50) == (True, 0.0)
+    source.usable, source.ended_at = False, clock[0] - 14.0  # it hung, and was not heard for 14 s
+    assert after(1) == (False, 15.0)
+    follow.begin(another := Source())  # what breaks before it has brought anything changes nothing
+    another.usable, another.ended_at = False, clock[0]
+    assert after(1) == (False, 16.0)
+    follow.begin(Source())
+    follow.take({"event": "progress", "rev": 1})
+    assert after(50) == (True, 0.0)
+    follow.end()
+    assert after(1) == (False, 1.0)
+
+
+def test_a_mirror_remembers_no_name_that_is_gone() -> None:
+    mirror = Mirror(None)
+    follow = WatchState("*", None, mirror.changed)
+    mirror.follow(follow)
+    follow.begin(Source())
+    follow.take({"event": "sync", "rev": 0})
+    revs = itertools.count(1)
+    for n in range(10):
+        for instance in "ab":
+            follow.take({**up(f"n{n}", next(revs)), "instance": instance})
+        mirror.resolve(f"n{n}")
+        for instance in "ab":
+            gone = {"event": "down", "name": f"n{n}", "instance": instance, "reason": "deregistered"}
+            follow.take({**gone, "rev": next(revs)})
+    assert not any(value for key, value in vars(mirror).items() if isinstance(value, dict)), vars(mirror)
+
+
+def test_a_slow_listener_is_told_the_differences() -> None:
+    backlog = EventQueue(most=10)
+    here, there = Endpoint("a", "", "h", 1, {}), Endpoint("b", "", "h", 2, {})
+    backlog.add(Event("up", here, "ready"))
+    assert backlog.take().kind == "up"
+    for _ in range(50):
+        backlog.add(Event("up", there, "ready"))
+        backlog.add(Event("down", there, "ready", "deregistered"))
+    backlog.add(Event("change", here, "draining"))
+    told = []
+    while len(backlog):
+        event = backlog.take()
+        told.append((event.kind, str(event.endpoint)))
+    assert len(told) <= 12
+    assert told[-1] == ("change", "h:1")
+    assert hash(here) != hash(there)
+
+
+def test_a_revision_means_nothing_in_another_epoch() -> None:
+    """The connection breaks between the reply of a new daemon and its `reset`."""
+    told: list[Event] = []
+    follow = WatchState("*", None, told.append)
+    for line in ({"ok": True, "epoch": "one"}, up("a", 2), {"event": "sync", "rev": 2}):
+        follow.take(line)
+    assert follow.begin(Source())["since"] == 2
+    follow.take({"ok": True, "epoch": "two"})
+    assert "since" not in follow.begin(Source())
+    for line in ({"ok": True, "epoch": "three"}, up("a", 9), {"event": "sync", "rev": 9}):
+        follow.take(line)
+    assert [event.kind for event in told] == ["up", "sync"]
+    assert follow.picture["a", ""]["rev"] == 9

@@ -1,0 +1,753 @@
+"""Who holds keeps, who goes loses it at once: connections, processes and leases, on real sockets."""
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regd.core.holders import HolderGone
+from regd.core.limits import Limits
+from regd.server import probes
+from tests.support.daemon import WAIT_S, InLoop, Peer
+from tests.support.files import ToldFiles
+
+pytestmark = pytest.mark.socket
+
+
+@pytest.fixture
+def spawn() -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    """Start processes that do nothing."""
+    started = []
+
+    def start() -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+async def until_gone(peer: Peer, name: str) -> dict[str, Any]:
+    """Ask until a name is not resolved any more, and return that reply."""
+    async with asyncio.timeout(WAIT_S):
+        while (reply := await peer.ask(cmd="resolve", name=name))["ok"]:
+            await asyncio.sleep(0)
+    return reply
+
+
+async def until_landed(peer: Peer, name: str) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while (await peer.ask(cmd="list", name=name))["instances"]:
+            await asyncio.sleep(0)
+
+
+async def test_hold_ends_with_the_connection(daemon: InLoop) -> None:
+    one, two = await daemon.peer(), await daemon.peer()
+    assert (await one.ask(cmd="register", name="a", port=1, hold=True))["ok"]
+    found = await two.ask(cmd="resolve", name="a")
+    assert (found["hold"], "pid" in found, "ttl" in found) == (True, False, False)
+    assert '"a": {"port": 1, "hold": true}' in daemon.registry.read_text()
+    await one.close()
+    assert (await until_gone(two, "a"))["error"] == "not_found"
+    await until_landed(two, "a")
+    assert (await two.ask(cmd="resolve", name="a"))["last"]["reason"] == "connection closed"
+
+
+async def test_hold_ends_when_the_peer_closes_its_side(daemon: InLoop) -> None:
+    one, two = await daemon.peer(), await daemon.peer()
+    one.send({"cmd": "watch"}, {"cmd": "register", "name": "a", "port": 1, "hold": True})
+    one.writer.write_eof()
+    lines = [await one.reply() for _ in range(5)]
+    assert [line.get("event") for line in lines] == [None, "sync", "up", None, "down"] or (
+        sorted(str(line.get("event")) for line in lines) == ["None", "None", "down", "sync", "up"]
+    )
+    await until_landed(two, "a")
+
+
+async def test_several_holders(daemon: InLoop) -> None:
+    one, two, three = await daemon.peer(), await daemon.peer(), await daemon.peer()
+    for peer in (one, two):
+        assert (await peer.ask(cmd="register", name="a", port=1, hold=True))["rev"] == 1
+    await one.close()
+    assert (await two.ask(cmd="deregister", name="a", id=1))["removed"] in (0, 1)
+    await until_landed(three, "a")
+
+
+async def test_a_holder_gives_up_its_own_hold(daemon: InLoop) -> None:
+    one, two = await daemon.peer(), await daemon.peer()
+    for peer in (one, two):
+        await peer.ask(cmd="register", name="a", port=1, hold=True)
+    assert await one.ask(cmd="deregister", name="a") == {"ok": True, "removed": 0, "rev": 1}
+    assert (await one.ask(cmd="resolve", name="a"))["ok"]
+    assert await two.ask(cmd="deregister", name="a") == {"ok": True, "removed": 1, "rev": 2}
+
+
+async def test_anybody_else_ends_it_and_the_holders_are_told(daemon: InLoop) -> None:
+    one, two = await daemon.peer(), await daemon.peer()
+    await one.ask(cmd="register", name="a", port=1, hold=True)
+    assert (await two.ask(cmd="deregister", name="a"))["removed"] == 1
+    assert await one.reply() == {"event": "lost", "name": "a", "instance": "", "reason": "deregistered", "rev": 2}
+
+
+async def test_draining_by_one_of_several_withdraws_that_one(daemon: InLoop) -> None:
+    one, two = await daemon.peer(), await daemon.peer()
+    for peer in (one, two):
+        await peer.ask(cmd="register", name="a", port=1, hold=True)
+    assert (await one.ask(cmd="update", name="a", state="draining"))["rev"] == 1
+    assert (await one.ask(cmd="resolve", name="a"))["state"] == "ready"
+    await two.close()
+    await until_landed(one, "a")
+    assert (await one.ask(cmd="register", name="a", port=1, hold=True))["ok"]
+    assert (await one.ask(cmd="update", name="a", state="draining"))["ok"]
+    assert (await one.ask(cmd="list", name="a"))["instances"][0]["state"] == "draining"
+
+
+async def test_pid_ends_with_the_process(daemon: InLoop, spawn: Callable[[], subprocess.Popen[bytes]]) -> None:
+    process, peer = spawn(), await daemon.peer()
+    assert (await peer.ask(cmd="register", name="a", port=1, pid=process.pid))["ok"]
+    assert (await peer.ask(cmd="resolve", name="a"))["pid"] == process.pid
+    process.kill()
+    process.wait()
+    await until_gone(peer, "a")
+    await until_landed(peer, "a")
+    assert (await peer.ask(cmd="resolve", name="a"))["last"]["reason"] == "process exited"
+    refused = await peer.ask(cmd="register", name="a", port=1, pid=process.pid)
+    assert (refused["error"], refused["field"]) == ("bad_argument", "pid")
+
+
+async def test_the_first_condition_to_fail_ends_it(
+    daemon: InLoop, spawn: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    one, two, process = await daemon.peer(), await daemon.peer(), spawn()
+    await one.ask(cmd="register", name="a", port=1, pid=process.pid, hold=True)
+    await one.ask(cmd="register", name="b", port=1, hold=True, ttl=5)
+    await one.ask(cmd="register", name="c", port=1, hold=True, ttl=50)
+    process.kill()
+    await until_landed(two, "a")
+    daemon.clock.advance(5)
+    await until_landed(two, "b")
+    await one.close()
+    await until_landed(two, "c")
+
+
+async def test_ttl_ends_without_renew(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    await peer.ask(cmd="register", name="a", port=1, ttl=2)
+    daemon.clock.advance(1.9)
+    assert await peer.ask(cmd="renew", name="a") == {"ok": True, "ttl": 2}
+    daemon.clock.advance(1.9)
+    assert (await peer.ask(cmd="renew", name="a", ttl=10.5)) == {"ok": True, "ttl": 10.5}
+    daemon.clock.advance(10.4)
+    found = await peer.ask(cmd="resolve", name="a")
+    assert (found["ttl"], found["rev"]) == (2, 1)
+    daemon.clock.advance(0.1)
+    assert (await peer.ask(cmd="resolve", name="a"))["error"] == "not_found"
+    await until_landed(peer, "a")
+    assert (await peer.ask(cmd="renew", name="a"))["last"]["reason"] == "ttl expired"
+    await peer.ask(cmd="register", name="s", port=1)
+    assert (await peer.ask(cmd="renew", name="s"))["error"] == "bad_argument"
+
+
+async def test_time_that_the_daemon_did_not_run_is_added_and_no_more(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    await peer.ask(cmd="register", name="a", port=1, ttl=5)
+    daemon.clock.advance(4)
+    daemon.clock.stop(60)
+    daemon.clock.advance(0.9)
+    assert (await peer.ask(cmd="resolve", name="a"))["ok"]
+    daemon.clock.advance(0.1)
+    assert (await peer.ask(cmd="resolve", name="a"))["last"]["reason"] == "ttl expired"
+
+
+async def test_what_is_heard_first_after_a_stop_gets_its_own_time(daemon: InLoop) -> None:
+    """A renewal, or a registration, is read before the timer that is late."""
+    peer = await daemon.peer()
+    await peer.ask(cmd="register", name="a", port=1, ttl=5)
+    daemon.clock.advance(4)
+    daemon.clock.skip(60)
+    assert (await peer.ask(cmd="renew", name="a"))["ok"]
+    assert (await peer.ask(cmd="register", name="b", port=1, ttl=5))["ok"]
+    daemon.clock.advance(4.9)
+    for name in "ab":
+        assert (await peer.ask(cmd="resolve", name=name))["ok"]
+    daemon.clock.advance(0.1)
+    for name in "ab":
+        assert (await peer.ask(cmd="resolve", name=name))["error"] == "not_found"
+
+
+async def test_time_in_which_nobody_could_claim_is_added_to_the_grace(tmp_path: Path) -> None:
+    async with restarted(tmp_path, {"cmd": "register", "name": "a", "port": 1, "hold": True}) as daemon:
+        peer = await daemon.peer()
+        daemon.clock.advance(29)
+        daemon.clock.stop(100)
+        daemon.clock.advance(0.9)
+        assert (await peer.ask(cmd="resolve", name="a"))["ok"]
+        daemon.clock.advance(0.1)
+        assert (await peer.ask(cmd="resolve", name="a"))["last"]["reason"] == "connection closed"
+
+
+async def flush(daemon: InLoop, files: ToldFiles, peer: Peer, seconds: float, **request: Any) -> None:
+    """Make a change whose flush takes so long."""
+    files.gate.clear()
+    files.syncing.clear()
+    peer.send(request)
+    async with asyncio.timeout(WAIT_S):
+        while not files.syncing.is_set():
+            await asyncio.sleep(0)
+    daemon.clock.advance(seconds)
+    files.gate.set()
+    assert (await peer.reply())["ok"]
+
+
+async def test_a_lease_ends_though_one_slow_flush_follows_the_other(tmp_path: Path) -> None:
+    files = ToldFiles()
+    async with InLoop(tmp_path / "registry.json", files=files) as daemon:
+        writer, other = await daemon.peer(), await daemon.peer()
+        await writer.ask(cmd="register", name="a", port=1, ttl=1)
+        for n in range(3):
+            await flush(daemon, files, writer, 0.5, cmd="register", name=f"n{n}", port=1)
+            assert (await other.ask(cmd="resolve", name="a"))["ok"]
+        await flush(daemon, files, writer, 0.5, cmd="register", name="n3", port=1)
+        daemon.clock.advance(0)
+        assert (await other.ask(cmd="resolve", name="a"))["last"]["reason"] == "ttl expired"
+
+
+async def test_a_deadline_that_is_near_during_a_slow_flush_keeps_nobody_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ToldFiles()
+    async with InLoop(tmp_path / "registry.json", files=files) as daemon:
+        peer, looks = await daemon.peer(), 0
+        await peer.ask(cmd="register", name="a", port=1, ttl=1)
+        daemon.clock.advance(0.749)  # a quarter of a second of the flush passes, and a thousandth is left
+        registry = daemon.server._registry
+        assert registry is not None
+        expire = registry.expire
+
+        def count(now: float, most: int) -> list[HolderGone]:
+            nonlocal looks
+            looks += 1
+            return expire(now, most)
+
+        monkeypatch.setattr(registry, "expire", count)
+        await flush(daemon, files, peer, 10, cmd="register", name="b", port=1)
+        assert looks < 200
+        daemon.clock.advance(0.2)
+        assert (await peer.ask(cmd="resolve", name="a"))["error"] == "not_found"
+
+
+async def test_a_stop_within_a_slow_flush_counts_once(tmp_path: Path) -> None:
+    files = ToldFiles()
+    async with InLoop(tmp_path / "registry.json", files=files) as daemon:
+        writer, other = await daemon.peer(), await daemon.peer()
+        await writer.ask(cmd="register", name="a", port=1, ttl=5)
+        daemon.clock.advance(4)
+        files.gate.clear()
+        files.syncing.clear()
+        writer.send({"cmd": "register", "name": "b", "port": 1})
+        async with asyncio.timeout(WAIT_S):
+            while not files.syncing.is_set():
+                await asyncio.sleep(0)
+        daemon.clock.stop(60)
+        daemon.clock.advance(10)
+        files.gate.set()
+        assert (await writer.reply())["ok"]
+        daemon.clock.advance(0.9)
+        assert (await other.ask(cmd="resolve", name="a"))["ok"]
+        daemon.clock.advance(0.1)
+        assert (await other.ask(cmd="resolve", name="a"))["error"] == "not_found"
+
+
+async def test_conflict(daemon: InLoop, spawn: Callable[[], subprocess.Popen[bytes]]) -> None:
+    one, two, process = await daemon.peer(), await daemon.peer(), spawn()
+    await one.ask(cmd="register", name="a", port=1, hold=True, pid=process.pid)
+    refused = await two.ask(cmd="register", name="a", port=2, hold=True)
+    assert refused["error"] == "conflict"
+    assert refused["owner"]["pid"] == process.pid
+    assert "127.0.0.1 port" in refused["owner"]["connection"]
+    # The same connection, and the same process, may move.
+    assert (await one.ask(cmd="register", name="a", port=3, hold=True, pid=process.pid))["replaced"]
+    assert (await two.ask(cmd="register", name="a", port=4, hold=True, pid=process.pid))["replaced"]
+    assert (await one.reply())["event"] == "lost"
+    # Force takes over, and the old holder is told.
+    assert (await one.ask(cmd="register", name="a", port=5, force=True))["replaced"]
+    assert await two.reply() == {"event": "lost", "name": "a", "instance": "", "reason": "replaced", "rev": 6}
+    # Over a static one nobody is asked.
+    assert (await two.ask(cmd="register", name="a", port=6))["replaced"]
+
+
+async def test_an_owner_whose_end_the_kernel_knows_is_dead(
+    daemon: InLoop, spawn: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    one, two, process = await daemon.peer(), await daemon.peer(), spawn()
+    await one.ask(cmd="register", name="a", port=1, hold=True)
+    await one.ask(cmd="register", name="b", port=1, pid=process.pid)
+    two.send({"cmd": "register", "name": "a", "port": 2, "hold": True})
+    two.send({"cmd": "register", "name": "b", "port": 2, "hold": True})
+    one.writer.write_eof()
+    process.kill()
+    process.wait()
+    assert (await two.reply())["replaced"]
+    assert (await two.reply())["replaced"]
+
+
+async def test_static_and_held_take_over_from_each_other(daemon: InLoop) -> None:
+    one, two = await daemon.peer(), await daemon.peer()
+    await one.ask(cmd="register", name="a", port=1)
+    assert (await one.ask(cmd="register", name="a", port=1, hold=True))["rev"] == 2
+    assert (await two.ask(cmd="resolve", name="a"))["hold"]
+    assert (await two.ask(cmd="register", name="a", port=1))["rev"] == 3
+    await one.close()
+    assert "hold" not in await two.ask(cmd="resolve", name="a")
+
+
+async def test_conditions_over_a_static_registration_are_its_lifetime(
+    daemon: InLoop, spawn: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    one, two, process = await daemon.peer(), await daemon.peer(), spawn()
+    for name in ("hold", "pid", "ttl"):
+        await two.ask(cmd="register", name=name, port=1)
+    await one.ask(cmd="register", name="hold", port=1, hold=True)
+    await two.ask(cmd="register", name="pid", port=1, pid=process.pid)
+    await two.ask(cmd="register", name="ttl", port=1, ttl=5)
+    await one.close()
+    await until_landed(two, "hold")
+    process.kill()
+    await until_landed(two, "pid")
+    daemon.clock.advance(5)
+    await until_landed(two, "ttl")
+
+
+@pytest.mark.parametrize("conditions", [{"hold": True}, {"pid": "own"}, {"ttl": 5}])
+async def test_a_registration_without_conditions_makes_it_static(
+    daemon: InLoop, conditions: dict[str, Any], spawn: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    one, two, process = await daemon.peer(), await daemon.peer(), spawn()
+    conditions = {key: process.pid if value == "own" else value for key, value in conditions.items()}
+    await one.ask({"cmd": "register", "name": "a", "port": 1, **conditions})
+    assert (await two.ask(cmd="register", name="a", port=1))["rev"] == 2
+    process.kill()
+    process.wait()
+    await one.close()
+    daemon.clock.advance(60)
+    assert (await two.ask(cmd="register", name="last", port=1))["rev"] == 3  # behind any end
+    assert (await two.ask(cmd="why", name="a"))["instances"][0]["owners"] == [{"static": True}]
+    assert (await two.ask(cmd="stats"))["processes"] == 0
+
+
+async def test_restart(tmp_path: Path, spawn: Callable[[], subprocess.Popen[bytes]]) -> None:
+    path = tmp_path / "registry.json"
+    lives, dies = spawn(), spawn()
+    listener = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    async with InLoop(path) as first:
+        peer = await first.peer()
+        held: dict[str, dict[str, Any]] = {
+            "static": {},
+            "hold": {"hold": True},
+            "lost": {"hold": True},
+            "ttl": {"ttl": 40},
+            "lives": {"pid": lives.pid},
+            "dies": {"pid": dies.pid},
+            "kept": {"pid": lives.pid, "hold": True, "port": port},
+        }
+        for name, conditions in held.items():
+            assert (await peer.ask({"cmd": "register", "name": name, "port": 1, **conditions}))["ok"]
+        await first.server.stop()  # before the peers go
+    dies.kill()
+    dies.wait()
+    async with InLoop(path) as second:
+        peer = await second.peer()
+        watcher = await second.peer()
+        assert (await until_gone(peer, "dies"))["error"] == "not_found"
+        await until_landed(peer, "dies")
+        rev = (await watcher.ask(cmd="watch", name="hold"))["rev"]
+        assert [(await watcher.reply())["event"] for _ in range(2)] == ["up", "sync"]
+        names = [each["name"] for each in (await peer.ask(cmd="list"))["instances"]]
+        assert names == ["hold", "kept", "lives", "lost", "static", "ttl"]
+        assert (await peer.ask(cmd="register", name="hold", port=1, hold=True))["rev"] <= rev
+        second.clock.advance(29.9)
+        assert (await peer.ask(cmd="resolve", name="lost"))["ok"]
+        second.clock.advance(0.1)
+        await until_landed(peer, "lost")
+        second.clock.advance(10)
+        await until_landed(peer, "ttl")
+        names = [each["name"] for each in (await peer.ask(cmd="list"))["instances"]]
+        assert names == ["hold", "kept", "lives", "static"]
+        await watcher.close()
+        lives.kill()
+        await until_landed(peer, "kept")
+        await until_landed(peer, "lives")
+    listener.close()
+    await listener.wait_closed()
+
+
+@contextlib.asynccontextmanager
+async def restarted(tmp_path: Path, *requests: dict[str, Any]) -> AsyncIterator[InLoop]:
+    """A daemon that has loaded what an earlier one was asked for, and whose clients have not come back."""
+    path = tmp_path / "registry.json"
+    async with InLoop(path) as first:
+        peer = await first.peer()
+        for request in requests:
+            assert (await peer.ask(request))["ok"]
+        await first.server.stop()
+    async with InLoop(path) as second:
+        yield second
+
+
+async def test_an_unclaimed_hold_counts_as_dead_for_a_conflict_and_one_whose_process_lives_does_not(
+    tmp_path: Path, spawn: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    process = spawn()
+    register: dict[str, Any] = {"cmd": "register", "port": 1, "hold": True}
+    both = {**register, "name": "both", "pid": process.pid}
+    async with restarted(tmp_path, {**register, "name": "hold"}, both) as daemon:
+        peer = await daemon.peer()
+        assert (await peer.ask({**register, "name": "hold", "port": 2}))["replaced"]
+        refused = await peer.ask({**register, "name": "both", "port": 2})
+        assert (refused["error"], refused["owner"]["pid"]) == ("conflict", process.pid)
+        assert f"pid {process.pid}" in refused["message"]
+        owner = await daemon.peer()
+        rev = (await peer.ask(cmd="resolve", name="both"))["rev"]
+        assert (await owner.ask(both))["rev"] == rev  # a claim
+        process.kill()
+        process.wait()
+        assert (await peer.ask({**register, "name": "both", "port": 2}))["ok"]
+
+
+async def test_an_unclaimed_owner_whose_process_the_kernel_knows_to_be_gone_is_dead(
+    tmp_path: Path, spawn: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    process = spawn()
+    both = {"cmd": "register", "name": "a", "port": 1, "hold": True, "pid": process.pid}
+    async with restarted(tmp_path, both) as daemon:
+        peer = await daemon.peer()
+        peer.send({"cmd": "register", "name": "a", "port": 2, "hold": True})
+        process.kill()
+        process.wait()
+        assert (await peer.reply())["replaced"]
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What probes find, by host: nothing else is ever connected to."""
+    found: dict[str, str] = {}
+
+    async def connect(address: probes.Address, timeout_s: float) -> str:
+        return found[address[0]]
+
+    monkeypatch.setattr(probes, "_connect", connect)
+    return found
+
+
+async def until_probed(daemon: InLoop, count: int) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while daemon.server.probed < count:
+            await asyncio.sleep(0)
+
+
+async def test_an_unclaimed_registration_of_a_living_process_ends_when_its_address_is_refused(
+    tmp_path: Path, answers: dict[str, str]
+) -> None:
+    """`hold` and `pid`: at the end of the grace, and every 30 s after. No answer is none."""
+    requests = [
+        {"cmd": "register", "name": name, "host": host, "port": 1, "hold": True, "pid": os.getpid()}
+        for name, host in (("left", "127.0.0.1"), ("blocked", "127.0.0.2"), ("far", "192.0.2.1"))
+    ]
+    answers |= {"127.0.0.1": "connection refused", "127.0.0.2": "no answer"}
+    async with restarted(tmp_path, *requests) as daemon:
+        peer = await daemon.peer()
+        daemon.clock.advance(29.9)
+        assert (await peer.ask(cmd="resolve", name="left"))["ok"]
+        assert daemon.server.probed == 0
+        daemon.clock.advance(0.1)
+        await until_landed(peer, "left")
+        assert (await peer.ask(cmd="resolve", name="left"))["last"]["reason"] == "connection closed"
+        await until_probed(daemon, 2)
+        for answer in ("", "no answer", "connection reset by peer"):
+            answers["127.0.0.2"] = answer
+            daemon.clock.advance(29.9)
+            before = daemon.server.probed
+            daemon.clock.advance(0.1)
+            await until_probed(daemon, before + 1)
+            assert (await peer.ask(cmd="resolve", name="blocked"))["ok"]
+        answers["127.0.0.2"] = "connection refused"
+        daemon.clock.advance(30)
+        await until_landed(peer, "blocked")
+        assert [each["name"] for each in (await peer.ask(cmd="list"))["instances"]] == ["far"]
+
+
+async def test_a_registration_that_is_claimed_is_not_probed(tmp_path: Path, answers: dict[str, str]) -> None:
+    both = {"cmd": "register", "name": "a", "port": 1, "hold": True, "pid": os.getpid()}
+    async with restarted(tmp_path, both) as daemon:
+        peer, other = await daemon.peer(), await daemon.peer()
+        assert (await peer.ask(both))["ok"]
+        daemon.clock.advance(120)
+        assert (await other.ask(cmd="resolve", name="a"))["ok"]
+        assert daemon.server.probed == 0
+        await peer.reset()
+        await until_landed(other, "a")
+
+
+async def test_a_claim_during_the_probe_keeps_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    async def connect(address: probes.Address, timeout_s: float) -> str:
+        asked.set()
+        await answer.wait()
+        return "connection refused"
+
+    monkeypatch.setattr(probes, "_connect", connect)
+    both = {"cmd": "register", "name": "a", "port": 1, "hold": True, "pid": os.getpid()}
+    async with restarted(tmp_path, both) as daemon:
+        peer = await daemon.peer()
+        daemon.clock.advance(30)
+        async with asyncio.timeout(WAIT_S):
+            await asked.wait()
+        assert (await peer.ask(both))["ok"]
+        answer.set()
+        await until_probed(daemon, 1)
+        assert (await peer.ask(cmd="resolve", name="a"))["ok"]
+        daemon.clock.advance(60)
+        assert (await peer.ask(cmd="resolve", name="a"))["ok"]
+
+
+async def test_very_many_unclaimed_registrations_are_probed_some_at_a_time(
+    tmp_path: Path, answers: dict[str, str]
+) -> None:
+    answers["127.0.0.1"] = "connection refused"
+    requests = [
+        {"cmd": "register", "name": f"n{n}", "port": n + 1, "hold": True, "pid": os.getpid()} for n in range(400)
+    ]
+    async with restarted(tmp_path, *requests) as daemon:
+        peer = await daemon.peer()
+        daemon.clock.advance(30)
+        assert len([task for task in asyncio.all_tasks() if task.get_name() == "regd-probe"]) <= 64
+        async with asyncio.timeout(WAIT_S):
+            while (await peer.ask(cmd="stats"))["registrations"]:
+                daemon.clock.advance(0)
+
+
+async def test_a_number_that_another_process_has_now(
+    tmp_path: Path, spawn: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    path = tmp_path / "registry.json"
+    other = spawn()
+    async with InLoop(path) as first:
+        await (await first.peer()).ask(cmd="register", name="a", port=1, pid=other.pid)
+        await first.server.stop()
+    text = path.read_text()
+    born = text.partition('"born": "')[2].partition('"')[0]
+    path.write_text(text.replace(born, born[:-1] + ("1" if born[-1] != "1" else "2")))
+    async with InLoop(path) as second:
+        assert (await until_gone(await second.peer(), "a"))["error"] == "not_found"
+
+
+async def test_a_register_that_is_refused_leaves_what_it_was_to_replace(tmp_path: Path) -> None:
+    async with InLoop(tmp_path / "registry.json", limits=Limits(held_max=2)) as daemon:
+        one, two = await daemon.peer(), await daemon.peer()
+        await two.ask(cmd="register", name="victim", port=1)
+        for name in ("a", "b"):
+            await one.ask(cmd="register", name=name, port=1, hold=True)
+        assert (await one.ask(cmd="register", name="victim", port=2, hold=True))["error"] == "busy"
+        assert (await two.ask(cmd="resolve", name="victim"))["port"] == 1
+        assert (await one.ask(cmd="register", name="a", port=2, hold=True, ttl=9))["replaced"]
+
+
+async def test_claims_of_several_workers_are_no_changes_and_one_each(
+    tmp_path: Path, spawn: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    path, processes = tmp_path / "registry.json", [spawn(), spawn()]
+    async with InLoop(path) as first:
+        for process in processes:
+            peer = await first.peer()
+            await peer.ask(cmd="register", name="pids", port=1, hold=True, pid=process.pid)
+            await peer.ask(cmd="register", name="holds", port=1, hold=True)
+        await first.server.stop()
+    async with InLoop(path) as second:
+        peers = [await second.peer() for _ in range(3)]
+        rev = (await peers[2].ask(cmd="hello"))["rev"]
+        for peer, process in zip(peers[1::-1], processes, strict=True):
+            assert (await peer.ask(cmd="register", name="pids", port=1, hold=True, pid=process.pid))["rev"] <= rev
+        await peers[0].ask(cmd="register", name="holds", port=1, hold=True)
+        assert (await peers[2].ask(cmd="hello"))["rev"] == rev
+        await peers[0].reset()
+        async with asyncio.timeout(WAIT_S):
+            while len((await peers[2].ask(cmd="why", name="holds"))["instances"][0]["owners"]) > 1:
+                pass
+        assert (await peers[2].ask(cmd="resolve", name="holds"))["ok"]  # the other may still come
+        second.clock.advance(30)
+        await until_landed(peers[2], "holds")
+
+
+@pytest.mark.parametrize("ending", ["close", "half"])
+@pytest.mark.parametrize(
+    "behind", [b"quit\n", b'{"cmd":"ping"}\n' * 6_000]
+)  # more than is read, less than the kernel holds
+async def test_a_hold_ends_though_its_peer_waits_and_is_not_read(
+    daemon: InLoop, ending: str, behind: bytes
+) -> None:
+    one, two = await daemon.peer(), await daemon.peer()
+    wait = {"cmd": "resolve", "name": "none", "wait": 600}
+    await one.ask(cmd="register", name="a", port=1, hold=True)
+    one.send({**wait, "id": 1} if behind == b"quit\n" else wait, behind)
+    async with asyncio.timeout(WAIT_S):
+        while not daemon.server.parked:
+            await asyncio.sleep(0)
+    assert (await two.ask(cmd="resolve", name="a"))["ok"]
+    if ending == "half":
+        one.writer.write_eof()
+    else:
+        await one.close()
+    async with asyncio.timeout(WAIT_S):
+        while (await two.ask(cmd="resolve", name="a"))["ok"]:
+            daemon.clock.advance(0.05)
+
+
+async def test_a_lease_does_not_run_out_because_the_disk_is_slow(tmp_path: Path) -> None:
+    files = ToldFiles()
+    async with InLoop(tmp_path / "registry.json", files=files) as daemon:
+        one, two = await daemon.peer(), await daemon.peer()
+        await one.ask(cmd="register", name="a", port=1, ttl=1)
+        files.gate.clear()
+        files.syncing.clear()
+        one.send({"cmd": "update", "name": "a", "meta": {"k": "v"}}, {"cmd": "renew", "name": "a"})
+        async with asyncio.timeout(WAIT_S):
+            while not files.syncing.is_set():
+                await asyncio.sleep(0)
+        daemon.clock.advance(3)
+        assert (await two.ask(cmd="resolve", name="a"))["ok"]
+        files.gate.set()
+        assert (await one.reply())["ok"]
+        assert (await one.reply())["ttl"] == 1
+        daemon.clock.advance(2)
+        await until_landed(two, "a")
+
+
+async def test_more_processes_than_can_be_watched_live_on(
+    tmp_path: Path, spawn: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    path, processes = tmp_path / "registry.json", [spawn(), spawn()]
+    async with InLoop(path) as first:
+        peer = await first.peer()
+        for n, process in enumerate(processes):
+            await peer.ask(cmd="register", name=f"n{n}", port=1, pid=process.pid)
+        await first.server.stop()
+    async with InLoop(path, limits=Limits(processes_max=1)) as second:
+        peer = await second.peer()
+        for n in range(2):
+            assert (await peer.ask(cmd="resolve", name=f"n{n}"))["ok"]
+        assert (await peer.ask(cmd="register", name="more", port=1, pid=os.getpid()))["error"] == "busy"
+        for n, process in enumerate(processes):
+            process.kill()
+            process.wait()
+            async with asyncio.timeout(WAIT_S):
+                while (await peer.ask(cmd="resolve", name=f"n{n}"))["ok"]:
+                    second.clock.advance(0.5)
+
+
+async def test_many_holders_come_and_go_together(daemon: InLoop) -> None:
+    peers = [await daemon.peer() for _ in range(100)]
+    for peer in peers:
+        peer.send(*({"cmd": "register", "name": f"n{n}", "port": 1, "hold": True} for n in range(10)))
+    for peer in peers:
+        for _ in range(10):
+            assert (await peer.reply())["ok"]
+    other = await daemon.peer()
+    known = await other.ask(cmd="why", name="n1")
+    assert (len(known["instances"][0]["owners"]), known["instances"][0]["more_owners"]) == (32, True)
+    for peer in peers:
+        await peer.reset()
+    for n in range(10):
+        await until_landed(other, f"n{n}")
+    assert (await other.ask(cmd="stats"))["rev"] == 20
+
+
+async def test_stopping_tells_those_who_wait(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    peer.send({"cmd": "resolve", "name": "a", "wait": 50, "id": 7})
+    async with asyncio.timeout(WAIT_S):
+        while not daemon.server.parked:
+            await asyncio.sleep(0)
+    await daemon.server.stop()
+    reply = await peer.reply()
+    assert (reply["id"], reply["error"]) == (7, "shutting_down")
+
+
+async def test_draining_by_register_withdraws_that_holder(
+    daemon: InLoop, spawn: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    peer, processes = await daemon.peer(), [spawn(), spawn()]
+    for process in processes:
+        await peer.ask(cmd="register", name="a", port=1, pid=process.pid)
+    other = await daemon.peer()
+    assert (await other.ask(cmd="register", name="a", port=1, pid=processes[0].pid, state="draining"))["ok"]
+    assert (await peer.ask(cmd="resolve", name="a"))["ok"]
+    processes[1].kill()
+    await until_landed(peer, "a")
+
+
+async def test_a_withdrawn_holder_may_come_back_or_leave(daemon: InLoop) -> None:
+    one, two = await daemon.peer(), await daemon.peer()
+    for peer in (one, two):
+        await peer.ask(cmd="register", name="a", port=1, hold=True)
+    assert (await one.ask(cmd="update", name="a", state="draining"))["rev"] == 1
+    owners = (await two.ask(cmd="why", name="a"))["instances"][0]["owners"]
+    assert [each.get("withdrawn", False) for each in owners] == [True, False]
+    assert (await one.ask(cmd="update", name="a", state="ready"))["rev"] == 1
+    assert (await two.ask(cmd="update", name="a", state="draining"))["rev"] == 1
+    assert (await one.ask(cmd="resolve", name="a"))["ok"]
+    # It gives up what it does not hold any more: nothing ends.
+    assert await two.ask(cmd="deregister", name="a") == {"ok": True, "removed": 0, "rev": 1}
+    assert await one.ask(cmd="deregister", name="a") == {"ok": True, "removed": 1, "rev": 2}
+
+
+async def test_a_name_whose_other_holders_have_withdrawn_is_free_for_conflicts_only_when_the_last_goes(
+    daemon: InLoop,
+) -> None:
+    one, two, rival = [await daemon.peer() for _ in range(3)]
+    for peer in (one, two):
+        await peer.ask(cmd="register", name="a", port=1, hold=True)
+    await one.ask(cmd="update", name="a", state="draining")
+    assert (await rival.ask(cmd="register", name="a", port=2, hold=True))["error"] == "conflict"
+    await two.reset()
+    await until_landed(rival, "a")
+    assert (await rival.ask(cmd="register", name="a", port=2, hold=True))["ok"]
+
+
+async def test_ends_of_very_many_leases_do_not_renew_the_rest(tmp_path: Path) -> None:
+    """Each batch of ends is a slow flush, and the next leases fall due meanwhile."""
+    files = ToldFiles()
+    async with InLoop(tmp_path / "registry.json", files=files) as daemon:
+        peer, other = await daemon.peer(), await daemon.peer()
+        for n in range(20):
+            peer.send({"cmd": "register", "name": f"n{n}", "port": 1, "ttl": 1 + n / 4})
+        for _ in range(20):
+            assert (await peer.reply())["ok"]
+        began = daemon.clock.now()
+        commits = (await other.ask(cmd="stats"))["commits"]
+        files.syncing.clear()
+        while (await other.ask(cmd="stats"))["registrations"]:
+            files.gate.clear()
+            async with asyncio.timeout(WAIT_S):
+                while not files.syncing.is_set():
+                    daemon.clock.advance(0.25)
+                    for _ in range(10):
+                        await other.ask(cmd="ping")  # the engine takes what has ended
+            daemon.clock.advance(1.0)
+            files.syncing.clear()
+            files.gate.set()
+            before = commits
+            async with asyncio.timeout(WAIT_S):
+                while before == (commits := (await other.ask(cmd="stats"))["commits"]):
+                    pass
+            # 5.75 s of leases, of which each flush of 1 s lets a quarter of a second pass; and steps on a busy machine.
+            assert daemon.clock.now() - began < 100
