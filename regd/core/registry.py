@@ -38,7 +38,7 @@ class Departure:
 class Registry:
     """What has landed. `claim_s` is how long what was loaded with `hold` waits for its client.
 
-    `touched` is called with a name whenever what readers are told of it may have changed, `touched_all` when that
+    `on_entry_changed` is called with a name whenever what readers are told of it may have changed, `on_any_changed` when that
     may be so of very many names.
     """
 
@@ -63,8 +63,8 @@ class Registry:
         self._served: OrderedDict[tuple[str, int], str] = OrderedDict()  # who was, by name and filter
         self._served_to_guests: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._departures: OrderedDict[str, deque[Departure]] = OrderedDict()
-        self.touched: Callable[[str], None] = lambda name: None
-        self.touched_all: Callable[[], None] = lambda: None
+        self.on_entry_changed: Callable[[str], None] = lambda name: None
+        self.on_any_changed: Callable[[], None] = lambda: None
         for entry in sorted(entries, key=lambda entry: entry.key):
             self._set(entry)
             if entry.holders:
@@ -83,7 +83,7 @@ class Registry:
         """Return the keys of all entries, in order."""
         return [entry.key for entry in self._behind("", None)]
 
-    def land(self, changes: Iterable[Change], now: float) -> set[Process]:
+    def apply(self, changes: Iterable[Change], now: float) -> set[Process]:
         """Make the changes of a transaction, in their order, visible to readers.
 
         Returns the processes of which nothing is held any more.
@@ -102,7 +102,7 @@ class Registry:
             if entry.holders or (before is not None and before.holders):
                 free |= self.lifetimes.move(before, after, now)
             self.rev = change.rev
-            self.touched(entry.name)
+            self.on_entry_changed(entry.name)
             if change.op is not Op.KEEP:
                 self.history.add(change)
         return {process for process in free if not self.lifetimes.knows(process)}
@@ -124,13 +124,13 @@ class Registry:
             del self._services[entry.name]
             del self._names[bisect_left(self._names, entry.name)]
 
-    def gone(self, ending: HolderGone) -> None:
+    def mark_dead(self, ending: HolderGone) -> None:
         """Resolve no more what only this one held. A transaction must end it."""
         self.lifetimes.mark(ending)
         self._touch(ending)
 
     def expire(self, now: float, most: int) -> list[HolderGone]:
-        """Return up to `most` whose time is over, as `gone`."""
+        """Return up to `most` whose time is over, as `mark_dead`."""
         endings = self.lifetimes.expire(now, most)
         for ending in endings:
             self._touch(ending)
@@ -139,10 +139,10 @@ class Registry:
     def _touch(self, ending: HolderGone) -> None:
         keys = self.lifetimes.held_by(ending)
         if len(keys) > _TOUCHED_MAX:
-            self.touched_all()
+            self.on_any_changed()
             return
         for name, _ in keys:
-            self.touched(name)
+            self.on_entry_changed(name)
 
     def _departed(self, name: str, departure: Departure) -> None:
         self._departures.setdefault(name, deque(maxlen=self.limits.departures_kept)).append(departure)
@@ -156,7 +156,7 @@ class Registry:
     def _fits(self, meta: Mapping[str, str], entry: Entry) -> bool:
         return self.is_ready(entry) and entry.carries(meta)
 
-    def is_all(self, entry: Entry) -> bool:
+    def is_sole_ready(self, entry: Entry) -> bool:
         """Whether everybody who asks for its name gets it: it stands, is ready, and takes turns with none."""
         service = self._services.get(entry.name)
         return (
@@ -166,7 +166,7 @@ class Registry:
             and self.is_ready(entry)
         )
 
-    def named(self, name: str) -> Iterator[Entry]:
+    def instances_of(self, name: str) -> Iterator[Entry]:
         """Return the instances of a name, in order, whatever their state."""
         service = self._services.get(name)
         return iter(service.entries) if service is not None else iter(())
@@ -188,7 +188,7 @@ class Registry:
         *,
         guest: bool = False,
     ) -> Search:
-        """The same, the one whose turn it is first, or the one behind `after`; `took` says who got it.
+        """The same, the one whose turn it is first, or the one behind `after`; `mark_served` says who got it.
 
         `guest`: for a user who may only read. Their positions are their own, so that nobody else's turn changes.
         """
@@ -198,7 +198,7 @@ class Registry:
             start = self._services[name].behind(self._last_served(name, meta, guest) if after is None else after)
         return Search(entries, start, most, partial(self._fits, meta))
 
-    def took(self, entry: Entry, meta: Mapping[str, str], *, guest: bool = False) -> None:
+    def mark_served(self, entry: Entry, meta: Mapping[str, str], *, guest: bool = False) -> None:
         """Say that `entry`, of `search_in_turn`, was given to somebody."""
         service = self._services.get(entry.name)
         if service is None or len(service.entries) == 1:
@@ -280,7 +280,7 @@ class Registry:
 
         One that is known to be gone has left, though that has not landed yet.
         """
-        for entry in islice(self.named(name), self.limits.near_candidates_max):
+        for entry in islice(self.instances_of(name), self.limits.near_candidates_max):
             reason = self.lifetimes.death(entry)
             if reason is not None:
                 return Departure(entry.instance, reason, now)

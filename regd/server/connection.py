@@ -45,7 +45,7 @@ class Connection(asyncio.BufferedProtocol):
         "_deadline",
         "_ending",
         "_eof",
-        "_held_up",
+        "_deferred",
         "_in_flight",
         "_is_guest",
         "_landed",
@@ -54,7 +54,7 @@ class Connection(asyncio.BufferedProtocol):
         "_parked",
         "_paused",
         "_queued",
-        "_quiet",
+        "_fast_path_ok",
         "_quitting",
         "_reader",
         "_reading",
@@ -74,7 +74,7 @@ class Connection(asyncio.BufferedProtocol):
         self._context = context
         self._replies = context.replies
         self._reader = RequestParser(context.limits)
-        self._held_up: Item | None = None  # the next item, waiting until the writes before it have landed
+        self._deferred: Item | None = None  # the next item, waiting until the writes before it have landed
         self._slow: IncrementalReply | None = None  # or until this reply to it is there
         self._queued = False  # for a slot to make that reply in
         self._accepted = False  # within `connections_max`
@@ -83,10 +83,10 @@ class Connection(asyncio.BufferedProtocol):
         self._counted = False  # bytes of its requests wait, and are counted
         self._in_flight = 0  # writes submitted and not answered
         self._landed: list[bytes] = []  # their replies, gathered for one send
-        self._scheduled = False  # `go_on` will be called
+        self._scheduled = False  # `run` will be called
         self._paused = False  # the peer does not read
         self._reading = True
-        self._quiet = (
+        self._fast_path_ok = (
             False  # nothing is under way: what comes next may be answered before anything else; guests wait
         )
         self._eof = False  # the peer has closed its sending side
@@ -130,7 +130,7 @@ class Connection(asyncio.BufferedProtocol):
             tally.connections += 1
             tally.guests += self._is_guest
             tally.connections_accepted += 1
-            self._quiet = not self._is_guest
+            self._fast_path_ok = not self._is_guest
             return
         tally.connections_refused += 1
         count = f"connections ({tally.connections:,})" if full else f"read-only connections ({tally.guests:,})"
@@ -150,19 +150,19 @@ class Connection(asyncio.BufferedProtocol):
         self.data_received(bytes(self._context.received[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
-        if self._quiet:
+        if self._fast_path_ok:
             # What is known needs no reader, no turn, no account: this is a tenth of the way of other requests.
             replies = self._replies
             reply = replies.known.get(data)
             if reply is None:
-                reply = replies.to(data)
+                reply = replies.lookup(data)
             else:
                 replies.count += 1
             if reply is not None:
                 self._reader.valid = True
                 self._transport.write(reply)
                 return
-            self._quiet = False
+            self._fast_path_ok = False
         if self._ending:
             return
         self._reader.receive(data)
@@ -179,7 +179,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         self._paused = True
-        self._quiet = False
+        self._fast_path_ok = False
         if self._slow is not None:  # it begins anew when the peer reads: others have the slot meanwhile
             self._slow = None
             self._share.slow.give(self)
@@ -193,9 +193,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         context = self._context
-        self._ending, self._quiet = True, False
+        self._ending, self._fast_path_ok = True, False
         self._reader.close()
-        self._held_up = self._slow = None
+        self._deferred = self._slow = None
         self._share.slow.give(self)
         self._landed.clear()
         self._let_go()
@@ -218,7 +218,7 @@ class Connection(asyncio.BufferedProtocol):
             self._work()
         else:
             self.schedule()
-            self._settle()
+            self._update_flow()
 
     def _work(self) -> None:
         """Answer requests until there are none, something holds them up, or others should have a turn."""
@@ -232,7 +232,7 @@ class Connection(asyncio.BufferedProtocol):
                 break
             reply = self._answer(item)
             now = pulse.took(item.cmd if isinstance(item, Request) else "a bad line", now)
-            if self._held_up is not None:
+            if self._deferred is not None:
                 break
             if reply is not None:
                 replies.append(reply)
@@ -248,14 +248,14 @@ class Connection(asyncio.BufferedProtocol):
             self.schedule(busy=True)
         if replies:
             self._transport.write(b"".join(replies))
-        self._settle()
+        self._update_flow()
         self._share.turns.spent(self._context.clock.now() - began)
 
     def _take(self) -> Item | None:
         if self._paused or self._ending or self._blocked:
             return None
-        item = self._held_up or self._reader.next()
-        self._held_up = None
+        item = self._deferred or self._reader.next()
+        self._deferred = None
         if isinstance(item, Quit) and self._parked:
             self._quitting = True
             self._reader.close()  # nothing behind it counts, but the end of the peer must be seen
@@ -263,7 +263,7 @@ class Connection(asyncio.BufferedProtocol):
         if item is not None and self._in_flight:
             writes = isinstance(item, Request) and COMMANDS[item.cmd].writes
             if not writes or self._in_flight >= self._context.limits.requests_in_flight_max:
-                self._held_up = item
+                self._deferred = item
                 return None
         return item
 
@@ -284,13 +284,13 @@ class Connection(asyncio.BufferedProtocol):
             reply = self._do(item)
         except Refused as refusal:
             if self._in_flight:  # the engine takes no more, and replies before this one are not out yet
-                self._held_up = item
+                self._deferred = item
                 return None
             context.events.refused(self.peer, self._asker.uid, item, refusal)
             reply = self._error(refusal, item.id)
-        if context.events.logs_requests and self._held_up is None:
+        if context.events.logs_requests and self._deferred is None:
             context.events.request(self.peer, self._asker.uid, item)
-        context.tally.requests[item.cmd] += self._held_up is None
+        context.tally.requests[item.cmd] += self._deferred is None
         return reply
 
     def _do(self, request: Request) -> bytes | None:
@@ -318,7 +318,7 @@ class Connection(asyncio.BufferedProtocol):
                 return reply
             self._slow = reply
         if not self._share.slow.take(self):
-            self._held_up, self._queued = request, True
+            self._deferred, self._queued = request, True
             return None
         if self._queued:
             self._queued = False
@@ -330,7 +330,7 @@ class Connection(asyncio.BufferedProtocol):
             now = next(self._slow)
         finally:
             if now is None:
-                self._held_up = request
+                self._deferred = request
                 self.schedule(busy=True)
             else:
                 self._slow = None
@@ -421,18 +421,18 @@ class Connection(asyncio.BufferedProtocol):
     def schedule(self, busy: bool = False) -> None:
         if not self._scheduled:
             self._scheduled = True
-            self._share.turns.wait(self, busy)
+            self._share.turns.schedule(self, busy)
 
-    def go_on(self) -> None:
+    def run(self) -> None:
         """Do what there is to do: it is this one's turn."""
         self._scheduled = False
         if self._ending or self._transport.is_closing():
             return
-        if self._held_up is None and not self._reader.pending and not self._eof:
+        if self._deferred is None and not self._reader.pending and not self._eof:
             landed, self._landed = self._landed, []
             if landed:
                 self._transport.write(b"".join(landed))
-            self._settle()
+            self._update_flow()
             self._share.turns.spent(_REPLY_S)
             return
         self._work()
@@ -479,17 +479,17 @@ class Connection(asyncio.BufferedProtocol):
 
     # Holding back, and ending.
 
-    def _settle(self) -> None:
+    def _update_flow(self) -> None:
         """After some work: read on or not, watch an unfinished line, keep the books, close when all is done."""
         transport, context, reader = self._transport, self._context, self._reader
         if self._ending or transport.is_closing():
             return
-        self._quiet = False
+        self._fast_path_ok = False
         if reader.empty and not self._is_held_back:
-            self._quiet = not (self._in_flight or self._landed or self._scheduled or self._is_guest)
+            self._fast_path_ok = not (self._in_flight or self._landed or self._scheduled or self._is_guest)
             if self._reading and not self._counted:  # mostly there is nothing more to do
                 return
-        idle = self._held_up is None and not reader.pending and not self._paused
+        idle = self._deferred is None and not reader.pending and not self._paused
         if self._blocked:  # the end of the peer must be seen, so it is read for a while
             idle = not self._paused and reader.waiting_bytes < context.limits.line_bytes_max
         if self._quitting and not self._parked and not self._in_flight and not self._landed:
@@ -509,7 +509,7 @@ class Connection(asyncio.BufferedProtocol):
 
     @property
     def _is_held_back(self) -> bool:
-        return self._held_up is not None or self._paused or self._blocked or self._quitting or self._eof
+        return self._deferred is not None or self._paused or self._blocked or self._quitting or self._eof
 
     def _listen(self, on: bool) -> None:
         """Read on, or not for now."""
@@ -586,13 +586,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def _end(self) -> None:
         """Look at nothing more, send what is to be sent, and close once the peer has, or soon."""
-        self._ending, self._quiet = True, False
+        self._ending, self._fast_path_ok = True, False
         self._reader.close()
-        self._held_up = self._slow = None
+        self._deferred = self._slow = None
         self._share.slow.give(self)
         self._let_go()
         self._share.input.hold(self, 0)
-        asyncio.get_running_loop().call_soon(self._farewell)
+        asyncio.get_running_loop().call_soon(self._half_close)
 
     def _let_go(self) -> None:
         """End what goes with the connection: what it holds, its watches, what it waits for."""
@@ -611,7 +611,7 @@ class Connection(asyncio.BufferedProtocol):
             self._may_hold = False
             self._context.reaper.connection_ended(self._asker.session)
 
-    def _farewell(self) -> None:
+    def _half_close(self) -> None:
         if self._transport.is_closing():
             return
         if self._eof:
@@ -643,7 +643,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def cut(self) -> None:
         """End at once; what was not sent is lost."""
-        self._ending, self._quiet = True, False
+        self._ending, self._fast_path_ok = True, False
         self._share.output.hold(self, 0)
         self._transport.abort()
 
@@ -656,5 +656,5 @@ class Connection(asyncio.BufferedProtocol):
         if self._landed and not self._transport.is_closing():
             self._transport.write(b"".join(self._landed))
             self._landed.clear()
-        self._ending, self._quiet = True, False
+        self._ending, self._fast_path_ok = True, False
         self._transport.close()

@@ -214,7 +214,7 @@ class Daemon:
         document = self._store.open(self._clock.wall())
         if is_new:
             log.info("made the folder %s, which was not there", folder)
-        self._store.make()
+        self._store.ensure_writable()
         # 3. The parts.
         clock, tally, sessions, pulse = self._clock, Counters(), Sessions(), self._pulse
         registry = Registry(document.entries, document.rev, limits, now=clock.now(), claim_s=config.grace_s)
@@ -223,7 +223,7 @@ class Daemon:
         replies = ResolveCache(
             remembers=not events.logs_requests
         )  # what is remembered is answered without a request
-        registry.touched, registry.touched_all = replies.forget, replies.forget_all
+        registry.on_entry_changed, registry.on_any_changed = replies.invalidate, replies.invalidate_all
         findings = self._findings = ProbeResults(limits.departures_max)
 
         shares = self._made_shares(registry, limits, findings)

@@ -116,8 +116,10 @@ class Engine:
             await self._in_thread(self._store.prepare)
             while self._waiting or self._repair or not self._closing:
                 if self._waiting:
-                    count = await self._land(self._next_batch())  # not named: what has landed must not be kept
-                    await self._gather(len(self._waiting) + count)
+                    count = await self._commit_batch(
+                        self._next_batch()
+                    )  # not named: what has landed must not be kept
+                    await self._linger(len(self._waiting) + count)
                 elif self._repair:
                     self._repair = False
                     await self._commit([])
@@ -137,7 +139,7 @@ class Engine:
             writes += not isinstance(batch[-1], HolderGone)
         return batch
 
-    async def _gather(self, wanted: int) -> None:
+    async def _linger(self, wanted: int) -> None:
         """Let those who were just answered write again before the next flush, which costs the same for all.
 
         Else half of them would always write while the others' flush is in flight. Ends when nobody comes.
@@ -152,10 +154,10 @@ class Engine:
             if self._clock.now() >= until:
                 break
 
-    async def _land(self, batch: Sequence[tuple[Write, Done] | HolderGone]) -> int:
+    async def _commit_batch(self, batch: Sequence[tuple[Write, Done] | HolderGone]) -> int:
         """Judge a batch, commit it, make it visible, and answer it. Returns how many there were."""
         transaction = Transaction(self._registry, self._clock.wall(), self._is_gone)
-        outcomes = await self._judge(batch, transaction)
+        outcomes = await self._evaluate(batch, transaction)
         endings = [each for each in batch if isinstance(each, HolderGone)]
         # A file that may show what is not in effect is mended even by a request that changes nothing.
         failure = await self._commit(transaction.changes) if transaction.changes or self._store.dirty else None
@@ -165,7 +167,7 @@ class Engine:
         for count, changes in enumerate(_slices(transaction.changes)):
             if count:
                 await self._others()
-            free |= self._registry.land(changes, self._stalls.now())
+            free |= self._registry.apply(changes, self._stalls.now())
             self._landed(changes)
         self._waiting.extendleft(reversed(transaction.unfinished))
         for ending in endings:
@@ -181,7 +183,7 @@ class Engine:
         self._pulse.took("batch", self._turn)
         return len(batch)
 
-    async def _judge(
+    async def _evaluate(
         self, batch: Sequence[tuple[Write, Done] | HolderGone], transaction: Transaction
     ) -> list[bytes | Refused]:
         """Judge what a batch wants, in order, and return what the writes are answered if they land."""
@@ -220,7 +222,7 @@ class Engine:
         transaction = Transaction(self._registry, self._clock.wall(), self._is_gone)
         await self._end(transaction, endings)
         if transaction.changes:
-            self._store.owe(transaction.changes)
+            self._store.apply_unsaved(transaction.changes)
             self._repair_later()
         return transaction
 

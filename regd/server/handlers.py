@@ -222,9 +222,9 @@ class Handlers:
             raise self._none_ready(given["name"], given.get("instance"), given.get("meta", {}))
         if not given.get("all"):
             entry = found[0]
-            self._registry.took(entry, given.get("meta", {}), guest=guest)
-            if len(given) == 1 and self._registry.is_all(entry):
-                self._replies.remember(entry)
+            self._registry.mark_served(entry, given.get("meta", {}), guest=guest)
+            if len(given) == 1 and self._registry.is_sole_ready(entry):
+                self._replies.put(entry)
             return messages.resolved(request.id, entry)
         shown = found[: self._limits.reply_instances_max]
         result: dict[str, object] = {"rev": rev}
@@ -321,7 +321,7 @@ class Handlers:
     def _why(self, request: Request, asker: Caller) -> bytes:
         name, instance = request.arguments["name"], request.arguments.get("instance")
         entries = (
-            self._registry.named(name)
+            self._registry.instances_of(name)
             if instance is None
             else filter(None, [self._registry.get((name, instance))])
         )

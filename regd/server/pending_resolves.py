@@ -257,6 +257,6 @@ class PendingResolves:
             del self._named[wait.name]
         self._count -= 1
         if entry is not None:
-            self._registry.took(entry, wait.meta, guest=self._guests)
+            self._registry.mark_served(entry, wait.meta, guest=self._guests)
         done, wait.done = wait.done, _nobody  # which knows the wait: no cycle is left for the collector
         done(entry)

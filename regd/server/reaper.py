@@ -59,7 +59,7 @@ class Reaper:
 
     def _end(self, ending: HolderGone) -> None:
         assert self.engine is not None
-        self._registry.gone(ending)
+        self._registry.mark_dead(ending)
         self.engine.end(ending)
 
     def settled(self, free: set[Process]) -> None:

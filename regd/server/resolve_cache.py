@@ -26,9 +26,9 @@ class ResolveCache:
     def __init__(self, *, remembers: bool = True) -> None:
         self._remembers = remembers
         self.count = 0
-        self.forget_all()
+        self.invalidate_all()
 
-    def to(self, data: bytes) -> bytes | None:
+    def lookup(self, data: bytes) -> bytes | None:
         """Return the replies to a chunk of the peer's bytes, None unless all of it is lines that need no work."""
         if len(data) > _CHUNK_BYTES_MAX or b"resolve" not in data[:_CMD_BYTES]:
             return None
@@ -57,16 +57,16 @@ class ResolveCache:
         id = before or behind
         return messages.with_id(id, reply) if id else reply
 
-    def remember(self, entry: Entry) -> None:
+    def put(self, entry: Entry) -> None:
         """Say the same again of this one's name, until it is forgotten."""
         if self._remembers:
             self.known[_line(entry.name.encode())] = messages.resolved(None, entry)
 
-    def forget(self, name: str) -> None:
+    def invalidate(self, name: str) -> None:
         """What was said of a name may not be true any more."""
         self.known.pop(_line(name.encode()), None)
 
-    def forget_all(self) -> None:
+    def invalidate_all(self) -> None:
         """Forget what was said of every name."""
         self.known: dict[bytes, bytes] = {}
         self._known = self.known.__getitem__

@@ -15,7 +15,7 @@ GUESTS_S = 0.001  # for each of the two, of users who may only read
 
 
 class Worker(Protocol):
-    def go_on(self) -> None: ...
+    def run(self) -> None: ...
 
 
 class FairScheduler:
@@ -31,24 +31,24 @@ class FairScheduler:
 
     @property
     def has_time(self) -> bool:
-        """Whether somebody may be served now. Else it must `wait`."""
+        """Whether somebody may be served now. Else it must `schedule`."""
         return self._spent_s < self._fresh_s
 
     def spent(self, seconds: float) -> None:
         """Count what serving took."""
         self._spent_s += seconds
 
-    def wait(self, worker: Worker, busy: bool) -> None:
+    def schedule(self, worker: Worker, busy: bool) -> None:
         """Have somebody go on in a later turn; a `busy` one behind those that are not."""
         (self._busy if busy else self._fresh).append(worker)
-        self._turn_soon()
+        self._run_soon()
 
-    def _turn_soon(self) -> None:
+    def _run_soon(self) -> None:
         if not self._scheduled:
             self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._turn)
+            asyncio.get_running_loop().call_soon(self._run)
 
-    def _turn(self) -> None:
+    def _run(self) -> None:
         self._scheduled = False
         self._spent_s = 0.0
         self._serve(self._fresh, self._fresh_s)
@@ -56,10 +56,10 @@ class FairScheduler:
         self._serve(self._busy, self._spent_s + self._busy_s)
         self._spent_s -= min(self._spent_s, self._busy_s)
         if self._fresh or self._busy:
-            self._turn_soon()
+            self._run_soon()
 
     def _serve(self, waiting: deque[Worker], until_s: float) -> None:
         for _ in range(len(waiting)):
-            waiting.popleft().go_on()
+            waiting.popleft().run()
             if self._spent_s >= until_s:
                 return

@@ -92,7 +92,7 @@ class Store:
         for entry in entries:
             self._lines.set(key_text(entry.key), line(entry))
 
-    def make(self) -> None:
+    def ensure_writable(self) -> None:
         """Make the file where it is missing; where it is there, see that it can be replaced.
 
         Raises:
@@ -124,7 +124,7 @@ class Store:
             OSError: it does not, and they are not in effect.
         """
         self.prepare()
-        undo = self._take(changes)
+        undo = self._stage(changes)
         if undo is None and not self.dirty and changes:
             return  # the file reads just so already
         rev, self._rev = self._rev, changes[-1].rev if changes else self._rev
@@ -139,14 +139,14 @@ class Store:
                     self._lines.set(key, before)
             raise
 
-    def owe(self, changes: Sequence[Change]) -> None:
+    def apply_unsaved(self, changes: Sequence[Change]) -> None:
         """Take changes that are in effect although the file could not be written; the next commit writes them."""
         self.prepare()
-        self._take(changes)
+        self._stage(changes)
         self._rev = changes[-1].rev
         self.dirty = True
 
-    def _take(self, changes: Sequence[Change]) -> list[tuple[str, bytes | None]] | None:
+    def _stage(self, changes: Sequence[Change]) -> list[tuple[str, bytes | None]] | None:
         """Change the lines, and return what they were, or None where all are the same."""
         undo: list[tuple[str, bytes | None]] = []
         last = {key_text(change.entry.key): change for change in changes}  # only what it is in the end
@@ -179,7 +179,7 @@ class Store:
                 ours = files.print(fd)
             finally:
                 files.close(fd)
-            self._spare_foreign()
+            self._back_up_external_edit()
             self.dirty = True  # from here on the new file may be seen, whatever follows
             files.rename(self._temporary, self.path)
         except BaseException:
@@ -190,7 +190,7 @@ class Store:
         files.sync_folder(self.path.parent)
         self.dirty = False
 
-    def _spare_foreign(self) -> None:
+    def _back_up_external_edit(self) -> None:
         """Keep a copy of a file that another hand changed since we last wrote it.
 
         A copy, not a rename: at no moment is there no registry.

@@ -53,7 +53,7 @@ def test_slices_find_what_one_look_finds(fits: list[bool], start: int, most: int
 def served(registry: Registry, **meta: str) -> str:
     search = registry.search_in_turn("w", None, meta, 1)
     assert search.go_on(1_000)
-    registry.took(search.found[0], meta)
+    registry.mark_served(search.found[0], meta)
     return search.found[0].instance
 
 
@@ -76,7 +76,7 @@ def test_turns_go_on_where_instances_come_and_go() -> None:
     transaction = Transaction(registry, 0.0)
     transaction.deregister(("w", "2"))
     transaction.register(entry("4"))
-    registry.land(transaction.changes, 0.0)
+    registry.apply(transaction.changes, 0.0)
     assert [served(registry) for _ in range(3)] == ["3", "4", "1"]
 
 

@@ -30,7 +30,7 @@ def land(registry: Registry, *entries: Entry, now: float = 0.0) -> list[Change]:
     transaction = Transaction(registry, at=5.0)
     for entry in entries:
         transaction.register(entry)
-    registry.land(transaction.changes, now)
+    registry.apply(transaction.changes, now)
     return transaction.changes
 
 
@@ -51,7 +51,7 @@ def resolve(registry: Registry, name: str, meta: Mapping[str, str] | None = None
     search = registry.search_in_turn(name, None, meta or {}, 1)
     assert search.go_on(DEFAULT.search_max)
     for entry in search.found:
-        registry.took(entry, meta or {})
+        registry.mark_served(entry, meta or {})
     return search.found[0] if search.found else None
 
 
@@ -111,7 +111,7 @@ class Histories(RuleBasedStateMachine):
         changes = self.transaction.changes
         assert [change.rev for change in changes] == list(range(self.rev + 1, self.rev + 1 + len(changes)))
         self.rev += len(changes)
-        self.registry.land(changes, 0.0)
+        self.registry.apply(changes, 0.0)
         fold(self.folded, changes)
         self.model = dict(self.drafted)
         self.transaction = Transaction(self.registry, 5.0)
@@ -268,7 +268,7 @@ def test_what_is_there_throughout_is_listed_once() -> None:
     transaction.deregister(("n04", ""))
     transaction.register(wanted("n00a"))
     transaction.register(wanted("n06a"))
-    registry.land(transaction.changes, 0.0)
+    registry.apply(transaction.changes, 0.0)
     second = registry.page("*", {}, first.after, 100)
     assert [entry.name for entry in first.entries + second.entries] == [
         *(f"n{n:02}" for n in range(7)), "n06a", "n07", "n08", "n09",
@@ -291,7 +291,7 @@ def test_departures_are_remembered_and_bounded() -> None:
         land(registry, wanted(f"n{n}"))
         transaction = Transaction(registry, 0.0)
         transaction.deregister((f"n{n}", ""))
-        registry.land(transaction.changes, now=float(n))
+        registry.apply(transaction.changes, now=float(n))
     assert registry.last("n0", 0.0) is None
     last = registry.last("n2", 0.0)
     assert last is not None
@@ -318,7 +318,7 @@ def test_a_batch_has_the_room_that_it_gave_back() -> None:
     transaction.register(first)
     transaction.deregister(first.key)
     transaction.register(second)
-    registry.land(transaction.changes, 0.0)
+    registry.apply(transaction.changes, 0.0)
     assert registry.get(second.key) is not None
 
 

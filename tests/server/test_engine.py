@@ -38,7 +38,7 @@ class Bench:
         self.path = folder / "registry.json"
         self.store = Store(self.path, print, self.files)
         self.store.open(0.0)
-        self.store.make()
+        self.store.ensure_writable()
         self.registry = Registry(limits=limits)
         self.engine = Engine(
             self.registry,
@@ -259,8 +259,8 @@ async def test_an_end_is_never_refused_and_the_file_follows(tmp_path: Path) -> N
     await bench.until(1)
     bench.files.failing["create"] = FULL
     ending = HolderGone(Reason.CLOSED, session=7)
-    bench.registry.gone(ending)
-    assert not any(map(bench.registry.is_ready, bench.registry.named("held")))
+    bench.registry.mark_dead(ending)
+    assert not any(map(bench.registry.is_ready, bench.registry.instances_of("held")))
     bench.engine.end(ending)
     bench.submit(register("other"))
     await bench.until(2)
@@ -292,15 +292,19 @@ async def test_an_end_of_very_many_is_several_batches(
     await bench.until(10)
     commits = bench.tally.commits
     ending = HolderGone(Reason.CLOSED, session=7)
-    bench.registry.gone(ending)
-    assert not any(bench.registry.is_ready(entry) for n in range(10) for entry in bench.registry.named(f"n{n}"))
+    bench.registry.mark_dead(ending)
+    assert not any(
+        bench.registry.is_ready(entry) for n in range(10) for entry in bench.registry.instances_of(f"n{n}")
+    )
     if fails:
         bench.files.failing["create"] = FULL
     bench.engine.end(ending)
     async with asyncio.timeout(WAIT_S):
         while len(bench.registry):
             await asyncio.sleep(0)
-            assert not any(bench.registry.is_ready(e) for n in range(10) for e in bench.registry.named(f"n{n}"))
+            assert not any(
+                bench.registry.is_ready(e) for n in range(10) for e in bench.registry.instances_of(f"n{n}")
+            )
     bench.files.failing.clear()
     await bench.close()
     assert fails or bench.tally.commits == commits + 3

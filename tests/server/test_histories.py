@@ -116,10 +116,10 @@ class Histories(RuleBasedStateMachine):
         return Process(pid, f"boot/{self.born[pid]}")
 
     def land(self, transaction: Transaction) -> None:
-        self.registry.land(transaction.changes, self.now)
+        self.registry.apply(transaction.changes, self.now)
 
     def end(self, ending: HolderGone) -> None:
-        self.registry.gone(ending)
+        self.registry.mark_dead(ending)
         transaction = Transaction(self.registry, 5.0)
         list(transaction.end(ending))
         self.land(transaction)

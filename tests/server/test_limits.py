@@ -244,9 +244,9 @@ async def test_a_guest_is_read_on_when_it_had_its_turn_and_the_owner_is_served_m
         assert (await owner.ask(cmd="resolve", name="db"))["port"] == 1
         assert not connection._transport.is_reading()
         while not connection._transport.is_reading():
-            cast(NoTime, turns).waiting.pop(0).go_on()
+            cast(NoTime, turns).waiting.pop(0).run()
         await until(lambda: bool(cast(NoTime, turns).waiting))
-        cast(NoTime, turns).waiting.pop(0).go_on()
+        cast(NoTime, turns).waiting.pop(0).run()
         assert [(await guest.reply())["ok"] for _ in range(101)] == [True] * 101
 
 
@@ -392,7 +392,7 @@ def test_whom_a_guest_gets_changes_nobody_elses_turn() -> None:
     def resolve(*, guest: bool, **meta: str) -> str:
         search = registry.search_in_turn("a", None, meta, 1, guest=guest)
         assert search.go_on(10)
-        registry.took(search.found[0], meta, guest=guest)
+        registry.mark_served(search.found[0], meta, guest=guest)
         return search.found[0].instance
 
     for meta in ({}, {"k": "v"}):
@@ -402,7 +402,7 @@ def test_whom_a_guest_gets_changes_nobody_elses_turn() -> None:
     for n in range(10):
         search = registry.search_in_turn("a", None, {"k": "v"}, 1, guest=True)
         search.go_on(10)
-        registry.took(search.found[0], {"k": "v", "n": str(n)}, guest=True)
+        registry.mark_served(search.found[0], {"k": "v", "n": str(n)}, guest=True)
     assert len(registry._served_to_guests) == 2
     assert resolve(guest=False, k="v") == "0"
 
@@ -720,7 +720,7 @@ def test_departures() -> None:
             transaction = Transaction(registry, 0.0)
             transaction.register(Entry(name, str(n), "127.0.0.1", 1, {}, State.READY, 0, 0.0))
             transaction.deregister((name, str(n)))
-            registry.land(transaction.changes, 0.0)
+            registry.apply(transaction.changes, 0.0)
     assert [len(registry.departures(name)) for name in ("a", "b", "c", "d")] == [0, 2, 2, 2]
 
 

@@ -295,7 +295,7 @@ def test_the_registry_tells_of_each_name_that_readers_are_told_otherwise_of() ->
         assert search.go_on(10)
         return len(search.found)
 
-    registry.touched = lambda name: told.append((name, ready(name)))
+    registry.on_entry_changed = lambda name: told.append((name, ready(name)))
 
     def land(*judge: Callable[[Transaction], object]) -> list[tuple[str, int]]:
         transaction = Transaction(registry, 0.0)
@@ -304,7 +304,7 @@ def test_the_registry_tells_of_each_name_that_readers_are_told_otherwise_of() ->
             if isinstance(made, Iterator):
                 list(made)
         told.clear()
-        registry.land(transaction.changes, 0.0)
+        registry.apply(transaction.changes, 0.0)
         return list(told)
 
     holder = Holder(0, 7, hold=True, process=Process(8, "boot/8"), ttl_s=5.0)
@@ -319,7 +319,7 @@ def test_the_registry_tells_of_each_name_that_readers_are_told_otherwise_of() ->
     ):
         land(lambda transaction: transaction.register(entry("held", holders=(holder,)), session=7))
         told.clear()
-        registry.gone(ending)
+        registry.mark_dead(ending)
         assert told == [("held", 0)]
         assert land(lambda transaction, ending=ending: transaction.end(ending)) == [("held", 0)]  # type: ignore[misc]
         registry.lifetimes.settle(ending)
@@ -334,31 +334,31 @@ def test_the_registry_tells_of_each_name_that_readers_are_told_otherwise_of() ->
 def test_an_end_of_very_many_forgets_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("regd.core.registry._TOUCHED_MAX", 2)
     registry, replies = Registry(), ResolveCache()
-    registry.touched, registry.touched_all = replies.forget, replies.forget_all
+    registry.on_entry_changed, registry.on_any_changed = replies.invalidate, replies.invalidate_all
     transaction = Transaction(registry, 0.0)
     for n in range(3):
         transaction.register(entry(f"n{n}", holders=(Holder(0, 7, hold=True),)), session=7)
-    registry.land(transaction.changes, 0.0)
+    registry.apply(transaction.changes, 0.0)
     for n in range(3):
-        replies.remember(next(registry.named(f"n{n}")))
+        replies.put(next(registry.instances_of(f"n{n}")))
     asked = b'{"cmd":"resolve","name":"n1"}\n'
-    assert replies.to(asked) is not None
-    registry.gone(HolderGone(Reason.CLOSED, session=7))
-    assert replies.to(asked) is None
-    replies.remember(next(registry.named("n1")))
-    assert replies.to(asked) is not None
+    assert replies.lookup(asked) is not None
+    registry.mark_dead(HolderGone(Reason.CLOSED, session=7))
+    assert replies.lookup(asked) is None
+    replies.put(next(registry.instances_of("n1")))
+    assert replies.lookup(asked) is not None
 
 
 def test_what_is_remembered_is_forgotten_by_name() -> None:
     replies = ResolveCache()
     for name in ("db", "a.b", "db2"):
-        replies.remember(entry(name))
-    replies.forget("db")
-    replies.forget("nobody")
-    assert replies.to(PLAIN) is None
-    assert replies.to(line("resolve", name="db", id=1)) is None
-    assert replies.to(line("resolve", name="a.b")) is not None
-    assert replies.to(line("resolve", name="db2") * 2) is not None
+        replies.put(entry(name))
+    replies.invalidate("db")
+    replies.invalidate("nobody")
+    assert replies.lookup(PLAIN) is None
+    assert replies.lookup(line("resolve", name="db", id=1)) is None
+    assert replies.lookup(line("resolve", name="a.b")) is not None
+    assert replies.lookup(line("resolve", name="db2") * 2) is not None
     assert replies.count == 3
 
 
@@ -534,7 +534,7 @@ class Histories(RuleBasedStateMachine):
         registry = self.twins.worlds[0].context.engine._registry
         for request, reply in self.twins.replies.known.items():
             name = json.loads(request)["name"]
-            [found] = registry.named(name)
+            [found] = registry.instances_of(name)
             assert registry.is_ready(found)
             told = json.loads(reply)
             assert (told["port"], told["meta"], told["rev"]) == (found.port, found.meta, found.rev)

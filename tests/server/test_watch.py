@@ -244,7 +244,7 @@ async def test_what_changes_while_the_state_is_being_sent_follows_it() -> None:
         transaction = Transaction(registry, 5.0)
         for entry in entries:
             transaction.register(entry)
-        registry.land(transaction.changes, 0.0)
+        registry.apply(transaction.changes, 0.0)
         watches.landed(transaction.changes)
 
     def entry(n: int, port: int) -> Entry:

@@ -97,7 +97,7 @@ class Workload:
         opened = held(self.store.open(LOADED_AT))
         assert opened in (self._promise.settled, *self._promise.asked)
         self._forget_theirs()  # what another hand wrote is the registry now
-        self.store.make()
+        self.store.ensure_writable()
         self.now = opened
         if not self.store.dirty:
             self.settle(opened)
@@ -112,7 +112,7 @@ class Workload:
 
     def owe(self, changes: Sequence[Change], after: Held) -> None:
         assert self.store is not None
-        self.store.owe(changes)
+        self.store.apply_unsaved(changes)
         self.now = after
 
     def hand(self, how: str) -> None:
@@ -280,7 +280,7 @@ def check_start(path: Path, promise: Promise, did: str) -> None:
     store = Store(path, lambda line: None, QuickFiles())
     opened = held(store.open(LOADED_AT))
     assert opened in (promise.settled, *promise.asked), f"after {did}"
-    store.make()
+    store.ensure_writable()
     changes, after = changed(opened, ("after", 1))
     store.commit(changes)
     store.close()
@@ -363,5 +363,5 @@ def test_a_folder_above_that_cannot_be_synced_keeps_nobody_from_starting(tmp_pat
 
     store = Store(tmp_path / "registry.json", lambda line: None, Above())
     store.open(LOADED_AT)
-    store.make()
+    store.ensure_writable()
     store.close()

@@ -29,7 +29,7 @@ class Shelf:
         self.warned: list[str] = []
         self.store = self.again()
         self.store.open(0.0)
-        self.store.make()
+        self.store.ensure_writable()
         self.files.told.clear()
 
     def again(self) -> Store:
@@ -227,5 +227,5 @@ def test_a_full_disk_does_not_keep_a_daemon_from_starting(shelf: Shelf) -> None:
     shelf.files.failing["create"] = FULL
     store = shelf.again()
     assert [entry.name for entry in store.open(0.0).entries] == ["a"]
-    store.make()
+    store.ensure_writable()
     store.close()

@@ -135,7 +135,7 @@ def test_a_store_loads_what_was_committed(wanted: list[tuple[str, int]]) -> None
     for rev, (name, port) in enumerate(wanted, 1):
         store = Store(path, warned.append, files)
         document = store.open(0.0)
-        store.make()
+        store.ensure_writable()
         assert {entry.name: entry.port for entry in document.entries} == held
         with pytest.raises(StorageError, match="in use by another regd"):
             Store(path, warned.append, files).open(0.0)
