@@ -81,8 +81,8 @@ class Saturation:
 
     def output(self) -> None:
         """Peers that ask for pages and read nothing, until one is cut."""
-        before = self.stats()["cut"]
-        while self.stats()["cut"] == before:
+        before = self.stats()["dropped"]
+        while self.stats()["dropped"] == before:
             with contextlib.suppress(ConnectionError):
                 self.caller().send(*({"cmd": "list"} for _ in range(64)))
 
@@ -123,7 +123,9 @@ def main() -> int:
             print(f"{step.__name__:12} {now / MIB:6.0f} MiB, {(now - before) / MIB:+.0f}", flush=True)
             before = now
         stats = saturation.stats()
-        print({key: stats[key] for key in ("registrations", "registry_bytes", "watches", "connections", "cut")})
+        print(
+            {key: stats[key] for key in ("registrations", "registry_bytes", "watches", "connections", "dropped")}
+        )
         print(
             f"the table promises {promised / MIB:.0f} MiB beside the program; taken: {(before - began) / MIB:.0f} MiB"
         )

@@ -226,7 +226,7 @@ def deaf_lists(siege: Siege, count: int) -> None:
     for _ in range(open_files(count)):
         send(siege.connect(small=True), b"list\n" * 1_000)
     siege.stay()
-    cut = siege.stats()["cut"]
+    cut = siege.stats()["dropped"]
     siege.notes.append(f"{cut} were cut")
     assert cut < count
 
@@ -302,22 +302,22 @@ def endless_lines(siege: Siege, count: int) -> None:
     siege.stay()
     stats = siege.stats()
     until = time.monotonic() + WAIT_S  # what the kernel took is read in the daemon's own time
-    while not stats["cut"] and taken * len(line) > stats["limits"]["input_bytes_total_max"]:
+    while not stats["dropped"] and taken * len(line) > stats["limits"]["input_bytes_total_max"]:
         assert time.monotonic() < until, "more waits than may, and nobody was closed"
         stats = siege.stats()
-    siege.notes.append(f"{stats['cut']} were closed")
+    siege.notes.append(f"{stats['dropped']} were closed")
 
 
 def strangers(siege: Siege, count: int) -> None:
     """Browsers, all at once, with bodies of commands."""
-    before = siege.stats()["strangers"]
+    before = siege.stats()["bad_protocol"]
     made = [siege.connect() for _ in range(open_files(count))]
     for each in made:
         send(each, b"POST / HTTP/1.1\r\nHost: evil.example\r\n\r\n" + held("evil"))
     for each in made:
         with each.makefile("rb") as said:
             assert said.read().startswith(b"HTTP/1.1 400 ")
-    assert siege.stats()["strangers"] == before + len(made)
+    assert siege.stats()["bad_protocol"] == before + len(made)
 
 
 def pipeline(siege: Siege, count: int) -> None:
@@ -360,7 +360,7 @@ def others_list(siege: Siege, count: int) -> None:
     for _ in range(there):
         send(siege.connect(small=True, uid=OTHER), b"list\n" * 20)
     siege.stay()
-    siege.notes.append(f"{siege.stats()['cut']} were cut")
+    siege.notes.append(f"{siege.stats()['dropped']} were cut")
     with owner.makefile("rb") as lines:
         assert all(json.loads(next(lines))["ok"] for _ in range(21))
     owner.sendall(b'{"cmd":"deregister","name":"good.owner"}\n')

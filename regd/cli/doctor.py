@@ -30,8 +30,8 @@ _GAUGES = {
     "registrations": ("registrations_max", "deregister what is not needed: `regctl list` shows all of them"),
     "registry_bytes": ("registry_bytes_max", "register less `meta`, or fewer instances"),
     "connections": ("connections_max", "let programs keep one connection each; raise `ulimit -n` of regd"),
-    "guests": (
-        "guests_max",
+    "readonly_connections": (
+        "readonly_connections_max",
         "another user's programs connect too often; let them run a regd of their own, named in REGD_ADDRESS",
     ),
     "watches": ("watches_total_max", "let programs keep one watch, and end those that are not read"),

@@ -20,6 +20,7 @@ class Limits:
     line_bytes_max: int = _row(
         65_536, "16 times the largest meta; Redis takes the same", "line skipped to its end", "too_large"
     )
+    bare_line_bytes_max: int = _row(512, "blanks included; people type less", "closed", "bad_request")
     line_idle_s_max: float = _row(
         20.0, "people and programs send whole lines", "error line, connection closed", "timeout"
     )
@@ -31,44 +32,46 @@ class Limits:
         "busy",
         each_bytes=6_144,
     )
-    guests_max: int = _row(2_560, "of these, of users who may only read: they leave room", "closed", "busy")
+    readonly_connections_max: int = _row(
+        2_560, "of these, of users who may only read: they leave room", "closed", "busy"
+    )
     requests_in_flight_max: int = _row(
         64, "per connection; fills a commit, no more", "connection is not read until replies are out"
     )
     writes_waiting_max: int = _row(
         16_384, "of all connections; some 256 connections at their own limit", "request refused", "busy"
     )
-    kept_bytes_max: int = _row(
+    pending_bytes_max: int = _row(
         134_217_728,
         "requests that wait for the disk, are parked or watch",
         "request refused",
         "busy",
         each_bytes=1,
     )
-    guests_kept_bytes_max: int = _row(
+    readonly_pending_bytes_max: int = _row(
         16_777_216, "the same, of users who may only read", "request refused", "busy", each_bytes=1
     )
-    guests_input_bytes_total_max: int = _row(
+    readonly_input_bytes_total_max: int = _row(
         16_777_216,
         "`input_bytes_total_max` of users who may only read",
         "the largest are closed",
         "busy",
         each_bytes=1,
     )
-    guests_output_bytes_total_max: int = _row(
+    readonly_output_bytes_total_max: int = _row(
         16_777_216, "`output_bytes_total_max` of users who may only read", "the largest are cut", each_bytes=1
     )
-    guests_watches_total_max: int = _row(
+    readonly_watches_total_max: int = _row(
         16_384, "`watches_total_max` of users who may only read", "request refused", "busy"
     )
-    guests_parked_total_max: int = _row(
+    readonly_parked_total_max: int = _row(
         4_096, "`parked_total_max` of users who may only read", "request refused", "busy"
     )
-    guests_probes_max: int = _row(64, "`probes_max` for users who may only read", "the rest waits for its turn")
-    guests_turns_max: int = _row(
-        1_024, "`turns_max` of users who may only read", "the turn begins anew", each_bytes=512
+    readonly_probes_max: int = _row(64, "`probes_max` for users who may only read", "the rest waits for its turn")
+    readonly_round_robin_filters_max: int = _row(
+        1_024, "`round_robin_filters_max` of users who may only read", "the turn begins anew", each_bytes=512
     )
-    guests_slow_max: int = _row(
+    readonly_slow_replies_max: int = _row(
         8,
         "replies that take several time slices, of users who may only read",
         "the rest waits for its turn",
@@ -86,8 +89,10 @@ class Limits:
     reply_instances_max: int = _row(1_000, "a page that people and loops can take", "`next` or `more`")
     reply_bytes_max: int = _row(1_048_576, "a reply is one write", "`next` or `more`")
     list_scan_max: int = _row(2_000, "looked at for one page; keeps the loop free", "`next`")
-    search_max: int = _row(2_000, "instances looked at in one turn of the loop", "others have a turn")
-    turns_max: int = _row(4_096, "whose turn it is, by `meta` asked for", "the turn begins anew", each_bytes=512)
+    search_step_max: int = _row(2_000, "instances looked at in one turn of the loop", "others have a turn")
+    round_robin_filters_max: int = _row(
+        4_096, "whose turn it is, by `meta` asked for", "the turn begins anew", each_bytes=512
+    )
     near_candidates_max: int = _row(128, "looked at for near misses", "the rest is not looked at")
     near_names_max: int = _row(3, "more is no hint", "the rest is not named")
     departures_max: int = _row(
@@ -125,14 +130,14 @@ class Limits:
     meta_bytes_max: int = _row(4_096, "keys and values, as UTF-8", "request refused", "bad_argument")
     ttl_s_min: float = _row(1.0, "less is a load, not a lease", "request refused", "bad_argument")
     ttl_s_max: float = _row(86_400.0, "a day", "request refused", "bad_argument")
-    farewell_s_max: float = _row(
+    close_linger_s_max: float = _row(
         1.0, "input discarded so that a reset does not eat the last line", "connection cut"
     )
 
-    def of_guests(self) -> Self:
-        """Return the limits of users who may only read: each row `guests_X` in place of row `X`."""
+    def of_readers(self) -> Self:
+        """Return the limits of users who may only read: each row `readonly_X` in place of row `X`."""
         names = {row.name for row in fields(self)}
-        own = {name: getattr(self, f"guests_{name}") for name in names if f"guests_{name}" in names}
+        own = {name: getattr(self, f"readonly_{name}") for name in names if f"readonly_{name}" in names}
         return replace(self, **own)
 
     @property

@@ -38,8 +38,8 @@ class Departure:
 class Registry:
     """What has landed. `claim_s` is how long what was loaded with `hold` waits for its client.
 
-    `on_entry_changed` is called with a name whenever what readers are told of it may have changed, `on_any_changed` when that
-    may be so of very many names.
+    `on_entry_changed` is called with a name when a reply about it may have changed, `on_any_changed` when that may be
+    so of very many names.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Registry:
         self._services: dict[str, Instances] = {}
         self._names: list[str] = []  # in order
         self._served: OrderedDict[tuple[str, int], str] = OrderedDict()  # who was, by name and filter
-        self._served_to_guests: OrderedDict[tuple[str, int], str] = OrderedDict()
+        self._served_readonly: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._departures: OrderedDict[str, deque[Departure]] = OrderedDict()
         self.on_entry_changed: Callable[[str], None] = lambda name: None
         self.on_any_changed: Callable[[], None] = lambda: None
@@ -186,39 +186,43 @@ class Registry:
         most: int,
         after: str | None = None,
         *,
-        guest: bool = False,
+        readonly: bool = False,
     ) -> Search:
         """The same, the one whose turn it is first, or the one behind `after`; `mark_served` says who got it.
 
-        `guest`: for a user who may only read. Their positions are their own, so that nobody else's turn changes.
+        `readonly`: for a user who may only read. Their positions are kept apart, so that nobody else's changes.
         """
         entries = self._instances(name, instance)
         start = 0
         if len(entries) > 1:
-            start = self._services[name].behind(self._last_served(name, meta, guest) if after is None else after)
+            start = self._services[name].behind(
+                self._last_served(name, meta, readonly) if after is None else after
+            )
         return Search(entries, start, most, partial(self._fits, meta))
 
-    def mark_served(self, entry: Entry, meta: Mapping[str, str], *, guest: bool = False) -> None:
+    def mark_served(self, entry: Entry, meta: Mapping[str, str], *, readonly: bool = False) -> None:
         """Say that `entry`, of `search_in_turn`, was given to somebody."""
         service = self._services.get(entry.name)
         if service is None or len(service.entries) == 1:
             return
-        if not meta and not guest:
+        if not meta and not readonly:
             service.served = entry.instance
             return
         # By hash: somebody else's filter may share the turns, and none costs more than a number.
         key = (entry.name, hash(frozenset(meta.items())))
-        served = self._served_to_guests if guest else self._served
+        served = self._served_readonly if readonly else self._served
         served[key] = entry.instance
         served.move_to_end(key)
-        if len(served) > (self.limits.guests_turns_max if guest else self.limits.turns_max):
+        if len(served) > (
+            self.limits.readonly_round_robin_filters_max if readonly else self.limits.round_robin_filters_max
+        ):
             served.popitem(last=False)
 
-    def _last_served(self, name: str, meta: Mapping[str, str], guest: bool) -> str | None:
+    def _last_served(self, name: str, meta: Mapping[str, str], readonly: bool) -> str | None:
         service = self._services[name]
-        if not meta and not guest:
+        if not meta and not readonly:
             return service.served
-        served = self._served_to_guests if guest else self._served
+        served = self._served_readonly if readonly else self._served
         return served.get((name, hash(frozenset(meta.items()))), service.served)
 
     def _instances(self, name: str, instance: str | None) -> list[Entry]:

@@ -34,7 +34,6 @@ _LINE_OVERHEAD_BYTES = 56
 _TEXT = re.compile(rb"([!-~][ -~\t]*+)(?:[ \t]|\r\0?)*+")
 _HTTP = re.compile(rb"[!-~]+[ \t]+[!-~]+[ \t]+HTTP/[!-~]*[ \t]*")  # RFC 9112, section 3
 _HTTP_BEGUN = re.compile(rb"[!-~]+[ \t]+[!-~]")
-_BARE_BYTES_MAX = 512  # of a bare line with its blanks: it is looked at again with every chunk
 _SEEN_BYTES = 60  # of a stranger's line, for the log
 
 
@@ -191,7 +190,7 @@ class RequestParser:
     def _most(self, line: bytes | bytearray) -> int:
         """How long a line may be that begins like this one."""
         most = self._limits.line_bytes_max
-        return most if line.startswith(b"{") else min(most, _BARE_BYTES_MAX)
+        return most if line.startswith(b"{") else min(most, self._limits.bare_line_bytes_max)
 
     def next(self) -> Item | None:
         """Return what the next line says, or None when there is none."""

@@ -29,7 +29,7 @@ _TURN_S = 0.001  # and so long, where requests are dear
 _REPLY_S = 0.000_01  # about what sending one takes
 _CHUNK_BYTES = 65_536  # replies are gathered up to here and sent as one
 _LINGERING_MAX = 32  # refused connections that are listened to for a while, so that the reason arrives for sure
-_LINGERING_GUESTS_MAX = 16  # as many, while only so many are
+_LINGERING_READONLY_MAX = 16  # as many, while only so many are
 _LATE_S = 0.25
 _LOOK_S = 0.05
 _HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR  # POLLRDHUP: Linux, poll(2)
@@ -43,18 +43,18 @@ class Connection(asyncio.BufferedProtocol):
         "_context",
         "_counted",
         "_deadline",
+        "_deferred",
         "_ending",
         "_eof",
-        "_deferred",
+        "_fast_path_ok",
         "_in_flight",
-        "_is_guest",
+        "_is_readonly",
         "_landed",
         "_looking",
         "_may_hold",
         "_parked",
         "_paused",
         "_queued",
-        "_fast_path_ok",
         "_quitting",
         "_reader",
         "_reading",
@@ -78,7 +78,7 @@ class Connection(asyncio.BufferedProtocol):
         self._slow: IncrementalReply | None = None  # or until this reply to it is there
         self._queued = False  # for a slot to make that reply in
         self._accepted = False  # within `connections_max`
-        self._is_guest = False  # may only read
+        self._is_readonly = False  # may only read
         self._share = context.writers  # of the daemon: what it takes is counted there
         self._counted = False  # bytes of its requests wait, and are counted
         self._in_flight = 0  # writes submitted and not answered
@@ -87,7 +87,7 @@ class Connection(asyncio.BufferedProtocol):
         self._paused = False  # the peer does not read
         self._reading = True
         self._fast_path_ok = (
-            False  # nothing is under way: what comes next may be answered before anything else; guests wait
+            False  # nothing is under way: what comes next may be answered at once; never if read-only
         )
         self._eof = False  # the peer has closed its sending side
         self._ending = False  # nothing more is looked at; what is sent is sent
@@ -119,23 +119,27 @@ class Connection(asyncio.BufferedProtocol):
         context.alone.clear()
         connection = self._transport.get_extra_info("socket")
         uid = context.peers.uid_of(connection)
-        self._is_guest = not context.peers.may_write(uid)
-        if self._is_guest:
-            self._share = context.guests
+        self._is_readonly = not context.peers.may_write(uid)
+        if self._is_readonly:
+            self._share = context.readers
         tally, limits = context.tally, context.limits
         full = tally.connections >= limits.connections_max
-        if not full and not (self._is_guest and tally.guests >= limits.guests_max):
+        if not full and not (self._is_readonly and tally.readonly_connections >= limits.readonly_connections_max):
             self._accepted = True
-            self._asker = Caller(context.sessions.add(self), uid, elsewhere(connection), self._is_guest)
+            self._asker = Caller(context.sessions.add(self), uid, elsewhere(connection), self._is_readonly)
             tally.connections += 1
-            tally.guests += self._is_guest
+            tally.readonly_connections += self._is_readonly
             tally.connections_accepted += 1
-            self._fast_path_ok = not self._is_guest
+            self._fast_path_ok = not self._is_readonly
             return
         tally.connections_refused += 1
-        count = f"connections ({tally.connections:,})" if full else f"read-only connections ({tally.guests:,})"
+        count = (
+            f"connections ({tally.connections:,})"
+            if full
+            else f"read-only connections ({tally.readonly_connections:,})"
+        )
         refusal = Refused(Code.BUSY, f"too many {count}; close some or try again later")
-        most = _LINGERING_GUESTS_MAX if self._is_guest else _LINGERING_MAX
+        most = _LINGERING_READONLY_MAX if self._is_readonly else _LINGERING_MAX
         if len(context.connections) - tally.connections <= most:
             self._refuse(refusal)
         else:
@@ -205,7 +209,7 @@ class Connection(asyncio.BufferedProtocol):
         if not context.connections:
             context.alone.set()
         context.tally.connections -= self._accepted
-        context.tally.guests -= self._accepted and self._is_guest
+        context.tally.readonly_connections -= self._accepted and self._is_readonly
         self._share.input.hold(self, 0)
         self._share.output.hold(self, 0)
         if self._timer is not None:
@@ -296,7 +300,7 @@ class Connection(asyncio.BufferedProtocol):
     def _do(self, request: Request) -> bytes | None:
         """Return the reply, None where it comes later."""
         context, command = self._context, COMMANDS[request.cmd]
-        if command.guarded and self._is_guest:
+        if command.guarded and self._is_readonly:
             raise context.denied(self._asker.uid)
         if command.writes:
             size = request.weight_bytes
@@ -486,7 +490,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         self._fast_path_ok = False
         if reader.empty and not self._is_held_back:
-            self._fast_path_ok = not (self._in_flight or self._landed or self._scheduled or self._is_guest)
+            self._fast_path_ok = not (self._in_flight or self._landed or self._scheduled or self._is_readonly)
             if self._reading and not self._counted:  # mostly there is nothing more to do
                 return
         idle = self._deferred is None and not reader.pending and not self._paused
@@ -565,7 +569,7 @@ class Connection(asyncio.BufferedProtocol):
         context, size = self._context, self._reader.waiting_bytes
         self._counted = size > 0
         for each in self._share.input.hold(self, size):
-            context.tally.cut += 1
+            context.tally.dropped += 1
             each._refuse(Refused(Code.BUSY, "too many bytes wait in regd, yours among them; try again later"))
 
     def _account_output(self) -> None:
@@ -573,7 +577,7 @@ class Connection(asyncio.BufferedProtocol):
         size = self._transport.get_write_buffer_size() if self._paused else 0
         too_much = self._share.output.hold(self, size)
         for each in too_much:
-            context.tally.cut += 1
+            context.tally.dropped += 1
             each.cut()
 
     def _refuse(self, refusal: Refused) -> None:
@@ -632,7 +636,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _wait_for_peer(self) -> None:
         clock = self._context.clock
-        self._timer = clock.call_at(clock.now() + self._context.limits.farewell_s_max, self._give_up)
+        self._timer = clock.call_at(clock.now() + self._context.limits.close_linger_s_max, self._give_up)
 
     def _give_up(self) -> None:
         self._timer = None

@@ -148,7 +148,7 @@ class Context:
     tally: Counters
     pulse: LoopMonitor
     writers: Share
-    guests: Share
+    readers: Share
     half_closed: HalfClosed
     events: EventLog
     connections: "set[Connection]" = field(default_factory=set)
@@ -160,7 +160,7 @@ class Context:
 
     def complain(self, peer: object, seen: bytes) -> None:
         """Log a stranger; `repr` keeps its bytes from the terminal."""
-        self.tally.strangers += 1
+        self.tally.bad_protocol += 1
         self._complain("refused %s, which does not speak regd: %r…", peer_text(peer), seen)
 
     @staticmethod

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Counters:
-    """Counts since the start, but for `connections` and `guests`, which are now."""
+    """Counts since the start, but for `connections` and `readonly_connections`, which are now."""
 
     connections: int = 0
-    guests: int = 0  # of these, of users who may only read
+    readonly_connections: int = 0  # of these, of users who may only read
     connections_accepted: int = 0
     connections_refused: int = 0
-    strangers: int = 0
-    cut: int = 0  # connections that held too many bytes waiting
+    bad_protocol: int = 0  # refused because they do not speak regd
+    dropped: int = 0  # connections of peers that did not read
     commits: int = 0
     commits_failed: int = 0
     changes: int = 0

@@ -35,7 +35,7 @@ from regd.server.pending_resolves import PendingResolves
 from regd.server.probes import ProbeResults
 from regd.server.reaper import Reaper
 from regd.server.resolve_cache import ResolveCache
-from regd.server.scheduler import GUESTS_S, FairScheduler
+from regd.server.scheduler import READONLY_S, FairScheduler
 from regd.server.stalls import Stalls
 from regd.server.watches import Watches
 from regd.storage.files import Files
@@ -188,7 +188,7 @@ class Daemon:
 
     @property
     def _shares(self) -> "list[Share]":
-        return [self._context.writers, self._context.guests] if self._context else []
+        return [self._context.writers, self._context.readers] if self._context else []
 
     async def start(self) -> None:
         """Open everything, or leave nothing behind.
@@ -227,7 +227,7 @@ class Daemon:
         findings = self._findings = ProbeResults(limits.departures_max)
 
         shares = self._made_shares(registry, limits, findings)
-        writers, guests = shares
+        writers, readers = shares
         stalls = Stalls(clock, registry.lifetimes)
         reaper = Reaper(registry, clock, limits, stalls, writers.waits.probes, sessions.is_cut)
 
@@ -284,7 +284,7 @@ class Daemon:
             tally=tally,
             pulse=pulse,
             writers=writers,
-            guests=guests,
+            readers=readers,
             half_closed=HalfClosed(clock),
             events=events,
             sessions=sessions,
@@ -309,20 +309,25 @@ class Daemon:
     def _made_shares(self, registry: Registry, limits: Limits, findings: ProbeResults) -> tuple[Share, Share]:
         """Return what those who may write share, and what those who may only read do."""
 
-        def share(limits: Limits, turns: FairScheduler, slow_max: float, *, guests: bool = False) -> Share:
+        def share(limits: Limits, turns: FairScheduler, slow_max: float, *, readonly: bool = False) -> Share:
             return Share(
                 turns=turns,
                 watches=Watches(registry, self._clock, limits, self._pulse, self._epoch),
-                waits=PendingResolves(registry, self._clock, limits, self._pulse, findings, guests=guests),
+                waits=PendingResolves(registry, self._clock, limits, self._pulse, findings, readonly=readonly),
                 input=BufferQuota(limits.input_bytes_total_max),
                 output=BufferQuota(limits.output_bytes_total_max),
-                kept=MemoryQuota(limits.kept_bytes_max),
+                kept=MemoryQuota(limits.pending_bytes_max),
                 slow=Slots(slow_max),
             )
 
         return (
             share(limits, FairScheduler(), math.inf),
-            share(limits.of_guests(), FairScheduler(GUESTS_S, GUESTS_S), limits.guests_slow_max, guests=True),
+            share(
+                limits.of_readers(),
+                FairScheduler(READONLY_S, READONLY_S),
+                limits.readonly_slow_replies_max,
+                readonly=True,
+            ),
         )
 
     def _listen(self, config: Config) -> None:
@@ -427,7 +432,7 @@ def _within_open_files(limits: Limits) -> Limits:
     Raises:
         ListenError: there are too few to be of use.
     """
-    probes = limits.probes_max + limits.guests_probes_max
+    probes = limits.probes_max + limits.readonly_probes_max
     wanted = limits.connections_max + limits.processes_max + probes
     there = raise_open_files(wanted)
     if there >= wanted:
@@ -449,10 +454,10 @@ def _within_open_files(limits: Limits) -> Limits:
     return replace(
         limits,
         connections_max=connections,
-        guests_max=max(1, int(limits.guests_max * share)),
+        readonly_connections_max=max(1, int(limits.readonly_connections_max * share)),
         processes_max=max(1, int(limits.processes_max * share)),
         probes_max=max(1, int(limits.probes_max * share)),
-        guests_probes_max=max(1, int(limits.guests_probes_max * share)),
+        readonly_probes_max=max(1, int(limits.readonly_probes_max * share)),
     )
 
 

@@ -73,7 +73,7 @@ class Caller(NamedTuple):
     session: int
     uid: int | None
     elsewhere: Elsewhere = HERE
-    is_guest: bool = False  # may only read
+    is_readonly: bool = False  # may only read
 
 
 class Handlers:
@@ -149,9 +149,9 @@ class Handlers:
         if entry is None:
             raise self._timeout(request)
         if request.arguments.get("all"):
-            search = self._search(request, guest=False)
-            search.go_on(self._limits.search_max)
-            return self._resolved(request, search.found or [entry], self._registry.rev, guest=False)
+            search = self._search(request, readonly=False)
+            search.go_on(self._limits.search_step_max)
+            return self._resolved(request, search.found or [entry], self._registry.rev, readonly=False)
         return messages.resolved(request.id, entry)
 
     def position(self) -> dict[str, object]:
@@ -186,26 +186,26 @@ class Handlers:
         return messages.identified(request.id, self._helps[topic])
 
     def _resolve(self, request: Request, asker: Caller) -> bytes | IncrementalReply:
-        search = self._search(request, asker.is_guest)
-        if search.go_on(self._limits.search_max) and len(search.found) <= _ENCODED_MAX:
-            return self._resolved(request, search.found, self._registry.rev, asker.is_guest)
-        return self._resolve_slowly(request, asker.is_guest)
+        search = self._search(request, asker.is_readonly)
+        if search.go_on(self._limits.search_step_max) and len(search.found) <= _ENCODED_MAX:
+            return self._resolved(request, search.found, self._registry.rev, asker.is_readonly)
+        return self._resolve_slowly(request, asker.is_readonly)
 
-    def _search(self, request: Request, guest: bool) -> Search:
+    def _search(self, request: Request, readonly: bool) -> Search:
         given = request.arguments
         name, instance, meta = given["name"], given.get("instance"), given.get("meta", {})
         if given.get("all"):
             return self._registry.search(name, instance, meta, self._limits.reply_instances_max + 1)
-        return self._registry.search_in_turn(name, instance, meta, 1, guest=guest)
+        return self._registry.search_in_turn(name, instance, meta, 1, readonly=readonly)
 
-    def _resolve_slowly(self, request: Request, guest: bool) -> IncrementalReply:
+    def _resolve_slowly(self, request: Request, readonly: bool) -> IncrementalReply:
         """Search anew: until it is this reply's turn nothing is kept for it."""
         yield None
-        search, rev = self._search(request, guest), self._registry.rev
-        while not search.go_on(self._limits.search_max):
+        search, rev = self._search(request, readonly), self._registry.rev
+        while not search.go_on(self._limits.search_step_max):
             yield None
         yield from self._encode(search.found)
-        yield self._resolved(request, search.found, rev, guest)
+        yield self._resolved(request, search.found, rev, readonly)
 
     @staticmethod
     def _encode(entries: list[Entry]) -> Iterator[None]:
@@ -215,14 +215,14 @@ class Handlers:
             if count % _ENCODED_MAX == 0:
                 yield None
 
-    def _resolved(self, request: Request, found: list[Entry], rev: int, guest: bool) -> bytes:
+    def _resolved(self, request: Request, found: list[Entry], rev: int, readonly: bool) -> bytes:
         """Answer with what was found at a revision."""
         given = request.arguments
         if not found:
             raise self._none_ready(given["name"], given.get("instance"), given.get("meta", {}))
         if not given.get("all"):
             entry = found[0]
-            self._registry.mark_served(entry, given.get("meta", {}), guest=guest)
+            self._registry.mark_served(entry, given.get("meta", {}), readonly=readonly)
             if len(given) == 1 and self._registry.is_sole_ready(entry):
                 self._replies.put(entry)
             return messages.resolved(request.id, entry)
@@ -284,11 +284,11 @@ class Handlers:
                 "registry_bytes": self._registry.weight_bytes,
                 **self._gauges(),
                 "connections": tally.connections,
-                "guests": tally.guests,
+                "readonly_connections": tally.readonly_connections,
                 "connections_accepted": tally.connections_accepted,
                 "connections_refused": tally.connections_refused,
-                "strangers": tally.strangers,
-                "cut": tally.cut,
+                "bad_protocol": tally.bad_protocol,
+                "dropped": tally.dropped,
                 "commits": tally.commits,
                 "commits_failed": tally.commits_failed,
                 "changes": tally.changes,
@@ -405,7 +405,7 @@ class Handlers:
     def _some_ready(self, name: str, instance: str | None, meta: Mapping[str, str], most: int) -> list[Entry]:
         """Return some that could be resolved, of those that are looked at in one turn."""
         search = self._registry.search_in_turn(name, instance, meta, most)
-        search.go_on(self._limits.search_max)
+        search.go_on(self._limits.search_step_max)
         return search.found
 
     def _hints(self, name: str, near: list[str]) -> dict[str, object]:

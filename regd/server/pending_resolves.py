@@ -70,7 +70,7 @@ class PendingResolve:
 
 
 class PendingResolves:
-    """`guests`: of users who may only read. These are looked after apart, so that they hold up nobody else's."""
+    """Pending resolves of one class of users: `readonly` ones are kept apart, so that they delay no others."""
 
     def __init__(
         self,
@@ -80,14 +80,14 @@ class PendingResolves:
         pulse: LoopMonitor,
         findings: ProbeResults,
         *,
-        guests: bool = False,
+        readonly: bool = False,
     ) -> None:
         self._registry = registry
         self._clock = clock
         self._limits = limits
         self._pulse = pulse
         self._findings = findings
-        self._guests = guests
+        self._readonly = readonly
         self._named: dict[str, dict[PendingResolve, None]] = {}
         self._probing: dict[Address, dict[PendingResolve, None]] = {}
         self._to_look: OrderedDict[PendingResolve, None] = OrderedDict()
@@ -197,10 +197,10 @@ class PendingResolves:
         if wait.search is None:
             most = self._limits.probed_instances_max
             wait.search = self._registry.search_in_turn(
-                wait.name, wait.instance, wait.meta, most, wait.after, guest=self._guests
+                wait.name, wait.instance, wait.meta, most, wait.after, readonly=self._readonly
             )
         search = wait.search
-        if not search.go_on(self._limits.search_max):
+        if not search.go_on(self._limits.search_step_max):
             return None
         wait.search = None
         return search.found
@@ -257,6 +257,6 @@ class PendingResolves:
             del self._named[wait.name]
         self._count -= 1
         if entry is not None:
-            self._registry.mark_served(entry, wait.meta, guest=self._guests)
+            self._registry.mark_served(entry, wait.meta, readonly=self._readonly)
         done, wait.done = wait.done, _nobody  # which knows the wait: no cycle is left for the collector
         done(entry)

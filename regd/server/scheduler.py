@@ -11,7 +11,7 @@ from typing import Protocol
 
 FRESH_S = 0.003  # of one turn of the loop, for those who have just got something
 BUSY_S = 0.002  # and for those who have used up their part before
-GUESTS_S = 0.001  # for each of the two, of users who may only read
+READONLY_S = 0.001  # for each of the two, of users who may only read
 
 
 class Worker(Protocol):

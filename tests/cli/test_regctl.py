@@ -568,6 +568,6 @@ def test_nothing_is_written_into_what_took_a_closed_number(closed: str, peopled:
         shell(peopled, f"regctl {command} {closed}")
     with BlockingConnection(peopled.addresses[0]) as peer:
         stats = peer.ask("stats")
-    assert stats["strangers"] == 0
+    assert stats["bad_protocol"] == 0
     assert not stats["errors"].get("bad_request")
     assert not stats["errors"].get("bad_json")

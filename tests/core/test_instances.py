@@ -83,7 +83,7 @@ def test_turns_go_on_where_instances_come_and_go() -> None:
 def test_turns_are_kept_of_a_bounded_number_of_filters() -> None:
     meta = {f"k{m}": "v" for m in range(50)}
     entries = [Entry("w", f"{n}", "127.0.0.1", 1, meta, State.READY, 0, 0.0) for n in range(3)]
-    registry = registry_of(*entries, limits=Limits(turns_max=10))
+    registry = registry_of(*entries, limits=Limits(round_robin_filters_max=10))
     for m in range(50):
         served(registry, **{f"k{m}": "v"})
     assert len(registry._served) == 10

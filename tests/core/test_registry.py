@@ -49,7 +49,7 @@ def listed(
 
 def resolve(registry: Registry, name: str, meta: Mapping[str, str] | None = None) -> Entry | None:
     search = registry.search_in_turn(name, None, meta or {}, 1)
-    assert search.go_on(DEFAULT.search_max)
+    assert search.go_on(DEFAULT.search_step_max)
     for entry in search.found:
         registry.mark_served(entry, meta or {})
     return search.found[0] if search.found else None

@@ -54,7 +54,7 @@ class Conversation:
         self.friend.send(FRIEND)
         world.settle()
         self.first_rev = self.registry.rev
-        self.cut_before = world.context.tally.cut
+        self.cut_before = world.context.tally.dropped
         self.peer = world.connect()
         self.connection, self.friends = self.peer.protocol, self.friend.protocol
         self.given = bytearray()  # of the stream
@@ -125,7 +125,7 @@ class Conversation:
         said = list(oracle.understood(bytes(self.given), TIGHT.line_bytes_max, ended=False))
         sure = all(each.ends is not None for each in said)
         if said and sure and said[-1].ends and not self.connection._parked:
-            self.world.pass_time(2 * TIGHT.farewell_s_max)
+            self.world.pass_time(2 * TIGHT.close_linger_s_max)
             assert self.peer.lost
 
     def _end(self) -> None:
@@ -138,14 +138,14 @@ class Conversation:
         if not peer.lost and self.connection._watches:
             world.do(peer.reset)
             world.pass_time(TIGHT.progress_s + 1)
-        world.pass_time(2 * TIGHT.farewell_s_max)
+        world.pass_time(2 * TIGHT.close_linger_s_max)
         assert peer.lost
 
     def _check_replies(self, said: list[Said]) -> None:
         """Every line is one; and the replies are those to what was said, in order, all or the first of them."""
         sent, http = _without_http(bytes(self.peer.sent))
         whole, _, rest = sent.rpartition(b"\n")
-        cut = self.world.context.tally.cut > self.cut_before
+        cut = self.world.context.tally.dropped > self.cut_before
         assert not rest or cut or self.peer.is_reset, rest
         lines = [is_a_line(each + b"\n") for each in whole.split(b"\n") if each]
         replies = [each for each in lines if "ok" in each]
@@ -168,7 +168,7 @@ class Conversation:
         assert context.connections == {friend}
         assert list(context.sessions._open.values()) == [friend]
         assert context.tally.connections == 1
-        for share in (context.writers, context.guests):
+        for share in (context.writers, context.readers):
             assert not share.watches._behind
             assert len(share.waits) == 0
             assert not share.waits._named
@@ -181,9 +181,9 @@ class Conversation:
             assert not share.slow._taken
             assert not share.slow._waiting
         assert not context.half_closed._waiters
-        assert (len(context.writers.watches), len(context.guests.watches)) == (1, 0)
+        assert (len(context.writers.watches), len(context.readers.watches)) == (1, 0)
         [watch] = next(iter(context.writers.watches._watches.values()))  # the friend's
-        assert (context.writers.kept.total, context.guests.kept.total) == (watch.kept_bytes, 0)
+        assert (context.writers.kept.total, context.readers.kept.total) == (watch.kept_bytes, 0)
         for call in self.world.timers:
             assert getattr(call, "__self__", None) is not self.connection, call
 

@@ -295,7 +295,7 @@ async def test_unsent_bytes_are_limited_in_all_and_the_longest_stuck_gives_way(t
             deaf.writer.transport.pause_reading()  # type: ignore[attr-defined]
             deaf.send(b"list\n" * 100)
         async with asyncio.timeout(WAIT_S):
-            while not (await setup.ask(cmd="stats"))["cut"]:
+            while not (await setup.ask(cmd="stats"))["dropped"]:
                 pass
         assert daemon.server.unsent_bytes <= 300_000
         assert (await setup.ask("resolve n1"))["ok"]

@@ -138,7 +138,7 @@ async def test_at_info_no_request_is_logged_and_at_debug_each_is_once(
     ]
     for level in ("INFO", "DEBUG"):
         caplog.set_level(level, "regd")
-        async with InLoop(tmp_path / f"{level}.json", limits=Limits(search_max=1)) as daemon:
+        async with InLoop(tmp_path / f"{level}.json", limits=Limits(search_step_max=1)) as daemon:
             peer = await daemon.peer()
             for request in requests:
                 await peer.ask(request)

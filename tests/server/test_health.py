@@ -31,7 +31,7 @@ async def workers(daemon: InLoop, count: int) -> Peer:
 
 
 async def test_a_search_that_takes_many_turns_is_answered_in_its_place(tmp_path: Path) -> None:
-    async with InLoop(tmp_path / "registry.json", limits=Limits(search_max=3)) as daemon:
+    async with InLoop(tmp_path / "registry.json", limits=Limits(search_step_max=3)) as daemon:
         peer = await workers(daemon, 100)
         peer.send(
             {"cmd": "resolve", "name": "w", "meta": {"n": "97"}},
@@ -53,7 +53,7 @@ async def test_a_search_that_takes_many_turns_is_answered_in_its_place(tmp_path:
 
 
 async def test_a_search_shows_one_revision_though_writers_go_on(tmp_path: Path) -> None:
-    async with InLoop(tmp_path / "registry.json", limits=Limits(search_max=1)) as daemon:
+    async with InLoop(tmp_path / "registry.json", limits=Limits(search_step_max=1)) as daemon:
         peer, writer = await workers(daemon, 300), await daemon.peer()
         peer.send({"cmd": "resolve", "name": "w", "all": True})
         await asyncio.sleep(0)
@@ -65,7 +65,7 @@ async def test_a_search_shows_one_revision_though_writers_go_on(tmp_path: Path) 
 
 
 async def test_others_have_a_turn_while_one_searches(tmp_path: Path) -> None:
-    async with InLoop(tmp_path / "registry.json", limits=Limits(search_max=1)) as daemon:
+    async with InLoop(tmp_path / "registry.json", limits=Limits(search_step_max=1)) as daemon:
         searcher, other = await workers(daemon, 500), await daemon.peer()
         searcher.send(*({"cmd": "resolve", "name": "w", "meta": {"zone": "c"}} for _ in range(20)))
         await other.ask(cmd="ping")
@@ -76,7 +76,7 @@ async def test_others_have_a_turn_while_one_searches(tmp_path: Path) -> None:
 
 
 async def test_who_goes_while_it_searches_leaves_nothing(tmp_path: Path) -> None:
-    async with InLoop(tmp_path / "registry.json", limits=Limits(search_max=1)) as daemon:
+    async with InLoop(tmp_path / "registry.json", limits=Limits(search_step_max=1)) as daemon:
         searcher, other = await workers(daemon, 200), await daemon.peer()
         searcher.send({"cmd": "resolve", "name": "w", "meta": {"zone": "c"}}, {"cmd": "ping"})
         await searcher.reset()
@@ -85,7 +85,7 @@ async def test_who_goes_while_it_searches_leaves_nothing(tmp_path: Path) -> None
 
 
 async def test_a_wait_that_searches_long_is_answered(tmp_path: Path) -> None:
-    async with InLoop(tmp_path / "registry.json", limits=Limits(search_max=3)) as daemon:
+    async with InLoop(tmp_path / "registry.json", limits=Limits(search_step_max=3)) as daemon:
         peer = await workers(daemon, 100)
         listener = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
         port = listener.sockets[0].getsockname()[1]
@@ -98,7 +98,7 @@ async def test_a_wait_that_searches_long_is_answered(tmp_path: Path) -> None:
 
 
 async def test_of_very_many_instances_the_one_that_accepts_is_found(tmp_path: Path) -> None:
-    limits = Limits(probed_instances_max=4, search_max=3)
+    limits = Limits(probed_instances_max=4, search_step_max=3)
     async with InLoop(tmp_path / "registry.json", limits=limits) as daemon:
         listener = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
         port = listener.sockets[0].getsockname()[1]

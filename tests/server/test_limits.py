@@ -151,6 +151,14 @@ async def test_a_line(end: bytes, daemon: InLoop) -> None:
     assert (await peer.ask(cmd="ping"))["ok"]
 
 
+@rows("bare_line_bytes_max")
+async def test_a_bare_line(daemon: InLoop) -> None:
+    for step, expected in ((-1, None), (0, None), (1, "bad_request")):
+        peer = await daemon.peer()
+        reply = await peer.ask(b"ping".ljust(DEFAULT.bare_line_bytes_max + step) + b"\n")
+        assert (reply["ok"], reply.get("error")) == (expected is None, expected)
+
+
 @rows("line_idle_s_max")
 async def test_an_unfinished_line(daemon: InLoop) -> None:
     peer = await daemon.peer()
@@ -188,10 +196,10 @@ async def test_connections(running: Running) -> None:
         await until(lambda: len(daemon.server.connections) == 4 or len(daemon.server.connections) == 3)
 
 
-@rows("guests_max")
+@rows("readonly_connections_max")
 async def test_guests_leave_room_for_others(running: Running) -> None:
     told = Told()
-    async with running(peers=told, guests_max=3, connections_max=5) as daemon:
+    async with running(peers=told, readonly_connections_max=3, connections_max=5) as daemon:
 
         async def connect(n: int) -> dict[str, Any]:
             peer: Peer = await daemon.peer()
@@ -201,11 +209,11 @@ async def test_guests_leave_room_for_others(running: Running) -> None:
         told.uid = 0
         owner = await daemon.peer()
         stats = await owner.ask(cmd="stats")
-        assert (stats["connections"], stats["guests"]) == (4, 3)
+        assert (stats["connections"], stats["readonly_connections"]) == (4, 3)
         for peer in daemon.peers[:4]:
             await peer.close()
         await until(lambda: len(daemon.server.connections) == 1)
-        assert (await owner.ask(cmd="stats"))["guests"] == 0
+        assert (await owner.ask(cmd="stats"))["readonly_connections"] == 0
 
 
 class NoTime:
@@ -216,7 +224,7 @@ class NoTime:
     def __init__(self) -> None:
         self.waiting: list[Worker] = []
 
-    def wait(self, worker: Worker, busy: bool) -> None:
+    def schedule(self, worker: Worker, busy: bool) -> None:
         self.waiting.append(worker)
 
     def spent(self, seconds: float) -> None:
@@ -230,13 +238,13 @@ async def test_a_guest_is_read_on_when_it_had_its_turn_and_the_owner_is_served_m
     told = Told()
     async with running(peers=told) as daemon:
         assert daemon.server._context is not None
-        guest = await daemon.peer()
-        assert (await guest.ask(cmd="ping"))["ok"]
-        turns = daemon.server._context.guests.turns = cast(FairScheduler, NoTime())
+        reader = await daemon.peer()
+        assert (await reader.ask(cmd="ping"))["ok"]
+        turns = daemon.server._context.readers.turns = cast(FairScheduler, NoTime())
         [connection] = daemon.server.connections
-        guest.send(b'{"cmd":"resolve","name":"db"}\n' * 100)
+        reader.send(b'{"cmd":"resolve","name":"db"}\n' * 100)
         await until(lambda: not connection._transport.is_reading())
-        guest.send(b'{"cmd":"ping"}\n')
+        reader.send(b'{"cmd":"ping"}\n')
         told.uid = 0
         owner = await daemon.peer()
         assert (await owner.ask(cmd="register", name="db", port=1))["ok"]
@@ -247,33 +255,33 @@ async def test_a_guest_is_read_on_when_it_had_its_turn_and_the_owner_is_served_m
             cast(NoTime, turns).waiting.pop(0).run()
         await until(lambda: bool(cast(NoTime, turns).waiting))
         cast(NoTime, turns).waiting.pop(0).run()
-        assert [(await guest.reply())["ok"] for _ in range(101)] == [True] * 101
+        assert [(await reader.reply())["ok"] for _ in range(101)] == [True] * 101
 
 
-@rows("guests_kept_bytes_max")
+@rows("readonly_pending_bytes_max")
 @pytest.mark.parametrize("step", [-1, 0, 1])
 async def test_what_is_kept_for_guests_leaves_room_for_others(step: int, running: Running) -> None:
     told = Told()
     size = Request("watch", None, {"name": "a"}).weight_bytes
-    async with running(peers=told, guests_kept_bytes_max=2 * size + step) as daemon:
-        guest = await daemon.peer()
-        replies = [await guest.ask(cmd="watch", name="a")]
-        assert (await guest.reply())["event"] == "sync"
-        replies.append(await guest.ask(cmd="watch", name="a"))
+    async with running(peers=told, readonly_pending_bytes_max=2 * size + step) as daemon:
+        reader = await daemon.peer()
+        replies = [await reader.ask(cmd="watch", name="a")]
+        assert (await reader.reply())["event"] == "sync"
+        replies.append(await reader.ask(cmd="watch", name="a"))
         assert [each.get("error") for each in replies] == [None, "busy" if step < 0 else None]
         told.uid = 0
         owner = await daemon.peer()
         assert (await ask_watch(owner, "a"))["ok"]
-        await guest.reset()
+        await reader.reset()
         await until(lambda: daemon.server.kept_bytes == size)
 
 
-@rows("guests_output_bytes_total_max")
+@rows("readonly_output_bytes_total_max")
 async def test_bytes_that_guests_do_not_read_cut_guests_alone(running: Running) -> None:
     """The owner has the most unsent bytes of all, and keeps its connection."""
     told = Told()
     told.uid = 0
-    async with running(peers=told, guests_output_bytes_total_max=300_000) as daemon:
+    async with running(peers=told, readonly_output_bytes_total_max=300_000) as daemon:
         owner = await daemon.peer()
         for n in range(900):
             owner.send({"cmd": "register", "name": f"n{n}", "port": 1, "meta": {"k": "v" * 1_000}})
@@ -290,7 +298,7 @@ async def test_bytes_that_guests_do_not_read_cut_guests_alone(running: Running) 
             deaf.writer.transport.pause_reading()
             deaf.send(b"list\n" * 100)
         async with asyncio.timeout(WAIT_S):
-            while not (await owner.ask(cmd="stats"))["cut"]:
+            while not (await owner.ask(cmd="stats"))["dropped"]:
                 pass
         assert (await owner.ask("resolve held"))["ok"]
         reading.writer.transport.resume_reading()
@@ -298,30 +306,34 @@ async def test_bytes_that_guests_do_not_read_cut_guests_alone(running: Running) 
             assert (await reading.reply())["ok"]
 
 
-@rows("guests_input_bytes_total_max")
+@rows("readonly_input_bytes_total_max")
 async def test_bytes_that_guests_leave_unfinished_cut_guests_alone(running: Running) -> None:
     told = Told()
     told.uid = 0
-    async with running(peers=told, guests_input_bytes_total_max=3_000) as daemon:
+    async with running(peers=told, readonly_input_bytes_total_max=3_000) as daemon:
         owner = await daemon.peer()
         owner.send(b"{" + b" " * 9_999)
         await until(lambda: daemon.server.waiting_bytes == 10_000)
         told.uid = STRANGER
-        guests = [await daemon.peer() for _ in range(3)]
-        for guest in guests:
-            guest.send(b"{" + b" " * 999)
+        readers = [await daemon.peer() for _ in range(3)]
+        for reader in readers:
+            reader.send(b"{" + b" " * 999)
         await until(lambda: daemon.server.waiting_bytes == 13_000)
-        guests[0].send(b"  ")
-        assert (await guests[0].reply())["error"] == "busy"
+        readers[0].send(b"  ")
+        assert (await readers[0].reply())["error"] == "busy"
         assert (await owner.ask(b'"cmd":"ping"}\n'))["ok"]
-        assert (await guests[1].ask(b'"cmd":"ping"}\n'))["ok"]
+        assert (await readers[1].ask(b'"cmd":"ping"}\n'))["ok"]
 
 
-@rows("guests_watches_total_max", "guests_parked_total_max")
+@rows("readonly_watches_total_max", "readonly_parked_total_max")
 async def test_watches_and_waits_of_guests_leave_room_for_others(running: Running) -> None:
     told = Told()
     async with running(
-        peers=told, guests_watches_total_max=3, watches_total_max=3, guests_parked_total_max=3, parked_total_max=3
+        peers=told,
+        readonly_watches_total_max=3,
+        watches_total_max=3,
+        readonly_parked_total_max=3,
+        parked_total_max=3,
     ) as daemon:
         for uid in (STRANGER, 0):
             told.uid = uid
@@ -336,26 +348,28 @@ async def test_watches_and_waits_of_guests_leave_room_for_others(running: Runnin
         assert (stats["watches"], stats["waiting"]) == (6, 6)
 
 
-@rows("guests_slow_max")
+@rows("readonly_slow_replies_max")
 async def test_long_replies_of_guests_take_turns_and_one_that_does_not_read_holds_up_none(
     running: Running,
 ) -> None:
     told = Told()
     told.uid = 0
-    async with running(peers=told, guests_slow_max=1, search_max=1) as daemon:
+    async with running(peers=told, readonly_slow_replies_max=1, search_step_max=1) as daemon:
         owner = await daemon.peer()
         for n in range(12):
             await owner.ask(cmd="register", name="a", port=1, instance=f"{n:02}", meta={"k": "v"})
         told.uid = STRANGER
-        guests = [await daemon.peer() for _ in range(5)]
+        readers = [await daemon.peer() for _ in range(5)]
         request = {"cmd": "resolve", "name": "a", "all": True, "meta": {"k": "v"}}
         assert daemon.server._context is not None
-        slow, most = daemon.server._context.guests.slow, 0
-        for guest in guests:
-            guest.send(*[request] * 3)
+        slow, most = daemon.server._context.readers.slow, 0
+        for reader in readers:
+            reader.send(*[request] * 3)
         await until(lambda: slow._waiting)
-        guests[1].writer.transport.abort()
-        replies = [asyncio.create_task(each.reply()) for n, each in enumerate(guests) if n != 1 for _ in range(1)]
+        readers[1].writer.transport.abort()
+        replies = [
+            asyncio.create_task(each.reply()) for n, each in enumerate(readers) if n != 1 for _ in range(1)
+        ]
         async with asyncio.timeout(WAIT_S):
             while not all(each.done() for each in replies):
                 most = max(most, len(slow._taken))
@@ -364,50 +378,50 @@ async def test_long_replies_of_guests_take_turns_and_one_that_does_not_read_hold
         assert {len(each.result()["instances"]) for each in replies} == {12}
         for n in (0, 2, 3, 4):
             for _ in range(2):
-                assert len((await guests[n].reply())["instances"]) == 12
+                assert len((await readers[n].reply())["instances"]) == 12
         await until(lambda: not (slow._taken or slow._waiting))
 
 
 async def test_for_a_guest_that_went_while_it_waited_for_a_long_reply_none_is_made(running: Running) -> None:
     told = Told()
     told.uid = 0
-    async with running(peers=told, guests_slow_max=1, search_max=1) as daemon:
+    async with running(peers=told, readonly_slow_replies_max=1, search_step_max=1) as daemon:
         owner = await daemon.peer()
         for n in range(12):
             await owner.ask(cmd="register", name="a", port=1, instance=f"{n:02}")
         told.uid = STRANGER
         told.is_gone = lambda connection: True  # type: ignore[method-assign]
-        guests = [await daemon.peer() for _ in range(3)]
-        for guest in guests:
-            guest.send({"cmd": "resolve", "name": "a", "all": True})
-        assert len((await guests[0].reply())["instances"]) == 12  # it waited for none
-        assert [await guest.rest() for guest in guests[1:]] == [b"", b""]
+        readers = [await daemon.peer() for _ in range(3)]
+        for reader in readers:
+            reader.send({"cmd": "resolve", "name": "a", "all": True})
+        assert len((await readers[0].reply())["instances"]) == 12  # it waited for none
+        assert [await reader.rest() for reader in readers[1:]] == [b"", b""]
 
 
-@rows("guests_turns_max")
+@rows("readonly_round_robin_filters_max")
 def test_whom_a_guest_gets_changes_nobody_elses_turn() -> None:
     entries = [Entry("a", str(n), "127.0.0.1", 1, {"k": "v"}, State.READY, 1, 0.0) for n in range(3)]
-    registry = Registry(entries, 1, Limits(guests_turns_max=2, turns_max=2))
+    registry = Registry(entries, 1, Limits(readonly_round_robin_filters_max=2, round_robin_filters_max=2))
 
-    def resolve(*, guest: bool, **meta: str) -> str:
-        search = registry.search_in_turn("a", None, meta, 1, guest=guest)
+    def resolve(*, readonly: bool, **meta: str) -> str:
+        search = registry.search_in_turn("a", None, meta, 1, readonly=readonly)
         assert search.go_on(10)
-        registry.mark_served(search.found[0], meta, guest=guest)
+        registry.mark_served(search.found[0], meta, readonly=readonly)
         return search.found[0].instance
 
     for meta in ({}, {"k": "v"}):
-        got = [(resolve(guest=False, **meta), resolve(guest=True, **meta)) for _ in range(3)]
+        got = [(resolve(readonly=False, **meta), resolve(readonly=True, **meta)) for _ in range(3)]
         assert [own for own, _ in got] == ["0", "1", "2"], meta
         assert sorted(own for _, own in got) == ["0", "1", "2"], meta
     for n in range(10):
-        search = registry.search_in_turn("a", None, {"k": "v"}, 1, guest=True)
+        search = registry.search_in_turn("a", None, {"k": "v"}, 1, readonly=True)
         search.go_on(10)
-        registry.mark_served(search.found[0], {"k": "v", "n": str(n)}, guest=True)
-    assert len(registry._served_to_guests) == 2
-    assert resolve(guest=False, k="v") == "0"
+        registry.mark_served(search.found[0], {"k": "v", "n": str(n)}, readonly=True)
+    assert len(registry._served_readonly) == 2
+    assert resolve(readonly=False, k="v") == "0"
 
 
-@rows("guests_probes_max", "probes_max")
+@rows("readonly_probes_max", "probes_max")
 @pytest.mark.parametrize("uid", [STRANGER, 0])
 async def test_no_more_addresses_are_probed_at_a_time(
     uid: int, running: Running, monkeypatch: pytest.MonkeyPatch
@@ -429,7 +443,7 @@ async def test_no_more_addresses_are_probed_at_a_time(
 
     monkeypatch.setattr("regd.server.probes._connect", connect)
     told.uid = 0
-    async with running(peers=told, guests_probes_max=2, probes_max=3) as daemon:
+    async with running(peers=told, readonly_probes_max=2, probes_max=3) as daemon:
         owner = await daemon.peer()
         for n in range(8):
             await owner.ask(cmd="register", name=f"a{n}", port=1 + n)
@@ -450,9 +464,9 @@ def test_the_part_of_guests_is_the_same_where_fewer_files_may_be_open(
 ) -> None:
     monkeypatch.setattr("regd.server.daemon.raise_open_files", lambda wanted: min(wanted, hard - 192))
     limits = _within_open_files(DEFAULT)
-    assert limits.guests_max <= limits.connections_max / 4 + 1
-    assert limits.guests_probes_max <= limits.probes_max / 4 + 1
-    assert limits.connections_max + limits.processes_max + limits.probes_max + limits.guests_probes_max <= hard
+    assert limits.readonly_connections_max <= limits.connections_max / 4 + 1
+    assert limits.readonly_probes_max <= limits.probes_max / 4 + 1
+    assert limits.connections_max + limits.processes_max + limits.probes_max + limits.readonly_probes_max <= hard
 
 
 @rows("held_max")
@@ -580,7 +594,7 @@ async def test_writes_waiting(running: Running) -> None:
             assert (await peer.reply())["ok"]
 
 
-@rows("kept_bytes_max")
+@rows("pending_bytes_max")
 @pytest.mark.parametrize("step", [-1, 0, 1])
 async def test_kept_bytes(step: int, running: Running) -> None:
     """Of what waits for the disk, is parked, or watches; and all of it is given back."""
@@ -588,7 +602,7 @@ async def test_kept_bytes(step: int, running: Running) -> None:
     wait = 2 * Request("resolve", None, {"name": "a", "wait": 60.0}).weight_bytes
     write = Request("register", None, {"name": "a", "port": 1}).weight_bytes
     files = ToldFiles()
-    async with running(files, kept_bytes_max=watch + wait + write + step) as daemon:
+    async with running(files, pending_bytes_max=watch + wait + write + step) as daemon:
         peer, other = await daemon.peer(), await daemon.peer()
         assert (await ask_watch(peer, "a", meta={"k": "v"}))["ok"]
         peer.send({"cmd": "resolve", "name": "a", "wait": 60, "id": 1})
@@ -649,16 +663,16 @@ async def test_input_bytes(running: Running) -> None:
             assert (await peer.ask(b'"cmd":"ping"}\n'))["ok"]
 
 
-@rows("farewell_s_max")
+@rows("close_linger_s_max")
 async def test_a_farewell(running: Running) -> None:
     async with running() as daemon:
         peer = await daemon.peer()
         peer.send(b"GET / HTTP/1.1\r\n\r\n")
         assert await peer.rest() == HTTP_REFUSAL
-        daemon.clock.advance(DEFAULT.farewell_s_max / 2)
+        daemon.clock.advance(DEFAULT.close_linger_s_max / 2)
         await (await daemon.peer()).ask(cmd="ping")
         assert len(daemon.server.connections) == 2
-        daemon.clock.advance(DEFAULT.farewell_s_max)
+        daemon.clock.advance(DEFAULT.close_linger_s_max)
         await until(lambda: len(daemon.server.connections) == 1)
 
 
@@ -744,7 +758,7 @@ async def test_replies(running: Running) -> None:
 
 # Tested where they belong: slices and turns in test_health and test_service, probes in test_wait, `progress` in
 # test_watch, who does not read in test_connection.
-TESTED.update({"search_max", "turns_max", "probed_instances_max", "probe_s_max", "progress_s"})
+TESTED.update({"search_step_max", "round_robin_filters_max", "probed_instances_max", "probe_s_max", "progress_s"})
 TESTED.update({"output_bytes_max", "output_bytes_total_max"})
 
 

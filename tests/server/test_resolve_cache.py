@@ -374,7 +374,7 @@ MANY_INSTANCES = 20
 
 def slow_twins() -> Twins:
     """Two daemons that look at one instance a turn, and a name with one that is ready, the last."""
-    made = Twins(limits=Limits(search_max=1))
+    made = Twins(limits=Limits(search_step_max=1))
     for n in range(MANY_INSTANCES):
         made.write(line("register", name="db", port=1, instance=f"{n:02}", state="draining"))
     made.write(line("register", name="db", port=2, instance="x"))

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from regd.server.scheduler import GUESTS_S, FairScheduler
+from regd.server.scheduler import READONLY_S, FairScheduler
 from tests.support.daemon import WAIT_S
 
 
@@ -52,9 +52,9 @@ async def test_whoever_has_little_to_do_does_not_wait_for_the_busy() -> None:
 
 
 async def test_those_with_little_time_take_no_more_in_one_turn_of_the_loop_however_many_they_are() -> None:
-    turns, log = FairScheduler(GUESTS_S, GUESTS_S), list[str]()
+    turns, log = FairScheduler(READONLY_S, READONLY_S), list[str]()
     seen = [turns.has_time]
-    turns.spent(GUESTS_S)
+    turns.spent(READONLY_S)
     assert [*seen, turns.has_time] == [True, False]
     workers = [Worker(turns, f"one{n}", log, 0.0005, 2) for n in range(100)]
     for each in workers:
@@ -65,7 +65,7 @@ async def test_those_with_little_time_take_no_more_in_one_turn_of_the_loop_howev
             before = len(log)
             await asyncio.sleep(0)
             steps.append(len(log) - before)
-    assert max(steps) <= 2 * GUESTS_S / 0.0005
+    assert max(steps) <= 2 * READONLY_S / 0.0005
     assert len(log) == 200
 
 

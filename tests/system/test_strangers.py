@@ -60,7 +60,7 @@ class Watched:
         return listed["rev"], listed["instances"], self.daemon.registry.read_bytes()
 
     def strangers(self) -> int:
-        return int(self.peer.ask("stats")["strangers"])
+        return int(self.peer.ask("stats")["bad_protocol"])
 
     def wait_for_strangers(self, count: int) -> int:
         """Wait until there were so many; no attempt is over before its bytes have been looked at."""
@@ -76,7 +76,7 @@ class Watched:
         assert stats["requests"].keys() == {"register", "list", "stats"}
         assert stats["requests"]["register"] == 1
         assert stats["errors"].keys() <= {"bad_request", "unknown_command", "bad_argument"}
-        assert sum(stats["errors"].values()) == stats["strangers"]
+        assert sum(stats["errors"].values()) == stats["bad_protocol"]
         self.peer.close()
         _, log = self.daemon.end()
         windows = 1 + (time.monotonic() - self.began) // LOG_EVERY_S
