@@ -582,7 +582,9 @@ def main() -> None:
             continue
         with (
             tempfile.TemporaryDirectory() as folder,
-            DaemonProcess(Path(folder) / "registry.json", stock=not given.uvloop) as daemon,
+            DaemonProcess(
+                Path(folder) / "registry.json", "--log-level", "warning", stock=not given.uvloop
+            ) as daemon,
         ):
             try:
                 show(scenario, besiege(daemon, scenario, scenario.count, scenario.hold_s, calm_s=2.0))

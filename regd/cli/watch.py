@@ -114,7 +114,7 @@ def watch(
                 return refusal
             watching.lose(str(refusal["message"]))
         except Unavailable as error:
-            if not watching.synced or isinstance(error.__cause__, Unavailable):  # the latter: no answer of regd
+            if not watching.synced or error.code == "not_regd":
                 raise
             watching.lose(str(error))
         if _nobody_reads(_PAUSE_S):

@@ -448,7 +448,7 @@ def test_watch_ends_where_another_program_has_taken_the_port(process: DaemonProc
             with accepted:
                 accepted.recv(65_536)
                 accepted.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-                assert "no answer of regd" in json.loads(watching.stdout.readline())["message"]
+                assert json.loads(watching.stdout.readline())["error"] == "not_regd"
         assert watching.wait(20) == 3
 
 

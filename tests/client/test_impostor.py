@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import regd_client
-from regd_client import blocking, holding, registration, replies, wire
 from regd_client import connection as connection_module
+from regd_client import holding, registration, replies, wire
 from regd_client.blocking import BlockingConnection
 from regd_client.client import Client
 from regd_client.connection import Connection
@@ -253,7 +253,7 @@ def test_a_command_raises_no_other_error(cmd: str, refusal: bool, monkeypatch: p
     for line in [json.dumps(valid), *spoilt(valid)]:
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            monkeypatch.setattr(blocking, "opener", lambda timeout_s, ours=ours: ours)
+            monkeypatch.setattr(BlockingConnection, "_connect", lambda self, timeout_s, ours=ours: ours)
             theirs.sendall(line.encode() + b"\n")
             theirs.shutdown(socket.SHUT_WR)
             with BlockingConnection() as connection:

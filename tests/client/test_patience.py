@@ -176,7 +176,7 @@ def test_a_reply_that_comes_in_drops_takes_no_longer_than_the_timeout(monkeypatc
             Dripping.now += 1.0
             return b"{"
 
-    monkeypatch.setattr(blocking, "opener", lambda timeout_s: Dripping())
+    monkeypatch.setattr(BlockingConnection, "_connect", lambda self, timeout_s: Dripping())
     monkeypatch.setattr(blocking, "monotonic", lambda: Dripping.now)
     with BlockingConnection(timeout_s=5.0) as connection, pytest.raises(Unavailable, match="timed out"):
         connection.ask("ping")
@@ -273,7 +273,7 @@ async def test_a_try_that_began_earlier_refuses_nobody(monkeypatch: pytest.Monke
         began.set()
         return await tries[-1]
 
-    monkeypatch.setattr("regd_client.connector.opener", open)
+    monkeypatch.setattr("regd_client.connection.Connection.open", open)
     client = Client()
     patient = asyncio.create_task(client.resolve("a", wait=WAIT_S))
     await began.wait()

@@ -39,7 +39,7 @@ def test_siege(tmp_path: Path, scenario: Scenario) -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if hard != resource.RLIM_INFINITY and hard < Few.FILES:
             pytest.skip("so few files may be open here that a full house is too small")
-    with kind(tmp_path / "registry.json") as daemon:
+    with kind(tmp_path / "registry.json", "--log-level", "warning") as daemon:
         figures = besiege(daemon, scenario, scenario.few, hold_s=0.1, calm_s=0.1)
     assert figures.names == EXPECTED
     assert len(figures.log.splitlines()) <= LOG_LINES_MAX, figures.log

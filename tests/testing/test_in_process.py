@@ -330,8 +330,13 @@ def state() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("away", [False, True])
-def test_an_error_inside_the_with(away: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_an_error_inside_the_with(away: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # short: in a long one the socket would be made elsewhere
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        _an_error_inside_the_with(away, monkeypatch)
+
+
+def _an_error_inside_the_with(away: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REGD_ADDRESS", "tcp://127.0.0.1:1")
     monkeypatch.setenv("REGD_AUTOSTART", "1")
     before = state()
