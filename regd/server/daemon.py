@@ -209,11 +209,9 @@ class Daemon:
         # 1. Addresses first: a second regd must end here, before it touches a file.
         self._listen(config)
         # 2. The registry: locked, read, and made where it is missing.
-        folder = self._store.path.parent
-        is_new = not folder.exists()
         document = self._store.open(self._clock.wall())
-        if is_new:
-            log.info("made the folder %s, which was not there", folder)
+        if self._store.made_folder:
+            log.info("made the folder %s, which was not there", self._store.path.parent)
         self._store.ensure_writable()
         # 3. The parts.
         clock, tally, sessions, pulse = self._clock, Counters(), Sessions(), self._pulse

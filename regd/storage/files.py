@@ -42,10 +42,13 @@ class AlreadyLocked(Exception):
 class Files:
     """The real thing. Every method may raise `OSError`."""
 
-    def make_folder(self, path: Path) -> None:
+    def make_folder(self, path: Path) -> bool:
         """Make a folder and those above it that are missing, durably: a file is no safer than its folder.
 
         One that is there may be left by a process that was killed before it was durable.
+
+        Returns:
+            Whether it was missing.
         """
         if path.is_dir():
             try:
@@ -53,11 +56,12 @@ class Files:
             except OSError as error:
                 if error.errno not in _NEVER_OURS:
                     raise
-            return
+            return False
         self.make_folder(path.parent)
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o700)
         self.sync_folder(path.parent)
+        return True
 
     def read(self, path: Path) -> bytes:
         return path.read_bytes()

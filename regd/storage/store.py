@@ -29,6 +29,7 @@ class Store:
     def __init__(self, path: Path, warn: Callable[[str], None], files: Files | None = None) -> None:
         self.path = Path(os.path.realpath(path))  # a rename must not turn a link into a file
         self.dirty = False  # the file may hold what is not in effect, or be gone: it must be written again
+        self.made_folder = False  # by `open`
         self._warn = warn
         self._files = files or Files()
         self._temporary = self.path.with_name(self.path.name + ".tmp")
@@ -45,7 +46,7 @@ class Store:
             StorageError: another regd has it, it cannot be read, or may not be.
         """
         try:
-            self._files.make_folder(self.path.parent)
+            self.made_folder = self._files.make_folder(self.path.parent)
             lock = self.path.with_name(self.path.name + ".lock")
             self._lock = self._files.lock(lock)
         except AlreadyLocked as held:

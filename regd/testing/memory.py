@@ -30,13 +30,15 @@ class MemoryFiles(Files):
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
-        self._folders = {Path("/")}
+        self._folders = {Path("/"), IN_MEMORY.parent}
         self._files: dict[Path, _Kept] = {}
         self._open: dict[int, _Kept] = {}
         self._locks: dict[int, Path] = {}
 
-    def make_folder(self, path: Path) -> None:
+    def make_folder(self, path: Path) -> bool:
+        is_new = path not in self._folders
         self._folders |= {path, *path.parents}
+        return is_new
 
     def read(self, path: Path) -> bytes:
         return bytes(self._kept(path).data)

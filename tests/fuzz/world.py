@@ -55,8 +55,8 @@ class MemoryFiles(Files):
         self._open: dict[int, Path] = {}
         self._count = itertools.count(1)
 
-    def make_folder(self, path: Path) -> None:
-        pass
+    def make_folder(self, path: Path) -> bool:
+        return False
 
     def lock(self, path: Path) -> int:
         return -1

@@ -196,12 +196,13 @@ class RecordedFiles(Files):
     def _fail() -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    def make_folder(self, path: Path) -> None:
+    def make_folder(self, path: Path) -> bool:
         trouble = self._befalls()
-        super().make_folder(path)
+        is_new = super().make_folder(path)
         self._look(path.parent)
         if trouble:
             self._fail()
+        return is_new
 
     def _look(self, folder: Path) -> None:
         """Tell of folders that were made where no operation of the door told so."""

@@ -52,6 +52,7 @@ def test_registries_inside_each_other(monkeypatch: pytest.MonkeyPatch, tmp_path:
         assert os.environ["REGD_ADDRESS"] == str(outer)
         assert names(outer) == ["outer"]
         assert "0 registrations at revision 0" in outer.described()
+        assert "made the folder" not in outer.described()  # there is none, in memory
         assert "inner.json" not in outer.described()  # what the inner one logged is its own
     assert os.environ["REGD_ADDRESS"] == "tcp://127.0.0.1:1"
     with pytest.raises(regd_client.Unavailable):
