@@ -5,6 +5,7 @@ Must not know what goes over it.
 
 import asyncio
 import errno
+import os
 import random
 import time
 from enum import Enum
@@ -226,7 +227,8 @@ class _OnDemand:
         Raises:
             Unavailable: it cannot be started.
         """
-        why = error.strerror or str(error)
+        # asyncio's own text for a refused connection is "Connect call failed ('127.0.0.1', 7343)".
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
         if not self.starts or time.monotonic() < self._due_at:
             return why, pause_s
         from regd_client import autostart

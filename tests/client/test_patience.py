@@ -62,6 +62,14 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [each.getMessage() for each in caplog.records if each.name == "regd_client"]
 
 
+async def test_the_async_and_the_blocking_client_give_the_same_reason(nowhere: str) -> None:
+    with pytest.raises(Unavailable, match=r"\(Connection refused\)") as error:
+        await regd_client.resolve("a")
+    with pytest.raises(Unavailable) as blocked:
+        BlockingConnection().ask("ping")
+    assert str(error.value) == str(blocked.value)
+
+
 @pytest.mark.parametrize("call", READS)
 @pytest.mark.parametrize("kind", ["tcp", "unix", "localhost"])
 async def test_reads_fail_as_soon_as_the_system_refuses(
