@@ -373,12 +373,26 @@ def fault(fields: object) -> str:
 def result_fault(cmd: str, arguments: Mapping[str, Any], reply: dict[str, Any]) -> str:
     """Return what is wrong with a reply that is `ok`, to a command with these arguments."""
     if cmd == "resolve" and arguments.get("all"):
-        return _ALL.fault(reply)
+        found = _ALL.fault(reply)
+        return found or next(filter(None, (_other(arguments, each) for each in reply["instances"])), "")
     found = _RESULTS.get(cmd, _NOTHING).fault(reply)
+    if not found and cmd in ("resolve", "register"):
+        return _other(arguments, reply)
     after = arguments.get("after")
     if not found and "next" in reply and after is not None and _key(reply["next"]) <= _key(after):
         return f"next is {_shown(reply['next'])}, which is not behind {_shown(after)}"
     return found
+
+
+def _other(arguments: Mapping[str, Any], instance: dict[str, Any]) -> str:
+    """Return what is wrong with an instance that was not asked for, "" if it was.
+
+    Its name becomes the name of environment variables, and a program may trust some, such as DOCKER_HOST.
+    """
+    for each in ("name", "instance"):
+        if arguments.get(each) not in (None, instance[each]):
+            return f"{each} is {_shown(instance[each])} instead of {_shown(arguments[each])}"
+    return ""
 
 
 def is_known_event(kind: str) -> bool:

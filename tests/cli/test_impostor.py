@@ -46,7 +46,10 @@ REPLIES: dict[str, dict[str, Any]] = {
     "watch": {"ok": True, "watch": 1, "epoch": "e", "rev": 1},
     "why": {"ok": True, "name": "db", "instances": [WHY], "departures": [{"instance": "1", "age_s": 1.0, "reason": "replaced"}]},
     "hello": {"ok": True, "server": "regd", "version": "1", "epoch": "e", "rev": 1, "limits": {}, "host": {}},
-    "stats": {"ok": True, "version": "0", "registry": "/none", "pid": 1, "uptime_s": 1.0, "epoch": "e", "rev": 1, "registrations": 1, "connections": 1, "watches": 0, "waiting": 0, "limits": {}, "requests": {"list": 1}, "errors": {}},
+    "stats": {
+        "ok": True, "version": "1", "registry": "/none", "pid": 1, "uptime_s": 1.0, "epoch": "e", "rev": 1, "registrations": 1,
+        "connections": 1, "watches": 0, "waiting": 0, "limits": {}, "requests": {"list": 1}, "errors": {},
+    },
 }  # fmt: skip
 EVENTS = [
     {"event": "up", "watch": 1, **INSTANCE},

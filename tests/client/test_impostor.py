@@ -368,6 +368,26 @@ async def test_a_number_that_nobody_asked_with() -> None:
         assert not connection.usable
 
 
+def test_an_instance_that_was_not_asked_for() -> None:
+    other = {**INSTANCE, "name": "docker"}
+    asked = {"name": INSTANCE["name"]}
+    instance = INSTANCE["instance"]
+    for cmd, arguments, reply in (
+        ("resolve", {}, INSTANCE),
+        ("resolve", {"instance": instance}, INSTANCE),
+        ("resolve", {"all": True}, {"instances": [INSTANCE, INSTANCE], "rev": 1}),
+        ("register", {"instance": instance}, INSTANCE),
+    ):
+        assert replies.result_fault(cmd, asked | arguments, {"ok": True, **reply}) == ""
+    for cmd, arguments, reply in (
+        ("resolve", {}, other),
+        ("resolve", {"instance": instance + "x"}, INSTANCE),
+        ("resolve", {"all": True}, {"instances": [INSTANCE, other], "rev": 1}),
+        ("register", {}, other),
+    ):
+        assert "instead of" in replies.result_fault(cmd, asked | arguments, {"ok": True, **reply})
+
+
 def test_pages_that_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
     page = {"ok": True, "epoch": "e", "rev": 1, "instances": []}
     for after, following, valid in (
