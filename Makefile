@@ -29,7 +29,7 @@ bench: $(VENV)/ready
 	$(VENV)/bin/python -m pip install -q --group bench
 	PYTHONPATH=.:client $(VENV)/bin/python -m tests.benchmarks $(if $(SHORT),--short) $(ROWS)
 
-# The long runs. Each has a short form in the suite; regd/DESIGN.md says what they prove, and their last figures.
+# The long runs. Each has a short form in the suite; tests/README.md has their last figures.
 
 # kill -9 of a daemon under load, 200 times: nothing acknowledged is missing.
 crash: $(VENV)/ready

@@ -1,5 +1,6 @@
-"""Whatever is written is run: the conversations of the protocol page, the tables, the programs, the README's session."""
+"""The pages are true: tests replay their conversations, run their programs and commands, and compare their tables."""
 
+import ast
 import asyncio
 import json
 import os
@@ -10,17 +11,21 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 
+import regd_client
 from regd.cli import commands
 from regd.core.errors import Code
 from regd.core.limits import Limits
 from regd.protocol.commands import COMMANDS
 from regd.protocol.messages import HTTP_REFUSAL
+from regd.testing.in_process import InProcessRegistry
 from tests.support.daemon import ROOT, DaemonProcess, InLoop, environment
 from tests.support.documents import blocks, fits, replay
 from tests.support.peers import Told
+from tests.testing.suites import Suite
 
 PROTOCOL, DESIGN, README, CLIENT, REGCTL = (
     ROOT / name
@@ -77,6 +82,23 @@ def test_the_limits_are_in_the_design_page() -> None:
     assert f"together {Limits().memory_bytes / 2**20:.0f} MiB" in page
 
 
+async def test_the_first_lines_of_the_readme(regd_in_process: InProcessRegistry) -> None:
+    [lines] = blocks(README, "python await")
+    namespace: dict[str, object] = {"regd_client": regd_client}
+    code = compile(lines, str(README), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    await FunctionType(code, namespace)()
+    shop = namespace["shop"]
+    assert isinstance(shop, regd_client.Endpoint)
+    assert (shop.host, shop.port) == ("127.0.0.1", 8000)
+
+
+def test_the_service_and_the_test_of_the_readme(tmp_path: Path) -> None:
+    service, test = (text for text in blocks(README, "python") if text.startswith("# "))
+    suite = Suite(tmp_path, test)
+    suite.write(service.partition("\n")[0].removeprefix("# "), service)
+    assert "1 passed" in suite.passes()
+
+
 def test_the_program_of_the_client_page_runs(process: DaemonProcess, tmp_path: Path) -> None:
     for number, program in enumerate(blocks(CLIENT, "python") + blocks(README, "python")):
         path = tmp_path / f"program{number}.py"
@@ -98,9 +120,7 @@ def test_the_sessions_of_a_page(page: Path, process: DaemonProcess) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     for each in commands:
         command, _, expected = each.partition("\n")
-        command = command.replace(" 7343", f" {process.port}").replace(
-            "services/registry/registry.json", str(process.registry)
-        )
+        command = command.replace(" 7343", f" {process.port}").replace(" registry.json", f" {process.registry}")
         done = subprocess.run(
             ["bash", "-c", command], env=environment(REGD_ADDRESS=process.addresses[0], PATH=path), capture_output=True, text=True, timeout=20, check=True,
         )  # fmt: skip
@@ -127,6 +147,23 @@ def test_the_readme_has_the_two_commands() -> None:
     for command in ("run", "test"):
         assert f"make {command}" in text
         assert f"\n{command}:" in makefile
+
+
+def test_the_design_page_names_every_module() -> None:
+    folder = ROOT / "regd"
+    modules = {
+        path.relative_to(folder).as_posix() for path in folder.glob("*/**/*.py") if path.name != "__init__.py"
+    }
+    named = set(re.findall(r"`([a-z]+/[a-z0-9_/]+\.py)`", DESIGN.read_text()))
+    assert {
+        path for path in named if "/test_" not in path and not path.startswith(("client/", "tests/"))
+    } == modules
+
+
+def test_the_pages_of_the_tests_name_files_that_exist() -> None:
+    for page in (DESIGN, ROOT / "tests" / "README.md"):
+        for path in re.findall(r"`((?:tests/)?[a-z_]+/[a-z0-9_/]*test_[a-z0-9_]+\.py)`", page.read_text()):
+            assert (ROOT / "tests" / path.removeprefix("tests/")).exists(), f"{page.name}: {path}"
 
 
 def test_links_lead_somewhere() -> None:
