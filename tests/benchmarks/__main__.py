@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks [ROW …]`: measure rows and print them. Without a word: all, and the page is written."""
+"""`python -m tests.benchmarks [ROW …]`: measure rows and print them. Without rows, measure all and write the pages."""
 
 import argparse
 import datetime
@@ -20,11 +20,13 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(row.word for row in ROWS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0, help="that count, of each measurement")
-    parser.add_argument("--short", action="store_true", help="two rounds of less, and no page")
-    parser.add_argument("--folder", type=Path, help="where the servers keep their files (default: the system's)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of each measurement")
+    parser.add_argument("--short", action="store_true", help="two short rounds; writes no page")
     parser.add_argument(
-        "--page", action="store_true", help="measure nothing: write the page of the last whole run"
+        "--folder", type=Path, help="folder for the servers' files (default: the system's temporary folder)"
+    )
+    parser.add_argument(
+        "--page", action="store_true", help="measure nothing; write the pages from the last whole run"
     )
     given = parser.parse_args()
     given.words = set()
@@ -59,7 +61,9 @@ def write(found: results.Results) -> None:
         sys.stdout.write("no matplotlib: the plot stays as it was\n")
     else:
         plot.draw(found, page.PLOT)
-    sys.stdout.write(f"written: {page.PAGE.name}, {page.PLOT.name}\n")
+    sys.stdout.write(
+        f"written: {page.PAGE.name}, {page.PLOT.name}, {page.TARGETS.relative_to(page.TARGETS.parents[2])}\n"
+    )
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""From rounds to figures: medians, and ratios that are taken within a round. And what a row tells of them."""
+"""Medians of rounds, ratios within rounds, and the tables, targets and bars of a row."""
 
 import statistics
 from dataclasses import dataclass, field
@@ -23,14 +23,14 @@ def middle(rounds: Rounds, what: str, key: str) -> float:
 
 
 def ratio(rounds: Rounds, what: str, to: str, key: str) -> Ratio:
-    """Compare within each round, then take the median: what slows the machine down for a while slows both."""
+    """Compare within each round, then take the median, so that a slow phase of the machine affects both."""
     each = [one[key] / other[key] for one, other in zip(rounds[what], rounds[to], strict=True)]
     return Ratio(statistics.median(each), min(each), max(each))
 
 
 @dataclass
 class Goal:
-    """One figure, and what is to be reached."""
+    """A figure and its target."""
 
     what: str
     measured: str
@@ -46,7 +46,7 @@ class Table:
 
 @dataclass
 class Bars:
-    """A part of the plot: what each bar is and how long, and where a mark stands."""
+    """One panel of the plot: its bars by name, and an optional mark."""
 
     title: str
     unit: str
@@ -62,7 +62,7 @@ class Told:
 
 
 def number(value: float) -> str:
-    """Three digits are all that rounds agree on."""
+    """Format a figure with three digits; rounds differ in the others."""
     if value >= 999.5:
         digits = max(len(f"{value:.0f}") - 3, 0)
         return f"{round(value / 10**digits) * 10**digits:,}"
@@ -70,15 +70,15 @@ def number(value: float) -> str:
 
 
 def by_rate(rounds: Rounds, to: str) -> Table:
-    """Return a table of servers, the fastest first."""
+    """Return a table of servers, fastest first."""
     head = [
         "server",
         "a second",
         f"ratio to {to}",
         "p50 µs",
         "p99 µs",
-        "its core is busy",
-        "the load's core is busy",
+        "server core busy",
+        "load core busy",
     ]
     table = Table(head)
     for what in sorted(rounds, key=lambda what: -middle(rounds, what, "a_second")):
@@ -98,7 +98,7 @@ def rates(rounds: Rounds, title: str, mark: str, part: float = 1.0) -> Bars:
 
 
 def at_least(rounds: Rounds, what: str, least: float, to: str, row: str) -> list[Goal]:
-    """Return the goal of being so many times as fast as another; none where one of them was left out."""
+    """Return the target of a ratio to another server; empty if one of the two was left out."""
     if what not in rounds or to not in rounds:
         return []
     found = ratio(rounds, what, to, "a_second")

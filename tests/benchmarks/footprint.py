@@ -1,5 +1,5 @@
-"""Rows: what regd takes: time to start with 100,000 registrations, memory for them and for 5,000 connections; and
-what a process takes that asks it once."""
+"""Rows: time to start with 100,000 registrations, memory for them and for 5,000 connections, and the time of a whole
+`regctl` process."""
 
 import subprocess
 import sys
@@ -37,7 +37,7 @@ def start(bench: Bench) -> Rounds:
 
 
 def tell_start(rounds: Rounds) -> Told:
-    table = Table(["server", "s until it listens", "MB then"])
+    table = Table(["server", "seconds until it listens", "MB then"])
     goals = []
     for what in rounds:
         took = middle(rounds, what, "seconds")
@@ -68,10 +68,12 @@ def memory(bench: Bench) -> Rounds:
 
 
 def tell_memory(rounds: Rounds) -> Told:
-    table = Table(["server", "MB empty", f"MB more with {MANY:,}", f"KB more for each of {IDLE:,} connections"])
+    table = Table(
+        ["server", "MB empty", f"MB for {MANY:,} registrations", f"KB for each of {IDLE:,} connections"]
+    )
     goals = []
     for what, [measured] in rounds.items():
-        each = number(measured["each_kb"]) if "each_kb" in measured else "takes fewer"
+        each = number(measured["each_kb"]) if "each_kb" in measured else "fewer allowed"
         table.lines.append([what, number(measured["empty"]), number(measured["full"]), each])
         if what.startswith("regd"):
             full, each_kb = measured["full"], measured["each_kb"]

@@ -1,4 +1,4 @@
-"""What a whole run has found, as kept beside the programs: every round of every row, the machine and the day."""
+"""The results of a whole run: every round of every row, the machine and the day. Saved as `results.json`."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ def _short(measured: dict[str, float]) -> dict[str, float]:
 
 
 def keep(results: Results, path: Path = PLACE) -> None:
-    """Write what a run has found: a line for each thing that was measured, with its rounds."""
+    """Save results, a line for each server or client with its rounds."""
     head = {key: value for key, value in asdict(results).items() if key != "rows"}
     rows = []
     for word, rounds in results.rows.items():

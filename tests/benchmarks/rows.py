@@ -31,14 +31,14 @@ ROWS = (
     ),
     Row(
         "single",
-        "one durable register after the other on one connection, among 1,000",
+        "durable registers one after another on one connection, among 1,000",
         registering.one_after_the_other,
         registering.tell_one_after_the_other,
     ),
     *(
         Row(
             f"watch{watchers}",
-            f"from a change to who watches, {watchers:,} watching",
+            f"from a change to its watchers, {watchers:,} watcher{'s' * (watchers > 1)}",
             watching.of(watchers),
             watching.tell(watchers),
         )

@@ -1,4 +1,4 @@
-"""Rows: how long after a change was sent the watchers of its name have it, one of them and 1,000."""
+"""Rows: the time from sending a change until its watchers have it, with one watcher and with 1,000."""
 
 from collections.abc import Callable
 
@@ -34,7 +34,7 @@ def tell(watchers: int) -> Callable[[Rounds], Told]:
 
     def told(rounds: Rounds) -> Told:
         table = Table(
-            ["server", "p50 µs", "p99 µs", "the last, p50 µs", "the last, p99 µs", "the load's core is busy"]
+            ["server", "p50 µs", "p99 µs", "last watcher, p50 µs", "last watcher, p99 µs", "load core busy"]
         )
         order = sorted(rounds, key=lambda what: middle(rounds, what, "p50_us"))
         for what in order:
