@@ -26,7 +26,7 @@ from regd.protocol.commands import Request
 from regd.protocol.messages import HTTP_REFUSAL, decode
 
 # telnet writes a carriage return as CR NUL (RFC 854), so that is a blank too, here and at the end of a line.
-_BLANKS = re.compile(rb"(?:[ \t]|\r\0?)*")
+_BLANKS = re.compile(rb"(?:[ \t]++|\r\0?)*+")
 _END_BYTES = len(b"\r\0\r")  # of a line's end, beyond the line and its line feed
 # What Python keeps around a line in the queue; many short lines cost more than they are.
 _LINE_OVERHEAD_BYTES = 56
@@ -119,7 +119,8 @@ class RequestParser:
             self._line(first)
         self._rest.clear()
         for line in lines:
-            self._line(line)
+            if line:
+                self._line(line)
         if last and not self._closed:
             self._more(last)
 

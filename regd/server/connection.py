@@ -64,6 +64,7 @@ class Connection(asyncio.BufferedProtocol):
         "_slow",
         "_timer",
         "_transport",
+        "_unsplit",
         "_watch_count",
         "_watches",
     )
@@ -74,6 +75,7 @@ class Connection(asyncio.BufferedProtocol):
         self._context = context
         self._replies = context.replies
         self._reader = RequestParser(context.limits)
+        self._unsplit = b""  # received, and not given to the reader yet: many short lines take it milliseconds
         self._deferred: Item | None = None  # the next item, waiting until the writes before it have landed
         self._slow: IncrementalReply | None = None  # or until this reply to it is there
         self._queued = False  # for a slot to make that reply in
@@ -169,7 +171,7 @@ class Connection(asyncio.BufferedProtocol):
             self._fast_path_ok = False
         if self._ending:
             return
-        self._reader.receive(data)
+        self._unsplit += data
         self._work_or_wait()
 
     def eof_received(self) -> bool:
@@ -177,7 +179,8 @@ class Connection(asyncio.BufferedProtocol):
         if self._ending:
             self._transport.close()
         else:
-            self._reader.end()
+            if not self._unsplit:
+                self._reader.end()
             self._work_or_wait()
         return True  # the sending side stays open for the replies
 
@@ -199,6 +202,7 @@ class Connection(asyncio.BufferedProtocol):
         context = self._context
         self._ending, self._fast_path_ok = True, False
         self._reader.close()
+        self._unsplit = b""
         self._deferred = self._slow = None
         self._share.slow.give(self)
         self._landed.clear()
@@ -230,6 +234,11 @@ class Connection(asyncio.BufferedProtocol):
         size = 0
         pulse = self._context.pulse
         began = now = self._context.clock.now()
+        if self._unsplit:
+            data, self._unsplit = self._unsplit, b""
+            self._reader.receive(data)
+            if self._eof:
+                self._reader.end()
         for _ in range(_SLICE):
             item = self._take()
             if item is None:
@@ -432,7 +441,7 @@ class Connection(asyncio.BufferedProtocol):
         self._scheduled = False
         if self._ending or self._transport.is_closing():
             return
-        if self._deferred is None and not self._reader.pending and not self._eof:
+        if self._deferred is None and not self._reader.pending and not self._unsplit and not self._eof:
             landed, self._landed = self._landed, []
             if landed:
                 self._transport.write(b"".join(landed))
@@ -489,13 +498,15 @@ class Connection(asyncio.BufferedProtocol):
         if self._ending or transport.is_closing():
             return
         self._fast_path_ok = False
-        if reader.empty and not self._is_held_back:
+        if reader.empty and not self._unsplit and not self._is_held_back:
             self._fast_path_ok = not (self._in_flight or self._landed or self._scheduled or self._is_readonly)
             if self._reading and not self._counted:  # mostly there is nothing more to do
                 return
         idle = self._deferred is None and not reader.pending and not self._paused
         if self._blocked:  # the end of the peer must be seen, so it is read for a while
             idle = not self._paused and reader.waiting_bytes < context.limits.line_bytes_max
+        if self._unsplit:
+            idle = False
         if self._quitting and not self._parked and not self._in_flight and not self._landed:
             self._end()
             return
@@ -566,7 +577,7 @@ class Connection(asyncio.BufferedProtocol):
         self._refuse(Refused(Code.TIMEOUT, f"a line was begun, and no byte of it came for {idle:g} s"))
 
     def _account_input(self) -> None:
-        context, size = self._context, self._reader.waiting_bytes
+        context, size = self._context, self._reader.waiting_bytes + len(self._unsplit)
         self._counted = size > 0
         for each in self._share.input.hold(self, size):
             context.tally.dropped += 1
@@ -592,6 +603,7 @@ class Connection(asyncio.BufferedProtocol):
         """Look at nothing more, send what is to be sent, and close once the peer has, or soon."""
         self._ending, self._fast_path_ok = True, False
         self._reader.close()
+        self._unsplit = b""
         self._deferred = self._slow = None
         self._share.slow.give(self)
         self._let_go()

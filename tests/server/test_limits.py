@@ -258,6 +258,28 @@ async def test_a_guest_is_read_on_when_it_had_its_turn_and_the_owner_is_served_m
         assert [(await reader.reply())["ok"] for _ in range(101)] == [True] * 101
 
 
+@pytest.mark.socket
+async def test_what_came_of_a_guest_is_looked_at_in_its_turn_only(running: Running) -> None:
+    """Short lines by the thousand take milliseconds to split: a thousand guests would hold the loop for a second."""
+    told = Told()
+    async with running(peers=told) as daemon:
+        assert daemon.server._context is not None
+        guest = await daemon.peer()
+        assert (await guest.ask(cmd="ping"))["ok"]
+        turns = daemon.server._context.readers.turns = cast(Turns, NoTime())
+        [connection] = daemon.server.connections
+        guest.send(b"ping\n" * 100 + b'{"cmd":"ping"}')
+        guest.writer.write_eof()
+        await until(lambda: connection._eof or not connection._transport.is_reading())
+        assert not connection._reader.pending
+        waits = cast(NoTime, turns).waiting
+        while waits or connection in daemon.server.connections:
+            if waits:
+                waits.pop(0).run()
+            await asyncio.sleep(0)
+        assert (await guest.rest()) == b'{"ok":true}\n' * 101
+
+
 @rows("readonly_pending_bytes_max")
 @pytest.mark.parametrize("step", [-1, 0, 1])
 async def test_what_is_kept_for_guests_leaves_room_for_others(step: int, running: Running) -> None:
