@@ -502,11 +502,10 @@ class Connection(asyncio.BufferedProtocol):
             self._fast_path_ok = not (self._in_flight or self._landed or self._scheduled or self._is_readonly)
             if self._reading and not self._counted:  # mostly there is nothing more to do
                 return
-        idle = self._deferred is None and not reader.pending and not self._paused
+        idle = self._deferred is None and not reader.pending
         if self._blocked:  # the end of the peer must be seen, so it is read for a while
-            idle = not self._paused and reader.waiting_bytes < context.limits.line_bytes_max
-        if self._unsplit:
-            idle = False
+            idle = reader.waiting_bytes < context.limits.line_bytes_max
+        idle = idle and not self._paused and not self._unsplit
         if self._quitting and not self._parked and not self._in_flight and not self._landed:
             self._end()
             return

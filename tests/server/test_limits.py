@@ -266,7 +266,7 @@ async def test_what_came_of_a_guest_is_looked_at_in_its_turn_only(running: Runni
         assert daemon.server._context is not None
         guest = await daemon.peer()
         assert (await guest.ask(cmd="ping"))["ok"]
-        turns = daemon.server._context.readers.turns = cast(Turns, NoTime())
+        turns = daemon.server._context.readers.turns = cast(FairScheduler, NoTime())
         [connection] = daemon.server.connections
         guest.send(b"ping\n" * 100 + b'{"cmd":"ping"}')
         guest.writer.write_eof()
