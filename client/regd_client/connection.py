@@ -198,8 +198,9 @@ class Connection(asyncio.BufferedProtocol):
         return self._chunk
 
     def buffer_updated(self, nbytes: int) -> None:
-        self.heard_at = time.monotonic()
         first, *lines = bytes(self._chunk[:nbytes]).split(b"\n")
+        if lines or not self._rest:  # a line that goes on and on is no answer
+            self.heard_at = time.monotonic()
         if not lines:
             self._rest += first
             if len(self._rest) > wire.REPLY_BYTES_MAX:

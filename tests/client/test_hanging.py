@@ -1,6 +1,7 @@
 """A daemon that says nothing more, or is not there, is noticed in the time that was promised."""
 
 import asyncio
+import contextlib
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,25 @@ async def test_a_call_to_a_daemon_that_hangs_ends(relay: Relay) -> None:
         relay.flowing.clear()
         with pytest.raises(regd_client.Unavailable, match="no answer for"):
             await client.ping()
+
+
+async def test_a_call_to_one_that_drips_an_answer_without_an_end_ends() -> None:
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                writer.write(b" ")
+                await writer.drain()
+                await asyncio.sleep(HANGS_S / 10)
+        writer.transport.abort()
+        over.set()
+
+    over = asyncio.Event()
+    async with await asyncio.start_server(drip, "127.0.0.1", 0) as server:
+        async with asyncio.timeout(WAIT_S), Client(f"127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
+            with pytest.raises(regd_client.Unavailable, match="no answer for"):
+                await client.ping()
+        async with asyncio.timeout(WAIT_S):
+            await over.wait()
 
 
 async def test_a_wait_at_a_daemon_that_hangs_ends(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
