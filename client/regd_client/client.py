@@ -5,6 +5,7 @@ What the caller has registered and follows is kept by others. Must not know how 
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import time
@@ -12,6 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from regd_client import wire
 from regd_client.arguments import (
     WAIT_S_MAX,
     check_flag,
@@ -292,12 +294,13 @@ class Client:
     async def _instances(self, pattern: str, meta: dict[str, str] | None) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         after = None
-        while True:
+        for number in itertools.count(1):
             reply = await self._ask("list", name=pattern, meta=meta, after=after)
-            found += reply["instances"]
+            wire.add_page(found, reply, number)
             after = reply.get("next")
             if after is None:
-                return found
+                break
+        return found
 
     # Following.
 

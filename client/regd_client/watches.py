@@ -188,6 +188,8 @@ class WatchState:
         before = picture.pop(key, None)
         if event["event"] != "down":
             picture[key] = dict(event)
+            if len(picture) > wire.INSTANCES_MAX:
+                raise wire.not_a_reply(f"to watch: more than {wire.INSTANCES_MAX} instances")
         return before
 
     def _tell(self, event: Mapping[str, Any]) -> None:

@@ -24,6 +24,8 @@ _warned: set[str] = set()
 LINE_BYTES_MAX = 65_536  # of a request; the daemon skips longer ones
 NOT_REGD = "not_regd"  # the code of the error that says so
 REPLY_BYTES_MAX = 4 * 1_048_576  # far beyond what the daemon promises; more is another program
+INSTANCES_MAX = 400_000  # in all pages, or in a snapshot: twice what the daemon registers
+PAGES_MAX = 10_000  # three times as many as that takes at most
 
 
 class Address:
@@ -158,6 +160,17 @@ def checked(cmd: str, arguments: Mapping[str, Any], fields: dict[str, Any]) -> d
     if fields["ok"] and (why := replies.result_fault(cmd, arguments, fields)):
         raise not_a_reply(f"to {cmd}: {why}")
     return fields
+
+
+def add_page(instances: list[dict[str, Any]], page: dict[str, Any], number: int) -> None:
+    """Add the instances of a page, the `number`th of a reply.
+
+    Raises:
+        Unavailable: there are more than a regd has, or further pages than it needs.
+    """
+    instances += page["instances"]
+    if len(instances) > INSTANCES_MAX or (number >= PAGES_MAX and "next" in page):
+        raise not_a_reply(f"to list: {len(instances)} instances in {number} pages, and no end")
 
 
 def not_a_reply(why: str, line: bytes | str = "") -> Unavailable:

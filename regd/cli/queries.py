@@ -5,8 +5,10 @@ Must not know how the answer is shown.
 
 from __future__ import annotations
 
+import itertools
 import time
 
+from regd_client import wire
 from regd_client.blocking import BlockingConnection
 from regd_client.errors import Unavailable
 
@@ -20,19 +22,29 @@ _PAUSE_S = 0.1  # between tries to connect
 
 
 def ask(connection: BlockingConnection, command: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Ask, and where the reply is one page of several, for the rest too."""
+    """Ask, and where the reply is one page of several, for the rest too.
+
+    Raises:
+        Unavailable: there is no end of pages.
+    """
     reply = connection.ask(command, **given)
     if reply.pop("more", False):
         listed = ask(connection, "list", {"name": given["name"], "meta": given.get("meta")})
         if not listed["ok"]:
             return listed
         reply["instances"] = [each for each in listed["instances"] if each["state"] == "ready"]
-    while "next" in reply:
-        page = connection.ask(command, **{**given, "after": reply.pop("next")})
+    if "next" not in reply:
+        return reply
+    page = reply
+    instances: list[dict[str, Any]] = []
+    for number in itertools.count(1):
+        wire.add_page(instances, page, number)
+        if "next" not in page:
+            break
+        page = connection.ask(command, **{**given, "after": page["next"]})
         if not page["ok"]:
             return page
-        reply = {**page, "instances": reply["instances"] + page["instances"]}
-    return reply
+    return {**page, "instances": instances}
 
 
 def wait_for(address: str | None, name: str, until: float) -> dict[str, Any]:

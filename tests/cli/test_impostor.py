@@ -2,6 +2,7 @@
 one line of error, and nothing of the answer is run by a shell.
 """
 
+import itertools
 import json
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 from regd.cli import complete_names, doctor, local_probe, regctl
 from regd.cli.commands import COMMANDS
+from regd_client import wire
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import WAIT_S, DaemonProcess, environment
 
@@ -232,6 +234,25 @@ def test_a_reply_that_lacks_what_is_shown_is_an_error(
     assert status in (3, 4)
     message = json.loads(out)["message"] if flags else told
     assert without in message
+
+
+@pytest.mark.parametrize("command", [["list"], ["resolve", "db", "--all"]], ids=["list", "resolve"])
+def test_pages_without_an_end(
+    command: list[str], ran: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "INSTANCES_MAX", 5)
+    count = itertools.count(1)
+
+    def answer(cmd: str) -> list[Any]:
+        if cmd == "resolve":
+            return [{"ok": True, "rev": 1, "instances": [INSTANCE], "more": True}]
+        return [{**REPLIES["list"], "next": f"n{next(count):09}/"}]
+
+    with impostor(answer) as address:
+        status, out, told = ran(address, *command)
+    assert (status, out) == (3, "")
+    assert "no end" in told
+    assert next(count) == 7
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])

@@ -7,7 +7,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -176,6 +176,7 @@ class Impostor:
 
     def __init__(self) -> None:
         self.says: dict[str, str] = {}
+        self.pages: Iterator[str] = iter(())  # of `list`, one after the other
         self.address = ""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -183,7 +184,8 @@ class Impostor:
             while line := await reader.readline():
                 fields = json.loads(line)
                 cmd = "resolve all" if fields.get("all") else fields["cmd"]
-                writer.write(with_id(self.says.get(cmd) or json.dumps(REPLIES[cmd]), fields["id"]))
+                page = next(self.pages, None) if cmd == "list" else None
+                writer.write(with_id(page or self.says.get(cmd) or json.dumps(REPLIES[cmd]), fields["id"]))
 
 
 @asynccontextmanager
@@ -265,6 +267,35 @@ def test_a_command_raises_no_other_error(cmd: str, refusal: bool, monkeypatch: p
                     assert type(reply["ok"]) is bool
                     assert not reply["ok"] or replies.result_fault(cmd, asked, reply) == ""
                     json.dumps(reply)
+
+
+async def test_pages_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full ones are too many instances, empty ones too many pages."""
+    monkeypatch.setattr(wire, "INSTANCES_MAX", 5)
+    monkeypatch.setattr(wire, "PAGES_MAX", 9)
+    async with impostor() as other, Client(other.address) as client:
+        for instances, pages, most in ([INSTANCE], 6, 6), ([], 9, 9):
+            page = {**REPLIES["list"], "instances": instances}
+            other.pages = iter([json.dumps({**page, "next": f"n{n}/"}) for n in range(1, pages + 1)])
+            with pytest.raises(Unavailable, match="no end"):
+                await client.instances()
+            assert next(other.pages, None) is None
+            other.pages = iter(
+                [*(json.dumps({**page, "next": f"n{n}/"}) for n in range(1, most - 1)), json.dumps(page)]
+            )
+            assert len(await client.instances()) == len(instances) * (most - 1)
+
+
+def test_a_snapshot_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "INSTANCES_MAX", 5)
+    follow = Follow("*", None, lambda event: None)
+    follow.begin(cast(Any, None))
+    follow.take(REPLIES["watch"])
+    for n in range(5):
+        follow.take({**EVENTS[0], "name": f"n{n}"})
+    follow.take({**EVENTS[0], "name": "n0"})
+    with pytest.raises(Unavailable, match="more than 5"):
+        follow.take({**EVENTS[0], "name": "n5"})
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event["event"])
