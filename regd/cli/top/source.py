@@ -66,12 +66,15 @@ class Source:
         """
         logging.getLogger("regd_client").addHandler(logging.NullHandler())  # the frame says what there is to say
         try:
-            async with self._keeper.following(self._follow):
+            async with contextlib.AsyncExitStack() as stack:
                 try:
                     async with asyncio.timeout(_PICTURE_S):
+                        await stack.enter_async_context(self._keeper.following(self._follow))
                         await self._complete.wait()
                         await self._ask_stats()
-                except TimeoutError:
+                except TimeoutError as error:
+                    if isinstance(error, RegdError):
+                        raise
                     raise Unavailable(
                         f"the daemon at {self.address} told too little in {_PICTURE_S:g} s"
                     ) from None
