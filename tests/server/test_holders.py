@@ -433,7 +433,7 @@ async def test_an_unclaimed_owner_whose_process_the_kernel_knows_to_be_gone_is_d
         peer.send({"cmd": "register", "name": "a", "port": 2, "hold": True})
         process.kill()
         process.wait()
-        assert (await peer.reply())["replaced"]
+        assert (await peer.reply())["ok"]  # replaced, or ended before: the loop hears of both in one iteration
 
 
 @pytest.fixture
