@@ -199,9 +199,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         first, *lines = bytes(self._chunk[:nbytes]).split(b"\n")
-        if lines or not self._rest:  # a line that goes on and on is no answer
-            self.heard_at = time.monotonic()
         if not lines:
+            if not self._rest:  # a line that goes on and on is no answer
+                self.heard_at = time.monotonic()
             self._rest += first
             if len(self._rest) > wire.REPLY_BYTES_MAX:
                 self._break(wire.not_a_reply("a line without an end"))
@@ -239,6 +239,7 @@ class Connection(asyncio.BufferedProtocol):
             self._break(error)
 
     def _take(self, number: int, asked: "_Asked", reply: dict[str, Any]) -> None:
+        self.heard_at = time.monotonic()
         del self._waiting[number]
         if number in self._hearing:
             self._hear(asked.cmd, self._hearing.pop(number), reply)
@@ -255,7 +256,8 @@ class Connection(asyncio.BufferedProtocol):
             self._lost(self, event)
         elif replies.is_known_event(kind):
             heard = self._watches.get(event["watch"])
-            if heard is not None:
+            if heard is not None:  # events that nobody asked for are no answer either
+                self.heard_at = time.monotonic()
                 heard(event)
 
     def _hear(self, cmd: str, heard: Heard | None, reply: dict[str, Any]) -> None:

@@ -39,11 +39,12 @@ async def test_a_call_to_a_daemon_that_hangs_ends(relay: Relay) -> None:
             await client.ping()
 
 
-async def test_a_call_to_one_that_drips_an_answer_without_an_end_ends() -> None:
+@pytest.mark.parametrize("data", [b" ", b'{"event":"progress","watch":1,"rev":1}\n'], ids=["a line", "events"])
+async def test_a_call_to_one_that_drips_an_answer_without_an_end_ends(data: bytes) -> None:
     async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while True:
-                writer.write(b" ")
+                writer.write(data)
                 await writer.drain()
                 await asyncio.sleep(HANGS_S / 10)
         writer.transport.abort()
