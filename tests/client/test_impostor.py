@@ -288,7 +288,7 @@ async def test_pages_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_snapshot_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "INSTANCES_MAX", 5)
-    follow = Follow("*", None, lambda event: None)
+    follow = WatchState("*", None, lambda event: None)
     follow.begin(cast(Any, None))
     follow.take(REPLIES["watch"])
     for n in range(5):
