@@ -230,14 +230,12 @@ class _Name:
         ) as service:
             service.tells = False
             service.opened(host, self._port)
-            registration = asyncio.ensure_future(service.registration())
-            await asyncio.wait((registration,))
-            if registration.exception() is None:
-                at = str(registration.result().endpoint)
+            with contextlib.suppress(RegdError):  # the client has logged it
+                registration = await service.registration()
+                at = str(registration.endpoint)
                 self._told.say("registered", f"{self._name} is registered at {at}", name=self._name, address=at)
-                lost = registration.result().lost
-                await lost.wait()
-                why = registration.result().lost_reason
+                await registration.lost.wait()
+                why = registration.lost_reason
                 self._told.say("lost", f"lost the registration of {self._name}: {why}", name=self._name)
             await leaving
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import json
 import os
 import pty
@@ -611,6 +612,27 @@ def test_what_it_says_itself_is_json_too(process: DaemonProcess) -> None:
         command.end()
     done = finished(process, "--json", "run", "web", "--", "./nothing")
     assert (json.loads(done.stderr)["event"], json.loads(done.stderr)["error"]) == ("refused", "cannot_run")
+
+
+def test_a_command_that_ends_before_it_is_registered(
+    process: DaemonProcess, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    child = subprocess.Popen(["true"])
+    child.wait()
+    monkeypatch.setenv("REGD_ADDRESS", process.addresses[0])
+    monkeypatch.setattr(run_module, "_bound_to", lambda child: {"pid": child})
+    name = run_module._Name(
+        {"name": "web", "instance": None, "meta": None}, run_module._Told(False), child.pid, 1
+    )
+    assert process.process is not None
+    process.process.send_signal(signal.SIGSTOP)
+    name.begin(accepts=True)
+    assert name.withdraw()
+    process.process.send_signal(signal.SIGCONT)
+    assert name.is_gone(WAIT_S)
+    until(lambda: "cannot be registered" in caplog.text)
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 def test_a_command_that_stays_silent(
