@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from regd.server.peer_credentials import question
+from regd.system.peer_credentials import question
 
 _NETLINK_SOCK_DIAG = 4
 _HEAD = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port

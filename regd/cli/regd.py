@@ -24,12 +24,12 @@ from regd.cli.daemonize import (
     take_signals,
 )
 from regd.cli.log_output import FORMATS, LogError, LogOutput, escaped, has_terminal, say
-from regd.server.clock import LoopClock
 from regd.server.daemon import DEFAULT_GRACE_S, DEFAULT_PORT, Config, Daemon, default_registry
-from regd.server.listener import InheritedSocket, ListenError
-from regd.server.peer_credentials import ALL_USERS, unmapped_uid
-from regd.server.systemd import Notifier, Watchdog, handed_over, watchdog_s
 from regd.storage.store import StorageError
+from regd.system.clock import LoopClock
+from regd.system.listener import InheritedSocket, ListenError
+from regd.system.peer_credentials import ALL_USERS, unmapped_uid
+from regd.system.systemd import Notifier, Watchdog, handed_over, watchdog_s
 
 log = logging.getLogger("regd")
 

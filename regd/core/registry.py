@@ -38,8 +38,8 @@ class Departure:
 class Registry:
     """What has landed. `claim_s` is how long what was loaded with `hold` waits for its client.
 
-    `on_entry_changed` is called with a name when a reply about it may have changed, `on_any_changed` when replies
-    about many names may have.
+    `on_entry_changed` is called with a name when replies about that name may have changed, `on_any_changed` when
+    replies about many names may have.
     """
 
     def __init__(

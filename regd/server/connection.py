@@ -17,12 +17,12 @@ from regd.protocol import messages
 from regd.protocol.bare import Quit
 from regd.protocol.commands import COMMANDS, Request
 from regd.protocol.parser import Item, Problem, RequestParser
-from regd.server.clock import Timer
 from regd.server.context import Context, peer_text
 from regd.server.handlers import Caller, IncrementalReply
-from regd.server.namespaces import elsewhere
 from regd.server.pending_resolves import PendingResolve
 from regd.server.watches import Watch
+from regd.system.clock import Timer
+from regd.system.namespaces import elsewhere
 
 _SLICE = 128  # requests of one connection before others get a turn
 _TURN_S = 0.001  # and so long, where requests are dear

@@ -12,19 +12,19 @@ from regd.core.errors import Code, Refused
 from regd.core.limits import Limits
 from regd.core.transaction import OwnershipLost
 from regd.protocol import messages
-from regd.server.clock import Clock
 from regd.server.counters import Counters
 from regd.server.engine import Engine
 from regd.server.event_log import EventLog
 from regd.server.half_closed import HalfClosed
 from regd.server.handlers import Handlers
 from regd.server.loop_monitor import LoopMonitor
-from regd.server.peer_credentials import PeerCredentials
 from regd.server.pending_resolves import PendingResolves
 from regd.server.reaper import Reaper
 from regd.server.resolve_cache import ResolveCache
 from regd.server.scheduler import FairScheduler
 from regd.server.watches import Watches
+from regd.system.clock import Clock
+from regd.system.peer_credentials import PeerCredentials
 
 if TYPE_CHECKING:
     from regd.server.connection import Connection

@@ -19,7 +19,6 @@ from regd.core.model import Change, Key, Process
 from regd.core.registry import Registry
 from regd.core.transaction import OwnershipLost
 from regd.server.acceptor import Acceptor
-from regd.server.clock import Clock, LoopClock
 from regd.server.connection import Connection
 from regd.server.context import BufferQuota, Context, MemoryQuota, Sessions, Share, Slots
 from regd.server.counters import Counters
@@ -28,11 +27,8 @@ from regd.server.event_log import EventLog
 from regd.server.half_closed import HalfClosed
 from regd.server.handlers import Handlers, identify
 from regd.server.idle_exit import IdleExit
-from regd.server.listener import InheritedSocket, ListenError, Listeners, raise_open_files
 from regd.server.loop_monitor import LoopMonitor
-from regd.server.peer_credentials import PeerCredentials
 from regd.server.pending_resolves import PendingResolves
-from regd.server.probes import ProbeResults
 from regd.server.reaper import Reaper
 from regd.server.resolve_cache import ResolveCache
 from regd.server.scheduler import READONLY_S, FairScheduler
@@ -40,6 +36,10 @@ from regd.server.stalls import Stalls
 from regd.server.watches import Watches
 from regd.storage.files import Files
 from regd.storage.store import StorageError, Store
+from regd.system.clock import Clock, LoopClock
+from regd.system.listener import InheritedSocket, ListenError, Listeners, raise_open_files
+from regd.system.peer_credentials import PeerCredentials
+from regd.system.probes import ProbeResults
 
 log = logging.getLogger("regd")
 

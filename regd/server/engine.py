@@ -19,11 +19,11 @@ from regd.core.limits import Limits
 from regd.core.model import Change, Holder, Process, Reason
 from regd.core.registry import Registry
 from regd.core.transaction import ENDS_MAX, OwnershipLost, Transaction
-from regd.server.clock import Clock
 from regd.server.counters import Counters
 from regd.server.loop_monitor import LoopMonitor
 from regd.server.stalls import Stalls
 from regd.storage.store import Store
+from regd.system.clock import Clock
 
 log = logging.getLogger("regd")
 

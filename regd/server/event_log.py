@@ -12,7 +12,7 @@ from regd.core.errors import Code, Refused
 from regd.core.model import Change, Entry, Op, key_text
 from regd.protocol import messages
 from regd.protocol.commands import Request
-from regd.server.clock import Clock, Timer
+from regd.system.clock import Clock, Timer
 
 log = logging.getLogger("regd")
 

@@ -6,7 +6,7 @@ knows, and it does not say so by itself.
 
 from typing import Protocol
 
-from regd.server.clock import Clock, Timer
+from regd.system.clock import Clock, Timer
 
 CHECK_S = 2.0  # between two checks of one connection
 _CHECKS_MAX = 128  # at a time

@@ -21,14 +21,14 @@ from regd.core.transaction import OwnerConflict, Transaction
 from regd.protocol import messages
 from regd.protocol.bare import USAGES
 from regd.protocol.commands import Request, described
-from regd.server.clock import Clock
 from regd.server.counters import Counters
 from regd.server.engine import Write
-from regd.server.namespaces import HERE, Elsewhere
-from regd.server.probes import ProbeResults, may_probe
-from regd.server.processes import Processes, boot_id
 from regd.server.resolve_cache import ResolveCache
 from regd.server.stalls import Stalls
+from regd.system.clock import Clock
+from regd.system.namespaces import HERE, Elsewhere
+from regd.system.probes import ProbeResults, may_probe
+from regd.system.processes import Processes, boot_id
 
 PROTOCOL = 1
 _SHOWN_MAX, _OWNERS_MAX = 100, 32  # instances that `why` tells of, and owners of each

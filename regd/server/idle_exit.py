@@ -5,7 +5,7 @@ Must not know what a registration or a connection is, nor how the daemon ends.
 
 from collections.abc import Callable, Hashable
 
-from regd.server.clock import Clock
+from regd.system.clock import Clock
 
 _LOOKS = 8  # that must find it quiet, one after the other
 

@@ -3,7 +3,7 @@
 For `stats`, and for whoever looks for what makes others wait. Must not know what is measured.
 """
 
-from regd.server.clock import Clock, Timer
+from regd.system.clock import Clock, Timer
 
 _BEAT_S = 1.0
 

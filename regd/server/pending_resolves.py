@@ -13,9 +13,9 @@ from regd.core.instances import Search
 from regd.core.limits import Limits
 from regd.core.model import Change, Entry
 from regd.core.registry import Registry
-from regd.server.clock import Clock, Timer
 from regd.server.loop_monitor import LoopMonitor
-from regd.server.probes import Address, ProbeResults, Probes, may_probe
+from regd.system.clock import Clock, Timer
+from regd.system.probes import Address, ProbeResults, Probes, may_probe
 
 _SLICE = 128  # looks in one turn of the loop
 _TURN_S = 0.02  # for those whose turn it is to be found accepting before others are taken

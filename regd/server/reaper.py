@@ -10,11 +10,11 @@ from regd.core.holders import HolderGone
 from regd.core.limits import Limits
 from regd.core.model import Entry, Holder, Key, Process, Reason
 from regd.core.registry import Registry
-from regd.server.clock import Clock
 from regd.server.engine import Engine
-from regd.server.probes import ProbeResult, Probes, may_probe
-from regd.server.processes import Processes
 from regd.server.stalls import LOOK_S, Stalls
+from regd.system.clock import Clock
+from regd.system.probes import ProbeResult, Probes, may_probe
+from regd.system.processes import Processes
 
 _SLICE = 256  # leases that run out before others get a turn
 _STALLED_LOOK_S = 0.1

@@ -6,7 +6,7 @@ Such time is added to the deadlines of leases and of holds that wait for their c
 import logging
 
 from regd.core.holders import HolderIndex
-from regd.server.clock import Clock
+from regd.system.clock import Clock
 
 log = logging.getLogger("regd")
 

@@ -16,8 +16,8 @@ from regd.core.limits import Limits
 from regd.core.model import Change, Entry, Key, Op, Reason
 from regd.core.registry import Registry
 from regd.protocol import messages
-from regd.server.clock import Clock, Timer
 from regd.server.loop_monitor import LoopMonitor
+from regd.system.clock import Clock, Timer
 
 _SLICE = 128  # entries or changes of one watch before others get a turn; watches before the loop turns
 _SLICE_BYTES = 16_384  # and bytes, though at least one: what a peer that does not read can cost

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from regd.server.daemon import Config, Daemon
-from regd.server.listener import ListenError
 from regd.storage.files import Files
 from regd.storage.store import StorageError
+from regd.system.listener import ListenError
 from regd.testing.memory import IN_MEMORY, MemoryFiles, excerpt
 
 _LOGGED_MAX = 50  # lines, of each daemon

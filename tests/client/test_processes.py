@@ -9,7 +9,7 @@ import pytest
 import regd_client
 from regd.core.errors import Code, Refused
 from regd.core.model import Process
-from regd.server.processes import Processes
+from regd.system.processes import Processes
 from regd_client.client import Client
 from regd_client.holding import _LINGERING, _NEWEST
 from tests.client.relay import Relay, until

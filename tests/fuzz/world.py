@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from regd.core.limits import Limits
-from regd.server import half_closed, probes, processes
+from regd.server import half_closed
 from regd.server.connection import Connection
 from regd.server.context import Context
 from regd.server.daemon import Config, Daemon
 from regd.storage.files import Files, Fingerprint
+from regd.system import probes, processes
 from tests.fuzz.wire import TurningLoop, Wire
 from tests.support.clock import HandClock
 from tests.support.daemon import EPOCH

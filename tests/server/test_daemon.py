@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from regd.server.daemon import Config, Daemon, default_registry
-from regd.server.listener import ListenError
 from regd.storage.store import StorageError
+from regd.system.listener import ListenError
 from tests.support.daemon import InLoop
 
 pytestmark = pytest.mark.socket
@@ -40,7 +40,7 @@ async def test_a_registry_in_use_is_told_and_nothing_is_touched(daemon: InLoop) 
 
 
 async def test_a_machine_without_ipv6_has_one_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from regd.server import listener
+    from regd.system import listener
 
     real = listener._tcp
 

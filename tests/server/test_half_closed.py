@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from regd.server import peer_credentials
 from regd.server.half_closed import CHECK_S, HalfClosed
+from regd.system import peer_credentials
 from tests.support.clock import HandClock
 from tests.support.daemon import WAIT_S, InLoop, environment
 

@@ -13,7 +13,7 @@ import pytest
 
 from regd.core.holders import HolderGone
 from regd.core.limits import Limits
-from regd.server import probes
+from regd.system import probes
 from tests.support.daemon import WAIT_S, InLoop, Peer
 from tests.support.files import ToldFiles
 

@@ -22,8 +22,8 @@ from regd.core.transaction import Transaction
 from regd.protocol.commands import Request
 from regd.protocol.messages import HTTP_REFUSAL
 from regd.server.daemon import _within_open_files
-from regd.server.peer_credentials import PeerCredentials
 from regd.server.scheduler import FairScheduler, Worker
+from regd.system.peer_credentials import PeerCredentials
 from tests.support.daemon import WAIT_S, InLoop, Peer
 from tests.support.files import ToldFiles
 from tests.support.peers import STRANGER, Told
@@ -463,7 +463,7 @@ async def test_no_more_addresses_are_probed_at_a_time(
             running_now.discard(address)
         return ""
 
-    monkeypatch.setattr("regd.server.probes._connect", connect)
+    monkeypatch.setattr("regd.system.probes._connect", connect)
     told.uid = 0
     async with running(peers=told, readonly_probes_max=2, probes_max=3) as daemon:
         owner = await daemon.peer()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from regd.server import namespaces
+from regd.system import namespaces
 from tests.support.daemon import DaemonProcess, environment
 
 pytestmark = [

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from regd.server import peer_credentials
-from regd.server.listener import ListenError
-from regd.server.peer_credentials import PeerCredentials, by_table, is_connection, owner, question
+from regd.system import peer_credentials
+from regd.system.listener import ListenError
+from regd.system.peer_credentials import PeerCredentials, by_table, is_connection, owner, question
 from tests.support.daemon import DaemonProcess, InLoop, environment
 from tests.support.peers import STRANGER, Told
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from regd.core.limits import Limits
-from regd.server import probes
+from regd.system import probes
 from tests.support.daemon import WAIT_S, InLoop
 
 pytestmark = pytest.mark.socket

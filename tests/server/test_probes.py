@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from regd.server import probes
+from regd.system import probes
 
 pytestmark = pytest.mark.socket
 

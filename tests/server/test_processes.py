@@ -15,8 +15,8 @@ import pytest
 from regd.core.errors import Code, Refused
 from regd.core.limits import DEFAULT
 from regd.core.model import Process
-from regd.server import processes
-from regd.server.processes import Processes
+from regd.system import processes
+from regd.system.processes import Processes
 from tests.support.daemon import WAIT_S, InLoop, environment
 from tests.support.peers import STRANGER, Told
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from regd.server import systemd
 from regd.server.daemon import Config, Daemon
-from regd.server.listener import InheritedSocket, ListenError
-from regd.server.systemd import Notifier, Watchdog, handed_over, watchdog_s
+from regd.system import systemd
+from regd.system.listener import InheritedSocket, ListenError
+from regd.system.systemd import Notifier, Watchdog, handed_over, watchdog_s
 from tests.support.clock import HandClock
 from tests.support.daemon import WAIT_S, Peer
 

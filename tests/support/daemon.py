@@ -16,8 +16,8 @@ from typing import Any, Self
 
 from regd.core.limits import DEFAULT, Limits
 from regd.server.daemon import Config, Daemon
-from regd.server.peer_credentials import PeerCredentials
 from regd.storage.files import Files
+from regd.system.peer_credentials import PeerCredentials
 from tests.support.clock import HandClock
 
 ROOT = Path(__file__).resolve().parents[2]

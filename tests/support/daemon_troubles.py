@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from regd.core.limits import DEFAULT
-from regd.server import peer_credentials
-from regd.server.listener import ListenError
 from regd.storage.store import StorageError
+from regd.system import peer_credentials
+from regd.system.listener import ListenError
 from tests.support.daemon import InLoop
 from tests.support.files import FULL, ToldFiles
 from tests.support.peers import Told

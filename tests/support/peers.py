@@ -3,7 +3,7 @@
 import socket
 from collections.abc import Sequence
 
-from regd.server.peer_credentials import PeerCredentials
+from regd.system.peer_credentials import PeerCredentials
 
 STRANGER = 65_533  # a number that nobody here has
 

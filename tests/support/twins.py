@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from regd.core.limits import DEFAULT, Limits
-from regd.server import processes
+from regd.system import processes
 from tests.fuzz.wire import Wire
 from tests.fuzz.world import World, faked_system
 

@@ -16,7 +16,7 @@ import struct
 import sys
 from collections.abc import Callable, Collection, Sequence
 
-from regd.server.listener import ListenError
+from regd.system.listener import ListenError
 
 log = logging.getLogger("regd")
 

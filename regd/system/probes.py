@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from regd.core.limits import Limits
-from regd.server.clock import Clock, Timer
+from regd.system.clock import Clock, Timer
 
 _PAUSE_S = (0.02, 0.5)  # the first and the longest between two attempts
 

@@ -11,8 +11,8 @@ import re
 import socket
 from collections.abc import Callable, MutableMapping
 
-from regd.server.clock import Clock, Timer
-from regd.server.listener import InheritedSocket, ListenError
+from regd.system.clock import Clock, Timer
+from regd.system.listener import InheritedSocket, ListenError
 
 log = logging.getLogger("regd")
 
