@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +29,7 @@ from regd.server.daemon import DEFAULT_GRACE_S, DEFAULT_PORT, Config, Daemon, de
 from regd.storage.store import StorageError
 from regd.system.clock import LoopClock
 from regd.system.listener import InheritedSocket, ListenError
+from regd.system.open_files import fit_limits
 from regd.system.peer_credentials import ALL_USERS, unmapped_uid
 from regd.system.systemd import Notifier, Watchdog, handed_over, watchdog_s
 
@@ -318,7 +320,7 @@ async def _run(config: Config, starter: Foreground, output: LogOutput) -> None:
     # The thread that writes the file takes turns with the loop, which asks for one at every send and receive.
     sys.setswitchinterval(_SWITCH_S)
     clock = LoopClock()
-    server = Daemon(config, clock=clock)
+    server = Daemon(replace(config, limits=fit_limits(config.limits)), clock=clock)
     gc.collect()
     gc.disable()  # what is loaded stays: nothing of it is worth a look, now or later
     await server.start()

@@ -52,8 +52,6 @@ class Registry:
         claim_s: float = 0.0,
     ) -> None:
         self.limits = limits
-        self.rev = rev
-        self.history = History(rev, limits)
         self.lifetimes = HolderIndex(claim_s)
         self.last_holder = 0  # the highest id that was given
         self.weight_bytes = 0
@@ -65,6 +63,12 @@ class Registry:
         self._departures: OrderedDict[str, deque[Departure]] = OrderedDict()
         self.on_entry_changed: Callable[[str], None] = lambda name: None
         self.on_any_changed: Callable[[], None] = lambda: None
+        self.load(entries, rev, now)
+
+    def load(self, entries: Iterable[Entry], rev: int, now: float) -> None:
+        """Fill an empty registry with stored entries, as of revision `rev`."""
+        self.rev = rev
+        self.history = History(rev, self.limits)
         for entry in sorted(entries, key=lambda entry: entry.key):
             self._set(entry)
             if entry.holders:

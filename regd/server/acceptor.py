@@ -1,8 +1,8 @@
-"""Accept connections on the listening sockets, and give each one a protocol of its own.
+"""Accept connections on the listening sockets, and give each connection its protocol.
 
-`loop.create_server` is not used because of what it does without file descriptors: asyncio logs an error for each
-waiting caller, and uvloop closes callers without a word. Here callers stay in the kernel's queue, and one line is
-logged a second.
+`loop.create_server` handles a lack of file descriptors badly: asyncio logs an error for each waiting caller, and
+uvloop closes callers without a log line. Here callers wait in the queue of the kernel, and each listener logs one
+line a second.
 """
 
 import asyncio
@@ -29,23 +29,23 @@ class Acceptor:
 
     @property
     def starting(self) -> int:
-        """How many accepted connections have not reached their protocol yet."""
+        """The number of accepted connections that have no protocol yet."""
         return len(self._starting)
 
     def listen(self, listener: socket.socket) -> None:
-        """Accept connections of a listening socket from now on."""
+        """Accept connections on a listening socket from now on."""
         listener.setblocking(False)
         self._listeners.append(listener)
         self._loop.add_reader(listener, self._accept, listener)
 
     def stop(self) -> None:
-        """Accept no more. Connections that were accepted still reach their protocol. Idempotent."""
+        """Accept no more connections. Those that were accepted still get their protocol. Idempotent."""
         for listener in self._listeners:
             self._loop.remove_reader(listener)
         self._listeners.clear()
 
     async def started(self) -> None:
-        """Wait until every accepted connection has reached its protocol."""
+        """Wait until every accepted connection has its protocol."""
         if self._starting:
             await asyncio.wait(self._starting)
 

@@ -1,5 +1,7 @@
-"""From start to end: what is opened in which order, and closed in the other. The one place that puts the parts
-together. Must not know signals or command lines, so that a test can start one in its own loop.
+"""The daemon: connects its parts, opens them in order, serves, and closes them in reverse order.
+
+Signals, process-wide settings and the command line are the caller's, so that a test can run a daemon in its own
+event loop.
 """
 
 import asyncio
@@ -7,25 +9,26 @@ import contextlib
 import logging
 import math
 import os
-import resource
 import socket
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from regd.core.errors import Refused
 from regd.core.limits import DEFAULT, Limits
-from regd.core.model import Change, Key, Process
+from regd.core.model import Change, Holder, Key, Process
 from regd.core.registry import Registry
 from regd.core.transaction import OwnershipLost
 from regd.server.acceptor import Acceptor
 from regd.server.connection import Connection
 from regd.server.context import BufferQuota, Context, MemoryQuota, Sessions, Share, Slots
 from regd.server.counters import Counters
+from regd.server.daemon_info import DaemonInfo
 from regd.server.engine import Engine, Write
 from regd.server.event_log import EventLog
+from regd.server.explain import Explainer
 from regd.server.half_closed import HalfClosed
-from regd.server.handlers import Handlers, identify
+from regd.server.handlers import Handlers
 from regd.server.idle_exit import IdleExit
 from regd.server.loop_monitor import LoopMonitor
 from regd.server.pending_resolves import PendingResolves
@@ -37,7 +40,7 @@ from regd.server.watches import Watches
 from regd.storage.files import Files
 from regd.storage.store import StorageError, Store
 from regd.system.clock import Clock, LoopClock
-from regd.system.listener import InheritedSocket, ListenError, Listeners, raise_open_files
+from regd.system.listener import InheritedSocket, Listeners
 from regd.system.peer_credentials import PeerCredentials
 from regd.system.probes import ProbeResults
 
@@ -45,15 +48,14 @@ log = logging.getLogger("regd")
 
 DEFAULT_GRACE_S = 30.0
 DEFAULT_PORT = 7343  # "REGD" on a phone's keys
-_CONNECTIONS_MIN = 16  # fewer are of no use
-_GOODBYE_S = 2.0  # for replies to leave before the connections are cut
+_GOODBYE_S = 2.0  # for peers to take the last replies, before their connections are cut
 
 
 def default_registry(environment: Mapping[str, str]) -> Path:
-    """Return where the registry is kept when nobody says: the service manager's place, or the user's.
+    """Return the registry file's default path: in the service manager's state directory, else in the user's.
 
     Raises:
-        StorageError: the environment names no such place.
+        StorageError: the environment names no usable directory.
     """
     if folders := environment.get("STATE_DIRECTORY"):
         folder = folders.partition(":")[0]  # systemd.exec(5): may be several
@@ -63,16 +65,16 @@ def default_registry(environment: Mapping[str, str]) -> Path:
             )
         return Path(folder) / "registry.json"
     base = environment.get("XDG_STATE_HOME", "")
-    if os.path.isabs(base):  # else it is to be ignored (XDG Base Directory Specification)
+    if os.path.isabs(base):  # the XDG Base Directory Specification: ignore a relative path
         return Path(base) / "regd" / "registry.json"
     return _home() / ".local" / "state" / "regd" / "registry.json"
 
 
 def _home() -> Path:
-    """Return this user's home folder, which is there.
+    """Return this user's home folder.
 
     Raises:
-        StorageError: HOME is no such folder, or is not set and the system knows none.
+        StorageError: HOME is not an existing folder, or is not set and the user has no home in the user database.
     """
     text = os.environ.get("HOME")
     try:
@@ -90,25 +92,25 @@ def _home() -> Path:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
+    """What a daemon is started with."""
+
     registry: Path
     port: int | None = DEFAULT_PORT  # None: no TCP
     unix: Path | None = None
-    inherited: Sequence[
-        InheritedSocket | socket.socket
-    ] = ()  # sockets that listen already, in place of `port` and `unix`
-    grace_s: float = DEFAULT_GRACE_S  # for clients to come back and claim what they held
-    allowed_uids: Collection[int] = ()  # that may write, besides root and the daemon's own
+    inherited: Sequence[InheritedSocket | socket.socket] = ()  # listening sockets, in place of `port` and `unix`
+    grace_s: float = DEFAULT_GRACE_S  # for clients to reconnect and claim the registrations that they held
+    allowed_uids: Collection[int] = ()  # users that may write, besides root and the daemon's own
     allow_any_user: bool = False  # every user may write
-    idle_exit_s: float | None = None  # until it ends by itself when nobody needs it; None: it stays
-    log: Path | None = None  # where the log goes, for `stats`; None: to stderr
+    idle_exit_s: float | None = None  # exit after being unused for so long; None: never
+    log: Path | None = None  # the log file, for `stats`; None: stderr
     limits: Limits = DEFAULT
-    raise_open_files: bool = True  # as the limits need; not in a process that is somebody else's
 
 
 class Daemon:
-    """A daemon in the running loop: `await start()`, and `await stop()`.
+    """A daemon for the running event loop: `await start()`, and later `await stop()`.
 
-    `clock`, `files`, `epoch` and `peers` are for tests.
+    The constructor connects the parts. It opens nothing and starts nothing. `clock`, `files`, `epoch` and `peers`
+    are for tests.
     """
 
     def __init__(
@@ -121,214 +123,225 @@ class Daemon:
         peers: PeerCredentials | None = None,
     ) -> None:
         self._config = config
-        self._clock = clock or LoopClock()
+        self._clock = clock = clock or LoopClock()
         self._files = files or Files()
         self._epoch = epoch or os.urandom(8).hex()
-        self._pulse = LoopMonitor(self._clock)
-        self._peers = peers or PeerCredentials(config.allowed_uids, anyone=config.allow_any_user)
         self._listeners = Listeners()
-        self._acceptor: Acceptor | None = None
+        self._peers = peers or PeerCredentials(config.allowed_uids, anyone=config.allow_any_user)
         self._store = Store(config.registry, log.warning, self._files)
-        self._registry: Registry | None = None
-        self._engine: Engine | None = None
-        self._findings: ProbeResults | None = None
-        self._context: Context | None = None
-        self._engine_task: asyncio.Task[None] | None = None
-        self._events: EventLog | None = None
-        self._idle: IdleExit | None = None
-        self._idled = asyncio.Event()
-
-    @property
-    def addresses(self) -> list[str]:
-        """Return where it listens, as `tcp://HOST:PORT` and `unix:///path`."""
-        return self._listeners.addresses
-
-    @property
-    def status(self) -> str:
-        """Return how it is, in a line for people."""
-        if self._registry is None:
-            return "starting"
-        count, rev = len(self._registry), self._registry.rev
-        return f"{count} registrations at revision {rev}, {len(self.connections)} connections"
-
-    @property
-    def connections(self) -> "set[Connection]":
-        return self._context.connections if self._context else set()
-
-    @property
-    def sockets(self) -> list[socket.socket]:
-        """Return those that listen, and those of connections."""
-        found = [each.socket for each in self.connections]
-        return [*self._listeners.sockets, *(each for each in found if each is not None)]
-
-    @property
-    def waiting_bytes(self) -> int:
-        """What is kept of lines that are unfinished or unanswered."""
-        return sum(share.input.total for share in self._shares)
-
-    @property
-    def unsent_bytes(self) -> int:
-        """What waits for peers that do not read."""
-        return sum(share.output.total for share in self._shares)
-
-    @property
-    def kept_bytes(self) -> int:
-        """What is kept of requests that wait for the disk, are parked or watch."""
-        return sum(share.kept.total for share in self._shares)
-
-    @property
-    def parked(self) -> int:
-        """How many requests wait for somebody to accept."""
-        return sum(len(share.waits) for share in self._shares)
-
-    @property
-    def probed(self) -> int:
-        """How many attempts to connect were made."""
-        return self._findings.count if self._findings else 0
-
-    @property
-    def _shares(self) -> "list[Share]":
-        return [self._context.writers, self._context.readers] if self._context else []
-
-    async def start(self) -> None:
-        """Open everything, or leave nothing behind.
-
-        Raises:
-            ListenError: an address cannot be had; nothing was touched.
-            StorageError: the registry cannot be used; it was not changed.
-        """
-        try:
-            await self._start()
-        except BaseException:
-            self._close_files()
-            raise
-
-    async def _start(self) -> None:
-        config = self._config
-        limits = _within_open_files(config.limits) if config.raise_open_files else config.limits
-        # 1. Addresses first: a second regd must end here, before it touches a file.
-        self._listen(config)
-        # 2. The registry: locked, read, and made where it is missing.
-        document = self._store.open(self._clock.wall())
-        if self._store.made_folder:
-            log.info("made the folder %s, which was not there", self._store.path.parent)
-        self._store.ensure_writable()
-        # 3. The parts.
-        clock, tally, sessions, pulse = self._clock, Counters(), Sessions(), self._pulse
-        registry = Registry(document.entries, document.rev, limits, now=clock.now(), claim_s=config.grace_s)
-        self._registry = registry
-        self._events = events = EventLog(clock, sessions.peer_of)
-        replies = ResolveCache(
-            remembers=not events.logs_requests
-        )  # what is remembered is answered without a request
+        self._registry = registry = Registry(limits=config.limits, claim_s=config.grace_s)
+        self._counters = Counters()
+        self._pulse = LoopMonitor(clock)
+        self._findings = ProbeResults(config.limits.departures_max)
+        self._sessions = Sessions()
+        self._events = EventLog(clock, self._sessions.peer_of)
+        # A cached reply is sent without a request, so that it could not be logged.
+        self._replies = replies = ResolveCache(remembers=not self._events.logs_requests)
         registry.on_entry_changed, registry.on_any_changed = replies.invalidate, replies.invalidate_all
-        findings = self._findings = ProbeResults(limits.departures_max)
-
-        shares = self._made_shares(registry, limits, findings)
-        writers, readers = shares
-        stalls = Stalls(clock, registry.lifetimes)
-        reaper = Reaper(registry, clock, limits, stalls, writers.waits.probes, sessions.is_cut)
-
-        def landed(changes: Sequence[Change]) -> None:
-            for each in shares:
-                each.watches.landed(changes)
-                each.waits.landed(changes)
-            events.changes(changes)
-
-        def settled(lost: Sequence[OwnershipLost], free: set[Process]) -> None:
-            reaper.settled(free)
-            for each in lost:
-                sessions.tell(each)
-
-        self._engine = reaper.engine = Engine(
-            registry, self._store, clock, tally, pulse, limits, stalls, reaper.is_gone, landed, settled
+        self._shares = self._build_shares()
+        self._stalls = Stalls(clock, registry.lifetimes)
+        self._engine = self._build_engine()
+        self._reaper = self._build_reaper()
+        self._info = DaemonInfo(
+            registry, clock, self._counters, replies, self._gauges, self._epoch, self._store.path, config.log
         )
+        self._context = self._build_context()
+        self._acceptor = Acceptor(lambda: Connection(self._context))
+        self._idled = asyncio.Event()
+        self._idle = self._build_idle_exit()
+        self._engine_task: asyncio.Task[None] | None = None
 
-        def gauges() -> dict[str, object]:
-            return {
-                "watches": sum(len(each.watches) for each in shares),
-                "waiting": sum(len(each.waits) for each in shares),
-                "processes": len(reaper.processes),
-                **pulse.described(),
-            }
+    # Connecting the parts.
 
-        identity = identify(
-            self._epoch,
-            _loop_name(),
-            str(self._store.path),
-            None if config.log is None else str(config.log),
-            clock.now(),
-        )
-        self._context = Context(
-            limits=limits,
-            engine=self._engine,
-            answers=Handlers(
-                registry,
-                identity,
-                clock,
-                tally,
-                limits,
-                stalls,
-                reaper.processes,
-                findings,
-                replies,
-                sessions.peer_of,
-                gauges,
-            ),
-            replies=replies,
-            reaper=reaper,
-            peers=self._peers,
-            clock=clock,
-            tally=tally,
-            pulse=pulse,
-            writers=writers,
-            readers=readers,
-            half_closed=HalfClosed(clock),
-            events=events,
-            sessions=sessions,
-        )
-        reaper.start()
-        pulse.start()
-        self._engine_task = asyncio.create_task(self._engine.run(), name="regd-engine")
-        # 4. Serve.
-        context = self._context
-        acceptor = self._acceptor = Acceptor(lambda: Connection(context))
-        for each in self._listeners.sockets:
-            acceptor.listen(each)
-        if config.idle_exit_s is not None:
-            self._idle = IdleExit(
-                clock, config.idle_exit_s, lambda: _quiet(registry, context, acceptor), self._idle_out
-            )
-            self._idle.start()
-        for note in self._listeners.notes:
-            log.warning("%s", note)
-        log.info("%d registrations at revision %d from %s", len(registry), registry.rev, self._store.path)
+    def _build_shares(self) -> tuple[Share, Share]:
+        """Return what users who may write share, and what users who may only read share."""
 
-    def _made_shares(self, registry: Registry, limits: Limits, findings: ProbeResults) -> tuple[Share, Share]:
-        """Return what those who may write share, and what those who may only read do."""
-
-        def share(limits: Limits, turns: FairScheduler, slow_max: float, *, readonly: bool = False) -> Share:
+        def build(limits: Limits, turns: FairScheduler, slow_max: float, *, readonly: bool = False) -> Share:
+            registry, clock, pulse = self._registry, self._clock, self._pulse
             return Share(
                 turns=turns,
-                watches=Watches(registry, self._clock, limits, self._pulse, self._epoch),
-                waits=PendingResolves(registry, self._clock, limits, self._pulse, findings, readonly=readonly),
+                watches=Watches(registry, clock, limits, pulse, self._epoch),
+                waits=PendingResolves(registry, clock, limits, pulse, self._findings, readonly=readonly),
                 input=BufferQuota(limits.input_bytes_total_max),
                 output=BufferQuota(limits.output_bytes_total_max),
                 kept=MemoryQuota(limits.pending_bytes_max),
                 slow=Slots(slow_max),
             )
 
+        limits = self._config.limits
+        readonly = limits.of_readers()
         return (
-            share(limits, FairScheduler(), math.inf),
-            share(
-                limits.of_readers(),
+            build(limits, FairScheduler(), math.inf),
+            build(
+                readonly,
                 FairScheduler(READONLY_S, READONLY_S),
                 limits.readonly_slow_replies_max,
                 readonly=True,
             ),
         )
 
-    def _listen(self, config: Config) -> None:
+    def _build_engine(self) -> Engine:
+        return Engine(
+            self._registry,
+            self._store,
+            self._clock,
+            self._counters,
+            self._pulse,
+            self._config.limits,
+            self._stalls,
+            is_gone=self._is_gone,
+            landed=self._landed,
+            settled=self._settled,
+        )
+
+    def _build_reaper(self) -> Reaper:
+        return Reaper(
+            self._registry,
+            self._clock,
+            self._config.limits,
+            self._stalls,
+            self._shares[0].waits.probes,
+            is_cut=self._sessions.is_cut,
+            ended=self._engine.end,
+        )
+
+    def _build_context(self) -> Context:
+        explainer = Explainer(self._registry, self._clock, self._findings, self._sessions.peer_of)
+        writers, readers = self._shares
+        return Context(
+            limits=self._config.limits,
+            engine=self._engine,
+            answers=Handlers(
+                self._registry, self._info, explainer, self._stalls, self._reaper.processes, self._replies
+            ),
+            replies=self._replies,
+            reaper=self._reaper,
+            peers=self._peers,
+            clock=self._clock,
+            tally=self._counters,
+            pulse=self._pulse,
+            writers=writers,
+            readers=readers,
+            half_closed=HalfClosed(self._clock),
+            events=self._events,
+            sessions=self._sessions,
+        )
+
+    def _build_idle_exit(self) -> IdleExit | None:
+        if self._config.idle_exit_s is None:
+            return None
+        return IdleExit(self._clock, self._config.idle_exit_s, self._unused_mark, self._exit_idle)
+
+    # What the parts call.
+
+    def _is_gone(self, holder: Holder) -> bool:
+        return self._reaper.is_gone(holder)
+
+    def _landed(self, changes: Sequence[Change]) -> None:
+        for share in self._shares:
+            share.watches.landed(changes)
+            share.waits.landed(changes)
+        self._events.changes(changes)
+
+    def _settled(self, losses: Sequence[OwnershipLost], free: set[Process]) -> None:
+        self._reaper.settled(free)
+        for lost in losses:
+            self._sessions.tell(lost)
+
+    def _gauges(self) -> dict[str, object]:
+        return {
+            "watches": sum(len(share.watches) for share in self._shares),
+            "waiting": self.parked,
+            "processes": len(self._reaper.processes),
+            **self._pulse.described(),
+        }
+
+    def _unused_mark(self) -> Hashable | None:
+        """Return None while the daemon is in use, else a value that changes if it was used in between."""
+        if len(self._registry) or self.connections or self._acceptor.starting:
+            return None
+        counters = self._counters
+        return self._registry.rev, counters.connections_accepted, counters.connections_refused
+
+    def _exit_idle(self) -> None:
+        # Called in the same loop iteration as `_unused_mark`, so that no peer is accepted in between.
+        self._acceptor.stop()
+        log.info("nothing was registered and nobody connected for %g s: leaving", self._config.idle_exit_s)
+        self._idled.set()
+
+    # What callers and tests look at.
+
+    @property
+    def addresses(self) -> list[str]:
+        """The addresses that the daemon listens on, as `tcp://HOST:PORT` and `unix:///path`."""
+        return self._listeners.addresses
+
+    @property
+    def status(self) -> str:
+        """The state of the daemon, in a line for people."""
+        if self._engine_task is None:
+            return "starting"
+        count, rev = len(self._registry), self._registry.rev
+        return f"{count} registrations at revision {rev}, {len(self.connections)} connections"
+
+    @property
+    def connections(self) -> "set[Connection]":
+        return self._context.connections
+
+    @property
+    def sockets(self) -> list[socket.socket]:
+        """The listening sockets, and those of connections."""
+        connected = [connection.socket for connection in self.connections]
+        return [*self._listeners.sockets, *(found for found in connected if found is not None)]
+
+    @property
+    def waiting_bytes(self) -> int:
+        """The bytes of unfinished and unanswered lines."""
+        return sum(share.input.total for share in self._shares)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """The bytes that peers have not read yet."""
+        return sum(share.output.total for share in self._shares)
+
+    @property
+    def kept_bytes(self) -> int:
+        """The memory of requests that wait for the disk, are parked or watch."""
+        return sum(share.kept.total for share in self._shares)
+
+    @property
+    def parked(self) -> int:
+        """The number of `resolve` requests that wait for an instance."""
+        return sum(len(share.waits) for share in self._shares)
+
+    @property
+    def probed(self) -> int:
+        """The number of probes that were made."""
+        return self._findings.count
+
+    def keys(self) -> list[Key]:
+        """Return the keys of all registrations, in order."""
+        return self._registry.keys()
+
+    # Start, work, stop.
+
+    async def start(self) -> None:
+        """Open everything and serve, or leave nothing open.
+
+        Raises:
+            ListenError: an address cannot be used; no file was touched.
+            StorageError: the registry cannot be used; it was not changed.
+        """
+        try:
+            self._open()
+            self._serve()
+        except BaseException:
+            self._close_files()
+            raise
+
+    def _open(self) -> None:
+        # 1. Addresses first: a second regd must end here, before it touches a file.
+        config = self._config
         if config.inherited:
             self._listeners.inherit(config.inherited)
         elif config.port is not None:
@@ -336,72 +349,81 @@ class Daemon:
         self._peers.open(self._listeners.sockets)
         if config.unix is not None and not config.inherited:
             self._listeners.open_unix(config.unix, self._files)
+        # 2. The registry: lock it, read it, and create it if it is missing.
+        document = self._store.open(self._clock.wall())
+        if self._store.made_folder:
+            log.info("made the folder %s, which was not there", self._store.path.parent)
+        self._store.ensure_writable()
+        self._registry.load(document.entries, document.rev, self._clock.now())
+        # 3. What the system tells of itself.
+        self._reaper.processes.open()
+        self._info.open()
 
-    def keys(self) -> list[Key]:
-        """Return what is registered."""
-        return self._registry.keys() if self._registry is not None else []
+    def _serve(self) -> None:
+        self._stalls.start()
+        self._reaper.start()
+        self._pulse.start()
+        self._engine_task = asyncio.create_task(self._engine.run(), name="regd-engine")
+        for listener in self._listeners.sockets:
+            self._acceptor.listen(listener)
+        if self._idle is not None:
+            self._idle.start()
+        for note in self._listeners.notes:
+            log.warning("%s", note)
+        registry = self._registry
+        log.info("%d registrations at revision %d from %s", len(registry), registry.rev, self._store.path)
 
     async def write(self, write: Write) -> bytes:
-        """Have the engine judge and land a write that no peer has asked for, and return its reply.
+        """Have the engine commit a write that no peer has requested, and return its reply.
 
         Raises:
-            Refused: it is refused.
+            Refused: the write is refused.
         """
-        assert self._engine is not None
         assert self._engine_task is not None
         landed: asyncio.Future[bytes | Refused] = asyncio.get_running_loop().create_future()
         self._engine.submit(write, landed.set_result)
         await asyncio.wait((landed, self._engine_task), return_when=asyncio.FIRST_COMPLETED)
         if not landed.done():
-            await self._engine_task  # which raises what ended it
+            await self._engine_task  # raises the engine's error
         if isinstance(outcome := landed.result(), Refused):
             raise outcome
         return outcome
 
     async def failed(self) -> None:
-        """Wait for ever, or raise what ended the engine: a bug, and the end of the process."""
+        """Wait until the engine ends, and raise its error: a bug, after which the process must end."""
         assert self._engine_task is not None
         await asyncio.shield(self._engine_task)
 
     async def idled(self) -> None:
-        """Wait until nobody has needed it for `idle_exit_s`: it takes no more callers, and is to be stopped."""
+        """Wait until the daemon was unused for `idle_exit_s`. It then accepts no connections: stop it."""
         await self._idled.wait()
 
-    def _idle_out(self) -> None:
-        # In the turn that has found nobody: whoever connects now was never accepted, and is reset without a word.
-        assert self._acceptor is not None
-        self._acceptor.stop()
-        log.info("nothing was registered and nobody connected for %g s: leaving", self._config.idle_exit_s)
-        self._idled.set()
-
     async def stop(self) -> None:
-        """Leave in order, with the last commit on disk. Twice is harmless."""
-        # 1. Let nobody in.
+        """Stop in order: commit and answer the writes that wait, then close everything. Idempotent."""
+        # 1. Accept no more connections.
         if self._idle is not None:
             self._idle.close()
-        if self._acceptor is not None:
-            self._acceptor.stop()
-            await self._acceptor.started()
-        # 2. Take no more writes; those that wait still land, and are answered.
-        if self._engine is not None and self._engine_task is not None:
+        self._acceptor.stop()
+        await self._acceptor.started()
+        # 2. Accept no more writes; those that wait are committed and answered.
+        if self._engine_task is not None:
             self._engine.close()
             await asyncio.gather(self._engine_task, return_exceptions=True)
-        # 3. Let the replies out, and cut who does not take them.
-        if self._context is not None:
-            await self._say_goodbye(self._context)
-            for share in self._shares:
-                share.watches.close()
-                share.waits.close()
-            self._context.half_closed.close()
-            self._context.reaper.close()
-            self._pulse.close()
-        if self._events is not None:
-            self._events.close()
-        # 4. Addresses, lock.
+        # 3. Send the last replies, and cut the connections of peers that do not take them.
+        await self._close_connections()
+        for share in self._shares:
+            share.watches.close()
+            share.waits.close()
+        self._context.half_closed.close()
+        self._reaper.close()
+        self._pulse.close()
+        self._events.close()
+        # 4. Give up the addresses and the lock.
         self._close_files()
 
-    async def _say_goodbye(self, context: Context) -> None:
-        await asyncio.sleep(0)  # what has just landed is sent in the loop's next turn
+    async def _close_connections(self) -> None:
+        await asyncio.sleep(0)  # replies to what was just committed are sent in the loop's next iteration
+        context = self._context
         for connection in list(context.connections):
             connection.close()
         with contextlib.suppress(TimeoutError):
@@ -415,50 +437,3 @@ class Daemon:
         self._listeners.close(self._files)
         self._peers.close()
         self._store.close()
-
-
-def _quiet(registry: Registry, context: Context, acceptor: Acceptor) -> Hashable | None:
-    """Return None while something is registered or somebody connected, else a mark of all that was before."""
-    if len(registry) or context.connections or acceptor.starting:
-        return None
-    return registry.rev, context.tally.connections_accepted, context.tally.connections_refused
-
-
-def _within_open_files(limits: Limits) -> Limits:
-    """Raise how many files may be open, and share out what there is between connections and processes.
-
-    Raises:
-        ListenError: there are too few to be of use.
-    """
-    probes = limits.probes_max + limits.readonly_probes_max
-    wanted = limits.connections_max + limits.processes_max + probes
-    there = raise_open_files(wanted)
-    if there >= wanted:
-        return limits
-    share = there / wanted
-    connections, files = int(limits.connections_max * share), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if connections < _CONNECTIONS_MIN:
-        raise ListenError(
-            f"this process may open {files} files, too few for {_CONNECTIONS_MIN} connections; "
-            "raise the limit to 1024 or more (ulimit -Hn; LimitNOFILE= in a unit)"
-        )
-    log.warning(
-        "this process may open %d files (ulimit -Hn): regd takes %d connections at a time, not %d",
-        files,
-        connections,
-        limits.connections_max,
-    )
-    # Of the fewer connections users who may only read have the same part.
-    return replace(
-        limits,
-        connections_max=connections,
-        readonly_connections_max=max(1, int(limits.readonly_connections_max * share)),
-        processes_max=max(1, int(limits.processes_max * share)),
-        probes_max=max(1, int(limits.probes_max * share)),
-        readonly_probes_max=max(1, int(limits.readonly_probes_max * share)),
-    )
-
-
-def _loop_name() -> str:
-    """Return which event loop runs: `asyncio`, or `uvloop`."""
-    return type(asyncio.get_running_loop()).__module__.partition(".")[0]

@@ -3,64 +3,28 @@
 Must not know connections or disks.
 """
 
-import contextlib
-import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import islice
 from typing import Any, NamedTuple
 
-import regd
 from regd.core.errors import Code, Refused
 from regd.core.instances import Search
-from regd.core.limits import Limits
 from regd.core.model import DEFAULT_HOST, Entry, Holder, Key, Process, State, key_text
 from regd.core.registry import Page, Registry
 from regd.core.transaction import OwnerConflict, Transaction
 from regd.protocol import messages
 from regd.protocol.bare import USAGES
 from regd.protocol.commands import Request, described
-from regd.server.counters import Counters
+from regd.server.daemon_info import DaemonInfo
 from regd.server.engine import Write
+from regd.server.explain import Explainer
 from regd.server.resolve_cache import ResolveCache
 from regd.server.stalls import Stalls
-from regd.system.clock import Clock
 from regd.system.namespaces import HERE, Elsewhere
-from regd.system.probes import ProbeResults, may_probe
-from regd.system.processes import Processes, boot_id
+from regd.system.probes import may_probe
+from regd.system.processes import Processes
 
-PROTOCOL = 1
-_SHOWN_MAX, _OWNERS_MAX = 100, 32  # instances that `why` tells of, and owners of each
 _ENCODED_MAX = 200  # instances made into JSON in one turn of the loop
 _AROUND_BYTES = 512  # `instances`, `more` and `next`, which is a name and an instance
-FEATURES = ("if", "force", "state", "hold", "pid", "ttl", "watch", "wait", "why")
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who this daemon is, from its start to its end.
-
-    `epoch` is new at every start. `boot` and `pid_namespace` tell a client whether its process numbers are ours;
-    None where the system does not say. `log` is the file that the log goes to, None where it goes to stderr.
-    """
-
-    epoch: str
-    loop: str
-    registry: str
-    log: str | None
-    boot: str | None
-    pid_namespace: str | None
-    pid: int
-    started: float  # monotonic seconds
-
-
-def identify(epoch: str, loop: str, registry: str, log: str | None, started: float) -> Identity:
-    """Ask the system what there is to know of it (Linux: proc(5), namespaces(7))."""
-    namespace = None
-    with contextlib.suppress(OSError):
-        namespace = os.readlink("/proc/self/ns/pid")
-    return Identity(epoch, loop, registry, log, boot_id(), namespace, os.getpid(), started)
 
 
 IncrementalReply = Iterator[bytes | None]
@@ -77,33 +41,24 @@ class Caller(NamedTuple):
 
 
 class Handlers:
-    """`peer_of` names a session's connection for people, None when it has ended; `gauges` are more of `stats`."""
+    """The handlers of all commands but `watch` and `unwatch`, which belong to a connection."""
 
     def __init__(
         self,
         registry: Registry,
-        identity: Identity,
-        clock: Clock,
-        tally: Counters,
-        limits: Limits,
+        info: DaemonInfo,
+        explainer: Explainer,
         stalls: Stalls,
         processes: Processes,
-        findings: ProbeResults,
         replies: ResolveCache,
-        peer_of: Callable[[int], str | None],
-        gauges: Callable[[], Mapping[str, object]],
     ) -> None:
         self._registry = registry
-        self._identity = identity
-        self._clock = clock
-        self._tally = tally
-        self._limits = limits
+        self._limits = registry.limits
+        self._info = info
+        self._explainer = explainer
         self._stalls = stalls
         self._processes = processes
-        self._findings = findings
         self._replies = replies
-        self._peer_of = peer_of
-        self._gauges = gauges
         self._helps: dict[str | None, bytes] = {}  # the replies to `help`, by topic, without an id
         self._reads: Mapping[str, Callable[[Request, Caller], bytes | IncrementalReply]] = {
             "ping": lambda request, asker: messages.ok(request.id, {}),
@@ -135,10 +90,9 @@ class Handlers:
         return lambda transaction: do(transaction, request, asker)
 
     def explain(self, request: Request, refusal: Refused) -> None:
-        """Say of a write what helps somebody who found nothing. What was before it has landed."""
+        """Add hints to the refusal of a write that found no registration. The writes before it are committed."""
         if refusal.code is Code.NOT_FOUND:
-            name = request.arguments["name"]
-            refusal.details |= self._hints(name, self._registry.near(name))
+            refusal.details |= self._explainer.hints(request.arguments["name"])
 
     def waited(self, request: Request, entry: Entry | None) -> bytes:
         """Answer a `resolve` that waited, with what it got.
@@ -147,7 +101,7 @@ class Handlers:
             Refused: `timeout`, and why.
         """
         if entry is None:
-            raise self._timeout(request)
+            raise self._explainer.timeout(request.arguments)
         if request.arguments.get("all"):
             search = self._search(request, readonly=False)
             search.go_on(self._limits.search_step_max)
@@ -155,27 +109,13 @@ class Handlers:
         return messages.resolved(request.id, entry)
 
     def position(self) -> dict[str, object]:
-        """Return where the registry is now."""
-        return {"epoch": self._identity.epoch, "rev": self._registry.rev}
+        """Return the registry's epoch and revision."""
+        return self._info.position()
 
     # Reads.
 
     def _hello(self, request: Request, asker: Caller) -> bytes:
-        identity = self._identity
-        return messages.ok(
-            request.id,
-            {
-                "server": "regd",
-                "version": regd.__version__,
-                "protocol": PROTOCOL,
-                "epoch": identity.epoch,
-                "rev": self._registry.rev,
-                "features": FEATURES,
-                "limits": self._limits.values(),
-                "host": {"boot": identity.boot, "pid_namespace": identity.pid_namespace},
-                "loop": identity.loop,
-            },
-        )
+        return messages.ok(request.id, self._info.hello())
 
     def _help(self, request: Request, asker: Caller) -> bytes:
         if "short" in request.arguments:  # of a bare line
@@ -219,7 +159,7 @@ class Handlers:
         """Answer with what was found at a revision."""
         given = request.arguments
         if not found:
-            raise self._none_ready(given["name"], given.get("instance"), given.get("meta", {}))
+            raise self._explainer.none_ready(given)
         if not given.get("all"):
             entry = found[0]
             self._registry.mark_served(entry, given.get("meta", {}), readonly=readonly)
@@ -268,35 +208,7 @@ class Handlers:
         return messages.instances(request.id, result, entries)
 
     def _stats(self, request: Request, asker: Caller) -> bytes:
-        identity, tally = self._identity, self._tally
-        return messages.ok(
-            request.id,
-            {
-                "version": regd.__version__,
-                "pid": identity.pid,
-                "loop": identity.loop,
-                "registry": identity.registry,
-                "log": identity.log,
-                "uptime_s": round(self._clock.now() - identity.started, 3),
-                "epoch": identity.epoch,
-                "rev": self._registry.rev,
-                "registrations": len(self._registry),
-                "registry_bytes": self._registry.weight_bytes,
-                **self._gauges(),
-                "connections": tally.connections,
-                "readonly_connections": tally.readonly_connections,
-                "connections_accepted": tally.connections_accepted,
-                "connections_refused": tally.connections_refused,
-                "bad_protocol": tally.bad_protocol,
-                "dropped": tally.dropped,
-                "commits": tally.commits,
-                "commits_failed": tally.commits_failed,
-                "changes": tally.changes,
-                "requests": tally.requests + Counter(resolve=self._replies.count),
-                "errors": tally.errors,
-                "limits": self._limits.values(),
-            },
-        )
+        return messages.ok(request.id, self._info.stats())
 
     def _renew(self, request: Request, asker: Caller) -> bytes:
         """Renew the lease of whoever asks, where it has one, else all of that registration."""
@@ -305,7 +217,7 @@ class Handlers:
         entry = self._registry.get(key)
         if entry is None or not self._registry.lifetimes.is_alive(entry):
             message = f"no registration of {key_text(key)!r} any more: register again"
-            raise Refused(Code.NOT_FOUND, message, **self._hints(name, self._registry.near(name)))
+            raise Refused(Code.NOT_FOUND, message, **self._explainer.hints(name))
         leases = [(each, each.ttl_s) for each in entry.holders if each.ttl_s is not None]
         if not leases:
             raise Refused(Code.BAD_ARGUMENT, f"{key_text(key)!r} has no ttl to renew", field="name")
@@ -316,121 +228,10 @@ class Handlers:
             self._registry.lifetimes.renew(key, holder, now, granted)
         return messages.ok(request.id, {"ttl": messages.seconds(granted)})
 
-    # Explaining.
-
     def _why(self, request: Request, asker: Caller) -> bytes:
-        name, instance = request.arguments["name"], request.arguments.get("instance")
-        entries = (
-            self._registry.instances_of(name)
-            if instance is None
-            else filter(None, [self._registry.get((name, instance))])
+        return messages.ok(
+            request.id, self._explainer.why(request.arguments["name"], request.arguments.get("instance"))
         )
-        fits = list(islice(entries, _SHOWN_MAX + 1))
-        left = [each for each in self._registry.departures(name) if instance is None or each.instance == instance]
-        if not fits and not left:
-            near = self._registry.near(name)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise Refused(Code.NOT_FOUND, f"nothing is known of {name!r}{hint}", near=near)
-        now = self._clock.now()
-        shown = fits[:_SHOWN_MAX]
-        result: dict[str, object] = {
-            "name": name,
-            "instances": [self._known(entry) for entry in shown],
-            "departures": [
-                {"instance": each.instance, "reason": each.reason, "age_s": round(now - each.at, 3)}
-                for each in left
-            ],
-        }
-        if len(shown) < len(fits):
-            result["more"] = True
-        return messages.ok(request.id, result)
-
-    def _known(self, entry: Entry) -> dict[str, object]:
-        """Return all that is known of an instance."""
-        alive = self._registry.lifetimes.is_alive(entry)
-        finding = self._findings.last((entry.host, entry.port))
-        return {
-            "instance": entry.instance,
-            "host": entry.host,
-            "port": entry.port,
-            "state": entry.state,
-            "alive": alive,
-            "rev": entry.rev,
-            "since": entry.registered_at,
-            "owners": [self._owner(each) for each in entry.holders[:_OWNERS_MAX]] or [{"static": True}],
-            **({"more_owners": True} if len(entry.holders) > _OWNERS_MAX else {}),
-            "probe": None
-            if finding is None
-            else {
-                "accepted": finding.accepted,
-                "age_s": round(self._clock.now() - finding.at, 3),
-                **({"why": finding.why} if finding.why else {}),
-            },
-        }
-
-    def _owner(self, holder: Holder) -> dict[str, object]:
-        """Return who holds, as far as it may be told: its connection, process and lease."""
-        owner: dict[str, object] = {}
-        if holder.hold:
-            owner["connection"] = self._peer_of(holder.session) if holder.session is not None else None
-        if holder.process is not None:
-            owner["pid"] = holder.process.pid
-        if holder.ttl_s is not None:
-            owner["ttl"] = messages.seconds(holder.ttl_s)
-        if holder.withdrawn:
-            owner["withdrawn"] = True
-        return owner
-
-    def _timeout(self, request: Request) -> Refused:
-        """Say why nothing came of waiting."""
-        given = request.arguments
-        name, instance, meta = given["name"], given.get("instance"), given.get("meta", {})
-        near, last = self._registry.near(name), self._registry.last(name, self._clock.now())
-        here = self._registry.page(name, {}, None, 1).entries
-        refusing = [
-            f"{messages.joined(each.host, each.port)} ({finding.why})"
-            for each in self._some_ready(name, instance, meta, _SHOWN_MAX)
-            if (finding := self._findings.last((each.host, each.port))) is not None and finding.why
-        ]
-        if refusing:
-            why = f"{name!r} is registered, and cannot be reached: {', '.join(refusing[:3])}"
-        elif here:
-            why = self._none_ready(name, instance, meta).message
-        elif last is not None:
-            why = f"{name!r} left {self._clock.now() - last.at:.1f} s ago: {last.reason}"
-        else:
-            why = f"{name!r} was never registered" + (f"; did you mean {near[0]!r}?" if near else "")
-        return Refused(Code.TIMEOUT, f"waited {round(given['wait'], 1):g} s: {why}", **self._hints(name, near))
-
-    def _some_ready(self, name: str, instance: str | None, meta: Mapping[str, str], most: int) -> list[Entry]:
-        """Return some that could be resolved, of those that are looked at in one turn."""
-        search = self._registry.search_in_turn(name, instance, meta, most)
-        search.go_on(self._limits.search_step_max)
-        return search.found
-
-    def _hints(self, name: str, near: list[str]) -> dict[str, object]:
-        """Return what helps somebody who did not find `name`."""
-        hints: dict[str, object] = {"near": near}
-        last = self._registry.last(name, self._clock.now())
-        if last is not None:
-            hints["last"] = {"reason": last.reason, "age_s": round(self._clock.now() - last.at, 3)}
-        return hints
-
-    def _none_ready(self, name: str, instance: str | None, meta: Mapping[str, str]) -> Refused:
-        near = self._registry.near(name)
-        which = f"{name!r} with instance {instance!r}" if instance else repr(name)
-        here = self._registry.page(name, {}, None, 1).entries
-        if not here:
-            message = f"no service {which}"
-            if near:
-                message += f"; did you mean {near[0]!r}?"
-        elif instance is not None and self._registry.get((name, instance)) is None:
-            message = f"{name!r} is here, but has no instance {instance!r}"
-        elif meta and self._some_ready(name, instance, {}, 1):
-            message = f"{which} is here, but none with that meta is ready"
-        else:
-            message = f"{which} is here, but none is {State.READY}"
-        return Refused(Code.NOT_FOUND, message, **self._hints(name, near))
 
     # Writes. The file holds the change when their reply is sent.
 
@@ -461,8 +262,8 @@ class Handlers:
             entry, replaced = transaction.register(
                 wanted, given.get("if"), session=asker.session, force=given.get("force", False)
             )
-        except OwnerConflict as contested:
-            raise self._conflict(contested) from None
+        except OwnerConflict as conflict:
+            raise self._explainer.conflict(conflict) from None
         return messages.registered(request.id, entry, replaced)
 
     def _find(self, pid: int, asker: Caller) -> Process:
@@ -473,17 +274,6 @@ class Handlers:
                 field="pid",
             )
         return self._processes.find(pid, asker.uid)
-
-    def _conflict(self, contested: OwnerConflict) -> Refused:
-        entry, owner = contested.entry, self._owner(contested.owner)
-        who = [f"{what} {value}" for what, value in owner.items() if value is not None]
-        return Refused(
-            Code.CONFLICT,
-            f"{key_text(entry.key)!r} is at {messages.joined(entry.host, entry.port)}, held by {', '.join(who)}; "
-            "stop that one, take another name or instance, or take over with force",
-            owner=owner,
-            rev=entry.rev,
-        )
 
     def _deregister(self, transaction: Transaction, request: Request, asker: Caller) -> bytes:
         given = request.arguments

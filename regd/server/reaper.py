@@ -10,7 +10,6 @@ from regd.core.holders import HolderGone
 from regd.core.limits import Limits
 from regd.core.model import Entry, Holder, Key, Process, Reason
 from regd.core.registry import Registry
-from regd.server.engine import Engine
 from regd.server.stalls import LOOK_S, Stalls
 from regd.system.clock import Clock
 from regd.system.probes import ProbeResult, Probes, may_probe
@@ -32,14 +31,15 @@ class Reaper:
         stalls: Stalls,
         probes: Probes,
         is_cut: Callable[[int], bool],
+        ended: Callable[[HolderGone], None],
     ) -> None:
         self.processes = Processes(limits, self._process_ended)
-        self.engine: Engine | None = None  # set once, when there is one
         self._registry = registry
         self._clock = clock
         self._stalls = stalls
         self._probes = probes
         self._is_cut = is_cut
+        self._ended = ended
         self._beating = False
         self._closed = False
         self._probing = 0
@@ -58,9 +58,8 @@ class Reaper:
         self._end(HolderGone(Reason.EXITED, process=process))
 
     def _end(self, ending: HolderGone) -> None:
-        assert self.engine is not None
         self._registry.mark_dead(ending)
-        self.engine.end(ending)
+        self._ended(ending)
 
     def settled(self, free: set[Process]) -> None:
         """Watch no process of which nothing is held, and look at the time while there are deadlines."""
@@ -97,9 +96,8 @@ class Reaper:
         self._beating = False
         if self._closed:
             return
-        assert self.engine is not None
         for ending in self._registry.expire(self._stalls.now(), _SLICE):
-            self.engine.end(ending)
+            self._ended(ending)
         self._probe_unclaimed()
         for process in self.processes.retry():
             self._process_ended(process)

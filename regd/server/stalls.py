@@ -29,6 +29,10 @@ class Stalls:
         self._looked_at = clock.now()
         self._flushing_since: float | None = None
 
+    def start(self) -> None:
+        """Forget the time before this call."""
+        self._looked_at = self._clock.now()
+
     def now(self) -> float:
         """Add what was lost since the last look to the deadlines, and return the time."""
         now = self._clock.now()

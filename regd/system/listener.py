@@ -6,7 +6,6 @@ Must not know what is said on them.
 import contextlib
 import errno
 import os
-import resource
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,6 @@ from regd.storage.files import AlreadyLocked, Files
 
 _BACKLOG = 4_096  # as far as the kernel lets us: a whole test suite may start at once
 _PORT_TRIES = 32
-_SPARE_FILES = 192  # open files that are no connections: the registry, sockets, those that are being refused
 
 
 class ListenError(Exception):
@@ -199,15 +197,3 @@ def _address(listener: socket.socket) -> str:
         return f"unix://{name}"
     host = f"[{name[0]}]" if listener.family == socket.AF_INET6 else name[0]
     return f"tcp://{host}:{name[1]}"
-
-
-def raise_open_files(wanted: int) -> int:
-    """Raise the soft limit of open files as far as may be, and return how many connections that allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    need = wanted + _SPARE_FILES
-    if soft != resource.RLIM_INFINITY and soft < need:
-        soft = need if hard == resource.RLIM_INFINITY else min(need, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft == resource.RLIM_INFINITY:
-        return wanted
-    return max(1, min(wanted, soft - _SPARE_FILES))

@@ -31,6 +31,14 @@ def elsewhere(connection: socket.socket) -> Elsewhere:
     return Elsewhere(network=_network(connection), pid=_pid(connection))
 
 
+def own_pid_namespace() -> str | None:
+    """Return what identifies this process's pid namespace, None if the system does not say."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+
+
 def _network(connection: socket.socket) -> bool:
     try:
         with socket.socket(socket.AF_UNIX) as ours:

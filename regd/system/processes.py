@@ -42,13 +42,17 @@ class Processes:
     def __init__(self, limits: Limits, ended: Callable[[Process], None]) -> None:
         self._limits = limits
         self._ended = ended
-        self._boot = boot_id() if _sees_own_namespace() else None
+        self._boot: str | None = None  # None: no process can be identified
         self._files: dict[Process, int] = {}
         self.unwatched: dict[Process, None] = {}  # that hold something, and could not be watched
         self._found: list[Process] = []  # since the last `settle`
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def open(self) -> None:
+        """Find out whether /proc identifies processes. Until then none can be found."""
+        self._boot = boot_id() if _sees_own_namespace() else None
 
     def find(self, pid: int, uid: int | None = None) -> Process:
         """Return the process that has this number now, and watch it until `release`, or a `settle` without it.

@@ -21,10 +21,12 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
 
+from regd.core.limits import DEFAULT
 from regd.server.daemon import Config, Daemon
 from regd.storage.files import Files
 from regd.storage.store import StorageError
 from regd.system.listener import ListenError
+from regd.system.open_files import fit_limits
 from regd.testing.memory import IN_MEMORY, MemoryFiles, excerpt
 
 _LOGGED_MAX = 50  # lines, of each daemon
@@ -67,7 +69,8 @@ class HostedDaemon:
 
     async def _start(self) -> Daemon:
         _log.set(self._log)
-        server = Daemon(Config(registry=self._path, port=self._port), files=self._files)
+        config = Config(registry=self._path, port=self._port, limits=fit_limits(DEFAULT))
+        server = Daemon(config, files=self._files)
         await server.start()
         return server
 

@@ -157,7 +157,7 @@ class InProcessRegistry(Registry):
 
     async def _start(self) -> None:
         if self._server is None:
-            config = Config(registry=IN_MEMORY, inherited=[self._listener()], raise_open_files=False)
+            config = Config(registry=IN_MEMORY, inherited=[self._listener()])
             server = Daemon(config, clock=self._clock, files=self._files)
             await server.start()
             self._server = server

@@ -126,16 +126,15 @@ class World:
         self._quiet = os.eventfd(0)  # never readable
         peers = Told()
         peers.uid = 0
-        self.server = Daemon(
-            Config(registry=REGISTRY, port=0, limits=limits),
-            clock=self.clock,
-            files=self.files,
-            epoch=EPOCH,
-            peers=peers,
-        )
-        self.server._listeners = _NoListeners()  # type: ignore[assignment]
-        self.loop.run_until_complete(self.server.start())
-        assert self.server._context is not None
+        config = Config(registry=REGISTRY, port=0, limits=limits)
+
+        async def start() -> Daemon:
+            server = Daemon(config, clock=self.clock, files=self.files, epoch=EPOCH, peers=peers)
+            server._listeners = _NoListeners()  # type: ignore[assignment]
+            await server.start()
+            return server
+
+        self.server = self.loop.run_until_complete(start())
         self.context: Context = self.server._context
 
     def connect(self) -> Wire:
@@ -165,9 +164,9 @@ class World:
 
     @property
     def timers(self) -> list[object]:
-        """What time will still call, but for the daemon's own pulse."""
+        """What time will still call, but for the daemon's loop monitor."""
         calls = [timer.call for _, _, timer in self.clock._timers if timer.call is not None]
-        return [call for call in calls if not call.__qualname__.startswith("Pulse.")]
+        return [call for call in calls if not call.__qualname__.startswith("LoopMonitor.")]
 
     def stop(self) -> None:
         try:

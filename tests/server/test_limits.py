@@ -21,8 +21,8 @@ from regd.core.registry import Registry
 from regd.core.transaction import Transaction
 from regd.protocol.commands import Request
 from regd.protocol.messages import HTTP_REFUSAL
-from regd.server.daemon import _within_open_files
 from regd.server.scheduler import FairScheduler, Worker
+from regd.system.open_files import fit_limits
 from regd.system.peer_credentials import PeerCredentials
 from tests.support.daemon import WAIT_S, InLoop, Peer
 from tests.support.files import ToldFiles
@@ -484,8 +484,8 @@ async def test_no_more_addresses_are_probed_at_a_time(
 def test_the_part_of_guests_is_the_same_where_fewer_files_may_be_open(
     hard: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("regd.server.daemon.raise_open_files", lambda wanted: min(wanted, hard - 192))
-    limits = _within_open_files(DEFAULT)
+    monkeypatch.setattr("regd.system.open_files.raise_open_files", lambda wanted: min(wanted, hard - 192))
+    limits = fit_limits(DEFAULT)
     assert limits.readonly_connections_max <= limits.connections_max / 4 + 1
     assert limits.readonly_probes_max <= limits.probes_max / 4 + 1
     assert limits.connections_max + limits.processes_max + limits.probes_max + limits.readonly_probes_max <= hard

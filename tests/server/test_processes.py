@@ -167,7 +167,7 @@ async def test_root_may_state_any_process_and_others_their_own(
 HIDDEN = """
 import asyncio, json, os, subprocess, sys
 from pathlib import Path
-from regd.server.daemon import Config, Server
+from regd.server.daemon import Config, Daemon
 
 if os.readlink("/proc/self/ns/mnt") == sys.argv[1]:
     sys.exit("not in a mount namespace of its own")
@@ -178,7 +178,7 @@ other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIP
 os.setgroups([]); os.setgid(int(sys.argv[3])); os.setuid(int(sys.argv[3]))
 
 async def main():
-    server = Server(Config(registry=Path(sys.argv[2]), port=0))
+    server = Daemon(Config(registry=Path(sys.argv[2]), port=0))
     await server.start()
     reader, writer = await asyncio.open_connection("127.0.0.1", int(server.addresses[0].rpartition(":")[2]))
     for pid in (other.pid, 2**31 - 1):
