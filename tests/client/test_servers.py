@@ -25,6 +25,7 @@ HYPERCORN = [*PYTHON, "hypercorn", "--bind", "127.0.0.1:0", "--log-level", "warn
 GUNICORN = [*PYTHON, "gunicorn", "--config", "tests/client/gunicorn_conf.py"]
 PORT = "PORT"  # stands for a free port
 GRANIAN = [*PYTHON, "granian", "--interface", "asgi", "--host", "127.0.0.1", "--port", PORT, "--no-log"]
+RESPAWN = ["--respawn-failed-workers"]  # without it granian ends when one of its workers is killed
 SANIC = [*PYTHON, "sanic", "--host", "127.0.0.1", "--port", PORT, "--no-motd", "--no-access-logs"]
 SERVERS = {
     "uvicorn": [*UVICORN, "tests.client.asgi_apps:fastapi_app"],
@@ -37,7 +38,7 @@ SERVERS = {
     "gunicorn with gevent": [*GUNICORN, "--workers", "2", "-k", "gevent", "tests.client.wsgi_app:app"],
     "gunicorn and preload": [*GUNICORN, "--workers", "2", "--preload", "tests.client.wsgi_app:app"],
     "granian": [*GRANIAN, "tests.client.asgi_apps:port_app"],
-    "granian with workers": [*GRANIAN, "--workers", "2", "tests.client.asgi_apps:port_app"],
+    "granian with workers": [*GRANIAN, *RESPAWN, "--workers", "2", "tests.client.asgi_apps:port_app"],
     "sanic": [*SANIC, "tests.client.sanic_app:app"],
     "sanic with workers": [*SANIC, "--workers", "2", "tests.client.sanic_app:app"],
     "sanic in one process": [*SANIC, "--single-process", "tests.client.sanic_app:early"],

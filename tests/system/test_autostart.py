@@ -330,8 +330,9 @@ async def test_one_that_was_there_is_given_time_to_come_back(
 ) -> None:
     monkeypatch.setattr(connector, "_RESTART_S", 1_000.0)
     pid = await asyncio.to_thread(pid_of)
-    async with regd_client.Client(connect_timeout_s=0.2) as client:
+    async with regd_client.Client() as client:
         assert (await client.stats())["pid"] == pid
+        client._link.timeout_s = 0.2
         os.kill(pid, signal.SIGKILL)
         until(lambda: not here.daemons())
         for _ in range(2):  # the first finds the break
