@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 VENV := .venv
+WORKERS ?= 3
+PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .PHONY: run test lint suite uvloop bench crash soak fuzz siege health memory wheel clean
 
@@ -16,12 +18,13 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+# The short form, in about three minutes. REGD_TEST_LONG=1 runs every test, with every example, as CI does.
 suite: $(VENV)/ready
-	$(VENV)/bin/python -m pytest -q
+	$(PYTEST)
 
-# The socket tests once more, on the event loop of the extra `fast`.
+# The socket tests again, on the event loop of the extra `fast`.
 uvloop: $(VENV)/ready
-	REGD_TEST_LOOP=uvloop $(VENV)/bin/python -m pytest -q -m socket
+	REGD_TEST_LOOP=uvloop $(PYTEST) -m socket
 
 # regd beside the servers that one would take instead. ROWS="resolve register" measures these rows alone,
 # SHORT=1 with two short rounds. All of it takes a quarter of an hour, and writes regd/BENCHMARKS.md.

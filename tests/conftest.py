@@ -6,11 +6,23 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support.daemon import DaemonProcess, InLoop
+from tests.support.length import LONG, examples
 
 collect_ignore = ["sample"]  # a project of its own, which system/test_sample.py runs
 os.environ.pop("REGD_AUTOSTART", None)  # no test starts a daemon of whoever runs the tests
+settings.register_profile("regd", max_examples=examples(100), deadline=None, print_blob=True)
+settings.load_profile("regd")  # no deadline: on a busy machine any example may take a second
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests marked `long` unless REGD_TEST_LONG=1."""
+    left_out = [] if LONG else [item for item in items if item.get_closest_marker("long")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:

@@ -13,6 +13,7 @@ from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Change, Entry, Holder, Key, Op, State
 from regd.core.registry import Registry
 from regd.core.transaction import OwnerConflict, Transaction
+from tests.support.length import examples
 
 
 def wanted(
@@ -141,7 +142,7 @@ class Histories(RuleBasedStateMachine):
             assert {entry.key for entry in seen if entry} == ready
 
 
-Histories.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Histories.TestCase.settings = settings(max_examples=examples(150), stateful_step_count=40, deadline=None)
 TestHistories = Histories.TestCase
 
 

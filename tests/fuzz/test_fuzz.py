@@ -19,6 +19,7 @@ from tests.fuzz.run import CORPUS
 from tests.fuzz.run import TARGETS as NAMES
 from tests.fuzz.targets import TARGETS, decoder, loader, planned, reader, session
 from tests.fuzz.world import TIGHT, World, faked_system
+from tests.support.length import examples
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "eventfd"), reason="no eventfd, which stands for processes here")
 
@@ -132,25 +133,25 @@ within = settings(deadline=None, print_blob=True)
 
 
 @given(planned_streams | st.binary(max_size=60))
-@settings(within, max_examples=300)
+@settings(within, max_examples=examples(300))
 def test_any_stream_gives_the_same_items_however_it_is_cut(data: bytes) -> None:
     reader(data)
 
 
 @given(mutated(requests()))
-@settings(within, max_examples=500)
+@settings(within, max_examples=examples(500))
 def test_any_line_is_a_request_or_refused(data: bytes) -> None:
     decoder(data)
 
 
 @given(planned_streams)
-@settings(within, max_examples=400)
+@settings(within, max_examples=examples(400))
 def test_any_session_does_what_was_asked_for_and_leaves_nothing(data: bytes) -> None:
     session(data)
 
 
 @given(mutated(st.sampled_from(FILES)))
-@settings(within, max_examples=500)
+@settings(within, max_examples=examples(500))
 def test_any_file_is_a_document_or_unreadable(data: bytes) -> None:
     loader(data)
 

@@ -15,6 +15,7 @@ from regd.protocol.bare import Quit
 from regd.protocol.commands import COMMANDS, Request
 from regd.protocol.messages import HTTP_REFUSAL
 from regd.protocol.parser import Problem, RequestParser
+from tests.support.length import examples
 
 MOST = DEFAULT.line_bytes_max
 NEXT = b'{"cmd":"ping","id":"next"}\n'  # trailing data: does the session go on behind the case?
@@ -402,7 +403,7 @@ streams = st.lists(
 @example([b"\xed\xa0\x80"], 1)
 @example([b"\r\x00", b"{\x00"], 1)
 @example([b"{" * 57, b"\r\0", b"\r\0", b"\n"], 1)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 def test_any_bytes_and_any_cut(pieces: list[bytes], cut: int) -> None:
     """Nothing else comes out, and where the chunks are cut makes no difference."""
     data = b"".join(pieces)

@@ -22,6 +22,7 @@ from regd.core.transaction import OwnerConflict, Transaction
 from regd.protocol import messages
 from regd.server.watches import Watch
 from regd.storage.document import chunks, line, parse
+from tests.support.length import examples
 
 GRACE_S = 30.0
 LIMITS = Limits(history_changes_max=20)
@@ -363,5 +364,5 @@ class Histories(RuleBasedStateMachine):
         assert not lifetimes._gone_holders
 
 
-Histories.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
+Histories.TestCase.settings = settings(max_examples=examples(300), stateful_step_count=50, deadline=None)
 TestHistories = Histories.TestCase

@@ -19,6 +19,7 @@ from regd.core.transaction import Transaction
 from regd.server.resolve_cache import ResolveCache
 from tests.fuzz.wire import Wire
 from tests.fuzz.world import World
+from tests.support.length import examples
 from tests.support.twins import FLUSH_TURNS, PLAIN, Line, Twins, line, system
 
 
@@ -540,5 +541,5 @@ class Histories(RuleBasedStateMachine):
             assert (told["port"], told["meta"], told["rev"]) == (found.port, found.meta, found.rev)
 
 
-Histories.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Histories.TestCase.settings = settings(max_examples=examples(150), stateful_step_count=40, deadline=None)
 TestHistories = Histories.TestCase

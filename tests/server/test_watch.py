@@ -18,6 +18,7 @@ from regd.server.loop_monitor import LoopMonitor
 from regd.server.watches import Watches
 from tests.support.clock import HandClock
 from tests.support.daemon import WAIT_S, InLoop, Peer
+from tests.support.length import examples
 
 pytestmark = pytest.mark.socket
 
@@ -381,7 +382,7 @@ names = ["register", "register", "update", "deregister", "burst", "read", "lose"
 steps = st.lists(st.tuples(st.sampled_from(names), st.integers(0, 3), st.integers(0, 3)), min_size=5, max_size=25)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps)
 def test_any_history_of_changes_breaks_and_restarts(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, int]]

@@ -23,6 +23,7 @@ from regd.core.model import Change, Entry, Holder, Op, State, key_text
 from regd.storage.document import Document, parse
 from regd.storage.store import StorageError, Store
 from tests.support.disk import Disk, Killed, Moment, QuickFiles, RecordedFiles, Trouble, outcomes
+from tests.support.length import examples
 
 FILE = Path("deep/down/registry.json")
 LOADED_AT = 0.0
@@ -345,7 +346,7 @@ STEPS = st.one_of(
 TROUBLED = st.tuples(STEPS, st.none() | st.sampled_from(Trouble), st.integers(0, 12))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(TROUBLED, min_size=1, max_size=8))
 def test_a_crash_in_any_life(crashes: Crashes, steps: list[tuple[Step, Trouble | None, int]]) -> None:
     with tempfile.TemporaryDirectory() as root:

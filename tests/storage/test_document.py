@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from regd.core.model import Entry, Holder, Process, State
 from regd.storage.document import Document, Unreadable, chunks, line, parse
+from tests.support.length import examples
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=10)
 labels = st.from_regex(r"[a-z0-9_]{1,3}", fullmatch=True)
@@ -148,7 +149,7 @@ def test_what_is_no_registry_is_refused(data: bytes, says: str) -> None:
     st.binary(max_size=3),
     st.integers(0, 3),
 )
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 def test_any_damage_is_read_or_refused(found: list[Entry], at: int, instead: bytes, drop: int) -> None:
     data = whole(9, found)
     damaged = data[:at] + instead + data[at + drop :]

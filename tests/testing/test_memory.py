@@ -13,6 +13,7 @@ from regd.storage.files import AlreadyLocked, Files, Fingerprint
 from regd.storage.store import StorageError, Store
 from regd.testing.memory import MemoryFiles
 from tests.storage.test_store import down, up
+from tests.support.length import examples
 
 NAMES = ("a", "deep/b")
 NO_FILE = 1_000_000  # is open nowhere
@@ -80,7 +81,7 @@ STEPS = st.tuples(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(steps=st.lists(STEPS, min_size=10, max_size=40))
 def test_whatever_is_done_the_answers_are_the_systems(steps: list[tuple[str, str, str, int]]) -> None:
     with TemporaryDirectory() as folder:
