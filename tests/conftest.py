@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -18,11 +19,23 @@ settings.load_profile("regd")  # no deadline: on a busy machine any example may 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests marked `long` unless REGD_TEST_LONG=1."""
-    left_out = [] if LONG else [item for item in items if item.get_closest_marker("long")]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+    """Select the short form unless REGD_TEST_LONG=1."""
+    if LONG:
+        return
+    cases: Counter[str] = Counter()
+
+    def is_selected(item: pytest.Item) -> bool:
+        sample = item.get_closest_marker("sample")
+        if sample is None:
+            return item.get_closest_marker("long") is None
+        function = item.nodeid.partition("[")[0]
+        cases[function] += 1
+        return cases[function] % int(sample.args[0]) == 1
+
+    selected = [item for item in items if is_selected(item)]
+    if len(selected) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(selected)])
+        items[:] = selected
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:

@@ -163,6 +163,7 @@ def test_every_command_that_asks_is_tried() -> None:
 IN_PROCESS = [command for command in LINES if command not in ("run", "top")]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
 @pytest.mark.parametrize("command", IN_PROCESS)
 def test_members_that_are_missing_or_of_another_type(
@@ -200,6 +201,7 @@ ERRORS = [
 ]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
 @pytest.mark.parametrize("command", IN_PROCESS)
 def test_refusals_and_lines_of_no_kind(
@@ -217,6 +219,7 @@ def test_refusals_and_lines_of_no_kind(
                 assert out or told
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("command", "cmd", "without"),
     [

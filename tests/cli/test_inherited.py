@@ -10,8 +10,7 @@ import socket
 import subprocess
 import sys
 import termios
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,9 @@ import pytest
 
 from tests.support.daemon import WAIT_S, DaemonProcess, environment
 from tests.support.demand import demand
+from tests.support.polling import block_until
 
 needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-
-
-def until(true: Callable[[], bool]) -> None:
-    late = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < late, "it does not come about"
-        time.sleep(0.01)
 
 
 def ask(path: Path, *requests: bytes) -> list[dict[str, Any]]:
@@ -58,7 +51,7 @@ def running(daemon: DaemonProcess, path: Path, **how: Any) -> Iterator["subproce
     how.setdefault("env", environment())
     with subprocess.Popen(daemon.command("--port", "off", "--unix", str(path)), **how) as process:
         try:
-            until(lambda: is_up(path) or process.poll() is not None)
+            block_until(lambda: is_up(path) or process.poll() is not None)
             yield process
         finally:
             process.kill()
@@ -101,7 +94,7 @@ def test_with_closed_descriptors_nothing_else_gets_their_numbers(tmp_path: Path)
     )
     with subprocess.Popen(in_shell('exec "$@" <&- >&- 2>&-', daemon.command()), env=environment()) as process:
         try:
-            until(lambda: is_up(path))
+            block_until(lambda: is_up(path))
             assert {place_of(process.pid, number) for number in range(3)} == {os.devnull}
         finally:
             assert end(process) == 0
@@ -259,7 +252,7 @@ def test_signals_that_mean_nothing_to_it_are_logged_and_ignored(tmp_path: Path) 
     ) as process:
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGPROF):
             process.send_signal(number)
-            until(lambda number=number: f"{number.name}: ignored" in log.read_text())  # type: ignore[misc]
+            block_until(lambda number=number: f"{number.name}: ignored" in log.read_text())  # type: ignore[misc]
         process.send_signal(signal.SIGPIPE)
         assert is_up(path)
         assert end(process) == 0
@@ -273,13 +266,13 @@ def test_sighup_opens_the_log_anew(tmp_path: Path) -> None:
     ) as process:
         log.rename(old)
         process.send_signal(signal.SIGHUP)
-        until(lambda: log.exists() and "opened anew" in log.read_text())
+        block_until(lambda: log.exists() and "opened anew" in log.read_text())
         assert ask(path, b'{"cmd":"register","name":"a","port":1}')[0]["ok"]
-        until(lambda: "up a at 127.0.0.1:1, rev 1, static" in log.read_text())
+        block_until(lambda: "up a at 127.0.0.1:1, rev 1, static" in log.read_text())
         assert "up a" not in old.read_text()
         log.parent.rename(tmp_path / "moved")  # so it cannot be had: the old one is written on
         process.send_signal(signal.SIGHUP)
-        until(lambda: "SIGHUP: cannot write the log" in (tmp_path / "moved" / "log").read_text())
+        block_until(lambda: "SIGHUP: cannot write the log" in (tmp_path / "moved" / "log").read_text())
         assert is_up(path)
         assert end(process) == 0
 
@@ -322,7 +315,7 @@ def test_it_ends_in_order_when_its_terminal_hangs_up(flags: list[str], tmp_path:
         os.close(theirs)
         if flags:  # while the terminal is there, it means the log
             process.send_signal(signal.SIGHUP)
-            until(lambda: "opened anew" in log.read_text())
+            block_until(lambda: "opened anew" in log.read_text())
         os.close(ours)
         assert process.wait(WAIT_S) == 0
     assert not path.exists()
@@ -339,7 +332,7 @@ def test_under_nohup_it_outlives_its_terminal(tmp_path: Path) -> None:
     ) as process:  # fmt: skip
         os.close(theirs)
         os.close(ours)
-        until(lambda: "opened anew" in log.read_text())
+        block_until(lambda: "opened anew" in log.read_text())
         assert is_up(path)
         assert end(process) == 0
 

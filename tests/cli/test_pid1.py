@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from regd_client.blocking import BlockingConnection
-from tests.cli.test_run import LISTENER, REGCTL, Running, peer, until
+from tests.cli.test_run import LISTENER, REGCTL, Running, peer
 from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, environment
+from tests.support.polling import block_until
 
 __all__ = ["peer"]  # a fixture
 
@@ -40,7 +41,7 @@ def process_1(daemon: DaemonProcess, *arguments: str) -> Iterator[tuple[Running,
     ) as made:  # fmt: skip
         children = Path(f"/proc/{made.pid}/task/{made.pid}/children")
         try:
-            until(lambda: children.read_text() != "")
+            block_until(lambda: children.read_text() != "")
             yield Running(made), int(children.read_text())
         finally:
             made.kill()
@@ -55,7 +56,7 @@ def test_what_waits_ends_at_a_signal(
     process: DaemonProcess, peer: BlockingConnection, arguments: tuple[str, ...]
 ) -> None:
     with process_1(process, *arguments) as (command, number):
-        until(lambda: peer.ask("stats")["waiting"] == 1)
+        block_until(lambda: peer.ask("stats")["waiting"] == 1)
         os.kill(number, signal.SIGTERM)
         assert command.process.wait(WAIT_S) == 128 + signal.SIGTERM
 
@@ -112,5 +113,5 @@ input()
 def test_orphans_are_reaped(process: DaemonProcess) -> None:
     with process_1(process, "run", "web", "--", sys.executable, "-c", ORPHAN) as (command, number):
         orphan = Path(f"/proc/{number}/root/proc", command.line())
-        until(lambda: not orphan.exists())
+        block_until(lambda: not orphan.exists())
         command.end()

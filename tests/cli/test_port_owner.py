@@ -12,9 +12,10 @@ import pytest
 from regd.cli import port_owner
 from regd.cli.port_owner import Listener, is_of, listener
 from regd_client.blocking import BlockingConnection
-from tests.cli.test_run import running, until
+from tests.cli.test_run import running
 from tests.support.daemon import DaemonProcess
 from tests.support.peers import STRANGER
+from tests.support.polling import block_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's kernel")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -109,7 +110,7 @@ def test_a_user_that_the_command_has_become() -> None:
     code = f"import subprocess; subprocess.run(['sleep', '60'], user={STRANGER})"
     with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as command:
         try:
-            until(lambda: is_of(command.pid, Listener(STRANGER, 1)))
+            block_until(lambda: is_of(command.pid, Listener(STRANGER, 1)))
             assert not is_of(command.pid, Listener(STRANGER + 1, 1))
         finally:
             os.killpg(command.pid, 9)

@@ -501,6 +501,7 @@ def peopled(process: DaemonProcess) -> Iterator[DaemonProcess]:
         yield process
 
 
+@pytest.mark.sample(5)
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
 @pytest.mark.parametrize("line", SAY)
 def test_a_full_stdout_is_an_error(line: str, peopled: DaemonProcess) -> None:
@@ -508,6 +509,7 @@ def test_a_full_stdout_is_an_error(line: str, peopled: DaemonProcess) -> None:
     assert (done.returncode, done.stderr) == (4, "regctl: cannot write to stdout: No space left on device\n")
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("line", SAY)
 def test_a_pipe_that_nobody_reads_is_none(line: str, peopled: DaemonProcess) -> None:
     done = shell(peopled, f"regctl {line} >&9")
@@ -536,6 +538,7 @@ FAIL = {
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("stderr", ["2>&9", "2>/dev/full", "2>&-", "2>&- >&-", "2>&- >&- <&-", "2>&- >&9"])
 @pytest.mark.parametrize("line", FAIL)
 def test_a_broken_stderr_changes_no_status(line: str, stderr: str, peopled: DaemonProcess) -> None:

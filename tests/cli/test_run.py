@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from regd.cli import run as run_module
 from regd.cli.env_vars import prefix, variables
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, environment
+from tests.support.polling import block_until
 
 REGCTL = [sys.executable, "-m", "regd.cli.regctl"]
 START_S = 30.0  # for a server, on a busy machine
@@ -96,13 +97,6 @@ def finished(daemon: DaemonProcess, *arguments: str) -> "subprocess.CompletedPro
 def peer(process: DaemonProcess) -> Iterator[BlockingConnection]:
     with BlockingConnection(process.addresses[0]) as made:
         yield made
-
-
-def until(true: Callable[[], bool]) -> None:
-    late = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < late
-        time.sleep(0.01)
 
 
 def names(peer: BlockingConnection) -> list[tuple[str, str, int]]:
@@ -292,7 +286,7 @@ def test_the_name_stays_with_the_command_when_regctl_is_killed(
         command.process.wait()
         assert len(names(peer)) == 1
         command.type("0")
-        until(lambda: names(peer) == [])
+        block_until(lambda: names(peer) == [])
 
 
 # Signals.
@@ -379,7 +373,7 @@ def test_a_terminal_that_hangs_up_tells_the_command(process: DaemonProcess, tmp_
     reading = os.open(heard, os.O_RDONLY | os.O_NONBLOCK)
     try:
         assert select.select([reading], [], [], START_S)[0]
-        until(lambda: os.waitpid(pid, os.WNOHANG)[0] == pid)
+        block_until(lambda: os.waitpid(pid, os.WNOHANG)[0] == pid)
         assert os.read(reading, 100) == b"SIGHUP"
     finally:
         os.close(reading)
@@ -569,7 +563,7 @@ def test_the_others_are_waited_for_and_found_in_the_environment(
         port = there.getsockname()[1]
         with running(process, "web", "--wait", "shop.db", "late", "--", sys.executable, "-c", code) as command:
             peer.ask("register", name="shop.db", port=port, host="::1")
-            until(lambda: peer.ask("stats")["waiting"] == 1)
+            block_until(lambda: peer.ask("stats")["waiting"] == 1)
             peer.ask("register", name="late", port=port, host="::1")
             assert command.line() == f"::1 {port} [::1]:{port}"
             assert command.process.wait(WAIT_S) == 0
@@ -658,7 +652,7 @@ def test_a_command_that_stays_silent(
                 "nothing accepts connections at 127.0.0.1:1; the command must listen on port 1 ($PORT)" in shown
             )
 
-        until(said)
+        block_until(said)
         assert name.withdraw()
         assert name.is_gone(WAIT_S)
     finally:

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-from tests.support.daemon import WAIT_S
-
 
 class Relay:
     """`to` is the daemon's port, for the connections that are made from now on."""
@@ -87,9 +85,3 @@ class Relay:
             await self.flowing.wait()
             writer.write(data)
         writer.transport.abort()
-
-
-async def until(true: Callable[[], object]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not true():
-            await asyncio.sleep(0.001)

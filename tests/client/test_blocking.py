@@ -6,8 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +16,7 @@ import regd_client
 from regd_client import blocking, ending, wire
 from regd_client.thread import client_thread
 from tests.support.daemon import WAIT_S, DaemonProcess, environment
+from tests.support.polling import block_until
 
 
 @pytest.fixture(autouse=True)
@@ -27,12 +27,6 @@ def address(process: DaemonProcess, monkeypatch: pytest.MonkeyPatch) -> None:
 def instances() -> list[dict[str, object]]:
     with blocking.BlockingConnection() as connection:
         return list(connection.ask("list")["instances"])
-
-
-def until(true: Callable[[], bool]) -> None:
-    late = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < late
 
 
 def run(program: str, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -130,11 +124,11 @@ def test_ctrl_c_ends_a_wait() -> None:
         env=environment(REGD_ADDRESS=os.environ["REGD_ADDRESS"]), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as running:  # fmt: skip
         try:
-            until(lambda: waiting() == 1)
+            block_until(lambda: waiting() == 1)
             running.send_signal(signal.SIGINT)
             assert running.stdout is not None
             assert running.stdout.readline() == "ended\n"
-            until(lambda: waiting() == 0)
+            block_until(lambda: waiting() == 0)
         finally:
             running.kill()
 
@@ -174,7 +168,7 @@ def test_nothing_stays_behind_in_a_process_that_forks_workers(heard: Heard) -> N
     threads = threading.active_count()
     blocking.serving("web", 1, meta={"zone": "a"})
     assert threading.active_count() == threads
-    until(lambda: connections() == 1)  # the one that asks
+    block_until(lambda: connections() == 1)  # the one that asks
     [found] = instances()
     assert (found["pid"], found["meta"], "hold" in found) == (os.getpid(), {"zone": "a"}, False)
 
@@ -199,7 +193,7 @@ def test_a_name_of_several_processes_stays_until_the_last_leaves(heard: Heard) -
                 assert found["state"] == "ready"
         finally:
             other.kill()
-    until(lambda: instances() == [])
+    block_until(lambda: instances() == [])
 
 
 def test_a_name_that_is_somebody_elses_by_now_stays(heard: Heard) -> None:
@@ -220,7 +214,7 @@ def test_a_daemon_that_cannot_see_the_process_sees_a_connection(
     assert connections() == 2
     os.kill(os.getpid(), signal.SIGTERM)
     assert heard == [[]]
-    until(lambda: connections() == 1)
+    block_until(lambda: connections() == 1)
 
 
 def test_a_signal_while_it_is_being_registered(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,10 +249,10 @@ def test_a_server_whose_name_another_owner_has_waits_for_it(
     with blocking.BlockingConnection() as owner:
         owner.ask("register", name="web", port=2, hold=True)
         blocking.serving("web", 1)
-        until(lambda: stats()["requests"]["register"] >= 4)
+        block_until(lambda: stats()["requests"]["register"] >= 4)
         assert [found["port"] for found in instances()] == [2]
-    until(lambda: [found["port"] for found in instances()] == [1])
-    until(lambda: "is registered now, at 127.0.0.1:1" in caplog.text)
+    block_until(lambda: [found["port"] for found in instances()] == [1])
+    block_until(lambda: "is registered now, at 127.0.0.1:1" in caplog.text)
     assert caplog.text.count("not registered yet") == 1
     assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
 

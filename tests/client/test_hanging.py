@@ -13,8 +13,9 @@ from regd_client import client as client_module
 from regd_client import connection as connection_module
 from regd_client import registrar
 from regd_client.client import Client
-from tests.client.relay import Relay, until
+from tests.client.relay import Relay
 from tests.support.daemon import WAIT_S, DaemonProcess
+from tests.support.polling import until
 
 pytestmark = pytest.mark.socket
 

@@ -11,8 +11,9 @@ import regd_client
 from regd_client import registration as registration_module
 from regd_client.client import Client
 from regd_client.holding import _LINGERING
-from tests.client.relay import Relay, until
+from tests.client.relay import Relay
 from tests.support.daemon import WAIT_S, InLoop
+from tests.support.polling import until
 
 pytestmark = pytest.mark.socket
 REPLACED = "replaced by a newer registration of this process"

@@ -15,10 +15,11 @@ import regd_client
 from regd_client import Client, Timeout, Unavailable, blocking
 from regd_client.blocking import BlockingConnection
 from regd_client.holding import _NEWEST
-from tests.client.relay import Relay, until
+from tests.client.relay import Relay
 from tests.client.test_arguments import VERBS
 from tests.client.test_leaving import REPLACED
 from tests.support.daemon import WAIT_S, InLoop
+from tests.support.polling import until
 
 pytestmark = pytest.mark.socket
 READS = [

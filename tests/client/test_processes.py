@@ -12,9 +12,10 @@ from regd.core.model import Process
 from regd.system.processes import Processes
 from regd_client.client import Client
 from regd_client.holding import _LINGERING, _NEWEST
-from tests.client.relay import Relay, until
+from tests.client.relay import Relay
 from tests.client.test_leaving import gone, stopped
 from tests.support.daemon import InLoop
+from tests.support.polling import until
 
 pytestmark = pytest.mark.socket
 

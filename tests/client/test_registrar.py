@@ -13,8 +13,9 @@ import regd_client
 from regd_client.client import Client
 from regd_client.connection import Connection
 from regd_client.registration import Registration
-from tests.client.relay import Relay, until
+from tests.client.relay import Relay
 from tests.support.daemon import WAIT_S, DaemonProcess, InLoop
+from tests.support.polling import until
 
 pytestmark = pytest.mark.socket
 

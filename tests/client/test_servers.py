@@ -152,6 +152,7 @@ async def owners(client: Client) -> list[int]:
     return [each["pid"] for each in found["owners"]]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("server", SERVERS)
 async def test_whoever_resolves_the_name_gets_an_answer(server: str, process: DaemonProcess) -> None:
     """From before the server starts until after it has ended: no refused connection, no unanswered request."""

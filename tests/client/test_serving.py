@@ -16,8 +16,8 @@ import pytest
 import regd_client
 from regd_client import service as service_module
 from regd_client.client import Client
-from tests.client.relay import until
 from tests.support.daemon import WAIT_S, InLoop, environment
+from tests.support.polling import until
 
 pytestmark = pytest.mark.socket
 
@@ -520,6 +520,7 @@ def blocked(*arguments: str) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 @pytest.mark.parametrize("what", ["serving", "listen"])
 @pytest.mark.parametrize("how", ["sleep", "work"])

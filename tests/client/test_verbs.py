@@ -12,8 +12,8 @@ import pytest
 
 import regd_client
 from regd_client.client import Client
-from tests.client.relay import until
 from tests.support.daemon import WAIT_S
+from tests.support.polling import until
 from tests.support.registries import Registry, outcome, plain, running
 
 pytestmark = pytest.mark.socket

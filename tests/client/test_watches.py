@@ -14,8 +14,9 @@ from regd_client import client as client_module
 from regd_client.client import Client
 from regd_client.mirrors import Mirror
 from regd_client.watches import Endpoint, Event, EventQueue, WatchState
-from tests.client.relay import Relay, until
+from tests.client.relay import Relay
 from tests.support.daemon import WAIT_S, InLoop
+from tests.support.polling import until
 
 pytestmark = pytest.mark.socket
 

@@ -14,7 +14,7 @@ import pytest
 
 from regd.server.acceptor import Acceptor
 from tests.support.daemon import WAIT_S, InLoop
-from tests.support.scenes import until
+from tests.support.polling import until
 
 pytestmark = pytest.mark.socket
 

@@ -13,17 +13,11 @@ from regd.core.limits import Limits
 from regd.protocol.messages import HTTP_REFUSAL
 from tests.support.daemon import EPOCH, WAIT_S, InLoop
 from tests.support.files import FULL, ToldFiles
+from tests.support.polling import until
 
 pytestmark = pytest.mark.socket
 
 PING = {"cmd": "ping"}
-
-
-async def until(true: Any) -> None:
-    """Let the loop turn until something that happens by itself has happened."""
-    async with asyncio.timeout(WAIT_S):
-        while not true():
-            await asyncio.sleep(0)
 
 
 async def test_register_resolve_deregister(daemon: InLoop) -> None:
@@ -244,7 +238,7 @@ async def test_an_unfinished_line_ends_an_idle_connection_does_not(daemon: InLoo
     assert (await idle.ask(PING))["ok"]
     for count, byte in enumerate(b'{"cmd"', 1):
         slow.send(bytes([byte]))
-        await until(lambda count=count: daemon.server.waiting_bytes == count)
+        await until(lambda: daemon.server.waiting_bytes == count)  # noqa: B023
         daemon.clock.advance(19.9)  # each byte has time anew
     assert (await idle.ask(PING))["ok"]
     daemon.clock.advance(0.2)

@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,8 @@ import pytest
 from regd.server.half_closed import CHECK_S, HalfClosed
 from regd.system import peer_credentials
 from tests.support.clock import HandClock
-from tests.support.daemon import WAIT_S, InLoop, environment
+from tests.support.daemon import InLoop, environment
+from tests.support.polling import until
 
 pytestmark = [pytest.mark.socket, pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's kernel")]
 
@@ -31,12 +32,6 @@ if half == "half":
 print("sent", flush=True)
 print(peer.makefile().read(), end="", flush=True)
 """
-
-
-async def until(true: Callable[[], object]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not true():
-            await asyncio.sleep(0)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Hashable
+from collections.abc import AsyncIterator, Hashable
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from regd.core.limits import DEFAULT
 from regd.server.idle_exit import IdleExit
 from tests.support.clock import HandClock
 from tests.support.daemon import WAIT_S, InLoop, Peer
+from tests.support.polling import until
 
 IDLE_S = 80.0
 ENDED_S = IDLE_S * 9 / 8  # at the latest
@@ -85,12 +86,6 @@ async def ends(daemon: InLoop, within_s: float) -> bool:
     idled.cancel()
     await asyncio.gather(idled, return_exceptions=True)
     return done
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not true():
-            await asyncio.sleep(0)
 
 
 async def alone(daemon: InLoop) -> None:

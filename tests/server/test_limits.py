@@ -27,6 +27,7 @@ from regd.system.peer_credentials import PeerCredentials
 from tests.support.daemon import WAIT_S, InLoop, Peer
 from tests.support.files import ToldFiles
 from tests.support.peers import STRANGER, Told
+from tests.support.polling import until
 
 pytestmark = pytest.mark.socket
 
@@ -55,12 +56,6 @@ def running(tmp_path: Path) -> Running:
             yield daemon
 
     return run
-
-
-async def until(true: Callable[[], object]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not true():
-            await asyncio.sleep(0)
 
 
 def has(things: Sized, count: int) -> bool:

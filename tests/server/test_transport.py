@@ -14,7 +14,7 @@ import pytest
 
 from regd.server.connection import Connection
 from tests.support.daemon import InLoop, Peer
-from tests.support.scenes import until
+from tests.support.polling import until
 
 pytestmark = pytest.mark.socket
 

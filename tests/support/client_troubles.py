@@ -13,7 +13,8 @@ from regd_client import service as service_module
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import WAIT_S, InLoop
 from tests.support.files import FULL, ToldFiles
-from tests.support.scenes import Producers, Scene, refused, until
+from tests.support.polling import until
+from tests.support.scenes import Producers, Scene, refused
 
 says = Producers()
 

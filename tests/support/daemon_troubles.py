@@ -14,7 +14,8 @@ from regd.system.listener import ListenError
 from tests.support.daemon import InLoop
 from tests.support.files import FULL, ToldFiles
 from tests.support.peers import Told
-from tests.support.scenes import Producers, Scene, until
+from tests.support.polling import until
+from tests.support.scenes import Producers, Scene
 
 says = Producers()
 REGISTER: dict[str, Any] = {"cmd": "register", "name": "db", "port": 5432}

@@ -16,6 +16,7 @@ import pytest
 from regd.cli import regctl
 from regd_client import RegdError
 from tests.support.daemon import WAIT_S, DaemonProcess, InLoop, environment
+from tests.support.polling import until
 
 
 class Scene:
@@ -106,12 +107,6 @@ async def refused(kind: type[RegdError], asked: Awaitable[object]) -> str:
         await asked
     assert type(caught.value) is kind
     return str(caught.value)
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not true():
-            await asyncio.sleep(0.001)
 
 
 Produce = Callable[[Scene], Awaitable[str]]

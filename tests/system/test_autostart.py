@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from regd_client import autostart, connector, wire
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import WAIT_S, DaemonProcess, InLoop
 from tests.support.demand import SLOW_S, Demand, demand, kept_port, stat
+from tests.support.polling import block_until
 
 BLOCKING = """
 import sys
@@ -67,13 +68,6 @@ def tell(program: "subprocess.Popen[str]") -> None:
     program.stdin.flush()
 
 
-def until(true: Callable[[], bool]) -> None:
-    late = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < late
-        time.sleep(0.01)
-
-
 def pids_of(programs: "list[subprocess.Popen[str]]") -> set[int]:
     """Have all ask at once, and return the numbers of the daemons that they found."""
     try:
@@ -102,7 +96,7 @@ def test_thirty_that_ask_at_once_get_one(tmp_path: Path, tcp: bool) -> None:
     with demand(tmp_path, tcp) as place:
         found = pids_of([place.program(ASYNC if number % 5 == 0 else BLOCKING) for number in range(30)])
         assert len(found) == 1
-        until(lambda: place.daemons() == found)  # whoever waited for it to listen has ended, too
+        block_until(lambda: place.daemons() == found)  # whoever waited for it to listen has ended, too
         assert place.log.count("registrations at revision") == 1, place.log
         assert "in use" not in place.log, place.log
         [lock] = place.folder.glob("*.json.lock")
@@ -115,7 +109,7 @@ def test_with_a_state_folder_each_they_get_one_all_the_same(tmp_path: Path) -> N
         programs = [place.program(BLOCKING, XDG_STATE_HOME=str(tmp_path / str(number))) for number in range(5)]
         found = pids_of(programs)
         assert len(found) == 1
-        until(lambda: place.daemons() == found)
+        block_until(lambda: place.daemons() == found)
 
 
 def test_who_was_refused_looks_once_more(here: Demand, tmp_path: Path) -> None:
@@ -144,7 +138,7 @@ def test_who_gives_up_leaves_no_zombie_and_the_daemon_comes_all_the_same(here: D
         assert "it is being started; its log is" in start.why
     finally:
         start.close()
-    until(lambda: process.returncode == 0)  # somebody has waited for it
+    block_until(lambda: process.returncode == 0)  # somebody has waited for it
     assert pid_of() in here.daemons()
     assert here.log.count("registrations at revision") == 1
 
@@ -163,7 +157,7 @@ signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         tell(program)
         pid = int(told(program))
         # No child is left to it, not even one that has ended.
-        until(lambda: not children(program.pid))
+        block_until(lambda: not children(program.pid))
         assert stat(pid)["session"] == str(pid)
     finally:
         program.kill()
@@ -175,7 +169,7 @@ signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
     assert not (tmp_path / "x").exists()
     os.kill(pid, signal.SIGTERM)
-    until(lambda: not here.daemons())
+    block_until(lambda: not here.daemons())
     assert "SIGTERM: leaving" in here.log
 
 
@@ -219,7 +213,7 @@ def test_regctl_wait_and_run_start_it(here: Demand, command: str) -> None:
         done = here.regctl("wait", "db", "--timeout", "0.5")
     assert done[0] in (1, 3)  # nobody registered it; 3: the machine was too busy to start the daemon by then
     assert pid_of() in here.daemons()
-    until(lambda: here.log.count("registrations at revision") == 1)
+    block_until(lambda: here.log.count("registrations at revision") == 1)
 
 
 async def test_a_client_whose_daemon_was_killed_starts_another(here: Demand) -> None:
@@ -334,7 +328,7 @@ async def test_one_that_was_there_is_given_time_to_come_back(
         assert (await client.stats())["pid"] == pid
         client._link.timeout_s = 0.2
         os.kill(pid, signal.SIGKILL)
-        until(lambda: not here.daemons())
+        block_until(lambda: not here.daemons())
         for _ in range(2):  # the first finds the break
             with pytest.raises(regd_client.Unavailable, match="no regd at"):
                 await client.stats()
@@ -522,7 +516,7 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
 {BLOCKING}"""
     [pid] = pids_of([here.program(code)])
     os.kill(pid, signal.SIGTERM)
-    until(lambda: not here.daemons())
+    block_until(lambda: not here.daemons())
     assert here.log.count("registrations at revision") == 1
 
 

@@ -19,6 +19,7 @@ import pytest
 
 from tests.support.daemon import WAIT_S, DaemonProcess, InLoop, Peer
 from tests.support.files import BROKEN, FULL, ToldFiles
+from tests.support.polling import until
 
 STEPS = ("create", "write", "sync", "rename", "sync_folder", "print")
 _FILE_SYSTEM_BYTES = 64 * 1_024
@@ -27,12 +28,6 @@ _FILE_SYSTEM_BYTES = 64 * 1_024
 def held(path: Path) -> set[str]:
     """Return the names that the file holds; none where there is no file."""
     return set(json.loads(path.read_bytes())) - {"$regd"} if path.exists() else set()
-
-
-async def until(what: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not what():
-            await asyncio.sleep(0.001)
 
 
 async def names(peer: Peer) -> set[str]:

@@ -59,6 +59,7 @@ def started(command: str, folder: Path, daemon: DaemonProcess) -> "Iterator[subp
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("title", "files", "command"),
     PROGRAMS + COMMANDS,

@@ -22,8 +22,8 @@ from regd.testing import HostError, Registry, in_process, running
 from regd.testing.in_process import InProcessRegistry
 from regd_client import Client, blocking
 from regd_client.blocking import BlockingConnection
-from tests.client.relay import until
 from tests.support.daemon import WAIT_S
+from tests.support.polling import until
 from tests.testing.suites import Suite, clean
 
 
