@@ -36,26 +36,26 @@ bench: $(VENV)/ready
 
 # kill -9 of a daemon under load, 200 times: nothing acknowledged is missing.
 crash: $(VENV)/ready
-	PYTHONPATH=.:client $(VENV)/bin/python -m tests.crash
+	PYTHONPATH=.:client $(VENV)/bin/python -m tests.long.crash
 
 # Ten minutes of everything at once, on a bad line: everybody who follows has the daemon's state.
 soak: $(VENV)/ready
-	PYTHONPATH=.:client $(VENV)/bin/python -m tests.soak
+	PYTHONPATH=.:client $(VENV)/bin/python -m tests.long.soak
 
 # Any bytes, guided by what they reach, a minute for each target.
 fuzz: $(VENV)/ready
 	$(VENV)/bin/python -m pip install -q --group fuzz
-	PYTHONPATH=.:client $(VENV)/bin/python -m tests.fuzz.run
+	PYTHONPATH=.:client $(VENV)/bin/python -m tests.long.fuzz.run
 
 # How a well-behaved peer fares beside hostile ones; how long a command holds the loop; what memory is taken.
 siege: $(VENV)/ready
-	PYTHONPATH=.:client $(VENV)/bin/python -m tests.siege
+	PYTHONPATH=.:client $(VENV)/bin/python -m tests.long.siege
 
 health: $(VENV)/ready
-	PYTHONPATH=.:client $(VENV)/bin/python -m tests.health
+	PYTHONPATH=.:client $(VENV)/bin/python -m tests.long.health
 
 memory: $(VENV)/ready
-	PYTHONPATH=.:client $(VENV)/bin/python -m tests.memory
+	PYTHONPATH=.:client $(VENV)/bin/python -m tests.long.memory
 
 # What users install: built, installed into an empty environment, and tried there.
 wheel: $(VENV)/ready

@@ -624,7 +624,7 @@ def test_a_command_that_ends_before_it_is_registered(
     assert name.withdraw()
     process.process.send_signal(signal.SIGCONT)
     assert name.is_gone(WAIT_S)
-    until(lambda: "cannot be registered" in caplog.text)
+    block_until(lambda: "cannot be registered" in caplog.text)
     gc.collect()
     assert "never retrieved" not in caplog.text
 

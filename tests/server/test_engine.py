@@ -21,11 +21,11 @@ from regd.server.engine import Engine, Write
 from regd.server.loop_monitor import LoopMonitor
 from regd.server.stalls import Stalls
 from regd.storage.store import Store
-from tests.fuzz.world import World
 from tests.support.clock import HandClock
 from tests.support.daemon import WAIT_S
 from tests.support.files import BROKEN, FULL, ToldFiles
 from tests.support.twins import EMPTY, line, system
+from tests.support.world import World
 
 
 class Bench:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.fuzz.wire import Wire
-from tests.fuzz.world import TIGHT
 from tests.support.twins import FLUSH_TURNS, PLAIN, Twins, line, line_of, system
+from tests.support.wire import Wire
+from tests.support.world import TIGHT
 
 # Which requests.
 

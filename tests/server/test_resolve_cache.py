@@ -17,10 +17,10 @@ from regd.core.model import Entry, Holder, Process, Reason, State
 from regd.core.registry import Registry
 from regd.core.transaction import Transaction
 from regd.server.resolve_cache import ResolveCache
-from tests.fuzz.wire import Wire
-from tests.fuzz.world import World
 from tests.support.length import examples
 from tests.support.twins import FLUSH_TURNS, PLAIN, Line, Twins, line, system
+from tests.support.wire import Wire
+from tests.support.world import World
 
 
 def ports(replies: list[dict[str, Any]]) -> list[Any]:

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from regd.core.limits import DEFAULT
-from tests.fuzz.world import World
 from tests.support.daemon import ROOT, WAIT_S, InLoop
 from tests.support.twins import EMPTY, PLAIN, line, system
+from tests.support.world import World
 
 KNOWN_RESOLVE_STEPS_MAX = 70
 REGISTER_STEPS_MAX = 10_000  # its line of the file included

@@ -12,8 +12,8 @@ import pytest
 
 from regd.core.limits import DEFAULT, Limits
 from regd.system import processes
-from tests.fuzz.wire import Wire
-from tests.fuzz.world import World, faked_system
+from tests.support.wire import Wire
+from tests.support.world import World, faked_system
 
 FLUSH_TURNS = 4  # of the loop, while a batch is on its way to the disk
 PLAIN = b'{"cmd":"resolve","name":"db"}\n'

@@ -40,6 +40,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)  # it builds, and fetches what it installs
 @pytest.mark.parametrize(
     "flags", [[], ["-n", "2"], ["-n", "2", "-o", "regd_storage=tmp_path"]], ids=["alone", "workers", "files"]

@@ -23,7 +23,7 @@ import pytest
 
 from regd.protocol.messages import HTTP_REFUSAL
 from regd_client.blocking import BlockingConnection
-from tests.fuzz import oracle
+from tests.long.fuzz import oracle
 from tests.support.daemon import WAIT_S, DaemonProcess
 
 PAGE = Path(__file__).with_name("strangers.html")
@@ -308,6 +308,7 @@ def browser(url: str, profile: Path) -> Iterator[None]:
         process.wait()
 
 
+@pytest.mark.long
 @needs("chromium")
 @pytest.mark.parametrize("host", ["127.0.0.1", "evil.example"])
 def test_a_page_in_a_browser(watched: Watched, tmp_path: Path, host: str) -> None:

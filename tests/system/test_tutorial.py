@@ -79,6 +79,7 @@ class Terminal:
         os.close(self._file)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_tutorial(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:

@@ -1,4 +1,4 @@
-"""The long form: `python -m tests.fuzz.run [TARGET …] [--seconds S]` lets atheris look for inputs that reach more.
+"""The long form: `python -m tests.long.fuzz.run [TARGET …] [--seconds S]` lets atheris look for inputs that reach more.
 
 Inputs that reached something new are left in build/fuzz/TARGET, and one that broke a target as build/fuzz/TARGET.crash-…;
 `--input FILE` shows it again. What is worth keeping goes into the corpus by hand.
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 # Nothing of regd is imported up here, nor what imports it: atheris must see that happen.
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CORPUS = Path(__file__).with_name("corpus")
 WORK = ROOT / "build" / "fuzz"
 INPUT_BYTES_MAX = 2_048
@@ -25,7 +25,9 @@ _WORDS = ("true", "false", "null", "NaN", "Infinity", "1e999", "\\ud800", "\\u00
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz.run", description="Fuzz regd, coverage-guided.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.long.fuzz.run", description="Fuzz regd, coverage-guided."
+    )
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
     parser.add_argument("--seconds", type=int, default=60, help="for each target (60)")
     parser.add_argument("--input", type=Path, help="run one input through the targets, and no more")
@@ -45,7 +47,7 @@ def main() -> int:
         return 1
     if given.here:
         _fuzz(wanted[0], given.seconds)
-    command = [sys.executable, "-m", "tests.fuzz.run", "--here", "--seconds", str(given.seconds)]
+    command = [sys.executable, "-m", "tests.long.fuzz.run", "--here", "--seconds", str(given.seconds)]
     paths = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "client")])}
     failed = [each for each in wanted if subprocess.run([*command, each], cwd=ROOT, env=paths).returncode]
     sys.stderr.write(f"failed: {', '.join(failed)}; see {WORK}\n" if failed else "nothing found\n")
@@ -53,7 +55,7 @@ def main() -> int:
 
 
 def _replay(wanted: "tuple[str, ...] | list[str]", path: Path) -> int:
-    from tests.fuzz.targets import TARGETS as functions
+    from tests.long.fuzz.targets import TARGETS as functions
 
     for each in wanted:
         functions[each](path.read_bytes())
@@ -65,9 +67,9 @@ def _fuzz(target: str, seconds: int) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["regd"]):
-        from tests.fuzz.targets import TARGETS as functions
+        from tests.long.fuzz.targets import TARGETS as functions
 
-    from tests.fuzz import oracle
+    from tests.long.fuzz import oracle
 
     logging.getLogger("regd").setLevel(logging.CRITICAL + 1)  # it may complain of strangers
     found = WORK / target

@@ -18,10 +18,10 @@ from regd.server.context import Context
 from regd.server.daemon import Config, Daemon
 from regd.storage.files import Files, Fingerprint
 from regd.system import probes, processes
-from tests.fuzz.wire import TurningLoop, Wire
 from tests.support.clock import HandClock
 from tests.support.daemon import EPOCH
 from tests.support.peers import Told
+from tests.support.wire import TurningLoop, Wire
 
 REGISTRY = Path("/regd-fuzz/registry.json")
 
@@ -164,7 +164,7 @@ class World:
 
     @property
     def timers(self) -> list[object]:
-        """What time will still call, but for the daemon's loop monitor."""
+        """What time will still call, except those of the loop monitor."""
         calls = [timer.call for _, _, timer in self.clock._timers if timer.call is not None]
         return [call for call in calls if not call.__qualname__.startswith("LoopMonitor.")]
 

@@ -1,6 +1,6 @@
 """No bytes get anything out of regd but what they ask for: the corpus, and what hypothesis makes of valid requests.
 
-The long form, which looks for more by itself, is `python -m tests.fuzz.run`.
+The long form, which looks for more by itself, is `python -m tests.long.fuzz.run`.
 """
 
 import gc
@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regd.core.history import History
-from tests.fuzz import oracle
-from tests.fuzz.conversation import BEFORE, Conversation
-from tests.fuzz.run import CORPUS
-from tests.fuzz.run import TARGETS as NAMES
-from tests.fuzz.targets import TARGETS, decoder, loader, planned, reader, session
-from tests.fuzz.world import TIGHT, World, faked_system
-from tests.support.length import examples
+from tests.long.fuzz import oracle
+from tests.long.fuzz.conversation import BEFORE, Conversation
+from tests.long.fuzz.run import CORPUS
+from tests.long.fuzz.run import TARGETS as NAMES
+from tests.long.fuzz.targets import TARGETS, decoder, loader, planned, reader, session
+from tests.support.length import LONG, examples
+from tests.support.world import TIGHT, World, faked_system
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "eventfd"), reason="no eventfd, which stands for processes here")
 
@@ -42,7 +42,7 @@ def test_the_corpus(of: str, name: str) -> None:
         try:
             TARGETS[name](path.read_bytes())
         except BaseException as error:
-            error.add_note(f"python -m tests.fuzz.run {name} --input {path.relative_to(CORPUS.parents[2])}")
+            error.add_note(f"python -m tests.long.fuzz.run {name} --input {path.relative_to(CORPUS.parents[3])}")
             raise
 
 
@@ -158,7 +158,7 @@ def test_any_file_is_a_document_or_unreadable(data: bytes) -> None:
 
 # Memory.
 
-ROUNDS = 16
+ROUNDS = 16 if LONG else 4
 
 
 def census(world: World) -> Counter[str]:
@@ -175,8 +175,9 @@ def census(world: World) -> Counter[str]:
     )
 
 
+@pytest.mark.timeout(300)
 def test_memory_does_not_grow() -> None:
-    """Of two thousand conversations with one daemon nothing is left; the collector looks once, at the end."""
+    """Many conversations with one daemon leave no object behind; the garbage collector runs once, at the end."""
     inputs = [path.read_bytes() for path in KEPT if path.parent.name == "session"]
 
     def talk() -> None:

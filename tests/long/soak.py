@@ -1,6 +1,6 @@
 """The history checker at work: a daemon that is killed and stopped, a bad line to it, and all who write and follow.
 
-`python -m tests.soak [--minutes M] [--seed S]`, or `make soak`. Behind each spell of trouble stands a quiet point, where
+`python -m tests.long.soak [--minutes M] [--seed S]`, or `make soak`. Behind each spell of trouble stands a quiet point, where
 all must come to agree: watchers, listeners, mirrors, `list`, the file, and the model of what was asked for. Where one
 does not, it prints the history of whom it concerns, and exits with 1.
 """
@@ -19,9 +19,9 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tests.support.players import PATIENCE_S, Players
-from tests.support.proxy import Proxy
-from tests.support.witnesses import Failure, Listener, Value, Watcher, endpoint_value, fitting, key_of, value_of
+from tests.long.players import PATIENCE_S, Players
+from tests.long.proxy import Proxy
+from tests.long.witnesses import Failure, Listener, Value, Watcher, endpoint_value, fitting, key_of, value_of
 
 T = TypeVar("T")
 
@@ -284,7 +284,7 @@ def show(*lines: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.long.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
     given = parser.parse_args()

@@ -18,8 +18,8 @@ from regd_client.client import Client
 from regd_client.errors import RegdError, Timeout, Unavailable
 from regd_client.mirrors import Mirror
 from regd_client.registration import Registration
+from tests.long.witnesses import Failure, Listener, Model, Record, Value, Watcher, digest, key_of, value_of
 from tests.support.daemon import WAIT_S, DaemonProcess, Peer
-from tests.support.witnesses import Failure, Listener, Model, Record, Value, Watcher, digest, key_of, value_of
 
 GRACE_S = 4.0
 TTL_S = 2.0

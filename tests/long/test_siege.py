@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.siege import EXPECTED, SCENARIOS, Scenario, besiege, full_house
+from tests.long.siege import EXPECTED, SCENARIOS, Scenario, besiege, full_house
 from tests.support.daemon import WAIT_S, DaemonProcess, InLoop
 
 LOG_LINES_MAX = 6  # its start, its end, and strangers: one line in 10 s

@@ -1,6 +1,6 @@
 """The siege: hostile connections against a daemon, and how a well-behaved peer fares meanwhile.
 
-`python -m tests.siege [SCENARIO…]` prints a table of figures; `tests/system/test_siege.py` is the short form. Every
+`python -m tests.long.siege [SCENARIO…]` prints a table of figures; `tests/long/test_siege.py` is the short form. Every
 scenario has a daemon and a peer in processes of their own, on loopback, and is bounded in count and in time.
 
 The peer pings, resolves, registers and connects anew, over and over, before and during the siege. Afterwards all
@@ -445,7 +445,7 @@ class Figures:
 @contextlib.contextmanager
 def peer_of(address: str) -> "Iterator[subprocess.Popen[str]]":
     peer = subprocess.Popen(
-        [sys.executable, "-m", "tests.siege", "--peer", address],
+        [sys.executable, "-m", "tests.long.siege", "--peer", address],
         cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     with peer:

@@ -23,9 +23,9 @@ from regd.core.limits import DEFAULT
 from regd.core.model import Change, Entry, Key, Op, Reason, key_text
 from regd.core.registry import Registry
 from regd.core.transaction import Transaction
-from tests.fuzz import oracle
-from tests.fuzz.oracle import Said
-from tests.fuzz.world import REGISTRY, TIGHT, World
+from tests.long.fuzz import oracle
+from tests.long.fuzz.oracle import Said
+from tests.support.world import REGISTRY, TIGHT, World
 
 BEFORE = b"""{
 "$regd": {"format": 1, "rev": 7},

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from regd.core.limits import DEFAULT
-from tests.health import Caller
+from tests.long.health import Caller
 from tests.support.daemon import DaemonProcess
 
 BIG = {f"{n:02}" + "k" * 28: "v" * 34 for n in range(64)}  # as many strings as may be, as long as may be

@@ -25,7 +25,7 @@ class Victim(DaemonProcess):
         given = super().command(*flags)
         if self._plan:
             at = given.index("-c") + 1
-            given[at] = f"from tests.support.victim import trouble; trouble({self._plan}); {given[at]}"
+            given[at] = f"from tests.long.victim import trouble; trouble({self._plan}); {given[at]}"
         return given
 
     def launch(self) -> None:

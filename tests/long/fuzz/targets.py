@@ -18,10 +18,10 @@ from regd.protocol.commands import Request
 from regd.protocol.messages import decode
 from regd.protocol.parser import Problem, RequestParser
 from regd.storage.document import Document, Unreadable, chunks, line, parse
-from tests.fuzz import oracle
-from tests.fuzz.conversation import BEFORE, Conversation, is_a_line
-from tests.fuzz.oracle import Said
-from tests.fuzz.world import World, faked_system
+from tests.long.fuzz import oracle
+from tests.long.fuzz.conversation import BEFORE, Conversation, is_a_line
+from tests.long.fuzz.oracle import Said
+from tests.support.world import World, faked_system
 
 # (a) The line splitter and reader.
 

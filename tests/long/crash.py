@@ -1,4 +1,4 @@
-"""`kill -9` of a real daemon under a load of writers, again and again on one registry. `python -m tests.crash`.
+"""`kill -9` of a real daemon under a load of writers, again and again on one registry. `python -m tests.long.crash`.
 
 After each kill the file must be whole, and each key in it at the last acknowledged state or at one asked for after
 it. The moments are of chance: a seed gives the same requests, not the same history. Must know the protocol alone.
@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.long.victim import Victim
 from tests.support.daemon import WAIT_S, Peer
-from tests.support.victim import Victim
 
 KINDS = ("random", "step", "repair", "soon", "two")
 _WRITERS = 4
@@ -301,7 +301,9 @@ def run(folder: Path, rounds: int, seed: int) -> Figures:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.crash", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.long.crash", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seed", type=int, default=random.randrange(2**32))
     given = parser.parse_args()

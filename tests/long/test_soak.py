@@ -1,0 +1,15 @@
+"""The soak in its short form, with one seed: see `tests/long/soak.py`."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.long.soak import soak
+from tests.support.length import LONG
+
+
+@pytest.mark.timeout(180)
+async def test_soak(tmp_path: Path) -> None:
+    figures = await soak(tmp_path, seed=4, seconds=15 if LONG else 6)
+    assert figures["kill"] or not LONG
+    assert figures["states compared"]
