@@ -76,19 +76,21 @@ class PeerCredentials:
     """
 
     def __init__(self, allowed: Collection[int] = (), *, anyone: bool = False) -> None:
-        self._unmapped = unmapped_uid()
-        self._may_write = {ROOT, os.geteuid(), *allowed} - {self._unmapped, ALL_USERS}
+        self._unmapped: int | None = None  # the number of all users that are not mapped here
+        self._may_write = {ROOT, os.geteuid(), *allowed} - {ALL_USERS}
         self._anyone = anyone
         self._tells_nobody = False  # of TCP, and this system is not expected to
         self._ask: Ask | None = None
         self._netlink: socket.socket | None = None
 
     def open(self, listeners: Sequence[socket.socket]) -> None:
-        """Find out how the system can be asked, by asking for a socket that is known to be there.
+        """Find out which users are mapped, and how to ask the kernel, by asking it for one of `listeners`.
 
         Raises:
             ListenError: on Linux, the kernel does not identify TCP peers, and not every user may write.
         """
+        self._unmapped = unmapped_uid()
+        self._may_write -= {self._unmapped}
         if self._anyone:
             log.warning("every user of this machine may write (--allow-any-user)")
         elif os.geteuid() == self._unmapped:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,19 @@ def test_a_user_that_the_system_does_not_know_has_no_home(monkeypatch: pytest.Mo
 def test_a_relative_state_directory_is_told() -> None:
     with pytest.raises(StorageError, match="STATE_DIRECTORY is 'here'"):
         default_registry({"STATE_DIRECTORY": "here"})
+
+
+async def test_the_constructor_opens_nothing(tmp_path: Path) -> None:
+    events: list[str] = []
+    listening = True
+
+    def listen(event: str, arguments: tuple[object, ...]) -> None:
+        if listening and event.startswith(("open", "socket.", "os.", "subprocess.")):
+            events.append(f"{event} {arguments}")
+
+    sys.addaudithook(listen)  # for ever: none can be removed
+    before = set(asyncio.all_tasks())
+    Daemon(Config(registry=tmp_path / "folder" / "registry.json", port=0, unix=tmp_path / "s"))
+    listening = False
+    assert (events, set(asyncio.all_tasks()) - before) == ([], set())
+    assert not list(tmp_path.iterdir())
