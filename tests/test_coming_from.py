@@ -1,4 +1,4 @@
-"""The page for who comes from elsewhere: regd's side of it is run, each part of the page against a daemon of its own."""
+"""COMING_FROM.md: regd's side of each part is run against a new daemon."""
 
 import contextlib
 import os
@@ -17,8 +17,8 @@ from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, environment
 PAGE = ROOT / "client" / "COMING_FROM.md"
 PARTS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.DOTALL | re.MULTILINE))
 TASKS = ("register", "wait", "find", "list", "watch", "health", "drain", "deregister", "in tests")
-LASTS = ("regctl run", "regctl watch")  # what ends when it is told to
-COMMAND_S = 40.0  # the page says 30 for most
+BACKGROUND = ("regctl run", "regctl watch")  # commands that run until they get a signal
+COMMAND_S = 40.0  # most timeouts on the page are 30 s
 COMMANDS = {
     "regctl": f'exec "{sys.executable}" -m regd.cli.regctl "$@"',
     "python3": f'exec "{sys.executable}" "$@"',
@@ -27,13 +27,13 @@ COMMANDS = {
 
 
 def commands_of(part: str) -> list[str]:
-    """Return what stands on regd's side of the table, row after row."""
+    """Return regd's commands of the table, row after row."""
     rows = re.findall(r"^\| .* \| .* \| (.*) \|$", PARTS[part], re.MULTILINE)
     return [code for row in rows for code in re.findall(r"`([^`]+)`", row) if "regctl " in code]
 
 
 class Shell:
-    """Runs lines in a folder where `regctl`, `python3` and `./migrate` are there, and ends what goes on."""
+    """Runs command lines in a folder with `regctl`, `python3` and `./migrate`, and ends what still runs."""
 
     def __init__(self, folder: Path, daemon: DaemonProcess) -> None:
         for name, script in COMMANDS.items():
@@ -44,15 +44,15 @@ class Shell:
         self._environment = environment(
             REGD_ADDRESS=daemon.addresses[0], PATH=f"{folder}{os.pathsep}{os.environ['PATH']}"
         )
-        self._going_on: list[subprocess.Popen[str]] = []
+        self._running: list[subprocess.Popen[str]] = []
 
     def begin(self, line: str) -> "subprocess.Popen[str]":
-        made = subprocess.Popen(
+        process = subprocess.Popen(
             ["bash", "-c", line], cwd=self._folder, env=self._environment, text=True, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        self._going_on.append(made)
-        return made
+        self._running.append(process)
+        return process
 
     def run(self, line: str) -> str:
         done = subprocess.run(
@@ -63,60 +63,59 @@ class Shell:
         return done.stdout
 
     def end(self) -> None:
-        for each in self._going_on:
+        for process in self._running:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(each.pid, signal.SIGTERM)
+                os.killpg(process.pid, signal.SIGTERM)
             try:
-                each.communicate(timeout=WAIT_S)
+                process.communicate(timeout=WAIT_S)
             finally:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(each.pid, signal.SIGKILL)
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture
 def shell(process: DaemonProcess, tmp_path: Path) -> Iterator[Shell]:
     (folder := tmp_path / "shell").mkdir()
-    made = Shell(folder, process)
-    yield made
-    made.end()
+    shell = Shell(folder, process)
+    yield shell
+    shell.end()
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_the_table_is_run(part: str, shell: Shell) -> None:
+def test_table(part: str, shell: Shell) -> None:
     lines = commands_of(part)
     assert len(lines) >= 7
     for line in lines:
         if line.startswith("regctl watch"):
-            told = shell.begin(line).stdout
-            assert told is not None
-            assert told.readline().startswith("up\t"), line
-        elif line.startswith(LASTS):
+            output = shell.begin(line).stdout
+            assert output is not None
+            assert output.readline().startswith("up\t"), line
+        elif line.startswith(BACKGROUND):
             shell.begin(line)
         else:
             shell.run(line)
-    there = {line.partition("\t")[0] for line in shell.run("regctl list").splitlines()}
-    assert there
-    assert not there & set(re.findall("regctl deregister ([a-z]+)", "\n".join(lines)))
+    names = {line.partition("\t")[0] for line in shell.run("regctl list").splitlines()}
+    assert names
+    assert not names & set(re.findall("regctl deregister ([a-z]+)", "\n".join(lines)))
 
 
 @pytest.mark.parametrize("part", [part for part in PARTS if "```sh\n" in PARTS[part]])
-def test_the_script_is_run(part: str, shell: Shell) -> None:
+def test_script(part: str, shell: Shell) -> None:
     [script] = re.findall(r"^```sh\n(.*?)^```", PARTS[part], re.MULTILINE | re.DOTALL)
-    told = shell.begin(f"set -e\n{script}echo done\nwait").stdout
-    assert told is not None
-    said = ""
-    while not said.endswith("done\n"):
-        line = told.readline()
-        assert line, f"it ended: {said}"
-        said += line
-    [accepts] = re.findall("^db accepts connections at (.*)", said, re.MULTILINE)
-    [found] = re.findall("^the database is at (.*)", said, re.MULTILINE)
-    assert accepts == found
-    assert "\nweb accepts connections at " in said
+    output = shell.begin(f"set -e\n{script}echo done\nwait").stdout
+    assert output is not None
+    text = ""
+    while not text.endswith("done\n"):
+        line = output.readline()
+        assert line, f"the script ended: {text}"
+        text += line
+    [address] = re.findall("^db accepts connections at (.*)", text, re.MULTILINE)
+    assert re.findall("^the database is at (.*)", text, re.MULTILINE) == [address]
+    assert "\nweb accepts connections at " in text
 
 
 @pytest.mark.parametrize("part", [part for part in PARTS if "```python\n" in PARTS[part]])
-def test_the_program_is_run(part: str, process: DaemonProcess, tmp_path: Path) -> None:
+def test_program(part: str, process: DaemonProcess, tmp_path: Path) -> None:
     [program] = re.findall(r"^```python\n(.*?)^```", PARTS[part], re.MULTILINE | re.DOTALL)
     (path := tmp_path / "program.py").write_text(program)
     done = subprocess.run(
@@ -128,13 +127,13 @@ def test_the_program_is_run(part: str, process: DaemonProcess, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("part", ["Consul", "etcd", "Eureka"])
-def test_the_same_tasks_are_told_of_each(part: str) -> None:
+def test_every_table_has_the_same_tasks(part: str) -> None:
     rows = re.findall(r"^\| ([^|]*) \|", PARTS[part], re.MULTILINE)
     for task in TASKS:
         assert any(row.startswith(task) for row in rows), task
 
 
-def test_every_part_says_what_is_different_and_when_to_stay() -> None:
+def test_every_part_says_what_differs_and_when_to_stay() -> None:
     assert list(PARTS) == ["Consul", "etcd", "Eureka", "docker compose", "wait-for-it"]
     for text in PARTS.values():
         assert "\nWhat is different:\n" in text
@@ -142,6 +141,6 @@ def test_every_part_says_what_is_different_and_when_to_stay() -> None:
         assert "the pytest fixture `regd`" in text
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_lead_to_files() -> None:
     for link in re.findall(r"\]\(([^)#:]+)\)", PAGE.read_text()):
         assert (PAGE.parent / link).exists(), link

@@ -1,4 +1,4 @@
-"""The page of troubles: each of its headings is said by the program, brought about here, and no other is meant."""
+"""TROUBLESHOOTING.md: the program produces each heading, and each message matches exactly one heading."""
 
 import re
 from pathlib import Path
@@ -17,17 +17,17 @@ HEADINGS = [heading for heading, _ in ENTRIES]
 PRODUCERS = daemon_troubles.says | client_troubles.says
 FLAG = re.compile(r"(?<![a-z-])--[a-z-]+")
 LINES_MAX = 5
-FIXED_MIN = 10  # characters of a heading that do not vary: fewer would fit what is not meant
+FIXED_MIN = 10  # fixed characters of a heading; fewer would match other messages
 
 
-def test_every_heading_is_brought_about_and_the_other_way_round() -> None:
+def test_every_heading_has_a_producer_and_every_producer_a_heading() -> None:
     assert len(set(HEADINGS)) == len(HEADINGS) == PAGE.read_text().count("\n### ")
     assert set(HEADINGS) ^ set(PRODUCERS) == set()
     assert not set(daemon_troubles.says) & set(client_troubles.says)
 
 
 @pytest.mark.parametrize("heading", HEADINGS)
-async def test_it_is_said(
+async def test_program_says_the_heading(
     heading: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -35,22 +35,22 @@ async def test_it_is_said(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     said = await PRODUCERS[heading](Scene(tmp_path, monkeypatch, caplog, capsys))
-    assert fits(heading, said), f"\nthe page {heading}\n  it is {said}"
-    assert [each for each in HEADINGS if fits(each, said)] == [heading], f"whose is {said!r}?"
+    assert fits(heading, said), f"\nheading {heading}\nmessage {said}"
+    assert [other for other in HEADINGS if fits(other, said)] == [heading], f"headings that match {said!r}"
 
 
 @pytest.mark.parametrize(("heading", "text"), ENTRIES, ids=HEADINGS)
-def test_an_entry_is_short(heading: str, text: str) -> None:
+def test_entry_is_short(heading: str, text: str) -> None:
     assert len(heading.replace("…", "").strip()) >= FIXED_MIN
     assert 2 <= len(text.strip().splitlines()) <= LINES_MAX
 
 
-def test_the_commands_and_flags_of_the_page_are_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_and_options_of_the_page_exist(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         regd.main(["--help"])
     known = set(FLAG.findall(capsys.readouterr().out))
     for command in commands.COMMANDS.values():
-        known |= {each.name for each in (*commands.COMMON, *command.arguments) if each.is_option}
+        known |= {argument.name for argument in (*commands.COMMON, *command.arguments) if argument.is_option}
     text = PAGE.read_text().replace("not `--reg`", "")
     assert set(FLAG.findall(text)) <= known
     assert set(re.findall(r"`regctl ([a-z]+)", text)) <= set(commands.COMMANDS)
