@@ -1,6 +1,6 @@
-"""caller: finds `runner` by its name and sends it jobs. No address is written in here.
+"""caller: looks `runner` up by name and sends it a job every 2 s. It contains no address.
 
-It resolves from a mirror, a local picture that the daemon keeps true, and says what it hears of the runner.
+It resolves from a mirror, a local copy of the registry, and prints each event about the runner.
 
 python3 services/caller.py [--once]
 """
@@ -21,7 +21,7 @@ async def send(runner: regd_client.Endpoint, job: dict[str, list[int]]) -> None:
     finally:
         writer.close()
     age = f" (as of {runner.stale_s:.0f} s ago)" if runner.stale_s else ""
-    # As ASCII again: what another program says may hold more than text, and this goes to a terminal.
+    # json.dumps escapes control characters of the reply, which would reach the terminal.
     print(f"caller: found runner at {runner}{age}, sent {json.dumps(job)}, got {json.dumps(reply)}", flush=True)
 
 
@@ -29,7 +29,7 @@ async def work(mirror: regd_client.Mirror) -> None:
     for count in itertools.count(1):
         try:
             await send(mirror.resolve("runner"), {"numbers": list(range(1, count + 1))})
-        except (OSError, ValueError, regd_client.NotFound) as error:  # not there just now: look again, by name
+        except (OSError, ValueError, regd_client.NotFound) as error:  # look it up again in 2 s
             print(f"caller: {error}", flush=True)
         if "--once" in sys.argv[1:]:
             return

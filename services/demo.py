@@ -1,6 +1,6 @@
-"""What `make run` shows: the daemon, the runner and the caller as three processes, on real sockets.
+"""The example of `make run`: the daemon, the runner and the caller as three processes.
 
-Goes on until Ctrl-C (or SIGTERM), and leaves nothing running. With PORT set, the daemon listens there.
+Runs until Ctrl-C or SIGTERM, and then stops all three. $PORT is the daemon's port (default 7343).
 """
 
 import contextlib
@@ -27,13 +27,13 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def running(*command: str, ready: Callable[[str], bool]) -> Iterator[subprocess.Popen[str]]:
-    """Run a Python program until the block ends, which begins once a line that it printed is `ready`."""
+    """Run a Python program during the block, which begins when `ready` accepts a line of its output."""
     process = subprocess.Popen(
         [sys.executable, *command],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # Ctrl-C is for this program, which ends the others in order
+        start_new_session=True,  # Ctrl-C reaches this program alone, which stops the others in order
     )
     seen = threading.Event()
 
@@ -43,13 +43,13 @@ def running(*command: str, ready: Callable[[str], bool]) -> Iterator[subprocess.
             say(f"  {line.rstrip()}")
             if ready(line):
                 seen.set()
-        seen.set()  # it ended
+        seen.set()  # the program has ended
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()
     try:
         if not seen.wait(READY_WITHIN_S) or process.poll() is not None:
-            raise SystemExit(f"{Path(command[-1]).name} did not start; its words are above")
+            raise SystemExit(f"{Path(command[-1]).name} did not start; its output is above")
         yield process
     finally:
         process.terminate()
@@ -66,7 +66,7 @@ ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def leave(number: int, frame: FrameType | None) -> None:
     for each in ENDS:
-        signal.signal(each, signal.SIG_IGN)  # asked twice, it must still end all three
+        signal.signal(each, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
     raise KeyboardInterrupt
 
 
@@ -85,7 +85,7 @@ def main() -> None:
                 say("5. Your turn, in another terminal:")
                 say(f"  printf 'resolve runner\\nquit\\n' | nc 127.0.0.1 {PORT}")
                 say(f"  printf 'list\\nquit\\n' | nc 127.0.0.1 {PORT}")
-                say(f"  kill -9 {runner.pid}   # its name goes with it, and the caller hears of it at once")
+                say(f"  kill -9 {runner.pid}   # regd removes its name, and the caller gets an event")
                 say(f"  REGD_ADDRESS=127.0.0.1:{PORT} PYTHONPATH=client python3 services/runner.py 5051")
                 say("Ctrl-C ends all of this.")
                 signal.pause()

@@ -1,6 +1,6 @@
-"""gateway: takes jobs over HTTP and passes them on to `runner`, wherever that is just now.
+"""gateway: receives jobs over HTTP and forwards them to `runner`.
 
-It has a name itself, from when it accepts requests until it is told to end. Needs `pip install '.[gateway]'`.
+It registers as `gateway` while it accepts requests. Needs `pip install '.[gateway]'`.
 
 uvicorn --app-dir services gateway:app --port 8080
 curl -d '{"numbers": [1, 2, 3]}' http://127.0.0.1:8080/jobs
@@ -18,7 +18,7 @@ import regd_client
 
 
 async def ask(job: object) -> object:
-    runner = await regd_client.resolve("runner", wait=5)  # it may just be starting
+    runner = await regd_client.resolve("runner", wait=5)  # the runner may still be starting
     reader, writer = await asyncio.open_connection(runner.host, runner.port)
     try:
         writer.write(json.dumps(job).encode() + b"\n")
@@ -27,15 +27,15 @@ async def ask(job: object) -> object:
         writer.close()
 
 
-async def pass_on(request: Request) -> JSONResponse:
+async def forward(request: Request) -> JSONResponse:
     try:
         job = await request.json()
     except ValueError:
-        return JSONResponse({"error": "a job is JSON"}, 400)
+        return JSONResponse({"error": "the body is not JSON"}, 400)
     try:
         return JSONResponse(await ask(job))
     except (OSError, ValueError, regd_client.RegdError) as error:
         return JSONResponse({"error": f"no answer from the runner: {error}"}, 503)
 
 
-app = Starlette(routes=[Route("/jobs", pass_on, methods=["POST"])], lifespan=regd_client.serving("gateway"))
+app = Starlette(routes=[Route("/jobs", forward, methods=["POST"])], lifespan=regd_client.serving("gateway"))

@@ -1,6 +1,6 @@
-"""runner: takes jobs on port 5050, or another (0: any that is free), and answers them. It registers as `runner`.
+"""runner: a service that adds numbers. It registers as `runner`.
 
-One job a line, {"numbers": [1, 2, 3]}; one answer a line, {"sum": 6}.
+It listens on PORT, 5050 by default; 0 picks a free port. A job is one line, {"numbers": [1, 2, 3]}, and so is its answer, {"sum": 6}.
 
 python3 services/runner.py [PORT]
 """
@@ -23,23 +23,23 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
             try:
                 reply = {"sum": sum(json.loads(line)["numbers"])}
             except (KeyError, TypeError, ValueError):
-                reply = {"error": 'a job looks like {"numbers": [1, 2, 3]}'}
+                reply = {"error": 'not a job; send a line such as {"numbers": [1, 2, 3]}'}
             writer.write(json.dumps(reply).encode() + b"\n")
             await writer.drain()
     writer.close()
 
 
 async def main() -> None:
-    asked_to_leave = asyncio.Event()
+    stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, asked_to_leave.set)
-    # A port and its name in one act: who finds the name finds somebody there.
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    # `listen` opens the port before it registers the name, so a caller that finds the name can connect.
     async with (
         regd_client.listen(NAME, PORT) as listening,
         await asyncio.start_server(answer, sock=listening.socket),
     ):
         print(f"runner: registered as {NAME!r}, waiting for jobs on port {listening.port}", flush=True)
-        await asked_to_leave.wait()
+        await stop.wait()
 
 
 if __name__ == "__main__":

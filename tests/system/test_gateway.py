@@ -62,7 +62,7 @@ def test_it_passes_jobs_on_wherever_the_runner_is(process: DaemonProcess, gatewa
 
 
 def test_what_is_no_job_is_refused(gateway: str) -> None:
-    assert post(gateway, b"no job") == (400, {"error": "a job is JSON"})
+    assert post(gateway, b"no job") == (400, {"error": "the body is not JSON"})
 
 
 def test_without_a_daemon_it_says_so(process: DaemonProcess, gateway: str) -> None:
