@@ -1,6 +1,7 @@
 """runner: a service that adds numbers. It registers as `runner`.
 
-It listens on PORT, 5050 by default; 0 picks a free port. A job is one line, {"numbers": [1, 2, 3]}, and so is its answer, {"sum": 6}.
+It listens on PORT, 5050 by default; 0 picks a free port.
+A job is one line, {"numbers": [1, 2, 3]}, and so is its answer, {"sum": 6}.
 
 python3 services/runner.py [PORT]
 """
