@@ -4,7 +4,7 @@ Quick enough for a thousand conversations a second, and the same every time. Mus
 """
 
 import asyncio
-import itertools
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +16,9 @@ from regd.server import half_closed
 from regd.server.connection import Connection
 from regd.server.context import Context
 from regd.server.daemon import Config, Daemon
-from regd.storage.files import Files, Fingerprint
+from regd.storage.files import Files
 from regd.system import probes, processes
+from regd.testing.memory import MemoryFiles
 from tests.support.clock import HandClock
 from tests.support.daemon import EPOCH
 from tests.support.peers import Told
@@ -47,59 +48,26 @@ TIGHT = Limits(
 )
 
 
-class MemoryFiles(Files):
-    """The door to files that are in memory; `failing` makes the disk full."""
+class FullableFiles(MemoryFiles):
+    """Files in memory, with one registry; while `failing` is set, the disk is full."""
 
     def __init__(self, registry: bytes) -> None:
+        super().__init__()
         self.failing = False
-        self.contents: dict[Path, tuple[bytes, int]] = {REGISTRY: (registry, 0)}
-        self._open: dict[int, Path] = {}
-        self._count = itertools.count(1)
-
-    def make_folder(self, path: Path) -> bool:
-        return False
-
-    def lock(self, path: Path) -> int:
-        return -1
-
-    def unlock(self, fd: int) -> None:
-        pass
-
-    def read(self, path: Path) -> bytes:
-        return self.contents[path][0]
-
-    def create(self, path: Path) -> int:
-        fd = next(self._count)
-        self._open[fd] = path
-        self.contents[path] = (b"", fd)
-        return fd
+        self.make_folder(REGISTRY.parent)
+        fd = self.create(REGISTRY)
+        self.write(fd, registry)
+        self.close(fd)
 
     def write(self, fd: int, data: bytes) -> None:
         if self.failing:
-            raise OSError(28, os.strerror(28))
-        path = self._open[fd]
-        self.contents[path] = (self.contents[path][0] + data, fd)
-
-    def sync(self, fd: int) -> None:
-        pass
-
-    def close(self, fd: int) -> None:
-        del self._open[fd]
-
-    def rename(self, source: Path, target: Path) -> None:
-        self.contents[target] = self.contents.pop(source)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().write(fd, data)
 
     def sync_folder(self, path: Path) -> None:
         if self.failing:
-            raise OSError(5, os.strerror(5))
-
-    def remove(self, path: Path) -> None:
-        del self.contents[path]
-
-    def print(self, file: Path | int) -> Fingerprint | None:
-        path = self._open[file] if isinstance(file, int) else file
-        found = self.contents.get(path)
-        return Fingerprint(found[1], len(found[0]), 0, True) if found else None
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        super().sync_folder(path)
 
 
 class _NoListeners:
@@ -122,7 +90,7 @@ class World:
     def __init__(self, registry: bytes, limits: Limits = TIGHT) -> None:
         self.loop = TurningLoop()
         self.clock = HandClock()
-        self.files = MemoryFiles(registry)
+        self.files = FullableFiles(registry)
         self._quiet = os.eventfd(0)  # never readable
         peers = Told()
         peers.uid = 0
