@@ -38,4 +38,4 @@ async def forward(request: Request) -> JSONResponse:
         return JSONResponse({"error": f"no answer from the runner: {error}"}, 503)
 
 
-app = Starlette(routes=[Route("/jobs", forward, methods=["POST"])], lifespan=regd_client.serving("gateway"))
+app = Starlette(routes=[Route("/jobs", forward, methods=["POST"])], lifespan=regd_client.lifespan("gateway"))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from regd_client.listening import RegisteredSocket, listen
     from regd_client.mirrors import Mirror
     from regd_client.registration import Registration
-    from regd_client.service import serving
+    from regd_client.service import lifespan
     from regd_client.watches import Endpoint, Event
 
 __all__ = [
@@ -35,12 +35,12 @@ __all__ = [
     "Timeout",
     "Unavailable",
     "deregister",
+    "lifespan",
     "listen",
     "mirror",
     "register",
     "resolve",
     "resolve_all",
-    "serving",
     "watch",
 ]
 

@@ -223,7 +223,7 @@ def register(
     return made
 
 
-def serving(
+def register_process(
     name: str,
     port: int,
     *,
@@ -235,7 +235,7 @@ def serving(
     """Register a server whose port is open, for as long as this process lives.
 
         def when_ready(server):  # in gunicorn.conf.py
-            blocking.serving("shop", server.LISTENERS[0].getsockname()[1])
+            blocking.register_process("shop", server.LISTENERS[0].getsockname()[1])
 
     Call it in the main thread of the process that owns the port, when that handles signals already: before the
     handlers of SIGTERM and SIGINT are called, the name is withdrawn and `drain_s` seconds pass. No thread stays

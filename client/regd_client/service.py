@@ -27,7 +27,7 @@ _MAKING_S = 1.0  # for a registration that is just being made, when the service 
 _NOBODY_S = 10.0  # until it is worth a word that nothing listens
 _LOOK_S = (0.05, 1.0)  # between looks for a port that was opened elsewhere, the first and the longest
 _ELSEWHERE_S = 1.0  # until the same under a server that may have opened it elsewhere
-_ELSEWHERE = ("granian", "sanic")  # those that open their port outside of the event loop, or before `serving`
+_ELSEWHERE = ("granian", "sanic")  # those that open their port outside of the event loop, or before `lifespan`
 
 
 class ServiceLifecycle:
@@ -63,7 +63,7 @@ class ServiceLifecycle:
         """Register, from now on: the port is open. Only the first time counts."""
         if self._registering is not None:
             return
-        self._registering = asyncio.create_task(self._register(host, port), name="regd-client-serving")
+        self._registering = asyncio.create_task(self._register(host, port), name="regd-client-lifespan")
         self._registering.add_done_callback(lambda task: task.cancelled() or task.exception())
         self._opened.set_result(self._registering)
 
@@ -135,7 +135,7 @@ class ServiceLifecycle:
                 "%s is not registered: no server has opened its port on this event loop for %g s%s",
                 self._name,
                 after_s,
-                "" if self._port else f'; name the port: serving("{self._name}", PORT)',
+                "" if self._port else f'; name the port: lifespan("{self._name}", PORT)',
             )
 
     async def __aenter__(self) -> Self:
@@ -178,7 +178,7 @@ class _Lifespan(contextlib.AbstractAsyncContextManager[None]):
 
 
 class LifespanContext:
-    """What `serving` returns: a lifespan for frameworks that take one, or the `async with` around a server."""
+    """What `lifespan` returns: a lifespan for frameworks that take one, or the `async with` around a server."""
 
     def __init__(self, name: str, port: int | None, arguments: dict[str, Any], drain_s: float) -> None:
         self._name = name
@@ -212,7 +212,7 @@ class LifespanContext:
         await self._entered.__aexit__(kind, error, trace)
 
 
-def serving(
+def lifespan(
     name: str,
     port: int | None = None,
     *,
@@ -223,9 +223,9 @@ def serving(
 ) -> LifespanContext:
     """Register a service once its server has opened its port, and withdraw it before that server closes it.
 
-        app = FastAPI(lifespan=regd_client.serving("gateway"))
+        app = FastAPI(lifespan=regd_client.lifespan("gateway"))
 
-        async with regd_client.serving("gateway"):
+        async with regd_client.lifespan("gateway"):
             server = await asyncio.start_server(answer, "127.0.0.1", 0)
 
     The server is the first that opens a TCP port on this event loop from then on, or the one that opens `port`. A

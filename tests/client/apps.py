@@ -19,7 +19,7 @@ def serve_aiohttp() -> None:
 
     app = web.Application()
     app.router.add_get("/", answer)
-    app.cleanup_ctx.append(regd_client.serving("web"))
+    app.cleanup_ctx.append(regd_client.lifespan("web"))
     web.run_app(app, host="127.0.0.1", port=0, print=None)
 
 
@@ -39,7 +39,7 @@ def _asked_to_leave() -> asyncio.Event:
 
 async def serve_plain() -> None:
     asked = _asked_to_leave()
-    async with regd_client.serving("web"), await asyncio.start_server(_answer, "127.0.0.1", 0):
+    async with regd_client.lifespan("web"), await asyncio.start_server(_answer, "127.0.0.1", 0):
         await asked.wait()
 
 
@@ -60,7 +60,7 @@ async def serve_tornado() -> None:
             self.write(str(os.getpid()))
 
     asked = _asked_to_leave()
-    async with regd_client.serving("web"):
+    async with regd_client.lifespan("web"):
         server = web.Application([("/", Answer)]).listen(0, "127.0.0.1")
         await asked.wait()
         server.stop()

@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 import regd_client
 
-fastapi_app = FastAPI(lifespan=regd_client.serving("web"))
+fastapi_app = FastAPI(lifespan=regd_client.lifespan("web"))
 
 
 @fastapi_app.get("/")
@@ -22,10 +22,10 @@ async def starlette_answer(request: Request) -> PlainTextResponse:
     return PlainTextResponse(str(os.getpid()))
 
 
-starlette_app = Starlette(routes=[Route("/", starlette_answer)], lifespan=regd_client.serving("web"))
+starlette_app = Starlette(routes=[Route("/", starlette_answer)], lifespan=regd_client.lifespan("web"))
 
 # For servers that open their port outside of the event loop.
 port_app = Starlette(
     routes=[Route("/", starlette_answer)],
-    lifespan=regd_client.serving("web", int(os.environ.get("WEB_PORT", "0")) or None),
+    lifespan=regd_client.lifespan("web", int(os.environ.get("WEB_PORT", "0")) or None),
 )

@@ -9,4 +9,4 @@ loglevel = "warning"
 
 
 def when_ready(server: Any) -> None:
-    blocking.serving("web", server.LISTENERS[0].getsockname()[1])
+    blocking.register_process("web", server.LISTENERS[0].getsockname()[1])

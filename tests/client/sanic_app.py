@@ -14,16 +14,16 @@ import regd_client
 
 def made(name: str, start: str, stop: str) -> Any:
     app: Any = Sanic(name)
-    serving = regd_client.serving("web", int(os.environ["WEB_PORT"]))
+    web = regd_client.lifespan("web", int(os.environ["WEB_PORT"]))
 
     async def answer(request: Request) -> HTTPResponse:
         return text(str(os.getpid()))
 
     async def register(app: Any) -> None:
-        await serving.__aenter__()
+        await web.__aenter__()
 
     async def withdraw(app: Any) -> None:
-        await serving.__aexit__(None, None, None)
+        await web.__aexit__(None, None, None)
 
     app.add_route(answer, "/")
     app.register_listener(register, start)

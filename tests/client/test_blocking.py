@@ -156,7 +156,7 @@ def connections() -> int:
 
 
 def test_a_server_hears_of_its_end_when_the_name_has_gone(heard: Heard) -> None:
-    blocking.serving("web", 1, drain_s=0.0)
+    blocking.register_process("web", 1, drain_s=0.0)
     assert len(instances()) == 1
     os.kill(os.getpid(), signal.SIGTERM)
     assert heard == [[]]
@@ -166,7 +166,7 @@ def test_a_server_hears_of_its_end_when_the_name_has_gone(heard: Heard) -> None:
 
 def test_nothing_stays_behind_in_a_process_that_forks_workers(heard: Heard) -> None:
     threads = threading.active_count()
-    blocking.serving("web", 1, meta={"zone": "a"})
+    blocking.register_process("web", 1, meta={"zone": "a"})
     assert threading.active_count() == threads
     block_until(lambda: connections() == 1)  # the one that asks
     [found] = instances()
@@ -174,7 +174,7 @@ def test_nothing_stays_behind_in_a_process_that_forks_workers(heard: Heard) -> N
 
 
 def test_a_forked_worker_that_is_told_to_end_leaves_the_name(heard: Heard) -> None:
-    blocking.serving("web", 1)
+    blocking.register_process("web", 1)
     if not (pid := os.fork()):
         os.kill(os.getpid(), signal.SIGTERM)
         os._exit(len(heard))
@@ -186,7 +186,7 @@ def test_a_name_of_several_processes_stays_until_the_last_leaves(heard: Heard) -
     with subprocess.Popen(["sleep", "1000"]) as other:
         try:
             with blocking.BlockingConnection() as connection:
-                blocking.serving("web", 1, drain_s=0.0)
+                blocking.register_process("web", 1, drain_s=0.0)
                 assert connection.ask("register", name="web", port=1, pid=other.pid)["ok"]
                 os.kill(os.getpid(), signal.SIGTERM)
                 [[found]] = heard
@@ -197,7 +197,7 @@ def test_a_name_of_several_processes_stays_until_the_last_leaves(heard: Heard) -
 
 
 def test_a_name_that_is_somebody_elses_by_now_stays(heard: Heard) -> None:
-    blocking.serving("web", 1, drain_s=0.0)
+    blocking.register_process("web", 1, drain_s=0.0)
     with blocking.BlockingConnection() as connection:
         assert connection.ask("register", name="web", port=2, force=True)["ok"]
     os.kill(os.getpid(), signal.SIGTERM)
@@ -208,7 +208,7 @@ def test_a_daemon_that_cannot_see_the_process_sees_a_connection(
     heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wire, "own_host", lambda: {"boot": "another", "pid_namespace": "pid:[1]"})
-    blocking.serving("web", 1, drain_s=0.0)
+    blocking.register_process("web", 1, drain_s=0.0)
     [found] = instances()
     assert (found["hold"], "pid" in found) == (True, False)
     assert connections() == 2
@@ -230,7 +230,7 @@ def test_a_signal_while_it_is_being_registered(heard: Heard, monkeypatch: pytest
         return ask(connection, cmd, **arguments)
 
     monkeypatch.setattr(blocking.BlockingConnection, "ask", interrupted)
-    blocking.serving("web", 1, drain_s=0.0)
+    blocking.register_process("web", 1, drain_s=0.0)
     assert heard == [[]]
     assert "deregister" in asked
 
@@ -238,7 +238,7 @@ def test_a_signal_while_it_is_being_registered(heard: Heard, monkeypatch: pytest
 def test_what_cannot_be_registered_holds_no_signal(heard: Heard) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(regd_client.BadArgument):
-        blocking.serving("no name", 1)
+        blocking.register_process("no name", 1)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -248,7 +248,7 @@ def test_a_server_whose_name_another_owner_has_waits_for_it(
     monkeypatch.setattr(ending, "_PAUSE_S", 0.01)
     with blocking.BlockingConnection() as owner:
         owner.ask("register", name="web", port=2, hold=True)
-        blocking.serving("web", 1)
+        blocking.register_process("web", 1)
         block_until(lambda: stats()["requests"]["register"] >= 4)
         assert [found["port"] for found in instances()] == [2]
     block_until(lambda: [found["port"] for found in instances()] == [1])
@@ -268,7 +268,7 @@ def test_a_server_that_ends_before_it_is_registered_is_not_tried_again(
     monkeypatch.setattr(ending, "_PAUSE_S", 0.01)
     with blocking.BlockingConnection() as owner:
         owner.ask("register", name="web", port=2, hold=True)
-        blocking.serving("web", 1, drain_s=0.0)
+        blocking.register_process("web", 1, drain_s=0.0)
         os.kill(os.getpid(), signal.SIGTERM)
         assert [found["port"] for found in heard[0]] == [2]
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
@@ -280,10 +280,10 @@ def test_where_no_timer_can_be_had_it_is_an_error_at_once(heard: Heard) -> None:
     with blocking.BlockingConnection() as owner:
         owner.ask("register", name="web", port=2, hold=True)
         with ThreadPoolExecutor(1) as pool, pytest.raises(regd_client.Conflict):
-            pool.submit(blocking.serving, "web", 1).result()
+            pool.submit(blocking.register_process, "web", 1).result()
         signal.signal(signal.SIGALRM, lambda number, frame: None)
         with pytest.raises(regd_client.Conflict):
-            blocking.serving("web", 1)
+            blocking.register_process("web", 1)
         assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -127,7 +127,7 @@ async def test_a_server_that_is_registered_late_says_so_at_once_and_when_it_is(
     path = tmp_path / "late"
     monkeypatch.setenv("REGD_ADDRESS", f"unix://{path}")
     async with (
-        regd_client.serving("web") as service,
+        regd_client.lifespan("web") as service,
         await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0),
     ):
         await until(lambda: told(caplog))

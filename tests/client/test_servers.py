@@ -198,7 +198,7 @@ APP = """
 import os
 import regd_client
 from fastapi import FastAPI
-app = FastAPI(lifespan=regd_client.serving("web"))
+app = FastAPI(lifespan=regd_client.lifespan("web"))
 @app.get("/")
 async def answer() -> int:
     return os.getpid()

@@ -705,7 +705,7 @@ async def test_listen_and_serving(client: Client) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.close()
 
-    async with regd_client.serving("s", drain_s=0):
+    async with regd_client.lifespan("s", drain_s=0):
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
         async with server:
             assert (await client.resolve("s", wait=WAIT_S)).port == server.sockets[0].getsockname()[1]

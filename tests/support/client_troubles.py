@@ -218,7 +218,7 @@ async def not_yet(scene: Scene) -> str:
     files = ToldFiles()
     async with (
         scene.daemon(files=files),
-        regd_client.serving("web") as service,
+        regd_client.lifespan("web") as service,
     ):
         files.failing["write"] = FULL
         async with await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0):
@@ -231,7 +231,7 @@ async def not_yet(scene: Scene) -> str:
 @says("… is not registered: no server has opened its port on this event loop for … s; name the port: …")
 async def no_server(scene: Scene) -> str:
     scene.patch.setattr(service_module, "_NOBODY_S", 0.0)
-    async with regd_client.serving("web"):
+    async with regd_client.lifespan("web"):
         return await scene.logged("no server has opened")
 
 

@@ -1,4 +1,4 @@
-"""`serving` and `listen` in one event loop: which server, when, and what is in the way."""
+"""`lifespan` and `listen` in one event loop: which server, when, and what is in the way."""
 
 import asyncio
 import contextlib
@@ -81,7 +81,7 @@ def held_back(registration: regd_client.Registration, monkeypatch: pytest.Monkey
 
 
 async def test_nothing_is_registered_until_a_port_is_open(client: Client) -> None:
-    async with regd_client.serving("web") as service:
+    async with regd_client.lifespan("web") as service:
         await client.ping()
         assert await names(client) == []
         async with await server() as opened:
@@ -93,7 +93,7 @@ async def test_nothing_is_registered_until_a_port_is_open(client: Client) -> Non
 async def test_the_listener_is_open_until_the_name_is_gone(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with regd_client.serving("web", drain_s=0.0) as service:
+    async with regd_client.lifespan("web", drain_s=0.0) as service:
         opened = await server()
         registration = await service.registration()
         withdrawing = held_back(registration, monkeypatch)
@@ -107,7 +107,7 @@ async def test_the_listener_is_open_until_the_name_is_gone(
 
 
 async def test_on_leaving_the_name_goes_and_the_server_stays(client: Client) -> None:
-    async with regd_client.serving("web") as service:
+    async with regd_client.lifespan("web") as service:
         opened = await server()
         await service.registration()
     assert await names(client) == []
@@ -120,7 +120,7 @@ async def test_on_leaving_the_name_goes_and_the_server_stays(client: Client) -> 
 async def test_the_port_says_which_server_it_is(client: Client) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    async with regd_client.serving("web", port) as service, await server(), await server(port):
+    async with regd_client.lifespan("web", port) as service, await server(), await server(port):
         await service.registration()
         assert await names(client) == [("web", port)]
 
@@ -130,8 +130,8 @@ async def test_two_services_of_one_loop(client: Client) -> None:
         one, two = (stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2))
         ports = [each.getsockname()[1] for each in (one, two)]
     async with (
-        regd_client.serving("one", ports[0]) as first,
-        regd_client.serving("two", ports[1]) as second,
+        regd_client.lifespan("one", ports[0]) as first,
+        regd_client.lifespan("two", ports[1]) as second,
         await server(ports[1]),
         await server(ports[0]),
     ):
@@ -141,7 +141,7 @@ async def test_two_services_of_one_loop(client: Client) -> None:
 
 
 async def test_a_server_that_serves_later_is_registered_later(client: Client) -> None:
-    async with regd_client.serving("web") as service:
+    async with regd_client.lifespan("web") as service:
         opened = await asyncio.get_running_loop().create_server(Nothing, "127.0.0.1", 0, start_serving=False)
         assert not service._opened.done()
         await opened.start_serving()
@@ -151,7 +151,7 @@ async def test_a_server_that_serves_later_is_registered_later(client: Client) ->
 
 
 async def test_serving_forever_ends_like_any_other(client: Client) -> None:
-    async with regd_client.serving("web") as service:
+    async with regd_client.lifespan("web") as service:
         opened = await server()
         task: asyncio.Task[None] = asyncio.create_task(opened.serve_forever())
         await service.registration()
@@ -165,7 +165,7 @@ async def test_serving_forever_ends_like_any_other(client: Client) -> None:
 async def test_a_socket_that_was_passed_in_may_be_closed_by_whoever_passed_it(client: Client) -> None:
     passed = socket.create_server(("127.0.0.1", 0))
     port = passed.getsockname()[1]
-    async with regd_client.serving("web") as service:
+    async with regd_client.lifespan("web") as service:
         opened = await asyncio.get_running_loop().create_server(Nothing, sock=passed)
         await service.registration()
         opened.close()
@@ -176,7 +176,7 @@ async def test_a_socket_that_was_passed_in_may_be_closed_by_whoever_passed_it(cl
 
 
 async def test_a_second_server_is_its_own_affair(client: Client) -> None:
-    async with regd_client.serving("web") as service, await server() as first:
+    async with regd_client.lifespan("web") as service, await server() as first:
         await service.registration()
         async with await server():
             pass
@@ -185,7 +185,7 @@ async def test_a_second_server_is_its_own_affair(client: Client) -> None:
 
 async def test_the_name_is_gone_for_a_while_before_the_listener_closes(client: Client) -> None:
     loop = asyncio.get_running_loop()
-    async with regd_client.serving("web", drain_s=0.05) as service, await server() as opened:
+    async with regd_client.lifespan("web", drain_s=0.05) as service, await server() as opened:
         await service.registration()
         opened.close()
         await gone(client)
@@ -196,7 +196,7 @@ async def test_the_name_is_gone_for_a_while_before_the_listener_closes(client: C
 
 
 async def test_nothing_stays_open_behind_it(client: Client) -> None:
-    async with regd_client.serving("web") as service, await server():
+    async with regd_client.lifespan("web") as service, await server():
         await service.registration()
     async with asyncio.timeout(WAIT_S):
         while (await client.stats())["connections"] > 1:
@@ -204,7 +204,7 @@ async def test_nothing_stays_open_behind_it(client: Client) -> None:
 
 
 async def test_a_socket_that_no_server_wants_is_left_to_whoever_passed_it() -> None:
-    async with regd_client.serving("web"):
+    async with regd_client.lifespan("web"):
         with socket.create_server(("127.0.0.1", 0)) as passed:
             before = len(os.listdir("/dev/fd"))
             with pytest.raises(TypeError):
@@ -214,13 +214,13 @@ async def test_a_socket_that_no_server_wants_is_left_to_whoever_passed_it() -> N
 
 async def test_what_cannot_be_opened_raises_as_ever(client: Client) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        async with regd_client.serving("web"):
+        async with regd_client.lifespan("web"):
             with pytest.raises(OSError, match="in use"):
                 await server(taken.getsockname()[1])
 
 
 async def test_a_server_on_a_path_is_none_of_it(client: Client, tmp_path: Path) -> None:
-    async with regd_client.serving("web") as service:
+    async with regd_client.lifespan("web") as service:
         with socket.socket(socket.AF_UNIX) as path:
             path.bind(str(tmp_path / "socket"))
             async with await asyncio.get_running_loop().create_server(Nothing, sock=path):
@@ -233,7 +233,7 @@ async def test_a_server_on_a_path_is_none_of_it(client: Client, tmp_path: Path) 
     ("host", "told"), [("0.0.0.0", "127.0.0.1"), ("::", "::1"), ("::1", "::1"), (None, "127.0.0.1")]
 )
 async def test_the_host_is_one_that_can_be_called(client: Client, host: str, told: str) -> None:
-    async with regd_client.serving("web") as service, await server(host=host):
+    async with regd_client.lifespan("web") as service, await server(host=host):
         assert (await service.registration()).endpoint.host == told
 
 
@@ -242,7 +242,7 @@ async def test_a_daemon_that_comes_later(
 ) -> None:
     monkeypatch.setattr(service_module, "Client", lambda: Client(connect_timeout_s=0.05))
     await daemon.server.stop()
-    async with regd_client.serving("web") as service, await server() as opened:
+    async with regd_client.lifespan("web") as service, await server() as opened:
         await until(lambda: "not registered yet" in caplog.text)
         daemon.server = InLoop(daemon.registry).server
         await daemon.server.start()
@@ -256,7 +256,7 @@ async def test_a_name_that_becomes_free(
 ) -> None:
     monkeypatch.setattr(service_module, "_PAUSE_S", 0.01)
     await (await daemon.peer()).ask(cmd="register", name="web", port=1, hold=True)
-    async with regd_client.serving("web") as service, await server():
+    async with regd_client.lifespan("web") as service, await server():
         async with asyncio.timeout(WAIT_S):
             while (await client.stats())["requests"]["register"] < 4:
                 await asyncio.sleep(0)
@@ -266,7 +266,7 @@ async def test_a_name_that_becomes_free(
 
 
 async def test_a_name_that_cannot_be(client: Client, caplog: pytest.LogCaptureFixture) -> None:
-    async with regd_client.serving("no name") as service, await server():
+    async with regd_client.lifespan("no name") as service, await server():
         with pytest.raises(regd_client.BadArgument):
             await service.registration()
     assert "cannot be registered" in caplog.text
@@ -274,7 +274,7 @@ async def test_a_name_that_cannot_be(client: Client, caplog: pytest.LogCaptureFi
 
 async def test_nobody_comes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(service_module, "_NOBODY_S", 0.0)
-    async with regd_client.serving("web"):
+    async with regd_client.lifespan("web"):
         await until(lambda: "no server has opened its port" in caplog.text)
 
 
@@ -284,14 +284,14 @@ async def test_a_server_that_opens_its_port_elsewhere_is_named_at_once(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, sys)
     monkeypatch.setattr(service_module, "_ELSEWHERE_S", 0.0)
-    async with regd_client.serving("web"):
-        await until(lambda: 'name the port: serving("web", PORT)' in caplog.text)
+    async with regd_client.lifespan("web"):
+        await until(lambda: 'name the port: lifespan("web", PORT)' in caplog.text)
 
 
 def test_daphne_runs_no_lifespan(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.text == ""
     monkeypatch.setitem(sys.modules, "daphne.cli", sys)
-    regd_client.serving("web")
+    regd_client.lifespan("web")
     assert "web is not registered: daphne does not run the lifespan" in caplog.text
 
 
@@ -299,7 +299,7 @@ async def test_a_port_that_is_opened_elsewhere_is_found(client: Client) -> None:
     with socket.create_server(("127.0.0.1", 0)) as another, socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         port = opened.getsockname()[1]
-        async with regd_client.serving("web", port) as service:
+        async with regd_client.lifespan("web", port) as service:
             assert another.getsockname()[1] != port
             assert not service._door.look()  # bound, and does not listen yet
             opened.listen()
@@ -310,7 +310,7 @@ async def test_a_port_that_is_opened_elsewhere_is_found(client: Client) -> None:
 async def test_a_listener_that_the_loop_only_watches_is_found(client: Client) -> None:
     """As Tornado and Twisted do."""
     loop = asyncio.get_running_loop()
-    async with regd_client.serving("web") as service:
+    async with regd_client.lifespan("web") as service:
         one, other = socket.socketpair()
         with one, other, socket.create_server(("127.0.0.1", 0)) as opened:
             loop.add_reader(one, lambda: None)
@@ -325,7 +325,7 @@ async def test_a_listener_that_the_loop_only_watches_is_found(client: Client) ->
 async def test_a_registration_under_way_is_withdrawn(client: Client) -> None:
     """The daemon has it, and its answer has not come yet."""
     opened = None
-    async with regd_client.serving("web"):
+    async with regd_client.lifespan("web"):
         opened = await server()
         async with asyncio.timeout(WAIT_S):
             while (await client.stats())["requests"].get("register", 0) == 0:
@@ -336,7 +336,7 @@ async def test_a_registration_under_way_is_withdrawn(client: Client) -> None:
 
 
 async def test_a_lifespan_can_be_entered_again(client: Client) -> None:
-    lifespan = regd_client.serving("web")
+    lifespan = regd_client.lifespan("web")
     for _ in range(2):
         async with lifespan(object()), await server() as opened:
             await client.resolve("web", wait=WAIT_S)
@@ -346,7 +346,7 @@ async def test_a_lifespan_can_be_entered_again(client: Client) -> None:
 
 async def test_a_lifespan_is_also_what_older_frameworks_take(client: Client) -> None:
     """An iterator that yields once, as aiohttp before 3.14 has it."""
-    once = aiter(regd_client.serving("web")(object()))
+    once = aiter(regd_client.lifespan("web")(object()))
     await anext(once)
     async with await server():
         await client.resolve("web", wait=WAIT_S)
@@ -381,7 +381,7 @@ async def signalled(number: int, on_loop: bool) -> AsyncIterator[list[int]]:
 async def test_a_signal_that_ends_comes_when_the_name_is_gone(client: Client, number: int, on_loop: bool) -> None:
     async with (
         signalled(number, on_loop) as got,
-        regd_client.serving("web", drain_s=0.0) as service,
+        regd_client.lifespan("web", drain_s=0.0) as service,
         await server() as opened,
     ):
         await service.registration()
@@ -398,7 +398,7 @@ async def test_a_signal_that_ends_comes_when_the_name_is_gone(client: Client, nu
 async def test_a_second_signal_comes_at_once(on_loop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     async with (
         signalled(signal.SIGTERM, on_loop) as got,
-        regd_client.serving("web", drain_s=0.0) as service,
+        regd_client.lifespan("web", drain_s=0.0) as service,
         await server(),
     ):
         withdrawing = held_back(await service.registration(), monkeypatch)
@@ -413,7 +413,7 @@ async def test_a_second_signal_comes_at_once(on_loop: bool, monkeypatch: pytest.
 @pytest.mark.parametrize("on_loop", [False, True])
 async def test_other_signals_and_later_handlers_are_not_held(client: Client, on_loop: bool) -> None:
     async with signalled(signal.SIGUSR1, True) as other, signalled(signal.SIGTERM, on_loop) as got:
-        async with regd_client.serving("web", drain_s=0.0) as service, await server():
+        async with regd_client.lifespan("web", drain_s=0.0) as service, await server():
             await service.registration()
             os.kill(os.getpid(), signal.SIGUSR1)
             await until(lambda: other == [signal.SIGUSR1])
@@ -423,7 +423,7 @@ async def test_other_signals_and_later_handlers_are_not_held(client: Client, on_
 
 
 async def test_a_handler_that_came_meanwhile_is_heard_after() -> None:
-    async with regd_client.serving("web"):
+    async with regd_client.lifespan("web"):
         late = signalled(signal.SIGUSR2, True)
         got = await late.__aenter__()
     os.kill(os.getpid(), signal.SIGUSR2)
@@ -433,7 +433,7 @@ async def test_a_handler_that_came_meanwhile_is_heard_after() -> None:
 
 async def test_without_a_handler_nothing_is_held() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    async with regd_client.serving("web"):
+    async with regd_client.lifespan("web"):
         assert signal.getsignal(signal.SIGTERM) is before is signal.SIG_DFL
 
 
@@ -445,18 +445,18 @@ async def main():
     loop = asyncio.get_running_loop()
     if early:
         loop.add_signal_handler(signal.SIGTERM, loop.stop)
-    serving = regd_client.serving("web", drain_s=0.0)
-    service = await serving.__aenter__()
+    lifespan = regd_client.lifespan("web", drain_s=0.0)
+    service = await lifespan.__aenter__()
     server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)
     await service.registration()
     if not early:
         loop.add_signal_handler(signal.SIGTERM, loop.stop)
-    return serving, server
+    return lifespan, server
 
-async def end(serving, server):
+async def end(lifespan, server):
     async with regd_client.Client() as client:
         print([each["state"] for each in await client.instances()])
-    await serving.__aexit__(None, None, None)
+    await lifespan.__aexit__(None, None, None)
     server.close()
     await server.wait_closed()
 
@@ -477,7 +477,7 @@ loop.close()
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 @pytest.mark.parametrize(("handler", "states"), [("early", "[]"), ("late", "['ready']")])
 async def test_an_event_loop_that_is_run_several_times(loop: str, handler: str, states: str) -> None:
-    """As Sanic and granian do. The handler that is there before `serving` hears of the signal after it."""
+    """As Sanic and granian do. The handler that is there before `lifespan` hears of the signal after it."""
     command = [sys.executable, "-c", RUNS, loop, handler]
     done = await asyncio.to_thread(
         subprocess.run, command, env=environment(**os.environ), capture_output=True, text=True, timeout=WAIT_S
@@ -497,8 +497,8 @@ def handler(number, frame):
 async def main():
     if "SIGTERM" in sys.argv:
         signal.signal(signal.SIGTERM, handler)
-    serving = regd_client.listen("web") if "listen" in sys.argv else regd_client.serving("web")
-    async with serving:
+    registered = regd_client.listen("web") if "listen" in sys.argv else regd_client.lifespan("web")
+    async with registered:
         print("blocked", flush=True)
         if "sleep" in sys.argv:
             time.sleep(1_000)
@@ -522,7 +522,7 @@ def blocked(*arguments: str) -> "subprocess.Popen[str]":
 
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-@pytest.mark.parametrize("what", ["serving", "listen"])
+@pytest.mark.parametrize("what", ["lifespan", "listen"])
 @pytest.mark.parametrize("how", ["sleep", "work"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_a_second_signal_ends_a_blocked_program(
@@ -549,7 +549,7 @@ async def test_a_second_signal_ends_a_blocked_program(
 
 def test_in_another_thread_nothing_is_held(daemon: InLoop) -> None:
     async def serve() -> None:
-        async with regd_client.serving("web"):
+        async with regd_client.lifespan("web"):
             pass
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
