@@ -29,7 +29,7 @@ def main() -> None:
             assert text.startswith(".TH ")
             assert (commands.parent / "share" / "man" / "man1" / f"{page}.1").read_text() == text
         pages = commands.parent / "share" / "doc" / "regd"
-        assert run("regctl", "help").endswith(f"\nPages: {pages.resolve()}\n")
+        assert run("regctl", "help").endswith(f"\nDocuments: {pages.resolve()}\n")
         for each in pages.rglob("*.md"):
             for link in re.findall(r"\]\(([^)#:]+)", each.read_text()):
                 assert (each.parent / link).exists(), f"{each}: {link}"

@@ -1,7 +1,4 @@
-"""One command as a child process: started with what it is handed, told what this process is told, and waited for.
-
-Must not know what is registered.
-"""
+"""A child process: start it, pass signals on to it and wait for its end; for `regctl run` and process 1."""
 
 from __future__ import annotations
 
@@ -14,181 +11,183 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
-from regd_client.service import DRAIN_S
+from regd.cli.output import complain
 
-CANNOT_RUN, NO_COMMAND = 126, 127  # as shells say it
-_ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
-_STOPS = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)  # job control, setpgid(2)
-# Not passed on: what cannot be caught, and what this process causes by itself.
+CANNOT_RUN, NO_COMMAND = 126, 127  # exit statuses, as of a shell
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+_STOPPING = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)  # job control, setpgid(2)
+# Not passed on: signals that cannot be caught, and those that this process causes itself.
 _OWN = {
     signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ,
     signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGSYS, signal.SIGTRAP,
 }  # fmt: skip
-_TO_LEADER = (signal.SIGHUP, signal.SIGCONT)  # of a terminal that hangs up, to the leader of its session alone
-_FROM_TERMINAL = 128  # SI_KERNEL (sigaction(2)): the terminal told the whole group
+_TO_LEADER = (signal.SIGHUP, signal.SIGCONT)  # when a terminal hangs up, sent to the session leader only
+_SI_KERNEL = 128  # sigaction(2): the terminal sent the signal, to the whole process group
 _LISTEN_FD = 3  # sd_listen_fds(3)
-_LOOK_S = 0.01  # between two looks whether the name is gone
-_LEAVE_S = 3.0  # for the name to go
+_POLL_S = 0.01  # between two looks at whether the name is gone
+_LEAVE_S = 3.0  # for the name to be deregistered
+_DRAIN_S = 0.1  # from then to the signal: clients that have just resolved the name still connect
 
 
 class NotStarted(Exception):
-    """The command could not be started. `status` is what a shell would end with."""
+    """The command could not be started. `status` is the exit status that a shell would have."""
 
-    def __init__(self, status: int, why: str) -> None:
-        super().__init__(why)
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
         self.status = status
 
 
 class Name(Protocol):
-    """What goes before the command is told to end."""
+    """The name that is deregistered before the command receives a signal to end."""
 
     def withdraw(self) -> bool:
-        """Take it away. Returns whether that was still to do."""
+        """Begin to deregister it. Return False if that had begun before."""
 
     def is_gone(self, within_s: float = 0.0) -> bool: ...
 
 
-def signals() -> set[int]:
-    """Return the signals to wait for: SIGCHLD, and every signal to pass on: all but faults, as tini(1) does.
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What to run. `listening` is passed as file descriptor 3, under `name`; `mask` is the signal mask."""
 
-    SIGCHLD gets its default action, as in timeout(1): a parent that ignores it would hide the command's end.
+    argv: list[str]
+    environment: Mapping[str, str]
+    listening: socket.socket | None
+    name: str
+    mask: Collection[int]
+
+
+def awaited_signals() -> set[int]:
+    """Return SIGCHLD and the signals to pass on: all but faults, as tini(1) does.
+
+    Resets SIGCHLD to its default action, as timeout(1) does: where a parent ignores it, wait() finds no status.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return {signal.SIGCHLD, *(signal.valid_signals() - _OWN)}
 
 
-def start(
-    argv: list[str],
-    environment: Mapping[str, str],
-    listening: socket.socket | None,
-    name: str,
-    mask: Collection[int],
-) -> int:
-    """Start the command, and return its number.
+def start(command: Command) -> int:
+    """Start a command and return its process id.
 
-    By hand: $LISTEN_PID is the number of the command itself, which nobody knows before it is there.
+    Uses fork and exec, since subprocess cannot set $LISTEN_PID, which is the command's own process id.
+
+    Raises:
+        NotStarted: the command cannot be run.
     """
-    reading, writing = os.pipe()  # closed by a command that was started, written by one that was not
+    reading, writing = os.pipe()  # closed by exec; holds the error number if that fails
     child = os.fork()
     if child == 0:
-        _become(argv, environment, listening, name, mask, writing)
+        _become(command, writing)
     os.close(writing)
     with open(reading, "rb") as pipe:
-        trouble = pipe.read()
-    if not trouble:
+        failure = pipe.read()
+    if not failure:
         return child
     os.waitpid(child, 0)
-    number = int(trouble)
+    number = int(failure)
     status = NO_COMMAND if number in (errno.ENOENT, errno.ENOTDIR) else CANNOT_RUN
-    raise NotStarted(status, f"{argv[0]}: {os.strerror(number)}")
+    raise NotStarted(status, f"{command.argv[0]}: {os.strerror(number)}")
 
 
-def _become(
-    argv: list[str],
-    environment: Mapping[str, str],
-    listening: socket.socket | None,
-    name: str,
-    mask: Collection[int],
-    writing: int,
-) -> NoReturn:
-    """In the child: become the command, or tell why not."""
+def _become(command: Command, writing: int) -> NoReturn:
+    """Replace this process, the child, by the command, or write the error number."""
     try:
-        os.environ.update(environment)
+        os.environ.update(command.environment)
         for variable in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"):
-            os.environ.pop(variable, None)  # ours, if any
-        if listening is not None:
+            os.environ.pop(variable, None)  # meant for regctl
+        if command.listening is not None:
             if writing == _LISTEN_FD:
                 writing = os.dup(writing)
-            os.dup2(listening.fileno(), _LISTEN_FD)
+            os.dup2(command.listening.fileno(), _LISTEN_FD)
             os.set_inheritable(_LISTEN_FD, True)
-            os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()), LISTEN_FDNAMES=name)
-        for each in (signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(each, signal.SIG_DFL)  # Python ignores them, and the command would go on so
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        os.execvp(argv[0], argv)
+            os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()), LISTEN_FDNAMES=command.name)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)  # Python ignores them, and exec keeps that
+        signal.pthread_sigmask(signal.SIG_SETMASK, command.mask)
+        os.execvp(command.argv[0], command.argv)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the environment
         os.write(writing, b"%d" % (getattr(error, "errno", None) or errno.EINVAL))
     finally:
         os._exit(CANNOT_RUN)
 
 
-def until_ended(child: int, waited_for: Collection[int], name: Name, complain: Callable[[str], None]) -> int:
+def wait_and_forward(child: int, awaited: Collection[int], name: Name, report: Callable[[str], None]) -> int:
     """Pass signals on until the command has ended, and return its wait status.
 
-    The first signal that ends the command is held back until the name is gone and `DRAIN_S` has passed, so that
-    whoever has just resolved the name can still connect. A second one ends that wait.
+    The first signal to end is held back until 0.1 s after the name is gone. A second one ends the delay.
     """
-    held = _HeldBack(child, name, complain)
+    delayed = _DelayedSignal(child, name, report)
     while True:
-        came = held.next(waited_for)
-        if came is None:
+        received = delayed.wait(awaited)
+        if received is None:
             continue
-        if came.si_signo == signal.SIGCHLD:
+        if received.si_signo == signal.SIGCHLD:
             number, status = os.waitpid(child, os.WNOHANG)
             if number == child:
                 return status
             continue
-        from_terminal = is_from_terminal(came, child)
-        if came.si_signo in _ENDS and signal.getsignal(came.si_signo) != signal.SIG_IGN:  # else it ends nothing
-            held.release()
+        from_terminal = _is_from_terminal(received, child)
+        if received.si_signo in _ENDING and signal.getsignal(received.si_signo) != signal.SIG_IGN:
+            delayed.send()
             if name.withdraw() and not from_terminal:
-                held.hold(came.si_signo)
+                delayed.hold(received.si_signo)
                 continue
         if not from_terminal:
-            pass_on(child, came.si_signo, complain)
-        if came.si_signo in _STOPS:
-            _stop(came.si_signo)
+            _send(child, received.si_signo, report)
+        if received.si_signo in _STOPPING:
+            _stop(received.si_signo)
 
 
-class _HeldBack:
+class _DelayedSignal:
     """The signal that is held back from the command, if any, and until when."""
 
-    def __init__(self, child: int, name: Name, complain: Callable[[str], None]) -> None:
+    def __init__(self, child: int, name: Name, report: Callable[[str], None]) -> None:
         self._child = child
         self._name = name
-        self._complain = complain
+        self._report = report
         self._number: int | None = None
-        self._until = 0.0  # by time.monotonic
+        self._until = 0.0  # a time of time.monotonic
 
     def hold(self, number: int) -> None:
         self._number = number
         self._until = time.monotonic() + _LEAVE_S
 
-    def release(self) -> None:
-        """Pass it on now."""
+    def send(self) -> None:
+        """Send the signal now, if there is one."""
         if self._number is not None:
             number, self._number = self._number, None
-            pass_on(self._child, number, self._complain)
+            _send(self._child, number, self._report)
 
-    def next(self, waited_for: Collection[int]) -> signal.struct_siginfo | None:
-        """Return the next signal, None for none yet; release what has been held for long enough."""
+    def wait(self, awaited: Collection[int]) -> signal.struct_siginfo | None:
+        """Return the next signal received, or None if there is none yet; send the delayed one when it is due."""
         if self._number is None:
-            return signal.sigwaitinfo(waited_for)
+            return signal.sigwaitinfo(awaited)
         if self._name.is_gone():
-            self._until = min(self._until, time.monotonic() + DRAIN_S)
+            self._until = min(self._until, time.monotonic() + _DRAIN_S)
         if time.monotonic() >= self._until:
-            self.release()
-        return signal.sigtimedwait(waited_for, _LOOK_S)
+            self.send()
+        return signal.sigtimedwait(awaited, _POLL_S)
 
 
-def is_from_terminal(came: signal.struct_siginfo, child: int) -> bool:
-    """Return whether the terminal has sent a signal to the child, too."""
-    if came.si_signo in _TO_LEADER and os.getsid(0) == os.getpid():
+def _is_from_terminal(received: signal.struct_siginfo, child: int) -> bool:
+    """Return whether the terminal has sent this signal to the child too."""
+    if received.si_signo in _TO_LEADER and os.getsid(0) == os.getpid():
         return False
-    return came.si_code == _FROM_TERMINAL and os.getpgid(child) == os.getpgrp()
+    return received.si_code == _SI_KERNEL and os.getpgid(child) == os.getpgrp()
 
 
-def pass_on(child: int, number: int, complain: Callable[[str], None]) -> None:
+def _send(child: int, number: int, report: Callable[[str], None]) -> None:
     """Send a signal to a child that is not reaped yet."""
     try:
         os.kill(child, number)
     except PermissionError:
-        complain(f"cannot pass {_name(number)} on to process {child}: it belongs to another user")
+        report(f"cannot send {_signal_name(number)} to process {child}: it belongs to another user")
 
 
-def _name(number: int) -> str:
+def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:  # a real-time signal
@@ -196,23 +195,56 @@ def _name(number: int) -> str:
 
 
 def _stop(number: int) -> None:
-    """Take the default action of SIGTSTP, SIGTTIN or SIGTTOU: stop, unless nobody could resume this process."""
+    """Take the default action of SIGTSTP, SIGTTIN or SIGTTOU: stop, unless the process group is orphaned."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
-    os.kill(os.getpid(), number)  # returns once this process is resumed
+    os.kill(os.getpid(), number)  # returns when this process is resumed
     signal.pthread_sigmask(signal.SIG_BLOCK, {number})
 
 
-def passed_on(status: int) -> int:
-    """Return the exit status, or end as the command was ended."""
+def exit_status(status: int) -> int:
+    """Return the exit status of a wait status; if a signal ended the command, end this process by the same."""
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
         return code
-    for each in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
-            each.flush()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # one core is enough
+            stream.flush()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command has dumped core already
     with contextlib.suppress(OSError):
         signal.signal(-code, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {-code})  # whoever started this process may have blocked it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {-code})  # the parent may have blocked it
     os.kill(os.getpid(), -code)
-    return 128 - code  # it did not end us: as shells say it
+    return 128 - code  # the signal had no effect
+
+
+def run_as_init() -> int | None:
+    """Fork. Return None in the child; in this process, return its exit status once it has ended.
+
+    Process 1 of a container has the duties of an init process: signals have no default action for it, and every
+    orphan becomes its child. So it passes signals on and reaps children, as dumb-init and tini do.
+    """
+    awaited = awaited_signals()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+    child = os.fork()
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return None
+    while True:
+        received = signal.sigwaitinfo(awaited)
+        if received.si_signo == signal.SIGCHLD:
+            status = _reap(child)
+            if status is not None:
+                return status
+        elif not _is_from_terminal(received, child):
+            _send(child, received.si_signo, lambda text: complain(f"regctl: {text}"))
+
+
+def _reap(child: int) -> int | None:
+    """Reap all children that have ended, and return the exit status of `child` if it is one of them."""
+    while True:
+        number, status = os.waitpid(-1, os.WNOHANG)
+        if number == 0:
+            return None
+        if number == child:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code

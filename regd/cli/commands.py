@@ -1,29 +1,21 @@
-"""The one table of what `regctl` understands: its parser, its help, its manual and its completion come from it.
-
-Must not know what a command does, or how anything is shown.
-"""
+"""The commands of `regctl` in one table; its parser, help, manual and completion are made from it."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
-import json
-import sys
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import regd
-from regd.cli.output import Output, complain, say_json
+from regd.cli.arguments import Parameter, Parser, UsageError, integer, seconds
+from regd.cli.output import visible
 
-USAGE = 2  # the exit status for what cannot be understood
-DOC = "Ask and change the service registry of this machine."
-_WIDTH = 80  # of a terminal, and of a text that is read well
+DOC = "Query and change the service registry of this machine."
 STATUSES = {
     0: "done",
     1: "not found or not in time",
-    USAGE: "bad usage",
+    2: "bad usage",
     3: "no daemon",
     4: "refused otherwise",
 }
@@ -36,103 +28,73 @@ def _label(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds <= 3_600:
-        raise argparse.ArgumentTypeError(f"must be 0 to 3600 seconds, not {text!r}")
-    return seconds
-
-
-def _interval(text: str) -> float:
-    return max(0.1, _seconds(text))  # more often is no use to anybody's eyes
-
-
 def _port(text: str) -> int | None:
     if text == "auto":
         return None
-    if not _is_port(text):
+    port = integer(text, 1, 65_535)
+    if port is None:
         raise argparse.ArgumentTypeError(f"must be 1 to 65535, or auto, not {text!r}")
-    return int(text)
-
-
-def _is_port(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65_535
+    return port
 
 
 def _endpoint(text: str) -> tuple[str | None, int]:
-    """Read [HOST:]PORT; the host is None where only the port is given."""
-    host, colon, port = text.rpartition(":")
+    """Read [HOST:]PORT; the host is None if only the port is there."""
+    host, colon, digits = text.rpartition(":")
+    port = integer(digits, 1, 65_535)
     in_brackets = host.startswith("[") and host.endswith("]")
-    if not _is_port(port) or (colon and not host) or (":" in host and not in_brackets):
+    if port is None or (colon and not host) or (":" in host and not in_brackets):
         raise argparse.ArgumentTypeError(
             f"must be PORT or HOST:PORT, such as 5432 or [::1]:5432, with a port from 1 to 65535, not {text!r}"
         )
-    return host.removeprefix("[").removesuffix("]") or None, int(port)
+    return host.removeprefix("[").removesuffix("]") or None, port
 
 
 def _ttl(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 1 <= seconds <= 86_400:
-        raise argparse.ArgumentTypeError(f"must be 1 to 86400 seconds, not {text!r}")
-    return int(seconds) if seconds.is_integer() else seconds
-
-
-class Parameter:
-    """One argument of a command. `takes` says what a shell may offer for it besides its choices: `service`,
-    `command`, or nothing.
-    """
-
-    def __init__(self, name: str, doc: str, *, takes: str = "", **how: Any) -> None:
-        self.name = name
-        self.doc = doc
-        self.takes = takes
-        self.how = how  # as argparse has it
-
-    @property
-    def is_option(self) -> bool:
-        return self.name.startswith("-")
-
-    def add_to(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(self.name, help=self.doc, **self.how)
+    ttl_s = seconds(1, 86_400)(text)
+    return int(ttl_s) if ttl_s.is_integer() else ttl_s
 
 
 class Subcommand:
-    """`doc` is one sentence, `more` what there is to know besides, `examples` lines for a shell."""
+    """A command of regctl.
+
+    `doc` is one sentence, `more` further sentences, `examples` are command lines for a shell. `runs`: the command
+    line ends with that of another program.
+    """
 
     def __init__(
         self,
         doc: str,
-        *arguments: Parameter,
+        *parameters: Parameter,
         more: str = "",
         examples: Sequence[str] = (),
         aliases: Sequence[str] = (),
         runs: bool = False,
     ) -> None:
         self.doc = doc
-        self.arguments = arguments
+        self.parameters = parameters
         self.more = more
         self.examples = examples
         self.aliases = aliases
-        self.runs = runs  # a command line of its own, behind `--`
+        self.runs = runs
 
 
 def _labels(doc: str) -> Parameter:
-    return Parameter("--meta", f"{doc}; may be given again", type=_label, action="append", metavar="KEY=VALUE")
+    return Parameter("--meta", f"{doc}; repeatable", type=_label, action="append", metavar="KEY=VALUE")
 
 
-NAME = Parameter("name", "the service", metavar="NAME", takes="service")
-PATTERN = Parameter(
-    "name", "only this, or what begins with it: 'work*'", nargs="?", metavar="NAME", takes="service"
-)
-ANY_INSTANCE = Parameter("--instance", "only this instance (default: any)", metavar="INSTANCE")
-INSTANCE = Parameter("--instance", 'which instance (default: "")', metavar="INSTANCE")
-FILTER = _labels("only those that carry it")
+def _timeout(doc: str) -> Parameter:
+    return Parameter("--timeout", f"{doc} (default: 30)", type=seconds(0, 3_600), default=30.0, metavar="SECONDS")
+
+
+def _services(name: str, doc: str, nargs: str) -> Parameter:
+    return Parameter(name, doc, nargs=nargs, metavar="NAME", completion="service")
+
+
+NAME = Parameter("name", "the service", metavar="NAME", completion="service")
+PATTERN = _services("name", "this service, or all with this prefix: 'work*' (default: all)", "?")
+ANY_INSTANCE = Parameter("--instance", "this instance only (default: any)", metavar="INSTANCE")
+INSTANCE = Parameter("--instance", 'the instance (default: "")', metavar="INSTANCE")
+FILTER = _labels("only instances with this label")
 STATES = ("starting", "ready", "draining")
 FORMATS = ("shell", "docker")
 SHELLS = ("bash", "zsh", "fish")
@@ -147,7 +109,7 @@ COMMON = (
     ),
     Parameter(
         "--json",
-        "print what the daemon says, one JSON object a line",
+        "print the daemon's reply, one JSON object per line",
         action="store_true",
         default=argparse.SUPPRESS,
     ),
@@ -160,13 +122,13 @@ COMMANDS = {
     "resolve": Subcommand(
         "Print the address of a ready instance.",
         NAME,
-        Parameter("--all", "of all ready instances", action="store_true"),
+        Parameter("--all", "print the addresses of all ready instances", action="store_true"),
         ANY_INSTANCE,
         FILTER,
         examples=["curl http://$(regctl resolve web)/"],
     ),
     "register": Subcommand(
-        "Register a service; it stays until it is deregistered.",
+        "Register a service until it is deregistered.",
         Parameter("name", "the service", metavar="NAME"),
         Parameter(
             "port",
@@ -174,13 +136,13 @@ COMMANDS = {
             metavar="PORT",
             type=_endpoint,
         ),
-        Parameter("--host", "the same as HOST:PORT (default: 127.0.0.1)", metavar="HOST"),
+        Parameter("--host", "the host, if not written as HOST:PORT (default: 127.0.0.1)", metavar="HOST"),
         INSTANCE,
         _labels("a label"),
         Parameter("--state", "starting, ready or draining (default: ready)", choices=STATES, metavar="STATE"),
-        Parameter("--ttl", "end it unless it is registered again in time", type=_ttl, metavar="SECONDS"),
-        Parameter("--pid", "end it with this process", type=int, metavar="PID"),
-        Parameter("--force", "replace a registration whose owner lives", action="store_true"),
+        Parameter("--ttl", "expire unless registered again within this time", type=_ttl, metavar="SECONDS"),
+        Parameter("--pid", "end the registration when this process exits", type=int, metavar="PID"),
+        Parameter("--force", "replace a registration whose owner is alive", action="store_true"),
         examples=["regctl register db 5432", "regctl register db [::1]:5432 --pid $$"],
     ),
     "deregister": Subcommand(
@@ -191,66 +153,61 @@ COMMANDS = {
         NAME,
         INSTANCE,
         Parameter("--state", "starting, ready or draining", choices=STATES, metavar="STATE"),
-        _labels("a label; replaces all that were there"),
+        _labels("a label; all previous labels are removed"),
         examples=["regctl update db --state starting", "regctl update db --meta zone=a --meta role=primary"],
     ),
     "drain": Subcommand(
-        "Set the state of a registration to draining: it is resolved no more, and stays registered.",
+        "Set the state of a registration to draining: it stays registered and is no longer resolved.",
         NAME,
         INSTANCE,
         more="The same as `regctl update NAME --state draining`.",
         examples=["regctl drain web", "regctl update web --state ready"],
     ),
     "watch": Subcommand(
-        "Show what is there, and then every change, until Ctrl-C.",
+        "Print current registrations, then every change, until Ctrl-C.",
         PATTERN,
         FILTER,
-        more="It outlives a restart of the daemon: it connects again, and shows what is different. stderr says "
-        "when the daemon is away.",
+        more="Continues when the daemon restarts: regctl reconnects and prints what is different. A message on "
+        "stderr says when the daemon is away.",
         examples=["regctl watch", "regctl watch 'work*'"],
     ),
     "wait": Subcommand(
-        "Wait until each of the services accepts connections.",
-        Parameter("names", "the services", nargs="+", metavar="NAME", takes="service"),
-        Parameter("--timeout", "for all of them (default: 30)", type=_seconds, default=30.0, metavar="SECONDS"),
-        more="It waits for the daemon, too.",
+        "Wait until all the services accept connections.",
+        _services("names", "the services", "+"),
+        _timeout("for all services together"),
+        more="Waits for the daemon too.",
         examples=["regctl wait db cache --timeout 10 && ./migrate"],
     ),
     "run": Subcommand(
-        "Run a command under a name, from when it accepts connections until it has ended.",
-        Parameter("name", "the service that the command is", metavar="NAME"),
+        "Run a command and register it, from when it accepts connections until it exits.",
+        Parameter("name", "the service that the command provides", metavar="NAME"),
         Parameter(
             "--port",
-            "where the command listens; auto: a free port, told in $PORT (default: auto)",
+            "the port on which the command listens; auto: a free port, passed in $PORT (default: auto)",
             type=_port,
             metavar="N|auto",
         ),
         Parameter(
             "--socket",
-            "hand the command a listening socket, as systemd does: $LISTEN_FDS, file 3",
+            "pass the command a listening socket, as systemd does: $LISTEN_FDS, file descriptor 3",
             action="store_true",
         ),
         Parameter(
             "--wait",
-            "first wait until these accept connections; the command finds them in its environment",
+            "first wait until these services accept connections; the command gets their addresses as variables",
             nargs="+",
             action="extend",
             default=[],
             metavar="OTHER",
-            takes="service",
+            completion="service",
         ),
-        Parameter(
-            "--timeout",
-            "for all that is waited for (default: 30)",
-            type=_seconds,
-            default=30.0,
-            metavar="SECONDS",
-        ),
+        _timeout("for all services of --wait together"),
         INSTANCE,
         _labels("a label"),
-        more="`--` may be left out, but not behind `--wait OTHER ...`. Signals and the exit status are passed "
-        "on; 126: the command cannot be run, 127: it is not there. On SIGTERM and Ctrl-C the name goes first. "
-        "Without a daemon the command runs, and is registered as soon as there is one.",
+        more="`--` can be omitted, except after `--wait OTHER ...`. Signals and the exit status are passed on; "
+        "126: the command cannot be run, 127: it does not exist. On SIGTERM and Ctrl-C the name is deregistered "
+        "before the command receives the signal. Without a daemon the command runs, and is registered as soon as "
+        "there is one.",
         examples=[
             "regctl run web --wait db -- sh -c 'exec python3 -m http.server --bind 127.0.0.1 \"$PORT\"'",
             "regctl run web --port 8000 -- gunicorn --bind 127.0.0.1:8000 shop.wsgi",
@@ -260,17 +217,17 @@ COMMANDS = {
     ),
     "env": Subcommand(
         "Print the addresses of services as environment variables.",
-        Parameter("names", "the services (default: all)", nargs="*", metavar="NAME", takes="service"),
+        _services("names", "the services (default: all)", "*"),
         Parameter(
             "--format",
-            "shell: quoted for eval; docker: not quoted, for docker run --env-file (default: shell)",
+            "shell: quoted for eval; docker: unquoted, for docker run --env-file (default: shell)",
             choices=FORMATS,
             default=FORMATS[0],
             metavar="FORMAT",
         ),
-        more="For `shop.db`: SHOP_DB_HOST, SHOP_DB_PORT and SHOP_DB_ADDRESS, which is HOST:PORT. It is the name "
-        "in capitals, with `_` for all that is no letter and no digit, and before a digit at the beginning. "
-        "After `set -a` the shell exports them.",
+        more="For `shop.db`: SHOP_DB_HOST, SHOP_DB_PORT and SHOP_DB_ADDRESS, which is HOST:PORT. The prefix is "
+        "the name in capitals, with `_` in place of every character that is neither a letter nor a digit, and "
+        "before a digit at the start. After `set -a` the shell exports the variables.",
         examples=[
             'eval "$(regctl env db)"',
             'set -a; eval "$(regctl env db cache)"; ./worker',
@@ -278,47 +235,47 @@ COMMANDS = {
         ],
     ),
     "why": Subcommand(
-        "Tell what is known of a service: owners, last probe, who left and why.",
+        "Explain the state of a service: its owners, the last probe, recent departures.",
         NAME,
         ANY_INSTANCE,
         examples=["regctl why web"],
     ),
     "top": Subcommand(
-        "Show the registry live: what is there, what came and went, how much is asked.",
+        "Show the registry live: instances, recent changes, rates of requests and changes.",
         PATTERN,
         Parameter(
             "--interval",
-            "between two looks at the daemon's figures, 0.1 to 3600 (default: 1)",
-            type=_interval,
+            "time between two requests for the daemon's counters, 0.1 to 3600 (default: 1)",
+            type=seconds(0.1, 3_600),
             default=1.0,
             metavar="SECONDS",
         ),
-        more="Keys: q ends, ? shows the others. It outlives the daemon's restart. With the extra `top` "
-        "(prompt_toolkit) it has a selection, filters and `why`; without, it is a plain table. Where "
-        "stdout is no terminal it prints one frame and ends; so it does with --json.",
+        more="Keys: q quits, ? shows the others. Continues when the daemon restarts. The extra `top` "
+        "(prompt_toolkit) adds selection, filter and `why`; without it the view is a plain table. If stdout is "
+        "not a terminal, or with --json, regctl prints one frame and exits.",
         examples=["regctl top", "regctl top 'work*'", "regctl top --json | jq .stats.lag_s"],
     ),
-    "ping": Subcommand("Ask whether a daemon answers.", examples=["regctl ping"]),
+    "ping": Subcommand("Check whether a daemon answers.", examples=["regctl ping"]),
     "stats": Subcommand(
         "Show the daemon's counters.",
-        Parameter("--limits", "show the limits in use, too", action="store_true"),
+        Parameter("--limits", "also show the limits in use", action="store_true"),
         examples=["regctl stats", "regctl stats --limits"],
     ),
     "doctor": Subcommand(
-        "Look at the usual troubles, and say what to do.",
-        more="A line for each: the address, the daemon, others beside it, rights, versions, the registry's file, "
-        "limits, lag, and services that accept no connection. It changes nothing. Exit status 1: something is "
-        "wrong.",
+        "Check for common problems, and say what to do.",
+        more="Prints a line for each check: the address, the daemon, other daemons, access rights, versions, the "
+        "registry file, limits, lag, and services that accept no connection. Changes nothing. Exit status 1: a "
+        "check failed.",
         examples=["regctl doctor"],
     ),
     "names": Subcommand(
-        "Print the names of services, at once or not at all.",
+        "Print the names of services, for completion in shells.",
         PATTERN,
-        more="For completion in shells: where no daemon answers within 0.2 s it prints and says nothing.",
+        more="Prints nothing if no daemon answers within 0.2 s.",
         examples=["regctl names 'work*'"],
     ),
     "completion": Subcommand(
-        "Print what makes a shell complete the command lines of regctl.",
+        "Print a script that makes a shell complete regctl command lines.",
         Parameter("shell", "bash, zsh or fish", choices=SHELLS, metavar="SHELL"),
         examples=[
             'eval "$(regctl completion bash)"',
@@ -327,12 +284,12 @@ COMMANDS = {
         ],
     ),
     "help": Subcommand(
-        "Tell how regctl is used, or one of its commands.",
-        Parameter("topic", "the command", nargs="?", metavar="COMMAND", takes="command"),
+        "Show help for regctl or for one of its commands.",
+        Parameter("topic", "the command", nargs="?", metavar="COMMAND", completion="command"),
         examples=["regctl help", "regctl help run"],
     ),
     "manual": Subcommand(
-        "Print the manual as a page for man.",
+        "Print a manual page for man.",
         Parameter(
             "page", "regctl or regd (default: regctl)", nargs="?", choices=PAGES, default=PAGES[0], metavar="PAGE"
         ),
@@ -340,176 +297,116 @@ COMMANDS = {
     ),
 }
 
-
 ALIASES = {alias: name for name, command in COMMANDS.items() for alias in command.aliases}
 
 
-def unknown(command: str) -> str:
-    """Return what to say of a command that is none."""
-    near = difflib.get_close_matches(command, (*COMMANDS, *ALIASES), 1)
-    return f"no command {command!r}; " + (
-        f"did you mean {near[0]!r}?" if near else "`regctl help` names them all"
-    )
+def unknown_command(word: str) -> str:
+    """Return the error message for a word that is no command."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(word, (*COMMANDS, *ALIASES), 1)
+    hint = f"did you mean {near[0]!r}?" if near else "`regctl help` lists them"
+    return f"no command {visible(repr(word))}; {hint}"
 
 
-class _Parser(argparse.ArgumentParser):
-    shown: Callable[[str], str]
-    as_json = False
+class _MainParser(Parser):
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action.choices, dict) and value not in action.choices:  # the action of subcommands
+            raise UsageError(self.prog, unknown_command(value))
+        super()._check_value(action, value)
 
-    def error(self, message: str) -> NoReturn:
-        refuse(self.prog, f"{_Parser.shown(message)} (see {self.prog} --help)")
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        """Write help, usage or version as everything else is written."""
-        if file is sys.stderr:
-            complain(message.rstrip("\n"))
-        else:
-            Output.write(message)
-
-
-def refuse(prog: str, message: str) -> NoReturn:
-    """Say what is wrong with the command line, and end with the status for that."""
-    if not _Parser.as_json:
-        complain(f"{prog}: {message}")
-    elif any(prog == f"regctl {name}" and command.runs for name, command in COMMANDS.items()):
-        complain(json.dumps({"event": "refused", "error": "bad_argument", "message": message}))
-    else:
-        say_json({"ok": False, "error": "bad_argument", "message": message})
-    raise SystemExit(USAGE)
-
-
-class _Whole(_Parser):
     def format_help(self) -> str:
-        found = pages()
-        return super().format_help() + (f"\nPages: {found}\n" if found else "")
+        folder = documents()
+        return super().format_help() + (f"\nDocuments: {folder}\n" if folder else "")
 
 
-def pages() -> str:
-    """Return the folder of the pages: where they are installed, else the checkout, else nothing."""
+def documents() -> str:
+    """Return the folder of the documents: the installed one, else the checkout, else ""."""
     from importlib import metadata
     from pathlib import Path
 
     with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout that was never installed
-        for each in metadata.files("regd") or ():
-            if each.match("share/doc/regd/README.md"):
-                return str(Path(str(each.locate())).resolve().parent)
+        for file in metadata.files("regd") or ():
+            if file.match("share/doc/regd/README.md"):
+                return str(Path(str(file.locate())).resolve().parent)
     checkout = Path(*regd.__path__).resolve().parent
     return str(checkout) if (checkout / "README.md").exists() else ""
 
 
-def _common() -> _Parser:
-    made = _Parser(prog="regctl", add_help=False)
-    for each in COMMON:
-        each.add_to(made)
-    return made
+def parser(argv: Sequence[str]) -> Parser:
+    """Return the parser of a command line.
 
-
-def parser(shown: Callable[[str], str]) -> argparse.ArgumentParser:
-    """Return what reads a command line; `shown` makes a text fit for a terminal."""
-    _Parser.shown = staticmethod(shown)
-    common = _common()
-    made = _Whole(
+    It has the commands that the line names, or all of them for help and errors: building all takes 10 ms.
+    """
+    words = set(argv)
+    commands = {name: command for name, command in COMMANDS.items() if words & {name, *command.aliases}}
+    if not commands or words & {"-h", "--help"}:
+        commands = COMMANDS
+    main = _MainParser(
         prog="regctl",
         description=DOC,
-        epilog="Exit status: " + ", ".join(f"{number} {means}" for number, means in STATUSES.items()) + ".",
-        parents=[common],
-        allow_abbrev=False,
+        epilog="Exit status: " + ", ".join(f"{number} {meaning}" for number, meaning in STATUSES.items()) + ".",
     )
-    made.add_argument("--version", action="version", version=f"regctl {regd.__version__}")
-    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for name, command in COMMANDS.items():
-        each = commands.add_parser(
+    main.add_argument("--version", action="version", version=f"regctl {regd.__version__}")
+    main.add_parameters(COMMON)
+    subparsers = main.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for name, command in commands.items():
+        subparser = subparsers.add_parser(
             name,
             aliases=command.aliases,
             help=command.doc,
-            description="\n\n".join(textwrap.fill(text, _WIDTH) for text in (command.doc, command.more) if text),
-            epilog="examples:\n" + "".join(f"  {line}\n" for line in command.examples),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            parents=[common],
-            allow_abbrev=False,
+            description=f"{command.doc}\n\n{command.more}".rstrip(),
+            epilog="examples:\n" + "\n".join(f"  {line}" for line in command.examples),
         )
-        for argument in command.arguments:
-            argument.add_to(each)
+        subparser.add_parameters((*COMMON, *command.parameters))
         if command.runs:
-            each.usage = f"{each.format_usage().removeprefix('usage: ').strip()} -- COMMAND [ARGUMENT ...]"
-    return made
+            _add_command_line(subparser)
+    return main
 
 
-def read(argv: Sequence[str], shown: Callable[[str], str]) -> dict[str, Any]:
-    """Return what a command line says; for `run`, what it is to run is its `argv`."""
-    made = parser(shown)
-    own, behind = _split(argv)
-    _Parser.as_json = "--json" in own
-    _check_command(made, own)
-    given = vars(made.parse_args(own))
-    given["command"] = ALIASES.get(given["command"], given["command"])
-    if COMMANDS[given["command"]].runs:
-        if not behind:
-            missing = "name the command, behind `--`"
-            if given["wait"]:
-                missing = "put `--` before the command: --wait takes all words up to it"
-            refuse(f"regctl {given['command']}", missing)
-        given["argv"] = behind
-    elif given["command"] == "register":
-        host, given["port"] = given["port"]
-        if host is not None and given["host"] is not None:
-            refuse("regctl register", "give the host once: as HOST:PORT, or as --host")
-        given["host"] = host or given["host"]
-    return given
+def _add_command_line(subparser: Parser) -> None:
+    subparser.usage = f"{subparser.prog} NAME [OPTION ...] [--] COMMAND [ARGUMENT ...]"
+    argv = subparser.add_argument("argv", nargs=argparse.PARSER, metavar="COMMAND", help="the command to run")
+    argv.required = False  # `read` has a message of its own
 
 
-def _check_command(made: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Show the help where there is no command, and what was perhaps meant where there is none of that name."""
-    rest = _common().parse_known_args(argv)[1]
-    words = [word for word in rest if not word.startswith("-")]
-    if words and words[0] not in COMMANDS and words[0] not in ALIASES:
-        refuse("regctl", _Parser.shown(unknown(words[0])))
-    if not rest and _Parser.as_json:
-        refuse("regctl", "name a command; `regctl help` names them all")
-    if not rest:
-        made.print_help()
-        made.exit()
+def read(argv: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of a command line; those of `run` have the command to run as `argv`.
 
-
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line of `run` into its own words and the command: at `--`, or behind the name.
-
-    An option that takes many words takes all up to the next option. Where it has taken the name too, as in
-    `run --wait db web -- ./server`, the last of them is the name.
+    Raises:
+        UsageError: it cannot be understood.
+        SystemExit: help or version was asked for, and is printed.
     """
-    own = list(argv)
-    options = {each.name: each for each in COMMON}
-    runs_at = names = last_of_many = at = 0
-    while at < len(own):
-        word = own[at]
-        if word == "--":
-            break
-        if word.startswith("-"):
-            words = _words(options.get(word), own[at + 1 :])
-            at += words
-            last_of_many = at if words > 1 else last_of_many
-        elif not runs_at:
-            if word not in COMMANDS or not COMMANDS[word].runs:
-                return own, []
-            runs_at = at + 1
-            options |= {each.name: each for each in COMMANDS[word].arguments}
-        elif names:
-            return own[:at], own[at:]
-        else:
-            names = 1
-        at += 1
-    if not runs_at:
-        return own, []
-    own, behind = own[:at], own[at + 1 :]
-    if not names and last_of_many:
-        own.insert(runs_at, own.pop(last_of_many))
-    return own, behind
+    main = parser(argv)
+    arguments = vars(main.parse_args(argv))
+    if arguments["command"] is None:
+        if "json" in arguments:
+            raise UsageError("regctl", "name a command; `regctl help` lists them")
+        print_help()
+    arguments["command"] = ALIASES.get(arguments["command"], arguments["command"])
+    if COMMANDS[arguments["command"]].runs:
+        arguments["argv"] = _command_line(arguments)
+    elif arguments["command"] == "register":
+        host, arguments["port"] = arguments["port"]
+        if host is not None and arguments["host"] is not None:
+            raise UsageError("regctl register", "give the host once: as HOST:PORT, or as --host")
+        arguments["host"] = host or arguments["host"]
+    return arguments
 
 
-def _words(option: Parameter | None, following: list[str]) -> int:
-    """Return how many of the words behind an option are its values; None is one that is unknown, or has a `=`."""
-    if option is None or option.how.get("action") == "store_true":
-        return 0
-    if option.how.get("nargs") != "+":
-        return 1
-    return next((at for at, word in enumerate(following) if word.startswith("-")), len(following))
+def _command_line(arguments: dict[str, Any]) -> list[str]:
+    words = list(arguments["argv"] or ())
+    if words[:1] == ["--"]:  # Python 3.11 leaves it there
+        del words[0]
+    if words:
+        return words
+    hint = "name the command, after `--`"
+    if arguments["wait"]:
+        hint = "put NAME before --wait and `--` before the command: --wait takes all words up to the next option"
+    raise UsageError("regctl run", hint)
+
+
+def print_help(*command: str) -> NoReturn:
+    """Print the help of regctl, or of one of its commands, and exit."""
+    parser(command).parse_args([*command, "--help"])
+    raise AssertionError("--help exits")

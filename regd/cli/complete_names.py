@@ -6,14 +6,11 @@ Must not know which shell asks. It runs at every TAB, so it imports next to noth
 from __future__ import annotations
 
 import time
-from _signal import ITIMER_REAL, SIG_DFL, SIGALRM, setitimer, signal  # type: ignore[import-not-found]
+from signal import ITIMER_REAL, SIG_DFL, SIGALRM, setitimer, signal
+from typing import Any
 
 from regd_client.blocking import BlockingConnection
 from regd_client.errors import RegdError
-
-TYPE_CHECKING = False  # as in typing, whose import takes longer than all of this
-if TYPE_CHECKING:
-    from typing import Any
 
 _ANSWER_S = 0.2
 _END_S = 0.5  # of this process, whatever it hangs in: a name server that is not asked for names of services

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from importlib import resources
 
-from regd.cli.commands import ALIASES, COMMANDS, COMMON, Parameter
+from regd.cli.arguments import Parameter
+from regd.cli.commands import ALIASES, COMMANDS, COMMON
 
 _ALONE = {"--help": "show this help, and do nothing else", "--version": "show the version, and do nothing else"}
 _HELP = {"--help": _ALONE["--help"]}
@@ -30,31 +31,31 @@ def _frame(shell: str) -> str:
 
 def values(argument: Parameter) -> str:
     """Return how many words belong to it: `none`, `one`, or `many`, up to the next option."""
-    if argument.how.get("action") == "store_true":
+    if argument.options.get("action") == "store_true":
         return "none"
-    return "many" if argument.how.get("nargs") in ("+", "*") else "one"
+    return "many" if argument.options.get("nargs") in ("+", "*") else "one"
 
 
 def again(argument: Parameter) -> bool:
     """Return whether an option may be given more than once."""
-    return argument.how.get("action") in ("append", "extend")
+    return argument.options.get("action") in ("append", "extend")
 
 
 def _options(command: str) -> list[Parameter]:
-    return [*(each for each in COMMANDS[command].arguments if each.is_option), *COMMON]
+    return [*(each for each in COMMANDS[command].parameters if each.is_option), *COMMON]
 
 
 def _offer(argument: Parameter) -> str:
     """Return what may stand there: words, `service`, or nothing."""
-    if argument.takes == "command":
+    if argument.completion == "command":
         return " ".join(COMMANDS)
-    return argument.takes or " ".join(argument.how.get("choices", ()))
+    return argument.completion or " ".join(argument.options.get("choices", ()))
 
 
 def _places(command: str) -> Iterator[tuple[str, str]]:
     """Yield an option, or the number of an argument, `*` for any; and what is offered there."""
     number = 0
-    for argument in COMMANDS[command].arguments:
+    for argument in COMMANDS[command].parameters:
         if argument.is_option:
             place = argument.name
         else:
@@ -68,7 +69,7 @@ def _several() -> list[tuple[str, str, str]]:
     own = [
         (name, each.name, values(each))
         for name, command in COMMANDS.items()
-        for each in command.arguments
+        for each in command.parameters
         if each.is_option
     ]
     common = [("*", each.name, values(each)) for each in COMMON]
@@ -122,7 +123,7 @@ def _zsh() -> str:
 
 
 def _zsh_command(name: str) -> str:
-    arguments = COMMANDS[name].arguments
+    arguments = COMMANDS[name].parameters
     specs = [
         *map(_zsh_option, _options(name)),
         *(_zsh_alone(*each) for each in _HELP.items()),
@@ -145,7 +146,7 @@ def _zsh_option(argument: Parameter) -> str:
     shown = f"{'*' if again(argument) else ''}{argument.name}"
     if values(argument) == "none":
         return f"{shown}[{_zsh_text(argument.doc)}]"
-    return f"{shown}=[{_zsh_text(argument.doc)}]:{argument.how['metavar']}:{_zsh_offer(argument)}"
+    return f"{shown}=[{_zsh_text(argument.doc)}]:{argument.options['metavar']}:{_zsh_offer(argument)}"
 
 
 def _zsh_alone(name: str, doc: str) -> str:
@@ -153,16 +154,16 @@ def _zsh_alone(name: str, doc: str) -> str:
 
 
 def _zsh_word(argument: Parameter) -> str:
-    colons = {"?": "::"}.get(str(argument.how.get("nargs")), ":")
+    colons = {"?": "::"}.get(str(argument.options.get("nargs")), ":")
     place = "*" if values(argument) == "many" else ""
-    return f"{place}{colons}{argument.how['metavar']}:{_zsh_offer(argument)}"
+    return f"{place}{colons}{argument.options['metavar']}:{_zsh_offer(argument)}"
 
 
 def _zsh_offer(argument: Parameter) -> str:
     offer = _offer(argument)
-    if argument.takes == "command":
+    if argument.completion == "command":
         return "_regctl_commands"
-    if argument.takes == "service":
+    if argument.completion == "service":
         return "_regctl_names"
     return f"({offer})" if offer else " "
 

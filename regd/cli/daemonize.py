@@ -1,41 +1,17 @@
-"""Descriptors that a caller hands down, and the way into the background.
-
-Must not know what the daemon serves.
-"""
+"""Run in the background, and drop what the parent process has passed down: open files, blocked signals."""
 
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Collection
 
 _STANDARD = (0, 1, 2)
-_FILES_MAX = 65_536  # looked at where the system does not list them
+_FILES_MAX = 65_536  # closed one by one where the system does not list the open ones
 _FOLDERS = ("/proc/self/fd", "/dev/fd")
 
 
-def open_standard_files() -> None:
-    """Open those of 0, 1 and 2 that are closed on /dev/null. Call it first thing.
-
-    Else the next file or socket gets the number, and what is meant for stderr is written into it.
-    """
-    for number in _STANDARD:
-        try:
-            os.fstat(number)
-        except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)
-            if opened != number:
-                os.dup2(opened, number)
-                os.close(opened)
-    # None when it was closed: `print` then takes stdout for stderr.
-    if sys.stdout is None:
-        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
-    if sys.stderr is None:
-        sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
-
-
 def close_inherited_files(keep: Collection[int]) -> None:
-    """Close all files from 3 up but those to keep: they are the caller's, who may wait for their end."""
+    """Close all files from 3 up, except `keep`: the parent may wait for the end of a pipe."""
     numbers: Collection[int] = range(3, min(os.sysconf("SC_OPEN_MAX"), _FILES_MAX))
     for folder in _FOLDERS:
         with contextlib.suppress(OSError):
@@ -43,46 +19,46 @@ def close_inherited_files(keep: Collection[int]) -> None:
             break
     for number in numbers:
         if number not in _STANDARD and number not in keep:
-            with contextlib.suppress(OSError):  # the list itself was open, too
+            with contextlib.suppress(OSError):  # the file that listed the others is closed already
                 os.close(number)
 
 
 class Foreground:
-    """What the starter waits for; here it is the daemon itself."""
+    """The daemon runs in the process that was started."""
 
     def leave(self) -> None:
-        """It listens: nobody needs to wait any more."""
+        """Tell the parent that the daemon listens; here there is none."""
 
 
 class Background(Foreground):
-    """The rest of this program in a child of its own session; the parent waits until that listens, or has failed.
+    """Fork: the daemon goes on in a child with its own session, the parent exits once that listens or has failed.
 
-    To be made before there is a thread, an event loop or anything else that a child has no use for. `log` is the
-    descriptor that takes the place of stderr.
+    Create it before any thread or event loop. `log` is the descriptor that replaces stderr.
     """
 
     def __init__(self, log: int) -> None:
         self._log = log
-        heard, self._told = os.pipe()
+        reading, self._writing = os.pipe()
         if os.fork():
-            os.close(self._told)
-            listens = os.read(heard, 1)  # empty: the child has ended, and said why
+            os.close(self._writing)
+            listens = os.read(reading, 1)  # empty: the child has ended
             os._exit(0 if listens else 1)
-        os.close(heard)
+        os.close(reading)
         os.setsid()
-        os.chdir("/")  # else its folder could not be unmounted
+        os.chdir("/")  # so that the folder of the parent can be unmounted
 
     def leave(self) -> None:
-        nowhere = os.open(os.devnull, os.O_RDWR)
-        for number, target in zip(_STANDARD, (nowhere, nowhere, self._log), strict=True):
+        """Detach from the terminal, and let the parent exit."""
+        null = os.open(os.devnull, os.O_RDWR)
+        for number, target in zip(_STANDARD, (null, null, self._log), strict=True):
             os.dup2(target, number)
-        if nowhere not in _STANDARD:
-            os.close(nowhere)
-        with contextlib.suppress(OSError):  # the starter may have been killed
-            os.write(self._told, b"!")
-        os.close(self._told)
+        if null not in _STANDARD:
+            os.close(null)
+        with contextlib.suppress(OSError):  # the parent may have been killed
+            os.write(self._writing, b"!")
+        os.close(self._writing)
 
 
-def take_signals() -> None:
-    """Let signals arrive that the caller has blocked: a thread that starts a program may hold them back."""
+def unblock_signals() -> None:
+    """Unblock all signals: a parent that starts programs from a thread may have blocked them."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

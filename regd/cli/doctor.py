@@ -52,6 +52,9 @@ class Finding(NamedTuple):
     def ok(self) -> bool:
         return not self.do
 
+    def as_json(self) -> dict[str, Any]:
+        return {"check": self.check, "ok": self.ok, "found": self.found, "do": self.do}
+
 
 class _Daemon:
     """A daemon that answers, and what it says of itself."""

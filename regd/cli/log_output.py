@@ -1,6 +1,6 @@
-"""Where the log goes: stderr or a file, as text or JSON, written by a thread so that no reader holds up the loop.
+"""The daemon's log: stderr or a file, as text or JSON, written by a thread so that the loop never waits for it.
 
-A log that cannot be written never ends the daemon, and costs no unbounded memory: lines are left out and counted.
+A log that cannot be written does not end the daemon, and takes bounded memory: lines are dropped and counted.
 """
 
 import contextlib
@@ -15,34 +15,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from regd.cli.output import visible
+
 _STDERR = 2
-_PENDING_BYTES_MAX = 4_194_304  # of a log that is read too slowly
-_CLOSE_S = 1.0  # for the last lines, when nobody reads them
+_PENDING_BYTES_MAX = 4_194_304  # beyond, lines are dropped
+_CLOSE_S = 1.0  # for the last lines
 _OPEN = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
 
 
 class LogError(Exception):
-    """The log cannot be written. Its text is one line: which, why, what to do."""
+    """The log file cannot be opened. The message is one line: which file, why, what to do."""
 
 
-def escaped(text: str) -> str:
-    """Return a text as one line without control characters: these, and lone surrogates, as Python writes them."""
-    if text.isprintable():
-        return text
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-
-
-def say(fd: int, text: str) -> None:
-    """Write a line to a descriptor. Nothing depends on whether that is possible."""
+def write_line(fd: int, text: str) -> None:
+    """Write a line to a descriptor, or discard it if it cannot be written within a second."""
     with contextlib.suppress(OSError):
         poll = select.poll()
         poll.register(fd, select.POLLOUT)
-        if poll.poll(_CLOSE_S * 1_000):  # else it is a pipe that nobody reads
+        if poll.poll(_CLOSE_S * 1_000):
             os.write(fd, f"{text}\n".encode(errors="backslashreplace"))
 
 
 class TextLines(logging.Formatter):
-    """Time, level and message in each line; behind them, for a bug, its traceback."""
+    """Formats a record as lines of time, level and message, followed by the traceback of a bug."""
 
     def format(self, record: logging.LogRecord) -> str:
         head = f"{self.formatTime(record)} {record.levelname}"
@@ -52,12 +47,12 @@ class TextLines(logging.Formatter):
         return "\n".join(lines)
 
     def failure(self, message: str) -> str:
-        """Return the line that says why regd ends."""
+        """Return the line that says why regd cannot start or continue."""
         return f"regd: {message}"
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line, with the fields of what happened."""
+    """Formats a record as JSON objects, one per line, with the fields of the event."""
 
     def format(self, record: logging.LogRecord) -> str:
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -72,7 +67,7 @@ class JsonLines(logging.Formatter):
         )
 
     def failure(self, message: str) -> str:
-        """Return the line that says why regd ends."""
+        """Return the line that says why regd cannot start or continue."""
         return self.format(logging.makeLogRecord({"levelname": "ERROR", "msg": "%s", "args": (message,)}))
 
 
@@ -83,23 +78,23 @@ def _rows(record: logging.LogRecord) -> Sequence[tuple[str, dict[str, Any]]]:
     if hasattr(record.msg, "rows"):  # a regd.server.event_log.Message
         rows: Sequence[tuple[str, dict[str, Any]]] = record.msg.rows
         return rows
-    return [(escaped(record.getMessage()), {})]
+    return [(visible(record.getMessage()), {})]
 
 
 def open_log(path: Path) -> int:
-    """Open a file to append to, for this user alone where it is new.
+    """Open a file for appending; a new one is readable by this user only.
 
     Raises:
-        LogError: it cannot be had.
+        LogError: it cannot be opened.
     """
     try:
         return os.open(path, _OPEN, 0o600)
     except OSError as error:
-        raise LogError(f"cannot write the log {path}: {error.strerror}; name another with --log") from None
+        raise LogError(f"cannot write the log {path}: {error.strerror}; name another file with --log") from None
 
 
 class LogOutput(logging.Handler):
-    """Writes the log to `path`, or to stderr. The file is open at once, the thread runs from `start` on."""
+    """Writes the log to `path`, or to stderr. Opens the file at once; `start` starts the thread."""
 
     def __init__(self, path: Path | None, format: str) -> None:
         super().__init__()
@@ -108,13 +103,12 @@ class LogOutput(logging.Handler):
         self._path = path
         self._fd = _STDERR if path is None else open_log(path)
         self._ready = threading.Condition()
-        self._pending: deque[tuple[bytes, int]] = (
-            deque()
-        )  # lines, and how many are lost if these cannot be written
+        # Bytes to write, and how many lines are lost if they cannot be written.
+        self._pending: deque[tuple[bytes, int]] = deque()
         self._pending_bytes = 0
-        self._left_out = 0  # lines that were not written, and not told of yet
+        self._dropped = 0  # lines since the last note about dropped lines
         self._why = ""
-        self._torn = False  # the last line was not written to its end
+        self._torn = False  # the last line was written in part
         self._closing = False
         self._thread: threading.Thread | None = None
 
@@ -127,8 +121,8 @@ class LogOutput(logging.Handler):
         return self._fd
 
     def start(self, level: str) -> None:
-        """Take all that the program logs from now on. Call it after any fork: a child has no threads."""
-        # Nothing here shows them, and finding them out costs more than the rest of a call.
+        """Handle all log records of the program from now on. Call it after any fork: a child has no threads."""
+        # No format shows these, and finding them takes longer than the rest of a call.
         for name in ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks"):
             setattr(logging, name, False)
         logging._srcfile = None  # as in the logging HOWTO, "Optimization"
@@ -139,26 +133,26 @@ class LogOutput(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             text = self.format(record)
-        except Exception:  # a bug in one message must not end what it is about
-            text = f"{record.levelname} a message of the log cannot be shown"
+        except Exception:  # a bug in a message must not fail the request that logs it
+            text = f"{record.levelname} a log message cannot be formatted"
         self._put(f"{text}\n".encode(errors="backslashreplace"))
 
     def _put(self, data: bytes) -> None:
         with self._ready:
             count = data.count(b"\n")
             if self._pending_bytes + len(data) > _PENDING_BYTES_MAX:
-                self._left_out, self._why = self._left_out + count, "it is not read fast enough"
+                self._dropped, self._why = self._dropped + count, "it is not read fast enough"
                 return
-            if self._left_out:
+            if self._dropped:
                 data = self._note() + data
-                count, self._left_out = count + self._left_out, 0
+                count, self._dropped = count + self._dropped, 0
             self._pending.append((data, count))
             self._pending_bytes += len(data)
             self._ready.notify()
 
     def _note(self) -> bytes:
-        given = {"levelname": "WARNING", "msg": "%d lines of the log were left out: %s"}
-        record = logging.makeLogRecord({**given, "args": (self._left_out, self._why)})
+        fields = {"levelname": "WARNING", "msg": "%d log lines were dropped: %s"}
+        record = logging.makeLogRecord({**fields, "args": (self._dropped, self._why)})
         return f"{self.lines.format(record)}\n".encode(errors="backslashreplace")
 
     def _run(self) -> None:
@@ -168,7 +162,7 @@ class LogOutput(logging.Handler):
                     self._ready.wait()
                 if not self._pending:
                     return
-                data = b"".join(each for each, _ in self._pending)
+                data = b"".join(lines for lines, _ in self._pending)
                 count, size = sum(count for _, count in self._pending), self._pending_bytes
                 self._pending.clear()
             why = ""
@@ -179,14 +173,14 @@ class LogOutput(logging.Handler):
             with self._ready:
                 self._pending_bytes -= size
                 if why:
-                    self._left_out, self._why = self._left_out + count, why
+                    self._dropped, self._why = self._dropped + count, why
 
     def _write(self, data: bytes) -> None:
         view = memoryview(data)
         while view:
             try:
                 count = os.write(self._fd, view)
-            except BlockingIOError:  # a pipe or terminal that somebody made non-blocking
+            except BlockingIOError:  # a pipe or terminal that another process made non-blocking
                 poll = select.poll()
                 poll.register(self._fd, select.POLLOUT)
                 poll.poll()
@@ -195,10 +189,10 @@ class LogOutput(logging.Handler):
             view = view[count:]
 
     def reopen(self) -> None:
-        """Open the file anew, for log rotation. stderr and stdout follow where they lead to the same file.
+        """Reopen the file, for log rotation. stdout and stderr follow if they are the same file.
 
         Raises:
-            LogError: it cannot be had; the old one is written on.
+            LogError: it cannot be opened; the old file stays in use.
         """
         if self._path is None:
             return
@@ -212,11 +206,11 @@ class LogOutput(logging.Handler):
             os.close(fd)
 
     def close(self) -> None:
-        """Write what is pending, as far as somebody takes it. Idempotent."""
+        """Write pending lines, for a second at most. Idempotent."""
         thread, self._thread = self._thread, None
         if thread is not None:
-            if self._left_out:
-                self._put(b"")  # which tells of them
+            if self._dropped:
+                self._put(b"")  # writes the note
             with self._ready:
                 self._closing = True
                 self._ready.notify()
@@ -224,16 +218,16 @@ class LogOutput(logging.Handler):
         super().close()
 
     def fail(self, message: str) -> None:
-        """Say why regd ends: to the log, and to the person at the terminal where that is elsewhere."""
+        """Report why regd cannot start or continue: in the log, and on stderr if that is another file."""
         self.close()
-        message = escaped(message)
-        say(self._fd, self.lines.failure(message))
+        message = visible(message)
+        write_line(self._fd, self.lines.failure(message))
         if self._path is not None and not is_same_file(_STDERR, self._fd):
-            say(_STDERR, f"regd: {message}")
+            write_line(_STDERR, f"regd: {message}")
 
 
 def is_same_file(one: int, other: int) -> bool:
-    """Whether two descriptors lead to the same file."""
+    """Return whether two descriptors are the same file."""
     try:
         return os.path.samestat(os.fstat(one), os.fstat(other))
     except OSError:
@@ -241,7 +235,7 @@ def is_same_file(one: int, other: int) -> bool:
 
 
 def has_terminal() -> bool:
-    """Whether this process has a controlling terminal that has not hung up."""
+    """Return whether this process has a controlling terminal that has not hung up."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
     except OSError:

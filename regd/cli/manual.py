@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import regd
 from regd.cli import commands
-from regd.cli.commands import COMMANDS, COMMON, Parameter, Subcommand
+from regd.cli.arguments import Parameter
+from regd.cli.commands import COMMANDS, COMMON, Subcommand
 
 _HELP = Parameter("--help", "show how it is used, and do nothing else", action="help")
 _VERSION = Parameter("--version", "show the version, and do nothing else", action="version")
@@ -125,7 +126,7 @@ def _head(name: str, doc: str) -> Iterator[str]:
 
 
 def _command(name: str, command: Subcommand) -> Iterator[str]:
-    words = [_short(each) for each in command.arguments]
+    words = [_short(each) for each in command.parameters]
     if command.runs:
         words.append(r"\fB\-\-\fR \fICOMMAND\fR [\fIARGUMENT\fR ...]")
     yield rf".SS {name}"
@@ -134,20 +135,20 @@ def _command(name: str, command: Subcommand) -> Iterator[str]:
     yield from _text(command.doc)
     if command.more:
         yield from (".PP", *_text(command.more))
-    yield from _listed(command.arguments)
+    yield from _listed(command.parameters)
 
 
 def _short(argument: Parameter) -> str:
     """Return how an argument stands in a synopsis."""
     shown = _shown(argument)
-    how = argument.how.get("nargs")
+    how = argument.options.get("nargs")
     if not argument.is_option:
         return {"?": f"[{shown}]", "*": f"[{shown} ...]", "+": f"{shown} ..."}.get(str(how), shown)
     return f"[{shown} ...]" if how == "+" else f"[{shown}]"
 
 
 def _shown(argument: Parameter) -> str:
-    value = argument.how.get("metavar") or "|".join(argument.how.get("choices", ()))
+    value = argument.options.get("metavar") or "|".join(argument.options.get("choices", ()))
     if not argument.is_option:
         return rf"\fI{_plain(value)}\fR"
     return rf"\fB{_plain(argument.name)}\fR" + (rf" \fI{_plain(value)}\fR" if value else "")

@@ -1,38 +1,31 @@
-"""What people see of the registry. All of it goes through `visible`: peers chose these texts, and whoever answers
-may be no regd. Must not know how anything is asked.
+"""stdout and stderr of both commands, and the registry as text.
 
-Writing never raises: what a command does and its exit status do not depend on whether anyone reads its messages.
+Writing never raises: what a command does, and its exit status, do not depend on whether its messages can be
+written. All text goes through `visible`, since peers choose names and labels, and the daemon may be an impostor.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
+from collections.abc import Iterable, Mapping
+from typing import Any, TextIO
 
 from regd_client.wire import joined
 
-TYPE_CHECKING = False  # as in typing, whose import takes longer than many a command
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from typing import Any, TextIO
-
-EMPTY = "-"  # a column without a value; programs that split at blanks would skip it
+EMPTY = "-"  # a column without a value: programs that split at blanks would skip an empty one
 
 
 class Output:
-    """stdout. `failure` is why it could not be written; from then on all text goes to /dev/null."""
+    """stdout. `failure` is the first error of a write; later text is discarded."""
 
     failure: OSError | None = None
 
     @classmethod
-    def begin(cls) -> None:
-        """Forget what was written before."""
-        cls.failure = None
-
-    @classmethod
     def write(cls, text: str, flush: bool = False) -> None:
-        """Write text, and with `flush` all that waits in the buffer too."""
+        """Write text; with `flush`, write the whole buffer."""
         try:
             sys.stdout.write(text)
             if flush:
@@ -42,54 +35,65 @@ class Output:
             _discard(sys.stdout)
 
 
-def finish() -> None:
-    """Write what the buffers of both streams hold."""
+def finish(program: str) -> bool:
+    """Flush both streams. Return False, and say so on stderr, if stdout could not be written.
+
+    A pipe whose reader has closed it is no error.
+    """
     Output.write("", flush=True)
     try:
-        sys.stderr.flush()  # of the logging module
+        sys.stderr.flush()  # written by the logging module
     except (OSError, ValueError):
         _discard(sys.stderr)
+    if Output.failure is None or Output.failure.errno == errno.EPIPE:
+        return True
+    complain(f"{program}: cannot write to stdout: {Output.failure.strerror}")
+    return False
 
 
 def _discard(stream: TextIO) -> None:
-    """Send what the buffer of a broken stream still holds to /dev/null: else writing it fails again at exit."""
+    """Redirect a broken stream to /dev/null, so that the flush at exit does not fail again."""
     null = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, stream.fileno())
     except (OSError, ValueError):
-        return  # no file: it has no buffer that anyone flushes
+        return  # not a file: nothing flushes it
     finally:
         os.close(null)
 
 
 def open_standard_streams() -> None:
-    """Open what is closed of descriptors 0 to 2 on /dev/null, for children too: else the next socket or file gets
-    the number, and text meant for the terminal.
+    """Open closed descriptors among 0, 1 and 2 on /dev/null, for child processes too. Call it first.
+
+    Otherwise the next file or socket gets the number, and messages for stderr are written into it.
     """
-    if sys.stdin is None or sys.stdout is None or sys.stderr is None:
-        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-            os.set_inheritable(number, True)
-        os.close(number)
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is this
     if sys.stdout is None:
-        sys.stdout = os.fdopen(1, "w")
+        sys.stdout = os.fdopen(1, "w", errors="backslashreplace", closefd=False)
     if sys.stderr is None:
-        sys.stderr = os.fdopen(2, "w")
+        sys.stderr = os.fdopen(2, "w", errors="backslashreplace", closefd=False)
 
 
 def say(line: str, flush: bool = False) -> None:
+    """Write a line to stdout."""
     Output.write("\t".join(map(visible, line.split("\t"))) + "\n", flush)
 
 
 def say_json(fields: dict[str, Any]) -> None:
+    """Write a JSON object to stdout, as one line."""
     import json
 
     Output.write(json.dumps(fields) + "\n", flush=True)
 
 
 def complain(text: str) -> None:
-    """Write a line to stderr, or drop it where stderr cannot be written."""
+    """Write a line to stderr, or discard it if stderr cannot be written."""
     if sys.stderr is None:
-        return  # print() would take stdout instead
+        return
     try:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
@@ -97,14 +101,27 @@ def complain(text: str) -> None:
         _discard(sys.stderr)
 
 
+def visible(text: str) -> str:
+    """Escape control characters, which could move the cursor, set a colour or change the text's direction."""
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text
+    )
+
+
+# Replies and events.
+
+
 def lines(command: str, reply: dict[str, Any]) -> Iterable[str]:
+    """Return the text of a reply to a command."""
     match command:
         case "resolve" if "instances" in reply:
-            return [address_of(each) for each in reply["instances"]]
+            return [address_of(entry) for entry in reply["instances"]]
         case "resolve" | "register":
             return [address_of(reply)]
         case "list":
-            return _table([_row(each) for each in reply["instances"]])
+            return _table([_row(entry) for entry in reply["instances"]])
         case "ping":
             return ["regd answers"]
         case "stats":
@@ -115,11 +132,13 @@ def lines(command: str, reply: dict[str, Any]) -> Iterable[str]:
             return []
 
 
-def address_of(each: Mapping[str, Any]) -> str:
-    return joined(each["host"], each["port"])
+def address_of(entry: Mapping[str, Any]) -> str:
+    """Return HOST:PORT of an instance."""
+    return joined(entry["host"], entry["port"])
 
 
-def news(event: Mapping[str, Any]) -> str:
+def event_line(event: Mapping[str, Any]) -> str:
+    """Return the line of `regctl watch` for an event of an instance; "" for other events."""
     match event.get("event"):
         case "up" | "change" as kind:
             return "\t".join((kind, *_row(event)))
@@ -129,14 +148,23 @@ def news(event: Mapping[str, Any]) -> str:
             return ""
 
 
-def _row(each: Mapping[str, Any]) -> tuple[str, ...]:
-    meta = " ".join(f"{key}={value}" for key, value in each["meta"].items())
-    columns = (each["name"], each["instance"], address_of(each), each["state"], meta)
+def labels(entry: Mapping[str, Any]) -> str:
+    """Return the labels of an instance."""
+    return " ".join(f"{key}={value}" for key, value in entry["meta"].items())
+
+
+def instance_name(name: str, instance: str) -> str:
+    """Return NAME/INSTANCE, or NAME if the instance has no name."""
+    return f"{name}/{instance}" if instance else name
+
+
+def _row(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    columns = (entry["name"], entry["instance"], address_of(entry), entry["state"], labels(entry))
     return tuple(visible(column) or EMPTY for column in columns)
 
 
 def _table(rows: list[tuple[str, ...]]) -> Iterable[str]:
-    """Columns with a head for a person; for a pipe only the rows, tabs between."""
+    """Return aligned columns under a header for a terminal; rows separated by tabs for a pipe."""
     if not sys.stdout.isatty():
         return ["\t".join(row) for row in rows]
     if not rows:
@@ -147,20 +175,20 @@ def _table(rows: list[tuple[str, ...]]) -> Iterable[str]:
 
 
 def _reasons(reply: dict[str, Any]) -> Iterable[str]:
-    for each in reply["instances"]:
-        named = f"{reply['name']}/{each['instance']}" if each["instance"] else reply["name"]
-        yield f"{named} at {address_of(each)}: {each['state']}" + ("" if each["alive"] else ", and gone")
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each["since"]))
-        yield f"  since {since}, at revision {each['rev']}"
-        for owner in each["owners"]:
+    for entry in reply["instances"]:
+        name = instance_name(reply["name"], entry["instance"])
+        yield f"{name} at {address_of(entry)}: {entry['state']}" + ("" if entry["alive"] else ", and gone")
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["since"]))
+        yield f"  since {since}, at revision {entry['rev']}"
+        for owner in entry["owners"]:
             held = ", ".join(f"{key} {value}" for key, value in owner.items())
-            yield "  static: nobody holds it" if owner.get("static") else f"  held by {held}"
-        if probe := each["probe"]:
-            found = "accepted" if probe["accepted"] else probe["why"]
-            yield f"  last probe {probe['age_s']:.1f} s ago: {found}"
-    for each in reply["departures"]:
-        named = f"{reply['name']}/{each['instance']}" if each["instance"] else reply["name"]
-        yield f"{named} left {each['age_s']:.1f} s ago: {each['reason']}"
+            yield "  static: has no owner" if owner.get("static") else f"  held by {held}"
+        if probe := entry["probe"]:
+            result = "accepted" if probe["accepted"] else probe["why"]
+            yield f"  last probe {probe['age_s']:.1f} s ago: {result}"
+    for departure in reply["departures"]:
+        name = instance_name(reply["name"], departure["instance"])
+        yield f"{name} left {departure['age_s']:.1f} s ago: {departure['reason']}"
 
 
 def _tree(fields: Mapping[str, Any], indent: str = "") -> Iterable[str]:
@@ -172,6 +200,31 @@ def _tree(fields: Mapping[str, Any], indent: str = "") -> Iterable[str]:
             yield f"{indent}{key}  {value}"
 
 
-def visible(text: str) -> str:
-    """Escape what could move a terminal's cursor, set its colour, or turn the direction of reading."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+# Environment variables.
+
+
+def variable_prefix(name: str) -> str:
+    """Return the prefix of a service's environment variables: `SHOP_DB` for `shop.db`."""
+    prefix = "".join(letter.upper() if letter.isascii() and letter.isalnum() else "_" for letter in name)
+    return f"_{prefix}" if prefix[:1].isdigit() else prefix
+
+
+def environment_variables(instances: Iterable[Mapping[str, Any]]) -> tuple[dict[str, str], list[str]]:
+    """Return PREFIX_HOST, PREFIX_PORT and PREFIX_ADDRESS of the first instance of each service.
+
+    Also returns the names left out because an earlier service has the same prefix.
+    """
+    variables: dict[str, str] = {}
+    names: dict[str, str] = {}  # by prefix
+    hidden: list[str] = []
+    for entry in instances:
+        name = entry["name"]
+        prefix = variable_prefix(name)
+        if prefix not in names:
+            names[prefix] = name
+            variables[f"{prefix}_HOST"] = entry["host"]
+            variables[f"{prefix}_PORT"] = str(entry["port"])
+            variables[f"{prefix}_ADDRESS"] = address_of(entry)
+        elif names[prefix] != name and name not in hidden:
+            hidden.append(name)
+    return variables, hidden

@@ -1,38 +1,31 @@
-"""Questions of more than one line: for all pages of a reply, and for a service that is waited for.
-
-Must not know how the answer is shown.
-"""
+"""Queries that take more than one request: all pages of a reply, and waiting for a service."""
 
 from __future__ import annotations
 
 import itertools
 import time
+from typing import Any
 
 from regd_client import wire
 from regd_client.blocking import BlockingConnection
 from regd_client.errors import Unavailable
 
-TYPE_CHECKING = False  # as in typing, whose import takes longer than many a command
-if TYPE_CHECKING:
-    from typing import Any
-
-_PASSING = ("shutting_down", "busy")  # refusals after which it is worth to try again
-_NOT_STARTED = "not_started"  # on demand, and it will not be any other in a moment
-_PAUSE_S = 0.1  # between tries to connect
+_TRANSIENT = ("shutting_down", "busy")  # errors after which to try again
+_PAUSE_S = 0.1  # between two tries
 
 
-def ask(connection: BlockingConnection, command: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Ask, and where the reply is one page of several, for the rest too.
+def ask(connection: BlockingConnection, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Send a request and return its reply, with the instances of all pages.
 
     Raises:
-        Unavailable: there is no end of pages.
+        Unavailable: the pages have no end.
     """
-    reply = connection.ask(command, **given)
+    reply = connection.ask(command, **arguments)
     if reply.pop("more", False):
-        listed = ask(connection, "list", {"name": given["name"], "meta": given.get("meta")})
+        listed = ask(connection, "list", {"name": arguments["name"], "meta": arguments.get("meta")})
         if not listed["ok"]:
             return listed
-        reply["instances"] = [each for each in listed["instances"] if each["state"] == "ready"]
+        reply["instances"] = [entry for entry in listed["instances"] if entry["state"] == "ready"]
     if "next" not in reply:
         return reply
     page = reply
@@ -41,28 +34,28 @@ def ask(connection: BlockingConnection, command: str, given: dict[str, Any]) -> 
         wire.add_page(instances, page, number)
         if "next" not in page:
             break
-        page = connection.ask(command, **{**given, "after": page["next"]})
+        page = connection.ask(command, **{**arguments, "after": page["next"]})
         if not page["ok"]:
             return page
     return {**page, "instances": instances}
 
 
 def wait_for(address: str | None, name: str, until: float) -> dict[str, Any]:
-    """Return the reply about an instance that accepts connections; a daemon that is not there yet is waited for.
+    """Wait until a service accepts connections, and return the reply to `resolve`. Waits for the daemon too.
 
-    `until` is by time.monotonic.
+    `until` is a time of time.monotonic.
 
     Raises:
-        Unavailable: there is none by then.
+        Unavailable: no daemon answers by then, or it cannot be started on demand.
     """
     while True:
         left_s = max(0.0, until - time.monotonic())
         try:
             with BlockingConnection(address) as connection:
                 reply = connection.ask("resolve", name=name, wait=left_s)
-            if reply.get("error") not in _PASSING or time.monotonic() >= until:
+            if reply.get("error") not in _TRANSIENT or time.monotonic() >= until:
                 return reply
         except Unavailable as error:
-            if error.code == _NOT_STARTED or time.monotonic() >= until:
+            if error.code == "not_started" or time.monotonic() >= until:
                 raise
         time.sleep(min(_PAUSE_S, left_s))

@@ -9,7 +9,7 @@ import select
 from collections.abc import Mapping
 from typing import Any
 
-from regd.cli.output import Output, complain, news, say, say_json, visible
+from regd.cli.output import Output, complain, event_line, say, say_json, visible
 from regd_client.blocking import BlockingConnection
 from regd_client.errors import Unavailable
 from regd_client.watches import Event, WatchState
@@ -87,7 +87,7 @@ class _Watch:
         if self._as_json:
             say_json(fields)
         else:
-            say(news(fields), flush=True)
+            say(event_line(fields), flush=True)
 
 
 def _nobody_reads(within_s: float) -> bool:

@@ -204,7 +204,7 @@ def test_each_is_described(shell: str) -> None:
     for name, command in COMMANDS.items():
         assert name in text
         assert command.doc.replace("'", r"'\''" if shell == "zsh" else r"\'") in text
-    for each in (*COMMON, *(each for command in COMMANDS.values() for each in command.arguments)):
+    for each in (*COMMON, *(each for command in COMMANDS.values() for each in command.parameters)):
         if each.is_option:
             assert f"{each.name}" in text or f"-l {each.name[2:]}" in text
             said = each.doc.split(":")[0].split(";")[0]

@@ -300,16 +300,6 @@ def test_env_takes_no_control_characters(form: str, host: str, ran: Callable[...
     assert told.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "value", ["", "a", "127.0.0.1:80", "[::1]:80", "a b", "it's", "$(x)", "`x`", "~", "é", '"', "\\"]
-)
-def test_a_value_is_one_word_of_a_shell(value: str) -> None:
-    quoted = regctl._quoted(value)
-    done = subprocess.run(["sh", "-c", f'V={quoted}; printf %s "$V"'], capture_output=True, text=True, check=True)
-    assert done.stdout == value
-    assert (quoted == value) is (value in ("a", "127.0.0.1:80"))
-
-
 def test_formats_of_env(process: DaemonProcess, ran: Callable[..., tuple[int, str, str]]) -> None:
     with BlockingConnection(process.addresses[0]) as peer:
         assert peer.ask("register", name="db", port=5432, host="::1")["ok"]

@@ -266,7 +266,7 @@ def test_sighup_opens_the_log_anew(tmp_path: Path) -> None:
     ) as process:
         log.rename(old)
         process.send_signal(signal.SIGHUP)
-        block_until(lambda: log.exists() and "opened anew" in log.read_text())
+        block_until(lambda: log.exists() and "log reopened" in log.read_text())
         assert ask(path, b'{"cmd":"register","name":"a","port":1}')[0]["ok"]
         block_until(lambda: "up a at 127.0.0.1:1, rev 1, static" in log.read_text())
         assert "up a" not in old.read_text()
@@ -315,7 +315,7 @@ def test_it_ends_in_order_when_its_terminal_hangs_up(flags: list[str], tmp_path:
         os.close(theirs)
         if flags:  # while the terminal is there, it means the log
             process.send_signal(signal.SIGHUP)
-            block_until(lambda: "opened anew" in log.read_text())
+            block_until(lambda: "log reopened" in log.read_text())
         os.close(ours)
         assert process.wait(WAIT_S) == 0
     assert not path.exists()
@@ -332,7 +332,7 @@ def test_under_nohup_it_outlives_its_terminal(tmp_path: Path) -> None:
     ) as process:  # fmt: skip
         os.close(theirs)
         os.close(ours)
-        block_until(lambda: "opened anew" in log.read_text())
+        block_until(lambda: "log reopened" in log.read_text())
         assert is_up(path)
         assert end(process) == 0
 
@@ -396,7 +396,7 @@ def test_a_tilde_that_the_shell_left_is_no_folder(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=WAIT_S,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "regd: --registry ~/r.json: the shell left ~ as it is; write the home folder out\n"
+    assert done.stderr == "regd: --registry ~/r.json: the shell did not expand ~; write out the home folder\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -430,5 +430,5 @@ def test_port_off_alone_is_bad_usage(tmp_path: Path) -> None:
         timeout=WAIT_S,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "regd: --port off: there is nothing to listen on; name a Unix socket with --unix PATH\n"
+    assert done.stderr == "regd: --port off: no address to listen on; name a Unix socket with --unix PATH\n"
     assert list(tmp_path.iterdir()) == []

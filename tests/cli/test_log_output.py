@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from regd.cli import log_output
-from regd.cli.log_output import JsonLines, LogOutput, TextLines, escaped
+from regd.cli.log_output import JsonLines, LogOutput, TextLines
+from regd.cli.output import visible
 from tests.support.daemon import WAIT_S
 
 
@@ -70,7 +71,7 @@ def test_lines_that_the_disk_did_not_take_are_counted(
     output.close()
     said = lines(tmp_path / "log")
     assert said[0] == "before"
-    assert said[-2:] == ["3 lines of the log were left out: No space left on device", "after"]
+    assert said[-2:] == ["3 log lines were dropped: No space left on device", "after"]
 
 
 def test_what_nobody_reads_is_bounded_and_counted(
@@ -97,7 +98,7 @@ def test_what_nobody_reads_is_bounded_and_counted(
     written = sum(each.startswith("line ") for each in said)
     assert 0 < written < 100
     assert said[:written] == [f"line {number}" for number in range(written)]
-    assert said[-2:] == [f"{100 - written} lines of the log were left out: it is not read fast enough", "after"]
+    assert said[-2:] == [f"{100 - written} log lines were dropped: it is not read fast enough", "after"]
 
 
 def test_a_reader_that_is_stuck_does_not_hold_up_the_end(
@@ -119,11 +120,11 @@ def test_a_reader_that_is_stuck_does_not_hold_up_the_end(
 
 def test_a_message_is_one_line_without_control_characters() -> None:
     hostile = "a\nb\r\x1b[31m\x7f\u202e\udcff\u0085é"
-    assert escaped(hostile) == r"a\nb\r\x1b[31m\x7f\u202e\udcff\x85é"
+    assert visible(hostile) == r"a\nb\r\x1b[31m\x7f\u202e\udcff\x85é"
     assert TextLines().format(record("%s", hostile)).count("\n") == 0
     line = JsonLines().format(record("%s", hostile))
     assert line.isascii()
-    assert json.loads(line)["message"] == escaped(hostile)
+    assert json.loads(line)["message"] == visible(hostile)
 
 
 def test_a_bug_has_its_traceback_in_one_json_object() -> None:
@@ -141,4 +142,4 @@ def test_a_message_that_cannot_be_shown_is_no_error(output: LogOutput, tmp_path:
     output.start("info")
     output.emit(record("%d", "no number"))
     output.close()
-    assert "cannot be shown" in (tmp_path / "log").read_text()
+    assert "cannot be formatted" in (tmp_path / "log").read_text()

@@ -57,8 +57,8 @@ def test_help_of_all_and_of_nothing() -> None:
 
 
 def test_help_tells_where_the_pages_are() -> None:
-    assert regctl("help").endswith(f"\nPages: {ROOT}\n")
-    assert "Pages:" not in regctl("help", "run")
+    assert regctl("help").endswith(f"\nDocuments: {ROOT}\n")
+    assert "Documents:" not in regctl("help", "run")
     for name in PAGES:
         assert "share/doc/regd" in shown(name)
 
@@ -97,9 +97,11 @@ def test_the_page_of_regctl_is_whole() -> None:
         assert f"regctl {name}" in text
         assert _flat(command.doc) in _flat(text)
         assert _flat(command.more.replace("`", "")) in _flat(text)
-        for argument in (*command.arguments, *COMMON):
+        for argument in (*command.parameters, *COMMON):
             assert re.search(
-                rf"^ +{re.escape(argument.name if argument.is_option else argument.how['metavar'])}\b", text, re.M
+                rf"^ +{re.escape(argument.name if argument.is_option else argument.options['metavar'])}\b",
+                text,
+                re.M,
             ), argument.name
             assert _flat(argument.doc) in _flat(text)
         for line in command.examples:

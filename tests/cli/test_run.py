@@ -19,7 +19,8 @@ import pytest
 
 from regd.cli import commands
 from regd.cli import run as run_module
-from regd.cli.env_vars import prefix, variables
+from regd.cli.arguments import UsageError
+from regd.cli.output import environment_variables, variable_prefix
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, environment
 from tests.support.polling import block_until
@@ -130,7 +131,7 @@ def test_a_port_of_its_own(process: DaemonProcess, peer: BlockingConnection) -> 
         done = finished(process, "run", "web", "--port", str(port), "--", "true")
         assert (done.returncode, done.stderr) == (
             4,
-            f"regctl: cannot have port {port}: {os.strerror(errno.EADDRINUSE)}; name another\n",
+            f"regctl: cannot bind port {port}: {os.strerror(errno.EADDRINUSE)}; choose another with --port\n",
         )
     with running(process, "web", "--port", str(port), "--", *PROGRAM) as command:
         assert command.line().split()[1] == str(port)
@@ -210,8 +211,8 @@ def test_a_socket_as_systemd_hands_it_over(process: DaemonProcess) -> None:
         (["web", "--", "sh", "-c", "exit 7"], 7, ""),
         (["web", "--", "./nothing"], 127, "./nothing: No such file or directory"),
         (["web", "--", "/"], 126, "/: Permission denied"),
-        (["web"], 2, "name the command, behind `--`"),
-        (["web", "--"], 2, "name the command, behind `--`"),
+        (["web"], 2, "name the command, after `--`"),
+        (["web", "--"], 2, "name the command, after `--`"),
         (["a name", "--", "true"], 2, "name must be"),
         (["web", "--port", "0", "--", "true"], 2, "must be 1 to 65535, or auto"),
         (["web", "--meta", "x", "--", "true"], 2, "must be KEY=VALUE"),
@@ -237,32 +238,29 @@ def test_exit_statuses(process: DaemonProcess, arguments: list[str], status: int
         ("run web --wait db cache -- ./server", "web", ["db", "cache"], ["./server"]),
         ("run web --wait db --timeout 3 ./server", "web", ["db"], ["./server"]),
         ("run --wait=db web ./server", "web", ["db"], ["./server"]),
-        ("run --wait db web -- ./server", "web", ["db"], ["./server"]),
-        ("run --wait db --wait cache web -- ./server -- x", "web", ["db", "cache"], ["./server", "--", "x"]),
-        ("run --wait db cache web --port 80 -- ./server", "web", ["db", "cache"], ["./server"]),
+        ("run web --wait db --wait cache -- ./server -- x", "web", ["db", "cache"], ["./server", "--", "x"]),
+        ("run --wait db cache --port 80 web -- ./server", "web", ["db", "cache"], ["./server"]),
     ],
 )
 def test_where_the_command_begins(line: str, name: str, others: list[str], argv: list[str]) -> None:
-    found = commands.read(line.split(), str)
+    found = commands.read(line.split())
     assert (found["name"], found["wait"], found["argv"]) == (name, others, argv)
 
 
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("run web", "name the command, behind `--`"),
-        ("run web --wait db ./server", "put `--` before the command"),
-        ("run --wait db web ./server", "put `--` before the command"),
-        ("run --wait db -- ./server", "required: NAME"),
-        ("run --wait db --wait cache -- ./server", "required: NAME"),
+        ("run web", "name the command, after `--`"),
+        ("run web --wait db ./server", "`--` before the command"),
+        ("run --wait db web ./server", "required: NAME"),
+        ("run --wait db web -- ./server", "put NAME before --wait"),
         ("run web --nonsense ./server", "unrecognized arguments: --nonsense"),
         ("resolve run -- x", "unrecognized arguments: x"),
     ],
 )
-def test_where_no_command_begins(line: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        commands.read(line.split(), str)
-    assert says in capsys.readouterr().err
+def test_where_no_command_begins(line: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        commands.read(line.split())
 
 
 def test_what_ends_the_command_ends_regctl_too(process: DaemonProcess, peer: BlockingConnection) -> None:
@@ -616,7 +614,7 @@ def test_a_command_that_ends_before_it_is_registered(
     monkeypatch.setenv("REGD_ADDRESS", process.addresses[0])
     monkeypatch.setattr(run_module, "_bound_to", lambda child: {"pid": child})
     name = run_module._Name(
-        {"name": "web", "instance": None, "meta": None}, run_module._Told(False), child.pid, 1
+        {"name": "web", "instance": None, "meta": None}, run_module._Reporter(False), child.pid, 1
     )
     assert process.process is not None
     process.process.send_signal(signal.SIGSTOP)
@@ -640,7 +638,7 @@ def test_a_command_that_stays_silent(
     )
     try:
         name = run_module._Name(
-            {"name": "web", "instance": None, "meta": None}, run_module._Told(False), child.pid, 1
+            {"name": "web", "instance": None, "meta": None}, run_module._Reporter(False), child.pid, 1
         )
         name.begin(accepts=False)
         shown = ""
@@ -649,7 +647,8 @@ def test_a_command_that_stays_silent(
             nonlocal shown
             shown += capfd.readouterr().err
             return (
-                "nothing accepts connections at 127.0.0.1:1; the command must listen on port 1 ($PORT)" in shown
+                "nothing has accepted connections at 127.0.0.1:1 for 0 s; the command must listen on port 1 ($PORT)"
+                in shown
             )
 
         block_until(said)
@@ -672,12 +671,14 @@ def test_another_users_command_lasts_as_long_as_regctl() -> None:
     ("name", "begins"), [("db", "DB"), ("shop.db-1", "SHOP_DB_1"), ("3d", "_3D"), ("_a", "_A")]
 )
 def test_the_mapping(name: str, begins: str) -> None:
-    assert prefix(name) == begins
+    assert variable_prefix(name) == begins
 
 
 def test_the_first_instance_stands_for_its_name_and_two_names_never_mix() -> None:
     rows = [("a-b", "127.0.0.1", 1), ("a-b", "::1", 2), ("a.b", "h", 3)]
-    found, hidden = variables([{"name": name, "host": host, "port": port} for name, host, port in rows])
+    found, hidden = environment_variables(
+        [{"name": name, "host": host, "port": port} for name, host, port in rows]
+    )
     assert found == {"A_B_HOST": "127.0.0.1", "A_B_PORT": "1", "A_B_ADDRESS": "127.0.0.1:1"}
     assert hidden == ["a.b"]
 
@@ -690,7 +691,7 @@ def test_env(process: DaemonProcess, peer: BlockingConnection) -> None:
     done = finished(process, "env")
     cache = ["CACHE_HOST=127.0.0.1", "CACHE_PORT=6379", "CACHE_ADDRESS=127.0.0.1:6379"]
     assert done.stdout.splitlines()[:3] == cache
-    assert done.stderr == "regctl: shop.db is left out: another service has its variables\n"
+    assert done.stderr == "regctl: shop.db is left out: another service has the same variables\n"
     for shell in ("sh", "bash"):
         script = f'eval "$({" ".join(REGCTL)} env shop.db)"; echo "$SHOP_DB_ADDRESS"; env $({" ".join(REGCTL)} env cache) sh -c \'echo "$CACHE_PORT"\''
         sourced = subprocess.run(

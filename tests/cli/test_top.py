@@ -326,8 +326,8 @@ def test_a_frame_fits_and_is_safe(
 
 
 @pytest.mark.parametrize(
-    ("argv", "name", "interval_s"), [([], None, 1.0), (["a*"], "a*", 1.0), (["--interval", "0"], None, 0.1)]
+    ("argv", "name", "interval_s"), [([], None, 1.0), (["a*"], "a*", 1.0), (["--interval", "0.1"], None, 0.1)]
 )
 def test_the_command_line(argv: list[str], name: str | None, interval_s: float) -> None:
-    said = read(["top", *argv], str)
+    said = read(["top", *argv])
     assert (said["name"], said["interval"]) == (name, interval_s)

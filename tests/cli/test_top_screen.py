@@ -102,7 +102,7 @@ def test_why(peer: BlockingConnection, top: Top) -> None:
     with top(*SELDOM) as terminal:
         terminal.shows("2 instances")
         terminal.type("jw")
-        terminal.shows("── why", "db at 127.0.0.1:8000: ready", "static: nobody holds it")
+        terminal.shows("── why", "db at 127.0.0.1:8000: ready", "static: has no owner")
         terminal.type("j")
         terminal.shows("web at 127.0.0.1:8001: ready")
         peer.ask("deregister", name="web")

@@ -262,7 +262,7 @@ async def not_confirmed(scene: Scene) -> str:
 # `regctl run`, `env`, and command lines.
 
 
-@says("cannot have port …: …; name another")
+@says("cannot bind port …: …; choose another with --port")
 async def port_of_another(scene: Scene) -> str:
     with socket.create_server(("127.0.0.1", 0)) as another:
         scene.at(1)
@@ -274,7 +274,7 @@ async def no_such_command(scene: Scene) -> str:
     return await scene.process("regd.cli.regctl", "run", "web", "--", "./web", status=127)
 
 
-@says("… is not registered: for … s nothing accepts connections at …; the command must listen on port …")
+@says("… is not registered: nothing has accepted connections at … for … s; the command must listen on port …")
 async def nothing_accepts(scene: Scene) -> str:
     scene.patch.setattr(run_module, "_SILENT_S", 0.0)
     with unused_port() as kept:
@@ -283,7 +283,7 @@ async def nothing_accepts(scene: Scene) -> str:
 
 @says("… is not registered: user … listens at …, not the command; stop that program, or use --socket")
 async def another_user_listens(scene: Scene) -> str:
-    scene.patch.setattr(run_module, "_LOOK_S", 0.5)
+    scene.patch.setattr(run_module, "_PROBE_S", 0.5)
     scene.patch.setattr(run_module, "listener", lambda host, port: Listener(os.geteuid() + 1, 0))
     with socket.create_server(("127.0.0.1", 0)) as another:
         return await not_registered(scene, another.getsockname()[1])
@@ -292,7 +292,7 @@ async def another_user_listens(scene: Scene) -> str:
 async def not_registered(scene: Scene, port: int) -> str:
     """Return what `regctl run` says of a command whose port is not its own, or not open."""
     given = {"name": "web", "instance": None, "meta": None}
-    name = run_module._Name(given, run_module._Told(False), os.getpid(), port)
+    name = run_module._Name(given, run_module._Reporter(False), os.getpid(), port)
     name.begin(accepts=False)
     told = ""
     while not told.endswith("\n"):
@@ -303,7 +303,7 @@ async def not_registered(scene: Scene, port: int) -> str:
     return told.removeprefix("regctl: ").rstrip("\n")
 
 
-@says("… is left out: another service has its variables")
+@says("… is left out: another service has the same variables")
 async def same_variables(scene: Scene) -> str:
     async with scene.daemon():
         for name in ("shop-db", "shop.db"):
@@ -332,7 +332,7 @@ async def neither_yes_nor_no(scene: Scene) -> str:
     return await scene.logged("REGD_AUTOSTART")
 
 
-@says("name the command, behind …")
+@says("name the command, after …")
 async def no_command(scene: Scene) -> str:
     return await scene.regctl("run", "web", status=2, prefix="regctl run")
 

@@ -74,7 +74,9 @@ async def no_home(scene: Scene) -> str:
     return said
 
 
-@says("… is relative, and the current folder cannot be found (…); name a path from / on, or change the folder")
+@says(
+    "… is relative, and the current folder cannot be found (…); pass an absolute path, or change to another folder"
+)
 async def no_current_folder(scene: Scene) -> str:
     gone = ("sh", "-c", 'mkdir gone && cd gone && rmdir ../gone && exec "$@"', "sh")
     return await scene.regd("--port", "0", "--registry", "r.json", status=1, before=gone)
