@@ -42,13 +42,13 @@ def flags(text: str) -> set[str]:
     return {flag for term in terms(text) for flag in FLAG.findall(term)}
 
 
-def test_the_options_of_regd() -> None:
+def test_options_of_regd() -> None:
     assert {flag for row in rows("regd") for flag in FLAG.findall(row[0])} == flags(
         part(man_page("regd"), "OPTIONS")
     )
 
 
-def test_the_options_of_every_command() -> None:
+def test_options_of_every_command() -> None:
     page = man_page("regctl")
     common = [row for row in rows("regctl") if len(row) == 3]
     assert {flag for row in common for flag in FLAG.findall(row[0])} == flags(part(page, "OPTIONS"))
@@ -64,12 +64,42 @@ def test_the_options_of_every_command() -> None:
     assert told == {(command, flag) for command in commands for flag in flags(part(page, command))}
 
 
+# Defaults that the man page leaves out, or puts into other words.
+NO_VALUE = {"", "none", "off", "never", "unchanged", "stderr"}
+
+
+def explanations(text: str) -> dict[str, str]:
+    """Return the explanation of each option in a section of a man page."""
+    explained = re.findall(r"^\.TP\n(--[a-z-]+)[^\n]*\n([^\n]*)", text, re.MULTILINE)
+    return {flag: explanation.replace(r"\(dq", '"') for flag, explanation in explained}
+
+
+def test_defaults_of_regd() -> None:
+    explained = explanations(part(man_page("regd"), "OPTIONS"))
+    values = {row[0].split()[0].strip("`"): row[1].strip("`") for row in rows("regd")}
+    checked = {flag: value for flag, value in values.items() if value not in NO_VALUE and " " not in value}
+    assert len(checked) >= 4
+    for flag, value in checked.items():
+        assert f"default: {value}" in explained[flag], flag
+
+
+def test_defaults_of_every_command() -> None:
+    page, count = man_page("regctl"), 0
+    for option, commands, default, _ in (row for row in rows("regctl") if len(row) == 4):
+        flag, value = option.split()[0].strip("`"), default.strip("`")
+        for command in re.findall(r"`([a-z]+)`", commands):
+            if value not in NO_VALUE:
+                assert f"default: {value})" in explanations(part(page, command))[flag], (command, flag)
+                count += 1
+    assert count >= 8
+
+
 def variables(title: str) -> set[str]:
     return {name for row in rows(title) for name in re.findall(r"`([A-Z_]+)`", row[0])}
 
 
 @pytest.mark.parametrize("name", ["regd", "regctl"])
-def test_the_variables_of_the_man_pages(name: str) -> None:
+def test_variables_of_the_man_pages(name: str) -> None:
     of_page = {each for term in terms(part(man_page(name), "ENVIRONMENT")) for each in term.split(", ")}
     assert of_page
     read, given = (
@@ -91,7 +121,7 @@ def read_variables() -> Iterator[str]:
                         yield name
 
 
-def test_the_variables_that_the_programs_read() -> None:
+def test_variables_that_the_programs_read() -> None:
     found = set(read_variables())
     assert {"REGD_ADDRESS", "STATE_DIRECTORY", "NOTIFY_SOCKET"} <= found
     # These are of others, and are taken away from a child process.
@@ -99,7 +129,7 @@ def test_the_variables_that_the_programs_read() -> None:
     assert ours <= variables("Environment variables that are read")
 
 
-def test_the_settings_of_pytest() -> None:
+def test_settings_of_pytest() -> None:
     class Parser:
         def __init__(self) -> None:
             self.names: set[str] = set()
