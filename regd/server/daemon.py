@@ -20,21 +20,22 @@ from regd.core.model import Change, Holder, Key, Process
 from regd.core.registry import Registry
 from regd.core.transaction import OwnershipLost
 from regd.server.acceptor import Acceptor
-from regd.server.connection import Connection
-from regd.server.context import BufferQuota, Context, MemoryQuota, Sessions, Share, Slots
+from regd.server.connection import Connection, Connections
 from regd.server.counters import Counters
 from regd.server.daemon_info import DaemonInfo
+from regd.server.dispatcher import Services
 from regd.server.engine import Engine, Write
 from regd.server.event_log import EventLog
 from regd.server.explain import Explainer
-from regd.server.half_closed import HalfClosed
 from regd.server.handlers import Handlers
 from regd.server.idle_exit import IdleExit
 from regd.server.loop_monitor import LoopMonitor
 from regd.server.pending_resolves import PendingResolves
+from regd.server.quotas import BufferQuota, MemoryQuota, Share, Slots
 from regd.server.reaper import Reaper
 from regd.server.resolve_cache import ResolveCache
 from regd.server.scheduler import READONLY_S, FairScheduler
+from regd.server.sessions import Sessions
 from regd.server.stalls import Stalls
 from regd.server.watches import Watches
 from regd.storage.files import Files
@@ -134,7 +135,7 @@ class Daemon:
         self._pulse = LoopMonitor(clock)
         self._findings = ProbeResults(config.limits.departures_max)
         self._sessions = Sessions()
-        self._events = EventLog(clock, self._sessions.peer_of)
+        self._events = EventLog(clock, self._sessions.address_of)
         # A cached reply is sent without a request, so that it could not be logged.
         self._replies = replies = ResolveCache(remembers=not self._events.logs_requests)
         registry.on_entry_changed, registry.on_any_changed = replies.invalidate, replies.invalidate_all
@@ -145,8 +146,8 @@ class Daemon:
         self._info = DaemonInfo(
             registry, clock, self._counters, replies, self._gauges, self._epoch, self._store.path, config.log
         )
-        self._context = self._build_context()
-        self._acceptor = Acceptor(lambda: Connection(self._context))
+        self._connections = self._build_connections()
+        self._acceptor = Acceptor(self._connections.create)
         self._idled = asyncio.Event()
         self._idle = self._build_idle_exit()
         self._engine_task: asyncio.Task[None] | None = None
@@ -156,16 +157,18 @@ class Daemon:
     def _build_shares(self) -> tuple[Share, Share]:
         """Return what users who may write share, and what users who may only read share."""
 
-        def build(limits: Limits, turns: FairScheduler, slow_max: float, *, readonly: bool = False) -> Share:
+        def build(limits: Limits, scheduler: FairScheduler, slow_max: float, *, readonly: bool = False) -> Share:
             registry, clock, pulse = self._registry, self._clock, self._pulse
             return Share(
-                turns=turns,
+                scheduler=scheduler,
                 watches=Watches(registry, clock, limits, pulse, self._epoch),
-                waits=PendingResolves(registry, clock, limits, pulse, self._findings, readonly=readonly),
+                pending_resolves=PendingResolves(
+                    registry, clock, limits, pulse, self._findings, readonly=readonly
+                ),
                 input=BufferQuota(limits.input_bytes_total_max),
                 output=BufferQuota(limits.output_bytes_total_max),
-                kept=MemoryQuota(limits.pending_bytes_max),
-                slow=Slots(slow_max),
+                memory=MemoryQuota(limits.pending_bytes_max),
+                slow_replies=Slots(slow_max),
             )
 
         limits = self._config.limits
@@ -200,31 +203,29 @@ class Daemon:
             self._clock,
             self._config.limits,
             self._stalls,
-            self._shares[0].waits.probes,
+            self._shares[0].pending_resolves.probes,
             is_cut=self._sessions.is_cut,
             ended=self._engine.end,
         )
 
-    def _build_context(self) -> Context:
-        explainer = Explainer(self._registry, self._clock, self._findings, self._sessions.peer_of)
+    def _build_connections(self) -> Connections:
+        explainer = Explainer(self._registry, self._clock, self._findings, self._sessions.address_of)
+        handlers = Handlers(
+            self._registry, self._info, explainer, self._stalls, self._reaper.processes, self._replies
+        )
+        services = Services(
+            self._config.limits, handlers, self._engine, self._reaper, self._events, self._counters
+        )
         writers, readers = self._shares
-        return Context(
-            limits=self._config.limits,
-            engine=self._engine,
-            answers=Handlers(
-                self._registry, self._info, explainer, self._stalls, self._reaper.processes, self._replies
-            ),
-            replies=self._replies,
-            reaper=self._reaper,
-            peers=self._peers,
+        return Connections(
+            services,
+            self._sessions,
+            writers,
+            readers,
+            cache=self._replies,
+            credentials=self._peers,
             clock=self._clock,
-            tally=self._counters,
-            pulse=self._pulse,
-            writers=writers,
-            readers=readers,
-            half_closed=HalfClosed(self._clock),
-            events=self._events,
-            sessions=self._sessions,
+            monitor=self._pulse,
         )
 
     def _build_idle_exit(self) -> IdleExit | None:
@@ -240,13 +241,13 @@ class Daemon:
     def _landed(self, changes: Sequence[Change]) -> None:
         for share in self._shares:
             share.watches.landed(changes)
-            share.waits.landed(changes)
+            share.pending_resolves.landed(changes)
         self._events.changes(changes)
 
     def _settled(self, losses: Sequence[OwnershipLost], free: set[Process]) -> None:
         self._reaper.settled(free)
         for lost in losses:
-            self._sessions.tell(lost)
+            self._sessions.push_lost(lost)
 
     def _gauges(self) -> dict[str, object]:
         return {
@@ -286,7 +287,7 @@ class Daemon:
 
     @property
     def connections(self) -> "set[Connection]":
-        return self._context.connections
+        return self._connections.open
 
     @property
     def sockets(self) -> list[socket.socket]:
@@ -307,12 +308,12 @@ class Daemon:
     @property
     def kept_bytes(self) -> int:
         """The memory of requests that wait for the disk, are parked or watch."""
-        return sum(share.kept.total for share in self._shares)
+        return sum(share.memory.total for share in self._shares)
 
     @property
     def parked(self) -> int:
         """The number of `resolve` requests that wait for an instance."""
-        return sum(len(share.waits) for share in self._shares)
+        return sum(len(share.pending_resolves) for share in self._shares)
 
     @property
     def probed(self) -> int:
@@ -413,8 +414,8 @@ class Daemon:
         await self._close_connections()
         for share in self._shares:
             share.watches.close()
-            share.waits.close()
-        self._context.half_closed.close()
+            share.pending_resolves.close()
+        self._connections.half_closed.close()
         self._reaper.close()
         self._pulse.close()
         self._events.close()
@@ -423,13 +424,13 @@ class Daemon:
 
     async def _close_connections(self) -> None:
         await asyncio.sleep(0)  # replies to what was just committed are sent in the loop's next iteration
-        context = self._context
-        for connection in list(context.connections):
+        connections = self._connections
+        for connection in list(connections.open):
             connection.close()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_GOODBYE_S if context.connections else 0):
-                await context.alone.wait()
-        for connection in list(context.connections):
+            async with asyncio.timeout(_GOODBYE_S if connections.open else 0):
+                await connections.all_closed.wait()
+        for connection in list(connections.open):
             connection.cut()
         await asyncio.sleep(0)
 

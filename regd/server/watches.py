@@ -24,7 +24,7 @@ _SLICE_BYTES = 16_384  # and bytes, though at least one: what a peer that does n
 _TURN_S = 0.002
 
 
-class Peer(Protocol):
+class Watcher(Protocol):
     @property
     def can_take(self) -> bool:
         """Whether what is pushed now leaves soon."""
@@ -56,7 +56,7 @@ class Watch:
         "tail",
     )
 
-    def __init__(self, peer: Peer, number: int, pattern: str, meta: Mapping[str, str], cursor: int) -> None:
+    def __init__(self, peer: Watcher, number: int, pattern: str, meta: Mapping[str, str], cursor: int) -> None:
         self.peer = peer
         self.number = number
         self.pattern = pattern
@@ -102,7 +102,7 @@ class Watches:
         return self._count
 
     def start(
-        self, peer: Peer, number: int, pattern: str, meta: Mapping[str, str], since: tuple[str, int] | None
+        self, peer: Watcher, number: int, pattern: str, meta: Mapping[str, str], since: tuple[str, int] | None
     ) -> Watch:
         """Begin a watch; its events are pushed from the loop's next turn on. `since` is an epoch and a revision.
 

@@ -143,7 +143,7 @@ async def test_who_took_the_name_meanwhile_keeps_it(daemon: InLoop) -> None:
         registration = await client.register("a", 1)
         peer = await daemon.peer()
         peer.send({"cmd": "register", "name": "a", "port": 2, "ttl": 50, "force": True})
-        [held] = [each for each in daemon.server.connections if each._may_hold]
+        [held] = [each for each in daemon.server.connections if each._dispatcher.holds]
         held.cut()
         async with asyncio.timeout(WAIT_S):
             await registration.lost.wait()
@@ -155,7 +155,7 @@ async def test_a_watch_goes_on_after_a_cut_without_losing_or_repeating(daemon: I
     async with Client() as client, telling(client, "w*") as told:
         await peer.ask(cmd="register", name="w", port=1)
         await until(lambda: told == ["sync", "up 127.0.0.1:1"] or told == ["up 127.0.0.1:1", "sync"])
-        [watcher] = [each for each in daemon.server.connections if each._watches]
+        [watcher] = [each for each in daemon.server.connections if each._dispatcher.watches]
         watcher.cut()
         await peer.ask(cmd="register", name="w", port=2)
         await peer.ask(cmd="deregister", name="w")

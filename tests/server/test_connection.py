@@ -11,6 +11,7 @@ import pytest
 
 from regd.core.limits import Limits
 from regd.protocol.messages import HTTP_REFUSAL
+from regd.server.conversation import State
 from tests.support.daemon import EPOCH, WAIT_S, InLoop
 from tests.support.files import FULL, ToldFiles
 from tests.support.polling import until
@@ -394,10 +395,10 @@ async def test_a_peer_that_asks_much_leaves_turns_to_others(daemon: InLoop) -> N
 async def test_a_reply_that_has_just_landed_is_not_overtaken(daemon: InLoop) -> None:
     """The commit ends and the next bytes arrive in one turn of the loop: the order stays, and `quit` loses nothing."""
     peer = await daemon.peer()
-    [connection] = [each for each in daemon.server.connections if each.peer]
+    [connection] = [each for each in daemon.server.connections if each.address]
     for request, count in ((b'{"cmd":"ping","id":2}\n', 2), (b"quit\n", 1)):
         connection.data_received(b'{"cmd":"register","name":"a","port":1,"id":1}\n')
-        await until(lambda: connection._landed)
+        await until(lambda: connection._conversation._replies)
         connection.data_received(request)
         assert [(await peer.reply())["id"] for _ in range(count)] == [1, 2][:count]
 
@@ -487,7 +488,7 @@ async def test_a_peer_that_resets_while_it_is_refused_is_no_bug(daemon: InLoop) 
         raw = socket.create_connection(("127.0.0.1", daemon.port))
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         raw.sendall(b"GET / HTTP/1.1\r\n\r\n")
-        while not any(connection._ending for connection in daemon.server.connections):
+        while not any(connection._conversation.state is State.ENDED for connection in daemon.server.connections):
             await asyncio.sleep(0)
         raw.close()
         async with asyncio.timeout(WAIT_S):

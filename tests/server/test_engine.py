@@ -317,7 +317,7 @@ def test_a_batch_that_has_landed_is_not_kept_and_with_it_connections_that_have_g
     """It may be 1,024 requests, of 64 KB each, and nobody counts them any more."""
     with system():
         world = World(EMPTY, DEFAULT)
-        kept = world.context.connections
+        kept = world.connections.open
         wire = world.connect()
         world.settle()
         gc.collect()
@@ -326,6 +326,6 @@ def test_a_batch_that_has_landed_is_not_kept_and_with_it_connections_that_have_g
         wire.reset()
         world.settle()
         connections = [each for each in gc.get_objects() if isinstance(each, Connection)]
-        count = len([each for each in connections if each._context is world.context])
+        count = len([each for each in connections if each._connections is world.connections])
         world.stop()
         assert (len(kept), count) == (0, 0)

@@ -51,8 +51,8 @@ def begin(daemon: InLoop, family: str, line: bytes, half: bool) -> "subprocess.P
 
 
 def under_way(daemon: InLoop) -> int:
-    assert daemon.server._context is not None
-    return daemon.server.parked + len(daemon.server._context.writers.watches)
+    assert daemon.server._connections is not None
+    return daemon.server.parked + len(daemon.server._connections.writers.watches)
 
 
 @pytest.mark.parametrize("line", [WAIT, WATCH], ids=["wait", "watch"])
@@ -65,14 +65,14 @@ async def test_a_process_that_is_killed_while_it_waits_is_noticed(
     try:
         await until(lambda: under_way(daemon) == 3)
         if half:  # it is there still
-            await until(lambda: all(each._eof for each in daemon.server.connections))
+            await until(lambda: all(each._conversation.input_ended for each in daemon.server.connections))
         daemon.clock.advance(2 * CHECK_S)
         assert under_way(daemon) == 3
         for process in processes[:2]:
             process.send_signal(signal.SIGKILL)
             process.wait()
         living = daemon.server.connections
-        await until(lambda: len(living) - sum(each._eof for each in living) <= 1 - half)
+        await until(lambda: len(living) - sum(each._conversation.input_ended for each in living) <= 1 - half)
         daemon.clock.advance(2 * CHECK_S)
         await until(lambda: len(daemon.server.connections) == 1)
         assert under_way(daemon) == 1
@@ -93,7 +93,7 @@ async def test_a_peer_that_has_closed_its_side_and_lives_gets_its_reply(
     peer.send(WAIT)
     peer.writer.write_eof()
     await until(lambda: daemon.server.parked)
-    await until(lambda: all(each._eof for each in daemon.server.connections))
+    await until(lambda: all(each._conversation.input_ended for each in daemon.server.connections))
     for _ in range(20):
         daemon.clock.advance(CHECK_S)
         await asyncio.sleep(0)
@@ -128,7 +128,7 @@ async def test_where_the_kernel_cannot_be_asked_waits_stay(daemon: InLoop) -> No
     peer.send(WAIT)
     await until(lambda: daemon.server.parked)
     await peer.close()
-    await until(lambda: all(each._eof for each in daemon.server.connections))
+    await until(lambda: all(each._conversation.input_ended for each in daemon.server.connections))
     daemon.clock.advance(10 * CHECK_S)
     await asyncio.sleep(0)
     assert daemon.server.parked == 1

@@ -135,7 +135,7 @@ async def test_a_watcher_that_has_closed_one_side_keeps_it_until_it_has_closed_b
     await peer.ask(cmd="watch", name="*")
     peer.writer.write_eof()
     [connection] = idling.server.connections
-    await until(lambda: connection._eof)
+    await until(lambda: connection._conversation.input_ended)
     assert not await ends(idling, 3 * ENDED_S)
     assert b"progress" in await peer.line() + await peer.line()  # the first is `sync`
     await peer.close()

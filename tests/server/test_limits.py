@@ -232,10 +232,10 @@ async def test_a_guest_is_read_on_when_it_had_its_turn_and_the_owner_is_served_m
 ) -> None:
     told = Told()
     async with running(peers=told) as daemon:
-        assert daemon.server._context is not None
+        assert daemon.server._connections is not None
         reader = await daemon.peer()
         assert (await reader.ask(cmd="ping"))["ok"]
-        turns = daemon.server._context.readers.turns = cast(FairScheduler, NoTime())
+        scheduler = daemon.server._connections.readers.scheduler = cast(FairScheduler, NoTime())
         [connection] = daemon.server.connections
         reader.send(b'{"cmd":"resolve","name":"db"}\n' * 100)
         await until(lambda: not connection._transport.is_reading())
@@ -247,9 +247,9 @@ async def test_a_guest_is_read_on_when_it_had_its_turn_and_the_owner_is_served_m
         assert (await owner.ask(cmd="resolve", name="db"))["port"] == 1
         assert not connection._transport.is_reading()
         while not connection._transport.is_reading():
-            cast(NoTime, turns).waiting.pop(0).run()
-        await until(lambda: bool(cast(NoTime, turns).waiting))
-        cast(NoTime, turns).waiting.pop(0).run()
+            cast(NoTime, scheduler).waiting.pop(0).run()
+        await until(lambda: bool(cast(NoTime, scheduler).waiting))
+        cast(NoTime, scheduler).waiting.pop(0).run()
         assert [(await reader.reply())["ok"] for _ in range(101)] == [True] * 101
 
 
@@ -378,8 +378,8 @@ async def test_long_replies_of_guests_take_turns_and_one_that_does_not_read_hold
         told.uid = STRANGER
         readers = [await daemon.peer() for _ in range(5)]
         request = {"cmd": "resolve", "name": "a", "all": True, "meta": {"k": "v"}}
-        assert daemon.server._context is not None
-        slow, most = daemon.server._context.readers.slow, 0
+        assert daemon.server._connections is not None
+        slow, most = daemon.server._connections.readers.slow_replies, 0
         for reader in readers:
             reader.send(*[request] * 3)
         await until(lambda: slow._waiting)

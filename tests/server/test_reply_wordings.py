@@ -165,7 +165,7 @@ def test_wherever_a_conversation_is_cut_the_replies_are_the_same(twins: Twins) -
         twins.write(line("register", name="db", port=1))
         twins.know()
         asker = twins.connect()
-        rev = twins.worlds[0].context.engine._registry.rev
+        rev = twins.worlds[0].services.engine._registry.rev
         asker.send(*filter(None, (whole[:first], whole[first:last], whole[last:])))
         twins.settle()
         said = asker.new().replace(b'"rev":%d' % rev, b'"rev":0').replace(b'"rev":%d' % (rev + 2), b'"rev":2')
@@ -254,7 +254,7 @@ def test_an_unfinished_line_is_finished_first(twins: Twins) -> None:
     twins.turn()
     twins.asker.send(b"}\n")
     twins.settle()
-    assert [world.context.writers.input.total for world in twins.worlds] == [
+    assert [world.connections.writers.input.total for world in twins.worlds] == [
         0,
         0,
     ]  # nor does anything wait any more

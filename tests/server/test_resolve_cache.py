@@ -147,8 +147,8 @@ ENDINGS: dict[str, tuple[bytes, Callable[[Twins, Line], object], str]] = {
 
 
 def _exit(world: World) -> None:
-    for process in world.context.engine._registry.lifetimes.processes:
-        world.context.reaper._process_ended(process)
+    for process in world.services.engine._registry.lifetimes.processes:
+        world.services.reaper._process_ended(process)
 
 
 @pytest.mark.parametrize(("request_", "end", "reason"), ENDINGS.values(), ids=ENDINGS)
@@ -164,7 +164,7 @@ def test_who_is_gone_is_not_resolved_from_that_moment(
     holder.new()
     twins.know()
     twins.set_full(full)
-    registry = twins.worlds[0].context.engine._registry
+    registry = twins.worlds[0].services.engine._registry
     rev = registry.rev
     end(twins, holder)
     before_it_landed = []
@@ -532,7 +532,7 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def all_say_the_same_and_the_registry_says_it_too(self) -> None:
         self.look()
-        registry = self.twins.worlds[0].context.engine._registry
+        registry = self.twins.worlds[0].services.engine._registry
         for request, reply in self.twins.replies.known.items():
             name = json.loads(request)["name"]
             [found] = registry.instances_of(name)

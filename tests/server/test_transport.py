@@ -120,7 +120,7 @@ async def test_a_bug_in_a_connection_closes_that_one_alone(
 
 async def test_a_connection_that_ended_is_freed_without_the_garbage_collector(daemon: InLoop) -> None:
     """The daemon lets the collector look at nothing twice, so what ends must go by itself."""
-    context = daemon.server._context
+    connections = daemon.server._connections
     gc.collect()
     gc.disable()
     try:
@@ -136,7 +136,9 @@ async def test_a_connection_that_ended_is_freed_without_the_garbage_collector(da
                 await until(lambda: _all_are_gone(daemon))
         for _ in range(5):
             await asyncio.sleep(0)
-        left = [each for each in gc.get_objects() if isinstance(each, Connection) and each._context is context]
+        left = [
+            each for each in gc.get_objects() if isinstance(each, Connection) and each._connections is connections
+        ]
         assert left == []
     finally:
         gc.enable()

@@ -69,7 +69,7 @@ class Twins:
 
     def __init__(self, registry: bytes = EMPTY, limits: Limits = DEFAULT) -> None:
         self.worlds = [World(registry, limits) for _ in range(2)]
-        self.replies, forgetful = (world.context.replies for world in self.worlds)
+        self.replies, forgetful = (world.connections.cache for world in self.worlds)
         forgetful.put = lambda entry: None  # type: ignore[method-assign]
         self.lines: list[Line] = []
         for world in self.worlds:

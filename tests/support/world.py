@@ -13,8 +13,7 @@ from typing import Any
 
 from regd.core.limits import Limits
 from regd.server import half_closed
-from regd.server.connection import Connection
-from regd.server.context import Context
+from regd.server.connection import Connections
 from regd.server.daemon import Config, Daemon
 from regd.storage.files import Files
 from regd.system import probes, processes
@@ -103,11 +102,12 @@ class World:
             return server
 
         self.server = self.loop.run_until_complete(start())
-        self.context: Context = self.server._context
+        self.connections: Connections = self.server._connections
+        self.services = self.connections.services
 
     def connect(self) -> Wire:
         wire = Wire(self.loop, self._quiet)
-        wire.protocol = Connection(self.context)
+        wire.protocol = self.connections.create()
         self.loop.call_soon(wire.protocol.connection_made, wire)
         return wire
 
@@ -125,7 +125,7 @@ class World:
         self.settle()
 
     def end_processes(self) -> None:
-        for file in list(self.context.reaper.processes._files.values()):
+        for file in list(self.services.reaper.processes._files.values()):
             os.eventfd_write(file, 1)
         self.loop.turn()  # the selector looks once a turn
         self.settle()

@@ -48,13 +48,13 @@ class Conversation:
     def __init__(self, world: World) -> None:
         self.world = world
         world.loop.flush_turns = 0
-        self.engine = world.context.engine
-        self.registry = world.context.engine._registry
+        self.engine = world.services.engine
+        self.registry = world.services.engine._registry
         self.friend = world.connect()
         self.friend.send(FRIEND)
         world.settle()
         self.first_rev = self.registry.rev
-        self.cut_before = world.context.tally.dropped
+        self.cut_before = world.services.counters.dropped
         self.peer = world.connect()
         self.connection, self.friends = self.peer.protocol, self.friend.protocol
         self.given = bytearray()  # of the stream
@@ -124,7 +124,7 @@ class Conversation:
         """Behind `quit` and a line of another protocol the daemon closes, whatever the peer does."""
         said = list(oracle.understood(bytes(self.given), TIGHT.line_bytes_max, ended=False))
         sure = all(each.ends is not None for each in said)
-        if said and sure and said[-1].ends and not self.connection._parked:
+        if said and sure and said[-1].ends and not self.connection._conversation.pending:
             self.world.pass_time(2 * TIGHT.close_linger_s_max)
             assert self.peer.lost
 
@@ -133,9 +133,9 @@ class Conversation:
         world, peer = self.world, self.peer
         world.do(peer.end)
         world.settle()
-        while self.connection._parked:  # and what stood behind it, and waits itself
+        while self.connection._conversation.pending:  # and what stood behind it, and waits itself
             world.pass_time(TIGHT.wait_s_max + 1)
-        if not peer.lost and self.connection._watches:
+        if not peer.lost and self.connection._dispatcher.watches:
             world.do(peer.reset)
             world.pass_time(TIGHT.progress_s + 1)
         world.pass_time(2 * TIGHT.close_linger_s_max)
@@ -145,7 +145,7 @@ class Conversation:
         """Every line is one; and the replies are those to what was said, in order, all or the first of them."""
         sent, http = _without_http(bytes(self.peer.sent))
         whole, _, rest = sent.rpartition(b"\n")
-        cut = self.world.context.tally.dropped > self.cut_before
+        cut = self.world.services.counters.dropped > self.cut_before
         assert not rest or cut or self.peer.is_reset, rest
         lines = [is_a_line(each + b"\n") for each in whole.split(b"\n") if each]
         replies = [each for each in lines if "ok" in each]
@@ -164,26 +164,26 @@ class Conversation:
             _answers(reply, each)
 
     def _check_nothing_left(self) -> None:
-        context, friend = self.world.context, self.friends
-        assert context.connections == {friend}
-        assert list(context.sessions._open.values()) == [friend]
-        assert context.tally.connections == 1
-        for share in (context.writers, context.readers):
+        connections, friend = self.world.connections, self.friends
+        assert connections.open == {friend}
+        assert list(connections.sessions._open.values()) == [friend]
+        assert connections.services.counters.connections == 1
+        for share in (connections.writers, connections.readers):
             assert not share.watches._behind
-            assert len(share.waits) == 0
-            assert not share.waits._named
-            assert not share.waits._probing
-            assert not share.waits.probes._probes
-            assert not share.waits.probes._queue
-            for budget in (share.input, share.output):
-                assert budget.total == 0
-                assert not budget._held
-            assert not share.slow._taken
-            assert not share.slow._waiting
-        assert not context.half_closed._waiters
-        assert (len(context.writers.watches), len(context.readers.watches)) == (1, 0)
-        [watch] = next(iter(context.writers.watches._watches.values()))  # the friend's
-        assert (context.writers.kept.total, context.readers.kept.total) == (watch.kept_bytes, 0)
+            assert len(share.pending_resolves) == 0
+            assert not share.pending_resolves._named
+            assert not share.pending_resolves._probing
+            assert not share.pending_resolves.probes._probes
+            assert not share.pending_resolves.probes._queue
+            for quota in (share.input, share.output):
+                assert quota.total == 0
+                assert not quota._sizes
+            assert not share.slow_replies._taken
+            assert not share.slow_replies._waiting
+        assert not connections.half_closed._waiters
+        assert (len(connections.writers.watches), len(connections.readers.watches)) == (1, 0)
+        [watch] = next(iter(connections.writers.watches._watches.values()))  # the friend's
+        assert (connections.writers.memory.total, connections.readers.memory.total) == (watch.kept_bytes, 0)
         for call in self.world.timers:
             assert getattr(call, "__self__", None) is not self.connection, call
 
@@ -218,7 +218,7 @@ class Conversation:
 
     def _tidy_up(self) -> None:
         """Once all is deregistered, and time goes by, nothing at all is left."""
-        world, context = self.world, self.world.context
+        world, connections = self.world, self.world.connections
         for entry in listed(self.registry):
             self.engine.submit(partial(_deregister, entry.key), lambda outcome: None)
         self.friend.send(b"quit\n")
@@ -227,7 +227,7 @@ class Conversation:
         assert self.friend.lost
         lifetimes = self.registry.lifetimes
         for table in (
-            self.registry._services, self.registry._names, context.connections, context.reaper.processes._files,
+            self.registry._services, self.registry._names, connections.open, world.services.reaper.processes._files,
             lifetimes._of_session, lifetimes._of_process, lifetimes._due, lifetimes._awaits_probe, lifetimes.unclaimed,
             lifetimes._gone_sessions, lifetimes._gone_processes, lifetimes._gone_holders,
             world.timers,

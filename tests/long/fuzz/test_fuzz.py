@@ -163,7 +163,7 @@ ROUNDS = 16 if LONG else 4
 
 def census(world: World) -> Counter[str]:
     """How many objects of regd's classes there are, but for what is kept of the past, which has a limit."""
-    registry = world.context.engine._registry
+    registry = world.services.engine._registry
     registry.history = History(registry.rev, TIGHT)
     registry._departures.clear()
     assert world.server._findings is not None

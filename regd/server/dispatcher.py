@@ -1,0 +1,260 @@
+"""Carries out the requests of one connection: reads, writes, watches, and pending resolves.
+
+A reply that is ready at once is returned; later ones go to the conversation, which keeps them in order.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from regd.core.errors import Code, Refused
+from regd.core.limits import Limits
+from regd.core.model import Entry
+from regd.protocol import messages
+from regd.protocol.commands import COMMANDS, Request
+from regd.server.conversation import Conversation, State
+from regd.server.counters import Counters
+from regd.server.engine import Engine
+from regd.server.event_log import EventLog
+from regd.server.handlers import Caller, Handlers, IncrementalReply
+from regd.server.pending_resolves import PendingResolve
+from regd.server.quotas import Peer, Share
+from regd.server.reaper import Reaper
+from regd.server.watches import Watch, Watcher
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The parts of the daemon that carry out requests."""
+
+    limits: Limits
+    handlers: Handlers
+    engine: Engine
+    reaper: Reaper
+    events: EventLog
+    counters: Counters
+
+
+class Client(Watcher, Peer, Protocol):
+    """The connection, as its dispatcher sees it."""
+
+    @property
+    def address(self) -> str: ...
+
+    def schedule(self, busy: bool = False) -> None: ...
+
+
+class Dispatcher:
+    __slots__ = (
+        "_caller",
+        "_client",
+        "_conversation",
+        "_services",
+        "_share",
+        "_slow_reply",
+        "_watch_count",
+        "holds",
+        "pending",
+        "watches",
+    )
+
+    def __init__(
+        self, services: Services, share: Share, caller: Caller, client: Client, conversation: Conversation
+    ) -> None:
+        self._services = services
+        self._share = share
+        self._caller = caller
+        self._client = client
+        self._conversation = conversation
+        self._slow_reply: IncrementalReply | None = None  # to the request that is deferred
+        self._watch_count = 0
+        self.watches: dict[int, Watch] = {}
+        self.pending: dict[PendingResolve, Request] = {}
+        self.holds = False  # a request had `hold`: the end of the connection ends registrations
+
+    def answer(self, request: Request) -> bytes | None:
+        """Carry out a request. Returns None if the reply comes later, or the request was deferred."""
+        services, conversation = self._services, self._conversation
+        try:
+            reply = self._perform(request)
+        except Refused as refusal:
+            if conversation.in_flight:  # a write was refused at once, but the writes before it have no reply yet
+                conversation.defer(request)
+                return None
+            services.events.refused(self._client.address, self._caller.uid, request, refusal)
+            reply = self.error(refusal, request.id)
+        if conversation.is_deferred:
+            return None
+        if services.events.logs_requests:
+            services.events.request(self._client.address, self._caller.uid, request)
+        services.counters.requests[request.cmd] += 1
+        return reply
+
+    def error(self, refusal: Refused, id: str | int | None = None) -> bytes:
+        """Return the error line of a refusal, and count it."""
+        self._services.counters.errors[refusal.code] += 1
+        return messages.error(refusal, id)
+
+    def refuse_pending(self, refusal: Refused) -> list[bytes]:
+        """Return a refusal for each pending `resolve`."""
+        return [self.error(refusal, request.id) for request in self.pending.values()]
+
+    def release_holds(self) -> None:
+        """End registrations that live as long as the connection. Idempotent."""
+        if self.holds:
+            self.holds = False
+            self._services.reaper.connection_ended(self._caller.session)
+
+    def drop_slow_reply(self) -> None:
+        """Give up the slot; the reply begins anew when its request is answered again. Idempotent."""
+        self._slow_reply = None
+        self._share.slow_replies.release(self._client)
+
+    def close(self) -> None:
+        """End what lives as long as the connection: holds, watches, pending resolves. Idempotent."""
+        self.drop_slow_reply()
+        self.release_holds()
+        for watch in self.watches.values():
+            self._share.watches.stop(watch)
+            self._share.memory.release(watch.kept_bytes)
+        self.watches.clear()
+        for wait, request in self.pending.items():
+            self._share.pending_resolves.cancel(wait)
+            self._share.memory.release(_wait_bytes(request))
+        self.pending.clear()
+
+    def _perform(self, request: Request) -> bytes | None:
+        command = COMMANDS[request.cmd]
+        if command.guarded and self._caller.is_readonly:
+            raise _denied(self._caller.uid)
+        if command.writes:
+            self._submit(request)
+            return None
+        if request.cmd == "watch":
+            return self._watch(request)
+        if request.cmd == "unwatch":
+            return self._unwatch(request)
+        return self._wait(request) if "wait" in request.arguments else self._read(request)
+
+    def _submit(self, request: Request) -> None:
+        services, size = self._services, request.weight_bytes
+        self._share.memory.check(size)
+        services.engine.submit(services.handlers.write(request, self._caller), self._committed(request, size))
+        self._share.memory.take(size)
+        self._conversation.submit()
+        self.holds = self.holds or request.arguments.get("hold", False)
+
+    def _committed(self, request: Request, size: int) -> Callable[[bytes | Refused], None]:
+        """Return what the engine calls with the reply to a write."""
+
+        def done(outcome: bytes | Refused) -> None:
+            services = self._services
+            self._share.memory.release(size)
+            if isinstance(outcome, Refused):
+                services.events.refused(self._client.address, self._caller.uid, request, outcome)
+            if self._conversation.state is State.ENDED:
+                return
+            if isinstance(outcome, Refused):
+                services.handlers.explain(request, outcome)
+                outcome = self.error(outcome, request.id)
+            self._conversation.committed(outcome)
+            self._client.schedule()
+
+        return done
+
+    def _read(self, request: Request) -> bytes | None:
+        """Answer at once, or in several time slices: the request is deferred until the reply is complete."""
+        if self._slow_reply is None:
+            reply = self._services.handlers.read(request, self._caller)
+            if isinstance(reply, bytes):
+                return reply
+            self._slow_reply = reply
+        if not self._share.slow_replies.acquire(self._client):
+            self._conversation.defer(request)
+            return None
+        complete: bytes | None = b""
+        try:
+            complete = next(self._slow_reply)
+        finally:
+            if complete is None:
+                self._conversation.defer(request)
+                self._client.schedule(busy=True)
+            else:
+                self.drop_slow_reply()
+        return complete
+
+    def _watch(self, request: Request) -> bytes:
+        arguments = request.arguments
+        if ("epoch" in arguments) is not ("since" in arguments):
+            field = "since" if "epoch" in arguments else "epoch"
+            raise Refused(Code.BAD_ARGUMENT, "epoch and since go together", field=field)
+        if len(self.watches) >= self._services.limits.watches_max:
+            raise Refused(Code.BUSY, f"this connection has {len(self.watches)} watches already")
+        since = (arguments["epoch"], arguments["since"]) if "epoch" in arguments else None
+        number, size = self._watch_count + 1, request.weight_bytes
+        self._share.memory.check(size)
+        watch = self._share.watches.start(
+            self._client, number, arguments.get("name", "*"), arguments.get("meta", {}), since
+        )
+        self._share.memory.take(size)
+        self._watch_count = number
+        self.watches[number] = watch
+        watch.kept_bytes = size
+        return messages.ok(request.id, {"watch": number, **self._services.handlers.position()})
+
+    def _unwatch(self, request: Request) -> bytes:
+        watch = self.watches.pop(request.arguments["watch"], None)
+        if watch is None:
+            raise Refused(Code.NOT_FOUND, f"this connection has no watch {request.arguments['watch']}")
+        self._share.watches.stop(watch)
+        self._share.memory.release(watch.kept_bytes)
+        return messages.ok(request.id, {})
+
+    def _wait(self, request: Request) -> bytes | None:
+        """Answer a `resolve` with `wait`: at once, or when an instance accepts or the time is over."""
+        arguments = request.arguments
+        if len(self.pending) >= self._services.limits.parked_max:
+            raise Refused(Code.BUSY, f"{len(self.pending)} requests of this connection wait already")
+        size = _wait_bytes(request)
+        self._share.memory.check(size)
+        wait: PendingResolve | None = None
+        at_once: list[bytes] = []
+
+        def done(entry: Entry | None) -> None:
+            try:
+                reply = self._services.handlers.waited(request, entry)
+            except Refused as refusal:
+                reply = self.error(refusal, request.id)
+            if wait is None:
+                at_once.append(reply)
+                return
+            del self.pending[wait]
+            self._share.memory.release(size)
+            self._conversation.resolved(request, reply)
+            self._client.schedule()
+
+        wait = self._share.pending_resolves.park(
+            arguments["name"], arguments.get("instance"), arguments.get("meta", {}), arguments["wait"], done
+        )
+        if at_once:
+            return at_once[0]
+        self.pending[wait] = request
+        self._share.memory.take(size)
+        self._conversation.suspend(request)
+        return None
+
+
+def _wait_bytes(request: Request) -> int:
+    return 2 * request.weight_bytes  # the wait itself takes about as much as its request
+
+
+def _denied(uid: int | None) -> Refused:
+    """Return the refusal of a write by a user who may only read. Most such users want a registry of their own."""
+    own = "run a regd of your own, `regd --port off --unix PATH`, and set REGD_ADDRESS=unix://PATH"
+    if uid is None:
+        return Refused(
+            Code.DENIED, f"the system does not tell regd which user you are, so you may only read; {own}"
+        )
+    return Refused(
+        Code.DENIED, f"user {uid} may only read here; {own}; or have this one started with --allow-uid {uid}"
+    )
