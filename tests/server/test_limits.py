@@ -258,10 +258,10 @@ async def test_what_came_of_a_guest_is_looked_at_in_its_turn_only(running: Runni
     """Short lines by the thousand take milliseconds to split: a thousand guests would hold the loop for a second."""
     told = Told()
     async with running(peers=told) as daemon:
-        assert daemon.server._context is not None
+        assert daemon.server._connections is not None
         guest = await daemon.peer()
         assert (await guest.ask(cmd="ping"))["ok"]
-        turns = daemon.server._context.readers.turns = cast(FairScheduler, NoTime())
+        turns = daemon.server._connections.readers.scheduler = cast(FairScheduler, NoTime())
         [connection] = daemon.server.connections
         guest.send(b"ping\n" * 100 + b'{"cmd":"ping"}')
         guest.writer.write_eof()
