@@ -2,11 +2,13 @@
 
 import ast
 import sys
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from regd.core.model import Entry
 from tests.support.daemon import ROOT
 
 PURE = {"asyncio", "time", "socket", "logging", "random", "threading", "os"}
@@ -164,6 +166,16 @@ def test_no_private_module_of_cpython(path: Path) -> None:
     tops = {name.partition(".")[0] for name in imported(path)}
     private = {top for top in tops if top.startswith("_") and not top.startswith("__")}
     assert private <= PRIVATE.get(path.relative_to(ROOT).as_posix(), set())
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("regd.") and ".cli" not in name])
+def test_nothing_alters_an_entry(name: str) -> None:
+    fixed = {field.name for field in fields(Entry)}
+    if name == "regd.protocol.messages":
+        fixed.remove("encoded")  # a cache
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr in fixed:
+            assert ast.unparse(node.value) == "self", f"line {node.lineno}: {ast.unparse(node)} is set"
 
 
 @pytest.mark.parametrize(

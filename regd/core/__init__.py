@@ -1,4 +1,4 @@
-"""The ground floor: what the registry decides. No asyncio, clock, socket, file, JSON or logger in here.
+"""The decisions of the registry. No asyncio, clock, socket, file, JSON or logger in here.
 
-Time and chance come in as arguments; what comes out are values: entries, changes, refusals.
+Time and randomness come in as arguments; values come out: entries, changes, refusals.
 """

@@ -1,6 +1,6 @@
-"""The closed set of errors, and how the core refuses.
+"""The error codes that a peer can see, and the exceptions of the core.
 
-The code is contract, the message is for people. Must not know how an error is written on the wire.
+Codes are part of the protocol; messages are for people.
 """
 
 from enum import StrEnum
@@ -8,7 +8,7 @@ from typing import Self
 
 
 class Code(StrEnum):
-    """Every code that a peer can see; the text is what PROTOCOL.md says of it."""
+    """The error codes. The text of each is the one in PROTOCOL.md."""
 
     meaning: str
 
@@ -38,7 +38,7 @@ class Code(StrEnum):
 
 
 class Refused(Exception):
-    """A request that is answered with an error.
+    """A request is refused with an error.
 
     `message` is one sentence for a person; `details` are further fields of the reply.
     """
@@ -50,10 +50,10 @@ class Refused(Exception):
         self.details = details
 
     def bare(self) -> Self:
-        """Return it without the frames that it came through: whoever keeps it would be kept by them."""
+        """Return this exception without its traceback, which would keep the objects of the request alive."""
         self.__traceback__ = self.__context__ = None
         return self
 
 
 class Invalid(ValueError):
-    """A value that breaks a rule of the model. Its text completes the sentence "NAME …"."""
+    """A value breaks a rule of the model. The text completes a sentence that begins with the argument's name."""

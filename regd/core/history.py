@@ -1,12 +1,13 @@
-"""The ring of changes: what happened since a revision, for everybody who follows, bounded in count and bytes.
+"""The latest changes, bounded in count and bytes, for watchers.
 
-Whoever follows is an integer into it; too late means to begin anew. Must not know who follows.
+A watcher is a revision in this history. If the changes after that revision are gone, it starts again with a
+snapshot.
 """
 
 from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Change
 
-_CHANGE_BYTES = 256  # of a change itself, beyond the entries that it keeps
+_CHANGE_BYTES = 256  # of a change itself, besides its entries
 
 
 class History:
@@ -15,8 +16,8 @@ class History:
     def __init__(self, rev: int, limits: Limits = DEFAULT) -> None:
         self._limits = limits
         self._changes: list[Change] = []
-        self._weights: list[int] = []  # of each
-        self._start = 0  # what stands before is over; cut off now and then
+        self._weights: list[int] = []  # of each change
+        self._start = 0  # the changes before are dropped; their places are freed now and then
         self._last = rev
         self.weight_bytes = 0
 
@@ -44,10 +45,10 @@ class History:
             self._start = 0
 
     def knows(self, rev: int) -> bool:
-        """Whether all that came after a revision is still here."""
+        """Whether every change after a revision is still here."""
         return self._last - len(self) <= rev <= self._last
 
     def since(self, rev: int, most: int) -> list[Change]:
-        """Return up to `most` changes after a revision that it `knows`."""
+        """Return up to `most` changes after a revision, for which `knows` must be true."""
         at = len(self._changes) - (self._last - rev)
         return self._changes[at : at + most]

@@ -1,7 +1,8 @@
-"""Who holds what that has landed, until when, and who is known to be gone.
+"""The holders of committed registrations: what each one holds, its deadlines, and the marks of gone holders.
 
-`HolderGone` says who went; a transaction turns it into changes. Between the two, what only the gone held is not
-resolved any more. Must not know connections, processes or timers: `now` comes in, `next_deadline` goes out.
+`HolderGone` says which holder is gone; a transaction turns that into changes. In between, the holder is marked,
+and its registrations are no longer resolved. The index has no timer: the caller passes `now` and asks
+`next_deadline`.
 """
 
 from collections import defaultdict, deque
@@ -14,7 +15,7 @@ from regd.core.model import Entry, Holder, Key, Process, Reason
 
 @dataclass(frozen=True, slots=True)
 class HolderGone:
-    """Somebody went: a connection, a process, or one holder whose time is over. Just one of the three is set."""
+    """A connection, a process or a single holder is gone. Exactly one of the three is set."""
 
     reason: Reason
     session: int | None = None
@@ -22,49 +23,49 @@ class HolderGone:
     holder: tuple[Key, int] | None = None
 
 
-# What a deadline is of: a lease, or the time in which a loaded `hold` must be claimed.
+# The two kinds of deadline: of a lease, and of a loaded `hold` that must be claimed.
 _CLAUSES = (Reason.EXPIRED, Reason.CLOSED)
-_STEPS = 256  # outdated records that one look takes off the queue
+_STEPS = 256  # outdated records that `next_deadline` removes at a time
 
 Record = tuple[float, int, Reason, Key]
 
 
 class HolderIndex:
-    """`claim_s` is how long a loaded `hold` waits for its client.
+    """The holders of all committed entries. `claim_s` is how long a loaded `hold` waits for its client.
 
-    A holder that has a process too goes on waiting, and is added to `unclaimed`, by key and id, whenever its
-    address is to be probed.
+    A loaded `hold` that has a process too waits longer: whenever its address is to be probed, its key and id are
+    added to `unclaimed`.
 
-    Deadlines are kept as if the time that `prolong` adds had not passed, so that adding it costs nothing.
+    Deadlines are stored without the time that `prolong` has added, so that `prolong` need not touch them.
     """
 
     def __init__(self, claim_s: float) -> None:
         self.unclaimed: deque[tuple[Key, int]] = deque()
         self._claim_s = claim_s
         self._prolonged_s = 0.0
-        # In order of registration, so that an end has an order.
+        # In order of registration, which is the order in which registrations end.
         self._of_session: defaultdict[int, dict[Key, None]] = defaultdict(dict)
         self._of_process: defaultdict[Process, dict[Key, None]] = defaultdict(dict)
-        self._due: dict[tuple[int, Reason], float] = {}  # by holder; the truth
-        # Heaps of deadlines, outdated ones among them. `_shrinking` is one with too many of these: it is emptied
-        # into the other, some records at a time.
+        self._due: dict[tuple[int, Reason], float] = {}  # the current deadlines, by holder
+        # Heaps of deadlines, some outdated. A heap with too many outdated records becomes `_shrinking`, whose
+        # current records move to the other heap, a few at a time.
         self._queue: list[Record] = []
         self._shrinking: list[Record] = []
         self._awaits_probe: set[int] = set()  # unclaimed holders that have a process
-        # Known to be gone, and not landed yet: sessions, processes, and holders by their id.
+        # The marks of gone sessions, processes and holders (by id) whose end is not committed yet.
         self._gone_sessions: set[int] = set()
         self._gone_processes: set[Process] = set()
         self._gone_holders: dict[int, Reason] = {}
 
-    # What has landed.
+    # Committed changes.
 
     def move(self, before: Entry | None, after: Entry | None, now: float) -> set[Process]:
-        """Follow one change, and return the processes of which nothing is held any more."""
+        """Apply a change, and return the processes that no longer hold anything."""
         old = before.holders if before else ()
         new = after.holders if after else ()
         if old == new:
             return set()
-        key = (after or before).key  # type: ignore[union-attr]  # one of them is there, or both were equal
+        key = (after or before).key  # type: ignore[union-attr]  # both cannot be None: they differ
         known = {holder.id for holder in old}
         for holder in new:
             if holder.id not in known:
@@ -94,11 +95,11 @@ class HolderIndex:
         self._shrink(4)
 
     def _shrink(self, most: int) -> None:
-        """Take up to `most` records off the queue that has too many outdated ones."""
+        """Move up to `most` records out of the heap that has too many outdated ones."""
         if not self._shrinking and len(self._queue) > 64 + 4 * len(self._due):
             self._queue, self._shrinking = self._shrinking, self._queue
         for _ in range(min(most, len(self._shrinking))):
-            record = self._shrinking.pop()  # the last one: a heap without it is still a heap
+            record = self._shrinking.pop()  # a heap without its last record is still a heap
             if self._is_current(record):
                 heappush(self._queue, record)
 
@@ -128,7 +129,7 @@ class HolderIndex:
         return free
 
     def held_by(self, ending: HolderGone) -> Collection[Key]:
-        """Return the keys that an ending concerns."""
+        """Return the keys of the registrations that a gone holder held."""
         if ending.session is not None:
             return self._of_session.get(ending.session, ())
         if ending.process is not None:
@@ -151,18 +152,18 @@ class HolderIndex:
     # Time.
 
     def renew(self, key: Key, holder: Holder, now: float, ttl_s: float) -> None:
-        """Start a lease anew, this time for `ttl_s`."""
+        """Renew a lease for `ttl_s` from now."""
         if (holder.id, Reason.EXPIRED) in self._due:
             self._push(key, holder.id, Reason.EXPIRED, now + ttl_s)
 
     def prolong(self, seconds: float) -> None:
-        """Add time in which no renewal and no claim could be heard to every deadline."""
+        """Move every deadline, by time in which the daemon could receive no renewal and no claim."""
         self._prolonged_s += seconds
 
     def next_deadline(self) -> float | None:
-        """Return when `expire` has something to say, or None.
+        """Return when to call `expire` next, None if there is no deadline.
 
-        So many records may be outdated that the answer is too early; `expire` then takes more of them off.
+        With many outdated records the time may be too early; `expire` then removes more of them.
         """
         self._shrink(_STEPS)
         for queue in (self._queue, self._shrinking):
@@ -174,15 +175,15 @@ class HolderIndex:
         return queue[0][0] + self._prolonged_s if queue else None
 
     def _first(self) -> list[Record]:
-        """Return the queue with the earliest deadline, an empty one if there is none."""
+        """Return the heap with the earliest deadline; an empty one if there is none."""
         if self._shrinking and (not self._queue or self._shrinking[0] < self._queue[0]):
             return self._shrinking
         return self._queue
 
     def expire(self, now: float, most: int) -> list[HolderGone]:
-        """Return up to `most` whose time is over, each once, and count them as gone.
+        """Mark up to `most` holders gone whose deadline has passed, and return them, each once.
 
-        An unclaimed holder that has a process is not over: it is added to `unclaimed`.
+        An unclaimed holder that has a process is added to `unclaimed` instead.
         """
         endings: list[HolderGone] = []
         for _ in range(most):
@@ -202,14 +203,14 @@ class HolderIndex:
         return endings
 
     def wait_on(self, key: Key, holder_id: int, deadline: float) -> None:
-        """Let an unclaimed holder that was in `unclaimed` be there again at `deadline`, if it still waits."""
+        """Add a holder to `unclaimed` again at `deadline`, if it still waits for its client."""
         if holder_id in self._awaits_probe:
             self._push(key, holder_id, Reason.CLOSED, deadline)
 
-    # Who is gone.
+    # Marks.
 
     def mark(self, ending: HolderGone) -> None:
-        """Count somebody as gone from now on."""
+        """Mark a holder gone."""
         if ending.session is not None:
             self._gone_sessions.add(ending.session)
         if ending.process is not None:
@@ -218,7 +219,7 @@ class HolderIndex:
             self._gone_holders[ending.holder[1]] = ending.reason
 
     def settle(self, ending: HolderGone) -> None:
-        """Forget an ending that has landed."""
+        """Remove the mark of a holder whose end is committed."""
         if ending.session is not None:
             self._gone_sessions.discard(ending.session)
         if ending.process is not None:
@@ -227,7 +228,7 @@ class HolderIndex:
             self._gone_holders.pop(ending.holder[1], None)
 
     def gone(self, holder: Holder) -> Reason | None:
-        """Return why a holder is counted as gone, None when it is not."""
+        """Return why a holder is marked gone, None if it is not."""
         if holder.process is not None and holder.process in self._gone_processes:
             return Reason.EXITED
         if holder.hold and holder.session is not None and holder.session in self._gone_sessions:
@@ -235,13 +236,13 @@ class HolderIndex:
         return self._gone_holders.get(holder.id)
 
     def is_alive(self, entry: Entry) -> bool:
-        """Whether anybody still holds it, as far as is known now."""
+        """Whether an entry is static, or has a holder that is neither withdrawn nor marked gone."""
         if not entry.holders:
             return True
         return any(not holder.withdrawn and self.gone(holder) is None for holder in entry.holders)
 
     def death(self, entry: Entry) -> Reason | None:
-        """Return why nobody holds an entry any more, before that has landed; None while somebody does."""
+        """Return why an entry is presumed dead, None while it is alive."""
         if self.is_alive(entry):
             return None
         return next((reason for each in entry.holders if (reason := self.gone(each)) is not None), None)

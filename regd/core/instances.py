@@ -1,7 +1,6 @@
-"""The instances of one name, and looking for the right ones among them, in slices.
+"""The instances of one name, and a search among them that can be done in steps.
 
 A name may have a hundred thousand instances, so nothing here looks at all of them at once.
-Must not know what makes an instance fit.
 """
 
 from bisect import bisect_left, bisect_right
@@ -14,7 +13,7 @@ _instance = attrgetter("instance")
 
 
 class Instances:
-    """The instances of one name, in order. `served` is who was resolved last, the next one is behind it."""
+    """The instances of one name, in order. `served` is the one resolved last; round-robin goes on behind it."""
 
     __slots__ = ("entries", "served")
 
@@ -36,7 +35,7 @@ class Instances:
             self.entries[0] = entry
             return
         if not self.entries:
-            self.entries = [entry]  # exactly as large as it must be: most names have one instance
+            self.entries = [entry]  # a list of exactly one element: most names have one instance
             return
         at = bisect_left(self.entries, entry.instance, key=_instance)
         if at < len(self.entries) and self.entries[at].instance == entry.instance:
@@ -48,14 +47,14 @@ class Instances:
         del self.entries[bisect_left(self.entries, instance, key=_instance)]
 
     def behind(self, instance: str | None) -> int:
-        """Return where the instances behind this one begin, whether it is there or not; None is before all."""
+        """Return the index of the first instance behind `instance`, which need not exist; None is before all."""
         return 0 if instance is None else bisect_right(self.entries, instance, key=_instance)
 
 
 class Search:
-    """Looks for up to `most` entries that fit, from `start` on and once around. `found` is what there is so far.
+    """A search for up to `most` entries that fit, from index `start` on, once around. `found` are those so far.
 
-    It sees the entries as they were at first, whatever happens between two slices.
+    It sees the entries as they were at its first step.
     """
 
     __slots__ = ("_at", "_entries", "_fits", "_kept", "_left", "_most", "found")
@@ -70,7 +69,7 @@ class Search:
         self.found: list[Entry] = []
 
     def go_on(self, looks: int) -> bool:
-        """Look at so many more. Returns whether that was all."""
+        """Look at up to `looks` more entries. Return whether the search is complete."""
         entries = self._entries
         looks = min(looks, self._left)
         self._left -= looks
@@ -84,6 +83,6 @@ class Search:
                 if len(self.found) == self._most:
                     self._left = 0
                     break
-        if self._left and not self._kept:  # they may change before the next slice
+        if self._left and not self._kept:  # the list may change before the next step
             self._entries, self._kept = list(entries), True
         return not self._left

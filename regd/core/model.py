@@ -1,7 +1,6 @@
-"""The words of the registry: what an entry and a change are, and the rules for their parts.
+"""The types of the registry: `Entry`, `Holder`, `Change`, and the rules for their values.
 
-The `check_` functions take any value at all, as JSON or a file gives it, and return it or raise `Invalid`.
-Must not know where a value comes from.
+The `check_` functions take any value, as JSON or a file gives it, and return it or raise `Invalid`.
 """
 
 import ipaddress
@@ -15,17 +14,17 @@ from typing import NamedTuple
 from regd.core.errors import Invalid
 from regd.core.limits import DEFAULT
 
-Key = tuple[str, str]  # (name, instance): what a registration is known by, and the order of every list
+Key = tuple[str, str]  # (name, instance): identifies a registration; lists are in this order
 
 
 def key_text(key: Key) -> str:
-    """Return a key as people, the file and `next` have it: NAME, or NAME/INSTANCE."""
+    """Return a key as text, as in the file and in `next`: NAME, or NAME/INSTANCE."""
     name, instance = key
     return f"{name}/{instance}" if instance else name
 
 
 DEFAULT_HOST = "127.0.0.1"
-# Measured on CPython 3.11: an entry in all tables with a remembered reply, a holder in its own, two strings in a
+# Measured on CPython 3.11: an entry in all tables, with a cached reply; a holder in its tables; two strings in a
 # dictionary.
 _ENTRY_BYTES = 1_024
 _HOLDER_BYTES = 512
@@ -33,7 +32,7 @@ _PAIR_BYTES = 192
 
 
 class State(StrEnum):
-    """How far a service is. Only `ready` ones are resolved."""
+    """The state of an instance. Only `ready` instances are resolved."""
 
     STARTING = "starting"
     READY = "ready"
@@ -41,9 +40,9 @@ class State(StrEnum):
 
 
 class Process(NamedTuple):
-    """A process that cannot be taken for another one that has its number later.
+    """A process, told apart from a later process with the same number.
 
-    `born` is the boot and the start time, as whoever reads the system writes them: only compared.
+    `born` is the boot and the start time, as text that is only compared.
     """
 
     pid: int
@@ -52,11 +51,11 @@ class Process(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Somebody with whom a registration stays, as long as all of its conditions hold.
+    """An owner that keeps a registration alive: while its connection is open (`hold`), its process runs and its
+    lease is renewed (`ttl_s`), as far as it has them.
 
-    It is a connection (`hold`), else a process, else nobody in particular (`ttl_s` alone). `session` is the
-    connection that registered it; None when it was loaded, and with `hold` then: not claimed yet. A withdrawn one
-    is still known, and keeps nothing.
+    `session` is the connection that registered. It is None in a loaded holder: if that has `hold`, it waits to be
+    claimed by its client. A withdrawn holder is still known, but no longer keeps the registration alive.
     """
 
     id: int
@@ -67,27 +66,28 @@ class Holder:
     withdrawn: bool = False
 
     def is_same(self, other: "Holder") -> bool:
-        """Whether `other` is this one again."""
+        """Whether `other` is the same owner."""
         if self.hold or other.hold:
             return self.hold and other.hold and self.session is not None and self.session == other.session
         return self.process == other.process
 
     @property
     def unclaimed(self) -> bool:
-        """Whether it was loaded, and its connection has not come back yet."""
+        """Whether this is a loaded `hold` whose client has not reconnected."""
         return self.hold and self.session is None
 
     def is_claimed_by(self, other: "Holder") -> bool:
-        """Whether `other` may be the one that held this before the daemon was started."""
+        """Whether `other` may be the client of this unclaimed holder."""
         return self.unclaimed and other.hold and self.process == other.process
 
 
 @dataclass(slots=True)
 class Entry:
-    """One registration. Never altered after it is made: a change makes another.
+    """A registration, as of revision `rev`. It is never altered: a change makes another entry.
 
-    `rev` is the revision of its last change. `registered_at` is in Unix seconds and for display only.
-    Without holders it is static, and stays until somebody deregisters it.
+    It is not `frozen`, which would make a registration half as expensive again; a test looks at the source
+    instead. `registered_at` is in Unix seconds, for display only. An entry without holders is static: it stays
+    until it is deregistered.
     """
 
     name: str
@@ -99,7 +99,8 @@ class Entry:
     rev: int
     registered_at: float
     holders: tuple[Holder, ...] = ()
-    # Only caches, which go when the entry goes: what the protocol made of it, and its weight.
+    # Caches of values that follow from the fields above, computed when first needed; None and 0 until then.
+    # `encoded` is written by `protocol.messages` alone.
     encoded: bytes | None = field(default=None, init=False, compare=False, repr=False)
     _weight_bytes: int = field(default=0, init=False, compare=False, repr=False)
 
@@ -122,7 +123,7 @@ class Entry:
         return next((holder.ttl_s for holder in self.holders if holder.ttl_s is not None), None)
 
     def looks_like(self, other: "Entry") -> bool:
-        """Whether others see the same of both, which have one key. If so, there was no change."""
+        """Whether peers cannot tell this entry from `other`, which has the same key. Then nothing changed."""
         if (self.meta, self.state, self.host, self.port) != (other.meta, other.state, other.host, other.port):
             return False
         if self.holders == other.holders:
@@ -131,8 +132,8 @@ class Entry:
 
     @property
     def weight_bytes(self) -> int:
-        """What it counts against `registry_bytes_max`: its objects, and its texts as they are, in the file's
-        line, and in replies.
+        """The memory that the entry counts against `registry_bytes_max`: its objects, and its texts three times,
+        for itself, the file's line and the cached reply.
         """
         if not self._weight_bytes:
             size = _ENTRY_BYTES + _HOLDER_BYTES * len(self.holders)
@@ -143,7 +144,7 @@ class Entry:
         return self._weight_bytes
 
     def carries(self, meta: Mapping[str, str]) -> bool:
-        """Whether it has all of `meta`."""
+        """Whether the entry has all of `meta`."""
         if not meta:
             return True
         own = self.meta
@@ -151,10 +152,12 @@ class Entry:
 
 
 class Op(StrEnum):
+    """What a change does to an entry."""
+
     UP = "up"
     CHANGE = "change"
     DOWN = "down"
-    KEEP = "keep"  # other holders, and nothing that anybody sees: no revision, no event
+    KEEP = "keep"  # other holders, nothing that peers see: no revision, no event
 
 
 class Reason(StrEnum):
@@ -165,13 +168,13 @@ class Reason(StrEnum):
     EXITED = "process exited"
     EXPIRED = "ttl expired"
     REPLACED = "replaced"
-    FILTERED = "filtered"  # for one watcher: it is there, and does not fit any more
+    FILTERED = "filtered"  # for one watch: the instance is up, but no longer has the `meta` that is watched
 
 
 class Change(NamedTuple):
-    """One step of the registry. The core emits it, the store writes it, watchers get it, the tests compare it.
+    """A change of the registry, as the core emits it, the store writes it and watchers receive it.
 
-    `entry` is the new one, for `down` the last one. `before` is what stood there until then.
+    `entry` is the new entry, for `down` the last one. `before` is the entry that it replaces or ends.
     """
 
     rev: int
@@ -182,7 +185,7 @@ class Change(NamedTuple):
 
 
 def _written(text: str) -> int:
-    """Return about how long a text is as JSON in ASCII, where most of a strange one is \\uXXXX."""
+    """Return about how long a text is as JSON in ASCII, where other characters become \\uXXXX."""
     return len(text) if text.isascii() and text.isprintable() else 6 * len(text)
 
 
@@ -221,7 +224,7 @@ def check_name(value: object) -> str:
 
 
 def check_pattern(value: object) -> str:
-    """Take a name, or the beginning of names and a `*`."""
+    """Check a name, or a prefix of names followed by `*`."""
     pattern = _text(value)
     if not pattern.endswith("*"):
         return check_name(pattern)
@@ -264,7 +267,7 @@ def check_flag(value: object) -> bool:
 
 
 def check_host(value: object) -> str:
-    """Take an IP literal or a host name that somebody could call."""
+    """Check an IP address or a host name that a client can connect to."""
     host = _text(value)
     if not 1 <= len(host) <= DEFAULT.host_chars_max:
         raise Invalid(f"must be 1 to {DEFAULT.host_chars_max} characters")

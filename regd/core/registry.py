@@ -1,6 +1,24 @@
-"""The registry as it has landed: the file holds it, readers see it. What is registered, who is near, who left.
+"""The committed registry: what the file holds, and what readers see.
 
-The other state, what will be true once a batch has landed, is a transaction's (`transaction.py`).
+A registration has three states:
+
+| state         | kept in                 | written by                            | read by            |
+| ------------- | ----------------------- | ------------------------------------- | ------------------ |
+| committed     | `Registry`,             | `Registry.load`, at start;            | every read, and    |
+|               | its `HolderIndex`       | `Registry.apply`, after a flush       | `watch` afterwards |
+| pending       | `Transaction`,          | the engine, with each write of a      | later writes of    |
+|               | one at a time           | batch, before the flush               | the same batch     |
+| presumed dead | marks in `HolderIndex`, | `mark_dead` and `expire`, as soon as  | `resolve`, `why`,  |
+|               | as well as committed    | a holder is gone; `settle`, once that | conflict checks    |
+|               |                         | is committed                          |                    |
+
+If a flush fails, the transaction is dropped, and nobody has seen any of it. Only the ends of gone holders are
+applied all the same, since a holder that is presumed dead never comes back. `HolderGone` is such an end, on its
+way from the mark to a transaction.
+
+Two things are neither pending nor in the file: a lease's deadline, which `HolderIndex.renew` moves at once, and
+`last_holder`, which a transaction counts up even if it is dropped. An `Entry` is never altered: a change replaces
+it.
 """
 
 from bisect import bisect_left, insort
@@ -22,7 +40,7 @@ _TOUCHED_MAX = 1_000  # names, one by one
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A part of a list, in order of keys; `after` is where the next part goes on, None at the end."""
+    """A part of a list, in order of keys; the next part starts behind `after`, None at the end."""
 
     entries: list[Entry]
     after: Key | None
@@ -30,13 +48,15 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Departure:
+    """The end of an instance, kept for `last` and `why`."""
+
     instance: str
     reason: str
     at: float  # monotonic seconds, as `now`
 
 
 class Registry:
-    """What has landed. `claim_s` is how long what was loaded with `hold` waits for its client.
+    """The committed registrations. `claim_s` is how long a loaded `hold` waits for its client.
 
     `on_entry_changed` is called with a name when replies about that name may have changed, `on_any_changed` when
     replies about many names may have.
@@ -53,12 +73,14 @@ class Registry:
     ) -> None:
         self.limits = limits
         self.lifetimes = HolderIndex(claim_s)
-        self.last_holder = 0  # the highest id that was given
+        self.last_holder = 0  # the highest holder id in use
         self.weight_bytes = 0
         self._count = 0
         self._services: dict[str, Instances] = {}
         self._names: list[str] = []  # in order
-        self._served: OrderedDict[tuple[str, int], str] = OrderedDict()  # who was, by name and filter
+        self._served: OrderedDict[tuple[str, int], str] = (
+            OrderedDict()
+        )  # the instance served last, by name and filter
         self._served_readonly: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._departures: OrderedDict[str, deque[Departure]] = OrderedDict()
         self.on_entry_changed: Callable[[str], None] = lambda name: None
@@ -88,9 +110,9 @@ class Registry:
         return [entry.key for entry in self._behind("", None)]
 
     def apply(self, changes: Iterable[Change], now: float) -> set[Process]:
-        """Make the changes of a transaction, in their order, visible to readers.
+        """Make committed changes visible to readers, in their order.
 
-        Returns the processes of which nothing is held any more.
+        Returns the processes that no longer hold anything.
         """
         free: set[Process] = set()
         for change in changes:
@@ -129,12 +151,12 @@ class Registry:
             del self._names[bisect_left(self._names, entry.name)]
 
     def mark_dead(self, ending: HolderGone) -> None:
-        """Resolve no more what only this one held. A transaction must end it."""
+        """Stop resolving what only this holder held. A transaction must end its registrations."""
         self.lifetimes.mark(ending)
         self._touch(ending)
 
     def expire(self, now: float, most: int) -> list[HolderGone]:
-        """Return up to `most` whose time is over, as `mark_dead`."""
+        """Mark up to `most` holders dead whose time is over, and return them."""
         endings = self.lifetimes.expire(now, most)
         for ending in endings:
             self._touch(ending)
@@ -161,7 +183,7 @@ class Registry:
         return self.is_ready(entry) and entry.carries(meta)
 
     def is_sole_ready(self, entry: Entry) -> bool:
-        """Whether everybody who asks for its name gets it: it stands, is ready, and takes turns with none."""
+        """True if the entry is its name's only instance and is ready."""
         service = self._services.get(entry.name)
         return (
             service is not None
@@ -175,7 +197,7 @@ class Registry:
         service = self._services.get(name)
         return iter(service.entries) if service is not None else iter(())
 
-    # Resolving.
+    # Resolve.
 
     def search(self, name: str, instance: str | None, meta: Mapping[str, str], most: int) -> Search:
         """Return a search for up to `most` ready instances that carry `meta`, in order of instance."""
@@ -192,9 +214,9 @@ class Registry:
         *,
         readonly: bool = False,
     ) -> Search:
-        """The same, the one whose turn it is first, or the one behind `after`; `mark_served` says who got it.
+        """Return the same search in round-robin order: from the instance behind the one served last, or `after`.
 
-        `readonly`: for a user who may only read. Their positions are kept apart, so that nobody else's changes.
+        `mark_served` moves the position. `readonly`: the position of users who may only read, who move no other.
         """
         entries = self._instances(name, instance)
         start = 0
@@ -205,14 +227,14 @@ class Registry:
         return Search(entries, start, most, partial(self._fits, meta))
 
     def mark_served(self, entry: Entry, meta: Mapping[str, str], *, readonly: bool = False) -> None:
-        """Say that `entry`, of `search_in_turn`, was given to somebody."""
+        """Move the round-robin position to `entry`, a result of `search_in_turn`."""
         service = self._services.get(entry.name)
         if service is None or len(service.entries) == 1:
             return
         if not meta and not readonly:
             service.served = entry.instance
             return
-        # By hash: somebody else's filter may share the turns, and none costs more than a number.
+        # By hash: filters may share a position, and each takes only a number of memory.
         key = (entry.name, hash(frozenset(meta.items())))
         served = self._served_readonly if readonly else self._served
         served[key] = entry.instance
@@ -238,12 +260,12 @@ class Registry:
         entry = service.get(instance)
         return [entry] if entry is not None else []
 
-    # Listing.
+    # List.
 
     def page(self, pattern: str, meta: Mapping[str, str], after: Key | None, limit: int) -> Page:
         """List up to `limit` entries behind `after` whose name fits `pattern` and that carry `meta`.
 
-        A page may hold fewer, none even, and still have an `after`: only so many entries are looked at.
+        At most `list_scan_max` entries are looked at. So a page may be short, or even empty, and have an `after`.
         """
         prefix, any_end = (pattern[:-1], True) if pattern.endswith("*") else (pattern, False)
         found: list[Entry] = []
@@ -261,7 +283,7 @@ class Registry:
         return Page(found, None)
 
     def _behind(self, prefix: str, after: Key | None) -> Iterator[Entry]:
-        """Return the entries of names from `prefix` on, in order; none up to and with `after`."""
+        """Return the entries of names from `prefix` on, in order, without those up to and including `after`."""
         name, instance = after if after is not None and after[0] >= prefix else (prefix, None)
         at = bisect_left(self._names, name)
         if instance is not None and name in self._services:
@@ -271,12 +293,12 @@ class Registry:
         for each in islice(self._names, at, None):
             yield from self._services[each].entries
 
-    # Explaining.
+    # Explain.
 
     def near(self, name: str) -> list[str]:
-        """Return names that somebody who asked for `name` may have meant, the nearest first.
+        """Return names similar to `name`, the most similar first.
 
-        Looks at a bounded number of neighbours in order, and compares closely only those that could be near.
+        Only the neighbours of `name` in alphabetical order are compared, `near_candidates_max` at most.
         """
         half = self.limits.near_candidates_max // 2
         start = bisect_left(self._names, name)
@@ -284,9 +306,9 @@ class Registry:
         return nearest(name, around, self.limits.near_names_max)
 
     def last(self, name: str, now: float) -> Departure | None:
-        """Return how the last instance of a name that was here left, while it is remembered.
+        """Return the latest departure of a name, None if none is remembered.
 
-        One that is known to be gone has left, though that has not landed yet.
+        An instance that is presumed dead has left.
         """
         for entry in islice(self.instances_of(name), self.limits.near_candidates_max):
             reason = self.lifetimes.death(entry)
@@ -296,5 +318,5 @@ class Registry:
         return departures[-1] if departures else None
 
     def departures(self, name: str) -> list[Departure]:
-        """Return the last departures of a name, the newest first."""
+        """Return the remembered departures of a name, the newest first."""
         return list(reversed(self._departures.get(name, ())))

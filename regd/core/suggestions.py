@@ -1,13 +1,14 @@
-"""Names that somebody may have meant. Must not know where names come from."""
+"""Similar names, for did-you-mean hints."""
 
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 from itertools import takewhile
 
-_MIDDLE_MAX = 24  # characters that are compared closely: beyond that names are not near, and comparing is dear
+_MIDDLE_MAX = 24  # characters that differ in the middle; names with more are not similar, and slow to compare
 
 
 def nearest(name: str, candidates: Iterable[str], most: int) -> list[str]:
+    """Return up to `most` of the candidates that are similar to `name`, the most similar first."""
     letters = set(name)
     scored: list[tuple[float, str]] = []
     for candidate in candidates:
@@ -21,7 +22,7 @@ def nearest(name: str, candidates: Iterable[str], most: int) -> list[str]:
 
 
 def _likeness(one: str, two: str) -> float:
-    """Return 0.0 to 1.0, in time that has a bound: what both begin and end with is not compared."""
+    """Return the similarity, 0.0 to 1.0, in bounded time: only what lies between common ends is compared."""
     start = _common(one, two)
     end = _common(one[start:][::-1], two[start:][::-1])
     middle, other = one[start : len(one) - end], two[start : len(two) - end]
@@ -34,5 +35,5 @@ def _likeness(one: str, two: str) -> float:
 
 
 def _common(one: str, two: str) -> int:
-    """Return how many characters both begin with."""
+    """Return the length of the common prefix."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False)))

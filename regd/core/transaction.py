@@ -1,6 +1,7 @@
-"""The registry as it will be once the batch that is being put together has landed.
+"""The pending state: the registry as it will be once the batch of writes in preparation is committed.
 
-Conditions are judged against it. Changes go from a transaction to the file to `Registry.land`.
+Each write of the batch is evaluated against the committed state and the writes before it. The changes then go to
+the file, and from there to `Registry.apply`.
 """
 
 from collections import Counter
@@ -13,14 +14,14 @@ from regd.core.holders import HolderGone
 from regd.core.model import Change, Entry, Holder, Key, Op, Process, Reason, State
 from regd.core.registry import Registry
 
-ENDS_MAX = 10_000  # changes of one transaction, from which on `end` leaves the rest to another one
+ENDS_MAX = 10_000  # changes in one transaction, after which `end` leaves the rest to the next transaction
 
 Owner = int | Process | None
-"""A connection by its session, or a process; None: the connection of a hold that is unclaimed."""
+"""A connection, by its session, or a process; None: the connection of an unclaimed hold."""
 
 
 class OwnerConflict(Exception):
-    """Another owner lives. Whoever knows the owner's process and connection says so to the peer."""
+    """Another owner is alive. The caller describes the owner to the peer."""
 
     def __init__(self, entry: Entry, owner: Holder) -> None:
         super().__init__(entry.name)
@@ -30,7 +31,7 @@ class OwnerConflict(Exception):
 
 @dataclass(frozen=True, slots=True)
 class OwnershipLost:
-    """A connection that no longer has what it held, because somebody else wanted so."""
+    """A session lost a registration that it held: somebody else replaced or deregistered it."""
 
     session: int
     rev: int
@@ -43,19 +44,19 @@ def _nobody(holder: Holder) -> bool:
 
 
 class Transaction:
-    """The changes of one batch over a registry. Each request is judged against all before it.
+    """The changes of one batch of writes. A refused write leaves no change.
 
-    `at` is the wall clock in Unix seconds, for display. A request that is refused leaves no change.
-    `is_gone` says of a holder, at the last moment, whether the system knows it to be gone.
+    `at` is the wall clock in Unix seconds, for display. `is_gone` asks the operating system whether a holder is
+    gone, before a conflict with a living owner is reported.
     """
 
     def __init__(self, registry: Registry, at: float, is_gone: Callable[[Holder], bool] = _nobody) -> None:
         self._registry = registry
         self._at = at
         self._is_gone = is_gone
-        self._over: dict[Key, Entry | None] = {}
-        self._held: dict[Key, None] = {}  # given holders here
-        self._newly_held: Counter[Owner] = Counter()  # how many more a connection or process holds here
+        self._pending: dict[Key, Entry | None] = {}  # None: ended in this batch
+        self._held: dict[Key, None] = {}  # entries that have holders, in order of change
+        self._newly_held: Counter[Owner] = Counter()  # registrations that an owner gains in this batch
         self._count = len(registry)
         self._weight_bytes = registry.weight_bytes
         self.rev = registry.rev
@@ -64,18 +65,20 @@ class Transaction:
         self.unfinished: dict[HolderGone, None] = {}
 
     def get(self, key: Key) -> Entry | None:
-        return self._over[key] if key in self._over else self._registry.get(key)
+        """Return an entry as of the pending state."""
+        return self._pending[key] if key in self._pending else self._registry.get(key)
 
     def register(
         self, wanted: Entry, if_rev: int | None = None, *, session: int | None = None, force: bool = False
     ) -> tuple[Entry, bool]:
-        """Register `wanted` with its one holder or none; `rev`, `registered_at` and the holder's id are set here.
+        """Register `wanted`, which has one holder or none.
 
-        `session` is the connection that asks. Returns the entry as it now stands, and whether it replaced another
-        address.
+        The entry's `rev` and `registered_at` and the holder's id are assigned here, whatever `wanted` has.
+        `session` is the connection of the peer. Returns the new entry, and whether it replaced another address.
 
         Raises:
-            Refused: `conflict` where `if_rev` fails or another owner lives, `busy` where something is full.
+            OwnerConflict: another owner is alive.
+            Refused: `conflict`, the entry is not at revision `if_rev`; `busy`, a limit is reached.
         """
         before = self.get(wanted.key)
         self._check_if(before, if_rev, wanted.key)
@@ -94,10 +97,30 @@ class Transaction:
         return self._put(wanted), True
 
     def _put(self, wanted: Entry) -> Entry:
-        """Add an entry where none stands now."""
-        entry = _copy(wanted, wanted.meta, wanted.state, wanted.holders)
-        entry.rev, entry.registered_at = self.rev + 1, self._at
-        return self._add(Op.UP, entry, None)
+        """Add an entry whose key is not registered."""
+        return self._add(Op.UP, self._next(wanted, registered_at=self._at), None)
+
+    def _next(
+        self,
+        entry: Entry,
+        *,
+        meta: Mapping[str, str] | None = None,
+        state: State | None = None,
+        holders: tuple[Holder, ...] | None = None,
+        registered_at: float | None = None,
+    ) -> Entry:
+        """Return a copy of an entry at the next revision, with these contents; None keeps what it has."""
+        return Entry(  # `dataclasses.replace` takes three times as long
+            entry.name,
+            entry.instance,
+            entry.host,
+            entry.port,
+            entry.meta if meta is None else meta,
+            entry.state if state is None else state,
+            self.rev + 1,
+            entry.registered_at if registered_at is None else registered_at,
+            entry.holders if holders is None else holders,
+        )
 
     def _with_known_holders(self, wanted: Entry) -> Entry:
         if not wanted.holders:
@@ -105,7 +128,7 @@ class Transaction:
         return replace(wanted, holders=tuple(self._known(holder, wanted.key) for holder in wanted.holders))
 
     def _known(self, holder: Holder, key: Key) -> Holder:
-        """Give a holder its id, if its connection and its process may hold one more."""
+        """Return a holder with its id, if its connection and its process may hold one more registration."""
         limits, owners = self._registry.limits, _owners(self.get(key))
         if holder.hold and holder.session not in owners:
             self._check_held(holder.session, limits.held_max, "this connection")
@@ -119,7 +142,7 @@ class Transaction:
             raise Refused(Code.BUSY, f"{who} holds {most} registrations already; deregister some")
 
     def _join(self, wanted: Entry, before: Entry, session: int | None) -> Entry:
-        """Register at the address that is registered: one more holder, or the same one again."""
+        """Register at the address that `before` has: add a holder, or update the same holder."""
         if not wanted.holders:
             return self._set(before, wanted, ())
         [wish] = wanted.holders
@@ -127,7 +150,7 @@ class Transaction:
         old = old or next((each for each in before.holders if each.is_claimed_by(wish)), None)
         others = [each for each in before.holders if each is not old and not each.withdrawn]
         if wanted.state is State.DRAINING and old is not None and others:
-            return self._alter(before, self._withdrawn(before, {old.id}))
+            return self._alter(before, self._next(before, holders=_withdrawn(before, {old.id})))
         if old is not None and replace(old, id=0) == wish and old.ttl_s is None:
             return self._set(before, wanted, before.holders)
         if old is None and len(before.holders) >= self._registry.limits.holders_max:
@@ -138,18 +161,17 @@ class Transaction:
         return self._set(before, wanted, tuple(new if each is old else each for each in before.holders))
 
     def _set(self, before: Entry, wanted: Entry, holders: tuple[Holder, ...]) -> Entry:
-        """Give an entry the meta and state that are wanted, and these holders."""
-        after = _copy(before, wanted.meta, wanted.state, holders)
+        """Give an entry the meta and state of `wanted`, and these holders."""
+        after = self._next(before, meta=wanted.meta, state=wanted.state, holders=holders)
         self._check_room(after, before)
         return self._alter(before, after)
 
     def _alter(self, before: Entry, after: Entry) -> Entry:
-        """Put `after`, which was just made from `before`, in its place, as far as they differ."""
+        """Replace `before` by `after`, its copy at the next revision, if they differ. Return the new entry."""
         if not after.looks_like(before):
-            after.rev = self.rev + 1
             return self._add(Op.CHANGE, after, before)
         if after.holders != before.holders:
-            return self._add(Op.KEEP, after, before)
+            return self._add(Op.KEEP, replace(after, rev=before.rev), before)
         return before
 
     @staticmethod
@@ -159,7 +181,7 @@ class Transaction:
         return holder.process is not None and any(holder.process == wish.process for wish in wanted.holders)
 
     def _check_rivals(self, rivals: Iterable[Holder], before: Entry) -> None:
-        """Refuse if another owner lives. An unclaimed hold counts as dead, unless its process lives."""
+        """Refuse if another owner is alive. An unclaimed hold counts as dead, unless its process is alive."""
         for holder in rivals:
             if holder.withdrawn or (holder.unclaimed and holder.process is None):
                 continue
@@ -172,25 +194,25 @@ class Transaction:
             self.lost.append(OwnershipLost(session, self.rev, entry, reason))
 
     def deregister(self, key: Key, if_rev: int | None = None, *, session: int | None = None) -> int:
-        """End a registration; where the one who asks is one of several holders, only its own hold.
+        """End a registration, or only the hold of `session` if that is one of several holders.
 
-        Returns how many registrations that ended.
+        Returns the number of registrations that ended.
 
         Raises:
-            Refused: `not_found`, or `conflict` where `if_rev` fails.
+            Refused: `not_found`; `conflict`, the entry is not at revision `if_rev`.
         """
         before = self._must(key)
         self._check_if(before, if_rev, key)
         others = tuple(each for each in before.holders if session is None or each.session != session)
         if len(others) < len(before.holders) and any(not holder.withdrawn for holder in others):
-            self._alter(before, replace(before, holders=others))
+            self._alter(before, self._next(before, holders=others))
             return 0
         self._add(Op.DOWN, before, before, Reason.DEREGISTERED)
         self._tell(before, others, Reason.DEREGISTERED)
         return 1
 
     def drop(self, key: Key, reason: Reason) -> None:
-        """End a registration for `reason`, whoever holds it. Its holders are not told.
+        """End a registration for `reason`, whatever its holders. They are not notified.
 
         Raises:
             Refused: `not_found`.
@@ -207,39 +229,31 @@ class Transaction:
         *,
         session: int | None = None,
     ) -> Entry:
-        """Set `meta` (as a whole), `state` or both, and return the entry as it now stands.
+        """Replace `meta` as a whole, set `state`, or both, and return the new entry.
 
-        `draining` by one of several holders withdraws that one, and leaves the state to the others.
+        `draining` by one of several holders withdraws that holder and leaves the state as it is.
 
         Raises:
-            Refused: `not_found`, `conflict` where `if_rev` fails, `busy` where the registry is full.
+            Refused: `not_found`; `conflict`, the entry is not at revision `if_rev`; `busy`, the registry is full.
         """
         before = self._must(key)
         self._check_if(before, if_rev, key)
-        after = replace(before, meta=before.meta if meta is None else meta)
         own = {each.id for each in before.holders if session is not None and each.session == session}
         others = any(each.id not in own and not each.withdrawn for each in before.holders)
+        holders = before.holders
         if state is State.DRAINING and own and others:
-            after = self._withdrawn(after, own)
+            state, holders = None, _withdrawn(before, own)
         elif state is not None:
-            holders = tuple(
-                replace(each, withdrawn=each.id not in own and each.withdrawn) for each in before.holders
-            )
-            after = replace(after, state=state, holders=holders)
+            holders = tuple(replace(each, withdrawn=each.id not in own and each.withdrawn) for each in holders)
+        after = self._next(before, meta=meta, state=state, holders=holders)
         self._check_room(after, before)
         return self._alter(before, after)
 
-    @staticmethod
-    def _withdrawn(entry: Entry, ids: Collection[int]) -> Entry:
-        """Keep holders known, so that they can deregister their own, but let them hold nothing."""
-        holders = tuple(replace(each, withdrawn=True) if each.id in ids else each for each in entry.holders)
-        return replace(entry, holders=holders)
-
     def end(self, *endings: HolderGone) -> Iterator[None]:
-        """Take holders that are gone off all that they held; what nobody else holds goes with them.
+        """Remove gone holders from the registrations that they held, and end those that have no other holder.
 
-        One registration at a time. After `ENDS_MAX` changes the rest is left to another transaction, and
-        the endings are `unfinished`.
+        Yields before each registration. After `ENDS_MAX` changes the rest is left to another transaction, and the
+        endings are `unfinished`.
         """
         sessions = {each.session: each.reason for each in endings if each.session is not None}
         processes = {each.process: each.reason for each in endings if each.process is not None}
@@ -257,7 +271,7 @@ class Transaction:
             if len(self.changes) >= ENDS_MAX:
                 self.unfinished.update(dict.fromkeys(endings))
                 return
-            yield  # a key may come twice: nobody is left to end then
+            yield  # a key may come twice; the second time there is nothing left to do
             before = self.get(key)
             if before is None:
                 continue
@@ -265,7 +279,7 @@ class Transaction:
             if len(kept) == len(before.holders):
                 continue
             if any(not holder.withdrawn for holder in kept):
-                self._alter(before, replace(before, holders=kept))
+                self._alter(before, self._next(before, holders=kept))
             else:
                 last = [why for holder in before.holders if (why := reason(holder)) and not holder.withdrawn]
                 self._add(Op.DOWN, before, before, last[-1] if last else Reason.CLOSED)
@@ -295,13 +309,13 @@ class Transaction:
             raise Refused(Code.BUSY, f"the registry is full: {limits.registry_bytes_max} bytes")
 
     def _add(self, op: Op, entry: Entry, before: Entry | None, reason: str = "") -> Entry:
-        """Add a change of what stands there now, which is `before`."""
+        """Add a change to `before`, the pending entry of this key; for `down`, `entry` is `before`."""
         key = entry.key
         after = None if op is Op.DOWN else entry
         self._count += (after is not None) - (before is not None)
         self._weight_bytes += after.weight_bytes if after else 0
         self._weight_bytes -= before.weight_bytes if before else 0
-        self._over[key] = after
+        self._pending[key] = after
         if after is not None and after.holders:
             self._held[key] = None
         if (before is not None and before.holders) or (after is not None and after.holders):
@@ -317,19 +331,9 @@ class Transaction:
             self._newly_held.subtract(old - new)
 
 
-def _copy(entry: Entry, meta: Mapping[str, str], state: State, holders: tuple[Holder, ...]) -> Entry:
-    """Return an entry like another: as `replace`, which looks at each field."""
-    return Entry(
-        entry.name,
-        entry.instance,
-        entry.host,
-        entry.port,
-        meta,
-        state,
-        entry.rev,
-        entry.registered_at,
-        holders,
-    )
+def _withdrawn(entry: Entry, ids: Collection[int]) -> tuple[Holder, ...]:
+    """Return the holders of an entry, those with these ids withdrawn. They stay, so that they can deregister."""
+    return tuple(replace(each, withdrawn=True) if each.id in ids else each for each in entry.holders)
 
 
 def _owners(entry: Entry | None) -> set[Owner]:

@@ -23,7 +23,7 @@ class _NotStrict(ValueError):
 def strict_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        raise _NotStrict("a key stands twice in one object")
+        raise _NotStrict("duplicate key in an object")
     return made
 
 

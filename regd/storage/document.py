@@ -1,13 +1,13 @@
-"""`registry.json`: entries to lines, a file's bytes to entries.
+"""The format of `registry.json`: entries to lines, a file's bytes to entries.
 
-One entry a line, defaults left out, so that `grep` and `diff` serve. Reading is strict: what it cannot keep it
-refuses, since the next commit would lose it. Must not know where the bytes are kept.
+One entry per line, defaults left out, so that `grep` and `diff` are useful. Reading is strict: fields that regd
+does not know are refused, since the next commit would lose them.
 """
 
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from json.encoder import encode_basestring_ascii as _quoted
 from typing import Any
@@ -20,17 +20,17 @@ from regd.core.model import DEFAULT_HOST, Entry, Holder, Process, State, key_tex
 FORMAT = 1
 _HEAD = "$regd"
 _REV_MAX = 2**62  # room for as many changes again, in 64 bits
-_CHUNK_BYTES = 262_144  # a join keeps the interpreter to itself, a write lets others run
+_CHUNK_BYTES = 262_144  # a join keeps the interpreter lock, a write releases it
 _encode = json.JSONEncoder(allow_nan=False).encode
 
 
 class Unreadable(Exception):
-    """The bytes are no registry. Its text says where, and what is wrong there."""
+    """The bytes are no registry. The text says where, and what is wrong there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """What a file says."""
+    """The contents of a registry file."""
 
     rev: int
     entries: list[Entry]
@@ -41,7 +41,7 @@ class Document:
 
 def line(entry: Entry) -> bytes:
     """Return an entry's line, without the comma and line feed between lines."""
-    # Put together by hand, which is three times as fast. Only `meta` can hold what JSON must escape.
+    # An f-string is three times as fast as `json`. Only `meta` can hold characters that JSON must escape.
     fields = f'"{key_text(entry.key)}": {{"port": {entry.port}'
     if entry.host != DEFAULT_HOST:
         fields += f', "host": "{entry.host}"'
@@ -65,7 +65,7 @@ def _conditions(holder: Holder) -> dict[str, object]:
         fields["hold"] = True
     if holder.process is not None:
         fields["pid"] = holder.process.pid
-        if holder.process.born:  # a hand gave the number alone
+        if holder.process.born:  # a file edited by hand may have the number alone
             fields["born"] = holder.process.born
     if holder.ttl_s is not None:
         fields["ttl"] = int(holder.ttl_s) if holder.ttl_s.is_integer() else holder.ttl_s
@@ -73,7 +73,7 @@ def _conditions(holder: Holder) -> dict[str, object]:
 
 
 def chunks(rev: int, lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Return the whole file, in pieces. What comes as one of `lines` may be several that are joined already."""
+    """Yield the whole file in pieces. Each of `lines` may be several lines that are joined already."""
     piece = [f'{{\n"{_HEAD}": {{"format": {FORMAT}, "rev": {rev}}}'.encode()]
     size = 0
     for each in lines:
@@ -89,10 +89,10 @@ def chunks(rev: int, lines: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def parse(data: bytes, registered_at: float) -> Document:
-    """Read a file. `registered_at` becomes that of every entry: the file does not hold it.
+    """Parse a registry file. Every entry gets `registered_at`, which the file does not hold.
 
     Raises:
-        Unreadable: it is not a registry, or holds what regd would lose.
+        Unreadable: it is no registry, or has fields that regd would lose.
     """
     text = _text(data)
     rev, marked = 0, False
@@ -105,7 +105,7 @@ def parse(data: bytes, registered_at: float) -> Document:
             if key == _HEAD:
                 rev, marked = _rev(fields), True
             else:
-                entries[key] = _entry(key, fields, registered_at, ids)
+                entries[key] = _entry(key, fields, max(rev, 1), registered_at, ids)
     except json.JSONDecodeError as error:
         raise Unreadable(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
     except Invalid as error:
@@ -113,7 +113,7 @@ def parse(data: bytes, registered_at: float) -> Document:
     except _DuplicateKey as twice:
         first = text.find(twice.quoted)
         at = text.find(twice.quoted, first + 1)
-        raise Unreadable(f"line {_line_of(text, at)}: the key {twice.quoted} stands twice") from None
+        raise Unreadable(f"line {_line_of(text, at)}: duplicate key {twice.quoted}") from None
     except RecursionError:
         raise Unreadable(f"line {_line_of(text, _depth_end(text))}: nested too deeply") from None
     except ValueError:  # an integer of more digits than Python takes
@@ -121,18 +121,17 @@ def parse(data: bytes, registered_at: float) -> Document:
         raise Unreadable(
             f"line {_line_of(text, digits.start() if digits else 0)}: a number is too large"
         ) from None
-    # `if: 0` means "only when there is none", so what a hand wrote stands at revision 1 at the least.
+    # `if: 0` means "only if it is not registered", so entries of a file without a revision are at revision 1. The
+    # head of a file that was edited by hand may follow its entries.
     rev = max(rev, 1) if entries else rev
-    for entry in entries.values():
-        entry.rev = rev
-    return Document(rev, list(entries.values()))
+    return Document(rev, [entry if entry.rev == rev else replace(entry, rev=rev) for entry in entries.values()])
 
 
 def _members(text: str) -> Iterator[tuple[str, Any]]:
-    """Yield the members of the object that the text is, one by one: all at once are as much memory again."""
+    """Yield the members of a JSON object one by one, which takes half the memory of decoding all of it."""
     at = _skip(text, 0)
     if text[at : at + 1] != "{":
-        json.loads(text)  # says what is wrong with it, if it is no JSON
+        json.loads(text)  # raises if it is no JSON
         raise Unreadable("line 1: a registry is a JSON object, such as {}")
     at = _skip(text, at + 1)
     more = text[at : at + 1] != "}"
@@ -152,7 +151,7 @@ def _members(text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _key(text: str, at: int) -> tuple[str, int]:
-    """Return the key that begins at `at`, and where its value begins."""
+    """Return the key at offset `at`, and the offset of its value."""
     plain = _PLAIN_KEY.match(text, at)
     if plain is not None:  # as regd writes it
         return plain[1], plain.end()
@@ -166,8 +165,8 @@ def _key(text: str, at: int) -> tuple[str, int]:
 
 
 def _skip(text: str, at: int) -> int:
-    """Return where the blanks from `at` on end."""
-    return _BLANKS.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing at all, too
+    """Return the offset behind the white space at `at`."""
+    return _BLANKS.match(text, at).end()  # type: ignore[union-attr]  # it matches the empty string
 
 
 def _text(data: bytes) -> str:
@@ -193,7 +192,7 @@ def _line_of(text: str, at: int) -> int:
 
 
 def _depth_end(text: str) -> int:
-    """Return where so many brackets are open that nobody meant it."""
+    """Return the offset at which more than 100 brackets are open."""
     depth = 0
     for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{\]}]', text):
         if found[0] in "[{":
@@ -228,15 +227,17 @@ def _rev(head: object) -> int:
     if type(head) is not dict or type(head.get("format")) is not int:
         raise Unreadable(f'"{_HEAD}" must be an object with "format" and "rev"')
     if head["format"] != FORMAT:
-        raise Unreadable(f'"{_HEAD}": format {head["format"]} is of another regd; this one reads {FORMAT}')
+        raise Unreadable(
+            f'"{_HEAD}": format {head["format"]} is of another version of regd; this one reads {FORMAT}'
+        )
     rev = head.get("rev", 0)
     if type(rev) is not int or not 0 <= rev <= _REV_MAX or head.keys() - {"format", "rev"}:
         raise Unreadable(f'"{_HEAD}" must be {{"format": {FORMAT}, "rev": N}}, N from 0 to {_REV_MAX}')
     return rev
 
 
-def _entry(key: str, fields: object, registered_at: float, ids: Iterator[int]) -> Entry:
-    """Return what a member of the file says; its revision is still to be set."""
+def _entry(key: str, fields: object, rev: int, registered_at: float, ids: Iterator[int]) -> Entry:
+    """Return the entry that a member of the file describes."""
     name, slash, instance = key.partition("/")
     if slash and not instance:
         raise Invalid("an instance must follow the /")
@@ -252,11 +253,11 @@ def _entry(key: str, fields: object, registered_at: float, ids: Iterator[int]) -
     if len(values) < len(fields):
         holders = _holders({field: value for field, value in fields.items() if field not in values}, ids)
     host, meta, state = values.get("host", DEFAULT_HOST), values.get("meta", {}), values.get("state", State.READY)
-    return Entry(name, instance, host, values["port"], meta, state, 0, registered_at, holders)
+    return Entry(name, instance, host, values["port"], meta, state, rev, registered_at, holders)
 
 
 def _holders(fields: Mapping[str, object], ids: Iterator[int]) -> tuple[Holder, ...]:
-    """Return who holds, from what a member has beyond what others see."""
+    """Return the holders, from the fields of a member that peers do not see."""
     conditions = {field: value for field, value in fields.items() if field in _CONDITIONS}
     several: list[object] = [conditions]
     if "holders" in fields:
@@ -270,7 +271,7 @@ def _holders(fields: Mapping[str, object], ids: Iterator[int]) -> tuple[Holder, 
 
 
 def _holder(fields: object, ids: Iterator[int]) -> Holder | None:
-    """Return who is held by; None for no condition at all. Nobody has claimed it yet."""
+    """Return an unclaimed holder; None if it has no condition."""
     if type(fields) is not dict:
         raise Invalid('a holder must be an object, such as {"pid": 4242}')
     values: dict[str, Any] = {}

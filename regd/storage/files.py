@@ -1,7 +1,6 @@
-"""The only door to the operating system's files; tests put a recording or failing one in its place.
+"""The storage's only access to files; tests replace it by one that records, fails or keeps files in memory.
 
-One method, one system call where it can be: what is durable when is decided by who calls them.
-Must not know what is in a file.
+One method is one system call where possible. The caller decides when something must be durable.
 """
 
 import contextlib
@@ -12,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-# Where a folder above cannot be synced for one of these, it was not we who made something in it.
+# If a parent folder cannot be synced for one of these reasons, regd created nothing in it.
 _NEVER_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL)
 
 
@@ -20,7 +19,7 @@ _HOLDER_BYTES = 512
 
 
 class Fingerprint(NamedTuple):
-    """What tells whether a file is still the one that we wrote."""
+    """What tells whether a file is still the one that regd wrote."""
 
     inode: int
     size: int
@@ -29,7 +28,7 @@ class Fingerprint(NamedTuple):
 
 
 class AlreadyLocked(Exception):
-    """Another process has the lock. Its text says which, as far as that is known, or is empty.
+    """Another process has the lock. The text names it, as far as that is known, or is empty.
 
     `elsewhere`: that process runs on another machine or in another container, so its number means nothing here.
     """
@@ -40,15 +39,15 @@ class AlreadyLocked(Exception):
 
 
 class Files:
-    """The real thing. Every method may raise `OSError`."""
+    """The files of the operating system. Every method may raise `OSError`."""
 
     def make_folder(self, path: Path) -> bool:
-        """Make a folder and those above it that are missing, durably: a file is no safer than its folder.
+        """Create a folder and its missing parents, and make them durable: a file is no safer than its folder.
 
-        One that is there may be left by a process that was killed before it was durable.
+        An existing folder is synced too, since a process may have been killed between creating and syncing it.
 
         Returns:
-            Whether it was missing.
+            Whether the folder was missing.
         """
         if path.is_dir():
             try:
@@ -67,7 +66,7 @@ class Files:
         return path.read_bytes()
 
     def create(self, path: Path) -> int:
-        """Open a new file for writing, for this user alone. What a crash left there is removed first."""
+        """Create a file for writing that only this user may read. A file that a crash left there is replaced."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             return os.open(path, flags, 0o600)
@@ -100,7 +99,7 @@ class Files:
         os.unlink(path)
 
     def print(self, file: Path | int) -> Fingerprint | None:
-        """Return the print of a path or an open file, None where there is no file."""
+        """Return the fingerprint of a path or an open file, None if there is no file."""
         try:
             found = os.stat(file)
         except FileNotFoundError:
@@ -111,12 +110,12 @@ class Files:
         """Lock a file until `unlock` or the end of this process, and return what `unlock` takes.
 
         Raises:
-            Held: another process has it.
+            AlreadyLocked: another process has the lock.
         """
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with contextlib.suppress(OSError):  # the words are a courtesy, also on a full disk
+            with contextlib.suppress(OSError):  # the text is only for messages, and may fail on a full disk
                 os.ftruncate(fd, 0)
                 os.write(fd, f"{os.getpid()}\n{' '.join(_place())} {os.uname().nodename}\n".encode())
         except BlockingIOError:
@@ -133,7 +132,7 @@ class Files:
 
 
 def _place() -> list[str]:
-    """Return what tells where process numbers mean the same: this boot of a machine, and the pid namespace."""
+    """Return the boot and the pid namespace: process numbers mean the same only where both are equal."""
     boot, namespace = os.uname().nodename, "-"
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -143,7 +142,7 @@ def _place() -> list[str]:
 
 
 def _held(text: str) -> AlreadyLocked:
-    """Make the exception from what the holder wrote into its lock file."""
+    """Return the exception, from what the holder of the lock wrote into the lock file."""
     pid, _, rest = text.partition("\n")
     words, place = rest.split(), _place()
     if len(words) == 3 and words[:2] != place:

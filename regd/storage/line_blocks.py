@@ -1,18 +1,18 @@
-"""The lines of the registry's file, in the order in which they came, joined in blocks.
+"""The lines of the registry file, in order of their first write, joined in blocks.
 
-From one commit to the next most of a large file stays as it was: only blocks with a change are taken apart and
-joined again. Must not know what is in a line, but that no line feed is.
+From one commit to the next most of a large file is unchanged: only blocks with a changed line are split and
+joined again. A line holds no line feed.
 """
 
 from collections.abc import Iterator
 
 _BLOCK = 64  # lines
 _BETWEEN = b",\n"
-_SPARSE = 4  # of so many lines that the blocks have room for, less than one is there: time to fill them anew
+_SPARSE = 4  # if less than one in so many places is used, the blocks are filled anew
 
 
 class _Block:
-    """`joined` is how the lines stand in the file, or they are `apart`; an empty one is always apart."""
+    """The lines of a block, either `joined` as in the file or `apart` in a list. An empty block is apart."""
 
     __slots__ = ("apart", "joined", "keys")
 
@@ -35,10 +35,10 @@ class _Block:
 
 
 class LineBlocks:
-    """By the key that an entry has in the file. Iterate over the blocks, each as it stands there."""
+    """Lines by the key of their entry. Iterating yields the blocks, joined."""
 
     def __init__(self) -> None:
-        self._block: dict[str, _Block] = {}  # where a key's line is
+        self._block: dict[str, _Block] = {}  # the block of each key
         self._blocks: list[_Block] = []
 
     def get(self, key: str) -> bytes | None:
@@ -59,7 +59,7 @@ class LineBlocks:
         block.keys.append(key)
 
     def remove(self, key: str) -> None:
-        """Remove a line; one that is not there is no error."""
+        """Remove a line. Idempotent."""
         block = self._block.pop(key, None)
         if block is None:
             return

@@ -1,8 +1,8 @@
-"""The registry's file for the life of a daemon: locked, loaded once, replaced whole at every commit.
+"""The registry file of a running daemon: locked, loaded once, and replaced as a whole at every commit.
 
-A commit is a temporary file, fsync, rename, fsync of the folder. When it returns, the file holds the changes;
-when it raises, they are not in effect, and the next commit writes the file anew from what was. Blocking: the
-floor above calls `commit` in a thread, one at a time. Must not know who waits for it.
+A commit writes a temporary file, then fsync, rename, fsync of the folder. When `commit` returns, the file holds
+the changes. When it raises, they are not in effect, and the next commit writes the previous state again if
+necessary. `commit` blocks: the engine calls it in a thread, one call at a time.
 """
 
 import contextlib
@@ -20,30 +20,30 @@ _NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class StorageError(Exception):
-    """The registry cannot be used. Its text is one line: what happened, where, what to do."""
+    """The registry cannot be used. The text is one line: what happened, where, what to do."""
 
 
 class Store:
-    """`warn` is called with one line for a person, from whichever thread commits."""
+    """`warn` is called with one line for people, in the thread that commits."""
 
     def __init__(self, path: Path, warn: Callable[[str], None], files: Files | None = None) -> None:
-        self.path = Path(os.path.realpath(path))  # a rename must not turn a link into a file
-        self.dirty = False  # the file may hold what is not in effect, or be gone: it must be written again
+        self.path = Path(os.path.realpath(path))  # a rename must not replace a link by a file
+        self.dirty = False  # the file is gone, or may hold changes that are not in effect: write it again
         self.made_folder = False  # by `open`
         self._warn = warn
         self._files = files or Files()
         self._temporary = self.path.with_name(self.path.name + ".tmp")
-        self._lines = LineBlocks()  # as in the file, encoded once when they change
-        self._unwritten: list[Entry] = []  # what was loaded, and is not in the lines yet
+        self._lines = LineBlocks()  # as in the file
+        self._unwritten: list[Entry] = []  # loaded entries that are not in `_lines` yet
         self._rev = 0
-        self._print: Fingerprint | None = None  # of the file as we last read or wrote it
+        self._print: Fingerprint | None = None  # of the file as last read or written here
         self._lock: int | None = None
 
     def open(self, registered_at: float) -> Document:
-        """Lock and read the registry; a missing one is an empty one, not yet made.
+        """Lock and read the registry. A missing file is an empty registry; it is not created yet.
 
         Raises:
-            StorageError: another regd has it, it cannot be read, or may not be.
+            StorageError: another regd has locked it, or it cannot be read.
         """
         try:
             self.made_folder = self._files.make_folder(self.path.parent)
@@ -78,32 +78,34 @@ class Store:
                 raise StorageError(f"{self.path} is not a regular file; name another with --registry")
             document = parse(self._files.read(self.path), registered_at)
         except OSError as error:
-            raise StorageError(f"cannot read {self.path}: {error.strerror}; mend its rights") from error
+            raise StorageError(
+                f"cannot read {self.path}: {error.strerror}; give this user read access to it"
+            ) from error
         except Unreadable as error:
             raise StorageError(
-                f"{self.path}: {error}; nothing was changed: mend the file, or move it away to start empty"
+                f"{self.path}: {error}; nothing was changed: correct the file, or move it away to start empty"
             ) from error
         self._rev = document.rev
         self._unwritten = document.entries
         return document
 
     def prepare(self) -> None:
-        """Make the lines of what was loaded, ahead of the first commit. Twice is harmless."""
+        """Encode the loaded entries, ahead of the first commit. Idempotent."""
         entries, self._unwritten = self._unwritten, []
         for entry in entries:
             self._lines.set(key_text(entry.key), line(entry))
 
     def ensure_writable(self) -> None:
-        """Make the file where it is missing; where it is there, see that it can be replaced.
+        """Create the file if it is missing; else check that it can be replaced.
 
         Raises:
-            StorageError: it cannot be written. A full disk is no reason to refuse an existing one: reads go on.
+            StorageError: it cannot be written. For an existing file a full disk is only a warning: reads go on.
         """
         try:
             if self._print is None:
                 self._replace()
             else:
-                # The daemon before this one may have been killed before it did so, and what is read is relied on.
+                # The previous daemon may have been killed before it synced the folder.
                 self.dirty = True
                 self._files.sync_folder(self.path.parent)
                 self.dirty = False
@@ -119,15 +121,15 @@ class Store:
             ) from error
 
     def commit(self, changes: Sequence[Change]) -> None:
-        """Make the file hold these changes. Without any, write it again as it was.
+        """Write the changes to the file. Without changes, write the file again.
 
         Raises:
-            OSError: it does not, and they are not in effect.
+            OSError: the file could not be written, and the changes are not in effect.
         """
         self.prepare()
         undo = self._stage(changes)
         if undo is None and not self.dirty and changes:
-            return  # the file reads just so already
+            return  # the file would be the same
         rev, self._rev = self._rev, changes[-1].rev if changes else self._rev
         try:
             self._replace()
@@ -141,22 +143,22 @@ class Store:
             raise
 
     def apply_unsaved(self, changes: Sequence[Change]) -> None:
-        """Take changes that are in effect although the file could not be written; the next commit writes them."""
+        """Record changes that are in effect although they are not in the file. The next commit writes them."""
         self.prepare()
         self._stage(changes)
         self._rev = changes[-1].rev
         self.dirty = True
 
     def _stage(self, changes: Sequence[Change]) -> list[tuple[str, bytes | None]] | None:
-        """Change the lines, and return what they were, or None where all are the same."""
+        """Change the lines, and return the previous ones for undoing, or None if no line differs."""
         undo: list[tuple[str, bytes | None]] = []
-        last = {key_text(change.entry.key): change for change in changes}  # only what it is in the end
+        last = {key_text(change.entry.key): change for change in changes}  # the last change of each key
         same = all(change.op is Op.KEEP for change in changes)
         for key, change in last.items():
             before = self._lines.get(key)
             undo.append((key, before))
             if change.op is Op.DOWN:
-                self._lines.remove(key)  # it may have come and gone in one batch
+                self._lines.remove(key)  # it may have come and gone in the same batch
                 same = same and before is None
             else:
                 after = line(change.entry)
@@ -181,7 +183,7 @@ class Store:
             finally:
                 files.close(fd)
             self._back_up_external_edit()
-            self.dirty = True  # from here on the new file may be seen, whatever follows
+            self.dirty = True  # from here on the new file may be in place, even if an error follows
             files.rename(self._temporary, self.path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -192,19 +194,19 @@ class Store:
         self.dirty = False
 
     def _back_up_external_edit(self) -> None:
-        """Keep a copy of a file that another hand changed since we last wrote it.
+        """Copy a file that another program changed since it was last written here.
 
-        A copy, not a rename: at no moment is there no registry.
+        It is not renamed, so that there is a registry at any moment.
         """
         files = self._files
         found = files.print(self.path)
         if found == self._print:
             return
         if found is None:
-            self._warn(f"{self.path} was removed by another hand; regd writes it anew")
+            self._warn(f"{self.path} was removed by another program; regd writes it again")
             return
         if not found.is_regular:
-            raise OSError(errno.EEXIST, "something that is no file was put in its place")
+            raise OSError(errno.EEXIST, "there is something else than a file in its place")
         foreign = files.read(self.path)
         count = 1
         while files.print(aside := self.path.with_name(f"{self.path.name}.aside-{count}")):
@@ -216,19 +218,19 @@ class Store:
                 files.sync(fd)
             finally:
                 files.close(fd)
-            files.sync_folder(aside.parent)  # else a crash may keep the rename that follows, and not the copy
+            files.sync_folder(aside.parent)  # else a crash may keep the following rename and lose the copy
         except BaseException:
             with contextlib.suppress(OSError):
                 files.remove(aside)
             raise
-        self._print = found  # whatever becomes of this commit, that one is safe
+        self._print = found  # even if this commit fails, there is a copy of it
         self._warn(
-            f"{self.path} was changed by another hand: a copy of that is {aside}, and regd writes its own. "
-            "To edit the file, stop regd first"
+            f"{self.path} was changed by another program: its content is kept as {aside}, and regd writes its "
+            "own. To edit the file, stop regd first"
         )
 
     def close(self) -> None:
-        """Give the lock back. Twice is harmless."""
+        """Release the lock. Idempotent."""
         if self._lock is not None:
             self._files.unlock(self._lock)
             self._lock = None

@@ -82,7 +82,7 @@ async def no_current_folder(scene: Scene) -> str:
     return await scene.regd("--port", "0", "--registry", "r.json", status=1, before=gone)
 
 
-@says("…: …; nothing was changed: mend the file, or move it away to start empty")
+@says("…: …; nothing was changed: correct the file, or move it away to start empty")
 async def registry_does_not_parse(scene: Scene) -> str:
     scene.registry.write_text('{\n"db": {"port": 5432},\n}\n')
     return await scene.regd("--port", "0", status=1)
@@ -130,13 +130,13 @@ async def disk_full(scene: Scene) -> str:
 
 
 @says(
-    "… was changed by another hand: a copy of that is …, and regd writes its own. To edit the file, stop regd first"
+    "… was changed by another program: its content is kept as …, and regd writes its own. To edit the file, stop regd first"
 )
 async def file_edited(scene: Scene) -> str:
     async with scene.daemon() as daemon:
         scene.registry.write_text('{"web": {"port": 8000}}\n')
         assert (await (await daemon.peer()).ask(REGISTER))["ok"]
-    return await scene.logged("another hand")
+    return await scene.logged("another program")
 
 
 @says("user … may only read here; run a regd of your own, …, and set REGD_ADDRESS=…; or have this one …")

@@ -101,7 +101,7 @@ def test_a_registry_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert '"db": {"port": 5432}' in registry.path.read_text()
         registry.path.unlink()
         ask(registry, "register", name="other", port=1)
-        assert "was removed by another hand" in registry.described()  # the thread that writes is heard, too
+        assert "was removed by another program" in registry.described()  # the thread that writes is heard, too
     with running(tmp_path / "deep/registry.json") as registry:
         assert names(registry) == ["db", "other"]
 
