@@ -1,1 +1,1 @@
-"""Bytes to messages and back. No asyncio, clock, socket, logger or registry in here, and nothing of storage."""
+"""Bytes to messages and back. No asyncio, clock, socket, logger, registry or storage in here."""

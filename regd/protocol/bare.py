@@ -1,7 +1,7 @@
 """Bare lines, for people with telnet or nc: a command and its main arguments, without JSON.
 
-To read them, read `FORMS`. HTTP request lines are recognized before them (`reader.py`): a page in a browser
-chooses the method of its request, so `REGISTER` may be one.
+`FORMS` is the table of bare lines. `parser.py` recognizes HTTP request lines first, since a web page may choose
+any method for its request, such as `REGISTER`.
 """
 
 import re
@@ -13,7 +13,7 @@ from regd.protocol.commands import COMMANDS, Request, check, nearest_word
 
 
 class Quit:
-    """The peer said `quit`: it wants its replies, and then the end."""
+    """The line `quit`: send the replies that are due, then close."""
 
 
 Arguments = Mapping[str, object]
@@ -21,7 +21,7 @@ Arguments = Mapping[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A bare line; `takes` are its arguments, the first `needs` of them required."""
+    """The form of a bare line; `takes` are its arguments, of which the first `needs` are required."""
 
     takes: tuple[str, ...] = ()
     needs: int = 0
@@ -63,7 +63,7 @@ USAGES = [f"{word} {form.usage}".rstrip() for word, form in FORMS.items()]
 
 
 def understand(line: str) -> Request | Quit:
-    """Turn a bare line into a request; the command is in upper or lower case.
+    """Parse a bare line; the command may be in upper or lower case.
 
     Raises:
         Refused: `unknown_command`, or `bad_argument` with `field`.
@@ -90,7 +90,7 @@ def _unknown(word: str) -> Refused:
     cmd = word.lower()
     if cmd in COMMANDS:
         near = [cmd]
-        hint = f'that one is for JSON lines: {{"cmd":"{cmd}"}}'
+        hint = f'it needs a JSON line: {{"cmd":"{cmd}"}}'
     else:
         near = nearest_word(cmd, FORMS)
         hint = f"did you mean {near[0]!r}?" if near else "help lists them"

@@ -1,7 +1,4 @@
-"""The table of commands: the decoder, did-you-mean, `help` and the table in PROTOCOL.md all come from it.
-
-To read the protocol, read `COMMANDS` at the end. Must not know what a command does.
-"""
+"""`COMMANDS`, the table of commands, on which the decoder, did-you-mean hints, `help` and PROTOCOL.md rest."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,14 +10,14 @@ from regd.core.errors import Code, Invalid, Refused
 from regd.core.limits import DEFAULT
 from regd.core.model import Key
 
-# Measured on CPython 3.11: a request that waits, two strings in a dictionary. Characters take up to 4 bytes.
+# Measured on CPython 3.11: a waiting request; two strings in a dictionary. A character takes up to 4 bytes.
 _KEPT_BYTES = 1_024
 _PAIR_BYTES = 192
 
 
 @dataclass(frozen=True, slots=True)
 class ArgType:
-    """A kind of value: how people call it, and the check that returns it or raises `Invalid`."""
+    """The type of an argument: its name in `help`, and the check that returns the value or raises `Invalid`."""
 
     word: str
     check: Callable[[object], Any]
@@ -35,9 +32,10 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command; `writes` says that it is answered when the file holds the change.
+    """A command. A command that `writes` is answered once the change is in the file.
 
-    A `guarded` one is only for users who may write.
+    A `guarded` command is only for users who may write. A command that `parks` may be answered after later
+    requests.
     """
 
     doc: str
@@ -45,8 +43,8 @@ class Command:
     arguments: Mapping[str, Argument]
     writes: bool = False
     guarded: bool = False
-    parks: bool = False  # it may be answered later than what comes behind it
-    # From `arguments`, so that a request costs what it has, and not what it might have.
+    parks: bool = False
+    # Computed from `arguments`, so that checking a request takes time for the arguments that it has.
     checks: Mapping[str, Callable[[object], Any]] = field(init=False)
     required: tuple[str, ...] = field(init=False)
 
@@ -58,7 +56,7 @@ class Command:
 
 
 class Request(NamedTuple):
-    """A line that was understood: a command of the table, and arguments that passed its checks."""
+    """A valid request: a command of the table, and arguments that passed its checks."""
 
     cmd: str
     id: str | int | None
@@ -66,7 +64,7 @@ class Request(NamedTuple):
 
     @property
     def weight_bytes(self) -> int:
-        """What it takes in memory while it is kept, with all that is made to keep it."""
+        """The memory that the request takes while it waits, by estimate."""
         size = _KEPT_BYTES
         for value in self.arguments.values():
             if type(value) is dict:
@@ -77,7 +75,7 @@ class Request(NamedTuple):
 
 
 def _check_key(value: object) -> Key:
-    """Take the place in a list that a reply's `next` gave: NAME or NAME/INSTANCE."""
+    """Check a place in a list, as `next` of a reply gave it: NAME or NAME/INSTANCE."""
     if type(value) is not str:
         raise Invalid("must be a string, as `next` gave it")
     name, _, instance = value.partition("/")
@@ -125,14 +123,14 @@ WAIT = ArgType(
 EPOCH = ArgType("epoch", _check_epoch)
 NUMBER = ArgType("number of a watch", lambda value: model.check_whole(value, 1, _REVISION_MAX))
 
-_IF = Argument(REVISION, "act only when the registration is at this revision; 0: only when there is none")
+_IF = Argument(REVISION, "act only if the registration is at this revision; 0: only if there is none")
 _OF_NAME = Argument(NAME, "the service", required=True)
 _ONE = Argument(INSTANCE, 'which instance; "" when left out')
 
 COMMANDS: Mapping[str, Command] = {
-    "ping": Command("Answer.", "nothing else", {}),
+    "ping": Command("Reply, and do nothing.", "nothing else", {}),
     "hello": Command(
-        "Tell who answers.",
+        "Describe the daemon.",
         "`server` `version` `protocol` `epoch` `rev` `features` `limits` `host` `loop`",
         {},
     ),
@@ -142,60 +140,60 @@ COMMANDS: Mapping[str, Command] = {
         {"topic": Argument(TOPIC, "only this command")},
     ),
     "register": Command(
-        "Register a service, or set what is given of one anew. What is left out takes its default.",
-        "`name` `instance` `host` `port` `rev`, and `replaced` where it stood at another address",
+        "Register a service, or replace a registration. What is left out takes its default.",
+        "`name` `instance` `host` `port` `rev`, and `replaced` if it was at another address",
         {
             "name": _OF_NAME,
             "port": Argument(PORT, "where it listens", required=True),
-            "host": Argument(HOST, f"where it listens; {model.DEFAULT_HOST} when left out"),
+            "host": Argument(HOST, f"the address it listens on; {model.DEFAULT_HOST} when left out"),
             "instance": _ONE,
             "meta": Argument(META, "labels; none when left out"),
             "state": Argument(STATE, "only `ready` is resolved, and the default"),
-            "hold": Argument(FLAG, "it ends with this connection"),
-            "pid": Argument(PID, "it ends with this process"),
-            "ttl": Argument(TTL, "it ends when it is not renewed for so long"),
+            "hold": Argument(FLAG, "end it with this connection"),
+            "pid": Argument(PID, "end it with this process"),
+            "ttl": Argument(TTL, "end it when it is not renewed for so long"),
             "if": _IF,
-            "force": Argument(FLAG, "take over from a living owner"),
+            "force": Argument(FLAG, "take the name from a living owner"),
         },
         writes=True,
         guarded=True,
     ),
     "deregister": Command(
-        "End a registration; by one of several holders, only its own hold.",
+        "End a registration; one of several holders ends only its own hold.",
         "`removed` (how many) `rev`",
         {"name": _OF_NAME, "instance": _ONE, "if": _IF},
         writes=True,
         guarded=True,
     ),
     "resolve": Command(
-        "Give a `ready` instance, taking turns; with `all`, all of them; with `wait`, once one can be reached.",
-        "the instance, flat; with `all`: `instances` `rev`, and `more` where there are more",
+        "Return a `ready` instance, in turn; with `all`, all of them; with `wait`, once one accepts connections.",
+        "the fields of the instance; with `all`: `instances` `rev`, and `more` if there are more",
         {
             "name": _OF_NAME,
             "instance": Argument(INSTANCE, "only this one; any when left out"),
-            "meta": Argument(META, "only instances that carry all of it"),
+            "meta": Argument(META, "only instances that have all of it"),
             "all": Argument(FLAG, "all instances in one reply"),
-            "wait": Argument(WAIT, "wait so long for one that accepts connections"),
+            "wait": Argument(WAIT, "wait up to so long for one that accepts connections"),
         },
         parks=True,
     ),
     "list": Command(
-        "List registrations in order of name and instance, whatever their state, in pages.",
-        "`epoch` `rev` `instances`, and `next` where there are more",
+        "List registrations of any state, in order of name and instance, in pages.",
+        "`epoch` `rev` `instances`, and `next` if there are more",
         {
             "name": Argument(PATTERN, "only these"),
-            "meta": Argument(META, "only those that carry all of it"),
-            "after": Argument(PLACE, "go on behind here"),
-            "limit": Argument(LIMIT, "instances a page"),
+            "meta": Argument(META, "only those that have all of it"),
+            "after": Argument(PLACE, "continue after this place"),
+            "limit": Argument(LIMIT, "instances per page"),
         },
     ),
     "update": Command(
-        "Set `meta` (as a whole) or `state` of a registration, or both.",
+        "Replace `meta`, set `state`, or both, of a registration.",
         "`rev`",
         {
             "name": _OF_NAME,
             "instance": _ONE,
-            "meta": Argument(META, "labels, in place of all it has"),
+            "meta": Argument(META, "labels, which replace all present ones"),
             "state": Argument(STATE, "only `ready` is resolved"),
             "if": _IF,
         },
@@ -203,23 +201,23 @@ COMMANDS: Mapping[str, Command] = {
         guarded=True,
     ),
     "renew": Command(
-        "Begin a lease anew. No change, no event.",
-        "`ttl`, how long from now",
+        "Renew a lease. This is no change and causes no event.",
+        "`ttl`, from now",
         {
             "name": _OF_NAME,
             "instance": _ONE,
-            "ttl": Argument(TTL, "this time so long; as registered when left out"),
+            "ttl": Argument(TTL, "for so long this time; as registered when left out"),
         },
         guarded=True,
     ),
     "watch": Command(
-        "Follow: all that is there, `sync`, then every change as it lands.",
+        "Send the registrations, `sync`, and then every change as it is committed.",
         "`watch` (its number) `epoch` `rev`, then events",
         {
             "name": Argument(PATTERN, "only these"),
-            "meta": Argument(META, "only those that carry all of it"),
-            "epoch": Argument(EPOCH, "go on from `since`, of this epoch"),
-            "since": Argument(REVISION, "the `rev` of the last event that was seen"),
+            "meta": Argument(META, "only those that have all of it"),
+            "epoch": Argument(EPOCH, "resume after `since`, a revision of this epoch"),
+            "since": Argument(REVISION, "the `rev` of the last event received"),
         },
     ),
     "unwatch": Command(
@@ -228,7 +226,7 @@ COMMANDS: Mapping[str, Command] = {
         {"watch": Argument(NUMBER, "its number", required=True)},
     ),
     "why": Command(
-        "Tell what is known of a name: who holds it, since when, the last probe, and who left.",
+        "Explain the state of a name: holders, since when, the last probe, and departures.",
         "`instances` `departures`",
         {"name": _OF_NAME, "instance": Argument(INSTANCE, "only this one; any when left out")},
     ),
@@ -237,12 +235,12 @@ COMMANDS: Mapping[str, Command] = {
 
 
 def nearest_word(word: str, words: Mapping[str, object]) -> list[str]:
-    """Return the word that somebody who wrote `word` may have meant, if there is one."""
+    """Return the word that is most similar to `word`, if any is similar."""
     return get_close_matches(word[:64], words, n=1)
 
 
 def check(cmd: str, id: str | int | None, given: Mapping[str, object]) -> Request:
-    """Hold a command and its arguments against the table.
+    """Check a command and its arguments against the table.
 
     Raises:
         Refused: `unknown_command`, or `bad_argument` with `field`.
@@ -280,7 +278,7 @@ def _unknown_argument(cmd: str, command: Command, name: str) -> Refused:
 
 
 def described(topic: str | None = None) -> dict[str, object]:
-    """Return the table as `help` shows it, all or one command."""
+    """Return the table as `help` shows it: all commands, or one."""
     return {
         name: {
             "doc": command.doc,

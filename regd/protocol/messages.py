@@ -1,7 +1,7 @@
-"""Lines to requests, and replies to lines. The decoder is total: a `Request`, or `Refused` with its code.
+"""JSON lines to requests; replies and events to JSON lines.
 
-It refuses what the standard `json` lets through: duplicate keys, NaN, infinities, lone surrogates.
-Must not know connections, nor what a command does.
+The decoder is total: it returns a `Request` or raises `Refused`. It refuses what the standard `json` accepts:
+duplicate keys, NaN, infinities, lone surrogates.
 """
 
 import json
@@ -17,7 +17,7 @@ from regd.protocol.commands import Request, check
 
 
 class _NotStrict(ValueError):
-    """JSON to Python, but not to us."""
+    """`json` accepts it, and regd does not."""
 
 
 def strict_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -40,7 +40,9 @@ def _finite(digits: str) -> float:
 
 _BLANKS = " \t\r\n"
 _decoder = json.JSONDecoder(object_pairs_hook=strict_pairs, parse_constant=_no_constant, parse_float=_finite)
-_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode  # ASCII: no escape reaches a terminal
+_encode = json.JSONEncoder(
+    separators=(",", ":"), allow_nan=False
+).encode  # ASCII, so that no control sequence reaches a terminal
 
 
 def decode(line: bytes) -> Request:
@@ -97,7 +99,7 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _encode_utf8(fields: object) -> None:
-    """Fail on a lone surrogate anywhere. Only a line with a \\u escape can have one."""
+    """Raise on a lone surrogate. Only a line with a \\u escape can have one."""
     json.dumps(fields, ensure_ascii=False).encode("utf-8")
 
 
@@ -120,7 +122,7 @@ def error(refusal: Refused, id: str | int | None = None) -> bytes:
 
 
 def seconds(value: float) -> float | int:
-    """Return 10 for 10.0, as people write it."""
+    """Return 10 for 10.0, and 0.5 for 0.5."""
     return int(value) if value.is_integer() else value
 
 
@@ -133,9 +135,9 @@ _OK = b'{"ok":true,'
 
 
 def _flat(entry: Entry) -> bytes:
-    """Return the reply that is one instance, without an id. Made once for each entry, and kept in it."""
+    """Return the reply with one instance, without an id. It is cached in the entry."""
     if entry.encoded is None:
-        # Put together by hand, which is three times as fast. Only `meta` can hold what JSON must escape.
+        # An f-string is three times as fast as `json`. Only `meta` can hold characters that JSON must escape.
         meta = ",".join([f"{_quoted(key)}:{_quoted(text)}" for key, text in entry.meta.items()])
         more = ""
         if entry.holders:
@@ -151,12 +153,12 @@ def _flat(entry: Entry) -> bytes:
 
 
 def resolved(id: str | int | None, entry: Entry) -> bytes:
-    """Return the reply that is one instance, flat."""
+    """Return the reply with one instance."""
     return identified(id, _flat(entry))
 
 
 def registered(id: str | int | None, entry: Entry, replaced: bool) -> bytes:
-    """Return the reply to `register`. By hand, as an instance."""
+    """Return the reply to `register`."""
     more = ',"replaced":true' if replaced else ""
     return (
         f'{{"ok":true{_id(id)},"name":"{entry.name}","instance":"{entry.instance}","host":"{entry.host}",'
@@ -169,12 +171,12 @@ def _id(id: str | int | None) -> str:
 
 
 def with_id(id: bytes, reply: bytes) -> bytes:
-    """Put an id, as JSON, into a reply that has none and is `ok`."""
+    """Return an `ok` reply without an id, with this id, which is JSON."""
     return b'{"ok":true,"id":' + id + b"," + reply[len(_OK) :]
 
 
 def identified(id: str | int | None, reply: bytes) -> bytes:
-    """Put an id, if there is one, into a reply that has none and is `ok`."""
+    """Return an `ok` reply without an id, with this id, if any."""
     return reply if id is None else with_id(_encode(id).encode(), reply)
 
 
@@ -184,7 +186,7 @@ def instance(entry: Entry) -> bytes:
 
 
 def fitting(entries: Sequence[Entry], bytes_max: int) -> int:
-    """Return how many of the entries, from the first, fit into so many bytes; at least one."""
+    """Return how many of the entries fit into `bytes_max`, at least one."""
     size = 0
     for count, entry in enumerate(entries):
         size += len(_flat(entry)) - len(_OK) + 1  # with the comma
@@ -194,7 +196,7 @@ def fitting(entries: Sequence[Entry], bytes_max: int) -> int:
 
 
 def instances(id: str | int | None, result: Mapping[str, object], entries: Iterable[Entry]) -> bytes:
-    """Return the reply that has `instances` behind the fields of `result`."""
+    """Return a reply with the fields of `result` and then `instances`."""
     head = ok(id, result)
     return head[:-2] + b',"instances":[' + b",".join(map(instance, entries)) + b"]}\n"
 
@@ -205,7 +207,7 @@ It takes one JSON object a line, or a bare line such as: help
 From a shell: regctl list, or: printf 'help\\nquit\\n' | nc HOST PORT
 """
 
-# The reply to an HTTP request: the same for all, and nothing in it is the peer's. No header lets a page read it.
+# The reply to an HTTP request. It echoes nothing of the request, and no header lets a web page read it.
 HTTP_REFUSAL = (
     b"HTTP/1.1 400 Bad Request\r\n"
     b"Connection: close\r\n"
@@ -216,11 +218,11 @@ HTTP_REFUSAL = (
 ) % (len(_HTTP_TEXT), _HTTP_TEXT)
 
 
-# Events. `watch` is the number that the peer knows the watch by.
+# Events. `watch` is the number of the watch on its connection.
 
 
 def changed(watch: int, op: str, entry: Entry) -> bytes:
-    """Return `up` or `change`: the whole instance, whose `rev` is the event's."""
+    """Return an `up` or `change` event, with the whole instance and its revision."""
     return b'{"event":"%s","watch":%d,' % (op.encode(), watch) + _flat(entry)[len(_OK) :]
 
 

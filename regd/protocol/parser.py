@@ -1,17 +1,15 @@
-"""One peer's bytes, as requests and problems, in order. The guard against browsers and strangers is here.
+"""The parser of a peer's bytes: requests and problems, in order. It also guards against browsers.
 
-How it works: `receive` splits into lines and keeps what is unfinished; `next` looks at one line at a time, so
-that whoever is behind can stop. Total: any bytes give requests and problems, nothing else comes out.
+`receive` splits the bytes into lines and keeps an unfinished one; `next` parses one line at a time, so that the
+caller can pause between two. The parser is total: any bytes give requests and problems, and no other exception.
 
-The first of these applies to a line:
+The first rule that applies to a line decides:
 1. It begins with `{`: a JSON request.
-2. It is an HTTP request line: refused in HTTP, and the end.
+2. It is an HTTP request line: fatal, and answered in HTTP.
 3. It is a bare line (`bare.py`): a request.
-4. It begins with a letter and is printable: a mistyped bare line. It is the end if no valid request came before,
-   since a program of another protocol begins with a line of that protocol.
-5. Else it is of another protocol, and the end.
-
-Must not know sockets or time.
+4. It begins with a letter and is printable: a mistyped bare line. It is fatal if no valid request came before,
+since a client of another protocol begins with a line of that protocol. 5. Any other line is of another protocol:
+fatal.
 """
 
 import re
@@ -25,27 +23,27 @@ from regd.protocol.bare import Quit, understand
 from regd.protocol.commands import Request
 from regd.protocol.messages import HTTP_REFUSAL, decode
 
-# telnet writes a carriage return as CR NUL (RFC 854), so that is a blank too, here and at the end of a line.
+# telnet sends a carriage return as CR NUL (RFC 854), which counts as white space before and after a line.
 _BLANKS = re.compile(rb"(?:[ \t]++|\r\0?)*+")
-_END_BYTES = len(b"\r\0\r")  # of a line's end, beyond the line and its line feed
-# What Python keeps around a line in the queue; many short lines cost more than they are.
+_END_BYTES = len(b"\r\0\r")  # of a line's end, besides the line feed
+# The memory of a `bytes` object in the queue, besides its bytes.
 _LINE_OVERHEAD_BYTES = 56
-# Printable, then a line's end. Possessive (`*+`): a long run of blanks would be tried at every split of it.
+# Printable text, then a line's end. Possessive (`*+`), or a long run of blanks would take quadratic time.
 _TEXT = re.compile(rb"([!-~][ -~\t]*+)(?:[ \t]|\r\0?)*+")
 _HTTP = re.compile(rb"[!-~]+[ \t]+[!-~]+[ \t]+HTTP/[!-~]*[ \t]*")  # RFC 9112, section 3
 _HTTP_BEGUN = re.compile(rb"[!-~]+[ \t]+[!-~]")
-_SEEN_BYTES = 60  # of a stranger's line, for the log
+_SEEN_BYTES = 60  # of a line of another protocol, for the log
 
 
 class _Mark(Enum):
-    """What stands in the queue for a line that was not kept."""
+    """Queued in place of a line that was not kept."""
 
     TOO_LARGE = "too large"
 
 
 @dataclass(frozen=True, slots=True)
 class _ForeignProtocol:
-    """Stands in the queue for the first line that is not of this protocol."""
+    """Queued in place of the first line that is not of this protocol."""
 
     seen: bytes
     http: bool = False
@@ -53,10 +51,10 @@ class _ForeignProtocol:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A line that gets an error. After a fatal one nothing of this peer is looked at.
+    """A line that is answered with an error. After a fatal problem the rest of the peer's bytes is ignored.
 
-    `seen` is how the line of a stranger begins, raw: not for a terminal as it is. `reply` is what the peer gets
-    in place of an error line, if it speaks another protocol.
+    `seen` is the beginning of a line of another protocol, as raw bytes: escape it for a terminal. `reply`
+    replaces the error line for a peer of another protocol.
     """
 
     refusal: Refused
@@ -69,7 +67,7 @@ Item = Request | Problem | Quit
 
 
 class RequestParser:
-    """The reading half of a conversation."""
+    """Splits a peer's bytes into lines and parses them."""
 
     __slots__ = ("_closed", "_limits", "_lines", "_rest", "_skipping", "_waiting_bytes", "valid")
 
@@ -78,31 +76,32 @@ class RequestParser:
         self._limits = limits
         self._lines: deque[bytes | _Mark | _ForeignProtocol] = deque()
         self._rest = bytearray()  # the unfinished line
-        self._skipping = False  # the unfinished line is too long: forget it up to its end
+        self._skipping = False  # the unfinished line is too long: skip it up to its end
         self._closed = False
-        self._waiting_bytes = 0  # of whole lines
+        self._waiting_bytes = 0  # of complete lines
 
     @property
     def waiting_bytes(self) -> int:
-        """What is kept of the peer's bytes."""
+        """The bytes kept of lines that `next` has not returned."""
         return self._waiting_bytes + len(self._rest)
 
     @property
     def pending(self) -> bool:
-        """Whether `next` has something to say."""
+        """Whether `next` would return an item."""
         return bool(self._lines)
 
     @property
     def empty(self) -> bool:
-        """Whether what comes next is the beginning of a line, and stands behind nothing."""
+        """Whether nothing is kept, so that the next byte begins a line."""
         return not (self._lines or self._rest or self._skipping or self._closed)
 
     @property
     def unfinished(self) -> bool:
-        """Whether the peer has begun a line and not ended it."""
+        """Whether an incomplete line is kept."""
         return self._skipping or (bool(self._rest) and self._rest != b"\r")
 
     def receive(self, data: bytes) -> None:
+        """Take bytes of the peer."""
         if self._closed:
             return
         first, *lines = data.split(b"\n")
@@ -125,14 +124,14 @@ class RequestParser:
             self._more(last)
 
     def end(self) -> None:
-        """The peer will send no more: what it left unfinished counts as a line."""
+        """The peer sends no more: an unfinished line is complete."""
         if self._rest and not self._closed:
             self._line(bytes(self._rest))
         self._rest.clear()
         self._skipping = False
 
     def close(self) -> None:
-        """Look at nothing more of this peer, and keep nothing."""
+        """Drop what is kept, and ignore further bytes."""
         self._closed = True
         self._lines.clear()
         self._rest.clear()
@@ -140,7 +139,7 @@ class RequestParser:
         self._waiting_bytes = 0
 
     def _line(self, line: bytes) -> None:
-        """Put a whole line into the queue; blanks in front do not count, and an empty one says nothing."""
+        """Queue a complete line without leading blanks. An empty line is ignored."""
         if line.endswith((b"\r", b"\0")):
             line = line.removesuffix(b"\r").removesuffix(b"\r\0")
         if not line.startswith(b"{"):
@@ -152,7 +151,7 @@ class RequestParser:
             self._waiting_bytes += len(line) + _LINE_OVERHEAD_BYTES
 
     def _too_long(self, line: bytes) -> _ForeignProtocol:
-        """Judge what is too long for a bare line: the target of an HTTP request may be as long as a line."""
+        """Classify a line that is too long for a bare line. An HTTP request line may be so long."""
         http = len(line) <= self._limits.line_bytes_max and self._may_be_http(line) and _is_http(line)
         return _ForeignProtocol(line[:_SEEN_BYTES], http)
 
@@ -160,7 +159,7 @@ class RequestParser:
         return _HTTP_BEGUN.match(line, 0, self._most(line)) is not None
 
     def _more(self, data: bytes) -> None:
-        """Keep more of an unfinished line, while it can still become one."""
+        """Append to the unfinished line, as long as it can still become a valid line."""
         if self._skipping:
             return
         self._rest += data
@@ -172,7 +171,7 @@ class RequestParser:
                 return
         if not self._rest.startswith(b"{"):
             if not self._may_be_text():
-                # It has no end yet, and need not have one: a TLS hello may hold no line feed at all.
+                # Do not wait for its end: a TLS hello may hold no line feed.
                 self._lines.append(_ForeignProtocol(bytes(self._rest[:_SEEN_BYTES])))
                 self._rest.clear()
                 self._closed = True
@@ -189,12 +188,12 @@ class RequestParser:
         return size <= self._limits.line_bytes_max + _END_BYTES and self._may_be_http(self._rest)
 
     def _most(self, line: bytes | bytearray) -> int:
-        """How long a line may be that begins like this one."""
+        """Return how long a line with this beginning may be."""
         most = self._limits.line_bytes_max
         return most if line.startswith(b"{") else min(most, self._limits.bare_line_bytes_max)
 
     def next(self) -> Item | None:
-        """Return what the next line says, or None when there is none."""
+        """Parse the next line; None if there is none."""
         if not self._lines:
             return None
         line = self._lines.popleft()
@@ -202,7 +201,7 @@ class RequestParser:
             most = self._limits.line_bytes_max
             return Problem(Refused(Code.TOO_LARGE, f"a line is at most {most} bytes; this one was skipped"))
         if isinstance(line, _ForeignProtocol):
-            return self._stranger(line)
+            return self._foreign(line)
         assert isinstance(line, bytes)
         self._waiting_bytes -= len(line) + _LINE_OVERHEAD_BYTES
         try:
@@ -216,7 +215,7 @@ class RequestParser:
         text = _TEXT.fullmatch(line)
         http = _is_http(line)
         if text is None or http or not line[:1].isalpha():
-            return self._stranger(_ForeignProtocol(line[:_SEEN_BYTES], http))
+            return self._foreign(_ForeignProtocol(line[:_SEEN_BYTES], http))
         try:
             return understand(text[1].decode())
         except Refused as refusal:
@@ -226,7 +225,7 @@ class RequestParser:
             refusal.message += " (closed: no valid request came before)"
             return Problem(refusal.bare(), fatal=True, seen=line[:_SEEN_BYTES])
 
-    def _stranger(self, line: _ForeignProtocol) -> Problem:
+    def _foreign(self, line: _ForeignProtocol) -> Problem:
         self.close()
         return Problem(
             Refused(
@@ -246,6 +245,6 @@ def _is_http(line: bytes) -> bool:
 
 
 def _leading(line: bytes | bytearray) -> int:
-    """How many blanks a line begins with."""
+    """Return the number of leading blanks."""
     blanks = _BLANKS.match(line)
     return blanks.end() if blanks else 0

@@ -227,7 +227,7 @@ class NoTime:
 
 
 @pytest.mark.socket
-async def test_a_guest_is_read_on_when_it_had_its_turn_and_the_owner_is_served_meanwhile(
+async def test_a_reader_is_read_again_after_its_time_slice_and_the_owner_is_served_meanwhile(
     running: Running,
 ) -> None:
     told = Told()
@@ -254,8 +254,8 @@ async def test_a_guest_is_read_on_when_it_had_its_turn_and_the_owner_is_served_m
 
 
 @pytest.mark.socket
-async def test_what_came_of_a_guest_is_looked_at_in_its_turn_only(running: Running) -> None:
-    """Short lines by the thousand take milliseconds to split: a thousand guests would hold the loop for a second."""
+async def test_input_of_a_reader_is_split_in_its_time_slice_only(running: Running) -> None:
+    """Short lines by the thousand take milliseconds to split: a thousand readers would hold the loop for a second."""
     told = Told()
     async with running(peers=told) as daemon:
         assert daemon.server._connections is not None
@@ -265,8 +265,8 @@ async def test_what_came_of_a_guest_is_looked_at_in_its_turn_only(running: Runni
         [connection] = daemon.server.connections
         guest.send(b"ping\n" * 100 + b'{"cmd":"ping"}')
         guest.writer.write_eof()
-        await until(lambda: connection._eof or not connection._transport.is_reading())
-        assert not connection._reader.pending
+        await until(lambda: connection._conversation.input_ended or not connection._transport.is_reading())
+        assert not connection._conversation.parser.pending
         waits = cast(NoTime, turns).waiting
         while waits or connection in daemon.server.connections:
             if waits:
