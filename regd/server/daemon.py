@@ -240,8 +240,8 @@ class Daemon:
 
     def _landed(self, changes: Sequence[Change]) -> None:
         for share in self._shares:
-            share.watches.landed(changes)
-            share.pending_resolves.landed(changes)
+            share.watches.on_changes(changes)
+            share.pending_resolves.on_changes(changes)
         self._events.changes(changes)
 
     def _settled(self, losses: Sequence[OwnershipLost], free: set[Process]) -> None:

@@ -1,11 +1,10 @@
-"""Those who wait until an instance is ready and accepts connections.
+"""Pending resolves: requests with `wait`, answered once an instance is ready and accepts connections.
 
-A wait looks at its name whenever that changes, and at the probes of its instances. The answer is the first in
-turn that accepts, once those before it are known not to. Must not know connections or lines.
+A pending resolve is evaluated when anything about its name changes, and when an instance was probed. The answer
+is the first instance in round-robin order that accepts. A later one is taken once those before it are known not
+to accept, or have not answered the probe for `_GRACE_S`.
 """
 
-import asyncio
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
 from regd.core.errors import Code, Refused
@@ -14,34 +13,34 @@ from regd.core.limits import Limits
 from regd.core.model import Change, Entry
 from regd.core.registry import Registry
 from regd.server.loop_monitor import LoopMonitor
+from regd.server.work_queue import WorkQueue
 from regd.system.clock import Clock, Timer
 from regd.system.probes import Address, ProbeResults, Probes, may_probe
 
-_SLICE = 128  # looks in one turn of the loop
-_TURN_S = 0.02  # for those whose turn it is to be found accepting before others are taken
+_GRACE_S = 0.02  # for instances that come first to accept, before a later one is taken
 _AT_ONCE_S = 0.25  # for the one attempt of `wait` 0
-_SLICE_S = 0.002  # for looking, before the loop turns
+_SLICE_S = 0.002
 
 
-def _nobody(entry: Entry | None) -> None:
+def _ignore(entry: Entry | None) -> None:
     pass
 
 
 class PendingResolve:
-    """One request that is parked. `done` is called once, with the instance or None when the time is over."""
+    """One pending request. `done` is called once, with the instance, or None when the time is over."""
 
     __slots__ = (
         "addresses",
         "after",
-        "began",
         "done",
+        "grace_timer",
         "instance",
+        "is_over",
         "meta",
         "name",
         "once",
-        "over",
+        "probes_before",
         "search",
-        "soon",
         "timer",
     )
 
@@ -52,48 +51,46 @@ class PendingResolve:
         name: str,
         instance: str | None,
         meta: Mapping[str, str],
-        began: int,
+        probes_before: int,
         once: bool,
         done: Callable[[Entry | None], None],
     ) -> None:
         self.name = name
         self.instance = instance
         self.meta = meta
-        self.began = began  # the number of the last finding before
+        self.probes_before = probes_before  # results up to this number are older than the request
         self.once = once
         self.done = done
-        self.addresses: dict[Address, None] = {}  # that are probed for it, in turn
-        self.search: Search | None = None  # that takes more than one turn of the loop
-        self.after: str | None = None  # of very many instances those behind this one are probed
-        self.soon: Timer | None = None
-        self.over = False
+        self.addresses: dict[Address, None] = {}  # that are probed for it, in round-robin order
+        self.search: Search | None = None  # that takes more than one time slice
+        self.after: str | None = None  # none up to this instance accepts: of very many the next ones are probed
+        self.grace_timer: Timer | None = None
+        self.is_over = False
 
 
 class PendingResolves:
-    """Pending resolves of one class of users: `readonly` ones are kept apart, so that they delay no others."""
+    """The pending resolves of one class of users. Users who may only read (`readonly`) have their own probes."""
 
     def __init__(
         self,
         registry: Registry,
         clock: Clock,
         limits: Limits,
-        pulse: LoopMonitor,
-        findings: ProbeResults,
+        monitor: LoopMonitor,
+        results: ProbeResults,
         *,
         readonly: bool = False,
     ) -> None:
         self._registry = registry
         self._clock = clock
         self._limits = limits
-        self._pulse = pulse
-        self._findings = findings
+        self._results = results
         self._readonly = readonly
-        self._named: dict[str, dict[PendingResolve, None]] = {}
-        self._probing: dict[Address, dict[PendingResolve, None]] = {}
-        self._to_look: OrderedDict[PendingResolve, None] = OrderedDict()
-        self._looking = False
+        self._by_name: dict[str, dict[PendingResolve, None]] = {}
+        self._by_address: dict[Address, dict[PendingResolve, None]] = {}  # that is probed
+        self._to_evaluate = WorkQueue(self._evaluate, _SLICE_S, "waits", clock, monitor)
         self._count = 0
-        self.probes = Probes(clock, limits, findings, self._probed)
+        self.probes = Probes(clock, limits, results, self._on_probed)
 
     def __len__(self) -> int:
         return self._count
@@ -106,94 +103,75 @@ class PendingResolves:
         wait_s: float,
         done: Callable[[Entry | None], None],
     ) -> PendingResolve:
-        """Wait for an instance. `done` may be called before this returns.
+        """Wait for an instance, at most `wait_s` seconds. `done` may be called before this returns.
 
         Raises:
-            Refused: `busy`, too many wait.
+            Refused: `busy`, too many are pending.
         """
         if self._count >= self._limits.parked_total_max:
             raise Refused(Code.BUSY, f"{self._count} requests wait; try again later")
-        wait = PendingResolve(name, instance, meta, self._findings.count, not wait_s, done)
-        self._named.setdefault(name, {})[wait] = None
+        wait = PendingResolve(name, instance, meta, self._results.count, not wait_s, done)
+        self._by_name.setdefault(name, {})[wait] = None
         self._count += 1
         deadline = self._clock.now() + (wait_s or _AT_ONCE_S)
         wait.timer = self._clock.call_at(deadline, lambda: self._end(wait, None))
-        self._look(wait)
+        self._evaluate(wait)
         return wait
 
     def cancel(self, wait: PendingResolve) -> None:
-        """Nobody wants the answer any more. Twice is harmless."""
-        wait.done = _nobody
+        """End a pending resolve without calling `done`. Idempotent."""
+        wait.done = _ignore
         self._end(wait, None)
 
     def close(self) -> None:
-        for wait in [wait for waits in self._named.values() for wait in waits]:
+        """Cancel all."""
+        for wait in [wait for waits in self._by_name.values() for wait in waits]:
             self.cancel(wait)
         self.probes.close()
 
-    def landed(self, changes: Sequence[Change]) -> None:
-        """Look again where something changed."""
+    def on_changes(self, changes: Sequence[Change]) -> None:
+        """Probe the changed instances again, and evaluate the pending resolves of their names."""
         if not self._count:
             return
         for change in changes:
             self.probes.again((change.entry.host, change.entry.port))
         for name in {change.entry.name for change in changes}:
-            for wait in self._named.get(name, ()):
+            for wait in self._by_name.get(name, ()):
                 wait.search = wait.after = None
-                self._look_soon(wait)
+                self._to_evaluate.add(wait)
 
-    def _probed(self, address: Address) -> None:
-        for wait in self._probing.get(address, ()):
-            self._look_soon(wait)
+    def _on_probed(self, address: Address) -> None:
+        for wait in self._by_address.get(address, ()):
+            self._to_evaluate.add(wait)
 
-    def _look_soon(self, wait: PendingResolve) -> None:
-        self._to_look[wait] = None
-        if not self._looking:
-            self._looking = True
-            asyncio.get_running_loop().call_soon(self._look_some)
-
-    def _look_some(self) -> None:
-        """Look for one after another, and let the loop turn in between: very many may wait for one name."""
-        self._looking = False
-        began = self._clock.now()
-        for _ in range(min(len(self._to_look), _SLICE)):
-            wait = next(iter(self._to_look))
-            del self._to_look[wait]
-            self._look(wait)
-            if self._clock.now() > began + _SLICE_S:
-                break
-        self._pulse.took("waits", began)
-        if self._to_look:
-            self._look_soon(next(iter(self._to_look)))
-
-    def _look(self, wait: PendingResolve) -> None:
-        """Answer, or have probed what could become the answer."""
-        if wait.over:
+    def _evaluate(self, wait: PendingResolve) -> None:
+        """Answer, or probe the instances that could become the answer."""
+        if wait.is_over:
             return
         entries = self._candidates(wait)
         if entries is None:
-            self._look_soon(wait)
-            self._to_look.move_to_end(wait, last=False)  # so that no other search has to be kept meanwhile
+            self._to_evaluate.add_first(wait)  # so that no other search has to be kept meanwhile
             return
-        self._probe(wait, [(each.host, each.port) for each in entries if may_probe(each.host)])
+        self._probe(wait, [(entry.host, entry.port) for entry in entries if may_probe(entry.host)])
         undecided = False
         for entry in entries:
             address = (entry.host, entry.port)
-            found = self._found(wait, address) if address in wait.addresses else True
-            if found and undecided:
-                self._look_later(wait)  # those before it may be only a little slower
+            # An instance on another machine is not probed: it counts as accepting.
+            accepts = self._accepts(wait, address) if address in wait.addresses else True
+            if accepts and undecided:
+                self._start_grace(wait)
                 return
-            if found:
-                self._end(wait, entry)  # of another machine: as good as it gets
+            if accepts:
+                self._end(wait, entry)
                 return
-            undecided = undecided or found is None
+            undecided = undecided or accepts is None
         if not undecided and len(entries) == self._limits.probed_instances_max:
-            wait.after = entries[-1].instance  # none of these; next time others
+            wait.after = entries[-1].instance
         if wait.once and not undecided:
             self._end(wait, None)
 
     def _candidates(self, wait: PendingResolve) -> list[Entry] | None:
-        """Return the instances in turn, of very many some; None while they are not all looked at."""
+        """Return the instances to probe, in round-robin order; None while the search is not complete."""
         if wait.search is None:
             most = self._limits.probed_instances_max
             wait.search = self._registry.search_in_turn(
@@ -205,58 +183,59 @@ class PendingResolves:
         wait.search = None
         return search.found
 
-    def _found(self, wait: PendingResolve, address: Address) -> bool | None:
-        """Return whether an address accepts, None while that is not known."""
-        finding = self._findings.last(address)
-        if finding is None or finding.number <= wait.began:
+    def _accepts(self, wait: PendingResolve, address: Address) -> bool | None:
+        """Return whether an address accepts connections, None while that is not known."""
+        result = self._results.last(address)
+        if result is None or result.number <= wait.probes_before:
             return None
-        return finding.accepted
+        return result.accepted
 
-    def _look_later(self, wait: PendingResolve) -> None:
-        if wait.soon is None:
-            wait.soon = self._clock.call_at(self._clock.now() + _TURN_S, lambda: self._take_any(wait))
+    def _start_grace(self, wait: PendingResolve) -> None:
+        if wait.grace_timer is None:
+            wait.grace_timer = self._clock.call_at(self._clock.now() + _GRACE_S, lambda: self._take_any(wait))
 
     def _take_any(self, wait: PendingResolve) -> None:
-        """Those whose turn it was have not answered in time: take whoever accepts."""
-        wait.soon = None
+        """Answer with any instance that accepts: those before it have not answered in time."""
+        wait.grace_timer = None
         entries = self._candidates(wait)
         wait.search = None
         for entry in entries or ():
-            if not wait.over and self._found(wait, (entry.host, entry.port)):
+            if not wait.is_over and self._accepts(wait, (entry.host, entry.port)):
                 self._end(wait, entry)
 
     def _probe(self, wait: PendingResolve, addresses: Sequence[Address]) -> None:
-        before, wait.addresses = wait.addresses, dict.fromkeys(addresses)
+        """Probe just these addresses for a pending resolve."""
+        previous, wait.addresses = wait.addresses, dict.fromkeys(addresses)
         for address in wait.addresses:
-            if address not in before:
-                self._probing.setdefault(address, {})[wait] = None
+            if address not in previous:
+                self._by_address.setdefault(address, {})[wait] = None
                 self.probes.want(address)
-        for address in before:
+        for address in previous:
             if address not in wait.addresses:
-                self._leave(wait, address)
+                self._stop_probing(wait, address)
 
-    def _leave(self, wait: PendingResolve, address: Address) -> None:
-        waits = self._probing[address]
+    def _stop_probing(self, wait: PendingResolve, address: Address) -> None:
+        waits = self._by_address[address]
         del waits[wait]
         if not waits:
-            del self._probing[address]
+            del self._by_address[address]
         self.probes.unwant(address)
 
     def _end(self, wait: PendingResolve, entry: Entry | None) -> None:
-        if wait.over:
+        if wait.is_over:
             return
-        wait.over = True
+        wait.is_over = True
         wait.timer.cancel()
-        self._to_look.pop(wait, None)
+        self._to_evaluate.discard(wait)
         self._probe(wait, ())
-        if wait.soon is not None:
-            wait.soon.cancel()
-        waits = self._named[wait.name]
+        if wait.grace_timer is not None:
+            wait.grace_timer.cancel()
+        waits = self._by_name[wait.name]
         del waits[wait]
         if not waits:
-            del self._named[wait.name]
+            del self._by_name[wait.name]
         self._count -= 1
         if entry is not None:
             self._registry.mark_served(entry, wait.meta, readonly=self._readonly)
-        done, wait.done = wait.done, _nobody  # which knows the wait: no cycle is left for the collector
+        done, wait.done = wait.done, _ignore  # `done` refers to the wait: a cycle would be left behind
         done(entry)

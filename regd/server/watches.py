@@ -1,11 +1,10 @@
-"""Watchers: each is a cursor into the history of changes.
+"""Watches: each is a cursor into the history of changes.
 
-Who has seen all sleeps until a change of its names lands, and then goes on from the history. One whose peer does
-not read keeps an integer; too late, it gets `reset` and the state as it is. So a slow one costs nobody anything.
-Must not know sockets: a peer is whoever can be given bytes.
+A watch that has sent everything is live: it sleeps until a change concerns it, and goes on from the history. A
+watch whose peer does not read keeps only its cursor; once the history no longer reaches back to it, the peer gets
+`reset` and the current state. So a slow watcher costs the others nothing.
 """
 
-import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -17,47 +16,50 @@ from regd.core.model import Change, Entry, Key, Op, Reason
 from regd.core.registry import Registry
 from regd.protocol import messages
 from regd.server.loop_monitor import LoopMonitor
+from regd.server.work_queue import WorkQueue
 from regd.system.clock import Clock, Timer
 
-_SLICE = 128  # entries or changes of one watch before others get a turn; watches before the loop turns
-_SLICE_BYTES = 16_384  # and bytes, though at least one: what a peer that does not read can cost
-_TURN_S = 0.002
+_SLICE = 128  # entries or changes of one watch at a time
+_SLICE_BYTES = 16_384  # and bytes, though at least one event: what a peer that does not read can cost
+_SLICE_S = 0.002
 
 
 class Watcher(Protocol):
+    """The connection of a watch."""
+
     @property
     def can_take(self) -> bool:
-        """Whether what is pushed now leaves soon."""
+        """Whether the peer reads: what is pushed now is sent soon."""
 
     def push(self, data: bytes) -> None: ...
 
 
 class _Phase(Enum):
     SNAPSHOT = "the state is being sent, from `after` on; `cursor` is the revision at which that began"
-    CATCH_UP = "all up to `cursor` was sent"
-    LIVE = "all was sent"
+    CATCH_UP = "events up to `cursor` were sent"
+    LIVE = "all events were sent"
 
 
 class Watch:
-    """One watch of one peer."""
+    """One watch of one connection."""
 
     __slots__ = (
         "after",
         "cursor",
         "exact",
+        "is_open",
         "kept_bytes",
         "meta",
         "number",
-        "open",
         "pattern",
-        "peer",
         "phase",
         "prefix",
         "tail",
+        "watcher",
     )
 
-    def __init__(self, peer: Watcher, number: int, pattern: str, meta: Mapping[str, str], cursor: int) -> None:
-        self.peer = peer
+    def __init__(self, watcher: Watcher, number: int, pattern: str, meta: Mapping[str, str], cursor: int) -> None:
+        self.watcher = watcher
         self.number = number
         self.pattern = pattern
         self.exact = not pattern.endswith("*")
@@ -66,91 +68,98 @@ class Watch:
         self.phase = _Phase.CATCH_UP
         self.cursor = cursor
         self.after: Key | None = None
-        self.open = True
-        self.kept_bytes = 0  # what its request takes, for whoever keeps account
+        self.is_open = True
+        self.kept_bytes = 0  # of the request, for the memory quota
         self.tail = ""  # the event that tells the peer that it has caught up
 
     def line(self, change: Change) -> bytes | None:
-        """Return the event that a change is for this watch, None where it is none."""
+        """Return the event of a change, None if the change does not concern this watch."""
         before, entry = change.before, change.entry
         if not (entry.name == self.pattern if self.exact else entry.name.startswith(self.prefix)):
             return None
-        was = before is not None and before.carries(self.meta)
+        matched = before is not None and before.carries(self.meta)
         if change.op is Op.DOWN:
-            return messages.down(self.number, change.rev, entry, change.reason) if was else None
+            return messages.down(self.number, change.rev, entry, change.reason) if matched else None
         if entry.carries(self.meta):
-            return messages.changed(self.number, Op.CHANGE if was else Op.UP, entry)
-        return messages.down(self.number, change.rev, entry, Reason.FILTERED) if was else None
+            return messages.changed(self.number, Op.CHANGE if matched else Op.UP, entry)
+        return messages.down(self.number, change.rev, entry, Reason.FILTERED) if matched else None
 
 
 class Watches:
-    def __init__(self, registry: Registry, clock: Clock, limits: Limits, pulse: LoopMonitor, epoch: str) -> None:
+    """The watches of one class of users."""
+
+    def __init__(
+        self, registry: Registry, clock: Clock, limits: Limits, monitor: LoopMonitor, epoch: str
+    ) -> None:
         self._registry = registry
         self._clock = clock
         self._limits = limits
-        self._pulse = pulse
         self._epoch = epoch
         self._watches: dict[str, set[Watch]] = {}  # by pattern
-        self._live: dict[str, set[Watch]] = {}  # those of them that have seen all: the others need not be told
-        self._lengths: Counter[int] = Counter()  # of the prefixes that stand there
-        self._behind: dict[Watch, None] = {}  # in order: those that have something to send, and may
-        self._pumping = False
-        self._progress: Timer | None = None
+        self._live: dict[str, set[Watch]] = {}  # by pattern: those that a change wakes up
+        self._lengths: Counter[int] = Counter()  # of the patterns that are prefixes, with their `*`
+        self._behind = WorkQueue(self._send_slice, _SLICE_S, "events", clock, monitor)
+        self._silent = WorkQueue(self._send_progress, _SLICE_S, "events", clock, monitor)
+        self._progress_timer: Timer | None = None
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
     def start(
-        self, peer: Watcher, number: int, pattern: str, meta: Mapping[str, str], since: tuple[str, int] | None
+        self, watcher: Watcher, number: int, pattern: str, meta: Mapping[str, str], since: tuple[str, int] | None
     ) -> Watch:
-        """Begin a watch; its events are pushed from the loop's next turn on. `since` is an epoch and a revision.
+        """Start a watch; its events are pushed from the next iteration of the event loop on.
+
+        `since` is the epoch and revision that the peer knows, None to begin with the current state.
 
         Raises:
             Refused: `busy`, too many watches.
         """
         if self._count >= self._limits.watches_total_max:
             raise Refused(Code.BUSY, f"{self._count} watches are open; try again later")
-        watch = Watch(peer, number, pattern, meta, self._registry.rev)
+        watch = Watch(watcher, number, pattern, meta, self._registry.rev)
         if since is None:
-            self._begin(watch)
+            self._begin_snapshot(watch)
         elif since[0] == self._epoch and self._registry.history.knows(since[1]):
             watch.cursor = since[1]
             watch.tail = "progress"
         else:
-            watch.cursor = -1  # which no history knows
-        among = self._watches.setdefault(pattern, set())
-        if not among and not watch.exact:
+            watch.cursor = -1  # not in the history: `reset`
+        same_pattern = self._watches.setdefault(pattern, set())
+        if not same_pattern and not watch.exact:
             self._lengths[len(pattern)] += 1
-        among.add(watch)
+        same_pattern.add(watch)
         self._count += 1
-        self._go_on_with(watch)
-        if self._progress is None:
-            self._progress_later()
+        self._behind.add(watch)
+        if self._progress_timer is None:
+            self._schedule_progress()
         return watch
 
     def stop(self, watch: Watch) -> None:
-        """End a watch; nothing more is pushed for it. Twice is harmless."""
-        if not watch.open:
+        """Stop a watch; nothing more is pushed for it. Idempotent."""
+        if not watch.is_open:
             return
-        watch.open = False
-        among = self._watches[watch.pattern]
-        among.discard(watch)
-        if not among:
+        watch.is_open = False
+        same_pattern = self._watches[watch.pattern]
+        same_pattern.discard(watch)
+        if not same_pattern:
             del self._watches[watch.pattern]
             if not watch.exact:
                 self._lengths[len(watch.pattern)] -= 1
-                self._lengths += Counter()  # without those that are 0
+                self._lengths += Counter()  # drops lengths with count 0
         self._count -= 1
-        self._is_not_live(watch)
-        self._behind.pop(watch, None)
+        self._discard_live(watch)
+        self._behind.discard(watch)
+        self._silent.discard(watch)
 
     def close(self) -> None:
-        if self._progress is not None:
-            self._progress.cancel()
+        """Send no `progress` any more."""
+        if self._progress_timer is not None:
+            self._progress_timer.cancel()
 
-    def landed(self, changes: Sequence[Change]) -> None:
-        """Have what landed sent to those whom it concerns, from the loop's next turn on: writers go first."""
+    def on_changes(self, changes: Sequence[Change]) -> None:
+        """Wake up the watches that committed changes concern. Their events follow the replies to the writers."""
         if not self._count:
             return
         for change in changes:
@@ -161,60 +170,42 @@ class Watches:
                 for watch in self._live.pop(pattern, ()):
                     watch.phase = _Phase.CATCH_UP
                     watch.cursor = change.rev - 1
-                    self._go_on_with(watch)
+                    self._behind.add(watch)
 
-    def _is_live(self, watch: Watch) -> None:
+    def resume(self, watches: Sequence[Watch]) -> None:
+        """Go on with the watches of a peer that reads again."""
+        for watch in watches:
+            if watch.phase is not _Phase.LIVE:
+                self._behind.add(watch)
+
+    def _set_live(self, watch: Watch) -> None:
         watch.phase = _Phase.LIVE
         self._live.setdefault(watch.pattern, set()).add(watch)
 
-    def _is_not_live(self, watch: Watch) -> None:
-        among = self._live.get(watch.pattern, set())
-        among.discard(watch)
-        if not among:
+    def _discard_live(self, watch: Watch) -> None:
+        same_pattern = self._live.get(watch.pattern, set())
+        same_pattern.discard(watch)
+        if not same_pattern:
             self._live.pop(watch.pattern, None)
 
-    def resume(self, watches: Sequence[Watch]) -> None:
-        """The peer of these can take more again."""
-        for watch in watches:
-            if watch.phase is not _Phase.LIVE:
-                self._go_on_with(watch)
+    # Watches that are behind.
 
-    # Those who are behind.
-
-    def _go_on_with(self, watch: Watch) -> None:
-        self._behind[watch] = None
-        self._pump_soon()
-
-    def _pump_soon(self) -> None:
-        if not self._pumping:
-            self._pumping = True
-            asyncio.get_running_loop().call_soon(self._pump)
-
-    def _pump(self) -> None:
-        """Send one slice of one watch after another, and let the loop turn in between."""
-        self._pumping = False
-        began = self._clock.now()
-        for _ in range(min(_SLICE, len(self._behind))):
-            watch = next(iter(self._behind))
-            del self._behind[watch]
-            if watch.peer.can_take:
-                data = self._slice(watch)
-                if data:
-                    watch.peer.push(data)
-                if watch.phase is not _Phase.LIVE:
-                    self._behind[watch] = None
-            if self._clock.now() > began + _TURN_S:
-                break
-        self._pulse.took("events", began)
-        if self._behind:
-            self._pump_soon()
+    def _send_slice(self, watch: Watch) -> None:
+        """Send some events. A watch whose peer does not read leaves the queue until `resume`."""
+        if not watch.watcher.can_take:
+            return
+        data = self._slice(watch)
+        if data:
+            watch.watcher.push(data)
+        if watch.is_open and watch.phase is not _Phase.LIVE:
+            self._behind.add(watch)
 
     def _slice(self, watch: Watch) -> bytes:
         if watch.phase is _Phase.SNAPSHOT:
-            return self._more_state(watch)
+            return self._next_page(watch)
         history = self._registry.history
         if not history.knows(watch.cursor):
-            self._begin(watch)
+            self._begin_snapshot(watch)
             return messages.event("reset", self._registry.rev, watch=watch.number)
         lines: list[bytes] = []
         size = 0
@@ -227,20 +218,20 @@ class Watches:
             if size > _SLICE_BYTES:
                 break
         if watch.cursor == self._registry.rev:
-            self._is_live(watch)
+            self._set_live(watch)
             if watch.tail:
                 lines.append(messages.event(watch.tail, watch.cursor, watch=watch.number))
                 watch.tail = ""
         return b"".join(lines)
 
-    def _begin(self, watch: Watch) -> None:
+    def _begin_snapshot(self, watch: Watch) -> None:
         watch.phase = _Phase.SNAPSHOT
         watch.cursor = self._registry.rev
         watch.after = None
         watch.tail = "sync"
 
-    def _more_state(self, watch: Watch) -> bytes:
-        """Send a page of what is there now. What changed since the first page follows from the history."""
+    def _next_page(self, watch: Watch) -> bytes:
+        """Return a page of the current state. Changes since the first page follow from the history."""
         page = self._registry.page(watch.pattern, watch.meta, watch.after, _SLICE)
         fit = messages.fitting(page.entries, _SLICE_BYTES)
         shown = page.entries[:fit]
@@ -253,23 +244,21 @@ class Watches:
     def _up(watch: Watch, entry: Entry) -> bytes:
         return messages.changed(watch.number, Op.UP, entry)
 
-    # Silence.
+    # `progress` events.
 
-    def _progress_later(self) -> None:
-        self._progress = self._clock.call_at(self._clock.now() + self._limits.progress_s, self._tell_progress)
+    def _schedule_progress(self) -> None:
+        due = self._clock.now() + self._limits.progress_s
+        self._progress_timer = self._clock.call_at(due, self._queue_progress)
 
-    def _tell_progress(self) -> None:
-        """Tell all who have seen all that there was no more. The loop turns in between."""
-        self._progress = None
-        live = [watch for among in self._live.values() for watch in among]
-        self._tell_some(live)
+    def _queue_progress(self) -> None:
+        self._progress_timer = None
+        for same_pattern in self._live.values():
+            for watch in same_pattern:
+                self._silent.add(watch)
         if self._count:
-            self._progress_later()
+            self._schedule_progress()
 
-    def _tell_some(self, watches: list[Watch]) -> None:
-        rev = self._registry.rev
-        for watch in watches[:_SLICE]:
-            if watch.open and watch.phase is _Phase.LIVE and watch.peer.can_take:
-                watch.peer.push(messages.event("progress", rev, watch=watch.number))
-        if rest := watches[_SLICE:]:
-            asyncio.get_running_loop().call_soon(self._tell_some, rest)
+    def _send_progress(self, watch: Watch) -> None:
+        """Tell the peer of a live watch up to which revision it has all events."""
+        if watch.phase is _Phase.LIVE and watch.watcher.can_take:
+            watch.watcher.push(messages.event("progress", self._registry.rev, watch=watch.number))

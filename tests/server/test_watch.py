@@ -246,7 +246,7 @@ async def test_what_changes_while_the_state_is_being_sent_follows_it() -> None:
         for entry in entries:
             transaction.register(entry)
         registry.apply(transaction.changes, 0.0)
-        watches.landed(transaction.changes)
+        watches.on_changes(transaction.changes)
 
     def entry(n: int, port: int) -> Entry:
         return Entry(f"n{n:03}", "", "127.0.0.1", port, {}, State.READY, 0, 0.0)

@@ -171,8 +171,8 @@ class Conversation:
         for share in (connections.writers, connections.readers):
             assert not share.watches._behind
             assert len(share.pending_resolves) == 0
-            assert not share.pending_resolves._named
-            assert not share.pending_resolves._probing
+            assert not share.pending_resolves._by_name
+            assert not share.pending_resolves._by_address
             assert not share.pending_resolves.probes._probes
             assert not share.pending_resolves.probes._queue
             for quota in (share.input, share.output):
