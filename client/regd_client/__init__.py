@@ -1,24 +1,24 @@
 """The async client of regd, the service registry: register a service by name, find others by theirs.
 
     async with regd_client.register("runner", 5050):
-        found = await regd_client.resolve("db")
-        reader, writer = await asyncio.open_connection(found.host, found.port)
+        endpoint = await regd_client.resolve("db")
+        reader, writer = await asyncio.open_connection(*endpoint.address)
 
-Standard library only. What needs asyncio is imported when it is first used, so that a command which needs only
-`regd_client.blocking` starts quickly.
+It needs the standard library only. The modules that import asyncio are loaded when a name is first used: a
+command that needs only `regd_client.blocking_connection` starts quickly.
 """
+
+from typing import TYPE_CHECKING
 
 from regd_client.errors import BadArgument, Conflict, Denied, NotFound, RegdError, Timeout, Unavailable
 
-TYPE_CHECKING = False  # as in typing, whose import takes longer than many a command
 if TYPE_CHECKING:
     from regd_client.api import deregister, mirror, register, resolve, resolve_all, watch
     from regd_client.client import Client
-    from regd_client.listening import RegisteredSocket, listen
+    from regd_client.lifespans import RegisteredSocket, lifespan, listen
     from regd_client.mirrors import Mirror
+    from regd_client.models import Endpoint, Event
     from regd_client.registration import Registration
-    from regd_client.service import lifespan
-    from regd_client.watches import Endpoint, Event
 
 __all__ = [
     "BadArgument",
@@ -44,17 +44,35 @@ __all__ = [
     "watch",
 ]
 
+__version__ = "0.1.0"  # the daemon's: they are one distribution
 
-if not TYPE_CHECKING:  # or a checker would take every name for a good one
+# No module is called like one of these names: importing it would put the module in the function's place.
+_MODULES = {
+    "Client": "client",
+    "Endpoint": "models",
+    "Event": "models",
+    "Mirror": "mirrors",
+    "RegisteredSocket": "lifespans",
+    "Registration": "registration",
+    "deregister": "api",
+    "lifespan": "lifespans",
+    "listen": "lifespans",
+    "mirror": "api",
+    "register": "api",
+    "resolve": "api",
+    "resolve_all": "api",
+    "watch": "api",
+}
+
+
+if not TYPE_CHECKING:  # a type checker would take any name for one of the module's
 
     def __getattr__(name: str) -> object:
-        if name in __all__:
-            from regd_client import api, client, listening, mirrors, registration, service, watches
+        if name not in _MODULES:
+            raise AttributeError(f"module 'regd_client' has no attribute {name!r}")
+        from importlib import import_module
 
-            for module in (api, client, registration, watches, mirrors, listening, service):
-                if name in vars(module):
-                    return vars(module)[name]
-        raise AttributeError(f"module 'regd_client' has no attribute {name!r}")
+        return getattr(import_module(f"regd_client.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,16 +1,24 @@
-"""What a caller passes, checked before anything is sent. The daemon has the rules for names, hosts and sizes."""
+"""Checks of a caller's arguments, before anything is sent. The daemon checks names, hosts and sizes."""
 
-from __future__ import annotations
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from regd_client.errors import BadArgument
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Any
+__all__ = [
+    "WAIT_S_MAX",
+    "RegistrationRequest",
+    "check_flag",
+    "check_integer",
+    "check_seconds",
+    "check_service",
+    "check_text",
+    "copy_meta",
+]
 
 WAIT_S_MAX = 3_600.0
-TIMEOUT_S_MAX = 86_400.0
+_TIMEOUT_S_MAX = 86_400.0
 
 
 def _bad(field: str, message: str) -> BadArgument:
@@ -18,62 +26,100 @@ def _bad(field: str, message: str) -> BadArgument:
 
 
 def check_text(field: str, value: object, *, required: bool = False) -> None:
-    """Raise `BadArgument` for what is neither a string nor, where it may be left out, None."""
+    """Raise `BadArgument` unless the value is a string, or None where that is allowed."""
     if not isinstance(value, str) and (required or value is not None):
         raise _bad(field, f"{field} must be a string, not {value!r:.80}")
 
 
-def check_whole(field: str, value: object, *, required: bool = False) -> None:
-    """Raise `BadArgument` for what is no whole number; True is none."""
+def check_integer(field: str, value: object, *, required: bool = False) -> None:
+    """Raise `BadArgument` unless the value is an int (a bool is none), or None where that is allowed."""
     if (isinstance(value, bool) or not isinstance(value, int)) and (required or value is not None):
         raise _bad(field, f"{field} must be a whole number, not {value!r:.80}")
 
 
 def check_flag(field: str, value: object) -> None:
+    """Raise `BadArgument` unless the value is a bool."""
     if not isinstance(value, bool):
         raise _bad(field, f"{field} must be True or False, not {value!r:.80}")
 
 
-def check_seconds(field: str, value: object, most: float = TIMEOUT_S_MAX) -> None:
-    """Raise `BadArgument` for what is neither None nor 0 to `most` seconds; NaN and True are none."""
+def check_seconds(field: str, value: object, seconds_max: float = _TIMEOUT_S_MAX) -> None:
+    """Raise `BadArgument` unless the value is None or a number from 0 to `seconds_max`."""
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
-        raise _bad(field, f"{field} must be 0 to {most:g} seconds, not {value!r:.80}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= seconds_max:
+        raise _bad(field, f"{field} must be 0 to {seconds_max:g} seconds, not {value!r:.80}")
 
 
-def labels(meta: Mapping[str, str] | None) -> dict[str, str] | None:
+def copy_meta(meta: Mapping[str, str] | None) -> dict[str, str] | None:
     """Return a copy of `meta`.
 
     Raises:
-        BadArgument: it is no mapping of strings to strings.
+        BadArgument: `meta` is no mapping of strings to strings.
     """
     if meta is None:
         return None
     try:
-        made: dict[Any, Any] = dict(meta)
+        copied: dict[Any, Any] = dict(meta)
     except (TypeError, ValueError):
         raise _bad("meta", f"meta must be a mapping of strings to strings, not {meta!r:.80}") from None
-    for key, value in made.items():
+    for key, value in copied.items():
         if not isinstance(key, str):
             raise _bad("meta", f"the keys of meta must be strings, not {key!r:.80}")
         if not isinstance(value, str):
             raise _bad("meta", f"{key!r:.80} must be a string, not {value!r:.80}")
-    return made
+    return copied
 
 
 def check_service(name: object, instance: object = None) -> None:
-    """Raise `BadArgument` for a name or an instance that is no string."""
+    """Raise `BadArgument` unless the name is a string, and the instance a string or None."""
     check_text("name", name, required=True)
     check_text("instance", instance)
 
 
-def check_registration(
-    name: object, port: object, host: object, instance: object, state: object = None, pid: object = None
-) -> None:
-    """Raise `BadArgument` for an argument of `register` that is of the wrong type."""
-    check_service(name, instance)
-    check_whole("port", port, required=True)
-    check_text("host", host)
-    check_text("state", state)
-    check_whole("pid", pid)
+@dataclass(frozen=True, slots=True)
+class RegistrationRequest:
+    """What a caller wants to be registered: the arguments of `register`, checked.
+
+    `port` is None for a service whose server has not opened its port yet. `pid` is the process that the
+    registration lasts as long as, None for this process. `timeout_s` bounds the call.
+    """
+
+    name: str
+    port: int | None
+    host: str | None = None
+    instance: str | None = None
+    meta: Mapping[str, str] | None = None
+    state: Literal["starting", "ready", "draining"] | None = None
+    static: bool = False
+    force: bool = False
+    pid: int | None = None
+    timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        check_service(self.name, self.instance)
+        check_integer("port", self.port)
+        check_text("host", self.host)
+        check_text("state", self.state)
+        check_integer("pid", self.pid)
+        object.__setattr__(self, "meta", copy_meta(self.meta))
+        check_flag("static", self.static)
+        check_flag("force", self.force)
+        check_seconds("timeout", self.timeout_s)
+        if self.static and self.pid is not None:
+            raise BadArgument(
+                "a static registration outlives every process: leave out `pid`", details={"field": "pid"}
+            )
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The arguments of the protocol's `register` that do not depend on the connection."""
+        return {
+            "name": self.name,
+            "port": self.port,
+            "host": self.host,
+            "instance": self.instance,
+            "meta": self.meta,
+            "state": self.state,
+            "force": self.force or None,
+        }

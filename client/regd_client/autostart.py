@@ -16,22 +16,21 @@ import shutil
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, TypeVar
 
-from regd_client import wire
+from regd_client import protocol
 from regd_client.errors import RegdError, Unavailable
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Callable
-    from typing import TypeVar
 
-    T = TypeVar("T")
+T = TypeVar("T")
 
 IDLE_EXIT_S = 300  # long enough for who stops and starts all services by hand; then nothing is lost with it
 NOT_STARTED = "not_started"  # the code of an error: it was tried
-_DEFAULT_PORT = wire.parse_address(wire.DEFAULT_ADDRESS).port
+_DEFAULT_PORT = protocol.parse_address(protocol.DEFAULT_ADDRESS).port
 _PAUSE_S = (0.02, 0.05)  # between two looks: of who starts it, and of the others
 _STARTS_MAX = 3  # of daemons that listened and were not found
 _REST_S = 5.0  # after a failure; until then it is told again
@@ -53,7 +52,7 @@ def is_gone(error: OSError) -> bool:
     return error.errno in _GONE or error.errno is None  # None: it ended before the answer, or several in one
 
 
-def until_open(address: wire.Address, timeout_s: float, connect: Callable[[], T]) -> T:
+def until_open(address: protocol.Address, timeout_s: float, connect: Callable[[], T]) -> T:
     """Start a daemon and return what `connect` does once it can.
 
     Raises:
@@ -66,7 +65,7 @@ def until_open(address: wire.Address, timeout_s: float, connect: Callable[[], T]
         while True:
             pause_s = start.step()
             if time.monotonic() + pause_s >= until:
-                raise wire.unavailable(address, start.why)
+                raise protocol.unavailable(address, start.why)
             time.sleep(pause_s)
             try:
                 return connect()
@@ -80,7 +79,7 @@ def until_open(address: wire.Address, timeout_s: float, connect: Callable[[], T]
 class Autostart:
     """One caller's part in it. `why` tells how far it is, for the error of who cannot wait any longer."""
 
-    def __init__(self, address: wire.Address) -> None:
+    def __init__(self, address: protocol.Address) -> None:
         self._address = address
         self._registry = self._log = ""
         self._base: list[str] = []  # the command, without its flags
@@ -228,7 +227,7 @@ def _home() -> str:
         return ""
 
 
-def _registry(address: wire.Address) -> str:
+def _registry(address: protocol.Address) -> str:
     """Return the registry's file: that of a plain `regd`, and one for each other port or path."""
     if address.path:
         return f"registry-unix-{zlib.crc32(os.fsencode(address.path)):08x}.json"

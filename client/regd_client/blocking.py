@@ -1,159 +1,270 @@
-"""The registry for programs without an event loop: the verbs as api that block, over the async client.
+"""The registry for programs without an event loop: the client's verbs as functions that block.
 
     with regd_client.blocking.register("shop", 8000):
-        found = regd_client.blocking.resolve("db", wait=10)
+        endpoint = regd_client.blocking.resolve("db", wait=10)
 
-`Client(address)` has every verb of the async client, `watch` and `mirror` too, on one connection.
+The async client does the work, in a thread of its own. `Client(address)` has all its verbs on one connection.
+`BlockingConnection` sends one request after another, and needs no thread.
 
-Beside them `BlockingConnection`, which asks one thing after the other: `regctl` is built on it. Until a verb is
-called, this imports no asyncio, and of socket only what is written in C, so that a command starts quickly.
+asyncio is imported by the first call, not by this module: commands start quickly, and a server that only calls
+`register_process` stays without it.
 """
 
 from __future__ import annotations
 
-from _socket import AF_UNIX, SOCK_STREAM, getaddrinfo, socket
-from time import monotonic  # bound here: what a test patches into the module `time` does not stop the clock
+import atexit
+import contextlib
+import os
+import threading
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from regd_client import wire
+from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import Unavailable
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from types import TracebackType
-    from typing import Any, Self
+    import concurrent.futures
 
-    from regd_client.thread import BlockingRegistration, BlockingSocket
-    from regd_client.thread import Client as Client
-    from regd_client.watches import Endpoint
+    from regd_client import client, lifespans, mirrors, registration
+    from regd_client.arguments import RegistrationRequest
+    from regd_client.models import Endpoint, Event, Hello, Instance, State, Stats, Why
 
-_EVENTS_MAX = 10_000  # before one reply
+__all__ = [
+    "BlockingConnection",
+    "BlockingMirror",
+    "BlockingRegistration",
+    "BlockingSocket",
+    "BlockingWatch",
+    "Client",
+    "deregister",
+    "listen",
+    "register",
+    "register_process",
+    "resolve",
+    "resolve_all",
+]
+
+T = TypeVar("T")
+
+_JOIN_S = 1.0
 
 
-class BlockingConnection:
-    """Ask one thing after the other.
+# The thread.
 
-    `timeout_s` bounds every wait, the connecting one too; there are no second tries. With `starts` a daemon may
-    be started where none is, if REGD_AUTOSTART says so; not for who only looks on.
+
+class LoopThread:
+    """A thread with an event loop, which runs until the process ends."""
+
+    def __init__(self) -> None:
+        import asyncio
+
+        self.pid = os.getpid()
+        self.ended = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="regd-client", daemon=True)
+        self._lock = threading.Lock()
+        try:
+            self._thread.start()
+        except RuntimeError:  # "can't create new thread at interpreter shutdown"
+            self._loop.close()
+            raise _ended() from None
+        atexit.register(self._end)
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the thread, and return its result. An exception here (Ctrl-C) cancels it.
+
+        Raises:
+            Unavailable: the process is ending, and the thread has ended.
+        """
+        future = self.begin(work)
+        import concurrent.futures
+
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            if self.ended:
+                raise _ended() from None
+            raise
+        finally:
+            future.cancel()
+
+    def begin(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Run a coroutine in the thread, without waiting for it.
+
+        Raises:
+            Unavailable: the process is ending, and the thread has ended.
+        """
+        with self._lock:
+            if self.ended:  # perhaps in a `__del__` so late that nothing can be imported
+                work.close()
+                raise _ended()
+            import asyncio
+
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _end(self) -> None:
+        """Cancel what runs at the end of the process, with which the registrations end."""
+        if self.pid != os.getpid():
+            return
+        with self._lock:
+            self.ended = True
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_JOIN_S)
+        if not self._thread.is_alive():
+            self._loop.run_until_complete(_cancel_all())
+            self._loop.close()
+
+
+def _ended() -> Unavailable:
+    return Unavailable("this process is ending: regd_client.blocking can be used no more")
+
+
+async def _cancel_all() -> None:
+    import asyncio
+
+    from regd_client.connection import abort_all
+
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await abort_all("the program ended")
+
+
+_threads: list[
+    LoopThread
+] = []  # the last is this process's; the others belong to the processes it was forked from
+_starting = threading.Lock()
+
+
+def client_thread() -> LoopThread:
+    """Return this process's thread. A forked child starts one of its own.
+
+    Raises:
+        Unavailable: the process is ending, and no thread can be started.
+    """
+    try:
+        from regd_client import api, lifespans  # noqa: F401 - here, where a failure can be told apart
+    except ImportError:
+        raise _ended() from None
+    with _starting:
+        if not _threads or _threads[-1].pid != os.getpid():
+            _threads.append(LoopThread())
+        return _threads[-1]
+
+
+def _replace_lock() -> None:
+    global _starting
+    _starting = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_replace_lock)
+
+
+# What the verbs return.
+
+
+class BlockingRegistration:
+    """A registration, from `register`. Leaving the `with` deregisters it, unless it is static."""
+
+    def __init__(self, registration: registration.Registration, thread: LoopThread) -> None:
+        self._registration = registration
+        self._thread = thread
+
+    def __repr__(self) -> str:
+        return f"<Blocking{repr(self._registration).removeprefix('<').removeprefix('Standalone')}"
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where the service is registered."""
+        return self._registration.endpoint
+
+    @property
+    def lost(self) -> bool:
+        """Whether another process or client took the name."""
+        return self._registration.lost.is_set()
+
+    @property
+    def lost_reason(self) -> str:
+        """How the name was taken, "" before that."""
+        return self._registration.lost_reason
+
+    def update(
+        self,
+        meta: Mapping[str, str] | None = None,
+        *,
+        state: State | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Replace the labels, set the state, or both. After a break, wait until the registration is restored.
+
+            registration.update({"zone": "b"}, state="ready")
+
+        Args:
+            meta: the new labels, which replace all previous ones; None leaves them as they are.
+            state: `starting`, `ready` or `draining`; None leaves it as it is.
+            timeout: seconds for the whole call; by default 5 s to wait for a daemon.
+
+        Raises:
+            NotFound: the registration has ended, or the name was taken.
+            Unavailable: no daemon answers in time.
+            Timeout: the daemon did not reply within `timeout`.
+            BadArgument: an argument has a wrong type or value.
+        """
+        self._thread.call(self._registration.update(meta, state=state, timeout=timeout))
+
+    def deregister(self, *, timeout: float | None = None) -> None:
+        """End the registration: set it `draining`, and then remove it. Idempotent.
+
+        In a forked child, and at the end of the process, with which the registration ends, the call does nothing.
+
+        Args:
+            timeout: seconds to wait for the daemon's confirmation; by default 2 s, and 0.2 s without a daemon.
+
+        Raises:
+            Unavailable: no daemon answers, for a static registration.
+            RegdError: the daemon refuses.
+        """
+        if self._thread.pid == os.getpid() and not self._thread.ended:
+            self._thread.call(self._registration.deregister(timeout=timeout))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._registration._request.static:
+            self.deregister()
+
+
+class BlockingSocket:
+    """A registered listening socket, from `listen`. Leaving the `with` withdraws the name and closes the socket.
+
+    Attributes:
+        socket: the socket, in blocking mode.
+        endpoint: where it is registered.
+        port: the port that it listens on.
     """
 
-    def __init__(self, address: str | None = None, timeout_s: float = 5.0, *, starts: bool = True) -> None:
-        self.address = wire.find_address(address)
-        self._rest = b""
-        self._events: list[dict[str, Any]] = []  # those that came before a reply
-        self._timeout_s = timeout_s
-        try:
-            self._open(starts and wire.autostarts(self.address))
-        except Unavailable:
-            raise
-        except OSError as error:
-            raise wire.unavailable(self.address, error.strerror or str(error)) from error
+    def __init__(self, registered: lifespans.RegisteredSocket, thread: LoopThread) -> None:
+        self._registered = registered
+        self._thread = thread
+        registered.socket.setblocking(True)
+        self.socket = registered.socket
+        self.endpoint = registered.endpoint
+        self.port = registered.port
 
-    def _open(self, starts: bool) -> None:
-        if not starts:
-            self._socket = self._connect(self._timeout_s)
-            return
-        try:
-            self._meet()
-        except OSError as error:
-            from regd_client import autostart
-
-            if not autostart.is_gone(error):
-                raise
-            autostart.until_open(self.address, self._timeout_s, self._meet)
-
-    def _meet(self) -> None:
-        """Connect, and see that the daemon is there: one that ends for want of work takes nobody any more."""
-        self._socket = self._connect(self._timeout_s)
-        try:
-            self._socket.sendall(wire.request("ping", None, {}))
-            reply = wire.checked("ping", {}, wire.reply(self._line(monotonic() + self._timeout_s)))
-            if not reply["ok"]:
-                raise wire.refused(self.address, reply)
-        except BaseException:
-            self._socket.close()
-            raise
-
-    def _connect(self, timeout_s: float) -> socket:
-        if self.address.path:
-            return _connected(AF_UNIX, self.address.path, timeout_s)
-        host, trouble = self.address.host, OSError("no address")
-        # As bytes where it is ASCII: else it is encoded by a codec whose import takes longer than all the rest.
-        for family, *_, where in getaddrinfo(
-            host.encode() if host.isascii() else host, self.address.port, type=SOCK_STREAM
-        ):
-            try:
-                return _connected(family, where, timeout_s)
-            except OSError as error:
-                trouble = error
-        raise trouble
-
-    def ask(self, cmd: str, **arguments: Any) -> dict[str, Any]:
-        """Send a request and return the daemon's reply, whether it is `ok` or not. Every value in it is checked.
-
-        Raises:
-            Unavailable: the connection broke, the answer took too long, or it is not from a regd.
-            BadArgument: the request cannot be sent.
-        """
-        line = wire.request(cmd, None, arguments)
-        wait = arguments.get("wait")
-        timeout_s = self._timeout_s + (0.0 if wait is None else wait)
-        until = monotonic() + timeout_s
-        try:
-            self._socket.settimeout(timeout_s)
-            self._socket.sendall(line)
-            while "event" in (fields := wire.reply(self._line(until))):
-                self._events.append(fields)
-                if len(self._events) > _EVENTS_MAX:
-                    raise wire.not_a_reply(f"to {cmd}: events, and no reply")
-        except OSError as error:
-            if isinstance(error, Unavailable):
-                raise
-            raise wire.unavailable(self.address, error.strerror or str(error)) from error
-        return wire.checked(cmd, arguments, fields)
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        """Yield what comes without being asked for, for ever. Behind a `watch`. A refusal ends it.
-
-        Raises:
-            Unavailable: the connection broke, or what came is not from a regd.
-        """
-        while self._events:
-            yield self._events.pop(0)
-        try:
-            self._socket.settimeout(None)
-            while True:
-                fields = wire.reply(self._line())
-                if fields.get("ok"):
-                    raise wire.not_a_reply("a reply to nothing")
-                yield fields
-        except OSError as error:
-            if isinstance(error, Unavailable):
-                raise
-            raise wire.unavailable(self.address, error.strerror or str(error)) from error
-
-    def _line(self, until: float | None = None) -> bytes:
-        """Return the next line. `until` (by `time.monotonic`) bounds it, else the socket's timeout each piece."""
-        parts = [self._rest]
-        size = 0
-        while b"\n" not in parts[-1]:
-            if until is not None:
-                left_s = until - monotonic()
-                if left_s <= 0:
-                    raise TimeoutError("timed out")
-                self._socket.settimeout(left_s)
-            part = self._socket.recv(65_536)
-            size += len(part)
-            if not part:
-                raise ConnectionResetError("the connection ended before the answer")
-            if size > wire.REPLY_BYTES_MAX:
-                raise wire.not_a_reply("a line without an end")
-            parts.append(part)
-        line, _, self._rest = b"".join(parts).partition(b"\n")
-        return line
+    def __repr__(self) -> str:
+        return repr(self._registered).replace("RegisteredSocket", "BlockingSocket")
 
     def close(self) -> None:
-        self._socket.close()
+        """Withdraw the name, and 0.1 s later close the socket. Idempotent."""
+        if self._thread.ended:
+            self.socket.close()
+        else:
+            self._thread.call(self._registered.close())
 
     def __enter__(self) -> Self:
         return self
@@ -164,28 +275,492 @@ class BlockingConnection:
         self.close()
 
 
-def _connected(family: int, where: Any, timeout_s: float) -> socket:
-    made = socket(family, SOCK_STREAM)
-    try:
-        made.settimeout(timeout_s)
-        made.connect(where)
-    except BaseException:
-        made.close()
-        raise
-    return made
+class BlockingWatch:
+    """An iterator of events, from `Client.watch`. Leaving the `with` ends the watch."""
+
+    def __init__(self, events: AsyncGenerator[Event, None], pattern: str, thread: LoopThread) -> None:
+        self._events = events
+        self._pattern = pattern
+        self._thread = thread
+
+    def __repr__(self) -> str:
+        return f"<BlockingWatch {self._pattern!r}>"
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Event:
+        event = self._thread.call(self._next())
+        if event is None:
+            raise StopIteration
+        return event
+
+    async def _next(self) -> Event | None:
+        return await anext(self._events, None)
+
+    def close(self) -> None:
+        """End the watch. Idempotent."""
+        if not self._thread.ended and self._thread.pid == os.getpid():
+            self._thread.call(self._events.aclose())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
-def _modules() -> tuple[Any, Any]:
-    """Return the modules that import asyncio, loaded when a verb is called first.
+class BlockingMirror:
+    """A local picture of the services whose name fits a pattern, from `Client.mirror`. Any thread may use it.
+
+    `resolve` takes turns among the ready instances of a name. Iterating yields the endpoints of all ready
+    instances, in order of name and instance.
+    """
+
+    def __init__(self, mirror: mirrors.Mirror, thread: LoopThread) -> None:
+        self._mirror = mirror
+        self._thread = thread
+
+    def __repr__(self) -> str:
+        return f"<Blocking{repr(self._mirror).removeprefix('<')}"
+
+    @property
+    def live(self) -> bool:
+        """Whether the picture is true now."""
+        return self._mirror.live
+
+    @property
+    def stale_s(self) -> float:
+        """Seconds since the daemon went away; 0.0 while it is there."""
+        return self._mirror.stale_s
+
+    @property
+    def changes(self) -> int:
+        """The number of changes of the picture so far, for `changed`."""
+        return self._mirror.changes
+
+    def changed(self, since: int | None = None, *, timeout: float | None = None) -> int:
+        """Wait for a change of the picture: a ready instance that came, went, or has another address or meta.
+
+            while True:
+                seen = mirror.changes
+                write_configuration(list(mirror))
+                mirror.changed(seen)
+
+        Args:
+            since: a value of `changes`; if the picture has changed after that, the call returns at once. By
+                default the next change counts.
+            timeout: seconds to wait; None for ever.
+
+        Returns:
+            `changes` as it is now.
+
+        Raises:
+            Timeout: the picture did not change in time.
+            Unavailable: the mirror has ended, since its `with` has, or the client was closed.
+        """
+        return self._thread.call(self._mirror.changed(since, timeout=timeout))
+
+    def __iter__(self) -> Iterator[Endpoint]:
+        async def endpoints() -> Iterator[Endpoint]:
+            return iter(self._mirror)
+
+        return self._thread.call(endpoints())
+
+    def resolve(self, name: str, *, meta: Mapping[str, str] | None = None) -> Endpoint:
+        """Return a ready instance, taking turns.
+
+            endpoint = mirror.resolve("worker", meta={"zone": "a"})
+
+        Args:
+            name: the service's name.
+            meta: labels that the instance must carry, all of them.
+
+        Raises:
+            NotFound: no ready instance has the name and the labels.
+            Unavailable: the picture is older than `stale_s_max`.
+        """
+
+        async def resolve() -> Endpoint:
+            return self._mirror.resolve(name, meta=meta)
+
+        return self._thread.call(resolve())
+
+    def resolve_all(self, name: str, *, meta: Mapping[str, str] | None = None) -> list[Endpoint]:
+        """Return all ready instances in order of instance; [] if there are none.
+
+            for endpoint in mirror.resolve_all("worker"):
+                print(endpoint)
+
+        Args:
+            name: the service's name.
+            meta: labels that the instances must carry, all of them.
+
+        Raises:
+            Unavailable: the picture is older than `stale_s_max`.
+        """
+
+        async def resolve_all() -> list[Endpoint]:
+            return self._mirror.resolve_all(name, meta=meta)
+
+        return self._thread.call(resolve_all())
+
+
+# The client.
+
+
+class Client:
+    """A client of the registry at one address: the verbs of `regd_client.Client`, each of which blocks.
+
+        with regd_client.blocking.Client("unix:///run/regd.sock") as client:
+            endpoint = client.resolve("db", wait=10)
+
+    Any thread may use it. The first call opens the connection, in the client's own thread. A forked child opens
+    one of its own.
+
+    Args:
+        address: `tcp://HOST:PORT`, `HOST:PORT` or `unix:///path`; by default $REGD_ADDRESS, which is read for
+            each new connection, else `tcp://127.0.0.1:7343`.
+        connect_timeout_s: seconds for which every call tries to connect. By default the calls fail at once if
+            nobody listens, and `register` tries for 5 s.
 
     Raises:
-        Unavailable: the process is ending, and nothing can be loaded.
+        BadArgument: an argument has a wrong type or value.
+        Unavailable: the process is ending.
     """
-    try:
-        from regd_client import api, thread
-    except ImportError:
-        raise Unavailable("this process is ending: regd_client.blocking can be used no more") from None
-    return api, thread
+
+    def __init__(self, address: str | None = None, *, connect_timeout_s: float | None = None) -> None:
+        self._thread = client_thread()
+        from regd_client import client
+
+        self._client = client.Client(address, connect_timeout_s=connect_timeout_s)
+
+    def __repr__(self) -> str:
+        return f"<blocking.{repr(self._client).removeprefix('<')}"
+
+    @property
+    def _own(self) -> tuple[LoopThread, client.Client]:
+        if self._thread.pid != os.getpid():
+            self._thread = client_thread()
+        return self._thread, self._client
+
+    def close(self) -> None:
+        """Close the connection, which ends registrations and watches. The next call opens another. Idempotent."""
+        if self._thread.pid == os.getpid() and not self._thread.ended:
+            self._thread.call(self._client.close())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def ping(self, *, timeout: float | None = None) -> None:
+        """Ask the daemon for a sign of life.
+
+            client.ping(timeout=1)
+
+        Args:
+            timeout: seconds for the whole call.
+
+        Raises:
+            Unavailable: no daemon answers.
+            Timeout: the daemon did not reply within `timeout`.
+        """
+        thread, client = self._own
+        thread.call(client.ping(timeout=timeout))
+
+    def hello(self, *, timeout: float | None = None) -> Hello:
+        """Return which daemon answers.
+
+            print(client.hello()["version"])
+
+        Args:
+            timeout: seconds for the whole call.
+
+        Returns:
+            A dictionary with `server`, `version`, `protocol`, `epoch`, `rev`, `features`, `limits`, `host` and
+            `loop`.
+
+        Raises:
+            Unavailable: no daemon answers.
+            Timeout: the daemon did not reply within `timeout`.
+        """
+        thread, client = self._own
+        return thread.call(client.hello(timeout=timeout))
+
+    def stats(self, *, timeout: float | None = None) -> Stats:
+        """Return the daemon's counters, gauges and limits.
+
+            print(client.stats()["registrations"])
+
+        Args:
+            timeout: seconds for the whole call.
+
+        Returns:
+            A dictionary, whose fields PROTOCOL.md describes.
+
+        Raises:
+            Unavailable: no daemon answers.
+            Timeout: the daemon did not reply within `timeout`.
+        """
+        thread, client = self._own
+        return thread.call(client.stats(timeout=timeout))
+
+    def why(self, name: str, instance: str | None = None, *, timeout: float | None = None) -> Why:
+        """Return what the daemon knows about a name: who holds it, and why instances have gone.
+
+            print(client.why("db")["departures"])
+
+        Args:
+            name: the service's name.
+            instance: only this instance.
+            timeout: seconds for the whole call.
+
+        Returns:
+            A dictionary with `name`, `instances` (each with its owners and the last probe) and `departures`
+            (each with its reason).
+
+        Raises:
+            NotFound: the daemon knows nothing about the name.
+            Unavailable: no daemon answers.
+            Timeout: the daemon did not reply within `timeout`.
+            BadArgument: an argument has a wrong type or value.
+        """
+        thread, client = self._own
+        return thread.call(client.why(name, instance, timeout=timeout))
+
+    def register(
+        self,
+        name: str,
+        port: int,
+        *,
+        host: str | None = None,
+        instance: str | None = None,
+        meta: Mapping[str, str] | None = None,
+        state: State | None = None,
+        static: bool = False,
+        force: bool = False,
+        pid: int | None = None,
+        timeout: float | None = None,
+    ) -> BlockingRegistration:
+        """Register a service. Use the result with `with`, or call its `deregister`.
+
+            with client.register("runner", 5050):
+                serve()
+
+        The registration lasts as long as this connection and this process, and is restored after a break.
+
+        Args:
+            name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
+            port: 1 to 65535. It should be open already: `listen` sees to that.
+            host: the address at which others reach the service; by default 127.0.0.1.
+            instance: a name for this instance, if the service has several.
+            meta: labels, by which `resolve` can select.
+            state: `starting` for a service that is not ready yet, `draining` for one that ends; by default
+                `ready`.
+            static: the registration outlives the connection and the process, until somebody deregisters it.
+            force: take the name from a living owner.
+            pid: bind the registration to that process instead of this one. If the daemon does not see the same
+                processes, it lasts as long as this connection.
+            timeout: seconds for the whole call; by default 5 s to wait for a daemon.
+
+        Raises:
+            Conflict: another owner has the name, and lives; `details["owner"]` describes it.
+            Denied: this user may not register.
+            Unavailable: no daemon answers.
+            Timeout: the daemon did not reply within `timeout`.
+            BadArgument: an argument has a wrong type or value.
+        """
+        thread, client = self._own
+        request = _request(name, port, host, instance, meta, state, static, force, pid, timeout)
+        return _register(thread, request, client)
+
+    def deregister(self, name: str, instance: str | None = None, *, timeout: float | None = None) -> None:
+        """End a registration, whoever made it.
+
+            client.deregister("worker", "1")
+
+        Args:
+            name: the service's name.
+            instance: the instance's name; by default the instance without a name.
+            timeout: seconds for the whole call.
+
+        Raises:
+            NotFound: there is no such registration.
+            Denied: this user may not deregister.
+            Unavailable: no daemon answers.
+            Timeout: the daemon did not reply within `timeout`.
+            BadArgument: an argument has a wrong type or value.
+        """
+        thread, client = self._own
+        thread.call(client.deregister(name, instance, timeout=timeout))
+
+    def update(
+        self,
+        name: str,
+        meta: Mapping[str, str] | None = None,
+        *,
+        state: State | None = None,
+        instance: str | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Replace the labels of a registration, set its state, or both, whoever made it.
+
+            client.update("worker", state="draining", instance="1")
+
+        Args:
+            name: the service's name.
+            meta: the new labels, which replace all previous ones; None leaves them as they are.
+            state: `starting`, `ready` or `draining`; None leaves it as it is.
+            instance: the instance's name; by default the instance without a name.
+            timeout: seconds for the whole call.
+
+        Raises:
+            NotFound: there is no such registration.
+            Denied: this user may not change it.
+            Unavailable: no daemon answers.
+            Timeout: the daemon did not reply within `timeout`.
+            BadArgument: an argument has a wrong type or value.
+        """
+        thread, client = self._own
+        thread.call(client.update(name, meta, state=state, instance=instance, timeout=timeout))
+
+    def resolve(
+        self,
+        name: str,
+        *,
+        instance: str | None = None,
+        meta: Mapping[str, str] | None = None,
+        wait: float | None = None,
+        timeout: float | None = None,
+    ) -> Endpoint:
+        """Return where a ready instance listens, taking turns among those that match.
+
+            endpoint = client.resolve("db", wait=10)
+            sock = socket.create_connection(endpoint.address)
+
+        Args:
+            name: the service's name.
+            instance: only this instance.
+            meta: labels that the instance must carry, all of them.
+            wait: seconds (at most 3600) to wait for an instance that accepts a connection, and for the daemon,
+                whatever breaks meanwhile.
+            timeout: seconds for the whole call.
+
+        Raises:
+            NotFound: no ready instance matches; `details["near"]` may have similar names.
+            Timeout: no instance accepted a connection within `wait`; the message says why.
+            Unavailable: no daemon answers.
+            BadArgument: an argument has a wrong type or value.
+        """
+        thread, client = self._own
+        return thread.call(client.resolve(name, instance=instance, meta=meta, wait=wait, timeout=timeout))
+
+    def resolve_all(
+        self, name: str, *, meta: Mapping[str, str] | None = None, timeout: float | None = None
+    ) -> list[Endpoint]:
+        """Return where all ready instances listen, in order of instance; [] if there are none.
+
+            for endpoint in client.resolve_all("worker"):
+                print(endpoint)
+
+        Args:
+            name: the service's name.
+            meta: labels that the instances must carry, all of them.
+            timeout: seconds for the whole call.
+
+        Raises:
+            Unavailable: no daemon answers.
+            Timeout: the daemon did not reply within `timeout`.
+            BadArgument: an argument has a wrong type or value.
+        """
+        thread, client = self._own
+        return thread.call(client.resolve_all(name, meta=meta, timeout=timeout))
+
+    def instances(
+        self, pattern: str = "*", *, meta: Mapping[str, str] | None = None, timeout: float | None = None
+    ) -> list[Instance]:
+        """Return all registrations, in any state, in order of name and instance.
+
+            for instance in client.instances("worker*"):
+                print(instance["name"], instance["state"])
+
+        Args:
+            pattern: a name, or the beginning of one followed by `*`.
+            meta: labels that the instances must carry, all of them.
+            timeout: seconds for the whole call.
+
+        Raises:
+            Unavailable: no daemon answers.
+            Timeout: the daemon did not reply within `timeout`.
+            BadArgument: an argument has a wrong type or value.
+        """
+        thread, client = self._own
+        return thread.call(client.instances(pattern, meta=meta, timeout=timeout))
+
+    def watch(
+        self, pattern: str = "*", *, meta: Mapping[str, str] | None = None, timeout: float | None = None
+    ) -> BlockingWatch:
+        """Iterate over an `up` event for each existing instance, then `sync`, and then every change.
+
+            with client.watch("worker*") as events:
+                for event in events:
+                    print(event.kind, event.endpoint)
+
+        Args:
+            pattern: a name, or the beginning of one followed by `*`.
+            meta: labels that the instances must carry, all of them.
+            timeout: seconds until the daemon has accepted the watch.
+
+        Raises:
+            Unavailable: no daemon answers at the beginning (from the first event's call).
+            Timeout: the daemon did not accept the watch within `timeout`.
+            BadArgument: an argument has a wrong type or value.
+        """
+        thread, client = self._own
+        return BlockingWatch(client.watch(pattern, meta=meta, timeout=timeout), pattern, thread)
+
+    @contextlib.contextmanager
+    def mirror(
+        self,
+        pattern: str = "*",
+        *,
+        meta: Mapping[str, str] | None = None,
+        stale_s_max: float | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[BlockingMirror]:
+        """Keep a local picture of services, from which names are resolved without a round trip.
+
+            with client.mirror("worker*") as mirror:
+                endpoint = mirror.resolve("worker")
+
+        Args:
+            pattern: a name, or the beginning of one followed by `*`.
+            meta: labels that the instances must carry, all of them.
+            stale_s_max: seconds for which the daemon may be away before `resolve` raises `Unavailable`; by
+                default the last picture is used for ever.
+            timeout: seconds until the first picture is complete; by default 15 s.
+
+        Raises:
+            Unavailable: no daemon answers, or the first picture was not complete in time.
+            BadArgument: an argument has a wrong type or value.
+        """
+        thread, client = self._own
+        context = client.mirror(pattern, meta=meta, stale_s_max=stale_s_max, timeout=timeout)
+        mirror = thread.call(context.__aenter__())
+        try:
+            yield BlockingMirror(mirror, thread)
+        finally:
+            if not thread.ended:
+                thread.call(context.__aexit__(None, None, None))
+
+
+# The verbs as functions.
 
 
 def register(
@@ -195,32 +770,61 @@ def register(
     host: str | None = None,
     instance: str | None = None,
     meta: Mapping[str, str] | None = None,
-    state: str | None = None,
+    state: State | None = None,
     static: bool = False,
     force: bool = False,
     pid: int | None = None,
     timeout: float | None = None,
 ) -> BlockingRegistration:
-    """Register a service, as `regd_client.register` does; use it with `with`, or call its `deregister`."""
-    api, thread = _modules()
+    """Register a service. Use the result with `with`, or call its `deregister`.
 
-    async def registered() -> Any:
-        return await api.register(
-            name,
-            port,
-            host=host,
-            instance=instance,
-            meta=meta,
-            state=state,
-            static=static,
-            force=force,
-            pid=pid,
-            timeout=timeout,
-        )
+        with regd_client.blocking.register("runner", 5050):
+            serve()
 
-    own = thread.client_thread()
-    made: BlockingRegistration = thread.BlockingRegistration(own.call(registered()), own)
-    return made
+    The registration lasts as long as this process, and is restored after a break by the client's own thread.
+
+    Args:
+        name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
+        port: 1 to 65535. It should be open already: `listen` sees to that.
+        host: the address at which others reach the service; by default 127.0.0.1.
+        instance: a name for this instance, if the service has several.
+        meta: labels, by which `resolve` can select.
+        state: `starting` for a service that is not ready yet, `draining` for one that ends; by default `ready`.
+        static: the registration outlives the process, until somebody deregisters it.
+        force: take the name from a living owner.
+        pid: bind the registration to that process instead of this one. If the daemon does not see the same
+            processes, it lasts as long as the connection.
+        timeout: seconds for the whole call; by default 5 s to wait for a daemon.
+
+    Raises:
+        Conflict: another owner has the name, and lives; `details["owner"]` describes it.
+        Denied: this user may not register.
+        Unavailable: no daemon answers, or the process is ending.
+        Timeout: the daemon did not reply within `timeout`.
+        BadArgument: an argument has a wrong type or value.
+    """
+    thread = client_thread()
+    request = _request(name, port, host, instance, meta, state, static, force, pid, timeout)
+    return _register(thread, request)
+
+
+def _request(name: str, port: int, *rest: Any) -> RegistrationRequest:
+    from regd_client.arguments import RegistrationRequest, check_integer
+
+    check_integer("port", port, required=True)
+    return RegistrationRequest(name, port, *rest)
+
+
+def _register(
+    thread: LoopThread, request: RegistrationRequest, own: client.Client | None = None
+) -> BlockingRegistration:
+    """Register with this client, or with one of the registration's own."""
+    from regd_client import client, registration
+
+    async def registered() -> registration.Registration:
+        return await registration.RegistrationContext(own or client.Client(), request, standalone=own is None)
+
+    return BlockingRegistration(thread.call(registered()), thread)
 
 
 def register_process(
@@ -237,20 +841,27 @@ def register_process(
         def when_ready(server):  # in gunicorn.conf.py
             blocking.register_process("shop", server.LISTENERS[0].getsockname()[1])
 
-    Call it in the main thread of the process that owns the port, when that handles signals already: before the
-    handlers of SIGTERM and SIGINT are called, the name is withdrawn and `drain_s` seconds pass. No thread stays
-    behind, and no connection where the daemon can see this process, so workers may be forked from it. While no
-    daemon answers or another owner has the name, registering is tried again every second (by SIGALRM).
+    Call it in the main thread of the process that owns the port, after that process has set its signal handlers.
+    Before its handlers of SIGTERM and SIGINT are called, the name is withdrawn and `drain_s` passes. No thread
+    stays behind, and no connection if the daemon can see this process, so workers may be forked from it. While
+    no daemon answers or another owner has the name, registering is tried again every second (by SIGALRM).
+
+    Args:
+        name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
+        port: 1 to 65535.
+        host: the address at which others reach the service; by default 127.0.0.1.
+        instance: a name for this instance, if the service has several.
+        meta: labels, by which `resolve` can select.
+        drain_s: seconds between withdrawing the name and the program's signal handler.
 
     Raises:
-        BadArgument: the daemon does not take the arguments.
-        RegdError: it cannot be registered now, and not be tried again: SIGALRM is in use, or this is not the main
+        BadArgument: an argument has a wrong type, or the daemon refuses it.
+        RegdError: registering failed and cannot be tried again: SIGALRM is in use, or this is not the main
             thread.
     """
-    from regd_client.ending import ProcessName
+    from regd_client.process_registration import ProcessRegistration
 
-    given = {"host": host, "instance": instance, "meta": None if meta is None else dict(meta)}
-    ProcessName(name, port, given, drain_s).register()
+    ProcessRegistration(_request(name, port, host, instance, meta), drain_s).register()
 
 
 def listen(
@@ -262,22 +873,57 @@ def listen(
     meta: Mapping[str, str] | None = None,
     timeout: float | None = None,
 ) -> BlockingSocket:
-    """Listen on a free port, or on `port`, and register it, as `regd_client.listen` does."""
-    _, thread = _modules()
+    """Open a listening socket and register it. No other process can take the port in between.
 
-    async def listened() -> Any:
-        return await thread.listening.listen(name, port, host=host, instance=instance, meta=meta, timeout=timeout)
+        with regd_client.blocking.listen("runner") as listening:
+            connection, _ = listening.socket.accept()
 
-    own = thread.client_thread()
-    made: BlockingSocket = thread.BlockingSocket(own.call(listened()), own)
-    return made
+    Args:
+        name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
+        port: 1 to 65535, or 0 for a free port.
+        host: the IP address to listen at. For 0.0.0.0 and ::, the loopback address is registered.
+        instance: a name for this instance, if the service has several.
+        meta: labels, by which `resolve` can select.
+        timeout: seconds to register; by default 5 s to wait for a daemon.
+
+    Raises:
+        OSError: the port is in use, or not allowed.
+        Conflict: another owner has the name, and lives.
+        Denied: this user may not register.
+        Unavailable: no daemon answers, or the process is ending.
+        Timeout: the daemon did not reply within `timeout`.
+        BadArgument: an argument has a wrong type or value.
+    """
+    thread = client_thread()
+    from regd_client import lifespans
+
+    async def listening() -> lifespans.RegisteredSocket:
+        return await lifespans.listen(name, port, host=host, instance=instance, meta=meta, timeout=timeout)
+
+    return BlockingSocket(thread.call(listening()), thread)
 
 
 def deregister(name: str, instance: str | None = None, *, timeout: float | None = None) -> None:
-    """End a registration, whoever made it, as `regd_client.deregister` does."""
-    api, thread = _modules()
+    """End a registration, whoever made it.
 
-    thread.client_thread().call(api.deregister(name, instance, timeout=timeout))
+        regd_client.blocking.deregister("db")
+
+    Args:
+        name: the service's name.
+        instance: the instance's name; by default the instance without a name.
+        timeout: seconds for the whole call.
+
+    Raises:
+        NotFound: there is no such registration.
+        Denied: this user may not deregister.
+        Unavailable: no daemon answers, or the process is ending.
+        Timeout: the daemon did not reply within `timeout`.
+        BadArgument: an argument has a wrong type or value.
+    """
+    thread = client_thread()
+    from regd_client import api
+
+    thread.call(api.deregister(name, instance, timeout=timeout))
 
 
 def resolve(
@@ -288,30 +934,53 @@ def resolve(
     wait: float | None = None,
     timeout: float | None = None,
 ) -> Endpoint:
-    """Return a ready instance, as `regd_client.resolve` does."""
-    api, thread = _modules()
+    """Return where a ready instance listens, taking turns among those that match.
 
-    found: Endpoint = thread.client_thread().call(
-        api.resolve(name, instance=instance, meta=meta, wait=wait, timeout=timeout)
-    )
-    return found
+        endpoint = regd_client.blocking.resolve("db", wait=10)
+        sock = socket.create_connection(endpoint.address)
+
+    Args:
+        name: the service's name.
+        instance: only this instance.
+        meta: labels that the instance must carry, all of them.
+        wait: seconds (at most 3600) to wait for an instance that accepts a connection, and for the daemon,
+            whatever breaks meanwhile. By default the call fails at once.
+        timeout: seconds for the whole call.
+
+    Returns:
+        An `Endpoint`: `name`, `instance`, `host`, `port`, `meta`, `address`, `url()`.
+
+    Raises:
+        NotFound: no ready instance matches; `details["near"]` may have similar names.
+        Timeout: no instance accepted a connection within `wait`; the message says why.
+        Unavailable: no daemon answers, or the process is ending.
+        BadArgument: an argument has a wrong type or value.
+    """
+    thread = client_thread()
+    from regd_client import api
+
+    return thread.call(api.resolve(name, instance=instance, meta=meta, wait=wait, timeout=timeout))
 
 
 def resolve_all(
     name: str, *, meta: Mapping[str, str] | None = None, timeout: float | None = None
 ) -> list[Endpoint]:
-    """Return all ready instances, as `regd_client.resolve_all` does."""
-    api, thread = _modules()
+    """Return where all ready instances listen, in order of instance; [] if there are none.
 
-    found: list[Endpoint] = thread.client_thread().call(api.resolve_all(name, meta=meta, timeout=timeout))
-    return found
+        for endpoint in regd_client.blocking.resolve_all("worker"):
+            print(endpoint)
 
+    Args:
+        name: the service's name.
+        meta: labels that the instances must carry, all of them.
+        timeout: seconds for the whole call.
 
-if not TYPE_CHECKING:  # a checker has the class itself
+    Raises:
+        Unavailable: no daemon answers, or the process is ending.
+        Timeout: the daemon did not reply within `timeout`.
+        BadArgument: an argument has a wrong type or value.
+    """
+    thread = client_thread()
+    from regd_client import api
 
-    def __getattr__(name: str) -> object:
-        if name == "Client":
-            from regd_client.thread import Client
-
-            return Client
-        raise AttributeError(f"module 'regd_client.blocking' has no attribute {name!r}")
+    return thread.call(api.resolve_all(name, meta=meta, timeout=timeout))

@@ -1,7 +1,4 @@
-"""The client: the verbs of the registry on one connection that is opened when needed, and again when it broke.
-
-What the caller has registered and follows is kept by others. Must not know how a request is written.
-"""
+"""The client: the verbs of the registry on one connection, which is opened on demand, and again after a break."""
 
 import asyncio
 import contextlib
@@ -11,51 +8,63 @@ import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
-from regd_client import wire
+from regd_client import protocol
 from regd_client.arguments import (
     WAIT_S_MAX,
-    check_flag,
-    check_registration,
+    RegistrationRequest,
+    check_integer,
     check_seconds,
     check_service,
     check_text,
-    labels,
+    copy_meta,
 )
 from regd_client.connection import Connection
-from regd_client.connector import Connector, Patience, pause, running_loop
-from regd_client.errors import BadArgument, RegdError, Timeout, Unavailable
+from regd_client.connector import Connector, Patience
+from regd_client.errors import NotFound, RegdError, Timeout, Unavailable
+from regd_client.event_loop import pause, running_loop
 from regd_client.mirrors import Mirror
+from regd_client.models import Endpoint, Event, Hello, Instance, State, Stats, Why, endpoint_of
+from regd_client.protocol import NOT_REGD, find_address
 from regd_client.registrar import Registrar
 from regd_client.registration import RegistrationContext
-from regd_client.watches import Endpoint, Event, EventQueue, WatchState, endpoint
-from regd_client.wire import NOT_REGD
+from regd_client.watches import EventQueue, WatchState
 
-_SLACK_S = 1.0  # for an answer that comes when the time is over
-_ONE_TRY_S = 0.5  # to connect, however little time is left
-_PAUSE_S = 0.02  # at most, before a wait goes on at a daemon that is back
-_PICTURE_S = 15.0  # for the first picture of a mirror
+__all__ = ["Client"]
+
+_REPLY_S = 1.0  # for the daemon's reply after a `wait` is over
+_CONNECT_S_MIN = 0.5  # to connect, however little of a `wait` is left
+_PAUSE_S = 0.02  # the longest random pause before a `wait` continues at a daemon that is back
+_FIRST_PICTURE_S = 15.0  # for the first picture of a mirror
 
 T = TypeVar("T")
 
 
 class Client:
-    """The registry at one address. Any number of tasks may use it at once; they share its connection.
+    """A client of the registry at one address. Any number of tasks may use it at once; they share its connection.
 
         async with Client() as client:
-            found = await client.resolve("runner")
+            endpoint = await client.resolve("runner")
 
-    `address` is `tcp://HOST:PORT`, `HOST:PORT` or `unix:///path`; left out, $REGD_ADDRESS is read at each new
-    connection, and without it tcp://127.0.0.1:7343 is taken. It belongs to the event loop that first uses it.
+    The connection is opened on demand, and again after a break. A client belongs to the event loop that first
+    uses it.
 
-    Where nobody listens, verbs fail at once; `register` tries again for 5 s, and logs so at once. With
-    `connect_timeout_s` all of them try to connect for so many seconds.
+    If nobody listens at the address, the calls fail at once; `register` tries for 5 s, and logs that. With
+    `connect_timeout_s`, all calls try to connect for that long.
 
-    Every verb takes `timeout`: seconds for the whole call, connecting included. When they are over it raises
-    `Unavailable` if there is no connection, else `Timeout`; a change may have been made or not. Every verb raises
-    `Unavailable` when no daemon answers, `BadArgument` for what is no argument of it, and `RegdError` for other
-    refusals.
+    Every call takes `timeout`: seconds for the whole call, connecting included. When they are over, it raises
+    `Unavailable` if there is no connection, else `Timeout`; a change may or may not have been made. Every call
+    raises `Unavailable` if no daemon answers, `BadArgument` for an argument of a wrong type or value, and another
+    `RegdError` if the daemon refuses.
+
+    Args:
+        address: `tcp://HOST:PORT`, `HOST:PORT` or `unix:///path`; by default $REGD_ADDRESS, which is read for
+            each new connection, else `tcp://127.0.0.1:7343`.
+        connect_timeout_s: seconds to try to connect.
+
+    Raises:
+        BadArgument: an argument has a wrong type or value.
     """
 
     def __init__(self, address: str | None = None, *, connect_timeout_s: float | None = None) -> None:
@@ -67,12 +76,20 @@ class Client:
 
     def _begin(self) -> None:
         self._pid = os.getpid()
-        self._link = Connector(self._address, self._connect_timeout_s)
-        self._keeper = Registrar(self._link)
+        self._connector = Connector(self._address, self._connect_timeout_s)
+        self._registrar = Registrar(self._connector)
+
+    def __repr__(self) -> str:
+        try:
+            address = str(find_address(self._address))
+        except RegdError:
+            address = repr(self._address or os.environ.get("REGD_ADDRESS"))
+        connected = self._pid == os.getpid() and self._connector.usable is not None
+        return f"<Client {address}, {'connected' if connected else 'not connected'}>"
 
     async def __aenter__(self) -> Self:
         try:
-            await self._connected()
+            await self._connect()
         except BaseException:
             await self.close()
             raise
@@ -84,47 +101,96 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection, and with it end what it holds. The next call opens another. Idempotent.
+        """Close the connection, which ends registrations and watches. The next call opens another. Idempotent.
 
-        Where the daemon is away, what it still has to withdraw is withdrawn in the background, as long as the
-        event loop lives.
+        Without a daemon, registrations that a restarted daemon would keep are withdrawn in the background, as
+        long as the event loop runs.
         """
         self._check_fork()
-        link, keeper = self._link, self._keeper
-        self._begin()  # before anything is waited for: whoever calls from now on has a connection of its own
-        keeper.end()
+        connector, registrar = self._connector, self._registrar
+        self._begin()  # before the first await: a call from now on has a connection of its own
+        registrar.stop()
         try:
-            await keeper.holdings.close()
+            await registrar.close()
         finally:
-            if not keeper.holdings.lingers:
-                link.end()
-        if not keeper.holdings.lingers:
-            await link.close()
+            if not registrar.lingers:
+                connector.end()
+        if not registrar.lingers:
+            await connector.close()
 
     # The verbs.
 
     async def ping(self, *, timeout: float | None = None) -> None:
-        """Ask whether a daemon answers."""
-        await self._within(timeout, "ping", self._ask("ping"))
+        """Ask the daemon for a sign of life.
 
-    async def hello(self, *, timeout: float | None = None) -> dict[str, Any]:
-        """Return who answers: `server`, `version`, `protocol`, `epoch`, `rev`, `features`, `limits`, …"""
-        return await self._within(timeout, "hello", self._ask("hello"))
+            await client.ping(timeout=1)
 
-    async def stats(self, *, timeout: float | None = None) -> dict[str, Any]:
-        """Return the daemon's counters, gauges and limits."""
-        return await self._within(timeout, "stats", self._ask("stats"))
-
-    async def why(
-        self, name: str, instance: str | None = None, *, timeout: float | None = None
-    ) -> dict[str, Any]:
-        """Return what is known of a name: `instances` with owners and last probe, `departures` with reasons.
+        Args:
+            timeout: seconds for the whole call.
 
         Raises:
-            NotFound: nothing is.
+            Unavailable: no daemon answers.
+            Timeout: the daemon did not reply within `timeout`.
+        """
+        await self._within(timeout, "ping", self._ask("ping"))
+
+    async def hello(self, *, timeout: float | None = None) -> Hello:
+        """Return which daemon answers.
+
+            print((await client.hello())["version"])
+
+        Args:
+            timeout: seconds for the whole call.
+
+        Returns:
+            A dictionary with `server`, `version`, `protocol`, `epoch`, `rev`, `features`, `limits`, `host` and
+            `loop`.
+
+        Raises:
+            Unavailable: no daemon answers.
+            Timeout: the daemon did not reply within `timeout`.
+        """
+        return cast(Hello, await self._within(timeout, "hello", self._ask("hello")))
+
+    async def stats(self, *, timeout: float | None = None) -> Stats:
+        """Return the daemon's counters, gauges and limits.
+
+            print((await client.stats())["registrations"])
+
+        Args:
+            timeout: seconds for the whole call.
+
+        Returns:
+            A dictionary, whose fields PROTOCOL.md describes.
+
+        Raises:
+            Unavailable: no daemon answers.
+            Timeout: the daemon did not reply within `timeout`.
+        """
+        return cast(Stats, await self._within(timeout, "stats", self._ask("stats")))
+
+    async def why(self, name: str, instance: str | None = None, *, timeout: float | None = None) -> Why:
+        """Return what the daemon knows about a name: who holds it, and why instances have gone.
+
+            print((await client.why("db"))["departures"])
+
+        Args:
+            name: the service's name.
+            instance: only this instance.
+            timeout: seconds for the whole call.
+
+        Returns:
+            A dictionary with `name`, `instances` (each with its owners and the last probe) and `departures`
+            (each with its reason).
+
+        Raises:
+            NotFound: the daemon knows nothing about the name.
+            Unavailable: no daemon answers.
+            Timeout: the daemon did not reply within `timeout`.
+            BadArgument: an argument has a wrong type or value.
         """
         check_service(name, instance)
-        return await self._within(timeout, "why", self._ask("why", name=name, instance=instance))
+        return cast(Why, await self._within(timeout, "why", self._ask("why", name=name, instance=instance)))
 
     def register(
         self,
@@ -134,80 +200,110 @@ class Client:
         host: str | None = None,
         instance: str | None = None,
         meta: Mapping[str, str] | None = None,
-        state: str | None = None,
+        state: State | None = None,
         static: bool = False,
         force: bool = False,
         pid: int | None = None,
         timeout: float | None = None,
-    ) -> "RegistrationContext":
-        """Register a service; `await` it for a `Registration`, or use it with `async with`.
+    ) -> RegistrationContext:
+        """Register a service. `await` the result for a `Registration`, or use it with `async with`.
 
-        It lasts as long as this connection and this process, comes back after a break by itself, and is
-        deregistered on leaving the `async with`. `static`: it outlives all that, until somebody deregisters it.
-        `state` is `starting` for a service that is not ready yet. `force` takes the name from a living owner.
-        `pid`, for who starts services: it lasts as long as that process, and not as this one; where the daemon
-        does not see the same processes, as long as this connection. Without a daemon it tries for 5 s, or for
-        `timeout` seconds.
+            async with client.register("runner", 5050) as registration:
+                await registration.lost.wait()
+
+        The registration lasts as long as this connection and this process, is restored after a break, and ends
+        with the `async with`.
+
+        Args:
+            name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
+            port: 1 to 65535. It should be open already: `listen` and `lifespan` see to that.
+            host: the address at which others reach the service; by default 127.0.0.1.
+            instance: a name for this instance, if the service has several.
+            meta: labels, by which `resolve` can select.
+            state: `starting` for a service that is not ready yet, `draining` for one that ends; by default
+                `ready`.
+            static: the registration outlives the connection and the process, until somebody deregisters it.
+            force: take the name from a living owner.
+            pid: bind the registration to that process instead of this one. If the daemon does not see the same
+                processes, it lasts as long as this connection.
+            timeout: seconds for the whole call; by default 5 s to wait for a daemon.
 
         Raises:
-            Conflict: another owner has the name, and lives; `details["owner"]` says who.
+            Conflict: another owner has the name, and lives; `details["owner"]` describes it.
+            Denied: this user may not register.
+            Unavailable: no daemon answers.
+            Timeout: the daemon did not reply within `timeout`.
+            BadArgument: an argument has a wrong type or value.
         """
-        check_registration(name, port, host, instance, state, pid)
-        check_flag("static", static)
-        check_flag("force", force)
-        check_seconds("timeout", timeout)
-        if static and pid is not None:
-            raise BadArgument("what is static outlives every process: leave out `pid`", details={"field": "pid"})
-        arguments = {
-            "name": name,
-            "port": port,
-            "host": host,
-            "instance": instance,
-            "meta": labels(meta),
-            "state": state,
-            "force": force or None,
-        }
-        return RegistrationContext(self, arguments, static, pid, timeout)
+        check_integer("port", port, required=True)
+        return RegistrationContext(
+            self,
+            RegistrationRequest(name, port, host, instance, meta, state, static, force, pid, timeout),
+        )
 
     async def deregister(self, name: str, instance: str | None = None, *, timeout: float | None = None) -> None:
-        """End a registration, whoever made it; one that was made with this client as its own `deregister` does.
+        """End a registration, whoever made it.
+
+            await client.deregister("worker", "1")
+
+        Args:
+            name: the service's name.
+            instance: the instance's name; by default the instance without a name.
+            timeout: seconds for the whole call.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is no such registration.
+            Denied: this user may not deregister.
+            Unavailable: no daemon answers.
+            Timeout: the daemon did not reply within `timeout`.
+            BadArgument: an argument has a wrong type or value.
         """
         check_service(name, instance)
         self._check_fork()
-        own = self._keeper.holdings.kept(name, instance)
+        own = self._registrar.kept(name, instance)
         if own is not None:
             await own.deregister(timeout=timeout)
         else:
-            asked = self._ask("deregister", name=name, instance=instance)
-            await self._within(timeout, "deregister", asked)
+            work = self._ask("deregister", name=name, instance=instance)
+            await self._within(timeout, "deregister", work)
 
     async def update(
         self,
         name: str,
         meta: Mapping[str, str] | None = None,
         *,
-        state: str | None = None,
+        state: State | None = None,
         instance: str | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Replace the meta of a registration as a whole, set its state, or both.
+        """Replace the labels of a registration, set its state, or both, whoever made it.
+
+            await client.update("worker", state="draining", instance="1")
+
+        Args:
+            name: the service's name.
+            meta: the new labels, which replace all previous ones; None leaves them as they are.
+            state: `starting`, `ready` or `draining`; None leaves it as it is.
+            instance: the instance's name; by default the instance without a name.
+            timeout: seconds for the whole call.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is no such registration.
+            Denied: this user may not change it.
+            Unavailable: no daemon answers.
+            Timeout: the daemon did not reply within `timeout`.
+            BadArgument: an argument has a wrong type or value.
         """
         check_service(name, instance)
         check_text("state", state)
-        replacing = labels(meta)
+        meta = copy_meta(meta)
         self._check_fork()
-        own = self._keeper.holdings.kept(name, instance)
+        own = self._registrar.kept(name, instance)
         if own is not None:
-            await own.update(replacing, state=state, timeout=timeout)
+            await own.update(meta, state=state, timeout=timeout)
         else:
-            asked = self._ask("update", name=name, instance=instance, meta=replacing, state=state)
-            await self._within(timeout, "update", asked)
+            work = self._ask("update", name=name, instance=instance, meta=meta, state=state)
+            await self._within(timeout, "update", work)
 
     async def resolve(
         self,
@@ -218,122 +314,170 @@ class Client:
         wait: float | None = None,
         timeout: float | None = None,
     ) -> Endpoint:
-        """Return a ready instance, taking turns among those that carry all of `meta`.
+        """Return where a ready instance listens, taking turns among those that match.
 
-        With `wait`, the first that can be reached within so many seconds, whatever breaks meanwhile. It waits for
-        the daemon, too.
+            endpoint = await client.resolve("db", wait=10)
+            reader, writer = await asyncio.open_connection(*endpoint.address)
+
+        Args:
+            name: the service's name.
+            instance: only this instance.
+            meta: labels that the instance must carry, all of them.
+            wait: seconds (at most 3600) to wait for an instance that accepts a connection, and for the daemon,
+                whatever breaks meanwhile.
+            timeout: seconds for the whole call.
 
         Raises:
-            NotFound: there is none; `details` may name some that are `near`.
-            Timeout: none within `wait`; the message says why.
+            NotFound: no ready instance matches; `details["near"]` may have similar names.
+            Timeout: no instance accepted a connection within `wait`; the message says why.
+            Unavailable: no daemon answers.
+            BadArgument: an argument has a wrong type or value.
         """
-        asked: dict[str, Any] = {"name": name}
+        arguments: dict[str, Any] = {"name": name}
         if instance is not None:
-            asked["instance"] = instance
+            arguments["instance"] = instance
         if meta is not None:
-            asked["meta"] = labels(meta)
+            arguments["meta"] = copy_meta(meta)
         if wait is None and timeout is None and type(name) is str and (instance is None or type(instance) is str):
-            connection = self._link.usable or await self._connected()
-            return endpoint(await connection.ask("resolve", asked, again=True))
+            connection = self._connector.usable or await self._connect()  # the short way: it is called most
+            return endpoint_of(await connection.ask("resolve", arguments, cached=True))
         check_service(name, instance)
         check_seconds("wait", wait, WAIT_S_MAX)
-        work = self._resolve(asked) if wait is None else self._wait_for(asked, wait)
+        work = self._resolve(arguments) if wait is None else self._wait_for(arguments, wait)
         return await self._within(timeout, "resolve", work)
 
-    async def _resolve(self, asked: dict[str, Any]) -> Endpoint:
-        return endpoint(await self._ask("resolve", **asked))
+    async def _resolve(self, arguments: dict[str, Any]) -> Endpoint:
+        return endpoint_of(await self._ask("resolve", **arguments))
 
-    async def _wait_for(self, asked: dict[str, Any], wait: float) -> Endpoint:
+    async def _wait_for(self, arguments: dict[str, Any], wait: float) -> Endpoint:
         running_loop()
         until = time.monotonic() + wait
         while True:
             left_s = min(wait, max(0.0, until - time.monotonic()))
             try:
-                async with asyncio.timeout(left_s + _SLACK_S):
-                    connection = await self._connected(max(left_s, _ONE_TRY_S), Patience.SILENT)
+                async with asyncio.timeout(left_s + _REPLY_S):
+                    connection = await self._connect(max(left_s, _CONNECT_S_MIN), Patience.SILENT)
                     left_s = min(left_s, max(0.0, until - time.monotonic()))
-                    return endpoint(await connection.ask("resolve", {**asked, "wait": left_s}))
+                    return endpoint_of(await connection.ask("resolve", {**arguments, "wait": left_s}))
             except Unavailable as error:
                 if error.code == NOT_REGD or time.monotonic() >= until:
                     raise
             except TimeoutError as error:
                 if isinstance(error, RegdError):
                     raise
-                name = asked["name"]
+                name = arguments["name"]
                 raise Unavailable(f"the daemon said nothing while {wait:g} s were waited for {name!r}") from None
             await pause(random.uniform(0, _PAUSE_S))
 
     async def resolve_all(
         self, name: str, *, meta: Mapping[str, str] | None = None, timeout: float | None = None
     ) -> list[Endpoint]:
-        """Return all ready instances that carry all of `meta`, in order of instance.
+        """Return where all ready instances listen, in order of instance; [] if there are none.
+
+            for endpoint in await client.resolve_all("worker"):
+                print(endpoint)
+
+        Args:
+            name: the service's name.
+            meta: labels that the instances must carry, all of them.
+            timeout: seconds for the whole call.
 
         Raises:
-            NotFound: there is none.
+            Unavailable: no daemon answers.
+            Timeout: the daemon did not reply within `timeout`.
+            BadArgument: an argument has a wrong type or value.
         """
         check_service(name)
-        return await self._within(timeout, "resolve_all", self._resolve_all(name, labels(meta)))
+        return await self._within(timeout, "resolve_all", self._resolve_all(name, copy_meta(meta)))
 
     async def _resolve_all(self, name: str, meta: dict[str, str] | None) -> list[Endpoint]:
-        reply = await self._ask("resolve", name=name, all=True, meta=meta)
+        try:
+            reply = await self._ask("resolve", name=name, all=True, meta=meta)
+        except NotFound:
+            return []
         if not reply.get("more"):
-            return [endpoint(fields) for fields in reply["instances"]]
-        listed = await self._instances(name, meta)
-        return [endpoint(fields) for fields in listed if fields["state"] == "ready"]
+            return [endpoint_of(fields) for fields in reply["instances"]]
+        instances = await self._instances(name, meta)
+        return [endpoint_of(fields) for fields in instances if fields["state"] == "ready"]
 
     async def instances(
         self, pattern: str = "*", *, meta: Mapping[str, str] | None = None, timeout: float | None = None
-    ) -> list[dict[str, Any]]:
-        """Return every registration whose name is `pattern`, or begins with it before a `*`, as the wire has it.
+    ) -> list[Instance]:
+        """Return all registrations, in any state, in order of name and instance.
 
-        They come in pages; a registration that is there throughout is in the list once.
+            for instance in await client.instances("worker*"):
+                print(instance["name"], instance["state"])
+
+        The daemon sends them in pages. A registration that exists throughout the call is in the list once.
+
+        Args:
+            pattern: a name, or the beginning of one followed by `*`.
+            meta: labels that the instances must carry, all of them.
+            timeout: seconds for the whole call.
+
+        Raises:
+            Unavailable: no daemon answers.
+            Timeout: the daemon did not reply within `timeout`.
+            BadArgument: an argument has a wrong type or value.
         """
         check_text("pattern", pattern, required=True)
-        return await self._within(timeout, "instances", self._instances(pattern, labels(meta)))
+        return await self._within(timeout, "instances", self._instances(pattern, copy_meta(meta)))
 
-    async def _instances(self, pattern: str, meta: dict[str, str] | None) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
+    async def _instances(self, pattern: str, meta: dict[str, str] | None) -> list[Instance]:
+        instances: list[Instance] = []
         after = None
         for number in itertools.count(1):
             reply = await self._ask("list", name=pattern, meta=meta, after=after)
-            wire.add_page(found, reply, number)
+            protocol.add_page(instances, reply, number)
             after = reply.get("next")
             if after is None:
                 break
-        return found
+        return instances
 
-    # Following.
+    # Watches and mirrors.
 
     def watch(
         self, pattern: str = "*", *, meta: Mapping[str, str] | None = None, timeout: float | None = None
     ) -> AsyncGenerator[Event, None]:
-        """Yield what is there as `up` events, `sync`, and then every change as it happens.
+        """Yield an `up` event for each existing instance, then `sync`, and then every change as it happens.
 
-        After a break the events are the differences between what was told and what is. A listener that is far
-        behind is told the differences instead of every step. It ends when the client is closed. `timeout` is for
-        the beginning: until the daemon has accepted the watch.
+            async for event in client.watch("worker*"):
+                print(event.kind, event.endpoint)
+
+        After a break, the events are the differences between the last picture and the new one. A listener that
+        falls more than 10,000 events behind gets the differences too. The watch ends when the client is closed.
+
+        Args:
+            pattern: a name, or the beginning of one followed by `*`.
+            meta: labels that the instances must carry, all of them.
+            timeout: seconds until the daemon has accepted the watch.
+
+        Raises:
+            Unavailable: no daemon answers at the beginning.
+            Timeout: the daemon did not accept the watch within `timeout`.
+            BadArgument: an argument has a wrong type or value.
         """
         check_text("pattern", pattern, required=True)
         check_seconds("timeout", timeout)
-        return self._watch(pattern, labels(meta), timeout)
+        return self._watch(pattern, copy_meta(meta), timeout)
 
     async def _watch(
-        self, pattern: str, meta: dict[str, str] | None, timeout: float | None, own: bool = False
+        self, pattern: str, meta: dict[str, str] | None, timeout: float | None, close: bool = False
     ) -> AsyncGenerator[Event, None]:
-        """Yield events. `own`: the client was made for this, and ends with it.
+        """Yield events. With `close`, the client was made for this watch, and is closed with it.
 
-        There is no other generator within: at its end an event loop closes all that are left at once.
+        There is no other generator within: when it ends, an event loop closes all its generators at once.
         """
         self._check_fork()
-        backlog = EventQueue()
+        queue = EventQueue()
         try:
             async with contextlib.AsyncExitStack() as stack:
-                following = self._keeper.following(WatchState(pattern, meta, backlog.add, backlog.end))
-                await self._within(timeout, "watch", stack.enter_async_context(following))
-                while (event := await backlog.next()) is not None:
+                watching = self._registrar.watching(WatchState(pattern, meta, queue.add, queue.end))
+                await self._within(timeout, "watch", stack.enter_async_context(watching))
+                while (event := await queue.next()) is not None:
                     yield event
         finally:
-            if own:
+            if close:
                 await self.close()
 
     @contextlib.asynccontextmanager
@@ -345,67 +489,64 @@ class Client:
         stale_s_max: float | None = None,
         timeout: float | None = None,
     ) -> AsyncIterator[Mirror]:
-        """Keep a local picture of the services whose name fits, and resolve from it without a round trip.
+        """Keep a local picture of services, from which names are resolved without a round trip.
 
             async with client.mirror("worker*") as mirror:
-                found = mirror.resolve("worker")
+                endpoint = mirror.resolve("worker")
 
-        `timeout` is for the first picture, 15 s where it is left out.
+        Args:
+            pattern: a name, or the beginning of one followed by `*`.
+            meta: labels that the instances must carry, all of them.
+            stale_s_max: seconds for which the daemon may be away before `resolve` raises `Unavailable`; by
+                default the last picture is used for ever.
+            timeout: seconds until the first picture is complete; by default 15 s.
 
         Raises:
-            Unavailable: the first picture did not come in time, or a later answer is older than `stale_s_max`.
+            Unavailable: no daemon answers, or the first picture was not complete in time.
+            BadArgument: an argument has a wrong type or value.
         """
         check_text("pattern", pattern, required=True)
         check_seconds("stale_s_max", stale_s_max)
         check_seconds("timeout", timeout)
-        within_s = _PICTURE_S if timeout is None else timeout
+        timeout_s = _FIRST_PICTURE_S if timeout is None else timeout
         running_loop()
         self._check_fork()
-        mirror = Mirror(stale_s_max)
-        complete = asyncio.Event()
-
-        def changed(event: Event) -> None:
-            mirror.changed(event)
-            if event.kind == "sync":
-                complete.set()
-
-        follow = WatchState(pattern, labels(meta), changed, complete.set)
-        mirror.follow(follow)
+        mirror = Mirror(pattern, copy_meta(meta), stale_s_max)
         async with contextlib.AsyncExitStack() as stack:
             try:
-                async with asyncio.timeout(within_s):
-                    await stack.enter_async_context(self._keeper.following(follow))
-                    await complete.wait()
+                async with asyncio.timeout(timeout_s):
+                    await stack.enter_async_context(self._registrar.watching(mirror._watch))
+                    await mirror._synced.wait()
             except TimeoutError as error:
                 if isinstance(error, RegdError):
                     raise
-                if self._link.usable is None:
-                    raise self._link.away() from None
-                raise Unavailable(f"the daemon told too little of {pattern!r} in {within_s:g} s") from None
-            if follow.ended:
+                if self._connector.usable is None:
+                    raise self._connector.unavailable() from None
+                raise Unavailable(f"the daemon told too little of {pattern!r} in {timeout_s:g} s") from None
+            if mirror._watch.ended:
                 raise Unavailable("the client was closed meanwhile")
             yield mirror
 
     # The connection.
 
     async def _ask(self, cmd: str, **arguments: Any) -> dict[str, Any]:
-        return await (self._link.usable or await self._connected()).ask(cmd, arguments)
+        return await (self._connector.usable or await self._connect()).ask(cmd, arguments)
 
     def _check_fork(self) -> None:
-        """In a child, begin with nothing: connection, registrations and watches are the parent's."""
+        """Start afresh in a forked child: the connection, the registrations and the watches are the parent's."""
         if self._pid != os.getpid():
             self._begin()
 
-    async def _connected(self, within_s: float | None = None, patience: Patience = Patience.NONE) -> Connection:
+    async def _connect(self, timeout_s: float | None = None, patience: Patience = Patience.NONE) -> Connection:
         self._check_fork()
-        return await self._link.connected(within_s, patience)
+        return await self._connector.connect(timeout_s, patience)
 
     async def _within(self, timeout: float | None, what: str, work: Coroutine[Any, Any, T]) -> T:
-        """Do it within so many seconds.
+        """Await `work` for at most `timeout` seconds.
 
         Raises:
-            Unavailable: they are over, and there is no connection.
-            Timeout: they are over.
+            Unavailable: the time is over, and there is no connection.
+            Timeout: the time is over.
         """
         if timeout is None:
             return await work
@@ -421,6 +562,6 @@ class Client:
         except TimeoutError as error:
             if isinstance(error, RegdError):
                 raise
-            if self._link.usable is None:
-                raise self._link.away() from None
+            if self._connector.usable is None:
+                raise self._connector.unavailable() from None
             raise Timeout(f"{what} was not answered within {timeout:g} s") from None

@@ -1,7 +1,4 @@
-"""The connection of a client: opened when it is needed, once for all who ask meanwhile, and again after a break.
-
-Must not know what goes over it.
-"""
+"""A client's connection: opened on demand, once for all callers that wait for it, and again after a break."""
 
 import asyncio
 import errno
@@ -9,82 +6,64 @@ import os
 import random
 import time
 from enum import Enum
-from types import BuiltinFunctionType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from regd_client import wire
-from regd_client.connection import Connection, Lost
-from regd_client.errors import RegdError, Unavailable
+from regd_client import protocol
+from regd_client.connection import Connection, OnLost
+from regd_client.errors import Unavailable
+from regd_client.event_loop import pause, running_loop, wait_shared
 from regd_client.logger import log
-from regd_client.wire import Address
+from regd_client.protocol import Address
 
 if TYPE_CHECKING:
     from regd_client.autostart import Autostart
 
-TRY_S = 5.0  # to connect, where the caller says nothing
-_RESTART_S = 1.0  # for a daemon that was here to come back by itself, before another is started
-_BACKOFF_S = (0.02, 0.5)  # the first and the longest pause between tries to connect
+__all__ = ["Connector", "Patience", "is_refused"]
 
-T = TypeVar("T")
+CONNECT_S = 5.0  # to connect, by default
+_RESTART_S = 1.0  # for a daemon that was there to come back by itself, before autostart starts another
+_BACKOFF_S = (0.02, 0.5)  # the first and the longest pause between attempts to connect
 
 
 class Patience(Enum):
-    """What to do while nobody listens at the address."""
+    """What a caller does while nobody listens at the address."""
 
     NONE = "fail as soon as the system refuses the connection"
     SILENT = "try again"
-    TOLD = "try again, and log it at once"
-
-
-def running_loop() -> asyncio.AbstractEventLoop:
-    """Return the running event loop.
-
-    Raises:
-        RegdError: asyncio runs none here.
-    """
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        raise RegdError(
-            "regd_client needs asyncio, and no asyncio event loop runs here: under trio, or without a loop, use "
-            "regd_client.blocking (in a thread)"
-        ) from None
-
-
-async def pause(seconds: float) -> None:
-    """Sleep, also while a test has stopped the clock that the event loop reads, as freezegun does."""
-    if isinstance(time.monotonic, BuiltinFunctionType):  # else it was replaced, perhaps by one that stands still
-        await asyncio.sleep(seconds)
-    else:
-        await asyncio.to_thread(time.sleep, seconds)
+    LOGGED = "try again, and log it at once"
 
 
 class Connector:
-    """`connection` is the last one, usable or not. `lost` hears of what a connection holds no more.
+    """Opens a client's connections.
 
-    `timeout_s` is how long it tries to connect, whoever calls; None: 5 s, if the caller has the patience.
+    Attributes:
+        timeout_s: how long every caller tries to connect. With None given, it is 5 s, and callers without
+            patience fail at once.
+        connection: the last connection, usable or not.
+        on_lost: called with the event for a registration that a connection no longer holds.
     """
 
     def __init__(self, address: str | None, timeout_s: float | None) -> None:
-        self.timeout_s = TRY_S if timeout_s is None else timeout_s
-        self._always_patient = timeout_s is not None
+        self.timeout_s = CONNECT_S if timeout_s is None else timeout_s
         self.connection: Connection | None = None
-        self.lost: Lost = lambda connection, event: None
+        self.on_lost: OnLost = lambda connection, event: None
         self.address = address
+        self._always_patient = timeout_s is not None
         self._connecting: asyncio.Task[Connection] | None = None
-        self._waiting: dict[asyncio.Future[None], Patience] = {}  # done when the connection was refused
-        self._why = "no answer in time"  # the last try failed
+        self._callers: dict[asyncio.Future[None], Patience] = {}  # done when the connection was refused
+        self._why = "no answer in time"  # the last attempt failed
 
     @property
     def usable(self) -> Connection | None:
-        """The connection, where there is nothing to wait for. In a child that was forked there is none."""
+        """The connection if it is usable now, else None. A forked child has none."""
         return self.connection if self.connection is not None and self.connection.usable else None
 
-    async def connected(self, within_s: float | None = None, patience: Patience = Patience.SILENT) -> Connection:
-        """Return a connection that is usable, within the time that is left to the caller.
+    async def connect(self, timeout_s: float | None = None, patience: Patience = Patience.SILENT) -> Connection:
+        """Return a usable connection.
 
         Raises:
-            Unavailable: there is none in time, nobody listens and there is no patience, or the client was closed.
+            Unavailable: there is none within `timeout_s`, nobody listens and the caller has no patience, or the
+                client was closed.
         """
         if (usable := self.usable) is not None:
             return usable
@@ -96,67 +75,67 @@ class Connector:
             self._connecting.add_done_callback(self._done)
         connecting = self._connecting
         refused = loop.create_future()
-        self._waiting[refused] = patience
+        self._callers[refused] = patience
         try:
-            async with asyncio.timeout(self.timeout_s if within_s is None else within_s):
+            async with asyncio.timeout(self.timeout_s if timeout_s is None else timeout_s):
                 await asyncio.wait((connecting, refused), return_when=asyncio.FIRST_COMPLETED)
                 if not connecting.done():
-                    raise self.away()
-                return await joined(connecting)
+                    raise self.unavailable()
+                return await wait_shared(connecting)
         except TimeoutError:
-            raise self.away() from None
+            raise self.unavailable() from None
         finally:
-            self._forget(connecting, refused)
+            self._leave(connecting, refused)
 
-    def _forget(self, connecting: "asyncio.Task[Connection]", refused: "asyncio.Future[None]") -> None:
-        """End the tries when the last who waits for them has gone."""
-        self._waiting.pop(refused, None)
+    def _leave(self, connecting: "asyncio.Task[Connection]", refused: "asyncio.Future[None]") -> None:
+        """Remove a caller, and stop the attempts after the last one."""
+        self._callers.pop(refused, None)
         refused.cancel()
-        if not self._waiting and self._connecting is connecting and not connecting.done():
+        if not self._callers and self._connecting is connecting and not connecting.done():
             self._connecting = None
             connecting.cancel()
 
-    def away(self) -> Unavailable:
-        """Return the error of a daemon that cannot be reached."""
-        return wire.unavailable(wire.find_address(self.address), self._why)
+    def unavailable(self) -> Unavailable:
+        """Return the error for a daemon that cannot be reached."""
+        return protocol.unavailable(protocol.find_address(self.address), self._why)
 
     async def _connect(self) -> Connection:
-        """Try until somebody answers; whoever waits decides how long."""
-        address = wire.find_address(self.address)
+        """Try until a daemon answers. The callers decide how long they wait."""
+        address = protocol.find_address(self.address)
         pause_s, longest_s = _BACKOFF_S
         began = time.monotonic()
-        demand = _OnDemand(address, began + _RESTART_S if self.connection is not None else began)
-        told = False
+        on_demand = _OnDemand(address, began + _RESTART_S if self.connection is not None else began)
+        logged = False
         try:
             while True:
                 wait_s = pause_s * random.uniform(0.5, 1.0)
-                asking = list(self._waiting)  # who came later has the next try
+                callers = list(self._callers)  # a later caller gets the result of the next attempt
                 try:
                     async with asyncio.timeout(self.timeout_s):
-                        made = await demand.met(await Connection.open(address, self.lost))
-                    if told:
+                        connection = await on_demand.check(await Connection.open(address, self.on_lost))
+                    if logged:
                         log.warning("connected to regd at %s", address)
-                    return made
+                    return connection
                 except Unavailable:
-                    raise  # whoever says so itself knows that trying again is no use
+                    raise  # the daemon refused: another attempt is no use
                 except TimeoutError:
                     self._why = "no answer in time"
                 except OSError as error:
-                    self._why, wait_s = demand.after(error, wait_s)
-                    if not demand.starts and is_refused(error):
-                        self._refused(asking)
-                if not told and Patience.TOLD in self._waiting.values():
-                    told = True
-                    log.warning("%s; still trying", self.away())
+                    self._why, wait_s = on_demand.after(error, wait_s)
+                    if not on_demand.wanted and is_refused(error):
+                        self._refuse(callers)
+                if not logged and Patience.LOGGED in self._callers.values():
+                    logged = True
+                    log.warning("%s; still trying", self.unavailable())
                 await pause(wait_s)
                 pause_s = min(2 * pause_s, longest_s)
         finally:
-            demand.close()
+            on_demand.close()
 
-    def _refused(self, asking: "list[asyncio.Future[None]]") -> None:
-        """Tell those who have no patience that they were refused."""
-        for refused in asking:
-            if self._waiting.get(refused) is Patience.NONE and not refused.done():
+    def _refuse(self, callers: "list[asyncio.Future[None]]") -> None:
+        """Fail the callers that have no patience."""
+        for refused in callers:
+            if self._callers.get(refused) is Patience.NONE and not refused.done():
                 refused.set_result(None)
 
     def _done(self, task: "asyncio.Task[Connection]") -> None:
@@ -165,10 +144,10 @@ class Connector:
             if not task.cancelled() and task.exception() is None:
                 self.connection = task.result()
         elif not task.cancelled() and task.exception() is None:
-            task.result().abort("nobody wants it any more")
+            task.result().abort("no caller waits any more")
 
     def end(self) -> None:
-        """Let go of the connection, and of the one that is being opened."""
+        """Close the connection, and the one that is being opened, without waiting."""
         connecting, self._connecting = self._connecting, None
         if connecting is not None:
             connecting.cancel()
@@ -176,7 +155,7 @@ class Connector:
             self.connection.end()
 
     async def close(self) -> None:
-        """End it, and wait until the socket has gone."""
+        """Close the connection, and the one that is being opened, and wait until the sockets are closed."""
         connecting = self._connecting
         self.end()
         if self.connection is not None:
@@ -186,76 +165,60 @@ class Connector:
 
 
 def is_refused(error: OSError) -> bool:
-    """Return whether the system says that nobody listens there."""
+    """Return whether the error says that nobody listens at the address."""
     return isinstance(error, ConnectionRefusedError | FileNotFoundError) or (
-        # Of a host with several addresses asyncio gives all the errors as one text.
+        # For a host with several addresses, asyncio raises one error with all texts.
         error.errno is None and f"[Errno {errno.ECONNREFUSED}]" in str(error)
     )
 
 
 class _OnDemand:
-    """Starts a daemon where none is there and one may be, from a moment on (monotonic seconds)."""
+    """Starts a daemon if none answers and autostart is on, from `due_at` (`time.monotonic`) on."""
 
     def __init__(self, address: Address, due_at: float) -> None:
         self._address = address
-        self.starts = wire.autostarts(address)
+        self.wanted = protocol.autostart_wanted(address)
         self._due_at = due_at
-        self._start: Autostart | None = None
+        self._autostart: Autostart | None = None
 
-    async def met(self, made: Connection) -> Connection:
-        """See that the daemon is there: one that just ends for want of work takes nobody any more.
+    async def check(self, connection: Connection) -> Connection:
+        """Return the connection if the daemon answers on it. A daemon that is about to exit when idle does not.
 
         Raises:
-            OSError: it ended before it said anything.
-            Unavailable: whoever is there is no regd, or has no room.
+            OSError: the daemon closed the connection before it sent anything.
+            Unavailable: the peer is no regd, or has no room.
         """
-        if not self.starts:
-            return made
-        silent_since = made.heard_at
+        if not self.wanted:
+            return connection
+        silent_since = connection.heard_at
         try:
-            await made.ask("ping", {})
+            await connection.ask("ping", {})
         except BaseException as error:
-            made.abort("it was not met")
-            if isinstance(error, Unavailable) and made.heard_at == silent_since:
+            connection.abort("it did not answer a ping")
+            if isinstance(error, Unavailable) and connection.heard_at == silent_since:
                 raise ConnectionResetError("it ended before the answer") from None
             raise
-        return made
+        return connection
 
     def after(self, error: OSError, pause_s: float) -> tuple[str, float]:
-        """Return what is in the way, and how long to wait until the next try.
+        """Return what is in the way, and the seconds until the next attempt.
 
         Raises:
-            Unavailable: it cannot be started.
+            Unavailable: the daemon cannot be started.
         """
         # asyncio's own text for a refused connection is "Connect call failed ('127.0.0.1', 7343)".
         why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
-        if not self.starts or time.monotonic() < self._due_at:
+        if not self.wanted or time.monotonic() < self._due_at:
             return why, pause_s
         from regd_client import autostart
 
         if not autostart.is_gone(error):
             return why, pause_s
-        if self._start is None:
-            self._start = autostart.Autostart(self._address)
-        pause_s = self._start.step()
-        return self._start.why, pause_s
+        if self._autostart is None:
+            self._autostart = autostart.Autostart(self._address)
+        pause_s = self._autostart.step()
+        return self._autostart.why, pause_s
 
     def close(self) -> None:
-        if self._start is not None:
-            self._start.close()
-
-
-async def joined(task: "asyncio.Task[T]") -> T:
-    """Wait for what others wait for, too: it goes on when this caller is cancelled.
-
-    Raises:
-        Unavailable: it was cancelled itself, because the client was closed.
-    """
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        if task.cancelled():
-            raise Unavailable("the client was closed meanwhile") from None
-        raise
-    except RegdError as error:
-        raise type(error)(str(error), error.code, error.details) from error
+        if self._autostart is not None:
+            self._autostart.close()

@@ -1,28 +1,27 @@
-"""What can go wrong, as exceptions that are also the built-in ones they resemble.
+"""The exceptions. Each is also the built-in exception that it resembles.
 
 RegdError
 ├── NotFound     also a LookupError
 ├── Conflict
-├── Denied       also a PermissionError: this user may not write there
+├── Denied       also a PermissionError
 ├── BadArgument  also a ValueError
 ├── Timeout      also a TimeoutError
-└── Unavailable  also a ConnectionError: no daemon answers, or it went away
+└── Unavailable  also a ConnectionError
 
-Every other code of the daemon (`busy`, `storage_failed`, …) is a plain RegdError that carries it.
+Every other code of the daemon (`busy`, `storage_failed`, …) is a plain RegdError with that `code`.
 """
 
-from __future__ import annotations
+from typing import Any
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
+__all__ = ["BadArgument", "Conflict", "Denied", "NotFound", "RegdError", "Timeout", "Unavailable", "from_reply"]
 
 
 class RegdError(Exception):
     """An error of the registry.
 
-    `code` is the protocol's word for it, "" where the daemon did not say one. `details` are the further fields
-    of the daemon's reply, such as `near` and `last` of `not_found`.
+    Attributes:
+        code: the error code of the protocol, "" if the error does not come from the daemon.
+        details: the further fields of the daemon's reply, such as `near` and `last` of `not_found`.
     """
 
     def __init__(self, message: str, code: str = "", details: dict[str, Any] | None = None) -> None:
@@ -36,23 +35,23 @@ class NotFound(RegdError, LookupError):
 
 
 class Conflict(RegdError):
-    """The registration is not as the caller thought, or another owner lives."""
+    """Another owner lives (`details["owner"]`), or the registration has another revision than expected."""
 
 
 class Denied(RegdError, PermissionError):
-    """This user may not do that; the daemon serves another one."""
+    """This user may only read there, or the process belongs to another user."""
 
 
 class BadArgument(RegdError, ValueError):
-    """The daemon does not take an argument; `details["field"]` says which."""
+    """An argument has a wrong type or value; `details["field"]` says which argument."""
 
 
 class Timeout(RegdError, TimeoutError):
-    """It took longer than the caller wanted to wait."""
+    """The call took longer than `timeout`, or no instance accepted a connection within `wait`."""
 
 
 class Unavailable(RegdError, ConnectionError):
-    """No daemon answers at the address, or the connection broke before the answer came."""
+    """No daemon answers at the address, the connection broke before the reply, or the peer is no regd."""
 
 
 _CLASSES: dict[str, type[RegdError]] = {
@@ -66,14 +65,14 @@ _CLASSES: dict[str, type[RegdError]] = {
 
 
 def from_reply(reply: dict[str, Any]) -> RegdError:
-    """Return the exception for a reply that says `"ok": false`."""
+    """Return the exception for a reply with `"ok": false`."""
     code = str(reply.get("error", ""))
     details = {key: value for key, value in reply.items() if key not in ("ok", "id", "error", "message")}
     return _CLASSES.get(code, RegdError)(_printable(str(reply.get("message", code))), code, details)
 
 
 def _printable(text: str) -> str:
-    """Escape what a peer could move a terminal's cursor with, or begin another line of a log."""
+    """Escape control characters, with which a peer could move a terminal's cursor or forge a line of a log."""
     if text.isprintable():
         return text
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -1,16 +1,18 @@
-"""The logger `regd_client`. What it reports happens whether or not it can be written."""
+"""The logger `regd_client`. A handler that fails does not disturb what is logged."""
 
 import logging
 from typing import Any
 
+__all__ = ["log"]
+
 _logger = logging.getLogger("regd_client")
-_CALLER = 3  # frames up: the method here, `_write`, and who calls
+_CALLER = 3  # stack level of the caller: `_write`, the method, the caller
 
 
-class Log:
+class _Log:
     """Write to the logger, and ignore a handler that raises, or a stderr that is closed.
 
-    A name is withdrawn and a registration is kept in the same functions that log it.
+    The functions that register and withdraw names also log, and must do their work in any case.
     """
 
     def info(self, message: str, *values: object) -> None:
@@ -25,8 +27,8 @@ class Log:
     def _write(self, level: int, message: str, values: tuple[object, ...], **more: Any) -> None:
         try:
             _logger.log(level, message, *values, stacklevel=_CALLER, **more)
-        except Exception:  # a handler's own, or a closed stderr: not for who registers a service
+        except Exception:  # raised by a handler of the program
             return
 
 
-log = Log()
+log = _Log()

@@ -1,104 +1,193 @@
-"""A mirror: the services that somebody follows, to be resolved without a round trip.
+"""A mirror: a local picture of some services, from which a name is resolved without a round trip."""
 
-Must not know how the picture is kept true.
-"""
-
+import asyncio
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from regd_client.errors import NotFound, Unavailable
-from regd_client.watches import Endpoint, Event, WatchState
+from regd_client.arguments import check_seconds
+from regd_client.errors import NotFound, Timeout, Unavailable
+from regd_client.models import Endpoint, Event
+from regd_client.watches import WatchState
+
+__all__ = ["Mirror"]
 
 
 class Mirror:
-    """A local picture of some services: `resolve` without a round trip, taking turns among the ready instances.
+    """A local picture of the services whose name fits a pattern. `mirror` and `Client.mirror` make one.
 
-    While the daemon is away the answers are from the last picture, and say so: `stale_s` is how long it has been
-    away. With `stale_s_max` an older answer is refused. A daemon that hangs is noticed within 15 s, and has been
-    away since it was last heard. So has that of a mirror that nobody keeps: after its `async with`, after the
-    client was closed, in a child that was forked.
+        async with regd_client.mirror("worker*") as mirror:
+            endpoint = mirror.resolve("worker")
+            everything = list(mirror)
+
+    `resolve` takes turns among the ready instances of a name. Iterating yields the endpoints of all ready
+    instances, in order of name and instance.
+
+    While the daemon is away, answers come from the last picture, and their `stale_s` is the number of seconds
+    since the daemon went away. With `stale_s_max`, an older answer raises `Unavailable`. A daemon that hangs is
+    noticed within 15 s, and counts as away since it was last heard. A mirror that nobody keeps up to date counts
+    as away
+    too: after its `async with`, after the client was closed, in a forked child.
     """
 
-    def __init__(self, stale_s_max: float | None) -> None:
+    def __init__(self, pattern: str, meta: Mapping[str, str] | None, stale_s_max: float | None) -> None:
         self._stale_s_max = stale_s_max
-        self._follow: WatchState
+        self._watch = WatchState(pattern, meta, self._take, self._end)
+        self._synced = asyncio.Event()  # the first picture is complete, or the watch has ended
+        self._changes = 0
+        self._changed = asyncio.Event()  # a new one for each change
         self._names: dict[str, dict[str, Endpoint]] = {}  # the ready instances, by name and instance
-        self._ready: dict[str, deque[Endpoint]] = {}  # of names that were asked for; the next in front
-        self._served: dict[str, str] = {}  # the instance that was last, where the queue was given up since
+        self._queues: dict[str, deque[Endpoint]] = {}  # of names that were resolved; the next endpoint in front
+        self._served: dict[str, str] = {}  # the instance that was served last, of a queue that was dropped since
 
-    def follow(self, follow: WatchState) -> None:
-        self._follow = follow
+    def __repr__(self) -> str:
+        count = sum(map(len, self._names.values()))
+        state = "live" if self.live else "ended" if self._watch.ended else f"stale for {self.stale_s:.1f} s"
+        return f"<Mirror {self._watch.pattern!r} {count} ready, {state}>"
 
     @property
     def live(self) -> bool:
         """Whether the picture is true now."""
-        return self._follow.live
+        return self._watch.live
 
     @property
     def stale_s(self) -> float:
-        """For how long the daemon has been away; 0.0 while it is there."""
-        return self._follow.stale_s
+        """Seconds since the daemon went away; 0.0 while it is there."""
+        return self._watch.stale_s
 
-    def changed(self, event: Event) -> None:
-        """Take an event, of which every one comes here."""
-        found = event.endpoint
-        if found is None:
-            return
-        if event.kind != "down" and event.state == "ready":
-            self._names.setdefault(found.name, {})[found.instance] = found
-        elif found.name in self._names:
-            self._names[found.name].pop(found.instance, None)
-        queue = self._ready.pop(found.name, None)
-        if not self._names.get(found.name):
-            self._names.pop(found.name, None)
-            self._served.pop(found.name, None)
-        elif queue:
-            self._served[found.name] = queue[-1].instance
+    @property
+    def changes(self) -> int:
+        """The number of changes of the picture so far, for `changed`."""
+        return self._changes
 
-    def resolve(self, name: str, *, meta: Mapping[str, str] | None = None) -> Endpoint:
-        """Return a ready instance that carries all of `meta`, from the picture.
+    async def changed(self, since: int | None = None, *, timeout: float | None = None) -> int:
+        """Wait for a change of the picture: a ready instance that came, went, or has another address or meta.
+
+            while True:
+                seen = mirror.changes
+                write_configuration(list(mirror))
+                await mirror.changed(seen)
+
+        Args:
+            since: a value of `changes`; if the picture has changed after that, the call returns at once. By
+                default the next change counts.
+            timeout: seconds to wait; None for ever.
+
+        Returns:
+            `changes` as it is now.
 
         Raises:
-            NotFound: there is none.
+            Timeout: the picture did not change in time.
+            Unavailable: the mirror has ended, since its `async with` has, or the client was closed.
+        """
+        check_seconds("timeout", timeout)
+        if since is None:
+            since = self._changes
+        try:
+            async with asyncio.timeout(timeout):
+                while self._changes == since and not self._watch.ended:
+                    await self._changed.wait()
+        except TimeoutError:
+            raise Timeout(f"the mirror did not change within {timeout:g} s") from None
+        if self._changes == since:
+            raise Unavailable("the mirror has ended")
+        return self._changes
+
+    def __iter__(self) -> Iterator[Endpoint]:
+        """Iterate over the endpoints of all ready instances, as they are now, in order of name and instance.
+
+        Raises:
             Unavailable: the picture is older than `stale_s_max`.
         """
-        ready = self._ready.get(name)
-        if ready is None:
-            ready = self._collect(name)
+        self._check_age()
+        return iter([endpoint for name in sorted(self._names) for endpoint in self.resolve_all(name)])
+
+    def resolve(self, name: str, *, meta: Mapping[str, str] | None = None) -> Endpoint:
+        """Return a ready instance, taking turns.
+
+        Args:
+            name: the service's name.
+            meta: labels that the instance must carry, all of them.
+
+        Raises:
+            NotFound: no ready instance has the name and the labels.
+            Unavailable: the picture is older than `stale_s_max`.
+        """
+        queue = self._queues.get(name)
+        if queue is None:
+            queue = self._make_queue(name)
         if meta:
-            for found in ready:
-                if all(found.meta.get(key) == value for key, value in meta.items()):
-                    ready.remove(found)
-                    ready.append(found)
-                    return found if self._follow.live else self._aged(found)
-        elif ready:
-            found = ready[0]
-            ready.rotate(-1)
-            return found if self._follow.live else self._aged(found)
+            for endpoint in queue:
+                if _carries(endpoint, meta):
+                    queue.remove(endpoint)
+                    queue.append(endpoint)
+                    return endpoint if self._watch.live else self._aged(endpoint)
+        elif queue:
+            endpoint = queue[0]
+            queue.rotate(-1)
+            return endpoint if self._watch.live else self._aged(endpoint)
         self._check_age()
         raise NotFound(f"no ready instance of {name!r} in the mirror", "not_found", {"stale_s": self.stale_s})
 
     def resolve_all(self, name: str, *, meta: Mapping[str, str] | None = None) -> list[Endpoint]:
-        """Return all ready instances that carry all of `meta`, in order of instance; perhaps none.
+        """Return all ready instances in order of instance; [] if there are none.
+
+        Args:
+            name: the service's name.
+            meta: labels that the instances must carry, all of them.
 
         Raises:
             Unavailable: the picture is older than `stale_s_max`.
         """
         self._check_age()
-        wanted = (meta or {}).items()
-        found = sorted(self._ready.get(name) or self._collect(name), key=lambda each: each.instance)
-        fits = [each for each in found if all(each.meta.get(key) == value for key, value in wanted)]
-        return fits if self.live else [self._aged(each) for each in fits]
+        instances = self._names.get(name, {})
+        endpoints = [instances[instance] for instance in sorted(instances)]
+        matching = [endpoint for endpoint in endpoints if _carries(endpoint, meta or {})]
+        return matching if self.live else [self._aged(endpoint) for endpoint in matching]
 
-    def _collect(self, name: str) -> "deque[Endpoint]":
-        there = self._names.get(name, {})
-        ready = deque(there[instance] for instance in sorted(there))
-        if ready:
-            self._ready[name] = ready
+    def _take(self, event: Event) -> None:
+        if event.endpoint is None:
+            self._synced.set()
+        elif self._apply(event, event.endpoint):
+            self._changes += 1
+            self._wake()
+
+    def _end(self) -> None:
+        self._synced.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _apply(self, event: Event, endpoint: Endpoint) -> bool:
+        """Apply an event to the ready instances. Returns whether they have changed."""
+        name, instance = endpoint.name, endpoint.instance
+        previous = self._names.get(name, {}).get(instance)
+        if event.kind != "down" and event.state == "ready":
+            self._names.setdefault(name, {})[instance] = endpoint
+            changed = previous != endpoint
+        elif previous is not None:
+            del self._names[name][instance]
+            changed = True
+        else:
+            return False
+        queue = self._queues.pop(name, None)
+        if not self._names[name]:
+            del self._names[name]
+            self._served.pop(name, None)
+        elif queue:
+            self._served[name] = queue[-1].instance
+        return changed
+
+    def _make_queue(self, name: str) -> deque[Endpoint]:
+        instances = self._names.get(name, {})
+        queue = deque(instances[instance] for instance in sorted(instances))
+        if queue:
+            self._queues[name] = queue
             served = self._served.pop(name, None)
-            ready.rotate(0 if served is None else -sum(each.instance <= served for each in ready))
-        return ready
+            queue.rotate(0 if served is None else -sum(endpoint.instance <= served for endpoint in queue))
+        return queue
 
     def _check_age(self) -> float:
         age_s = self.stale_s
@@ -108,5 +197,9 @@ class Mirror:
             )
         return age_s
 
-    def _aged(self, found: Endpoint) -> Endpoint:
-        return replace(found, stale_s=self._check_age())
+    def _aged(self, endpoint: Endpoint) -> Endpoint:
+        return replace(endpoint, stale_s=self._check_age())
+
+
+def _carries(endpoint: Endpoint, meta: Mapping[str, str]) -> bool:
+    return all(endpoint.meta.get(key) == value for key, value in meta.items())

@@ -1,6 +1,6 @@
-"""A registration that was made here, and what is said of it on the connection that holds it.
+"""A registration of this client: what the caller holds, and what is sent for it on the connection that holds it.
 
-Whether it stands is decided by the holdings. Must not know when the connection breaks or is opened.
+The registrar decides whether the registration still exists, and restores it after a break.
 """
 
 import asyncio
@@ -8,228 +8,260 @@ import os
 import time
 import warnings
 from collections.abc import Coroutine, Generator, Mapping
+from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
-from regd_client.arguments import check_seconds, check_text, labels
-from regd_client.connection import Connection, Heard
-from regd_client.connector import Patience, joined, running_loop
+from regd_client.arguments import RegistrationRequest, check_seconds, check_text, copy_meta
+from regd_client.connection import Connection, OnFields
 from regd_client.errors import Conflict, NotFound, RegdError, Unavailable
+from regd_client.event_loop import running_loop, wait_shared
 from regd_client.logger import log
-from regd_client.watches import Endpoint, Key, endpoint
+from regd_client.models import Endpoint, Key, State, endpoint_of
 
-if TYPE_CHECKING:
-    from regd_client.client import Client
-    from regd_client.holding import Holdings
+__all__ = ["Registration", "RegistrationContext", "StandaloneRegistration", "warn_not_awaited"]
 
-_ENDS_S = 1.0  # for a daemon that is stopping to close the connection
-_LEAVE_S = 2.0  # for the daemon to confirm that it has ended
-_LEAVE_AWAY_S = 0.2  # the same, from when the connection broke: the daemon may be back in a moment
+_CLOSING_S = 1.0  # for a daemon that is stopping to close the connection
+_WITHDRAW_S = 2.0  # for the daemon to confirm that the registration ended
+_WITHDRAW_AWAY_S = 0.2  # the same, from when the connection broke: the daemon may be back in a moment
+
+T = TypeVar("T")
+
+
+class _Registrar(Protocol):
+    """The registrar of a client, as far as a registration uses it."""
+
+    async def register(self, registration: "Registration") -> "Registration": ...
+    async def holder(self, registration: "Registration", timeout_s: float | None) -> Connection: ...
+    def withdraw(self, registration: "Registration") -> "asyncio.Task[None]": ...
+
+
+class _Client(Protocol):
+    """The client of a registration, as far as the registration uses it."""
+
+    @property
+    def _registrar(self) -> _Registrar: ...
+    def _check_fork(self) -> None: ...
+    async def _connect(self) -> Connection: ...
+    async def _within(self, timeout: float | None, what: str, work: Coroutine[Any, Any, T]) -> T: ...
+    async def close(self) -> None: ...
 
 
 class Registration:
-    """A registration that was made here. `lost` is set when somebody took it; `lost_reason` says how."""
+    """A registration of this client, from `register`.
 
-    def __init__(
-        self,
-        client: "Client",
-        arguments: dict[str, Any],
-        static: bool,
-        process: int | None,
-        timeout_s: float | None = None,
-        patience: Patience = Patience.TOLD,
-    ) -> None:
+    Attributes:
+        endpoint: where the service is registered.
+        lost: an `asyncio.Event`, set when another process or client took the name.
+        lost_reason: how the name was taken, "" before that.
+    """
+
+    def __init__(self, client: _Client, request: RegistrationRequest, *, patient: bool = True) -> None:
         self._client = client
-        self._holdings: Holdings = client._keeper.holdings
+        self._registrar = client._registrar
         self._pid = os.getpid()
         self._rev = 0
         self.endpoint: Endpoint
         self.lost = asyncio.Event()
         self.lost_reason = ""
-        self.key: Key = (arguments["name"], arguments["instance"] or "")
-        # For the holdings.
-        self.arguments = arguments
-        self.static = static
-        self.process = process  # that it lasts as long as, instead of this one
-        self.timeout_s = timeout_s  # to connect, the first time
-        self.patience = patience
-        self.began = time.monotonic()
-        self.left_at = 0.0
-        self.place: tuple[str, ...] = ()  # the daemon's address, name and instance
-        self.on: Connection | None = None  # the last connection that held it
-        self.over = ""  # why it is no more
-        self.making: asyncio.Task[Registration] | None = None
-        self.leaving: asyncio.Task[None] | None = None
-        self.trouble = ""  # what was in the way of registering it again
-        self.moved = asyncio.Event()  # `on` or `over` is another
+        # The registrar's.
+        self._request = request
+        self._key: Key = (request.name, request.instance or "")
+        self._patient = patient  # wait for a daemon that is away, and log it
+        self._began = time.monotonic()
+        self._withdrawn_at = 0.0
+        self._place: tuple[str, ...] = ()  # the daemon's address, name and instance
+        self._connection: Connection | None = None  # the last connection that held it
+        self._over = ""  # why it has ended
+        self._registering: asyncio.Task[Registration] | None = None
+        self._withdrawing: asyncio.Task[None] | None = None
+        self._trouble = ""  # why it could not be registered again
+        self._moved = asyncio.Event()  # `_connection` or `_over` has changed
+
+    def __repr__(self) -> str:
+        name = "/".join(filter(None, self._key))
+        at = f" at {self.endpoint}" if hasattr(self, "endpoint") else ""
+        state = self._over or ("leaving" if self._withdrawing else "registered" if at else "not registered yet")
+        return f"<{type(self).__name__} {name}{at}, {state}>"
 
     @property
-    def kept(self) -> bool:
-        """Whether the caller wants it, and has it. A child that was forked does not: it is the parent's."""
-        return not self.over and self.leaving is None and self._pid == os.getpid()
+    def _kept(self) -> bool:
+        """Whether the caller wants it and has it. A forked child does not: it is the parent's."""
+        return not self._over and self._withdrawing is None and self._pid == os.getpid()
 
     @property
-    def where(self) -> tuple[str, int]:
-        """The host and port, as the caller wants them to be known."""
-        return self.arguments["host"] or "127.0.0.1", self.arguments["port"]
+    def _where(self) -> tuple[str, int | None]:
+        """Host and port, as the caller has given them."""
+        return self._request.host or "127.0.0.1", self._request.port
 
-    def made_on(self, connection: Connection, reply: Mapping[str, Any]) -> None:
+    def _registered_on(self, connection: Connection, reply: Mapping[str, Any]) -> None:
         """Take the reply to `register`."""
-        self.on = connection
-        self.trouble = ""
+        self._connection = connection
+        self._trouble = ""
         self._rev = reply["rev"]
-        self.endpoint = endpoint({**reply, "meta": self.arguments["meta"] or {}})
-        self.moved.set()
+        self.endpoint = endpoint_of({**reply, "meta": self._request.meta or {}})
+        self._moved.set()
 
-    def is_at(self, reply: Mapping[str, Any]) -> bool:
-        return (self.endpoint.host, self.endpoint.port) == (reply["host"], reply["port"])
+    def _is_at(self, reply: Mapping[str, Any]) -> bool:
+        return self.endpoint.address == (reply["host"], reply["port"])
 
-    def finish(self, why: str) -> None:
-        """It is no more; the first reason stays."""
-        self.over = self.over or why
-        self.moved.set()
+    def _finish(self, why: str) -> None:
+        """Mark the registration as ended. The first reason stays."""
+        self._over = self._over or why
+        self._moved.set()
 
-    def _altered(self, meta: dict[str, str] | None, state: str | None) -> None:
-        """Remember what is to be registered again after a break."""
+    def _altered(self, meta: dict[str, str] | None, state: State | None) -> None:
+        """Remember what is to be registered after a break."""
         if meta is not None:
-            self.arguments["meta"] = meta
-            self.endpoint = endpoint({**_fields(self.endpoint), "meta": meta})
+            self._request = replace(self._request, meta=meta)
+            self.endpoint = replace(self.endpoint, meta={**meta})
         if state is not None:
-            self.arguments["state"] = state
+            self._request = replace(self._request, state=state)
 
     async def update(
         self,
         meta: Mapping[str, str] | None = None,
         *,
-        state: str | None = None,
+        state: State | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Replace its meta as a whole, set its state (`starting`, `ready`, `draining`), or both.
+        """Replace the labels, set the state, or both.
 
-        After a break it waits until it is registered again, for 5 s or `timeout` seconds.
+        After a break, the call waits until the registration is restored.
+
+            await registration.update({"zone": "b"}, state="ready")
+
+        Args:
+            meta: the new labels, which replace all previous ones; None leaves them as they are.
+            state: `starting`, `ready` or `draining`; None leaves it as it is.
+            timeout: seconds for the whole call; by default 5 s to wait for a daemon.
 
         Raises:
-            NotFound: it has ended, or is somebody else's now.
-            Unavailable: no daemon comes back in time.
+            NotFound: the registration has ended, or the name was taken.
+            Unavailable: no daemon answers in time.
+            Timeout: the daemon did not reply within `timeout`.
+            BadArgument: an argument has a wrong type or value.
         """
         check_text("state", state)
-        await self._client._within(timeout, "update", self._update(labels(meta), state, timeout))
+        await self._client._within(timeout, "update", self._update(copy_meta(meta), state, timeout))
 
-    async def _update(self, given: dict[str, str] | None, state: str | None, timeout: float | None) -> None:
-        def altered(reply: Mapping[str, Any]) -> None:
-            self._altered(given, state)
+    async def _update(self, meta: dict[str, str] | None, state: State | None, timeout: float | None) -> None:
+        def on_reply(reply: Mapping[str, Any]) -> None:
+            self._altered(meta, state)
 
+        static = self._request.static
         while True:
-            connection = await (
-                self._client._connected() if self.static else self._holdings.holder(self, timeout)
-            )
+            connection = await (self._client._connect() if static else self._registrar.holder(self, timeout))
             try:
-                if await self.while_ours(connection, "update", altered, meta=given, state=state):
+                if await self._if_ours(connection, "update", on_reply, meta=meta, state=state):
                     return
-            except Unavailable:  # it broke, or the daemon is stopping; the same once more does no harm
-                await asyncio.wait((connection.closed,), timeout=_ENDS_S)
-                if self.static or connection.usable:
+            except Unavailable:  # the connection broke, or the daemon is stopping; the update can be repeated
+                await asyncio.wait((connection.closed,), timeout=_CLOSING_S)
+                if static or connection.usable:
                     raise
             else:
-                raise self.gone()
+                raise self._gone()
 
     async def deregister(self, *, timeout: float | None = None) -> None:
-        """End it: first `draining`, then gone. Harmless when it has ended; what is somebody else's now stays.
+        """End the registration: set it `draining`, and then remove it. Idempotent.
 
-        It waits for `timeout` seconds, else for 2 s at most, and 0.2 s without a daemon. What is not confirmed by
-        then goes on in the background, as long as the event loop lives.
+        What the daemon has not confirmed in time continues in the background while the event loop runs. If
+        another owner has taken the name, its registration stays.
+
+        Args:
+            timeout: seconds to wait for the daemon's confirmation; by default 2 s, and 0.2 s without a daemon.
+
+        Raises:
+            Unavailable: no daemon answers, for a static registration.
+            RegdError: the daemon refuses.
         """
         check_seconds("timeout", timeout)
-        if self._pid != os.getpid() or self.over:
-            return  # the parent's, or nobody's
-        if self.static:
-            await self.end_on(await self._client._connected())
+        if self._pid != os.getpid() or self._over:
             return
-        leaving = self._holdings.leave(self)
-        await self._have_patience(leaving, timeout)
-        if not leaving.done():
+        if self._request.static:
+            await self._end_on(await self._client._connect())
+            return
+        withdrawing = self._registrar.withdraw(self)
+        await self._wait_for_confirmation(withdrawing, timeout)
+        if not withdrawing.done():
             log.warning("the registry has not confirmed yet that %s ended", self.endpoint.name)
-        elif not leaving.cancelled():
-            await joined(leaving)
+        elif not withdrawing.cancelled():
+            await wait_shared(withdrawing)
 
-    async def _have_patience(self, leaving: "asyncio.Task[None]", timeout: float | None) -> None:
+    async def _wait_for_confirmation(self, withdrawing: "asyncio.Task[None]", timeout: float | None) -> None:
         if timeout is not None:
-            await asyncio.wait((leaving,), timeout=timeout)
+            await asyncio.wait((withdrawing,), timeout=timeout)
             return
-        on = self.on
-        if on is None:
+        connection = self._connection
+        if connection is None:
             return
-        if on.usable:
-            await asyncio.wait((leaving, on.closed), timeout=_LEAVE_S, return_when=asyncio.FIRST_COMPLETED)
-        if on.ended_at is not None:
-            left_s = on.ended_at + _LEAVE_AWAY_S - time.monotonic()
-            await asyncio.wait((leaving,), timeout=max(0.0, left_s))
+        if connection.usable:
+            tasks = (withdrawing, connection.closed)
+            await asyncio.wait(tasks, timeout=_WITHDRAW_S, return_when=asyncio.FIRST_COMPLETED)
+        if connection.ended_at is not None:
+            left_s = connection.ended_at + _WITHDRAW_AWAY_S - time.monotonic()
+            await asyncio.wait((withdrawing,), timeout=max(0.0, left_s))
 
-    def gone(self) -> NotFound:
-        """Return the error of one who wants to alter it, and may not."""
-        why = self.over or ("left" if self.leaving else "it is the parent process's")
-        return NotFound(f"the registration of {self.key[0]!r} is over: {why}", "not_found")
+    def _gone(self) -> NotFound:
+        """Return the error for a change of a registration that has ended."""
+        why = self._over or ("left" if self._withdrawing else "it is the parent process's")
+        return NotFound(f"the registration of {self._key[0]!r} is over: {why}", "not_found")
 
     # On the connection that holds it.
 
-    async def end_on(self, connection: Connection) -> None:
-        if await self.while_ours(connection, "update", state="draining"):
-            await self.while_ours(connection, "deregister")
+    async def _end_on(self, connection: Connection) -> None:
+        if await self._if_ours(connection, "update", state="draining"):
+            await self._if_ours(connection, "deregister")
 
-    async def while_ours(
-        self, connection: Connection, cmd: str, heard: Heard | None = None, **arguments: Any
+    async def _if_ours(
+        self, connection: Connection, cmd: str, on_reply: OnFields | None = None, **arguments: Any
     ) -> bool:
-        """Do something to it, if it still is at our address, whatever else changed. Returns whether it is."""
-        name, instance = self.key
-        while not self.over:
-            asked = {"name": name, "instance": instance, **arguments, "if": self._rev}
+        """Send a command if the registration still has our address. Returns whether it has."""
+        name, instance = self._key
+        while not self._over:
+            condition = {"name": name, "instance": instance, **arguments, "if": self._rev}
             try:
-                self._rev = (await connection.ask(cmd, asked, heard))["rev"]
+                self._rev = (await connection.ask(cmd, condition, on_reply))["rev"]
             except NotFound:
                 return False
             except Conflict:
-                known = await self.known(connection)
-                if known is None:
+                current = await self._current(connection)
+                if current is None:
                     return False
-                self._rev = known["rev"]
+                self._rev = current["rev"]
             else:
                 return True
         return False
 
-    async def known(self, connection: Connection) -> dict[str, Any] | None:
-        """Return what the daemon tells of what stands at our address, None where nothing does."""
-        name, instance = self.key
+    async def _current(self, connection: Connection) -> dict[str, Any] | None:
+        """Return what `why` says of the registration, None if it does not exist or has another address."""
+        name, instance = self._key
         try:
-            found = (await connection.ask("why", {"name": name, "instance": instance}))["instances"]
+            instances = (await connection.ask("why", {"name": name, "instance": instance}))["instances"]
         except NotFound:
             return None
-        here: dict[str, Any] = found[0] if found else {"host": None, "port": None}
-        return here if (here["host"], here["port"]) == (self.endpoint.host, self.endpoint.port) else None
+        return instances[0] if instances and self._is_at(instances[0]) else None
 
 
-def warn_of(call: str, source: object) -> None:
-    """Warn of what was made and never awaited, as Python does of a coroutine."""
+def warn_not_awaited(call: str, source: object) -> None:
+    """Warn of an awaitable that was never awaited, as Python does of a coroutine."""
     warnings.warn(f"{call} was never awaited", RuntimeWarning, stacklevel=3, source=source)
 
 
-def _fields(found: Endpoint) -> dict[str, Any]:
-    return {"name": found.name, "instance": found.instance, "host": found.host, "port": found.port}
-
-
 class StandaloneRegistration(Registration):
-    """One that was made by the function `register`, with a client of its own."""
+    """A registration by the function `register`, with a client of its own."""
 
     async def update(
         self,
         meta: Mapping[str, str] | None = None,
         *,
-        state: str | None = None,
+        state: State | None = None,
         timeout: float | None = None,
     ) -> None:
         try:
             await super().update(meta, state=state, timeout=timeout)
         finally:
-            if self.static:
+            if self._request.static:
                 await self._client.close()
 
     async def deregister(self, *, timeout: float | None = None) -> None:
@@ -238,30 +270,32 @@ class StandaloneRegistration(Registration):
         finally:
             await self._client.close()
 
+    update.__doc__ = Registration.update.__doc__
+    deregister.__doc__ = Registration.deregister.__doc__
+
 
 class RegistrationContext(Coroutine[Any, Any, Registration]):
-    """What `register` returns: a coroutine that gives a `Registration`, or the `async with` around its life."""
+    """The result of `register`: `await` it for a `Registration`, or use it with `async with`.
+
+    `standalone`: the client was made for this registration, and is closed with it.
+    """
 
     def __init__(
-        self,
-        client: "Client",
-        arguments: dict[str, Any],
-        static: bool,
-        process: int | None = None,
-        timeout: float | None = None,
+        self, client: _Client, request: RegistrationRequest, *, standalone: bool = False, patient: bool = True
     ) -> None:
         self._awaited = False
         self._client = client
-        self._timeout = timeout
-        self.patience = Patience.TOLD
-        self._arguments = arguments
-        self._static = static
-        self._process = process
-        self._own = False  # the client was made for this registration, and ends with it
-        self._made: Registration | None = None
-        self._running: Coroutine[Any, Any, Registration] | None = None
+        self._request = request
+        self._standalone = standalone
+        self._patient = patient
+        self._registration: Registration | None = None
+        self._coroutine: Coroutine[Any, Any, Registration] | None = None
 
-    # A coroutine, so that a task can be made of it.
+    def __repr__(self) -> str:
+        state = "awaited" if self._awaited else "not awaited yet"
+        return f"<register({self._request.name!r}, {self._request.port}), {state}>"
+
+    # The methods of a coroutine: asyncio.create_task takes nothing else.
 
     def __await__(self) -> Generator[Any, None, Registration]:
         self._awaited = True
@@ -269,9 +303,9 @@ class RegistrationContext(Coroutine[Any, Any, Registration]):
 
     def _run(self) -> "Coroutine[Any, Any, Registration]":
         self._awaited = True
-        if self._running is None:
-            self._running = self._register()
-        return self._running
+        if self._coroutine is None:
+            self._coroutine = self._register()
+        return self._coroutine
 
     def send(self, value: Any) -> Any:
         return self._run().send(value)
@@ -281,42 +315,42 @@ class RegistrationContext(Coroutine[Any, Any, Registration]):
 
     def close(self) -> None:
         self._awaited = True
-        if self._running is not None:
-            self._running.close()
+        if self._coroutine is not None:
+            self._coroutine.close()
 
     def __del__(self) -> None:
         if not self._awaited:
-            warn_of(f"register({self._arguments['name']!r})", self)
+            warn_not_awaited(f"register({self._request.name!r})", self)
 
-    # Around the life of a service.
+    # The methods of a context manager.
 
     async def __aenter__(self) -> Registration:
         self._awaited = True
-        self._made = await self._register()
-        return self._made
+        self._registration = await self._register()
+        return self._registration
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._made is not None
+        assert self._registration is not None
         try:
-            if not self._static:
-                await self._made.deregister()
+            if not self._request.static:
+                await self._registration.deregister()
         except RegdError as trouble:
-            log.warning("left %s registered: %s", self._made.endpoint.name, trouble)
+            log.warning("left %s registered: %s", self._registration.endpoint.name, trouble)
 
     async def _register(self) -> Registration:
         self._awaited = True
         running_loop()
         self._client._check_fork()
-        kind = StandaloneRegistration if self._own else Registration
-        wanted = kind(self._client, self._arguments, self._static, self._process, self._timeout, self.patience)
-        over = self._own
+        kind = StandaloneRegistration if self._standalone else Registration
+        registration = kind(self._client, self._request, patient=self._patient)
+        close = self._standalone
         try:
-            work = self._client._keeper.holdings.register(wanted)
-            made = await self._client._within(self._timeout, "register", work)
-            over = over and self._static
+            work = self._client._registrar.register(registration)
+            registration = await self._client._within(self._request.timeout_s, "register", work)
+            close = close and self._request.static
         finally:
-            if over:
+            if close:
                 await self._client.close()
-        return made
+        return registration

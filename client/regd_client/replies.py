@@ -7,14 +7,13 @@ are ignored, and kept. `regctl` starts with this module: it imports next to noth
 
 from __future__ import annotations
 
-from _socket import AF_INET6, inet_pton
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any
 
-TYPE_CHECKING = False  # as in typing, whose import takes longer than many a command
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from typing import Any
+__all__ = ["Shape", "fault", "is_host", "is_known_event", "is_name", "result_fault"]
 
-    Check = Callable[[Any], bool]
+Check = Callable[[Any], bool]
 
 _LOWER = "abcdefghijklmnopqrstuvwxyz0123456789_-"
 _LETTERS = _LOWER + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -120,7 +119,7 @@ def _is_ipv6(text: str) -> bool:
     if percent and not (1 <= len(scope) <= 15 and _consists_of(scope, _LETTERS + ".")):
         return False
     try:
-        packed = inet_pton(AF_INET6, address)
+        packed = socket.inet_pton(socket.AF_INET6, address)
     except (OSError, ValueError):  # the latter for a NUL or a lone surrogate
         return False
     return packed != bytes(16) and packed != bytes(10) + b"\xff\xff" + bytes(4)  # neither :: nor ::ffff:0.0.0.0

@@ -1,8 +1,8 @@
-"""Servers of an event loop: a door notices when one opens its port, and delays the closing of its listener.
+"""Hooks into an event loop: they notice when a server opens its port, and delay the closing of its listener.
 
-asyncio's servers open their port with `loop.create_server`. Servers with an accept loop of their own, as Tornado,
-pass a listening socket to `loop.add_reader`. While there are doors, both methods go through here. A server that
-uses neither is found by its listening socket, if its port is known. Must not know what is registered.
+asyncio's servers open their port with `loop.create_server`. Servers with an accept loop of their own, as
+Tornado, pass a listening socket to `loop.add_reader`. While there are hooks, both methods are replaced. A server
+that uses neither is found by its listening socket, if its port is known.
 """
 
 import asyncio
@@ -13,107 +13,111 @@ import stat
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, NoReturn
 
-_HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where all addresses are reached from this machine
+__all__ = ["ListenHook", "Withdraw", "addresses", "is_listener"]
+
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where a wildcard address is reached from this machine
 
 Withdraw = Callable[[], Coroutine[Any, Any, None]]
 
 
 class ListenHook:
-    """One who waits for a server to open: on `port`, or the first, with None.
+    """Waits for the server that opens `port`, or for the first server with None.
 
-    `opened` is called once, with the host and port that it can be reached at. Before it closes, `withdraw` is
-    awaited, while new connections still find it.
+    `on_open` is called once, with the host and port at which the server is reached. Before the server closes its
+    listener, `withdraw` is awaited, while the listener still accepts connections.
     """
 
-    def __init__(self, port: int | None, opened: Callable[[str, int], None], withdraw: Withdraw) -> None:
+    def __init__(self, port: int | None, on_open: Callable[[str, int], None], withdraw: Withdraw) -> None:
         self.withdraw = withdraw
         self._port = port
-        self._opened = opened
+        self._on_open = on_open
         self._used = False
 
-    def fits(self, sockets: Iterable[Any]) -> bool:
+    def matches(self, sockets: Iterable[Any]) -> bool:
+        """Return whether the hook waits for a server with these sockets."""
         return not self._used and any(self._port in (None, port) for _, port in addresses(sockets))
 
     def open(self, sockets: Iterable[Any]) -> None:
+        """Take these sockets as the server's."""
         self._used = True
-        host, port = next(each for each in addresses(sockets) if self._port in (None, each[1]))
-        self._opened(host, port)
+        host, port = next(address for address in addresses(sockets) if self._port in (None, address[1]))
+        self._on_open(host, port)
 
-    def look(self) -> bool:
-        """Open it if this process listens on the port already. Returns whether it does."""
+    def find_open_port(self) -> bool:
+        """Look for a socket of this process that listens on the port. Returns whether there is one."""
         if self._port is None:
             return False
         with contextlib.ExitStack() as stack:
-            found = [stack.enter_context(each) for each in _own_sockets()]
-            listening = [each for each in found if is_listener(each) and self.fits([each])]
+            sockets = [stack.enter_context(sock) for sock in _own_sockets()]
+            listening = [sock for sock in sockets if is_listener(sock) and self.matches([sock])]
             if listening:
                 self.open(listening)
             return bool(listening)
 
     def __enter__(self) -> "ListenHook":
         loop = asyncio.get_running_loop()
-        opener = vars(loop).get("create_server")
-        if not isinstance(opener, _Opener):
-            opener = _Opener(loop)
-            vars(loop)["create_server"] = opener
-            vars(loop)["add_reader"] = opener.add_reader
-        opener.doors.append(self)
+        patch = vars(loop).get("create_server")
+        if not isinstance(patch, _LoopPatch):
+            patch = _LoopPatch(loop)
+            vars(loop)["create_server"] = patch
+            vars(loop)["add_reader"] = patch.add_reader
+        patch.hooks.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        found = vars(asyncio.get_running_loop())
-        opener = found["create_server"]
-        opener.doors.remove(self)
-        if not opener.doors:
-            del found["create_server"], found["add_reader"]
+        members = vars(asyncio.get_running_loop())
+        patch = members["create_server"]
+        patch.hooks.remove(self)
+        if not patch.hooks:
+            del members["create_server"], members["add_reader"]
 
 
-class _Opener:
-    """Stands in for a loop's `create_server` and `add_reader`."""
+class _LoopPatch:
+    """Replaces a loop's `create_server` and `add_reader`."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.doors: list[ListenHook] = []
-        self._create = loop.create_server
+        self.hooks: list[ListenHook] = []
+        self._create_server = loop.create_server
         self._add_reader = loop.add_reader
 
     async def __call__(
         self, *args: Any, sock: socket.socket | None = None, **more: Any
     ) -> asyncio.AbstractServer:
-        door = None
-        if sock is not None and (door := self._door([sock])) is not None:
-            # One of its own: whoever passes a socket to a server closes it himself, too.
+        hook = None
+        if sock is not None and (hook := self._find([sock])) is not None:
+            # A copy for the server: a program that passes a socket to a server closes the socket itself, too.
             sock = socket.socket(fileno=os.dup(sock.fileno()))
         try:
-            server = await self._create(*args, sock=sock, **more)
+            server = await self._create_server(*args, sock=sock, **more)
         except BaseException:
-            if door is not None and sock is not None:
+            if hook is not None and sock is not None:
                 sock.close()
             raise
-        door = door or self._door(server.sockets)
-        return server if door is None else _DrainingServer(server, door)
+        hook = hook or self._find(server.sockets)
+        return server if hook is None else _DrainingServer(server, hook)
 
     def add_reader(self, fd: Any, callback: Callable[..., Any], *args: Any) -> None:
         self._add_reader(fd, callback, *args)
-        with contextlib.suppress(OSError, ValueError), _same(fd if isinstance(fd, int) else fd.fileno()) as found:
-            if is_listener(found) and (door := self._door([found])) is not None:
-                door.open([found])
+        with contextlib.suppress(OSError, ValueError), _copy(fd if isinstance(fd, int) else fd.fileno()) as sock:
+            if is_listener(sock) and (hook := self._find([sock])) is not None:
+                hook.open([sock])
 
-    def _door(self, sockets: Iterable[Any]) -> ListenHook | None:
-        return next((each for each in self.doors if each.fits(sockets)), None)
+    def _find(self, sockets: Iterable[Any]) -> ListenHook | None:
+        return next((hook for hook in self.hooks if hook.matches(sockets)), None)
 
 
 class _DrainingServer(asyncio.AbstractServer):
-    """A server that closes once its door is done."""
+    """A server whose `close` first awaits the hook's `withdraw`."""
 
-    def __init__(self, server: asyncio.Server, door: ListenHook) -> None:
+    def __init__(self, server: asyncio.Server, hook: ListenHook) -> None:
         self._server = server
-        self._door = door
+        self._hook = hook
         self._closing: asyncio.Task[None] | None = None
-        self._heard()
+        self._open_if_serving()
 
-    def _heard(self) -> None:
-        if self._server.is_serving() and self._door.fits(self._server.sockets):
-            self._door.open(self._server.sockets)
+    def _open_if_serving(self) -> None:
+        if self._server.is_serving() and self._hook.matches(self._server.sockets):
+            self._hook.open(self._server.sockets)
 
     def close(self) -> None:
         loop = self._server.get_loop()
@@ -124,7 +128,7 @@ class _DrainingServer(asyncio.AbstractServer):
 
     async def _close(self) -> None:
         try:
-            await self._door.withdraw()
+            await self._hook.withdraw()
         finally:
             self._server.close()
 
@@ -133,7 +137,7 @@ class _DrainingServer(asyncio.AbstractServer):
 
     async def start_serving(self) -> None:
         await self._server.start_serving()
-        self._heard()
+        self._open_if_serving()
 
     async def serve_forever(self) -> NoReturn:
         await self.start_serving()
@@ -142,7 +146,7 @@ class _DrainingServer(asyncio.AbstractServer):
         finally:
             self.close()
             await self.wait_closed()
-        raise AssertionError("for ever")
+        raise AssertionError("unreachable")
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
         return self._server.get_loop()
@@ -154,18 +158,18 @@ class _DrainingServer(asyncio.AbstractServer):
         return getattr(self._server, name)
 
 
-def is_listener(found: socket.socket) -> bool:
-    """Whether it accepts TCP connections."""
-    if found.family not in (socket.AF_INET, socket.AF_INET6) or found.type != socket.SOCK_STREAM:
+def is_listener(sock: socket.socket) -> bool:
+    """Return whether the socket accepts TCP connections."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
         return False
-    return bool(found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
-def _same(fd: int) -> socket.socket:
-    """Return a socket of one's own for the one behind a descriptor.
+def _copy(fd: int) -> socket.socket:
+    """Return a socket with a duplicate of the descriptor.
 
     Raises:
-        OSError: there is none.
+        OSError: the descriptor is no socket.
     """
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
         raise OSError(f"descriptor {fd} is no socket")
@@ -178,20 +182,20 @@ def _same(fd: int) -> socket.socket:
 
 
 def _own_sockets() -> list[socket.socket]:
-    """Return copies of all sockets of this process, to be closed by the caller."""
-    found = []
+    """Return copies of all sockets of this process. The caller closes them."""
+    sockets = []
     for name in os.listdir("/dev/fd"):
         with contextlib.suppress(OSError):
-            found.append(_same(int(name)))
-    return found
+            sockets.append(_copy(int(name)))
+    return sockets
 
 
 def addresses(sockets: Iterable[Any]) -> list[tuple[str, int]]:
-    """Return where others on this machine reach these sockets, the oldest family first."""
+    """Return where programs on this machine reach these sockets, IPv4 before IPv6, without Unix sockets."""
     found: list[tuple[bool, str, int]] = []
-    for each in sockets:
-        where = each.getsockname()
-        if isinstance(where, tuple):  # else it is a Unix socket
-            host, port = str(where[0]), int(where[1])
-            found.append((":" in host, _HERE.get(host, host), port))
+    for sock in sockets:
+        name = sock.getsockname()
+        if isinstance(name, tuple):
+            host, port = str(name[0]), int(name[1])
+            found.append((":" in host, _LOOPBACK.get(host, host), port))
     return [(host, port) for _, host, port in sorted(found)]

@@ -1,12 +1,11 @@
 """The signals that end a server, held back until the names of its services are withdrawn.
 
-A server that is told to end turns away new connections at once, so the names must be withdrawn before. The
-handlers of the program and of its event loop get the first signal afterwards. The second signal gives them both
-at once, also while the event loop is blocked.
-Must not know what is registered.
+A server that is told to end refuses new connections at once, so the names must be withdrawn first. The program's
+handlers get the first signal afterwards. The second signal reaches them at once.
 """
 
-import asyncio
+from __future__ import annotations
+
 import contextlib
 import os
 import signal
@@ -14,21 +13,28 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from regd_client.server_hook import Withdraw
+if (
+    TYPE_CHECKING
+):  # a process without an event loop must not load asyncio, which loads ssl before gevent replaces it
+    import asyncio
 
-_ENDS = (signal.SIGTERM, signal.SIGINT)
+    from regd_client.server_hook import Withdraw
+
+__all__ = ["ProcessSignals", "held_until", "set_handler"]
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextlib.contextmanager
 def held_until(withdraw: Withdraw) -> Iterator[None]:
-    """Hold them until `withdraw` has been awaited on this event loop. Only the main thread's can do so."""
+    """Hold the signals until `withdraw` has been awaited on this event loop. Only in the main thread."""
     global _held
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    held = _held = _held or _Held()
+    held = _held = _held or _LoopSignals()
     held.withdraws.append(withdraw)
     try:
         yield
@@ -38,32 +44,34 @@ def held_until(withdraw: Withdraw) -> Iterator[None]:
             held.release()
 
 
-class _Held:
-    """Stands before all handlers: the handlers of Python, and the event loop that is woken by a file."""
+class _LoopSignals:
+    """Holds the signals of an event loop: those with a Python handler, and those that wake the loop."""
 
     def __init__(self) -> None:
         self.withdraws: list[Withdraw] = []
+        import asyncio
+
         self._loop = asyncio.get_running_loop()
         self._waiting: list[int] = []
         self._task: asyncio.Task[None] | None = None
         self._released = False
-        self._reading, self._written = socket.socketpair()
-        self._reading.setblocking(False)
-        self._written.setblocking(False)
-        self._loop.add_reader(self._reading, self._pass_on)
-        self._wakes = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._loop.add_reader(self._reader, self._forward)
+        self._wakeup_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._run_forever = self._loop.run_forever
         vars(self._loop)["run_forever"] = self._run_again
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
-        self._others: set[int] = set()  # those that have another handler since
-        for number in _ENDS:
+        self._replaced: set[int] = set()  # signals that got another handler meanwhile
+        for number in _SIGNALS:
             handler = signal.getsignal(number)
-            if callable(handler):  # else it is ignored, or ends the process: nothing is held then
+            if callable(handler):  # else the signal is ignored, or ends the process
                 self._handlers[number] = handler
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Hold the first signal. The second is not left to the event loop, which may be blocked."""
+        """Hold the first signal. The second restores the handlers here: the event loop may be blocked."""
         self._waiting.append(number)
         running = self._loop.is_running()
         if running and len(self._waiting) == 1:
@@ -71,66 +79,125 @@ class _Held:
             return
         if running:
             self._loop.call_soon_threadsafe(self.release)
-        self._let_go()
+        self._restore()
 
     def _run_again(self) -> None:
-        """Run the event loop. uvloop has itself woken anew in every run."""
-        self._loop.call_soon(self._stand_before)
+        """Run the event loop. uvloop sets another wakeup descriptor in every run."""
+        self._loop.call_soon(self._take_over)
         self._run_forever()
 
-    def _stand_before(self) -> None:
+    def _take_over(self) -> None:
         if self._released:
             return
-        wakes = signal.set_wakeup_fd(self._written.fileno())
-        if wakes != self._written.fileno():
-            self._wakes = wakes
-        self._others = {number for number in self._handlers if signal.getsignal(number) != self._handle}
+        wakes = signal.set_wakeup_fd(self._writer.fileno())
+        if wakes != self._writer.fileno():
+            self._wakeup_fd = wakes
+        self._replaced = {number for number in self._handlers if signal.getsignal(number) != self._handle}
 
     def _begin(self) -> None:
         if not self._released and self._task is None:
-            self._task = asyncio.create_task(self._withdraw(), name="regd-client-signal")
+            self._task = self._loop.create_task(self._withdraw(), name="regd-client-signal")
 
-    def _pass_on(self) -> None:
-        """Tell the event loop of the signals that are not held."""
-        with contextlib.suppress(OSError):  # nothing more, or the event loop is closed
-            for number in self._reading.recv(4_096):
-                held = number in self._handlers and number not in self._others
-                if not held and self._wakes >= 0:
-                    os.write(self._wakes, bytes((number,)))
+    def _forward(self) -> None:
+        """Forward the signals that are not held to the event loop."""
+        with contextlib.suppress(OSError):  # nothing left to read, or the event loop is closed
+            for number in self._reader.recv(4_096):
+                held = number in self._handlers and number not in self._replaced
+                if not held and self._wakeup_fd >= 0:
+                    os.write(self._wakeup_fd, bytes((number,)))
 
     async def _withdraw(self) -> None:
+        import asyncio
+
         try:
-            await asyncio.gather(*(each() for each in self.withdraws))
+            await asyncio.gather(*(withdraw() for withdraw in self.withdraws))
         finally:
             self.release()
 
-    def _let_go(self) -> None:
-        """Stand aside, and raise what was held. A signal may come, and call this, at any point of it."""
+    def _restore(self) -> None:
+        """Restore the handlers, and raise the held signals. Reentrant: a signal may come at any point."""
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, handler)
-        # Another one's since, where the event loop was run anew: uvloop closes that of the run before.
+        # If the event loop was run again, the descriptor is another: uvloop closes that of the previous run.
         wakes = signal.set_wakeup_fd(-1)
         with contextlib.suppress(OSError, ValueError):
-            signal.set_wakeup_fd(self._wakes if wakes == self._written.fileno() else wakes)
+            signal.set_wakeup_fd(self._wakeup_fd if wakes == self._writer.fileno() else wakes)
         while self._waiting:
             signal.raise_signal(self._waiting.pop(0))
 
     def release(self) -> None:
-        """Hold nothing more, and let go what was held."""
+        """Stop holding signals, and raise the held ones."""
         global _held
         if self._released:
             return
         self._released = True
         _held = None
-        self._loop.remove_reader(self._reading)
+        self._loop.remove_reader(self._reader)
         vars(self._loop).pop("run_forever", None)
         try:
-            self._let_go()
+            self._restore()
         finally:
-            self._pass_on()
-            self._reading.close()
-            self._written.close()
+            self._forward()
+            self._reader.close()
+            self._writer.close()
 
 
-_held: _Held | None = None
+_held: _LoopSignals | None = None
+
+
+class ProcessSignals:
+    """Holds the signals of a process without an event loop: `withdraw` is called before the program's handlers.
+
+    In a forked child nothing is held. A signal that comes before `begin` waits for it.
+    """
+
+    def __init__(self, withdraw: Callable[[], None]) -> None:
+        self._withdraw = withdraw
+        self._pid = os.getpid()
+        self._begun = False
+        self._held: int | None = None
+        self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+        for number in _SIGNALS:
+            handler = signal.getsignal(number)
+            # Else the signal is ignored, or ends the process, or this is not the main thread.
+            if callable(handler) and set_handler(number, self._handle):
+                self._handlers[number] = handler
+
+    def begin(self) -> None:
+        """The name is registered, or will be: from now on a signal withdraws it."""
+        self._begun = True
+        if self._held is not None:
+            self._end(self._held, None)
+
+    def release(self) -> None:
+        """Nothing was registered: stop holding signals, and raise the held one."""
+        self._begun = True
+        for number, handler in self._handlers.items():
+            if signal.getsignal(number) == self._handle:
+                signal.signal(number, handler)
+        if self._held is not None:
+            signal.raise_signal(self._held)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._held is not None or os.getpid() != self._pid:
+            self._handlers[number](number, frame)
+            return
+        self._held = number
+        if self._begun:
+            self._end(number, frame)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        try:
+            self._withdraw()
+        finally:
+            self._handlers[number](number, frame)
+
+
+def set_handler(number: int, handler: Callable[[int, FrameType | None], Any]) -> bool:
+    """Set the handler of a signal. Returns whether that is possible: only the main thread may."""
+    try:
+        signal.signal(number, handler)
+    except ValueError:
+        return False
+    return True

@@ -9,7 +9,7 @@ import time
 from signal import ITIMER_REAL, SIG_DFL, SIGALRM, setitimer, signal
 from typing import Any
 
-from regd_client.blocking import BlockingConnection
+from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import RegdError
 
 _ANSWER_S = 0.2
@@ -26,7 +26,7 @@ def names(address: str | None, pattern: str | None) -> list[str] | None:
     setitimer(ITIMER_REAL, _END_S)
     until = time.monotonic() + _ANSWER_S
     try:
-        with BlockingConnection(address, _ANSWER_S, starts=False) as connection:
+        with BlockingConnection(address, _ANSWER_S, autostart=False) as connection:
             return _all(connection, pattern, until)
     except (RegdError, KeyError, TypeError, AttributeError):  # the others: it answers, and is no regd
         return None

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import regd
 from regd.cli import local_probe
-from regd_client import wire
-from regd_client.blocking import BlockingConnection
+from regd_client import protocol
+from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import BadArgument, RegdError, Unavailable
 
 ANSWER_S = 3.0  # a daemon answers within milliseconds
@@ -63,7 +63,7 @@ class _Daemon:
         self.connection = connection
         self.hello = hello
         self.stats = connection.ask("stats")
-        self.is_here = all(hello["host"].get(key) == own for key, own in wire.own_host().items())
+        self.is_here = all(hello["host"].get(key) == own for key, own in protocol.own_host().items())
         self.pid: int = self.stats["pid"]
         self.is_in_another_network = self.is_here and local_probe.is_in_another_network(self.pid)
 
@@ -76,7 +76,7 @@ def examine(address: str | None) -> Iterator[Finding]:
     """Yield what is found, in order; without a daemon only what there is to say of addresses."""
     source = "--address" if address else "$REGD_ADDRESS" if os.environ.get("REGD_ADDRESS") else "the default"
     try:
-        at = wire.find_address(address)
+        at = protocol.find_address(address)
     except BadArgument as error:
         yield Finding("address", f"{source}: {error}", "write it in one of these ways")
         return
@@ -93,9 +93,9 @@ def examine(address: str | None) -> Iterator[Finding]:
             yield Finding("daemon", f"its answers broke off: {error!r}", "look into the log of regd")
 
 
-def _reached(stack: ExitStack, at: wire.Address) -> tuple[_Daemon | None, Finding]:
+def _reached(stack: ExitStack, at: protocol.Address) -> tuple[_Daemon | None, Finding]:
     try:
-        connection = stack.enter_context(BlockingConnection(str(at), ANSWER_S, starts=False))
+        connection = stack.enter_context(BlockingConnection(str(at), ANSWER_S, autostart=False))
     except Unavailable as error:
         return None, _not_connected(at, error.__cause__)
     try:
@@ -118,7 +118,7 @@ def _reached(stack: ExitStack, at: wire.Address) -> tuple[_Daemon | None, Findin
     return None, _other(at)
 
 
-def _not_connected(at: wire.Address, why: BaseException | None) -> Finding:
+def _not_connected(at: protocol.Address, why: BaseException | None) -> Finding:
     if isinstance(why, ConnectionRefusedError | FileNotFoundError):
         return Finding("daemon", f"nobody listens at {at}", "start one with `regd`, or name another address")
     if isinstance(why, TimeoutError):
@@ -129,21 +129,21 @@ def _not_connected(at: wire.Address, why: BaseException | None) -> Finding:
     return Finding("daemon", f"{at} cannot be reached: {reason}", "name another address in REGD_ADDRESS")
 
 
-def _other(at: wire.Address) -> Finding:
+def _other(at: protocol.Address) -> Finding:
     found = f"something that is no regd listens at {at}"
     return Finding(
         "daemon", found, f"see who it is: {local_probe.who(at)}; or name another address in REGD_ADDRESS"
     )
 
 
-def _elsewhere(at: wire.Address, daemon: _Daemon | None) -> Iterator[Finding]:
+def _elsewhere(at: protocol.Address, daemon: _Daemon | None) -> Iterator[Finding]:
     """Look for another daemon: two that are taken for one are found out late."""
     epoch = None if daemon is None else daemon.hello["epoch"]
     seen: set[object] = set() if daemon is None else {daemon.pid}
-    others: dict[Any, tuple[wire.Address, Any]] = {}
+    others: dict[Any, tuple[protocol.Address, Any]] = {}
     for each in local_probe.addresses(at):
         try:
-            with BlockingConnection(str(each), ANSWER_S / 10, starts=False) as connection:
+            with BlockingConnection(str(each), ANSWER_S / 10, autostart=False) as connection:
                 hello, stats = connection.ask("hello"), connection.ask("stats")
         except RegdError:
             continue
@@ -279,7 +279,7 @@ def _services(daemon: _Daemon) -> Iterator[Finding]:
             break
         tried += 1
         if not local_probe.accepts(each["host"], each["port"]):
-            silent.append(f"{each['name']} ({wire.joined(each['host'], each['port'])})")
+            silent.append(f"{each['name']} ({protocol.host_port(each['host'], each['port'])})")
     if silent:
         more = f" and {len(silent) - _NAMED} more" if len(silent) > _NAMED else ""
         found = f"{len(silent)} of {tried} accept no connection: {', '.join(silent[:_NAMED])}{more}"

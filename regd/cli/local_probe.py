@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-from regd_client import wire
+from regd_client import protocol
 from regd_client.errors import BadArgument
 
 _OTHERS = 16  # addresses
@@ -24,12 +24,12 @@ _PYTHON_FLAGS = "-bBdEhiIOPqsSuvVx?"  # python(1): options of one letter without
 _LONG_WITH_VALUE = ("--check-hash-based-pycs",)
 
 
-def addresses(but: wire.Address) -> list[wire.Address]:
+def addresses(but: protocol.Address) -> list[protocol.Address]:
     """Return where else a daemon may be: the default, $REGD_ADDRESS, and what running daemons were told."""
-    found: dict[str, wire.Address] = {}
-    for text in (wire.DEFAULT_ADDRESS, os.environ.get("REGD_ADDRESS", ""), *_told()):
+    found: dict[str, protocol.Address] = {}
+    for text in (protocol.DEFAULT_ADDRESS, os.environ.get("REGD_ADDRESS", ""), *_told()):
         try:
-            each = wire.parse_address(text)
+            each = protocol.parse_address(text)
         except BadArgument:
             continue
         if str(each) != str(but):
@@ -100,7 +100,7 @@ def is_in_another_network(pid: int) -> bool:
         return False  # another user's, or gone
 
 
-def who(at: wire.Address) -> str:
+def who(at: protocol.Address) -> str:
     """Return the command that tells who listens there."""
     return f"`lsof {at.path}`" if at.path else f"`ss -ltnp 'sport = :{at.port}'`"
 

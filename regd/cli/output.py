@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
-from regd_client.wire import joined
+from regd_client.protocol import host_port
 
 EMPTY = "-"  # a column without a value: programs that split at blanks would skip an empty one
 
@@ -134,7 +134,7 @@ def lines(command: str, reply: dict[str, Any]) -> Iterable[str]:
 
 def address_of(entry: Mapping[str, Any]) -> str:
     """Return HOST:PORT of an instance."""
-    return joined(entry["host"], entry["port"])
+    return host_port(entry["host"], entry["port"])
 
 
 def event_line(event: Mapping[str, Any]) -> str:

@@ -6,8 +6,8 @@ import itertools
 import time
 from typing import Any
 
-from regd_client import wire
-from regd_client.blocking import BlockingConnection
+from regd_client import protocol
+from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import Unavailable
 
 _TRANSIENT = ("shutting_down", "busy")  # errors after which to try again
@@ -31,7 +31,7 @@ def ask(connection: BlockingConnection, command: str, arguments: dict[str, Any])
     page = reply
     instances: list[dict[str, Any]] = []
     for number in itertools.count(1):
-        wire.add_page(instances, page, number)
+        protocol.add_page(instances, page, number)
         if "next" not in page:
             break
         page = connection.ask(command, **{**arguments, "after": page["next"]})

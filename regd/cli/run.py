@@ -24,11 +24,12 @@ from regd.cli.child import Command, NotStarted, awaited_signals, exit_status, st
 from regd.cli.output import complain, environment_variables, visible
 from regd.cli.port_owner import is_of, listener
 from regd.cli.queries import wait_for
-from regd_client.blocking import BlockingConnection
+from regd_client.arguments import RegistrationRequest
+from regd_client.blocking import client_thread
+from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import RegdError, Unavailable
-from regd_client.service import ServiceLifecycle
-from regd_client.thread import client_thread
-from regd_client.wire import joined
+from regd_client.lifespans import ServiceLifecycle
+from regd_client.protocol import host_port
 
 NOT_FOUND, USAGE, NO_DAEMON, REFUSED = 1, 2, 3, 4
 _PROBE_PAUSE_S = (0.01, 0.2)  # the first and the longest, between two probes of the port
@@ -224,10 +225,9 @@ class _Name:
     async def _stay_registered(self, accepts: bool, withdrawn: asyncio.Future[Any]) -> None:
         """Wait for the command to accept connections, then stay registered until `withdrawn`."""
         host = "127.0.0.1" if accepts else await self._accepting_host()
-        async with ServiceLifecycle(
-            self._name, None, self._arguments | _bound_to(self._child), drain_s=0.0
-        ) as service:
-            service.tells = False
+        request = RegistrationRequest(self._name, None, **self._arguments, pid=_bound_to(self._child))
+        async with ServiceLifecycle(request, drain_s=0.0) as service:
+            service.logs_success = False
             service.opened(host, self._port)
             with contextlib.suppress(RegdError):  # the client has logged it
                 registration = await service.registration()
@@ -262,13 +262,13 @@ class _Name:
 
     def _silence(self) -> str:
         return (
-            f"nothing has accepted connections at {joined('127.0.0.1', self._port)} for {_SILENT_S:g} s; "
+            f"nothing has accepted connections at {host_port('127.0.0.1', self._port)} for {_SILENT_S:g} s; "
             f"the command must listen on port {self._port} ($PORT)"
         )
 
     def _obstacle(self, host: str) -> str:
         """Return why the listener at this host does not count as the command's; "" if it does."""
-        at = joined(host, self._port)
+        at = host_port(host, self._port)
         try:
             found = listener(host, self._port)
         except OSError as error:
@@ -297,12 +297,12 @@ class _ClientMessages(logging.Handler):
         self._reporter.report(event, record.getMessage())
 
 
-def _bound_to(child: int) -> dict[str, int]:
+def _bound_to(child: int) -> int | None:
     """Return the `pid` that ends the registration: the command's, unless it runs as another user."""
     try:
-        return {"pid": child} if os.stat(f"/proc/{child}").st_uid == os.geteuid() else {}
+        return child if os.stat(f"/proc/{child}").st_uid == os.geteuid() else None
     except OSError:
-        return {}
+        return None
 
 
 async def _accepts(host: str, port: int) -> bool:

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from regd.cli.output import Output, complain, event_line, say, say_json, visible
-from regd_client.blocking import BlockingConnection
+from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import Unavailable
-from regd_client.watches import Event, WatchState
+from regd_client.models import Event
+from regd_client.watches import WatchState
 
 _PASSING = ("shutting_down", "busy")  # refusals after which to connect again
 _PAUSE_S = 0.2  # between tries to connect
@@ -108,7 +109,7 @@ def watch(
     watching = _Watch(pattern, meta, as_json)
     while True:
         try:
-            with BlockingConnection(address, starts=not watching.synced) as connection:
+            with BlockingConnection(address, autostart=not watching.synced) as connection:
                 refusal = watching.follow(connection)
             if refusal is None or not watching.synced or refusal["error"] not in _PASSING:
                 return refusal

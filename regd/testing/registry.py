@@ -10,7 +10,7 @@ from typing import Any
 from regd.testing.host_process import HostError, HostProcess, host
 from regd_client.blocking import BlockingConnection
 from regd_client.errors import RegdError, from_reply
-from regd_client.watches import Endpoint, endpoint
+from regd_client.models import Endpoint, endpoint_of
 
 VARIABLE = "REGD_ADDRESS"
 
@@ -80,7 +80,7 @@ class Registry:
                 state=state,
                 force=force,
             )
-        return endpoint({**reply, "meta": dict(meta or {})})
+        return endpoint_of({**reply, "meta": dict(meta or {})})
 
     def update(
         self,
@@ -112,7 +112,7 @@ class Registry:
             _ask(connection, "deregister", name=name, instance=instance)
 
     def _connection(self) -> BlockingConnection:
-        return BlockingConnection(self.address, starts=False)
+        return BlockingConnection(self.address, autostart=False)
 
     def stop(self) -> None:
         """Stop the daemon in order. It keeps its port and what is registered. Twice is harmless."""

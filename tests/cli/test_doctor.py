@@ -20,7 +20,7 @@ import pytest
 from regd.cli import doctor, local_probe
 from regd.cli.doctor import Finding, examine
 from regd.core.limits import DEFAULT
-from regd_client import wire
+from regd_client import protocol
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import WAIT_S, DaemonProcess, InLoop, environment
 from tests.support.peers import Told
@@ -30,7 +30,7 @@ from tests.support.peers import Told
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other daemons of this machine are no trouble of the test's."""
     monkeypatch.delenv("REGD_ADDRESS", raising=False)
-    monkeypatch.setattr(wire, "DEFAULT_ADDRESS", "tcp://127.0.0.1:1")
+    monkeypatch.setattr(protocol, "DEFAULT_ADDRESS", "tcp://127.0.0.1:1")
     monkeypatch.setattr(local_probe, "daemons", lambda: iter(()))
     monkeypatch.setattr(doctor, "ANSWER_S", 10 * WAIT_S)  # a tenth of it for others
 

@@ -17,7 +17,7 @@ import pytest
 
 from regd.cli import complete_names, doctor, local_probe, regctl
 from regd.cli.commands import COMMANDS
-from regd_client import wire
+from regd_client import protocol
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import WAIT_S, DaemonProcess, environment
 
@@ -243,7 +243,7 @@ def test_a_reply_that_lacks_what_is_shown_is_an_error(
 def test_pages_without_an_end(
     command: list[str], ran: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wire, "INSTANCES_MAX", 5)
+    monkeypatch.setattr(protocol, "INSTANCES_MAX", 5)
     count = itertools.count(1)
 
     def answer(cmd: str) -> list[Any]:

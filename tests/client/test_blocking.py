@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import regd_client
-from regd_client import blocking, ending, wire
-from regd_client.thread import client_thread
+from regd_client import blocking, process_registration, protocol
+from regd_client.blocking import client_thread
 from tests.support.daemon import WAIT_S, DaemonProcess, environment
 from tests.support.polling import block_until
 
@@ -207,7 +207,7 @@ def test_a_name_that_is_somebody_elses_by_now_stays(heard: Heard) -> None:
 def test_a_daemon_that_cannot_see_the_process_sees_a_connection(
     heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wire, "own_host", lambda: {"boot": "another", "pid_namespace": "pid:[1]"})
+    monkeypatch.setattr(protocol, "own_host", lambda: {"boot": "another", "pid_namespace": "pid:[1]"})
     blocking.register_process("web", 1, drain_s=0.0)
     [found] = instances()
     assert (found["hold"], "pid" in found) == (True, False)
@@ -245,7 +245,7 @@ def test_what_cannot_be_registered_holds_no_signal(heard: Heard) -> None:
 def test_a_server_whose_name_another_owner_has_waits_for_it(
     heard: Heard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(ending, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(process_registration, "_PAUSE_S", 0.01)
     with blocking.BlockingConnection() as owner:
         owner.ask("register", name="web", port=2, hold=True)
         blocking.register_process("web", 1)
@@ -265,7 +265,7 @@ def stats() -> dict[str, Any]:
 def test_a_server_that_ends_before_it_is_registered_is_not_tried_again(
     heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ending, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(process_registration, "_PAUSE_S", 0.01)
     with blocking.BlockingConnection() as owner:
         owner.ask("register", name="web", port=2, hold=True)
         blocking.register_process("web", 1, drain_s=0.0)
@@ -309,7 +309,7 @@ def test_a_child_that_was_forked_and_ends_leaves_the_parents_thread_alone() -> N
 
 
 def test_what_regctl_uses_imports_no_event_loop() -> None:
-    program = "import sys; from regd_client.blocking import BlockingConnection; BlockingConnection().ask('ping'); print('asyncio' in sys.modules, 'threading' in sys.modules)"
+    program = "import sys; from regd_client.blocking_connection import BlockingConnection; BlockingConnection().ask('ping'); print('asyncio' in sys.modules, 'threading' in sys.modules)"
     assert run(program, "-S").stdout == "False False\n"
 
 

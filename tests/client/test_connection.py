@@ -8,7 +8,7 @@ import pytest
 import regd_client
 from regd_client.client import Client
 from regd_client.connection import Connection
-from regd_client.wire import Address
+from regd_client.protocol import Address
 from tests.support.daemon import InLoop
 
 pytestmark = pytest.mark.socket
@@ -32,7 +32,7 @@ class Sending:
 
 async def test_what_many_ask_in_one_turn_is_sent_as_one(daemon: InLoop) -> None:
     async with Client(f"127.0.0.1:{daemon.port}") as client:
-        sending = Sending(await client._connected())
+        sending = Sending(await client._connect())
         for many in (50, 1, 50):
             for _ in range(3):
                 await asyncio.gather(*(client.ping() for _ in range(many)))
@@ -42,7 +42,7 @@ async def test_what_many_ask_in_one_turn_is_sent_as_one(daemon: InLoop) -> None:
 
 async def test_who_asks_alone_waits_for_no_turn_of_the_loop(daemon: InLoop) -> None:
     async with Client(f"127.0.0.1:{daemon.port}") as client:
-        connection = await client._connected()
+        connection = await client._connect()
         await connection.ask("ping", {})
         sending = Sending(connection)
         answer = connection.ask("ping", {})
@@ -79,12 +79,12 @@ async def test_lines_may_be_cut_anywhere(size: int) -> None:
     connection = Connection(Address("h", 1), lambda connection, event: heard.append(event["name"]))
     connection.connection_made(Nowhere())
     asked = [
-        connection.ask("resolve", {"name": "a"}, again=True),
+        connection.ask("resolve", {"name": "a"}, cached=True),
         connection.ask("watch", {"name": "*"}, lambda said: heard.append(said["rev"])),
-        connection.ask("resolve", {"name": "a"}, again=True),
+        connection.ask("resolve", {"name": "a"}, cached=True),
         connection.ask("resolve", {"name": "b"}),
-        connection.ask("resolve", {"name": "b"}, again=True),
-        connection.ask("resolve", {"name": "a"}, again=True),
+        connection.ask("resolve", {"name": "b"}, cached=True),
+        connection.ask("resolve", {"name": "a"}, cached=True),
     ]
     asked[-1].cancel()
     said = (

@@ -19,7 +19,7 @@ from tests.support.polling import until
 
 pytestmark = pytest.mark.socket
 
-assert registrar._QUIET_S + connection_module.HANGS_S + connection_module._AGAIN_S <= 15  # as promised
+assert registrar._SILENT_S + connection_module.HANGS_S + connection_module._RECHECK_S <= 15  # as promised
 QUIET_S, HANGS_S, AGAIN_S = 0.4, 0.6, 0.05
 LATE_S = 0.3  # of a machine that is busy: less than QUIET_S
 
@@ -27,10 +27,10 @@ LATE_S = 0.3  # of a machine that is busy: less than QUIET_S
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client's patience, some thirty times as short."""
-    monkeypatch.setattr(registrar, "_QUIET_S", QUIET_S)
+    monkeypatch.setattr(registrar, "_SILENT_S", QUIET_S)
     monkeypatch.setattr(connection_module, "HANGS_S", HANGS_S)
-    monkeypatch.setattr(connection_module, "_AGAIN_S", AGAIN_S)
-    monkeypatch.setattr(connection_module, "_FAREWELL_S", 0.1)
+    monkeypatch.setattr(connection_module, "_RECHECK_S", AGAIN_S)
+    monkeypatch.setattr(connection_module, "_CLOSE_S", 0.1)
 
 
 async def test_a_call_to_a_daemon_that_hangs_ends(relay: Relay) -> None:
@@ -61,7 +61,7 @@ async def test_a_call_to_one_that_drips_an_answer_without_an_end_ends(data: byte
 
 
 async def test_a_wait_at_a_daemon_that_hangs_ends(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "_SLACK_S", 0.1)
+    monkeypatch.setattr(client_module, "_REPLY_S", 0.1)
     async with Client() as client:
         relay.flowing.clear()
         began = time.monotonic()
@@ -77,7 +77,7 @@ async def test_a_wait_without_a_daemon_is_as_long_as_it_said(tmp_path: Path, tim
     began = time.monotonic()
     with pytest.raises(regd_client.Unavailable, match="No such file"):
         await client.resolve("nobody", wait=0.6)
-    assert 0.6 <= time.monotonic() - began < 0.6 + client_module._ONE_TRY_S + LATE_S
+    assert 0.6 <= time.monotonic() - began < 0.6 + client_module._CONNECT_S_MIN + LATE_S
     await client.close()
 
 
@@ -97,14 +97,14 @@ async def test_the_longest_wait_is_not_longer(relay: Relay, monkeypatch: pytest.
 async def test_a_loop_that_was_held_up_hears_before_it_judges(process: DaemonProcess) -> None:
     """Some loops look at what is due before they read."""
     async with Client(process.addresses[0]) as client:
-        connection = await client._connected()
+        connection = await client._connect()
         asked = asyncio.create_task(client.ping())
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         time.sleep(2 * HANGS_S)  # noqa: ASYNC251 - the answer comes meanwhile, and so does the time to look for it
-        assert connection._dog is not None
-        connection._dog.cancel()
-        connection._look()
+        assert connection._watchdog is not None
+        connection._watchdog.cancel()
+        connection._check()
         await asked
 
 
@@ -119,7 +119,7 @@ async def test_closing_waits_for_no_daemon_that_reads_nothing() -> None:
     over = asyncio.Event()
     async with await asyncio.start_server(deaf, "127.0.0.1", 0) as server:
         client = Client(f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
-        connection = await client._connected()
+        connection = await client._connect()
         for _ in range(200):  # far more than the kernel takes
             connection.post("update", {"name": "a", "meta": {"k": "v" * 60_000}})
         await asyncio.sleep(0)

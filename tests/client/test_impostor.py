@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 import regd_client
 from regd_client import connection as connection_module
-from regd_client import holding, registration, replies, wire
+from regd_client import protocol, registrar, registration, replies
 from regd_client.blocking import BlockingConnection
 from regd_client.client import Client
 from regd_client.connection import Connection
 from regd_client.errors import RegdError, Unavailable
+from regd_client.protocol import Address
 from regd_client.watches import WatchState
-from regd_client.wire import Address
 from tests.client.test_connection import Nowhere
 
 INSTANCE: dict[str, Any] = {
@@ -226,11 +226,11 @@ CALLS: dict[str, list[Callable[[Client], Awaitable[object]]]] = {
 async def test_a_verb_raises_no_other_error(
     cmd: str, refusal: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registration, "_LEAVE_S", 0.001)
-    monkeypatch.setattr(registration, "_LEAVE_AWAY_S", 0.001)
-    monkeypatch.setattr(holding, "_CLOSE_S", 0.001)
+    monkeypatch.setattr(registration, "_WITHDRAW_S", 0.001)
+    monkeypatch.setattr(registration, "_WITHDRAW_AWAY_S", 0.001)
+    monkeypatch.setattr(registrar, "_CLOSE_S", 0.001)
     monkeypatch.setattr(connection_module, "HANGS_S", 0.02)  # for events, and no reply
-    monkeypatch.setattr(connection_module, "_AGAIN_S", 0.001)
+    monkeypatch.setattr(connection_module, "_RECHECK_S", 0.001)
     async with impostor() as other:
         for line in spoilt(REFUSAL if refusal else REPLIES[cmd], ["null", "[[]]", '"$(touch pwned)"']):
             other.says = {cmd: line}
@@ -271,8 +271,8 @@ def test_a_command_raises_no_other_error(cmd: str, refusal: bool, monkeypatch: p
 
 async def test_pages_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Full ones are too many instances, empty ones too many pages."""
-    monkeypatch.setattr(wire, "INSTANCES_MAX", 5)
-    monkeypatch.setattr(wire, "PAGES_MAX", 9)
+    monkeypatch.setattr(protocol, "INSTANCES_MAX", 5)
+    monkeypatch.setattr(protocol, "PAGES_MAX", 9)
     async with impostor() as other, Client(other.address) as client:
         for instances, pages, most in ([INSTANCE], 6, 6), ([], 9, 9):
             page = {**REPLIES["list"], "instances": instances}
@@ -287,7 +287,7 @@ async def test_pages_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_snapshot_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "INSTANCES_MAX", 5)
+    monkeypatch.setattr(protocol, "INSTANCES_MAX", 5)
     follow = WatchState("*", None, lambda event: None)
     follow.begin(cast(Any, None))
     follow.take(REPLIES["watch"])
@@ -438,7 +438,7 @@ async def test_a_wait_does_not_wait_for_what_is_no_regd() -> None:
         other.says = {"resolve": '{"ok":true}'}
         with pytest.raises(Unavailable, match="not a regd reply") as raised:
             await client.resolve("db", wait=3_600)
-    assert raised.value.code == wire.NOT_REGD
+    assert raised.value.code == protocol.NOT_REGD
 
 
 async def test_what_a_peer_says_reaches_no_terminal() -> None:
@@ -453,7 +453,7 @@ async def test_a_result_of_a_daemon_to_come() -> None:
     """Members and events that the client does not know are ignored, and results keep them."""
     async with impostor() as other, Client(other.address) as client:
         other.says = {"hello": json.dumps({**REPLIES["hello"], "later": {"a": [1]}})}
-        assert (await client.hello())["later"] == {"a": [1]}
+        assert dict(await client.hello())["later"] == {"a": [1]}
     assert replies.fault({"event": "later", "what": [1]}) == ""
 
 
@@ -499,7 +499,7 @@ def test_whatever_is_sent_is_taken_or_refused(cmd: str, change: dict[str, Any]) 
         line = json.dumps(fields).encode()
         word = cmd.removesuffix(" all")
         try:
-            reply = wire.checked(word, {"all": word != cmd}, wire.reply(line))
+            reply = protocol.check_result(word, {"all": word != cmd}, protocol.decode_line(line))
         except Unavailable as error:
             assert str(error).isprintable()
             continue

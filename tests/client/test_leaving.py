@@ -10,7 +10,7 @@ import pytest
 import regd_client
 from regd_client import registration as registration_module
 from regd_client.client import Client
-from regd_client.holding import _LINGERING
+from regd_client.registrar import _LINGERING
 from tests.client.relay import Relay
 from tests.support.daemon import WAIT_S, InLoop
 from tests.support.polling import until
@@ -107,7 +107,7 @@ async def test_leaving_after_a_restart_leaves_the_other_workers(relay: Relay, da
         async with stopped(relay, daemon):
             pass
         await registration.deregister()
-        await until(lambda: registration.over and others.on is not None and others.on.usable)
+        await until(lambda: registration._over and others._connection is not None and others._connection.usable)
         [known] = (await other.why("a"))["instances"]
         assert [owner["connection"] is not None for owner in known["owners"]] == [True]
         assert not others.lost.is_set()
@@ -126,7 +126,7 @@ async def test_leaving_without_a_daemon_is_quick(
                 began = time.monotonic()
                 await stack.aclose()
                 assert time.monotonic() - began < 1.0
-        assert client._link.timeout_s == Client()._link.timeout_s
+        assert client._connector.timeout_s == Client()._connector.timeout_s
         await gone(client, "a")
     assert not [each for each in caplog.messages if each.startswith("left")]
 
@@ -146,7 +146,7 @@ async def test_what_is_left_without_a_daemon_ends_when_the_daemon_is_back(
             await client.register("job", 1)
         async with stopped(relay, daemon):
             if how == "client":
-                await until(lambda: client._link.usable is None)
+                await until(lambda: client._connector.usable is None)
             await stack.aclose()
             assert _LINGERING
     async with Client() as other:
@@ -188,7 +188,7 @@ async def test_leaving_what_has_a_client_of_its_own_is_quick(relay: Relay, daemo
 async def test_leaving_a_daemon_that_hangs_is_quick_too(
     relay: Relay, other: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registration_module, "_LEAVE_S", 0.1)
+    monkeypatch.setattr(registration_module, "_WITHDRAW_S", 0.1)
     async with Client() as client:
         async with client.register("a", 1):
             relay.flowing.clear()
@@ -280,6 +280,6 @@ async def test_who_is_cancelled_and_tries_again_has_it(relay: Relay, other: Clie
             registration = await client.register("a", 1)
             await asyncio.gather(asked, return_exceptions=True)
             await client.ping()
-            assert registration.kept
+            assert registration._kept
             assert (await other.resolve("a")).port == 1
             await registration.deregister()

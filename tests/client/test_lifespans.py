@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import regd_client
-from regd_client import service as service_module
+from regd_client import lifespans as lifespans_module
 from regd_client.client import Client
 from tests.support.daemon import WAIT_S, InLoop, environment
 from tests.support.polling import until
@@ -240,7 +240,7 @@ async def test_the_host_is_one_that_can_be_called(client: Client, host: str, tol
 async def test_a_daemon_that_comes_later(
     daemon: InLoop, client: Client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service_module, "Client", lambda: Client(connect_timeout_s=0.05))
+    monkeypatch.setattr(lifespans_module, "Client", lambda: Client(connect_timeout_s=0.05))
     await daemon.server.stop()
     async with regd_client.lifespan("web") as service, await server() as opened:
         await until(lambda: "not registered yet" in caplog.text)
@@ -254,7 +254,7 @@ async def test_a_daemon_that_comes_later(
 async def test_a_name_that_becomes_free(
     daemon: InLoop, client: Client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service_module, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(lifespans_module, "_PAUSE_S", 0.01)
     await (await daemon.peer()).ask(cmd="register", name="web", port=1, hold=True)
     async with regd_client.lifespan("web") as service, await server():
         async with asyncio.timeout(WAIT_S):
@@ -273,7 +273,7 @@ async def test_a_name_that_cannot_be(client: Client, caplog: pytest.LogCaptureFi
 
 
 async def test_nobody_comes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(service_module, "_NOBODY_S", 0.0)
+    monkeypatch.setattr(lifespans_module, "_WARN_S", 0.0)
     async with regd_client.lifespan("web"):
         await until(lambda: "no server has opened its port" in caplog.text)
 
@@ -283,7 +283,7 @@ async def test_a_server_that_opens_its_port_elsewhere_is_named_at_once(
     module: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, module, sys)
-    monkeypatch.setattr(service_module, "_ELSEWHERE_S", 0.0)
+    monkeypatch.setattr(lifespans_module, "_WARN_ELSEWHERE_S", 0.0)
     async with regd_client.lifespan("web"):
         await until(lambda: 'name the port: lifespan("web", PORT)' in caplog.text)
 
@@ -301,7 +301,7 @@ async def test_a_port_that_is_opened_elsewhere_is_found(client: Client) -> None:
         port = opened.getsockname()[1]
         async with regd_client.lifespan("web", port) as service:
             assert another.getsockname()[1] != port
-            assert not service._door.look()  # bound, and does not listen yet
+            assert not service._hook.find_open_port()  # bound, and does not listen yet
             opened.listen()
             assert (await service.registration()).endpoint.port == port
         assert await names(client) == []
@@ -599,11 +599,11 @@ async def test_what_is_not_registered_does_not_listen(
         made.append(socket.create_server(("127.0.0.1", 0)))
         return made[-1]
 
-    monkeypatch.setattr("regd_client.listening.listening_socket", create)
+    monkeypatch.setattr("regd_client.lifespans.listening_socket", create)
     await (await daemon.peer()).ask(cmd="register", name="web", port=1, hold=True)
     if trouble == "no daemon":
         monkeypatch.setenv("REGD_ADDRESS", "127.0.0.1:1")
-        monkeypatch.setattr(service_module, "Client", lambda: Client(connect_timeout_s=0.0))
+        monkeypatch.setattr(lifespans_module, "Client", lambda: Client(connect_timeout_s=0.0))
     expected = {
         "conflict": regd_client.Conflict,
         "no daemon": regd_client.Unavailable,

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import regd_client
-from regd_client import Client, Timeout, Unavailable, blocking
+from regd_client import Client, Timeout, Unavailable, blocking, blocking_connection
 from regd_client.blocking import BlockingConnection
-from regd_client.holding import _NEWEST
+from regd_client.registrar import _NEWEST
 from tests.client.relay import Relay
 from tests.client.test_arguments import VERBS
 from tests.client.test_leaving import REPLACED
@@ -54,7 +54,7 @@ def one_try(monkeypatch: pytest.MonkeyPatch) -> None:
     async def pause(seconds: float) -> None:
         raise AssertionError("it tries again")
 
-    monkeypatch.setattr("regd_client.connector.TRY_S", WAIT_S)
+    monkeypatch.setattr("regd_client.connector.CONNECT_S", WAIT_S)
     monkeypatch.setattr("regd_client.connector.pause", pause)
 
 
@@ -82,11 +82,11 @@ async def test_reads_fail_as_soon_as_the_system_refuses(
         "localhost": nowhere.replace("127.0.0.1", "localhost"),
     }[kind]
     client = Client(address)
-    client._link.timeout_s = 2 * WAIT_S
+    client._connector.timeout_s = 2 * WAIT_S
     async with asyncio.timeout(WAIT_S):
         with pytest.raises(Unavailable, match="no regd at"):
             await call(client)
-    assert client._link._connecting is None
+    assert client._connector._connecting is None
     await client.close()
 
 
@@ -186,7 +186,7 @@ def test_a_reply_that_comes_in_drops_takes_no_longer_than_the_timeout(monkeypatc
             return b"{"
 
     monkeypatch.setattr(BlockingConnection, "_connect", lambda self, timeout_s: Dripping())
-    monkeypatch.setattr(blocking, "monotonic", lambda: Dripping.now)
+    monkeypatch.setattr(blocking_connection, "monotonic", lambda: Dripping.now)
     with BlockingConnection(timeout_s=5.0) as connection, pytest.raises(Unavailable, match="timed out"):
         connection.ask("ping")
     assert 5.0 <= Dripping.now <= 6.0
@@ -215,17 +215,17 @@ async def test_what_cannot_be_logged_happens_all_the_same(
     async with Client() as client, Client(f"127.0.0.1:{daemon.port}") as other:
         first = await client.register("a", 1)
         kept = await client.register("b", 1)
-        connection = await client._connected()
+        connection = await client._connect()
         await other.register("a", 2, force=True)
         await first.lost.wait()
         await client.ping()
-        assert (first.over, client._link.usable) == ("replaced", connection)
-        client._link.timeout_s = 0.01
+        assert (first._over, client._connector.usable) == ("replaced", connection)
+        client._connector.timeout_s = 0.01
         relay.refuse()
         relay.cut()
-        await until(lambda: kept.on is not None and not kept.on.usable)
+        await until(lambda: kept._connection is not None and not kept._connection.usable)
         await relay.accept()
-        client._link.timeout_s = WAIT_S
+        client._connector.timeout_s = WAIT_S
         await kept.update({"k": "v"})
         assert (await other.resolve("b")).meta == {"k": "v"}
     monkeypatch.undo()
@@ -260,10 +260,10 @@ async def test_a_newer_registration_stays_when_the_older_ones_connection_comes_b
         first = await one.register("shop", 8000)
         relay.refuse()
         relay.cut()
-        await until(lambda: first.on is not None and not first.on.usable)
+        await until(lambda: first._connection is not None and not first._connection.usable)
         # Both find the same daemon, at two addresses: the place of the newer one is made to be the older one's.
         second = await two.register("shop", 8001)
-        _NEWEST[first.place] = second
+        _NEWEST[first._place] = second
         await relay.accept()
         async with asyncio.timeout(WAIT_S):
             await first.lost.wait()

@@ -11,7 +11,7 @@ from regd.core.errors import Code, Refused
 from regd.core.model import Process
 from regd.system.processes import Processes
 from regd_client.client import Client
-from regd_client.holding import _LINGERING, _NEWEST
+from regd_client.registrar import _LINGERING, _NEWEST
 from tests.client.relay import Relay
 from tests.client.test_leaving import gone, stopped
 from tests.support.daemon import InLoop
@@ -82,7 +82,7 @@ async def test_it_is_left_at_a_daemon_that_was_restarted(
 async def test_where_the_daemon_sees_other_processes_it_lasts_as_long_as_the_connection(
     relay: Relay, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("regd_client.wire.own_host", lambda: {"boot": "another", "pid_namespace": "another"})
+    monkeypatch.setattr("regd_client.protocol.own_host", lambda: {"boot": "another", "pid_namespace": "another"})
     async with Client() as other:
         async with Client() as client:
             await client.register("a", 1, pid=child.pid)
@@ -104,7 +104,7 @@ async def test_what_was_left_without_a_daemon_and_registered_again_stays(
     await daemon.server.start()
     async with Client(f"127.0.0.1:{daemon.port}") as client:
         # Both find the same daemon, at two addresses: the place of the newer one is made to be the older one's.
-        _NEWEST[left.place] = await client.register("a", 1, pid=child.pid)
+        _NEWEST[left._place] = await client.register("a", 1, pid=child.pid)
         relay.to = daemon.port
         await relay.accept()
         await until(lambda: not _LINGERING)

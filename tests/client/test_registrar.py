@@ -96,14 +96,14 @@ async def test_what_was_left_while_it_was_being_registered_again_is_not(
             await answered.wait()
             return {"hold": True}
 
-        monkeypatch.setattr(client._keeper.holdings, "_conditions", hold)
+        monkeypatch.setattr(client._registrar, "_binding", hold)
         cut(daemon)
         async with asyncio.timeout(WAIT_S):
             await asked.wait()
         await registration.deregister()
         answered.set()
         marker = await client.register("b", 1)
-        await until(lambda: marker.on is client._link.connection)
+        await until(lambda: marker._connection is client._connector.connection)
         async with asyncio.timeout(WAIT_S):
             while [each["name"] for each in await client.instances()] != ["b"]:
                 pass
@@ -213,10 +213,10 @@ async def test_the_daemon_is_killed_under_200_registrations(
             ]
             await until(lambda: len(told) == 201)
             for number in (9, 15):
-                old = {each.on for each in made}
+                old = {each._connection for each in made}
                 process.end(number)
                 process.start()
-                await until(lambda old=old: not old & {each.on for each in made})  # type: ignore[misc]
+                await until(lambda old=old: not old & {each._connection for each in made})  # type: ignore[misc]
                 async with asyncio.timeout(WAIT_S):
                     while len(await watcher.instances("w")) < 200:
                         await asyncio.sleep(0.01)
@@ -298,7 +298,7 @@ async def test_a_child_that_was_forked_has_nothing_of_it(daemon: InLoop) -> None
         child = os.fork()
         if not child:
             try:
-                usable = registration.on is not None and registration.on.usable
+                usable = registration._connection is not None and registration._connection.usable
                 os.write(write, b"usable" if usable else b"nothing")
             finally:
                 os._exit(0)
@@ -313,7 +313,7 @@ async def test_a_child_that_was_forked_has_nothing_of_it(daemon: InLoop) -> None
 
 async def test_no_process_is_named_to_a_daemon_that_sees_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a container: its process numbers are not the daemon's."""
-    monkeypatch.setattr("regd_client.wire.own_host", lambda: {"boot": "this", "pid_namespace": "another"})
+    monkeypatch.setattr("regd_client.protocol.own_host", lambda: {"boot": "this", "pid_namespace": "another"})
     async with Client() as client, regd_client.register("a", 1):
         [known] = (await client.why("a"))["instances"]
         assert "pid" not in known["owners"][0]
@@ -359,6 +359,6 @@ async def test_an_update_without_a_daemon_is_refused_in_time(relay: Relay) -> No
         with pytest.raises(regd_client.Unavailable):
             await registration.update({"v": "2"})
         await relay.accept()
-        await until(lambda: registration.on is not None and registration.on.usable)
+        await until(lambda: registration._connection is not None and registration._connection.usable)
         await registration.update({"v": "3"})
         assert registration.endpoint.meta == {"v": "3"}

@@ -48,7 +48,7 @@ class Told:
             self.events.append(said)
 
     async def begin(self, client: Client, **arguments: Any) -> dict[str, Any]:
-        return await (await client._connected()).ask("watch", arguments, self.hear)
+        return await (await client._connect()).ask("watch", arguments, self.hear)
 
     async def kinds(self, last: str) -> list[str]:
         """Wait until one like the last is there, and return all so far."""
@@ -392,7 +392,7 @@ async def test_what_a_watch_is_told(client: Client, other: Client) -> None:
         "pid": os.getpid(),
     }
     assert zone.events[2] == {"event": "down", "watch": 2, "name": "ab", "instance": "", "reason": "filtered", "rev": 4}  # fmt: skip
-    await (await client._connected()).ask("unwatch", {"watch": 2})
+    await (await client._connect()).ask("unwatch", {"watch": 2})
     await client.deregister("a")
     assert (await every.kinds("down a deregistered 12"))[-1]
     assert len(zone.events) == 6
@@ -473,7 +473,7 @@ async def test_a_wait_ends_when_somebody_is_ready(client: Client, other: Client)
 async def test_a_wait_goes_on_over_a_restart(registry: Registry, client: Client, other: Client) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         waiting = asyncio.create_task(client.resolve("web", wait=WAIT_S))
-        await until(lambda: client._link.usable)
+        await until(lambda: client._connector.usable)
         async with registry.away():
             pass
         await regd_client.register("web", listening.getsockname()[1], static=True)
@@ -632,7 +632,7 @@ async def test_what_is_registered_is_there_after_a_restart(registry: Registry, c
     before = await client.hello()
     registration = await client.register("a", 1, meta={"k": "v"})
     await client.register("b", 2, static=True)
-    held = registration.on
+    held = registration._connection
     async with telling(client) as told:
         await until(lambda: told[-1:] == ["sync"])
         async with registry.away():
@@ -642,7 +642,7 @@ async def test_what_is_registered_is_there_after_a_restart(registry: Registry, c
             assert (await fresh.resolve("a")).port == 1
             after = await fresh.hello()
             assert (after["rev"], after["epoch"] == before["epoch"]) == (2, False)
-            await until(lambda: registration.on is not held)
+            await until(lambda: registration._connection is not held)
             assert (await fresh.hello())["rev"] == 2  # a claim is no change
             assert len((await fresh.why("a"))["instances"][0]["owners"]) == 1
             await fresh.register("c", 3, static=True)
@@ -661,33 +661,33 @@ async def registry_client(registry: Registry) -> AsyncIterator[Client]:
 async def test_nobody_answers_while_it_is_away(registry: Registry, client: Client) -> None:
     await client.ping()
     async with registry.away():
-        client._link.timeout_s = 0
+        client._connector.timeout_s = 0
         for _ in range(2):
             with pytest.raises(regd_client.Unavailable) as raised:
                 await client.ping()
             assert isinstance(raised.value, ConnectionError)
         with pytest.raises(regd_client.Unavailable):
             await client.resolve("a", wait=0)
-    client._link.timeout_s = WAIT_S
+    client._connector.timeout_s = WAIT_S
     await client.ping()
 
 
 async def test_a_name_that_another_took_meanwhile_is_lost(registry: Registry) -> None:
     async with registry_client(registry) as client:
         registration = await client.register("a", 1)
-        client._keeper.end()  # it comes back later than the other
+        client._registrar.stop()  # it comes back later than the other
         async with registry.away():
             pass
         async with Client() as other:
             await outcome(other, "register", name="a", port=2, hold=True, force=True)  # its process lives
-            client._keeper._keep()
+            client._registrar._keep()
             async with asyncio.timeout(WAIT_S):
                 await registration.lost.wait()
             assert (await other.resolve("a")).port == 2
 
 
 async def test_a_request_under_way_breaks_with_the_connection(registry: Registry, client: Client) -> None:
-    waiting = asyncio.ensure_future((await client._connected()).ask("resolve", {"name": "a", "wait": WAIT_S}))
+    waiting = asyncio.ensure_future((await client._connect()).ask("resolve", {"name": "a", "wait": WAIT_S}))
     await client.ping()
     registry.cut()
     with pytest.raises(regd_client.Unavailable):

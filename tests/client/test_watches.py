@@ -13,7 +13,8 @@ import regd_client
 from regd_client import client as client_module
 from regd_client.client import Client
 from regd_client.mirrors import Mirror
-from regd_client.watches import Endpoint, Event, EventQueue, WatchState
+from regd_client.models import Endpoint, Event
+from regd_client.watches import EventQueue, WatchState
 from tests.client.relay import Relay
 from tests.support.daemon import WAIT_S, InLoop
 from tests.support.polling import until
@@ -52,7 +53,7 @@ async def test_ending_one_watch_after_a_break_leaves_the_others(
         old = client.mirror("w")
         await old.__aenter__()
         relay.cut()
-        await until(lambda: not client._link.connection.usable)  # type: ignore[union-attr]
+        await until(lambda: not client._connector.connection.usable)  # type: ignore[union-attr]
         async with client.mirror("w") as mirror:
             await old.__aexit__(None, None, None)
             await client.ping()
@@ -73,7 +74,7 @@ async def test_a_break_while_it_is_made_good_is_one_too(relay: Relay, daemon: In
 
         relay.cut_at = second
         relay.cut()
-        await until(lambda: relay.count("watch") == 4 and not client._link.connection.usable)  # type: ignore[union-attr]
+        await until(lambda: relay.count("watch") == 4 and not client._connector.connection.usable)  # type: ignore[union-attr]
         assert (one.live, two.live) == (False, False)
         assert one.resolve("w").stale_s > 0.0
         with pytest.raises(regd_client.Unavailable):
@@ -142,7 +143,7 @@ async def test_the_first_picture_comes_in_time_or_not_at_all(monkeypatch: pytest
         await reader.read()
         writer.close()
 
-    monkeypatch.setattr(client_module, "_PICTURE_S", 0.1)
+    monkeypatch.setattr(client_module, "_FIRST_PICTURE_S", 0.1)
     server = await asyncio.start_server(reticent, "127.0.0.1", 0)
     async with server, Client(f"127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
         with pytest.raises(regd_client.Unavailable, match="too little"):
@@ -177,8 +178,8 @@ def test_sync_is_told_once() -> None:
 def test_how_old_a_picture_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    follow, mirror, source = WatchState("*", None, lambda event: None), Mirror(None), Source()
-    mirror.follow(follow)
+    mirror, source = Mirror("*", None, None), Source()
+    follow = mirror._watch
 
     def after(seconds: float) -> tuple[bool, float]:
         clock[0] += seconds
@@ -207,9 +208,8 @@ def test_how_old_a_picture_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_mirror_remembers_no_name_that_is_gone() -> None:
-    mirror = Mirror(None)
-    follow = WatchState("*", None, mirror.changed)
-    mirror.follow(follow)
+    mirror = Mirror("*", None, None)
+    follow = mirror._watch
     follow.begin(Source())
     follow.take({"event": "sync", "rev": 0})
     revs = itertools.count(1)
@@ -224,7 +224,7 @@ def test_a_mirror_remembers_no_name_that_is_gone() -> None:
 
 
 def test_a_slow_listener_is_told_the_differences() -> None:
-    backlog = EventQueue(most=10)
+    backlog = EventQueue(events_max=10)
     here, there = Endpoint("a", "", "h", 1, {}), Endpoint("b", "", "h", 2, {})
     backlog.add(Event("up", here, "ready"))
     assert backlog.take().kind == "up"

@@ -1,16 +1,17 @@
 """What a resolve costs the client, in work and not in seconds: a regression is seen on a noisy machine, too."""
 
 import asyncio
+import json
 import sys
 from types import FrameType
 from typing import Any
 
 import pytest
 
-from regd_client import notation
+from regd_client import protocol
 from regd_client.client import Client
 from regd_client.connection import Connection
-from regd_client.wire import Address
+from regd_client.protocol import Address
 
 pytestmark = pytest.mark.socket  # on uvloop, too
 
@@ -65,7 +66,7 @@ class Calls:
 @pytest.mark.parametrize(("tasks", "calls_max"), [(1, 40), (50, 31)])  # 38 and 29 when this was written
 async def test_a_resolve_is_so_many_calls(tasks: int, calls_max: int, monkeypatch: pytest.MonkeyPatch) -> None:
     client = Client()
-    client._link.connection = Daemon().connection
+    client._connector.connection = Daemon().connection
 
     async def ask() -> None:
         for _ in range(EACH):
@@ -74,8 +75,8 @@ async def test_a_resolve_is_so_many_calls(tasks: int, calls_max: int, monkeypatc
     await ask()
     dear: list[object] = []
     with monkeypatch.context() as watched:
-        watched.setattr(notation, "read", dear.append)
-        watched.setattr(notation, "write", dear.append)
+        watched.setattr(json, "loads", dear.append)
+        watched.setattr(protocol, "_encode", dear.append)
         with Calls() as calls:
             await asyncio.gather(*(ask() for _ in range(tasks)))
     assert not dear  # what was asked and answered before is not written and read again

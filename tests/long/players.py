@@ -298,7 +298,7 @@ class Players:
                         await self._leave(made, key, value)
 
     async def _leave(self, made: Registration, key: str, value: Value) -> None:
-        there = made.on is not None and made.on.usable
+        there = made._connection is not None and made._connection.usable
         self.want(key, None, value)
         try:
             await made.deregister()

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from regd_client.watches import Endpoint, Event
+from regd_client.models import Endpoint, Event
 
 Value = tuple[int, tuple[tuple[str, str], ...], str] | None  # port, meta, state; None: not registered
 _KEPT = 30_000  # lines of history

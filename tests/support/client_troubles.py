@@ -8,8 +8,8 @@ import sys
 import regd_client
 from regd.cli import run as run_module
 from regd.cli.port_owner import Listener
-from regd_client import BadArgument, Client, Conflict, NotFound, Timeout, Unavailable, wire
-from regd_client import service as service_module
+from regd_client import BadArgument, Client, Conflict, NotFound, Timeout, Unavailable, protocol
+from regd_client import lifespans as lifespans_module
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import WAIT_S, InLoop
 from tests.support.files import FULL, ToldFiles
@@ -112,7 +112,7 @@ async def bad_address(scene: Scene) -> str:
 async def away(scene: Scene) -> str:
     async with scene.daemon() as daemon, Client() as client:
         await client.register("db", 5432)
-        client._link.timeout_s = 0.0
+        client._connector.timeout_s = 0.0
         await daemon.server.stop()
         return await scene.logged("still trying")
 
@@ -230,7 +230,7 @@ async def not_yet(scene: Scene) -> str:
 
 @says("… is not registered: no server has opened its port on this event loop for … s; name the port: …")
 async def no_server(scene: Scene) -> str:
-    scene.patch.setattr(service_module, "_NOBODY_S", 0.0)
+    scene.patch.setattr(lifespans_module, "_WARN_S", 0.0)
     async with regd_client.lifespan("web"):
         return await scene.logged("no server has opened")
 
@@ -326,9 +326,9 @@ async def with_an_instance(scene: Scene) -> str:
 
 @says("REGD_AUTOSTART is …, which is neither yes nor no: no daemon is started; write 1 or 0")
 async def neither_yes_nor_no(scene: Scene) -> str:
-    scene.patch.setattr(wire, "_warned", set())
+    scene.patch.setattr(protocol, "_warned", set())
     scene.patch.setenv("REGD_AUTOSTART", "maybe")
-    wire.autostarts(wire.Address("127.0.0.1", 1))
+    protocol.autostart_wanted(protocol.Address("127.0.0.1", 1))
     return await scene.logged("REGD_AUTOSTART")
 
 

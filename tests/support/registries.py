@@ -66,7 +66,7 @@ def plain(said: Any) -> Any:
 async def outcome(client: Client, cmd: str, **arguments: Any) -> Any:
     """Return the reply to a request without its `id`, or the class, code and details of its error; all plain."""
     try:
-        connection = await client._connected()
+        connection = await client._connect()
         reply = dict(await connection.ask(cmd, arguments))
     except RegdError as error:
         return type(error).__name__, error.code, plain(error.details)

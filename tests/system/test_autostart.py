@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import regd_client
-from regd_client import autostart, connector, wire
+from regd_client import autostart, connector, protocol
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import WAIT_S, DaemonProcess, InLoop
 from tests.support.demand import SLOW_S, Demand, demand, kept_port, stat
@@ -114,7 +114,7 @@ def test_with_a_state_folder_each_they_get_one_all_the_same(tmp_path: Path) -> N
 
 def test_who_was_refused_looks_once_more(here: Demand, tmp_path: Path) -> None:
     """Somebody without our lock was quicker: that is found, and is no failure."""
-    start = autostart.Autostart(wire.find_address())
+    start = autostart.Autostart(protocol.find_address())
     try:
         assert start.step() == 0.0  # locked: look again, nobody is there
         with DaemonProcess(tmp_path / "other" / "registry.json", "--unix", str(tmp_path / "s")) as quicker:
@@ -129,7 +129,7 @@ def test_who_was_refused_looks_once_more(here: Demand, tmp_path: Path) -> None:
 
 
 def test_who_gives_up_leaves_no_zombie_and_the_daemon_comes_all_the_same(here: Demand) -> None:
-    start = autostart.Autostart(wire.find_address())
+    start = autostart.Autostart(protocol.find_address())
     try:
         start.step()
         start.step()
@@ -266,8 +266,8 @@ def test_words_that_say_yes(
     value: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("REGD_AUTOSTART", value)
-    assert wire.autostarts(wire.Address("127.0.0.1", 1))
-    assert not wire.autostarts(wire.Address("far.example", 1))
+    assert protocol.autostart_wanted(protocol.Address("127.0.0.1", 1))
+    assert not protocol.autostart_wanted(protocol.Address("far.example", 1))
     assert not caplog.records
 
 
@@ -275,10 +275,10 @@ def test_words_that_say_yes(
 def test_a_word_that_says_neither_is_told_once(
     value: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(wire, "_warned", set())
+    monkeypatch.setattr(protocol, "_warned", set())
     monkeypatch.setenv("REGD_AUTOSTART", value)
     for _ in range(3):
-        assert not wire.autostarts(wire.Address("127.0.0.1", 1))
+        assert not protocol.autostart_wanted(protocol.Address("127.0.0.1", 1))
     assert caplog.messages == [
         f"REGD_AUTOSTART is {value!r}, which is neither yes nor no: no daemon is started; write 1 or 0"
     ]
@@ -298,9 +298,9 @@ async def test_never_for_another_host(here: Demand) -> None:
     with kept_port() as port:  # 127.0.0.2 is refused as one far away would be, and regd would not listen there
         await is_not_started(here, f"tcp://127.0.0.2:{port}")
     for host in ("192.0.2.1", "db.example", "localhost.example", "127.0.0.1.example", "0.0.0.0", "::"):
-        assert not wire.autostarts(wire.Address(host, 1)), host
+        assert not protocol.autostart_wanted(protocol.Address(host, 1)), host
     for host in ("127.0.0.1", "::1", "localhost"):
-        assert wire.autostarts(wire.Address(host, 1)), host
+        assert protocol.autostart_wanted(protocol.Address(host, 1)), host
 
 
 async def test_never_for_one_that_is_there_and_does_not_answer(here: Demand, tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ async def test_one_that_was_there_is_given_time_to_come_back(
     pid = await asyncio.to_thread(pid_of)
     async with regd_client.Client() as client:
         assert (await client.stats())["pid"] == pid
-        client._link.timeout_s = 0.2
+        client._connector.timeout_s = 0.2
         os.kill(pid, signal.SIGKILL)
         block_until(lambda: not here.daemons())
         for _ in range(2):  # the first finds the break

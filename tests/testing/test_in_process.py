@@ -251,8 +251,8 @@ async def test_cut(registry: InProcessRegistry, client: Client) -> None:
         ask(connection, "register", name="raw", port=3, hold=True)
         ask(connection, "register", name="leased", port=4, ttl=10)
         async with client.register("web", 5) as registration, client.mirror() as mirror:
-            on = registration.on
-            waiting = asyncio.ensure_future((await client._connected()).ask("resolve", {"name": "x", "wait": 9}))
+            on = registration._connection
+            waiting = asyncio.ensure_future((await client._connect()).ask("resolve", {"name": "x", "wait": 9}))
             await client.ping()
             registry.cut()
             assert not {"raw", "web"} & set(names(registry))  # this loop has not seen it yet
@@ -261,7 +261,7 @@ async def test_cut(registry: InProcessRegistry, client: Client) -> None:
             with pytest.raises(regd_client.Unavailable):
                 await waiting
             await registration.update({"k": "v"})  # waits until it is back
-            assert registration.on is not on
+            assert registration._connection is not on
             await until(lambda: mirror.live and names(registry) == ["blocking", "leased", "static", "web"])
             assert mirror.resolve("web").meta == {"k": "v"}
             assert not registration.lost.is_set()
@@ -271,7 +271,7 @@ async def test_away(registry: InProcessRegistry, client: Client) -> None:
     registry.register("db", 5432)
     with blocking.register("blocking", 1):
         async with client.mirror() as mirror, client.register("web", 80) as registration:
-            on = registration.on
+            on = registration._connection
             with registry.away():
                 await until(lambda: not mirror.live)
                 assert mirror.resolve("db").stale_s > 0
@@ -288,7 +288,7 @@ async def test_away(registry: InProcessRegistry, client: Client) -> None:
                 assert '"db": {"port": 5432}' in registry.described()
                 registry.stop()  # idempotent
             assert {"blocking", "db", "web"} == set(names(registry))  # claimed already, or waiting for it
-            await until(lambda: mirror.live and registration.on is not on)
+            await until(lambda: mirror.live and registration._connection is not on)
             assert not registration.lost.is_set()
     assert names(registry) == ["db"]
 
@@ -413,7 +413,7 @@ async def test_what_is_still_registered_at_the_end_is_lost() -> None:
                 await registration.lost.wait()
             assert registration.lost_reason == "deregistered"
             await until(lambda: thread.lost)
-            await until(lambda: client._link.usable is None)
+            await until(lambda: client._connector.usable is None)
             await client.ping()
             await registration.deregister()
             thread.deregister()
@@ -569,7 +569,7 @@ def test_many_threads(registry: InProcessRegistry) -> None:
                     if event["rev"] == threads * each_does:
                         all_told.set()
 
-            await (await client._connected()).ask("watch", {}, hear)
+            await (await client._connect()).ask("watch", {}, hear)
             for thread in working:
                 thread.start()
             async with asyncio.timeout(WAIT_S):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regd.cli.output import visible
-from regd_client.wire import joined
+from regd_client.protocol import host_port
 
 Key = tuple[str, str]  # name and instance
 SORTS = ("name", "age", "state", "holders")
@@ -64,7 +64,7 @@ def named(name: str, instance: str) -> str:
 
 
 def _row(fields: Mapping[str, Any], before: Row | None, now: float) -> Row:
-    address = visible(joined(fields["host"], fields["port"]))
+    address = visible(host_port(fields["host"], fields["port"]))
     since = fields.get("registered_at")
     known = before if before is not None and before.address == address else None
     return Row(

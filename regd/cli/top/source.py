@@ -17,11 +17,12 @@ from regd.cli.top.model import Key, Table
 from regd.cli.top.rates import Rates
 from regd.cli.top.render import DaemonInfo
 from regd.cli.top.view_state import ViewState
-from regd_client import wire
+from regd_client import protocol
 from regd_client.connector import Connector
 from regd_client.errors import NotFound, RegdError, Unavailable
+from regd_client.models import Event
 from regd_client.registrar import Registrar
-from regd_client.watches import Event, WatchState
+from regd_client.watches import WatchState
 
 _CONNECT_S = 1.0  # for a try; the next one follows
 _PAUSE_S = 0.1  # between two questions about an instance, however much happens to it
@@ -37,7 +38,7 @@ class Source:
         self.changed: Callable[[], None] = lambda: None
         self.stats: dict[str, Any] = {}
         self._interval_s = interval_s
-        self.address = str(wire.find_address(address))
+        self.address = str(protocol.find_address(address))
         self._title = f"regd at {self.address.removeprefix('tcp://')}" + (f"  {pattern}" if pattern else "")
         self._link = Connector(address, _CONNECT_S)
         self._keeper = Registrar(self._link)
@@ -69,7 +70,7 @@ class Source:
             async with contextlib.AsyncExitStack() as stack:
                 try:
                     async with asyncio.timeout(_PICTURE_S):
-                        await stack.enter_async_context(self._keeper.following(self._follow))
+                        await stack.enter_async_context(self._keeper.watching(self._follow))
                         await self._complete.wait()
                         await self._ask_stats()
                 except TimeoutError as error:
@@ -80,7 +81,7 @@ class Source:
                     ) from None
                 yield
         finally:
-            self._keeper.end()
+            self._keeper.stop()
             await self._link.close()
 
     async def ask(self) -> None:
@@ -115,7 +116,7 @@ class Source:
         self.changed()
 
     async def _ask_stats(self) -> None:
-        reply = await (await self._link.connected()).ask("stats", {})
+        reply = await (await self._link.connect()).ask("stats", {})
         self.stats = {name: reply[name] for name in reply if name not in ("ok", "id")}
         self._rates.take(self.stats)
 
@@ -127,7 +128,7 @@ class Source:
             return
         name, instance = asked
         try:
-            reply = await (await self._link.connected()).ask("why", {"name": name, "instance": instance})
+            reply = await (await self._link.connect()).ask("why", {"name": name, "instance": instance})
             told = list(lines("why", reply))
         except NotFound as nothing:
             told = [str(nothing)]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import regd_client
-from regd_client import repeated, wire
+from regd_client import protocol
 from regd_client.client import Client
 from tests.support.daemon import DaemonProcess
 
@@ -35,23 +35,25 @@ SAID = b'"name":"a","instance":"","host":"h","port":1,"meta":{"k":"v"},"state":"
 )
 def test_a_question_is_written_as_ever(arguments: dict[str, Any]) -> None:
     for id in (1, 2, 10**15):
-        assert repeated.request("resolve", id, arguments) == wire.request("resolve", id, arguments)
+        assert protocol.cached_request("resolve", id, arguments) == protocol.encode_request(
+            "resolve", id, arguments
+        )
 
 
 @pytest.mark.parametrize("name", ["\ud800", "x" * 70_000, {1, 2}])
 def test_a_question_that_cannot_be_asked(name: object) -> None:
     for _ in range(2):
         with pytest.raises(regd_client.BadArgument):
-            repeated.request("resolve", 1, {"name": name})
+            protocol.cached_request("resolve", 1, {"name": name})
 
 
 @pytest.mark.parametrize("meta", [{}, {"k": 'v"},{'}, {"k": "é" * 200}])
 def test_a_reply_is_read_as_ever(meta: dict[str, str]) -> None:
     for id in (1, 2, 10**15):
         line = json.dumps({"ok": True, "id": id, **FIELDS, "meta": meta}, separators=(",", ":")).encode()
-        number, said = repeated.parts(line)
+        number, said = protocol.split_reply(line)
         assert number == id
-        assert {**repeated.reply(said), "id": id} == wire.reply(line)
+        assert {**protocol.cached_reply(said), "id": id} == protocol.decode_line(line)
 
 
 @pytest.mark.parametrize(
@@ -71,24 +73,24 @@ def test_a_reply_is_read_as_ever(meta: dict[str, str]) -> None:
     ],
 )
 def test_other_lines_are_none_of_its(line: bytes) -> None:
-    assert repeated.parts(line) == (0, b"")
+    assert protocol.split_reply(line) == (0, b"")
 
 
 @pytest.mark.parametrize("said", [b"", b"}", b'"name":"a"', b'"event":"up"}', b"[]}", b"\xff}"])
 def test_what_is_no_reply(said: bytes) -> None:
     with pytest.raises(regd_client.RegdError, match="not a regd reply"):
-        repeated.reply(said)
+        protocol.cached_reply(said)
 
 
 def test_there_are_so_many_and_none_is_long() -> None:
-    for n in range(2 * repeated._KEPT):
-        repeated.request("resolve", 1, {"name": f"n{n}"})
-        repeated.reply(SAID % n)
-    kept = [repeated._question.cache_info(), repeated._known.cache_info()]
-    assert [each.currsize for each in kept] == [repeated._KEPT] * 2
-    repeated.request("resolve", 1, {"name": "x" * 300})
-    repeated.reply(SAID.replace(b'"v"', b'"' + b"v" * 1_024 + b'"') % 1)
-    assert [repeated._question.cache_info(), repeated._known.cache_info()] == kept
+    for n in range(2 * protocol._CACHED_MAX):
+        protocol.cached_request("resolve", 1, {"name": f"n{n}"})
+        protocol.cached_reply(SAID % n)
+    kept = [protocol._request_template.cache_info(), protocol._decode_cached.cache_info()]
+    assert [each.currsize for each in kept] == [protocol._CACHED_MAX] * 2
+    protocol.cached_request("resolve", 1, {"name": "x" * 300})
+    protocol.cached_reply(SAID.replace(b'"v"', b'"' + b"v" * 1_024 + b'"') % 1)
+    assert [protocol._request_template.cache_info(), protocol._decode_cached.cache_info()] == kept
 
 
 @pytest.mark.socket

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 import regd_client
-from regd_client import wire
-from regd_client.wire import Address, parse_address
+from regd_client import protocol
+from regd_client.protocol import Address, parse_address
 from tests.support.daemon import environment
 
 
@@ -64,26 +64,26 @@ def test_a_host_is_what_idna_takes(host: str) -> None:
 
 def test_where_the_address_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REGD_ADDRESS", raising=False)
-    assert str(wire.find_address()) == "tcp://127.0.0.1:7343"
+    assert str(protocol.find_address()) == "tcp://127.0.0.1:7343"
     monkeypatch.setenv("REGD_ADDRESS", "[::1]:1")
-    assert str(wire.find_address()) == "tcp://[::1]:1"
-    assert str(wire.find_address("b:2")) == "tcp://b:2"
+    assert str(protocol.find_address()) == "tcp://[::1]:1"
+    assert str(protocol.find_address("b:2")) == "tcp://b:2"
 
 
 @pytest.mark.parametrize("line", [b"", b"{", b"[]", b"{}", b'{"ok":true,"event":"up"}', b"\xff", b"[" * 100_000])
 def test_what_is_no_reply(line: bytes) -> None:
     with pytest.raises(regd_client.RegdError, match="not a regd reply"):
-        wire.reply(line)
+        protocol.decode_line(line)
 
 
 def test_requests_are_one_line_of_json() -> None:
     assert (
-        wire.request("resolve", 3, {"name": "é\n", "all": None})
+        protocol.encode_request("resolve", 3, {"name": "é\n", "all": None})
         == b'{"cmd":"resolve","id":3,"name":"\\u00e9\\n"}\n'
     )
     for value in ({1, 2}, float("nan"), "x" * 70_000):
         with pytest.raises(ValueError):
-            wire.request("resolve", None, {"name": value})
+            protocol.encode_request("resolve", None, {"name": value})
 
 
 def test_what_is_public_is_there() -> None:

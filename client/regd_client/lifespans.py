@@ -1,0 +1,427 @@
+"""Services under their servers: registered once the port is open, and withdrawn before the server closes it.
+
+Servers run a service's start-up hook before they open the port, and its shutdown hook when they no longer
+listen. A name that is registered and withdrawn in these hooks is resolved while nobody listens.
+"""
+
+import asyncio
+import contextlib
+import random
+import socket
+import sys
+from collections.abc import AsyncIterator, Generator, Mapping
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
+
+from regd_client.arguments import RegistrationRequest, check_integer, check_seconds, check_text
+from regd_client.client import Client
+from regd_client.errors import BadArgument, RegdError
+from regd_client.event_loop import pause, running_loop
+from regd_client.logger import log
+from regd_client.models import Endpoint
+from regd_client.protocol import host_port
+from regd_client.registration import Registration, RegistrationContext, warn_not_awaited
+from regd_client.server_hook import ListenHook, addresses
+from regd_client.signals import held_until
+
+__all__ = [
+    "DRAIN_S",
+    "LifespanContext",
+    "ListenContext",
+    "RegisteredSocket",
+    "ServiceLifecycle",
+    "lifespan",
+    "listen",
+    "listening_socket",
+]
+
+BACKLOG = 128
+DRAIN_S = 0.1
+_PAUSE_S = 0.5  # the longest random pause between attempts to register
+_REGISTERING_S = 1.0  # for a reply to `register` that is under way when the service is told to end
+_WARN_S = 10.0  # until the log says that no server has opened a port
+_POLL_S = (0.05, 1.0)  # the first and the longest pause between searches for a port that was opened elsewhere
+_WARN_ELSEWHERE_S = 1.0  # until the log says so under a server that may have opened its port elsewhere
+_ELSEWHERE = (
+    "granian",
+    "sanic",
+)  # servers that open their port outside of the event loop, or before the lifespan
+
+
+class ServiceLifecycle:
+    """One life of a service: from its start-up hook to the end of its shutdown hook, within `async with`.
+
+    `request.port` is the port that the server will open, None for the first that any server opens. With `retry`,
+    registering is tried again and again; without, `registration` raises what is in the way. `logs_success`: a
+    registration that succeeds after all is logged; `regctl run` says so itself.
+    """
+
+    def __init__(self, request: RegistrationRequest, drain_s: float, retry: bool = True) -> None:
+        self._request = request
+        self._name = request.name
+        self._drain_s = drain_s
+        self._retry = retry
+        self._warned = False  # that no server has opened a port
+        self._trouble: type[RegdError] | None = None  # why the last attempt to register failed
+        self.logs_success = True
+        self._hook = ListenHook(request.port, self.opened, self.withdraw)
+        self._exit_stack = contextlib.ExitStack()
+        self._client = Client()
+        self._registering: asyncio.Task[Registration] | None = None
+        self._withdrawing: asyncio.Task[None] | None = None
+        self._polling: asyncio.Task[None] | None = None
+        self._opened: asyncio.Future[asyncio.Task[Registration]] = running_loop().create_future()
+
+    def __repr__(self) -> str:
+        state = "withdrawn" if self._withdrawing else "port open" if self._registering else "no port open yet"
+        return f"<{type(self).__name__} {self._name}, {state}>"
+
+    async def registration(self) -> Registration:
+        """Wait until the service is registered, and return the registration."""
+        return await asyncio.shield(await asyncio.shield(self._opened))
+
+    def opened(self, host: str, port: int) -> None:
+        """Start registering: the port is open. Only the first call counts."""
+        if self._registering is not None:
+            return
+        if self._request.host is not None:
+            host = self._request.host
+        request = replace(self._request, host=host, port=port)
+        self._registering = asyncio.create_task(self._register(request), name="regd-client-lifespan")
+        self._registering.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self._opened.set_result(self._registering)
+
+    async def _register(self, request: RegistrationRequest) -> Registration:
+        """Try until it succeeds: the service works meanwhile, and the owner of the name may leave."""
+        at = host_port(str(request.host), request.port or 0)
+        while True:
+            try:
+                registration = await RegistrationContext(self._client, request, patient=not self._retry)
+            except BadArgument as error:
+                if self._retry:
+                    log.error("%s serves at %s, and cannot be registered: %s", self._name, at, error)
+                raise
+            except RegdError as trouble:
+                if not self._retry:
+                    raise
+                if self._trouble is not type(trouble):
+                    log.warning("%s serves at %s, not registered yet, still trying: %s", self._name, at, trouble)
+                self._trouble = type(trouble)
+            else:
+                if self._trouble is not None and self.logs_success:
+                    log.warning("%s is registered now, at %s", self._name, registration.endpoint)
+                return registration
+            await pause(random.uniform(0, _PAUSE_S))
+
+    async def withdraw(self) -> None:
+        """Withdraw the name, and wait for callers that have just resolved it to connect. Idempotent."""
+        if self._withdrawing is None:
+            self._withdrawing = asyncio.create_task(self._withdraw(), name="regd-client-withdraw")
+        await asyncio.shield(self._withdrawing)
+
+    async def _withdraw(self) -> None:
+        task = self._registering
+        if task is None:
+            return
+        if not task.done():
+            if not self._trouble:  # the reply is under way: what it registers must be withdrawn
+                await asyncio.wait((task,), timeout=_REGISTERING_S)
+            task.cancel()
+            await asyncio.wait((task,))
+        if task.cancelled() or task.exception() is not None:
+            return
+        try:
+            await task.result().deregister()
+        except RegdError as trouble:
+            log.warning("left %s registered: %s", self._name, trouble)
+        await pause(self._drain_s)
+
+    async def _poll(self) -> None:
+        """Find a port that is not opened on this event loop."""
+        pause_s, longest_s = _POLL_S
+        while self._registering is None:
+            await asyncio.sleep(pause_s)
+            if self._registering is None and self._hook.find_open_port():
+                return
+            pause_s = min(2 * pause_s, longest_s)
+
+    def warn_unopened(self, after_s: float) -> None:
+        """Log, once, that no server has opened a port."""
+        if not self._opened.done() and not self._warned:
+            self._warned = True
+            log.warning(
+                "%s is not registered: no server has opened its port on this event loop for %g s%s",
+                self._name,
+                after_s,
+                "" if self._request.port else f'; name the port: lifespan("{self._name}", PORT)',
+            )
+
+    async def __aenter__(self) -> Self:
+        self._exit_stack.enter_context(self._hook)
+        self._exit_stack.enter_context(held_until(self.withdraw))
+        if self._request.port is not None:
+            self._polling = asyncio.create_task(self._poll(), name="regd-client-poll")
+            self._exit_stack.callback(self._polling.cancel)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        try:
+            await self.withdraw()
+        finally:
+            self._exit_stack.close()
+            self._opened.cancel()
+            await self._client.close()
+
+
+# lifespan.
+
+
+class _Lifespan(contextlib.AbstractAsyncContextManager[None]):
+    """The context manager that a framework enters at start-up, and leaves at shutdown.
+
+    It is also an iterator that yields once, which aiohttp before 3.14 needs.
+    """
+
+    def __init__(self, lifecycle: contextlib.AbstractAsyncContextManager[ServiceLifecycle]) -> None:
+        self._lifecycle = lifecycle
+
+    async def __aenter__(self) -> None:
+        await self._lifecycle.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._lifecycle.__aexit__(kind, error, trace)
+
+    async def __aiter__(self) -> AsyncIterator[None]:
+        async with self:
+            yield
+
+
+class LifespanContext:
+    """The result of `lifespan`: a lifespan for a framework, or an `async with` around a server."""
+
+    def __init__(self, request: RegistrationRequest, drain_s: float) -> None:
+        self._request = request
+        self._drain_s = drain_s
+        self._entered: contextlib.AbstractAsyncContextManager[ServiceLifecycle] | None = None
+
+    def __repr__(self) -> str:
+        port = "" if self._request.port is None else f", {self._request.port}"
+        return f"<lifespan({self._request.name!r}{port})>"
+
+    def __call__(self, app: object) -> _Lifespan:
+        """Return the lifespan of an application, as Starlette and aiohttp ask for it."""
+        return _Lifespan(self._lifecycle())
+
+    @contextlib.asynccontextmanager
+    async def _lifecycle(self) -> AsyncIterator[ServiceLifecycle]:
+        async with ServiceLifecycle(self._request, self._drain_s) as service:
+            elsewhere = self._request.port is None and any(name in sys.modules for name in _ELSEWHERE)
+            after_s = _WARN_ELSEWHERE_S if elsewhere else _WARN_S
+            warning = asyncio.get_running_loop().call_later(after_s, service.warn_unopened, after_s)
+            try:
+                yield service
+            finally:
+                warning.cancel()
+
+    async def __aenter__(self) -> ServiceLifecycle:
+        self._entered = self._lifecycle()
+        return await self._entered.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._entered is not None
+        await self._entered.__aexit__(kind, error, trace)
+
+
+def lifespan(
+    name: str,
+    port: int | None = None,
+    *,
+    host: str | None = None,
+    instance: str | None = None,
+    meta: Mapping[str, str] | None = None,
+    drain_s: float = DRAIN_S,
+) -> LifespanContext:
+    """Register a service once its server has opened its port, and withdraw the name before the server closes it.
+
+        app = FastAPI(lifespan=regd_client.lifespan("gateway"))
+
+        async with regd_client.lifespan("gateway"):
+            server = await asyncio.start_server(answer, "127.0.0.1", 0)
+
+    The service's server is the first that opens a TCP port on this event loop within the lifespan, or the one
+    that opens `port`. A server that opens its port elsewhere in this process, as granian and Sanic do, is found
+    by `port` alone.
+
+    Without a daemon, or while another owner has the name, the service works, and registering is tried again
+    until it succeeds. Before the server is told to end (SIGTERM, Ctrl-C), or closes its listener, the name is
+    withdrawn and `drain_s` passes, so that callers that have just resolved the name can still connect.
+
+    Args:
+        name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
+        port: the port that the server will open; by default the first port that any server opens.
+        host: the address at which others reach the service; by default where the server listens.
+        instance: a name for this instance, if the service has several.
+        meta: labels, by which `resolve` can select.
+        drain_s: seconds between withdrawing the name and closing the port.
+
+    Returns:
+        A lifespan for FastAPI, Starlette, aiohttp's `cleanup_ctx` and others, which is also an `async with`.
+
+    Raises:
+        BadArgument: an argument has a wrong type. What the daemon refuses is logged.
+    """
+    check_seconds("drain_s", drain_s)
+    if "daphne.cli" in sys.modules:  # daphne calls no start-up hook
+        log.warning(
+            "%s is not registered: daphne does not run the lifespan of an application; start it with "
+            "`regctl run %s -- sh -c 'exec daphne -p \"$PORT\" APPLICATION'`",
+            name,
+            name,
+        )
+    return LifespanContext(RegistrationRequest(name, port, host, instance, meta), drain_s)
+
+
+# listen.
+
+
+class RegisteredSocket:
+    """A listening socket that is registered, from `listen`.
+
+    Attributes:
+        socket: the socket, for a server: `asyncio.start_server(answer, sock=registered.socket)`.
+        registration: its `Registration`.
+    """
+
+    def __init__(self, sock: socket.socket, registration: Registration, stack: contextlib.AsyncExitStack) -> None:
+        self.socket = sock
+        self.registration = registration
+        self._stack = stack
+
+    def __repr__(self) -> str:
+        state = "closed" if self.socket.fileno() < 0 else "listening"
+        return f"<RegisteredSocket {self.endpoint.name} at {self.endpoint}, {state}>"
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where the service is registered."""
+        return self.registration.endpoint
+
+    @property
+    def port(self) -> int:
+        """The port that the socket listens on."""
+        return self.endpoint.port
+
+    async def close(self) -> None:
+        """Withdraw the name, and `drain_s` later close the socket. Idempotent."""
+        await self._stack.aclose()
+
+
+class ListenContext:
+    """The result of `listen`: `await` it for a `RegisteredSocket`, or use it with `async with`."""
+
+    def __init__(self, request: RegistrationRequest, backlog: int, drain_s: float) -> None:
+        self._awaited = False
+        self._request = request
+        self._backlog = backlog
+        self._drain_s = drain_s
+        self._registered: RegisteredSocket | None = None
+
+    def __repr__(self) -> str:
+        state = "awaited" if self._awaited else "not awaited yet"
+        return f"<listen({self._request.name!r}, {self._request.port}), {state}>"
+
+    def __await__(self) -> Generator[object, None, RegisteredSocket]:
+        self._awaited = True
+        return self._listen().__await__()
+
+    def __del__(self) -> None:
+        if not self._awaited:
+            warn_not_awaited(f"listen({self._request.name!r})", self)
+
+    async def __aenter__(self) -> RegisteredSocket:
+        self._awaited = True
+        self._registered = await self._listen()
+        return self._registered
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._registered is not None
+        await self._registered.close()
+
+    async def _listen(self) -> RegisteredSocket:
+        running_loop()
+        async with contextlib.AsyncExitStack() as stack:
+            sock = stack.enter_context(
+                listening_socket(self._request.host or "127.0.0.1", self._request.port or 0, self._backlog)
+            )
+            sock.setblocking(False)
+            [(host, port)] = addresses([sock])
+            request = replace(self._request, host=host, port=port)
+            service = await stack.enter_async_context(ServiceLifecycle(request, self._drain_s, retry=False))
+            service.opened(host, port)
+            return RegisteredSocket(sock, await service.registration(), stack.pop_all())
+
+
+def listening_socket(host: str, port: int, backlog: int) -> socket.socket:
+    """Return a socket that listens at an IP address; port 0 is a free one.
+
+    Raises:
+        OSError: the address is in use, not this machine's, or not allowed.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=backlog)
+
+
+def listen(
+    name: str,
+    port: int = 0,
+    *,
+    host: str = "127.0.0.1",
+    instance: str | None = None,
+    meta: Mapping[str, str] | None = None,
+    backlog: int = BACKLOG,
+    drain_s: float = DRAIN_S,
+    timeout: float | None = None,
+) -> ListenContext:
+    """Open a listening socket and register it. `await` the result, or use it with `async with`.
+
+        async with regd_client.listen("runner") as listening:
+            server = await asyncio.start_server(answer, sock=listening.socket)
+
+    No other process can take the port in between. From then on the system accepts connections, which wait for the
+    server. On leaving, and before a server on this event loop closes the socket, the name is withdrawn; `drain_s`
+    later the socket is closed.
+
+    Args:
+        name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
+        port: 1 to 65535, or 0 for a free port.
+        host: the IP address to listen at. For 0.0.0.0 and ::, the loopback address is registered.
+        instance: a name for this instance, if the service has several.
+        meta: labels, by which `resolve` can select.
+        backlog: connections that may wait to be accepted (listen(2)).
+        drain_s: seconds between withdrawing the name and closing the socket.
+        timeout: seconds to register; by default 5 s to wait for a daemon.
+
+    Returns:
+        A `ListenContext`, which gives a `RegisteredSocket` when it is awaited or entered.
+
+    Raises:
+        OSError: the port is in use, or not allowed.
+        Conflict: another owner has the name, and lives.
+        Denied: this user may not register.
+        Unavailable: no daemon answers.
+        Timeout: the daemon did not reply within `timeout`.
+        BadArgument: an argument has a wrong type or value.
+    """
+    check_integer("port", port, required=True)
+    check_text("host", host, required=True)
+    check_integer("backlog", backlog, required=True)
+    check_seconds("drain_s", drain_s)
+    request = RegistrationRequest(name, port, host, instance, meta, timeout_s=timeout)
+    return ListenContext(request, backlog, drain_s)

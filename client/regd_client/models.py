@@ -1,0 +1,221 @@
+"""What the client returns: endpoints, events, and the types of the replies that it returns as dictionaries."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NotRequired, TypedDict
+
+from regd_client.protocol import host_port
+
+__all__ = [
+    "Departure",
+    "Endpoint",
+    "Event",
+    "EventKind",
+    "Hello",
+    "Instance",
+    "Key",
+    "Owner",
+    "Probe",
+    "State",
+    "Stats",
+    "Why",
+    "WhyInstance",
+    "endpoint_of",
+]
+
+Key = tuple[str, str]  # name and instance
+State = Literal["starting", "ready", "draining"]
+EventKind = Literal["up", "change", "down", "sync"]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where an instance of a service listens.
+
+        endpoint = await regd_client.resolve("db")
+        reader, writer = await asyncio.open_connection(*endpoint.address)
+
+    Attributes:
+        name: the service's name.
+        instance: the instance's name, "" for the instance without one.
+        host: an IP address or a host name.
+        port: 1 to 65535.
+        meta: the registration's own labels.
+        stale_s: seconds since the daemon went away, for an endpoint from a mirror without a daemon; else 0.0.
+    """
+
+    name: str
+    instance: str
+    host: str
+    port: int
+    meta: Mapping[str, str] = field(hash=False)
+    stale_s: float = field(default=0.0, compare=False)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port, for `asyncio.open_connection(*address)` and `socket.create_connection(address)`."""
+        return self.host, self.port
+
+    def url(self, scheme: str = "http") -> str:
+        """Return SCHEME://HOST:PORT, with an IPv6 address in brackets and its scope escaped (RFC 6874)."""
+        return f"{scheme}://{host_port(self.host.replace('%', '%25'), self.port)}"
+
+    def __str__(self) -> str:
+        """Return HOST:PORT, with an IPv6 address in brackets."""
+        return host_port(self.host, self.port)
+
+
+def endpoint_of(fields: Mapping[str, Any]) -> Endpoint:
+    """Return the endpoint in a reply or event, with a copy of its meta: the fields may be shared."""
+    return Endpoint(fields["name"], fields["instance"], fields["host"], fields["port"], {**fields["meta"]})
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A change of a service, from a watch.
+
+    Attributes:
+        kind: `up`, `change` or `down`; `sync`, once, after the events for all that was there at the beginning.
+        endpoint: the instance; for `down` as it last was, for `sync` None.
+        state: the instance's state: `starting`, `ready` or `draining`; for `sync` "".
+        reason: why the instance is gone, for `down`; else "".
+    """
+
+    kind: EventKind
+    endpoint: Endpoint | None = None
+    state: State | Literal[""] = ""
+    reason: str = ""
+
+
+# Replies. Their fields are described in PROTOCOL.md.
+
+
+class Instance(TypedDict):
+    """A registration, as `instances` returns it."""
+
+    name: str
+    instance: str
+    host: str
+    port: int
+    meta: dict[str, str]
+    state: State
+    rev: int
+    registered_at: NotRequired[float]
+    priority: NotRequired[int]
+    hold: NotRequired[bool]
+    pid: NotRequired[int]
+    ttl: NotRequired[float]
+
+
+class Owner(TypedDict, total=False):
+    """What a registration lasts as long as: a connection, a process, a lease, or for good."""
+
+    connection: str | None
+    pid: int
+    ttl: float
+    static: bool
+    withdrawn: bool
+
+
+class Probe(TypedDict):
+    """The last attempt of the daemon to connect to an instance."""
+
+    accepted: bool
+    age_s: float
+    why: NotRequired[str]
+
+
+class WhyInstance(TypedDict):
+    """An instance, as `why` returns it."""
+
+    instance: str
+    host: str
+    port: int
+    state: State
+    alive: bool
+    rev: int
+    since: float
+    owners: list[Owner]
+    probe: Probe | None
+    more_owners: NotRequired[bool]
+    meta: NotRequired[dict[str, str]]
+
+
+class Departure(TypedDict):
+    """An instance that is gone, as `why` returns it."""
+
+    instance: str
+    reason: str
+    age_s: float
+
+
+class Why(TypedDict):
+    """What the daemon knows about a name, as `why` returns it."""
+
+    name: str
+    instances: list[WhyInstance]
+    departures: list[Departure]
+    more: NotRequired[bool]
+
+
+class Host(TypedDict):
+    """The daemon's boot id and PID namespace, None where the system has none."""
+
+    boot: str | None
+    pid_namespace: str | None
+
+
+class Hello(TypedDict):
+    """The daemon that answers, as `hello` returns it."""
+
+    server: str
+    version: str
+    protocol: int
+    epoch: str
+    rev: int
+    features: list[str]
+    limits: dict[str, float | None]
+    host: Host
+    loop: str
+
+
+class SlowStep(TypedDict):
+    """What held the daemon's event loop longest."""
+
+    what: str
+    took_s: float
+    age_s: float
+
+
+class Stats(TypedDict):
+    """The daemon's counters, gauges and limits, as `stats` returns them."""
+
+    version: str
+    epoch: str
+    rev: int
+    registrations: int
+    uptime_s: float
+    connections: int
+    watches: int
+    waiting: int
+    requests: dict[str, int]
+    errors: dict[str, int]
+    limits: dict[str, float | None]
+    pid: NotRequired[int]
+    loop: NotRequired[str]
+    registry: NotRequired[str]
+    log: NotRequired[str | None]
+    lag_s: NotRequired[float]
+    lag_max_s: NotRequired[float]
+    slowest: NotRequired[SlowStep | None]
+    started_at: NotRequired[float]
+    registry_bytes: NotRequired[int]
+    processes: NotRequired[int]
+    readonly_connections: NotRequired[int]
+    connections_accepted: NotRequired[int]
+    connections_refused: NotRequired[int]
+    bad_protocol: NotRequired[int]
+    dropped: NotRequired[int]
+    commits: NotRequired[int]
+    commits_failed: NotRequired[int]
+    changes: NotRequired[int]

@@ -1,0 +1,289 @@
+"""The client's half of the protocol: addresses, requests to bytes, and lines from a daemon to dictionaries.
+
+It is written apart from the daemon's half, and the transcripts in PROTOCOL.md hold both to the same text.
+`regctl` starts with this module, so it imports little.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from regd_client import replies
+from regd_client.errors import BadArgument, RegdError, Unavailable, from_reply
+
+__all__ = [
+    "DEFAULT_ADDRESS",
+    "LINE_BYTES_MAX",
+    "NOT_REGD",
+    "REPLY_BYTES_MAX",
+    "Address",
+    "autostart_wanted",
+    "cached_reply",
+    "cached_request",
+    "check_result",
+    "decode_line",
+    "encode_request",
+    "find_address",
+    "host_port",
+    "not_a_reply",
+    "own_host",
+    "parse_address",
+    "refusal",
+    "refused",
+    "split_reply",
+    "unavailable",
+]
+
+DEFAULT_ADDRESS = "tcp://127.0.0.1:7343"
+LINE_BYTES_MAX = 65_536  # of a request; the daemon skips longer ones
+REPLY_BYTES_MAX = 4 * 1_048_576  # far beyond what the daemon promises: a longer line is another program's
+INSTANCES_MAX = 400_000  # in all pages, or in a snapshot: twice what the daemon registers
+PAGES_MAX = 10_000  # of one reply: three times as many as the daemon needs
+NOT_REGD = "not_regd"  # code of the error for a peer that does not speak the protocol
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")  # where regd listens
+_YES = ("1", "true", "yes", "on")  # values of REGD_AUTOSTART, in any case
+_NO = ("", "0", "false", "no", "off")
+_warned: set[str] = set()  # values of REGD_AUTOSTART that were logged
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+# Addresses.
+
+
+class Address:
+    """Where a daemon listens: the `path` of a Unix socket, or `host` and `port`."""
+
+    def __init__(self, host: str, port: int, path: str = "") -> None:
+        self.host = host
+        self.port = port
+        self.path = path
+
+    def __repr__(self) -> str:
+        return f"<Address {self}>"
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix://{self.path}"
+        return f"tcp://{host_port(self.host, self.port)}"
+
+
+def host_port(host: str, port: int) -> str:
+    """Return HOST:PORT, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def parse_address(text: str) -> Address:
+    """Parse `tcp://HOST:PORT`, `HOST:PORT` or `unix:///path`.
+
+    Raises:
+        BadArgument: the text has none of these forms.
+    """
+    if text.startswith("unix://"):
+        path = text[len("unix://") :]
+        if path.startswith("/"):
+            return Address("", 0, path)
+        raise _bad_address(text)
+    host, colon, port = text.removeprefix("tcp://").rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        colon = ""
+    number = int(port) if port.isascii() and port.isdigit() and len(port) <= 5 else 0
+    if not colon or not host or "/" in host or not 1 <= number <= 65_535:
+        raise _bad_address(text)
+    if not _is_encodable(host):
+        raise _bad_address(text)
+    return Address(host, number)
+
+
+def _is_encodable(host: str) -> bool:
+    """Return whether the codec idna takes the host: if not, `getaddrinfo` raises UnicodeError."""
+    if host.isascii():  # the same rule without the codec, whose import takes a fifth of a command's time
+        *labels, last = host.split(".")
+        return all(0 < len(label) < 64 for label in labels) and len(last) < 64
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return False
+    return True
+
+
+def _bad_address(text: str) -> BadArgument:
+    return BadArgument(
+        f"{text!r} is no address; write tcp://HOST:PORT, HOST:PORT or unix:///path",
+        details={"field": "address"},
+    )
+
+
+def find_address(address: str | None = None) -> Address:
+    """Return the daemon's address: `address`, else $REGD_ADDRESS, else tcp://127.0.0.1:7343."""
+    return parse_address(address or os.environ.get("REGD_ADDRESS") or DEFAULT_ADDRESS)
+
+
+def autostart_wanted(address: Address) -> bool:
+    """Return whether a daemon may be started: $REGD_AUTOSTART says yes, and the address is on this machine.
+
+    A value that is neither yes nor no counts as no, and is logged once.
+    """
+    value = os.environ.get("REGD_AUTOSTART", "")
+    if value.lower() not in (*_YES, *_NO) and value not in _warned:
+        _warned.add(value)
+        import logging  # it takes longer to import than many a command runs
+
+        logging.getLogger("regd_client").warning(
+            "REGD_AUTOSTART is %r, which is neither yes nor no: no daemon is started; write 1 or 0", value
+        )
+    return value.lower() in _YES and (bool(address.path) or address.host in _LOOPBACK)
+
+
+def own_host() -> dict[str, str | None]:
+    """Return this machine's boot id and PID namespace, as the daemon's `hello` has its own."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+        return {"boot": boot, "pid_namespace": os.readlink("/proc/self/ns/pid")}
+    except OSError:
+        return {"boot": None, "pid_namespace": None}
+
+
+# Requests.
+
+
+def encode_request(cmd: str, id: int | None, arguments: Mapping[str, Any]) -> bytes:
+    """Return a request as a line. Arguments that are None are left out.
+
+    Raises:
+        BadArgument: an argument is no JSON value, or the line is too long to send.
+    """
+    fields: dict[str, Any] = {"cmd": cmd}
+    if id is not None:
+        fields["id"] = id
+    fields |= {key: value for key, value in arguments.items() if value is not None}
+    try:
+        line = _encode(fields)
+        if "\\ud" in line:  # perhaps half of a surrogate pair, which the daemon refuses
+            json.dumps(fields, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadArgument(f"{cmd} takes JSON values only: {error}") from None
+    meta = fields.get("meta")
+    if meta and not all(type(key) is str for key in meta):
+        raise BadArgument(f"{cmd}: the keys of meta must be strings", details={"field": "meta"})
+    if len(line) > LINE_BYTES_MAX:
+        raise BadArgument(f"{cmd}: the request is {len(line)} bytes, {LINE_BYTES_MAX} at most")
+    return line.encode() + b"\n"
+
+
+# Replies and events.
+
+
+def decode_line(line: bytes) -> dict[str, Any]:
+    """Decode a line from the daemon: an event, a refusal, or a reply, whose result `check_result` checks.
+
+    Raises:
+        Unavailable: no regd sent it.
+    """
+    try:
+        fields = json.loads(line.decode())
+        fault = replies.fault(fields)
+    except (ValueError, RecursionError):
+        fault = "it is no JSON"
+    if fault:
+        raise not_a_reply(fault, line)
+    return fields  # type: ignore[no-any-return]
+
+
+def check_result(cmd: str, arguments: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the reply to a command if it is a refusal or has the command's result.
+
+    Raises:
+        Unavailable: no regd sent it.
+    """
+    if "ok" not in fields:
+        raise not_a_reply("it is an event", str(fields["event"]))
+    if fields["ok"] and (fault := replies.result_fault(cmd, arguments, fields)):
+        raise not_a_reply(f"to {cmd}: {fault}")
+    return fields
+
+
+def not_a_reply(why: str, line: bytes | str = "") -> Unavailable:
+    """Return the error for a peer that does not speak the protocol."""
+    shown = f": {line[:60]!r}" if line else ""
+    return Unavailable(f"not a regd reply ({why}){shown}; see which program listens there", NOT_REGD)
+
+
+def add_page(instances: list[Any], page: Mapping[str, Any], number: int) -> None:
+    """Add the instances of a page, the `number`th of a reply.
+
+    Raises:
+        Unavailable: there are more than a daemon registers, or further pages than it needs.
+    """
+    instances += page["instances"]
+    if len(instances) > INSTANCES_MAX or (number >= PAGES_MAX and "next" in page):
+        raise not_a_reply(f"to list: {len(instances)} instances in {number} pages, and no end")
+
+
+def refusal(fields: dict[str, Any], address: Address) -> RegdError:
+    """Return the error for a reply without `ok`."""
+    return refused(address, fields) if fields.get("error") == "shutting_down" else from_reply(fields)
+
+
+def refused(address: Address, fields: dict[str, Any]) -> Unavailable:
+    """Return the error for a daemon that closes the connection: `busy`, `shutting_down`, …"""
+    error = from_reply(fields)
+    return Unavailable(str(unavailable(address, str(error))), error.code, error.details)
+
+
+def unavailable(address: Address, why: str) -> Unavailable:
+    """Return the error for an address at which no daemon answers."""
+    return Unavailable(
+        f"no regd at {address} ({why}); start one with `regd`, or `python3 -m regd`, "
+        "or name another address in REGD_ADDRESS"
+    )
+
+
+# Caches. A repeated resolve encodes its request once and decodes the same reply once: JSON is half of its
+# cost here. Both caches are keyed by the exact text, bounded in number, and hold no long text.
+
+_CACHED_MAX = 1_024  # requests, and replies
+_NAME_CHARS_MAX = 253  # a longer name is refused by the daemon
+_CACHED_REPLY_BYTES_MAX = 1_024  # a longer reply is decoded every time
+_ID_DIGITS_MAX = 18  # far beyond the number of requests of a connection
+_OK = b'{"ok":true,"id":'  # how the daemon begins a reply
+
+
+def cached_request(cmd: str, id: int, arguments: Mapping[str, Any]) -> bytes:
+    """Return a request as `encode_request` does, from the cache if its only argument is a name."""
+    if len(arguments) == 1 and type(name := arguments.get("name")) is str and len(name) <= _NAME_CHARS_MAX:
+        return _request_template(cmd, name) % id
+    return encode_request(cmd, id, arguments)
+
+
+@functools.lru_cache(_CACHED_MAX)
+def _request_template(cmd: str, name: str) -> bytes:
+    line = encode_request(cmd, 0, {"name": name})
+    return line.replace(b"%", b"%%").replace(b'"id":0', b'"id":%d', 1)
+
+
+def split_reply(line: bytes) -> tuple[int, bytes]:
+    """Return the id of a reply and the text behind it; (0, b"") if the line does not begin as the daemon's do."""
+    if line.startswith(_OK):
+        id, _, text = line[len(_OK) :].partition(b",")
+        if id.isdigit() and len(id) <= _ID_DIGITS_MAX:
+            return int(id), text
+    return 0, b""
+
+
+def cached_reply(text: bytes) -> dict[str, Any]:
+    """Return the checked reply to a `resolve`, without its id. Callers share the dictionary: never change it."""
+    return _decode_cached(text) if len(text) <= _CACHED_REPLY_BYTES_MAX else _decode_resolve(text)
+
+
+def _decode_resolve(text: bytes) -> dict[str, Any]:
+    return check_result("resolve", {}, decode_line(b'{"ok":true,' + text))
+
+
+_decode_cached = functools.lru_cache(_CACHED_MAX)(_decode_resolve)
