@@ -1,7 +1,4 @@
-"""The names of services for a shell that completes a line: at once, or not at all.
-
-Must not know which shell asks. It runs at every TAB, so it imports next to nothing.
-"""
+"""`regctl names`: the names of services for a shell that completes a line, at once or not at all."""
 
 from __future__ import annotations
 
@@ -13,14 +10,14 @@ from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import RegdError
 
 _ANSWER_S = 0.2
-_END_S = 0.5  # of this process, whatever it hangs in: a name server that is not asked for names of services
+_END_S = 0.5  # of this process, even if it hangs in a name server
 _LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
 
 
 def names(address: str | None, pattern: str | None) -> list[str] | None:
-    """Return the names that fit, each once, in order; None where nobody answers, or not in time.
+    """Return the matching names, sorted and without duplicates; None if no daemon answers in time.
 
-    Some of them would be worse than none: a shell would take what they have in common for all that is possible.
+    Never returns a part of them: a shell would complete their common prefix as if there were no others.
     """
     signal(SIGALRM, SIG_DFL)
     setitimer(ITIMER_REAL, _END_S)
@@ -28,7 +25,7 @@ def names(address: str | None, pattern: str | None) -> list[str] | None:
     try:
         with BlockingConnection(address, _ANSWER_S, autostart=False) as connection:
             return _all(connection, pattern, until)
-    except (RegdError, KeyError, TypeError, AttributeError):  # the others: it answers, and is no regd
+    except (RegdError, KeyError, TypeError, AttributeError):  # the last three: a reply that is not regd's
         return None
     finally:
         setitimer(ITIMER_REAL, 0.0)
@@ -40,8 +37,8 @@ def _all(connection: BlockingConnection, pattern: str | None, until: float) -> l
     while True:
         reply = connection.ask("list", name=pattern, after=after)
         if not reply["ok"]:
-            return []  # no name begins so
-        found.update(dict.fromkeys(_name(each) for each in reply["instances"]))
+            return []  # an invalid pattern: no name begins so
+        found.update(dict.fromkeys(_name(entry) for entry in reply["instances"]))
         after = reply.get("next")
         if after is None:
             return [name for name in found if name]
@@ -49,7 +46,7 @@ def _all(connection: BlockingConnection, pattern: str | None, until: float) -> l
             return None
 
 
-def _name(instance: dict[str, Any]) -> str:
-    """Return a name that a shell may put into a line as it is: whoever answers may be no regd."""
-    name = instance["name"]
+def _name(entry: dict[str, Any]) -> str:
+    """Return the name of an instance, or "" if a shell could misread it: the peer may be an impostor."""
+    name = entry["name"]
     return name if type(name) is str and _LETTERS.issuperset(name) and not name.startswith("-") else ""

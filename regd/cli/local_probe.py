@@ -1,7 +1,4 @@
-"""What can be seen of daemons and services from outside, on this machine: processes, sockets, files.
-
-Must not know what it means. Looks are bounded in number and time.
-"""
+"""Daemons and services of this machine, seen from outside: by /proc, sockets and the registry file."""
 
 from __future__ import annotations
 
@@ -16,50 +13,50 @@ from pathlib import Path
 from regd_client import protocol
 from regd_client.errors import BadArgument
 
-_OTHERS = 16  # addresses
-_CONNECT_S = 0.25  # on loopback it takes microseconds
+_ADDRESSES_MAX = 16
+_CONNECT_S = 0.25  # to loopback, which takes microseconds
 _HEAD_BYTES = 4_096
 _MODULES = ("regd", "regd.cli.regd")
 _PYTHON_FLAGS = "-bBdEhiIOPqsSuvVx?"  # python(1): options of one letter without a value
 _LONG_WITH_VALUE = ("--check-hash-based-pycs",)
 
 
-def addresses(but: protocol.Address) -> list[protocol.Address]:
-    """Return where else a daemon may be: the default, $REGD_ADDRESS, and what running daemons were told."""
+def addresses(other_than: protocol.Address) -> list[protocol.Address]:
+    """Return other addresses of daemons: the default, $REGD_ADDRESS, and those of running daemons."""
     found: dict[str, protocol.Address] = {}
-    for text in (protocol.DEFAULT_ADDRESS, os.environ.get("REGD_ADDRESS", ""), *_told()):
+    for text in (protocol.DEFAULT_ADDRESS, os.environ.get("REGD_ADDRESS", ""), *_from_command_lines()):
         try:
-            each = protocol.parse_address(text)
+            address = protocol.parse_address(text)
         except BadArgument:
             continue
-        if str(each) != str(but):
-            found.setdefault(str(each), each)
-    return list(found.values())[:_OTHERS]
+        if str(address) != str(other_than):
+            found.setdefault(str(address), address)
+    return list(found.values())[:_ADDRESSES_MAX]
 
 
-def _told() -> Iterator[str]:
-    """Yield the addresses in the command lines of daemons that run, as far as they lead there from here."""
+def _from_command_lines() -> Iterator[str]:
+    """Yield the addresses in the command lines of running daemons, as far as they can be reached from here."""
     for pid, flags in daemons():
-        yield from _listens(flags, f"/proc/{pid}/cwd", tcp=not is_in_another_network(pid))
+        yield from _addresses_in(flags, f"/proc/{pid}/cwd", tcp=not is_in_another_network(pid))
 
 
 def daemons() -> Iterator[tuple[int, list[str]]]:
-    """Yield the processes that run a daemon, with the flags of each."""
+    """Yield the process ids of running daemons, with their flags."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().decode(errors="replace").rstrip("\0").split("\0")
         except OSError:
-            continue  # it ended
+            continue  # the process has ended
         flags = _flags(words)
         if flags is not None:
             yield int(path.parent.name), flags
 
 
 def _flags(words: list[str]) -> list[str] | None:
-    """Return the flags in the command line of a daemon, None where it is one of another program.
+    """Return the flags in the command line of a daemon, None if the program is another.
 
-    A daemon is `regd …`, `python … -m regd …` or `python … /path/of/regd …`; a launcher such as `uv run` has one
-    of these as its child.
+    A daemon is `regd …`, `python … -m regd …` or `python … /path/of/regd …`. A launcher such as `uv run` starts one
+    of these as a child.
     """
     program, *rest = words
     if os.path.basename(program) == "regd":
@@ -71,7 +68,7 @@ def _flags(words: list[str]) -> list[str] | None:
         if word in _LONG_WITH_VALUE:
             del rest[:1]
         option = "" if word.startswith("--") else word.lstrip(_PYTHON_FLAGS)
-        if option[:1] in ("m", "c", "X", "W"):  # its value is the rest of the word, or the next one
+        if option[:1] in ("m", "c", "X", "W"):  # the value is the rest of the word, or the next word
             value = option[1:] or "".join(rest[:1])
             if not option[1:]:
                 del rest[:1]
@@ -80,9 +77,10 @@ def _flags(words: list[str]) -> list[str] | None:
     return rest[1:] if rest and os.path.basename(rest[0]) == "regd" else None
 
 
-def _listens(flags: list[str], folder: str = "/", tcp: bool = True) -> Iterator[str]:
-    told = [part for word in flags for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    for flag, value in pairwise(told):
+def _addresses_in(flags: list[str], folder: str = "/", tcp: bool = True) -> Iterator[str]:
+    """Yield the addresses that flags name; `folder` is the daemon's current one."""
+    words = [part for word in flags for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    for flag, value in pairwise(words):
         if flag == "--port" and value != "0" and tcp:
             yield f"127.0.0.1:{value}"
         elif flag == "--unix" and value.startswith("/"):
@@ -93,20 +91,20 @@ def _listens(flags: list[str], folder: str = "/", tcp: bool = True) -> Iterator[
 
 
 def is_in_another_network(pid: int) -> bool:
-    """Return whether that process has another loopback than this one, as far as can be seen."""
+    """Return whether a process is in another network namespace, as far as this user can see."""
     try:
         return os.readlink(f"/proc/{pid}/ns/net") != os.readlink("/proc/self/ns/net")
     except OSError:
-        return False  # another user's, or gone
+        return False  # of another user, or it has ended
 
 
 def who(at: protocol.Address) -> str:
-    """Return the command that tells who listens there."""
+    """Return the shell command that shows which program listens at an address."""
     return f"`lsof {at.path}`" if at.path else f"`ss -ltnp 'sport = :{at.port}'`"
 
 
 def is_ours(pid: int) -> bool:
-    """Return whether that process is this user's."""
+    """Return whether a process belongs to this user."""
     try:
         return os.stat(f"/proc/{pid}").st_uid == os.geteuid()
     except OSError:
@@ -114,10 +112,10 @@ def is_ours(pid: int) -> bool:
 
 
 def revision(registry: Path) -> int | None:
-    """Return the revision that a registry's file says it has; None where it says none, as one written by hand.
+    """Return the revision in a registry file; None if there is none, as in a file written by hand.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with registry.open("rb") as file:
         head = file.read(_HEAD_BYTES).decode(errors="replace").splitlines()
@@ -132,13 +130,14 @@ def revision(registry: Path) -> int | None:
 
 
 def is_loopback(host: str) -> bool:
+    """Return whether a host is an address of the loopback interface."""
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def accepts(host: str, port: int) -> bool:
-    """Return whether something accepts a connection there, and closes it at once."""
+    """Return whether a program accepts a connection; the connection is closed at once."""
     try:
-        with socket.create_connection((host, port), _CONNECT_S) as made:
-            return bool(made.getsockname() != made.getpeername())
+        with socket.create_connection((host, port), _CONNECT_S) as connection:
+            return bool(connection.getsockname() != connection.getpeername())  # not connected to itself
     except OSError:
         return False

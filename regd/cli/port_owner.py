@@ -1,7 +1,7 @@
-"""Whether it is the command of `regctl run` that listens on a port, and not another user's program.
+"""Which user listens on a port, and whether that is the command of `regctl run`.
 
-A port that is kept for a command, or was free a moment ago, can be taken by any user of this machine before the
-command listens. The kernel is asked who listens: by netlink (sock_diag(7)), else the table in /proc/net/tcp.
+Any user of this machine can listen on the port before the command does. The kernel tells who listens: by netlink
+(sock_diag(7)), else in the table /proc/net/tcp.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ _SOCK_DIAG_BY_FAMILY, _NLMSG_ERROR = 20, 2
 _LISTEN = 10  # TCP_LISTEN, 0A in the table
 _STATE_AT = _HEAD.size + 1
 _OWNER = struct.Struct("=II")  # uid and inode
-_OWNER_AT = _HEAD.size + 4 + 48 + 12  # in an inet_diag_msg: behind the sockid, the expiry and two queues
+_OWNER_AT = _HEAD.size + 4 + 48 + 12  # in an inet_diag_msg: after sockid, expiry and two queue lengths
 _ANSWER_S = 1.0  # the kernel answers within the call
 _ROOT = 0
-_OVERFLOW = 65_534  # stands for every user that a user namespace does not map
+_OVERFLOW = 65_534  # the number of all users that a user namespace does not map
 _ALL_USERS = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A socket that listens: the user that made it, and its inode, by which processes have it open."""
+    """A listening socket: the user that created it, and its inode, which identifies it in /proc/PID/fd."""
 
     uid: int
     inode: int
 
 
 def listener(host: str, port: int) -> Listener | None:
-    """Return the socket that takes the connections to 127.0.0.1 or ::1 on a port, None if there is none.
+    """Return the socket that accepts connections to 127.0.0.1 or ::1 on a port, None if there is none.
 
     Raises:
-        OSError: the kernel cannot be asked.
+        OSError: the kernel does not answer.
     """
     try:
         return _by_netlink(host, port)
@@ -50,10 +50,10 @@ def listener(host: str, port: int) -> Listener | None:
 
 
 def _by_netlink(host: str, port: int) -> Listener | None:
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as asked:
-        asked.settimeout(_ANSWER_S)
-        asked.send(question((host, port), (host, 0)))
-        answer = asked.recv(8_192)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as netlink:
+        netlink.settimeout(_ANSWER_S)
+        netlink.send(question((host, port), (host, 0)))
+        answer = netlink.recv(8_192)
     kind = _HEAD.unpack_from(answer)[1]
     if kind == _SOCK_DIAG_BY_FAMILY and len(answer) >= _OWNER_AT + _OWNER.size:
         return Listener(*_OWNER.unpack_from(answer, _OWNER_AT)) if answer[_STATE_AT] == _LISTEN else None
@@ -62,7 +62,7 @@ def _by_netlink(host: str, port: int) -> Listener | None:
         if number == -2:  # ENOENT
             return None
         raise OSError(-number, os.strerror(-number))
-    raise OSError(f"an answer of kind {kind} from the kernel")
+    raise OSError(f"unexpected netlink message {kind}")
 
 
 def _by_table(host: str, port: int) -> Listener | None:
@@ -74,22 +74,23 @@ def _by_table(host: str, port: int) -> Listener | None:
             if int(fields[3], 16) == _LISTEN:
                 found[fields[1]] = Listener(int(fields[7]), int(fields[9]))
     closest_first = ("::1", "::") if ":" in host else (host, f"::ffff:{host}", "0.0.0.0", "::")
-    return next((found[each] for each in (_hex(each, port) for each in closest_first) if each in found), None)
+    addresses = (_hex(address, port) for address in closest_first)
+    return next((found[address] for address in addresses if address in found), None)
 
 
 def _hex(host: str, port: int) -> str:
-    """Write an address as the table does: words of four bytes in the machine's order."""
+    """Return an address in the notation of the table: words of four bytes in native byte order."""
     packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
     words = struct.unpack(f"={len(packed) // 4}I", packed)
     return "".join(f"{word:08X}" for word in words) + f":{port:04X}"
 
 
 def is_of(command: int, at: Listener) -> bool:
-    """Return whether a socket may be that of a command, by its process id.
+    """Return whether a socket counts as that of a command, given as its process id.
 
-    It may be if its user is root, this user, or a user that a process of the command runs as (`sudo`); else if a
-    process of the command has it open. Root and this user can do to the command what they like anyway, and the
-    socket of a container's port or of a daemonized program belongs to no process of the command.
+    It does if its user is root, this user, or a user that a process of the command runs as (`sudo`), or if a
+    process of the command has it open. Root and this user control the command anyway, and the socket of a
+    container's port or of a daemonized program belongs to no process of the command.
     """
     trusted = {_ROOT, os.geteuid()}
     if at.uid != _OVERFLOW or _all_users_are_mapped():
@@ -109,15 +110,15 @@ def _all_users_are_mapped() -> bool:
 
 
 def _processes(command: int) -> Iterator[int]:
-    """Yield the process of the command and all that descend from it."""
+    """Yield the process of the command and its descendants."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
                 stat = (entry / "stat").read_bytes()
             except OSError:
-                continue  # it ended
-            parent = int(stat.rpartition(b")")[2].split()[1])  # behind the name, which may have blanks
+                continue  # the process has ended
+            parent = int(stat.rpartition(b")")[2].split()[1])  # after the name, which may contain blanks
             children.setdefault(parent, []).append(int(entry.name))
     rest = [command]
     while rest:
@@ -127,7 +128,7 @@ def _processes(command: int) -> Iterator[int]:
 
 
 def _users(process: int) -> set[int]:
-    """Return the real, effective, saved and file-system user of a process."""
+    """Return the real, effective, saved and file-system uid of a process."""
     try:
         status = Path(f"/proc/{process}/status").read_text(errors="replace")
     except OSError:
@@ -137,7 +138,7 @@ def _users(process: int) -> set[int]:
 
 
 def _inodes(process: int) -> set[int]:
-    """Return the inodes of the sockets that a process has open, as far as this user may see them."""
+    """Return the inodes of a process's open sockets, as far as this user may see them."""
     found: set[int] = set()
     try:
         entries = os.listdir(f"/proc/{process}/fd")

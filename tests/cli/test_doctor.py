@@ -51,7 +51,7 @@ def test_all_is_well(process: DaemonProcess) -> None:
         assert [each.check for each in found] == ["address", "daemon", "elsewhere", "rights", "version", "host", "file", "limits", "services"]  # fmt: skip
         assert all(each.ok for each in found), found
         assert found[0].found == f"{process.addresses[0]}, from --address"
-        assert f"{process.registry} is written, at revision 1" in found[6].found
+        assert f"{process.registry} is up to date, at revision 1" in found[6].found
         assert peer.ask("stats")["commits"] == 1  # it has changed nothing
 
 
@@ -67,7 +67,7 @@ def test_as_a_command(process: DaemonProcess, tmp_path: Path) -> None:
     assert (status, errors) == (1, "")
     assert out.splitlines()[:2] == [
         f"ok     address    unix://{tmp_path}/none, from $REGD_ADDRESS",
-        f"wrong  daemon     nobody listens at unix://{tmp_path}/none; start one with `regd`, or name another address",
+        f"wrong  daemon     no program listens at unix://{tmp_path}/none; start one with `regd`, or name another address",
     ]
     status, out, errors = ran("--json", address=process.addresses[0])
     said = json.loads(out)
@@ -95,7 +95,7 @@ def test_where_the_address_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_nobody_listens() -> None:
     found = wrong(_free_address())["daemon"]
-    assert "nobody listens" in found.found
+    assert "no program listens" in found.found
     assert "start one with `regd`" in found.do
 
 
@@ -125,13 +125,13 @@ def test_a_web_server() -> None:
         finally:
             server.shutdown()
             serving.join()
-    assert "no regd listens" in found.found
+    assert "a program other than regd listens" in found.found
 
 
 async def test_a_daemon_that_is_full(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "registry.json", limits=replace(DEFAULT, connections_max=1)) as daemon:
         assert (await (await daemon.peer()).ask("ping"))["ok"]
-        assert "takes no connection" in (await wrong_of(daemon))["daemon"].found
+        assert "accepts no connection" in (await wrong_of(daemon))["daemon"].found
 
 
 def test_two_daemons(process: DaemonProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,7 @@ def test_a_daemon_that_runs_is_seen_by_its_command_line(
         try:
             assert running.stdout is not None
             assert running.stdout.readline().startswith(b"listening")
-            assert f"unix://{tmp_path}/socket" in set(local_probe._told())
+            assert f"unix://{tmp_path}/socket" in set(local_probe._from_command_lines())
             assert running.pid in {pid for pid, _ in local_probe.daemons()}
         finally:
             running.kill()
@@ -211,13 +211,13 @@ def test_a_daemon_that_runs_is_seen_by_its_command_line(
 )
 def test_what_a_command_line_says(line: str, told: list[str] | None) -> None:
     flags = local_probe._flags(line.split(" "))
-    assert (None if flags is None else list(local_probe._listens(flags))) == told
+    assert (None if flags is None else list(local_probe._addresses_in(flags))) == told
 
 
 def test_a_relative_socket_is_in_the_folder_of_its_daemon(tmp_path: Path) -> None:
     os.symlink(tmp_path, tmp_path / "cwd")
-    assert list(local_probe._listens(["--unix", "s"], f"{tmp_path}/cwd")) == [f"unix://{tmp_path}/s"]
-    assert list(local_probe._listens(["--unix", "s"], f"{tmp_path}/gone")) == []
+    assert list(local_probe._addresses_in(["--unix", "s"], f"{tmp_path}/cwd")) == [f"unix://{tmp_path}/s"]
+    assert list(local_probe._addresses_in(["--unix", "s"], f"{tmp_path}/gone")) == []
 
 
 # Another network namespace.
@@ -260,7 +260,7 @@ def test_a_daemon_in_another_network_namespace_is_named(
     (folder := tmp_path / "beyond").mkdir()
     with beyond(folder) as pid:
         monkeypatch.setattr(local_probe, "daemons", lambda: iter([(pid, ["--port", "7343"])]))
-        assert list(local_probe._told()) == []  # its 127.0.0.1:7343 is not ours
+        assert list(local_probe._from_command_lines()) == []  # its 127.0.0.1:7343 is not ours
         found = wrong(_free_address())["elsewhere"]
         assert found.found.startswith(f"process {pid} is a regd in another network namespace")
         assert "--unix" in found.do
@@ -269,8 +269,8 @@ def test_a_daemon_in_another_network_namespace_is_named(
         assert str(pid) in found.found
         by_socket = {each.check: each for each in examine(f"unix://{folder}/s")}
         assert by_socket["host"].found.startswith(f"the daemon, process {pid}, is in another network namespace")
-        assert by_socket["services"].found.startswith("not tried")
-        assert by_socket["elsewhere"].found == "no other regd is seen"
+        assert by_socket["services"].found.startswith("not checked")
+        assert by_socket["elsewhere"].found == "no other regd found"
 
 
 # What a daemon says.
@@ -286,7 +286,7 @@ async def test_a_user_who_may_only_read(tmp_path: Path) -> None:
 
 async def test_the_question_whether_it_may_write_changes_nothing(daemon: InLoop) -> None:
     peer = await daemon.peer()
-    await peer.ask(cmd="register", name=doctor._NOBODY, port=1, host="far.example")  # even if there is one
+    await peer.ask(cmd="register", name=doctor._UNUSED_NAME, port=1, host="far.example")  # even if there is one
     assert await wrong_of(daemon) == {}
     assert (await peer.ask(cmd="stats"))["rev"] == 1
 
@@ -321,7 +321,7 @@ async def test_services_that_accept_nothing(daemon: InLoop) -> None:
         await peer.ask(cmd="register", name="soon", port=1, state="starting")
         await peer.ask(cmd="register", name="far", port=1, host="far.example")
         found = (await wrong_of(daemon))["services"]
-    assert found.found.startswith("1 of 2 accept no connection: gone (127.0.0.1:")
+    assert found.found.startswith("1 of 2 services accept no connection: gone (127.0.0.1:")
     assert "regctl deregister" in found.do
 
 
@@ -334,7 +334,7 @@ async def test_a_folder_that_is_gone(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "folder")
         found = (await wrong_of(daemon))["file"]
         assert found.found == f"the folder {tmp_path}/folder is gone"
-        assert "make the folder again" in found.do
+        assert "create it again" in found.do
 
 
 async def test_a_file_that_is_gone_or_behind(daemon: InLoop) -> None:
@@ -344,9 +344,9 @@ async def test_a_file_that_is_gone_or_behind(daemon: InLoop) -> None:
     await peer.ask(cmd="register", name="db", port=2, host="far.example")
     assert await wrong_of(daemon) == {}
     daemon.registry.write_text(before)
-    assert "revision 1 and not 3" in (await wrong_of(daemon))["file"].found
+    assert "revision 1, the daemon 3" in (await wrong_of(daemon))["file"].found
     daemon.registry.write_text("{}")
-    assert "revision None and not 3" in (await wrong_of(daemon))["file"].found
+    assert "revision None, the daemon 3" in (await wrong_of(daemon))["file"].found
     daemon.registry.unlink()
     assert (await wrong_of(daemon))["file"].found == f"{daemon.registry} is gone"
 
@@ -359,7 +359,7 @@ async def test_a_registry_written_by_hand_is_not_wrong(tmp_path: Path) -> None:
         await (await daemon.peer()).ask(cmd="register", name="db", port=1, host="far.example")
         assert await wrong_of(daemon) == {}
         path.with_name("copy").replace(path)  # not what the daemon has written
-        assert "is behind what is registered" in (await wrong_of(daemon))["file"].found
+        assert "is out of date" in (await wrong_of(daemon))["file"].found
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
@@ -413,11 +413,11 @@ def test_another_container(process: DaemonProcess) -> None:
         found = list(examine(address))
     by_check = {each.check: each for each in found}
     assert "another container" in by_check["host"].found
-    assert by_check["file"].found.endswith("is not on this side")
-    assert by_check["services"].found.startswith("not tried")
+    assert by_check["file"].found.startswith("not checked")
+    assert by_check["services"].found.startswith("not checked")
 
 
 def test_answers_that_make_no_sense(process: DaemonProcess) -> None:
     with another(process, lambda reply: reply.pop("registry", None)) as address:
         found = wrong(address)["daemon"]
-    assert "its answers broke off" in found.found
+    assert "its replies are incomplete" in found.found

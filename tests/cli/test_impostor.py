@@ -139,7 +139,7 @@ def variants(fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other daemons of this machine are none of the test's business."""
-    monkeypatch.setattr(local_probe, "addresses", lambda but: [])
+    monkeypatch.setattr(local_probe, "addresses", lambda other_than: [])
     monkeypatch.setattr(local_probe, "accepts", lambda host, port: True)
     monkeypatch.setattr(doctor, "ANSWER_S", WAIT_S)
     monkeypatch.setattr(complete_names, "_ANSWER_S", WAIT_S)

@@ -312,7 +312,7 @@ async def test_never_for_one_that_is_there_and_does_not_answer(here: Demand, tmp
 
 def test_never_for_who_only_looks_on(here: Demand) -> None:
     """A doctor, who looks at many addresses, and a shell that completes a line."""
-    assert "nobody listens at" in here.regctl("doctor")[1]
+    assert "no program listens at" in here.regctl("doctor")[1]
     names = here.program("from regd.cli.complete_names import names; print(names(None, None))")
     assert names.communicate(timeout=SLOW_S) == ("None\n", "")
     assert not here.folder.exists()
