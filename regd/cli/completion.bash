@@ -1,4 +1,4 @@
-# Completion of regctl for bash, as `regctl completion bash` makes it.
+# Completion of regctl for bash, made by `regctl completion bash`.
 
 _regctl_options() {
     case $1 in
@@ -6,21 +6,21 @@ _regctl_options() {
     esac
 }
 
-_regctl_takes() { # how many values an option has: $1 is the command, $2 the option
+_regctl_takes() { # how many values option $2 of command $1 has
     case $1:$2 in
 @TAKES@
     *) found= ;;
     esac
 }
 
-_regctl_offers() { # what may stand there: $2 is an option, or the number of an argument
+_regctl_offers() { # what to offer for $2, an option or the number of an argument
     case $1:$2 in
 @OFFERS@
     *) found= ;;
     esac
 }
 
-_regctl_behind() { # a command line of its own begins at word $1
+_regctl_behind() { # complete the command that begins at word $1
     if declare -F _command_offset >/dev/null; then
         _command_offset "$1"
     elif ((COMP_CWORD == $1)); then
@@ -32,7 +32,7 @@ _regctl_behind() { # a command line of its own begins at word $1
 
 _regctl() {
     local IFS=$' \t\n' words=() word joins= at found
-    for ((at = 0; at <= COMP_CWORD; at++)); do # bash has cut them at = and :
+    for ((at = 0; at <= COMP_CWORD; at++)); do # join words, which bash splits at = and :
         word=${COMP_WORDS[at]}
         if ((${#words[@]})) && [[ $joins || $word =~ ^[=:]+$ ]]; then
             words[${#words[@]}-1]+=$word

@@ -1,4 +1,4 @@
-# Completion of regctl for fish, as `regctl completion fish` makes it.
+# Completion of regctl for fish, made by `regctl completion fish`.
 
 function __regctl_takes --argument-names command option -d 'How many values an option has'
     switch "$command:$option"

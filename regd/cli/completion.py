@@ -1,9 +1,7 @@
-"""Scripts that make bash, zsh and fish complete the command lines of regctl, from the one table.
+"""`regctl completion`: scripts with which bash, zsh and fish complete command lines of regctl.
 
-Each script knows the commands, their aliases and options by itself; it asks `regctl names` for the names of
-services, and has no offer where free text stands. Behind the `--` of a command that runs another, the shell goes
-on as anywhere.
-Must not know what a command does.
+A script contains the commands, aliases and options; it calls `regctl names` for the names of services. After the
+`--` of `regctl run`, the shell completes the command as usual.
 """
 
 from __future__ import annotations
@@ -14,8 +12,8 @@ from importlib import resources
 from regd.cli.arguments import Parameter
 from regd.cli.commands import ALIASES, COMMANDS, COMMON
 
-_ALONE = {"--help": "show this help, and do nothing else", "--version": "show the version, and do nothing else"}
-_HELP = {"--help": _ALONE["--help"]}
+_EXITING = {"--help": "show this help and exit", "--version": "show the version and exit"}
+_HELP = {"--help": _EXITING["--help"]}
 _RUNNING = [name for name, command in COMMANDS.items() if command.runs]
 
 
@@ -24,72 +22,72 @@ def script(shell: str) -> str:
     return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell]()
 
 
-def _frame(shell: str) -> str:
-    """Return the part of a script that is no table; the places of the tables are @NAMED@ in it."""
+def _template(shell: str) -> str:
+    """Return the template of a script, in which @NAMES@ stand for tables."""
     return (resources.files(__package__) / f"completion.{shell}").read_text("utf-8")
 
 
-def values(argument: Parameter) -> str:
-    """Return how many words belong to it: `none`, `one`, or `many`, up to the next option."""
-    if argument.options.get("action") == "store_true":
+def values(parameter: Parameter) -> str:
+    """Return how many values a parameter has: "none", "one", or "many", up to the next option."""
+    if parameter.options.get("action") == "store_true":
         return "none"
-    return "many" if argument.options.get("nargs") in ("+", "*") else "one"
+    return "many" if parameter.options.get("nargs") in ("+", "*") else "one"
 
 
-def again(argument: Parameter) -> bool:
-    """Return whether an option may be given more than once."""
-    return argument.options.get("action") in ("append", "extend")
+def is_repeatable(parameter: Parameter) -> bool:
+    """Return whether an option is repeatable."""
+    return parameter.options.get("action") in ("append", "extend")
 
 
 def _options(command: str) -> list[Parameter]:
-    return [*(each for each in COMMANDS[command].parameters if each.is_option), *COMMON]
+    return [*(parameter for parameter in COMMANDS[command].parameters if parameter.is_option), *COMMON]
 
 
-def _offer(argument: Parameter) -> str:
-    """Return what may stand there: words, `service`, or nothing."""
-    if argument.completion == "command":
+def _offer(parameter: Parameter) -> str:
+    """Return what to offer for a parameter: words, "service" for names of services, or ""."""
+    if parameter.completion == "command":
         return " ".join(COMMANDS)
-    return argument.completion or " ".join(argument.options.get("choices", ()))
+    return parameter.completion or " ".join(parameter.options.get("choices", ()))
 
 
 def _places(command: str) -> Iterator[tuple[str, str]]:
-    """Yield an option, or the number of an argument, `*` for any; and what is offered there."""
+    """Yield each option or number of an argument, `*` for any number, with what to offer there."""
     number = 0
-    for argument in COMMANDS[command].parameters:
-        if argument.is_option:
-            place = argument.name
+    for parameter in COMMANDS[command].parameters:
+        if parameter.is_option:
+            place = parameter.name
         else:
-            place, number = "*" if values(argument) == "many" else str(number), number + 1
-        if _offer(argument):
-            yield place, _offer(argument)
+            place, number = "*" if values(parameter) == "many" else str(number), number + 1
+        if _offer(parameter):
+            yield place, _offer(parameter)
 
 
-def _several() -> list[tuple[str, str, str]]:
-    """Return the options with values: the command or `*`, the option, and how many."""
+def _options_with_values() -> list[tuple[str, str, str]]:
+    """Return the options with values: the command or `*`, the option, and "one" or "many"."""
     own = [
-        (name, each.name, values(each))
+        (name, parameter.name, values(parameter))
         for name, command in COMMANDS.items()
-        for each in command.parameters
-        if each.is_option
+        for parameter in command.parameters
+        if parameter.is_option
     ]
-    common = [("*", each.name, values(each)) for each in COMMON]
-    return [each for each in own + common if each[2] != "none"]
+    common = [("*", parameter.name, values(parameter)) for parameter in COMMON]
+    return [row for row in own + common if row[2] != "none"]
 
 
 # bash
 
 
 def _bash() -> str:
-    options = [f"    *) found='{_bash_options(COMMON, _ALONE)}' ;;"]
+    options = [f"    *) found='{_bash_options(COMMON, _EXITING)}' ;;"]
     options[:0] = [f"    {name}) found='{_bash_options(_options(name), _HELP)}' ;;" for name in COMMANDS]
-    takes = [f"    {command}:{option}) found={many} ;;" for command, option, many in _several()]
+    takes = [f"    {command}:{option}) found={many} ;;" for command, option, many in _options_with_values()]
     offers = [
         f"    {command}:{'[0-9]*' if place == '*' else place}) found='{offer}' ;;"
         for command in COMMANDS
         for place, offer in _places(command)
     ]
     return (
-        _frame("bash")
+        _template("bash")
         .replace("@OPTIONS@", "\n".join(options))
         .replace("@TAKES@", "\n".join(takes))
         .replace("@OFFERS@", "\n".join(offers))
@@ -102,68 +100,70 @@ def _bash() -> str:
     )
 
 
-def _bash_options(arguments: Iterable[Parameter], more: Iterable[str]) -> str:
-    """Those that may be given again end in `*`."""
-    return " ".join([*(each.name + "*" * again(each) for each in arguments), *more])
+def _bash_options(parameters: Iterable[Parameter], more: Iterable[str]) -> str:
+    """Return options as words; a repeatable one ends in `*`."""
+    return " ".join([*(parameter.name + "*" * is_repeatable(parameter) for parameter in parameters), *more])
 
 
 # zsh
 
 
 def _zsh() -> str:
-    common = "\n".join(_zsh_lines([*map(_zsh_option, COMMON), *(_zsh_alone(*each) for each in _ALONE.items())]))
+    common = "\n".join(
+        _zsh_lines([*map(_zsh_option, COMMON), *(_zsh_exiting(*each) for each in _EXITING.items())])
+    )
     return (
-        _frame("zsh")
+        _template("zsh")
         .replace("@COMMON@", common)
         .replace("@COMMANDS@", "\n".join(f"        {_quoted(_zsh_described(name))}" for name in COMMANDS))
         .replace("@EACH@", "\n".join(map(_zsh_command, COMMANDS)))
-        .replace("@MANY@", "|".join({option for _, option, many in _several() if many == "many"}))
+        .replace("@MANY@", "|".join({option for _, option, many in _options_with_values() if many == "many"}))
         .replace("@RUNNING@", "|".join(_RUNNING))
     )
 
 
 def _zsh_command(name: str) -> str:
-    arguments = COMMANDS[name].parameters
+    parameters = COMMANDS[name].parameters
     specs = [
         *map(_zsh_option, _options(name)),
-        *(_zsh_alone(*each) for each in _HELP.items()),
-        *(_zsh_word(each) for each in arguments if not each.is_option),
+        *(_zsh_exiting(*each) for each in _HELP.items()),
+        *(_zsh_word(parameter) for parameter in parameters if not parameter.is_option),
     ]
     lines = "\n".join("    " + line for line in _zsh_lines(specs))
     return f"    {'|'.join((name, *COMMANDS[name].aliases))})\n        _arguments -S \\\n{lines}\n        ;;"
 
 
 def _zsh_lines(specs: list[str]) -> list[str]:
-    quoted = [f"        {_quoted(each)}" for each in specs]
-    return [each + " \\" for each in quoted[:-1]] + quoted[-1:]
+    quoted = [f"        {_quoted(spec)}" for spec in specs]
+    return [line + " \\" for line in quoted[:-1]] + quoted[-1:]
 
 
 def _zsh_described(name: str) -> str:
     return f"{name}:{COMMANDS[name].doc}"
 
 
-def _zsh_option(argument: Parameter) -> str:
-    shown = f"{'*' if again(argument) else ''}{argument.name}"
-    if values(argument) == "none":
-        return f"{shown}[{_zsh_text(argument.doc)}]"
-    return f"{shown}=[{_zsh_text(argument.doc)}]:{argument.options['metavar']}:{_zsh_offer(argument)}"
+def _zsh_option(parameter: Parameter) -> str:
+    shown = f"{'*' if is_repeatable(parameter) else ''}{parameter.name}"
+    if values(parameter) == "none":
+        return f"{shown}[{_zsh_text(parameter.doc)}]"
+    return f"{shown}=[{_zsh_text(parameter.doc)}]:{parameter.options['metavar']}:{_zsh_offer(parameter)}"
 
 
-def _zsh_alone(name: str, doc: str) -> str:
+def _zsh_exiting(name: str, doc: str) -> str:
     return f"(- *){name}[{doc}]"
 
 
-def _zsh_word(argument: Parameter) -> str:
-    colons = {"?": "::"}.get(str(argument.options.get("nargs")), ":")
-    place = "*" if values(argument) == "many" else ""
-    return f"{place}{colons}{argument.options['metavar']}:{_zsh_offer(argument)}"
+def _zsh_word(parameter: Parameter) -> str:
+    colons = {"?": "::"}.get(str(parameter.options.get("nargs")), ":")
+    place = "*" if values(parameter) == "many" else ""
+    return f"{place}{colons}{parameter.options['metavar']}:{_zsh_offer(parameter)}"
 
 
-def _zsh_offer(argument: Parameter) -> str:
-    offer = _offer(argument)
-    if argument.completion == "command":
+def _zsh_offer(parameter: Parameter) -> str:
+    offer = _offer(parameter)
+    if parameter.completion == "command":
         return "_regctl_commands"
-    if argument.completion == "service":
+    if parameter.completion == "service":
         return "_regctl_names"
     return f"({offer})" if offer else " "
 
@@ -185,19 +185,20 @@ def _fish() -> str:
         for alias, name in ALIASES.items()
     ]
     takes = [
-        f"        case '{command}:{option}'\n            echo {many}" for command, option, many in _several()
+        f"        case '{command}:{option}'\n            echo {many}"
+        for command, option, many in _options_with_values()
     ]
     lines = [
         f"complete -c regctl -n __regctl_at_start -a {name} -d {_fish_text(COMMANDS[name].doc)}"
         for name in COMMANDS
     ]
-    lines += [_fish_option("__regctl_at_start", each) for each in COMMON]
+    lines += [_fish_option("__regctl_at_start", parameter) for parameter in COMMON]
     lines += [
         f"complete -c regctl -n __regctl_at_start -l {name[2:]} -d {_fish_text(doc)}"
-        for name, doc in _ALONE.items()
+        for name, doc in _EXITING.items()
     ]
     for name in COMMANDS:
-        lines += [_fish_option(f"__regctl_in {name}", each) for each in _options(name)]
+        lines += [_fish_option(f"__regctl_in {name}", option) for option in _options(name)]
         lines += [
             f"complete -c regctl -n '__regctl_in {name}' -l {option[2:]} -d {_fish_text(doc)}"
             for option, doc in _HELP.items()
@@ -208,7 +209,7 @@ def _fish() -> str:
             if not place.startswith("-") or _is_many(name, place)
         ]
     return (
-        _frame("fish")
+        _template("fish")
         .replace("@TAKES@", "\n".join(takes))
         .replace("@ALIASES@", "\n".join(aliases))
         .replace("@COMPLETE@", "\n".join(lines))
@@ -217,19 +218,19 @@ def _fish() -> str:
 
 
 def _is_many(command: str, option: str) -> bool:
-    return (command, option, "many") in _several()
+    return (command, option, "many") in _options_with_values()
 
 
 def _quoted_star(place: str) -> str:
     return '"*"' if place == "*" else place
 
 
-def _fish_option(condition: str, argument: Parameter) -> str:
-    once = "" if again(argument) else f"; and not __regctl_gave {argument.name}"
-    made = f"complete -c regctl -n '{condition}{once}' -l {argument.name[2:]} -d {_fish_text(argument.doc)}"
-    if values(argument) == "none":
+def _fish_option(condition: str, parameter: Parameter) -> str:
+    once = "" if is_repeatable(parameter) else f"; and not __regctl_gave {parameter.name}"
+    made = f"complete -c regctl -n '{condition}{once}' -l {parameter.name[2:]} -d {_fish_text(parameter.doc)}"
+    if values(parameter) == "none":
         return made
-    return made + " -x" + (f" -a {_fish_offer(_offer(argument))}" if _offer(argument) else "")
+    return made + " -x" + (f" -a {_fish_offer(_offer(parameter))}" if _offer(parameter) else "")
 
 
 def _fish_offer(offer: str) -> str:

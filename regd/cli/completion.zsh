@@ -1,5 +1,5 @@
 #compdef regctl
-# Completion of regctl for zsh, as `regctl completion zsh` makes it.
+# Completion of regctl for zsh, made by `regctl completion zsh`.
 
 _regctl_commands() {
     local -a commands=(

@@ -55,8 +55,8 @@ def daemons() -> Iterator[tuple[int, list[str]]]:
 def _flags(words: list[str]) -> list[str] | None:
     """Return the flags in the command line of a daemon, None if the program is another.
 
-    A daemon is `regd …`, `python … -m regd …` or `python … /path/of/regd …`. A launcher such as `uv run` starts one
-    of these as a child.
+    A daemon is `regd …`, `python … -m regd …` or `python … /path/of/regd …`. A launcher such as `uv run`
+    starts one of these as a child.
     """
     program, *rest = words
     if os.path.basename(program) == "regd":

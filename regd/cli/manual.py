@@ -1,7 +1,4 @@
-"""The man pages regctl(1) and regd(1), in roff, from the tables that the programs read their command lines by.
-
-Must not know what a command does.
-"""
+"""`regctl manual`: the man pages regctl(1) and regd(1), in roff, from the tables of commands and flags."""
 
 from __future__ import annotations
 
@@ -13,39 +10,38 @@ from regd.cli import commands
 from regd.cli.arguments import Parameter
 from regd.cli.commands import COMMANDS, COMMON, Subcommand
 
-_HELP = Parameter("--help", "show how it is used, and do nothing else", action="help")
-_VERSION = Parameter("--version", "show the version, and do nothing else", action="version")
-_ASKED = {
-    "REGD_ADDRESS": "Where the daemon is, when `--address` does not say so. Without both: tcp://127.0.0.1:7343.",
-    "REGD_AUTOSTART": "With `1`, `true`, `yes` or `on` a daemon is started where none answers on this machine.",
+_HELP = Parameter("--help", "show a help message and exit", action="help")
+_VERSION = Parameter("--version", "show the version and exit", action="version")
+_READ_BY_REGCTL = {
+    "REGD_ADDRESS": "The address of the daemon, unless `--address` is there. Default: tcp://127.0.0.1:7343.",
+    "REGD_AUTOSTART": "With `1`, `true`, `yes` or `on`, regctl starts a daemon if none answers on this machine.",
 }
-_GIVEN = {
+_SET_BY_REGCTL = {
     "PORT": "For the command of `regctl run`: the port to listen on.",
     "LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES": "For the command of `regctl run --socket`: as in sd_listen_fds(3); "
-    "the socket is file 3.",
-    "NAME_HOST, NAME_PORT, NAME_ADDRESS": "Of each service that `regctl run --wait` has waited for, and what "
-    "`regctl env` prints.",
+    "the socket is file descriptor 3.",
+    "NAME_HOST, NAME_PORT, NAME_ADDRESS": "For the command of `regctl run --wait`: the address of each service; "
+    "also printed by `regctl env`.",
 }
-_STATE = {
-    "STATE_DIRECTORY": "The folder of `registry.json`, as systemd sets it.",
-    "XDG_STATE_HOME": "Without that: `regd/registry.json` in this folder; without both in ~/.local/state.",
+_READ_BY_REGD = {
+    "STATE_DIRECTORY": "The folder of `registry.json`, set by systemd.",
+    "XDG_STATE_HOME": "If STATE_DIRECTORY is unset: the folder of `regd/registry.json`. Default: ~/.local/state.",
 }
-_TAKEN = {
-    "SIGTERM, SIGINT": "End: no more requests are taken, the replies go out, and the registrations stay in "
-    "their file.",
-    "SIGHUP": "With `--log`: open that file anew, for log rotation. In a terminal that hangs up: end, unless "
+_SIGNALS_OF_REGD = {
+    "SIGTERM, SIGINT": "Exit: regd sends outstanding replies first; registrations stay in the file.",
+    "SIGHUP": "With `--log`: reopen the log file, for log rotation. When the terminal hangs up: exit, unless "
     "started by nohup(1).",
-    "SIGUSR1, SIGUSR2, SIGALRM": "Nothing but a line in the log.",
+    "SIGUSR1, SIGUSR2, SIGALRM": "Ignored, with a line in the log.",
 }
-_PAGES = {
-    "share/doc/regd": "The pages about regd, below the prefix of its installation; `regctl help` tells where.",
+_FILES = {
+    "share/doc/regd": "The documents of regd, below the installation prefix; `regctl help` prints the path.",
 }
-_RUN = {126: "`run`: the command cannot be run", 127: "`run`: the command is not there"}
+_RUN = {126: "`run`: the command cannot be run", 127: "`run`: the command does not exist"}
 _SIGNALS = {130: "Ctrl-C"}
 
 
 def page(name: str) -> str:
-    """Return the page of `regctl` or `regd`."""
+    """Return the man page of `regctl` or `regd`."""
     return "\n".join({"regctl": _regctl, "regd": _regd}[name]()) + "\n"
 
 
@@ -56,27 +52,27 @@ def _regctl() -> Iterator[str]:
         r"\fBregctl\fR [\fIOPTION\fR ...] \fICOMMAND\fR [\fIARGUMENT\fR ...]",
         ".SH DESCRIPTION",
         *_text(
-            "regctl speaks to regd(1), the daemon that knows which service of this machine listens where. A pipe "
-            "gets tabs between the columns, a terminal a table with a head."
+            "regctl is the command-line client of regd(1), the service registry of this machine. A terminal gets "
+            "tables with a header, a pipe gets columns separated by tabs."
         ),
         ".SH OPTIONS",
-        *_text("These stand before the command or behind it."),
-        *_listed((*COMMON, _HELP, _VERSION)),
+        *_text("These can be written before or after the command."),
+        *_described((*COMMON, _HELP, _VERSION)),
         ".SH COMMANDS",
     )
     for name, command in COMMANDS.items():
         yield from _command(name, command)
-    yield from (".SH ENVIRONMENT", *_terms(_ASKED | _GIVEN))
-    yield from (".SH FILES", *_terms(_PAGES))
+    yield from (".SH ENVIRONMENT", *_terms(_READ_BY_REGCTL | _SET_BY_REGCTL))
+    yield from (".SH FILES", *_terms(_FILES))
     yield from (".SH EXIT STATUS", *_terms(commands.STATUSES | _RUN | _SIGNALS))
     yield ".PP"
-    yield from _text("`run` otherwise passes the status of its command on, and a signal that ended it.")
+    yield from _text("Otherwise `run` exits with the status of its command, or by the signal that ended it.")
     yield from (".SH EXAMPLES", *_examples(line for command in COMMANDS.values() for line in command.examples))
     yield from (".SH SEE ALSO", r"\fBregd\fR(1)")
 
 
 def _regd() -> Iterator[str]:
-    from regd.cli import regd as daemon  # with all that it is made of
+    from regd.cli import regd as daemon  # imports asyncio and the daemon
 
     yield from _head("regd", daemon.DOC)
     yield from (
@@ -84,26 +80,26 @@ def _regd() -> Iterator[str]:
         rf"\fBregd\fR {' '.join(_short(each) for each in daemon.FLAGS)}",
         ".SH DESCRIPTION",
         *_text(
-            "Programs register under a name the port that they listen on, others resolve the name. regd listens "
-            "on loopback alone; once it does, it prints `listening tcp://127.0.0.1:7343` for each of its "
-            "addresses. It speaks lines of JSON: `help` is for people. SIGTERM and Ctrl-C end it; what is "
-            "registered is kept in its file."
+            "Programs register the port on which they listen under a name; other programs resolve the name. regd "
+            "listens on the loopback interface only, and prints a line such as `listening tcp://127.0.0.1:7343` "
+            "for each of its addresses. The protocol is one JSON object per line; the request `help` describes "
+            "it. Registrations are kept in a file."
         ),
         ".SH OPTIONS",
-        *_listed((*daemon.FLAGS, _HELP, _VERSION)),
+        *_described((*daemon.FLAGS, _HELP, _VERSION)),
         ".SH ENVIRONMENT",
-        *_terms(_STATE),
+        *_terms(_READ_BY_REGD),
         ".SH FILES",
         *_terms(
-            {"~/.local/state/regd/registry.json": "All registrations, one a line. Stop regd before editing it."}
-            | _PAGES
+            {"~/.local/state/regd/registry.json": "All registrations, one per line. Stop regd before editing it."}
+            | _FILES
         ),
         ".SH EXIT STATUS",
         *_terms(daemon.STATUSES | _SIGNALS),
         ".PP",
-        *_text("Asked twice to end, it ends at once, with 128 and the number of the signal."),
+        *_text("A second signal ends regd at once, with status 128 plus the number of the signal."),
         ".SH SIGNALS",
-        *_terms(_TAKEN),
+        *_terms(_SIGNALS_OF_REGD),
         ".SH EXAMPLES",
         *_examples(
             (
@@ -120,7 +116,7 @@ def _regd() -> Iterator[str]:
 
 def _head(name: str, doc: str) -> Iterator[str]:
     yield f'.TH {name.upper()} 1 "" "regd {regd.__version__}" "User Commands"'
-    yield from (".nh", ".ad l")  # what is to be typed is not cut
+    yield from (".nh", ".ad l")  # no hyphenation in commands
     yield ".SH NAME"
     yield rf"{name} \- {_plain(doc[:1].lower() + doc[1:].rstrip('.'))}"
 
@@ -135,28 +131,28 @@ def _command(name: str, command: Subcommand) -> Iterator[str]:
     yield from _text(command.doc)
     if command.more:
         yield from (".PP", *_text(command.more))
-    yield from _listed(command.parameters)
+    yield from _described(command.parameters)
 
 
-def _short(argument: Parameter) -> str:
-    """Return how an argument stands in a synopsis."""
-    shown = _shown(argument)
-    how = argument.options.get("nargs")
-    if not argument.is_option:
-        return {"?": f"[{shown}]", "*": f"[{shown} ...]", "+": f"{shown} ..."}.get(str(how), shown)
-    return f"[{shown} ...]" if how == "+" else f"[{shown}]"
+def _short(parameter: Parameter) -> str:
+    """Return a parameter in the notation of a synopsis."""
+    shown = _shown(parameter)
+    nargs = parameter.options.get("nargs")
+    if not parameter.is_option:
+        return {"?": f"[{shown}]", "*": f"[{shown} ...]", "+": f"{shown} ..."}.get(str(nargs), shown)
+    return f"[{shown} ...]" if nargs == "+" else f"[{shown}]"
 
 
-def _shown(argument: Parameter) -> str:
-    value = argument.options.get("metavar") or "|".join(argument.options.get("choices", ()))
-    if not argument.is_option:
+def _shown(parameter: Parameter) -> str:
+    value = parameter.options.get("metavar") or "|".join(parameter.options.get("choices", ()))
+    if not parameter.is_option:
         return rf"\fI{_plain(value)}\fR"
-    return rf"\fB{_plain(argument.name)}\fR" + (rf" \fI{_plain(value)}\fR" if value else "")
+    return rf"\fB{_plain(parameter.name)}\fR" + (rf" \fI{_plain(value)}\fR" if value else "")
 
 
-def _listed(arguments: Iterable[Parameter]) -> Iterator[str]:
-    for each in arguments:
-        yield from (".TP", _shown(each), *_text(each.doc))
+def _described(parameters: Iterable[Parameter]) -> Iterator[str]:
+    for parameter in parameters:
+        yield from (".TP", _shown(parameter), *_text(parameter.doc))
 
 
 def _terms(terms: Mapping[str, str] | Mapping[int, str]) -> Iterator[str]:
@@ -172,13 +168,13 @@ def _examples(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _text(text: str) -> Iterator[str]:
-    """Yield a text; what stands between backquotes is bold."""
+    """Yield a text, with parts between backquotes in bold."""
     parts = re.split("`([^`]*)`", text)
     made = "".join(rf"\fB{_plain(part)}\fR" if at % 2 else _plain(part) for at, part in enumerate(parts))
     yield rf"\&{made}" if made.startswith((".", "'")) else made
 
 
 def _plain(text: str) -> str:
-    r"""Return text that roff shows as it is: what is to be typed must not become typographic."""
+    r"""Return text with roff's special characters escaped, so that commands can be copied from the page."""
     signs = {"\\": r"\e", "-": r"\-", "'": r"\(aq", "`": r"\(ga", "^": r"\(ha", "~": r"\(ti", '"': r"\(dq"}
     return "".join(signs.get(each, each) for each in text)

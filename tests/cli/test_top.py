@@ -70,13 +70,13 @@ def test_holders(held: dict[str, Any], shown: str) -> None:
 
 def test_what_was_there_is_no_news() -> None:
     made = picture(fields("db"))
-    assert not made.news
+    assert not made.events
     take(made, fields("web", "1"), 5.0)
     take(made, fields("web", "1", state="draining"), 6.0)
     take(made, fields("web", "1", state="draining", meta={"a": "b"}), 6.5)
     take(made, fields("web", "1", state="draining", meta={"a": "b"}, port=81), 7.0)
     made.take("down", ("web", "1"), None, 8.0, "process exited")
-    assert [(each.kind, each.who, each.what, each.at) for each in made.news] == [
+    assert [(each.kind, each.who, each.what, each.at) for each in made.events] == [
         ("down", "web/1", "process exited", 8.0),
         ("change", "web/1", "127.0.0.1:80 → 127.0.0.1:81", 7.0),
         ("change", "web/1", "nothing → a=b", 6.5),
@@ -239,7 +239,7 @@ def test_a_frame_of_80_columns() -> None:
         "",
         "",
         "",
-        "── came and went ───────────────────────────────────────────────────────────────",
+        "── recent events ───────────────────────────────────────────────────────────────",
         "-  12s ago  old  left: ttl ran out",
         "",
         "q quit  s sort  / filter  w why  ? help  by name",
@@ -253,7 +253,7 @@ def test_a_daemon_that_is_away() -> None:
     shown = texts(lines)
     assert shown[0].startswith("away since ")
     assert " (1m)  regd at" in shown[0]
-    assert shown[1].startswith("the last picture: 1 instance of 1 servi")
+    assert shown[1].startswith("last known: 1 instance of 1 servi")
     assert {style for style, text in lines[4] if text.strip()} == {"dim"}
 
 

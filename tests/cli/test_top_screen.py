@@ -52,7 +52,7 @@ def listed(terminal: Terminal) -> list[str]:
 def test_what_is_there_comes_and_goes(peer: BlockingConnection, top: Top) -> None:
     register(peer, "db", "web", hold=True, pid=os.getpid(), ttl=60)
     with top() as terminal:
-        terminal.shows("regd at 127.0.0.1:", "2 instances of 2 services", "came and went", "requests ", "lag ")
+        terminal.shows("regd at 127.0.0.1:", "2 instances of 2 services", "recent events", "requests ", "lag ")
         terminal.see(lambda: terminal.line("  db").split()[1:3] == ["127.0.0.1:8000", "ready"])
         terminal.see(lambda: f"hold pid {os.getpid()} ttl" in terminal.line("  db"))
         register(peer, "api")
@@ -94,7 +94,7 @@ def test_sort_select_and_filter(peer: BlockingConnection, top: Top) -> None:
         terminal.type("?")
         terminal.shows("PgUp", "the other way round")
         terminal.type("\x1b")
-        terminal.shows("came and went")
+        terminal.shows("recent events")
 
 
 def test_why(peer: BlockingConnection, top: Top) -> None:
@@ -143,7 +143,7 @@ def test_the_daemons_restart(process: DaemonProcess, peer: BlockingConnection, t
     with top() as terminal:
         terminal.shows("2 instances")
         process.end()
-        terminal.shows("away since", "the last picture: 2 instances", "trying on")
+        terminal.shows("away since", "last known: 2 instances", "still trying")
         terminal.see(lambda: listed(terminal) == ["db", "web"])
         process.start()
         terminal.shows("requests ", "2 instances")

@@ -1,7 +1,4 @@
-"""`regctl top` from beginning to end: which view it is, and how it ends.
-
-Must not know what is shown.
-"""
+"""`regctl top`: choose the view, run it, and end it on signals."""
 
 from __future__ import annotations
 
@@ -16,17 +13,17 @@ from regd.cli.top import plain
 from regd.cli.top.source import Source
 from regd.cli.top.view_state import ViewState
 
-_ENDS = (signal.SIGTERM, signal.SIGHUP)
+_END_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
-def run(address: str | None, as_json: bool, given: Mapping[str, Any]) -> int:
-    """Show the registry, and return the exit status.
+def run(address: str | None, as_json: bool, arguments: Mapping[str, Any]) -> int:
+    """Show the registry and return the exit status.
 
     Raises:
-        RegdError: there is no daemon at the beginning, or it refuses.
+        RegdError: no daemon answers at the start, or it refuses.
         KeyboardInterrupt: on Ctrl-C.
     """
-    return asyncio.run(_run(address, as_json, given["name"], given["interval"]))
+    return asyncio.run(_run(address, as_json, arguments["name"], arguments["interval"]))
 
 
 async def _run(address: str | None, as_json: bool, pattern: str | None, interval_s: float) -> int:
@@ -39,7 +36,7 @@ async def _run(address: str | None, as_json: bool, pattern: str | None, interval
 
 
 async def _shown(feed: Source) -> int:
-    """Show it until the person has seen enough, or a signal says so: the terminal is restored then, too."""
+    """Show the view until the user quits or a signal ends it; the terminal is restored in both cases."""
     ended_by = 0
     showing = asyncio.ensure_future(_view(feed))
     asking = asyncio.ensure_future(feed.ask())
@@ -49,12 +46,12 @@ async def _shown(feed: Source) -> int:
         ended_by = number
         showing.cancel()
 
-    for each in _ENDS:
-        asyncio.get_running_loop().add_signal_handler(each, end, each)
+    for number in _END_SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, end, number)
     try:
         await asyncio.wait((showing, asking), return_when=asyncio.FIRST_COMPLETED)
         if asking.done():
-            asking.result()  # it ends by a bug only, which nobody shall have to guess
+            asking.result()  # it ends only by a bug: raise it
         return showing.result()
     except asyncio.CancelledError:
         if not ended_by:
@@ -67,7 +64,7 @@ async def _shown(feed: Source) -> int:
 
 
 async def _view(feed: Source) -> int:
-    """The whole screen where the extra `top` is installed and keys come from a terminal, else a plain table."""
+    """Show the full-screen view if the extra `top` is installed and stdin is a terminal, else a plain table."""
     if sys.stdin is None or not sys.stdin.isatty():
         return await plain.show(feed, "")
     try:

@@ -1,6 +1,6 @@
-"""What `regctl top` shows: the instances that are there, and what just came and went.
+"""The data that `regctl top` shows: a table of the instances, and recent events.
 
-Time comes in as an argument, and so do events. Must not know a terminal, a connection or a daemon.
+Pure: events and the time are arguments.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from regd.cli.output import visible
-from regd_client.protocol import host_port
+from regd.cli.output import address_of, instance_name, labels, visible
 
 Key = tuple[str, str]  # name and instance
 SORTS = ("name", "age", "state", "holders")
-NEW_S = 10.0  # for so long an instance counts as just come
-_NEWS_MOST = 50
-_STATES = ("starting", "draining", "ready")  # what is not as usual comes first
+NEW_S = 10.0  # how long an instance counts as new
+_EVENTS_MAX = 50
+_STATES = ("starting", "draining", "ready")  # in the order of the column: the unusual first
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One instance. All of its texts are fit for a terminal. `since` is in Unix seconds."""
+    """One instance. Its texts have no control characters. `since` is in Unix seconds."""
 
     key: Key
     name: str
@@ -32,17 +31,17 @@ class Row:
     holders: str
     meta: str
     since: float
-    seen_at: float  # by the caller's `now`; -inf for what was there at the beginning
+    seen_at: float  # by the caller's `now`; -inf for instances of the first snapshot
 
     @property
     def words(self) -> str:
-        """What a filter looks at."""
+        """The text that a filter searches."""
         return " ".join((self.name, self.instance, self.address, self.state, self.holders, self.meta)).lower()
 
 
 @dataclass(frozen=True, slots=True)
 class RecentEvent:
-    """Something that happened `at` a time by the caller's `now`: `kind` is `up`, `change` or `down`."""
+    """An event: its `kind` is "up", "change" or "down", `at` is by the caller's `now`."""
 
     kind: str
     who: str
@@ -51,7 +50,7 @@ class RecentEvent:
 
 
 def holders(fields: Mapping[str, Any]) -> str:
-    """Return what an instance lasts with, as short as can be."""
+    """Return the owners of an instance, in a short form."""
     held = ["hold"] if fields.get("hold") else []
     held += [f"pid {fields['pid']}"] if fields.get("pid") is not None else []
     held += [f"ttl {fields['ttl']}s"] if fields.get("ttl") is not None else []
@@ -59,12 +58,12 @@ def holders(fields: Mapping[str, Any]) -> str:
 
 
 def named(name: str, instance: str) -> str:
-    """Return what people call an instance."""
-    return visible(f"{name}/{instance}" if instance else name)
+    """Return NAME/INSTANCE without control characters."""
+    return visible(instance_name(name, instance))
 
 
 def _row(fields: Mapping[str, Any], before: Row | None, now: float) -> Row:
-    address = visible(host_port(fields["host"], fields["port"]))
+    address = visible(address_of(fields))
     since = fields.get("registered_at")
     known = before if before is not None and before.address == address else None
     return Row(
@@ -74,22 +73,22 @@ def _row(fields: Mapping[str, Any], before: Row | None, now: float) -> Row:
         address=address,
         state=visible(fields["state"]),
         holders=holders(fields),
-        meta=visible(" ".join(f"{key}={value}" for key, value in fields["meta"].items())),
-        # A daemon that was restarted counts from its own start: what we have seen before is no younger for that.
+        meta=visible(labels(fields)),
+        # A restarted daemon counts ages from its own start, so keep an earlier time.
         since=known.since if known else float(since) if isinstance(since, int | float) else 0.0,
         seen_at=before.seen_at if before else now,
     )
 
 
 class Table:
-    """The instances, and the newest of the news first."""
+    """The instances by key, and the recent events, newest first."""
 
     def __init__(self) -> None:
         self.rows: dict[Key, Row] = {}
-        self.news: deque[RecentEvent] = deque(maxlen=_NEWS_MOST)
-        self.synced = False  # all that was there at the beginning is here
+        self.events: deque[RecentEvent] = deque(maxlen=_EVENTS_MAX)
+        self.synced = False  # the first snapshot is complete
         self._version = 0
-        self._counted = (0, 0)  # at which version, and how many services there are
+        self._counted = (0, 0)  # a version, and its number of services
         self._shown: tuple[object, list[Row]] = (None, [])
 
     @property
@@ -99,7 +98,7 @@ class Table:
         return self._counted[1]
 
     def take(self, kind: str, key: Key, fields: Mapping[str, Any] | None, now: float, reason: str = "") -> None:
-        """Take an event; `fields` are those of the instance, None for `down`. `sync` ends the beginning."""
+        """Apply an event. `fields` are those of the instance, None for "down"; "sync" ends the first snapshot."""
         if kind == "sync":
             self.synced = True
             return
@@ -111,23 +110,23 @@ class Table:
             self.rows[key] = row
             what = row.address if before is None else _changes(before, row)
         if self.synced:
-            self.news.appendleft(RecentEvent(kind, named(*key), what, now))
+            self.events.appendleft(RecentEvent(kind, named(*key), what, now))
 
     def shown(self, sort: str, reverse: bool, words: str) -> list[Row]:
-        """Return the rows that carry each of the words, in order."""
-        asked = (self._version, sort, reverse, words)
-        if self._shown[0] != asked:
-            wanted = words.lower().split()
-            rows = [row for row in self.rows.values() if all(word in row.words for word in wanted)]
+        """Return the rows that contain all the words, sorted."""
+        query = (self._version, sort, reverse, words)
+        if self._shown[0] != query:
+            filters = words.lower().split()
+            rows = [row for row in self.rows.values() if all(word in row.words for word in filters)]
             rows.sort(key=lambda row: row.key)
             if sort != "name" or reverse:
                 rows.sort(key=_ORDERS[sort], reverse=reverse)
-            self._shown = (asked, rows)
+            self._shown = (query, rows)
         return self._shown[1]
 
 
 def _changes(before: Row, row: Row) -> str:
-    """Return what is different, the weightiest first."""
+    """Return the most important difference between two rows."""
     for old, new in (
         (before.state, row.state),
         (before.address, row.address),

@@ -1,6 +1,6 @@
-"""`regctl top` without a library: a table that is drawn again and again, one frame for a pipe, and one as JSON.
+"""The view of `regctl top` without prompt_toolkit: a table that is redrawn, or one frame as text or JSON.
 
-Of escape sequences it uses only those to go home and to clear. Must not know a daemon.
+Uses only the escape sequences to move the cursor home and to clear.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from regd.cli.top.render import Line, cut, frame, whole
 from regd.cli.top.source import Source
 
 _HOME, _CLEAR_LINE, _CLEAR_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
-_KEYS = "qsrNASH"  # those that need no selection
-_PAUSE_S = 0.05  # between two frames at least
-_IDLE = 4  # times as long as a frame took
+_KEYS = "qsrNASH"  # the keys that need no selection
+_PAUSE_S = 0.05  # between two frames, at least
+_IDLE = 4  # the pause is at least this many times the time of a frame
 
 
 def text_of(line: Line) -> str:
+    """Return a line without styles or trailing blanks."""
     return "".join(text for _, text in line).rstrip()
 
 
 def once(feed: Source, as_json: bool) -> None:
-    """Print one frame."""
+    """Print one frame, as text or as JSON."""
     if as_json:
         say_json({"address": feed.address, "stats": feed.stats, "instances": feed.instances})
         return
@@ -39,39 +40,39 @@ def once(feed: Source, as_json: bool) -> None:
 
 
 async def show(feed: Source, hint: str) -> int:
-    """Draw until `q`, Ctrl-C, or a signal to end; the last line ends with the hint. Returns the exit status."""
-    again = asyncio.Event()
+    """Redraw the table until `q` or cancellation; `hint` ends the last line. Return the exit status."""
+    changed = asyncio.Event()
     loop = asyncio.get_running_loop()
-    feed.changed = again.set
-    loop.add_signal_handler(signal.SIGWINCH, again.set)
-    over = asyncio.Event()
+    feed.changed = changed.set
+    loop.add_signal_handler(signal.SIGWINCH, changed.set)
+    quitting = asyncio.Event()
 
-    def pressed() -> None:
+    def read_keys() -> None:
         typed = b""
         with contextlib.suppress(OSError):
             typed = os.read(sys.stdin.fileno(), 1_024)
-        for key in typed.decode(errors="replace") or "q":  # nothing: it hung up
+        for key in typed.decode(errors="replace") or "q":  # empty: the terminal has hung up
             if key in _KEYS and not feed.look.press(key, []):
-                over.set()
-        again.set()
+                quitting.set()
+        changed.set()
 
-    with _keys() as there:
-        if there:
-            loop.add_reader(sys.stdin, pressed)
-        while not over.is_set():
-            again.clear()
+    with _single_keys() as has_keys:
+        if has_keys:
+            loop.add_reader(sys.stdin, read_keys)
+        while not quitting.is_set():
+            changed.clear()
             began = time.monotonic()
-            _draw(feed, ("q quit  s sort  r reverse  " if there else "Ctrl-C quit  ") + hint)
+            _draw(feed, ("q quit  s sort  r reverse  " if has_keys else "Ctrl-C quit  ") + hint)
             await asyncio.sleep(max(_PAUSE_S, _IDLE * (time.monotonic() - began)))
-            await again.wait()
+            await changed.wait()
     return 0
 
 
 def _draw(feed: Source, keys: str) -> None:
-    width, height = os.get_terminal_size(sys.stdout.fileno())  # and not $COLUMNS, which does not follow
+    width, height = os.get_terminal_size(sys.stdout.fileno())  # not $COLUMNS, which is not updated
     if not width or not height:
-        width, height = 80, 24  # a terminal that nobody has told its size
-    size = max(1, width - 1), height  # a full last column would move some terminals on
+        width, height = 80, 24  # a terminal of unknown size
+    size = max(1, width - 1), height  # some terminals wrap after the last column
     lines = frame(feed.picture, feed.look, feed.daemon, size, time.monotonic(), time.time())
     lines[-1] = cut([("", keys)], size[0])
     body = "\r\n".join(text_of(line) + _CLEAR_LINE for line in lines)
@@ -80,8 +81,8 @@ def _draw(feed: Source, keys: str) -> None:
 
 
 @contextlib.contextmanager
-def _keys() -> Iterator[bool]:
-    """Have keys one by one, where they come from a terminal."""
+def _single_keys() -> Iterator[bool]:
+    """Make a terminal deliver each key at once. Yield False if stdin is no terminal."""
     if not sys.stdin or not sys.stdin.isatty():
         yield False
         return

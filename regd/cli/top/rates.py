@@ -1,7 +1,6 @@
-"""How much a daemon does: figures from the differences of its counters.
+"""Rates of requests and changes, from successive replies to `stats`.
 
-Whoever answers may be no regd, so each figure may be missing. Must not know a terminal or a clock: time is the
-daemon's own.
+The time is the daemon's uptime. A figure is None if the reply does not have it.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_SAMPLES = 6  # the figures are over so many, so that they can be read
+_SAMPLES = 6  # replies over which a rate is averaged
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Requests and changes a second; None: not known yet. What asks for `stats` is not counted: that is us."""
+    """`requests` and `changes` are per second; requests for `stats` do not count, as regctl itself sends them."""
 
     requests: float | None = None
     changes: float | None = None
@@ -27,12 +26,12 @@ class Figures:
 
 
 def _number(fields: Mapping[str, Any], name: str) -> float | None:
-    found = fields.get(name)
-    return float(found) if isinstance(found, int | float) else None
+    value = fields.get(name)
+    return float(value) if isinstance(value, int | float) else None
 
 
 class Rates:
-    """Takes each reply to `stats`, and has the figures of the last few."""
+    """Computes figures from the last replies to `stats`."""
 
     def __init__(self) -> None:
         self.figures = Figures()
@@ -40,7 +39,7 @@ class Rates:
         self._epoch: object = None
 
     def take(self, stats: Mapping[str, Any]) -> None:
-        if stats.get("epoch") != self._epoch:  # another life of the daemon, whose counters began again
+        if stats.get("epoch") != self._epoch:  # the daemon was restarted, and its counters too
             self._epoch = stats.get("epoch")
             self._samples.clear()
         uptime_s, requests = _number(stats, "uptime_s"), stats.get("requests")

@@ -1,7 +1,6 @@
-"""The frame of `regctl top`: lines of styled spans, for any width and height.
+"""Render `regctl top` as lines of styled spans, for any width and height.
 
-Every text goes through `visible` here, whoever it is from. Must not know a clock, nor how a frame reaches a
-terminal.
+Pure: the time is an argument. All text goes through `visible` here.
 """
 
 from __future__ import annotations
@@ -21,21 +20,21 @@ Line = list[tuple[str, str]]  # style and text; the styles are those of `screen.
 _GAP = "  "
 _COLUMNS = ("NAME", "INSTANCE", "ADDRESS", "STATE", "AGE", "HELD BY", "META")
 _SORTED_BY = {"name": "NAME", "state": "STATE", "age": "AGE", "holders": "HELD BY"}
-_CALM = {"AGE": 4, "META": 4}  # columns are so wide at least, else 8, whatever is in them
+_WIDTH_MIN = {"AGE": 4, "META": 4}  # of a column, whatever its content; others 8
 _LEAST = {"NAME": 12, "INSTANCE": 8, "STATE": 8, "AGE": 4, "HELD BY": 8, "META": 6}
 _MOST = {"NAME": 32, "INSTANCE": 16, "STATE": 9, "AGE": 4, "HELD BY": 22, "META": 9_000}
-_NAME_LEAST = 4  # beside an address that leaves no more
-_WEIGHT = ("NAME", "STATE", "AGE", "HELD BY", "INSTANCE", "META")  # what goes last where it is narrow
+_NAME_LEAST = 4  # beside a wide address
+_PRIORITY = ("NAME", "STATE", "AGE", "HELD BY", "INSTANCE", "META")  # the last are dropped first
 _MARKS = {"up": ("new", "+", "came"), "down": ("gone", "-", "left"), "change": ("warn", "~", "changed")}
-_NARROW = 60  # an instance has no column of its own then
+_NARROW = 60  # columns; below, NAME shows the instance too
 _WIDE = 10_000
-_NEWS_LINES = 4
+_EVENT_LINES = 4
 _PANE_LINES = 10
 
 
 @dataclass(frozen=True, slots=True)
 class DaemonInfo:
-    """The other end: what it is called, its figures, and for how long it has been away; 0.0: it is there."""
+    """The daemon: its title, its figures, and for how long it has been away (0.0: it is connected)."""
 
     title: str
     figures: Figures
@@ -52,28 +51,28 @@ def cells(text: str) -> int:
     return sum(map(_cells, text))
 
 
-def _cells(each: str) -> int:
-    if unicodedata.combining(each):
+def _cells(letter: str) -> int:
+    if unicodedata.combining(letter):
         return 0
-    return 2 if unicodedata.east_asian_width(each) in "WF" else 1
+    return 2 if unicodedata.east_asian_width(letter) in "WF" else 1
 
 
 def fitted(text: str, width: int) -> str:
-    """Return a text that is safe, and of just this many columns: cut, or filled with blanks."""
+    """Return a text of exactly this many columns: truncated, or padded with blanks."""
     text = visible(text)
-    took = cells(text)
-    if took > width:
-        kept, took = "", 1
-        for each in text:
-            if took + _cells(each) > width:
+    used = cells(text)
+    if used > width:
+        kept, used = "", 1
+        for letter in text:
+            if used + _cells(letter) > width:
                 break
-            kept, took = kept + each, took + _cells(each)
+            kept, used = kept + letter, used + _cells(letter)
         text = kept + "…"
-    return text + " " * (width - took) if width > 0 else ""
+    return text + " " * (width - used) if width > 0 else ""
 
 
 def age(seconds: float) -> str:
-    """Return a time in at most four letters."""
+    """Return a duration in its largest unit, such as 5m."""
     whole = max(0, int(seconds))
     for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60)):
         if whole >= size:
@@ -94,63 +93,63 @@ def lag(seconds: float | None) -> str:
 
 
 def cut(line: Line, width: int) -> Line:
-    """Return what of a line fits."""
-    made: Line = []
+    """Return a line, truncated to the width."""
+    spans: Line = []
     for style, text in line:
         text = visible(text)
         if cells(text) > width:
             text = fitted(text, width)
         width -= cells(text)
         if text:
-            made.append((style, text))
-    return made
+            spans.append((style, text))
+    return spans
 
 
 # The frame.
 
 
 def frame(
-    picture: Table, look: ViewState, daemon: DaemonInfo, size: tuple[int, int], now: float, wall: float
+    content: Table, look: ViewState, daemon: DaemonInfo, size: tuple[int, int], now: float, wall: float
 ) -> list[Line]:
-    """Return as many lines as the terminal has, each no wider than it is. `size` is columns and lines.
+    """Return the lines of a terminal of this size, columns and lines.
 
-    `now` is as the picture has heard it, `wall` is in Unix seconds.
+    `now` is the clock of the table's events, `wall` is in Unix seconds.
     """
     width, height = size
-    rows = picture.shown(look.sort, look.reverse, look.words)
-    under = _under(picture, look, height, width, now)
-    above = _above(picture, look, daemon, len(rows), wall)[: max(1, height - 4)]
+    rows = content.shown(look.sort, look.reverse, look.words)
+    under = _under(content, look, height, width, now)
+    above = _above(content, look, daemon, len(rows), wall)[: max(1, height - 4)]
     look.page = max(1, height - len(above) - len(under) - 2)  # the head of the table, and the keys
     look.settle(rows)
     lines = [*above, *table(rows, look, width, now, wall, away=daemon.away_s > 0)]
     if not rows:
-        lines.append([("dim", _nothing(picture, look))])
+        lines.append([("dim", _nothing(content, look))])
     lines += [[] for _ in range(height - len(under) - 1 - len(lines))]
     lines = [*lines[: max(1, height - len(under) - 1)], *under, _keys(look)]
     return [cut(line, width) for line in lines[-height:]] if height > 1 else [cut(lines[0], width)]
 
 
-def whole(picture: Table, look: ViewState, daemon: DaemonInfo, now: float, wall: float) -> list[Line]:
-    """Return a frame of all rows, as wide and as high as they are: paper has no edges."""
-    rows = picture.shown(look.sort, look.reverse, look.words)
+def whole(content: Table, look: ViewState, daemon: DaemonInfo, now: float, wall: float) -> list[Line]:
+    """Return a frame with all rows at full width, for a pipe or file."""
+    rows = content.shown(look.sort, look.reverse, look.words)
     look.page = max(1, len(rows))
-    lines = [*_above(picture, look, daemon, len(rows), wall), *table(rows, look, _WIDE, now, wall)]
-    return lines if rows else [*lines, [("dim", _nothing(picture, look))]]
+    lines = [*_above(content, look, daemon, len(rows), wall), *table(rows, look, _WIDE, now, wall)]
+    return lines if rows else [*lines, [("dim", _nothing(content, look))]]
 
 
-def _nothing(picture: Table, look: ViewState) -> str:
-    return f"nothing here carries {look.words!r}" if look.words and picture.rows else "nothing is registered"
+def _nothing(content: Table, look: ViewState) -> str:
+    return f"no instance matches {look.words!r}" if look.words and content.rows else "nothing is registered"
 
 
-def _above(picture: Table, look: ViewState, daemon: DaemonInfo, shown: int, wall: float) -> list[Line]:
+def _above(content: Table, look: ViewState, daemon: DaemonInfo, shown: int, wall: float) -> list[Line]:
     figures = daemon.figures
-    instances = len(picture.rows)
+    instances = len(content.rows)
     counted = f"{shown} of {instances}" if look.words else f"{instances}"
-    counted += f" instance{'' if instances == 1 else 's'} of {_many(picture.services, 'service')}"
+    counted += f" instance{'' if instances == 1 else 's'} of {_many(content.services, 'service')}"
     if daemon.away_s:
         since = time.strftime("%H:%M:%S", time.localtime(wall - daemon.away_s))
         title: Line = [("away", f"away since {since} ({age(daemon.away_s)})"), ("title", f"  {daemon.title}")]
-        what: Line = [("dim", f"the last picture: {counted}; trying on")]
+        what: Line = [("dim", f"last known: {counted}; still trying")]
     else:
         title = [("title", daemon.title), ("", f"  {counted}")]
         if figures.uptime_s is not None:
@@ -171,7 +170,7 @@ def _keys(look: ViewState) -> Line:
     if look.typing:
         return [("key", "/"), ("", look.words + "_"), ("dim", "  Enter keeps it, Esc clears it")]
     words: Line = [("warn", f"/{look.words}  ")] if look.words else []
-    order: Line = [("dim", f"by {look.sort}{', turned' if look.reverse else ''}  ")]
+    order: Line = [("dim", f"by {look.sort}{', reversed' if look.reverse else ''}  ")]
     keys = (("q", "quit"), ("s", "sort"), ("/", "filter"), ("w", "why"), ("?", "help"))
     return [*words, *(span for key, does in keys for span in (("key", key), ("", f" {does}  "))), *order]
 
@@ -182,7 +181,7 @@ def _keys(look: ViewState) -> Line:
 def table(
     rows: Sequence[Row], look: ViewState, width: int, now: float, wall: float, away: bool = False
 ) -> list[Line]:
-    """Return the head, and the rows that are seen."""
+    """Return the header and the visible rows."""
     seen = rows[look.first : look.first + look.page]
     texts = [_texts(row, wall, width < _NARROW) for row in seen]
     widths = _widths(texts, width - 2)
@@ -212,9 +211,9 @@ def _texts(row: Row, wall: float, narrow: bool) -> dict[str, str]:
 
 
 def _widths(texts: Sequence[dict[str, str]], width: int) -> dict[str, int]:
-    """Return the columns that fit, in their order, and how wide each may be.
+    """Return the columns that fit, in order, with their widths.
 
-    Addresses are copied, so their column is as wide as they are, or left out where it leaves no room for a name.
+    Users copy addresses, so that column is never truncated; it is dropped if it leaves no room for a name.
     """
     arrow = _SORTED_BY.values()
     wanted = {
@@ -225,7 +224,7 @@ def _widths(texts: Sequence[dict[str, str]], width: int) -> dict[str, int]:
     if not any(each["META"] for each in texts):
         del wanted["META"]
     address = wanted.pop("ADDRESS")
-    wanted = {name: min(max(most, _CALM.get(name, 8)), _MOST[name]) for name, most in wanted.items()}
+    wanted = {name: min(max(most, _WIDTH_MIN.get(name, 8)), _MOST[name]) for name, most in wanted.items()}
     least = {name: min(most, _LEAST[name]) for name, most in wanted.items()}
     kept: dict[str, int] = {}
     left = width
@@ -233,13 +232,13 @@ def _widths(texts: Sequence[dict[str, str]], width: int) -> dict[str, int]:
     if has_address:
         left -= address + len(_GAP)
         least["NAME"] = min(least["NAME"], left)
-    for name in (each for each in _WEIGHT if each in wanted):
+    for name in (each for each in _PRIORITY if each in wanted):
         if left < least[name] and kept:
             break
         kept[name] = least[name]
         left -= least[name] + len(_GAP)
     left += len(_GAP)
-    for name in (each for each in _WEIGHT if each in kept):
+    for name in (each for each in _PRIORITY if each in kept):
         more = max(0, min(wanted[name] - kept[name], left))
         kept[name] += more
         left -= more
@@ -264,10 +263,10 @@ def _line(
     return line[:-1]
 
 
-# Under the table: what came and went, or a pane.
+# Below the table: recent events, or a pane.
 
 
-def _under(picture: Table, look: ViewState, height: int, width: int, now: float) -> list[Line]:
+def _under(content: Table, look: ViewState, height: int, width: int, now: float) -> list[Line]:
     if look.pane == "help":
         lines: list[Line] = [[("key", f"{keys:<9}"), ("", f"  {does}")] for keys, does in HELP]
         return [_rule("keys", width), *lines[: max(1, height - 6)]]
@@ -280,20 +279,20 @@ def _under(picture: Table, look: ViewState, height: int, width: int, now: float)
             else [*told[: most - 1], ("dim", f"  and {len(told) - most + 1} more lines")]
         )
         return [_rule("why", width), *([each] for each in told), *([] for _ in range(most - len(told)))]
-    most = _NEWS_LINES if height >= 18 else 2 if height >= 12 else 0
+    most = _EVENT_LINES if height >= 18 else 2 if height >= 12 else 0
     if most == 0:
         return []
-    told_now = [_told(each, width, now) for _, each in zip(range(most), picture.news, strict=False)]
-    return [_rule("came and went", width), *told_now, *([] for _ in range(most - len(told_now)))]
+    events = [_event(event, width, now) for _, event in zip(range(most), content.events, strict=False)]
+    return [_rule("recent events", width), *events, *([] for _ in range(most - len(events)))]
 
 
 def _rule(title: str, width: int) -> Line:
     return [("dim", f"── {title} " + "─" * max(0, width - len(title) - 4))]
 
 
-def _told(news: RecentEvent, width: int, now: float) -> Line:
-    style, mark, did = _MARKS[news.kind]
-    begins, ends = f"{age(now - news.at):>4} ago  ", f": {news.what}" if news.what else ""
+def _event(event: RecentEvent, width: int, now: float) -> Line:
+    style, mark, did = _MARKS[event.kind]
+    begins, ends = f"{age(now - event.at):>4} ago  ", f": {event.what}" if event.what else ""
     room = max(_NAME_LEAST, width - len(f"{mark}   {begins}{did}") - cells(ends))
-    who = news.who if cells(news.who) <= room else fitted(news.who, room)
+    who = event.who if cells(event.who) <= room else fitted(event.who, room)
     return [(style, f"{mark} "), ("dim", begins), ("", who), (style, f"  {did}"), ("dim", ends)]

@@ -1,7 +1,4 @@
-"""`regctl top` on the whole screen, by prompt_toolkit: keys, sizes, and only what is different is sent.
-
-Must not know what a frame says, nor what a key does.
-"""
+"""The full-screen view of `regctl top`, with prompt_toolkit: it reads keys and sends only what has changed."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from prompt_toolkit.styles import Style
 from regd.cli.top.render import frame
 from regd.cli.top.source import Source
 
-# The terminal's own colours, so that light and dark are both readable.
+# The terminal's own colours, for light and dark backgrounds.
 _STYLE = Style.from_dict(
     {
         "title": "bold",
@@ -44,10 +41,10 @@ _NAMES = {
     Keys.Escape: "escape",
     Keys.ControlH: "backspace",
 }
-_PAUSE_S = 0.05  # between two frames at least, however much happens
-_IDLE = 4  # times as long as a frame took
-_INTERRUPTED = 130  # as shells say it
-_ESCAPE_S = 0.05  # until a lone Esc is no beginning of another key
+_PAUSE_S = 0.05  # between two frames, at least
+_IDLE = 4  # the pause is at least this many times the time of a frame
+_INTERRUPTED = 130  # the exit status
+_ESCAPE_S = 0.05  # after which an Esc is a key of its own
 
 
 class _Screen:
@@ -61,13 +58,13 @@ class _Screen:
             full_screen=True,
         )
         self.app.ttimeoutlen = _ESCAPE_S
-        self._took_s = 0.0  # the last frame
+        self._frame_s = 0.0  # the time that the last frame took
         self._due: asyncio.TimerHandle | None = None
 
     def changed(self) -> None:
-        """Draw soon."""
+        """Redraw soon."""
         if self._due is None:
-            pause_s = max(_PAUSE_S, _IDLE * self._took_s)
+            pause_s = max(_PAUSE_S, _IDLE * self._frame_s)
             self._due = asyncio.get_running_loop().call_later(pause_s, self._draw)
 
     def _draw(self) -> None:
@@ -78,24 +75,24 @@ class _Screen:
         rows, columns = self.app.output.get_size()
         feed, began = self._feed, time.monotonic()
         lines = frame(feed.picture, feed.look, feed.daemon, (columns, rows), began, time.time())
-        made: StyleAndTextTuples = []
+        spans: StyleAndTextTuples = []
         for line in lines:
-            made += [(f"class:{style}" if style else "", text) for style, text in line]
-            made.append(("", "\n"))
-        self._took_s = time.monotonic() - began
-        return made[:-1]
+            spans += [(f"class:{style}" if style else "", text) for style, text in line]
+            spans.append(("", "\n"))
+        self._frame_s = time.monotonic() - began
+        return spans[:-1]
 
     def _bindings(self) -> KeyBindings:
-        made = KeyBindings()
+        bindings = KeyBindings()
         for key in _NAMES:
-            made.add(key)(self._named)
-        made.add(Keys.Any)(self._character)
-        made.add(Keys.BracketedPaste)(self._pasted)
+            bindings.add(key)(self._named)
+        bindings.add(Keys.Any)(self._character)
+        bindings.add(Keys.BracketedPaste)(self._pasted)
         for key in (Keys.ControlC, Keys.SIGINT):
-            made.add(key)(lambda event: self._end(_INTERRUPTED))
-        made.add(Keys.ControlZ)(lambda event: event.app.suspend_to_background())
-        made.add(Keys.ControlL)(lambda event: event.app.renderer.clear())
-        return made
+            bindings.add(key)(lambda event: self._end(_INTERRUPTED))
+        bindings.add(Keys.ControlZ)(lambda event: event.app.suspend_to_background())
+        bindings.add(Keys.ControlL)(lambda event: event.app.renderer.clear())
+        return bindings
 
     def _named(self, event: KeyPressEvent) -> None:
         key = event.key_sequence[0].key
@@ -105,8 +102,8 @@ class _Screen:
         self._press(event.data)
 
     def _pasted(self, event: KeyPressEvent) -> None:
-        for each in event.data if self._feed.look.typing else "":  # a text is no row of commands
-            self._press(each)
+        for letter in event.data if self._feed.look.typing else "":  # pasted text is no sequence of commands
+            self._press(letter)
 
     def _end(self, status: int) -> None:
         if not self.app.is_done:
@@ -124,7 +121,7 @@ class _Screen:
 
 
 async def show(feed: Source) -> int:
-    """Show it until `q` or Ctrl-C, leave the terminal as it was, and return the exit status."""
+    """Show the view until `q` or Ctrl-C, restore the terminal, and return the exit status."""
     screen = _Screen(feed)
     feed.changed = screen.changed
     return await screen.app.run_async()

@@ -1,7 +1,4 @@
-"""Where `regctl top` hears: one watch that goes on over breaks, `stats` at intervals, and `why` of one instance.
-
-Must not know how anything is shown.
-"""
+"""The data source of `regctl top`: a watch that reconnects, `stats` at intervals, and `why` of one instance."""
 
 from __future__ import annotations
 
@@ -24,13 +21,13 @@ from regd_client.models import Event
 from regd_client.registrar import Registrar
 from regd_client.watches import WatchState
 
-_CONNECT_S = 1.0  # for a try; the next one follows
-_PAUSE_S = 0.1  # between two questions about an instance, however much happens to it
-_PICTURE_S = 15.0  # for the first picture
+_CONNECT_S = 1.0  # the timeout of one try to connect
+_PAUSE_S = 0.1  # between two `why`, at least
+_SNAPSHOT_S = 15.0  # for the first snapshot
 
 
 class Source:
-    """`changed` is called when there is something else to see. `daemon` is how it is at the other end."""
+    """Keeps a table of the registry up to date, and calls `changed` after every update."""
 
     def __init__(self, address: str | None, pattern: str | None, look: ViewState, interval_s: float) -> None:
         self.picture = Table()
@@ -45,7 +42,7 @@ class Source:
         self._rates = Rates()
         self._complete = asyncio.Event()
         self._follow = WatchState(pattern or "*", None, self._heard, self._complete.set)
-        self._asked = asyncio.Event()  # for a `why`
+        self._asked = asyncio.Event()  # for another `why`
 
     @property
     def daemon(self) -> DaemonInfo:
@@ -53,31 +50,32 @@ class Source:
 
     @property
     def instances(self) -> list[dict[str, Any]]:
-        """All that is there, as the daemon says it."""
-        found = sorted(self._follow.picture.items())
-        return [{name: fields[name] for name in fields if name not in ("event", "watch")} for _, fields in found]
+        """The instances, with the fields of the protocol."""
+        entries = sorted(self._follow.picture.items())
+        return [
+            {name: fields[name] for name in fields if name not in ("event", "watch")} for _, fields in entries
+        ]
 
     @contextlib.asynccontextmanager
     async def following(self) -> AsyncIterator[None]:
-        """Hear, from the first picture to the end of the `async with`.
+        """Follow the registry, from the first snapshot to the end of the `async with`.
 
         Raises:
-            Unavailable: there is no daemon, or it tells too little.
-            RegdError: it does not take the pattern.
+            Unavailable: no daemon answers, or it is too slow.
+            RegdError: the daemon refuses the pattern.
         """
-        logging.getLogger("regd_client").addHandler(logging.NullHandler())  # the frame says what there is to say
+        logging.getLogger("regd_client").addHandler(logging.NullHandler())  # the frame shows all of it
         try:
             async with contextlib.AsyncExitStack() as stack:
                 try:
-                    async with asyncio.timeout(_PICTURE_S):
-                        await stack.enter_async_context(self._keeper.watching(self._follow))
+                    async with asyncio.timeout(_SNAPSHOT_S):
                         await self._complete.wait()
                         await self._ask_stats()
                 except TimeoutError as error:
                     if isinstance(error, RegdError):
                         raise
                     raise Unavailable(
-                        f"the daemon at {self.address} told too little in {_PICTURE_S:g} s"
+                        f"the daemon at {self.address} did not send its registrations within {_SNAPSHOT_S:g} s"
                     ) from None
                 yield
         finally:
@@ -85,28 +83,28 @@ class Source:
             await self._link.close()
 
     async def ask(self) -> None:
-        """Ask for figures at intervals, and for a `why` that somebody wants to see, until cancelled."""
+        """Request `stats` at intervals, and `why` of the selected instance, until cancelled."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._ask_again(self._ask_stats, self.ask_now, self._interval_s))
-            group.create_task(self._ask_again(self._ask_why, lambda: None, _PAUSE_S))
+            group.create_task(self._repeat(self._ask_stats, self.ask_now, self._interval_s))
+            group.create_task(self._repeat(self._ask_why, lambda: None, _PAUSE_S))
 
-    async def _ask_again(
-        self, ask: Callable[[], Awaitable[None]], then: Callable[[], None], pause_s: float
+    async def _repeat(
+        self, ask: Callable[[], Awaitable[None]], afterwards: Callable[[], None], pause_s: float
     ) -> None:
         while True:
-            with contextlib.suppress(RegdError):  # it is away: the frame says so
+            with contextlib.suppress(RegdError):  # the frame shows that it is away
                 await ask()
-            then()
+            afterwards()
             self.changed()
             await asyncio.sleep(pause_s)
 
     def ask_now(self) -> None:
-        """Ask for the `why` that is to be seen, as something is different."""
+        """Request `why` of the selected instance again, as it may have changed."""
         self._asked.set()
 
     def _heard(self, event: Event) -> None:
-        found = event.endpoint
-        key: Key = ("", "") if found is None else (found.name, found.instance)
+        endpoint = event.endpoint
+        key: Key = ("", "") if endpoint is None else (endpoint.name, endpoint.instance)
         fields = self._follow.picture.get(key) if event.kind != "down" else None
         self.picture.take(event.kind, key, fields, time.monotonic(), event.reason)
         if event.kind == "sync":
@@ -123,14 +121,14 @@ class Source:
     async def _ask_why(self) -> None:
         await self._asked.wait()
         self._asked.clear()
-        look, asked = self.look, self.look.about
-        if look.pane != "why" or asked is None:
+        look, key = self.look, self.look.about
+        if look.pane != "why" or key is None:
             return
-        name, instance = asked
+        name, instance = key
         try:
-            reply = await (await self._link.connect()).ask("why", {"name": name, "instance": instance})
-            told = list(lines("why", reply))
-        except NotFound as nothing:
-            told = [str(nothing)]
-        if look.about == asked:
-            look.why = told
+            reply = await (await self._link.connected()).ask("why", {"name": name, "instance": instance})
+            text = list(lines("why", reply))
+        except NotFound as error:
+            text = [str(error)]
+        if look.about == key:
+            look.why = text

@@ -1,6 +1,6 @@
-"""What the person at `regctl top` has chosen: order, filter, selection, pane; and what each key does.
+"""The state of the view of `regctl top`: order, filter, selection, pane; and what each key changes.
 
-Must not know a terminal: keys come by name, and rows as a list.
+Pure: keys are given by name, rows as a list.
 """
 
 from __future__ import annotations
@@ -9,43 +9,41 @@ from collections.abc import Sequence
 
 from regd.cli.top.model import SORTS, Key, Row
 
-_DIRECT = {"N": "name", "A": "age", "S": "state", "H": "holders"}
+_ORDER_KEYS = {"N": "name", "A": "age", "S": "state", "H": "holders"}
 _MOVES = {"up": -1, "k": -1, "down": 1, "j": 1}
 _FAR = {"home": -1, "g": -1, "end": 1, "G": 1}
 _ALL = 1 << 30
 
 HELP = (
-    ("q  Ctrl-C", "end"),
-    ("↑ ↓  k j", "select; PgUp PgDn Home End go further"),
-    ("w  Enter", "why: who holds it, the last probe, who left"),
+    ("q  Ctrl-C", "quit"),
+    ("↑ ↓  k j", "select; also PgUp PgDn Home End"),
+    ("w  Enter", "why: owners, last probe, recent departures"),
     ("s", "next order: name, age, state, holders"),
     ("N A S H", "order by name, age, state, holders"),
-    ("r", "the other way round"),
-    ("/", "filter: what carries all the words; Enter keeps it"),
+    ("r", "reverse the order"),
+    ("/", "filter by words, in all columns; Enter keeps it"),
     ("Esc", "back; clears the filter"),
 )
 
 
 class ViewState:
-    """`page` is how many rows are seen at once; who draws says so."""
+    """`page` is the number of visible rows, set by the renderer."""
 
     def __init__(self) -> None:
         self.sort = SORTS[0]
         self.reverse = False
         self.words = ""
-        self.typing = False  # a filter
+        self.typing = False  # a filter is being typed
         self.pane = ""  # `why`, `help` or nothing
-        self.why: list[str] = []  # what is known of the selected one
-        self.about: Key | None = (
-            None  # which that is: it stays so when the instance goes, as then it is asked most
-        )
+        self.why: list[str] = []  # the reply to `why`, as lines
+        self.about: Key | None = None  # the instance of `why`, kept when the instance leaves
         self.selected: Key | None = None
-        self.first = 0  # the first row that is seen
+        self.first = 0  # the first visible row
         self.page = 1
-        self._at = 0  # where the selection is, or was when it went
+        self._at = 0  # the row of the selection, or its last one
 
     def settle(self, rows: Sequence[Row]) -> None:
-        """Keep selection and window within the rows: the selection stays with its instance, else in its place."""
+        """Keep selection and visible rows in range. The selection follows its instance, else keeps its row."""
         if self.selected is not None:
             self._at = next((at for at, row in enumerate(rows) if row.key == self.selected), self._at)
             self._at = max(0, min(self._at, len(rows) - 1))
@@ -54,7 +52,7 @@ class ViewState:
         self.first = max(0, min(self.first, len(rows) - self.page))
 
     def press(self, key: str, rows: Sequence[Row]) -> bool:
-        """Do what a key says: a character, or a name such as `up`. Returns whether to go on."""
+        """Handle a key: a character, or a name such as "up". Return False to quit."""
         if self.typing:
             self._type(key)
         elif key == "q":
@@ -72,8 +70,8 @@ class ViewState:
     def _choose(self, key: str, rows: Sequence[Row]) -> None:
         if key == "s":
             self.sort = SORTS[(SORTS.index(self.sort) + 1) % len(SORTS)]
-        elif key in _DIRECT:
-            self.sort = _DIRECT[key]
+        elif key in _ORDER_KEYS:
+            self.sort = _ORDER_KEYS[key]
         elif key == "r":
             self.reverse = not self.reverse
         elif key == "/":
