@@ -139,14 +139,14 @@ def test_commands_options_and_names(shell: str, names: DaemonProcess, tmp_path: 
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_a_value_behind_an_equals_sign(shell: str, names: DaemonProcess, tmp_path: Path) -> None:
+def test_value_after_an_equals_sign(shell: str, names: DaemonProcess, tmp_path: Path) -> None:
     env = shell_environment(names.addresses[0], tmp_path)
     [[found]] = completed(shell, env, "regctl run shop --wait=d")
     assert found.removeprefix("--wait=") == "db"  # fish says all of the word
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_the_names_are_of_the_daemon_that_the_line_names(
+def test_names_come_from_the_daemon_of_the_address_option(
     shell: str, names: DaemonProcess, tmp_path: Path
 ) -> None:
     nowhere = f"unix://{tmp_path}/none"
@@ -158,7 +158,7 @@ def test_the_names_are_of_the_daemon_that_the_line_names(
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_without_a_daemon_or_an_answer_there_are_no_names_and_no_words(shell: str, tmp_path: Path) -> None:
+def test_without_a_daemon_no_names_and_no_messages(shell: str, tmp_path: Path) -> None:
     assert completed(
         shell, shell_environment(f"unix://{tmp_path}/none", tmp_path, patient=False), "regctl resolve "
     ) == [[]]
@@ -168,7 +168,7 @@ def test_without_a_daemon_or_an_answer_there_are_no_names_and_no_words(shell: st
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_behind_two_dashes_is_a_command_line_of_its_own(shell: str, names: DaemonProcess, tmp_path: Path) -> None:
+def test_command_of_run_is_completed_by_the_shell(shell: str, names: DaemonProcess, tmp_path: Path) -> None:
     env = shell_environment(names.addresses[0], tmp_path)
     (tmp_path / "unlike-a-name.txt").touch()
     one, other, options, files = completed(
@@ -181,7 +181,7 @@ def test_behind_two_dashes_is_a_command_line_of_its_own(shell: str, names: Daemo
     assert files == ["unlike-a-name.txt"] or shell == "bash"  # its readline finds files: see on the terminal
 
 
-def test_on_a_terminal_of_bash(names: DaemonProcess, tmp_path: Path) -> None:
+def test_completion_in_an_interactive_bash(names: DaemonProcess, tmp_path: Path) -> None:
     (tmp_path / "unlike-a-name.txt").touch()
     env = shell_environment(names.addresses[0], tmp_path)
     with Terminal([need("bash"), "--norc", "--noprofile", "-i"], env) as terminal:
@@ -199,7 +199,7 @@ def test_on_a_terminal_of_bash(names: DaemonProcess, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_each_is_described(shell: str) -> None:
+def test_every_candidate_has_a_description(shell: str) -> None:
     text = completion.script(shell)
     for name, command in COMMANDS.items():
         assert name in text
@@ -212,7 +212,7 @@ def test_each_is_described(shell: str) -> None:
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_the_scripts_are_right_in_their_shells(shell: str) -> None:
+def test_shells_accept_the_scripts(shell: str) -> None:
     done = subprocess.run(
         [need(shell), "-n"],
         input=completion.script(shell),
@@ -245,7 +245,7 @@ def test_names(names: DaemonProcess) -> None:
     assert json.loads(regctl_names(names.addresses[0], "d*", "--json")[1]) == {"ok": True, "names": ["db"]}
 
 
-def test_names_of_whoever_is_no_regd(tmp_path: Path) -> None:
+def test_names_of_an_impostor_are_ignored(tmp_path: Path) -> None:
     """What goes into a command line is checked: it may come from anybody who listens there."""
     good = {"name": "good", "instance": "", "host": "h", "port": 1, "meta": {}, "state": "ready", "rev": 1}
     page = {"ok": True, "epoch": "e", "rev": 1, "instances": [good]}

@@ -44,7 +44,7 @@ async def wrong_of(daemon: InLoop) -> dict[str, Finding]:
         return await asyncio.to_thread(wrong, f"127.0.0.1:{daemon.port}")
 
 
-def test_all_is_well(process: DaemonProcess) -> None:
+def test_all_checks_pass(process: DaemonProcess) -> None:
     with BlockingConnection(process.addresses[0]) as peer, socket.create_server(("127.0.0.1", 0)) as server:
         peer.ask("register", name="web", port=server.getsockname()[1])
         found = [each for each in examine(process.addresses[0]) if each.check != "lag"]  # of a busy machine
@@ -55,7 +55,7 @@ def test_all_is_well(process: DaemonProcess) -> None:
         assert peer.ask("stats")["commits"] == 1  # it has changed nothing
 
 
-def test_as_a_command(process: DaemonProcess, tmp_path: Path) -> None:
+def test_doctor_command_prints_lines_or_json(process: DaemonProcess, tmp_path: Path) -> None:
     def ran(*arguments: str, address: str) -> tuple[int, str, str]:
         done = subprocess.run(
             [sys.executable, "-m", "regd.cli.regctl", "doctor", *arguments],
@@ -82,18 +82,18 @@ def test_as_a_command(process: DaemonProcess, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("address", ["nonsense", "unix://relative", "127.0.0.1:0"])
-def test_an_address_that_is_none(address: str) -> None:
+def test_malformed_address(address: str) -> None:
     assert set(wrong(address)) == {"address"}
 
 
-def test_where_the_address_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_source_of_the_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert next(examine(None)).found.endswith("from the default")
     monkeypatch.setenv("REGD_ADDRESS", f"unix://{tmp_path}/none")
     assert next(examine(None)).found.endswith("from $REGD_ADDRESS")
     assert next(examine("127.0.0.1:5")).found == "tcp://127.0.0.1:5, from --address"
 
 
-def test_nobody_listens() -> None:
+def test_no_listener() -> None:
     found = wrong(_free_address())["daemon"]
     assert "no program listens" in found.found
     assert "start one with `regd`" in found.do
@@ -104,7 +104,7 @@ def _free_address() -> str:
         return f"127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_somebody_who_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listener_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "ANSWER_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         found = wrong(f"127.0.0.1:{server.getsockname()[1]}")["daemon"]
@@ -112,7 +112,7 @@ def test_somebody_who_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ss -ltnp" in found.do
 
 
-def test_a_web_server() -> None:
+def test_web_server_at_the_address() -> None:
     class Quiet(http.server.BaseHTTPRequestHandler):
         def log_message(self, format: str, *arguments: object) -> None:
             pass
@@ -128,13 +128,13 @@ def test_a_web_server() -> None:
     assert "a program other than regd listens" in found.found
 
 
-async def test_a_daemon_that_is_full(tmp_path: Path) -> None:
+async def test_daemon_with_too_many_connections(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "registry.json", limits=replace(DEFAULT, connections_max=1)) as daemon:
         assert (await (await daemon.peer()).ask("ping"))["ok"]
         assert "accepts no connection" in (await wrong_of(daemon))["daemon"].found
 
 
-def test_two_daemons(process: DaemonProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_daemon_is_found(process: DaemonProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with DaemonProcess(tmp_path / "other" / "registry.json") as other:
         other.start()
         monkeypatch.setenv("REGD_ADDRESS", other.addresses[0])
@@ -150,7 +150,7 @@ def test_two_daemons(process: DaemonProcess, tmp_path: Path, monkeypatch: pytest
         assert found.do == f"set REGD_ADDRESS={other.addresses[0]} everywhere"
 
 
-def test_one_daemon_at_two_addresses_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_daemon_with_two_addresses_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with DaemonProcess(tmp_path / "registry.json", "--unix", f"{tmp_path}/socket") as daemon:
         daemon.start()
         monkeypatch.setenv("REGD_ADDRESS", f"unix://{tmp_path}/socket")
@@ -161,7 +161,7 @@ def test_one_daemon_at_two_addresses_is_one(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     "how", ["-m regd", "-P -m regd", "-X dev -Pm regd", "-Wignore -mregd.cli.regd", "script"]
 )
-def test_a_daemon_that_runs_is_seen_by_its_command_line(
+def test_running_daemon_is_found_by_its_command_line(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
@@ -209,12 +209,12 @@ def test_a_daemon_that_runs_is_seen_by_its_command_line(
         ("", None),
     ],
 )
-def test_what_a_command_line_says(line: str, told: list[str] | None) -> None:
+def test_addresses_in_a_command_line(line: str, told: list[str] | None) -> None:
     flags = local_probe._flags(line.split(" "))
     assert (None if flags is None else list(local_probe._addresses_in(flags))) == told
 
 
-def test_a_relative_socket_is_in_the_folder_of_its_daemon(tmp_path: Path) -> None:
+def test_relative_socket_path_is_resolved_in_the_daemons_folder(tmp_path: Path) -> None:
     os.symlink(tmp_path, tmp_path / "cwd")
     assert list(local_probe._addresses_in(["--unix", "s"], f"{tmp_path}/cwd")) == [f"unix://{tmp_path}/s"]
     assert list(local_probe._addresses_in(["--unix", "s"], f"{tmp_path}/gone")) == []
@@ -254,7 +254,7 @@ def beyond(folder: Path) -> Iterator[int]:
             running.kill()
 
 
-def test_a_daemon_in_another_network_namespace_is_named(
+def test_daemon_in_another_network_namespace(
     process: DaemonProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder := tmp_path / "beyond").mkdir()
@@ -276,7 +276,7 @@ def test_a_daemon_in_another_network_namespace_is_named(
 # What a daemon says.
 
 
-async def test_a_user_who_may_only_read(tmp_path: Path) -> None:
+async def test_user_with_read_access_only(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "registry.json", peers=Told()) as daemon:
         found = await wrong_of(daemon)
         assert set(found) == {"rights"}
@@ -284,14 +284,14 @@ async def test_a_user_who_may_only_read(tmp_path: Path) -> None:
         assert do.index("--unix") < do.index("REGD_ADDRESS") < do.index("--allow-uid")
 
 
-async def test_the_question_whether_it_may_write_changes_nothing(daemon: InLoop) -> None:
+async def test_check_of_rights_changes_nothing(daemon: InLoop) -> None:
     peer = await daemon.peer()
     await peer.ask(cmd="register", name=doctor._UNUSED_NAME, port=1, host="far.example")  # even if there is one
     assert await wrong_of(daemon) == {}
     assert (await peer.ask(cmd="stats"))["rev"] == 1
 
 
-async def test_limits_that_are_near(tmp_path: Path) -> None:
+async def test_limits_used_to_80_percent(tmp_path: Path) -> None:
     limits = replace(DEFAULT, registrations_max=5, watches_total_max=5)
     async with InLoop(tmp_path / "registry.json", limits=limits) as daemon:
         peer = await daemon.peer()
@@ -304,7 +304,7 @@ async def test_limits_that_are_near(tmp_path: Path) -> None:
         assert "deregister" in found.do
 
 
-async def test_an_event_loop_that_comes_late(daemon: InLoop) -> None:
+async def test_lagging_event_loop(daemon: InLoop) -> None:
     daemon.clock.advance(1.0)
     assert "lag" not in await wrong_of(daemon)
     daemon.clock.stop(1.75)
@@ -313,7 +313,7 @@ async def test_an_event_loop_that_comes_late(daemon: InLoop) -> None:
     assert "top" in found.do
 
 
-async def test_services_that_accept_nothing(daemon: InLoop) -> None:
+async def test_services_that_accept_no_connection(daemon: InLoop) -> None:
     peer = await daemon.peer()
     with socket.create_server(("127.0.0.1", 0)) as server:
         await peer.ask(cmd="register", name="here", port=server.getsockname()[1])
@@ -328,7 +328,7 @@ async def test_services_that_accept_nothing(daemon: InLoop) -> None:
 # Its file.
 
 
-async def test_a_folder_that_is_gone(tmp_path: Path) -> None:
+async def test_missing_registry_folder(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "folder" / "registry.json") as daemon:
         await (await daemon.peer()).ask(cmd="register", name="db", port=1, host="far.example")
         shutil.rmtree(tmp_path / "folder")
@@ -337,7 +337,7 @@ async def test_a_folder_that_is_gone(tmp_path: Path) -> None:
         assert "create it again" in found.do
 
 
-async def test_a_file_that_is_gone_or_behind(daemon: InLoop) -> None:
+async def test_missing_or_outdated_registry_file(daemon: InLoop) -> None:
     peer = await daemon.peer()
     await peer.ask(cmd="register", name="db", port=1, host="far.example")
     before = daemon.registry.read_text()
@@ -351,7 +351,7 @@ async def test_a_file_that_is_gone_or_behind(daemon: InLoop) -> None:
     assert (await wrong_of(daemon))["file"].found == f"{daemon.registry} is gone"
 
 
-async def test_a_registry_written_by_hand_is_not_wrong(tmp_path: Path) -> None:
+async def test_registry_written_by_hand_passes(tmp_path: Path) -> None:
     (path := tmp_path / "registry.json").write_text('{"runner": {"port": 5050, "host": "far.example"}}')
     async with InLoop(path) as daemon:
         assert await wrong_of(daemon) == {}
@@ -363,7 +363,7 @@ async def test_a_registry_written_by_hand_is_not_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-async def test_a_folder_that_cannot_be_written(daemon: InLoop) -> None:
+async def test_read_only_registry_folder(daemon: InLoop) -> None:
     daemon.registry.parent.chmod(0o500)
     try:
         assert "cannot be written" in (await wrong_of(daemon))["file"].found
@@ -371,7 +371,7 @@ async def test_a_folder_that_cannot_be_written(daemon: InLoop) -> None:
         daemon.registry.parent.chmod(0o700)
 
 
-async def test_a_disk_that_is_full(daemon: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_full_disk(daemon: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     full = list(os.statvfs(daemon.registry.parent))
     full[4] = 1  # f_bavail
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(full))
@@ -401,14 +401,14 @@ def another(process: DaemonProcess, change: Callable[[dict[str, Any]], object]) 
         assert not answering.is_alive()
 
 
-def test_another_version(process: DaemonProcess) -> None:
+def test_version_mismatch(process: DaemonProcess) -> None:
     with another(process, lambda reply: reply.update(version="0.0.1")) as address:
         found = wrong(address)["version"]
     assert "0.0.1" in found.found
     assert "same version" in found.do
 
 
-def test_another_container(process: DaemonProcess) -> None:
+def test_daemon_in_another_container(process: DaemonProcess) -> None:
     with another(process, lambda reply: reply.get("host", {}).update(pid_namespace="pid:[1]")) as address:
         found = list(examine(address))
     by_check = {each.check: each for each in found}
@@ -417,7 +417,7 @@ def test_another_container(process: DaemonProcess) -> None:
     assert by_check["services"].found.startswith("not checked")
 
 
-def test_answers_that_make_no_sense(process: DaemonProcess) -> None:
+def test_incomplete_replies(process: DaemonProcess) -> None:
     with another(process, lambda reply: reply.pop("registry", None)) as address:
         found = wrong(address)["daemon"]
     assert "its replies are incomplete" in found.found

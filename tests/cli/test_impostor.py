@@ -156,7 +156,7 @@ def ran(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
     return run
 
 
-def test_every_command_that_asks_is_tried() -> None:
+def test_every_command_with_a_request_is_covered() -> None:
     assert set(LINES) == set(COMMANDS) - {"completion", "help", "manual"}
 
 
@@ -166,7 +166,7 @@ IN_PROCESS = [command for command in LINES if command not in ("run", "top")]
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
 @pytest.mark.parametrize("command", IN_PROCESS)
-def test_members_that_are_missing_or_of_another_type(
+def test_replies_with_missing_or_mistyped_members(
     command: str, flags: list[str], ran: Callable[..., tuple[int, str, str]]
 ) -> None:
     said: list[Any] = [{}]
@@ -204,7 +204,7 @@ ERRORS = [
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
 @pytest.mark.parametrize("command", IN_PROCESS)
-def test_refusals_and_lines_of_no_kind(
+def test_malformed_refusals_and_lines(
     command: str, flags: list[str], ran: Callable[..., tuple[int, str, str]]
 ) -> None:
     said: list[Any] = [None]
@@ -228,7 +228,7 @@ def test_refusals_and_lines_of_no_kind(
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
-def test_a_reply_that_lacks_what_is_shown_is_an_error(
+def test_incomplete_reply_is_an_error(
     command: str, cmd: str, without: str, flags: list[str], ran: Callable[..., tuple[int, str, str]]
 ) -> None:
     reply = {key: value for key, value in REPLIES[cmd].items() if key != without}
@@ -260,7 +260,7 @@ def test_pages_without_an_end(
 
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
 @pytest.mark.parametrize("command", ["top", "run"])
-def test_commands_that_need_a_process_of_their_own(command: str, flags: list[str], tmp_path: Path) -> None:
+def test_commands_in_a_process_of_their_own(command: str, flags: list[str], tmp_path: Path) -> None:
     """`top` is the client's own connection in an event loop, and `run` forks."""
     wrong: list[dict[str, Any]] = [
         {"watch": {"ok": True}, "resolve": {"ok": True}},

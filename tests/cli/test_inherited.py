@@ -74,7 +74,7 @@ def place_of(pid: int, number: int) -> str:
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
-def test_in_the_background_with_closed_descriptors_it_lives(closed: str, tmp_path: Path) -> None:
+def test_background_daemon_survives_closed_descriptors(closed: str, tmp_path: Path) -> None:
     log, path = tmp_path / "log", tmp_path / "s"
     daemon = DaemonProcess(tmp_path / "registry.json", "--log", str(log), "--port", "off", "--unix", str(path))
     with demand(tmp_path) as place:
@@ -86,7 +86,7 @@ def test_in_the_background_with_closed_descriptors_it_lives(closed: str, tmp_pat
         assert [place_of(pid, number) for number in range(3)] == [os.devnull, os.devnull, str(log)]
 
 
-def test_with_closed_descriptors_nothing_else_gets_their_numbers(tmp_path: Path) -> None:
+def test_closed_standard_descriptors_are_not_reused(tmp_path: Path) -> None:
     """Else what is meant for stderr is written into a socket."""
     daemon, path = (
         DaemonProcess(tmp_path / "registry.json", "--port", "off", "--unix", str(tmp_path / "s")),
@@ -101,13 +101,13 @@ def test_with_closed_descriptors_nothing_else_gets_their_numbers(tmp_path: Path)
 
 
 @pytest.mark.parametrize("flags", [["--registry", "/"], ["--prot", "1"]])
-def test_without_stderr_errors_are_not_written_to_stdout(flags: list[str], tmp_path: Path) -> None:
+def test_errors_without_stderr_do_not_go_to_stdout(flags: list[str], tmp_path: Path) -> None:
     command = in_shell('"$@" 2>&-', DaemonProcess(tmp_path / "registry.json").command(*flags))
     done = subprocess.run(command, env=environment(), capture_output=True, timeout=WAIT_S)
     assert (done.returncode, done.stdout) == (1 if flags[0] == "--registry" else 2, b"")
 
 
-def test_in_the_background_it_keeps_no_file_of_the_caller(tmp_path: Path) -> None:
+def test_background_daemon_closes_files_of_its_parent(tmp_path: Path) -> None:
     daemon = DaemonProcess(
         tmp_path / "registry.json", "--log", str(tmp_path / "log"), "--port", "off", "--unix", str(tmp_path / "s")
     )
@@ -126,7 +126,7 @@ def test_in_the_background_it_keeps_no_file_of_the_caller(tmp_path: Path) -> Non
         assert is_up(tmp_path / "s")
 
 
-def test_in_the_background_it_keeps_the_sockets_that_were_handed_over(tmp_path: Path) -> None:
+def test_background_daemon_keeps_inherited_sockets(tmp_path: Path) -> None:
     path = tmp_path / "s"
     daemon = DaemonProcess(tmp_path / "registry.json", "--log", str(tmp_path / "log"))
     with demand(tmp_path), socket.socket(socket.AF_UNIX) as listener:
@@ -145,7 +145,7 @@ def test_in_the_background_it_keeps_the_sockets_that_were_handed_over(tmp_path: 
 
 
 @needs_full
-def test_a_full_stdout_is_one_line_in_the_log_and_no_end(tmp_path: Path) -> None:
+def test_daemon_survives_a_full_stdout(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with (
         open("/dev/full", "wb") as full,
@@ -159,7 +159,7 @@ def test_a_full_stdout_is_one_line_in_the_log_and_no_end(tmp_path: Path) -> None
     assert "Traceback" not in log
 
 
-def test_a_caller_that_reads_no_more_does_not_end_it(tmp_path: Path) -> None:
+def test_daemon_survives_a_closed_pipe(tmp_path: Path) -> None:
     path = tmp_path / "s"
     heard, told = os.pipe()
     os.close(heard)
@@ -171,7 +171,7 @@ def test_a_caller_that_reads_no_more_does_not_end_it(tmp_path: Path) -> None:
 
 @needs_full
 @pytest.mark.parametrize("flags", [[], ["--log", "/dev/full"]])
-def test_a_log_on_a_full_disk_costs_the_log_alone(flags: list[str], tmp_path: Path) -> None:
+def test_daemon_survives_a_log_on_a_full_disk(flags: list[str], tmp_path: Path) -> None:
     path = tmp_path / "s"
     with (
         open("/dev/full", "wb") as full,
@@ -192,16 +192,14 @@ def test_a_log_on_a_full_disk_costs_the_log_alone(flags: list[str], tmp_path: Pa
 @pytest.mark.parametrize(
     ("flags", "where", "status"), [(["--help"], ">", 1), (["--version"], ">", 1), (["--prot"], "2>", 2)]
 )
-def test_help_and_errors_on_a_full_disk_have_their_status(
-    flags: list[str], where: str, status: int, tmp_path: Path
-) -> None:
+def test_exit_statuses_with_a_full_stdout(flags: list[str], where: str, status: int, tmp_path: Path) -> None:
     command = in_shell(f'"$@" {where}/dev/full', DaemonProcess(tmp_path / "r.json").command(*flags))
     done = subprocess.run(command, env=environment(), capture_output=True, timeout=WAIT_S)
     assert (done.returncode, done.stdout) == (status, b"")
     assert done.stderr == (b"regd: cannot write to stdout: No space left on device\n" if status == 1 else b"")
 
 
-def test_a_log_that_nobody_reads_holds_up_nothing(tmp_path: Path) -> None:
+def test_unread_log_does_not_block_the_daemon(tmp_path: Path) -> None:
     path = tmp_path / "s"
     heard, told = os.pipe()
     requests = [b'{"cmd":"register","name":"%s-%d","port":1}' % (b"n" * 50, number) for number in range(2_000)]
@@ -225,7 +223,7 @@ def test_a_log_that_nobody_reads_holds_up_nothing(tmp_path: Path) -> None:
         ({"PYTHONUTF8": "1"}, "a\nb\x1b", r"a\nb\x1b"),
     ],
 )
-def test_a_path_that_stdout_cannot_show_is_escaped(
+def test_path_that_stdout_cannot_encode_is_escaped(
     variables: dict[str, str], name: str, shown: str, tmp_path: Path
 ) -> None:
     path, log = tmp_path / f"{name}.sock", tmp_path / f"{name}.log"
@@ -245,7 +243,7 @@ def test_a_path_that_stdout_cannot_show_is_escaped(
 # Signals.
 
 
-def test_signals_that_mean_nothing_to_it_are_logged_and_ignored(tmp_path: Path) -> None:
+def test_other_signals_are_logged_and_ignored(tmp_path: Path) -> None:
     path, log = tmp_path / "s", tmp_path / "log"
     with running(
         DaemonProcess(tmp_path / "r.json", "--log", str(log)), path, stdout=subprocess.DEVNULL
@@ -258,7 +256,7 @@ def test_signals_that_mean_nothing_to_it_are_logged_and_ignored(tmp_path: Path) 
         assert end(process) == 0
 
 
-def test_sighup_opens_the_log_anew(tmp_path: Path) -> None:
+def test_sighup_reopens_the_log(tmp_path: Path) -> None:
     path, log, old = tmp_path / "s", tmp_path / "logs" / "log", tmp_path / "logs" / "old"
     log.parent.mkdir()
     with running(
@@ -277,7 +275,7 @@ def test_sighup_opens_the_log_anew(tmp_path: Path) -> None:
         assert end(process) == 0
 
 
-def test_sighup_without_a_file_for_the_log_and_without_a_terminal_changes_nothing(tmp_path: Path) -> None:
+def test_sighup_without_log_file_and_terminal_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with running(
         DaemonProcess(tmp_path / "r.json"),
@@ -305,7 +303,7 @@ def ignores_sighup() -> None:
 
 
 @pytest.mark.parametrize("flags", [[], ["--log"]])
-def test_it_ends_in_order_when_its_terminal_hangs_up(flags: list[str], tmp_path: Path) -> None:
+def test_daemon_shuts_down_when_its_terminal_hangs_up(flags: list[str], tmp_path: Path) -> None:
     path, log = tmp_path / "s", tmp_path / "log"
     ours, theirs = pty.openpty()
     with running(
@@ -323,7 +321,7 @@ def test_it_ends_in_order_when_its_terminal_hangs_up(flags: list[str], tmp_path:
         assert log.read_text().endswith("INFO SIGHUP: leaving\n")
 
 
-def test_under_nohup_it_outlives_its_terminal(tmp_path: Path) -> None:
+def test_daemon_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
     path, log = tmp_path / "s", tmp_path / "log"
     ours, theirs = pty.openpty()
     with running(
@@ -337,7 +335,7 @@ def test_under_nohup_it_outlives_its_terminal(tmp_path: Path) -> None:
         assert end(process) == 0
 
 
-def test_a_signal_that_the_caller_has_blocked_ends_it_all_the_same(tmp_path: Path) -> None:
+def test_signal_blocked_by_the_parent_ends_the_daemon(tmp_path: Path) -> None:
     def block() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
 
@@ -356,7 +354,7 @@ def test_a_signal_that_the_caller_has_blocked_ends_it_all_the_same(tmp_path: Pat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prlimit is Linux's")
-def test_with_few_files_it_says_how_many_connections_it_takes(tmp_path: Path) -> None:
+def test_low_file_limit_is_logged_with_the_number_of_connections(tmp_path: Path) -> None:
     path = tmp_path / "s"
     daemon = DaemonProcess(tmp_path / "r.json", before=("prlimit", "--nofile=256:256"))
     with running(daemon, path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
@@ -379,7 +377,7 @@ def test_with_few_files_it_says_how_many_connections_it_takes(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("home", ["", "relative", "/nonexistent", "~"])
-def test_without_a_home_nothing_is_made(home: str, tmp_path: Path) -> None:
+def test_without_a_home_no_folder_is_created(home: str, tmp_path: Path) -> None:
     plain = {key: value for key, value in environment(HOME=home).items() if key != "XDG_STATE_HOME"}
     done = subprocess.run(
         [sys.executable, "-m", "regd", "--port", "off", "--unix", "s"], env=plain, cwd=tmp_path,
@@ -390,7 +388,7 @@ def test_without_a_home_nothing_is_made(home: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tilde_that_the_shell_left_is_no_folder(tmp_path: Path) -> None:
+def test_unexpanded_tilde_is_refused(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "regd", "--registry=~/r.json"], env=environment(), cwd=tmp_path,
         capture_output=True, text=True, timeout=WAIT_S,
@@ -400,7 +398,7 @@ def test_a_tilde_that_the_shell_left_is_no_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_it_makes_is_told(tmp_path: Path) -> None:
+def test_created_folder_is_logged(tmp_path: Path) -> None:
     path, folder = tmp_path / "s", tmp_path / "typo" / "deep"
     for told in (1, 0):
         with running(

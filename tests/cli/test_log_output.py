@@ -46,7 +46,7 @@ def lines(path: Path) -> list[str]:
     ]
 
 
-def test_lines_that_the_disk_did_not_take_are_counted(
+def test_lines_lost_to_a_full_disk_are_counted(
     output: LogOutput, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, failing = os.write, threading.Event()
@@ -74,7 +74,7 @@ def test_lines_that_the_disk_did_not_take_are_counted(
     assert said[-2:] == ["3 log lines were dropped: No space left on device", "after"]
 
 
-def test_what_nobody_reads_is_bounded_and_counted(
+def test_unread_lines_are_bounded_and_counted(
     output: LogOutput, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log_output, "_PENDING_BYTES_MAX", 1_000)
@@ -101,9 +101,7 @@ def test_what_nobody_reads_is_bounded_and_counted(
     assert said[-2:] == [f"{100 - written} log lines were dropped: it is not read fast enough", "after"]
 
 
-def test_a_reader_that_is_stuck_does_not_hold_up_the_end(
-    output: LogOutput, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stuck_reader_does_not_delay_the_exit(output: LogOutput, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_output, "_CLOSE_S", 0.01)
     gate, real = threading.Event(), os.write
     monkeypatch.setattr(os, "write", lambda fd, data: gate.wait(WAIT_S) and real(fd, data))
@@ -118,7 +116,7 @@ def test_a_reader_that_is_stuck_does_not_hold_up_the_end(
     assert not thread.is_alive()
 
 
-def test_a_message_is_one_line_without_control_characters() -> None:
+def test_message_is_one_line_without_control_characters() -> None:
     hostile = "a\nb\r\x1b[31m\x7f\u202e\udcff\u0085é"
     assert visible(hostile) == r"a\nb\r\x1b[31m\x7f\u202e\udcff\x85é"
     assert TextLines().format(record("%s", hostile)).count("\n") == 0
@@ -127,7 +125,7 @@ def test_a_message_is_one_line_without_control_characters() -> None:
     assert json.loads(line)["message"] == visible(hostile)
 
 
-def test_a_bug_has_its_traceback_in_one_json_object() -> None:
+def test_traceback_is_in_the_json_object() -> None:
     try:
         raise ZeroDivisionError
     except ZeroDivisionError as error:
@@ -138,7 +136,7 @@ def test_a_bug_has_its_traceback_in_one_json_object() -> None:
     assert TextLines().format(record("regd ends", exc_info=caught)).count("\n") > 2
 
 
-def test_a_message_that_cannot_be_shown_is_no_error(output: LogOutput, tmp_path: Path) -> None:
+def test_message_that_cannot_be_formatted_raises_nothing(output: LogOutput, tmp_path: Path) -> None:
     output.start("info")
     output.emit(record("%d", "no number"))
     output.close()

@@ -42,21 +42,21 @@ def shown(name: str) -> str:
 
 
 @pytest.mark.parametrize("command", ["run", "env", "help"])
-def test_help_is_what_the_flag_says(command: str) -> None:
+def test_help_command_prints_the_same_as_the_help_option(command: str) -> None:
     text = regctl("help", command)
     assert text == regctl(command, "--help")
     for line in COMMANDS[command].examples:
         assert line in text
 
 
-def test_help_of_all_and_of_nothing() -> None:
+def test_help_without_topic_and_of_an_unknown_topic() -> None:
     assert regctl("help") == regctl("--help")
     assert regctl("help", "resolv", status=2) == "regctl: no command 'resolv'; did you mean 'resolve'?\n"
     assert regctl("help", "\x1b", status=2).count("regctl help") == 1
     assert "\x1b" not in regctl("help", "\x1b", status=2)
 
 
-def test_help_tells_where_the_pages_are() -> None:
+def test_help_shows_the_folder_of_the_documents() -> None:
     assert regctl("help").endswith(f"\nDocuments: {ROOT}\n")
     assert "Documents:" not in regctl("help", "run")
     for name in PAGES:
@@ -64,19 +64,19 @@ def test_help_tells_where_the_pages_are() -> None:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_roff_has_no_complaint(name: str) -> None:
+def test_groff_reports_no_warning(name: str) -> None:
     assert ran(need("groff"), "-man", "-ww", "-z", said=regctl("manual", name)) == ""
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_what_is_to_be_typed_stays_ascii(name: str) -> None:
+def test_commands_in_the_page_stay_ascii(name: str) -> None:
     """A bare `-` would become a hyphen, a bare `'` a quotation mark, which no shell takes."""
     assert re.findall(r"(?<!\\)-.*", manual.page(name)) == []
     assert re.findall(r".*['`^~].*", manual.page(name)) == []
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_man_shows_it(name: str, tmp_path: Path) -> None:
+def test_man_shows_the_page(name: str, tmp_path: Path) -> None:
     path = tmp_path / f"{name}.1"
     path.write_text(regctl("manual", name))
     text = ran(need("man"), "--warnings", "-l", str(path))
@@ -86,11 +86,11 @@ def test_man_shows_it(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_mandoc_has_no_complaint(name: str) -> None:
+def test_mandoc_reports_no_warning(name: str) -> None:
     ran(need("mandoc"), "-Tlint", "-Wwarning", said=manual.page(name).replace('1 ""', '1 "January 1, 2026"'))
 
 
-def test_the_page_of_regctl_is_whole() -> None:
+def test_page_of_regctl_is_complete() -> None:
     assert regctl("manual") == manual.page("regctl")
     text = shown("regctl")
     for name, command in COMMANDS.items():
@@ -114,7 +114,7 @@ def test_the_page_of_regctl_is_whole() -> None:
     assert "REGD_ADDRESS" in text
 
 
-def test_the_page_of_regd_is_whole() -> None:
+def test_page_of_regd_is_complete() -> None:
     text = shown("regd")
     for flag in (*(each.name for each in FLAGS), "--help", "--version"):
         assert f"\n       {flag}" in text

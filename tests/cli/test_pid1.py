@@ -52,7 +52,7 @@ def process_1(daemon: DaemonProcess, *arguments: str) -> Iterator[tuple[Running,
     [("wait", "nobody"), ("run", "web", "--wait", "nobody", "--", "true")],
     ids=["wait", "run --wait"],
 )
-def test_what_waits_ends_at_a_signal(
+def test_signal_ends_commands_that_wait(
     process: DaemonProcess, peer: BlockingConnection, arguments: tuple[str, ...]
 ) -> None:
     with process_1(process, *arguments) as (command, number):
@@ -64,9 +64,7 @@ def test_what_waits_ends_at_a_signal(
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
 )
-def test_what_follows_ends_at_a_signal(
-    process: DaemonProcess, peer: BlockingConnection, number: int, status: int
-) -> None:
+def test_signal_ends_watch(process: DaemonProcess, peer: BlockingConnection, number: int, status: int) -> None:
     peer.ask("register", name="db", port=1)
     with process_1(process, "watch") as (command, pid):
         assert command.line().startswith("up\tdb")
@@ -75,7 +73,7 @@ def test_what_follows_ends_at_a_signal(
         assert "Traceback" not in command.process.stderr.read()  # type: ignore[union-attr]
 
 
-def test_a_command_gets_its_signals_and_its_status_is_passed_on(process: DaemonProcess) -> None:
+def test_signals_and_exit_status_are_passed_on(process: DaemonProcess) -> None:
     with process_1(process, "run", "web", "--", sys.executable, "-c", LISTENER) as (command, number):
         assert command.line() == "waits"
         for each in (signal.SIGWINCH, signal.SIGTTIN, signal.SIGTSTP, signal.SIGUSR1, signal.SIGTERM):
@@ -86,7 +84,7 @@ def test_a_command_gets_its_signals_and_its_status_is_passed_on(process: DaemonP
 
 
 @pytest.mark.parametrize(("script", "status"), [("exit 7", 7), ("kill -9 $$", 137)])
-def test_the_status_of_the_command(process: DaemonProcess, script: str, status: int) -> None:
+def test_exit_status_of_the_command(process: DaemonProcess, script: str, status: int) -> None:
     with process_1(process, "run", "web", "--", "sh", "-c", script) as (command, _):
         assert command.process.wait(WAIT_S) == status
 

@@ -47,7 +47,7 @@ def listens(host: str, port: int = 0, uid: int | None = None) -> socket.socket:
 @pytest.mark.parametrize(
     ("bound", "host"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::1", "::1"), ("::", "::1")]
 )
-def test_the_kernel_tells_who_listens(ask: Callable[[str, int], Listener | None], bound: str, host: str) -> None:
+def test_listener_and_its_user(ask: Callable[[str, int], Listener | None], bound: str, host: str) -> None:
     with listens(bound) as there:
         port = there.getsockname()[1]
         expected = Listener(os.geteuid(), os.fstat(there.fileno()).st_ino)
@@ -58,20 +58,20 @@ def test_the_kernel_tells_who_listens(ask: Callable[[str, int], Listener | None]
 
 
 @pytest.mark.parametrize("ask", WAYS)
-def test_a_socket_of_both_families(ask: Callable[[str, int], Listener | None]) -> None:
+def test_dual_stack_socket(ask: Callable[[str, int], Listener | None]) -> None:
     with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as there:
         found = ask("127.0.0.1", there.getsockname()[1])
         assert found is not None
         assert found.inode == os.fstat(there.fileno()).st_ino
 
 
-def test_a_port_that_is_only_bound_has_no_listener() -> None:
+def test_bound_port_has_no_listener() -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         assert listener("127.0.0.1", bound.getsockname()[1]) is None
 
 
-def test_the_table_is_read_where_netlink_is_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_is_read_without_netlink(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(host: str, port: int) -> None:
         raise OSError("Address family not supported by protocol")
 
@@ -82,21 +82,21 @@ def test_the_table_is_read_where_netlink_is_not_to_be_had(monkeypatch: pytest.Mo
         assert found.uid == os.geteuid()
 
 
-def test_sockets_of_this_user_and_of_root_count_as_the_commands() -> None:
+def test_sockets_of_this_user_and_of_root_are_accepted() -> None:
     with sleeping() as command:
         assert is_of(command, Listener(os.geteuid(), 1))
         assert is_of(command, Listener(0, 1))
         assert not is_of(command, Listener(STRANGER, 1))
 
 
-def test_a_socket_that_the_command_has_open_is_its_own_whatever_its_user() -> None:
+def test_socket_open_in_the_command_is_accepted() -> None:
     with listens("127.0.0.1") as there, sleeping() as other:
         inode = os.fstat(there.fileno()).st_ino
         assert is_of(os.getpid(), Listener(STRANGER, inode))
         assert not is_of(other, Listener(STRANGER, inode))
 
 
-def test_the_overflow_user_is_nobody_where_users_are_not_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overflow_user_is_not_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 65_534)
     with sleeping() as command:
         for all_mapped in (True, False):
@@ -105,7 +105,7 @@ def test_the_overflow_user_is_nobody_where_users_are_not_mapped(monkeypatch: pyt
 
 
 @needs_root
-def test_a_user_that_the_command_has_become() -> None:
+def test_user_of_the_command_is_accepted() -> None:
     """As `sudo -u` does: the command is this user's, and a child of it is another's."""
     code = f"import subprocess; subprocess.run(['sleep', '60'], user={STRANGER})"
     with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as command:
@@ -129,7 +129,7 @@ sys.stdin.readline()
 
 @needs_root
 @pytest.mark.parametrize("port", ["auto", "given"])
-def test_a_port_that_another_user_takes_is_not_registered(process: DaemonProcess, port: str) -> None:
+def test_port_of_another_user_is_not_registered(process: DaemonProcess, port: str) -> None:
     if port == "given":
         with listens("127.0.0.1") as free:
             port = str(free.getsockname()[1])
@@ -152,7 +152,7 @@ def test_a_port_that_another_user_takes_is_not_registered(process: DaemonProcess
 
 
 @needs_root
-def test_a_command_that_becomes_another_user_is_registered(process: DaemonProcess) -> None:
+def test_command_that_changes_its_user_is_registered(process: DaemonProcess) -> None:
     imports = "import os, socket, sys"  # before: another user may not be able to read this Python
     code = COMMAND.replace(imports, f'{imports}; "".encode("idna"); os.setuid({STRANGER})')
     with running(process, "web", "--", sys.executable, "-c", code) as command:

@@ -79,7 +79,7 @@ def test_json_is_the_reply(regctl: Run) -> None:
     assert [each["name"] for each in json.loads(regctl("list", "--json")[1])["instances"]] == ["db"]
 
 
-def test_a_person_sees_a_table_and_no_escape_sequences(regctl: Run, process: DaemonProcess) -> None:
+def test_terminal_gets_a_table_without_escape_sequences(regctl: Run, process: DaemonProcess) -> None:
     regctl("register", "db", "5432", "--meta", "note=\x1b[31mred")
     mine, theirs = pty.openpty()
     subprocess.run(
@@ -118,7 +118,7 @@ def test_start_imports_neither_asyncio_nor_the_daemon(line: list[str], process: 
     assert not {"asyncio", "prompt_toolkit", "regd.server", "regd.core"} & set(modules)
 
 
-def test_a_pipe_that_has_seen_enough(regctl: Run, process: DaemonProcess) -> None:
+def test_pipe_closed_by_its_reader(regctl: Run, process: DaemonProcess) -> None:
     for n in range(3):
         regctl("register", f"n{n}", "1")
     command = f"{sys.executable} -m regd.cli.regctl list | true"
@@ -176,7 +176,7 @@ def test_watch(regctl: Run, process: DaemonProcess) -> None:
         assert watching.wait(10) == 130
 
 
-def test_wait_goes_on_over_a_restart(process: DaemonProcess) -> None:
+def test_wait_survives_a_restart(process: DaemonProcess) -> None:
     with (
         subprocess.Popen(
             [sys.executable, "-m", "regd.cli.regctl", "wait", "late", "--timeout", "30"],
@@ -200,7 +200,7 @@ def test_wait_goes_on_over_a_restart(process: DaemonProcess) -> None:
 
 
 @pytest.mark.parametrize(("flags", "shown"), [((), ""), (("--json",), '{"ok": false, "error": "busy"')])
-def test_a_watch_that_the_daemon_ends(regctl: Run, flags: tuple[str, ...], shown: str) -> None:
+def test_watch_refused_by_the_daemon(regctl: Run, flags: tuple[str, ...], shown: str) -> None:
     def answer(listening: socket.socket) -> None:
         connection, _ = listening.accept()
         with connection:
@@ -220,7 +220,7 @@ def test_a_watch_that_the_daemon_ends(regctl: Run, flags: tuple[str, ...], shown
 # Commands and options.
 
 
-def test_register_with_all_its_options(regctl: Run, process: DaemonProcess) -> None:
+def test_register_options(regctl: Run, process: DaemonProcess) -> None:
     pid = str(os.getpid())
     assert regctl("register", "a", "[::1]:70", "--ttl", "30", "--state", "starting") == (0, "[::1]:70\n", "")
     assert regctl("register", "b", "localhost:70", "--pid", pid) == (0, "localhost:70\n", "")
@@ -235,13 +235,13 @@ def test_register_with_all_its_options(regctl: Run, process: DaemonProcess) -> N
 
 
 @pytest.mark.parametrize("place", ["::1:70", "[::1]", ":70", "70:", "a:b", "0", "65536", "-1", "٣", "1" * 5_000])
-def test_what_is_no_place_to_listen(place: str, regctl: Run) -> None:
+def test_malformed_endpoints(place: str, regctl: Run) -> None:
     status, out, errors = regctl("register", "db", "--", place)
     assert (status, out, errors.count("\n")) == (2, "", 1)
     assert "[::1]:5432" in errors
 
 
-def test_a_host_is_given_once(regctl: Run) -> None:
+def test_host_given_twice(regctl: Run) -> None:
     assert regctl("register", "db", "a:1", "--host", "b") == (
         2,
         "",
@@ -273,7 +273,7 @@ def test_aliases(regctl: Run) -> None:
 @pytest.mark.parametrize(
     ("typed", "meant"), [("lst", "list"), ("derigister", "deregister"), ("rmm", "rm"), ("drian", "drain")]
 )
-def test_a_command_that_is_meant(typed: str, meant: str, regctl: Run) -> None:
+def test_unknown_command_gets_a_suggestion(typed: str, meant: str, regctl: Run) -> None:
     assert regctl("--address", "x:1", typed, "db") == (
         2,
         "",
@@ -291,7 +291,7 @@ def test_regctl_alone_shows_help(regctl: Run) -> None:
     [["lst"], ["resolve"], ["ping", "--foo"], ["register", "a", "x"], ["wait", "a", "--timeout", "x"], [], ["help", "x"],
      ["register", "a", "b:1", "--host", "c"]],
 )  # fmt: skip
-def test_usage_errors_are_json_too(line: list[str], regctl: Run) -> None:
+def test_usage_errors_as_json(line: list[str], regctl: Run) -> None:
     for argv in (["--json", *line], [*line, "--json"]):
         status, out, errors = regctl(*argv)
         assert (status, errors) == (2, "")
@@ -310,7 +310,7 @@ def test_usage_errors_of_run_leave_stdout_to_the_command(regctl: Run) -> None:
 @pytest.mark.parametrize(
     "line", [["deregister", "w"], ["rm", "w"], ["update", "w", "--state", "ready"], ["drain", "w"]]
 )
-def test_instances_that_are_there_are_named(line: list[str], regctl: Run) -> None:
+def test_not_found_lists_existing_instances(line: list[str], regctl: Run) -> None:
     regctl("register", "w", "1", "--instance", "1")
     status, out, errors = regctl(*line)
     assert (status, out) == (1, "")
@@ -321,7 +321,7 @@ def test_instances_that_are_there_are_named(line: list[str], regctl: Run) -> Non
     assert message.endswith("; there are w/1, w/2, w/3, w/4, w/5, …: `--instance 1`")
 
 
-def test_instances_beside_the_one_that_is_not_there(regctl: Run) -> None:
+def test_not_found_instance_lists_the_others(regctl: Run) -> None:
     regctl("register", "db", "1")
     for line in (
         ["resolve", "db", "--instance", "x"],
@@ -333,7 +333,7 @@ def test_instances_beside_the_one_that_is_not_there(regctl: Run) -> None:
     assert "there is" not in regctl("rm", "nobody")[2]
 
 
-def test_limits_are_shown_when_asked_for(regctl: Run) -> None:
+def test_stats_with_limits(regctl: Run) -> None:
     assert "connections_max" not in regctl("stats")[1]
     status, out, _ = regctl("stats", "--limits")
     assert status == 0
@@ -346,7 +346,7 @@ def test_limits_are_shown_when_asked_for(regctl: Run) -> None:
 
 
 @pytest.mark.parametrize("flags", [(), ("--json",)], ids=["people", "json"])
-def test_watch_survives_a_restart_and_shows_what_is_different(
+def test_watch_survives_a_restart_and_prints_differences(
     flags: tuple[str, ...], regctl: Run, process: DaemonProcess
 ) -> None:
     for name in ("stays", "goes", "changes"):
@@ -391,7 +391,7 @@ def test_watch_survives_a_restart_and_shows_what_is_different(
         assert watching.stderr.read() == ""
 
 
-def test_watch_ends_where_another_program_has_taken_the_port(process: DaemonProcess) -> None:
+def test_watch_ends_if_another_program_takes_the_port(process: DaemonProcess) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "regd.cli.regctl", "watch", "--json"],
         env=environment(REGD_ADDRESS=process.addresses[0]), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -410,7 +410,7 @@ def test_watch_ends_where_another_program_has_taken_the_port(process: DaemonProc
         assert watching.wait(20) == 3
 
 
-def test_watch_ends_when_the_daemon_is_away_and_nobody_reads(process: DaemonProcess) -> None:
+def test_watch_ends_if_the_reader_is_gone_while_the_daemon_is_away(process: DaemonProcess) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "regd.cli.regctl", "watch", "--json"],
         env=environment(REGD_ADDRESS=process.addresses[0]), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -462,21 +462,21 @@ def peopled(process: DaemonProcess) -> Iterator[DaemonProcess]:
 @pytest.mark.sample(5)
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
 @pytest.mark.parametrize("line", SAY)
-def test_a_full_stdout_is_an_error(line: str, peopled: DaemonProcess) -> None:
+def test_full_stdout_is_an_error(line: str, peopled: DaemonProcess) -> None:
     done = shell(peopled, f"regctl {line} >/dev/full")
     assert (done.returncode, done.stderr) == (4, "regctl: cannot write to stdout: No space left on device\n")
 
 
 @pytest.mark.sample(5)
 @pytest.mark.parametrize("line", SAY)
-def test_a_pipe_that_nobody_reads_is_none(line: str, peopled: DaemonProcess) -> None:
+def test_unread_pipe_is_no_error(line: str, peopled: DaemonProcess) -> None:
     done = shell(peopled, f"regctl {line} >&9")
     status = {"lst --json": 2, "resolve nobody --json": 1}.get(line, 0)
     assert done.stderr == ""
     assert done.returncode == status or line == "doctor"
 
 
-def test_wait_goes_on_to_the_next_though_nobody_reads(peopled: DaemonProcess) -> None:
+def test_wait_continues_with_a_broken_stdout(peopled: DaemonProcess) -> None:
     assert shell(peopled, "regctl wait here nobody --timeout 0.3 >&9 && echo goes on").stdout == ""
     assert shell(peopled, "regctl wait here nobody --timeout 0.3 >/dev/full && echo goes on").stdout == ""
 
@@ -499,12 +499,12 @@ FAIL = {
 @pytest.mark.sample(5)
 @pytest.mark.parametrize("stderr", ["2>&9", "2>/dev/full", "2>&-", "2>&- >&-", "2>&- >&- <&-", "2>&- >&9"])
 @pytest.mark.parametrize("line", FAIL)
-def test_a_broken_stderr_changes_no_status(line: str, stderr: str, peopled: DaemonProcess) -> None:
+def test_broken_stderr_does_not_change_the_status(line: str, stderr: str, peopled: DaemonProcess) -> None:
     done = shell(peopled, f"regctl {line} {stderr}")
     assert (done.returncode, done.stdout, done.stderr) == (FAIL[line], "", "")
 
 
-def test_stderr_is_broken_and_the_work_is_done(peopled: DaemonProcess) -> None:
+def test_broken_output_does_not_change_the_effect(peopled: DaemonProcess) -> None:
     done = shell(
         peopled,
         "for to in /dev/full '&9' '&-'; do eval \"regctl register shop-db 1 2>$to >$to\"; done; regctl ls shop*",
@@ -517,13 +517,13 @@ def test_stderr_is_broken_and_the_work_is_done(peopled: DaemonProcess) -> None:
 
 
 @pytest.mark.parametrize("command", ["list", "ping", "resolve nobody", "top", "stats", "list --json"])
-def test_a_closed_stdout(peopled: DaemonProcess, command: str) -> None:
+def test_closed_stdout(peopled: DaemonProcess, command: str) -> None:
     done = shell(peopled, f"regctl {command} >&-")
     assert done.returncode == (1 if command.startswith("resolve") else 0)
 
 
 @pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- >&- 2>&-"])
-def test_nothing_is_written_into_what_took_a_closed_number(closed: str, peopled: DaemonProcess) -> None:
+def test_nothing_is_written_into_a_reused_descriptor(closed: str, peopled: DaemonProcess) -> None:
     """The connection to the daemon would be descriptor 0, 1 or 2."""
     for command in ("resolve nobody", "list", "watch nobody --address 127.0.0.1:1", "register x 1"):
         shell(peopled, f"regctl {command} {closed}")

@@ -28,7 +28,7 @@ def one_line(errors: str) -> str:
     return errors
 
 
-def test_it_says_where_it_listens_and_listens_there(tmp_path: Path) -> None:
+def test_addresses_are_printed_and_accept_connections(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path / "deep" / "registry.json", "--unix", str(tmp_path / "s")) as daemon:
         daemon.start()
         assert daemon.process is not None
@@ -48,7 +48,7 @@ def test_it_says_where_it_listens_and_listens_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_cleanly(process: DaemonProcess, number: signal.Signals) -> None:
+def test_signal_ends_the_daemon_cleanly(process: DaemonProcess, number: signal.Signals) -> None:
     with socket.create_connection(("127.0.0.1", process.port)) as peer:
         peer.sendall(b'{"cmd":"register","name":"db","port":1}\n')
         assert b'"ok":true' in peer.recv(4_096)
@@ -63,7 +63,7 @@ def test_a_signal_ends_it_cleanly(process: DaemonProcess, number: signal.Signals
         assert b'"port":1' in peer.recv(4_096)
 
 
-def test_a_second_one_says_so_and_touches_nothing(process: DaemonProcess, tmp_path: Path) -> None:
+def test_second_daemon_is_refused_and_changes_nothing(process: DaemonProcess, tmp_path: Path) -> None:
     before = process.registry.stat()
     status, out, errors = run(process, "--port", "0")
     assert (status, out) == (1, "")
@@ -81,7 +81,7 @@ def test_a_second_one_says_so_and_touches_nothing(process: DaemonProcess, tmp_pa
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 100, b'{"a": {"port": 1}', b"[1]"])
-def test_a_damaged_registry_is_refused_and_kept(tmp_path: Path, data: bytes) -> None:
+def test_damaged_registry_is_refused_and_kept(tmp_path: Path, data: bytes) -> None:
     daemon = DaemonProcess(tmp_path / "registry.json")
     daemon.registry.write_bytes(data)
     status, out, errors = run(daemon, "--port", "0")
@@ -91,7 +91,7 @@ def test_a_damaged_registry_is_refused_and_kept(tmp_path: Path, data: bytes) -> 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can try it as another user")
-def test_a_folder_that_it_may_not_write_is_told(tmp_path: Path) -> None:
+def test_unwritable_folder_is_reported(tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o755)
     for folder in (tmp_path, *tmp_path.parents):
@@ -117,7 +117,7 @@ def test_a_folder_that_it_may_not_write_is_told(tmp_path: Path) -> None:
         (["extra"], "extra"),
     ],
 )
-def test_a_bad_flag_is_one_line(tmp_path: Path, flags: list[str], says: str) -> None:
+def test_usage_error_is_one_line(tmp_path: Path, flags: list[str], says: str) -> None:
     status, _, errors = run(DaemonProcess(tmp_path / "registry.json"), *flags)
     assert status == 2
     assert says in one_line(errors)
@@ -144,7 +144,7 @@ def test_uvloop_is_used_where_it_is_installed(tmp_path: Path) -> None:
         assert daemon.end()[0] == 0
 
 
-def test_an_acknowledged_registration_survives_kill_9(tmp_path: Path) -> None:
+def test_acknowledged_registration_survives_kill_9(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path / "registry.json") as daemon:
         acknowledged = 0
         for _ in range(5):
@@ -161,7 +161,7 @@ def test_an_acknowledged_registration_survives_kill_9(tmp_path: Path) -> None:
             assert all(f"n{n}" in held for n in range(acknowledged))
 
 
-def test_a_log_in_a_file_has_all_of_it_and_stats_say_where(tmp_path: Path) -> None:
+def test_log_file_is_complete_and_named_in_stats(tmp_path: Path) -> None:
     log = tmp_path / "regd.log"
     log.write_text("before\n")
     with DaemonProcess(tmp_path / "registry.json", "--log", str(log)) as daemon:
@@ -175,7 +175,7 @@ def test_a_log_in_a_file_has_all_of_it_and_stats_say_where(tmp_path: Path) -> No
     assert (first, last.endswith("INFO SIGTERM: leaving")) == ("before", True)
 
 
-def test_what_goes_wrong_at_the_start_is_told_in_both(process: DaemonProcess, tmp_path: Path) -> None:
+def test_startup_error_is_in_the_log_and_on_stderr(process: DaemonProcess, tmp_path: Path) -> None:
     log = tmp_path / "regd.log"
     status, out, errors = run(process, "--port", "0", "--log", str(log))
     assert (status, out) == (1, "")
@@ -188,7 +188,7 @@ def test_what_goes_wrong_at_the_start_is_told_in_both(process: DaemonProcess, tm
     assert run(process, "--idle-exit", "0")[0] == 2
 
 
-def test_in_the_background_it_is_there_when_the_command_has_ended(tmp_path: Path) -> None:
+def test_background_daemon_listens_when_the_command_returns(tmp_path: Path) -> None:
     daemon = DaemonProcess(tmp_path / "registry.json", "--log", str(tmp_path / "log"))
     with demand(tmp_path) as place:  # which ends it
         status, out, errors = run(daemon, "--port", "0", "--background")  # its pipes end: nobody else has them

@@ -108,7 +108,7 @@ def names(peer: BlockingConnection) -> list[tuple[str, str, int]]:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_a_free_port_is_kept_and_registered_when_the_command_accepts(
+def test_free_port_is_reserved_and_registered_once_the_command_accepts(
     process: DaemonProcess, peer: BlockingConnection, host: str
 ) -> None:
     with running(process, "web", "--port", "auto", "--meta", "zone=a", "--", *PROGRAM) as command:
@@ -125,7 +125,7 @@ def test_a_free_port_is_kept_and_registered_when_the_command_accepts(
         assert peer.ask("why", name="web")["departures"][0]["reason"] in ("deregistered", "process exited")
 
 
-def test_a_port_of_its_own(process: DaemonProcess, peer: BlockingConnection) -> None:
+def test_port_of_the_command(process: DaemonProcess, peer: BlockingConnection) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = finished(process, "run", "web", "--port", str(port), "--", "true")
@@ -162,7 +162,7 @@ def status_line(port: int) -> bytes:
 
 
 @pytest.mark.parametrize("server", SERVERS)
-def test_servers_on_a_port_that_is_kept_for_them(
+def test_servers_listen_on_the_reserved_port(
     process: DaemonProcess, peer: BlockingConnection, server: str
 ) -> None:
     with running(process, "web", "--", *SERVERS[server]) as command:
@@ -174,7 +174,7 @@ def test_servers_on_a_port_that_is_kept_for_them(
 
 
 @pytest.mark.parametrize("server", INHERITING)
-def test_servers_that_are_handed_a_socket(process: DaemonProcess, peer: BlockingConnection, server: str) -> None:
+def test_servers_with_a_passed_socket(process: DaemonProcess, peer: BlockingConnection, server: str) -> None:
     with running(process, "web", "--socket", "--", *INHERITING[server]) as command:
         while not command.told().startswith("regctl: web is registered at 127.0.0.1:"):
             assert command.process.poll() is None  # what it says itself stands there, too
@@ -190,7 +190,7 @@ def peer_wait(process: DaemonProcess) -> dict[str, int]:
         return waiting.ask("resolve", name="web", wait=START_S)
 
 
-def test_a_socket_as_systemd_hands_it_over(process: DaemonProcess) -> None:
+def test_socket_is_passed_as_by_systemd(process: DaemonProcess) -> None:
     code = """if True:
     import os, socket
     found = socket.socket(fileno=3)
@@ -263,7 +263,7 @@ def test_where_no_command_begins(line: str, says: str) -> None:
         commands.read(line.split())
 
 
-def test_what_ends_the_command_ends_regctl_too(process: DaemonProcess, peer: BlockingConnection) -> None:
+def test_signal_that_ends_the_command_ends_regctl(process: DaemonProcess, peer: BlockingConnection) -> None:
     with running(process, "web", "--", *PROGRAM) as command:
         pid = int(command.line().split()[0])
         command.type("127.0.0.1")
@@ -273,7 +273,7 @@ def test_what_ends_the_command_ends_regctl_too(process: DaemonProcess, peer: Blo
     assert names(peer) == []
 
 
-def test_the_name_stays_with_the_command_when_regctl_is_killed(
+def test_name_stays_with_the_command_if_regctl_is_killed(
     process: DaemonProcess, peer: BlockingConnection
 ) -> None:
     with running(process, "web", "--", *PROGRAM) as command:
@@ -290,7 +290,7 @@ def test_the_name_stays_with_the_command_when_regctl_is_killed(
 # Signals.
 
 
-def test_signals_are_passed_on_and_the_name_goes_before_the_end(process: DaemonProcess) -> None:
+def test_name_is_deregistered_before_a_signal_is_passed_on(process: DaemonProcess) -> None:
     with running(process, "web", "--", *PROGRAM) as command:
         port = command.line().split()[1]
         command.type("127.0.0.1")
@@ -305,7 +305,7 @@ def test_signals_are_passed_on_and_the_name_goes_before_the_end(process: DaemonP
         command.end(3)
 
 
-def test_a_signal_before_it_is_registered(process: DaemonProcess) -> None:
+def test_signal_before_the_registration(process: DaemonProcess) -> None:
     with running(process, "web", "--", *PROGRAM) as command:
         command.line()
         command.process.terminate()
@@ -314,7 +314,7 @@ def test_a_signal_before_it_is_registered(process: DaemonProcess) -> None:
         command.end()
 
 
-def test_ctrl_c_comes_once(process: DaemonProcess) -> None:
+def test_ctrl_c_reaches_the_command_once(process: DaemonProcess) -> None:
     """The terminal tells the command itself."""
     pid, terminal = pty.fork()
     if pid == 0:
@@ -348,7 +348,7 @@ def test_ctrl_c_comes_once(process: DaemonProcess) -> None:
         os.close(terminal)
 
 
-def test_a_terminal_that_hangs_up_tells_the_command(process: DaemonProcess, tmp_path: Path) -> None:
+def test_hangup_reaches_the_command(process: DaemonProcess, tmp_path: Path) -> None:
     """The kernel tells the leader of the session alone, which is regctl under `ssh -t` and `xterm -e`."""
     heard = tmp_path / "heard"
     os.mkfifo(heard)
@@ -398,7 +398,7 @@ PASSED_ON = [
 ]  # fmt: skip
 
 
-def test_every_signal_is_passed_on_but_faults(process: DaemonProcess) -> None:
+def test_signals_except_faults_are_passed_on(process: DaemonProcess) -> None:
     """In a session of its own nobody could resume regctl, so the signals of job control do not stop it."""
     with running(process, "web", "--", sys.executable, "-c", LISTENER) as command:
         assert command.line() == "waits"
@@ -458,7 +458,7 @@ def test_signals_that_a_parent_ignores_or_blocks(process: DaemonProcess, command
     assert (done.returncode, "Traceback" in done.stderr) == (status, False), done.stderr
 
 
-def test_a_signal_that_a_parent_ignores_is_passed_on_and_the_name_stays(process: DaemonProcess) -> None:
+def test_ignored_signal_is_passed_on_and_the_name_stays(process: DaemonProcess) -> None:
     """As SIGINT is in the background of a script: the command ignores it, unless it says otherwise."""
     code = INHERITED.replace("SIGCHLD, signal.SIG_IGN", "SIGINT, signal.SIG_IGN").replace("[signal.SIGCHLD,", "[")
     with subprocess.Popen(
@@ -476,7 +476,7 @@ def test_a_signal_that_a_parent_ignores_is_passed_on_and_the_name_stays(process:
             os.killpg(made.pid, signal.SIGKILL)
 
 
-def test_a_blocked_signal_is_passed_on_all_the_same(process: DaemonProcess) -> None:
+def test_blocked_signal_is_passed_on(process: DaemonProcess) -> None:
     code = LISTENER.replace('print("waits"', 'signal.pthread_sigmask(signal.SIG_SETMASK, []); print("waits"')
     with subprocess.Popen(
         [sys.executable, "-c", INHERITED, "run", "web", "--", sys.executable, "-c", code], cwd=ROOT,
@@ -493,9 +493,7 @@ def test_a_blocked_signal_is_passed_on_all_the_same(process: DaemonProcess) -> N
 
 
 @pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-", "a pipe that nobody reads"])
-def test_the_name_stays_when_no_message_can_be_printed(
-    process: DaemonProcess, peer: BlockingConnection, stderr: str
-) -> None:
+def test_name_stays_with_a_broken_stderr(process: DaemonProcess, peer: BlockingConnection, stderr: str) -> None:
     """And stdout has what the command prints, and nothing else."""
     reading, writing = os.pipe()
     os.close(reading)
@@ -524,7 +522,7 @@ def test_the_name_stays_when_no_message_can_be_printed(
 
 
 @pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-"])
-def test_the_status_when_no_message_can_be_printed(process: DaemonProcess, stderr: str) -> None:
+def test_status_with_a_broken_stderr(process: DaemonProcess, stderr: str) -> None:
     for arguments, status in (
         ("-- ./nothing", 127),
         ("--wait db --timeout 0 -- true", 1),
@@ -538,7 +536,7 @@ def test_the_status_when_no_message_can_be_printed(process: DaemonProcess, stder
         assert (done.returncode, done.stdout) == (status, ""), arguments
 
 
-def test_the_signal_that_a_sent_one_follows_is_not_lost(process: DaemonProcess) -> None:
+def test_signal_after_a_sent_one_is_not_lost(process: DaemonProcess) -> None:
     """Neither while the first is held back until the name is gone, nor any other meanwhile."""
     with running(process, "web", "--", sys.executable, "-c", LISTENER) as command:
         assert command.line() == "waits"
@@ -553,9 +551,7 @@ def test_the_signal_that_a_sent_one_follows_is_not_lost(process: DaemonProcess) 
 # The registry.
 
 
-def test_the_others_are_waited_for_and_found_in_the_environment(
-    process: DaemonProcess, peer: BlockingConnection
-) -> None:
+def test_waits_for_services_and_sets_their_variables(process: DaemonProcess, peer: BlockingConnection) -> None:
     code = "import os; print(*(os.environ[f'SHOP_DB_{each}'] for each in ('HOST', 'PORT', 'ADDRESS')))"
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as there:
         port = there.getsockname()[1]
@@ -567,7 +563,7 @@ def test_the_others_are_waited_for_and_found_in_the_environment(
             assert command.process.wait(WAIT_S) == 0
 
 
-def test_a_daemon_that_comes_later(process: DaemonProcess) -> None:
+def test_daemon_started_later(process: DaemonProcess) -> None:
     process.end()
     with running(process, "web", "--", *PROGRAM) as command:
         port = command.line().split()[1]
@@ -582,7 +578,7 @@ def test_a_daemon_that_comes_later(process: DaemonProcess) -> None:
         command.end()
 
 
-def test_a_name_that_becomes_free(process: DaemonProcess, peer: BlockingConnection) -> None:
+def test_name_that_becomes_free(process: DaemonProcess, peer: BlockingConnection) -> None:
     peer.ask("register", name="web", port=1, hold=True)
     with running(process, "web", "--", *PROGRAM) as command:
         command.line()
@@ -595,7 +591,7 @@ def test_a_name_that_becomes_free(process: DaemonProcess, peer: BlockingConnecti
         command.end()
 
 
-def test_what_it_says_itself_is_json_too(process: DaemonProcess) -> None:
+def test_events_of_run_as_json(process: DaemonProcess) -> None:
     with running(process, "web", "--json", "--instance", "a", "--", *PROGRAM, INSTANCE="a") as command:
         port = command.line().split()[1]
         command.type("127.0.0.1")
@@ -606,28 +602,7 @@ def test_what_it_says_itself_is_json_too(process: DaemonProcess) -> None:
     assert (json.loads(done.stderr)["event"], json.loads(done.stderr)["error"]) == ("refused", "cannot_run")
 
 
-def test_a_command_that_ends_before_it_is_registered(
-    process: DaemonProcess, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    child = subprocess.Popen(["true"])
-    child.wait()
-    monkeypatch.setenv("REGD_ADDRESS", process.addresses[0])
-    monkeypatch.setattr(run_module, "_bound_to", lambda child: {"pid": child})
-    name = run_module._Name(
-        {"name": "web", "instance": None, "meta": None}, run_module._Reporter(False), child.pid, 1
-    )
-    assert process.process is not None
-    process.process.send_signal(signal.SIGSTOP)
-    name.begin(accepts=True)
-    assert name.withdraw()
-    process.process.send_signal(signal.SIGCONT)
-    assert name.is_gone(WAIT_S)
-    block_until(lambda: "cannot be registered" in caplog.text)
-    gc.collect()
-    assert "never retrieved" not in caplog.text
-
-
-def test_a_command_that_stays_silent(
+def test_command_that_never_listens_is_reported(
     process: DaemonProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("REGD_ADDRESS", process.addresses[0])
@@ -659,9 +634,9 @@ def test_a_command_that_stays_silent(
         child.wait()
 
 
-def test_another_users_command_lasts_as_long_as_regctl() -> None:
-    assert run_module._bound_to(os.getpid()) == os.getpid()
-    assert run_module._bound_to(2**22) is None
+def test_pid_is_registered_for_commands_of_this_user_only() -> None:
+    assert run_module._bound_to(os.getpid()) == {"pid": os.getpid()}
+    assert run_module._bound_to(2**22) == {}
 
 
 # env
@@ -670,11 +645,11 @@ def test_another_users_command_lasts_as_long_as_regctl() -> None:
 @pytest.mark.parametrize(
     ("name", "begins"), [("db", "DB"), ("shop.db-1", "SHOP_DB_1"), ("3d", "_3D"), ("_a", "_A")]
 )
-def test_the_mapping(name: str, begins: str) -> None:
+def test_variable_prefix(name: str, begins: str) -> None:
     assert variable_prefix(name) == begins
 
 
-def test_the_first_instance_stands_for_its_name_and_two_names_never_mix() -> None:
+def test_variables_of_the_first_instance_and_of_one_service_per_prefix() -> None:
     rows = [("a-b", "127.0.0.1", 1), ("a-b", "::1", 2), ("a.b", "h", 3)]
     found, hidden = environment_variables(
         [{"name": name, "host": host, "port": port} for name, host, port in rows]
@@ -705,7 +680,7 @@ def test_env(process: DaemonProcess, peer: BlockingConnection) -> None:
     assert (done.returncode, done.stdout) == (1, "")
 
 
-def test_json_tells_what_goes_wrong_too(process: DaemonProcess) -> None:
+def test_errors_as_json(process: DaemonProcess) -> None:
     for arguments, status, error in (
         (["env", "nobody"], 1, "not_found"),
         (["wait", "nobody", "--timeout", "0"], 1, "timeout"),

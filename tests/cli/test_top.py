@@ -68,7 +68,7 @@ def test_holders(held: dict[str, Any], shown: str) -> None:
     assert holders(held) == shown
 
 
-def test_what_was_there_is_no_news() -> None:
+def test_first_snapshot_makes_no_events() -> None:
     made = picture(fields("db"))
     assert not made.events
     take(made, fields("web", "1"), 5.0)
@@ -86,7 +86,7 @@ def test_what_was_there_is_no_news() -> None:
     assert (made.services, list(made.rows)) == (1, [("db", "")])
 
 
-def test_the_daemons_restart_makes_nothing_younger() -> None:
+def test_ages_survive_a_restart_of_the_daemon() -> None:
     made = picture(fields("db"))
     take(made, fields("db", state="draining", registered_at=WALL + 100))
     assert made.rows["db", ""].since == WALL
@@ -94,7 +94,7 @@ def test_the_daemons_restart_makes_nothing_younger() -> None:
     assert made.rows["db", ""].since == WALL + 200
 
 
-def test_what_just_came_is_marked_for_a_while() -> None:
+def test_new_instances_are_marked() -> None:
     made = picture(fields("db"))
     take(made, fields("web"), 5.0)
     shown = drawn(made, now=5.0)
@@ -125,7 +125,7 @@ def test_orders_and_filter() -> None:
 # Figures.
 
 
-def test_rates_are_differences_by_the_daemons_time() -> None:
+def test_rates_are_per_second_of_the_daemons_uptime() -> None:
     rates = Rates()
 
     def told(at: float, resolves: int, changes: int, epoch: str = "one") -> tuple[float | None, float | None]:
@@ -143,7 +143,7 @@ def test_rates_are_differences_by_the_daemons_time() -> None:
     assert (rates.figures.lag_s, rates.figures.lag_s_max) == (0.5, None)
 
 
-def test_whoever_answers_may_be_no_regd() -> None:
+def test_rates_of_an_impostor() -> None:
     rates = Rates()
     for each in ({}, {"uptime_s": "x", "requests": []}, {"uptime_s": 1, "requests": {"a": "b"}, "lag_s": None}):
         rates.take(each)
@@ -173,7 +173,7 @@ def test_lag(seconds: float | None, shown: str) -> None:
 # Keys.
 
 
-def test_the_selection_stays_with_its_instance() -> None:
+def test_selection_follows_its_instance() -> None:
     made, look = picture(*(fields(name) for name in "bdf")), ViewState()
     look.page = 2
     press(look, made, "j", "down")
@@ -195,7 +195,7 @@ def test_the_selection_stays_with_its_instance() -> None:
     assert look.selected == ("f", "")
 
 
-def test_a_filter_is_typed_and_goes() -> None:
+def test_filter_is_typed_and_cleared() -> None:
     made, look = picture(fields("quiet"), fields("web")), ViewState()
     assert press(look, made, "/", "q", "x", "backspace", "up", "\x1b", "enter")
     assert (look.words, look.typing, names(made, look)) == ("q", False, ["quiet"])
@@ -246,7 +246,7 @@ def test_a_frame_of_80_columns() -> None:
     ]
 
 
-def test_a_daemon_that_is_away() -> None:
+def test_frame_while_the_daemon_is_away() -> None:
     away = DaemonInfo("regd at 127.0.0.1:7343", HERE.figures, 65.0)
     made = picture(fields("db"))
     lines = frame(made, ViewState(), away, (40, 12), 0.0, WALL)
@@ -269,7 +269,7 @@ def test_a_narrow_terminal_keeps_instance_and_port() -> None:
 @pytest.mark.parametrize(
     "host", ["127.0.0.1", "2001:db8::aaaa:bbbb:cccc", "printer.of.the.third.floor", "far." * 6 + "e"]
 )
-def test_an_address_is_never_shortened(host: str, width: int) -> None:
+def test_address_is_never_truncated(host: str, width: int) -> None:
     made = picture(fields("a-name-that-is-rather-long", "one", host=host, port=4_321, meta={"zone": "a" * 40}))
     take(made, fields("another-name-that-is-rather-long", "two", host=host, port=4_321), 5.0)
     address = made.rows["another-name-that-is-rather-long", "two"].address
@@ -282,7 +282,7 @@ def test_an_address_is_never_shortened(host: str, width: int) -> None:
     assert all(address in line for line in texts(whole(made, ViewState(), HERE, 5.0, WALL))[4:6])
 
 
-def test_only_the_window_is_drawn() -> None:
+def test_only_visible_rows_are_rendered() -> None:
     made, look = picture(*(fields(f"n{n:03}") for n in range(200))), ViewState()
     assert drawn(made, look)[4].startswith("  n000")
     press(look, made, "G")
@@ -307,7 +307,7 @@ TEXTS = some.text(max_size=30)
     name=TEXTS, state=TEXTS, meta=some.dictionaries(TEXTS, TEXTS, max_size=3), reason=TEXTS, why=TEXTS,
     width=some.integers(1, 130), height=some.integers(1, 40), pane=some.sampled_from(["", "why", "help"]),
 )  # fmt: skip
-def test_a_frame_fits_and_is_safe(
+def test_frame_fits_and_has_no_control_characters(
     name: str, state: str, meta: dict[str, str], reason: str, why: str, width: int, height: int, pane: str
 ) -> None:
     made = picture(*(fields(name, str(n), host=state, state=state, meta=meta) for n in range(5)))

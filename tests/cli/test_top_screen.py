@@ -49,7 +49,7 @@ def listed(terminal: Terminal) -> list[str]:
     return [row[2:].split()[0] for row in rows[:end]]
 
 
-def test_what_is_there_comes_and_goes(peer: BlockingConnection, top: Top) -> None:
+def test_instances_come_and_leave(peer: BlockingConnection, top: Top) -> None:
     register(peer, "db", "web", hold=True, pid=os.getpid(), ttl=60)
     with top() as terminal:
         terminal.shows("regd at 127.0.0.1:", "2 instances of 2 services", "recent events", "requests ", "lag ")
@@ -92,7 +92,7 @@ def test_sort_select_and_filter(peer: BlockingConnection, top: Top) -> None:
         terminal.type("\x1b")
         terminal.see(lambda: listed(terminal) == ["a", "b", "c"])
         terminal.type("?")
-        terminal.shows("PgUp", "the other way round")
+        terminal.shows("PgUp", "reverse the order")
         terminal.type("\x1b")
         terminal.shows("recent events")
 
