@@ -12,12 +12,13 @@ from regd.cli.arguments import Parameter, Parser, UsageError, integer, seconds
 from regd.cli.output import visible
 
 DOC = "Query and change the service registry of this machine."
+NOT_FOUND, USAGE, NO_DAEMON, REFUSED = 1, 2, 3, 4  # exit statuses
 STATUSES = {
     0: "done",
-    1: "not found or not in time",
-    2: "bad usage",
-    3: "no daemon",
-    4: "refused otherwise",
+    NOT_FOUND: "not found or not in time",
+    USAGE: "bad usage",
+    NO_DAEMON: "no daemon",
+    REFUSED: "refused otherwise",
 }
 
 

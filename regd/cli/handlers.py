@@ -11,6 +11,7 @@ from typing import Any
 
 from regd.cli import commands
 from regd.cli.arguments import UsageError
+from regd.cli.commands import NO_DAEMON, NOT_FOUND, REFUSED, USAGE
 from regd.cli.output import (
     Output,
     address_of,
@@ -25,7 +26,6 @@ from regd.cli.queries import ask, wait_for
 from regd_client.blocking import BlockingConnection
 from regd_client.errors import BadArgument, RegdError, Unavailable
 
-NOT_FOUND, USAGE, NO_DAEMON, REFUSED = 1, 2, 3, 4
 _STATUSES = {"not_found": NOT_FOUND, "timeout": NOT_FOUND, "bad_argument": USAGE, "shutting_down": NO_DAEMON}
 _INSTANCES_SHOWN = 5  # in an error message
 # Raised while a reply of an unexpected shape is handled: the peer may be another program.

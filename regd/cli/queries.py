@@ -10,7 +10,7 @@ from regd_client import protocol
 from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import Unavailable
 
-_TRANSIENT = ("shutting_down", "busy")  # errors after which to try again
+TRANSIENT = ("shutting_down", "busy")  # errors after which to try again
 _PAUSE_S = 0.1  # between two tries
 
 
@@ -53,7 +53,7 @@ def wait_for(address: str | None, name: str, until: float) -> dict[str, Any]:
         try:
             with BlockingConnection(address) as connection:
                 reply = connection.ask("resolve", name=name, wait=left_s)
-            if reply.get("error") not in _TRANSIENT or time.monotonic() >= until:
+            if reply.get("error") not in TRANSIENT or time.monotonic() >= until:
                 return reply
         except Unavailable as error:
             if error.code == "not_started" or time.monotonic() >= until:

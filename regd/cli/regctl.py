@@ -8,8 +8,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-REFUSED = 4
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
@@ -19,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     gc.disable()
     from regd.cli import handlers
+    from regd.cli.commands import REFUSED
     from regd.cli.output import Output, finish, open_standard_streams
 
     gc.freeze()  # modules stay until the end; collecting them in start-up and exit takes a quarter of the time

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regd.cli.child import Command, NotStarted, awaited_signals, exit_status, start, wait_and_forward
+from regd.cli.commands import NO_DAEMON, NOT_FOUND, REFUSED, USAGE
 from regd.cli.output import complain, environment_variables, visible
 from regd.cli.port_owner import is_of, listener
 from regd.cli.queries import wait_for
@@ -31,7 +32,6 @@ from regd_client.errors import RegdError, Unavailable
 from regd_client.lifespans import ServiceLifecycle
 from regd_client.protocol import host_port
 
-NOT_FOUND, USAGE, NO_DAEMON, REFUSED = 1, 2, 3, 4
 _PROBE_PAUSE_S = (0.01, 0.2)  # the first and the longest, between two probes of the port
 _PROBE_S = 1.0  # the timeout of a probe
 _SILENT_S = 10.0  # without a listener, until a warning

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from regd.cli.output import Output, complain, event_line, say, say_json, visible
+from regd.cli.queries import TRANSIENT
 from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import Unavailable
 from regd_client.models import Event
 from regd_client.watches import WatchState
 
-_TRANSIENT = ("shutting_down", "busy")  # errors after which to reconnect
 _PAUSE_S = 0.2  # between two tries
 _KINDS = ("up", "change", "down", "sync", "progress", "reset")
 
@@ -107,7 +107,7 @@ def watch(
         try:
             with BlockingConnection(address, autostart=not printer.synced) as connection:
                 refusal = printer.follow(connection)
-            if refusal is None or not printer.synced or refusal["error"] not in _TRANSIENT:
+            if refusal is None or not printer.synced or refusal["error"] not in TRANSIENT:
                 return refusal
             printer.report_away(str(refusal["message"]))
         except Unavailable as error:
