@@ -1,4 +1,4 @@
-"""Completion in the real shells: of commands, options, names of services, and of what stands behind `--`."""
+"""Completion in real shells: commands, options, names of services, and the command after `--`."""
 
 import json
 import shlex
@@ -27,7 +27,7 @@ def names(process: DaemonProcess) -> DaemonProcess:
 
 
 def bash(lines: Sequence[str], env: dict[str, str]) -> list[list[str]]:
-    """Call the function as bash does, with the words that it cuts."""
+    """Call the completion function as bash does, with the line split into words."""
     code = ["source <(regctl completion bash)"]
     for line in lines:
         words = [piece for word in shlex.split(line) for piece in _cut(word)]
@@ -65,7 +65,7 @@ setopt extended_glob; PS1='rea''dy> '
 
 
 def zsh(lines: Sequence[str], env: dict[str, str]) -> list[list[str]]:
-    """Press TAB on a terminal, and look what zsh takes for possible."""
+    """Press TAB in a terminal, and return the candidates of zsh."""
     fits, settings = Path(env["HOME"], "fits"), Path(env["HOME"], "settings")
     settings.write_text(ZSH)
     found = []
@@ -87,7 +87,7 @@ def fish(lines: Sequence[str], env: dict[str, str]) -> list[list[str]]:
 
 
 def completed(shell: str, env: dict[str, str], *lines: str) -> list[list[str]]:
-    """Return what a shell offers at the end of each line."""
+    """Return the candidates that a shell offers at the end of each line."""
     found = ALL[shell](lines, env)
     assert len(found) == len(lines)
     return found
@@ -246,7 +246,7 @@ def test_names(names: DaemonProcess) -> None:
 
 
 def test_names_of_an_impostor_are_ignored(tmp_path: Path) -> None:
-    """What goes into a command line is checked: it may come from anybody who listens there."""
+    """Names from an impostor must not get into a command line."""
     good = {"name": "good", "instance": "", "host": "h", "port": 1, "meta": {}, "state": "ready", "rev": 1}
     page = {"ok": True, "epoch": "e", "rev": 1, "instances": [good]}
     evil = [{**good, "name": each} for each in ("$(evil)", "a b", "-rf", "a\nb", 7, "")]

@@ -1,4 +1,4 @@
-"""`regctl doctor`: each trouble, made for real where that can be, is found, and what to do is said."""
+"""`regctl doctor` finds each problem, most of them created for real, and says what to do."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ from tests.support.peers import Told
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other daemons of this machine are no trouble of the test's."""
+    """Hide other daemons of this machine."""
     monkeypatch.delenv("REGD_ADDRESS", raising=False)
     monkeypatch.setattr(protocol, "DEFAULT_ADDRESS", "tcp://127.0.0.1:1")
     monkeypatch.setattr(local_probe, "daemons", lambda: iter(()))
@@ -224,7 +224,7 @@ def test_relative_socket_path_is_resolved_in_the_daemons_folder(tmp_path: Path) 
 
 
 def in_a_network_of_its_own(*command: str) -> list[str]:
-    """Return a command line that runs it there, by `unshare` of util-linux."""
+    """Return the command line that runs a command in a new network namespace, with unshare(1)."""
     for how in (["unshare", "--net"], ["unshare", "--user", "--map-root-user", "--net"]):
         if (
             shutil.which("unshare")
@@ -236,7 +236,7 @@ def in_a_network_of_its_own(*command: str) -> list[str]:
 
 @contextlib.contextmanager
 def beyond(folder: Path) -> Iterator[int]:
-    """Have a daemon in another network namespace, with a socket `s` in the folder; yield its process."""
+    """Run a daemon in another network namespace, with a socket `s` in the folder; yield its process id."""
     command = in_a_network_of_its_own(
         "sh", "-c", 'ip link set lo up 2>/dev/null; exec "$@"', "sh",
         sys.executable, "-m", "regd", "--port", "7343", "--unix", f"{folder}/s", "--registry", f"{folder}/r.json",

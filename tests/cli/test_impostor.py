@@ -83,7 +83,7 @@ Answer = Callable[[str], list[Any]]
 
 @contextmanager
 def impostor(answer: Answer) -> Iterator[str]:
-    """Answer every request by what stands for its command, and hang up after a `watch`."""
+    """Answer every request with the reply of its command, and close the connection after a `watch`."""
 
     def serve() -> None:
         while True:
@@ -114,7 +114,7 @@ def impostor(answer: Answer) -> Iterator[str]:
 
 
 def answers(**changed: Any) -> Answer:
-    """Answer as regd does, but for some commands."""
+    """Answer as regd does, except for some commands."""
 
     def answer(cmd: str) -> list[Any]:
         said = changed.get(cmd, REPLIES.get(cmd, {"ok": True}))
@@ -124,7 +124,7 @@ def answers(**changed: Any) -> Answer:
 
 
 def variants(fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield it without each member, and with each member of another type; so for its instances too."""
+    """Yield a reply without each member, and with each member of another type; also in its instances."""
     for key, value in fields.items():
         if key in ("ok", "event"):
             continue
@@ -138,7 +138,7 @@ def variants(fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other daemons of this machine are none of the test's business."""
+    """Hide other daemons of this machine."""
     monkeypatch.setattr(local_probe, "addresses", lambda other_than: [])
     monkeypatch.setattr(local_probe, "accepts", lambda host, port: True)
     monkeypatch.setattr(doctor, "ANSWER_S", WAIT_S)
@@ -261,7 +261,7 @@ def test_pages_without_an_end(
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
 @pytest.mark.parametrize("command", ["top", "run"])
 def test_commands_in_a_process_of_their_own(command: str, flags: list[str], tmp_path: Path) -> None:
-    """`top` is the client's own connection in an event loop, and `run` forks."""
+    """`top` uses the async client, and `run` forks."""
     wrong: list[dict[str, Any]] = [
         {"watch": {"ok": True}, "resolve": {"ok": True}},
         {"watch": {"ok": True, "epoch": 7}, "events": [{"event": "up"}], "resolve": {"ok": False}},

@@ -1,4 +1,4 @@
-"""What `regd` inherits from its caller, and what it cannot write to: descriptors, signals, limits, the environment."""
+"""What `regd` inherits from its parent (descriptors, signals, limits, variables), and output that it cannot write."""
 
 import contextlib
 import fcntl
@@ -24,7 +24,7 @@ needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev
 
 
 def ask(path: Path, *requests: bytes) -> list[dict[str, Any]]:
-    """Ask the daemon on a Unix socket, and return its replies."""
+    """Send requests to the daemon on a Unix socket, and return the replies."""
     with socket.socket(socket.AF_UNIX) as peer:
         peer.settimeout(WAIT_S)
         peer.connect(os.fsencode(path))
@@ -47,7 +47,7 @@ def is_up(path: Path) -> bool:
 
 @contextlib.contextmanager
 def running(daemon: DaemonProcess, path: Path, **how: Any) -> Iterator["subprocess.Popen[bytes]"]:
-    """Run a daemon on a Unix socket alone, in the foreground, from the moment when it answers."""
+    """Run a daemon in the foreground, on a Unix socket only, and yield once it answers."""
     how.setdefault("env", environment())
     with subprocess.Popen(daemon.command("--port", "off", "--unix", str(path)), **how) as process:
         try:
@@ -87,7 +87,7 @@ def test_background_daemon_survives_closed_descriptors(closed: str, tmp_path: Pa
 
 
 def test_closed_standard_descriptors_are_not_reused(tmp_path: Path) -> None:
-    """Else what is meant for stderr is written into a socket."""
+    """Otherwise messages for stderr are written into a socket."""
     daemon, path = (
         DaemonProcess(tmp_path / "registry.json", "--port", "off", "--unix", str(tmp_path / "s")),
         tmp_path / "s",

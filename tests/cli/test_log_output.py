@@ -1,4 +1,4 @@
-"""Where the log goes: what is left out is counted, torn lines are ended, and nothing that fails is raised."""
+"""The daemon's log: dropped lines are counted, partial lines are completed, and no failure is raised."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ from tests.support.daemon import WAIT_S
 
 @pytest.fixture
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LogOutput]:
-    """An output to a file, which takes what `emit` is given; nothing else of `logging` is changed."""
+    """A log to a file that handles only records passed to `emit`; the logging module is not changed."""
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
     for name in ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks", "_srcfile"):
         monkeypatch.setattr(logging, name, getattr(logging, name, True), raising=False)

@@ -1,4 +1,4 @@
-"""Help and the man pages: right for roff and man, and whole."""
+"""Help and the man pages are complete, and valid for groff and man."""
 
 import re
 import shutil
@@ -35,7 +35,7 @@ def need(tool: str) -> str:
 
 
 def shown(name: str) -> str:
-    """Return a page as groff has it, in plain letters."""
+    """Return a page as formatted by groff, in ASCII."""
     return ran(
         need("groff"), "-man", "-Tascii", "-P-c", "-P-b", "-P-o", "-P-u", "-rLL=100n", said=manual.page(name)
     )
@@ -70,7 +70,7 @@ def test_groff_reports_no_warning(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_commands_in_the_page_stay_ascii(name: str) -> None:
-    """A bare `-` would become a hyphen, a bare `'` a quotation mark, which no shell takes."""
+    """roff would turn a bare `-` into a hyphen and a bare `'` into a quotation mark, unusable in a shell."""
     assert re.findall(r"(?<!\\)-.*", manual.page(name)) == []
     assert re.findall(r".*['`^~].*", manual.page(name)) == []
 

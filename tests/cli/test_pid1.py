@@ -1,4 +1,4 @@
-"""regctl as process 1 of a container: it ends at signals, passes them on, and reaps."""
+"""regctl as process 1 of a container: signals end it, it passes signals on, and reaps orphans."""
 
 import contextlib
 import os
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(not has_containers(), reason="this user may make
 
 @contextlib.contextmanager
 def process_1(daemon: DaemonProcess, *arguments: str) -> Iterator[tuple[Running, int]]:
-    """Run regctl as process 1, and yield it with its number outside."""
+    """Run regctl as process 1 of a namespace; yield it with its process id outside."""
     with subprocess.Popen(
         [*CONTAINER, *REGCTL, *arguments], cwd=ROOT, env=environment(REGD_ADDRESS=daemon.addresses[0]), text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,

@@ -1,4 +1,4 @@
-"""Who listens on a port, as the kernel tells, and whether it is the command that the port is kept for."""
+"""Which user listens on a port, and whether that is the command of `regctl run`."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ WAYS = [port_owner._by_netlink, port_owner._by_table]
 
 @contextlib.contextmanager
 def sleeping() -> Iterator[int]:
-    """Yield a process that does nothing."""
+    """Run a process that sleeps, and yield its process id."""
     with subprocess.Popen(["sleep", "60"]) as process:
         try:
             yield process.pid
@@ -33,7 +33,7 @@ def sleeping() -> Iterator[int]:
 
 
 def listens(host: str, port: int = 0, uid: int | None = None) -> socket.socket:
-    """Listen, as another user where one is named: a socket belongs to the effective user that makes it."""
+    """Listen, as another user if `uid` is given: a socket belongs to the effective user of its creator."""
     if uid is not None:
         os.seteuid(uid)
     try:
@@ -106,7 +106,7 @@ def test_overflow_user_is_not_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_root
 def test_user_of_the_command_is_accepted() -> None:
-    """As `sudo -u` does: the command is this user's, and a child of it is another's."""
+    """As with `sudo -u`: the command runs as this user, its child as another."""
     code = f"import subprocess; subprocess.run(['sleep', '60'], user={STRANGER})"
     with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as command:
         try:

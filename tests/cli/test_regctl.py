@@ -1,4 +1,4 @@
-"""The command `regctl` as a process: exit statuses, tables for people, lines for pipes, JSON for scripts."""
+"""The command `regctl` as a process: exit statuses, and output as tables, lines and JSON."""
 
 import json
 import os
@@ -359,7 +359,7 @@ def test_watch_survives_a_restart_and_prints_differences(
     assert watching.stderr is not None
 
     def told() -> tuple[str, str]:
-        """Return kind and name of the next event that is one of an instance."""
+        """Return the kind and the name of the next event of an instance."""
         while True:
             assert watching.stdout is not None
             line = watching.stdout.readline()
@@ -428,7 +428,7 @@ def test_watch_ends_if_the_reader_is_gone_while_the_daemon_is_away(process: Daem
 
 
 def shell(process: DaemonProcess, script: str) -> "subprocess.CompletedProcess[str]":
-    """Run a script of bash, in which `regctl` is the command, and 9 a pipe that nobody reads any more."""
+    """Run a bash script with `regctl` as a function, and a pipe without a reader as descriptor 9."""
     with_regctl = f'regctl() {{ "{sys.executable}" -m regd.cli.regctl "$@"; }}\n'
     reading, writing = os.pipe()
     os.close(reading)
@@ -524,7 +524,7 @@ def test_closed_stdout(peopled: DaemonProcess, command: str) -> None:
 
 @pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- >&- 2>&-"])
 def test_nothing_is_written_into_a_reused_descriptor(closed: str, peopled: DaemonProcess) -> None:
-    """The connection to the daemon would be descriptor 0, 1 or 2."""
+    """Otherwise the connection to the daemon would get descriptor 0, 1 or 2."""
     for command in ("resolve nobody", "list", "watch nobody --address 127.0.0.1:1", "register x 1"):
         shell(peopled, f"regctl {command} {closed}")
     with BlockingConnection(peopled.addresses[0]) as peer:

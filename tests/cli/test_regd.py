@@ -1,4 +1,4 @@
-"""The command `regd` as a process: what it prints, how it ends, and one line for whatever goes wrong."""
+"""The command `regd` as a process: its output, its exit statuses, and one line for each error."""
 
 import json
 import os

@@ -315,7 +315,7 @@ def test_signal_before_the_registration(process: DaemonProcess) -> None:
 
 
 def test_ctrl_c_reaches_the_command_once(process: DaemonProcess) -> None:
-    """The terminal tells the command itself."""
+    """The terminal itself sends SIGINT to the command."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.execvpe(
@@ -349,7 +349,7 @@ def test_ctrl_c_reaches_the_command_once(process: DaemonProcess) -> None:
 
 
 def test_hangup_reaches_the_command(process: DaemonProcess, tmp_path: Path) -> None:
-    """The kernel tells the leader of the session alone, which is regctl under `ssh -t` and `xterm -e`."""
+    """The kernel sends SIGHUP to the session leader only: regctl, under `ssh -t` and `xterm -e`."""
     heard = tmp_path / "heard"
     os.mkfifo(heard)
     code = "import signal, sys; signal.sigwait({signal.SIGHUP}); open(sys.argv[1], 'w').write('SIGHUP')"
@@ -399,7 +399,7 @@ PASSED_ON = [
 
 
 def test_signals_except_faults_are_passed_on(process: DaemonProcess) -> None:
-    """In a session of its own nobody could resume regctl, so the signals of job control do not stop it."""
+    """Job control signals do not stop regctl in a new session, where no shell could resume it."""
     with running(process, "web", "--", sys.executable, "-c", LISTENER) as command:
         assert command.line() == "waits"
         for number in PASSED_ON:
@@ -459,7 +459,7 @@ def test_signals_that_a_parent_ignores_or_blocks(process: DaemonProcess, command
 
 
 def test_ignored_signal_is_passed_on_and_the_name_stays(process: DaemonProcess) -> None:
-    """As SIGINT is in the background of a script: the command ignores it, unless it says otherwise."""
+    """As SIGINT for a script in the background: the command ignores it, unless it sets a handler."""
     code = INHERITED.replace("SIGCHLD, signal.SIG_IGN", "SIGINT, signal.SIG_IGN").replace("[signal.SIGCHLD,", "[")
     with subprocess.Popen(
         [sys.executable, "-c", code, "run", "web", "--socket", "--", *PROGRAM], cwd=ROOT, start_new_session=True,
@@ -494,7 +494,7 @@ def test_blocked_signal_is_passed_on(process: DaemonProcess) -> None:
 
 @pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-", "a pipe that nobody reads"])
 def test_name_stays_with_a_broken_stderr(process: DaemonProcess, peer: BlockingConnection, stderr: str) -> None:
-    """And stdout has what the command prints, and nothing else."""
+    """And stdout has only the output of the command."""
     reading, writing = os.pipe()
     os.close(reading)
     if not stderr.startswith("2>"):
@@ -537,7 +537,7 @@ def test_status_with_a_broken_stderr(process: DaemonProcess, stderr: str) -> Non
 
 
 def test_signal_after_a_sent_one_is_not_lost(process: DaemonProcess) -> None:
-    """Neither while the first is held back until the name is gone, nor any other meanwhile."""
+    """Neither while the first signal is held back, nor another signal in the meantime."""
     with running(process, "web", "--", sys.executable, "-c", LISTENER) as command:
         assert command.line() == "waits"
         for number in (signal.SIGTERM, signal.SIGWINCH, signal.SIGUSR1, signal.SIGINT):

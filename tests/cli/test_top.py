@@ -1,4 +1,4 @@
-"""What `regctl top` shows, on values, with time by hand: rows, news, orders, figures, keys, and frames of any size."""
+"""`regctl top` on values, with time as an argument: rows, events, orders, rates, keys, and frames of any size."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`regctl top` as a person has it: in a real terminal, with keys, sizes, and a daemon that goes and comes back."""
+"""`regctl top` in a real terminal: keys, sizes, and a daemon that restarts."""
 
 import functools
 import json
@@ -40,7 +40,7 @@ def register(peer: BlockingConnection, *names: str, **more: object) -> None:
 
 
 def listed(terminal: Terminal) -> list[str]:
-    """Return the names in the table, in order."""
+    """Return the names in the table, from top to bottom."""
     head = next(
         (at for at, line in enumerate(terminal.lines) if line.startswith("  NAME")), terminal.screen.lines
     )

@@ -1,4 +1,4 @@
-"""Applications that know nothing of any registry, for real servers in test_run."""
+"""WSGI and ASGI applications without regd, for the real servers in test_run."""
 
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
