@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import gc
 import json
 import os
 import pty
@@ -635,8 +634,8 @@ def test_command_that_never_listens_is_reported(
 
 
 def test_pid_is_registered_for_commands_of_this_user_only() -> None:
-    assert run_module._bound_to(os.getpid()) == {"pid": os.getpid()}
-    assert run_module._bound_to(2**22) == {}
+    assert run_module._bound_to(os.getpid()) == os.getpid()
+    assert run_module._bound_to(2**22) is None
 
 
 # env

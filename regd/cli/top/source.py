@@ -69,6 +69,7 @@ class Source:
             async with contextlib.AsyncExitStack() as stack:
                 try:
                     async with asyncio.timeout(_SNAPSHOT_S):
+                        await stack.enter_async_context(self._keeper.watching(self._follow))
                         await self._complete.wait()
                         await self._ask_stats()
                 except TimeoutError as error:
@@ -126,7 +127,7 @@ class Source:
             return
         name, instance = key
         try:
-            reply = await (await self._link.connected()).ask("why", {"name": name, "instance": instance})
+            reply = await (await self._link.connect()).ask("why", {"name": name, "instance": instance})
             text = list(lines("why", reply))
         except NotFound as error:
             text = [str(error)]
