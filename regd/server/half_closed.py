@@ -1,7 +1,7 @@
-"""Connections that are kept for a reply or for events, and whose peer sends nothing more or is not read.
+"""Connections that wait for a reply or for events, and whose peer has closed its sending side or is not read.
 
-The peer may have closed its sending side alone and wait (`echo … | nc -N`), or it may be gone. Only the kernel
-knows, and it does not say so by itself.
+The peer may still wait for what comes (`echo … | nc -N`), or its process may have ended. Only the kernel knows,
+and it has to be asked.
 """
 
 from typing import Protocol
@@ -14,43 +14,45 @@ _SLICE_S = 0.002
 
 
 class Waiter(Protocol):
+    """A connection, as this check sees it."""
+
     @property
     def is_waiting(self) -> bool:
-        """Whether it is kept for a reply, and its peer's end would not be seen."""
+        """Whether replies or events are to come, and a close by the peer would go unnoticed."""
 
     def is_gone(self) -> bool:
-        """Ask the kernel whether nobody has the peer's end open any more."""
+        """Return whether no process has the peer's end open any more."""
 
     def cut(self) -> None: ...
 
 
 class HalfClosed:
-    """Checks its connections every few seconds, in turn, and cuts those whose peer is gone."""
+    """Checks its connections in turn, each every few seconds, and cuts those whose peer is gone."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._waiters: dict[Waiter, None] = {}
+        self._waiters: dict[Waiter, None] = {}  # in the order of their next checks
         self._timer: Timer | None = None
 
     def add(self, waiter: Waiter) -> None:
-        """Check this one until it waits no more. Idempotent."""
+        """Check a connection for as long as it waits. Idempotent."""
         self._waiters.setdefault(waiter)
         if self._timer is None:
-            self._check_later()
+            self._schedule_check()
 
     def discard(self, waiter: Waiter) -> None:
-        """Check this one no more. Idempotent."""
+        """Stop checking a connection. Idempotent."""
         self._waiters.pop(waiter, None)
         if not self._waiters:
             self.close()
 
     def close(self) -> None:
-        """Check nothing any more. Idempotent."""
+        """Stop all checks. Idempotent."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _check_later(self) -> None:
+    def _schedule_check(self) -> None:
         pause_s = CHECK_S * min(1.0, _CHECKS_MAX / len(self._waiters))
         self._timer = self._clock.call_at(self._clock.now() + pause_s, self._check)
 
@@ -68,4 +70,4 @@ class HalfClosed:
             if self._clock.now() > until:
                 break
         if self._waiters:
-            self._check_later()
+            self._schedule_check()

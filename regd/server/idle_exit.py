@@ -1,47 +1,46 @@
-"""Whether anybody needs the daemon: one that was started on demand ends when nobody has for a while.
-
-Must not know what a registration or a connection is, nor how the daemon ends.
-"""
+"""Ends a daemon that was started on demand once it has been idle for a while."""
 
 from collections.abc import Callable, Hashable
 
 from regd.system.clock import Clock
 
-_LOOKS = 8  # that must find it quiet, one after the other
+_CHECKS = 8  # in a row that must find the daemon idle
 
 
 class IdleExit:
-    """`quiet` returns None while somebody needs the daemon, else a mark that is another one when somebody was
-    there meanwhile. `over` is called once, in the moment in which the last look has found it quiet.
+    """Calls `exit` once the daemon has been idle for `after_s` seconds, or up to an eighth more.
 
-    Looks are counted, not seconds: time in which the daemon did not run, and nobody could reach it, is one look.
-    It is over between `after_s` and an eighth more after whoever was the last has gone.
+    `idle_mark` returns None while the daemon is in use, else a value that differs once it was in use in between.
+    Checks are counted, not seconds: time in which the process did not run, and no client could reach it, is one
+    check. `exit` is called within the last check, so no client can come in between.
     """
 
     def __init__(
-        self, clock: Clock, after_s: float, quiet: Callable[[], Hashable | None], over: Callable[[], None]
+        self, clock: Clock, after_s: float, idle_mark: Callable[[], Hashable | None], exit: Callable[[], None]
     ) -> None:
         self._clock = clock
-        self._step_s = after_s / _LOOKS
-        self._quiet = quiet
-        self._over = over
+        self._interval_s = after_s / _CHECKS
+        self._idle_mark = idle_mark
+        self._exit = exit
         self._mark: Hashable | None = None
-        self._looks = 0
+        self._idle_checks = 0
         self._closed = False
 
     def start(self) -> None:
-        self._clock.call_at(self._clock.now() + self._step_s, self._look)
+        self._clock.call_at(self._clock.now() + self._interval_s, self._check)
 
     def close(self) -> None:
+        """Check no more. Idempotent."""
         self._closed = True
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         if self._closed:
             return
-        before, self._mark = self._mark, self._quiet()
-        self._looks = self._looks + 1 if self._mark is not None and self._mark == before else 0
-        if self._looks >= _LOOKS:
+        previous, self._mark = self._mark, self._idle_mark()
+        is_idle = self._mark is not None and self._mark == previous
+        self._idle_checks = self._idle_checks + 1 if is_idle else 0
+        if self._idle_checks >= _CHECKS:
             self._closed = True
-            self._over()
+            self._exit()
         else:
             self.start()

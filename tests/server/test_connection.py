@@ -1,4 +1,4 @@
-"""The contract's "Lines" and "Limits" over real sockets, with time by hand."""
+"""Lines, order, flow control and closing over real sockets, with a clock that the test moves."""
 
 import asyncio
 import json
@@ -70,7 +70,7 @@ async def test_replies_come_in_order_and_own_writes_are_seen(daemon: InLoop) -> 
     assert [(reply.get("id"), reply.get("port")) for reply in replies] == expected
 
 
-async def test_errors_stand_in_order_too(daemon: InLoop) -> None:
+async def test_errors_come_in_order_too(daemon: InLoop) -> None:
     peer = await daemon.peer()
     peer.send(
         {"cmd": "register", "name": "a", "port": 1},
@@ -97,7 +97,7 @@ async def test_a_pipeline_of_registers_is_few_commits(daemon: InLoop) -> None:
     assert (await peer.ask(cmd="stats"))["commits"] <= 1_000 / 16
 
 
-async def test_a_pending_flush_stops_nobody_else(tmp_path: Path) -> None:
+async def test_a_slow_flush_delays_no_other_connection(tmp_path: Path) -> None:
     files = ToldFiles()
     async with InLoop(tmp_path / "registry.json", files=files) as daemon:
         writer, other = await daemon.peer(), await daemon.peer()
@@ -112,7 +112,7 @@ async def test_a_pending_flush_stops_nobody_else(tmp_path: Path) -> None:
         assert (await writer.reply())["port"] == 1
 
 
-async def test_a_full_disk_is_told_and_reads_go_on(tmp_path: Path) -> None:
+async def test_writes_fail_on_a_full_disk_and_reads_go_on(tmp_path: Path) -> None:
     files = ToldFiles()
     async with InLoop(tmp_path / "registry.json", files=files) as daemon:
         peer = await daemon.peer()
@@ -127,7 +127,7 @@ async def test_a_full_disk_is_told_and_reads_go_on(tmp_path: Path) -> None:
         assert (await peer.ask(cmd="register", name="b", port=2))["rev"] == 2
 
 
-async def test_pending_replies_are_sent_when_the_peer_ends(daemon: InLoop) -> None:
+async def test_pending_replies_are_sent_after_the_end_of_the_input(daemon: InLoop) -> None:
     peer = await daemon.peer()
     peer.send({"cmd": "register", "name": "a", "port": 1}, "resolve a", b'{"cmd":"ping"}')
     peer.writer.write_eof()
@@ -141,7 +141,7 @@ async def test_quit_closes_after_the_replies(daemon: InLoop) -> None:
     assert (await (await daemon.peer()).ask("resolve b"))["error"] == "not_found"
 
 
-async def test_who_quits_and_stays_is_closed_soon(daemon: InLoop) -> None:
+async def test_a_peer_that_stays_after_quit_is_closed_soon(daemon: InLoop) -> None:
     peer = await daemon.peer()
     peer.send("quit")
     assert await peer.rest() == b""
@@ -150,7 +150,7 @@ async def test_who_quits_and_stays_is_closed_soon(daemon: InLoop) -> None:
     await until(lambda: not daemon.server.connections)
 
 
-async def test_a_browser_is_refused_and_its_body_is_not_looked_at(
+async def test_a_browser_is_refused_and_its_body_is_not_parsed(
     daemon: InLoop, caplog: pytest.LogCaptureFixture
 ) -> None:
     body = b'{"cmd":"register","name":"evil","port":1}\n' * 1_000
@@ -165,7 +165,7 @@ async def test_a_browser_is_refused_and_its_body_is_not_looked_at(
 
 
 async def test_a_telnet_session_of_bare_lines(daemon: InLoop) -> None:
-    """A typing error leaves it; all that is written by hand is static."""
+    """A typing error does not close the connection; what is registered by a bare line is static."""
     peer = await daemon.peer()
     peer.send(b"HELP\r\0\r\n")
     line = await peer.line()
@@ -185,8 +185,8 @@ async def test_a_telnet_session_of_bare_lines(daemon: InLoop) -> None:
     assert (await other.ask("DEREGISTER db"))["removed"] == 1
 
 
-async def test_a_reply_that_is_known_is_of_a_valid_request(daemon: InLoop) -> None:
-    """It takes another way through the daemon; a typing error behind it ends nothing."""
+async def test_a_cached_reply_counts_as_a_valid_request(daemon: InLoop) -> None:
+    """It takes the fast path; a typing error behind it does not close the connection."""
     resolve = b'{"cmd":"resolve","name":"db"}\n'
     peer, other = await daemon.peer(), await daemon.peer()
     assert (await peer.ask("register db 5432"))["ok"]
@@ -196,7 +196,7 @@ async def test_a_reply_that_is_known_is_of_a_valid_request(daemon: InLoop) -> No
     assert (await other.ask("ping"))["ok"]
 
 
-async def test_help_is_the_same_each_time_and_carries_its_id(daemon: InLoop) -> None:
+async def test_help_is_the_same_each_time_and_has_the_id(daemon: InLoop) -> None:
     peer = await daemon.peer()
     for topic in ({}, {"topic": "ping"}):
         first = await peer.ask(cmd="help", **topic)
@@ -205,17 +205,17 @@ async def test_help_is_the_same_each_time_and_carries_its_id(daemon: InLoop) -> 
             assert await peer.ask(cmd="help", id=id, **topic) == {**first, "id": id}
 
 
-async def test_the_error_line_is_not_eaten_by_a_reset(daemon: InLoop) -> None:
+async def test_the_error_line_is_not_lost_to_a_reset(daemon: InLoop) -> None:
     peer = await daemon.peer()
     peer.send(b"GET / HTTP/1.1\r\n" + b"x" * 3_000_000)  # more than the daemon has read when it answers
     async with asyncio.timeout(WAIT_S):
         assert await peer.reader.readexactly(len(HTTP_REFUSAL)) == HTTP_REFUSAL
 
 
-async def test_a_stranger_who_resets_behind_the_answer_is_no_trouble(
+async def test_a_reset_after_a_refusal_logs_no_traceback(
     daemon: InLoop, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Closing the sending side fails then: no traceback for every such stranger, and nothing of it stays."""
+    """Closing the sending side fails then; nothing of the connection stays."""
     for _ in range(3):
         plain = socket.create_connection(("127.0.0.1", daemon.port))
         await until(lambda: daemon.server.connections)
@@ -227,14 +227,14 @@ async def test_a_stranger_who_resets_behind_the_answer_is_no_trouble(
     assert [record.levelname for record in caplog.records if record.exc_info] == []
 
 
-async def test_too_long_and_broken_lines_leave_the_session(daemon: InLoop) -> None:
+async def test_too_long_and_broken_lines_do_not_close_the_connection(daemon: InLoop) -> None:
     peer = await daemon.peer()
     assert (await peer.ask(b"{" + b"x" * 200_000 + b"\n"))["error"] == "too_large"
     assert (await peer.ask(b"{]\n"))["error"] == "bad_json"
     assert (await peer.ask(PING))["ok"]
 
 
-async def test_an_unfinished_line_ends_an_idle_connection_does_not(daemon: InLoop) -> None:
+async def test_an_unfinished_line_times_out_and_an_idle_connection_does_not(daemon: InLoop) -> None:
     idle, slow = await daemon.peer(), await daemon.peer()
     assert (await idle.ask(PING))["ok"]
     for count, byte in enumerate(b'{"cmd"', 1):
@@ -262,7 +262,7 @@ async def test_connections_are_limited(tmp_path: Path, count: int) -> None:
             assert (await (await daemon.peer()).ask(PING))["ok"]
 
 
-async def test_who_does_not_read_is_not_read_and_stops_nobody(daemon: InLoop) -> None:
+async def test_a_peer_that_does_not_read_is_not_read_and_delays_no_other(daemon: InLoop) -> None:
     setup, deaf = await daemon.peer(), await daemon.peer()
     for n in range(500):
         setup.send({"cmd": "register", "name": f"n{n}", "port": 1, "meta": {"k": "v" * 1_000}})
@@ -278,7 +278,7 @@ async def test_who_does_not_read_is_not_read_and_stops_nobody(daemon: InLoop) ->
             break
 
 
-async def test_unsent_bytes_are_limited_in_all_and_the_longest_stuck_gives_way(tmp_path: Path) -> None:
+async def test_unsent_bytes_are_limited_in_total_and_the_largest_are_cut(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "registry.json", limits=Limits(output_bytes_total_max=300_000)) as daemon:
         setup = await daemon.peer()
         for n in range(900):
@@ -296,7 +296,7 @@ async def test_unsent_bytes_are_limited_in_all_and_the_longest_stuck_gives_way(t
         assert (await setup.ask("resolve n1"))["ok"]
 
 
-async def test_unfinished_bytes_are_limited_in_all(tmp_path: Path) -> None:
+async def test_unfinished_bytes_are_limited_in_total(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "registry.json", limits=Limits(input_bytes_total_max=100_000)) as daemon:
         first, second, other = await daemon.peer(), await daemon.peer(), await daemon.peer()
         first.send(b"{" + b"x" * 59_999)
@@ -307,7 +307,7 @@ async def test_unfinished_bytes_are_limited_in_all(tmp_path: Path) -> None:
         assert (await other.ask(PING))["ok"]
 
 
-async def test_a_reset_costs_nobody_else(daemon: InLoop) -> None:
+async def test_resets_do_not_disturb_other_connections(daemon: InLoop) -> None:
     other = await daemon.peer()
     for n in range(50):
         plain = socket.create_connection(("127.0.0.1", daemon.port))
@@ -318,7 +318,7 @@ async def test_a_reset_costs_nobody_else(daemon: InLoop) -> None:
     assert (await other.ask(PING))["ok"]
 
 
-async def test_a_page_is_bounded_and_goes_on(tmp_path: Path) -> None:
+async def test_pages_are_bounded_and_complete_together(tmp_path: Path) -> None:
     async with InLoop(
         tmp_path / "registry.json", limits=Limits(reply_instances_max=3, reply_bytes_max=2_000)
     ) as daemon:
@@ -372,7 +372,7 @@ async def test_update_and_if(daemon: InLoop) -> None:
     assert (replaced["replaced"], replaced["rev"]) == (True, 6)
 
 
-async def test_hello_and_stats_tell_who_answers(daemon: InLoop) -> None:
+async def test_hello_and_stats_describe_the_daemon(daemon: InLoop) -> None:
     peer = await daemon.peer()
     hello = await peer.ask(cmd="hello")
     assert (hello["server"], hello["protocol"], hello["epoch"], hello["rev"]) == ("regd", 1, EPOCH, 0)
@@ -384,7 +384,7 @@ async def test_hello_and_stats_tell_who_answers(daemon: InLoop) -> None:
     assert stats["registry"] == str(daemon.registry)
 
 
-async def test_a_peer_that_asks_much_leaves_turns_to_others(daemon: InLoop) -> None:
+async def test_a_peer_with_many_requests_leaves_time_to_others(daemon: InLoop) -> None:
     greedy, other = await daemon.peer(), await daemon.peer()
     greedy.send(b"ping\n" * 20_000)
     other.send("ping")
@@ -392,8 +392,8 @@ async def test_a_peer_that_asks_much_leaves_turns_to_others(daemon: InLoop) -> N
     assert (await (await daemon.peer()).ask(cmd="stats"))["requests"]["ping"] < 20_001
 
 
-async def test_a_reply_that_has_just_landed_is_not_overtaken(daemon: InLoop) -> None:
-    """The commit ends and the next bytes arrive in one turn of the loop: the order stays, and `quit` loses nothing."""
+async def test_a_reply_that_was_just_committed_is_not_overtaken(daemon: InLoop) -> None:
+    """The commit ends and the next bytes arrive in one iteration of the loop: order stays, `quit` loses nothing."""
     peer = await daemon.peer()
     [connection] = [each for each in daemon.server.connections if each.address]
     for request, count in ((b'{"cmd":"ping","id":2}\n', 2), (b"quit\n", 1)):
@@ -403,8 +403,8 @@ async def test_a_reply_that_has_just_landed_is_not_overtaken(daemon: InLoop) -> 
         assert [(await peer.reply())["id"] for _ in range(count)] == [1, 2][:count]
 
 
-async def test_one_client_with_dear_requests_leaves_turns_to_others(daemon: InLoop) -> None:
-    """Long names of few letters, as near to each other as can be: comparing them has a bound."""
+async def test_the_search_for_similar_names_is_bounded(daemon: InLoop) -> None:
+    """Long names of few letters, as similar as can be, are expensive to compare."""
     peer = await daemon.peer()
     labels = ["".join("ab"[n >> bit & 1] for bit in range(8)) * 7 for n in range(128)]
     for n, label in enumerate(labels):
@@ -417,7 +417,7 @@ async def test_one_client_with_dear_requests_leaves_turns_to_others(daemon: InLo
     assert asyncio.get_running_loop().time() - began < 2.0  # it took a minute and more
 
 
-async def test_turns_are_taken_whatever_is_filtered(daemon: InLoop) -> None:
+async def test_round_robin_goes_on_whatever_is_filtered(daemon: InLoop) -> None:
     peer = await daemon.peer()
     for n, zone in enumerate("aabb", 1):
         await peer.ask(cmd="register", name="w", port=n, instance=str(n), meta={"zone": zone})
@@ -427,7 +427,7 @@ async def test_turns_are_taken_whatever_is_filtered(daemon: InLoop) -> None:
             ports.append((await peer.ask(cmd="resolve", name="w", meta={"zone": zone}))["port"])
             assert (await peer.ask(cmd="resolve", name="w", meta={"zone": "c"}))["error"] == "not_found"
     assert found == {"a": [1, 2, 1, 2], "b": [3, 4, 3, 4]}
-    # One that comes and goes does not keep the others from their turn.
+    # An instance that comes and goes does not keep the others from their turn.
     seen = set()
     for n in range(6):
         await peer.ask(cmd="register", name="w", port=10 + n, instance="0")
@@ -435,7 +435,7 @@ async def test_turns_are_taken_whatever_is_filtered(daemon: InLoop) -> None:
     assert seen >= {"1", "2", "3", "4"}
 
 
-async def test_last_is_told_in_a_pipeline_too(daemon: InLoop) -> None:
+async def test_last_is_reported_in_a_pipeline_too(daemon: InLoop) -> None:
     peer = await daemon.peer()
     await peer.ask(cmd="register", name="a", port=1)
     peer.send({"cmd": "deregister", "name": "a"}, {"cmd": "deregister", "name": "a"})
@@ -465,7 +465,7 @@ async def test_a_host_has_no_control_characters(daemon: InLoop) -> None:
     assert (await peer.ask(cmd="register", name="a", port=1, host="fe80::1%eth0"))["ok"]
 
 
-async def test_the_largest_give_way_until_it_fits(tmp_path: Path) -> None:
+async def test_the_largest_are_closed_until_the_rest_fits(tmp_path: Path) -> None:
     limits = Limits(input_bytes_total_max=100_000)
     async with InLoop(tmp_path / "registry.json", limits=limits) as daemon:
         small = [await daemon.peer() for _ in range(20)]
@@ -480,7 +480,7 @@ async def test_the_largest_give_way_until_it_fits(tmp_path: Path) -> None:
         assert daemon.server.waiting_bytes <= 100_000
 
 
-async def test_a_peer_that_resets_while_it_is_refused_is_no_bug(daemon: InLoop) -> None:
+async def test_a_peer_that_resets_while_it_is_refused_raises_no_error(daemon: InLoop) -> None:
     """`shutdown` says that it is not connected, before asyncio has seen the reset."""
     found: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: found.append(context))

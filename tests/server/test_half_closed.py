@@ -1,4 +1,4 @@
-"""A peer that waits and has closed its sending side alone keeps its wait; one that is gone is noticed in seconds."""
+"""A peer that has closed only its sending side keeps its wait; one whose process has ended is noticed in seconds."""
 
 import asyncio
 import json
@@ -105,8 +105,8 @@ async def test_a_peer_that_has_closed_its_side_and_lives_gets_its_reply(
 
 
 @pytest.mark.parametrize("table", [False, True])
-async def test_one_that_is_not_read_is_noticed_too(daemon: InLoop, table: bool) -> None:
-    """Behind a wait without an id stands so much that the end of the peer is not read."""
+async def test_a_killed_peer_that_is_not_read_is_noticed_too(daemon: InLoop, table: bool) -> None:
+    """So much follows a wait without an id that regd reads no further, and does not see the end of the input."""
     if table:
         daemon.server._peers.close()
         daemon.server._peers._ask = peer_credentials.by_table
@@ -122,7 +122,7 @@ async def test_one_that_is_not_read_is_noticed_too(daemon: InLoop, table: bool) 
     await until(lambda: not daemon.server.connections)
 
 
-async def test_where_the_kernel_cannot_be_asked_waits_stay(daemon: InLoop) -> None:
+async def test_a_wait_stays_where_the_kernel_cannot_be_asked(daemon: InLoop) -> None:
     daemon.server._peers.close()
     peer = await daemon.peer()
     peer.send(WAIT)
@@ -148,7 +148,7 @@ class Waiter:
         self.is_cut = True
 
 
-def test_very_many_are_checked_some_at_a_time_and_each_every_few_seconds() -> None:
+def test_many_connections_are_checked_in_slices_and_each_every_few_seconds() -> None:
     clock = HandClock()
     half_closed, waiters = HalfClosed(clock), [Waiter() for _ in range(5_000)]
     for each in waiters:
@@ -166,10 +166,10 @@ def test_very_many_are_checked_some_at_a_time_and_each_every_few_seconds() -> No
     waiters[0].gone = True
     clock.advance(10 * CHECK_S)
     assert [each.is_cut for each in waiters[:2]] == [True, False]
-    assert not any(timer.call for _, _, timer in clock._timers), "nobody waits, and a timer is left"
+    assert not any(timer.call for _, _, timer in clock._timers), "no connection waits, and a timer is left"
 
 
-def test_who_is_no_more_is_not_checked() -> None:
+def test_a_discarded_connection_is_not_checked() -> None:
     clock = HandClock()
     half_closed, waiter = HalfClosed(clock), Waiter()
     half_closed.add(waiter)

@@ -1,4 +1,4 @@
-"""A daemon that nobody needs ends by itself: when, when not, and what becomes of who comes in that moment."""
+"""An idle daemon exits by itself: when, when not, and what a client sees that connects in that moment."""
 
 import asyncio
 import logging
@@ -18,7 +18,7 @@ ENDED_S = IDLE_S * 9 / 8  # at the latest
 
 
 class Watched:
-    """An `IdleExit` of which the test says whether it is quiet."""
+    """An `IdleExit` with a clock and a mark that the test sets."""
 
     def __init__(self) -> None:
         self.clock = HandClock()
@@ -31,7 +31,7 @@ class Watched:
         self.over += 1
 
 
-def test_it_is_over_once_after_its_time_and_not_before() -> None:
+def test_exit_is_called_once_after_the_time_and_not_before() -> None:
     watched = Watched()
     watched.clock.advance(IDLE_S - 1)
     assert watched.over == 0
@@ -41,8 +41,8 @@ def test_it_is_over_once_after_its_time_and_not_before() -> None:
     assert watched.over == 1
 
 
-@pytest.mark.parametrize("between", [None, 1], ids=["somebody is there", "somebody was there between two looks"])
-def test_whoever_is_there_begins_it_anew(between: Hashable | None) -> None:
+@pytest.mark.parametrize("between", [None, 1], ids=["in use", "in use between two checks"])
+def test_use_starts_the_time_again(between: Hashable | None) -> None:
     watched = Watched()
     watched.clock.advance(IDLE_S - 1)
     watched.mark = between
@@ -54,8 +54,8 @@ def test_whoever_is_there_begins_it_anew(between: Hashable | None) -> None:
     assert watched.over == 1
 
 
-def test_time_in_which_it_did_not_run_is_one_look() -> None:
-    """A machine that wakes up: nobody could reach the daemon, and now somebody may."""
+def test_time_in_which_the_process_did_not_run_is_one_check() -> None:
+    """As after a machine wakes up: until then no client could reach the daemon."""
     watched = Watched()
     watched.clock.stop(1_000 * IDLE_S)
     assert watched.over == 0
@@ -63,7 +63,7 @@ def test_time_in_which_it_did_not_run_is_one_look() -> None:
     assert watched.over == 1
 
 
-def test_it_can_be_called_off() -> None:
+def test_no_exit_after_close() -> None:
     watched = Watched()
     watched.idle.close()
     watched.clock.advance(2 * ENDED_S)
@@ -77,7 +77,7 @@ async def idling(tmp_path: Path) -> AsyncIterator[InLoop]:
 
 
 async def ends(daemon: InLoop, within_s: float) -> bool:
-    """Let time pass, and tell whether the daemon has had enough."""
+    """Let time pass, and return whether the daemon wants to exit."""
     idled = asyncio.ensure_future(daemon.server.idled())
     daemon.clock.advance(within_s)
     for _ in range(3):
@@ -93,7 +93,7 @@ async def alone(daemon: InLoop) -> None:
 
 
 @pytest.mark.socket
-async def test_what_is_registered_or_connected_keeps_it(idling: InLoop) -> None:
+async def test_registrations_and_connections_keep_the_daemon(idling: InLoop) -> None:
     peer = await idling.peer()
     await peer.ask(cmd="register", name="db", port=1)
     assert not await ends(idling, 3 * ENDED_S)
@@ -112,7 +112,7 @@ async def test_what_is_registered_or_connected_keeps_it(idling: InLoop) -> None:
 
 
 @pytest.mark.socket
-async def test_who_came_and_went_in_between_begins_it_anew(idling: InLoop) -> None:
+async def test_a_client_that_came_and_went_starts_the_time_again(idling: InLoop) -> None:
     assert not await ends(idling, IDLE_S * 0.9)
     peer = await idling.peer()
     await peer.ask("ping")
@@ -124,7 +124,7 @@ async def test_who_came_and_went_in_between_begins_it_anew(idling: InLoop) -> No
 
 @pytest.mark.socket
 @pytest.mark.parametrize("family", ["tcp", "unix"])
-async def test_a_watcher_that_has_closed_one_side_keeps_it_until_it_has_closed_both(
+async def test_a_half_closed_watcher_keeps_the_daemon_until_it_closes(
     idling: InLoop, family: str, tmp_path: Path
 ) -> None:
     if family == "unix":
@@ -148,7 +148,9 @@ async def test_a_watcher_that_has_closed_one_side_keeps_it_until_it_has_closed_b
 
 
 @pytest.mark.socket
-async def test_the_end_is_one_line_and_nobody_is_let_in(idling: InLoop, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_exit_logs_one_line_and_accepts_no_connection(
+    idling: InLoop, caplog: pytest.LogCaptureFixture
+) -> None:
     """Who connects then is not half served: the connection breaks without a word, whatever was asked."""
     with caplog.at_level(logging.INFO):
         assert await ends(idling, ENDED_S)
@@ -163,5 +165,5 @@ async def test_the_end_is_one_line_and_nobody_is_let_in(idling: InLoop, caplog: 
     assert b'"db"' not in idling.registry.read_bytes()
 
 
-async def test_one_that_was_told_to_stay_stays(daemon: InLoop) -> None:
+async def test_without_the_option_the_daemon_stays(daemon: InLoop) -> None:
     assert not await ends(daemon, 100_000.0)

@@ -1,6 +1,7 @@
-"""Each row of the table of limits, at n-1, n and n+1: within it things work, beyond it happens what the row says.
+"""Each row of the table of limits, at n-1, n and n+1: up to the limit requests succeed, beyond it they fail as the row
+says.
 
-`test_every_row_is_here` keeps this page whole.
+`test_every_row_is_here` fails for a limit without a test.
 """
 
 import asyncio
@@ -192,7 +193,7 @@ async def test_connections(running: Running) -> None:
 
 
 @rows("readonly_connections_max")
-async def test_guests_leave_room_for_others(running: Running) -> None:
+async def test_readonly_connections_leave_room_for_writers(running: Running) -> None:
     told = Told()
     async with running(peers=told, readonly_connections_max=3, connections_max=5) as daemon:
 
@@ -212,7 +213,7 @@ async def test_guests_leave_room_for_others(running: Running) -> None:
 
 
 class NoTime:
-    """Turns in which there is no time for anybody until the test has it."""
+    """A scheduler that has no time until the test runs its workers."""
 
     has_time = False
 
@@ -227,7 +228,7 @@ class NoTime:
 
 
 @pytest.mark.socket
-async def test_a_reader_is_read_again_after_its_time_slice_and_the_owner_is_served_meanwhile(
+async def test_a_readonly_connection_is_read_on_after_its_time_slice_and_a_writer_meanwhile(
     running: Running,
 ) -> None:
     told = Told()
@@ -259,25 +260,25 @@ async def test_input_of_a_reader_is_split_in_its_time_slice_only(running: Runnin
     told = Told()
     async with running(peers=told) as daemon:
         assert daemon.server._connections is not None
-        guest = await daemon.peer()
-        assert (await guest.ask(cmd="ping"))["ok"]
-        turns = daemon.server._connections.readers.scheduler = cast(FairScheduler, NoTime())
+        reader = await daemon.peer()
+        assert (await reader.ask(cmd="ping"))["ok"]
+        scheduler = daemon.server._connections.readers.scheduler = cast(FairScheduler, NoTime())
         [connection] = daemon.server.connections
-        guest.send(b"ping\n" * 100 + b'{"cmd":"ping"}')
-        guest.writer.write_eof()
+        reader.send(b"ping\n" * 100 + b'{"cmd":"ping"}')
+        reader.writer.write_eof()
         await until(lambda: connection._conversation.input_ended or not connection._transport.is_reading())
         assert not connection._conversation.parser.pending
-        waits = cast(NoTime, turns).waiting
+        waits = cast(NoTime, scheduler).waiting
         while waits or connection in daemon.server.connections:
             if waits:
                 waits.pop(0).run()
             await asyncio.sleep(0)
-        assert (await guest.rest()) == b'{"ok":true}\n' * 101
+        assert (await reader.rest()) == b'{"ok":true}\n' * 101
 
 
 @rows("readonly_pending_bytes_max")
 @pytest.mark.parametrize("step", [-1, 0, 1])
-async def test_what_is_kept_for_guests_leaves_room_for_others(step: int, running: Running) -> None:
+async def test_pending_requests_of_readonly_users_leave_room_for_writers(step: int, running: Running) -> None:
     told = Told()
     size = Request("watch", None, {"name": "a"}).weight_bytes
     async with running(peers=told, readonly_pending_bytes_max=2 * size + step) as daemon:
@@ -294,8 +295,8 @@ async def test_what_is_kept_for_guests_leaves_room_for_others(step: int, running
 
 
 @rows("readonly_output_bytes_total_max")
-async def test_bytes_that_guests_do_not_read_cut_guests_alone(running: Running) -> None:
-    """The owner has the most unsent bytes of all, and keeps its connection."""
+async def test_unsent_bytes_of_readonly_users_cut_readonly_connections_alone(running: Running) -> None:
+    """The writer has the most unsent bytes of all, and keeps its connection."""
     told = Told()
     told.uid = 0
     async with running(peers=told, readonly_output_bytes_total_max=300_000) as daemon:
@@ -324,7 +325,7 @@ async def test_bytes_that_guests_do_not_read_cut_guests_alone(running: Running) 
 
 
 @rows("readonly_input_bytes_total_max")
-async def test_bytes_that_guests_leave_unfinished_cut_guests_alone(running: Running) -> None:
+async def test_unfinished_bytes_of_readonly_users_close_readonly_connections_alone(running: Running) -> None:
     told = Told()
     told.uid = 0
     async with running(peers=told, readonly_input_bytes_total_max=3_000) as daemon:
@@ -343,7 +344,7 @@ async def test_bytes_that_guests_leave_unfinished_cut_guests_alone(running: Runn
 
 
 @rows("readonly_watches_total_max", "readonly_parked_total_max")
-async def test_watches_and_waits_of_guests_leave_room_for_others(running: Running) -> None:
+async def test_watches_and_waits_of_readonly_users_leave_room_for_writers(running: Running) -> None:
     told = Told()
     async with running(
         peers=told,
@@ -366,7 +367,7 @@ async def test_watches_and_waits_of_guests_leave_room_for_others(running: Runnin
 
 
 @rows("readonly_slow_replies_max")
-async def test_long_replies_of_guests_take_turns_and_one_that_does_not_read_holds_up_none(
+async def test_slow_replies_of_readonly_users_wait_for_a_slot_and_one_that_does_not_read_has_none(
     running: Running,
 ) -> None:
     told = Told()
@@ -399,7 +400,7 @@ async def test_long_replies_of_guests_take_turns_and_one_that_does_not_read_hold
         await until(lambda: not (slow._taken or slow._waiting))
 
 
-async def test_for_a_guest_that_went_while_it_waited_for_a_long_reply_none_is_made(running: Running) -> None:
+async def test_no_slow_reply_is_made_for_a_peer_that_went_while_it_waited_for_a_slot(running: Running) -> None:
     told = Told()
     told.uid = 0
     async with running(peers=told, readonly_slow_replies_max=1, search_step_max=1) as daemon:
@@ -416,7 +417,7 @@ async def test_for_a_guest_that_went_while_it_waited_for_a_long_reply_none_is_ma
 
 
 @rows("readonly_round_robin_filters_max")
-def test_whom_a_guest_gets_changes_nobody_elses_turn() -> None:
+def test_resolves_of_readonly_users_do_not_move_the_round_robin_of_writers() -> None:
     entries = [Entry("a", str(n), "127.0.0.1", 1, {"k": "v"}, State.READY, 1, 0.0) for n in range(3)]
     registry = Registry(entries, 1, Limits(readonly_round_robin_filters_max=2, round_robin_filters_max=2))
 
@@ -443,7 +444,7 @@ def test_whom_a_guest_gets_changes_nobody_elses_turn() -> None:
 async def test_no_more_addresses_are_probed_at_a_time(
     uid: int, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each user's waits have their own; the next is tried when one is done."""
+    """Writers and readers have probes of their own; the next address is tried when one is done."""
     told, running_now, most = Told(), set[Any](), 0
     gates: list[asyncio.Future[None]] = []
 
@@ -476,7 +477,7 @@ async def test_no_more_addresses_are_probed_at_a_time(
 
 
 @pytest.mark.parametrize("hard", [1_024, 4_096, 20_000])
-def test_the_part_of_guests_is_the_same_where_fewer_files_may_be_open(
+def test_the_readonly_share_is_the_same_where_fewer_files_may_be_open(
     hard: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("regd.system.open_files.raise_open_files", lambda wanted: min(wanted, hard - 192))
@@ -492,7 +493,7 @@ async def test_held(running: Running) -> None:
         peer, other = await daemon.peer(), await daemon.peer()
         await three(lambda n: peer.ask(cmd="register", name=f"a{n}", port=1, hold=True))
         assert (await other.ask(cmd="register", name="a3", port=1, hold=True))["ok"]
-        # In one batch too, and what was given up makes room.
+        # In one batch too; a deregistration makes room.
         peer.send(
             {"cmd": "deregister", "name": "a0"},
             {"cmd": "register", "name": "b", "port": 1, "hold": True},
@@ -512,7 +513,7 @@ async def test_held_by_a_process(running: Running) -> None:
             own: dict[str, Any] = {"cmd": "register", "port": 1, "pid": os.getpid()}
             await three(lambda n: (peer, other)[n % 2].ask({**own, "name": f"a{n}", "hold": n == 1}))
             assert (await peer.ask(cmd="register", name="a3", port=1, pid=child.pid))["ok"]
-            # In one batch too, and what was given up makes room.
+            # In one batch too; a deregistration makes room.
             peer.send({"cmd": "deregister", "name": "a0"}, *({**own, "name": name} for name in "bcb"))
             assert [(await peer.reply()).get("error") for _ in range(4)] == [None, None, "busy", None]
     finally:
@@ -613,8 +614,8 @@ async def test_writes_waiting(running: Running) -> None:
 
 @rows("pending_bytes_max")
 @pytest.mark.parametrize("step", [-1, 0, 1])
-async def test_kept_bytes(step: int, running: Running) -> None:
-    """Of what waits for the disk, is parked, or watches; and all of it is given back."""
+async def test_pending_bytes(step: int, running: Running) -> None:
+    """Of requests that wait for the disk, are parked, or watch; all of it is released."""
     watch = Request("watch", None, {"name": "a", "meta": {"k": "v"}}).weight_bytes
     wait = 2 * Request("resolve", None, {"name": "a", "wait": 60.0}).weight_bytes
     write = Request("register", None, {"name": "a", "port": 1}).weight_bytes
@@ -681,7 +682,7 @@ async def test_input_bytes(running: Running) -> None:
 
 
 @rows("close_linger_s_max")
-async def test_a_farewell(running: Running) -> None:
+async def test_lingering_close(running: Running) -> None:
     async with running() as daemon:
         peer = await daemon.peer()
         peer.send(b"GET / HTTP/1.1\r\n\r\n")
@@ -773,8 +774,8 @@ async def test_replies(running: Running) -> None:
             assert len(await peer.line()) <= 2_000
 
 
-# Tested where they belong: slices and turns in test_health and test_service, probes in test_wait, `progress` in
-# test_watch, who does not read in test_connection.
+# Tested elsewhere: time slices in test_health, round robin in test_registry, probes in test_pending_resolves,
+# `progress` in test_watch, peers that do not read in test_connection.
 TESTED.update({"search_step_max", "round_robin_filters_max", "probed_instances_max", "probe_s_max", "progress_s"})
 TESTED.update({"output_bytes_max", "output_bytes_total_max"})
 

@@ -1,4 +1,4 @@
-"""`resolve` with `wait`: answered when somebody accepts, and the time-out says why not."""
+"""`resolve` with `wait`: answered when an instance accepts; the timeout says why none did."""
 
 import asyncio
 import socket
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.socket
 
 @asynccontextmanager
 async def service(host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[int]:
-    """Somebody who accepts."""
+    """A server that accepts connections."""
     server = await asyncio.start_server(lambda reader, writer: writer.close(), host, port)
     async with server:
         yield server.sockets[0].getsockname()[1]
@@ -28,15 +28,15 @@ def free_port() -> int:
         return int(there.getsockname()[1])
 
 
-async def turns(daemon: InLoop, done: Callable[[], bool]) -> None:
-    """Move time in small steps, and let the loop work, until something is done."""
+async def step_until(daemon: InLoop, done: Callable[[], bool]) -> None:
+    """Move the clock in small steps, and let the event loop run, until a condition holds."""
     async with asyncio.timeout(WAIT_S):
         while not done():
             daemon.clock.advance(0.01)
             await asyncio.sleep(0)
 
 
-async def test_who_accepts_is_answered_at_once(daemon: InLoop) -> None:
+async def test_an_instance_that_accepts_is_the_answer_at_once(daemon: InLoop) -> None:
     peer = await daemon.peer()
     for host in ("127.0.0.1", "::1"):
         async with service(host) as port:
@@ -63,14 +63,14 @@ async def test_it_waits_for_the_registration_and_for_the_port(daemon: InLoop) ->
     await two.ask(cmd="register", name="a", port=port, state="starting")
     await two.ask(cmd="update", name="a", state="ready")
     answer = asyncio.create_task(one.reply())
-    await turns(daemon, lambda: daemon.server.probed > 2)
+    await step_until(daemon, lambda: daemon.server.probed > 2)
     assert not answer.done()
     async with service(port=port):
-        await turns(daemon, answer.done)
+        await step_until(daemon, answer.done)
     assert answer.result()["port"] == port
 
 
-async def test_with_an_id_others_overtake_it_and_without_nobody_does(daemon: InLoop) -> None:
+async def test_a_wait_with_an_id_is_overtaken_and_one_without_is_not(daemon: InLoop) -> None:
     peer = await daemon.peer()
     peer.send({"cmd": "resolve", "name": "a", "wait": 1, "id": 1}, {"cmd": "ping", "id": 2}, "ping")
     assert [(await peer.reply()).get("id") for _ in range(2)] == [2, None]
@@ -96,7 +96,7 @@ async def test_pending_replies_are_sent_after_the_peer_has_closed_its_side(daemo
     assert await peer.rest() == b""
 
 
-async def test_why_it_took_too_long(daemon: InLoop) -> None:
+async def test_a_timeout_says_why(daemon: InLoop) -> None:
     peer = await daemon.peer()
     await peer.ask(cmd="register", name="refusing", port=free_port())
     await peer.ask(cmd="register", name="starting", port=1, state="starting")
@@ -114,7 +114,7 @@ async def test_why_it_took_too_long(daemon: InLoop) -> None:
         assert why in reply["message"]
 
 
-async def test_those_that_do_not_accept_are_passed_over_and_turns_are_taken(daemon: InLoop) -> None:
+async def test_instances_that_do_not_accept_are_skipped_in_the_round_robin(daemon: InLoop) -> None:
     peer = await daemon.peer()
     async with service() as first, service() as second:
         for port in (first, free_port(), second):
@@ -124,11 +124,11 @@ async def test_those_that_do_not_accept_are_passed_over_and_turns_are_taken(daem
     assert found[:2] == found[2:]
 
 
-async def test_nobody_is_probed_while_nobody_waits(daemon: InLoop) -> None:
+async def test_no_instance_is_probed_while_no_request_waits(daemon: InLoop) -> None:
     peer = await daemon.peer()
     await peer.ask(cmd="register", name="a", port=free_port())
     peer.send({"cmd": "resolve", "name": "a", "wait": 100})
-    await turns(daemon, lambda: daemon.server.probed > 3)
+    await step_until(daemon, lambda: daemon.server.probed > 3)
     await peer.reset()
     async with asyncio.timeout(WAIT_S):
         while daemon.server.parked:
@@ -200,7 +200,7 @@ async def test_why(daemon: InLoop) -> None:
     assert (await other.ask(cmd="why", name="zzz"))["error"] == "not_found"
 
 
-async def test_what_is_answered_at_once_stands_in_order(daemon: InLoop) -> None:
+async def test_immediate_answers_come_in_order(daemon: InLoop) -> None:
     peer = await daemon.peer()
     await peer.ask(cmd="register", name="remote", port=1, host="db.example")
     peer.send(
@@ -218,8 +218,8 @@ async def test_what_is_answered_at_once_stands_in_order(daemon: InLoop) -> None:
     ]
 
 
-async def test_one_that_hangs_holds_nobody_up(daemon: InLoop) -> None:
-    """A service whose queue of connections is full answers nothing: the next one in turn is taken."""
+async def test_an_instance_that_does_not_answer_delays_no_wait(daemon: InLoop) -> None:
+    """A service whose backlog is full does not answer: the next instance in turn is taken."""
     peer = await daemon.peer()
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
@@ -232,13 +232,13 @@ async def test_one_that_hangs_holds_nobody_up(daemon: InLoop) -> None:
             await peer.ask(cmd="register", name="a", port=full.getsockname()[1], instance="1")
             await peer.ask(cmd="register", name="a", port=port, instance="2")
             answer = asyncio.create_task(peer.ask(cmd="resolve", name="a", wait=5))
-            await turns(daemon, answer.done)
+            await step_until(daemon, answer.done)
         for each in fillers:
             each.close()
     assert answer.result()["port"] == port
 
 
-async def test_the_one_of_very_many_that_accepts_is_found(tmp_path: Path) -> None:
+async def test_the_only_instance_of_many_that_accepts_is_found(tmp_path: Path) -> None:
     async with (
         InLoop(tmp_path / "registry.json", limits=Limits(probed_instances_max=3)) as daemon,
         service() as port,
@@ -248,5 +248,5 @@ async def test_the_one_of_very_many_that_accepts_is_found(tmp_path: Path) -> Non
             await peer.ask(cmd="register", name="a", port=free_port(), instance=str(n))
         await peer.ask(cmd="register", name="a", port=port, instance="z")
         answer = asyncio.create_task(peer.ask(cmd="resolve", name="a", wait=60))
-        await turns(daemon, answer.done)
+        await step_until(daemon, answer.done)
         assert answer.result()["port"] == port

@@ -1,4 +1,4 @@
-"""Who is served when: at once while there is time, and nobody waits for ever."""
+"""When a worker runs: at once while there is time, and no worker waits for ever."""
 
 import asyncio
 
@@ -7,17 +7,17 @@ from tests.support.daemon import WAIT_S
 
 
 class Worker:
-    """Takes so long each time, and has so much to do."""
+    """Takes `takes_s` in each time slice, and needs `times` of them."""
 
-    def __init__(self, turns: FairScheduler, name: str, log: list[str], takes_s: float, times: int) -> None:
-        self.turns, self.name, self.log, self.takes_s, self.times = turns, name, log, takes_s, times
+    def __init__(self, scheduler: FairScheduler, name: str, log: list[str], takes_s: float, times: int) -> None:
+        self.scheduler, self.name, self.log, self.takes_s, self.times = scheduler, name, log, takes_s, times
 
     def run(self) -> None:
         self.log.append(self.name)
         self.times -= 1
-        self.turns.spent(self.takes_s)
+        self.scheduler.spent(self.takes_s)
         if self.times:
-            self.turns.schedule(self, busy=True)
+            self.scheduler.schedule(self, busy=True)
 
 
 async def drain(workers: list[Worker]) -> None:
@@ -26,39 +26,39 @@ async def drain(workers: list[Worker]) -> None:
             await asyncio.sleep(0)
 
 
-async def test_there_is_time_until_it_is_spent_and_again_when_the_loop_has_turned() -> None:
-    turns, log = FairScheduler(), list[str]()
+async def test_there_is_time_until_it_is_spent_and_again_in_the_next_iteration() -> None:
+    scheduler, log = FairScheduler(), list[str]()
     seen = []
     for _ in range(2):
-        turns.spent(0.002)
-        seen.append(turns.has_time)
-    turns.schedule(one := Worker(turns, "one", log, 0.0, 1), busy=False)
+        scheduler.spent(0.002)
+        seen.append(scheduler.has_time)
+    scheduler.schedule(one := Worker(scheduler, "one", log, 0.0, 1), busy=False)
     await drain([one])
-    assert [*seen, turns.has_time] == [True, False, True]
+    assert [*seen, scheduler.has_time] == [True, False, True]
 
 
-async def test_whoever_has_little_to_do_does_not_wait_for_the_busy() -> None:
-    turns, log = FairScheduler(), list[str]()
-    busy = [Worker(turns, f"busy{n}", log, 0.001, 20) for n in range(50)]
+async def test_a_fresh_worker_does_not_wait_for_busy_ones() -> None:
+    scheduler, log = FairScheduler(), list[str]()
+    busy = [Worker(scheduler, f"busy{n}", log, 0.001, 20) for n in range(50)]
     for each in busy:
-        turns.schedule(each, busy=True)
+        scheduler.schedule(each, busy=True)
     await asyncio.sleep(0)
     before = len(log)
-    fresh = Worker(turns, "fresh", log, 0.0001, 1)
-    turns.schedule(fresh, busy=False)
+    fresh = Worker(scheduler, "fresh", log, 0.0001, 1)
+    scheduler.schedule(fresh, busy=False)
     await drain([fresh])
     assert len(log) - before <= 5
     await drain(busy)
 
 
-async def test_those_with_little_time_take_no_more_in_one_turn_of_the_loop_however_many_they_are() -> None:
-    turns, log = FairScheduler(READONLY_S, READONLY_S), list[str]()
-    seen = [turns.has_time]
-    turns.spent(READONLY_S)
-    assert [*seen, turns.has_time] == [True, False]
-    workers = [Worker(turns, f"one{n}", log, 0.0005, 2) for n in range(100)]
+async def test_many_workers_take_no_more_than_the_time_of_one_iteration() -> None:
+    scheduler, log = FairScheduler(READONLY_S, READONLY_S), list[str]()
+    seen = [scheduler.has_time]
+    scheduler.spent(READONLY_S)
+    assert [*seen, scheduler.has_time] == [True, False]
+    workers = [Worker(scheduler, f"one{n}", log, 0.0005, 2) for n in range(100)]
     for each in workers:
-        turns.schedule(each, busy=False)
+        scheduler.schedule(each, busy=False)
     steps = []
     async with asyncio.timeout(WAIT_S):
         while any(each.times for each in workers):
@@ -69,14 +69,14 @@ async def test_those_with_little_time_take_no_more_in_one_turn_of_the_loop_howev
     assert len(log) == 200
 
 
-async def test_the_busy_go_on_among_many_who_come_and_each_in_its_turn() -> None:
-    turns, log = FairScheduler(), list[str]()
-    busy = [Worker(turns, f"busy{n}", log, 0.001, 5) for n in range(4)]
+async def test_busy_workers_go_on_in_order_among_many_fresh_ones() -> None:
+    scheduler, log = FairScheduler(), list[str]()
+    busy = [Worker(scheduler, f"busy{n}", log, 0.001, 5) for n in range(4)]
     for each in busy:
-        turns.schedule(each, busy=True)
+        scheduler.schedule(each, busy=True)
     for _ in range(100):
         for _ in range(10):
-            turns.schedule(Worker(turns, "fresh", log, 0.001, 1), busy=False)
+            scheduler.schedule(Worker(scheduler, "fresh", log, 0.001, 1), busy=False)
         await asyncio.sleep(0)
     assert not any(each.times for each in busy)
     assert [name for name in log if name != "fresh"] == [f"busy{n}" for n in range(4)] * 5

@@ -1,4 +1,4 @@
-"""Who watches hears all, in order, once: fold(events) = list, for fast, slow and resuming watchers."""
+"""A watcher gets each change once and in order: fold(events) = list, for fast, slow and resumed watchers."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.socket
 
 
 class Fold:
-    """A watcher's picture of the registry."""
+    """A watcher's copy of the registry, made from its events."""
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
@@ -131,7 +131,7 @@ async def test_resume(daemon: InLoop) -> None:
 
 
 @pytest.mark.parametrize("position", [{"epoch": "other", "since": 1}, {"epoch": "5eed5eed5eed5eed", "since": 99}])
-async def test_a_position_that_is_not_known(daemon: InLoop, position: dict[str, Any]) -> None:
+async def test_an_unknown_position(daemon: InLoop, position: dict[str, Any]) -> None:
     writer = await daemon.peer()
     await writer.ask(cmd="register", name="a", port=1)
     fold, _ = await watching(daemon, **position)
@@ -186,13 +186,13 @@ async def test_unwatch(daemon: InLoop) -> None:
     assert [line["watch"] for line in lines if "event" in line] == [2]
 
 
-async def test_the_bare_word(daemon: InLoop) -> None:
+async def test_a_bare_line(daemon: InLoop) -> None:
     peer = await daemon.peer()
     assert (await peer.ask("watch w*"))["watch"] == 1
     assert (await peer.reply())["event"] == "sync"
 
 
-async def test_too_many(tmp_path: Path) -> None:
+async def test_too_many_watches(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "registry.json", limits=Limits(watches_max=2, watches_total_max=3)) as daemon:
         one, two = await daemon.peer(), await daemon.peer()
         one.send(*[{"cmd": "watch", "name": "a"}] * 3)
@@ -238,7 +238,7 @@ class Slot:
         self.events += [json.loads(line) for line in data.splitlines()]
 
 
-async def test_what_changes_while_the_state_is_being_sent_follows_it() -> None:
+async def test_changes_during_the_snapshot_follow_it() -> None:
     registry = Registry()
 
     def land(*entries: Entry) -> None:
@@ -326,7 +326,7 @@ class Follower:
 
 
 class World:
-    """A daemon that is restarted, a writer, and three who follow. Each method is a step of a history."""
+    """A daemon that restarts, a writer, and three watchers. Each method is a step of a history."""
 
     LIMITS = Limits(history_changes_max=12)
 
@@ -399,7 +399,7 @@ def test_any_history_of_changes_breaks_and_restarts(
     asyncio.run(run())
 
 
-async def test_a_watch_that_ends_takes_nothing_from_those_of_other_names(daemon: InLoop) -> None:
+async def test_unwatch_leaves_watches_of_other_names_alone(daemon: InLoop) -> None:
     peer, writer = await daemon.peer(), await daemon.peer()
     for name in ("aa*", "bb*", "bb*", "bbc*", "aa", "bb1"):
         await peer.ask(cmd="watch", name=name)
