@@ -1,4 +1,4 @@
-"""What every test has: the event loop that was asked for, and daemons in its loop or in a process of their own."""
+"""Fixtures for every test: the event loop, and a daemon in that loop or in its own process; the short form."""
 
 import asyncio
 import os
@@ -16,6 +16,11 @@ collect_ignore = ["sample"]  # a project of its own, which system/test_sample.py
 os.environ.pop("REGD_AUTOSTART", None)  # no test starts a daemon of whoever runs the tests
 settings.register_profile("regd", max_examples=examples(100), deadline=None, print_blob=True)
 settings.load_profile("regd")  # no deadline: on a busy machine any example may take a second
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Run event loops in debug mode in the long form. It doubles the time that tests in one process take."""
+    config.option.asyncio_debug = LONG
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
