@@ -124,7 +124,7 @@ def test_imports_go_down_only(folder: str, path: Path) -> None:
             assert top in sys.stdlib_module_names or top in own, f"{name} is not in the standard library"
 
 
-def test_every_folder_is_on_a_floor() -> None:
+def test_every_folder_has_a_floor() -> None:
     folders = {path.parent.relative_to(ROOT).as_posix() for path in MODULES.values()}
     assert folders - set(FLOORS) == {"regd"}
 
@@ -134,13 +134,13 @@ def test_no_two_modules_import_each_other(root: str) -> None:
     assert circles(graph(root)) == []
 
 
-def test_a_circle_is_found() -> None:
+def test_import_circle_is_detected() -> None:
     modules = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}
     assert circles(modules) == [{"b", "c"}]
     assert depth(modules) == 3
 
 
-def test_the_client_is_not_deep() -> None:
+def test_client_has_few_import_floors() -> None:
     client = graph("regd_client")
     del client["regd_client"]  # it re-exports the others
     assert depth({name: names - {"regd_client"} for name, names in client.items()}) <= CLIENT_DEPTH_MAX
@@ -168,5 +168,5 @@ def test_nothing_alters_an_entry(name: str) -> None:
     [path for _, path in FILES if path.name != "__main__.py"],
     ids=lambda path: str(path.relative_to(ROOT)),
 )
-def test_every_module_says_what_it_is(path: Path) -> None:
+def test_every_module_has_a_docstring(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text())), "no module head"

@@ -40,9 +40,7 @@ def bench(programs: Path, tmp_path: Path) -> Bench:
 @needs_compiler
 @pytest.mark.parametrize("kind", [Regd, Redis])
 @pytest.mark.parametrize(("work", "depth"), [("read", 1), ("read", 8), ("write", 1)])
-def test_a_server_is_asked_and_its_replies_are_right(
-    bench: Bench, kind: type[Server], work: str, depth: int
-) -> None:
+def test_server_replies_are_correct(bench: Bench, kind: type[Server], work: str, depth: int) -> None:
     if kind.missing():
         pytest.skip(f"no {kind.missing()} on this machine")
     with bench.running([kind], durable=True, names=100) as [server]:
@@ -52,7 +50,7 @@ def test_a_server_is_asked_and_its_replies_are_right(
 
 
 @needs_compiler
-def test_a_row_is_measured_in_rounds(bench: Bench) -> None:
+def test_row_is_measured_in_rounds(bench: Bench) -> None:
     with bench.running([Floor, Regd], names=100) as servers:
         found = bench.in_turn({server.label: bench.ask(server, names=100, connections=10) for server in servers})
     assert {what: len(rounds) for what, rounds in found.items()} == {"floor": 2, "regd": 2}
@@ -60,7 +58,7 @@ def test_a_row_is_measured_in_rounds(bench: Bench) -> None:
 
 
 @needs_compiler
-def test_a_reply_about_another_name_ends_the_run(bench: Bench) -> None:
+def test_wrong_reply_stops_the_run(bench: Bench) -> None:
     """The floor says of every name what regd would say of the first."""
     with bench.running([Floor]) as [server]:
         server.protocol = "regd"  # type: ignore[misc]
@@ -105,7 +103,7 @@ def forgetful_port() -> Iterator[int]:
 
 
 @needs_compiler
-def test_a_write_that_was_not_kept_ends_the_run(bench: Bench, forgetful_port: int) -> None:
+def test_lost_write_stops_the_run(bench: Bench, forgetful_port: int) -> None:
     with bench.running([Floor]) as [server]:
         server.protocol, server.port = "regd", forgetful_port  # type: ignore[misc]
         bench.load.run(server, **SHORT)
@@ -115,7 +113,7 @@ def test_a_write_that_was_not_kept_ends_the_run(bench: Bench, forgetful_port: in
 
 
 @needs_compiler
-def test_every_watcher_hears_of_every_change(bench: Bench) -> None:
+def test_every_watcher_receives_every_change(bench: Bench) -> None:
     with bench.running([Regd], names=100) as [server]:
         found = bench.load.run(server, "follow", watchers=5, changes=10, warm=2)
     assert found["replies"] == 50
@@ -123,7 +121,7 @@ def test_every_watcher_hears_of_every_change(bench: Bench) -> None:
 
 
 @needs_compiler
-def test_the_client_is_asked_and_its_answers_are_right(bench: Bench) -> None:
+def test_client_answers_are_correct(bench: Bench) -> None:
     with bench.running([Regd], names=1_000) as [server]:
         assert call("regd", server, tasks=5, warm=0.01, seconds=0.1)["a_second"] > 0
         assert call("mirror", server, seconds=0.05)["mirror_us"] > 0
@@ -137,7 +135,7 @@ def test_peers_store_a_value_of_the_same_size() -> None:
     }  # fmt: skip
 
 
-def test_ratios_are_taken_within_a_round() -> None:
+def test_ratios_compare_within_one_round() -> None:
     rounds = {"one": [{"a": 1.0}, {"a": 20.0}, {"a": 3.0}], "other": [{"a": 1.0}, {"a": 10.0}, {"a": 6.0}]}
     assert ratio(rounds, "one", "other", "a") == (1.0, 0.5, 2.0)
 
@@ -154,7 +152,7 @@ def test_row_names_are_unique() -> None:
     assert len({row.word for row in ROWS}) == len(ROWS)
 
 
-def test_the_pages_have_the_results(tmp_path: Path) -> None:
+def test_pages_show_the_saved_results(tmp_path: Path) -> None:
     copies = {original: tmp_path / original.name for original in (page.PAGE, page.TARGETS)}
     for original, copy in copies.items():
         copy.write_text(original.read_text())

@@ -221,6 +221,7 @@ CALLS: dict[str, list[Callable[[Client], Awaitable[object]]]] = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("cmd", CALLS)
 @pytest.mark.parametrize("refusal", [False, True])
 async def test_a_verb_raises_no_other_error(

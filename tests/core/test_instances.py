@@ -22,7 +22,7 @@ instances = st.text(alphabet="abz01", max_size=3)
 
 
 @given(st.lists(st.tuples(instances, st.booleans())), instances)
-def test_a_service_is_a_dictionary_in_order(steps: list[tuple[str, bool]], asked: str) -> None:
+def test_service_behaves_like_an_ordered_dict(steps: list[tuple[str, bool]], asked: str) -> None:
     service, model = Instances(), dict[str, Entry]()
     for count, (instance, stays) in enumerate(steps):
         if stays:
@@ -37,7 +37,7 @@ def test_a_service_is_a_dictionary_in_order(steps: list[tuple[str, bool]], asked
 
 
 @given(st.lists(st.booleans()), st.integers(0, 9), st.integers(1, 9), st.integers(1, 9))
-def test_slices_find_what_one_look_finds(fits: list[bool], start: int, most: int, looks: int) -> None:
+def test_sliced_search_equals_one_search(fits: list[bool], start: int, most: int, looks: int) -> None:
     entries = [entry(f"{n:03}", port=1 + yes) for n, yes in enumerate(fits)]
     start = min(start, len(entries))
     search = Search(entries, start, most, lambda each: each.port == 2)
@@ -57,7 +57,7 @@ def served(registry: Registry, **meta: str) -> str:
     return search.found[0].instance
 
 
-def test_whoever_asks_for_the_same_takes_turns_whatever_others_ask_for() -> None:
+def test_each_filter_has_its_own_round_robin_position() -> None:
     registry = registry_of(*(entry(f"{n}", zone="ab"[n % 2], n=f"{n}") for n in range(6)))
     seen: dict[str, list[str]] = {"a": [], "b": [], "": []}
     for _ in range(12):
@@ -70,7 +70,7 @@ def test_whoever_asks_for_the_same_takes_turns_whatever_others_ask_for() -> None
         assert set(got) == set(among)
 
 
-def test_turns_go_on_where_instances_come_and_go() -> None:
+def test_round_robin_continues_when_instances_change() -> None:
     registry = registry_of(*(entry(f"{n}") for n in (1, 2, 3)))
     assert [served(registry), served(registry)] == ["1", "2"]
     transaction = Transaction(registry, 0.0)
@@ -80,7 +80,7 @@ def test_turns_go_on_where_instances_come_and_go() -> None:
     assert [served(registry) for _ in range(3)] == ["3", "4", "1"]
 
 
-def test_turns_are_kept_of_a_bounded_number_of_filters() -> None:
+def test_round_robin_positions_are_kept_for_a_bounded_number_of_filters() -> None:
     meta = {f"k{m}": "v" for m in range(50)}
     entries = [Entry("w", f"{n}", "127.0.0.1", 1, meta, State.READY, 0, 0.0) for n in range(3)]
     registry = registry_of(*entries, limits=Limits(round_robin_filters_max=10))

@@ -21,7 +21,7 @@ def ended(lifetimes: HolderIndex, now: float) -> list[Key]:
     return keys
 
 
-def test_deadlines_are_exact_whatever_was_renewed() -> None:
+def test_deadlines_are_exact_after_renewals() -> None:
     lifetimes = HolderIndex(30.0)
     entries = [leased(n, 5.0 + n % 7) for n in range(2_000)]
     due = {}
@@ -38,7 +38,7 @@ def test_deadlines_are_exact_whatever_was_renewed() -> None:
     assert lifetimes.next_deadline() is None
 
 
-def test_time_that_is_added_moves_all_and_only_what_is_there() -> None:
+def test_prolong_moves_existing_deadlines_only() -> None:
     lifetimes = HolderIndex(30.0)
     one, two = leased(1, 5.0), leased(2, 5.0)
     lifetimes.move(None, one, 0.0)
@@ -50,7 +50,7 @@ def test_time_that_is_added_moves_all_and_only_what_is_there() -> None:
     assert sorted(ended(lifetimes, 106.0)) == [one.key, two.key]
 
 
-def test_a_look_takes_a_bounded_number_of_outdated_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_pass_drops_a_bounded_number_of_outdated_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
     """200,000 renewed leases must not hold the loop in the moment in which they would have ended."""
     lifetimes = HolderIndex(30.0)
     entries = [leased(n, 5.0) for n in range(5_000)]
@@ -76,7 +76,7 @@ def test_a_look_takes_a_bounded_number_of_outdated_deadlines(monkeypatch: pytest
     assert lifetimes.next_deadline() == 6.0
 
 
-def test_outdated_deadlines_take_little_memory() -> None:
+def test_outdated_deadlines_use_little_memory() -> None:
     """A day long each, and renewed or given up at once."""
     lifetimes = HolderIndex(30.0)
     kept = leased(0, 86_400.0)

@@ -72,21 +72,21 @@ BAD: list[tuple[Callable[[object], Any], list[object]]] = [
 
 
 @pytest.mark.parametrize(("check", "value"), [(check, value) for check, values in GOOD for value in values])
-def test_takes(check: Callable[[object], Any], value: object) -> None:
+def test_valid_values_are_accepted(check: Callable[[object], Any], value: object) -> None:
     assert check(value) == value
 
 
 @pytest.mark.parametrize(("check", "value"), [(check, value) for check, values in BAD for value in values])
-def test_refuses_with_a_reason(check: Callable[[object], Any], value: object) -> None:
+def test_invalid_values_are_refused_with_a_reason(check: Callable[[object], Any], value: object) -> None:
     with pytest.raises(Invalid, match=r"^(must|is) "):
         check(value)
 
 
 @pytest.mark.parametrize("value", [0.5, 86_400.5, float("nan"), float("inf"), True, "1", None])
-def test_refuses_seconds(value: object) -> None:
+def test_invalid_seconds_are_refused(value: object) -> None:
     with pytest.raises(Invalid):
         model.check_seconds(value, 1.0, 86_400.0)
 
 
-def test_takes_seconds_as_whole_numbers_and_fractions() -> None:
+def test_seconds_may_be_integers_or_fractions() -> None:
     assert [model.check_seconds(value, 1.0, 86_400.0) for value in (1, 1.5, 86_400)] == [1.0, 1.5, 86_400.0]

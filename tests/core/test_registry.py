@@ -146,14 +146,14 @@ Histories.TestCase.settings = settings(max_examples=examples(150), stateful_step
 TestHistories = Histories.TestCase
 
 
-def test_takes_turns_evenly_and_in_order() -> None:
+def test_round_robin_is_even_and_in_order() -> None:
     registry = Registry()
     land(registry, *(wanted(instance=str(n)) for n in range(3)))
     seen = [resolve(registry, "db") for _ in range(6)]
     assert [entry.instance for entry in seen if entry] == ["0", "1", "2", "0", "1", "2"]
 
 
-def test_takes_turns_among_those_that_carry_the_meta() -> None:
+def test_round_robin_among_matching_instances() -> None:
     registry = Registry()
     land(registry, *(wanted(instance=str(n), meta={"zone": "ab"[n % 2]}) for n in range(4)))
     seen = [resolve(registry, "db", {"zone": "b"}) for _ in range(4)]
@@ -161,7 +161,7 @@ def test_takes_turns_among_those_that_carry_the_meta() -> None:
     assert resolve(registry, "db", {"zone": "c"}) is None
 
 
-def test_a_name_that_nobody_has_costs_nothing() -> None:
+def test_unknown_name_keeps_no_state() -> None:
     registry = Registry()
     land(registry, wanted())
     for n in range(1_000):
@@ -170,14 +170,14 @@ def test_a_name_that_nobody_has_costs_nothing() -> None:
     assert (len(registry._services), len(registry._served)) == (1, 0)
 
 
-def test_same_address_again_is_no_change() -> None:
+def test_same_registration_again_is_no_change() -> None:
     registry = Registry()
     land(registry, wanted(meta={"a": "b"}))
     assert land(registry, wanted(meta={"a": "b"})) == []
     assert registry.rev == 1
 
 
-def test_another_address_is_down_and_up() -> None:
+def test_new_address_gives_down_and_up() -> None:
     registry = Registry()
     land(registry, wanted(port=1))
     changes = land(registry, wanted(port=2))
@@ -187,7 +187,7 @@ def test_another_address_is_down_and_up() -> None:
     ]
 
 
-def test_meta_changes_keep_the_time_of_registration() -> None:
+def test_meta_change_keeps_the_registration_time() -> None:
     registry = Registry()
     land(registry, wanted())
     transaction = Transaction(registry, at=99.0)
@@ -199,7 +199,7 @@ def test_meta_changes_keep_the_time_of_registration() -> None:
     ("if_rev", "there", "fits"),
     [(0, False, True), (0, True, False), (1, True, True), (2, True, False), (1, False, False)],
 )
-def test_if(if_rev: int, there: bool, fits: bool) -> None:
+def test_register_with_if(if_rev: int, there: bool, fits: bool) -> None:
     registry = Registry()
     if there:
         land(registry, wanted())
@@ -214,7 +214,7 @@ def test_if(if_rev: int, there: bool, fits: bool) -> None:
         assert transaction.changes == []
 
 
-def test_conditions_are_judged_against_what_will_be_true() -> None:
+def test_conditions_apply_within_a_batch() -> None:
     transaction = Transaction(Registry(), 0.0)
     transaction.register(wanted(), if_rev=0)
     with pytest.raises(Refused):
@@ -237,7 +237,7 @@ def test_registrations_are_limited(count: int) -> None:
     transaction.register(wanted("too-many"))
 
 
-def test_bytes_are_limited() -> None:
+def test_total_bytes_are_limited() -> None:
     entry = wanted(meta={"k": "v" * 100})
     registry = Registry(limits=Limits(registry_bytes_max=entry.weight_bytes))
     land(registry, entry)
@@ -253,7 +253,7 @@ def test_bytes_are_limited() -> None:
     st.integers(1, 5),
     st.sampled_from(["*", "a*", "a", "a.b", "b*", "zz*"]),
 )
-def test_pages_hold_everything_once(keys: set[Key], limit: int, scan: int, pattern: str) -> None:
+def test_pages_list_every_entry_once(keys: set[Key], limit: int, scan: int, pattern: str) -> None:
     entries = [wanted(name, instance) for name, instance in keys]
     registry = Registry(entries, limits=Limits(list_scan_max=scan))
     prefix = pattern.rstrip("*")
@@ -261,7 +261,7 @@ def test_pages_hold_everything_once(keys: set[Key], limit: int, scan: int, patte
     assert [entry.key for entry in listed(registry, pattern, limit=limit)] == fits
 
 
-def test_what_is_there_throughout_is_listed_once() -> None:
+def test_entry_present_throughout_is_listed_once() -> None:
     registry = Registry()
     land(registry, *(wanted(f"n{n:02}") for n in range(10)))
     first = registry.page("*", {}, None, 5)
@@ -280,13 +280,13 @@ def test_what_is_there_throughout_is_listed_once() -> None:
     ("asked", "near"),
     [("runnr", "runner"), ("bd", "db"), ("runners", "runner"), ("wroker", "worker"), ("zzzz", None)],
 )
-def test_near_misses(asked: str, near: str | None) -> None:
+def test_suggestions_for_misspelled_names(asked: str, near: str | None) -> None:
     registry = Registry()
     land(registry, *(wanted(name) for name in ("db", "runner", "worker", "cache")))
     assert registry.near(asked)[:1] == ([near] if near else [])
 
 
-def test_departures_are_remembered_and_bounded() -> None:
+def test_departures_are_kept_up_to_a_limit() -> None:
     registry = Registry(limits=Limits(departures_max=2))
     for n in range(3):
         land(registry, wanted(f"n{n}"))
@@ -299,7 +299,7 @@ def test_departures_are_remembered_and_bounded() -> None:
     assert (last.reason, last.at) == ("deregistered", 2.0)
 
 
-def test_looks_at_a_bounded_number_of_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suggestions_compare_a_bounded_number_of_names(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
     def count(name: str, candidates: set[str], most: int) -> list[str]:
@@ -312,7 +312,7 @@ def test_looks_at_a_bounded_number_of_candidates(monkeypatch: pytest.MonkeyPatch
     assert seen == [DEFAULT.near_candidates_max]
 
 
-def test_a_batch_has_the_room_that_it_gave_back() -> None:
+def test_batch_reuses_capacity_that_it_freed() -> None:
     first, second = wanted("a"), wanted("b")
     registry = Registry(limits=Limits(registry_bytes_max=first.weight_bytes))
     transaction = Transaction(registry, 0.0)
@@ -323,7 +323,7 @@ def test_a_batch_has_the_room_that_it_gave_back() -> None:
     assert registry.get(second.key) is not None
 
 
-def test_before_a_conflict_the_owner_is_looked_at_once_more() -> None:
+def test_conflict_rechecks_the_owner_first() -> None:
     registry = Registry()
     owner = Holder(0, 1, hold=True)
     land(registry, replace(wanted(), holders=(owner,)))

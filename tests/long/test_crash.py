@@ -7,7 +7,7 @@ from tests.long import crash
 from tests.support.length import LONG
 
 
-def test_nothing_acknowledged_is_lost_by_kill_9(tmp_path: Path) -> None:
+def test_kill_9_loses_no_acknowledged_change(tmp_path: Path) -> None:
     repeats = 2 if LONG else 1
     figures = crash.run(tmp_path, rounds=repeats * len(crash.KINDS), seed=random.randrange(2**32))
     assert figures.rounds == 5 * repeats

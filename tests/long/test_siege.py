@@ -53,7 +53,7 @@ def test_siege(tmp_path: Path, scenario: Scenario) -> None:
         assert after - before < RSS_LEFT_MIB_MAX
 
 
-async def test_of_who_does_not_read_no_more_than_a_chunk_is_kept(daemon: InLoop) -> None:
+async def test_input_of_a_peer_that_does_not_read_is_bounded(daemon: InLoop) -> None:
     """Five megabytes of the shortest requests: as lines that wait they would be twelve times as much."""
     deaf = await daemon.peer()
     deaf.writer.transport.pause_reading()  # type: ignore[attr-defined]

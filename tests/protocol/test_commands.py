@@ -37,7 +37,7 @@ def test_refusals_say_what_to_do(
     assert len(refusal.value.message) < 400
 
 
-def test_help_has_every_command_and_argument() -> None:
+def test_help_lists_every_command_and_argument() -> None:
     assert described().keys() == COMMANDS.keys()
     assert list(described("resolve")) == ["resolve"]
     for name, command in COMMANDS.items():

@@ -29,7 +29,7 @@ def entry(**fields: object) -> Entry:
     st.none() | st.integers() | st.text(st.characters(exclude_categories=["Cs"]), max_size=64),
     st.dictionaries(texts, texts, max_size=3),
 )
-def test_an_instance_in_all_three_replies(id: str | int | None, meta: dict[str, str]) -> None:
+def test_instance_in_all_three_replies(id: str | int | None, meta: dict[str, str]) -> None:
     one = entry(meta=meta)
     fields = {
         "name": "db",
@@ -58,13 +58,13 @@ def test_conditions_are_shown_where_they_apply() -> None:
     )
 
 
-def test_an_error_has_its_code_its_message_and_its_details() -> None:
+def test_error_has_code_message_and_details() -> None:
     line = messages.error(Refused(Code.NOT_FOUND, "no service 'é'", near=["e"]), 4)
     assert line == b'{"ok":false,"id":4,"error":"not_found","message":"no service \'\\u00e9\'","near":["e"]}\n'
 
 
 @pytest.mark.parametrize(("size", "fits"), [(10, 1), (400, 3), (10_000, 5)])
-def test_a_reply_is_bounded_in_bytes(size: int, fits: int) -> None:
+def test_reply_size_is_bounded(size: int, fits: int) -> None:
     entries = [entry(instance=str(n)) for n in range(5)]
     assert messages.fitting(entries, size) == fits
     around = len(messages.instances(None, {}, []))

@@ -228,7 +228,7 @@ guard = pytest.mark.parametrize(
 
 
 @guard
-def test_the_guard(data: bytes, first: str, later: str) -> None:
+def test_guard_against_other_protocols(data: bytes, first: str, later: str) -> None:
     """Whatever is the end: nothing behind it is looked at, however the bytes come."""
     ends = b"" if data.endswith(b"\n") else b"\n"
     assert said([data + ends + NEXT]) == [first]
@@ -241,12 +241,12 @@ def test_the_guard(data: bytes, first: str, later: str) -> None:
 
 
 @pytest.mark.parametrize("before", [b"{\n", b'{"cmd":"pin"}\n', b"\n", b'{"cmd":"ping","id":[]}\n'])
-def test_what_was_refused_is_no_valid_request(before: bytes) -> None:
+def test_unknown_word_after_any_line_is_refused(before: bytes) -> None:
     assert said([before + b"pong\n" + NEXT])[-1] == "unknown_command!"
 
 
 @pytest.mark.parametrize("data", [b"\x16\x03", b"ping\0", "ä".encode(), b"x" * 516, b"[" * 516, b"list\r\n\x16"])
-def test_strangers_need_no_line_feed(data: bytes) -> None:
+def test_other_protocols_are_recognized_without_a_line_feed(data: bytes) -> None:
     assert said([data])[-1] == "bad_request!"
 
 
@@ -265,7 +265,7 @@ def test_strangers_need_no_line_feed(data: bytes) -> None:
         b"[",
     ],
 )
-def test_what_may_still_be_a_line_is_waited_for(data: bytes) -> None:
+def test_possible_start_of_a_line_is_awaited(data: bytes) -> None:
     assert said([data]) == []
 
 
@@ -280,7 +280,7 @@ def test_what_may_still_be_a_line_is_waited_for(data: bytes) -> None:
         (b" ", []),
     ],
 )
-def test_the_end_ends_a_line(data: bytes, expected: list[str]) -> None:
+def test_end_of_input_ends_a_line(data: bytes, expected: list[str]) -> None:
     assert said([data], end=True) == expected
 
 
@@ -297,7 +297,7 @@ def test_the_end_ends_a_line(data: bytes, expected: list[str]) -> None:
         (b"register db [::1]:5432", {"name": "db", "port": 5432, "host": "::1"}),
     ],
 )
-def test_what_a_bare_line_asks_for(line: bytes, arguments: dict[str, object]) -> None:
+def test_plain_line_requests(line: bytes, arguments: dict[str, object]) -> None:
     reader = RequestParser()
     reader.receive(line + b"\n")
     item = reader.next()
@@ -319,7 +319,7 @@ def test_what_a_bare_line_asks_for(line: bytes, arguments: dict[str, object]) ->
         (b"resolve a b", {"field": "b"}, "resolve NAME"),
     ],
 )
-def test_a_mistyped_line_gets_a_suggestion(line: bytes, details: dict[str, object], hint: str) -> None:
+def test_mistyped_line_gets_a_suggestion(line: bytes, details: dict[str, object], hint: str) -> None:
     for before in (b"", NEXT):
         reader = RequestParser()
         reader.receive(before + line + b"\n")
@@ -332,7 +332,7 @@ def test_a_mistyped_line_gets_a_suggestion(line: bytes, details: dict[str, objec
         assert ("closed" in item.refusal.message) is item.fatal is (not before)
 
 
-def test_the_refusal_in_http_is_complete_and_constant() -> None:
+def test_http_refusal_is_complete_and_constant() -> None:
     head, _, body = HTTP_REFUSAL.partition(b"\r\n\r\n")
     assert head.split(b"\r\n") == [
         b"HTTP/1.1 400 Bad Request",
@@ -345,7 +345,7 @@ def test_the_refusal_in_http_is_complete_and_constant() -> None:
     assert b"does not speak HTTP" in body
 
 
-def test_a_line_without_end_is_forgotten_while_it_goes_on() -> None:
+def test_endless_line_is_discarded_as_it_arrives() -> None:
     reader = RequestParser()
     for _ in range(1_000):
         reader.receive(b"{" * 10_000)
@@ -354,7 +354,7 @@ def test_a_line_without_end_is_forgotten_while_it_goes_on() -> None:
 
 
 @pytest.mark.parametrize("word", [b"resolve", b"watch", b"list", b"ping"])
-def test_a_run_of_blanks_costs_no_more_than_its_length(word: bytes) -> None:
+def test_run_of_blanks_parses_in_linear_time(word: bytes) -> None:
     """Found by the fuzzer's seeds: the square of it, most of a minute for one chunk of 64 KiB."""
     began = time.process_time()
     for blank in (b" ", b"\t", b"\r", b"\r\0"):
@@ -366,13 +366,13 @@ def test_a_run_of_blanks_costs_no_more_than_its_length(word: bytes) -> None:
     assert time.process_time() - began < 1.0
 
 
-def test_many_short_lines_count_for_what_they_cost() -> None:
+def test_short_lines_count_with_their_overhead() -> None:
     reader = RequestParser()
     reader.receive(b"{\n" * 1_000)
     assert reader.waiting_bytes >= 50 * 1_000
 
 
-def test_the_id_of_a_refused_request_is_kept() -> None:
+def test_refused_request_keeps_its_id() -> None:
     reader = RequestParser()
     reader.receive(b'{"cmd":"pin","id":"x"}\n')
     item = reader.next()
@@ -404,7 +404,7 @@ streams = st.lists(
 @example([b"\r\x00", b"{\x00"], 1)
 @example([b"{" * 57, b"\r\0", b"\r\0", b"\n"], 1)
 @settings(max_examples=examples(400), deadline=None)
-def test_any_bytes_and_any_cut(pieces: list[bytes], cut: int) -> None:
+def test_any_bytes_in_any_chunks(pieces: list[bytes], cut: int) -> None:
     """Nothing else comes out, and where the chunks are cut makes no difference."""
     data = b"".join(pieces)
     limits = Limits(line_bytes_max=60)

@@ -314,14 +314,14 @@ def crashes(tmp_path_factory: pytest.TempPathFactory) -> Crashes:
 
 
 @pytest.mark.parametrize("steps", A_LIFE.values(), ids=A_LIFE)
-def test_a_crash_at_every_point(tmp_path: Path, crashes: Crashes, steps: Sequence[Step]) -> None:
+def test_crash_at_every_operation(tmp_path: Path, crashes: Crashes, steps: Sequence[Step]) -> None:
     (root := tmp_path / "disk").mkdir()
     crashes.check(run(root, [(step, None, 0) for step in steps]))
 
 
 @pytest.mark.parametrize("trouble", Trouble)
 @pytest.mark.parametrize("steps", A_LIFE.values(), ids=A_LIFE)
-def test_a_crash_at_every_point_with_every_operation_gone_wrong(
+def test_crash_at_every_operation_after_a_failure(
     tmp_path: Path, crashes: Crashes, steps: Sequence[Step], trouble: Trouble
 ) -> None:
     """And the daemon goes on from there: with a repair, and after it was killed with a start."""
@@ -348,13 +348,13 @@ TROUBLED = st.tuples(STEPS, st.none() | st.sampled_from(Trouble), st.integers(0,
 
 @settings(max_examples=examples(40), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(TROUBLED, min_size=1, max_size=8))
-def test_a_crash_in_any_life(crashes: Crashes, steps: list[tuple[Step, Trouble | None, int]]) -> None:
+def test_crash_in_a_random_history(crashes: Crashes, steps: list[tuple[Step, Trouble | None, int]]) -> None:
     with tempfile.TemporaryDirectory() as root:
         crashes.check(run(Path(root), [(restarted, None, 0), *steps]))
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EINVAL])
-def test_a_folder_above_that_cannot_be_synced_keeps_nobody_from_starting(tmp_path: Path, number: int) -> None:
+def test_unsyncable_parent_folder_does_not_stop_the_start(tmp_path: Path, number: int) -> None:
     """As where it is of root, or a read-only file system that knows no such thing."""
 
     class Above(QuickFiles):

@@ -48,7 +48,7 @@ def whole(rev: int, found: list[Entry]) -> bytes:
 
 @given(st.lists(entries, unique_by=lambda entry: entry.key))
 @example([])
-def test_what_is_written_is_read(found: list[Entry]) -> None:
+def test_written_file_loads_equal(found: list[Entry]) -> None:
     data = whole(9, found)
     assert data.isascii()
     assert parse(data, 5.0) == Document(9, numbered(found))
@@ -59,7 +59,7 @@ def test_what_is_written_is_read(found: list[Entry]) -> None:
     }
 
 
-def test_the_file_of_the_page() -> None:
+def test_file_shown_in_the_documentation() -> None:
     text = """{
 "$regd": {"format": 1, "rev": 42},
 "runner": {"port": 5050},
@@ -79,18 +79,18 @@ def test_the_file_of_the_page() -> None:
         '\ufeff{"runner": {"port": 5050}}'[1:],
     ],
 )
-def test_what_a_hand_wrote(text: str) -> None:
+def test_handwritten_file(text: str) -> None:
     document = parse(text.encode(), 5.0)
     assert document == Document(1, [Entry("runner", "", "127.0.0.1", 5050, {}, State.READY, 1, 5.0)])
 
 
-def test_what_a_hand_wrote_is_read_again_once_regd_has_written_it() -> None:
+def test_handwritten_file_round_trips() -> None:
     """Found by the fuzzer: a process without `born` was written as one that no regd takes."""
     document = parse(b'{"runner": {"port": 5050, "pid": 7}}', 5.0)
     assert parse(whole(document.rev, document.entries), 5.0) == document
 
 
-def test_an_empty_registry() -> None:
+def test_empty_registry() -> None:
     assert parse(b"{}", 0.0) == Document(0, [])
     assert parse(b'{"$regd": {"format": 1, "rev": 7}}', 0.0) == Document(7, [])
 
@@ -136,7 +136,7 @@ def test_an_empty_registry() -> None:
         (b'{"a": {"port": ' + b"9" * 5_000 + b"}}", ""),
     ],
 )
-def test_what_is_no_registry_is_refused(data: bytes, says: str) -> None:
+def test_other_files_are_refused(data: bytes, says: str) -> None:
     with pytest.raises(Unreadable) as refusal:
         parse(data, 0.0)
     assert says in str(refusal.value)
@@ -150,7 +150,7 @@ def test_what_is_no_registry_is_refused(data: bytes, says: str) -> None:
     st.integers(0, 3),
 )
 @settings(max_examples=examples(300))
-def test_any_damage_is_read_or_refused(found: list[Entry], at: int, instead: bytes, drop: int) -> None:
+def test_damaged_file_loads_or_is_refused(found: list[Entry], at: int, instead: bytes, drop: int) -> None:
     data = whole(9, found)
     damaged = data[:at] + instead + data[at + drop :]
     try:
@@ -160,7 +160,7 @@ def test_any_damage_is_read_or_refused(found: list[Entry], at: int, instead: byt
 
 
 @given(st.lists(entries, unique_by=lambda entry: entry.key, max_size=3), st.data())
-def test_a_truncated_file_is_refused(found: list[Entry], draw: st.DataObject) -> None:
+def test_truncated_file_is_refused(found: list[Entry], draw: st.DataObject) -> None:
     data = whole(9, found)
     cut = draw.draw(st.integers(0, len(data) - 2))
     with pytest.raises(Unreadable):

@@ -13,7 +13,7 @@ def file_of(lines: LineBlocks) -> list[bytes]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_they_are_those_of_a_dictionary(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_equal_those_of_a_dict(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BLOCK", 4)
     chance = random.Random(seed)
     lines, model = LineBlocks(), dict[str, bytes]()
@@ -35,7 +35,7 @@ def test_they_are_those_of_a_dictionary(seed: int, monkeypatch: pytest.MonkeyPat
     assert file_of(lines) == list(model.values())
 
 
-def test_only_what_changed_is_joined_again() -> None:
+def test_only_changed_blocks_are_joined_again() -> None:
     lines = LineBlocks()
     for number in range(10 * module._BLOCK):
         lines.set(f"n{number}", b"line %d" % number)
@@ -45,7 +45,7 @@ def test_only_what_changed_is_joined_again() -> None:
     assert [old is new for old, new in zip(before, after, strict=True)].count(False) == 1
 
 
-def test_blocks_that_are_nearly_empty_are_filled_anew() -> None:
+def test_nearly_empty_blocks_are_rebuilt() -> None:
     lines = LineBlocks()
     for number in range(100 * module._BLOCK):
         lines.set(f"n{number}", b"line")

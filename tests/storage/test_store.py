@@ -46,13 +46,13 @@ def shelf(tmp_path: Path) -> Shelf:
     return Shelf(tmp_path)
 
 
-def test_a_missing_registry_is_made_with_its_folders(shelf: Shelf) -> None:
+def test_missing_registry_is_created_with_its_folders(shelf: Shelf) -> None:
     assert shelf.path.read_text() == '{\n"$regd": {"format": 1, "rev": 0}\n}\n'
     assert shelf.path.stat().st_mode & 0o777 == 0o600
     assert shelf.path.parent.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_commit_is_write_sync_rename_sync(shelf: Shelf) -> None:
+def test_commit_is_write_sync_rename_sync(shelf: Shelf) -> None:
     shelf.store.commit([up(1, "a"), up(2, "b")])
     assert shelf.held() == {"$regd": 2, "a": 1, "b": 1}
     steps = [step for step in shelf.files.told if step != "write"]
@@ -63,7 +63,7 @@ def test_a_commit_is_write_sync_rename_sync(shelf: Shelf) -> None:
     assert "registry.json.tmp" not in os.listdir(shelf.path.parent)
 
 
-def test_a_line_is_replaced_in_its_place(shelf: Shelf) -> None:
+def test_changed_line_keeps_its_position(shelf: Shelf) -> None:
     shelf.store.commit([up(1, "b"), up(2, "a")])
     shelf.store.commit([Change(3, Op.CHANGE, up(3, "b", 2).entry)])
     assert list(shelf.held()) == ["$regd", "b", "a"]
@@ -73,9 +73,7 @@ def test_a_line_is_replaced_in_its_place(shelf: Shelf) -> None:
 
 @pytest.mark.parametrize("step", ["create", "write", "sync", "rename", "print"])
 @pytest.mark.parametrize("number", [FULL, BROKEN])
-def test_a_commit_that_fails_leaves_the_old_state_and_the_next_one_is_right(
-    shelf: Shelf, step: str, number: int
-) -> None:
+def test_failed_commit_keeps_the_old_state_and_the_next_succeeds(shelf: Shelf, step: str, number: int) -> None:
     shelf.store.commit([up(1, "a")])
     shelf.files.failing[step] = number
     with pytest.raises(OSError, match=r"No space|Input/output"):
@@ -89,7 +87,7 @@ def test_a_commit_that_fails_leaves_the_old_state_and_the_next_one_is_right(
     assert not shelf.store.dirty
 
 
-def test_a_folder_that_cannot_be_synced_is_a_failure_that_is_mended(shelf: Shelf) -> None:
+def test_failed_folder_sync_is_retried(shelf: Shelf) -> None:
     shelf.store.commit([up(1, "a")])
     shelf.files.failing["sync_folder"] = BROKEN
     with pytest.raises(OSError, match="Input/output"):
@@ -101,13 +99,13 @@ def test_a_folder_that_cannot_be_synced_is_a_failure_that_is_mended(shelf: Shelf
     assert [shelf.store.dirty, *shelf.warned] == [False]
 
 
-def test_what_a_crash_left_does_not_stop_a_commit(shelf: Shelf) -> None:
+def test_leftover_temporary_file_does_not_stop_a_commit(shelf: Shelf) -> None:
     (shelf.path.parent / "registry.json.tmp").write_text("half a fi")
     shelf.store.commit([up(1, "a")])
     assert shelf.held() == {"$regd": 1, "a": 1}
 
 
-def test_a_second_store_is_refused_while_the_first_lives(shelf: Shelf) -> None:
+def test_second_store_is_refused(shelf: Shelf) -> None:
     other = shelf.again()
     with pytest.raises(StorageError, match=rf"in use by another regd \(process {os.getpid()}\)"):
         other.open(0.0)
@@ -135,7 +133,7 @@ def test_a_second_store_is_refused_while_the_first_lives(shelf: Shelf) -> None:
         ),
     ],
 )
-def test_a_process_elsewhere_is_not_to_be_stopped(
+def test_lock_holder_elsewhere_is_not_named_by_pid(
     shelf: Shelf, written: Callable[[str, str], str], says: str
 ) -> None:
     """The lock of a folder on NFS, or of a volume of two containers: the number is of no process here."""
@@ -149,7 +147,7 @@ def test_a_process_elsewhere_is_not_to_be_stopped(
     assert ("4711" in str(caught.value)) is ("process" in says)
 
 
-def test_a_link_to_the_registry_is_the_registry(shelf: Shelf, tmp_path: Path) -> None:
+def test_symlink_to_the_registry_is_followed(shelf: Shelf, tmp_path: Path) -> None:
     link = tmp_path / "link.json"
     link.symlink_to(shelf.path)
     with pytest.raises(StorageError, match="in use"):
@@ -177,7 +175,7 @@ EDITS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
-def test_what_another_hand_wrote_is_set_aside(shelf: Shelf, edit: Callable[[Path], object]) -> None:
+def test_external_edit_is_backed_up(shelf: Shelf, edit: Callable[[Path], object]) -> None:
     shelf.store.commit([up(1, "a")])
     edit(shelf.path)
     theirs = shelf.path.read_text()
@@ -191,7 +189,7 @@ def test_what_another_hand_wrote_is_set_aside(shelf: Shelf, edit: Callable[[Path
     assert shelf.path.with_name("registry.json.aside-2").read_text() == theirs
 
 
-def test_a_registry_that_was_removed_is_written_anew(shelf: Shelf) -> None:
+def test_removed_registry_is_written_again(shelf: Shelf) -> None:
     shelf.store.commit([up(1, "a")])
     shelf.path.unlink()
     shelf.store.commit([up(2, "b")])
@@ -200,7 +198,7 @@ def test_a_registry_that_was_removed_is_written_anew(shelf: Shelf) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 64, b'{"a": {"port": 1}', b"[]", b'{"a": {"port": 1, "x": 2}}'])
-def test_a_damaged_registry_is_never_touched(tmp_path: Path, data: bytes) -> None:
+def test_damaged_registry_is_left_unchanged(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "registry.json"
     path.write_bytes(data)
     before = path.stat()
@@ -216,12 +214,12 @@ def test_a_damaged_registry_is_never_touched(tmp_path: Path, data: bytes) -> Non
     store.close()
 
 
-def test_a_registry_that_is_a_folder_is_told(tmp_path: Path) -> None:
+def test_registry_path_that_is_a_folder_is_reported(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="not a regular file"):
         Store(tmp_path, print).open(0.0)
 
 
-def test_a_full_disk_does_not_keep_a_daemon_from_starting(shelf: Shelf) -> None:
+def test_full_disk_does_not_stop_the_start(shelf: Shelf) -> None:
     shelf.store.commit([up(1, "a")])
     shelf.store.close()
     shelf.files.failing["create"] = FULL

@@ -92,7 +92,7 @@ def pid_of(address: str | None = None) -> int:
 
 
 @pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
-def test_thirty_that_ask_at_once_get_one(tmp_path: Path, tcp: bool) -> None:
+def test_thirty_simultaneous_clients_start_one_daemon(tmp_path: Path, tcp: bool) -> None:
     with demand(tmp_path, tcp) as place:
         found = pids_of([place.program(ASYNC if number % 5 == 0 else BLOCKING) for number in range(30)])
         assert len(found) == 1
@@ -103,7 +103,7 @@ def test_thirty_that_ask_at_once_get_one(tmp_path: Path, tcp: bool) -> None:
         assert int(lock.read_text().split()[0]) in found
 
 
-def test_with_a_state_folder_each_they_get_one_all_the_same(tmp_path: Path) -> None:
+def test_clients_with_different_state_folders_share_one_daemon(tmp_path: Path) -> None:
     """No common lock: the daemons' own rule of the taken port decides, and who was refused finds the other."""
     with demand(tmp_path, tcp=True) as place:
         programs = [place.program(BLOCKING, XDG_STATE_HOME=str(tmp_path / str(number))) for number in range(5)]
@@ -112,7 +112,7 @@ def test_with_a_state_folder_each_they_get_one_all_the_same(tmp_path: Path) -> N
         block_until(lambda: place.daemons() == found)
 
 
-def test_who_was_refused_looks_once_more(here: Demand, tmp_path: Path) -> None:
+def test_autostart_uses_a_daemon_that_was_faster(here: Demand, tmp_path: Path) -> None:
     """Somebody without our lock was quicker: that is found, and is no failure."""
     start = autostart.Autostart(protocol.find_address())
     try:
@@ -128,7 +128,7 @@ def test_who_was_refused_looks_once_more(here: Demand, tmp_path: Path) -> None:
         start.close()
 
 
-def test_who_gives_up_leaves_no_zombie_and_the_daemon_comes_all_the_same(here: Demand) -> None:
+def test_cancelled_autostart_reaps_the_child(here: Demand) -> None:
     start = autostart.Autostart(protocol.find_address())
     try:
         start.step()
@@ -143,7 +143,7 @@ def test_who_gives_up_leaves_no_zombie_and_the_daemon_comes_all_the_same(here: D
     assert here.log.count("registrations at revision") == 1
 
 
-def test_it_outlives_its_starter_and_has_nothing_of_it(here: Demand, tmp_path: Path) -> None:
+def test_daemon_outlives_its_starter_and_inherits_nothing(here: Demand, tmp_path: Path) -> None:
     (tmp_path / "inherited").touch()
     code = f"""
 import os, signal
@@ -193,7 +193,7 @@ def children(parent: int) -> list[int]:
     return found
 
 
-def test_regctl_just_works_and_stats_say_where_it_is(here: Demand) -> None:
+def test_regctl_autostarts_and_stats_show_the_registry(here: Demand) -> None:
     assert pid_of() in here.daemons()
     assert here.regctl("ping") == (0, "regd answers\n", "")
     status, out, _ = here.regctl("stats")
@@ -206,7 +206,7 @@ def test_regctl_just_works_and_stats_say_where_it_is(here: Demand) -> None:
 
 
 @pytest.mark.parametrize("command", ["wait", "run"])
-def test_regctl_wait_and_run_start_it(here: Demand, command: str) -> None:
+def test_regctl_wait_and_run_autostart(here: Demand, command: str) -> None:
     if command == "run":
         done = here.regctl("run", "web", "--wait", "db", "--timeout", "0.5", "--", "true")
     else:
@@ -216,7 +216,7 @@ def test_regctl_wait_and_run_start_it(here: Demand, command: str) -> None:
     block_until(lambda: here.log.count("registrations at revision") == 1)
 
 
-async def test_a_client_whose_daemon_was_killed_starts_another(here: Demand) -> None:
+async def test_client_restarts_a_killed_daemon(here: Demand) -> None:
     async with (
         regd_client.Client(connect_timeout_s=SLOW_S) as client,
         client.register("web", 1) as registration,
@@ -229,7 +229,7 @@ async def test_a_client_whose_daemon_was_killed_starts_another(here: Demand) -> 
             assert (await client.resolve("web")).meta == {"zone": "a"}
 
 
-async def test_who_comes_while_it_ends_gets_another(here: Demand, tmp_path: Path) -> None:
+async def test_client_during_shutdown_gets_a_new_daemon(here: Demand, tmp_path: Path) -> None:
     """It takes nobody any more, and the system has connected them all the same: they are reset, and start one."""
     async with InLoop(tmp_path / "registry.json", unix=tmp_path / "s", idle_exit_s=80.0) as ending:
         ending.clock.advance(90.0)
@@ -253,7 +253,9 @@ async def asked() -> int:
 
 
 @pytest.mark.parametrize("value", [None, "", "0", "false", "No", "OFF", "11", "ja"])
-async def test_off_without_the_variable(here: Demand, value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_autostart_is_off_by_default(
+    here: Demand, value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if value is None:
         monkeypatch.delenv("REGD_AUTOSTART")
     else:
@@ -262,7 +264,7 @@ async def test_off_without_the_variable(here: Demand, value: str | None, monkeyp
 
 
 @pytest.mark.parametrize("value", ["1", "true", "YES", "On"])
-def test_words_that_say_yes(
+def test_values_that_enable_autostart(
     value: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("REGD_AUTOSTART", value)
@@ -272,7 +274,7 @@ def test_words_that_say_yes(
 
 
 @pytest.mark.parametrize("value", ["11", "ja", " 1", "\x1b[31m"])
-def test_a_word_that_says_neither_is_told_once(
+def test_invalid_autostart_value_is_logged_once(
     value: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(protocol, "_warned", set())
@@ -294,7 +296,7 @@ async def is_not_started(here: Demand, address: str | None = None) -> None:
     assert not here.daemons()
 
 
-async def test_never_for_another_host(here: Demand) -> None:
+async def test_autostart_never_for_another_host(here: Demand) -> None:
     with kept_port() as port:  # 127.0.0.2 is refused as one far away would be, and regd would not listen there
         await is_not_started(here, f"tcp://127.0.0.2:{port}")
     for host in ("192.0.2.1", "db.example", "localhost.example", "127.0.0.1.example", "0.0.0.0", "::"):
@@ -303,14 +305,14 @@ async def test_never_for_another_host(here: Demand) -> None:
         assert protocol.autostart_wanted(protocol.Address(host, 1)), host
 
 
-async def test_never_for_one_that_is_there_and_does_not_answer(here: Demand, tmp_path: Path) -> None:
+async def test_autostart_never_when_a_daemon_is_silent(here: Demand, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as deaf:
         deaf.bind(str(tmp_path / "s"))
         deaf.listen()
         await is_not_started(here)
 
 
-def test_never_for_who_only_looks_on(here: Demand) -> None:
+def test_autostart_never_for_doctor_and_completion(here: Demand) -> None:
     """A doctor, who looks at many addresses, and a shell that completes a line."""
     assert "no program listens at" in here.regctl("doctor")[1]
     names = here.program("from regd.cli.complete_names import names; print(names(None, None))")
@@ -319,9 +321,7 @@ def test_never_for_who_only_looks_on(here: Demand) -> None:
     assert not here.daemons()
 
 
-async def test_one_that_was_there_is_given_time_to_come_back(
-    here: Demand, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_lost_daemon_gets_time_to_return(here: Demand, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connector, "_RESTART_S", 1_000.0)
     pid = await asyncio.to_thread(pid_of)
     async with regd_client.Client() as client:
@@ -336,7 +336,7 @@ async def test_one_that_was_there_is_given_time_to_come_back(
     assert here.log.count("registrations at revision") == 1
 
 
-async def test_never_for_one_that_is_no_regd(here: Demand, tmp_path: Path) -> None:
+async def test_autostart_never_when_another_program_answers(here: Demand, tmp_path: Path) -> None:
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"220 mail ready\r\n")
         await reader.read()
@@ -365,7 +365,7 @@ async def refused(address: str | None = None) -> str:
     return str(blocking.value)
 
 
-async def test_a_state_folder_that_cannot_be_had(here: Demand, tmp_path: Path) -> None:
+async def test_state_folder_cannot_be_created(here: Demand, tmp_path: Path) -> None:
     (tmp_path / "state").touch()
     assert await refused() == (
         f"regd at unix://{tmp_path}/s cannot be started: cannot use {here.folder}: Not a directory; "
@@ -377,7 +377,7 @@ async def test_a_state_folder_that_cannot_be_had(here: Demand, tmp_path: Path) -
     assert errors.count("\n") == 1
 
 
-async def test_a_port_of_which_another_program_has_a_half(here: Demand) -> None:
+async def test_port_taken_on_one_address_family(here: Demand) -> None:
     """Nobody listens at the address, and the daemon cannot either: its own words, and where its log is."""
     with kept_port() as port, socket.socket(socket.AF_INET6) as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -393,7 +393,7 @@ async def test_a_port_of_which_another_program_has_a_half(here: Demand) -> None:
     assert not list(here.folder.glob("*.json"))
 
 
-async def test_a_client_alone_says_that_there_is_no_daemon(here: Demand, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_client_package_without_daemon_reports_it(here: Demand, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autostart, "_package", lambda: None)
     monkeypatch.setenv("PATH", str(here.place))
     assert (await refused()).endswith(
@@ -401,7 +401,7 @@ async def test_a_client_alone_says_that_there_is_no_daemon(here: Demand, monkeyp
     )
 
 
-def test_a_client_alone_takes_the_command_on_the_path(here: Demand, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_package_starts_regd_from_path(here: Demand, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autostart, "_package", lambda: None)
     command = here.place / "bin" / "regd"
     command.parent.mkdir()
@@ -424,7 +424,7 @@ def app(here: Demand, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("how", ["frozen", "embedded", "none"])
-async def test_a_program_that_is_no_python_is_not_started_again(
+async def test_program_that_is_no_python_is_not_started_as_daemon(
     here: Demand, app: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named = str(app)
@@ -442,14 +442,12 @@ async def test_a_program_that_is_no_python_is_not_started_again(
     assert sorted(path.name for path in here.place.iterdir()) == ["app"]
 
 
-def test_an_embedded_python_takes_the_interpreter_beside_it(here: Demand, app: Path) -> None:
+def test_embedded_python_uses_the_interpreter_beside_it(here: Demand, app: Path) -> None:
     assert pid_of() in here.daemons()
     assert not (here.place / "started").exists()
 
 
-def test_a_frozen_program_takes_the_command_on_the_path(
-    here: Demand, app: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_frozen_program_starts_regd_from_path(here: Demand, app: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the libraries of the system, and not with those that it was frozen with."""
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     folder = here.place / "bin"
@@ -474,7 +472,7 @@ def test_a_frozen_program_takes_the_command_on_the_path(
 
 
 @pytest.mark.parametrize("home", [None, "", "relative"])
-async def test_without_a_home_nothing_is_made(
+async def test_autostart_without_a_home_creates_nothing(
     here: Demand, home: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(here.place)
@@ -492,7 +490,7 @@ async def test_without_a_home_nothing_is_made(
 
 
 @pytest.mark.parametrize("path", ["bin", f"bin{os.pathsep}/usr/bin"])
-def test_in_a_folder_that_has_been_deleted(here: Demand, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autostart_from_a_deleted_folder(here: Demand, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is relative to it is not there; all else is started as ever."""
     folder = here.place / "deleted"
     folder.mkdir()
@@ -508,7 +506,7 @@ def test_in_a_folder_that_has_been_deleted(here: Demand, path: str, monkeypatch:
         os.chdir(before)
 
 
-def test_what_the_starter_ignores_the_daemon_does_not(here: Demand) -> None:
+def test_daemon_does_not_inherit_ignored_signals(here: Demand) -> None:
     code = f"""
 import signal
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
@@ -523,7 +521,7 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
 # The end.
 
 
-def test_idle_exit_ends_it_in_order(tmp_path: Path) -> None:
+def test_idle_exit_is_an_orderly_stop(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path / "registry.json", "--idle-exit", "1") as daemon:
         daemon.start()
         assert daemon.process is not None

@@ -107,7 +107,7 @@ def fill(folder: Path) -> Path:
     return filler
 
 
-async def test_a_full_disk(small: Path, peers: Callable[[DaemonProcess], Any]) -> None:
+async def test_full_disk(small: Path, peers: Callable[[DaemonProcess], Any]) -> None:
     with DaemonProcess(small / "registry.json") as daemon:
         daemon.start()
         peer, watcher = await peers(daemon), await peers(daemon)
@@ -137,7 +137,7 @@ def idle() -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
 
 
-async def test_who_dies_while_the_disk_is_full_is_gone_and_the_file_follows(
+async def test_process_that_dies_on_a_full_disk_is_removed_from_the_file_later(
     small: Path, peers: Callable[[DaemonProcess], Any]
 ) -> None:
     with DaemonProcess(small / "registry.json") as daemon:
@@ -167,7 +167,7 @@ async def test_who_dies_while_the_disk_is_full_is_gone_and_the_file_follows(
         assert (reply["instances"], reply["rev"]) == ([], 6)
 
 
-async def test_a_disk_that_becomes_read_only(small: Path, peers: Callable[[DaemonProcess], Any]) -> None:
+async def test_disk_becomes_read_only(small: Path, peers: Callable[[DaemonProcess], Any]) -> None:
     with DaemonProcess(small / "registry.json") as daemon:
         daemon.start()
         peer, watcher = await peers(daemon), await peers(daemon)
@@ -184,7 +184,7 @@ async def test_a_disk_that_becomes_read_only(small: Path, peers: Callable[[Daemo
         assert held(daemon.registry) == {"old", "late"}
 
 
-async def test_a_folder_that_is_gone_and_comes_back(
+async def test_registry_folder_disappears_and_returns(
     tmp_path: Path, peers: Callable[[DaemonProcess], Any]
 ) -> None:
     with DaemonProcess(tmp_path / "deep" / "registry.json") as daemon:
@@ -211,7 +211,7 @@ async def test_a_folder_that_is_gone_and_comes_back(
 @pytest.mark.socket
 @pytest.mark.parametrize("number", [FULL, BROKEN])
 @pytest.mark.parametrize("step", STEPS)
-async def test_what_is_refused_stays_refused(tmp_path: Path, step: str, number: int) -> None:
+async def test_refused_write_is_not_applied_later(tmp_path: Path, step: str, number: int) -> None:
     files = ToldFiles()
     path = tmp_path / "registry.json"
     async with InLoop(path, files=files) as daemon:
@@ -236,7 +236,9 @@ async def test_what_is_refused_stays_refused(tmp_path: Path, step: str, number: 
 
 @pytest.mark.socket
 @pytest.mark.parametrize("step", STEPS)
-async def test_who_goes_while_the_disk_fails_is_gone_and_the_file_follows(tmp_path: Path, step: str) -> None:
+async def test_holder_that_leaves_on_a_failed_disk_is_removed_from_the_file_later(
+    tmp_path: Path, step: str
+) -> None:
     files = ToldFiles()
     path = tmp_path / "registry.json"
     async with InLoop(path, files=files) as daemon:
@@ -261,7 +263,7 @@ async def test_who_goes_while_the_disk_fails_is_gone_and_the_file_follows(tmp_pa
 
 
 @pytest.mark.socket
-async def test_a_flush_of_five_seconds_stops_nobody_else(tmp_path: Path) -> None:
+async def test_slow_flush_delays_only_replies_behind_it(tmp_path: Path) -> None:
     files = ToldFiles()
     async with InLoop(tmp_path / "registry.json", files=files) as daemon:
         writer, other, holder, watcher = [await daemon.peer() for _ in range(4)]

@@ -54,18 +54,18 @@ def runner(process: DaemonProcess) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
-def test_it_passes_jobs_on_wherever_the_runner_is(process: DaemonProcess, gateway: str) -> None:
+def test_gateway_finds_the_runner(process: DaemonProcess, gateway: str) -> None:
     for numbers in ([1, 2, 3], [4, 5]):  # the second time it is another process, on another port
         with runner(process) as running:
             assert post(gateway, json.dumps({"numbers": numbers}).encode()) == (200, {"sum": sum(numbers)})
             running.kill()
 
 
-def test_what_is_no_job_is_refused(gateway: str) -> None:
+def test_gateway_refuses_invalid_jobs(gateway: str) -> None:
     assert post(gateway, b"no job") == (400, {"error": "the body is not JSON"})
 
 
-def test_without_a_daemon_it_says_so(process: DaemonProcess, gateway: str) -> None:
+def test_gateway_without_a_daemon_reports_it(process: DaemonProcess, gateway: str) -> None:
     process.end()
     status, answer = post(gateway, b"{}")
     assert status == 503

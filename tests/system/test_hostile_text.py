@@ -59,14 +59,14 @@ def marked(process: DaemonProcess) -> DaemonProcess:
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
-def test_regctl_shows_no_text_of_a_registration_raw(marked: DaemonProcess, flags: list[str]) -> None:
+def test_regctl_escapes_text_of_registrations(marked: DaemonProcess, flags: list[str]) -> None:
     for command in COMMANDS:
         shown = regctl(marked.addresses[0], *flags, *command)
         assert harmless(shown), (command, shown)
         assert r"\u202e" in shown or command[0] != "list"
 
 
-def test_a_terminal_gets_none_of_it(marked: DaemonProcess) -> None:
+def test_terminal_receives_no_control_sequences(marked: DaemonProcess) -> None:
     mine, theirs = pty.openpty()
     with BlockingConnection(marked.addresses[0]) as peer:
         assert peer.ask("register", name="bad", port=1, meta={HOSTILE: HOSTILE})["ok"]
@@ -83,7 +83,7 @@ def test_a_terminal_gets_none_of_it(marked: DaemonProcess) -> None:
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
-def test_regctl_watch_shows_none_of_it(process: DaemonProcess, flags: list[str]) -> None:
+def test_regctl_watch_escapes_text(process: DaemonProcess, flags: list[str]) -> None:
     watching = subprocess.Popen(
         [sys.executable, "-m", "regd.cli.regctl", *flags, "watch"],
         env=environment(REGD_ADDRESS=process.addresses[0], PYTHONUTF8="1"), stdout=subprocess.PIPE, encoding="utf-8",
@@ -104,7 +104,7 @@ def test_regctl_watch_shows_none_of_it(process: DaemonProcess, flags: list[str])
     assert harmless(shown)
 
 
-def test_regctl_says_its_arguments_visibly(marked: DaemonProcess, tmp_path: Path) -> None:
+def test_regctl_escapes_its_arguments(marked: DaemonProcess, tmp_path: Path) -> None:
     """They may come from a list that somebody else has written."""
     text = HOSTILE.replace("\0", "")
     address = marked.addresses[0]
@@ -201,7 +201,7 @@ def impostor(answers: dict[str, dict[str, Any]], raw: bytes | None = None) -> It
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
-def test_regctl_trusts_whoever_answers_no_further(flags: list[str]) -> None:
+def test_regctl_escapes_text_of_an_impostor(flags: list[str]) -> None:
     with impostor(ANSWERS) as address:
         for command in (*COMMANDS, ["watch"]):
             shown = regctl(address, *flags, *command)
@@ -221,7 +221,7 @@ def test_regctl_trusts_whoever_answers_no_further(flags: list[str]) -> None:
 # The daemon.
 
 
-async def test_every_reply_and_the_file_are_plain_ascii(daemon: InLoop) -> None:
+async def test_replies_and_file_are_ascii(daemon: InLoop) -> None:
     peer = await daemon.peer()
     watching = await daemon.peer()
     await watching.ask(cmd="watch")
@@ -273,7 +273,7 @@ STRANGERS = [
 ]
 
 
-async def test_the_log_shows_no_strangers_bytes_raw(daemon: InLoop, caplog: pytest.LogCaptureFixture) -> None:
+async def test_log_escapes_bytes_of_bad_peers(daemon: InLoop, caplog: pytest.LogCaptureFixture) -> None:
     """And each in its own while is one line, two in one while are one."""
     caplog.set_level("DEBUG", "regd")
     caplog.clear()
@@ -291,7 +291,7 @@ async def test_the_log_shows_no_strangers_bytes_raw(daemon: InLoop, caplog: pyte
         assert harmless_bytes(shown.encode()), shown
 
 
-def test_the_log_of_a_process_is_plain_at_every_level(tmp_path: Path) -> None:
+def test_log_of_a_process_is_escaped_at_every_level(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path / "registry.json", "--log-level", "debug") as process:
         process.start()
         for said in STRANGERS:
@@ -337,7 +337,7 @@ def fake_runner(answer: bytes) -> Iterator[int]:
     ],
     ids=["JSON", "text", "no text", "nothing"],
 )
-def test_the_caller_shows_no_answer_raw(process: DaemonProcess, answer: bytes) -> None:
+def test_caller_escapes_answers(process: DaemonProcess, answer: bytes) -> None:
     with fake_runner(answer) as port, BlockingConnection(process.addresses[0]) as peer:
         assert peer.ask("register", name="runner", port=port, meta={HOSTILE: HOSTILE})["ok"]
         done = subprocess.run(

@@ -54,7 +54,7 @@ def gone_after_s(peer: BlockingConnection, name: str) -> float:
 
 
 @pytest.mark.parametrize("how", ["works", "hangs"])
-def test_a_killed_service_is_gone_at_once_and_a_busy_one_is_not(
+def test_killed_service_is_removed_and_busy_service_stays(
     process: DaemonProcess, peer: BlockingConnection, how: str
 ) -> None:
     with start(process, how) as service:
@@ -69,7 +69,7 @@ def test_a_killed_service_is_gone_at_once_and_a_busy_one_is_not(
     assert last["reason"] in ("process exited", "connection closed")
 
 
-def test_a_stopped_service_keeps_its_name(process: DaemonProcess, peer: BlockingConnection) -> None:
+def test_suspended_service_keeps_its_name(process: DaemonProcess, peer: BlockingConnection) -> None:
     with start(process, "works") as service:
         service.send_signal(signal.SIGSTOP)
         assert peer.ask("resolve", name="service")["ok"]
@@ -78,7 +78,7 @@ def test_a_stopped_service_keeps_its_name(process: DaemonProcess, peer: Blocking
         service.kill()
 
 
-def test_a_daemon_that_was_stopped_drops_no_lease(process: DaemonProcess, peer: BlockingConnection) -> None:
+def test_suspended_daemon_expires_no_lease(process: DaemonProcess, peer: BlockingConnection) -> None:
     peer.ask("register", name="leased", port=1, ttl=1)
     assert process.process is not None
     process.process.send_signal(signal.SIGSTOP)
@@ -88,7 +88,7 @@ def test_a_daemon_that_was_stopped_drops_no_lease(process: DaemonProcess, peer: 
     assert gone_after_s(peer, "leased") > 0.5
 
 
-def test_a_killed_daemon_does_not_take_a_reused_number_for_the_old_process(process: DaemonProcess) -> None:
+def test_reused_pid_is_not_the_old_process(process: DaemonProcess) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         with BlockingConnection(process.addresses[0]) as peer:
             assert peer.ask("register", name="a", port=1, pid=other.pid)["ok"]

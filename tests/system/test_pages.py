@@ -65,7 +65,7 @@ def started(command: str, folder: Path, daemon: DaemonProcess) -> "Iterator[subp
     PROGRAMS + COMMANDS,
     ids=[command.partition("\n")[0] for _, _, command in PROGRAMS + COMMANDS],
 )
-def test_a_service_under_its_server(
+def test_service_page_example_runs(
     title: str, files: dict[str, str], command: str, process: DaemonProcess, tmp_path: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:

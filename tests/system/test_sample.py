@@ -45,7 +45,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "flags", [[], ["-n", "2"], ["-n", "2", "-o", "regd_storage=tmp_path"]], ids=["alone", "workers", "files"]
 )
-def test_the_suite_of_a_project_that_has_the_wheel(python: Path, tmp_path: Path, flags: list[str]) -> None:
+def test_sample_project_with_the_wheel(python: Path, tmp_path: Path, flags: list[str]) -> None:
     project = tmp_path / "shop"
     shutil.copytree(SAMPLE, project, ignore=shutil.ignore_patterns("__pycache__", ".pytest_cache"))
     plain = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}

@@ -133,7 +133,7 @@ def conversation(port: int, data: bytes) -> bytes:
         return said
 
 
-def test_greetings_of_other_protocols(watched: Watched) -> None:
+def test_greetings_of_other_protocols_are_refused(watched: Watched) -> None:
     for count, (name, greeting) in enumerate(GREETINGS.items(), 1):
         said = conversation(watched.port, greeting + b"\r\n" + BODY)
         if name.startswith("HTTP"):
@@ -144,7 +144,7 @@ def test_greetings_of_other_protocols(watched: Watched) -> None:
         assert watched.strangers() == count, name
 
 
-def test_random_bytes(watched: Watched) -> None:
+def test_random_bytes_change_nothing(watched: Watched) -> None:
     chance = random.Random(7)
     for count in range(1, 101):
         first = chance.choice([byte for byte in range(256) if byte not in b" \t\r\n{"])
@@ -156,7 +156,7 @@ def test_random_bytes(watched: Watched) -> None:
         assert watched.strangers() == count
 
 
-def test_many_at_once_are_counted_each_and_told_each(watched: Watched) -> None:
+def test_each_of_many_bad_peers_is_counted_and_answered(watched: Watched) -> None:
     made = [socket.create_connection(("127.0.0.1", watched.port), WAIT_S) for _ in range(200)]
     for each in made:
         each.sendall(GREETINGS["HTTP/1.1"] + BODY)
@@ -311,7 +311,7 @@ def browser(url: str, profile: Path) -> Iterator[None]:
 @pytest.mark.long
 @needs("chromium")
 @pytest.mark.parametrize("host", ["127.0.0.1", "evil.example"])
-def test_a_page_in_a_browser(watched: Watched, tmp_path: Path, host: str) -> None:
+def test_web_page_in_a_browser_changes_nothing(watched: Watched, tmp_path: Path, host: str) -> None:
     """By address, and by a name that was bound again to this machine (DNS rebinding)."""
     seen = [0]
 
@@ -336,7 +336,7 @@ def test_a_page_in_a_browser(watched: Watched, tmp_path: Path, host: str) -> Non
 
 
 @needs("telnet")
-def test_a_session_in_telnet(process: DaemonProcess) -> None:
+def test_telnet_session(process: DaemonProcess) -> None:
     """Typed into the real program, typing errors and all; it is the daemon that closes, at `quit`."""
     with subprocess.Popen(
         ["telnet", "127.0.0.1", str(process.port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -358,7 +358,7 @@ def test_a_session_in_telnet(process: DaemonProcess) -> None:
 
 @needs("nc")
 @pytest.mark.parametrize("end", ["", "quit\n"])
-def test_nc_gets_one_line_for_each_of_its_own(process: DaemonProcess, end: str) -> None:
+def test_nc_gets_one_reply_per_line(process: DaemonProcess, end: str) -> None:
     done = subprocess.run(
         ["nc", *([] if end else ["-N"]), "127.0.0.1", str(process.port)],
         input="register db 5432\nresolve db\n" + end, capture_output=True, text=True, timeout=WAIT_S, check=True,
@@ -367,7 +367,7 @@ def test_nc_gets_one_line_for_each_of_its_own(process: DaemonProcess, end: str) 
 
 
 @needs("nc")
-def test_nc_that_has_closed_its_side_gets_what_it_waits_for(process: DaemonProcess) -> None:
+def test_half_closed_nc_gets_its_pending_reply(process: DaemonProcess) -> None:
     with subprocess.Popen(
         ["nc", "-N", "127.0.0.1", str(process.port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as nc:

@@ -141,7 +141,7 @@ def family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-def test_who_connects_before_the_daemon_exists_is_answered(tmp_path: Path, inbox: socket.socket) -> None:
+def test_connection_before_the_daemon_starts_is_answered(tmp_path: Path, inbox: socket.socket) -> None:
     path = tmp_path / "s"
     daemon = DaemonProcess(tmp_path / "registry.json")
     with activator(daemon, path, NOTIFY_SOCKET=inbox.getsockname()) as (tool, port):
@@ -168,7 +168,7 @@ def test_who_connects_before_the_daemon_exists_is_answered(tmp_path: Path, inbox
     assert path.is_socket()  # it is not regd's
 
 
-def test_flags_and_handed_over_sockets_are_one_too_many(tmp_path: Path) -> None:
+def test_address_flags_conflict_with_activation_sockets(tmp_path: Path) -> None:
     for flags in (["--port", "0"], ["--unix", str(tmp_path / "own")]):
         daemon = DaemonProcess(tmp_path / "registry.json", *flags)
         with activator(daemon, tmp_path / "s") as (tool, port), ask(("127.0.0.1", port), b"ping\n"):
@@ -201,7 +201,7 @@ def handed(command: list[str], sock: socket.socket, pid: str = "$$") -> tuple[in
         (socket.SOCK_DGRAM, "127.0.0.1", "is no TCP and no Unix stream socket"),
     ],
 )
-def test_a_socket_that_is_not_for_regd_is_one_line(
+def test_unusable_activation_socket_is_one_line(
     tmp_path: Path, kind: socket.SocketKind, host: str, says: str
 ) -> None:
     daemon = DaemonProcess(tmp_path / "registry.json")
@@ -217,7 +217,7 @@ def test_a_socket_that_is_not_for_regd_is_one_line(
     assert not daemon.registry.exists()
 
 
-def test_what_is_handed_to_another_process_is_left_alone(tmp_path: Path) -> None:
+def test_activation_sockets_of_another_process_are_ignored(tmp_path: Path) -> None:
     """It says where it listens when it gets so far; here it fails at its own port, which is taken."""
     with socket.create_server(("127.0.0.1", 0)) as theirs, socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -233,7 +233,7 @@ def test_what_is_handed_to_another_process_is_left_alone(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("abstract", [False, True], ids=["path", "abstract"])
-def test_ready_alive_stopping(tmp_path: Path, inbox: socket.socket, abstract: bool) -> None:
+def test_notify_ready_watchdog_stopping(tmp_path: Path, inbox: socket.socket, abstract: bool) -> None:
     daemon = DaemonProcess(tmp_path / "registry.json")
     daemon.registry.write_text('{"db": {"port": 5432}}')
     with contextlib.ExitStack() as stack:
@@ -262,7 +262,7 @@ def test_ready_alive_stopping(tmp_path: Path, inbox: socket.socket, abstract: bo
         assert drain(inbox) == []
 
 
-def test_a_start_that_fails_is_not_ready(tmp_path: Path, inbox: socket.socket) -> None:
+def test_failed_start_sends_no_ready(tmp_path: Path, inbox: socket.socket) -> None:
     daemon = DaemonProcess(tmp_path / "registry.json")
     daemon.registry.write_text("{")
     with running(daemon.command("--port", "0"), NOTIFY_SOCKET=inbox.getsockname()) as process:
@@ -271,7 +271,7 @@ def test_a_start_that_fails_is_not_ready(tmp_path: Path, inbox: socket.socket) -
     assert drain(inbox) == []
 
 
-def test_a_loop_that_hangs_feeds_no_watchdog(tmp_path: Path, inbox: socket.socket) -> None:
+def test_blocked_loop_sends_no_watchdog_ping(tmp_path: Path, inbox: socket.socket) -> None:
     command = [sys.executable, "-c", HANGS, "--port", "0", "--registry", str(tmp_path / "registry.json")]
     with running(command, NOTIFY_SOCKET=inbox.getsockname(), WATCHDOG_USEC="100000") as process:
         assert process.stdin is not None
@@ -292,7 +292,7 @@ def test_a_loop_that_hangs_feeds_no_watchdog(tmp_path: Path, inbox: socket.socke
         assert end(process)[0] == 0
 
 
-def test_a_stopped_process_feeds_no_watchdog(tmp_path: Path, inbox: socket.socket) -> None:
+def test_suspended_process_sends_no_watchdog_ping(tmp_path: Path, inbox: socket.socket) -> None:
     command = DaemonProcess(tmp_path / "registry.json").command("--port", "0")
     with running(command, NOTIFY_SOCKET=inbox.getsockname(), WATCHDOG_USEC="100000") as process:
         until(inbox, "WATCHDOG=1")
@@ -307,7 +307,7 @@ def test_a_stopped_process_feeds_no_watchdog(tmp_path: Path, inbox: socket.socke
         assert end(process)[0] == 0
 
 
-def test_nobody_to_tell_is_one_line_and_no_end(tmp_path: Path) -> None:
+def test_unreachable_notify_socket_is_one_log_line(tmp_path: Path) -> None:
     command = DaemonProcess(tmp_path / "registry.json").command("--port", "0")
     with running(command, NOTIFY_SOCKET=str(tmp_path / "nobody"), WATCHDOG_USEC="2000") as process:
         assert process.stdout is not None
@@ -337,7 +337,7 @@ def analyze(*arguments: str, **variables: str) -> str:
 
 
 @pytest.mark.parametrize(("folder", "who"), [(UNITS, "--system"), (UNITS / "user", "--user")])
-def test_the_units_are_valid(tmp_path: Path, folder: Path, who: str) -> None:
+def test_units_are_valid(tmp_path: Path, folder: Path, who: str) -> None:
     for name in ("regd.service", "regd.socket"):
         text = (folder / name).read_text()
         # It does not look at ExecSearchPath=, and regd need not be where a newcomer has it.
@@ -349,12 +349,12 @@ def test_the_units_are_valid(tmp_path: Path, folder: Path, who: str) -> None:
 
 
 @pytest.mark.parametrize(("unit", "most"), [("regd.service", 20), ("user/regd.service", 70)])
-def test_the_units_are_hardened(unit: str, most: int) -> None:
+def test_units_are_hardened(unit: str, most: int) -> None:
     """Of 100. A user's manager can take less away without a namespace in which all other users look alike."""
     analyze("security", "--offline=true", f"--threshold={most}", str(UNITS / unit))
 
 
-def test_the_units_start_the_command_that_the_package_brings() -> None:
+def test_units_start_the_installed_command() -> None:
     for folder in (UNITS, UNITS / "user"):
         service = (folder / "regd.service").read_text().splitlines()
         assert "ExecStart=regd $REGD_FLAGS" in service

@@ -81,7 +81,7 @@ class Terminal:
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_the_tutorial(tmp_path: Path) -> None:
+def test_tutorial(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])  # not the one of whoever runs a daemon here
     (tmp_path / "regd").symlink_to(ROOT)

@@ -80,7 +80,7 @@ def either(request: pytest.FixtureRequest) -> Iterator[Registry]:
         yield made
 
 
-def test_what_others_have_registered(either: Registry) -> None:
+def test_registrations_of_others(either: Registry) -> None:
     assert str(either.register("db", 5432, host="db.example")) == "db.example:5432"
     assert either.register("web", 80, instance="a", meta={"zone": "a"}, state="starting").meta == {"zone": "a"}
     with pytest.raises(regd_client.NotFound):
@@ -168,7 +168,7 @@ async def test_kill_and_expire(registry: InProcessRegistry, client: Client, verb
     assert names(registry) == []
 
 
-def test_expire_ends_one_lease_and_waits_for_none(registry: InProcessRegistry) -> None:
+def test_expire_ends_one_lease_without_waiting(registry: InProcessRegistry) -> None:
     with BlockingConnection() as connection:
         for name in ("a", "b"):
             ask(connection, "register", name=name, port=1, ttl=86_400)
@@ -180,7 +180,7 @@ def test_expire_ends_one_lease_and_waits_for_none(registry: InProcessRegistry) -
         assert names(registry) == ["a", "b"]
 
 
-async def test_a_real_process_that_dies(registry: InProcessRegistry, client: Client) -> None:
+async def test_real_process_dies(registry: InProcessRegistry, client: Client) -> None:
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:  # noqa: ASYNC220
         await client.register("web", 80, pid=process.pid)
         async with events(client) as event:
@@ -191,7 +191,7 @@ async def test_a_real_process_that_dies(registry: InProcessRegistry, client: Cli
 # Time.
 
 
-def test_advance_ends_leases_that_nobody_renews(registry: InProcessRegistry) -> None:
+def test_advance_expires_unrenewed_leases(registry: InProcessRegistry) -> None:
     with BlockingConnection() as connection:
         for name, ttl in (("short", 10), ("renewed", 10), ("long", 3_600)):
             ask(connection, "register", name=name, port=1, ttl=ttl)
@@ -217,7 +217,7 @@ async def test_advance_ends_a_wait(registry: InProcessRegistry, client: Client) 
         await waiting
 
 
-def test_advance_ends_what_no_client_claims_after_a_restart(registry: InProcessRegistry) -> None:
+def test_advance_ends_unclaimed_entries_after_a_restart(registry: InProcessRegistry) -> None:
     registry.register("static", 1)
     with BlockingConnection() as connection:
         ask(connection, "register", name="held", port=1, hold=True)
@@ -230,9 +230,7 @@ def test_advance_ends_what_no_client_claims_after_a_restart(registry: InProcessR
         assert connection.ask("resolve", name="held")["last"]["reason"] == "connection closed"
 
 
-def test_the_daemons_clock_goes_on_by_itself(
-    registry: InProcessRegistry, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_daemon_clock_runs_by_itself(registry: InProcessRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when a test has frozen the time of its process; `registered_at` is the test's."""
     for name, value in (("time", 1_600_000_000.0), ("monotonic", 5.0), ("perf_counter", 5.0)):
         monkeypatch.setattr(time, name, lambda value=value: value)
@@ -293,7 +291,7 @@ async def test_away(registry: InProcessRegistry, client: Client) -> None:
     assert names(registry) == ["db"]
 
 
-async def test_a_wait_goes_on_over_a_restart(registry: InProcessRegistry, client: Client) -> None:
+async def test_wait_continues_across_a_restart(registry: InProcessRegistry, client: Client) -> None:
     async with regd_client.listen("other") as listening:
         waiting = asyncio.create_task(client.resolve("web", wait=WAIT_S))
         while not (await client.stats())["waiting"]:
@@ -330,7 +328,7 @@ def state() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("away", [False, True])
-def test_an_error_inside_the_with(away: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_inside_the_block(away: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory() as folder:  # short: in a long one the socket would be made elsewhere
         monkeypatch.setattr(tempfile, "tempdir", folder)
         _an_error_inside_the_with(away, monkeypatch)
@@ -351,7 +349,7 @@ def _an_error_inside_the_with(away: bool, monkeypatch: pytest.MonkeyPatch) -> No
             call()
 
 
-def test_one_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_registry_that_cannot_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(InProcessRegistry, "_listener", lambda self: os.open("/nowhere", os.O_RDONLY))
     before = state()
@@ -360,7 +358,7 @@ def test_one_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert left_behind(before) == []
 
 
-def test_where_only_unix_sockets_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unix_sockets_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """As pytest-socket does it: whoever makes one has to say its family."""
 
     class Guarded(socket.socket):
@@ -375,7 +373,7 @@ def test_where_only_unix_sockets_are_allowed(monkeypatch: pytest.MonkeyPatch) ->
         assert names(registry) == ["db"]
 
 
-def test_a_temporary_folder_with_a_long_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_temporary_folder_with_a_long_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = tmp_path / ("x" * 100)
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -401,7 +399,7 @@ def test_two_at_once() -> None:
             inner.instances()
 
 
-async def test_what_is_still_registered_at_the_end_is_lost() -> None:
+async def test_registrations_are_lost_when_the_registry_ends() -> None:
     """And goes to no other daemon."""
     async with contextlib.AsyncExitStack() as stack:
         with in_process.running():
@@ -425,7 +423,7 @@ def ask_until_it_breaks(connection: BlockingConnection) -> None:
         connection.ask("ping")
 
 
-def test_a_bug_in_the_daemon_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_daemon_bug_is_reported(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*given: object) -> None:
         raise ZeroDivisionError
 
@@ -447,7 +445,7 @@ def test_a_bug_in_the_daemon_is_told(caplog: pytest.LogCaptureFixture, monkeypat
     assert [each.levelno for each in caplog.records] == [logging.CRITICAL]
 
 
-def test_nothing_of_the_process_is_changed() -> None:
+def test_process_wide_state_is_unchanged() -> None:
     program = """
 import asyncio, gc, logging, os, resource, signal, socket, sys, threading, time
 from regd.testing import in_process
@@ -516,7 +514,7 @@ assert not {"regd.cli.regd", "ctypes"} & set(sys.modules)  # who sets the alloca
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_program_that_never_leaves_the_with_ends() -> None:
+def test_program_that_never_leaves_the_block_ends() -> None:
     done = python(
         "from regd.testing import in_process\n"
         "made = in_process.running()\n"
@@ -530,7 +528,7 @@ def test_a_program_that_never_leaves_the_with_ends() -> None:
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-def test_in_a_loop_of_the_caller(loop: str) -> None:
+def test_inside_a_loop_of_the_caller(loop: str) -> None:
     pytest.importorskip(loop)
     program = f"""
 import asyncio, regd_client, {loop}
@@ -607,7 +605,7 @@ def test_many_threads_call_at_once(registry: InProcessRegistry) -> None:
     assert sorted(done) == [f"n{number}" for number in range(6)]
 
 
-def test_a_forked_child() -> None:
+def test_forked_child() -> None:
     """It reaches the daemon as any process does, and does not keep its sockets open."""
     program = """
 import os, sys, regd_client
@@ -692,7 +690,7 @@ def test_after():
 
 
 @pytest.mark.parametrize("flags", [[], ["-n", "2"]], ids=["alone", "workers"])
-def test_the_fixture(tmp_path: Path, flags: list[str]) -> None:
+def test_fixture(tmp_path: Path, flags: list[str]) -> None:
     assert "6 passed" in Suite(tmp_path, FIXTURE).passes(*flags)
 
 
@@ -707,7 +705,7 @@ def test_it(regd, regd_in_process):
     Suite(tmp_path, tests).passes()
 
 
-def test_a_failed_test_shows_the_registry(tmp_path: Path) -> None:
+def test_failed_test_shows_the_registry(tmp_path: Path) -> None:
     tests = """
 import pytest
 

@@ -83,7 +83,7 @@ STEPS = st.tuples(
 
 @settings(deadline=None, max_examples=examples(200))
 @given(steps=st.lists(STEPS, min_size=10, max_size=40))
-def test_whatever_is_done_the_answers_are_the_systems(steps: list[tuple[str, str, str, int]]) -> None:
+def test_memory_files_answer_like_real_files(steps: list[tuple[str, str, str, int]]) -> None:
     with TemporaryDirectory() as folder:
         real, ours = Shelf(Files(), Path(folder)), Shelf(MemoryFiles(), Path(folder))
         try:
@@ -94,7 +94,7 @@ def test_whatever_is_done_the_answers_are_the_systems(steps: list[tuple[str, str
 
 
 @pytest.mark.parametrize("make", [Files, MemoryFiles])
-def test_a_print_tells_every_change(tmp_path: Path, make: Callable[[], Files]) -> None:
+def test_fingerprint_changes_with_every_write(tmp_path: Path, make: Callable[[], Files]) -> None:
     files = make()
     files.make_folder(tmp_path)
     prints = []
@@ -110,7 +110,7 @@ def test_a_print_tells_every_change(tmp_path: Path, make: Callable[[], Files]) -
 
 
 @pytest.mark.parametrize("make", [Files, MemoryFiles])
-def test_a_lock_is_held_once(tmp_path: Path, make: Callable[[], Files]) -> None:
+def test_lock_is_exclusive(tmp_path: Path, make: Callable[[], Files]) -> None:
     files = make()
     files.make_folder(tmp_path)
     with pytest.raises(FileNotFoundError):
@@ -129,7 +129,7 @@ NAME = st.sampled_from(["a", "b", "c"])
 
 @settings(deadline=None)
 @given(wanted=st.lists(st.tuples(NAME, st.integers(0, 3)), max_size=20))
-def test_a_store_loads_what_was_committed(wanted: list[tuple[str, int]]) -> None:
+def test_store_loads_committed_entries(wanted: list[tuple[str, int]]) -> None:
     """load(commit(x)) = x, after each commit, and nothing of it is on a disk."""
     path, files, warned = Path("/in-memory/registry.json"), MemoryFiles(), list[str]()
     held: dict[str, int] = {}

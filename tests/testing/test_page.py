@@ -13,8 +13,15 @@ from tests.testing.suites import Suite, clean
 PAGE = ROOT / "regd" / "testing" / "README.md"
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("flags", [[], ["-n", "2"]], ids=["alone", "workers"])
-def test_the_programs_of_the_page(tmp_path: Path, flags: list[str]) -> None:
+def test_programs_of_the_page(tmp_path: Path, flags: list[str]) -> None:
+=======
+@pytest.mark.parametrize(
+    "flags", [[], pytest.param(["-n", "2"], marks=pytest.mark.long)], ids=["alone", "workers"]
+)
+def test_programs_of_the_page(tmp_path: Path, flags: list[str]) -> None:
+>>>>>>> d9754d6 (Three more tables of cases in samples)
     programs = blocks(PAGE, "python")
     suite = Suite(tmp_path, programs[0])
     for number, program in enumerate(programs[1:]):
@@ -22,7 +29,7 @@ def test_the_programs_of_the_page(tmp_path: Path, flags: list[str]) -> None:
     assert f"{len(programs) + 1} passed" in suite.passes(*flags)
 
 
-def test_the_suite_of_unittest_runs_without_pytest(tmp_path: Path) -> None:
+def test_unittest_suite_runs_without_pytest(tmp_path: Path) -> None:
     [program] = [each for each in blocks(PAGE, "python") if "unittest.main()" in each]
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program], env=clean(), cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
@@ -31,7 +38,7 @@ def test_the_suite_of_unittest_runs_without_pytest(tmp_path: Path) -> None:
     assert "Warning" not in done.stderr
 
 
-def test_the_options_of_the_page(tmp_path: Path) -> None:
+def test_options_of_the_page(tmp_path: Path) -> None:
     [options] = blocks(PAGE, "toml")
     suite = Suite(
         tmp_path, "def test_it(regd, pytestconfig):\n    assert pytestconfig.inipath.name == 'pyproject.toml'\n"

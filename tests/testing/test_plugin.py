@@ -72,7 +72,7 @@ def anyio_backend():
     return "asyncio"
 
 class TestOfUnittest:
-    def test_nothing_else_is_disturbed(self, regd, monkeypatch, caplog, capfd):
+    def test_patched_modules_do_not_matter(self, regd, monkeypatch, caplog, capfd):
         import socket
         monkeypatch.setattr(socket, "socket", None)
         monkeypatch.setattr(time, "monotonic", lambda: 0.0)
@@ -90,9 +90,7 @@ def test_that_takes_none():
 
 
 @pytest.mark.parametrize("before", [{}, {"REGD_ADDRESS": "tcp://127.0.0.1:1"}], ids=["unset", "set"])
-def test_every_kind_of_test_has_a_registry_of_its_own_and_nothing_is_left(
-    tmp_path: Path, before: dict[str, str]
-) -> None:
+def test_every_kind_of_test_gets_its_own_registry(tmp_path: Path, before: dict[str, str]) -> None:
     suite = Suite(tmp_path, HEAD + EVERY_KIND)
     shown = suite.passes(**before, PYTHONDEVMODE="1")
     assert "5 passed" in shown
@@ -115,6 +113,7 @@ def test_of_the_module(regd):
 """
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("scope", "registries", "in_class"),
     [("function", 12, 8), ("class", 8, 4), ("module", 4, 4), ("package", 2, 2), ("session", 1, 1), ("run", 1, 1)],
@@ -132,7 +131,7 @@ def test_each_scope(tmp_path: Path, scope: str, registries: int, in_class: int) 
 
 
 @pytest.mark.parametrize("scope", ["function", "session", "run"])
-def test_a_registry_in_tmp_path(tmp_path: Path, scope: str) -> None:
+def test_registry_in_tmp_path(tmp_path: Path, scope: str) -> None:
     tests = """
 def test_it(regd, tmp_path):
     regctl("register", "db", "5432")
@@ -148,7 +147,7 @@ def test_it(regd, tmp_path):
 
 
 @pytest.mark.parametrize("line", ["regd_scope = test", "regd_storage = disk"])
-def test_a_wrong_option_is_told_in_one_line(tmp_path: Path, line: str) -> None:
+def test_wrong_option_is_reported_in_one_line(tmp_path: Path, line: str) -> None:
     status, shown = Suite(tmp_path, "", line).run()
     assert status == pytest.ExitCode.USAGE_ERROR
     assert f"ERROR: {line}: take one of " in shown
@@ -189,7 +188,7 @@ def test_workers_with_one_registry(tmp_path: Path, storage: str) -> None:
     assert ("basetemp" in suite.told("told-gw0")[0]) == (storage == "tmp_path")
 
 
-def test_a_registry_of_the_whole_run_is_not_stopped_without_workers_either(tmp_path: Path) -> None:
+def test_registry_of_the_whole_run_cannot_be_stopped_without_workers(tmp_path: Path) -> None:
     tests = """
 @pytest.mark.parametrize("what", ["stop", "start", "restart"])
 def test_it(regd, what):
@@ -236,7 +235,7 @@ def test_that_passes(regd):
 
 @pytest.mark.parametrize("flags", [(), ("-n", "1")], ids=["alone", "worker"])
 @pytest.mark.parametrize("scope", ["function", "session", "run"])
-def test_a_test_that_fails_shows_its_registry(tmp_path: Path, scope: str, flags: tuple[str, ...]) -> None:
+def test_failing_test_shows_its_registry(tmp_path: Path, scope: str, flags: tuple[str, ...]) -> None:
     suite = Suite(tmp_path, HEAD + FAILING, f"regd_scope = {scope}")
     status, shown = suite.run(*flags, "-rN")
     assert status == pytest.ExitCode.TESTS_FAILED
@@ -253,7 +252,7 @@ def test_a_test_that_fails_shows_its_registry(tmp_path: Path, scope: str, flags:
     assert "INTERNALERROR" not in shown
 
 
-def test_a_registry_that_has_ended_is_told_and_the_next_test_has_another(tmp_path: Path) -> None:
+def test_ended_registry_is_reported_and_replaced(tmp_path: Path) -> None:
     tests = """
 def test_call(regd):
     os.kill(ask(regd, "stats")["pid"], signal.SIGKILL)
@@ -270,7 +269,7 @@ def test_next(regd):
 
 
 @pytest.mark.parametrize("python", ["/nowhere/python", ""])
-def test_a_registry_that_cannot_be_had_is_told_without_a_traceback(tmp_path: Path, python: str) -> None:
+def test_unavailable_registry_is_reported_without_traceback(tmp_path: Path, python: str) -> None:
     suite = Suite(tmp_path, "def test_it(regd): pass")
     suite.write("conftest.py", f"import sys\nsys.executable = {python!r}\n")
     status, shown = suite.run()
@@ -321,7 +320,7 @@ def test_kill_9_of_pytest_ends_the_daemon(tmp_path: Path, scope: str, flags: tup
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_ctrl_c_lets_the_tests_end_in_order(tmp_path: Path) -> None:
+def test_ctrl_c_is_an_orderly_end(tmp_path: Path) -> None:
     suite = Suite(tmp_path, HEAD + SLEEPING.format(before="", sleep="time.sleep(600)"))
     os.mkfifo(suite.folder / "pipe")
     with suite.started() as process:
@@ -335,7 +334,7 @@ def test_ctrl_c_lets_the_tests_end_in_order(tmp_path: Path) -> None:
     assert suite.told() == ["after db"]
 
 
-def test_a_test_that_holds_the_interpreter_holds_up_no_daemon(tmp_path: Path) -> None:
+def test_busy_test_does_not_delay_the_daemon(tmp_path: Path) -> None:
     tests = """
 import ctypes
 
@@ -353,7 +352,7 @@ def test_it(regd):
     Suite(tmp_path, HEAD + tests).passes()
 
 
-def test_a_fixture_of_that_name_of_the_suite(tmp_path: Path) -> None:
+def test_fixture_of_the_same_name_in_the_suite(tmp_path: Path) -> None:
     tests = """
 @pytest.fixture
 def regd():
@@ -369,7 +368,7 @@ def test_it(regd):
     suite.passes("-p", "no:regd")
 
 
-def test_a_fixture_that_builds_on_it(tmp_path: Path) -> None:
+def test_fixture_that_uses_the_fixture(tmp_path: Path) -> None:
     tests = """
 @pytest.fixture
 def regd(regd):
@@ -382,7 +381,7 @@ def test_it(regd):
     Suite(tmp_path, HEAD + tests).passes()
 
 
-def test_a_test_that_forks(tmp_path: Path) -> None:
+def test_test_that_forks(tmp_path: Path) -> None:
     tests = """
 def test_it(regd):
     files = os.listdir("/proc/self/fd")
@@ -406,7 +405,7 @@ def test_it(regd):
     Suite(tmp_path, HEAD + "import regd.testing as running\n" + tests).passes()
 
 
-def test_a_suite_of_unittest(tmp_path: Path) -> None:
+def test_unittest_suite(tmp_path: Path) -> None:
     program = """
 import os, subprocess, sys, unittest
 import regd.testing
@@ -436,7 +435,7 @@ unittest.main()
     assert "Warning" not in done.stderr
 
 
-def test_the_plugin_imports_nothing_dear() -> None:
+def test_plugin_imports_nothing_expensive() -> None:
     program = """
 import sys, contextlib, pytest
 before = set(sys.modules)

@@ -29,7 +29,7 @@ def names(registry: Registry) -> list[str]:
     return [each["name"] for each in registry.instances()]
 
 
-def test_none_is_started_on_demand_in_place_of_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_autostart_does_not_replace_the_registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("REGD_AUTOSTART", "1")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     with running() as registry:
@@ -69,7 +69,7 @@ def test_all_pages() -> None:
         assert "more lines" in registry.described()
 
 
-async def test_a_service_is_there_again_after_a_restart() -> None:
+async def test_service_returns_after_a_restart() -> None:
     with running() as registry:
         async with regd_client.register("runner", 5050), regd_client.mirror("runner") as mirror:
             registry.stop()
@@ -82,7 +82,7 @@ async def test_a_service_is_there_again_after_a_restart() -> None:
             assert mirror.resolve("runner").port == 5050
 
 
-def test_nobody_is_given_the_port_meanwhile() -> None:
+def test_port_stays_reserved() -> None:
     with running() as registry:
         ask(registry, "register", name="db", port=1)
         registry.stop()
@@ -93,7 +93,7 @@ def test_nobody_is_given_the_port_meanwhile() -> None:
         assert names(registry) == ["db"]
 
 
-def test_a_registry_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registry_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with running("deep/registry.json") as registry:
         assert registry.path == tmp_path / "deep/registry.json"
@@ -106,7 +106,7 @@ def test_a_registry_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert names(registry) == ["db", "other"]
 
 
-def test_a_file_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+def test_unusable_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "registry.json").write_text("[]")
     before = os.environ.get("REGD_ADDRESS")
     with (
@@ -120,7 +120,7 @@ def test_a_file_that_cannot_be_used_is_told(tmp_path: Path) -> None:
             pass
 
 
-def test_a_process_that_was_killed_is_told_and_another_is_started() -> None:
+def test_killed_process_is_reported_and_replaced() -> None:
     with running() as registry:
         os.kill(host().pid, signal.SIGKILL)
         with pytest.raises(HostError, match=r"has ended, with status -9"):
@@ -130,13 +130,13 @@ def test_a_process_that_was_killed_is_told_and_another_is_started() -> None:
             assert names(other) == []
 
 
-def test_a_process_that_fails_says_why() -> None:
+def test_failed_process_reports_why() -> None:
     made = host()
     with pytest.raises(HostError, match=r"with status 1\n(.|\n)*ValueError: nothing to do"):
         made.ask("dance", daemon=made.ask("open", path=None)["daemon"])
 
 
-def test_answers_that_nobody_took_are_nobodys() -> None:
+def test_unread_answers_are_discarded() -> None:
     with running() as registry:
         made = host()
         made._send(b'{"id": 0, "do": "open", "path": null}\n')  # as one that was interrupted
@@ -165,7 +165,7 @@ def test_many_threads_ask_at_once() -> None:
     assert found == [True] * 8
 
 
-def test_a_process_that_nobody_needs_ends() -> None:
+def test_unneeded_process_ends() -> None:
     with running():
         pid = host().pid
         close_unused()
@@ -178,7 +178,7 @@ def test_a_process_that_nobody_needs_ends() -> None:
 
 
 @pytest.mark.parametrize("how", ["stdin", "parent"])
-def test_the_process_ends_with_its_stdin_or_its_parent(how: str) -> None:
+def test_process_ends_with_its_stdin_or_parent(how: str) -> None:
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as parent, watched(parent.pid) as file:
         with subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _START, str(ROOT), str(file)],
@@ -201,7 +201,7 @@ def test_the_process_ends_with_its_stdin_or_its_parent(how: str) -> None:
         parent.kill()
 
 
-def test_what_the_package_offers() -> None:
+def test_public_names_of_the_package() -> None:
     assert {"running", "Registry", "HostError", "in_process"} <= set(dir(regd.testing))
     program = "import regd.testing\nwith regd.testing.in_process.running() as made: made.register('db', 1)"
     subprocess.run([sys.executable, "-c", program], env=clean(), timeout=60, check=True)

@@ -28,7 +28,7 @@ STRANGERS = [path.read_bytes()[1:] for path in KEPT if path.name.startswith("str
 FILES = [path.read_bytes() for path in KEPT if path.parent.name == "loader"]
 
 
-def test_the_corpus_is_there() -> None:
+def test_corpus_is_complete() -> None:
     assert list(TARGETS) == list(NAMES)
     assert {path.parent.name for path in KEPT} == set(TARGETS)
     assert len(KEPT) >= 100
@@ -36,7 +36,7 @@ def test_the_corpus_is_there() -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("of", TARGETS)
-def test_the_corpus(of: str, name: str) -> None:
+def test_corpus(of: str, name: str) -> None:
     """Each kept input goes through all targets, not only through the one that it was kept for."""
     for path in (CORPUS / of).iterdir():
         try:
@@ -134,7 +134,7 @@ within = settings(deadline=None, print_blob=True)
 
 @given(planned_streams | st.binary(max_size=60))
 @settings(within, max_examples=examples(300))
-def test_any_stream_gives_the_same_items_however_it_is_cut(data: bytes) -> None:
+def test_stream_parses_equally_in_any_chunks(data: bytes) -> None:
     reader(data)
 
 
@@ -146,13 +146,13 @@ def test_any_line_is_a_request_or_refused(data: bytes) -> None:
 
 @given(planned_streams)
 @settings(within, max_examples=examples(400))
-def test_any_session_does_what_was_asked_for_and_leaves_nothing(data: bytes) -> None:
+def test_any_session_leaves_only_requested_changes(data: bytes) -> None:
     session(data)
 
 
 @given(mutated(st.sampled_from(FILES)))
 @settings(within, max_examples=examples(500))
-def test_any_file_is_a_document_or_unreadable(data: bytes) -> None:
+def test_any_file_loads_or_is_refused(data: bytes) -> None:
     loader(data)
 
 
