@@ -1,5 +1,5 @@
-# Two commands for newcomers: `make run` shows the whole idea at work, `make test` proves it.
-# `run` needs python3 alone. `test` sets up .venv by itself, once, and again when pyproject.toml changes.
+# Two commands to start with: `make run` runs a demo, `make test` the tests.
+# `run` needs only python3. `test` creates .venv, and updates it when pyproject.toml changes.
 
 PYTHON ?= python3
 VENV := .venv
@@ -26,28 +26,28 @@ suite: $(VENV)/ready
 uvloop: $(VENV)/ready
 	REGD_TEST_LOOP=uvloop $(PYTEST) -m socket
 
-# regd beside the servers that one would take instead. ROWS="resolve register" measures these rows alone,
-# SHORT=1 with two short rounds. All of it takes a quarter of an hour, and writes regd/BENCHMARKS.md.
+# The benchmarks of regd and comparable servers. ROWS="resolve register" runs only these rows, SHORT=1 two short
+# rounds. The full run takes 15 minutes and writes regd/BENCHMARKS.md.
 bench: $(VENV)/ready
 	$(VENV)/bin/python -m pip install -q --group bench
 	PYTHONPATH=.:client $(VENV)/bin/python -m tests.benchmarks $(if $(SHORT),--short) $(ROWS)
 
 # The long runs. Each has a short form in the suite; tests/README.md has their last figures.
 
-# kill -9 of a daemon under load, 200 times: nothing acknowledged is missing.
+# Kill a daemon under load with SIGKILL, 200 times: no acknowledged change may be missing.
 crash: $(VENV)/ready
 	PYTHONPATH=.:client $(VENV)/bin/python -m tests.long.crash
 
-# Ten minutes of everything at once, on a bad line: everybody who follows has the daemon's state.
+# Random clients, restarts and cut connections for ten minutes: every watcher must have the daemon's state.
 soak: $(VENV)/ready
 	PYTHONPATH=.:client $(VENV)/bin/python -m tests.long.soak
 
-# Any bytes, guided by what they reach, a minute for each target.
+# Coverage-guided fuzzing, a minute for each target.
 fuzz: $(VENV)/ready
 	$(VENV)/bin/python -m pip install -q --group fuzz
 	PYTHONPATH=.:client $(VENV)/bin/python -m tests.long.fuzz.run
 
-# How a well-behaved peer fares beside hostile ones; how long a command holds the loop; what memory is taken.
+# Response times beside hostile peers; how long a command holds the event loop; memory at every limit.
 siege: $(VENV)/ready
 	PYTHONPATH=.:client $(VENV)/bin/python -m tests.long.siege
 
@@ -57,7 +57,7 @@ health: $(VENV)/ready
 memory: $(VENV)/ready
 	PYTHONPATH=.:client $(VENV)/bin/python -m tests.long.memory
 
-# What users install: built, installed into an empty environment, and tried there.
+# Build the wheel, install it into an empty environment, and try it there.
 wheel: $(VENV)/ready
 	rm -rf dist .venv-wheel
 	$(VENV)/bin/python -m build --outdir dist .

@@ -1,4 +1,4 @@
-"""Fixtures for every test: the event loop, and a daemon in that loop or in its own process; the short form."""
+"""Fixtures for all tests: the event loop, and a daemon in that loop or in its own process. Selects the short form."""
 
 import asyncio
 import os

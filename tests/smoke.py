@@ -1,4 +1,4 @@
-"""Tries the installed package, not the checkout: `python3 tests/smoke.py FOLDER`, the folder of its commands."""
+"""Try the installed package, not the checkout: `python3 tests/smoke.py FOLDER`, with the folder of its commands."""
 
 import os
 import re

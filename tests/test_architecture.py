@@ -1,4 +1,4 @@
-"""The layers: imports go down only, without circles, and each layer keeps off what it must not know."""
+"""Imports go down only, without circles, and each layer keeps to its allowed modules."""
 
 import ast
 import sys

@@ -1,4 +1,4 @@
-"""The pages are true: tests replay their conversations, run their programs and commands, and compare their tables."""
+"""The pages: replay their conversations, run their programs and commands, compare their tables."""
 
 import ast
 import asyncio

@@ -1,4 +1,4 @@
-"""The page of options lists every option and environment variable, and no other: it is compared with the man pages."""
+"""OPTIONS lists every option and environment variable, and no other."""
 
 import ast
 import re

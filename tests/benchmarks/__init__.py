@@ -1,1 +1,1 @@
-"""The benchmark: regd beside the servers that one would take instead, in one run. `make bench` runs it."""
+"""Benchmarks of regd and comparable servers, in one run. `make bench` runs them."""

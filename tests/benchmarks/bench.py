@@ -1,4 +1,4 @@
-"""What every row has: servers that are started together, and rounds in which each has its turn."""
+"""Servers that start together, and rounds in which each is measured."""
 
 import contextlib
 import itertools

@@ -1,9 +1,8 @@
-"""One program that looks names up through a client library, in a process of its own; prints how many a second.
+"""A program that resolves names through a client library and prints how many per second.
 
     python -m tests.benchmarks.caller LIBRARY PORT --tasks N --warm S --seconds S
 
-Every answer is compared: what was asked for must have come. `mirror` resolves without asking, beside a plain
-dictionary whose entries go out of date.
+Every answer is checked. `mirror` resolves locally, beside a plain dictionary with expiring entries.
 """
 
 import argparse

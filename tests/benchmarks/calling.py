@@ -1,4 +1,4 @@
-"""Rows: names looked up in a Python program, through its client library and from its local picture."""
+"""Rows: resolve in a Python program, through its client library and from its local mirror."""
 
 import importlib.util
 import json

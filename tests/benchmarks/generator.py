@@ -1,4 +1,4 @@
-"""The programs in C: built at the start, run on a core of their own. What they do is told at the head of each."""
+"""The load generators in C: built at the start, run on their own core. Each file's head says what it does."""
 
 import json
 import shutil

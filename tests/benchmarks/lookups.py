@@ -1,4 +1,4 @@
-"""Rows: names looked up over 50 connections, one at a time and 16 at a time, among 1,000 names and more."""
+"""Rows: resolve over 50 connections, one request at a time and 16, among 1,000 names and more."""
 
 from tests.benchmarks.bench import Bench, Rounds
 from tests.benchmarks.figures import Bars, Goal, Table, Told, at_least, by_rate, middle, number, rates, ratio

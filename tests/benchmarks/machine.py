@@ -1,4 +1,4 @@
-"""The machine: what it is, on which cores things run, and who else uses them. Must not know what is measured."""
+"""The machine: its hardware, the cores that processes are pinned to, and its other load."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""The results of a run as Markdown: the parts of `regd/BENCHMARKS.md` and of this folder's README between markers."""
+"""The results of a run as Markdown: the marked parts of `regd/BENCHMARKS.md` and of this folder's README."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The servers that one would take instead, from Debian's packages, each as it comes but for where it listens."""
+"""The servers to compare with, from Debian's packages, in their default configuration except for the address."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The rows as bars, beside the page. Needs the group `bench`."""
+"""The rows as a bar chart. Needs the group `bench`."""
 
 from pathlib import Path
 from typing import Any

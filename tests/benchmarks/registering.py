@@ -1,4 +1,4 @@
-"""Rows: durable registrations, over 50 connections among 1,000 and more, and one after the other on one connection."""
+"""Rows: durable registrations, over 50 connections, and one at a time on one connection."""
 
 import json
 import shutil

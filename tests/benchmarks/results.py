@@ -1,4 +1,4 @@
-"""The results of a whole run: every round of every row, the machine and the day. Saved as `results.json`."""
+"""The results of a full run: every round of every row, the machine and the date. Saved as `results.json`."""
 
 import json
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""The table of rows: the benchmark is this table."""
+"""The table of all rows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

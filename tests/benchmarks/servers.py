@@ -1,4 +1,4 @@
-"""Servers as processes of the benchmark: started on the server's core in a folder of their own, ended by their pid."""
+"""Servers as child processes: each on the server's core, in its own folder, ended by its pid."""
 
 import contextlib
 import itertools

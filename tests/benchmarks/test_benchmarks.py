@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: its programs build, replies are checked, and the pages have the results."""
+"""The programs of the benchmarks build, replies are checked, and the pages have the results."""
 
 import contextlib
 import json

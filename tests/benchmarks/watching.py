@@ -1,4 +1,4 @@
-"""Rows: the time from sending a change until its watchers have it, with one watcher and with 1,000."""
+"""Rows: the time from sending a change until its watchers receive it, with one watcher and with 1,000."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Looking among many instances, in slices: the same as looking at all of them at once."""
+"""A search among many instances in slices finds what one search finds."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""Deadlines: exact, prolonged all at once, and never looked at all at once."""
+"""Deadlines are exact, can be prolonged together, and are checked a bounded number at a time."""
 
 import heapq
 

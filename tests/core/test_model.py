@@ -1,4 +1,4 @@
-"""The rules of section "Names": each at its limit, one below, one above."""
+"""The rules of section "Names" in PROTOCOL: each at its limit, below and above."""
 
 from collections.abc import Callable
 from typing import Any

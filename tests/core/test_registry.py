@@ -1,4 +1,4 @@
-"""Equations: the registry is what a plain dictionary would be, and its changes, folded, are its list."""
+"""The registry equals a plain dictionary, and its changes, folded, equal its list."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,7 +1,7 @@
-"""`kill -9` of a real daemon under a load of writers, again and again on one registry. `python -m tests.long.crash`.
+"""Kill a daemon under load with SIGKILL, again and again on one registry: `python -m tests.long.crash`.
 
-After each kill the file must be whole, and each key in it at the last acknowledged state or at one asked for after
-it. The moments are of chance: a seed gives the same requests, not the same history. Must know the protocol alone.
+After each kill the file must load, and each key must have its last acknowledged state or one requested later. When
+the kill happens is random: a seed repeats the requests, not the timing.
 """
 
 import argparse

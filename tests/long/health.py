@@ -1,7 +1,7 @@
-"""How long one command holds the loop, with 100,000 registrations: figures. Run by `make health`.
+"""Measure how long one command holds the event loop with 100,000 registrations. Run by `make health`.
 
-A peer in a process of its own pings without a pause, while another one asks for what is dear. What it waits at
-worst is what the command took from everybody. `slowest` is what the daemon itself has measured.
+One process pings without a pause while another sends expensive requests. The longest ping is the time that the
+command took from all other peers. `slowest` is the daemon's own measurement.
 """
 
 import json

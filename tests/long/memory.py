@@ -1,7 +1,6 @@
-"""What a daemon takes when its limits are reached, beside what the table of limits promises. Run by `make memory`.
+"""Measure a daemon's memory when its limits are reached, against the table of limits. Run by `make memory`.
 
-Row after row is filled until the daemon refuses, cuts or forgets; the rows stay full. Some two minutes and a
-gibibyte.
+Each limit is filled until the daemon refuses or drops, and stays full. Takes two minutes and a gibibyte.
 """
 
 import contextlib

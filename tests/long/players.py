@@ -1,6 +1,6 @@
-"""Those who use a daemon while it is killed and cut off, and hold it to its word: writers, owners, watchers, waiters.
+"""The clients of the soak: writers, owners, watchers and waiters, which check every reply.
 
-Each is a coroutine that goes on until it is cancelled. Must not know what breaks, or when.
+Each is a coroutine that runs until it is cancelled.
 """
 
 import asyncio

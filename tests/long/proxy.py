@@ -1,6 +1,6 @@
-"""A bad line between a port of its own and a daemon's: cut, late, in crumbs, torn, deaf. All at random from a seed.
+"""A proxy that cuts, delays, splits and drops at random, from a seed.
 
-While `calm` is set it forwards as it should, and what it held back goes on. Must not know what the lines mean.
+While `calm` is set it forwards normally, including what it had held back.
 """
 
 import asyncio

@@ -1,10 +1,10 @@
-"""The siege: hostile connections against a daemon, and how a well-behaved peer fares meanwhile.
+"""Hostile connections against a daemon, and the response times of a well-behaved peer meanwhile.
 
-`python -m tests.long.siege [SCENARIO…]` prints a table of figures; `tests/long/test_siege.py` is the short form. Every
-scenario has a daemon and a peer in processes of their own, on loopback, and is bounded in count and in time.
+`python -m tests.long.siege [SCENARIO…]` prints a table; `tests/long/test_siege.py` is the short form. Each scenario
+has its own daemon and peer process on loopback, with a bounded number of connections and a bounded duration.
 
-The peer pings, resolves, registers and connects anew, over and over, before and during the siege. Afterwards all
-hostile connections must be gone, memory back, and nothing registered that should not be.
+The peer pings, resolves, registers and reconnects, before and during the scenario. Afterwards all hostile
+connections must be closed, memory released, and nothing registered that should not be.
 """
 
 import argparse
@@ -565,8 +565,8 @@ def show(scenario: Scenario, figures: Figures) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Hostile connections, and how a well-behaved peer fares.")
-    parser.add_argument("--peer", metavar="ADDRESS", help="be the well-behaved peer")
+    parser = argparse.ArgumentParser(prog="python -m tests.long.siege", description="Hostile connections.")
+    parser.add_argument("--peer", metavar="ADDRESS", help="run as the well-behaved peer")
     parser.add_argument("--uvloop", action="store_true", help="the daemon on uvloop")
     parser.add_argument("scenarios", nargs="*", help="only these")
     given = parser.parse_args()

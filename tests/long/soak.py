@@ -1,8 +1,8 @@
-"""The history checker at work: a daemon that is killed and stopped, a bad line to it, and all who write and follow.
+"""Random clients of a daemon that is killed, suspended and cut off: all must agree on its state afterwards.
 
-`python -m tests.long.soak [--minutes M] [--seed S]`, or `make soak`. Behind each spell of trouble stands a quiet point, where
-all must come to agree: watchers, listeners, mirrors, `list`, the file, and the model of what was asked for. Where one
-does not, it prints the history of whom it concerns, and exits with 1.
+`python -m tests.long.soak [--minutes M] [--seed S]`, or `make soak`. Trouble alternates with quiet points. At a quiet
+point watchers, listeners, mirrors, `list`, the file and the model of the requests must be equal. If one differs, the
+history of its subject is printed, and the exit status is 1.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The siege in its short form: the same scenarios with small counts, and what must hold behind each."""
+"""The siege in its short form: the same scenarios with small counts."""
 
 import asyncio
 import os

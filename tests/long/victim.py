@@ -1,4 +1,4 @@
-"""Daemons that are going to be killed, some of them on a door to the files that kills or fails by itself."""
+"""Daemons that are killed. Some kill themselves at a given file operation, or fail a share of their operations."""
 
 import errno
 import os

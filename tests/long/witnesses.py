@@ -1,7 +1,4 @@
-"""Those who saw what a daemon did, and whose words must fit: watchers, listeners, and a model of what was asked for.
-
-Must not know what is asked for, or what breaks meanwhile.
-"""
+"""Observers of the soak: watchers, listeners, and a model of the requests. Their states must be equal."""
 
 import contextlib
 import json

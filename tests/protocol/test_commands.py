@@ -1,4 +1,4 @@
-"""The table of commands: hints, `help`, and that what it says is what it takes."""
+"""The table of commands: hints, `help`, and the arguments that each command takes."""
 
 import pytest
 

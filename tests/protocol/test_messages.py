@@ -1,4 +1,4 @@
-"""Replies: compact ASCII, one line, and what they say of an entry."""
+"""Replies: compact ASCII on one line, with the fields of an entry."""
 
 import json
 

@@ -1,5 +1,5 @@
-"""Every rule of section "Lines", with the bytes that keep it and the bytes that break it: whole, byte by byte, and
-with trailing data. And: no bytes at all bring out anything but requests and problems.
+"""Every rule of section "Lines" in PROTOCOL, with input that follows it and input that breaks it: whole, byte by byte,
+and with trailing data. Any bytes give requests and problems only.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""A crash at every point of every commit: what loads then is the old state or the new one, whole, and nothing is lost.
+"""A crash at every operation of every commit: the old or the new state loads, and nothing acknowledged is lost.
 
-A real store works on a real folder through a door that tells a model of a disk. The model says what a power cut
-after each operation may leave; each of these is laid out in another folder, and a fresh store must open there.
+A real store works on a real folder, through `Files` that reports to a model of a disk. The model says what a power
+cut after each operation may leave. Each of these states is written to another folder, and a new store opens it.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""load(write(x)) = x; and what is no registry is refused, with the place where it is wrong."""
+"""load(write(x)) = x; other files are refused with the position of the error."""
 
 import json
 from dataclasses import replace

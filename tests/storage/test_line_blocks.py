@@ -1,4 +1,4 @@
-"""The lines of the file: whatever becomes of them, they are those of a dictionary, in its order."""
+"""After any changes the lines are those of a dictionary, in its order."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""One file, always whole: what a commit does in which order, what a failure at each step leaves, and the lock."""
+"""The steps of a commit, what a failure at each step leaves, and the lock."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What goes wrong at who asks: a program with the client, or a person with `regctl`. Each is brought about for real."""
+"""Producers of the client's and regctl's messages: each function causes one for real and returns it."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""Time moved by hand."""
+"""A clock that tests move by hand."""
 
 import heapq
 import itertools

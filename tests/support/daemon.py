@@ -1,4 +1,4 @@
-"""Daemons for tests, and a peer that talks to them in lines."""
+"""Daemons for tests, in the test's loop or in a process, and a peer that sends and reads lines."""
 
 import asyncio
 import contextlib

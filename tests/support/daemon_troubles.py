@@ -1,4 +1,4 @@
-"""What goes wrong at the daemon: when it starts, in its log, and on the wire. Each is brought about for real."""
+"""Producers of the daemon's messages, at the start, in the log and on the wire: each causes one for real."""
 
 import errno
 import json

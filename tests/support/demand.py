@@ -1,4 +1,4 @@
-"""A place of its own for daemons that are started on demand, and their certain end."""
+"""A state folder and an address for autostarted daemons; ends all daemons that use them."""
 
 import contextlib
 import os

@@ -1,8 +1,8 @@
-"""A disk that knows what a power cut would leave of it, and the door to it that records every operation.
+"""A model of what a power cut would leave on a disk, and `Files` that records every operation for it.
 
-The model is as hard as POSIX lets a file system be. Until `sync`, of a file's writes any may be missing, torn, or
-zeros. Until `sync_folder`, each name in it may stand for what it stood for before any of the changes since. What a
-process sees, before and after it was killed, is a real folder. Must not know what is in a file.
+The model is as strict as POSIX permits. Until `sync`, any write to a file may be missing, torn, or zeros. Until
+`sync_folder`, each name in the folder may refer to any of its earlier files. The files that a process sees, before
+and after it was killed, are in a real folder.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""Reads the fenced blocks of the documents, and replays conversations."""
+"""Read the fenced blocks of the documents, and replay their conversations."""
 
 import re
 from pathlib import Path

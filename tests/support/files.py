@@ -1,4 +1,4 @@
-"""The door to the operating system's files, recording what goes through, and failing on request."""
+"""`Files` that records its operations and fails on request."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""How much the tests try: the short form by default, the long form with REGD_TEST_LONG=1, as in CI."""
+"""Select the short form of the tests, or with REGD_TEST_LONG=1 the long form."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Another user at the other end, without being one."""
+"""Peer credentials of another user, without another user."""
 
 import socket
 from collections.abc import Sequence

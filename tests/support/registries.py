@@ -1,4 +1,4 @@
-"""A daemon in the test's loop, which can cut its connections and go away."""
+"""A daemon in the test's loop, with `cut` and `away`."""
 
 import contextlib
 from collections.abc import AsyncIterator

@@ -1,7 +1,4 @@
-"""A stage for troubles: a daemon, `regd` and `regctl` as a person types them, and what each of them says.
-
-Must not know which troubles there are.
-"""
+"""Run a daemon, `regd` and `regctl` for the producers of messages, and collect what they print."""
 
 import asyncio
 import subprocess

@@ -1,4 +1,4 @@
-"""The real bash, zsh and fish, asked what they complete: by their own functions, and by TAB on a terminal."""
+"""The real bash, zsh and fish: ask for completions by function and by TAB in a terminal."""
 
 import os
 import pty

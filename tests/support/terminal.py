@@ -1,4 +1,4 @@
-"""A program in a terminal of its own: keys go in, and what a person would see comes out."""
+"""A program in a pseudo-terminal: send keys, read the screen."""
 
 import fcntl
 import os

@@ -1,6 +1,6 @@
-"""Two daemons in memory that live through the same, turn by turn of the loop; one of them remembers no reply.
+"""Two daemons in memory with the same input, one of them without a resolve cache.
 
-Whatever they send must be the same, byte for byte. Must not know what is asked of them.
+Their output must be equal, byte for byte.
 """
 
 import json

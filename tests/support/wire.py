@@ -1,7 +1,6 @@
-"""An event loop that turns when it is told to, and connections in it that have no socket.
+"""An event loop that runs one iteration at a time, and connections in it without a socket.
 
-`Wire` behaves as asyncio's transport of a socket does, seen from the protocol: what it is told when, and what it may
-not do any more. Must not know what the bytes mean.
+`Wire` behaves like asyncio's socket transport, as seen from the protocol.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
-"""A daemon without sockets, threads, disk or time: put together by `Daemon` itself, on doors that are faked below it.
+"""A daemon without sockets, threads, disk or time: a real `Daemon` on replaced system interfaces.
 
-Quick enough for a thousand conversations a second, and the same every time. Must not know what the bytes mean.
+Deterministic, and fast enough for a thousand conversations a second.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""A daemon on demand, with real processes: one, however many ask at once; it outlives who started it."""
+"""Autostart with real processes: many clients start one daemon, and it outlives its starter."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""`make run`, from a bare checkout: what it shows, and that it leaves nothing running."""
+"""`make run` from a bare checkout: its output, and that it leaves no process behind."""
 
 import os
 import shutil

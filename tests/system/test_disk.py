@@ -1,6 +1,6 @@
-"""A disk that is full, read-only, gone or slow: writes are refused and not in effect, all else goes on, and it heals.
+"""A disk that is full, read-only, gone or slow: writes are refused, reads go on, and the daemon recovers.
 
-Real file systems under a real daemon where this user may mount one, and the faked door under a daemon in the loop.
+Uses real file systems where this user may mount one, and failing `Files` in a daemon in the loop.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""The gateway under a real uvicorn: HTTP in, and to the runner by its name."""
+"""The gateway under a real uvicorn: it forwards HTTP requests to the runner."""
 
 import json
 import subprocess

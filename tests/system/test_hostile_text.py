@@ -1,5 +1,5 @@
-"""Text from peers reaches neither a terminal nor the log raw: not through `regctl`, whoever answers it, nor through
-the daemon's log and file, nor through the programs in `services/`.
+"""Text from peers reaches a terminal or the log only escaped: through `regctl`, the daemon's log and file, and the
+programs in `services/`.
 """
 
 import json

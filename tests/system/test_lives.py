@@ -1,4 +1,4 @@
-"""Real processes: services that are killed, that hang, that are many; daemons that are stopped."""
+"""Real processes: services that are killed, suspended or busy; daemons that are suspended."""
 
 import os
 import signal

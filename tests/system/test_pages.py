@@ -1,4 +1,4 @@
-"""The pages on services under their servers, and on any program: what stands there is run, as it stands."""
+"""Run the examples of the pages on services under their servers, and on other programs."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""A project of somebody else, with the built wheel in an environment of its own: nothing of this checkout is there."""
+"""Another project's test suite, with the built wheel in its own environment, without this checkout."""
 
 import os
 import shutil

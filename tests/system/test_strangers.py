@@ -1,7 +1,7 @@
-"""Browsers and strangers, real ones, against a real daemon: whatever they send, nothing of it is a request.
+"""Real browsers and programs of other protocols against a real daemon: nothing they send is a request.
 
-After each the registry is what it was, in the daemon and in its file, byte for byte; the stranger is counted, has
-been told once, and is at most one line of the log in a while.
+After each the registry is unchanged, byte for byte, in the daemon and in its file; the peer is counted, has received
+one refusal, and causes at most one log line in ten seconds.
 """
 
 import contextlib

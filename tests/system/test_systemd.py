@@ -1,4 +1,4 @@
-"""regd under systemd's own tools: handed-over sockets, a real notify socket, and the unit files."""
+"""regd with systemd's own tools: socket activation, a real notify socket, and the unit files."""
 
 import contextlib
 import fcntl

@@ -1,4 +1,4 @@
-"""First-class users: real nc of both kinds, telnet and curl, as a new user would type."""
+"""Sessions with nc of both kinds, telnet and curl."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""The tutorial, typed into real terminals, in a new folder with an environment of its own."""
+"""Type the tutorial into real terminals, in a new folder and environment."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Runs suites of other people: a folder with their tests, and a pytest of its own for them."""
+"""Run pytest on a folder of generated tests."""
 
 import contextlib
 import os

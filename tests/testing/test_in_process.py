@@ -1,4 +1,4 @@
-"""The registry in the caller's process: each verb with the real client, and nothing changed but REGD_ADDRESS."""
+"""`regd.testing.in_process`: each method with the real client, and no process-wide change except REGD_ADDRESS."""
 
 import asyncio
 import contextlib

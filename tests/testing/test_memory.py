@@ -1,4 +1,4 @@
-"""Files in memory are as files: whatever is done to them, they answer and refuse as the system's do."""
+"""`MemoryFiles` answers and fails as real files do."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The page for people who test: its programs are suites that pass."""
+"""The programs of the page on testing are suites that pass."""
 
 import subprocess
 import sys
@@ -13,15 +13,10 @@ from tests.testing.suites import Suite, clean
 PAGE = ROOT / "regd" / "testing" / "README.md"
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("flags", [[], ["-n", "2"]], ids=["alone", "workers"])
-def test_programs_of_the_page(tmp_path: Path, flags: list[str]) -> None:
-=======
 @pytest.mark.parametrize(
     "flags", [[], pytest.param(["-n", "2"], marks=pytest.mark.long)], ids=["alone", "workers"]
 )
 def test_programs_of_the_page(tmp_path: Path, flags: list[str]) -> None:
->>>>>>> d9754d6 (Three more tables of cases in samples)
     programs = blocks(PAGE, "python")
     suite = Suite(tmp_path, programs[0])
     for number, program in enumerate(programs[1:]):

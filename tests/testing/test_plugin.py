@@ -1,4 +1,4 @@
-"""The fixture `regd`, in suites as people have them: each is run by a pytest of its own."""
+"""The fixture `regd`, in test suites that a pytest of their own runs."""
 
 import os
 import re

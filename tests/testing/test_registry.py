@@ -1,4 +1,4 @@
-"""A registry without pytest's fixture: what can be asked of it, and what it says when something is in the way."""
+"""`regd.testing` without pytest: its methods, and its error messages."""
 
 import os
 import signal
