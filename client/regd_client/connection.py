@@ -52,6 +52,7 @@ class Connection(asyncio.BufferedProtocol):
     def __init__(self, address: Address, on_lost: "OnLost") -> None:
         self.address = address
         self.heard_at = time.monotonic()
+        self.received = False  # whether the peer has sent any byte
         self.ended_at: float | None = None
         self.shares_processes: bool | None = None
         self._on_lost = on_lost
@@ -214,6 +215,7 @@ class Connection(asyncio.BufferedProtocol):
         return self._chunk
 
     def buffer_updated(self, nbytes: int) -> None:
+        self.received = True
         first, *lines = bytes(self._chunk[:nbytes]).split(b"\n")
         if not lines:
             if not self._rest:  # a line that goes on and on is no answer

@@ -190,12 +190,11 @@ class _OnDemand:
         """
         if not self.wanted:
             return connection
-        silent_since = connection.heard_at
         try:
             await connection.ask("ping", {})
         except BaseException as error:
             connection.abort("it did not answer a ping")
-            if isinstance(error, Unavailable) and connection.heard_at == silent_since:
+            if isinstance(error, Unavailable) and not connection.received:
                 raise ConnectionResetError("it ended before the answer") from None
             raise
         return connection
