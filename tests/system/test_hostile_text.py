@@ -284,7 +284,7 @@ async def test_log_escapes_bytes_of_bad_peers(daemon: InLoop, caplog: pytest.Log
             assert json.loads(await peer.rest())["error"] == "bad_request"
             await peer.close()
             daemon.clock.advance(3.3)  # 9.9 s in all
-        assert len(caplog.records) == count
+        assert sum(record.name == "regd" for record in caplog.records) == count  # asyncio may log slow callbacks
         daemon.clock.advance(0.2)
     for record in caplog.records:
         shown = record.getMessage().replace("…", "")  # which is the daemon's own
