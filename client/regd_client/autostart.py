@@ -1,9 +1,9 @@
-"""A daemon on demand: with REGD_AUTOSTART=1, who finds none on this machine starts one.
+"""Starting a daemon on demand: with REGD_AUTOSTART=1, a client that finds no daemon on this machine starts one.
 
-However many ask at once, one starts it: under a lock in the state folder it looks again, starts, and waits until
-that listens; the others look on until they reach it. Whoever comes by another way is refused by the daemon's own
-rules, a taken port or a locked registry, and finds the one that was quicker. Nothing here waits: a caller looks,
-calls `step`, and pauses, with an event loop or without. Imported only where no daemon answered.
+However many clients ask at once, one starts the daemon: under a lock in the state folder it looks again, starts,
+and waits until the daemon listens; the others wait until they reach it. A daemon that is started twice all the
+same is refused by the daemon's own rules: the port is taken, or the registry locked. Nothing here blocks: a
+caller looks, calls `step`, and pauses, with an event loop or without.
 """
 
 from __future__ import annotations
@@ -28,36 +28,38 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-IDLE_EXIT_S = 300  # long enough for who stops and starts all services by hand; then nothing is lost with it
-NOT_STARTED = "not_started"  # the code of an error: it was tried
-_DEFAULT_PORT = protocol.parse_address(protocol.DEFAULT_ADDRESS).port
-_PAUSE_S = (0.02, 0.05)  # between two looks: of who starts it, and of the others
-_STARTS_MAX = 3  # of daemons that listened and were not found
-_REST_S = 5.0  # after a failure; until then it is told again
-_LOG_BYTES = 4_096  # looked at for its last line
-_GONE = (errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ENOENT)
-_NOT_ITS = ("REGD_", "LISTEN_", "WATCHDOG_")  # variables that mean the starter, and systemd's to it
-_NOR_THESE = ("NOTIFY_SOCKET", "STATE_DIRECTORY", "PYTHONWARNINGS", "PYTHONINSPECT")
-_PYTHON = re.compile(r"(python|pypy)[0-9.]*[a-z]?(-[a-z0-9]+)?(\.exe)?", re.IGNORECASE)
-_FROZEN = ("_PYI_", "_MEIPASS")  # variables of PyInstaller, which has more for a program that it starts again
-_LIBRARIES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH")  # a frozen program has others
+__all__ = ["IDLE_EXIT_S", "NOT_STARTED", "Autostart", "is_gone", "until_open"]
 
-_failures: dict[str, tuple[float, str]] = {}  # by address: until when it rests, and what was in the way
+IDLE_EXIT_S = 300  # longer than a restart of all services by hand
+NOT_STARTED = "not_started"  # code of the error for a daemon that could not be started
+_DEFAULT_PORT = protocol.parse_address(protocol.DEFAULT_ADDRESS).port
+_PAUSE_S = (0.02, 0.05)  # between two looks: of the process that starts it, and of the others
+_STARTS_MAX = 3  # of daemons that listened and could not be reached
+_REST_S = 5.0  # after a failure, until the next attempt
+_LOG_BYTES = 4_096  # read from the end of the log for its last line
+_GONE = (errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ENOENT)
+_NOT_INHERITED = ("REGD_", "LISTEN_", "WATCHDOG_")  # variables for this process, from its user and from systemd
+_NOT_INHERITED_EITHER = ("NOTIFY_SOCKET", "STATE_DIRECTORY", "PYTHONWARNINGS", "PYTHONINSPECT")
+_PYTHON = re.compile(r"(python|pypy)[0-9.]*[a-z]?(-[a-z0-9]+)?(\.exe)?", re.IGNORECASE)
+_FROZEN = ("_PYI_", "_MEIPASS")  # variables of PyInstaller
+_LIBRARIES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH")  # a frozen program changes them
+
+_failures: dict[str, tuple[float, str]] = {}  # by address: the end of the rest, and the message
 
 
 def is_gone(error: OSError) -> bool:
-    """Whether nobody is there: not for one that does not answer, nor for what cannot be found."""
+    """Return whether the error says that nobody listens: not a peer that does not answer, nor an unknown host."""
     if isinstance(error, (TimeoutError, RegdError)):
         return False
-    return error.errno in _GONE or error.errno is None  # None: it ended before the answer, or several in one
+    return error.errno in _GONE or error.errno is None  # None: several errors in one, or the peer closed
 
 
 def until_open(address: protocol.Address, timeout_s: float, connect: Callable[[], T]) -> T:
     """Start a daemon and return what `connect` does once it can.
 
     Raises:
-        Unavailable: there is none in time, or it cannot be started.
-        OSError: whoever is there is not to be replaced.
+        Unavailable: the daemon does not answer in time, or cannot be started.
+        OSError: another program is there, which must not be replaced.
     """
     until = time.monotonic() + timeout_s
     start = Autostart(address)
@@ -77,7 +79,7 @@ def until_open(address: protocol.Address, timeout_s: float, connect: Callable[[]
 
 
 class Autostart:
-    """One caller's part in it. `why` tells how far it is, for the error of who cannot wait any longer."""
+    """One caller's part in starting the daemon. `why` is the current state, for the error of a timeout."""
 
     def __init__(self, address: protocol.Address) -> None:
         self._address = address
@@ -86,20 +88,20 @@ class Autostart:
         self._lock: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._starts = 0
-        self._looked = False  # since the process has ended
-        self._said_from = 0  # where its part of the log begins
+        self._looked = False  # again, since the process has ended
+        self._log_from = 0  # where its part of the log begins
         self.why = "another process is starting it"
 
     def step(self) -> float:
-        """Do what is next when nobody was there just now; return how many seconds later to look again.
+        """Do the next step, after an attempt to connect found nobody. Returns the seconds until the next attempt.
 
         Raises:
-            Unavailable: it cannot be started; `code` is `not_started`.
+            Unavailable: the daemon cannot be started; `code` is `not_started`.
         """
         rests_until, failure = _failures.get(str(self._address), (0.0, ""))
         if time.monotonic() < rests_until:
             raise Unavailable(failure, NOT_STARTED)
-        if not self._base:  # nothing is made before that is clear
+        if not self._base:  # no folder or file is made before there is a program
             self._base = self._program()
             self._registry = os.path.join(self._folder(), _registry(self._address))
             self._log = self._registry.removesuffix(".json") + ".log"
@@ -116,14 +118,14 @@ class Autostart:
     def _step(self) -> float:
         if self._lock is None:
             self._lock = _locked(self._registry + ".start")
-            return _PAUSE_S[1] if self._lock is None else 0.0  # whoever had it before may have started one
+            return _PAUSE_S[1] if self._lock is None else 0.0  # the previous owner may have started a daemon
         if self._process is None:
             self._start()
             return _PAUSE_S[0]
         status = self._process.poll()
         if status is None:
             return _PAUSE_S[0]
-        if not self._looked:  # it may have come to listen, or somebody else's, since the caller looked
+        if not self._looked:  # it, or another daemon, may listen since the caller looked
             self._looked = True
             return 0.0
         if status != 0 or self._starts == _STARTS_MAX:
@@ -132,13 +134,13 @@ class Autostart:
         return _PAUSE_S[0]
 
     def _start(self) -> None:
-        """Start a process that goes on in the background, and ends here once that listens or has failed."""
+        """Start `regd --background`. The process ends when its daemon listens or has failed."""
         import subprocess
 
         command, environment = self._command(), _environment()
         log = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            self._said_from = os.fstat(log).st_size
+            self._log_from = os.fstat(log).st_size
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -146,7 +148,7 @@ class Autostart:
                 stderr=log,
                 cwd="/",
                 env=environment,
-                start_new_session=True,  # the terminal's Ctrl-C is not for it
+                start_new_session=True,  # Ctrl-C in the terminal does not reach it
             )
         finally:
             os.close(log)
@@ -155,20 +157,20 @@ class Autostart:
         self.why = f"it is being started; its log is {self._log}"
 
     def _command(self) -> list[str]:
-        where = ["--port", str(self._address.port)]
+        address = ["--port", str(self._address.port)]
         if self._address.path:
-            where = ["--unix", self._address.path, "--port", "0"]
-        kept = ["--registry", self._registry, "--log", self._log]
-        return [*self._base, *where, *kept, "--background", "--idle-exit", str(IDLE_EXIT_S)]
+            address = ["--unix", self._address.path, "--port", "0"]
+        files = ["--registry", self._registry, "--log", self._log]
+        return [*self._base, *address, *files, "--background", "--idle-exit", str(IDLE_EXIT_S)]
 
     def _program(self) -> list[str]:
         interpreter = _interpreter()
         if interpreter is not None and _package() is not None:
             return [interpreter, "-P", "-m", "regd"]
-        found = shutil.which("regd")
-        found = None if found is None else _absolute(found)
-        if found is not None and not _is_this_program(found):
-            return [found]
+        program = shutil.which("regd")
+        program = None if program is None else _absolute(program)
+        if program is not None and not _is_this_program(program):
+            return [program]
         if interpreter is not None:
             raise self._failed("there is none to start: this Python has no package regd, and PATH no `regd`")
         program = sys.executable or "this program"
@@ -178,7 +180,7 @@ class Autostart:
         )
 
     def _folder(self) -> str:
-        """Return where the daemon of this user keeps its registry. $STATE_DIRECTORY is the starter's own."""
+        """Return the state folder of this user's daemon. $STATE_DIRECTORY is this process's, not the daemon's."""
         base = os.environ.get("XDG_STATE_HOME", "")
         if not os.path.isabs(base):
             home = os.environ.get("HOME") or _home()
@@ -191,34 +193,36 @@ class Autostart:
         return os.path.join(base, "regd")
 
     def _failed(self, why: str) -> Unavailable:
-        told = f"; its log is {self._log}" if self._starts else ""
-        message = f"regd at {self._address} cannot be started: {why}{told}"
+        log = f"; its log is {self._log}" if self._starts else ""
+        message = f"regd at {self._address} cannot be started: {why}{log}"
         _failures[str(self._address)] = time.monotonic() + _REST_S, message
         return Unavailable(message, NOT_STARTED)
 
     def _last_line(self) -> str:
         with open(self._log, "rb") as log:
             size = os.fstat(log.fileno()).st_size
-            log.seek(max(self._said_from, size - _LOG_BYTES))
+            log.seek(max(self._log_from, size - _LOG_BYTES))
             lines = log.read().decode(errors="replace").split("\n")
         return next((line.removeprefix("regd: ") for line in reversed(lines) if line.strip()), "")
 
     def close(self) -> None:
-        """Let others have their turn. What was started goes on."""
+        """Unlock. A process that was started continues."""
         if self._lock is not None:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)  # not by closing alone: a child that was forked has it, too
+            fcntl.flock(
+                self._lock, fcntl.LOCK_UN
+            )  # closing is not enough: a forked child has the descriptor, too
             os.close(self._lock)
             self._lock = None
         process, self._process = self._process, None
         if process is not None and process.poll() is None:
             import threading
 
-            # Else it would stay behind as a zombie when it has ended.
+            # Reap the process when it ends.
             threading.Thread(target=process.wait, name="regd-client-started", daemon=True).start()
 
 
 def _home() -> str:
-    """Return this user's home folder as the system knows it, "" where it does not."""
+    """Return this user's home folder from the password database, "" if it has none."""
     import pwd
 
     try:
@@ -228,14 +232,14 @@ def _home() -> str:
 
 
 def _registry(address: protocol.Address) -> str:
-    """Return the registry's file: that of a plain `regd`, and one for each other port or path."""
+    """Return the name of the registry's file: a plain `regd`'s, or one for each other port or path."""
     if address.path:
         return f"registry-unix-{zlib.crc32(os.fsencode(address.path)):08x}.json"
     return "registry.json" if address.port == _DEFAULT_PORT else f"registry-{address.port}.json"
 
 
 def _locked(path: str) -> int | None:
-    """Lock a file, or return None where another process has it."""
+    """Lock a file and return its descriptor, None if another process has locked it."""
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
@@ -250,9 +254,9 @@ def _locked(path: str) -> int | None:
 
 
 def _interpreter() -> str | None:
-    """Return the Python that runs this program, None where it is embedded or frozen and there is none beside it.
+    """Return the Python that runs this program, or one beside it. None if Python is frozen or embedded.
 
-    A frozen program is its own `sys.executable`; an embedding one too, or the interpreter has none at all.
+    `sys.executable` is then the program itself, or empty.
     """
     if getattr(sys, "frozen", False):
         return None
@@ -274,7 +278,7 @@ def _is_this_program(path: str) -> bool:
 
 
 def _absolute(path: str) -> str | None:
-    """Return an absolute path, None for a relative one where the current folder has been deleted."""
+    """Return an absolute path, None for a relative one if the current folder has been deleted."""
     try:
         return os.path.abspath(path)
     except OSError:
@@ -282,29 +286,31 @@ def _absolute(path: str) -> str | None:
 
 
 def _package() -> str | None:
-    """Return the folder in which this interpreter finds the package regd, None where it does not."""
+    """Return the folder in which this interpreter finds the package regd, None if it finds none."""
     try:
-        found = find_spec("regd")
+        spec = find_spec("regd")
     except (ImportError, ValueError):
         return None
-    if found is None or found.origin is None:  # None: a folder of that name, and no package
+    if spec is None or spec.origin is None:  # None: a folder of that name, which is no package
         return None
-    origin = _absolute(found.origin)
+    origin = _absolute(spec.origin)
     return None if origin is None else os.path.dirname(os.path.dirname(origin))
 
 
 def _environment() -> dict[str, str]:
-    """Return the daemon's: without what is the starter's own, and with its way to the package."""
+    """Return the daemon's environment: without this process's own variables, and with the path of the package."""
     kept = {
-        key: value for key, value in os.environ.items() if not key.startswith(_NOT_ITS) and key not in _NOR_THESE
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(_NOT_INHERITED) and key not in _NOT_INHERITED_EITHER
     }
-    # Relative to our current folder, and not to the daemon's.
-    folders = [_absolute(each) for each in kept.pop("PYTHONPATH", "").split(os.pathsep) if each]
+    # The daemon has another current folder.
+    folders = [_absolute(folder) for folder in kept.pop("PYTHONPATH", "").split(os.pathsep) if folder]
     if getattr(sys, "frozen", False):
         for name in _LIBRARIES:
             kept.pop(name, None)
-            if (before := kept.pop(f"{name}_ORIG", None)) is not None:
-                kept[name] = before
+            if (original := kept.pop(f"{name}_ORIG", None)) is not None:
+                kept[name] = original
         kept = {key: value for key, value in kept.items() if not key.startswith(_FROZEN)}
     else:
         package = _package()

@@ -1,0 +1,108 @@
+"""The client as a package: its names, its imports, and what `help` shows."""
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from typing import Any, get_type_hints
+
+import pytest
+
+import regd
+import regd_client
+from regd_client import blocking, models, replies
+from tests.support.daemon import ROOT, environment
+
+FOLDER = ROOT / "client/regd_client"
+MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
+FLOORS_MAX = 8
+
+
+def imports_of(module: str) -> set[str]:
+    """All of them: at the head, in functions, and for type checkers."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse((FOLDER / f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "regd_client":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names.add(node.module.removeprefix("regd_client."))
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def floor_of(module: str, above: tuple[str, ...] = ()) -> int:
+    assert module not in above, f"import circle: {(*above, module)}"
+    below = imports_of(module).intersection(MODULES)
+    return 1 + max((floor_of(name, (*above, module)) for name in below), default=0)
+
+
+def test_no_import_circle_and_few_floors() -> None:
+    floors = {module: floor_of(module) for module in MODULES}
+    assert max(floors.values()) <= FLOORS_MAX, floors
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_private_module_of_python(module: str) -> None:
+    assert not [name for name in imports_of(module) if name.startswith("_") and name != "__future__"]
+    assert "TYPE_CHECKING = False" not in (FOLDER / f"{module}.py").read_text()
+
+
+@pytest.mark.parametrize("module", [f"regd_client.{module}" for module in MODULES])
+def test_every_module_names_what_it_exports(module: str) -> None:
+    loaded = importlib.import_module(module)
+    assert loaded.__all__ == sorted(
+        loaded.__all__, key=lambda name: (not name.isupper(), name.lower() == name, name)
+    )
+    for name in loaded.__all__:
+        assert getattr(loaded, name) is not None
+
+
+def test_no_module_is_called_like_a_public_name() -> None:
+    """Importing `regd_client.watch` would put a module in the place of the function."""
+    assert not set(MODULES) & set(regd_client.__all__)
+    everything = "".join(f"import regd_client.{module}\n" for module in MODULES)
+    code = f"{everything}assert all(callable(getattr(regd_client, name)) for name in regd_client.__all__)"
+    assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0
+
+
+def test_the_client_has_the_daemons_version() -> None:
+    assert regd_client.__version__ == regd.__version__
+
+
+def public_methods(cls: type) -> list[Any]:
+    return [
+        member for name, member in vars(cls).items() if inspect.isfunction(member) and not name.startswith("_")
+    ]
+
+
+CALLS = [
+    *(getattr(regd_client, name) for name in regd_client.__all__ if name.islower()),
+    *(getattr(blocking, name) for name in blocking.__all__ if name.islower()),
+    *(method for cls in (regd_client.Client, blocking.Client) for method in public_methods(cls) if method.__name__ != "close"),
+    regd_client.Registration.update,
+    regd_client.Mirror.changed,
+    blocking.BlockingRegistration.update,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: f"{call.__module__}.{call.__qualname__}")
+def test_help_shows_arguments_errors_and_an_example(call: Any) -> None:
+    text = inspect.getdoc(call) or ""
+    assert "\n    " in text.partition("Args:")[0], "no example"
+    assert "Raises:" in text
+    _, _, arguments = text.partition("Args:\n")
+    for name in inspect.signature(call).parameters:
+        if name != "self":
+            assert f"\n    {name}: " in "\n" + arguments, f"{name} is not described"
+
+
+@pytest.mark.parametrize(
+    ("kind", "cmd"), [(models.Hello, "hello"), (models.Stats, "stats"), (models.Why, "why"), (models.Instance, "resolve")]
+)  # fmt: skip
+def test_typed_replies_have_the_members_that_are_checked(kind: Any, cmd: str) -> None:
+    shape = replies._RESULTS[cmd]
+    assert kind.__required_keys__ == shape.required.keys()
+    assert kind.__optional_keys__ == shape.optional.keys()
+    assert get_type_hints(kind)
