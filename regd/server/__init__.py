@@ -1,1 +1,1 @@
-"""What runs: clock, sockets, tasks, signals. The first floor that may import asyncio."""
+"""The running daemon: connections, tasks, the engine that commits writes."""

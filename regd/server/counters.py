@@ -1,4 +1,4 @@
-"""What the daemon counts for `stats`. Only numbers: who reads them and how is for others."""
+"""The counters that `stats` shows."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Counters:
-    """Counts since the start, but for `connections` and `readonly_connections`, which are now."""
+    """Counts since the start; `connections` and `readonly_connections` are the present numbers."""
 
     connections: int = 0
-    readonly_connections: int = 0  # of these, of users who may only read
+    readonly_connections: int = 0  # those of users who may only read
     connections_accepted: int = 0
     connections_refused: int = 0
-    bad_protocol: int = 0  # refused because they do not speak regd
+    bad_protocol: int = 0  # refused, because they do not speak regd's protocol
     dropped: int = 0  # connections of peers that did not read
     commits: int = 0
     commits_failed: int = 0

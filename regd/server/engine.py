@@ -1,9 +1,8 @@
-"""The engine: takes writes from all connections, commits them in groups, answers when the file holds them.
+"""The engine: takes writes from all connections, commits them in batches, and answers once the file holds them.
 
-One flush is in flight, in a thread; what arrives meanwhile waits unjudged and is the next batch. So the disk sets
-the size of the batch, the loop never waits for it, and there is no third state: a batch that fails is forgotten
-whole, with everything that was judged on it. But for endings: who is gone is gone, whatever the disk does.
-Must not know the protocol.
+One flush is in flight, in a thread. Writes that arrive meanwhile wait and are the next batch, so the disk
+determines the size of a batch, and the event loop never waits for the disk. A batch whose flush fails is dropped
+as a whole, and all of its writes are refused. Only the ends of gone holders are applied all the same.
 """
 
 import asyncio
@@ -28,27 +27,27 @@ from regd.system.clock import Clock
 log = logging.getLogger("regd")
 
 Write = Callable[[Transaction], bytes]
-"""Judges one request: makes its changes on the transaction and returns the reply, or raises `Refused`."""
+"""Evaluates one request: adds its changes to the transaction and returns the reply, or raises `Refused`."""
 
 Done = Callable[[bytes | Refused], None]
-"""Is called once, with the reply, when the request's fate is known and on disk."""
+"""Is called once, with the reply or refusal, after the flush."""
 
-_Given = TypeVarTuple("_Given")
+_Arguments = TypeVarTuple("_Arguments")
 
-_BATCH_MAX = 1_024  # writes; bounds how long one batch can hold the loop
-_SLICE = 128  # writes judged, landed or answered before others get a turn
-_TURN_S = 0.003  # and so long, where they are dear
-_GATHER_S = 0.002  # at most, for those who write again
-_QUIET_TURNS = 16  # of the loop: some 0.1 ms, if nothing else goes on
+_BATCH_MAX = 1_024  # writes; bounds the time of one batch
+_SLICE = 128  # writes evaluated, applied or answered in one loop iteration
+_TURN_S = 0.003  # and so long, if they are expensive
+_GATHER_S = 0.002  # at most, for peers that write again
+_QUIET_TURNS = 16  # loop iterations: about 0.1 ms if the loop is idle
 _REPAIR_AFTER_S = 1.0
 _COMPLAIN_EVERY_S = 30.0
 
 
 class Engine:
-    """`is_gone` says of a holder whether the system knows it to be gone.
+    """Commits writes. `is_gone` asks the operating system whether a holder is gone.
 
-    `landed` hears of changes as readers see them, `settled` at the end of a batch of who lost something, and of
-    processes of which nothing is held any more.
+    `landed` is called with changes as readers see them; `settled`, at the end of a batch, with the sessions that
+    lost a registration and the processes that no longer hold anything.
     """
 
     def __init__(
@@ -74,13 +73,13 @@ class Engine:
         self._is_gone = is_gone
         self._landed = landed
         self._settled = settled
-        self._turn = 0.0  # when this one began
+        self._turn = 0.0  # when this loop iteration began
         self._waiting: deque[tuple[Write, Done] | HolderGone] = deque()
         self._wake = asyncio.Event()
         self._closing = False
         self._repair_due = False
-        self._repair = False  # the file must be written again, even without a change
-        self._complained_at: float | None = None  # when a failing disk was last told of; None while it works
+        self._repair = False  # write the file again, even without a change
+        self._complained_at: float | None = None  # when a failing disk was last logged; None while it works
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="regd-commit")
 
     def submit(self, write: Write, done: Done) -> None:
@@ -97,28 +96,26 @@ class Engine:
         self._wake.set()
 
     def end(self, ending: HolderGone) -> None:
-        """Queue the end of what somebody held, behind the writes that came before. Never refused.
+        """Queue the end of a gone holder, behind the writes that came before. Never refused.
 
-        While the daemon stops, nobody's end is due to it.
+        Ignored while the daemon stops, since it closes the connections itself.
         """
         if not self._closing:
             self._waiting.append(ending)
             self._wake.set()
 
     def close(self) -> None:
-        """Take no more writes; `run` returns once those that wait have landed."""
+        """Accept no more writes; `run` returns once the waiting writes are committed."""
         self._closing = True
         self._wake.set()
 
     async def run(self) -> None:
-        """Land batches until closed. An exception from here is a bug, and must end the process."""
+        """Commit batches until closed. An exception is a bug, and must end the process."""
         try:
             await self._in_thread(self._store.prepare)
             while self._waiting or self._repair or not self._closing:
                 if self._waiting:
-                    count = await self._commit_batch(
-                        self._next_batch()
-                    )  # not named: what has landed must not be kept
+                    count = await self._commit_batch(self._next_batch())  # no variable keeps the batch alive
                     await self._linger(len(self._waiting) + count)
                 elif self._repair:
                     self._repair = False
@@ -140,9 +137,10 @@ class Engine:
         return batch
 
     async def _linger(self, wanted: int) -> None:
-        """Let those who were just answered write again before the next flush, which costs the same for all.
+        """Wait a little for the peers that were just answered to write again, so that one flush serves them all.
 
-        Else half of them would always write while the others' flush is in flight. Ends when nobody comes.
+        Without this, half of the peers would write while the flush of the other half is in flight. Returns when
+        no further write arrives.
         """
         until = self._clock.now() + _GATHER_S
         quiet_turns, before = 0, len(self._waiting)
@@ -155,18 +153,18 @@ class Engine:
                 break
 
     async def _commit_batch(self, batch: Sequence[tuple[Write, Done] | HolderGone]) -> int:
-        """Judge a batch, commit it, make it visible, and answer it. Returns how many there were."""
+        """Evaluate a batch, commit it, apply it to the registry, and answer it. Return its length."""
         transaction = Transaction(self._registry, self._clock.wall(), self._is_gone)
         outcomes = await self._evaluate(batch, transaction)
         endings = [each for each in batch if isinstance(each, HolderGone)]
-        # A file that may show what is not in effect is mended even by a request that changes nothing.
+        # A file that may hold changes that are not in effect is written again even if this batch changes nothing.
         failure = await self._commit(transaction.changes) if transaction.changes or self._store.dirty else None
         if failure is not None:
             transaction = await self._end_all_the_same(endings)
         free: set[Process] = set()
         for count, changes in enumerate(_slices(transaction.changes)):
             if count:
-                await self._others()
+                await self._yield_to_loop()
             free |= self._registry.apply(changes, self._stalls.now())
             self._landed(changes)
         self._waiting.extendleft(reversed(transaction.unfinished))
@@ -179,46 +177,46 @@ class Engine:
         for count, (done, outcome) in enumerate(zip(dones, outcomes, strict=True), 1):
             done(failure or outcome)
             if count % _SLICE == 0:
-                await self._others()
+                await self._yield_to_loop()
         self._pulse.took("batch", self._turn)
         return len(batch)
 
     async def _evaluate(
         self, batch: Sequence[tuple[Write, Done] | HolderGone], transaction: Transaction
     ) -> list[bytes | Refused]:
-        """Judge what a batch wants, in order, and return what the writes are answered if they land."""
+        """Evaluate a batch in order, and return the replies to its writes if the flush succeeds."""
         outcomes: list[bytes | Refused] = []
-        together: list[HolderGone] = []  # that stand side by side: an entry of many holders is altered once
+        adjacent: list[HolderGone] = []  # ended together, so that an entry of many holders is changed once
         self._turn = self._clock.now()
         for count, each in enumerate(batch, 1):
             if isinstance(each, HolderGone):
-                together.append(each)
+                adjacent.append(each)
                 continue
-            if together:
-                await self._end(transaction, together)
-                together.clear()
+            if adjacent:
+                await self._end(transaction, adjacent)
+                adjacent.clear()
             try:
                 outcomes.append(each[0](transaction))
             except Refused as refusal:
                 outcomes.append(refusal.bare())
             if count % _SLICE == 0 or self._clock.now() > self._turn + _TURN_S:
-                await self._others()
-        await self._end(transaction, together)
+                await self._yield_to_loop()
+        await self._end(transaction, adjacent)
         return outcomes
 
     async def _end(self, transaction: Transaction, endings: Sequence[HolderGone]) -> None:
         for count, _ in enumerate(transaction.end(*endings), 1):
             if count % _SLICE == 0 or self._clock.now() > self._turn + _TURN_S:
-                await self._others()
+                await self._yield_to_loop()
 
-    async def _others(self) -> None:
-        """Let the loop turn."""
+    async def _yield_to_loop(self) -> None:
+        """Let the event loop serve others."""
         self._pulse.took("batch", self._turn)
         await asyncio.sleep(0)
         self._turn = self._clock.now()
 
     async def _end_all_the_same(self, endings: Sequence[HolderGone]) -> Transaction:
-        """Judge the endings of a failed batch alone; the file follows when it can be written."""
+        """Evaluate the ends in a failed batch alone; the file is updated once it can be written."""
         transaction = Transaction(self._registry, self._clock.wall(), self._is_gone)
         await self._end(transaction, endings)
         if transaction.changes:
@@ -243,8 +241,10 @@ class Engine:
             log.warning("%s can be written again", self._store.path)
         return None
 
-    def _in_thread(self, do: Callable[[*_Given], None], *given: *_Given) -> "asyncio.Future[None]":
-        return asyncio.get_running_loop().run_in_executor(self._thread, do, *given)
+    def _in_thread(
+        self, function: Callable[[*_Arguments], None], *arguments: *_Arguments
+    ) -> "asyncio.Future[None]":
+        return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     def _failed(self, error: OSError) -> Refused:
         now = self._clock.now()
@@ -272,7 +272,7 @@ class Engine:
 
 
 def _slices(changes: Sequence[Change]) -> Iterator[Sequence[Change]]:
-    """Cut a batch for landing. Nobody sees the moment between the two halves of a replacement."""
+    """Split changes into slices to apply. The two changes of a replacement stay in one slice."""
     start = 0
     while start < len(changes):
         end = min(start + _SLICE, len(changes))

@@ -1,6 +1,6 @@
-"""What the log says about registrations and requests: one message each, as text and as fields for JSON.
+"""Log messages about registrations and requests, as text and as fields for JSON.
 
-Every text is safe for a terminal: names and hosts are checked before they are stored, all else is escaped.
+Every text is safe for a terminal: names and hosts are checked before they are stored, everything else is escaped.
 """
 
 import json
@@ -24,7 +24,7 @@ PeerOf = Callable[[int], str | None]
 
 
 class Message:
-    """What one call of the logger says: one line or several, each a text with its fields."""
+    """The message of one call of the logger: one or more lines, each a text with its fields."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
@@ -46,7 +46,7 @@ def _changes(changes: Sequence[Change], peer_of: PeerOf) -> Iterator[Row]:
 
 
 def _terms(entry: Entry, peer_of: PeerOf) -> dict[str, Any]:
-    """Return on what a registration depends: its process, connection and lease."""
+    """Return what keeps a registration alive: its process, connection and lease."""
     terms: dict[str, Any] = {}
     for holder in entry.holders[-1:]:
         if holder.process is not None:
@@ -82,30 +82,30 @@ class EventLog:
         self._refusals = {code: _Throttle(clock) for code in (Code.CONFLICT, Code.DENIED)}
 
     def changes(self, changes: Sequence[Change]) -> None:
-        """Log what came and went: one call of the logger for a batch, since a call costs more than a line."""
+        """Log which instances came and went. One call of the logger serves a batch, since a call is expensive."""
         if self._logs_events and (rows := list(_changes(changes, self._peer_of))):
             log.info(Message(rows))
 
     def refused(self, peer: str, uid: int | None, request: Request, refusal: Refused) -> None:
-        """Log a conflict or a denial; any other refusal is between the daemon and its peer."""
+        """Log a refusal that is a conflict or a denial."""
         throttle = self._refusals.get(refusal.code)
         if throttle is not None and self._logs_events:
             throttle.tell(lambda left_out: _refusal(peer, uid, request, refusal, left_out))
 
     def request(self, peer: str, uid: int | None, request: Request) -> None:
-        """Log a request. Call it only where `logs_requests`."""
+        """Log a request. Call it only if `logs_requests`."""
         arguments = _shortened(json.dumps(request.arguments, separators=(",", ":"), default=str))
         fields = {"event": "request", "peer": peer, "uid": uid, "cmd": request.cmd, "arguments": arguments}
         log.debug(Message([(f"request {peer} ({_user(uid)}): {request.cmd} {arguments}", fields)]))
 
     def bad_line(self, peer: str, uid: int | None, refusal: Refused) -> None:
-        """Log a line that is no request. Call it only where `logs_requests`."""
+        """Log a line that is no request. Call it only if `logs_requests`."""
         why = _shortened(refusal.message)
         fields = {"event": "bad_line", "peer": peer, "uid": uid, "error": str(refusal.code), "reason": why}
         log.debug(Message([(f"{refusal.code} {peer} ({_user(uid)}): {why}", fields)]))
 
     def close(self) -> None:
-        """Log what was counted and not told yet. Idempotent."""
+        """Log the refusals that were held back. Idempotent."""
         for throttle in self._refusals.values():
             throttle.close()
 
@@ -147,7 +147,7 @@ class _Throttle:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._quiet_until = float("-inf")
-        self._latest: Callable[[int], Message] | None = None  # that was not logged yet
+        self._latest: Callable[[int], Message] | None = None  # held back
         self._left_out = 0  # before that
         self._timer: Timer | None = None
 

@@ -1,7 +1,4 @@
-"""What each command does: a request in, its reply out. Reads answer at once; writes are judged by the engine.
-
-Must not know connections or disks.
-"""
+"""The request handlers: a request in, its reply out. Reads are answered at once, writes by the engine."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -23,16 +20,16 @@ from regd.system.namespaces import HERE, Elsewhere
 from regd.system.probes import may_probe
 from regd.system.processes import Processes
 
-_ENCODED_MAX = 200  # instances made into JSON in one turn of the loop
-_AROUND_BYTES = 512  # `instances`, `more` and `next`, which is a name and an instance
+_ENCODED_MAX = 200  # instances encoded in one loop iteration
+_AROUND_BYTES = 512  # for `instances`, `more` and `next`, which is a name and an instance
 
 
 IncrementalReply = Iterator[bytes | None]
-"""A reply that takes more than one turn of the loop: None until it is there."""
+"""A reply that takes several loop iterations: yields None until the reply is complete."""
 
 
 class Caller(NamedTuple):
-    """Who asks: a connection, its user where that is known, and its namespaces."""
+    """The peer of a request: its session, its user if known, and its namespaces."""
 
     session: int
     uid: int | None
@@ -77,7 +74,7 @@ class Handlers:
         }
 
     def read(self, request: Request, asker: Caller) -> bytes | IncrementalReply:
-        """Answer a command that changes nothing.
+        """Return the reply to a command that changes nothing, or an iterator that makes it.
 
         Raises:
             Refused: it cannot be answered.
@@ -85,7 +82,7 @@ class Handlers:
         return self._reads[request.cmd](request, asker)
 
     def write(self, request: Request, asker: Caller) -> Write:
-        """Return how to judge a command that changes something."""
+        """Return the write of a command that changes something, for the engine."""
         do = self._writes[request.cmd]
         return lambda transaction: do(transaction, request, asker)
 
@@ -95,10 +92,10 @@ class Handlers:
             refusal.details |= self._explainer.hints(request.arguments["name"])
 
     def waited(self, request: Request, entry: Entry | None) -> bytes:
-        """Answer a `resolve` that waited, with what it got.
+        """Return the reply to a `resolve` with `wait`, for which `entry` was found, or None in time.
 
         Raises:
-            Refused: `timeout`, and why.
+            Refused: `timeout`.
         """
         if entry is None:
             raise self._explainer.timeout(request.arguments)
@@ -139,7 +136,7 @@ class Handlers:
         return self._registry.search_in_turn(name, instance, meta, 1, readonly=readonly)
 
     def _resolve_slowly(self, request: Request, readonly: bool) -> IncrementalReply:
-        """Search anew: until it is this reply's turn nothing is kept for it."""
+        """Search again: nothing is kept for a reply that waits for a slot."""
         yield None
         search, rev = self._search(request, readonly), self._registry.rev
         while not search.go_on(self._limits.search_step_max):
@@ -149,14 +146,14 @@ class Handlers:
 
     @staticmethod
     def _encode(entries: list[Entry]) -> Iterator[None]:
-        """Make what a reply of many instances is put together from, some in each turn."""
+        """Encode the instances of a long reply, some in each loop iteration."""
         for count, entry in enumerate(entries, 1):
             messages.instance(entry)
             if count % _ENCODED_MAX == 0:
                 yield None
 
     def _resolved(self, request: Request, found: list[Entry], rev: int, readonly: bool) -> bytes:
-        """Answer with what was found at a revision."""
+        """Return the reply with the instances found at a revision."""
         given = request.arguments
         if not found:
             raise self._explainer.none_ready(given)
@@ -190,14 +187,14 @@ class Handlers:
         )
 
     def _list_slowly(self, request: Request) -> IncrementalReply:
-        """Take the page anew: until it is this reply's turn nothing is kept for it."""
+        """Take the page again: nothing is kept for a reply that waits for a slot."""
         yield None
         page, position = self._page(request), self.position()
         yield from self._encode(page.entries)
         yield self._listed(request, page, position)
 
     def _listed(self, request: Request, page: Page, position: dict[str, object]) -> bytes:
-        """Answer with a page of the registry as it was at a position."""
+        """Return the reply with a page of the registry at a position."""
         entries, after, result = page.entries, page.after, position
         room = self._limits.reply_bytes_max - len(messages.ok(request.id, result)) - _AROUND_BYTES
         fit = messages.fitting(entries, room)
@@ -211,7 +208,7 @@ class Handlers:
         return messages.ok(request.id, self._info.stats())
 
     def _renew(self, request: Request, asker: Caller) -> bytes:
-        """Renew the lease of whoever asks, where it has one, else all of that registration."""
+        """Renew the caller's lease if it has one, else all leases of the registration."""
         given = request.arguments
         name, key = given["name"], _key(given)
         entry = self._registry.get(key)
@@ -233,7 +230,7 @@ class Handlers:
             request.id, self._explainer.why(request.arguments["name"], request.arguments.get("instance"))
         )
 
-    # Writes. The file holds the change when their reply is sent.
+    # Writes. Their replies are sent once the file holds the changes.
 
     def _register(self, transaction: Transaction, request: Request, asker: Caller) -> bytes:
         given = request.arguments
@@ -246,7 +243,7 @@ class Handlers:
         if asker.elsewhere.network and may_probe(host):
             raise Refused(
                 Code.BAD_ARGUMENT,
-                f"{host} is of your network namespace, which is not regd's, so that nobody here could reach it; "
+                f"{host} is in your network namespace, which is not regd's, so that nobody here could reach it; "
                 "register an address that can be reached from here",
                 field="host",
             )

@@ -1,7 +1,4 @@
-"""How well the event loop is: how late it comes to its timers, and what has held it longest.
-
-For `stats`, and for whoever looks for what makes others wait. Must not know what is measured.
-"""
+"""Measures the event loop for `stats`: how late its timers run, and what has blocked it longest."""
 
 from regd.system.clock import Clock, Timer
 
@@ -9,7 +6,7 @@ _BEAT_S = 1.0
 
 
 class LoopMonitor:
-    """`lag_s` is how late the last beat was, `lag_max_s` the latest since the start."""
+    """`lag_s` is how late the last timer was, `lag_max_s` the maximum since the start."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -34,14 +31,14 @@ class LoopMonitor:
         self.start()
 
     def took(self, what: str, began: float) -> float:
-        """Count what held the loop from `began` until now, and return now."""
+        """Record that `what` has blocked the loop since `began`. Return the time now."""
         now = self._clock.now()
         if now - began > self.slowest_s:
             self.slowest_s, self._slowest, self._slowest_at = now - began, what, now
         return now
 
     def described(self) -> dict[str, object]:
-        """Return what `stats` shows."""
+        """Return the fields of `stats`."""
         slowest: dict[str, object] | None = None
         if self._slowest:
             age_s = round(self._clock.now() - self._slowest_at, 3)

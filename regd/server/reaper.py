@@ -1,6 +1,6 @@
-"""Who went: a connection, a process, a lease. Tells the registry at once, and the engine to land it.
+"""Finds gone holders: closed connections, ended processes, expired leases.
 
-Must not know the protocol.
+A gone holder is marked in the registry at once; its end is then committed by the engine.
 """
 
 from collections.abc import Callable
@@ -15,13 +15,13 @@ from regd.system.clock import Clock
 from regd.system.probes import ProbeResult, Probes, may_probe
 from regd.system.processes import Processes
 
-_SLICE = 256  # leases that run out before others get a turn
+_SLICE = 256  # leases and probes in one loop iteration
 _STALLED_LOOK_S = 0.1
-_PROBE_EVERY_S = 30.0  # an unclaimed registration whose process lives
+_PROBE_EVERY_S = 30.0  # the address of an unclaimed registration whose process is alive
 
 
 class Reaper:
-    """`is_cut` says of a session whether the kernel knows its connection to have ended."""
+    """`is_cut` asks the kernel whether a session's connection has ended; `ended` receives each gone holder."""
 
     def __init__(
         self,
@@ -43,15 +43,16 @@ class Reaper:
         self._beating = False
         self._closed = False
         self._probing = 0
-        self._probing_max = max(1, limits.probes_max // 4)  # the rest is for those who wait
+        self._probing_max = max(1, limits.probes_max // 4)  # the rest is for requests that wait
 
     def is_gone(self, holder: Holder) -> bool:
-        """Look once more, with the system's eyes."""
+        """Ask the operating system whether a holder is gone."""
         if holder.hold and holder.session is not None and self._is_cut(holder.session):
             return True
         return holder.process is not None and self.processes.is_gone(holder.process)
 
     def connection_ended(self, session: int) -> None:
+        """The connection of a session has ended."""
         self._end(HolderGone(Reason.CLOSED, session=session))
 
     def _process_ended(self, process: Process) -> None:
@@ -62,7 +63,7 @@ class Reaper:
         self._ended(ending)
 
     def settled(self, free: set[Process]) -> None:
-        """Watch no process of which nothing is held, and look at the time while there are deadlines."""
+        """After a batch: release processes that hold nothing, and run the timer while there are deadlines."""
         for process in free:
             self.processes.release(process)
         self.processes.settle(self._registry.lifetimes.knows)
@@ -75,7 +76,7 @@ class Reaper:
             self._clock.call_at(self._next(), self._beat)
 
     def start(self) -> None:
-        """Watch the processes that were loaded; those that ended meanwhile, or are others now, end at once."""
+        """Watch the processes of loaded registrations; those that have ended are gone at once."""
         for process in self._registry.lifetimes.processes:
             if not self.processes.watch(process):
                 self._process_ended(process)
@@ -87,7 +88,7 @@ class Reaper:
 
     def _next(self) -> float:
         now = self._clock.now()
-        if self._stalls.time_stands_still:  # a deadline that is near stays as near
+        if self._stalls.time_stands_still:  # no deadline comes nearer
             return now + _STALLED_LOOK_S
         deadline = self._registry.lifetimes.next_deadline()
         return now + LOOK_S if deadline is None else max(now, min(now + LOOK_S, deadline))
@@ -103,7 +104,7 @@ class Reaper:
             self._process_ended(process)
         self._beat_on()
 
-    # Registrations that nobody has claimed, and whose process lives.
+    # Unclaimed registrations whose process is alive.
 
     def _probe_unclaimed(self) -> None:
         unclaimed = self._registry.lifetimes.unclaimed
@@ -112,12 +113,12 @@ class Reaper:
                 return
             key, holder_id = unclaimed.popleft()
             entry = self._entry_held_by(key, holder_id)
-            if entry is not None and may_probe(entry.host):  # elsewhere it stays as long as its process
+            if entry is not None and may_probe(entry.host):  # else it stays as long as its process
                 self._probing += 1
                 self._probes.ask((entry.host, entry.port), partial(self._probed, key, holder_id))
 
     def _entry_held_by(self, key: Key, holder_id: int) -> Entry | None:
-        """Return an entry, None once this holder has been claimed or has ended."""
+        """Return the entry of a holder, None once the holder was claimed or has ended."""
         entry = self._registry.get(key)
         if entry is None or all(holder.id != holder_id for holder in entry.holders):
             return None
@@ -125,7 +126,7 @@ class Reaper:
 
     def _probed(self, key: Key, holder_id: int, finding: ProbeResult) -> None:
         self._probing -= 1
-        if not finding.refused:  # no answer: it may be blocked, with a full queue of connections
+        if not finding.refused:  # accepted, or no answer: the process may be blocked
             self._registry.lifetimes.wait_on(key, holder_id, self._stalls.now() + _PROBE_EVERY_S)
         elif self._entry_held_by(key, holder_id) is not None:
             self._end(HolderGone(Reason.CLOSED, holder=(key, holder_id)))

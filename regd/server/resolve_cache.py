@@ -1,8 +1,7 @@
-"""Replies that need no work: a plain `resolve` of a name with one instance, once it was answered.
+"""Cached replies to plain `resolve` requests, for names that have one instance.
 
-What is remembered of a name is forgotten in the moment when anything about the name changes: a change lands, a
-holder is known to be gone. So what is said from here is what the registry would say now.
-Must not know connections, nor why something changed.
+A cached reply is invalidated as soon as its name changes: a change is committed, or a holder is marked gone. So a
+cached reply is always what the registry would answer.
 """
 
 import re
@@ -10,18 +9,18 @@ import re
 from regd.core.model import Entry
 from regd.protocol import messages
 
-# The request as clients write it, with an id in one place or the other. All else is left to the decoder.
+# The request as clients write it, with an id in either place. Other requests are left to the parser.
 _ID = rb'"id": ?([1-9][0-9]{0,17})'
 _USUAL = re.compile(
     rb'\{"cmd": ?"resolve",(?: ?' + _ID + rb',)? ?"name": ?"([a-z0-9_.-]+)"(?:, ?' + _ID + rb")?\}\r?\n"
 )
 _CMD_BYTES = len('{"cmd": "resolve"')
-_CHUNK_BYTES_MAX = 4_096  # what is answered at once, so that others have their turn
-_REPLY_BYTES_MAX = 65_536  # and with what: the peer may read none of it
+_CHUNK_BYTES_MAX = 4_096  # answered at once, so that other connections do not wait
+_REPLY_BYTES_MAX = 65_536  # sent at once, since the peer may not read it
 
 
 class ResolveCache:
-    """`known` has the replies by line, as it stands, with its line feed; `count` is how many were given."""
+    """`known` has the replies by request line, including its line feed; `count` is the number of replies."""
 
     def __init__(self, *, remembers: bool = True) -> None:
         self._remembers = remembers
@@ -29,14 +28,14 @@ class ResolveCache:
         self.invalidate_all()
 
     def lookup(self, data: bytes) -> bytes | None:
-        """Return the replies to a chunk of the peer's bytes, None unless all of it is lines that need no work."""
+        """Return the replies to a chunk of a peer's bytes; None unless the chunk is lines with cached replies."""
         if len(data) > _CHUNK_BYTES_MAX or b"resolve" not in data[:_CMD_BYTES]:
             return None
         lines = data.splitlines(keepends=True)
         try:
-            reply = b"".join(map(self._known, lines))  # no Python runs for each line
+            reply = b"".join(map(self._known, lines))  # a loop in C
         except KeyError:
-            replies = [self.known.get(line) or self._unusual(line) for line in lines]
+            replies = [self.known.get(line) or self._variant(line) for line in lines]
             if None in replies:
                 return None
             reply = b"".join(replies)  # type: ignore[arg-type]  # none of them is None
@@ -45,29 +44,29 @@ class ResolveCache:
         self.count += len(lines)
         return reply
 
-    def _unusual(self, line: bytes) -> bytes | None:
-        """Answer what is known in other words: with an id, or with blanks."""
+    def _variant(self, line: bytes) -> bytes | None:
+        """Return the reply to a line that has an id or blanks."""
         found = _USUAL.fullmatch(line)
         if found is None:
             return None
         before, name, behind = found.groups()
         reply = self.known.get(_line(name))
-        if reply is None or (before and behind):  # an id twice is an error
+        if reply is None or (before and behind):  # two ids are an error
             return None
         id = before or behind
         return messages.with_id(id, reply) if id else reply
 
     def put(self, entry: Entry) -> None:
-        """Say the same again of this one's name, until it is forgotten."""
+        """Cache the reply for an entry's name, until it is invalidated."""
         if self._remembers:
             self.known[_line(entry.name.encode())] = messages.resolved(None, entry)
 
     def invalidate(self, name: str) -> None:
-        """What was said of a name may not be true any more."""
+        """Drop the cached reply for a name."""
         self.known.pop(_line(name.encode()), None)
 
     def invalidate_all(self) -> None:
-        """Forget what was said of every name."""
+        """Drop all cached replies."""
         self.known: dict[bytes, bytes] = {}
         self._known = self.known.__getitem__
 

@@ -1,6 +1,6 @@
-"""Time in which the daemon could not hear renewals: it was stopped, its loop was held, or its disk held it up.
+"""Stalls: time in which the daemon could not receive renewals: it was stopped, or its loop or disk blocked.
 
-Such time is added to the deadlines of leases and of holds that wait for their client, and nothing more.
+That time is added to the deadlines of leases, and of holds that wait for their client.
 """
 
 import logging
@@ -10,17 +10,17 @@ from regd.system.clock import Clock
 
 log = logging.getLogger("regd")
 
-LOOK_S = 0.5  # between two looks at the time
-_LATE_S = 0.25  # a look may be so late, and a flush may take so long, before that counts
-_LOG_FROM_S = 2.0  # of one stall
+LOOK_S = 0.5  # between two calls of `now`, at most
+_LATE_S = 0.25  # a call may be so late, and a flush take so long, without being a stall
+_LOG_FROM_S = 2.0  # shorter stalls are not logged
 
 
 class Stalls:
-    """Whoever sets, renews or ends a lease takes the time from `now`.
+    """The time for setting, renewing and ending leases is `now`.
 
-    A renewal behind a write on its connection waits for the flush in flight, and then for its own. The first
-    quarter of a second of each flush counts as time that passed: a lease that is renewed in time has that much to
-    spare, and one that nobody renews ends even while one flush follows the other.
+    A renewal that follows a write on its connection waits for the flush in flight, and then for its own. The
+    first quarter of a second of each flush is not a stall, so that a lease that is not renewed ends even while
+    one flush follows another.
     """
 
     def __init__(self, clock: Clock, lifetimes: HolderIndex) -> None:
@@ -34,23 +34,23 @@ class Stalls:
         self._looked_at = self._clock.now()
 
     def now(self) -> float:
-        """Add what was lost since the last look to the deadlines, and return the time."""
+        """Add the stall since the last call, if any, to the deadlines. Return the time."""
         now = self._clock.now()
         lost_s = 0.0
         if now - self._looked_at > LOOK_S + _LATE_S:
-            lost_s = now - self._looked_at  # nobody knows when in that time the daemon was stopped
+            lost_s = now - self._looked_at  # when in that time the daemon was stopped is unknown
         elif self._flushing_since is not None:
             lost_s = now - max(self._looked_at, self._flushing_since + _LATE_S)
         self._looked_at = now
         if lost_s > 0 and self._lifetimes.next_deadline() is not None:
             self._lifetimes.prolong(lost_s)
             if lost_s > _LOG_FROM_S:
-                log.info("could not hear renewals for %.1f s: added to every ttl and to the grace", lost_s)
+                log.info("could not receive renewals for %.1f s: added to every ttl and to the grace", lost_s)
         return now
 
     @property
     def time_stands_still(self) -> bool:
-        """Whether a flush has taken so long by now that no deadline comes nearer."""
+        """Whether a flush takes so long that no deadline comes nearer."""
         return self._flushing_since is not None and self._clock.now() >= self._flushing_since + _LATE_S
 
     def flush_began(self) -> None:

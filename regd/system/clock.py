@@ -1,6 +1,6 @@
-"""The one place where time comes from. Tests have a clock that they move by hand.
+"""The only source of time. Tests use a clock that they move by hand.
 
-Deadlines are monotonic, so that a step of the wall clock changes nothing; the wall clock is for display.
+Deadlines are monotonic, so that a step of the wall clock has no effect; the wall clock is for display.
 """
 
 import asyncio
@@ -10,10 +10,14 @@ from typing import Protocol
 
 
 class Timer(Protocol):
+    """A call that is scheduled by `Clock.call_at`."""
+
     def cancel(self) -> None: ...
 
 
 class Clock(Protocol):
+    """Time, and calls at a time."""
+
     def now(self) -> float:
         """Return monotonic seconds."""
 
@@ -21,7 +25,7 @@ class Clock(Protocol):
         """Return Unix seconds."""
 
     def call_at(self, when: float, call: Callable[[], None]) -> Timer:
-        """Call once `now()` has reached `when`."""
+        """Call `call` once `now()` has reached `when`."""
 
 
 class LoopClock:
@@ -30,7 +34,7 @@ class LoopClock:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
 
-    now = staticmethod(time.monotonic)  # as the loop's own, but it goes on within a turn, also on uvloop
+    now = staticmethod(time.monotonic)  # as `loop.time()`, which uvloop updates only once per iteration
 
     def wall(self) -> float:
         return round(time.time(), 3)

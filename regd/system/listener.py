@@ -1,6 +1,6 @@
-"""Sockets that listen: loopback TCP on both families, and a Unix socket when asked for; or those that were opened
-for regd before it was started. Nothing else, ever: without authentication and TLS regd is for this machine alone.
-Must not know what is said on them.
+"""Listening sockets: loopback TCP, a Unix socket, or sockets that were opened before regd started.
+
+Other addresses are refused: without authentication and TLS, regd is for this machine alone.
 """
 
 import contextlib
@@ -14,16 +14,16 @@ from typing import NamedTuple
 
 from regd.storage.files import AlreadyLocked, Files
 
-_BACKLOG = 4_096  # as far as the kernel lets us: a whole test suite may start at once
+_BACKLOG = 4_096  # the kernel may lower it; many clients may connect at once
 _PORT_TRIES = 32
 
 
 class ListenError(Exception):
-    """An address cannot be had. Its text is one line: which, why, what to do."""
+    """An address cannot be used. The text is one line: which address, why, what to do."""
 
 
 class InheritedSocket(NamedTuple):
-    """A socket that another program has opened for this one: its file number, and what that program calls it."""
+    """A socket that the parent process has opened: its file descriptor, and the name that the parent gave it."""
 
     file: int
     name: str
@@ -31,7 +31,7 @@ class InheritedSocket(NamedTuple):
 
 @dataclass(slots=True)
 class Listeners:
-    """The listening sockets. `notes` is what a person should be told about them."""
+    """The listening sockets. `notes` are remarks for the log."""
 
     sockets: list[socket.socket] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -43,10 +43,10 @@ class Listeners:
         return [_address(each) for each in self.sockets]
 
     def open_tcp(self, port: int) -> None:
-        """Listen on 127.0.0.1 and ::1, on the same port; 0 picks one that is free on both.
+        """Listen on 127.0.0.1 and ::1, on the same port; 0 picks a port that is free on both.
 
         Raises:
-            ListenError: the port cannot be had.
+            ListenError: the port cannot be used.
         """
         for _ in range(_PORT_TRIES):
             four = _tcp(socket.AF_INET, "127.0.0.1", port)
@@ -66,13 +66,13 @@ class Listeners:
         raise ListenError("found no port that is free on 127.0.0.1 and ::1; name one with --port")
 
     def open_unix(self, path: Path, files: Files) -> None:
-        """Listen on a Unix socket that only this user may open. One that a crash left there is replaced.
+        """Listen on a Unix socket that only this user may connect to. A socket that a crash left is replaced.
 
         Raises:
-            ListenError: the path cannot be had.
+            ListenError: the path cannot be used.
         """
         try:
-            # Binding over a path takes it from whoever listens there, so it is asked for under a lock.
+            # Removing a stale socket must not race with another regd, so it is done under a lock.
             self._unix_lock = files.lock(path.with_name(path.name + ".lock"))
             self._clear(path)
             self.sockets.append(_unix(path))
@@ -85,10 +85,10 @@ class Listeners:
         self._unix = path
 
     def inherit(self, handed: Sequence[InheritedSocket | socket.socket]) -> None:
-        """Listen on sockets that listen already. The path of a Unix socket stays: it is not ours.
+        """Use sockets that listen already. The path of a Unix socket is not removed at the end.
 
         Raises:
-            ListenError: one of them is nothing to listen on for regd.
+            ListenError: regd cannot listen on one of them.
         """
         for each in handed:
             self.sockets.append(_inherited(each) if isinstance(each, InheritedSocket) else each)
@@ -175,7 +175,7 @@ def _inherited(handed: InheritedSocket) -> socket.socket:
 
 
 def _fault(listener: socket.socket) -> str | None:
-    """Return why regd may not listen on a socket, and what to write in a .socket unit instead."""
+    """Return why regd may not listen on a socket, and the fix in a .socket unit. None: it may."""
     if listener.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
         return "is neither TCP nor Unix; give ListenStream= an address of loopback, or a path"
     if listener.type != socket.SOCK_STREAM or listener.proto not in (0, socket.IPPROTO_TCP):

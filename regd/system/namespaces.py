@@ -1,8 +1,8 @@
 """Whether the peer of a Unix socket is in another network or pid namespace (namespaces(7)).
 
-Its loopback addresses and process numbers then mean something else than here. A peer on TCP has reached a
-loopback address of this network namespace; nobody can tell its pid namespace, so `hello` names ours for it to
-compare.
+Loopback addresses and process numbers of such a peer mean something else than here. A TCP peer is in this network
+namespace, since it has reached a loopback address; its pid namespace is unknown, so `hello` names the daemon's
+for the client to compare.
 """
 
 import os
@@ -10,12 +10,12 @@ import socket
 import struct
 from dataclasses import dataclass
 
-_SO_NETNS_COOKIE = 71  # asm-generic/socket.h, since Linux 5.14; of a peer's end too: it is the peer's namespace
+_SO_NETNS_COOKIE = 71  # asm-generic/socket.h, since Linux 5.14; of the peer's socket: the peer's namespace
 
 
 @dataclass(frozen=True, slots=True)
 class Elsewhere:
-    """What the kernel says to be another namespace. False where it does not say."""
+    """Which namespaces of a peer differ from this process's. False if the kernel does not tell."""
 
     network: bool = False
     pid: bool = False
@@ -56,7 +56,7 @@ def _pid(connection: socket.socket) -> bool:
     try:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         [pid, _, _] = struct.unpack("=iII", credentials)
-        # 0: the peer is in a namespace that is not below ours, and has no number here.
+        # 0: the peer has no number in this pid namespace.
         return pid == 0 or os.readlink(f"/proc/{pid}/ns/pid") != os.readlink("/proc/self/ns/pid")
     except (OSError, AttributeError, struct.error):
         return False

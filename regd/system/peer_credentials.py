@@ -1,10 +1,9 @@
-"""Which user is at the other end of a connection, and who may write.
+"""Which user is at the other end of a connection, and which users may write.
 
-A Unix socket knows its peer (unix(7), SO_PEERCRED). Of a loopback TCP connection the kernel is asked for the
-peer's own end, by netlink (sock_diag(7), linux/inet_diag.h): one question and one answer, where the text table
-would cost time in proportion to all sockets. Where there is no such netlink, the text table is read.
-In a user namespace, all users that it does not map look alike (user_namespaces(7)): that number names nobody.
-Must not know lines.
+A Unix socket tells its peer's user (unix(7), SO_PEERCRED). For a loopback TCP connection, netlink tells the owner
+of the peer's socket (sock_diag(7), linux/inet_diag.h) in constant time. Without netlink the text table
+/proc/net/tcp is read, which takes time in proportion to the number of sockets. In a user namespace, all users
+that are not mapped have the same number (user_namespaces(7)), which therefore identifies no user.
 """
 
 import errno
@@ -21,9 +20,9 @@ from regd.system.listener import ListenError
 log = logging.getLogger("regd")
 
 ROOT = 0
-ALL_USERS = 2**32 - 1  # how many there are; as a number it is nobody's, and written as -1
+ALL_USERS = 2**32 - 1  # the number of users; as a user it is invalid, and written as -1
 
-_OVERFLOW_UID = 65_534  # where the kernel does not say; its default
+_OVERFLOW_UID = 65_534  # the default of /proc/sys/kernel/overflowuid
 _LINUX = sys.platform == "linux"
 
 _NETLINK_SOCK_DIAG = 4
@@ -38,7 +37,7 @@ _PORTS = struct.Struct("!HH")  # inet_diag_sockid begins: source, destination, t
 _REST = struct.Struct("=III")  # … and ends: interface, cookie
 _STATE_AT = _HEAD.size + 1  # in an inet_diag_msg: family, state, timer, retransmissions, and the sockid
 _ID_AT = _HEAD.size + 4
-_ID_BYTES = _PORTS.size + 32  # as far as it tells connections apart
+_ID_BYTES = _PORTS.size + 32  # the part that identifies a connection
 _OWNER = struct.Struct("=II")  # uid and inode
 _OWNER_AT = _ID_AT + _ID_BYTES + _REST.size + 12  # behind expiry and the two queues
 _ANSWER_S = 1.0  # the kernel answers within the call
@@ -48,7 +47,7 @@ Ask = Callable[[End, End], int | None]
 
 
 def unmapped_uid() -> int | None:
-    """Return the number that stands for every user without a mapping here; None where all users are mapped.
+    """Return the number that all unmapped users have here; None if all users are mapped.
 
     Source: user_namespaces(7), "Unmapped user and group IDs".
     """
@@ -56,7 +55,8 @@ def unmapped_uid() -> int | None:
         with open(_UID_MAP, "rb") as file:
             mapped = sum(int(line.split()[2]) for line in file)
     except FileNotFoundError:
-        # A kernel without user namespaces, where all users are what they seem; or no /proc, which tells nothing.
+        # A kernel without user namespaces, where all users are mapped; or there is no /proc, and nothing is
+        # known.
         mapped = ALL_USERS if not _LINUX or os.path.isdir("/proc/self") else 0
     except (OSError, ValueError, IndexError):
         mapped = 0
@@ -72,14 +72,14 @@ def unmapped_uid() -> int | None:
 class PeerCredentials:
     """Identifies the users at the other ends of connections.
 
-    `allowed` are the users that may write, besides root and the daemon's own; `anyone`: all users may.
+    `allowed` are the users that may write, besides root and the daemon's own; with `anyone`, all users may.
     """
 
     def __init__(self, allowed: Collection[int] = (), *, anyone: bool = False) -> None:
         self._unmapped: int | None = None  # the number of all users that are not mapped here
         self._may_write = {ROOT, os.geteuid(), *allowed} - {ALL_USERS}
         self._anyone = anyone
-        self._tells_nobody = False  # of TCP, and this system is not expected to
+        self._tells_nobody = False  # the system identifies no TCP peers, and is not expected to
         self._ask: Ask | None = None
         self._netlink: socket.socket | None = None
 
@@ -100,7 +100,7 @@ class PeerCredentials:
                 _UID_MAP,
             )
         tcp = [each for each in listeners if each.family != socket.AF_UNIX]
-        if not tcp:  # a Unix socket knows its peer
+        if not tcp:  # a Unix socket tells its peer
             return
         here: End = tcp[0].getsockname()[:2]
         try:
@@ -119,7 +119,9 @@ class PeerCredentials:
         elif not _LINUX:
             self._tells_nobody = True
             if not self._anyone:
-                log.warning("this system does not tell whose a connection is: any user of this machine may write")
+                log.warning(
+                    "this system does not tell which user a connection is of: any user of this machine may write"
+                )
         elif not self._anyone:
             raise ListenError(
                 "cannot tell which user is at the other end of a TCP connection: this process has neither "
@@ -128,14 +130,14 @@ class PeerCredentials:
             )
 
     def close(self) -> None:
-        """Twice is harmless."""
+        """Stop identifying TCP peers. Idempotent."""
         self._ask = None
         if self._netlink is not None:
             self._netlink.close()
             self._netlink = None
 
     def uid_of(self, connection: socket.socket) -> int | None:
-        """Return the user at the other end, None where nobody can tell."""
+        """Return the user at the other end, None if it is unknown."""
         if connection.family == socket.AF_UNIX:
             return self._known(_unix_uid(connection))
         if self._ask is None:
@@ -143,21 +145,23 @@ class PeerCredentials:
         try:
             return self._known(self._ask(connection.getpeername()[:2], connection.getsockname()[:2]))
         except OSError:
-            return None  # the peer has gone already
+            return None  # the peer has closed the connection
 
     def _known(self, uid: int | None) -> int | None:
         return None if uid in (self._unmapped, ALL_USERS) else uid
 
     def is_gone(self, connection: socket.socket) -> bool:
-        """Whether nobody has the other end open any more, as far as the system tells.
+        """Whether no process has the other end open any more, as far as the system tells.
 
-        A peer that has closed its sending side alone is still there. Over TCP our socket looks the same in both
-        cases, so the kernel is asked for the peer's: one that nobody has open has no inode, or no row.
+        A TCP socket looks the same whether the peer has closed its socket or only its sending side. So the kernel
+        is asked for the peer's socket: if no process has it open, it has no inode, or does not exist.
         """
         if connection.fileno() < 0:
             return True
         poll = select.poll()
-        poll.register(connection.fileno(), 0)  # POLLHUP and POLLERR are always told: both sides closed, or reset
+        poll.register(
+            connection.fileno(), 0
+        )  # POLLHUP and POLLERR are always reported: both sides are closed, or the connection is reset
         if poll.poll(0):
             return True
         if connection.family == socket.AF_UNIX:
@@ -169,23 +173,23 @@ class PeerCredentials:
                 return not (is_connection(row, theirs, ours) and _OWNER.unpack_from(row, _OWNER_AT)[1])
             return self._ask is by_table and by_table(theirs, ours) is None
         except OSError:
-            return False  # it cannot be told now
+            return False  # unknown
 
     def may_write(self, uid: int | None) -> bool:
-        """Whether this user may write. An unknown one may only read, but where the system tells of nobody."""
+        """Whether this user may write. An unknown user may only read, unless the system identifies no peers."""
         return self._anyone or uid in self._may_write or (uid is None and self._tells_nobody)
 
     # Netlink.
 
     def _by_netlink(self, theirs: End, ours: End) -> int | None:
         row = self._row(theirs, ours)
-        # The answer may be another socket: where no connection fits, a listener on that port does.
+        # If there is no such connection, the answer is a listener on that port.
         if not is_connection(row, theirs, ours):
             return None
         return owner(row)
 
     def _row(self, source: End, destination: End) -> bytes:
-        """Return what the kernel says of one socket, empty when there is none."""
+        """Return the kernel's answer about one socket, empty if there is none."""
         assert self._netlink is not None
         self._netlink.send(question(source, destination))
         while True:
@@ -217,7 +221,7 @@ def question(source: End, destination: End) -> bytes:
 
 
 def is_connection(row: bytes, source: End, destination: End) -> bool:
-    """Whether a row is of just this connection, also of a peer that calls itself ::ffff:127.0.0.1."""
+    """Whether an answer is about this connection, also if the peer's address is written as ::ffff:127.0.0.1."""
     if len(row) < _OWNER_AT + _OWNER.size or row[_STATE_AT] == _TCP_LISTEN:
         return False
     found = row[_ID_AT : _ID_AT + _ID_BYTES]
@@ -228,7 +232,7 @@ def is_connection(row: bytes, source: End, destination: End) -> bool:
 
 
 def owner(row: bytes) -> int | None:
-    """Return the user whose socket it is. None without an inode: nobody has it open, and it may show root."""
+    """Return the owner of a socket. None without an inode: no process has it open, and the owner may be wrong."""
     if len(row) < _OWNER_AT + _OWNER.size:
         return None
     uid, inode = _OWNER.unpack_from(row, _OWNER_AT)
@@ -236,7 +240,7 @@ def owner(row: bytes) -> int | None:
 
 
 def _unix_uid(connection: socket.socket) -> int | None:
-    if not hasattr(socket, "SO_PEERCRED"):  # not Linux: the socket's mode has to do
+    if not hasattr(socket, "SO_PEERCRED"):  # not Linux: the mode of the socket file keeps other users out
         return os.geteuid()
     try:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
@@ -253,7 +257,7 @@ _OVERFLOW = "/proc/sys/kernel/overflowuid"
 
 
 def by_table(theirs: End, ours: End) -> int | None:
-    """Return the owner of the connection from `theirs` to `ours`. A mapped peer stands in the second table."""
+    """Return the owner of the connection from `theirs` to `ours`; an IPv4-mapped one is in the second table."""
     for table in _TABLES:
         rows = _rows(table)
         for mapped in ("", "::ffff:") if table == _TABLES[1] else ("",):
@@ -267,7 +271,7 @@ def by_table(theirs: End, ours: End) -> int | None:
 
 
 def is_in_table(listener: End) -> bool:
-    """Whether the text tables can be read, and show a socket that listens there."""
+    """Whether the text tables can be read, and show this listening socket."""
     wanted = _hex(*listener)
     return any(
         fields[1] == wanted and int(fields[3], 16) == _TCP_LISTEN for table in _TABLES for fields in _rows(table)
@@ -283,7 +287,7 @@ def _rows(table: str) -> list[list[str]]:
 
 
 def _hex(host: str, port: int) -> str:
-    """Write an end as the table does: words of four bytes in the machine's order."""
+    """Return an address as in the table: words of four bytes in the machine's byte order."""
     packed = socket.inet_pton(_family(host), host)
     words = struct.unpack(f"={len(packed) // 4}I", packed)
     return "".join(f"{word:08X}" for word in words) + f":{port:04X}"

@@ -1,7 +1,7 @@
-"""Does anybody accept connections there? Asked only while somebody wants to know, and only of this machine.
+"""Probes: whether a loopback address accepts connections.
 
-One probe for an address, shared by all who wait for it, with a growing pause between attempts.
-Must not know who waits, nor names.
+All callers that wait for an address share one probe, which connects again and again with growing pauses, as long
+as a caller waits. Addresses of other machines are never probed.
 """
 
 import asyncio
@@ -18,14 +18,14 @@ from regd.system.clock import Clock, Timer
 _PAUSE_S = (0.02, 0.5)  # the first and the longest between two attempts
 
 _REFUSED = "connection refused"
-# Errors of an address that this machine does not have, such as ::1: they say nothing of who listens.
+# Errors of an address that this machine does not have, such as ::1.
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENETUNREACH)
 
 Address = tuple[str, int]
 
 
 def may_probe(host: str) -> bool:
-    """Whether a host is this machine. No other is ever connected to, and no name is looked up."""
+    """Whether a host is a loopback address or `localhost`. Other hosts are never probed or looked up."""
     return bool(_targets(host))
 
 
@@ -46,11 +46,11 @@ def _targets(host: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """What an attempt to connect found, and when (monotonic seconds)."""
+    """The result of one attempt to connect; `at` is in monotonic seconds."""
 
-    number: int  # of all that were made
+    number: int  # counted over all attempts
     at: float
-    why: str  # empty: somebody accepted
+    why: str  # empty: the connection was accepted
 
     @property
     def accepted(self) -> bool:
@@ -58,7 +58,7 @@ class ProbeResult:
 
     @property
     def refused(self) -> bool:
-        """Whether nobody listens there, for certain."""
+        """Whether certainly no process listens there."""
         return self.why == _REFUSED
 
 
@@ -71,7 +71,7 @@ class _Probe:
 
 
 class ProbeResults:
-    """What the last attempts found, by address; the newest are kept, for `why`. `count` is of all attempts."""
+    """The latest result for each address; the newest `most` are kept. `count` is the number of all attempts."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -91,7 +91,7 @@ class ProbeResults:
 
 
 class Probes:
-    """`found` is called with each address that was tried; what was found is added to `findings`."""
+    """The running probes. After each attempt its result is added to `findings`, and `found` is called."""
 
     def __init__(
         self, clock: Clock, limits: Limits, findings: ProbeResults, found: Callable[[Address], None]
@@ -102,11 +102,11 @@ class Probes:
         self._found = found
         self._probes: dict[Address, _Probe] = {}
         self._asked: dict[Address, list[Callable[[ProbeResult], None]]] = {}
-        self._queue: dict[Address, _Probe] = {}  # beyond `probes_max`, in order: these take no task meanwhile
+        self._queue: dict[Address, _Probe] = {}  # waiting for one of `probes_max`, in order
         self._running = 0
 
     def want(self, address: Address) -> None:
-        """Probe an address until `unwant`, as often as it was wanted."""
+        """Probe an address until `unwant` was called as often as `want`."""
         probe = self._probes.setdefault(address, _Probe())
         probe.wanted += 1
         self.again(address)
@@ -118,7 +118,7 @@ class Probes:
             self._end(address)
 
     def ask(self, address: Address, told: Callable[[ProbeResult], None]) -> None:
-        """Probe an address once, and call `told` with what was found."""
+        """Probe an address once, and call `told` with the result."""
         self._asked.setdefault(address, []).append(told)
         self.want(address)
 
@@ -136,7 +136,7 @@ class Probes:
             self._end(address)
 
     def again(self, address: Address) -> None:
-        """Try at once: something has changed there, or somebody else wants to know."""
+        """Probe a wanted address at once."""
         probe = self._probes.get(address)
         if probe is not None and probe.task is None:
             if probe.timer is not None:
@@ -173,9 +173,9 @@ class Probes:
 
 
 async def _connect(address: Address, timeout_s: float) -> str:
-    """Connect and close at once. Returns why that failed, or an empty string.
+    """Connect, and close at once. Return why that failed, or an empty string.
 
-    The connection counts as refused only if every address of this machine refused it.
+    The result is "connection refused" only if every address that `host` stands for refused.
     """
     reasons: list[str] = []
     for host in _targets(address[0]):
@@ -199,5 +199,5 @@ async def _connect(address: Address, timeout_s: float) -> str:
 
 
 def met_itself(probe: socket.socket) -> bool:
-    """Whether a socket is its own peer: the kernel may give it the very port that it connects to."""
+    """Whether a socket is connected to itself: the kernel may assign it the port that it connects to."""
     return bool(probe.getsockname()[:2] == probe.getpeername()[:2])

@@ -1,8 +1,7 @@
-"""Processes that hold registrations: which one a number means now, and when it ends.
+"""Processes: which process has a number now, and when it ends.
 
-Linux tells by a pidfd (pidfd_open(2)): the descriptor is of that process for ever, whoever has its number later.
-The start time (proc_pid_stat(5), field 22) and the boot tell whether a number in the file means the same one.
-Must not know what they hold.
+A pidfd (pidfd_open(2), Linux) refers to one process, even when its number is reused. The boot and the start time
+(proc_pid_stat(5), field 22) tell whether a stored number still means the same process.
 """
 
 import asyncio
@@ -19,16 +18,16 @@ from regd.core.model import Process
 
 log = logging.getLogger("regd")
 
-# What pidfd_open(2) says of a number that no process has; EINVAL and ENOENT: a thread has it.
+# Errors of pidfd_open(2) for a number that no process has; EINVAL and ENOENT: it is a thread's.
 _NO_PROCESS = (errno.ESRCH, errno.EINVAL, errno.ENOENT)
-# … and when there is no room now. Anything else, such as EPERM of a container's seccomp filter, stays as it is.
+# Errors for a lack of resources. All others, such as EPERM of a container's seccomp filter, are permanent.
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 _ROOT = 0
-_LOOKS = 256  # at processes that could not be watched, before others get a turn
+_LOOKS = 256  # at unwatched processes, in one call of `retry`
 
 
 def boot_id() -> str | None:
-    """Return what tells this boot from others, None where the system does not say (random(4))."""
+    """Return the identifier of this boot (random(4)), None if the system does not tell."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return file.read().strip()
@@ -37,14 +36,14 @@ def boot_id() -> str | None:
 
 
 class Processes:
-    """`ended` is called with each process that ends while it is watched."""
+    """The watched processes. `ended` is called with each process that ends while it is watched."""
 
     def __init__(self, limits: Limits, ended: Callable[[Process], None]) -> None:
         self._limits = limits
         self._ended = ended
         self._boot: str | None = None  # None: no process can be identified
         self._files: dict[Process, int] = {}
-        self.unwatched: dict[Process, None] = {}  # that hold something, and could not be watched
+        self.unwatched: dict[Process, None] = {}  # that could not be watched; `retry` looks at them
         self._found: list[Process] = []  # since the last `settle`
 
     def __len__(self) -> int:
@@ -55,13 +54,13 @@ class Processes:
         self._boot = boot_id() if _sees_own_namespace() else None
 
     def find(self, pid: int, uid: int | None = None) -> Process:
-        """Return the process that has this number now, and watch it until `release`, or a `settle` without it.
+        """Return the process that has this number, and watch it until `release` or a `settle` without it.
 
-        With `uid` it must belong to that user, unless that is root.
+        With `uid`, the process must be that user's, unless the user is root.
 
         Raises:
-            Refused: `bad_argument` when none has it, `denied` when it is another user's, `unsupported` where the
-                system does not let regd see or watch it, `busy` when too many are watched.
+            Refused: `bad_argument`, no process has this number; `denied`, it is another user's; `unsupported`,
+            the system does not let regd see or watch it; `busy`, too many processes are watched.
         """
         if self._boot is None or not hasattr(os, "pidfd_open"):
             raise _unseen(pid, "this system shows regd no processes")
@@ -90,7 +89,7 @@ class Processes:
         return process
 
     def _identify(self, pid: int, file: int, uid: int | None) -> Process:
-        """Return the process of a pidfd, by what /proc says of its number."""
+        """Return the process of a pidfd, from what /proc says about its number."""
         checks_user = uid is not None and uid != _ROOT
         try:
             process = Process(pid, f"{self._boot}/{_start_ticks(pid)}")
@@ -98,8 +97,10 @@ class Processes:
         except OSError as error:
             if has_ended(file):
                 raise _no_process(pid) from None
-            raise _unseen(pid, f"/proc/{pid}: {error.strerror}") from None  # mounted with hidepid (proc(5))
-        if has_ended(file):  # what was read may be of another one
+            raise _unseen(
+                pid, f"/proc/{pid}: {error.strerror}"
+            ) from None  # /proc may be mounted with hidepid (proc(5))
+        if has_ended(file):  # the number may have been reused before it was read
             raise _no_process(pid)
         if checks_user and uid not in users:
             raise Refused(
@@ -108,9 +109,9 @@ class Processes:
         return process
 
     def watch(self, process: Process) -> bool:
-        """Watch the process that a number once meant. False when it has ended.
+        """Watch a stored process. Return False if it has ended.
 
-        One that cannot be watched now is `unwatched`, and `retry` tells of its end.
+        A process that cannot be watched now becomes `unwatched`, and `retry` finds out when it ends.
         """
         try:
             return self.find(process.pid) == process
@@ -123,7 +124,7 @@ class Processes:
             return True
 
     def retry(self) -> list[Process]:
-        """Look at some of those that could not be watched, and return which have ended."""
+        """Look at some of the unwatched processes, and return those that have ended."""
         ended = []
         for process in list(islice(self.unwatched, _LOOKS)):
             del self.unwatched[process]
@@ -134,7 +135,7 @@ class Processes:
         return ended
 
     def _is_over(self, process: Process) -> bool:
-        """Whether a process has ended for certain. One that cannot be seen has not while its number is in use."""
+        """Whether a process has certainly ended. If /proc does not show it: whether its number is free."""
         try:
             if self._boot is not None:
                 return process.born != f"{self._boot}/{_start_ticks(process.pid)}"
@@ -144,20 +145,21 @@ class Processes:
         return not _is_in_use(process.pid)
 
     def settle(self, is_used: Callable[[Process], bool]) -> None:
-        """Let go of what was found, and is of no use after all."""
+        """Release the processes found since the last call that hold nothing."""
         for process in self._found:
             if not is_used(process):
                 self.release(process)
         self._found.clear()
 
     def is_gone(self, process: Process) -> bool:
-        """Whether the kernel knows it to have ended, told already or not."""
+        """Ask the kernel whether a process has ended."""
         if process in self.unwatched:
             return self._is_over(process)
         file = self._files.get(process)
         return file is None or has_ended(file)
 
     def release(self, process: Process) -> None:
+        """Watch a process no more. Idempotent."""
         self.unwatched.pop(process, None)
         file = self._files.pop(process, None)
         if file is not None:
@@ -174,13 +176,14 @@ class Processes:
 
 
 def has_ended(file: int) -> bool:
+    """Whether the process of a pidfd has ended."""
     poll = select.poll()
     poll.register(file, select.POLLIN)
     return bool(poll.poll(0))
 
 
 def _is_in_use(pid: int) -> bool:
-    """Whether any process has a number, seen or not (kill(2): EPERM is of one that exists)."""
+    """Whether any process has this number (kill(2): EPERM means that it exists)."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -191,7 +194,7 @@ def _is_in_use(pid: int) -> bool:
 
 
 def _sees_own_namespace() -> bool:
-    """Whether /proc shows the processes by the numbers that this one knows them by (pid_namespaces(7))."""
+    """Whether /proc is of this process's pid namespace (pid_namespaces(7))."""
     try:
         return os.readlink("/proc/self") == str(os.getpid())
     except OSError:
@@ -199,9 +202,9 @@ def _sees_own_namespace() -> bool:
 
 
 def _start_ticks(pid: int) -> str:
-    """Return when a process started. OSError: /proc does not show it."""
+    """Return when a process started, in clock ticks since boot. Raises OSError if /proc does not show it."""
     with open(f"/proc/{pid}/stat", "rb") as file:
-        # The name may hold blanks and parentheses; behind its last one stand the fields from the third on.
+        # The name may contain blanks and parentheses; the third field follows the last parenthesis.
         fields = file.read().rpartition(b")")[2].split()
     if len(fields) < 20:
         raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
@@ -211,7 +214,7 @@ def _start_ticks(pid: int) -> str:
 def _uids(pid: int) -> tuple[int, ...]:
     """Return the users that a process runs as: real, effective, saved, and for files (proc_pid_status(5)).
 
-    OSError: /proc does not show it.
+    Raises OSError if /proc does not show it.
     """
     with open(f"/proc/{pid}/status", "rb") as file:
         found = [line for line in file if line.startswith(b"Uid:")]

@@ -1,8 +1,8 @@
-"""What a service manager hands over, and what it is told: sockets that listen already (sd_listen_fds(3)); that it
-is ready, that it lives, and that it stops (sd_notify(3), sd_watchdog_enabled(3)).
+"""The interface of a service manager: inherited sockets (sd_listen_fds(3)), and notifications about readiness,
+liveness and stopping (sd_notify(3), sd_watchdog_enabled(3)).
 
-All of it comes by the environment and is taken out of it, since it is meant for this process alone. The variables
-are systemd's; others speak the same. Must not know what is served.
+The environment variables are systemd's; other service managers use the same. They are removed from the
+environment, since they are meant for this process alone.
 """
 
 import logging
@@ -18,15 +18,15 @@ log = logging.getLogger("regd")
 
 _FIRST_FILE = 3  # SD_LISTEN_FDS_START
 _COUNT = re.compile(r"[0-9]{1,5}")
-_PATIENCE_S = 1.0  # for a busy service manager to take what is told once
-_STATUS_S = 10.0  # until people see a change
+_PATIENCE_S = 1.0  # for a busy service manager to take a notification that is sent only once
+_STATUS_S = 10.0  # between two updates of the status
 
 
 def handed_over(environment: MutableMapping[str, str]) -> list[InheritedSocket]:
-    """Take what was opened for this process; nothing when it is another's. No child will inherit it.
+    """Take the sockets that were opened for this process, and keep children from inheriting them.
 
     Raises:
-        ListenError: what the environment says is not so.
+        ListenError: the environment is wrong about them.
     """
     environment.pop("LISTEN_PIDFDID", None)
     pid, count, names = (environment.pop(f"LISTEN_{each}", None) for each in ("PID", "FDS", "FDNAMES"))
@@ -52,7 +52,7 @@ def handed_over(environment: MutableMapping[str, str]) -> list[InheritedSocket]:
 
 
 def watchdog_s(environment: MutableMapping[str, str]) -> float | None:
-    """Take how long the service manager waits for a sign of life; None when it does not."""
+    """Take the watchdog's timeout; None if there is no watchdog."""
     every_us, pid = (environment.pop(f"WATCHDOG_{each}", None) for each in ("USEC", "PID"))
     if every_us is None or (pid is not None and pid != str(os.getpid())):
         return None
@@ -63,9 +63,9 @@ def watchdog_s(environment: MutableMapping[str, str]) -> float | None:
 
 
 class Notifier:
-    """The way to the service manager; nowhere when it wants to hear nothing.
+    """Sends notifications to the service manager, if it wants any.
 
-    What cannot be told is told to the log, once, and ends nothing.
+    A failure to send is logged once, and has no other effect.
     """
 
     def __init__(self, environment: MutableMapping[str, str]) -> None:
@@ -75,9 +75,9 @@ class Notifier:
         if not self._address:
             return
         if self._address[0] not in "/@":
-            log.warning("cannot tell %a anything: it is no path and no @NAME", self._address)
+            log.warning("cannot notify %a: it is no path and no @NAME", self._address)
             return
-        # One for all: when there are no more files, the watchdog is to be fed all the same.
+        # Kept open, so that the watchdog is fed even without free file descriptors.
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     @property
@@ -85,7 +85,7 @@ class Notifier:
         return self._socket is not None
 
     def tell(self, *lines: str, wait_s: float = 0.0) -> None:
-        """Send lines of the form KEY=VALUE, and hold the loop for `wait_s` at most."""
+        """Send lines of the form KEY=VALUE. Blocks for at most `wait_s`."""
         if self._socket is None:
             return
         address = f"\0{self._address[1:]}" if self._address[0] == "@" else self._address
@@ -94,22 +94,22 @@ class Notifier:
             self._socket.sendto("\n".join(lines).encode(), address)
         except OSError as error:
             if not self._failing:
-                log.warning("cannot tell %a anything: %s", self._address, error.strerror or error)
+                log.warning("cannot notify %a: %s", self._address, error.strerror or error)
             self._failing = True
         else:
             self._failing = False
 
     def close(self) -> None:
-        """Twice is harmless."""
+        """Close the socket. Idempotent."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
 
 
 class Watchdog:
-    """Tells that the service is ready, from then on that it lives and how it is, and at last that it stops.
+    """Notifies the service manager that the daemon is ready, alive, of its status, and that it stops.
 
-    It beats in the event loop, so that it stands still when the loop does.
+    It runs in the event loop, so that a blocked loop is not reported alive.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Watchdog:
         self._timer: Timer | None = None
 
     def start(self) -> None:
-        """To be called when everything is open, and never before."""
+        """Notify that the daemon is ready. Call it when everything is open."""
         if self._notices.are_heard:
             self._told = self._status()
             self._notices.tell("READY=1", f"STATUS={self._told}", *self._sign, wait_s=_PATIENCE_S)
@@ -144,7 +144,7 @@ class Watchdog:
         self._go_on()
 
     def stop(self) -> None:
-        """To be called before anything is closed. Twice is harmless."""
+        """Notify that the daemon stops. Call it before anything is closed. Idempotent."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -332,7 +332,7 @@ def test_what_cannot_be_told_is_one_line_and_no_end(address: str, caplog: pytest
         one.heart.start()
         one.clock.advance(60)
     assert len(caplog.records) == 1
-    assert caplog.messages[0].startswith(f"cannot tell '{address}' anything: ")
+    assert caplog.messages[0].startswith(f"cannot notify '{address}': ")
 
 
 def test_one_who_does_not_listen_holds_nobody_up(inbox: socket.socket, caplog: pytest.LogCaptureFixture) -> None:
