@@ -1,14 +1,16 @@
-"""A registry for other people's tests, and the pytest fixtures `regd` and `regd_in_process`.
+"""A registry for tests, and the pytest fixtures `regd` and `regd_in_process`.
 
     with regd.testing.running() as registry:  # the daemon in a process of its own
         ...
     with regd.testing.in_process.running() as registry:  # in a thread of this process
         ...
 
-The modules are imported when they are first used, because every pytest imports this one where regd is installed.
+The modules are imported when they are first used, because every run of pytest imports this one if regd is
+installed.
 """
 
-TYPE_CHECKING = False  # as in typing, whose import takes longer
+from typing import TYPE_CHECKING
+
 if TYPE_CHECKING:
     from regd.testing import in_process
     from regd.testing.host_process import HostError
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["HostError", "Registry", "in_process", "running"]
 
 
-if not TYPE_CHECKING:  # or a checker would take every name for a good one
+if not TYPE_CHECKING:  # with `__getattr__`, a type checker would accept any name
 
     def __getattr__(name: str) -> object:
         if name == "in_process":

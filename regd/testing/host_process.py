@@ -1,7 +1,6 @@
-"""The host process as the tests see it: started when it is first needed, asked in lines, gone with this process.
+"""The host process of the registries, as seen by the tests: started when first needed, ended with this process.
 
-Pipes and nothing else, so that what a test does to sockets, time or files does not matter. Must not know what a
-registry is.
+Requests and answers are lines on pipes, so that a test may patch sockets, time or files.
 """
 
 import atexit
@@ -16,17 +15,17 @@ import threading
 from pathlib import Path
 from typing import Any
 
-_ANSWER_S = 30.0  # for what takes milliseconds on a machine that is not asleep
+_ANSWER_S = 30.0  # an answer takes milliseconds, unless the machine is overloaded
 _END_S = 5.0
-_ANSWER = b'{"id": '  # begins each answer; else it is what Python says when something fails
+_ANSWER = b'{"id": '  # begins each answer; other lines are error messages of Python
 
-# The folder that this package was found in, behind the standard library: regd needs nothing else.
+# The folder of this package, which follows the standard library in `sys.path`: regd needs nothing else.
 _FOLDER = str(Path(__file__).resolve().parents[2])
-# Nothing is worth the collector's look yet; Ctrl-C is for pytest, which then ends this one in order; and asyncio
-# can do without ssl, which takes long to import.
+# Ctrl-C is for pytest, which then ends this process. Without garbage collection and without ssl, which asyncio
+# does not need, the start is faster.
 _START = """
-import _signal, gc, sys
-_signal.signal(_signal.SIGINT, _signal.SIG_IGN)
+import gc, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 gc.disable()
 sys.path.append(sys.argv[1])
 sys.modules["ssl"] = None
@@ -36,18 +35,18 @@ main([int(each) for each in sys.argv[2:]])
 
 
 class HostError(RuntimeError):
-    """A registry cannot be had, or asked. Its text is for people."""
+    """A registry cannot be started, or does not answer. The text is for people."""
 
 
 class HostProcess:
-    """The process, and what was asked of it. Any thread may ask."""
+    """The host process. Any thread may send requests."""
 
     def __init__(self) -> None:
-        self.owner = os.getpid()  # a child that was forked must start its own
+        self.owner = os.getpid()  # a forked child must start its own host
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._rest = b""
-        self._said: list[str] = []  # what is no answer: why it ended
+        self._said: list[str] = []  # lines that are no answers, such as the reason of its end
         self._open: set[int] = set()
         self._process = _started()
 
@@ -68,10 +67,10 @@ class HostProcess:
         return (self._process.poll() or 0) < 0
 
     def ask(self, do: str, **more: Any) -> dict[str, Any]:
-        """Return the answer.
+        """Send a request, and return the answer.
 
         Raises:
-            HostError: it says what is in the way, or does not answer.
+            HostError: the answer is an error, or there is none.
         """
         if self.owner != os.getpid():
             raise HostError("regd: this registry is of the process that this one was forked from: ask there")
@@ -104,7 +103,7 @@ class HostProcess:
                     self._said.append(line.decode(errors="replace"))
                     continue
                 answer: dict[str, Any] = json.loads(line)
-                # One whose asker was interrupted, by Ctrl-C or a timeout, is nobody's.
+                # Drop an answer whose request was interrupted, by Ctrl-C or a timeout.
                 if answer["id"] == number:
                     self._rest = b"\n".join((*lines[at + 1 :], self._rest))
                     return answer
@@ -131,7 +130,7 @@ class HostProcess:
         return HostError(f"regd: the process of the tests' registries ({self._process.pid}) has ended, {why}")
 
     def close(self) -> None:
-        """End the process, and wait for it. Twice is harmless."""
+        """End the process, and wait for it. Idempotent."""
         atexit.unregister(self.close)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -145,18 +144,18 @@ class HostProcess:
         self._process.stdout.close()
 
     def forget(self) -> None:
-        """Let go of it in a child that was forked: it is the parent's."""
+        """Close the pipes in a forked child, and leave the process to the parent."""
         atexit.unregister(self.close)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
-        self._process.returncode = 0  # or there would be a warning that it runs
+        self._process.returncode = 0  # else Popen would warn that it still runs
 
 
 def _started() -> "subprocess.Popen[bytes]":
     if not sys.executable:
         raise HostError("regd: cannot start a Python for the tests' registry: sys.executable does not name one")
-    flags = ["-I", "-S"]  # no environment, and no site: whatever is installed there is not wanted
+    flags = ["-I", "-S"]  # ignore the environment and site-packages
     flags += ["-B"] if sys.dont_write_bytecode else []
     flags += ["-X", f"pycache_prefix={sys.pycache_prefix}"] if sys.pycache_prefix else []
     parents = _parents()
@@ -180,8 +179,8 @@ def _started() -> "subprocess.Popen[bytes]":
 
 
 def _parents() -> list[int]:
-    """Return pidfds of whom the host must not outlive. Elsewhere than on Linux its stdin ends with us."""
-    # A worker of pytest-xdist lives on for some seconds when its controller is killed.
+    """Return pidfds of the processes that the host must not outlive (Linux; elsewhere it ends with its stdin)."""
+    # A worker of pytest-xdist lives for some seconds after its controller was killed.
     wanted = [os.getpid(), *([os.getppid()] if "PYTEST_XDIST_WORKER" in os.environ else [])]
     if not hasattr(os, "pidfd_open"):
         return []
@@ -192,12 +191,12 @@ def _parents() -> list[int]:
     return found
 
 
-_hosts: list[HostProcess] = []  # one at most that lives
+_hosts: list[HostProcess] = []  # at most one of them is alive
 _starting = threading.Lock()
 
 
 def host() -> HostProcess:
-    """Return the host of this process, started where there is none.
+    """Return the host of this process. Start it if there is none.
 
     Raises:
         HostError: it cannot be started.
@@ -215,7 +214,7 @@ def host() -> HostProcess:
 
 
 def close_unused() -> None:
-    """End the host, unless somebody still has a registry there."""
+    """End the host, unless a registry still runs there."""
     with _starting:
         for each in _hosts[:]:
             if not each.is_used:
@@ -224,7 +223,7 @@ def close_unused() -> None:
 
 
 def _forget_all() -> None:
-    """In a child that was forked: who needs one there starts one."""
+    """In a forked child, forget the parent's host."""
     global _starting
     _starting = threading.Lock()  # another thread may have held it
     while _hosts:

@@ -1,9 +1,9 @@
-"""The process that the daemons of a test run are in. Not the tests' own: a test that holds the interpreter,
-freezes time, forbids sockets or forks disturbs no daemon, and no daemon fills a test's log.
+"""The host process: runs the daemons of a test run outside of the process of the tests.
 
-It is told what to do by lines of JSON on stdin, and answers each with one on stdout. It ends when stdin does, or
-one of the processes that it was given pidfds of: a child of the tests may keep the pipe open. Must not know
-pytest.
+So a test that blocks the interpreter, freezes time, forbids sockets or forks disturbs no daemon, and no daemon
+logs into a test. Requests are lines of JSON on stdin, each with an answer on stdout. The process ends when stdin
+is closed, or one of the processes ends whose pidfds it was given, since a child of the tests may keep the pipe
+open.
 """
 
 import asyncio
@@ -31,12 +31,12 @@ from regd.testing.memory import IN_MEMORY, MemoryFiles, excerpt
 
 _LOGGED_MAX = 50  # lines, of each daemon
 
-_logs: "list[deque[str]]" = []  # of all daemons that run
-_log: ContextVar["deque[str]"] = ContextVar("_log")  # of the one that speaks
+_logs: "list[deque[str]]" = []  # of all running daemons
+_log: ContextVar["deque[str]"] = ContextVar("_log")  # of the daemon that logs
 
 
 class _Log(logging.Handler):
-    """Keeps what each daemon says with it: all that it starts has its context, but for the thread that writes."""
+    """Adds messages to the log of their daemon, by context; a message of the commit thread goes to all logs."""
 
     def emit(self, record: logging.LogRecord) -> None:
         speaks = _log.get(None)
@@ -45,7 +45,7 @@ class _Log(logging.Handler):
 
 
 class HostedDaemon:
-    """One registry. It keeps its port and its file while it is stopped."""
+    """A registry. It keeps its port and its file while it is stopped."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path or IN_MEMORY
@@ -57,10 +57,10 @@ class HostedDaemon:
         self._places: list[socket.socket] = []
 
     async def start(self) -> dict[str, object]:
-        """Listen. While it runs already, nothing happens."""
+        """Start the daemon. Idempotent."""
         if self._server is None:
             self._give_up_port()
-            # In a task, and so in a context of its own.
+            # In a task, which has its own context.
             self._server = await asyncio.create_task(self._start())
             self._port = int(self._server.addresses[0].rpartition(":")[2])
             self._failing = asyncio.create_task(_loudly(self._server))
@@ -75,7 +75,7 @@ class HostedDaemon:
         return server
 
     async def stop(self) -> dict[str, object]:
-        """Twice is harmless."""
+        """Stop the daemon. Idempotent."""
         if self._server is not None and self._failing is not None:
             self._failing.cancel()
             await self._server.stop()
@@ -85,7 +85,7 @@ class HostedDaemon:
         return {}
 
     def _keep_port(self) -> None:
-        """Bind without listening: others are refused there, and nobody is given the port."""
+        """Bind without listening: connections are refused, and no other program is assigned the port."""
         for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
             with contextlib.suppress(OSError):
                 place = socket.socket(family, socket.SOCK_STREAM)
@@ -98,7 +98,7 @@ class HostedDaemon:
             self._places.pop().close()
 
     async def show(self) -> dict[str, object]:
-        """Return the registry's file and the last of the log, in lines."""
+        """Return the lines of the registry's file and the last lines of the log."""
         lines = excerpt(self._files, self._path)
         return {"registry": lines, "log": list(self._log), "running": self._server is not None}
 
@@ -109,7 +109,7 @@ class HostedDaemon:
 
 
 async def _loudly(server: Daemon) -> None:
-    """A bug in the engine ends the process, as it does the daemon's own."""
+    """End the process if the engine fails, as `regd` does."""
     try:
         await server.failed()
     except Exception:
@@ -118,7 +118,7 @@ async def _loudly(server: Daemon) -> None:
 
 
 class HostServer:
-    """Does what the lines say: `open`, and `start`, `stop`, `show`, `end` with the number of a daemon."""
+    """Carries out requests: `open`, and `start`, `stop`, `show`, `end` with the number of a daemon."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -151,7 +151,7 @@ class HostServer:
             case "end":
                 del self._daemons[asked["daemon"]]
                 return await daemon.end()
-        raise ValueError(f"nothing to do: {asked!r}")
+        raise ValueError(f"unknown request: {asked!r}")
 
 
 async def _serve(parents: Sequence[int]) -> NoReturn:
@@ -160,18 +160,18 @@ async def _serve(parents: Sequence[int]) -> NoReturn:
         loop.add_reader(each, os._exit, 0)
     asked = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(asked), sys.stdin)
-    # Not blocking: a test that was interrupted while it read holds up no daemon.
+    # Not blocking: a test that stopped reading must not block the daemons.
     answers, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, sys.stdout)
     host = HostServer()
     gc.freeze()
     gc.enable()
     while line := await asked.readline():
         answers.write(await host.answer(line))
-    os._exit(0)  # at once: nobody asks any more
+    os._exit(0)  # at once: there are no more requests
 
 
 def main(parents: Sequence[int]) -> NoReturn:
-    """Serve until stdin ends, or the process of one of these pidfds."""
+    """Serve until stdin is closed, or a process of one of these pidfds ends."""
     handler = _Log()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

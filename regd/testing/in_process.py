@@ -7,10 +7,10 @@
         assert regd_client.blocking.resolve("db").port == 5432
         registry.kill("db")
 
-For unit tests: it is ready in a few milliseconds, and a test can make happen at once what otherwise takes a crash
-or time. Nothing of the process is changed but `REGD_ADDRESS`, until the end of the `with`: no signal handler, no
-limit, no setting of the garbage collector, the allocator, the interpreter or the logging. The daemon logs to the
-logger `regd`.
+For unit tests: it is ready in a few milliseconds, and a test can simulate crashes and the passage of time. It
+changes nothing of the process except `REGD_ADDRESS` inside the `with`: no signal handler, no resource limit, and
+no setting of the garbage collector, the allocator, the interpreter or the logging. The daemon logs to the logger
+`regd`.
 """
 
 import asyncio
@@ -46,8 +46,9 @@ T = TypeVar("T")
 
 
 class InProcessRegistry(Registry):
-    """A registry in this process. Any thread may call it, with or without an event loop; no call waits for time
-    to pass. Made by `running`.
+    """A registry in this process, created by `running`.
+
+    Any thread may call its methods, with or without an event loop. No call waits for time to pass.
     """
 
     def __init__(self) -> None:
@@ -82,9 +83,9 @@ class InProcessRegistry(Registry):
             registry.kill("db")
             regd_client.blocking.resolve("db")  # NotFound: its process exited
 
-        It does not matter who registered it and how. Other registrations of the process stay. The registration's
-        client is told nothing, as a killed process could not be: where it lives in this process, it registers
-        again when it connects anew, for example after `cut`.
+        It may be registered by any client and with any options. Other registrations of the same client stay. The
+        client is not notified, as if its process had been killed. If it is alive, it registers again when it
+        reconnects, for example after `cut`.
 
         Raises:
             NotFound: there is no such registration.
@@ -95,7 +96,7 @@ class InProcessRegistry(Registry):
     def expire(self, name: str, instance: str | None = None) -> None:
         """End a registration as if its lease had not been renewed: `down` with the reason `ttl expired`.
 
-        As `kill` in all else. To have leases end by themselves, see `advance`.
+        Otherwise the same as `kill`. To let leases expire by themselves, use `advance`.
 
         Raises:
             NotFound: there is no such registration.
@@ -122,13 +123,13 @@ class InProcessRegistry(Registry):
     # What happens to the daemon.
 
     def cut(self) -> None:
-        """Break every connection, and end what connections hold.
+        """Break every connection, which ends the registrations that connections hold.
 
             async with regd_client.register("web", 8000) as registration:
                 registry.cut()  # it is registered again as soon as its client is back
 
-        Clients connect again, register again and go on with their watches. When this returns, the registrations
-        are gone, unless their clients are back already.
+        Clients reconnect, register again and resume their watches. When this returns, the registrations are gone,
+        unless their clients are back already.
         """
         self._call(self._cut())
 
@@ -138,12 +139,12 @@ class InProcessRegistry(Registry):
         connections = set(self._server.connections)
         for connection in connections:
             connection.cut()
-        while connections & self._server.connections:  # noqa: ASYNC110  # they end in the loop's next iteration
+        while connections & self._server.connections:  # noqa: ASYNC110  # they end in the next iteration of the loop
             await asyncio.sleep(0)
-        await self._server.write(_change_nothing)  # behind the ends of the registrations
+        await self._server.write(_change_nothing)  # returns after the ends of the registrations are committed
 
     def stop(self) -> None:
-        """Stop the daemon: connections end, and none can be had. It keeps what is registered. Idempotent."""
+        """Stop the daemon: connections end, and new ones are refused. It keeps the registrations. Idempotent."""
         self._call(self._stop())
 
     async def _stop(self) -> None:
@@ -152,7 +153,7 @@ class InProcessRegistry(Registry):
             await server.stop()
 
     def start(self) -> None:
-        """Start the daemon at the same address, with what it kept. Idempotent."""
+        """Start the daemon at the same address, with the registrations that it kept. Idempotent."""
         self._call(self._start())
 
     async def _start(self) -> None:
@@ -164,7 +165,7 @@ class InProcessRegistry(Registry):
             self._watching = asyncio.create_task(self._watch_for_failure(server))
 
     def _listener(self) -> socket.socket:
-        """Return a socket that listens. The folder around it is for this user alone, whatever the umask."""
+        """Return a listening socket. Its folder is private to this user, whatever the umask."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._socket)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -178,7 +179,7 @@ class InProcessRegistry(Registry):
         return listener
 
     async def _watch_for_failure(self, server: Daemon) -> None:
-        """A bug in the daemon ends it at once, so that nobody waits for an answer, and every later call fails."""
+        """Stop the daemon after a bug in it, so that no client waits for a reply, and every later call fails."""
         try:
             await server.failed()
         except Exception as error:
@@ -187,39 +188,39 @@ class InProcessRegistry(Registry):
             await self._stop()
 
     def advance(self, seconds: float) -> None:
-        """Move the daemon's clock on. What is due in that time happens now, in its order.
+        """Move the daemon's clock forward. Everything that is due in that time happens now, in order.
 
             registry.advance(60)  # leases that nobody has renewed for a minute have ended
 
-        Leases end, a `resolve` with `wait` runs into its timeout, registrations that no client has claimed since
-        a restart end. Only the daemon's time moves, not that of the process.
+        Leases expire, a `resolve` with `wait` times out, and registrations that no client has claimed since a
+        restart end. Only the daemon's time moves, not that of the process.
 
         Raises:
             ValueError: `seconds` is negative.
             Unavailable: the registry is stopped.
         """
         if not seconds >= 0:
-            raise ValueError(f"advance({seconds!r}): a clock goes forward only; seconds must be 0 or more")
+            raise ValueError(f"advance({seconds!r}): seconds must be 0 or more")
         self._call(self._advance(seconds))
 
     async def _advance(self, seconds: float) -> None:
         server = self._running()
-        await server.write(_change_nothing)  # behind all writes: a flush under way would seem to take that long
+        await server.write(_change_nothing)  # wait for a flush in flight, which would seem to take that long
         self._clock.advance(seconds)
         await server.write(_change_nothing)
 
-    # Looking, and the end.
+    # Inspect, and end.
 
     def described(self) -> str:
-        """Return what is registered, for people."""
+        """Return the registrations, for people."""
         state = "" if self._server is not None else ", stopped"
         return "\n".join([f"{self!r}{state}:", *excerpt(self._files, IN_MEMORY)])
 
     def end(self) -> None:
         """End the daemon and its thread for good. Idempotent, and without effect in a forked child.
 
-        A client that still has a registration is told that it is lost, so that it does not register it at another
-        daemon.
+        A client that still holds a registration is notified that it is lost, so that it does not register it at
+        another daemon.
 
         Raises:
             HostError: the daemon had failed.
@@ -227,7 +228,7 @@ class InProcessRegistry(Registry):
         if self._pid != os.getpid() or not self._thread.is_alive:
             return
         if sys.is_finalizing():
-            return  # the `with` was never left; threads run no more
+            return  # the `with` was never left, and threads no longer run
         _LIVING.discard(self)
         with self._lock:
             try:
@@ -240,7 +241,7 @@ class InProcessRegistry(Registry):
 
     async def _leave(self) -> None:
         try:
-            # Not at the end of the program, when the daemon cannot begin a thread, and clients end, too.
+            # Not at the end of the program: the daemon cannot start a thread then.
             if self._server is not None and threading.main_thread().is_alive():
                 await self._deregister_all(self._server)
         finally:
@@ -266,7 +267,7 @@ class InProcessRegistry(Registry):
         return self._server
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the daemon's loop, and return what it returns."""
+        """Run a coroutine in the daemon's loop, and return its result."""
         try:
             if self._pid != os.getpid():
                 raise HostError("regd: this registry is of the process that this one was forked from: ask there")
@@ -277,10 +278,10 @@ class InProcessRegistry(Registry):
                     raise HostError(f"regd: {self!r} has ended")
                 return self._thread.call(work)
         finally:
-            work.close()  # no effect, unless it never began
+            work.close()  # no effect unless it was never started
 
     def _forget_in_child(self) -> None:
-        """Let go of the daemon's sockets in a forked child: while it had them, no peer would see them close."""
+        """Close the daemon's sockets in a forked child, so that peers notice when the daemon closes its own."""
         server = self._server
         nowhere = os.open(os.devnull, os.O_RDWR)
         for each in server.sockets if server is not None else ():
@@ -291,18 +292,18 @@ class InProcessRegistry(Registry):
 
 @contextlib.contextmanager
 def running() -> Iterator[InProcessRegistry]:
-    """Run a registry in this process, and name it in `REGD_ADDRESS` for as long.
+    """Run a registry in this process. `REGD_ADDRESS` names it inside the `with`.
 
         with regd.testing.in_process.running() as registry:
             registry.register("db", 5432)
             subprocess.run([sys.executable, "-m", "shop"], check=True)
 
-    Child processes find it, too. Several may run at once, one `with` inside the other: the innermost has
-    `REGD_ADDRESS`, and each can be reached by its `address`.
+    Child processes find it too. Several may run at once, one `with` inside the other: `REGD_ADDRESS` names the
+    innermost, and each can be reached by its `address`.
 
     Raises:
         HostError: at the end, if the daemon has failed.
-        OSError: no socket or no temporary folder can be had.
+        OSError: no socket or temporary folder can be created.
     """
     registry = InProcessRegistry()
     try:
@@ -313,7 +314,7 @@ def running() -> Iterator[InProcessRegistry]:
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """asyncio's own event loop, whatever the policy, on a clock that tests do not patch."""
+    """asyncio's own event loop, whatever the policy, with a clock that tests do not patch."""
 
     def time(self) -> float:
         return time.clock_gettime(time.CLOCK_MONOTONIC)
@@ -324,8 +325,8 @@ class _LoopThread:
 
     def __init__(self) -> None:
         self.loop = _Loop()
-        self.loop.set_debug(False)  # PYTHONASYNCIODEBUG and `python -X dev` are about the caller's loops
-        # As a daemon thread, it does not hold up the end of a program that never left the `with`.
+        self.loop.set_debug(False)  # PYTHONASYNCIODEBUG and `python -X dev` are meant for the caller's loops
+        # A daemon thread does not keep a program running that never left the `with`.
         self._thread = threading.Thread(target=self._run, name="regd-in-process", daemon=True)
         self._thread.start()
 
@@ -364,7 +365,7 @@ class _Timer:
 
 
 class _Clock:
-    """The daemon's `Clock`: the loop's time, and what `advance` has added. Used in the loop's thread only."""
+    """The daemon's `Clock`: the loop's time plus what `advance` has added. Used in the loop's thread only."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -387,7 +388,7 @@ class _Clock:
         return timer
 
     def advance(self, seconds: float) -> None:
-        """Move on, and call each timer that falls due at its own time."""
+        """Move the clock forward, and call each timer that is due at its time."""
         end = self.now() + seconds
         try:
             while self._timers and self._timers[0][0] <= end:
@@ -415,7 +416,7 @@ def _change_nothing(transaction: Transaction) -> bytes:
 
 
 def _short_folder() -> str | None:
-    """Return where the folder of a socket is made: None, the system's place, unless its path is too long."""
+    """Return the folder for temporary folders: None, the system's, unless its path is too long for a socket."""
     return "/tmp" if len(os.fsencode(tempfile.gettempdir())) > _FOLDER_BYTES_MAX else None
 
 

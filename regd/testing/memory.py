@@ -1,7 +1,4 @@
-"""A registry's file that is in memory alone: the door to the system's files, with a dictionary behind it.
-
-What the real door refuses, this one refuses with the same error. Must not know what is in a file.
-"""
+"""`MemoryFiles`: the storage's files in a dictionary. It raises the same errors as the file system."""
 
 import errno
 import itertools
@@ -11,7 +8,7 @@ from pathlib import Path
 
 from regd.storage.files import AlreadyLocked, Files, Fingerprint
 
-IN_MEMORY = Path("/in-memory/registry.json")  # the path of a registry's file in `MemoryFiles`
+IN_MEMORY = Path("/in-memory/registry.json")  # the path of a registry in `MemoryFiles`
 _LINES_MAX = 200
 
 
@@ -19,14 +16,14 @@ _LINES_MAX = 200
 class _Kept:
     inode: int
     data: bytearray = field(default_factory=bytearray)
-    changes: int = 0  # stands for the time of the last one
+    changes: int = 0  # in place of the time of modification
 
     def print(self) -> Fingerprint:
         return Fingerprint(self.inode, len(self.data), self.changes, is_regular=True)
 
 
 class MemoryFiles(Files):
-    """Files that are gone with this object. Other threads may read while one writes."""
+    """Files in memory. Other threads may read while one writes."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
@@ -111,7 +108,7 @@ class MemoryFiles(Files):
 
 
 def excerpt(files: Files, path: Path) -> list[str]:
-    """Return the first lines of a registry's file, for people; why not, if it cannot be read."""
+    """Return the first lines of a registry's file for people, or why it cannot be read."""
     try:
         lines = files.read(path).decode(errors="replace").splitlines()
     except OSError as error:

@@ -1,15 +1,14 @@
-"""The pytest plugin that comes with the package: the fixtures `regd` and `regd_in_process`, and the registry of a
-test that failed.
+"""The pytest plugin: the fixtures `regd` and `regd_in_process`, and registries in the reports of failed tests.
 
-Every pytest here loads it, so what starts a registry is imported when somebody asks for one.
+Every run of pytest loads it, so the modules that start a registry are imported when a test needs one.
 """
 
 import contextlib
 import sys
+from typing import TYPE_CHECKING
 
 import pytest
 
-TYPE_CHECKING = False  # as in typing
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
     from pathlib import Path
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
 
 SCOPES = ("function", "class", "module", "package", "session", "run")
 STORAGES = ("memory", "tmp_path")
-_SHARED = "regd-shared"  # the plugin that has the registry of scope `run`; and what workers are told
-_running: "list[Registry]" = []  # of the fixtures
+_SHARED = "regd-shared"  # the plugin with the registry of scope `run`; its address in `workerinput`
+_running: "list[Registry]" = []  # the registries of fixtures in use
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,19 +53,19 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begin the process that registries are in while pytest goes on, where a test will ask for one."""
+    """Start the process of the registries in the background, if a test will need it."""
     config = session.config
     if config.getoption("collectonly") or config.getini("regd_scope") == "run":
         return
     if any(_wants(item) for item in session.items):
         from regd.testing.host_process import HostError, host
 
-        with contextlib.suppress(HostError):  # whoever needs it will hear why
+        with contextlib.suppress(HostError):  # the fixture will report it
             host()
 
 
 def _wants(item: pytest.Item) -> bool:
-    """Whether a test takes this fixture, and not one of that name of its own."""
+    """Whether a test uses this plugin's fixture `regd`, and not another fixture of that name."""
     named: dict[str, Any] = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
     found = named.get("regd", ())
     return any(getattr(each.func, "__module__", "") == __name__ for each in found[-1:])
@@ -79,7 +78,7 @@ def _scope(fixture_name: str, config: pytest.Config) -> "Any":
 
 @pytest.fixture(scope=_scope)
 def regd(request: pytest.FixtureRequest) -> "Iterator[Registry]":
-    """A private registry that runs: a daemon on a free port, which every child process finds by REGD_ADDRESS."""
+    """A private registry: a daemon on a free port, which this and every child process finds by REGD_ADDRESS."""
     from regd.testing.host_process import HostError
     from regd.testing.registry import found_by_children
 
@@ -124,7 +123,7 @@ def _opened(request: pytest.FixtureRequest, stack: contextlib.ExitStack) -> "Reg
 
 
 def _end_with_package(request: "Any") -> None:
-    """A fixture's package is where it is defined, for pytest; so one of a plugin would live for the session."""
+    """End the fixture with the package of the test. pytest would take the package that defines the fixture."""
     package = request._pyfuncitem.getparent(pytest.Package)
     if package is not None:
         package.addfinalizer(lambda: request._fixturedef.finish(request))
@@ -141,20 +140,20 @@ def _path(request: pytest.FixtureRequest) -> "Path | None":
 
 
 class _Shared:
-    """The one registry of scope `run`, in the process that tells pytest-xdist's workers, or is alone."""
+    """The registry of scope `run`, in the controller of pytest-xdist, or in the only process."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._registry: OwnRegistry | None = None
 
     def registry(self) -> "OwnRegistry":
-        """Return it, started when it is first asked for."""
+        """Return the registry. The first call starts it."""
         if self._registry is None:
             from regd.testing.registry import OwnRegistry
 
             path = None
             if self._config.getini("regd_storage") == "tmp_path":
-                # As pytest-xdist does: there is no other way to it outside of a test.
+                # The private attribute is the only way outside of a test; pytest-xdist uses it too.
                 path = self._config._tmp_path_factory.mktemp("regd") / "registry.json"  # type: ignore[attr-defined]
             self._registry = OwnRegistry(path, shared=True)
         return self._registry
@@ -171,11 +170,11 @@ class _Shared:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Add what a worker could not know: what the daemon logged."""
+        """Add the daemon's log to the report of a worker, which has no access to it."""
         if hasattr(report, "node") and self._registry and any(title == "regd" for title, _ in report.sections):
             from regd.testing.host_process import HostError
 
-            with contextlib.suppress(HostError):  # the worker's own section says that it has ended
+            with contextlib.suppress(HostError):  # the worker's own section reports that the process has ended
                 report.sections.append(("regd logged", self._registry.logged()))
 
     def pytest_unconfigure(self) -> None:
@@ -184,9 +183,9 @@ class _Shared:
             self._registry = None
 
 
-@pytest.hookimpl(hookwrapper=True)  # as older pytests know it, too
+@pytest.hookimpl(hookwrapper=True)  # the form that older versions of pytest accept too
 def pytest_runtest_makereport(item: pytest.Item) -> "Generator[None, Any, None]":
-    """Show the registries of a test that failed."""
+    """Add the registries of a failed test to its report."""
     report = (yield).get_result()
     if report.failed and report.when != "teardown" and "regd.testing.registry" in sys.modules:
         for registry in _used_by(item):
@@ -194,11 +193,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> "Generator[None, Any, None]"
 
 
 def _used_by(item: pytest.Item) -> "list[Registry]":
-    """Return the registries that a test was given, by this fixture or by others that have one for a value."""
+    """Return the registries that a test uses, by these fixtures or by others whose value is a registry."""
     from regd.testing.registry import Registry
 
     given = [each for each in getattr(item, "funcargs", {}).values() if isinstance(each, Registry)]
-    # Where the set-up failed, or `getfixturevalue` asked, it is not among them.
+    # After a failed set-up, or with `getfixturevalue`, `funcargs` lacks the registry.
     named = getattr(getattr(item, "_request", None), "fixturenames", ())
     fixtures = {"regd", "regd_in_process"}.intersection(named)
     running = [each for each in _running if fixtures and each not in given]

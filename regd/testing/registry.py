@@ -1,4 +1,4 @@
-"""A registry for tests: a daemon of its own on a free port, found by `REGD_ADDRESS`. Must not know pytest."""
+"""A registry for tests: a private daemon on a free port, found by `REGD_ADDRESS`."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ class Registry:
     def __init__(self, address: str, path: Path | None, *, shared: bool = False) -> None:
         self.address = address
         self.path = path
-        self.is_shared = shared  # by the whole test run: not for one test to stop
+        self.is_shared = shared  # by the whole test run, so that no test may stop it
 
     @property
     def port(self) -> int:
@@ -30,11 +30,11 @@ class Registry:
     def instances(self, pattern: str = "*") -> list[dict[str, Any]]:
         """Return what is registered, in order of name and instance, as `list` has it on the wire.
 
-        `pattern` is a name, or the beginning of names and a `*`.
+        `pattern` is a name, or a prefix followed by `*`.
 
         Raises:
             Unavailable: the registry is stopped, or stopping.
-            BadArgument: `pattern` is neither.
+            BadArgument: `pattern` is not valid.
         """
         instances: list[dict[str, Any]] = []
         after: str | None = None
@@ -57,11 +57,11 @@ class Registry:
         state: str | None = None,
         force: bool = False,
     ) -> Endpoint:
-        """Register a service that nobody holds: it stays until it is deregistered.
+        """Register a service without a holder. It stays until it is deregistered.
 
             regd.register("db", 5432, meta={"role": "primary"})
 
-        `force` takes the name from a client that holds it, which gets `lost`.
+        `force` takes the name from a client that holds it. That client receives `lost`.
 
         Raises:
             Conflict: a client holds the name at another address.
@@ -90,7 +90,7 @@ class Registry:
         state: str | None = None,
         instance: str | None = None,
     ) -> None:
-        """Replace the meta of a registration as a whole, set its state, or both, whoever registered it.
+        """Replace the meta of a registration, set its state, or both, whichever client registered it.
 
         Raises:
             NotFound: there is no such registration.
@@ -102,7 +102,7 @@ class Registry:
             _ask(connection, "update", name=name, instance=instance, meta=given, state=state)
 
     def deregister(self, name: str, instance: str | None = None) -> None:
-        """End a registration, whoever registered it; a client that holds it gets `lost`.
+        """End a registration, whichever client registered it. A client that holds it receives `lost`.
 
         Raises:
             NotFound: there is no such registration.
@@ -115,26 +115,26 @@ class Registry:
         return BlockingConnection(self.address, autostart=False)
 
     def stop(self) -> None:
-        """Stop the daemon in order. It keeps its port and what is registered. Twice is harmless."""
+        """Stop the daemon. It keeps its port and the registrations. Idempotent."""
         self._refuse()
 
     def start(self) -> None:
-        """Start it again, on the same port, with what it kept. Harmless while it runs."""
+        """Start the daemon again, on the same port, with the registrations that it kept. Idempotent."""
         self._refuse()
 
     def restart(self) -> None:
-        """Stop it, and start it again on the same port with what it kept."""
+        """Stop the daemon, and start it again on the same port, with the registrations that it kept."""
         self.stop()
         self.start()
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
-        """Stop the daemon until the end of the `with`: connections end, and none can be had.
+        """Stop the daemon until the end of the `with`: connections end, and new ones are refused.
 
             with regd.away():
                 assert mirror.resolve("db").stale_s > 0
 
-        What is registered is there afterwards, and clients come back by themselves, as after any restart.
+        Afterwards the registrations are back, and clients reconnect by themselves, as after any restart.
         """
         self.stop()
         try:
@@ -149,7 +149,7 @@ class Registry:
         )
 
     def described(self) -> str:
-        """Return what is registered, for people; why not, where it cannot be asked."""
+        """Return the registrations, for people, or why they cannot be read."""
         try:
             return "\n".join([f"{self!r}:", *map(json.dumps, self.instances())])
         except RegdError as error:
@@ -170,7 +170,7 @@ def _ask(connection: BlockingConnection, cmd: str, **arguments: Any) -> dict[str
 
 
 class OwnRegistry(Registry):
-    """One that was started by this process."""
+    """A registry that this process has started."""
 
     def __init__(self, path: Path | None, *, shared: bool = False) -> None:
         self._host: HostProcess = host()
@@ -200,17 +200,17 @@ class OwnRegistry(Registry):
         return "\n".join([f"{self!r}{state}:", *shown["registry"], "It logged:", *shown["log"]])
 
     def logged(self) -> str:
-        """Return the last of what the daemon logged.
+        """Return the last lines of the daemon's log.
 
         Raises:
-            HostError: it cannot be asked.
+            HostError: the host process does not answer.
         """
         return "\n".join(self._ask("show")["log"])
 
     def end(self) -> None:
-        """End it for good. That somebody killed its process is no error here; that this one failed is.
+        """End the registry for good. It is no error if its process was killed.
 
-        In a child that was forked nothing happens: it is the parent's.
+        Without effect in a forked child.
         """
         if self._host.owner == os.getpid() and not self._host.was_killed:
             self._ask("end")
@@ -218,14 +218,14 @@ class OwnRegistry(Registry):
 
 @contextlib.contextmanager
 def running(path: str | os.PathLike[str] | None = None) -> Iterator[Registry]:
-    """Run a registry, in memory or in the file `path`, and name it in `REGD_ADDRESS` for as long.
+    """Run a registry, in memory or in the file `path`. `REGD_ADDRESS` names it inside the `with`.
 
         with regd.testing.running() as registry:
             subprocess.run([sys.executable, "-m", "shop"], check=True)
             print(registry.instances())
 
     Raises:
-        HostError: it cannot be started.
+        HostError: the registry cannot be started.
     """
     registry = OwnRegistry(Path(path).absolute() if path is not None else None)
     try:
@@ -237,9 +237,9 @@ def running(path: str | os.PathLike[str] | None = None) -> Iterator[Registry]:
 
 @contextlib.contextmanager
 def found_by_children(registry: Registry) -> Iterator[Registry]:
-    """Name a registry in `REGD_ADDRESS`, and put back what was there.
+    """Name a registry in `REGD_ADDRESS`, and restore the variable afterwards.
 
-    None is started on demand meanwhile: when a test has ended its own, nobody is to come in its place.
+    `REGD_AUTOSTART` is unset meanwhile: after a test has stopped its registry, no client may start another.
     """
     before = {each: os.environ.pop(each, None) for each in (VARIABLE, "REGD_AUTOSTART")}
     os.environ[VARIABLE] = registry.address

@@ -132,7 +132,7 @@ def test_killed_process_is_reported_and_replaced() -> None:
 
 def test_failed_process_reports_why() -> None:
     made = host()
-    with pytest.raises(HostError, match=r"with status 1\n(.|\n)*ValueError: nothing to do"):
+    with pytest.raises(HostError, match=r"with status 1\n(.|\n)*ValueError: unknown request"):
         made.ask("dance", daemon=made.ask("open", path=None)["daemon"])
 
 
