@@ -27,7 +27,7 @@ class Waiter(Protocol):
 
 
 class HalfClosed:
-    """Checks its connections in turn, each every few seconds, and cuts those whose peer is gone."""
+    """Checks its connections one after another, each every few seconds, and cuts those whose peer is gone."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
