@@ -23,7 +23,7 @@ from regd.cli.output import (
     visible,
 )
 from regd.cli.queries import ask, wait_for
-from regd_client.blocking import BlockingConnection
+from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import BadArgument, RegdError, Unavailable
 
 _STATUSES = {"not_found": NOT_FOUND, "timeout": NOT_FOUND, "bad_argument": USAGE, "shutting_down": NO_DAEMON}
