@@ -31,7 +31,7 @@ _SIGNALS_OF_REGD = {
     "SIGTERM, SIGINT": "Exit: regd sends outstanding replies first; registrations stay in the file.",
     "SIGHUP": "With `--log`: reopen the log file, for log rotation. When the terminal hangs up: exit, unless "
     "started by nohup(1).",
-    "SIGUSR1, SIGUSR2, SIGALRM": "Ignored, with a line in the log.",
+    "SIGUSR1, SIGUSR2, SIGALRM, SIGPWR": "Ignored, with a line in the log; so are real-time signals.",
 }
 _FILES = {
     "share/doc/regd": "The documents of regd, below the installation prefix; `regctl help` prints the path.",

@@ -34,7 +34,11 @@ _LARGE_BYTES = 32_768
 _GC_THRESHOLD = 10_000  # objects between two collections: regd makes few cycles
 _OFF = "off"
 # Ignored: by default these end a process. A timer of the parent survives execve(2) and sends SIGALRM.
-_IGNORED = ("SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO")
+# Signals that would end the process, though nobody means that by them. Some systems lack some of them.
+_IGNORED = (
+    "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGPWR", "SIGSTKFLT",
+    *(f"SIGRTMIN+{number}" for number in range(32)),
+)  # fmt: skip
 
 
 def _port(text: str) -> int | str:
@@ -333,8 +337,9 @@ def _handle_signals(ending: asyncio.Event, output: LogOutput) -> None:
 
     loop.add_signal_handler(signal.SIGHUP, hang_up)
     for name in _IGNORED:
-        other: signal.Signals | None = getattr(signal, name, None)
-        if other is not None and signal.getsignal(other) in (signal.SIG_DFL, signal.SIG_IGN):
+        word, _, above = name.partition("+")
+        other = getattr(signal, word, 0) + int(above or 0)
+        if other in signal.valid_signals() and signal.getsignal(other) in (signal.SIG_DFL, signal.SIG_IGN):
             loop.add_signal_handler(other, log.info, "%s: ignored", name)
 
 

@@ -248,9 +248,13 @@ def test_other_signals_are_logged_and_ignored(tmp_path: Path) -> None:
     with running(
         DaemonProcess(tmp_path / "r.json", "--log", str(log)), path, stdout=subprocess.DEVNULL
     ) as process:
-        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGPROF):
+        names = ["SIGUSR1", "SIGUSR2", "SIGALRM", "SIGPROF"]
+        numbers = {name: int(getattr(signal, name)) for name in names}
+        if sys.platform == "linux":
+            numbers |= {"SIGPWR": signal.SIGPWR, "SIGRTMIN+0": signal.SIGRTMIN, "SIGRTMIN+7": signal.SIGRTMIN + 7}
+        for name, number in numbers.items():
             process.send_signal(number)
-            block_until(lambda number=number: f"{number.name}: ignored" in log.read_text())  # type: ignore[misc]
+            block_until(lambda name=name: f"{name}: ignored" in log.read_text())  # type: ignore[misc]
         process.send_signal(signal.SIGPIPE)
         assert is_up(path)
         assert end(process) == 0
