@@ -1,1 +1,1 @@
-"""The roof: the commands `regd` and `regctl`, one file each."""
+"""The commands `regd` and `regctl`."""

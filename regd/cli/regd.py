@@ -197,7 +197,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 class _Misused(Exception):
-    """Flags that exclude each other, or what the service manager passes."""
+    """Flags that contradict each other or the sockets of the service manager."""
 
 
 def _config(arguments: argparse.Namespace) -> Config:

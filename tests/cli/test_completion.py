@@ -52,7 +52,7 @@ unsetopt zle_bracketed_paste prompt_sp beep; autoload -Uz compinit; compinit -u 
 source <(regctl completion zsh)
 pressed() { zle list-choices; print -n 'all ''seen' }
 zle -N pressed; bindkey '^I' pressed
-compadd() { # as the shell's own; what fits is written down, too
+compadd() { # the shell's own, which also records the candidates
     local -a fits
     if [[ " ${@[1,(i)(-|--)]} " != *' -'[^-]#[OAD]' '* ]]; then
         builtin compadd -A fits "$@"
@@ -142,7 +142,7 @@ def test_commands_options_and_names(shell: str, names: DaemonProcess, tmp_path: 
 def test_value_after_an_equals_sign(shell: str, names: DaemonProcess, tmp_path: Path) -> None:
     env = shell_environment(names.addresses[0], tmp_path)
     [[found]] = completed(shell, env, "regctl run shop --wait=d")
-    assert found.removeprefix("--wait=") == "db"  # fish says all of the word
+    assert found.removeprefix("--wait=") == "db"  # fish returns the whole word
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -178,7 +178,9 @@ def test_command_of_run_is_completed_by_the_shell(shell: str, names: DaemonProce
     assert "cksum" in one
     assert "cksum" in other
     assert "--port" not in options
-    assert files == ["unlike-a-name.txt"] or shell == "bash"  # its readline finds files: see on the terminal
+    assert (
+        files == ["unlike-a-name.txt"] or shell == "bash"
+    )  # readline completes files, only in an interactive bash
 
 
 def test_completion_in_an_interactive_bash(names: DaemonProcess, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""Another program where regd should be: whatever it answers, each command ends with a documented status and at most
-one line of error, and nothing of the answer is run by a shell.
+"""An impostor at the daemon's address: whatever it replies, each command ends with a documented status and at most
+one line on stderr, and no shell runs any part of the reply.
 """
 
 import itertools

@@ -272,7 +272,7 @@ def test_sighup_reopens_the_log(tmp_path: Path) -> None:
         assert ask(path, b'{"cmd":"register","name":"a","port":1}')[0]["ok"]
         block_until(lambda: "up a at 127.0.0.1:1, rev 1, static" in log.read_text())
         assert "up a" not in old.read_text()
-        log.parent.rename(tmp_path / "moved")  # so it cannot be had: the old one is written on
+        log.parent.rename(tmp_path / "moved")  # so it cannot be reopened, and the old file stays in use
         process.send_signal(signal.SIGHUP)
         block_until(lambda: "SIGHUP: cannot write the log" in (tmp_path / "moved" / "log").read_text())
         assert is_up(path)
@@ -315,7 +315,7 @@ def test_daemon_shuts_down_when_its_terminal_hangs_up(flags: list[str], tmp_path
         stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=has_terminal_as_its_own,
     ) as process:  # fmt: skip
         os.close(theirs)
-        if flags:  # while the terminal is there, it means the log
+        if flags:  # while there is a terminal, SIGHUP reopens the log
             process.send_signal(signal.SIGHUP)
             block_until(lambda: "log reopened" in log.read_text())
         os.close(ours)

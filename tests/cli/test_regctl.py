@@ -189,7 +189,7 @@ def test_wait_survives_a_restart(process: DaemonProcess) -> None:
         with BlockingConnection(process.addresses[0]) as peer:
             while not peer.ask("stats")["waiting"]:
                 time.sleep(0.01)
-        process.end(signal.SIGTERM)  # who waits is told that it is stopping
+        process.end(signal.SIGTERM)  # the waiting request gets `shutting_down`
         process.start()
         port = there.getsockname()[1]
         with BlockingConnection(process.addresses[0]) as peer:
@@ -510,7 +510,7 @@ def test_broken_output_does_not_change_the_effect(peopled: DaemonProcess) -> Non
         "for to in /dev/full '&9' '&-'; do eval \"regctl register shop-db 1 2>$to >$to\"; done; regctl ls shop*",
     )
     assert done.stdout == "shop-db\t-\t127.0.0.1:1\tready\t-\n"
-    script = "regctl register shop.db 1 >/dev/null; regctl env shop-db shop.db"  # one is left out, with a warning
+    script = "regctl register shop.db 1 >/dev/null; regctl env shop-db shop.db"  # leaves one out, with a warning
     assert (
         len({shell(peopled, f"{script} {end}; echo $?").stdout for end in ("2>/dev/null", "2>&9", "2>&-")}) == 1
     )

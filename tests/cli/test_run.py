@@ -149,7 +149,7 @@ SERVERS = {
 INHERITING = {
     "uvicorn": [sys.executable, "-m", "uvicorn", "--fd", "3", "tests.cli.webapp:asgi"],
     "hypercorn": [sys.executable, "-m", "hypercorn", "--bind", "fd://3", "tests.cli.webapp:asgi"],
-    "gunicorn": [sys.executable, "-m", "gunicorn", "tests.cli.webapp:wsgi"],  # it knows LISTEN_FDS itself
+    "gunicorn": [sys.executable, "-m", "gunicorn", "tests.cli.webapp:wsgi"],  # uses LISTEN_FDS itself
 }
 
 
@@ -176,7 +176,7 @@ def test_servers_listen_on_the_reserved_port(
 def test_servers_with_a_passed_socket(process: DaemonProcess, peer: BlockingConnection, server: str) -> None:
     with running(process, "web", "--socket", "--", *INHERITING[server]) as command:
         while not command.told().startswith("regctl: web is registered at 127.0.0.1:"):
-            assert command.process.poll() is None  # what it says itself stands there, too
+            assert command.process.poll() is None  # stderr has its own messages too
         [(_, _, port)] = names(peer)
         assert b" 200 " in status_line(port)  # however long it takes to start
         command.process.terminate()
@@ -298,7 +298,7 @@ def test_name_is_deregistered_before_a_signal_is_passed_on(process: DaemonProces
         for number in (signal.SIGUSR1, signal.SIGHUP):
             command.process.send_signal(number)
             assert command.line() == f"{number.name} 127.0.0.1:{port}"
-        for number in (signal.SIGTERM, signal.SIGINT):  # the second when there is no name any more
+        for number in (signal.SIGTERM, signal.SIGINT):  # the second when the name is gone
             command.process.send_signal(number)
             assert command.line() == f"{number.name} nobody"
         command.end(3)
@@ -338,7 +338,7 @@ def test_ctrl_c_reaches_the_command_once(process: DaemonProcess) -> None:
         os.write(terminal, b"\x03")
         read_until("SIGINT ")
         os.write(terminal, b"5\n")
-        with contextlib.suppress(OSError):  # the terminal ends with them
+        with contextlib.suppress(OSError):  # the terminal closes when they end
             while part := os.read(terminal, 4_096):
                 shown += part.decode()
         assert shown.count("SIGINT ") == 1
@@ -413,7 +413,7 @@ def test_job_control_stops_regctl_and_resumes_it(process: DaemonProcess, number:
     with subprocess.Popen(
         [*REGCTL, "run", "web", "--", sys.executable, "-c", LISTENER], cwd=ROOT,
         env=environment(REGD_ADDRESS=process.addresses[0]), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        process_group=0,  # with its parent, this process, in the same session: a job, as of a shell
+        process_group=0,  # in the session of its parent, as a job of a shell
     ) as made:  # fmt: skip
         command = Running(made)
         try:
@@ -509,10 +509,10 @@ def test_name_stays_with_a_broken_stderr(process: DaemonProcess, peer: BlockingC
             peer.ask("resolve", name="web", wait=WAIT_S)
             made.send_signal(signal.SIGUSR1)
             assert command.line() == f"SIGUSR1 127.0.0.1:{port}"
-            peer.ask("deregister", name="web")  # regctl complains that it has lost the name
+            peer.ask("deregister", name="web")  # regctl reports that it has lost the name
             made.send_signal(signal.SIGUSR1)
             assert command.line() == "SIGUSR1 nobody"
-            command.type("127.0.0.1")  # where it cannot listen: the port is its own already
+            command.type("127.0.0.1")  # where it cannot listen, since it uses the port already
             assert made.stdout is not None
             assert made.stdout.read() == ""
             assert made.wait(WAIT_S) == 1
