@@ -1,7 +1,7 @@
 """Every limit of the daemon in one table: value, why, what happens beyond it, which error, what it costs.
 
 The daemon reads its limits from a `Limits`, `hello` and `stats` show them, and the table in DESIGN.md is held
-against this one by a test. Must not know how a limit is enforced.
+against this one by a test.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -15,7 +15,7 @@ def _row(value: float, why: str, beyond: str, error: str = "", *, each_bytes: in
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The limits in use. Units stand last in each name; a name without one is a count."""
+    """The limits in use. A name ends with its unit; a name without a unit is a count."""
 
     line_bytes_max: int = _row(
         65_536, "16 times the largest meta; Redis takes the same", "line skipped to its end", "too_large"
@@ -67,14 +67,14 @@ class Limits:
     readonly_parked_total_max: int = _row(
         4_096, "`parked_total_max` of users who may only read", "request refused", "busy"
     )
-    readonly_probes_max: int = _row(64, "`probes_max` for users who may only read", "the rest waits for its turn")
+    readonly_probes_max: int = _row(64, "`probes_max` for users who may only read", "the rest waits")
     readonly_round_robin_filters_max: int = _row(
-        1_024, "`round_robin_filters_max` of users who may only read", "the turn begins anew", each_bytes=512
+        1_024, "`round_robin_filters_max` of users who may only read", "round robin starts again", each_bytes=512
     )
     readonly_slow_replies_max: int = _row(
         8,
         "replies that take several time slices, of users who may only read",
-        "the rest waits for its turn",
+        "the rest waits",
         each_bytes=1_600_000,
     )
     output_bytes_max: int = _row(
@@ -89,9 +89,11 @@ class Limits:
     reply_instances_max: int = _row(1_000, "a page that people and loops can take", "`next` or `more`")
     reply_bytes_max: int = _row(1_048_576, "a reply is one write", "`next` or `more`")
     list_scan_max: int = _row(2_000, "looked at for one page; keeps the loop free", "`next`")
-    search_step_max: int = _row(2_000, "instances looked at in one turn of the loop", "others have a turn")
+    search_step_max: int = _row(
+        2_000, "instances looked at in one loop iteration", "the search continues in a later one"
+    )
     round_robin_filters_max: int = _row(
-        4_096, "whose turn it is, by `meta` asked for", "the turn begins anew", each_bytes=512
+        4_096, "round-robin positions, by `meta` asked for", "round robin starts again", each_bytes=512
     )
     near_candidates_max: int = _row(128, "looked at for near misses", "the rest is not looked at")
     near_names_max: int = _row(3, "more is no hint", "the rest is not named")
@@ -114,8 +116,8 @@ class Limits:
     parked_max: int = _row(256, "`resolve` with `wait`, per connection", "request refused", "busy")
     parked_total_max: int = _row(16_384, "the same, in all", "request refused", "busy")
     wait_s_max: float = _row(3_600.0, "an hour", "request refused", "bad_argument")
-    probes_max: int = _row(256, "addresses probed at a time", "the rest waits for its turn")
-    probed_instances_max: int = _row(64, "of one name for one `wait`, at a time", "the rest waits for its turn")
+    probes_max: int = _row(256, "addresses probed at a time", "the rest waits")
+    probed_instances_max: int = _row(64, "of one name for one `wait`, at a time", "the rest waits")
     probe_s_max: float = _row(1.0, "for one attempt to connect", "counts as no answer")
     progress_s: float = _row(30.0, "between two `progress` events", "")
     registrations_max: int = _row(200_000, "ten times a large machine", "request refused", "busy")
