@@ -157,6 +157,23 @@ def test_an_unfinished_line_is_not_caught_up(peer: Executor) -> None:
     assert peer.receive(read(1)[-5:]) == [1]
 
 
+def test_received_bytes_are_split_into_lines_by_next_alone(peer: Executor) -> None:
+    peer.conversation.receive(read(1) + read(2)[:-5])
+    assert (peer.conversation.parser.pending, peer.conversation.has_input) == (False, True)
+    assert (peer.conversation.wants_input, peer.conversation.is_caught_up) == (False, False)
+    assert peer.conversation.waiting_bytes == len(read(1) + read(2)[:-5])
+    assert peer.work() == [1]
+    assert peer.conversation.waiting_bytes == len(read(2)[:-5])
+    assert peer.conversation.wants_input
+
+
+def test_the_input_may_end_before_it_is_split(peer: Executor) -> None:
+    peer.receive(read(1)[:5])
+    peer.conversation.receive(read(1)[5:] + read(2)[:-1])
+    assert peer.end_input() == [1, 2]
+    assert peer.conversation.is_drained
+
+
 # Pending resolves.
 
 
