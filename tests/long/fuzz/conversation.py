@@ -1,15 +1,15 @@
-"""One peer that may say anything to a daemon, and a friend beside it; and all that must be true afterwards.
+"""A peer that sends any bytes to a daemon, a well-behaved peer beside it, and the checks afterwards.
 
-The plan says how the stream comes, one byte a step. Must not know where plan and stream come from.
+The plan says how the stream is sent, one byte a step:
 
-    . ~    the loop turns once; until it is at rest
-    < > )  the peer stops reading; reads on; takes 100 bytes
-    t T    a tenth of a second passes; 21 s
-    s S    what goes to the disk takes five turns; none
-    d D    the disk is full; is not
+    . ~    run one iteration of the event loop; run it until it is idle
+    < > )  the peer stops reading; reads again; reads 100 bytes
+    t T    0.1 s passes; 21 s
+    s S    a commit takes five iterations of the loop; none
+    d D    the disk becomes full; has space again
     x      every process ends
-    $ !    the peer ends its side; the connection is reset
-    other  so many bytes of the stream, up to 127; beyond, that less 127 times 16
+    $ !    the peer ends its side; resets the connection
+    other  send that many bytes of the stream up to 127; above, 16 times the rest
 """
 
 import json

@@ -1,7 +1,6 @@
-"""What a stream of bytes means, read anew from the contract: which lines are ours, what they ask, what is wrong.
+"""A second parser, written from PROTOCOL.md: which lines are requests, what they ask for, which errors they give.
 
-Written apart from regd's parser on purpose, with plain `json` and no word of `regd.protocol`, so that the two can be
-held against each other. Slow and simple. Must not know how regd does it.
+It uses plain `json` and must not import `regd.protocol`, so that the two parsers can be compared. Slow and simple.
 """
 
 import ipaddress

@@ -1,7 +1,7 @@
-"""The long form: `python -m tests.long.fuzz.run [TARGET …] [--seconds S]` lets atheris look for inputs that reach more.
+"""Coverage-guided fuzzing with atheris: `python -m tests.long.fuzz.run [TARGET …] [--seconds S]`.
 
-Inputs that reached something new are left in build/fuzz/TARGET, and one that broke a target as build/fuzz/TARGET.crash-…;
-`--input FILE` shows it again. What is worth keeping goes into the corpus by hand.
+Inputs with new coverage are kept in build/fuzz/TARGET, and one that fails as build/fuzz/TARGET.crash-…;
+`--input FILE` runs it again. Add useful inputs to the corpus by hand.
 """
 
 import argparse

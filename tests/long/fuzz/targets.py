@@ -1,8 +1,7 @@
-"""What is fuzzed: functions of any bytes, each of which raises only when regd is wrong.
+"""The fuzz targets: functions of any bytes that raise only when regd is wrong.
 
-`test_fuzz.py` replays the corpus through them and feeds them what hypothesis makes; `run.py` lets atheris look for
-more. Where an input has a plan, that is its first line: one byte a step, see `conversation.py`; what follows is
-the stream.
+`test_fuzz.py` runs them on the corpus and on inputs from hypothesis, `run.py` under atheris. The first line of a
+session input is its plan, see `conversation.py`; the stream follows.
 """
 
 import json

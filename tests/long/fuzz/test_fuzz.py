@@ -1,6 +1,6 @@
-"""No bytes get anything out of regd but what they ask for: the corpus, and what hypothesis makes of valid requests.
+"""Any bytes do only what valid requests in them ask for: the corpus, and requests that hypothesis mutates.
 
-The long form, which looks for more by itself, is `python -m tests.long.fuzz.run`.
+The long form, coverage-guided, is `python -m tests.long.fuzz.run`.
 """
 
 import gc
