@@ -50,7 +50,7 @@ class Name(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Command:
+class ChildCommand:
     """What to run. `listening` is passed as file descriptor 3, under `name`; `mask` is the signal mask."""
 
     argv: list[str]
@@ -69,7 +69,7 @@ def awaited_signals() -> set[int]:
     return {signal.SIGCHLD, *(signal.valid_signals() - _OWN)}
 
 
-def start(command: Command) -> int:
+def start(command: ChildCommand) -> int:
     """Start a command and return its process id.
 
     Uses fork and exec, since subprocess cannot set $LISTEN_PID, which is the command's own process id.
@@ -92,7 +92,7 @@ def start(command: Command) -> int:
     raise NotStarted(status, f"{command.argv[0]}: {os.strerror(number)}")
 
 
-def _become(command: Command, writing: int) -> NoReturn:
+def _become(command: ChildCommand, writing: int) -> NoReturn:
     """Replace this process, the child, by the command, or write the error number."""
     try:
         os.environ.update(command.environment)

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from regd.cli.child import Command, NotStarted, awaited_signals, exit_status, start, wait_and_forward
+from regd.cli.child import ChildCommand, NotStarted, awaited_signals, exit_status, start, wait_and_forward
 from regd.cli.commands import NO_DAEMON, NOT_FOUND, REFUSED, USAGE
 from regd.cli.output import complain, environment_variables, visible
 from regd.cli.port_owner import is_of, listener
@@ -166,7 +166,7 @@ def _run(
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)  # in the client's thread too
     try:
         listening = held if arguments["socket"] else None
-        child = start(Command(arguments["argv"], environment, listening, arguments["name"], mask))
+        child = start(ChildCommand(arguments["argv"], environment, listening, arguments["name"], mask))
         if listening is not None:
             listening.close()  # the command has it now, and closes it
         name = _Name(arguments, reporter, child, int(environment["PORT"]))

@@ -13,7 +13,7 @@ from typing import cast
 from regd.core.errors import Code, Refused
 from regd.protocol.commands import Request
 from regd.protocol.parser import Problem
-from regd.server.conversation import Conversation, State
+from regd.server.conversation import Conversation, ConversationState
 from regd.server.dispatcher import Dispatcher, Services
 from regd.server.half_closed import HalfClosed
 from regd.server.handlers import Caller
@@ -210,13 +210,13 @@ class Connection(asyncio.BufferedProtocol):
                 self._transport.write(reply)
                 return
             self._fast_path_ok = False
-        if self._conversation.state is State.ENDED:
+        if self._conversation.state is ConversationState.ENDED:
             return
         self._conversation.receive(data)
         self._work_or_schedule()
 
     def eof_received(self) -> bool:
-        if self._conversation.state is State.ENDED:
+        if self._conversation.state is ConversationState.ENDED:
             self._conversation.input_ended = True
             self._transport.close()
         else:
@@ -361,7 +361,12 @@ class Connection(asyncio.BufferedProtocol):
     def is_cut(self) -> bool:
         """Return whether the peer has closed its sending side, as far as the kernel knows."""
         sock, conversation = self.socket, self._conversation
-        if conversation.input_ended or conversation.state is State.ENDED or sock is None or sock.fileno() < 0:
+        if (
+            conversation.input_ended
+            or conversation.state is ConversationState.ENDED
+            or sock is None
+            or sock.fileno() < 0
+        ):
             return True
         poll = select.poll()
         poll.register(sock.fileno(), _HUNG_UP)
@@ -370,7 +375,7 @@ class Connection(asyncio.BufferedProtocol):
     @property
     def is_waiting(self) -> bool:
         """Whether replies or events are to come, and a close by the peer would go unnoticed."""
-        if self._conversation.state is State.ENDED:
+        if self._conversation.state is ConversationState.ENDED:
             return False
         unnoticed = self._conversation.input_ended or not self._reading
         return unnoticed and bool(self._dispatcher.pending or self._dispatcher.watches)
@@ -384,7 +389,7 @@ class Connection(asyncio.BufferedProtocol):
 
     @property
     def _has_ended(self) -> bool:
-        return self._conversation.state is State.ENDED or self._transport.is_closing()
+        return self._conversation.state is ConversationState.ENDED or self._transport.is_closing()
 
     def _update_flow(self) -> None:
         """Read on or pause, limit the time of an unfinished line, update quotas, and close when all is done."""
@@ -431,7 +436,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _hang_up_check(self) -> None:
         self._hang_up_timer = None
-        if self._conversation.state is State.ENDED:
+        if self._conversation.state is ConversationState.ENDED:
             return
         if not self._reading and self.is_cut() and not self._conversation.in_flight:
             self._dispatcher.release_holds()
@@ -447,7 +452,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _line_idle(self) -> None:
         self._timer = None
-        if self._conversation.state is State.ENDED or not self._parser.unfinished:
+        if self._conversation.state is ConversationState.ENDED or not self._parser.unfinished:
             return
         clock, idle_s = self._connections.clock, self._services.limits.line_idle_s_max
         # Late, for instance after SIGSTOP: bytes that came meanwhile are not read yet.
@@ -530,7 +535,7 @@ class Connection(asyncio.BufferedProtocol):
     def close(self) -> None:
         """Send what is ready, refuse what is pending, and close: the daemon is stopping."""
         replies = self._conversation.take_replies()
-        if self._conversation.state is not State.ENDED:
+        if self._conversation.state is not ConversationState.ENDED:
             refusal = Refused(Code.SHUTTING_DOWN, "regd is stopping; connect again in a moment")
             replies += self._dispatcher.refuse_pending(refusal)
         if replies and not self._transport.is_closing():

@@ -18,7 +18,7 @@ from regd.protocol.commands import COMMANDS, Request
 from regd.protocol.parser import Item, Problem, RequestParser
 
 
-class State(Enum):
+class ConversationState(Enum):
     OPEN = "requests are read and answered"
     BLOCKED = "a `resolve` without id is pending, and later requests wait for it"
     QUITTING = "`quit` was read; only replies are still to come"
@@ -44,7 +44,7 @@ class Conversation:
         self._replies: list[bytes] = []  # of requests that were answered late, in order
         self._unsplit = b""  # received, and not split into lines yet
         self.parser = RequestParser(limits)
-        self.state = State.OPEN
+        self.state = ConversationState.OPEN
         self.input_ended = False  # the peer has closed its sending side
         self.in_flight = 0  # writes that are submitted and not committed
         self.pending = 0  # `resolve`s that wait for an instance
@@ -64,7 +64,7 @@ class Conversation:
     def next(self) -> Request | Problem | None:
         """Return what to answer now, None when there is nothing or it has to wait."""
         self._split()
-        if self.state is not State.OPEN:
+        if self.state is not ConversationState.OPEN:
             return None
         item = self._deferred or self.parser.next()
         self._deferred = None
@@ -74,7 +74,7 @@ class Conversation:
             self._deferred = item
             return None
         if isinstance(item, Quit):
-            self.state = State.QUITTING
+            self.state = ConversationState.QUITTING
             self.parser.close()
             return None
         return item
@@ -109,17 +109,17 @@ class Conversation:
         """A `resolve` is pending."""
         self.pending += 1
         if request.id is None:
-            self.state = State.BLOCKED
+            self.state = ConversationState.BLOCKED
 
     def resolved(self, request: Request, reply: bytes) -> None:
         """A pending `resolve` has its reply."""
         self.pending -= 1
-        if request.id is None and self.state is State.BLOCKED:
-            self.state = State.OPEN
+        if request.id is None and self.state is ConversationState.BLOCKED:
+            self.state = ConversationState.OPEN
         self._reply(reply)
 
     def _reply(self, reply: bytes) -> None:
-        if self.state is not State.ENDED:
+        if self.state is not ConversationState.ENDED:
             self._replies.append(reply)
 
     def take_replies(self) -> list[bytes]:
@@ -129,7 +129,7 @@ class Conversation:
 
     def end(self) -> None:
         """Read and answer nothing any more. Idempotent."""
-        self.state = State.ENDED
+        self.state = ConversationState.ENDED
         self.parser.close()
         self._deferred = None
         self._unsplit = b""
@@ -151,7 +151,7 @@ class Conversation:
     def is_caught_up(self) -> bool:
         """Whether all input was answered, or submitted: the next byte begins a line that can be answered now."""
         is_empty = self.parser.empty and not self._unsplit and not self.input_ended
-        return self.state is State.OPEN and self._deferred is None and is_empty
+        return self.state is ConversationState.OPEN and self._deferred is None and is_empty
 
     @property
     def waiting_bytes(self) -> int:
@@ -168,7 +168,7 @@ class Conversation:
         """Whether to read on. A blocked peer is read, up to a line, so that its end is noticed."""
         if self._unsplit:
             return False
-        if self.state is State.BLOCKED:
+        if self.state is ConversationState.BLOCKED:
             return self.parser.waiting_bytes < self._limits.line_bytes_max
         return self._deferred is None and not self.parser.pending
 
@@ -180,4 +180,4 @@ class Conversation:
     @property
     def is_finished(self) -> bool:
         """Whether all requests before `quit` are answered."""
-        return self.state is State.QUITTING and not (self.pending or self.owes_replies)
+        return self.state is ConversationState.QUITTING and not (self.pending or self.owes_replies)

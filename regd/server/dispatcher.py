@@ -12,7 +12,7 @@ from regd.core.limits import Limits
 from regd.core.model import Entry
 from regd.protocol import messages
 from regd.protocol.commands import COMMANDS, Request
-from regd.server.conversation import Conversation, State
+from regd.server.conversation import Conversation, ConversationState
 from regd.server.counters import Counters
 from regd.server.engine import Engine
 from regd.server.event_log import EventLog
@@ -35,7 +35,7 @@ class Services:
     counters: Counters
 
 
-class Client(Watcher, Peer, Protocol):
+class Requester(Watcher, Peer, Protocol):
     """The connection, as its dispatcher sees it."""
 
     @property
@@ -47,8 +47,8 @@ class Client(Watcher, Peer, Protocol):
 class Dispatcher:
     __slots__ = (
         "_caller",
-        "_client",
         "_conversation",
+        "_requester",
         "_services",
         "_share",
         "_slow_reply",
@@ -59,12 +59,12 @@ class Dispatcher:
     )
 
     def __init__(
-        self, services: Services, share: Share, caller: Caller, client: Client, conversation: Conversation
+        self, services: Services, share: Share, caller: Caller, client: Requester, conversation: Conversation
     ) -> None:
         self._services = services
         self._share = share
         self._caller = caller
-        self._client = client
+        self._requester = client
         self._conversation = conversation
         self._slow_reply: IncrementalReply | None = None  # to the request that is deferred
         self._watch_count = 0
@@ -81,12 +81,12 @@ class Dispatcher:
             if conversation.in_flight:  # a write was refused at once, but the writes before it have no reply yet
                 conversation.defer(request)
                 return None
-            services.events.refused(self._client.address, self._caller.uid, request, refusal)
+            services.events.refused(self._requester.address, self._caller.uid, request, refusal)
             reply = self.error(refusal, request.id)
         if conversation.is_deferred:
             return None
         if services.events.logs_requests:
-            services.events.request(self._client.address, self._caller.uid, request)
+            services.events.request(self._requester.address, self._caller.uid, request)
         services.counters.requests[request.cmd] += 1
         return reply
 
@@ -108,7 +108,7 @@ class Dispatcher:
     def drop_slow_reply(self) -> None:
         """Give up the slot; the reply begins anew when its request is answered again. Idempotent."""
         self._slow_reply = None
-        self._share.slow_replies.release(self._client)
+        self._share.slow_replies.release(self._requester)
 
     def close(self) -> None:
         """End what lives as long as the connection: holds, watches, pending resolves. Idempotent."""
@@ -151,14 +151,14 @@ class Dispatcher:
             services = self._services
             self._share.memory.release(size)
             if isinstance(outcome, Refused):
-                services.events.refused(self._client.address, self._caller.uid, request, outcome)
-            if self._conversation.state is State.ENDED:
+                services.events.refused(self._requester.address, self._caller.uid, request, outcome)
+            if self._conversation.state is ConversationState.ENDED:
                 return
             if isinstance(outcome, Refused):
                 services.handlers.explain(request, outcome)
                 outcome = self.error(outcome, request.id)
             self._conversation.committed(outcome)
-            self._client.schedule()
+            self._requester.schedule()
 
         return done
 
@@ -169,7 +169,7 @@ class Dispatcher:
             if isinstance(reply, bytes):
                 return reply
             self._slow_reply = reply
-        if not self._share.slow_replies.acquire(self._client):
+        if not self._share.slow_replies.acquire(self._requester):
             self._conversation.defer(request)
             return None
         complete: bytes | None = b""
@@ -178,7 +178,7 @@ class Dispatcher:
         finally:
             if complete is None:
                 self._conversation.defer(request)
-                self._client.schedule(busy=True)
+                self._requester.schedule(busy=True)
             else:
                 self.drop_slow_reply()
         return complete
@@ -194,7 +194,7 @@ class Dispatcher:
         number, size = self._watch_count + 1, request.weight_bytes
         self._share.memory.check(size)
         watch = self._share.watches.start(
-            self._client, number, arguments.get("name", "*"), arguments.get("meta", {}), since
+            self._requester, number, arguments.get("name", "*"), arguments.get("meta", {}), since
         )
         self._share.memory.take(size)
         self._watch_count = number
@@ -231,7 +231,7 @@ class Dispatcher:
             del self.pending[wait]
             self._share.memory.release(size)
             self._conversation.resolved(request, reply)
-            self._client.schedule()
+            self._requester.schedule()
 
         wait = self._share.pending_resolves.park(
             arguments["name"], arguments.get("instance"), arguments.get("meta", {}), arguments["wait"], done

@@ -9,11 +9,11 @@ from hypothesis import strategies as some
 from regd.cli.commands import read
 from regd.cli.top.model import NEW_S, Table, holders
 from regd.cli.top.rates import Figures, Rates
-from regd.cli.top.render import DaemonInfo, Line, age, cells, fitted, frame, lag, rate, whole
+from regd.cli.top.render import DaemonStatus, Line, age, cells, fitted, frame, lag, rate, whole
 from regd.cli.top.view_state import ViewState
 
 WALL = 1_790_000_000.0
-HERE = DaemonInfo("regd at 127.0.0.1:7343", Figures(12.3, 0.4, 0.0011, 0.006, 3.0, 7_300.0))
+HERE = DaemonStatus("regd at 127.0.0.1:7343", Figures(12.3, 0.4, 0.0011, 0.006, 3.0, 7_300.0))
 
 
 def fields(name: str, instance: str = "", **more: Any) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def test_a_frame_of_80_columns() -> None:
 
 
 def test_frame_while_the_daemon_is_away() -> None:
-    away = DaemonInfo("regd at 127.0.0.1:7343", HERE.figures, 65.0)
+    away = DaemonStatus("regd at 127.0.0.1:7343", HERE.figures, 65.0)
     made = picture(fields("db"))
     lines = frame(made, ViewState(), away, (40, 12), 0.0, WALL)
     shown = texts(lines)
@@ -314,7 +314,7 @@ def test_frame_fits_and_has_no_control_characters(
     made.take("down", (name, "1"), None, 0.0, reason)
     look = ViewState()
     look.pane, look.why, look.selected = pane, [why] * 20, (name, "2")
-    for daemon in (HERE, DaemonInfo(reason, Figures(), 5.0)):
+    for daemon in (HERE, DaemonStatus(reason, Figures(), 5.0)):
         shown = [
             "".join(text for _, text in line) for line in frame(made, look, daemon, (width, height), 0.0, WALL)
         ]

@@ -11,7 +11,7 @@ import pytest
 
 from regd.core.limits import Limits
 from regd.protocol.messages import HTTP_REFUSAL
-from regd.server.conversation import State
+from regd.server.conversation import ConversationState
 from tests.support.daemon import EPOCH, WAIT_S, InLoop
 from tests.support.files import FULL, ToldFiles
 from tests.support.polling import until
@@ -488,7 +488,9 @@ async def test_a_peer_that_resets_while_it_is_refused_raises_no_error(daemon: In
         raw = socket.create_connection(("127.0.0.1", daemon.port))
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         raw.sendall(b"GET / HTTP/1.1\r\n\r\n")
-        while not any(connection._conversation.state is State.ENDED for connection in daemon.server.connections):
+        while not any(
+            connection._conversation.state is ConversationState.ENDED for connection in daemon.server.connections
+        ):
             await asyncio.sleep(0)
         raw.close()
         async with asyncio.timeout(WAIT_S):

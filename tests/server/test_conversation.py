@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from regd.core.limits import DEFAULT
 from regd.protocol.commands import COMMANDS, Request
 from regd.protocol.parser import Problem
-from regd.server.conversation import Conversation, State
+from regd.server.conversation import Conversation, ConversationState
 
 
 def line(cmd: str, id: int | None = None, **arguments: Any) -> bytes:
@@ -186,10 +186,10 @@ def test_a_pending_resolve_with_an_id_is_overtaken(peer: Executor) -> None:
 
 def test_a_pending_resolve_without_an_id_blocks_until_it_is_answered(peer: Executor) -> None:
     assert peer.receive(wait(1), wait(), read(2)) == []
-    assert peer.state() is State.BLOCKED
+    assert peer.state() is ConversationState.BLOCKED
     assert peer.resolve(position=0) == [1]  # this one has an id: the other still blocks
     assert peer.resolve() == [None, 2]
-    assert peer.state() is State.OPEN
+    assert peer.state() is ConversationState.OPEN
 
 
 def test_a_pending_resolve_waits_behind_a_write(peer: Executor) -> None:
@@ -212,7 +212,7 @@ def test_a_blocked_peer_is_read_up_to_a_line(peer: Executor) -> None:
 
 def test_quit_ends_reading(peer: Executor) -> None:
     assert peer.receive(read(1), b"quit\n", read(2)) == [1]
-    assert (peer.state(), peer.conversation.is_finished) == (State.QUITTING, True)
+    assert (peer.state(), peer.conversation.is_finished) == (ConversationState.QUITTING, True)
     assert peer.receive(read(3)) == []
     assert peer.conversation.parser.waiting_bytes == 0
     assert peer.conversation.wants_input  # so that the peer's end is noticed
@@ -227,7 +227,7 @@ def test_quit_waits_for_writes(peer: Executor) -> None:
 
 def test_quit_waits_for_pending_resolves(peer: Executor) -> None:
     peer.receive(wait(1), wait(2), b"quit\n", read(3))
-    assert (peer.state(), peer.conversation.is_finished) == (State.QUITTING, False)
+    assert (peer.state(), peer.conversation.is_finished) == (ConversationState.QUITTING, False)
     assert peer.resolve(position=1) == [2]
     assert not peer.conversation.is_finished
     assert peer.resolve() == [1]
@@ -236,7 +236,7 @@ def test_quit_waits_for_pending_resolves(peer: Executor) -> None:
 
 def test_quit_behind_a_blocking_resolve_is_read_once_that_is_answered(peer: Executor) -> None:
     peer.receive(wait(), b"quit\n")
-    assert peer.state() is State.BLOCKED
+    assert peer.state() is ConversationState.BLOCKED
     assert peer.resolve() == [None]
     assert peer.conversation.is_finished
 
@@ -285,7 +285,7 @@ def test_late_replies_are_dropped_after_the_end(request_line: bytes, peer: Execu
     peer.conversation.end()
     assert not peer.conversation.owes_replies
     assert (peer.commit() if peer.writes else peer.resolve()) == []
-    assert (peer.receive(read(2)), peer.state()) == ([], State.ENDED)
+    assert (peer.receive(read(2)), peer.state()) == ([], ConversationState.ENDED)
 
 
 def test_the_end_drops_replies_that_were_not_taken(peer: Executor) -> None:

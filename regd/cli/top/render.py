@@ -33,7 +33,7 @@ _PANE_LINES = 10
 
 
 @dataclass(frozen=True, slots=True)
-class DaemonInfo:
+class DaemonStatus:
     """The daemon: its title, its figures, and for how long it has been away (0.0: it is connected)."""
 
     title: str
@@ -109,7 +109,7 @@ def cut(line: Line, width: int) -> Line:
 
 
 def frame(
-    content: Table, look: ViewState, daemon: DaemonInfo, size: tuple[int, int], now: float, wall: float
+    content: Table, look: ViewState, daemon: DaemonStatus, size: tuple[int, int], now: float, wall: float
 ) -> list[Line]:
     """Return the lines of a terminal of this size, columns and lines.
 
@@ -129,7 +129,7 @@ def frame(
     return [cut(line, width) for line in lines[-height:]] if height > 1 else [cut(lines[0], width)]
 
 
-def whole(content: Table, look: ViewState, daemon: DaemonInfo, now: float, wall: float) -> list[Line]:
+def whole(content: Table, look: ViewState, daemon: DaemonStatus, now: float, wall: float) -> list[Line]:
     """Return a frame with all rows at full width, for a pipe or file."""
     rows = content.shown(look.sort, look.reverse, look.words)
     look.page = max(1, len(rows))
@@ -141,7 +141,7 @@ def _nothing(content: Table, look: ViewState) -> str:
     return f"no instance matches {look.words!r}" if look.words and content.rows else "nothing is registered"
 
 
-def _above(content: Table, look: ViewState, daemon: DaemonInfo, shown: int, wall: float) -> list[Line]:
+def _above(content: Table, look: ViewState, daemon: DaemonStatus, shown: int, wall: float) -> list[Line]:
     figures = daemon.figures
     instances = len(content.rows)
     counted = f"{shown} of {instances}" if look.words else f"{instances}"

@@ -12,7 +12,7 @@ from typing import Any
 from regd.cli.output import lines
 from regd.cli.top.model import Key, Table
 from regd.cli.top.rates import Rates
-from regd.cli.top.render import DaemonInfo
+from regd.cli.top.render import DaemonStatus
 from regd.cli.top.view_state import ViewState
 from regd_client import protocol
 from regd_client.connector import Connector
@@ -45,8 +45,8 @@ class Source:
         self._asked = asyncio.Event()  # for another `why`
 
     @property
-    def daemon(self) -> DaemonInfo:
-        return DaemonInfo(self._title, self._rates.figures, self._follow.stale_s)
+    def daemon(self) -> DaemonStatus:
+        return DaemonStatus(self._title, self._rates.figures, self._follow.stale_s)
 
     @property
     def instances(self) -> list[dict[str, Any]]:
