@@ -42,7 +42,7 @@ class Executor:
         self.writes: deque[Request] = deque()
         self.waits: list[Request] = []
 
-    def state(self) -> State:
+    def state(self) -> ConversationState:
         return self.conversation.state
 
     def receive(self, *lines: bytes) -> list[Any]:
