@@ -5,10 +5,12 @@ It imports little, so that a command starts quickly.
 
 from __future__ import annotations
 
-import socket
 import sys
 from collections.abc import Iterator
-from time import monotonic  # bound here: a test that replaces `time.monotonic` does not stop this clock
+
+# Bound here: a test that replaces them in their modules changes nothing here.
+from socket import AF_UNIX, SOCK_STREAM, getaddrinfo, socket
+from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
@@ -51,7 +53,7 @@ class BlockingConnection:
             raise protocol.unavailable(self.address, error.strerror or str(error)) from error
 
     def __repr__(self) -> str:
-        state = "closed" if self._socket.fileno() < 0 else "open"
+        state = "open" if hasattr(self, "_socket") and self._socket.fileno() >= 0 else "closed"
         return f"<BlockingConnection to {self.address}, {state}>"
 
     def _open(self, may_start: bool) -> None:
@@ -81,17 +83,17 @@ class BlockingConnection:
             self._socket.close()
             raise
 
-    def _connect(self, timeout_s: float) -> socket.socket:
-        make_socket, getaddrinfo = _unpatched()
+    def _connect(self, timeout_s: float) -> socket:
+        make_socket, resolve = _unpatched()
         if self.address.path:
-            return _connected(make_socket(socket.AF_UNIX, socket.SOCK_STREAM), self.address.path, timeout_s)
+            return _connected(make_socket(AF_UNIX, SOCK_STREAM), self.address.path, timeout_s)
         host, trouble = self.address.host, OSError("no address")
         # As bytes if it is ASCII: the codec idna encodes a string, and its import takes longer than all the rest.
-        for family, *_, address in getaddrinfo(
-            host.encode() if host.isascii() else host, self.address.port, type=socket.SOCK_STREAM
+        for family, *_, address in resolve(
+            host.encode() if host.isascii() else host, self.address.port, type=SOCK_STREAM
         ):
             try:
-                return _connected(make_socket(family, socket.SOCK_STREAM), address, timeout_s)
+                return _connected(make_socket(family, SOCK_STREAM), address, timeout_s)
             except OSError as error:
                 trouble = error
         raise trouble
@@ -182,7 +184,7 @@ class BlockingConnection:
         self.close()
 
 
-def _connected(sock: socket.socket, address: Any, timeout_s: float) -> socket.socket:
+def _connected(sock: socket, address: Any, timeout_s: float) -> socket:
     try:
         sock.settimeout(timeout_s)
         sock.connect(address)
@@ -192,13 +194,13 @@ def _connected(sock: socket.socket, address: Any, timeout_s: float) -> socket.so
     return sock
 
 
-def _unpatched() -> tuple[type[socket.socket], Any]:
+def _unpatched() -> tuple[type[socket], Any]:
     """Return `socket.socket` and `socket.getaddrinfo` as Python has them, also after gevent has replaced them.
 
     A signal handler may run in gevent's hub, where gevent's own sockets must not be used.
     """
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None:
-        return socket.socket, socket.getaddrinfo
+        return socket, getaddrinfo
     made: list[Any] = monkey.get_original("socket", ["socket", "getaddrinfo"])
     return made[0], made[1]

@@ -450,6 +450,56 @@ async def test_a_mirror(registry: Registry, client: Client, other: Client) -> No
             mirror.resolve("x")
 
 
+async def test_a_mirror_is_iterated_and_awaited(client: Client, other: Client) -> None:
+    async with client.mirror("w*") as mirror:
+        assert (list(mirror), mirror.changes) == ([], 0)
+        waiting = asyncio.create_task(mirror.changed())
+        await asyncio.sleep(0)
+        await other.register("w2", 2)
+        await other.register("w1", 1)
+        assert await waiting >= 1
+        while mirror.changes < 2:
+            await mirror.changed(mirror.changes)
+        assert [(each.name, each.address, each.url()) for each in mirror] == [
+            ("w1", ("127.0.0.1", 1), "http://127.0.0.1:1"),
+            ("w2", ("127.0.0.1", 2), "http://127.0.0.1:2"),
+        ]
+        assert await mirror.changed(0) == 2  # at once: it has changed since
+        await other.register("w3", 3, state="starting")  # not ready: no change
+        with pytest.raises(regd_client.Timeout):
+            await mirror.changed(timeout=0.05)
+        ended = asyncio.create_task(mirror.changed())
+        await asyncio.sleep(0)
+        await client.close()
+        with pytest.raises(regd_client.Unavailable):
+            await ended
+
+
+async def test_no_instance_at_all_is_an_empty_list(client: Client) -> None:
+    assert await client.resolve_all("nobody") == []
+    async with client.mirror("*") as mirror:
+        assert mirror.resolve_all("nobody") == []
+
+
+async def test_every_public_object_says_what_it_is(client: Client) -> None:
+    registration = await client.register("web", 1, instance="a")
+    listening = await regd_client.listen("db", drain_s=0)
+    async with client.mirror("web") as mirror:
+        assert repr(registration) == "<Registration web/a at 127.0.0.1:1, registered>"
+        assert repr(mirror) == "<Mirror 'web' 1 ready, live>"
+        assert repr(listening) == f"<RegisteredSocket db at 127.0.0.1:{listening.port}, listening>"
+        assert repr(client).endswith(", connected>")
+        assert repr(regd_client.lifespan("web", 1)) == "<lifespan('web', 1)>"
+    await listening.close()
+    await registration.deregister()
+    assert repr(registration) == "<Registration web/a at 127.0.0.1:1, deregistered>"
+
+
+def test_a_url_escapes_the_scope_of_an_ipv6_address() -> None:
+    endpoint = regd_client.Endpoint("a", "", "fe80::1%eth0", 1, {})
+    assert (str(endpoint), endpoint.url("ws")) == ("[fe80::1%eth0]:1", "ws://[fe80::1%25eth0]:1")
+
+
 # Waiting.
 
 
