@@ -1,8 +1,8 @@
 """The rules for everything a daemon sends: the members of each reply and event, and the form of each value.
 
-Another program may listen at the address, a hostile one too, and what it sends ends up in a shell, in a terminal,
-in an address to connect to. So nothing is used that these rules do not allow. Members that the rules do not know
-are ignored, and kept. `regctl` starts with this module: it imports next to nothing.
+Another program, perhaps a hostile one, may listen at the address, and what it sends may reach a shell, a
+terminal, or an address to connect to. So only values that these rules allow are used. Members that the rules do
+not know are kept and otherwise ignored.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WHOLE_MAX = 2**63 - 1
 _NUMBER_MAX = 1e18  # no figure of a registry is larger
 _TIME_MAX = 253_402_300_800  # Unix seconds, the end of the year 9999: the last that `time.localtime` takes
 _DEPTH_MAX = 8  # of members that the rules do not know
-_SHOWN_CHARS = 60
+_SHOWN_CHARS = 60  # of a value in an error message
 
 
 # Values.
@@ -39,7 +39,7 @@ def _consists_of(text: str, characters: str) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    """Whether it is a string that a terminal and a log take as it is; no lone surrogate is printable."""
+    """Return whether it is a string that is safe in a terminal and a log. A lone surrogate is not printable."""
     return type(value) is str and value.isprintable()
 
 
@@ -142,7 +142,7 @@ def _is_state(value: object) -> bool:
 
 
 def _is_key(value: object) -> bool:
-    """Whether it is NAME or NAME/INSTANCE, as `next` has it."""
+    """Return whether it is NAME or NAME/INSTANCE, the form of `next`."""
     if type(value) is not str:
         return False
     name, _, instance = value.partition("/")
@@ -154,7 +154,7 @@ def _is_id(value: object) -> bool:
 
 
 def _is_shallow(value: object, depth: int = _DEPTH_MAX) -> bool:
-    """Whether it is nested so little that everybody can write it again."""
+    """Return whether it is nested at most `depth` levels deep, which `json.dumps` and `repr` can handle."""
     if type(value) is dict:
         return depth > 0 and all(_is_shallow(each, depth - 1) for each in value.values())
     if type(value) is list:
@@ -171,7 +171,7 @@ def _list_of(check: Check) -> Check:
 
 
 def _table_of(check: Check) -> Check:
-    """Take an object whose keys are texts, and whose values pass the check."""
+    """Return a check for an object whose keys are printable strings, and whose values pass `check`."""
     return lambda value: type(value) is dict and all(map(_is_text, value)) and all(map(check, value.values()))
 
 
@@ -179,7 +179,7 @@ def _table_of(check: Check) -> Check:
 
 
 class Shape:
-    """The members of an object: those that it must have, and others that it may have."""
+    """The required and the optional members of an object."""
 
     def __init__(self, required: dict[str, Check], optional: dict[str, Check] | None = None) -> None:
         self.required = required
@@ -187,7 +187,7 @@ class Shape:
         self._known = required.keys() | self.optional.keys()
 
     def fault(self, fields: dict[str, Any]) -> str:
-        """Return what is wrong with an object, "" if nothing is."""
+        """Return what is wrong with an object, "" if it has this shape."""
         for name, check in self.required.items():
             if name not in fields:
                 return f"{name} is missing"
@@ -203,12 +203,12 @@ class Shape:
         return ""
 
     def __call__(self, value: object) -> bool:
-        """Whether a member has this shape."""
+        """Return whether a member has this shape."""
         return type(value) is dict and not self.fault(value)
 
 
 def _shown(value: object) -> str:
-    """Return a value as an error message has it. An object may be too deep for `repr`."""
+    """Return a value for an error message. An object may be nested too deeply for `repr`."""
     if type(value) is list or type(value) is dict:
         return "a list" if type(value) is list else "an object"
     return repr(value)[:_SHOWN_CHARS]
@@ -351,7 +351,7 @@ _EVENTS = {
 def fault(fields: object) -> str:
     """Return what is wrong with a line from a daemon, "" if nothing is.
 
-    The result of a reply that is `ok` is checked by `result_fault`.
+    `result_fault` checks the result of a reply with `ok`.
     """
     if type(fields) is not dict:
         return "it is no JSON object"
@@ -370,7 +370,7 @@ def fault(fields: object) -> str:
 
 
 def result_fault(cmd: str, arguments: Mapping[str, Any], reply: dict[str, Any]) -> str:
-    """Return what is wrong with a reply that is `ok`, to a command with these arguments."""
+    """Return what is wrong with a reply with `ok` to a command with these arguments, "" if nothing is."""
     if cmd == "resolve" and arguments.get("all"):
         found = _ALL.fault(reply)
         return found or next(filter(None, (_other(arguments, each) for each in reply["instances"])), "")
