@@ -317,7 +317,7 @@ def test_unreachable_notify_socket_is_one_log_line(tmp_path: Path) -> None:
                 assert client.recv(100) == b'{"ok":true}\n'
         status, errors = end(process)
     assert (status, "Traceback" in errors) == (0, False)
-    assert errors.count("cannot tell") == 1
+    assert errors.count("cannot notify") == 1
 
 
 # The unit files.
