@@ -59,7 +59,7 @@ async def test_localhost_counts_and_other_hosts_are_not_asked(daemon: InLoop) ->
 async def test_it_waits_for_the_registration_and_for_the_port(daemon: InLoop) -> None:
     one, two = await daemon.peer(), await daemon.peer()
     port = free_port()
-    one.send({"cmd": "resolve", "name": "a", "wait": 5})
+    one.send({"cmd": "resolve", "name": "a", "wait": 3_600})
     await two.ask(cmd="register", name="a", port=port, state="starting")
     await two.ask(cmd="update", name="a", state="ready")
     answer = asyncio.create_task(one.reply())
