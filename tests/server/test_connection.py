@@ -11,6 +11,7 @@ import pytest
 
 from regd.core.limits import Limits
 from regd.protocol.messages import HTTP_REFUSAL
+from regd.server.connection import Connection
 from regd.server.conversation import ConversationState
 from tests.support.daemon import EPOCH, WAIT_S, InLoop
 from tests.support.files import FULL, ToldFiles
@@ -392,14 +393,23 @@ async def test_a_peer_with_many_requests_leaves_time_to_others(daemon: InLoop) -
     assert (await (await daemon.peer()).ask(cmd="stats"))["requests"]["ping"] < 20_001
 
 
-async def test_a_reply_that_was_just_committed_is_not_overtaken(daemon: InLoop) -> None:
+async def test_a_reply_that_was_just_committed_is_not_overtaken(
+    daemon: InLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The commit ends and the next bytes arrive in one iteration of the loop: order stays, `quit` loses nothing."""
     peer = await daemon.peer()
     [connection] = [each for each in daemon.server.connections if each.address]
+    schedule, to_come = Connection.schedule, [b""]
+
+    def scheduled(self: Connection, busy: bool = False) -> None:
+        schedule(self, busy)
+        if to_come and self._conversation._replies:  # the commit's reply is there, and not sent yet
+            self.data_received(to_come.pop())
+
+    monkeypatch.setattr(Connection, "schedule", scheduled)
     for request, count in ((b'{"cmd":"ping","id":2}\n', 2), (b"quit\n", 1)):
+        to_come[:] = [request]
         connection.data_received(b'{"cmd":"register","name":"a","port":1,"id":1}\n')
-        await until(lambda: connection._conversation._replies)
-        connection.data_received(request)
         assert [(await peer.reply())["id"] for _ in range(count)] == [1, 2][:count]
 
 

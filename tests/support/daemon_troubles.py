@@ -78,7 +78,8 @@ async def no_home(scene: Scene) -> str:
     "… is relative, and the current folder cannot be found (…); pass an absolute path, or change to another folder"
 )
 async def no_current_folder(scene: Scene) -> str:
-    gone = ("sh", "-c", 'mkdir gone && cd gone && rmdir ../gone && exec "$@"', "sh")
+    # Python 3.13.0 cannot import socket where the current folder is gone and in sys.path, as it is behind `-c`.
+    gone = ("env", "PYTHONSAFEPATH=1", "sh", "-c", 'mkdir gone && cd gone && rmdir ../gone && exec "$@"', "sh")
     return await scene.regd("--port", "0", "--registry", "r.json", status=1, before=gone)
 
 
