@@ -231,7 +231,7 @@ async def test_an_instance_that_does_not_answer_delays_no_wait(daemon: InLoop) -
         async with service() as port:
             await peer.ask(cmd="register", name="a", port=full.getsockname()[1], instance="1")
             await peer.ask(cmd="register", name="a", port=port, instance="2")
-            answer = asyncio.create_task(peer.ask(cmd="resolve", name="a", wait=5))
+            answer = asyncio.create_task(peer.ask(cmd="resolve", name="a", wait=3_600))
             await step_until(daemon, answer.done)
         for each in fillers:
             each.close()
@@ -247,6 +247,6 @@ async def test_the_only_instance_of_many_that_accepts_is_found(tmp_path: Path) -
         for n in range(10):
             await peer.ask(cmd="register", name="a", port=free_port(), instance=str(n))
         await peer.ask(cmd="register", name="a", port=port, instance="z")
-        answer = asyncio.create_task(peer.ask(cmd="resolve", name="a", wait=60))
+        answer = asyncio.create_task(peer.ask(cmd="resolve", name="a", wait=3_600))
         await step_until(daemon, answer.done)
         assert answer.result()["port"] == port
