@@ -127,7 +127,7 @@ async def test_instances_that_do_not_accept_are_skipped_in_the_round_robin(daemo
 async def test_no_instance_is_probed_while_no_request_waits(daemon: InLoop) -> None:
     peer = await daemon.peer()
     await peer.ask(cmd="register", name="a", port=free_port())
-    peer.send({"cmd": "resolve", "name": "a", "wait": 100})
+    peer.send({"cmd": "resolve", "name": "a", "wait": 3_600})
     await step_until(daemon, lambda: daemon.server.probed > 3)
     await peer.reset()
     async with asyncio.timeout(WAIT_S):
