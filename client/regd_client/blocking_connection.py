@@ -111,7 +111,7 @@ class BlockingConnection:
             The reply as a dictionary.
 
         Raises:
-            Unavailable: the connection broke, the reply took longer than `timeout_s`, or the peer is no regd.
+            Unavailable: the connection broke, the reply took longer than `timeout_s`, or the peer is not a regd.
             BadArgument: an argument is no JSON value, or the request is too long.
         """
         line = protocol.encode_request(cmd, None, arguments)
@@ -135,7 +135,7 @@ class BlockingConnection:
         """Yield the events of a `watch`, for ever. The last may be a refusal, before the daemon closes.
 
         Raises:
-            Unavailable: the connection broke, or the peer is no regd.
+            Unavailable: the connection broke, or the peer is not a regd.
         """
         while self._events:
             yield self._events.pop(0)

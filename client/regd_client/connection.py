@@ -218,7 +218,7 @@ class Connection(asyncio.BufferedProtocol):
         self.received = True
         first, *lines = bytes(self._chunk[:nbytes]).split(b"\n")
         if not lines:
-            if not self._rest:  # a line that goes on and on is no answer
+            if not self._rest:  # a line without an end does not count as an answer
                 self.heard_at = time.monotonic()
             self._rest += first
             if len(self._rest) > protocol.REPLY_BYTES_MAX:

@@ -186,7 +186,7 @@ class _OnDemand:
 
         Raises:
             OSError: the daemon closed the connection before it sent anything.
-            Unavailable: the peer is no regd, or has no room.
+            Unavailable: the peer is not a regd, or has no room.
         """
         if not self.wanted:
             return connection

@@ -51,7 +51,7 @@ class Timeout(RegdError, TimeoutError):
 
 
 class Unavailable(RegdError, ConnectionError):
-    """No daemon answers at the address, the connection broke before the reply, or the peer is no regd."""
+    """No daemon answers at the address, the connection broke before the reply, or the peer is not a regd."""
 
 
 _CLASSES: dict[str, type[RegdError]] = {
