@@ -33,7 +33,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGE_BYTES = 32_768
 _GC_THRESHOLD = 10_000  # objects between two collections: regd makes few cycles
 _OFF = "off"
-# By default these signals end a process. A timer of the parent survives execve(2) and sends SIGALRM. Not every system
+# By default these end a process. A timer of the parent survives execve(2) and sends SIGALRM. Not every system
 # has all of them.
 _IGNORED = (
     "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGPWR", "SIGSTKFLT",
