@@ -72,7 +72,7 @@ def serving(
 
 
 class Dropped(Exception):
-    """The server took the connection, and closed it without a word."""
+    """The server took the connection, and closed it before it had answered."""
 
 
 async def fetch(found: regd_client.Endpoint, path: str = "/") -> int:
@@ -83,7 +83,7 @@ async def fetch(found: regd_client.Endpoint, path: str = "/") -> int:
         head, _, body = (await reader.read()).partition(b"\r\n\r\n")
     finally:
         writer.close()
-    if not head:
+    if not body:  # servers send the head and the body one after the other, and may be killed in between
         raise Dropped
     assert head.startswith(b"HTTP/1.1 200 "), head
     return int(body)
