@@ -27,7 +27,6 @@ from regd.system.peer_credentials import PeerCredentials
 
 log = logging.getLogger("regd")
 
-_RECEIVE_BYTES_MAX = 16_384  # at a time, of one connection
 _SLICE = 128  # requests of one connection in one time slice
 _SLICE_S = 0.001  # of one connection
 _SEND_S = 0.000_01  # about what it takes to send replies
@@ -66,8 +65,6 @@ class Connections:
         self.half_closed = HalfClosed(clock)
         self.open: set[Connection] = set()  # refused connections too, until they are closed
         self.all_closed = asyncio.Event()  # set when the last connection closes
-        # Every connection receives into this one buffer: asyncio's own reads allocate 256 KiB each.
-        self.receive_buffer = memoryview(bytearray(_RECEIVE_BYTES_MAX))
         self._foreign_logged_at = float("-inf")
 
     def create(self) -> "Connection":
@@ -94,7 +91,7 @@ class Connections:
             )  # `repr`: safe for a terminal
 
 
-class Connection(asyncio.BufferedProtocol):
+class Connection(asyncio.Protocol):
     __slots__ = (
         "_cache",
         "_caller",
@@ -190,12 +187,6 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.write(self._dispatcher.error(refusal))
             self._transport.close()
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self._connections.receive_buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self.data_received(bytes(self._connections.receive_buffer[:nbytes]))
-
     def data_received(self, data: bytes) -> None:
         if self._fast_path_ok:
             # A known reply needs no parser, time slice or quota: this is a tenth of the work of other requests.
@@ -275,6 +266,8 @@ class Connection(asyncio.BufferedProtocol):
         for _ in range(_SLICE):
             item = None if self._paused else conversation.next()
             if item is None:
+                if conversation.has_unsplit and not self._paused:
+                    self.schedule(busy=True)
                 break
             reply = self._dispatcher.answer(item) if isinstance(item, Request) else self._answer_problem(item)
             now = monitor.took(item.cmd if isinstance(item, Request) else "a bad line", now)

@@ -17,6 +17,8 @@ from regd.protocol.bare import Quit
 from regd.protocol.commands import COMMANDS, Request
 from regd.protocol.parser import Item, Problem, RequestParser
 
+_SPLIT_BYTES = 16_384  # at a time: asyncio reads up to 256 KiB, and to split them holds the loop for too long
+
 
 class ConversationState(Enum):
     OPEN = "requests are read and answered"
@@ -52,7 +54,7 @@ class Conversation:
     # Input.
 
     def receive(self, data: bytes) -> None:
-        """Take bytes from the peer. `next` splits them into lines: many short lines take it milliseconds."""
+        """Take bytes from the peer. `next` splits them into lines, 16 KiB at a time."""
         self._unsplit += data
 
     def end_input(self) -> None:
@@ -62,8 +64,9 @@ class Conversation:
             self.parser.end()
 
     def next(self) -> Request | Problem | None:
-        """Return what to answer now, None when there is nothing or it has to wait."""
-        self._split()
+        """Return what to answer now, None when there is nothing, it has to wait, or `has_unsplit`: call again."""
+        if self._unsplit and not self.parser.pending:
+            self._split()
         if self.state is not ConversationState.OPEN:
             return None
         item = self._deferred or self.parser.next()
@@ -80,11 +83,10 @@ class Conversation:
         return item
 
     def _split(self) -> None:
-        if self._unsplit:
-            data, self._unsplit = self._unsplit, b""
-            self.parser.receive(data)
-            if self.input_ended:
-                self.parser.end()
+        data, self._unsplit = self._unsplit[:_SPLIT_BYTES], self._unsplit[_SPLIT_BYTES:]
+        self.parser.receive(data)
+        if self.input_ended and not self._unsplit:
+            self.parser.end()
 
     def _may_follow_writes(self, item: Item) -> bool:
         is_write = isinstance(item, Request) and COMMANDS[item.cmd].writes
@@ -148,6 +150,11 @@ class Conversation:
         return bool(self._unsplit) or self._deferred is not None or self.parser.pending or self.input_ended
 
     @property
+    def has_unsplit(self) -> bool:
+        """Whether `next` has more bytes to split, and nothing that it has to wait for."""
+        return bool(self._unsplit) and self.state is ConversationState.OPEN and self._deferred is None
+
+    @property
     def is_caught_up(self) -> bool:
         """Whether all input was answered, or submitted: the next byte begins a line that can be answered now."""
         is_empty = self.parser.empty and not self._unsplit and not self.input_ended
@@ -166,11 +173,9 @@ class Conversation:
     @property
     def wants_input(self) -> bool:
         """Whether to read on. A blocked peer is read, up to a line, so that its end is noticed."""
-        if self._unsplit:
-            return False
         if self.state is ConversationState.BLOCKED:
-            return self.parser.waiting_bytes < self._limits.line_bytes_max
-        return self._deferred is None and not self.parser.pending
+            return self.waiting_bytes < self._limits.line_bytes_max
+        return self._deferred is None and not (self.parser.pending or self._unsplit)
 
     @property
     def is_drained(self) -> bool:

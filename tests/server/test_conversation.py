@@ -3,6 +3,7 @@
 import json
 from collections import deque
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -334,3 +335,24 @@ def test_each_request_is_answered_once_and_only_pending_ones_are_overtaken(
     assert in_order == [reply for reply in expected if reply not in overtaken]
     assert peer.conversation.is_finished is quits
     assert peer.conversation.is_caught_up is not quits
+
+
+def test_a_large_read_is_split_a_slice_at_a_time() -> None:
+    conversation = Conversation(DEFAULT)
+    conversation.receive(b" \n" * 100_000 + read(1) + b"unfinished")
+    sizes = [conversation.waiting_bytes]
+    while (item := conversation.next()) is None:
+        assert conversation.has_unsplit
+        sizes.append(conversation.waiting_bytes)
+    assert isinstance(item, Request)
+    assert max(before - after for before, after in pairwise(sizes)) <= 16_384
+    conversation.end_input()
+    assert isinstance(conversation.next(), Problem)
+    assert not conversation.has_unsplit
+
+
+def test_a_blocked_peer_has_nothing_split_and_is_not_called_again() -> None:
+    peer = Executor()
+    assert peer.receive(wait(), read(1) * 1_000) == []
+    assert not peer.conversation.has_unsplit
+    assert len(peer.resolve()) == 1_001
