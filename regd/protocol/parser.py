@@ -15,7 +15,6 @@ fatal.
 import re
 from collections import deque
 from dataclasses import dataclass
-from enum import Enum
 
 from regd.core.errors import Code, Refused
 from regd.core.limits import DEFAULT, Limits
@@ -33,20 +32,6 @@ _TEXT = re.compile(rb"([!-~][ -~\t]*+)(?:[ \t]|\r\0?)*+")
 _HTTP = re.compile(rb"[!-~]+[ \t]+[!-~]+[ \t]+HTTP/[!-~]*[ \t]*")  # RFC 9112, section 3
 _HTTP_BEGUN = re.compile(rb"[!-~]+[ \t]+[!-~]")
 _SEEN_BYTES = 60  # of a line of another protocol, for the log
-
-
-class _Mark(Enum):
-    """Queued in place of a line that was not kept."""
-
-    TOO_LARGE = "too large"
-
-
-@dataclass(frozen=True, slots=True)
-class _ForeignProtocol:
-    """Queued in place of the first line that is not of this protocol."""
-
-    seen: bytes
-    http: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +59,7 @@ class RequestParser:
     def __init__(self, limits: Limits = DEFAULT) -> None:
         self.valid = False  # the peer has sent a valid request
         self._limits = limits
-        self._lines: deque[bytes | _Mark | _ForeignProtocol] = deque()
+        self._lines: deque[bytes | Problem] = deque()  # a problem in place of a line that was not kept
         self._rest = bytearray()  # the unfinished line
         self._skipping = False  # the unfinished line is too long: skip it up to its end
         self._closed = False
@@ -145,15 +130,19 @@ class RequestParser:
         if not line.startswith(b"{"):
             line = line[_leading(line) :]
         if len(line) > self._most(line):
-            self._lines.append(_Mark.TOO_LARGE if line.startswith(b"{") else self._too_long(line))
+            self._lines.append(self._too_large() if line.startswith(b"{") else self._too_long(line))
         elif line:
             self._lines.append(line)
             self._waiting_bytes += len(line) + _LINE_OVERHEAD_BYTES
 
-    def _too_long(self, line: bytes) -> _ForeignProtocol:
+    def _too_long(self, line: bytes) -> Problem:
         """Classify a line that is too long for a bare line. An HTTP request line may be so long."""
         http = len(line) <= self._limits.line_bytes_max and self._may_be_http(line) and _is_http(line)
-        return _ForeignProtocol(line[:_SEEN_BYTES], http)
+        return _foreign(line, http)
+
+    def _too_large(self) -> Problem:
+        most = self._limits.line_bytes_max
+        return Problem(Refused(Code.TOO_LARGE, f"a line is at most {most} bytes; this one was skipped"))
 
     def _may_be_http(self, line: bytes | bytearray) -> bool:
         return _HTTP_BEGUN.match(line, 0, self._most(line)) is not None
@@ -172,11 +161,11 @@ class RequestParser:
         if not self._rest.startswith(b"{"):
             if not self._may_be_text():
                 # Do not wait for its end: a TLS hello may hold no line feed.
-                self._lines.append(_ForeignProtocol(bytes(self._rest[:_SEEN_BYTES])))
+                self._lines.append(_foreign(self._rest, False))
                 self._rest.clear()
                 self._closed = True
         elif len(self._rest) > self._limits.line_bytes_max + _END_BYTES:
-            self._lines.append(_Mark.TOO_LARGE)
+            self._lines.append(self._too_large())
             self._rest.clear()
             self._skipping = True
 
@@ -197,12 +186,10 @@ class RequestParser:
         if not self._lines:
             return None
         line = self._lines.popleft()
-        if line is _Mark.TOO_LARGE:
-            most = self._limits.line_bytes_max
-            return Problem(Refused(Code.TOO_LARGE, f"a line is at most {most} bytes; this one was skipped"))
-        if isinstance(line, _ForeignProtocol):
-            return self._foreign(line)
-        assert isinstance(line, bytes)
+        if isinstance(line, Problem):
+            if line.fatal:
+                self.close()
+            return line
         self._waiting_bytes -= len(line) + _LINE_OVERHEAD_BYTES
         try:
             item = decode(line) if line.startswith(b"{") else self._text(line)
@@ -215,7 +202,8 @@ class RequestParser:
         text = _TEXT.fullmatch(line)
         http = _is_http(line)
         if text is None or http or not line[:1].isalpha():
-            return self._foreign(_ForeignProtocol(line[:_SEEN_BYTES], http))
+            self.close()
+            return _foreign(line, http)
         try:
             return understand(text[1].decode())
         except Refused as refusal:
@@ -225,18 +213,19 @@ class RequestParser:
             refusal.message += " (closed: no valid request came before)"
             return Problem(refusal.bare(), fatal=True, seen=line[:_SEEN_BYTES])
 
-    def _foreign(self, line: _ForeignProtocol) -> Problem:
-        self.close()
-        return Problem(
-            Refused(
-                Code.BAD_REQUEST,
-                'this is regd: one JSON object a line, such as {"cmd":"help"}, or a bare line such as help, list '
-                "or resolve NAME",
-            ),
-            fatal=True,
-            seen=line.seen,
-            reply=HTTP_REFUSAL if line.http else b"",
-        )
+
+def _foreign(line: bytes | bytearray, http: bool) -> Problem:
+    """Return the problem of a line of another protocol."""
+    return Problem(
+        Refused(
+            Code.BAD_REQUEST,
+            'this is regd: one JSON object a line, such as {"cmd":"help"}, or a bare line such as help, list '
+            "or resolve NAME",
+        ),
+        fatal=True,
+        seen=bytes(line[:_SEEN_BYTES]),
+        reply=HTTP_REFUSAL if http else b"",
+    )
 
 
 def _is_http(line: bytes) -> bool:

@@ -46,10 +46,10 @@ class ResolveCache:
 
     def _variant(self, line: bytes) -> bytes | None:
         """Return the reply to a line that has an id or blanks."""
-        found = _USUAL.fullmatch(line)
-        if found is None:
+        match = _USUAL.fullmatch(line)
+        if match is None:
             return None
-        before, name, behind = found.groups()
+        before, name, behind = match.groups()
         reply = self.known.get(_line(name))
         if reply is None or (before and behind):  # two ids are an error
             return None

@@ -40,7 +40,7 @@ class Listeners:
 
     @property
     def addresses(self) -> list[str]:
-        return [_address(each) for each in self.sockets]
+        return [_address(listener) for listener in self.sockets]
 
     def open_tcp(self, port: int) -> None:
         """Listen on 127.0.0.1 and ::1, on the same port; 0 picks a port that is free on both.
@@ -90,8 +90,8 @@ class Listeners:
         Raises:
             ListenError: regd cannot listen on one of them.
         """
-        for each in handed:
-            self.sockets.append(_inherited(each) if isinstance(each, InheritedSocket) else each)
+        for entry in handed:
+            self.sockets.append(_inherited(entry) if isinstance(entry, InheritedSocket) else entry)
 
     @staticmethod
     def _clear(path: Path) -> None:
@@ -108,8 +108,8 @@ class Listeners:
         raise ListenError(f"{path} is in use by another program; name another with --unix")
 
     def close(self, files: Files) -> None:
-        for each in self.sockets:
-            each.close()
+        for listener in self.sockets:
+            listener.close()
         if self._unix is not None:
             with contextlib.suppress(OSError):
                 self._unix.unlink()

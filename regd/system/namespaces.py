@@ -47,8 +47,8 @@ def _network(connection: socket.socket) -> bool:
         return False
 
 
-def _cookie(each: socket.socket) -> int:
-    [cookie] = struct.unpack("=Q", each.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8))
+def _cookie(sock: socket.socket) -> int:
+    [cookie] = struct.unpack("=Q", sock.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8))
     return int(cookie)
 
 

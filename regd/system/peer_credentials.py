@@ -99,7 +99,7 @@ class PeerCredentials:
                 "read; map it, as `unshare --map-root-user` does",
                 _UID_MAP,
             )
-        tcp = [each for each in listeners if each.family != socket.AF_UNIX]
+        tcp = [listener for listener in listeners if listener.family != socket.AF_UNIX]
         if not tcp:  # a Unix socket tells its peer
             return
         here: End = tcp[0].getsockname()[:2]
@@ -159,9 +159,8 @@ class PeerCredentials:
         if connection.fileno() < 0:
             return True
         poll = select.poll()
-        poll.register(
-            connection.fileno(), 0
-        )  # POLLHUP and POLLERR are always reported: both sides are closed, or the connection is reset
+        # POLLHUP and POLLERR are always reported: both sides are closed, or the connection is reset.
+        poll.register(connection.fileno(), 0)
         if poll.poll(0):
             return True
         if connection.family == socket.AF_UNIX:
@@ -224,11 +223,11 @@ def is_connection(row: bytes, source: End, destination: End) -> bool:
     """Whether an answer is about this connection, also if the peer's address is written as ::ffff:127.0.0.1."""
     if len(row) < _OWNER_AT + _OWNER.size or row[_STATE_AT] == _TCP_LISTEN:
         return False
-    found = row[_ID_AT : _ID_AT + _ID_BYTES]
+    answered = row[_ID_AT : _ID_AT + _ID_BYTES]
     ids = [_id(source, destination)]
     if _family(source[0]) == socket.AF_INET:
         ids.append(_id(*((f"::ffff:{host}", port) for host, port in (source, destination))))
-    return found in ids
+    return answered in ids
 
 
 def owner(row: bytes) -> int | None:

@@ -29,7 +29,7 @@ def handed_over(environment: MutableMapping[str, str]) -> list[InheritedSocket]:
         ListenError: the environment is wrong about them.
     """
     environment.pop("LISTEN_PIDFDID", None)
-    pid, count, names = (environment.pop(f"LISTEN_{each}", None) for each in ("PID", "FDS", "FDNAMES"))
+    pid, count, names = (environment.pop(f"LISTEN_{name}", None) for name in ("PID", "FDS", "FDNAMES"))
     if pid != str(os.getpid()) or count in (None, "0"):
         return []
     if not _COUNT.fullmatch(count):
@@ -40,12 +40,12 @@ def handed_over(environment: MutableMapping[str, str]) -> list[InheritedSocket]:
             f"LISTEN_FDS is {count}, and LISTEN_FDNAMES has {len(named)} names; correct what starts regd"
         )
     handed = [InheritedSocket(file, name) for file, name in enumerate(named, _FIRST_FILE)]
-    for each in handed:
+    for inherited in handed:
         try:
-            os.set_inheritable(each.file, False)
+            os.set_inheritable(inherited.file, False)
         except OSError as error:
             raise ListenError(
-                f"LISTEN_FDS is {count}, and file {each.file} is not there ({error.strerror}); "
+                f"LISTEN_FDS is {count}, and file {inherited.file} is not there ({error.strerror}); "
                 "correct what starts regd"
             ) from None
     return handed
@@ -53,7 +53,7 @@ def handed_over(environment: MutableMapping[str, str]) -> list[InheritedSocket]:
 
 def watchdog_s(environment: MutableMapping[str, str]) -> float | None:
     """Take the watchdog's timeout; None if there is no watchdog."""
-    every_us, pid = (environment.pop(f"WATCHDOG_{each}", None) for each in ("USEC", "PID"))
+    every_us, pid = (environment.pop(f"WATCHDOG_{name}", None) for name in ("USEC", "PID"))
     if every_us is None or (pid is not None and pid != str(os.getpid())):
         return None
     if not every_us.isascii() or not every_us.isdigit() or not 0 < len(every_us.lstrip("0")) <= 20:
