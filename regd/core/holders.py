@@ -245,4 +245,4 @@ class HolderIndex:
         """Return why an entry is presumed dead, None while it is alive."""
         if self.is_alive(entry):
             return None
-        return next((reason for each in entry.holders if (reason := self.gone(each)) is not None), None)
+        return next((reason for holder in entry.holders if (reason := self.gone(holder)) is not None), None)

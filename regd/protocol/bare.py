@@ -34,12 +34,12 @@ _ADDRESS = re.compile(r"(?:(?P<host>[^:\[\]]+|\[[^\[\]]+\]):)?(?P<port>[0-9]{1,5
 
 def _registration(words: Sequence[str]) -> Arguments:
     name, address = words
-    found = _ADDRESS.fullmatch(address)
-    if found is None:
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
         message = f"port must be PORT or HOST:PORT, an IPv6 address in brackets, not {address[:64]!r}"
         raise Refused(Code.BAD_ARGUMENT, message, field="port")
-    host = found["host"]
-    arguments: dict[str, object] = {"name": name, "port": int(found["port"])}
+    host = match["host"]
+    arguments: dict[str, object] = {"name": name, "port": int(match["port"])}
     return arguments if host is None else arguments | {"host": host.strip("[]")}
 
 

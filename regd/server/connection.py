@@ -86,9 +86,8 @@ class Connections:
         now = self.clock.now()
         if now - self._foreign_logged_at >= _FOREIGN_LOG_S:
             self._foreign_logged_at = now
-            log.warning(
-                "refused %s, which does not speak regd: %r…", address, seen
-            )  # `repr`: safe for a terminal
+            # `repr` is safe for a terminal.
+            log.warning("refused %s, which does not speak regd: %r…", address, seen)
 
 
 class Connection(asyncio.Protocol):

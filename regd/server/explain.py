@@ -23,12 +23,12 @@ class Explainer:
         self,
         registry: Registry,
         clock: Clock,
-        findings: ProbeResults,
+        probe_results: ProbeResults,
         peer_of: Callable[[int], str | None],
     ) -> None:
         self._registry = registry
         self._clock = clock
-        self._findings = findings
+        self._probe_results = probe_results
         self._peer_of = peer_of
 
     # Hints.
@@ -84,9 +84,9 @@ class Explainer:
         """Return the addresses of ready instances that did not accept the last probe, and why."""
         name, instance, meta = arguments["name"], arguments.get("instance"), arguments.get("meta", {})
         return [
-            f"{messages.joined(entry.host, entry.port)} ({finding.why})"
+            f"{messages.joined(entry.host, entry.port)} ({result.why})"
             for entry in self._some_ready(name, instance, meta, _INSTANCES_MAX)
-            if (finding := self._findings.last((entry.host, entry.port))) is not None and finding.why
+            if (result := self._probe_results.last((entry.host, entry.port))) is not None and result.why
         ]
 
     def _some_ready(self, name: str, instance: str | None, meta: Mapping[str, str], most: int) -> list[Entry]:
@@ -148,12 +148,12 @@ class Explainer:
         return [] if entry is None else [entry]
 
     def _instance(self, entry: Entry) -> dict[str, object]:
-        finding = self._findings.last((entry.host, entry.port))
+        result = self._probe_results.last((entry.host, entry.port))
         probe: dict[str, object] | None = None
-        if finding is not None:
-            probe = {"accepted": finding.accepted, "age_s": round(self._clock.now() - finding.at, 3)}
-            if finding.why:
-                probe["why"] = finding.why
+        if result is not None:
+            probe = {"accepted": result.accepted, "age_s": round(self._clock.now() - result.at, 3)}
+            if result.why:
+                probe["why"] = result.why
         return {
             "instance": entry.instance,
             "host": entry.host,

@@ -58,7 +58,7 @@ class Handlers:
         self._replies = replies
         self._helps: dict[str | None, bytes] = {}  # the replies to `help`, by topic, without an id
         self._reads: Mapping[str, Callable[[Request, Caller], bytes | IncrementalReply]] = {
-            "ping": lambda request, asker: messages.ok(request.id, {}),
+            "ping": lambda request, caller: messages.ok(request.id, {}),
             "hello": self._hello,
             "help": self._help,
             "resolve": self._resolve,
@@ -73,18 +73,18 @@ class Handlers:
             "update": self._update,
         }
 
-    def read(self, request: Request, asker: Caller) -> bytes | IncrementalReply:
+    def read(self, request: Request, caller: Caller) -> bytes | IncrementalReply:
         """Return the reply to a command that changes nothing, or an iterator that makes it.
 
         Raises:
             Refused: it cannot be answered.
         """
-        return self._reads[request.cmd](request, asker)
+        return self._reads[request.cmd](request, caller)
 
-    def write(self, request: Request, asker: Caller) -> Write:
+    def write(self, request: Request, caller: Caller) -> Write:
         """Return the write of a command that changes something, for the engine."""
         do = self._writes[request.cmd]
-        return lambda transaction: do(transaction, request, asker)
+        return lambda transaction: do(transaction, request, caller)
 
     def explain(self, request: Request, refusal: Refused) -> None:
         """Add hints to the refusal of a write that found no registration. The writes before it are committed."""
@@ -111,10 +111,10 @@ class Handlers:
 
     # Reads.
 
-    def _hello(self, request: Request, asker: Caller) -> bytes:
+    def _hello(self, request: Request, caller: Caller) -> bytes:
         return messages.ok(request.id, self._info.hello())
 
-    def _help(self, request: Request, asker: Caller) -> bytes:
+    def _help(self, request: Request, caller: Caller) -> bytes:
         if "short" in request.arguments:  # of a bare line
             return messages.ok(None, {"bare": USAGES, "more": '{"cmd":"help"}'})
         topic = request.arguments.get("topic")
@@ -122,11 +122,11 @@ class Handlers:
             self._helps[topic] = messages.ok(None, {"commands": described(topic)})
         return messages.identified(request.id, self._helps[topic])
 
-    def _resolve(self, request: Request, asker: Caller) -> bytes | IncrementalReply:
-        search = self._search(request, asker.is_readonly)
+    def _resolve(self, request: Request, caller: Caller) -> bytes | IncrementalReply:
+        search = self._search(request, caller.is_readonly)
         if search.go_on(self._limits.search_step_max) and len(search.found) <= _ENCODED_MAX:
-            return self._resolved(request, search.found, self._registry.rev, asker.is_readonly)
-        return self._resolve_slowly(request, asker.is_readonly)
+            return self._resolved(request, search.found, self._registry.rev, caller.is_readonly)
+        return self._resolve_slowly(request, caller.is_readonly)
 
     def _search(self, request: Request, readonly: bool) -> Search:
         given = request.arguments
@@ -171,7 +171,7 @@ class Handlers:
             result["more"] = True
         return messages.instances(request.id, result, shown)
 
-    def _list(self, request: Request, asker: Caller) -> bytes | IncrementalReply:
+    def _list(self, request: Request, caller: Caller) -> bytes | IncrementalReply:
         page = self._page(request)
         if len(page.entries) <= _ENCODED_MAX:
             return self._listed(request, page, self.position())
@@ -204,10 +204,10 @@ class Handlers:
             result["next"] = key_text(after)
         return messages.instances(request.id, result, entries)
 
-    def _stats(self, request: Request, asker: Caller) -> bytes:
+    def _stats(self, request: Request, caller: Caller) -> bytes:
         return messages.ok(request.id, self._info.stats())
 
-    def _renew(self, request: Request, asker: Caller) -> bytes:
+    def _renew(self, request: Request, caller: Caller) -> bytes:
         """Renew the caller's lease if it has one, else all leases of the registration."""
         given = request.arguments
         name, key = given["name"], _key(given)
@@ -215,24 +215,24 @@ class Handlers:
         if entry is None or not self._registry.lifetimes.is_alive(entry):
             message = f"no registration of {key_text(key)!r} any more: register again"
             raise Refused(Code.NOT_FOUND, message, **self._explainer.hints(name))
-        leases = [(each, each.ttl_s) for each in entry.holders if each.ttl_s is not None]
+        leases = [(holder, holder.ttl_s) for holder in entry.holders if holder.ttl_s is not None]
         if not leases:
             raise Refused(Code.BAD_ARGUMENT, f"{key_text(key)!r} has no ttl to renew", field="name")
-        own = [lease for lease in leases if lease[0].session == asker.session]
+        own = [lease for lease in leases if lease[0].session == caller.session]
         granted, now = 0.0, self._stalls.now()
         for holder, ttl_s in own or leases:
             granted = given.get("ttl", ttl_s)
             self._registry.lifetimes.renew(key, holder, now, granted)
         return messages.ok(request.id, {"ttl": messages.seconds(granted)})
 
-    def _why(self, request: Request, asker: Caller) -> bytes:
+    def _why(self, request: Request, caller: Caller) -> bytes:
         return messages.ok(
             request.id, self._explainer.why(request.arguments["name"], request.arguments.get("instance"))
         )
 
     # Writes. Their replies are sent once the file holds the changes.
 
-    def _register(self, transaction: Transaction, request: Request, asker: Caller) -> bytes:
+    def _register(self, transaction: Transaction, request: Request, caller: Caller) -> bytes:
         given = request.arguments
         name, instance = _key(given)
         host, meta, state = (
@@ -240,7 +240,7 @@ class Handlers:
             given.get("meta", {}),
             given.get("state", State.READY),
         )
-        if asker.elsewhere.network and may_probe(host):
+        if caller.elsewhere.network and may_probe(host):
             raise Refused(
                 Code.BAD_ARGUMENT,
                 f"{host} is in your network namespace, which is not regd's, so that nobody here could reach it; "
@@ -250,39 +250,39 @@ class Handlers:
         holders: tuple[Holder, ...] = ()
         hold, pid, ttl_s = given.get("hold", False), given.get("pid"), given.get("ttl")
         if hold or pid is not None or ttl_s is not None:
-            process = None if pid is None else self._find(pid, asker)
-            holders = (Holder(0, asker.session, hold, process, ttl_s),)
+            process = None if pid is None else self._find(pid, caller)
+            holders = (Holder(0, caller.session, hold, process, ttl_s),)
         wanted = Entry(
             name, instance, host, given["port"], meta, state, rev=0, registered_at=0.0, holders=holders
         )
         try:
             entry, replaced = transaction.register(
-                wanted, given.get("if"), session=asker.session, force=given.get("force", False)
+                wanted, given.get("if"), session=caller.session, force=given.get("force", False)
             )
         except OwnerConflict as conflict:
             raise self._explainer.conflict(conflict) from None
         return messages.registered(request.id, entry, replaced)
 
-    def _find(self, pid: int, asker: Caller) -> Process:
-        if asker.elsewhere.pid:
+    def _find(self, pid: int, caller: Caller) -> Process:
+        if caller.elsewhere.pid:
             raise Refused(
                 Code.UNSUPPORTED,
                 f"regd cannot watch process {pid}: it is in another pid namespace; use hold or ttl",
                 field="pid",
             )
-        return self._processes.find(pid, asker.uid)
+        return self._processes.find(pid, caller.uid)
 
-    def _deregister(self, transaction: Transaction, request: Request, asker: Caller) -> bytes:
+    def _deregister(self, transaction: Transaction, request: Request, caller: Caller) -> bytes:
         given = request.arguments
-        removed = transaction.deregister(_key(given), given.get("if"), session=asker.session)
+        removed = transaction.deregister(_key(given), given.get("if"), session=caller.session)
         return messages.ok(request.id, {"removed": removed, "rev": transaction.rev})
 
-    def _update(self, transaction: Transaction, request: Request, asker: Caller) -> bytes:
+    def _update(self, transaction: Transaction, request: Request, caller: Caller) -> bytes:
         given = request.arguments
         meta, state = given.get("meta"), given.get("state")
         if meta is None and state is None:
             raise Refused(Code.BAD_ARGUMENT, "update needs meta, state or both", field="meta")
-        entry = transaction.update(_key(given), meta, state, given.get("if"), session=asker.session)
+        entry = transaction.update(_key(given), meta, state, given.get("if"), session=caller.session)
         return messages.ok(request.id, {"rev": entry.rev})
 
 

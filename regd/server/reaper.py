@@ -124,9 +124,9 @@ class Reaper:
             return None
         return entry
 
-    def _probed(self, key: Key, holder_id: int, finding: ProbeResult) -> None:
+    def _probed(self, key: Key, holder_id: int, result: ProbeResult) -> None:
         self._probing -= 1
-        if not finding.refused:  # accepted, or no answer: the process may be blocked
+        if not result.refused:  # accepted, or no answer: the process may be blocked
             self._registry.lifetimes.wait_on(key, holder_id, self._stalls.now() + _PROBE_EVERY_S)
         elif self._entry_held_by(key, holder_id) is not None:
             self._end(HolderGone(Reason.CLOSED, holder=(key, holder_id)))

@@ -81,25 +81,25 @@ class ProbeResults:
     def add(self, address: Address, at: float, why: str) -> ProbeResult:
         self.count += 1
         self._last.pop(address, None)
-        finding = self._last[address] = ProbeResult(self.count, at, why)
+        result = self._last[address] = ProbeResult(self.count, at, why)
         if len(self._last) > self._most:
             del self._last[next(iter(self._last))]
-        return finding
+        return result
 
     def last(self, address: Address) -> ProbeResult | None:
         return self._last.get(address)
 
 
 class Probes:
-    """The running probes. After each attempt its result is added to `findings`, and `found` is called."""
+    """The running probes. After each attempt its result is added to `results`, and `probed` is called."""
 
     def __init__(
-        self, clock: Clock, limits: Limits, findings: ProbeResults, found: Callable[[Address], None]
+        self, clock: Clock, limits: Limits, results: ProbeResults, probed: Callable[[Address], None]
     ) -> None:
         self._clock = clock
         self._limits = limits
-        self._findings = findings
-        self._found = found
+        self._results = results
+        self._probed = probed
         self._probes: dict[Address, _Probe] = {}
         self._asked: dict[Address, list[Callable[[ProbeResult], None]]] = {}
         self._queue: dict[Address, _Probe] = {}  # waiting for one of `probes_max`, in order
@@ -161,15 +161,15 @@ class Probes:
 
     async def _try(self, address: Address, probe: _Probe) -> None:
         why = await _connect(address, self._limits.probe_s_max)
-        finding = self._findings.add(address, self._clock.now(), why)
+        result = self._results.add(address, self._clock.now(), why)
         probe.task = None
         next_at = self._clock.now() + probe.pause_s
         probe.timer = self._clock.call_at(next_at, lambda: self._try_now(address, probe))
         probe.pause_s = min(2 * probe.pause_s, _PAUSE_S[1])
-        self._found(address)
+        self._probed(address)
         for told in self._asked.pop(address, ()):
             self.unwant(address)
-            told(finding)
+            told(result)
 
 
 async def _connect(address: Address, timeout_s: float) -> str:

@@ -97,9 +97,8 @@ class Processes:
         except OSError as error:
             if has_ended(file):
                 raise _no_process(pid) from None
-            raise _unseen(
-                pid, f"/proc/{pid}: {error.strerror}"
-            ) from None  # /proc may be mounted with hidepid (proc(5))
+            # /proc may be mounted with hidepid (proc(5)).
+            raise _unseen(pid, f"/proc/{pid}: {error.strerror}") from None
         if has_ended(file):  # the number may have been reused before it was read
             raise _no_process(pid)
         if checks_user and uid not in users:
@@ -217,10 +216,10 @@ def _uids(pid: int) -> tuple[int, ...]:
     Raises OSError if /proc does not show it.
     """
     with open(f"/proc/{pid}/status", "rb") as file:
-        found = [line for line in file if line.startswith(b"Uid:")]
-    if not found:
+        lines = [line for line in file if line.startswith(b"Uid:")]
+    if not lines:
         raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
-    return tuple(int(each) for each in found[0].split()[1:])
+    return tuple(int(uid) for uid in lines[0].split()[1:])
 
 
 def _no_process(pid: int) -> Refused:
