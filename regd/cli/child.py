@@ -11,8 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 from regd.cli.output import complain
 
@@ -32,12 +31,13 @@ _LEAVE_S = 3.0  # for the name to be deregistered
 _DRAIN_S = 0.1  # from then to the signal: clients that have just resolved the name still connect
 
 
-class NotStarted(Exception):
-    """The command could not be started. `status` is the exit status that a shell would have."""
+class NotRun(Exception):
+    """The command is not started. `status` is the exit status of regctl, `error` the code for JSON."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, error: str, message: str) -> None:
         super().__init__(message)
         self.status = status
+        self.error = error
 
 
 class Name(Protocol):
@@ -49,17 +49,6 @@ class Name(Protocol):
     def is_gone(self, within_s: float = 0.0) -> bool: ...
 
 
-@dataclass(frozen=True, slots=True)
-class ChildCommand:
-    """What to run. `listening` is passed as file descriptor 3, under `name`; `mask` is the signal mask."""
-
-    argv: list[str]
-    environment: Mapping[str, str]
-    listening: socket.socket | None
-    name: str
-    mask: Collection[int]
-
-
 def awaited_signals() -> set[int]:
     """Return SIGCHLD and the signals to pass on: all but faults, as tini(1) does.
 
@@ -69,49 +58,52 @@ def awaited_signals() -> set[int]:
     return {signal.SIGCHLD, *(signal.valid_signals() - _OWN)}
 
 
-def start(command: ChildCommand) -> int:
-    """Start a command and return its process id.
+def start(
+    argv: list[str],
+    environment: Mapping[str, str],
+    listening: socket.socket | None,
+    name: str,
+    mask: Collection[int],
+) -> int:
+    """Start a command with this signal mask and return its process id.
+
+    `listening` is passed as file descriptor 3, under `name`.
 
     Uses fork and exec, since subprocess cannot set $LISTEN_PID, which is the command's own process id.
 
     Raises:
-        NotStarted: the command cannot be run.
+        NotRun: the command cannot be run.
     """
     reading, writing = os.pipe()  # closed by exec; holds the error number if that fails
     child = os.fork()
     if child == 0:
-        _become(command, writing)
+        try:  # replace this process by the command, or write the error number
+            os.environ.update(environment)
+            for variable in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"):
+                os.environ.pop(variable, None)  # meant for regctl
+            if listening is not None:
+                if writing == _LISTEN_FD:
+                    writing = os.dup(writing)
+                os.dup2(listening.fileno(), _LISTEN_FD)
+                os.set_inheritable(_LISTEN_FD, True)
+                os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()), LISTEN_FDNAMES=name)
+            for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
+                signal.signal(ignored, signal.SIG_DFL)  # Python ignores them, and exec keeps that
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            os.execvp(argv[0], argv)
+        except (OSError, ValueError) as error:  # ValueError: a NUL byte in the environment
+            os.write(writing, b"%d" % (getattr(error, "errno", None) or errno.EINVAL))
+        finally:
+            os._exit(CANNOT_RUN)
     os.close(writing)
     with open(reading, "rb") as pipe:
         failure = pipe.read()
     if not failure:
         return child
     os.waitpid(child, 0)
-    number = int(failure)
-    status = NO_COMMAND if number in (errno.ENOENT, errno.ENOTDIR) else CANNOT_RUN
-    raise NotStarted(status, f"{command.argv[0]}: {os.strerror(number)}")
-
-
-def _become(command: ChildCommand, writing: int) -> NoReturn:
-    """Replace this process, the child, by the command, or write the error number."""
-    try:
-        os.environ.update(command.environment)
-        for variable in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"):
-            os.environ.pop(variable, None)  # meant for regctl
-        if command.listening is not None:
-            if writing == _LISTEN_FD:
-                writing = os.dup(writing)
-            os.dup2(command.listening.fileno(), _LISTEN_FD)
-            os.set_inheritable(_LISTEN_FD, True)
-            os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()), LISTEN_FDNAMES=command.name)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(number, signal.SIG_DFL)  # Python ignores them, and exec keeps that
-        signal.pthread_sigmask(signal.SIG_SETMASK, command.mask)
-        os.execvp(command.argv[0], command.argv)
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the environment
-        os.write(writing, b"%d" % (getattr(error, "errno", None) or errno.EINVAL))
-    finally:
-        os._exit(CANNOT_RUN)
+    error_number = int(failure)
+    status = NO_COMMAND if error_number in (errno.ENOENT, errno.ENOTDIR) else CANNOT_RUN
+    raise NotRun(status, "cannot_run", f"{argv[0]}: {os.strerror(error_number)}")
 
 
 def wait_and_forward(child: int, awaited: Collection[int], name: Name, report: Callable[[str], None]) -> int:

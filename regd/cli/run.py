@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from regd.cli.child import ChildCommand, NotStarted, awaited_signals, exit_status, start, wait_and_forward
+from regd.cli.child import NotRun, awaited_signals, exit_status, start, wait_and_forward
 from regd.cli.commands import NO_DAEMON, NOT_FOUND, REFUSED, USAGE
 from regd.cli.output import complain, environment_variables, visible
 from regd.cli.port_owner import is_of, listener
@@ -36,15 +36,6 @@ _PROBE_PAUSE_S = (0.01, 0.2)  # the first and the longest, between two probes of
 _PROBE_S = 1.0  # the timeout of a probe
 _SILENT_S = 10.0  # without a listener, until a warning
 _LEAVE_S = 3.0  # for the name to be deregistered
-
-
-class _NotRun(Exception):
-    """The command is not started. `status` is the exit status of regctl, `error` the code for JSON."""
-
-    def __init__(self, status: int, error: str, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.error = error
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +60,7 @@ def run(address: str | None, as_json: bool, arguments: Mapping[str, Any]) -> int
             held = stack.enter_context(_reserved_port(arguments["port"], arguments["socket"]))
             environment["PORT"] = str(held.getsockname()[1] if held is not None else arguments["port"])
             return _run(arguments, reporter, environment, held)
-    except NotStarted as failure:
-        reporter.report("refused", str(failure), error="cannot_run")
-        return failure.status
-    except _NotRun as failure:
+    except NotRun as failure:
         reporter.report("refused", str(failure), error=failure.error)
         return failure.status
 
@@ -91,10 +79,10 @@ def _environment(address: str | None, arguments: Mapping[str, Any]) -> dict[str,
         try:
             reply = wait_for(None, name, until)
         except RegdError as error:
-            raise _NotRun(NO_DAEMON, "unavailable", str(error)) from None
+            raise NotRun(NO_DAEMON, "unavailable", str(error)) from None
         if not reply["ok"]:
             status = {"bad_argument": USAGE, "timeout": NOT_FOUND}.get(reply["error"], REFUSED)
-            raise _NotRun(status, reply["error"], f"{name}: {reply['message']}")
+            raise NotRun(status, reply["error"], f"{name}: {reply['message']}")
         instances.append(reply)
     return environment_variables(instances)[0]
 
@@ -108,9 +96,9 @@ def _check(arguments: Mapping[str, Any]) -> None:
     except Unavailable:
         return
     except RegdError as error:
-        raise _NotRun(USAGE, "bad_argument", str(error)) from None
+        raise NotRun(USAGE, "bad_argument", str(error)) from None
     if reply.get("error") == "bad_argument":
-        raise _NotRun(USAGE, "bad_argument", reply["message"])
+        raise NotRun(USAGE, "bad_argument", reply["message"])
 
 
 @contextlib.contextmanager
@@ -127,7 +115,7 @@ def _reserved_port(port: int | None, listening: bool) -> Iterator[socket.socket 
             yield None  # the command may have rights that regctl has not
             return
         wanted = f"port {port}" if port else "a free port"
-        raise _NotRun(
+        raise NotRun(
             REFUSED, "port_taken", f"cannot bind {wanted}: {error.strerror}; choose another with --port"
         ) from None
     with reserved:
@@ -166,7 +154,7 @@ def _run(
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)  # in the client's thread too
     try:
         listening = held if arguments["socket"] else None
-        child = start(ChildCommand(arguments["argv"], environment, listening, arguments["name"], mask))
+        child = start(arguments["argv"], environment, listening, arguments["name"], mask)
         if listening is not None:
             listening.close()  # the command has it now, and closes it
         name = _Name(arguments, reporter, child, int(environment["PORT"]))
