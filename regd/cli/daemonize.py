@@ -3,7 +3,7 @@
 import contextlib
 import os
 import signal
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 _STANDARD = (0, 1, 2)
 _FILES_MAX = 65_536  # closed one by one where the system does not list the open ones
@@ -23,40 +23,32 @@ def close_inherited_files(keep: Collection[int]) -> None:
                 os.close(number)
 
 
-class Foreground:
-    """The daemon runs in the process that was started."""
+def fork_to_background(log: int) -> Callable[[], None]:
+    """Fork: the child goes on in its own session, the parent exits once the child listens or has failed.
 
-    def leave(self) -> None:
-        """Tell the parent that the daemon listens; here there is none."""
-
-
-class Background(Foreground):
-    """Fork: the daemon goes on in a child with its own session, the parent exits once that listens or has failed.
-
-    Create it before any thread or event loop. `log` is the descriptor that replaces stderr.
+    Call it before any thread or event loop. Returns a function for the child to call once it listens: it
+    detaches from the terminal, with `log` in place of stderr, and lets the parent exit.
     """
+    reading, writing = os.pipe()
+    if os.fork():
+        os.close(writing)
+        listens = os.read(reading, 1)  # empty: the child has ended
+        os._exit(0 if listens else 1)
+    os.close(reading)
+    os.setsid()
+    os.chdir("/")  # so that the folder of the parent can be unmounted
 
-    def __init__(self, log: int) -> None:
-        self._log = log
-        reading, self._writing = os.pipe()
-        if os.fork():
-            os.close(self._writing)
-            listens = os.read(reading, 1)  # empty: the child has ended
-            os._exit(0 if listens else 1)
-        os.close(reading)
-        os.setsid()
-        os.chdir("/")  # so that the folder of the parent can be unmounted
-
-    def leave(self) -> None:
-        """Detach from the terminal, and let the parent exit."""
+    def detach() -> None:
         null = os.open(os.devnull, os.O_RDWR)
-        for number, target in zip(_STANDARD, (null, null, self._log), strict=True):
+        for number, target in zip(_STANDARD, (null, null, log), strict=True):
             os.dup2(target, number)
         if null not in _STANDARD:
             os.close(null)
         with contextlib.suppress(OSError):  # the parent may have been killed
-            os.write(self._writing, b"!")
-        os.close(self._writing)
+            os.write(writing, b"!")
+        os.close(writing)
+
+    return detach
 
 
 def unblock_signals() -> None:

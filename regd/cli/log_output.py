@@ -100,8 +100,8 @@ class LogOutput(logging.Handler):
         super().__init__()
         self.lines = FORMATS[format]()
         self.setFormatter(self.lines)
-        self._path = path
-        self._fd = _STDERR if path is None else open_log(path)
+        self.path = path
+        self.fd = _STDERR if path is None else open_log(path)
         self._ready = threading.Condition()
         # Bytes to write, and how many lines are lost if they cannot be written.
         self._pending: deque[tuple[bytes, int]] = deque()
@@ -111,14 +111,6 @@ class LogOutput(logging.Handler):
         self._torn = False  # the last line was written in part
         self._closing = False
         self._thread: threading.Thread | None = None
-
-    @property
-    def path(self) -> Path | None:
-        return self._path
-
-    @property
-    def fd(self) -> int:
-        return self._fd
 
     def start(self, level: str) -> None:
         """Handle all log records of the program from now on. Call it after any fork: a child has no threads."""
@@ -179,10 +171,10 @@ class LogOutput(logging.Handler):
         view = memoryview(data)
         while view:
             try:
-                count = os.write(self._fd, view)
+                count = os.write(self.fd, view)
             except BlockingIOError:  # a pipe or terminal that another process made non-blocking
                 poll = select.poll()
-                poll.register(self._fd, select.POLLOUT)
+                poll.register(self.fd, select.POLLOUT)
                 poll.poll()
                 continue
             self._torn = view[count - 1] != ord("\n") if count else self._torn
@@ -194,14 +186,14 @@ class LogOutput(logging.Handler):
         Raises:
             LogError: it cannot be opened; the old file stays in use.
         """
-        if self._path is None:
+        if self.path is None:
             return
-        fd = open_log(self._path)
+        fd = open_log(self.path)
         try:
             for other in (1, _STDERR):
-                if is_same_file(other, self._fd):
+                if is_same_file(other, self.fd):
                     os.dup2(fd, other)
-            os.dup2(fd, self._fd, inheritable=False)
+            os.dup2(fd, self.fd, inheritable=False)
         finally:
             os.close(fd)
 
@@ -221,8 +213,8 @@ class LogOutput(logging.Handler):
         """Report why regd cannot start or continue: in the log, and on stderr if that is another file."""
         self.close()
         message = visible(message)
-        write_line(self._fd, self.lines.failure(message))
-        if self._path is not None and not is_same_file(_STDERR, self._fd):
+        write_line(self.fd, self.lines.failure(message))
+        if self.path is not None and not is_same_file(_STDERR, self.fd):
             write_line(_STDERR, f"regd: {message}")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import regd
 from regd.cli.arguments import Parameter, Parser, UsageError, integer, seconds
-from regd.cli.daemonize import Background, Foreground, close_inherited_files, unblock_signals
+from regd.cli.daemonize import close_inherited_files, fork_to_background, unblock_signals
 from regd.cli.log_output import FORMATS, LogError, LogOutput, has_terminal, write_line
 from regd.cli.output import Output, finish, open_standard_streams, visible
 from regd.server.daemon import DEFAULT_GRACE_S, DEFAULT_PORT, Config, Daemon, default_registry
@@ -172,21 +172,21 @@ def _serve(arguments: argparse.Namespace) -> int:
     try:
         config = _config(arguments)
         if arguments.background:
-            close_inherited_files([each.file for each in config.inherited if isinstance(each, InheritedSocket)])
+            close_inherited_files([item.file for item in config.inherited if isinstance(item, InheritedSocket)])
         output = LogOutput(config.log, arguments.log_format)
-        starter = Background(output.fd) if arguments.background else Foreground()
+        detach = fork_to_background(output.fd) if arguments.background else None
         unblock_signals()
         output.start(arguments.log_level)
         logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of peers that disconnect
         _return_free_memory()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_run(config, starter, output))
-    except (ListenError, StorageError, LogError, _Misused) as error:
+            runner.run(_run(config, detach, output))
+    except (ListenError, StorageError, LogError, UsageError) as error:
         if output is None:
             write_line(2, f"regd: {visible(str(error))}")
         else:
             output.fail(str(error))
-        return 2 if isinstance(error, _Misused) else 1
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:  # before the signal handlers are set
         return 130
     except Exception:
@@ -198,30 +198,24 @@ def _serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
-class _Misused(Exception):
-    """Flags that contradict each other or the sockets of the service manager."""
-
-
 def _config(arguments: argparse.Namespace) -> Config:
-    registry, unix, log_path = (
-        _absolute(flag, path)
-        for flag, path in (
-            ("--registry", arguments.registry),
-            ("--unix", arguments.unix),
-            ("--log", arguments.log),
-        )
-    )
+    registry = _absolute("--registry", arguments.registry)
+    unix = _absolute("--unix", arguments.unix)
+    log_path = _absolute("--log", arguments.log)
     inherited = handed_over(os.environ)
     for flag, value in (("--port", arguments.port), ("--unix", arguments.unix)):
         if inherited and value is not None:
-            raise _Misused(f"{flag} {value}: the service manager passes sockets to listen on; leave the flag out")
+            raise UsageError(
+                "regd", f"{flag} {value}: the service manager passes sockets to listen on; leave the flag out"
+            )
     if arguments.port == _OFF and unix is None:
-        raise _Misused("--port off: no address to listen on; name a Unix socket with --unix PATH")
+        raise UsageError("regd", "--port off: no address to listen on; name a Unix socket with --unix PATH")
     unmapped = unmapped_uid()
     if unmapped in arguments.allow_uid:
-        raise _Misused(
+        raise UsageError(
+            "regd",
             f"--allow-uid {unmapped}: here all users without a mapping in /proc/self/uid_map share that number; "
-            "map the user and pass its number in this namespace"
+            "map the user and pass its number in this namespace",
         )
     return Config(
         registry=registry or default_registry(os.environ),
@@ -290,7 +284,7 @@ def _freeze_survivors(phase: str, info: Mapping[str, int]) -> None:
         gc.freeze()
 
 
-async def _run(config: Config, starter: Foreground, output: LogOutput) -> None:
+async def _run(config: Config, detach: Callable[[], None] | None, output: LogOutput) -> None:
     ending = asyncio.Event()
     _handle_signals(ending, output)
     # The storage thread competes with the loop, which releases the interpreter at every send and receive.
@@ -307,7 +301,8 @@ async def _run(config: Config, starter: Foreground, output: LogOutput) -> None:
     watchdog = Watchdog(Notifier(os.environ), clock, watchdog_s(os.environ), lambda: daemon.status)
     try:
         _announce(daemon.addresses)
-        starter.leave()
+        if detach is not None:
+            detach()
         watchdog.start()
         await _until_end(ending, daemon)
     finally:
@@ -328,10 +323,13 @@ def _handle_signals(ending: asyncio.Event, output: LogOutput) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end, number)
 
-    terminal = _Terminal()
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # under nohup(1)
+    had_terminal = not ignored and has_terminal()
 
     def hang_up() -> None:
-        if not terminal.hung_up(output):
+        # With --log, a SIGHUP while the terminal is there asks to reopen the log.
+        terminal_is_gone = had_terminal and (output.path is None or not has_terminal())
+        if not terminal_is_gone:
             _reopen(output)
         elif not ending.is_set():  # the shell and the kernel may both send SIGHUP
             end(signal.SIGHUP)
@@ -342,18 +340,6 @@ def _handle_signals(ending: asyncio.Event, output: LogOutput) -> None:
         other = getattr(signal, word, 0) + int(above or 0)
         if other in signal.valid_signals() and signal.getsignal(other) in (signal.SIG_DFL, signal.SIG_IGN):
             loop.add_signal_handler(other, log.info, "%s: ignored", name)
-
-
-class _Terminal:
-    """The terminal in which this process was started, if any. Create it before SIGHUP has a handler."""
-
-    def __init__(self) -> None:
-        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # under nohup(1)
-        self._ends = not ignored and has_terminal()
-
-    def hung_up(self, output: LogOutput) -> bool:
-        """Return whether a SIGHUP means that the terminal is gone. With --log it may ask to reopen the log."""
-        return self._ends and (output.path is None or not has_terminal())
 
 
 def _reopen(output: LogOutput) -> None:
