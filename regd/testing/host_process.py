@@ -30,7 +30,7 @@ gc.disable()
 sys.path.append(sys.argv[1])
 sys.modules["ssl"] = None
 from regd.testing.host_server import main
-main([int(each) for each in sys.argv[2:]])
+main([int(parent) for parent in sys.argv[2:]])
 """
 
 
@@ -174,21 +174,20 @@ def _started() -> "subprocess.Popen[bytes]":
             f"regd: cannot start {sys.executable} for the tests' registry: {error.strerror}"
         ) from error
     finally:
-        for each in parents:
-            os.close(each)
+        for parent in parents:
+            os.close(parent)
 
 
 def _parents() -> list[int]:
     """Return pidfds of the processes that the host must not outlive (Linux; elsewhere it ends with its stdin)."""
     # A worker of pytest-xdist lives for some seconds after its controller was killed.
-    wanted = [os.getpid(), *([os.getppid()] if "PYTEST_XDIST_WORKER" in os.environ else [])]
-    if not hasattr(os, "pidfd_open"):
-        return []
-    found = []
-    for each in wanted:
-        with contextlib.suppress(OSError):
-            found.append(os.pidfd_open(each))
-    return found
+    pids = [os.getpid(), *([os.getppid()] if "PYTEST_XDIST_WORKER" in os.environ else [])]
+    pidfds: list[int] = []
+    if hasattr(os, "pidfd_open"):
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                pidfds.append(os.pidfd_open(pid))
+    return pidfds
 
 
 _hosts: list[HostProcess] = []  # at most one of them is alive
@@ -202,24 +201,24 @@ def host() -> HostProcess:
         HostError: it cannot be started.
     """
     with _starting:
-        for each in _hosts[:]:
-            if not each.has_ended:
-                return each
-            each.close()
-            _hosts.remove(each)
-        made = HostProcess()
-        atexit.register(made.close)
-        _hosts.append(made)
-        return made
+        for process in _hosts[:]:
+            if not process.has_ended:
+                return process
+            process.close()
+            _hosts.remove(process)
+        process = HostProcess()
+        atexit.register(process.close)
+        _hosts.append(process)
+        return process
 
 
 def close_unused() -> None:
     """End the host, unless a registry still runs there."""
     with _starting:
-        for each in _hosts[:]:
-            if not each.is_used:
-                each.close()
-                _hosts.remove(each)
+        for process in _hosts[:]:
+            if not process.is_used:
+                process.close()
+                _hosts.remove(process)
 
 
 def _forget_all() -> None:

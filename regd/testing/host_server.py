@@ -9,6 +9,7 @@ open.
 import asyncio
 import contextlib
 import gc
+import itertools
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ from regd.system.open_files import fit_limits
 from regd.testing.memory import IN_MEMORY, MemoryFiles, excerpt
 
 _LOGGED_MAX = 50  # lines, of each daemon
+_numbers = itertools.count(1)  # of daemons
 
 _logs: "list[deque[str]]" = []  # of all running daemons
 _log: ContextVar["deque[str]"] = ContextVar("_log")  # of the daemon that logs
@@ -39,8 +41,8 @@ class _Log(logging.Handler):
     """Adds messages to the log of their daemon, by context; a message of the commit thread goes to all logs."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        speaks = _log.get(None)
-        for log in _logs if speaks is None else [speaks]:
+        own = _log.get(None)
+        for log in _logs if own is None else [own]:
             log.append(self.format(record))
 
 
@@ -54,7 +56,7 @@ class HostedDaemon:
         self._port = 0
         self._server: Daemon | None = None
         self._failing: asyncio.Task[None] | None = None
-        self._places: list[socket.socket] = []
+        self._reserved: list[socket.socket] = []
 
     async def start(self) -> dict[str, object]:
         """Start the daemon. Idempotent."""
@@ -88,19 +90,19 @@ class HostedDaemon:
         """Bind without listening: connections are refused, and no other program is assigned the port."""
         for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
             with contextlib.suppress(OSError):
-                place = socket.socket(family, socket.SOCK_STREAM)
-                self._places.append(place)
-                place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                place.bind((host, self._port))
+                reserved = socket.socket(family, socket.SOCK_STREAM)
+                self._reserved.append(reserved)
+                reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                reserved.bind((host, self._port))
 
     def _give_up_port(self) -> None:
-        while self._places:
-            self._places.pop().close()
+        while self._reserved:
+            self._reserved.pop().close()
 
-    async def show(self) -> dict[str, object]:
+    def show(self) -> dict[str, object]:
         """Return the lines of the registry's file and the last lines of the log."""
-        lines = excerpt(self._files, self._path)
-        return {"registry": lines, "log": list(self._log), "running": self._server is not None}
+        running = self._server is not None
+        return {"registry": excerpt(self._files, self._path), "log": list(self._log), "running": running}
 
     async def end(self) -> dict[str, object]:
         await self.stop()
@@ -117,56 +119,46 @@ async def _loudly(server: Daemon) -> None:
         os._exit(1)
 
 
-class HostServer:
-    """Carries out requests: `open`, and `start`, `stop`, `show`, `end` with the number of a daemon."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._daemons: dict[int, HostedDaemon] = {}
-
-    async def answer(self, line: bytes) -> bytes:
-        """Return the answer to a line, with its `id`."""
-        asked = json.loads(line)
-        try:
-            answer = await self._do(asked)
-        except (ListenError, StorageError, OSError) as error:
-            answer = {"error": str(error)}
-        return json.dumps({"id": asked["id"], **answer}).encode() + b"\n"
-
-    async def _do(self, asked: dict[str, Any]) -> dict[str, object]:
-        if asked["do"] == "open":
-            daemon = HostedDaemon(Path(asked["path"]) if asked["path"] else None)
-            answer = await daemon.start()
-            self._count += 1
-            self._daemons[self._count] = daemon
-            return {"daemon": self._count, **answer}
-        daemon = self._daemons[asked["daemon"]]
-        match asked["do"]:
-            case "start":
-                return await daemon.start()
-            case "stop":
-                return await daemon.stop()
-            case "show":
-                return await daemon.show()
-            case "end":
-                del self._daemons[asked["daemon"]]
-                return await daemon.end()
-        raise ValueError(f"unknown request: {asked!r}")
+async def _carry_out(request: dict[str, Any], daemons: dict[int, HostedDaemon]) -> dict[str, object]:
+    """Carry out `open`, or `start`, `stop`, `show` or `end` with the number of a daemon. Return the answer."""
+    if request["do"] == "open":
+        daemon = HostedDaemon(Path(request["path"]) if request["path"] else None)
+        answer = await daemon.start()
+        number = next(_numbers)
+        daemons[number] = daemon
+        return {"daemon": number, **answer}
+    daemon = daemons[request["daemon"]]
+    match request["do"]:
+        case "start":
+            return await daemon.start()
+        case "stop":
+            return await daemon.stop()
+        case "show":
+            return daemon.show()
+        case "end":
+            del daemons[request["daemon"]]
+            return await daemon.end()
+    raise ValueError(f"unknown request: {request!r}")
 
 
 async def _serve(parents: Sequence[int]) -> NoReturn:
     loop = asyncio.get_running_loop()
-    for each in parents:
-        loop.add_reader(each, os._exit, 0)
-    asked = asyncio.StreamReader()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(asked), sys.stdin)
+    for parent in parents:
+        loop.add_reader(parent, os._exit, 0)
+    requests = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(requests), sys.stdin)
     # Not blocking: a test that stopped reading must not block the daemons.
     answers, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, sys.stdout)
-    host = HostServer()
+    daemons: dict[int, HostedDaemon] = {}
     gc.freeze()
     gc.enable()
-    while line := await asked.readline():
-        answers.write(await host.answer(line))
+    while line := await requests.readline():
+        request = json.loads(line)
+        try:
+            answer = await _carry_out(request, daemons)
+        except (ListenError, StorageError, OSError) as error:
+            answer = {"error": str(error)}
+        answers.write(json.dumps({"id": request["id"], **answer}).encode() + b"\n")
     os._exit(0)  # at once: there are no more requests
 
 

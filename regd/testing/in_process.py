@@ -284,9 +284,9 @@ class InProcessRegistry(Registry):
         """Close the daemon's sockets in a forked child, so that peers notice when the daemon closes its own."""
         server = self._server
         nowhere = os.open(os.devnull, os.O_RDWR)
-        for each in server.sockets if server is not None else ():
-            if each.fileno() >= 0:
-                os.dup2(nowhere, each.fileno(), inheritable=False)
+        for own in server.sockets if server is not None else ():
+            if own.fileno() >= 0:
+                os.dup2(nowhere, own.fileno(), inheritable=False)
         os.close(nowhere)
 
 
@@ -424,8 +424,8 @@ _LIVING: "weakref.WeakSet[InProcessRegistry]" = weakref.WeakSet()
 
 
 def _forget_all_in_child() -> None:
-    for each in list(_LIVING):
-        each._forget_in_child()
+    for registry in list(_LIVING):
+        registry._forget_in_child()
     _LIVING.clear()
 
 

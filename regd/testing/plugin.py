@@ -66,9 +66,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def _wants(item: pytest.Item) -> bool:
     """Whether a test uses this plugin's fixture `regd`, and not another fixture of that name."""
-    named: dict[str, Any] = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
-    found = named.get("regd", ())
-    return any(getattr(each.func, "__module__", "") == __name__ for each in found[-1:])
+    fixtures: dict[str, Any] = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
+    innermost = fixtures.get("regd", ())[-1:]
+    return any(getattr(fixture.func, "__module__", "") == __name__ for fixture in innermost)
 
 
 def _scope(fixture_name: str, config: pytest.Config) -> "Any":
@@ -114,9 +114,9 @@ def _opened(request: pytest.FixtureRequest, stack: contextlib.ExitStack) -> "Reg
         registry = OwnRegistry(_path(request))
         stack.callback(registry.end)
         return registry
-    told = getattr(config, "workerinput", {}).get(_SHARED)
-    if told:
-        return Registry(*told, shared=True)
+    address_and_path = getattr(config, "workerinput", {}).get(_SHARED)
+    if address_and_path:
+        return Registry(*address_and_path, shared=True)
     shared: _Shared | None = config.pluginmanager.get_plugin(_SHARED)
     assert shared is not None
     return shared.registry()
@@ -196,9 +196,8 @@ def _used_by(item: pytest.Item) -> "list[Registry]":
     """Return the registries that a test uses, by these fixtures or by others whose value is a registry."""
     from regd.testing.registry import Registry
 
-    given = [each for each in getattr(item, "funcargs", {}).values() if isinstance(each, Registry)]
+    arguments = [value for value in getattr(item, "funcargs", {}).values() if isinstance(value, Registry)]
     # After a failed set-up, or with `getfixturevalue`, `funcargs` lacks the registry.
     named = getattr(getattr(item, "_request", None), "fixturenames", ())
     fixtures = {"regd", "regd_in_process"}.intersection(named)
-    running = [each for each in _running if fixtures and each not in given]
-    return [*dict.fromkeys(given), *running]
+    return [*dict.fromkeys([*arguments, *(_running if fixtures else ())])]

@@ -174,9 +174,9 @@ class OwnRegistry(Registry):
 
     def __init__(self, path: Path | None, *, shared: bool = False) -> None:
         self._host: HostProcess = host()
-        made = self._host.ask("open", path=str(path) if path else None)
-        super().__init__(made["address"], path, shared=shared)
-        self._daemon: int = made["daemon"]
+        opened = self._host.ask("open", path=str(path) if path else None)
+        super().__init__(opened["address"], path, shared=shared)
+        self._daemon: int = opened["daemon"]
 
     def _ask(self, do: str) -> dict[str, Any]:
         return self._host.ask(do, daemon=self._daemon)
@@ -241,10 +241,10 @@ def found_by_children(registry: Registry) -> Iterator[Registry]:
 
     `REGD_AUTOSTART` is unset meanwhile: after a test has stopped its registry, no client may start another.
     """
-    before = {each: os.environ.pop(each, None) for each in (VARIABLE, "REGD_AUTOSTART")}
+    previous = {name: os.environ.pop(name, None) for name in (VARIABLE, "REGD_AUTOSTART")}
     os.environ[VARIABLE] = registry.address
     try:
         yield registry
     finally:
         os.environ.pop(VARIABLE, None)
-        os.environ.update({each: value for each, value in before.items() if value is not None})
+        os.environ.update({name: value for name, value in previous.items() if value is not None})
