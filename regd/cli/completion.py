@@ -12,8 +12,9 @@ from importlib import resources
 from regd.cli.arguments import Parameter
 from regd.cli.commands import ALIASES, COMMANDS, COMMON
 
-_EXITING = {"--help": "show this help and exit", "--version": "show the version and exit"}
-_HELP = {"--help": _EXITING["--help"]}
+_HELP = Parameter("--help", "show this help and exit", action="help")
+_VERSION = Parameter("--version", "show the version and exit", action="version")
+_EXITING = ("help", "version")  # actions after which a command line ends
 _RUNNING = [name for name, command in COMMANDS.items() if command.runs]
 
 
@@ -29,7 +30,7 @@ def _template(shell: str) -> str:
 
 def values(parameter: Parameter) -> str:
     """Return how many values a parameter has: "none", "one", or "many", up to the next option."""
-    if parameter.options.get("action") == "store_true":
+    if parameter.options.get("action") in ("store_true", *_EXITING):
         return "none"
     return "many" if parameter.options.get("nargs") in ("+", "*") else "one"
 
@@ -40,7 +41,7 @@ def is_repeatable(parameter: Parameter) -> bool:
 
 
 def _options(command: str) -> list[Parameter]:
-    return [*(parameter for parameter in COMMANDS[command].parameters if parameter.is_option), *COMMON]
+    return [*(parameter for parameter in COMMANDS[command].parameters if parameter.is_option), *COMMON, _HELP]
 
 
 def _offer(parameter: Parameter) -> str:
@@ -78,8 +79,8 @@ def _options_with_values() -> list[tuple[str, str, str]]:
 
 
 def _bash() -> str:
-    options = [f"    *) found='{_bash_options(COMMON, _EXITING)}' ;;"]
-    options[:0] = [f"    {name}) found='{_bash_options(_options(name), _HELP)}' ;;" for name in COMMANDS]
+    options = [f"    {name}) found='{_bash_options(_options(name))}' ;;" for name in COMMANDS]
+    options.append(f"    *) found='{_bash_options((*COMMON, _HELP, _VERSION))}' ;;")
     takes = [f"    {command}:{option}) found={many} ;;" for command, option, many in _options_with_values()]
     offers = [
         f"    {command}:{'[0-9]*' if place == '*' else place}) found='{offer}' ;;"
@@ -100,22 +101,22 @@ def _bash() -> str:
     )
 
 
-def _bash_options(parameters: Iterable[Parameter], more: Iterable[str]) -> str:
+def _bash_options(parameters: Iterable[Parameter]) -> str:
     """Return options as words; a repeatable one ends in `*`."""
-    return " ".join([*(parameter.name + "*" * is_repeatable(parameter) for parameter in parameters), *more])
+    return " ".join(parameter.name + "*" * is_repeatable(parameter) for parameter in parameters)
 
 
 # zsh
 
 
 def _zsh() -> str:
-    common = "\n".join(
-        _zsh_lines([*map(_zsh_option, COMMON), *(_zsh_exiting(*each) for each in _EXITING.items())])
-    )
     return (
         _template("zsh")
-        .replace("@COMMON@", common)
-        .replace("@COMMANDS@", "\n".join(f"        {_quoted(_zsh_described(name))}" for name in COMMANDS))
+        .replace("@COMMON@", _zsh_lines(map(_zsh_option, (*COMMON, _HELP, _VERSION))))
+        .replace(
+            "@COMMANDS@",
+            "\n".join(f"        {_quoted(f'{name}:{command.doc}')}" for name, command in COMMANDS.items()),
+        )
         .replace("@EACH@", "\n".join(map(_zsh_command, COMMANDS)))
         .replace("@MANY@", "|".join({option for _, option, many in _options_with_values() if many == "many"}))
         .replace("@RUNNING@", "|".join(_RUNNING))
@@ -126,31 +127,23 @@ def _zsh_command(name: str) -> str:
     parameters = COMMANDS[name].parameters
     specs = [
         *map(_zsh_option, _options(name)),
-        *(_zsh_exiting(*each) for each in _HELP.items()),
         *(_zsh_word(parameter) for parameter in parameters if not parameter.is_option),
     ]
-    lines = "\n".join("    " + line for line in _zsh_lines(specs))
+    lines = _zsh_lines(specs, indent=12)
     return f"    {'|'.join((name, *COMMANDS[name].aliases))})\n        _arguments -S \\\n{lines}\n        ;;"
 
 
-def _zsh_lines(specs: list[str]) -> list[str]:
-    quoted = [f"        {_quoted(spec)}" for spec in specs]
-    return [line + " \\" for line in quoted[:-1]] + quoted[-1:]
-
-
-def _zsh_described(name: str) -> str:
-    return f"{name}:{COMMANDS[name].doc}"
+def _zsh_lines(specs: Iterable[str], indent: int = 8) -> str:
+    return " \\\n".join(" " * indent + _quoted(spec) for spec in specs)
 
 
 def _zsh_option(parameter: Parameter) -> str:
     shown = f"{'*' if is_repeatable(parameter) else ''}{parameter.name}"
+    if parameter.options.get("action") in _EXITING:
+        return f"(- *){shown}[{parameter.doc}]"
     if values(parameter) == "none":
         return f"{shown}[{_zsh_text(parameter.doc)}]"
     return f"{shown}=[{_zsh_text(parameter.doc)}]:{parameter.options['metavar']}:{_zsh_offer(parameter)}"
-
-
-def _zsh_exiting(name: str, doc: str) -> str:
-    return f"(- *){name}[{doc}]"
 
 
 def _zsh_word(parameter: Parameter) -> str:
@@ -192,17 +185,9 @@ def _fish() -> str:
         f"complete -c regctl -n __regctl_at_start -a {name} -d {_fish_text(COMMANDS[name].doc)}"
         for name in COMMANDS
     ]
-    lines += [_fish_option("__regctl_at_start", parameter) for parameter in COMMON]
-    lines += [
-        f"complete -c regctl -n __regctl_at_start -l {name[2:]} -d {_fish_text(doc)}"
-        for name, doc in _EXITING.items()
-    ]
+    lines += [_fish_option("__regctl_at_start", option) for option in (*COMMON, _HELP, _VERSION)]
     for name in COMMANDS:
         lines += [_fish_option(f"__regctl_in {name}", option) for option in _options(name)]
-        lines += [
-            f"complete -c regctl -n '__regctl_in {name}' -l {option[2:]} -d {_fish_text(doc)}"
-            for option, doc in _HELP.items()
-        ]
         lines += [
             f"complete -c regctl -n '__regctl_at {name} {_quoted_star(place)}' -a {_fish_offer(offer)}"
             for place, offer in _places(name)
@@ -226,11 +211,12 @@ def _quoted_star(place: str) -> str:
 
 
 def _fish_option(condition: str, parameter: Parameter) -> str:
-    once = "" if is_repeatable(parameter) else f"; and not __regctl_gave {parameter.name}"
-    made = f"complete -c regctl -n '{condition}{once}' -l {parameter.name[2:]} -d {_fish_text(parameter.doc)}"
+    is_exiting = parameter.options.get("action") in _EXITING
+    once = "" if is_exiting or is_repeatable(parameter) else f"; and not __regctl_gave {parameter.name}"
+    line = f"complete -c regctl -n '{condition}{once}' -l {parameter.name[2:]} -d {_fish_text(parameter.doc)}"
     if values(parameter) == "none":
-        return made
-    return made + " -x" + (f" -a {_fish_offer(_offer(parameter))}" if _offer(parameter) else "")
+        return line
+    return line + " -x" + (f" -a {_fish_offer(_offer(parameter))}" if _offer(parameter) else "")
 
 
 def _fish_offer(offer: str) -> str:
