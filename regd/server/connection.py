@@ -401,7 +401,7 @@ class Connection(asyncio.Protocol):
             return
         self._set_reading(wants_input)
         self._check_for_hang_up()
-        if self._parser.unfinished:
+        if conversation.is_within_line:
             clock = self._connections.clock
             self._deadline = clock.now() + self._services.limits.line_idle_s_max
             if self._timer is None:
@@ -444,7 +444,7 @@ class Connection(asyncio.Protocol):
 
     def _line_idle(self) -> None:
         self._timer = None
-        if self._conversation.state is ConversationState.ENDED or not self._parser.unfinished:
+        if self._conversation.state is ConversationState.ENDED or not self._conversation.is_within_line:
             return
         clock, idle_s = self._connections.clock, self._services.limits.line_idle_s_max
         # Late, for instance after SIGSTOP: bytes that came meanwhile are not read yet.

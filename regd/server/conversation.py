@@ -155,6 +155,11 @@ class Conversation:
         return bool(self._unsplit) and self.state is ConversationState.OPEN and self._deferred is None
 
     @property
+    def is_within_line(self) -> bool:
+        """Whether the peer has begun a line and not ended it."""
+        return self.parser.unfinished and not self._unsplit
+
+    @property
     def is_caught_up(self) -> bool:
         """Whether all input was answered, or submitted: the next byte begins a line that can be answered now."""
         is_empty = self.parser.empty and not self._unsplit and not self.input_ended

@@ -356,3 +356,16 @@ def test_a_blocked_peer_has_nothing_split_and_is_not_called_again() -> None:
     assert peer.receive(wait(), read(1) * 1_000) == []
     assert not peer.conversation.has_unsplit
     assert len(peer.resolve()) == 1_001
+
+
+def test_line_whose_end_waits_to_be_split_is_not_unfinished() -> None:
+    """The peer has sent it all: it must not be closed for a line that it did not end."""
+    conversation = Conversation(DEFAULT)
+    conversation.receive(b'{"cmd":"resolve","name":"a","wait":1}\nping\n{"cmd":')
+    request = conversation.next()
+    assert isinstance(request, Request)
+    conversation.suspend(request)
+    assert conversation.is_within_line
+    conversation.receive(b'"ping"}\n')
+    assert conversation.next() is None
+    assert not conversation.is_within_line
