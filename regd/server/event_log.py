@@ -3,6 +3,7 @@
 Every text is safe for a terminal: names and hosts are checked before they are stored, everything else is escaped.
 """
 
+import asyncio
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -79,11 +80,23 @@ class EventLog:
         self._peer_of = peer_of
         self.logs_requests = log.isEnabledFor(logging.DEBUG)
         self._logs_events = log.isEnabledFor(logging.INFO)
+        self._rows: list[Row] = []  # to be logged soon
         self._refusals = {code: _Throttle(clock) for code in (Code.CONFLICT, Code.DENIED)}
 
     def changes(self, changes: Sequence[Change]) -> None:
-        """Log which instances came and went. One call of the logger serves a batch, since a call is expensive."""
+        """Log which instances came and went, one call of the logger for a batch, since a call is expensive.
+
+        It comes after the replies, which the event loop sends in its next iteration.
+        """
         if self._logs_events and (rows := list(_changes(changes, self._peer_of))):
+            if not self._rows:
+                loop = asyncio.get_running_loop()
+                loop.call_soon(loop.call_soon, self._log_changes)
+            self._rows += rows
+
+    def _log_changes(self) -> None:
+        rows, self._rows = self._rows, []
+        if rows:
             log.info(Message(rows))
 
     def refused(self, peer: str, uid: int | None, request: Request, refusal: Refused) -> None:
@@ -105,7 +118,8 @@ class EventLog:
         log.debug(Message([(f"{refusal.code} {peer} ({_user(uid)}): {why}", fields)]))
 
     def close(self) -> None:
-        """Log the refusals that were held back. Idempotent."""
+        """Log what was held back. Idempotent."""
+        self._log_changes()
         for throttle in self._refusals.values():
             throttle.close()
 
