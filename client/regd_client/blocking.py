@@ -60,7 +60,7 @@ class LoopThread:
         import asyncio
 
         self.pid = os.getpid()
-        self.ended = False
+        self._ended = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="regd-client", daemon=True)
         self._lock = threading.Lock()
@@ -68,8 +68,13 @@ class LoopThread:
             self._thread.start()
         except RuntimeError:  # "can't create new thread at interpreter shutdown"
             self._loop.close()
-            raise _ended() from None
+            raise self._unusable() from None
         atexit.register(self._end)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing runs in the thread any more: the process is ending, or is a fork of the thread's."""
+        return self._ended or self.pid != os.getpid()
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the thread, and return its result. An exception here (Ctrl-C) cancels it.
@@ -84,7 +89,7 @@ class LoopThread:
             return future.result()
         except concurrent.futures.CancelledError:
             if self.ended:
-                raise _ended() from None
+                raise self._unusable() from None
             raise
         finally:
             future.cancel()
@@ -95,29 +100,33 @@ class LoopThread:
         Raises:
             Unavailable: the process is ending, and the thread has ended.
         """
+        if self.ended:  # perhaps in a `__del__` so late that nothing can be imported
+            work.close()
+            raise self._unusable()
         with self._lock:
-            if self.ended:  # perhaps in a `__del__` so late that nothing can be imported
+            if self._ended:
                 work.close()
-                raise _ended()
+                raise self._unusable()
             import asyncio
 
             return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _unusable(self) -> Unavailable:
+        if self.pid != os.getpid():
+            return Unavailable("this belongs to the process that forked this one: make one of this process's own")
+        return Unavailable(_ENDING)
 
     def _end(self) -> None:
         """Cancel what runs at the end of the process, with which the registrations end."""
         if self.pid != os.getpid():
             return
         with self._lock:
-            self.ended = True
+            self._ended = True
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_JOIN_S)
         if not self._thread.is_alive():
             self._loop.run_until_complete(_cancel_all())
             self._loop.close()
-
-
-def _ended() -> Unavailable:
-    return Unavailable("this process is ending: regd_client.blocking can be used no more")
 
 
 async def _cancel_all() -> None:
@@ -132,6 +141,7 @@ async def _cancel_all() -> None:
     await abort_all("the program ended")
 
 
+_ENDING = "this process is ending: regd_client.blocking can be used no more"
 _threads: list[
     LoopThread
 ] = []  # the last is this process's; the others belong to the processes it was forked from
@@ -147,7 +157,7 @@ def client_thread() -> LoopThread:
     try:
         from regd_client import api, lifespans  # noqa: F401 - here, where a failure can be told apart
     except ImportError:
-        raise _ended() from None
+        raise Unavailable(_ENDING) from None
     with _starting:
         if not _threads or _threads[-1].pid != os.getpid():
             _threads.append(LoopThread())
@@ -226,7 +236,7 @@ class BlockingRegistration:
             Unavailable: no daemon answers, for a static registration.
             RegdError: the daemon refuses.
         """
-        if self._thread.pid == os.getpid() and not self._thread.ended:
+        if not self._thread.ended:
             self._thread.call(self._registration.deregister(timeout=timeout))
 
     def __enter__(self) -> Self:
@@ -300,7 +310,7 @@ class BlockingWatch:
 
     def close(self) -> None:
         """End the watch. Idempotent."""
-        if not self._thread.ended and self._thread.pid == os.getpid():
+        if not self._thread.ended:
             self._thread.call(self._events.aclose())
 
     def __enter__(self) -> Self:
@@ -448,7 +458,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connection, which ends registrations and watches. The next call opens another. Idempotent."""
-        if self._thread.pid == os.getpid() and not self._thread.ended:
+        if not self._thread.ended:
             self._thread.call(self._client.close())
 
     def __enter__(self) -> Self:

@@ -6,8 +6,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -103,6 +104,31 @@ def test_each_process_has_a_thread_of_its_own() -> None:
         with pytest.raises(regd_client.Timeout):
             blocking.resolve("child", wait=0)
         assert blocking.resolve("parent").port == 1
+
+
+@pytest.mark.parametrize("kind", ["socket", "mirror", "watch", "registration"])
+def test_what_a_forked_child_leaves_is_the_parents(kind: str) -> None:
+    """Its thread does not run in the child: leaving the `with` there neither waits for it nor ends anything."""
+    client = blocking.Client()
+    makers: dict[str, Callable[[], AbstractContextManager[object]]] = {
+        "socket": lambda: blocking.listen("parent"),
+        "mirror": client.mirror,
+        "watch": client.watch,
+        "registration": lambda: blocking.register("parent", 1),
+    }
+    context = makers[kind]()
+    with context:
+        child = os.fork()
+        if child == 0:
+            try:
+                context.__exit__(None, None, None)
+                os._exit(0)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        if kind in ("socket", "registration"):
+            assert [each["name"] for each in instances()] == ["parent"]
+    client.close()
 
 
 def waiting() -> int:
