@@ -1,7 +1,7 @@
 """The verbs as functions. Each call opens a connection and closes it again.
 
-What is registered, watched or mirrored keeps its connection. The functions work from any event loop, one after
-another.
+Registrations, watches and mirrors keep their connection open until they end. The functions work in any event
+loop, also in one that runs after another has ended.
 """
 
 import contextlib
@@ -123,14 +123,14 @@ async def resolve(
 async def resolve_all(
     name: str, *, meta: Mapping[str, str] | None = None, timeout: float | None = None
 ) -> list[Endpoint]:
-    """Return where all ready instances listen, in order of instance; [] if there are none.
+    """Return the endpoints of all ready instances, in order of instance; [] if there are none.
 
         for endpoint in await regd_client.resolve_all("worker"):
             print(endpoint)
 
     Args:
         name: the service's name.
-        meta: labels that the instances must carry, all of them.
+        meta: only instances that have all of these labels.
         timeout: seconds for the whole call.
 
     Raises:
@@ -155,7 +155,7 @@ def watch(
 
     Args:
         pattern: a name, or the beginning of one followed by `*`.
-        meta: labels that the instances must carry, all of them.
+        meta: only instances that have all of these labels.
         timeout: seconds until the daemon has accepted the watch.
 
     Returns:
@@ -186,7 +186,7 @@ async def mirror(
 
     Args:
         pattern: a name, or the beginning of one followed by `*`.
-        meta: labels that the instances must carry, all of them.
+        meta: only instances that have all of these labels.
         stale_s_max: seconds for which the daemon may be away before `resolve` raises `Unavailable`; by default
             the last picture is used for ever.
         timeout: seconds until the first picture is complete; by default 15 s.

@@ -73,14 +73,14 @@ class LoopThread:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing runs in the thread any more: the process is ending, or is a fork of the thread's."""
+        """Whether nothing runs in the thread: the process is ending, or was forked from the thread's process."""
         return self._ended or self.pid != os.getpid()
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the thread, and return its result. An exception here (Ctrl-C) cancels it.
 
         Raises:
-            Unavailable: the process is ending, and the thread has ended.
+            Unavailable: the process is ending, or was forked from the thread's process.
         """
         future = self.begin(work)
         import concurrent.futures
@@ -98,22 +98,20 @@ class LoopThread:
         """Run a coroutine in the thread, without waiting for it.
 
         Raises:
-            Unavailable: the process is ending, and the thread has ended.
+            Unavailable: the process is ending, or was forked from the thread's process.
         """
-        if self.ended:  # perhaps in a `__del__` so late that nothing can be imported
-            work.close()
-            raise self._unusable()
-        with self._lock:
-            if self._ended:
-                work.close()
-                raise self._unusable()
-            import asyncio
+        if self.pid == os.getpid():  # in a fork, nobody may ever release the lock
+            with self._lock:
+                if not self._ended:  # else nothing can be imported, perhaps: a `__del__` may come very late
+                    import asyncio
 
-            return asyncio.run_coroutine_threadsafe(work, self._loop)
+                    return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        raise self._unusable()
 
     def _unusable(self) -> Unavailable:
         if self.pid != os.getpid():
-            return Unavailable("this belongs to the process that forked this one: make one of this process's own")
+            return Unavailable("it belongs to the process that this one was forked from: open another here")
         return Unavailable(_ENDING)
 
     def _end(self) -> None:
@@ -406,7 +404,7 @@ class BlockingMirror:
 
         Args:
             name: the service's name.
-            meta: labels that the instances must carry, all of them.
+            meta: only instances that have all of these labels.
 
         Raises:
             Unavailable: the picture is older than `stale_s_max`.
@@ -674,14 +672,14 @@ class Client:
     def resolve_all(
         self, name: str, *, meta: Mapping[str, str] | None = None, timeout: float | None = None
     ) -> list[Endpoint]:
-        """Return where all ready instances listen, in order of instance; [] if there are none.
+        """Return the endpoints of all ready instances, in order of instance; [] if there are none.
 
             for endpoint in client.resolve_all("worker"):
                 print(endpoint)
 
         Args:
             name: the service's name.
-            meta: labels that the instances must carry, all of them.
+            meta: only instances that have all of these labels.
             timeout: seconds for the whole call.
 
         Raises:
@@ -702,7 +700,7 @@ class Client:
 
         Args:
             pattern: a name, or the beginning of one followed by `*`.
-            meta: labels that the instances must carry, all of them.
+            meta: only instances that have all of these labels.
             timeout: seconds for the whole call.
 
         Raises:
@@ -724,7 +722,7 @@ class Client:
 
         Args:
             pattern: a name, or the beginning of one followed by `*`.
-            meta: labels that the instances must carry, all of them.
+            meta: only instances that have all of these labels.
             timeout: seconds until the daemon has accepted the watch.
 
         Raises:
@@ -751,7 +749,7 @@ class Client:
 
         Args:
             pattern: a name, or the beginning of one followed by `*`.
-            meta: labels that the instances must carry, all of them.
+            meta: only instances that have all of these labels.
             stale_s_max: seconds for which the daemon may be away before `resolve` raises `Unavailable`; by
                 default the last picture is used for ever.
             timeout: seconds until the first picture is complete; by default 15 s.
@@ -975,14 +973,14 @@ def resolve(
 def resolve_all(
     name: str, *, meta: Mapping[str, str] | None = None, timeout: float | None = None
 ) -> list[Endpoint]:
-    """Return where all ready instances listen, in order of instance; [] if there are none.
+    """Return the endpoints of all ready instances, in order of instance; [] if there are none.
 
         for endpoint in regd_client.blocking.resolve_all("worker"):
             print(endpoint)
 
     Args:
         name: the service's name.
-        meta: labels that the instances must carry, all of them.
+        meta: only instances that have all of these labels.
         timeout: seconds for the whole call.
 
     Raises:

@@ -372,14 +372,14 @@ class Client:
     async def resolve_all(
         self, name: str, *, meta: Mapping[str, str] | None = None, timeout: float | None = None
     ) -> list[Endpoint]:
-        """Return where all ready instances listen, in order of instance; [] if there are none.
+        """Return the endpoints of all ready instances, in order of instance; [] if there are none.
 
             for endpoint in await client.resolve_all("worker"):
                 print(endpoint)
 
         Args:
             name: the service's name.
-            meta: labels that the instances must carry, all of them.
+            meta: only instances that have all of these labels.
             timeout: seconds for the whole call.
 
         Raises:
@@ -412,7 +412,7 @@ class Client:
 
         Args:
             pattern: a name, or the beginning of one followed by `*`.
-            meta: labels that the instances must carry, all of them.
+            meta: only instances that have all of these labels.
             timeout: seconds for the whole call.
 
         Raises:
@@ -449,7 +449,7 @@ class Client:
 
         Args:
             pattern: a name, or the beginning of one followed by `*`.
-            meta: labels that the instances must carry, all of them.
+            meta: only instances that have all of these labels.
             timeout: seconds until the daemon has accepted the watch.
 
         Raises:
@@ -496,7 +496,7 @@ class Client:
 
         Args:
             pattern: a name, or the beginning of one followed by `*`.
-            meta: labels that the instances must carry, all of them.
+            meta: only instances that have all of these labels.
             stale_s_max: seconds for which the daemon may be away before `resolve` raises `Unavailable`; by
                 default the last picture is used for ever.
             timeout: seconds until the first picture is complete; by default 15 s.

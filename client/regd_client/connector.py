@@ -37,8 +37,8 @@ class Connector:
     """Opens a client's connections.
 
     Attributes:
-        timeout_s: how long every caller tries to connect. With None given, it is 5 s, and callers without
-            patience fail at once.
+        timeout_s: seconds for which each call tries to connect. By default (None) 5 s, and a call without
+            patience fails at the first refusal.
         connection: the last connection, usable or not.
         on_lost: called with the event for a registration that a connection no longer holds.
     """

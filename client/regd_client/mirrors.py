@@ -134,7 +134,7 @@ class Mirror:
 
         Args:
             name: the service's name.
-            meta: labels that the instances must carry, all of them.
+            meta: only instances that have all of these labels.
 
         Raises:
             Unavailable: the picture is older than `stale_s_max`.

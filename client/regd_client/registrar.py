@@ -1,7 +1,8 @@
-"""The registrar of a client: it owns the client's registrations and watches, and restores them after a break.
+"""The registrar of a client: it owns the client's registrations and watches, and restores them when the
+connection breaks.
 
-The commands for one name are sent one after another, under a lock. Replies and `lost` events are taken in the
-order in which the daemon sent them, in callbacks of the connection: a task may run later.
+Commands for one name are sent one at a time, under a lock. Replies and `lost` events are handled in the daemon's
+order. So this is done in callbacks of the connection: tasks could run in another order.
 """
 
 import asyncio

@@ -208,7 +208,7 @@ class Shape:
 
 
 def _shown(value: object) -> str:
-    """Return a value for an error message. An object may be nested too deeply for `repr`."""
+    """Format a value for an error message. `repr` fails on deep nesting, so lists and objects are only named."""
     if type(value) is list or type(value) is dict:
         return "a list" if type(value) is list else "an object"
     return repr(value)[:_SHOWN_CHARS]

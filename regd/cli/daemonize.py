@@ -24,7 +24,7 @@ def close_inherited_files(keep: Collection[int]) -> None:
 
 
 def fork_to_background(log: int) -> Callable[[], None]:
-    """Fork: the child goes on in its own session, the parent exits once the child listens or has failed.
+    """Fork: the child runs on in its own session, and the parent exits once the child listens or has failed.
 
     Call it before any thread or event loop. Returns a function for the child to call once it listens: it
     detaches from the terminal, with `log` in place of stderr, and lets the parent exit.

@@ -86,11 +86,11 @@ def _hex(host: str, port: int) -> str:
 
 
 def is_of(command: int, at: Listener) -> bool:
-    """Return whether a socket counts as that of a command, given as its process id.
+    """Return whether a socket may belong to a command, which is given as its process id.
 
-    It does if its user is root, this user, or a user that a process of the command runs as (`sudo`), or if a
-    process of the command has it open. Root and this user control the command anyway, and the socket of a
-    container's port or of a daemonized program belongs to no process of the command.
+    It may if a process of the command has it open, or if its user is root, this user, or a user that a process of
+    the command runs as (`sudo`). The user is enough, because no process of the command has the socket of a
+    container's port or of a daemonized program open; and root and this user control the command anyway.
     """
     trusted = {_ROOT, os.geteuid()}
     if at.uid != _OVERFLOW or _all_users_are_mapped():

@@ -203,7 +203,7 @@ class HolderIndex:
         return endings
 
     def wait_on(self, key: Key, holder_id: int, deadline: float) -> None:
-        """Add a holder to `unclaimed` again at `deadline`, if it still waits for its client."""
+        """Have an unclaimed holder probed again at `deadline`. Does nothing once its client has claimed it."""
         if holder_id in self._awaits_probe:
             self._push(key, holder_id, Reason.CLOSED, deadline)
 

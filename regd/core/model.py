@@ -185,7 +185,7 @@ class Change(NamedTuple):
 
 
 def _written(text: str) -> int:
-    """Return about how long a text is as JSON in ASCII, where other characters become \\uXXXX."""
+    """Estimate the length of a text as ASCII JSON: six bytes a character if any of them needs an escape."""
     return len(text) if text.isascii() and text.isprintable() else 6 * len(text)
 
 

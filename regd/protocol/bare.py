@@ -21,7 +21,7 @@ Arguments = Mapping[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """The form of a bare line; `takes` are its arguments, of which the first `needs` are required."""
+    """The form of a bare line. `takes` has the names of its arguments; the first `needs` of them are required."""
 
     takes: tuple[str, ...] = ()
     needs: int = 0

@@ -64,7 +64,7 @@ class Conversation:
             self.parser.end()
 
     def next(self) -> Request | Problem | None:
-        """Return what to answer now, None when there is nothing, it has to wait, or `has_unsplit`: call again."""
+        """Return what to answer now; None if there is nothing or it must wait. Call again while `has_unsplit`."""
         if self._unsplit and not self.parser.pending:
             self._split()
         if self.state is not ConversationState.OPEN:

@@ -188,7 +188,7 @@ class PeerCredentials:
         return owner(row)
 
     def _row(self, source: End, destination: End) -> bytes:
-        """Return the kernel's answer about one socket, empty if there is none."""
+        """Return the kernel's reply about one socket; no bytes if it knows no such socket."""
         assert self._netlink is not None
         self._netlink.send(question(source, destination))
         while True:

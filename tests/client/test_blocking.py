@@ -108,7 +108,7 @@ def test_each_process_has_a_thread_of_its_own() -> None:
 
 @pytest.mark.parametrize("kind", ["socket", "mirror", "watch", "registration"])
 def test_what_a_forked_child_leaves_is_the_parents(kind: str) -> None:
-    """Its thread does not run in the child: leaving the `with` there neither waits for it nor ends anything."""
+    """The client's thread does not run in the child: nothing there waits for it, or ends what the parent has."""
     client = blocking.Client()
     makers: dict[str, Callable[[], AbstractContextManager[object]]] = {
         "socket": lambda: blocking.listen("parent"),
@@ -117,15 +117,23 @@ def test_what_a_forked_child_leaves_is_the_parents(kind: str) -> None:
         "registration": lambda: blocking.register("parent", 1),
     }
     context = makers[kind]()
-    with context:
+    with context as value:
         child = os.fork()
         if child == 0:
             try:
+                if isinstance(value, blocking.BlockingMirror):
+                    with pytest.raises(regd_client.Unavailable, match="forked"):
+                        value.resolve("parent")
                 context.__exit__(None, None, None)
                 os._exit(0)
             finally:
                 os._exit(2)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        try:
+            block_until(lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT))
+        finally:
+            os.kill(child, signal.SIGKILL)
+            status = os.waitpid(child, 0)[1]
+        assert os.waitstatus_to_exitcode(status) == 0
         if kind in ("socket", "registration"):
             assert [each["name"] for each in instances()] == ["parent"]
     client.close()

@@ -15,7 +15,10 @@ _SAMPLES = 6  # replies over which a rate is averaged
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """`requests` and `changes` are per second; requests for `stats` do not count, as regctl itself sends them."""
+    """The figures at the head of `regctl top`.
+
+    `requests` and `changes` are per second. The `stats` requests that regctl itself sends do not count.
+    """
 
     requests: float | None = None
     changes: float | None = None

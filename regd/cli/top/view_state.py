@@ -27,7 +27,10 @@ HELP = (
 
 
 class ViewState:
-    """`page` is the number of visible rows, set by the renderer."""
+    """What the user has chosen to see: the order, the filter, the selection.
+
+    `page` is the number of visible rows, which the renderer sets.
+    """
 
     def __init__(self) -> None:
         self.sort = SORTS[0]
