@@ -1,6 +1,7 @@
 """What the log says of registrations and requests: each once, at its level, escaped, as text and as JSON."""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from regd.core.limits import Limits
 from tests.support.daemon import WAIT_S, DaemonProcess, InLoop, Peer, environment
 from tests.support.files import ToldFiles
 from tests.support.peers import Told
+from tests.support.polling import until
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +54,36 @@ async def test_each_up_and_down_is_a_line_with_holder_and_reason(
         "down db at 127.0.0.1:2, rev 7: deregistered",
     ]
     assert sorted(line.rpartition(": ")[2] for line in lines[6:]) == ["connection closed", "ttl expired"]
+
+
+@pytest.mark.socket
+async def test_reply_is_sent_before_the_line_is_logged(daemon: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waking the log's thread takes longer than the request."""
+    peer = await daemon.peer()
+    [connection] = daemon.server.connections
+    order: list[str] = []
+    transport, info = connection._transport, logging.getLogger("regd").info
+
+    class Recorded:
+        """uvloop's transports cannot be patched."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(transport, name)
+
+        def write(self, data: bytes) -> None:
+            order.append("reply")
+            transport.write(data)
+
+    def logged(message: object, *arguments: object) -> None:
+        order.append(str(message).partition(" ")[0])
+        info(message, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(connection, "_transport", Recorded())
+        patch.setattr(logging.getLogger("regd"), "info", logged)
+        await peer.ask(cmd="register", name="db", port=1)
+        await until(lambda: "up" in order)
+    assert order == ["reply", "up"]
 
 
 @pytest.mark.socket
