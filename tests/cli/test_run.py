@@ -37,7 +37,7 @@ def heard(number, frame):
         found = str(blocking.resolve("web", instance=os.environ.get("INSTANCE")))
     except LookupError:
         found = "nobody"
-    print(signal.Signals(number).name, found, flush=True)
+    os.write(1, f"{signal.Signals(number).name} {found}\\n".encode())  # print may be what was interrupted
 
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
     signal.signal(number, heard)
@@ -499,9 +499,11 @@ def test_name_stays_with_a_broken_stderr(process: DaemonProcess, peer: BlockingC
     if not stderr.startswith("2>"):
         stderr = f"2>&{writing}"
     script = f"exec {' '.join(REGCTL)} run web --socket -- {sys.executable} -c '{COMMAND}' {stderr}"
+    # Python ends with 120 if it cannot flush a traceback.
+    surroundings = environment(REGD_ADDRESS=process.addresses[0], PYTHONUNBUFFERED="1")
     try:
         with subprocess.Popen(
-            ["bash", "-c", script], cwd=ROOT, env=environment(REGD_ADDRESS=process.addresses[0]), text=True, pass_fds=[writing],
+            ["bash", "-c", script], cwd=ROOT, env=surroundings, text=True, pass_fds=[writing],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         ) as made:  # fmt: skip
             command = Running(made)
