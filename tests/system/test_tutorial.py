@@ -43,7 +43,9 @@ class Terminal:
         self._seen += self.shown[self._seen :].index("\n") + 1
 
     def press_ctrl_c(self) -> None:
+        """End the command in the foreground, and wait for the prompt: a service drains before it ends."""
         os.write(self._file, b"\x03")
+        self._until(lambda said: PROMPT in said, "a prompt")
 
     def sees(self, expected: str) -> None:
         """Wait for lines that the last command is to print, in order, whatever stands between them."""
