@@ -24,7 +24,7 @@ from regd.protocol.messages import HTTP_REFUSAL
 from regd.testing.in_process import InProcessRegistry
 from tests.support.daemon import ROOT, DaemonProcess, InLoop, environment
 from tests.support.documents import blocks, fits, replay
-from tests.support.peers import Told
+from tests.support.peers import FakeCredentials
 from tests.testing.suites import Suite
 
 PROTOCOL, DESIGN, README, CLIENT, REGCTL = (
@@ -43,7 +43,7 @@ async def test_protocol_conversations(text: str, daemon: InLoop) -> None:
 @pytest.mark.socket
 async def test_protocol_conversation_of_another_user(tmp_path: Path) -> None:
     [text] = blocks(PROTOCOL, "transcript of another user")
-    async with InLoop(tmp_path / "registry.json", peers=Told()) as daemon:
+    async with InLoop(tmp_path / "registry.json", peers=FakeCredentials()) as daemon:
         await replay(text, daemon)
 
 

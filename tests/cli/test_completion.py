@@ -71,11 +71,11 @@ def zsh(lines: Sequence[str], env: dict[str, str]) -> list[list[str]]:
     found = []
     with Terminal([need("zsh"), "-f", "-i"], env) as terminal:
         terminal.press("source ~/settings\n")
-        terminal.seen("ready> ")
+        terminal.read_until("ready> ")
         for line in lines:
             fits.write_text("")
             terminal.press(f"\x15{line}\t")
-            terminal.seen("all seen")
+            terminal.read_until("all seen")
             found.append(sorted(set(fits.read_text().split())))
     return found
 
@@ -188,7 +188,7 @@ def test_completion_in_an_interactive_bash(names: DaemonProcess, tmp_path: Path)
     env = shell_environment(names.addresses[0], tmp_path)
     with Terminal([need("bash"), "--norc", "--noprofile", "-i"], env) as terminal:
         terminal.press("source <(regctl completion bash); PS1='rea''dy> '\n")
-        terminal.seen("ready> ")
+        terminal.read_until("ready> ")
         for typed, shown in (
             ("regctl deregi\t", "regctl deregister "),
             ("regctl resolve runn\t", "regctl resolve runner "),
@@ -197,7 +197,7 @@ def test_completion_in_an_interactive_bash(names: DaemonProcess, tmp_path: Path)
             ("regctl run x -- cksum unl\t", "cksum unlike-a-name.txt "),
         ):
             terminal.press(f"\x15{typed}")
-            terminal.seen(shown)
+            terminal.read_until(shown)
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

@@ -23,7 +23,7 @@ from regd.core.limits import DEFAULT
 from regd_client import protocol
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import WAIT_S, DaemonProcess, InLoop, environment
-from tests.support.peers import Told
+from tests.support.peers import FakeCredentials
 
 
 @pytest.fixture(autouse=True)
@@ -277,7 +277,7 @@ def test_daemon_in_another_network_namespace(
 
 
 async def test_user_with_read_access_only(tmp_path: Path) -> None:
-    async with InLoop(tmp_path / "registry.json", peers=Told()) as daemon:
+    async with InLoop(tmp_path / "registry.json", peers=FakeCredentials()) as daemon:
         found = await wrong_of(daemon)
         assert set(found) == {"rights"}
         do = found["rights"].do

@@ -52,19 +52,19 @@ def listed(terminal: Terminal) -> list[str]:
 def test_instances_come_and_leave(peer: BlockingConnection, top: Top) -> None:
     register(peer, "db", "web", hold=True, pid=os.getpid(), ttl=60)
     with top() as terminal:
-        terminal.shows("regd at 127.0.0.1:", "2 instances of 2 services", "recent events", "requests ", "lag ")
-        terminal.see(lambda: terminal.line("  db").split()[1:3] == ["127.0.0.1:8000", "ready"])
-        terminal.see(lambda: f"hold pid {os.getpid()} ttl" in terminal.line("  db"))
+        terminal.wait_for("regd at 127.0.0.1:", "2 instances of 2 services", "recent events", "requests ", "lag ")
+        terminal.wait_until(lambda: terminal.line("  db").split()[1:3] == ["127.0.0.1:8000", "ready"])
+        terminal.wait_until(lambda: f"hold pid {os.getpid()} ttl" in terminal.line("  db"))
         register(peer, "api")
-        terminal.shows("3 instances of 3 services", "api  came: 127.0.0.1:8000")
-        terminal.see(lambda: terminal.line("+ api"))
+        terminal.wait_for("3 instances of 3 services", "api  came: 127.0.0.1:8000")
+        terminal.wait_until(lambda: terminal.line("+ api"))
         peer.ask("update", name="db", state="draining")
-        terminal.shows("db  changed: ready → draining")
+        terminal.wait_for("db  changed: ready → draining")
         peer.ask("deregister", name="web")
-        terminal.shows("2 instances of 2 services", "web  left: deregistered")
-        terminal.see(lambda: listed(terminal) == ["api", "db"])
+        terminal.wait_for("2 instances of 2 services", "web  left: deregistered")
+        terminal.wait_until(lambda: listed(terminal) == ["api", "db"])
         terminal.type("q")
-        assert terminal.ended() == 0
+        assert terminal.wait_for_exit() == 0
         assert terminal.is_restored
 
 
@@ -72,48 +72,50 @@ def test_sort_select_and_filter(peer: BlockingConnection, top: Top) -> None:
     register(peer, "b", "a", "c")
     peer.ask("update", name="c", state="starting")
     with top() as terminal:
-        terminal.shows("3 instances")
-        terminal.see(lambda: listed(terminal) == ["a", "b", "c"])
+        terminal.wait_for("3 instances")
+        terminal.wait_until(lambda: listed(terminal) == ["a", "b", "c"])
         terminal.type("r")
-        terminal.see(lambda: listed(terminal) == ["c", "b", "a"])
+        terminal.wait_until(lambda: listed(terminal) == ["c", "b", "a"])
         terminal.type("rA")
-        terminal.see(lambda: "AGE▾" in terminal.text and listed(terminal) == ["c", "a", "b"])
+        terminal.wait_until(lambda: "AGE▾" in terminal.text and listed(terminal) == ["c", "a", "b"])
         terminal.type("s")
-        terminal.see(lambda: "STATE▾" in terminal.text and listed(terminal) == ["c", "a", "b"])
+        terminal.wait_until(lambda: "STATE▾" in terminal.text and listed(terminal) == ["c", "a", "b"])
         terminal.type("N\x1b[B\x1b[B")  # down, twice
-        terminal.see(lambda: terminal.line("> b"))
+        terminal.wait_until(lambda: terminal.line("> b"))
         terminal.type("k")
-        terminal.see(lambda: terminal.line("> a"))
+        terminal.wait_until(lambda: terminal.line("> a"))
         terminal.type("/START")
-        terminal.see(lambda: listed(terminal) == ["c"])
-        terminal.see(lambda: "1 of 3 instances" in terminal.text and terminal.lines[-1].startswith("/START_"))
+        terminal.wait_until(lambda: listed(terminal) == ["c"])
+        terminal.wait_until(
+            lambda: "1 of 3 instances" in terminal.text and terminal.lines[-1].startswith("/START_")
+        )
         terminal.type("q\x7f\r")  # `q` is a letter here
-        terminal.see(lambda: terminal.lines[-1].startswith("/START  q quit"))
+        terminal.wait_until(lambda: terminal.lines[-1].startswith("/START  q quit"))
         terminal.type("\x1b")
-        terminal.see(lambda: listed(terminal) == ["a", "b", "c"])
+        terminal.wait_until(lambda: listed(terminal) == ["a", "b", "c"])
         terminal.type("?")
-        terminal.shows("PgUp", "reverse the order")
+        terminal.wait_for("PgUp", "reverse the order")
         terminal.type("\x1b")
-        terminal.shows("recent events")
+        terminal.wait_for("recent events")
 
 
 def test_why(peer: BlockingConnection, top: Top) -> None:
     register(peer, "db", "web")
     with top(*SELDOM) as terminal:
-        terminal.shows("2 instances")
+        terminal.wait_for("2 instances")
         terminal.type("jw")
-        terminal.shows("── why", "db at 127.0.0.1:8000: ready", "static: has no owner")
+        terminal.wait_for("── why", "db at 127.0.0.1:8000: ready", "static: has no owner")
         terminal.type("j")
-        terminal.shows("web at 127.0.0.1:8001: ready")
+        terminal.wait_for("web at 127.0.0.1:8001: ready")
         peer.ask("deregister", name="web")
-        terminal.shows("1 instance of 1 service", "web left")
-        terminal.see(lambda: terminal.line("> db"))
+        terminal.wait_for("1 instance of 1 service", "web left")
+        terminal.wait_until(lambda: terminal.line("> db"))
         peer.ask("deregister", name="db")
-        terminal.shows("nothing is registered", "web left")
+        terminal.wait_for("nothing is registered", "web left")
         terminal.type("\x1b")
-        terminal.see(lambda: "── why" not in terminal.text)
+        terminal.wait_until(lambda: "── why" not in terminal.text)
         terminal.type("\x03")
-        assert terminal.ended() == 130
+        assert terminal.wait_for_exit() == 130
         assert terminal.is_restored
 
 
@@ -132,41 +134,41 @@ def fits(terminal: Terminal, width: int, height: int) -> bool:
 def test_sizes(peer: BlockingConnection, top: Top, before: str) -> None:
     register(peer, "db", "web", instance="one", meta={"zone": "a"})
     with top(*SELDOM, before=before, width=100) as terminal:
-        terminal.shows("META", "zone=a", "INSTANCE")
+        terminal.wait_for("META", "zone=a", "INSTANCE")
         for width, height in ((80, 24), (50, 14), (20, 5), (100, 30)):
             terminal.resize(width, height)
-            terminal.see(functools.partial(fits, terminal, width, height))
+            terminal.wait_until(functools.partial(fits, terminal, width, height))
 
 
 def test_the_daemons_restart(process: DaemonProcess, peer: BlockingConnection, top: Top) -> None:
     register(peer, "db", "web")
     with top() as terminal:
-        terminal.shows("2 instances")
+        terminal.wait_for("2 instances")
         process.end()
-        terminal.shows("away since", "last known: 2 instances", "still trying")
-        terminal.see(lambda: listed(terminal) == ["db", "web"])
+        terminal.wait_for("away since", "last known: 2 instances", "still trying")
+        terminal.wait_until(lambda: listed(terminal) == ["db", "web"])
         process.start()
-        terminal.shows("requests ", "2 instances")
+        terminal.wait_for("requests ", "2 instances")
         with BlockingConnection(process.addresses[0]) as again:
             register(again, "api")
-            terminal.shows("api  came")
-            terminal.see(lambda: listed(terminal) == ["api", "db", "web"])
+            terminal.wait_for("api  came")
+            terminal.wait_until(lambda: listed(terminal) == ["api", "db", "web"])
 
 
 @pytest.mark.parametrize("before", ["pass", WITHOUT])
 def test_peers_texts_reach_the_terminal_escaped(peer: BlockingConnection, top: Top, before: str) -> None:
     register(peer, "db", meta={"note": "\x1b]0;mine\x07\x1b[31m\u202ered\x9b2J"})
     with top(before=before, width=140) as terminal:
-        terminal.shows(r"note=\x1b]0;mine\x07\x1b[31m\u202ered\x9b2J")
+        terminal.wait_for(r"note=\x1b]0;mine\x07\x1b[31m\u202ered\x9b2J")
         for wild in (b"\x1b]0;", b"\x07", b"\x1b[31mred", "\u202e".encode(), "\x9b".encode()):
             assert wild not in terminal.raw
 
 
 def test_a_signal_restores_the_terminal_too(peer: BlockingConnection, top: Top) -> None:
     with top() as terminal:
-        terminal.shows("nothing is registered")
+        terminal.wait_for("nothing is registered")
         terminal.process.send_signal(signal.SIGTERM)
-        assert terminal.ended() == 128 + signal.SIGTERM
+        assert terminal.wait_for_exit() == 128 + signal.SIGTERM
         assert terminal.is_restored
 
 
@@ -176,25 +178,25 @@ def test_a_signal_restores_the_terminal_too(peer: BlockingConnection, top: Top) 
 def test_a_plain_table(process: DaemonProcess, peer: BlockingConnection, top: Top) -> None:
     register(peer, "db")
     with top(before=WITHOUT) as terminal:
-        terminal.shows("1 instance of 1 service", "pip install prompt_toolkit")
+        terminal.wait_for("1 instance of 1 service", "pip install prompt_toolkit")
         register(peer, "web")
-        terminal.shows("web  came")
+        terminal.wait_for("web  came")
         terminal.type("r")
-        terminal.see(lambda: listed(terminal) == ["web", "db"])
+        terminal.wait_until(lambda: listed(terminal) == ["web", "db"])
         process.end()
-        terminal.shows("away since")
+        terminal.wait_for("away since")
         process.start()
-        terminal.shows("requests ")
+        terminal.wait_for("requests ")
         terminal.type("q")
-        assert terminal.ended() == 0
+        assert terminal.wait_for_exit() == 0
         assert terminal.is_restored
 
 
 def test_ctrl_c_ends_the_plain_table(peer: BlockingConnection, top: Top) -> None:
     with top(before=WITHOUT) as terminal:
-        terminal.shows("nothing is registered")
+        terminal.wait_for("nothing is registered")
         terminal.type("\x03")
-        assert terminal.ended() == 130
+        assert terminal.wait_for_exit() == 130
         assert terminal.is_restored
 
 
@@ -264,6 +266,6 @@ def test_other_commands_import_nothing_of_it(process: DaemonProcess) -> None:
 
 def test_a_terminal_that_can_nothing_gets_one_frame(process: DaemonProcess, top: Top) -> None:
     with top(TERM="dumb") as terminal:
-        assert terminal.ended() == 0
+        assert terminal.wait_for_exit() == 0
         assert "nothing is registered" in terminal.text
         assert b"\x1b" not in terminal.raw

@@ -10,7 +10,7 @@ import regd_client
 from regd.testing import Registry, in_process
 from regd_client import blocking
 from tests.support.daemon import WAIT_S
-from tests.support.registries import plain
+from tests.support.registries import comparable
 
 
 @pytest.fixture(autouse=True)
@@ -90,8 +90,8 @@ def test_threads_and_loops_at_once() -> None:
 def test_one_thing_after_the_other() -> None:
     with blocking.BlockingConnection() as one, blocking.BlockingConnection() as two:
         assert one.ask("ping") == {"ok": True}
-        assert plain(one.ask("register", name="a", port=1, hold=True)) == {"ok": True, "name": "a", "instance": "", "host": "127.0.0.1", "port": 1, "rev": 1}  # fmt: skip
-        assert plain(two.ask("register", name="a", port=2)) == {"ok": False, "error": "conflict", "owner": {"connection": True}, "rev": 1}  # fmt: skip
+        assert comparable(one.ask("register", name="a", port=1, hold=True)) == {"ok": True, "name": "a", "instance": "", "host": "127.0.0.1", "port": 1, "rev": 1}  # fmt: skip
+        assert comparable(two.ask("register", name="a", port=2)) == {"ok": False, "error": "conflict", "owner": {"connection": True}, "rev": 1}  # fmt: skip
         assert two.ask("resolve", name="b", wait=0.01)["error"] == "timeout"
         assert two.ask("watch", name="a")["watch"] == 1
         events = two.events()

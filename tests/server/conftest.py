@@ -1,4 +1,4 @@
-"""What several of the tests here have: streams with both ends, and daemons that live through the same."""
+"""Fixture for the tests of the resolve cache: a daemon with it and one without."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from tests.support.twins import Twins, line, system
 @pytest.fixture
 def twins() -> Iterator[Twins]:
     with system():
-        made = Twins()
-        made.write(line("register", name="db", port=1))
-        yield made
-        made.close()
+        twins = Twins()
+        twins.write(line("register", name="db", port=1))
+        yield twins
+        twins.close()

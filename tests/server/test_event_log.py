@@ -14,7 +14,7 @@ import pytest
 from regd.core.limits import Limits
 from tests.support.daemon import WAIT_S, DaemonProcess, InLoop, Peer, environment
 from tests.support.files import ToldFiles
-from tests.support.peers import Told
+from tests.support.peers import FakeCredentials
 from tests.support.polling import until
 
 
@@ -135,7 +135,7 @@ def holder_of(peer: Peer) -> str:
 
 @pytest.mark.socket
 async def test_what_was_counted_is_told_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async with InLoop(tmp_path / "registry.json", peers=Told()) as daemon:
+    async with InLoop(tmp_path / "registry.json", peers=FakeCredentials()) as daemon:
         peer = await daemon.peer()
         for name in ("a", "b", "c"):
             assert (await peer.ask(cmd="register", name=name, port=1))["error"] == "denied"
@@ -149,7 +149,7 @@ async def test_what_was_counted_is_told_at_the_end(tmp_path: Path, caplog: pytes
 async def test_a_process_of_another_user_is_a_denial_too(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with InLoop(tmp_path / "registry.json", peers=Told((65_533,))) as daemon:
+    async with InLoop(tmp_path / "registry.json", peers=FakeCredentials((65_533,))) as daemon:
         reply = await (await daemon.peer()).ask(cmd="register", name="mine", port=1, pid=os.getpid())
         assert reply["error"] == "denied"
     [line] = said(caplog, "denied")

@@ -27,7 +27,7 @@ from regd.system.open_files import fit_limits
 from regd.system.peer_credentials import PeerCredentials
 from tests.support.daemon import WAIT_S, InLoop, Peer
 from tests.support.files import ToldFiles
-from tests.support.peers import STRANGER, Told
+from tests.support.peers import STRANGER, FakeCredentials
 from tests.support.polling import until
 
 pytestmark = pytest.mark.socket
@@ -194,7 +194,7 @@ async def test_connections(running: Running) -> None:
 
 @rows("readonly_connections_max")
 async def test_readonly_connections_leave_room_for_writers(running: Running) -> None:
-    told = Told()
+    told = FakeCredentials()
     async with running(peers=told, readonly_connections_max=3, connections_max=5) as daemon:
 
         async def connect(n: int) -> dict[str, Any]:
@@ -231,7 +231,7 @@ class NoTime:
 async def test_a_readonly_connection_is_read_on_after_its_time_slice_and_a_writer_meanwhile(
     running: Running,
 ) -> None:
-    told = Told()
+    told = FakeCredentials()
     async with running(peers=told) as daemon:
         assert daemon.server._connections is not None
         reader = await daemon.peer()
@@ -257,7 +257,7 @@ async def test_a_readonly_connection_is_read_on_after_its_time_slice_and_a_write
 @pytest.mark.socket
 async def test_input_of_a_reader_is_split_in_its_time_slice_only(running: Running) -> None:
     """Short lines by the thousand take milliseconds to split: a thousand readers would hold the loop for a second."""
-    told = Told()
+    told = FakeCredentials()
     async with running(peers=told) as daemon:
         assert daemon.server._connections is not None
         reader = await daemon.peer()
@@ -279,7 +279,7 @@ async def test_input_of_a_reader_is_split_in_its_time_slice_only(running: Runnin
 @rows("readonly_pending_bytes_max")
 @pytest.mark.parametrize("step", [-1, 0, 1])
 async def test_pending_requests_of_readonly_users_leave_room_for_writers(step: int, running: Running) -> None:
-    told = Told()
+    told = FakeCredentials()
     size = Request("watch", None, {"name": "a"}).weight_bytes
     async with running(peers=told, readonly_pending_bytes_max=2 * size + step) as daemon:
         reader = await daemon.peer()
@@ -297,7 +297,7 @@ async def test_pending_requests_of_readonly_users_leave_room_for_writers(step: i
 @rows("readonly_output_bytes_total_max")
 async def test_unsent_bytes_of_readonly_users_cut_readonly_connections_alone(running: Running) -> None:
     """The writer has the most unsent bytes of all, and keeps its connection."""
-    told = Told()
+    told = FakeCredentials()
     told.uid = 0
     async with running(peers=told, readonly_output_bytes_total_max=300_000) as daemon:
         owner = await daemon.peer()
@@ -326,7 +326,7 @@ async def test_unsent_bytes_of_readonly_users_cut_readonly_connections_alone(run
 
 @rows("readonly_input_bytes_total_max")
 async def test_unfinished_bytes_of_readonly_users_close_readonly_connections_alone(running: Running) -> None:
-    told = Told()
+    told = FakeCredentials()
     told.uid = 0
     async with running(peers=told, readonly_input_bytes_total_max=3_000) as daemon:
         owner = await daemon.peer()
@@ -345,7 +345,7 @@ async def test_unfinished_bytes_of_readonly_users_close_readonly_connections_alo
 
 @rows("readonly_watches_total_max", "readonly_parked_total_max")
 async def test_watches_and_waits_of_readonly_users_leave_room_for_writers(running: Running) -> None:
-    told = Told()
+    told = FakeCredentials()
     async with running(
         peers=told,
         readonly_watches_total_max=3,
@@ -370,7 +370,7 @@ async def test_watches_and_waits_of_readonly_users_leave_room_for_writers(runnin
 async def test_slow_replies_of_readonly_users_wait_for_a_slot_and_one_that_does_not_read_has_none(
     running: Running,
 ) -> None:
-    told = Told()
+    told = FakeCredentials()
     told.uid = 0
     async with running(peers=told, readonly_slow_replies_max=1, search_step_max=1) as daemon:
         owner = await daemon.peer()
@@ -401,7 +401,7 @@ async def test_slow_replies_of_readonly_users_wait_for_a_slot_and_one_that_does_
 
 
 async def test_no_slow_reply_is_made_for_a_peer_that_went_while_it_waited_for_a_slot(running: Running) -> None:
-    told = Told()
+    told = FakeCredentials()
     told.uid = 0
     async with running(peers=told, readonly_slow_replies_max=1, search_step_max=1) as daemon:
         owner = await daemon.peer()
@@ -445,7 +445,7 @@ async def test_no_more_addresses_are_probed_at_a_time(
     uid: int, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Writers and readers have probes of their own; the next address is tried when one is done."""
-    told, running_now, most = Told(), set[Any](), 0
+    told, running_now, most = FakeCredentials(), set[Any](), 0
     gates: list[asyncio.Future[None]] = []
 
     async def connect(address: Any, timeout_s: float) -> str:

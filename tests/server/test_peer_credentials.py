@@ -16,7 +16,7 @@ from regd.system import peer_credentials
 from regd.system.listener import ListenError
 from regd.system.peer_credentials import PeerCredentials, by_table, is_connection, owner, question
 from tests.support.daemon import DaemonProcess, InLoop, environment
-from tests.support.peers import STRANGER, Told
+from tests.support.peers import STRANGER, FakeCredentials
 
 OURS, THEIRS = ("127.0.0.1", 7343), ("127.0.0.1", 40_000)
 LISTEN, ESTABLISHED, TIME_WAIT = 10, 1, 6
@@ -378,7 +378,7 @@ async def test_another_user_reads_and_does_not_write(
     uid: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "regd")
-    told = Told()
+    told = FakeCredentials()
     told.uid = 0
     async with InLoop(tmp_path / "registry.json", peers=told) as daemon:
         assert (await (await daemon.peer()).ask(cmd="register", name="db", port=5432, ttl=10))["ok"]
@@ -407,7 +407,7 @@ async def test_another_user_reads_and_does_not_write(
 @pytest.mark.socket
 @pytest.mark.parametrize(("allowed", "code"), [((), "denied"), ((STRANGER,), None)])
 async def test_allow_uid_widens_it(allowed: tuple[int, ...], code: str | None, tmp_path: Path) -> None:
-    async with InLoop(tmp_path / "registry.json", peers=Told(allowed)) as daemon:
+    async with InLoop(tmp_path / "registry.json", peers=FakeCredentials(allowed)) as daemon:
         reply = await (await daemon.peer()).ask(cmd="register", name="db", port=1)
         assert reply.get("error") == code
 
@@ -415,7 +415,7 @@ async def test_allow_uid_widens_it(allowed: tuple[int, ...], code: str | None, t
 @linux
 @pytest.mark.socket
 async def test_a_process_must_be_of_the_user_who_states_it(tmp_path: Path) -> None:
-    async with InLoop(tmp_path / "registry.json", peers=Told((STRANGER,))) as daemon:
+    async with InLoop(tmp_path / "registry.json", peers=FakeCredentials((STRANGER,))) as daemon:
         peer = await daemon.peer()
         reply = await peer.ask(cmd="register", name="mine", port=1, pid=os.getpid())
         assert (reply["error"], reply["field"]) == ("denied", "pid")

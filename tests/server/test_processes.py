@@ -19,7 +19,7 @@ from regd.core.model import Process
 from regd.system import processes
 from regd.system.processes import Processes
 from tests.support.daemon import WAIT_S, InLoop, environment
-from tests.support.peers import STRANGER, Told
+from tests.support.peers import STRANGER, FakeCredentials
 
 pytestmark = [
     pytest.mark.socket,
@@ -78,7 +78,7 @@ async def test_a_process_that_lives_and_is_hidden_is_unsupported_and_one_that_ha
     part: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, child: subprocess.Popen[bytes]
 ) -> None:
     monkeypatch.setattr(processes, part, failing(number))
-    async with InLoop(tmp_path / "registry.json", peers=Told((STRANGER,))) as daemon:
+    async with InLoop(tmp_path / "registry.json", peers=FakeCredentials((STRANGER,))) as daemon:
         peer = await daemon.peer()
         wish = {"cmd": "register", "name": "a", "port": 1, "pid": child.pid}
         watched = os.pidfd_open(child.pid)
@@ -154,7 +154,7 @@ async def test_root_may_state_any_process_and_others_their_own(
     tmp_path: Path, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes, "_uids", lambda pid: (1000,) * 4)
-    told = Told((STRANGER, 1000))
+    told = FakeCredentials((STRANGER, 1000))
     async with InLoop(tmp_path / "registry.json", peers=told) as daemon:
         for uid, error in ((0, None), (1000, None), (STRANGER, "denied")):
             told.uid = uid

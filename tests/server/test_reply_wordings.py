@@ -1,4 +1,4 @@
-"""Which requests are answered without work, and in which order: as if all were done with work."""
+"""The fast path: which requests are answered from the resolve cache, and the order of all replies."""
 
 import itertools
 import json
@@ -6,30 +6,30 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.twins import FLUSH_TURNS, PLAIN, Twins, line, line_of, system
+from tests.support.twins import FLUSH_ITERATIONS, PLAIN, Twins, line, line_of, system
 from tests.support.wire import Wire
 from tests.support.world import TIGHT
 
-# Which requests.
+# Chunks that are answered from the cache, and chunks that are not.
 
-ANSWERED = {
-    "as it is remembered": PLAIN,
+FAST = {
+    "as it is cached": PLAIN,
     "the same twice": PLAIN * 2,
     "as json.dumps writes it": b'{"cmd": "resolve", "name": "db"}\n',
     "with a carriage return": b'{"cmd":"resolve","name":"db"}\r\n',
-    "an id behind": b'{"cmd":"resolve","name":"db","id":7}\n',
-    "an id behind, with blanks": b'{"cmd": "resolve", "name": "db", "id": 7}\n',
-    "an id between": b'{"cmd":"resolve","id":7,"name":"db"}\n',
-    "an id between, with blanks": b'{"cmd": "resolve", "id": 7, "name": "db"}\r\n',
+    "an id at the end": b'{"cmd":"resolve","name":"db","id":7}\n',
+    "an id at the end, with blanks": b'{"cmd": "resolve", "name": "db", "id": 7}\n',
+    "an id in the middle": b'{"cmd":"resolve","id":7,"name":"db"}\n',
+    "an id in the middle, with blanks": b'{"cmd": "resolve", "id": 7, "name": "db"}\r\n',
     "an id of 18 digits": b'{"cmd":"resolve","name":"db","id":999999999999999999}\n',
     "several, with and without ids": b'{"cmd":"resolve","name":"db","id":1}\n'
     + PLAIN
     + b'{"cmd": "resolve", "id": 2, "name": "db"}\n',
-    "one with each end of line": PLAIN + b'{"cmd":"resolve","name":"db"}\r\n' + PLAIN,
-    "of two names": PLAIN + b'{"cmd":"resolve","name":"a.b-c_d"}\n',
+    "LF and CRLF": PLAIN + b'{"cmd":"resolve","name":"db"}\r\n' + PLAIN,
+    "two names": PLAIN + b'{"cmd":"resolve","name":"a.b-c_d"}\n',
 }
 
-NOT_ANSWERED = {
+SLOW = {
     "an id twice": b'{"cmd":"resolve","id":1,"name":"db","id":1}\n',
     "an id twice, one of them 0": b'{"cmd":"resolve","id":0,"name":"db","id":1}\n',
     "an id of 0": b'{"cmd":"resolve","name":"db","id":0}\n',
@@ -46,99 +46,96 @@ NOT_ANSWERED = {
     "cmd twice": b'{"cmd":"resolve","cmd":"resolve","name":"db"}\n',
     "another order": b'{"name":"db","cmd":"resolve"}\n',
     "an instance": b'{"cmd":"resolve","name":"db","instance":""}\n',
-    "an instance that is not there": b'{"cmd":"resolve","name":"db","instance":"1"}\n',
+    "an unknown instance": b'{"cmd":"resolve","name":"db","instance":"1"}\n',
     "meta": b'{"cmd":"resolve","name":"db","meta":{}}\n',
     "all": b'{"cmd":"resolve","name":"db","all":true}\n',
     "all that is false": b'{"cmd":"resolve","name":"db","all":false}\n',
-    "an argument that is not known": b'{"cmd":"resolve","name":"db","nmae":1}\n',
-    "a name of nobody": b'{"cmd":"resolve","name":"bd"}\n',
-    "a name of nobody with an id": b'{"cmd":"resolve","name":"bd","id":3}\n',
+    "an unknown argument": b'{"cmd":"resolve","name":"db","nmae":1}\n',
+    "an unknown name": b'{"cmd":"resolve","name":"bd"}\n',
+    "an unknown name with an id": b'{"cmd":"resolve","name":"bd","id":3}\n',
     "a name with an upper case letter": b'{"cmd":"resolve","name":"DB"}\n',
     "a name with a quote": b'{"cmd":"resolve","name":"d\\"b"}\n',
     "a name with an escape": b'{"cmd":"resolve","name":"\\u0064b"}\n',
-    "a name that is none": b'{"cmd":"resolve","name":"-db"}\n',
+    "an invalid name": b'{"cmd":"resolve","name":"-db"}\n',
     "no name": b'{"cmd":"resolve","name":""}\n',
     "another command": b'{"cmd":"why","name":"db"}\n',
     "a command with an upper case letter": b'{"cmd":"Resolve","name":"db"}\n',
     "a bare word": b"resolve db\n",
-    "blanks in front": b' {"cmd":"resolve","name":"db"}\n',
-    "blanks behind": b'{"cmd":"resolve","name":"db"} \n',
+    "leading blanks": b' {"cmd":"resolve","name":"db"}\n',
+    "trailing blanks": b'{"cmd":"resolve","name":"db"} \n',
     "a tab for a blank": b'{"cmd":"resolve",\t"name":"db"}\n',
-    "a carriage return too many": b'{"cmd":"resolve","name":"db"}\r\r\n',
-    "an end as telnet sends it": b'{"cmd":"resolve","name":"db"}\r\0\n',
-    "a carriage return for an end": b'{"cmd":"resolve","name":"db"}\r{"cmd":"resolve","name":"db"}\n',
+    "two carriage returns": b'{"cmd":"resolve","name":"db"}\r\r\n',
+    "an end of line as telnet sends it": b'{"cmd":"resolve","name":"db"}\r\0\n',
+    "a carriage return instead of a newline": b'{"cmd":"resolve","name":"db"}\r{"cmd":"resolve","name":"db"}\n',
     "two objects": b'{"cmd":"resolve","name":"db"}{"cmd":"resolve","name":"db"}\n',
-    "something behind the object": b'{"cmd":"resolve","name":"db"}]\n',
+    "a bracket after the object": b'{"cmd":"resolve","name":"db"}]\n',
     "no quotes": b'{"cmd":"resolve","name":db}\n',
-    "one that is known, and an empty line": PLAIN + b"\n",
-    "an empty line, and one that is known": b"\n" + PLAIN,
-    "one that is known, and a ping": PLAIN + b'{"cmd":"ping"}\n',
-    "a ping, and one that is known": b'{"cmd":"ping"}\n' + PLAIN,
-    "one that is known, and one that is not": PLAIN + b'{"cmd":"resolve","name":"bd"}\n' + PLAIN,
-    "one that is known, and a broken one": PLAIN + b'{"cmd":"resolve","name":"db"\n' + PLAIN,
-    "one that is known, and a stranger": PLAIN + b"GET / HTTP/1.1\r\n" + PLAIN,
-    "one that is known, and quit": PLAIN + b"quit\n" + PLAIN,
-    "one that is known, and the beginning of one": PLAIN + PLAIN[:-1],
+    "a cached name, then an empty line": PLAIN + b"\n",
+    "an empty line, then a cached name": b"\n" + PLAIN,
+    "a cached name, then a ping": PLAIN + b'{"cmd":"ping"}\n',
+    "a ping, then a cached name": b'{"cmd":"ping"}\n' + PLAIN,
+    "a cached name, then an unknown one": PLAIN + b'{"cmd":"resolve","name":"bd"}\n' + PLAIN,
+    "a cached name, then a truncated request": PLAIN + b'{"cmd":"resolve","name":"db"\n' + PLAIN,
+    "a cached name, then HTTP": PLAIN + b"GET / HTTP/1.1\r\n" + PLAIN,
+    "a cached name, then quit": PLAIN + b"quit\n" + PLAIN,
+    "a cached name, then an unfinished line": PLAIN + PLAIN[:-1],
 }
 
 
 @pytest.fixture(scope="module")
 def table() -> Iterator[Twins]:
     with system():
-        made = Twins()
-        made.write(
+        twins = Twins()
+        twins.write(
             line("register", name="db", port=1, meta={"k": 'ä"'}), line("register", name="a.b-c_d", port=2)
         )
-        yield made
-        made.close()
+        yield twins
+        twins.close()
 
 
-def _answered(twins: Twins, data: bytes) -> tuple[int, bytes]:
-    """Send a chunk on a new connection; return how many requests were answered without work, and all replies."""
-    twins.know()
-    twins.know("a.b-c_d")
-    twins.asker = twins.connect()
-    count = twins.replies.count
-    twins.asker.send(data)
-    twins.turn()
-    count = twins.replies.count - count
-    twins.asker.each(Wire.end)
+def _answer(twins: Twins, data: bytes) -> tuple[int, bytes]:
+    """Send a chunk on a new connection; return the number of replies from the cache, and all replies."""
+    twins.cache_reply()
+    twins.cache_reply("a.b-c_d")
+    twins.reader = twins.connect()
+    count = twins.cache.count
+    twins.reader.send(data)
+    twins.run_once()
+    count = twins.cache.count - count
+    twins.reader.for_each(Wire.end)
     twins.settle()
-    said = twins.asker.new()
-    twins.lines.remove(twins.asker)
-    twins.asker = twins.connect()
-    return count, said
+    replies = twins.reader.received()
+    twins.pairs.remove(twins.reader)
+    twins.reader = twins.connect()
+    return count, replies
 
 
-@pytest.mark.parametrize("data", ANSWERED.values(), ids=ANSWERED)
-def test_these_are_answered_without_work_and_as_ever(table: Twins, data: bytes) -> None:
-    count, said = _answered(table, data)
+@pytest.mark.parametrize("data", FAST.values(), ids=FAST)
+def test_answered_from_the_cache(table: Twins, data: bytes) -> None:
+    count, replies = _answer(table, data)
     assert count == data.count(b"\n")
-    assert said.count(b'{"ok":true,') == count
-    assert said == b"".join(
-        line_of(json.loads(each)) for each in said.splitlines()
-    )  # compact, as all that is said
+    assert replies.count(b'{"ok":true,') == count
+    assert replies == b"".join(line_of(json.loads(reply)) for reply in replies.splitlines())  # compact JSON
 
 
-@pytest.mark.parametrize("data", NOT_ANSWERED.values(), ids=NOT_ANSWERED)
-def test_these_are_left_to_the_decoder(table: Twins, data: bytes) -> None:
-    count, said = _answered(table, data)
+@pytest.mark.parametrize("data", SLOW.values(), ids=SLOW)
+def test_answered_by_the_decoder(table: Twins, data: bytes) -> None:
+    count, replies = _answer(table, data)
     assert count == 0
-    assert said
+    assert replies
 
 
-def test_so_much_is_answered_at_once_and_no_more(table: Twins) -> None:
-    """The rest of a large chunk has its turns, as all else that is much."""
-    table.asker = table.connect()
+def test_chunks_above_4096_bytes_are_not_answered_from_the_cache(table: Twins) -> None:
+    table.reader = table.connect()
     for size, expected in ((4_096, True), (4_097, False)):
         count, over = divmod(size, len(line("resolve", name="db", id=1)))
         chunk = line("resolve", name="db", id=1) * (count - 3)
         for digits in (over // 3, over // 3, over - over // 3 * 2):
             chunk += line("resolve", name="db", id=10**digits)
         assert len(chunk) == size
-        got, said = _answered(table, chunk)
-        assert got == (count if expected else 0)
-        assert said.count(b"\n") == count
+        from_cache, replies = _answer(table, chunk)
+        assert from_cache == (count if expected else 0)
+        assert replies.count(b"\n") == count
 
 
 CONVERSATION = [
@@ -156,155 +153,153 @@ CONVERSATION = [
 ]
 
 
-def test_wherever_a_conversation_is_cut_the_replies_are_the_same(twins: Twins) -> None:
+def test_replies_do_not_depend_on_how_the_input_is_split(twins: Twins) -> None:
     whole = b"".join(CONVERSATION)
     expected: list[bytes] = []
     cuts = [*range(1, len(whole)), *((cut, cut + 7) for cut in range(1, len(whole) - 7, 5))]
     for cut in cuts:
         first, last = cut if isinstance(cut, tuple) else (cut, cut)
         twins.write(line("register", name="db", port=1))
-        twins.know()
-        asker = twins.connect()
+        twins.cache_reply()
+        reader = twins.connect()
         rev = twins.worlds[0].services.engine._registry.rev
-        asker.send(*filter(None, (whole[:first], whole[first:last], whole[last:])))
+        reader.send(*filter(None, (whole[:first], whole[first:last], whole[last:])))
         twins.settle()
-        said = asker.new().replace(b'"rev":%d' % rev, b'"rev":0').replace(b'"rev":%d' % (rev + 2), b'"rev":2')
-        expected = expected or [said]
-        assert [said] == expected, cut
-        asker.each(Wire.end)
+        replies = reader.received()
+        replies = replies.replace(b'"rev":%d' % rev, b'"rev":0').replace(b'"rev":%d' % (rev + 2), b'"rev":2')
+        expected = expected or [replies]
+        assert [replies] == expected, cut
+        reader.for_each(Wire.end)
         twins.settle()
-        twins.lines.remove(asker)
+        twins.pairs.remove(reader)
     assert len(expected[0].splitlines()) == len(CONVERSATION) - 1
 
 
-def test_byte_by_byte_it_is_the_same(twins: Twins) -> None:
-    twins.know()
+def test_replies_to_input_that_arrives_byte_by_byte(twins: Twins) -> None:
+    twins.cache_reply()
     whole = b"".join(CONVERSATION)
-    twins.asker.send(*(whole[at : at + 1] for at in range(len(whole))))
+    twins.reader.send(*(whole[at : at + 1] for at in range(len(whole))))
     twins.settle()
-    assert [each.get("port") for each in twins.asker.replies()] == [1, 1, None, 1, 2, 2, 2, None, 2, 2]
+    assert [reply.get("port") for reply in twins.reader.replies()] == [1, 1, None, 1, 2, 2, 2, None, 2, 2]
 
 
 # Order.
 
 
 def test_a_peer_sees_its_own_writes(twins: Twins) -> None:
-    twins.know()
+    twins.cache_reply()
     for cuts in ([], [1], [1, 2], [2]):
         requests = [line("register", name="db", port=2), PLAIN, line("register", name="db", port=1), PLAIN]
         edges = [0, *cuts, 4]
-        twins.asker.send(*(b"".join(requests[a:b]) for a, b in itertools.pairwise(edges)))
+        twins.reader.send(*(b"".join(requests[a:b]) for a, b in itertools.pairwise(edges)))
         twins.settle()
-        assert [each["port"] for each in twins.asker.replies()] == [2, 2, 1, 1]
+        assert [each["port"] for each in twins.reader.replies()] == [2, 2, 1, 1]
 
 
-@pytest.mark.parametrize("turns", range(12))
-def test_a_resolve_waits_for_the_write_before_it_whenever_it_comes(twins: Twins, turns: int) -> None:
-    """In each turn of the flush, and in the one in which its reply is on its way."""
-    twins.know()
-    twins.asker.send(line("register", name="db", port=2))
-    for _ in range(turns):
-        twins.turn()
-    twins.asker.send(PLAIN)
+@pytest.mark.parametrize("iterations", range(12))
+def test_resolve_waits_for_the_write_before_it(twins: Twins, iterations: int) -> None:
+    """Sent in every loop iteration of the flush, and in the one that sends the write's reply."""
+    twins.cache_reply()
+    twins.reader.send(line("register", name="db", port=2))
+    for _ in range(iterations):
+        twins.run_once()
+    twins.reader.send(PLAIN)
     twins.settle()
-    assert [(each["port"], "state" in each) for each in twins.asker.replies()] == [(2, False), (2, True)]
+    assert [(reply["port"], "state" in reply) for reply in twins.reader.replies()] == [(2, False), (2, True)]
 
 
-def test_a_resolve_behind_a_parked_one_waits_unless_that_has_an_id(twins: Twins) -> None:
-    twins.know()
-    twins.asker.send(line("resolve", name="late", wait=60, id=1), PLAIN)
-    twins.turn()
-    twins.turn()
-    assert [each["port"] for each in twins.asker.replies()] == [1]  # it does not wait
-    twins.asker.send(line("resolve", name="later", wait=60), PLAIN, line("resolve", name="db", id=2))
+def test_resolve_after_a_parked_one_waits_unless_that_has_an_id(twins: Twins) -> None:
+    twins.cache_reply()
+    twins.reader.send(line("resolve", name="late", wait=60, id=1), PLAIN)
+    twins.run_once()
+    twins.run_once()
+    assert [reply["port"] for reply in twins.reader.replies()] == [1]
+    twins.reader.send(line("resolve", name="later", wait=60), PLAIN, line("resolve", name="db", id=2))
     twins.settle()
-    assert twins.asker.new() == b""
+    assert twins.reader.received() == b""
     twins.write(line("register", name="later", port=8))  # even ports accept
     twins.settle()
-    assert [each["port"] for each in twins.asker.replies()] == [8, 1, 1]
+    assert [reply["port"] for reply in twins.reader.replies()] == [8, 1, 1]
     twins.write(line("register", name="late", port=6))
-    assert [each["port"] for each in twins.asker.replies()] == [6]
-    count = twins.replies.count
+    assert [reply["port"] for reply in twins.reader.replies()] == [6]
+    count = twins.cache.count
     twins.ask()
-    assert twins.replies.count == count + 1  # and all is as before
+    assert twins.cache.count == count + 1  # the fast path is on again
 
 
-@pytest.mark.parametrize("turns", range(8))
-def test_a_resolve_that_comes_as_a_parked_one_is_answered_keeps_its_place(twins: Twins, turns: int) -> None:
-    twins.know()
-    twins.asker.send(line("resolve", name="late", wait=60))
-    twins.turn()
+@pytest.mark.parametrize("iterations", range(8))
+def test_resolve_sent_while_a_parked_one_is_answered_keeps_its_order(twins: Twins, iterations: int) -> None:
+    twins.cache_reply()
+    twins.reader.send(line("resolve", name="late", wait=60))
+    twins.run_once()
     twins.writer.send(line("register", name="late", port=8))
-    for _ in range(FLUSH_TURNS + turns):
-        twins.turn()
-    twins.asker.send(PLAIN)
+    for _ in range(FLUSH_ITERATIONS + iterations):
+        twins.run_once()
+    twins.reader.send(PLAIN)
     twins.settle()
-    assert [each["name"] for each in twins.asker.replies()] == ["late", "db"]
+    assert [reply["name"] for reply in twins.reader.replies()] == ["late", "db"]
 
 
-def test_an_unfinished_line_is_finished_first(twins: Twins) -> None:
-    twins.know()
-    twins.asker.send(PLAIN[:-1])
-    twins.turn()
-    twins.asker.send(b"\n" + PLAIN, PLAIN, b"{", PLAIN, b"\r", PLAIN)
+def test_unfinished_line_is_completed_by_the_next_chunk(twins: Twins) -> None:
+    twins.cache_reply()
+    twins.reader.send(PLAIN[:-1])
+    twins.run_once()
+    twins.reader.send(b"\n" + PLAIN, PLAIN, b"{", PLAIN, b"\r", PLAIN)
     twins.settle()
-    replies = twins.asker.replies()
-    assert [each.get("port", each.get("error")) for each in replies] == [1, 1, 1, "bad_json", 1]
-    twins.asker.send(b"{")
-    twins.turn()
-    twins.asker.send(b"}\n")
+    replies = twins.reader.replies()
+    assert [reply.get("port", reply.get("error")) for reply in replies] == [1, 1, 1, "bad_json", 1]
+    twins.reader.send(b"{")
+    twins.run_once()
+    twins.reader.send(b"}\n")
     twins.settle()
-    assert [world.connections.writers.input.total for world in twins.worlds] == [
-        0,
-        0,
-    ]  # nor does anything wait any more
+    assert [world.connections.writers.input.total for world in twins.worlds] == [0, 0]
 
 
-def test_behind_quit_and_behind_a_stranger_nothing_is_answered(twins: Twins) -> None:
-    twins.know()
+def test_nothing_is_answered_after_quit_or_invalid_input(twins: Twins) -> None:
+    twins.cache_reply()
     for last, count in ((b"quit\n", 1), (b"[1]\r\n", 2)):
-        asker = twins.connect()
-        asker.send(PLAIN, last, PLAIN, PLAIN)
+        reader = twins.connect()
+        reader.send(PLAIN, last, PLAIN, PLAIN)
         twins.settle()
-        assert len(asker.replies()) == count, last
-        asker.each(Wire.end)
+        assert len(reader.replies()) == count, last
+        reader.for_each(Wire.end)
         twins.settle()
 
 
-@pytest.mark.parametrize("dear", [False, True])
-def test_a_peer_that_does_not_read_is_not_answered_on_and_gets_all_in_order(dear: bool) -> None:
-    """Whether it was a reply of the one kind or the other that it did not take."""
+@pytest.mark.parametrize("slow_first", [False, True])
+def test_replies_to_a_peer_that_does_not_read_are_bounded_and_in_order(slow_first: bool) -> None:
+    """The first unread reply comes from the cache, or from the decoder (`slow_first`)."""
     with system():
         twins = Twins(limits=TIGHT)
         for name in ("db", "db2", "db3"):
             twins.write(line("register", name=name, port=1, meta={"k": "v" * 500}))
-        twins.know()
-        twins.asker.each(lambda wire: setattr(wire, "taking", False))
+        twins.cache_reply()
+        twins.reader.for_each(lambda wire: setattr(wire, "peer_reads", False))
         for n in range(1, 40):
-            twins.asker.send(line("list", id=n) if dear and n == 1 else line("resolve", name="db", id=n))
-            twins.turn()
-            twins.turn()
-        for wire in twins.asker.wires:
+            twins.reader.send(line("list", id=n) if slow_first and n == 1 else line("resolve", name="db", id=n))
+            twins.run_once()
+            twins.run_once()
+        for wire in twins.reader.wires:
             assert wire.get_write_buffer_size() <= 2 * TIGHT.output_bytes_max
-        twins.each(lambda world: world.do(twins.asker.wires[twins.worlds.index(world)].take))
+        twins.for_each(lambda world: world.do(twins.reader.wires[twins.worlds.index(world)].take))
         twins.settle()
-        assert [each["id"] for each in twins.asker.replies()] == list(range(1, 40))
-        twins.know()
+        assert [reply["id"] for reply in twins.reader.replies()] == list(range(1, 40))
+        twins.cache_reply()
         twins.close()
 
 
-def test_the_counters_do_not_tell_how_it_was_answered(twins: Twins) -> None:
-    before = [twins.ask(line("stats"))["requests"].get("resolve", 0)]
+def test_stats_count_replies_from_the_cache(twins: Twins) -> None:
+    counts = [twins.ask(line("stats"))["requests"].get("resolve", 0)]
     for data, count in (
         (PLAIN, 1),
         (PLAIN * 3, 3),
         (line("resolve", name="db", id=4) * 2, 2),
         (b"resolve db\n", 1),
     ):
-        twins.asker.send(data)
+        twins.reader.send(data)
         twins.settle()
-        assert len(twins.asker.replies()) == count
+        assert len(twins.reader.replies()) == count
         stats = twins.ask(line("stats"))
-        before.append(stats["requests"]["resolve"])
-    assert [later - earlier for earlier, later in itertools.pairwise(before)] == [1, 3, 2, 1]
-    assert twins.replies.count == 5
+        counts.append(stats["requests"]["resolve"])
+    assert [later - earlier for earlier, later in itertools.pairwise(counts)] == [1, 3, 2, 1]
+    assert twins.cache.count == 5

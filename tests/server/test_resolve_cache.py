@@ -1,4 +1,4 @@
-"""What is answered again without work is what the registry would say in that moment, whatever happens."""
+"""A reply from the resolve cache is the one that the registry would give at that moment."""
 
 import itertools
 import json
@@ -18,14 +18,14 @@ from regd.core.registry import Registry
 from regd.core.transaction import Transaction
 from regd.server.resolve_cache import ResolveCache
 from tests.support.length import examples
-from tests.support.twins import FLUSH_TURNS, PLAIN, Line, Twins, line, system
+from tests.support.twins import FLUSH_ITERATIONS, PLAIN, Pair, Twins, line, system
 from tests.support.wire import Wire
 from tests.support.world import World
 
 
 def ports(replies: list[dict[str, Any]]) -> list[Any]:
-    """Return what was resolved, without repetitions."""
-    return [key for key, _ in itertools.groupby(each.get("port", each.get("error")) for each in replies)]
+    """Return the ports or error codes of replies, without repetitions."""
+    return [key for key, _ in itertools.groupby(reply.get("port", reply.get("error")) for reply in replies)]
 
 
 CHANGES: dict[str, tuple[list[bytes], list[Any]]] = {
@@ -40,14 +40,14 @@ CHANGES: dict[str, tuple[list[bytes], list[Any]]] = {
         [line("update", name="db", state="draining"), line("update", name="db", state="ready")],
         [1],
     ),
-    "with a lease from now on": ([line("register", name="db", port=1, ttl=5)], [1]),
-    "held from now on": ([line("register", name="db", port=1, hold=True)], [1]),
-    "of a process from now on": ([line("register", name="db", port=1, pid=4242)], [1]),
+    "with a lease": ([line("register", name="db", port=1, ttl=5)], [1]),
+    "held": ([line("register", name="db", port=1, hold=True)], [1]),
+    "with a process": ([line("register", name="db", port=1, pid=4242)], [1]),
     "replaced twice in a batch": (
         [line("register", name="db", port=2), line("register", name="db", port=3)],
         [1, 3],
     ),
-    "replaced and back in a batch": (
+    "replaced and restored in a batch": (
         [line("register", name="db", port=2), line("register", name="db", port=1)],
         [1],
     ),
@@ -55,86 +55,91 @@ CHANGES: dict[str, tuple[list[bytes], list[Any]]] = {
         [line("deregister", name="db"), line("register", name="db", port=4)],
         [1, 4],
     ),
-    "gone and come as another instance": (
+    "replaced by another instance": (
         [line("deregister", name="db"), line("register", name="db", port=5, instance="x")],
         [1, 5],
     ),
-    "what was there already": ([line("register", name="db", port=1)], [1]),
-    "what is refused": ([line("register", name="db", port=2, **{"if": 99})], [1]),
+    "registered again": ([line("register", name="db", port=1)], [1]),
+    "refused": ([line("register", name="db", port=2, **{"if": 99})], [1]),
     "another name": ([line("register", name="bd", port=2), line("deregister", name="bd")], [1]),
 }
 
 
 @pytest.mark.parametrize(("requests", "expected"), CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("together", [True, False])
-def test_after_a_change_nobody_hears_what_was_before_it(
+def test_change_is_visible_at_once(
     twins: Twins, requests: list[bytes], expected: list[Any], together: bool
 ) -> None:
-    twins.know()
-    before = twins.ask()
+    twins.cache_reply()
+    first = twins.ask()
     for chunk in [b"".join(requests)] if together else requests:
         twins.writer.send(chunk)
-        replies = twins.follow()
+        replies = twins.poll()
         if together:
-            assert ports([before, *replies]) == expected
+            assert ports([first, *replies]) == expected
     assert ports(replies)[-1] == expected[-1]
     listed = twins.ask(line("list", name="db"))["instances"]
-    found = {key: value for key, value in twins.ask().items() if key != "ok"}
-    assert [each for each in listed if each["state"] == "ready"] == ([found] if "error" not in found else [])
-    if "error" not in found:
-        twins.know()
+    resolved = {key: value for key, value in twins.ask().items() if key != "ok"}
+    ready = [instance for instance in listed if instance["state"] == "ready"]
+    assert ready == ([resolved] if "error" not in resolved else [])
+    if "error" not in resolved:
+        twins.cache_reply()
 
 
-def test_a_change_that_the_disk_refuses_leaves_what_was_right(twins: Twins) -> None:
-    twins.know()
-    count = twins.replies.count
+def test_failed_write_keeps_the_cached_reply(twins: Twins) -> None:
+    twins.cache_reply()
+    count = twins.cache.count
     twins.set_full(True)
     for request in (line("register", name="db", port=2), line("deregister", name="db")):
         twins.writer.send(request)
-        assert ports(twins.follow()) == [1]
-    assert twins.replies.count == count + 80
+        assert ports(twins.poll()) == [1]
+    assert twins.cache.count == count + 80
     twins.set_full(False)
     twins.writer.send(line("register", name="db", port=3))
-    assert ports([twins.ask(), *twins.follow()]) == [1, 3]
+    assert ports([twins.ask(), *twins.poll()]) == [1, 3]
 
 
-def test_of_two_instances_each_has_its_turn_and_of_one_again_none_is_taken(twins: Twins) -> None:
-    twins.know()
+def test_two_instances_alternate_until_one_is_removed(twins: Twins) -> None:
+    twins.cache_reply()
     twins.writer.send(line("register", name="db", port=2, instance="2"))
-    assert ports(twins.follow())[:6] == [1, 2, 1, 2, 1, 2]
-    count = twins.replies.count
+    assert ports(twins.poll())[:6] == [1, 2, 1, 2, 1, 2]
+    count = twins.cache.count
     twins.write(line("deregister", name="db", instance="2"))
-    assert ports(twins.follow(5)) == [1]
-    assert twins.replies.count > count
+    assert ports(twins.poll(5)) == [1]
+    assert twins.cache.count > count
     twins.write(line("register", name="db", port=2, instance="2"))
-    twins.follow(3)
+    twins.poll(3)
     twins.write(line("deregister", name="db"))
-    assert ports(twins.follow(5)) == [2]
-    twins.know()
+    assert ports(twins.poll(5)) == [2]
+    twins.cache_reply()
 
 
-def test_one_that_is_ready_among_those_that_are_not_is_found_by_looking(twins: Twins) -> None:
-    """Its turn may not be the only one for long: two instances are never remembered."""
+def test_name_with_two_instances_is_not_cached(twins: Twins) -> None:
+    """Not even while only one of them is ready."""
     twins.write(line("register", name="db", port=2, instance="2", state="draining"))
-    count = twins.replies.count
-    assert ports(twins.follow(5)) == [1]
-    assert twins.replies.count == count
+    count = twins.cache.count
+    assert ports(twins.poll(5)) == [1]
+    assert twins.cache.count == count
     twins.write(line("update", name="db", instance="2", state="ready"))
-    assert ports(twins.follow(4)) in ([1, 2, 1, 2], [2, 1, 2, 1])
+    assert ports(twins.poll(4)) in ([1, 2, 1, 2], [2, 1, 2, 1])
 
 
-ENDINGS: dict[str, tuple[bytes, Callable[[Twins, Line], object], str]] = {
-    "reset": (line("register", name="db", port=1, hold=True), lambda _, held: held.each(Wire.reset), "closed"),
-    "closed": (line("register", name="db", port=1, hold=True), lambda _, held: held.each(Wire.end), "closed"),
+ENDINGS: dict[str, tuple[bytes, Callable[[Twins, Pair], object], str]] = {
+    "reset": (
+        line("register", name="db", port=1, hold=True),
+        lambda _, held: held.for_each(Wire.reset),
+        "closed",
+    ),
+    "closed": (line("register", name="db", port=1, hold=True), lambda _, held: held.for_each(Wire.end), "closed"),
     "quit": (line("register", name="db", port=1, hold=True), lambda _, held: held.send(b"quit\n"), "closed"),
-    "a stranger": (
+    "HTTP": (
         line("register", name="db", port=1, hold=True),
         lambda _, held: held.send(b"GET / HTTP/1.1\r\n"),
         "closed",
     ),
     "exited": (
         line("register", name="db", port=1, pid=4242),
-        lambda twins, _: twins.each(lambda world: world.do(lambda: _exit(world))),
+        lambda twins, _: twins.for_each(lambda world: world.do(lambda: _exit(world))),
         "exited",
     ),
     "expired": (line("register", name="db", port=1, ttl=5), lambda twins, _: twins.advance(5), "expired"),
@@ -153,186 +158,184 @@ def _exit(world: World) -> None:
 
 @pytest.mark.parametrize(("request_", "end", "reason"), ENDINGS.values(), ids=ENDINGS)
 @pytest.mark.parametrize("full", [False, True])
-def test_who_is_gone_is_not_resolved_from_that_moment(
-    twins: Twins, request_: bytes, end: Callable[[Twins, Line], object], reason: str, full: bool
+def test_dead_holder_is_not_resolved(
+    twins: Twins, request_: bytes, end: Callable[[Twins, Pair], object], reason: str, full: bool
 ) -> None:
-    """Long before that has landed, and though the disk is full."""
+    """From the moment of its death, before the removal is written, and on a full disk."""
     twins.write(line("deregister", name="db"))
     holder = twins.connect()
     holder.send(request_)
     twins.settle()
-    holder.new()
-    twins.know()
+    holder.received()
+    twins.cache_reply()
     twins.set_full(full)
     registry = twins.worlds[0].services.engine._registry
     rev = registry.rev
     end(twins, holder)
-    before_it_landed = []
+    during_flush = []
     while registry.rev == rev:
-        before_it_landed.append(twins.ask())
-    assert ports(before_it_landed[2:]) == ["not_found"]
-    assert len(before_it_landed) >= FLUSH_TURNS
-    assert reason in before_it_landed[-1]["last"]["reason"]
-    assert ports(twins.follow(10)) == ["not_found"]
+        during_flush.append(twins.ask())
+    assert ports(during_flush[2:]) == ["not_found"]
+    assert len(during_flush) >= FLUSH_ITERATIONS
+    assert reason in during_flush[-1]["last"]["reason"]
+    assert ports(twins.poll(10)) == ["not_found"]
     twins.set_full(False)
     twins.advance(2)
-    assert ports(twins.follow(10)) == ["not_found"]
+    assert ports(twins.poll(10)) == ["not_found"]
 
 
-def test_who_ends_while_its_registration_is_on_its_way_is_never_resolved(twins: Twins) -> None:
-    twins.know()
+def test_holder_that_dies_during_the_flush_is_never_resolved(twins: Twins) -> None:
+    twins.cache_reply()
     holder = twins.connect()
     holder.send(line("register", name="db", port=2, hold=True))
-    twins.turn()
-    twins.turn()
-    holder.each(Wire.reset)
-    assert ports([twins.ask(), *twins.follow()]) == [1, "not_found"]
+    twins.run_once()
+    twins.run_once()
+    holder.for_each(Wire.reset)
+    assert ports([twins.ask(), *twins.poll()]) == [1, "not_found"]
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_of_several_holders_each_may_go_and_the_last_takes_it_along(twins: Twins, last: bool) -> None:
+def test_entry_lives_until_its_last_holder_dies(twins: Twins, last: bool) -> None:
     holders = [twins.connect() for _ in range(3)]
     for holder in holders:
         holder.send(line("register", name="db", port=1, hold=True))
         twins.settle()
-    twins.know()
+    twins.cache_reply()
     for holder in holders[: 3 if last else 2]:
-        holder.each(Wire.reset)
-    assert ports(twins.follow())[-1] == ("not_found" if last else 1)
+        holder.for_each(Wire.reset)
+    assert ports(twins.poll())[-1] == ("not_found" if last else 1)
 
 
-def test_a_holder_that_withdraws_leaves_it_to_the_others(twins: Twins) -> None:
+def test_withdrawn_holder_leaves_the_entry_to_the_others(twins: Twins) -> None:
     one, two = twins.connect(), twins.connect()
     for holder in (one, two):
         holder.send(line("register", name="db", port=1, hold=True))
         twins.settle()
-    twins.know()
+    twins.cache_reply()
     one.send(line("update", name="db", state="draining"))
-    assert ports(twins.follow()) == [1]
-    two.each(Wire.reset)
-    twins.turn()
-    assert ports(twins.follow()) == ["not_found"]
+    assert ports(twins.poll()) == [1]
+    two.for_each(Wire.reset)
+    twins.run_once()
+    assert ports(twins.poll()) == ["not_found"]
 
 
-def test_the_last_that_holds_it_may_withdraw_before_the_end_of_another_has_landed(twins: Twins) -> None:
-    """The change is one that no watcher hears of, and makes it unready all the same."""
+def test_entry_is_not_ready_when_the_last_holder_dies_during_the_withdrawal_of_the_other(twins: Twins) -> None:
+    """The withdrawal causes no event and must invalidate the cached reply all the same."""
     one, two = twins.connect(), twins.connect()
     for holder in (one, two):
         holder.send(line("register", name="db", port=1, hold=True))
         twins.settle()
-    twins.each(lambda world: setattr(world.loop, "flush_turns", 20))
+    twins.for_each(lambda world: setattr(world.loop, "flush_iterations", 20))
     one.send(line("update", name="db", state="draining"))
-    twins.turn()
-    twins.turn()
-    two.each(Wire.reset)
-    twins.turn()
-    twins.know()
-    assert ports(twins.follow(60)) == [1, "not_found"]
+    twins.run_once()
+    twins.run_once()
+    two.for_each(Wire.reset)
+    twins.run_once()
+    twins.cache_reply()
+    assert ports(twins.poll(60)) == [1, "not_found"]
 
 
-def test_a_take_over_by_force_is_seen_when_it_lands(twins: Twins) -> None:
+def test_forced_takeover_is_visible_once_written(twins: Twins) -> None:
     holder = twins.connect()
     holder.send(line("register", name="db", port=1, hold=True))
     twins.settle()
-    twins.know()
+    twins.cache_reply()
     twins.writer.send(line("register", name="db", port=2), line("register", name="db", port=2, force=True))
-    assert ports([twins.ask(), *twins.follow()]) == [1, 2]
-    twins.know()
-    holder.each(Wire.reset)  # it holds nothing any more
-    assert ports(twins.follow()) == [2]
+    assert ports([twins.ask(), *twins.poll()]) == [1, 2]
+    twins.cache_reply()
+    holder.for_each(Wire.reset)  # it no longer holds the entry
+    assert ports(twins.poll()) == [2]
 
 
-def test_a_lease_that_is_renewed_goes_on(twins: Twins) -> None:
+def test_renewed_lease_is_resolved_until_it_expires(twins: Twins) -> None:
     twins.write(line("register", name="db", port=1, ttl=5))
-    twins.know()
+    twins.cache_reply()
     for _ in range(3):
         twins.advance(4)
         twins.write(line("renew", name="db"))
-        assert ports(twins.follow(3)) == [1]
+        assert ports(twins.poll(3)) == [1]
     twins.advance(5)
-    assert ports(twins.follow()) == ["not_found"]
+    assert ports(twins.poll()) == ["not_found"]
     twins.write(line("register", name="db", port=1))
-    twins.know()
+    twins.cache_reply()
 
 
-def test_what_was_loaded_and_is_not_claimed_in_time_is_not_resolved(twins: Twins) -> None:
+def test_loaded_entry_is_resolved_until_the_deadline_to_claim_it(twins: Twins) -> None:
     with system():
         loaded = Twins(b'{"db": {"port": 1, "hold": true}, "old": {"port": 2, "pid": 4242, "born": "boot/1"}}')
-        loaded.know()
+        loaded.cache_reply()
         assert loaded.ask(line("resolve", name="old"))["error"] == "not_found"
         loaded.advance(29)
-        assert ports(loaded.follow(5)) == [1]
+        assert ports(loaded.poll(5)) == [1]
         loaded.advance(1)
-        assert ports(loaded.follow()) == ["not_found"]
+        assert ports(loaded.poll()) == ["not_found"]
         loaded.close()
 
 
-def test_nothing_is_remembered_of_names_that_are_gone(twins: Twins) -> None:
-    """What is remembered is bounded by what is registered."""
+def test_cache_has_only_registered_names(twins: Twins) -> None:
     for n in range(50):
         twins.write(line("register", name=f"n{n}", port=1))
-        twins.know(f"n{n}")
+        twins.cache_reply(f"n{n}")
         twins.ask(line("resolve", name=f"m{n}"))
-    twins.know()
-    assert len(twins.replies.known) == 51
+    twins.cache_reply()
+    assert len(twins.cache.known) == 51
     twins.write(*(line("deregister", name=f"n{n}") for n in range(50)))
-    assert list(twins.replies.known) == [PLAIN]
+    assert list(twins.cache.known) == [PLAIN]
 
 
-# What the registry tells.
+# The registry's notifications to the cache.
 
 
 def entry(name: str = "db", instance: str = "", port: int = 1, holders: tuple[Holder, ...] = ()) -> Entry:
     return Entry(name, instance, "127.0.0.1", port, {}, State.READY, 0, 0.0, holders)
 
 
-def test_the_registry_tells_of_each_name_that_readers_are_told_otherwise_of() -> None:
-    """When it tells, they would be told so already."""
+def test_registry_notifies_of_each_name_whose_reply_changes() -> None:
+    """When it notifies, a search already has the new result."""
     registry = Registry([entry(), entry("other")], 1)
-    told: list[tuple[str, int]] = []
+    notified: list[tuple[str, int]] = []
 
-    def ready(name: str) -> int:
+    def ready_count(name: str) -> int:
         search = registry.search(name, None, {}, 10)
         assert search.go_on(10)
         return len(search.found)
 
-    registry.on_entry_changed = lambda name: told.append((name, ready(name)))
+    registry.on_entry_changed = lambda name: notified.append((name, ready_count(name)))
 
-    def land(*judge: Callable[[Transaction], object]) -> list[tuple[str, int]]:
+    def apply(change: Callable[[Transaction], object]) -> list[tuple[str, int]]:
         transaction = Transaction(registry, 0.0)
-        for each in judge:
-            made = each(transaction)
-            if isinstance(made, Iterator):
-                list(made)
-        told.clear()
+        result = change(transaction)
+        if isinstance(result, Iterator):
+            list(result)
+        notified.clear()
         registry.apply(transaction.changes, 0.0)
-        return list(told)
+        return list(notified)
 
     holder = Holder(0, 7, hold=True, process=Process(8, "boot/8"), ttl_s=5.0)
-    assert land(lambda transaction: transaction.register(entry(port=2))) == [("db", 0), ("db", 1)]
-    assert land(lambda transaction: transaction.register(entry(instance="x"))) == [("db", 2)]
-    assert land(lambda transaction: transaction.update(("db", "x"), None, State.DRAINING)) == [("db", 1)]
-    assert land(lambda transaction: transaction.deregister(("db", "x"))) == [("db", 1)]
-    assert land(lambda transaction: transaction.register(entry(port=2))) == []  # nothing changes
+    assert apply(lambda transaction: transaction.register(entry(port=2))) == [("db", 0), ("db", 1)]
+    assert apply(lambda transaction: transaction.register(entry(instance="x"))) == [("db", 2)]
+    assert apply(lambda transaction: transaction.update(("db", "x"), None, State.DRAINING)) == [("db", 1)]
+    assert apply(lambda transaction: transaction.deregister(("db", "x"))) == [("db", 1)]
+    assert apply(lambda transaction: transaction.register(entry(port=2))) == []  # nothing changes
     for ending in (
         HolderGone(Reason.CLOSED, session=7),
         HolderGone(Reason.EXITED, process=Process(8, "boot/8")),
     ):
-        land(lambda transaction: transaction.register(entry("held", holders=(holder,)), session=7))
-        told.clear()
+        apply(lambda transaction: transaction.register(entry("held", holders=(holder,)), session=7))
+        notified.clear()
         registry.mark_dead(ending)
-        assert told == [("held", 0)]
-        assert land(lambda transaction, ending=ending: transaction.end(ending)) == [("held", 0)]  # type: ignore[misc]
+        assert notified == [("held", 0)]
+        assert apply(lambda transaction, ending=ending: transaction.end(ending)) == [("held", 0)]  # type: ignore[misc]
         registry.lifetimes.settle(ending)
-    land(lambda transaction: transaction.register(entry("held", holders=(holder,)), session=7))
-    told.clear()
+    apply(lambda transaction: transaction.register(entry("held", holders=(holder,)), session=7))
+    notified.clear()
     assert registry.expire(4.9, 10) == []
-    assert told == []
+    assert notified == []
     assert len(registry.expire(5.0, 10)) == 1
-    assert told == [("held", 0)]
+    assert notified == [("held", 0)]
 
 
-def test_an_end_of_very_many_forgets_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_deaths_at_once_clear_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("regd.core.registry._TOUCHED_MAX", 2)
     registry, replies = Registry(), ResolveCache()
     registry.on_entry_changed, registry.on_any_changed = replies.invalidate, replies.invalidate_all
@@ -342,15 +345,15 @@ def test_an_end_of_very_many_forgets_all(monkeypatch: pytest.MonkeyPatch) -> Non
     registry.apply(transaction.changes, 0.0)
     for n in range(3):
         replies.put(next(registry.instances_of(f"n{n}")))
-    asked = b'{"cmd":"resolve","name":"n1"}\n'
-    assert replies.lookup(asked) is not None
+    request = b'{"cmd":"resolve","name":"n1"}\n'
+    assert replies.lookup(request) is not None
     registry.mark_dead(HolderGone(Reason.CLOSED, session=7))
-    assert replies.lookup(asked) is None
+    assert replies.lookup(request) is None
     replies.put(next(registry.instances_of("n1")))
-    assert replies.lookup(asked) is not None
+    assert replies.lookup(request) is not None
 
 
-def test_what_is_remembered_is_forgotten_by_name() -> None:
+def test_invalidate_drops_one_name() -> None:
     replies = ResolveCache()
     for name in ("db", "a.b", "db2"):
         replies.put(entry(name))
@@ -363,7 +366,7 @@ def test_what_is_remembered_is_forgotten_by_name() -> None:
     assert replies.count == 3
 
 
-# All of it, in any order.
+# Random histories.
 
 NAMES = ["a", "b"]
 names = st.sampled_from(NAMES)
@@ -374,75 +377,75 @@ MANY_INSTANCES = 20
 
 
 def slow_twins() -> Twins:
-    """Two daemons that look at one instance a turn, and a name with one that is ready, the last."""
-    made = Twins(limits=Limits(search_step_max=1))
+    """Two daemons that examine one instance per loop iteration, and a name whose last instance alone is ready."""
+    twins = Twins(limits=Limits(search_step_max=1))
     for n in range(MANY_INSTANCES):
-        made.write(line("register", name="db", port=1, instance=f"{n:02}", state="draining"))
-    made.write(line("register", name="db", port=2, instance="x"))
-    made.each(lambda world: setattr(world.loop, "flush_turns", 8))
-    return made
+        twins.write(line("register", name="db", port=1, instance=f"{n:02}", state="draining"))
+    twins.write(line("register", name="db", port=2, instance="x"))
+    twins.for_each(lambda world: setattr(world.loop, "flush_iterations", 8))
+    return twins
 
 
-def test_one_that_is_found_slowly_and_has_changed_meanwhile_is_not_remembered() -> None:
-    """It is answered with what was there at first, and that once."""
+def test_result_of_a_slow_search_is_not_cached_if_it_changed_meanwhile() -> None:
+    """The reply has the state from when the search began, once."""
     with system():
         twins = slow_twins()
-        twins.asker.send(PLAIN)
+        twins.reader.send(PLAIN)
         gone = [line("deregister", name="db", instance=f"{n:02}") for n in range(MANY_INSTANCES)]
         twins.writer.send(b"".join([*gone, line("register", name="db", port=3, instance="x")]))
         twins.settle()
-        assert [each["port"] for each in twins.asker.replies()] == [2]
-        twins.asker = twins.connect()
+        assert [reply["port"] for reply in twins.reader.replies()] == [2]
+        twins.reader = twins.connect()
         assert twins.ask()["port"] == 3
         twins.close()
 
 
-def test_one_that_is_found_slowly_may_be_gone_with_its_name_meanwhile() -> None:
+def test_slow_search_survives_the_end_of_its_name() -> None:
     with system():
         twins = slow_twins()
-        twins.asker.send(PLAIN)
+        twins.reader.send(PLAIN)
         gone = [line("deregister", name="db", instance=f"{n:02}") for n in range(MANY_INSTANCES)]
         twins.writer.send(b"".join([*gone, line("deregister", name="db", instance="x")]))
         twins.settle()
         assert [world.loop.errors for world in twins.worlds] == [[], []]
-        assert [each["port"] for each in twins.asker.replies()] == [2]
+        assert [reply["port"] for reply in twins.reader.replies()] == [2]
         twins.close()
 
 
-def test_a_chunk_is_answered_without_work_as_far_as_others_are() -> None:
-    """136 lines of 30 bytes may be 3 MB of replies, for a peer that reads none; with work it is 65 KB and a reply."""
+def test_replies_from_the_cache_obey_the_output_limit() -> None:
+    """136 requests of 30 bytes could cause 3 MB of replies; the limit is 64 KiB and one reply."""
     with system():
         twins = Twins()
         twins.write(line("register", name="db", port=1, meta={"k": "\x01" * 4_000}))
         size = len(twins.ask().__repr__())
-        twins.know()
-        twins.asker.each(lambda wire: setattr(wire, "taking", False))
-        twins.asker.send(PLAIN * 136)
+        twins.cache_reply()
+        twins.reader.for_each(lambda wire: setattr(wire, "peer_reads", False))
+        twins.reader.send(PLAIN * 136)
         twins.settle()
-        kept = [wire.get_write_buffer_size() for wire in twins.asker.wires]
-        twins.each(lambda world: world.do(partial(Wire.take, twins.asker.wires[twins.worlds.index(world)])))
+        kept = [wire.get_write_buffer_size() for wire in twins.reader.wires]
+        twins.for_each(lambda world: world.do(partial(Wire.take, twins.reader.wires[twins.worlds.index(world)])))
         twins.settle()
-        assert len(twins.asker.replies()) == 136
+        assert len(twins.reader.replies()) == 136
         twins.close()
         assert max(kept) <= 65_536 + 2 * size
 
 
-def test_after_a_line_in_two_pieces_what_is_known_is_answered_at_once_again() -> None:
+def test_cache_is_used_again_after_a_line_in_two_chunks() -> None:
     with system():
         twins = Twins()
         twins.write(line("register", name="db", port=1))
-        twins.know()
-        twins.asker.send(PLAIN[:5], PLAIN[5:])
+        twins.cache_reply()
+        twins.reader.send(PLAIN[:5], PLAIN[5:])
         twins.settle()
-        twins.asker.replies()
-        count = twins.replies.count
+        twins.reader.replies()
+        count = twins.cache.count
         twins.ask()
-        assert twins.replies.count == count + 1
+        assert twins.cache.count == count + 1
         twins.close()
 
 
 class Histories(RuleBasedStateMachine):
-    """Two connections and more that write and hold, and one that asks in every turn."""
+    """Three connections that write and hold, and one that resolves in every loop iteration."""
 
     settings: ClassVar[Any]
 
@@ -462,7 +465,7 @@ class Histories(RuleBasedStateMachine):
     @initialize(flush=st.integers(0, 5))
     def begin(self, flush: int) -> None:
         for world in self.twins.worlds:
-            world.loop.flush_turns = flush
+            world.loop.flush_iterations = flush
 
     @rule(
         player=players,
@@ -498,12 +501,12 @@ class Histories(RuleBasedStateMachine):
 
     @rule(player=players, end=st.sampled_from([Wire.reset, Wire.end]))
     def leave(self, player: int, end: Callable[[Wire], object]) -> None:
-        self.players[player].each(end)
+        self.players[player].for_each(end)
         self.players[player] = self.twins.connect()
 
     @rule()
     def exit(self) -> None:
-        self.twins.each(lambda world: world.do(lambda: _exit(world)))
+        self.twins.for_each(lambda world: world.do(lambda: _exit(world)))
 
     @rule(seconds=st.sampled_from([0.3, 1.0, 2.0]))
     def advance(self, seconds: float) -> None:
@@ -514,31 +517,31 @@ class Histories(RuleBasedStateMachine):
         self.twins.set_full(full)
 
     @rule(count=st.integers(1, 6))
-    def turn(self, count: int) -> None:
+    def run(self, count: int) -> None:
         for _ in range(count):
-            self.look()
+            self.poll()
 
     @rule()
     def settle(self) -> None:
         self.twins.settle()
 
-    def look(self) -> None:
+    def poll(self) -> None:
         for name in NAMES:
-            self.twins.asker.send(line("resolve", name=name))
-            self.twins.turn()
-            for each in self.twins.lines:
-                each.new()
+            self.twins.reader.send(line("resolve", name=name))
+            self.twins.run_once()
+            for pair in self.twins.pairs:
+                pair.received()
 
     @invariant()
-    def all_say_the_same_and_the_registry_says_it_too(self) -> None:
-        self.look()
+    def cached_replies_match_the_registry(self) -> None:
+        self.poll()
         registry = self.twins.worlds[0].services.engine._registry
-        for request, reply in self.twins.replies.known.items():
+        for request, reply in self.twins.cache.known.items():
             name = json.loads(request)["name"]
-            [found] = registry.instances_of(name)
-            assert registry.is_ready(found)
-            told = json.loads(reply)
-            assert (told["port"], told["meta"], told["rev"]) == (found.port, found.meta, found.rev)
+            [entry] = registry.instances_of(name)
+            assert registry.is_ready(entry)
+            cached = json.loads(reply)
+            assert (cached["port"], cached["meta"], cached["rev"]) == (entry.port, entry.meta, entry.rev)
 
 
 Histories.TestCase.settings = settings(max_examples=examples(150), stateful_step_count=40, deadline=None)

@@ -1,4 +1,4 @@
-"""Producers of the client's and regctl's messages: each function causes one for real and returns it."""
+"""Producers of the messages of the client and of regctl. Each function causes one message and returns it."""
 
 import asyncio
 import os
@@ -20,17 +20,17 @@ says = Producers()
 
 
 def unused_port() -> socket.socket:
-    """Return a socket that keeps a port, and accepts nothing there."""
-    made = socket.socket()
-    made.bind(("127.0.0.1", 0))
-    return made
+    """Return a socket that reserves a port without listening on it."""
+    reserved = socket.socket()
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
 
 
-# Nobody answers.
+# No daemon answers.
 
 
 @says("no regd at … (Connection refused); start one with …, or name another address in REGD_ADDRESS")
-async def nobody(scene: Scene) -> str:
+async def no_daemon(scene: Scene) -> str:
     with unused_port() as kept:
         scene.at(kept.getsockname()[1])
         return await scene.regctl("ping", status=3)
@@ -41,18 +41,18 @@ async def still_trying(scene: Scene) -> str:
     with unused_port() as kept:
         scene.at(kept.getsockname()[1])
         registering = asyncio.ensure_future(regd_client.register("db", 5432, timeout=WAIT_S))
-        said = await scene.logged("still trying")
+        message = await scene.logged("still trying")
         registering.cancel()
         await asyncio.gather(registering, return_exceptions=True)
-    return said
+    return message
 
 
 @says("regd_client needs asyncio, and no asyncio event loop runs here: …")
 async def no_asyncio(scene: Scene) -> str:
-    async def elsewhere() -> None:
+    async def resolve_in_a_thread() -> None:
         await asyncio.to_thread(next, regd_client.resolve("db").__await__())
 
-    return await refused(regd_client.RegdError, elsewhere())
+    return await refused(regd_client.RegdError, resolve_in_a_thread())
 
 
 @says("regd at … cannot be started: …")
@@ -82,13 +82,13 @@ async def broken(scene: Scene) -> str:
     async with scene.daemon(files=files) as daemon, Client() as client:
         files.gate.clear()
         files.syncing.clear()
-        asked = asyncio.ensure_future(client.register("db", 5432, static=True))
+        registering = asyncio.ensure_future(client.register("db", 5432, static=True))
         await until(files.syncing.is_set)
         for connection in list(daemon.server.connections):
             connection.cut()
-        said = await refused(Unavailable, asked)
+        message = await refused(Unavailable, registering)
         files.gate.set()
-    return said
+    return message
 
 
 @says("not a regd reply (…)…; see which program listens there")
@@ -124,10 +124,10 @@ async def too_old(scene: Scene) -> str:
         await daemon.server.stop()
         await until(lambda: mirror.stale_s > 0)
 
-        async def look() -> object:
+        async def resolve() -> object:
             return mirror.resolve("db")
 
-        return await refused(Unavailable, look())
+        return await refused(Unavailable, resolve())
 
 
 # A name is not found.
@@ -151,10 +151,10 @@ async def not_ready(scene: Scene) -> str:
 async def not_in_the_mirror(scene: Scene) -> str:
     async with scene.daemon(), regd_client.mirror("work*") as mirror:
 
-        async def look() -> object:
+        async def resolve() -> object:
             return mirror.resolve("db")
 
-        return await refused(NotFound, look())
+        return await refused(NotFound, resolve())
 
 
 @says("…waited … s: … was never registered…")
@@ -184,11 +184,11 @@ async def left(scene: Scene) -> str:
         return await scene.regctl("wait", "db", "--timeout", "0", status=1)
 
 
-# A service is not registered, or no longer.
+# A service is not registered, or no longer registered.
 
 
 async def hold(daemon: InLoop, name: str, **more: bool) -> None:
-    """Be another program that has the name."""
+    """Register the name from another connection."""
     reply = await (await daemon.peer()).ask(cmd="register", name=name, port=1, hold=True, **more)
     assert reply["ok"], reply
 
@@ -222,10 +222,10 @@ async def not_yet(scene: Scene) -> str:
     ):
         files.failing["write"] = FULL
         async with await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0):
-            said = await scene.logged("not registered yet")
+            message = await scene.logged("not registered yet")
             files.failing.clear()
-            await service.registration()  # it has tried on
-    return said
+            await service.registration()
+    return message
 
 
 @says("… is not registered: no server has opened its port on this event loop for … s; name the port: …")
@@ -259,7 +259,7 @@ async def not_confirmed(scene: Scene) -> str:
     return await scene.logged("not confirmed")
 
 
-# `regctl run`, `env`, and command lines.
+# `regctl run`, `regctl env`, and usage errors.
 
 
 @says("cannot bind port …: …; choose another with --port")
@@ -290,17 +290,17 @@ async def another_user_listens(scene: Scene) -> str:
 
 
 async def not_registered(scene: Scene, port: int) -> str:
-    """Return what `regctl run` says of a command whose port is not its own, or not open."""
-    given = {"name": "web", "instance": None, "meta": None}
-    name = run_module._Name(given, run_module._Reporter(False), os.getpid(), port)
+    """Return the message of `regctl run` about a command that does not listen on its port."""
+    arguments = {"name": "web", "instance": None, "meta": None}
+    name = run_module._Name(arguments, run_module._Reporter(False), os.getpid(), port)
     name.begin(accepts=False)
-    told = ""
-    while not told.endswith("\n"):
+    message = ""
+    while not message.endswith("\n"):
         await asyncio.sleep(0)
-        told += scene.told()
+        message += scene.stderr()
     assert name.withdraw()
     assert await asyncio.to_thread(name.is_gone, WAIT_S)
-    return told.removeprefix("regctl: ").rstrip("\n")
+    return message.removeprefix("regctl: ").rstrip("\n")
 
 
 @says("… is left out: another service has the same variables")

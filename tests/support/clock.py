@@ -14,7 +14,7 @@ class HandTimer:
 
 
 class HandClock:
-    """A `Clock` that stands still until `advance`."""
+    """A `Clock` whose time changes only by calls of `advance`, `skip` and `stop`."""
 
     def __init__(self, wall: float = 1_790_000_000.0) -> None:
         self._now = 1_000.0
@@ -34,7 +34,7 @@ class HandClock:
         return timer
 
     def advance(self, seconds: float) -> None:
-        """Move time, and call what falls due on the way, in order."""
+        """Move time forward, and call the timers that expire meanwhile, in order and on time."""
         end = self._now + seconds
         while self._timers and self._timers[0][0] <= end:
             when, _, timer = heapq.heappop(self._timers)
@@ -45,11 +45,11 @@ class HandClock:
         self._wall += seconds
 
     def stop(self, seconds: float) -> None:
-        """Let time pass in which nothing runs: what fell due meanwhile is called late, all at its end."""
+        """Move time forward as a suspended process sees it: timers that expire meanwhile are called at the end."""
         self.skip(seconds)
         self.advance(0)
 
     def skip(self, seconds: float) -> None:
-        """Let time pass, and call nothing yet."""
+        """Move time forward without calling any timer."""
         self._now += seconds
         self._wall += seconds

@@ -22,22 +22,22 @@ from tests.support.clock import HandClock
 
 ROOT = Path(__file__).resolve().parents[2]
 EPOCH = "5eed5eed5eed5eed"
-WAIT_S = 15.0  # for what happens at once on a machine that is not asleep
+WAIT_S = 15.0  # for a step that takes milliseconds on an idle machine
 
 
 class Peer:
-    """One connection, in lines."""
+    """A connection that sends requests and reads reply lines."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
 
     def send(self, *requests: bytes | str | dict[str, Any]) -> None:
-        """Send lines; bytes go as they are."""
-        for each in requests:
-            if isinstance(each, dict):
-                each = json.dumps(each)
-            self.writer.write(each if isinstance(each, bytes) else each.encode() + b"\n")
+        """Send requests: a dict as JSON, a str as a line, bytes unchanged and without a newline."""
+        for request in requests:
+            if isinstance(request, dict):
+                request = json.dumps(request)
+            self.writer.write(request if isinstance(request, bytes) else request.encode() + b"\n")
 
     async def line(self) -> bytes:
         async with asyncio.timeout(WAIT_S):
@@ -56,14 +56,14 @@ class Peer:
         return await self.reply()
 
     async def rest(self) -> bytes:
-        """Return everything up to the end of the connection."""
+        """Read until the connection ends, and return the bytes."""
         async with asyncio.timeout(WAIT_S):
             return await self.reader.read()
 
     async def reset(self) -> None:
-        """End the connection as a cut does: the daemon is told at once, and need not write to find out."""
-        found = self.writer.get_extra_info("socket")
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        """Reset the connection with a TCP RST, which the daemon sees at once."""
+        sock = self.writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         await self.close()
 
     async def close(self) -> None:
@@ -73,7 +73,7 @@ class Peer:
 
 
 class InLoop:
-    """A daemon in the running loop, with time by hand."""
+    """A daemon in the running loop. Its time is moved by hand, through `clock`."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class InLoop:
 class DaemonProcess:
     """A daemon in a process of its own, on a free port.
 
-    `stock` keeps it on asyncio's own loop; `before` is a command that runs it, such as `unshare`.
+    `stock` keeps it on asyncio's own loop; `before` is the command line to run it under, such as `unshare`.
     """
 
     def __init__(self, registry: Path, *flags: str, stock: bool = True, before: Sequence[str] = ()) -> None:
@@ -146,7 +146,7 @@ class DaemonProcess:
         ]
 
     def start(self) -> None:
-        """Start, again on the same port where it has run before, and wait until it listens."""
+        """Start the daemon and wait until it listens. After a restart it has the same port."""
         self.process = subprocess.Popen(
             self.command("--port", str(self.port)),
             env=environment(),
@@ -163,7 +163,7 @@ class DaemonProcess:
         self.port = int(line.rpartition(":")[2])
 
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        """Send a signal, wait, and return the exit status and what it logged."""
+        """Send a signal, wait for the exit, and return the exit status and the log."""
         assert self.process is not None
         self.process.send_signal(number)
         _, errors = self.process.communicate(timeout=WAIT_S)
@@ -181,6 +181,6 @@ class DaemonProcess:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Return the environment of a child that finds the project's packages, and no daemon but the test's."""
-    plain = {key: value for key, value in os.environ.items() if not key.startswith("REGD_")}
-    return plain | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "client")])} | extra
+    """Return an environment for a child process: with the project's packages, without this one's REGD_ variables."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("REGD_")}
+    return inherited | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "client")])} | extra

@@ -1,4 +1,4 @@
-"""Producers of the daemon's messages, at the start, in the log and on the wire: each causes one for real."""
+"""Producers of the daemon's messages: at the start, in the log, on the wire. Each function causes one message."""
 
 import errno
 import json
@@ -13,7 +13,7 @@ from regd.system import peer_credentials
 from regd.system.listener import ListenError
 from tests.support.daemon import InLoop
 from tests.support.files import FULL, ToldFiles
-from tests.support.peers import Told
+from tests.support.peers import FakeCredentials
 from tests.support.polling import until
 from tests.support.scenes import Producers, Scene
 
@@ -21,7 +21,7 @@ says = Producers()
 REGISTER: dict[str, Any] = {"cmd": "register", "name": "db", "port": 5432}
 
 
-# It does not start.
+# Errors at the start.
 
 
 @says("port … on … is taken by another program, or by a regd that runs already; stop that one, or …")
@@ -42,14 +42,14 @@ async def registry_taken_elsewhere(scene: Scene) -> str:
         lock = scene.folder / "registry.json.lock"
         pid, boot, place, _ = lock.read_text().split()
         lock.write_text(f"{pid}\n{boot[::-1]} {place} alpha\n")
-        said = await scene.regd("--port", "0", status=1)
-        assert "alpha" in said
-        assert pid not in said
-        return said
+        message = await scene.regd("--port", "0", status=1)
+        assert "alpha" in message
+        assert pid not in message
+        return message
 
 
 @says("cannot tell which user is at the other end of a TCP connection: …; listen on a Unix socket alone with …")
-async def nobody_tells(scene: Scene) -> str:
+async def no_peer_credentials(scene: Scene) -> str:
     scene.patch.setattr(peer_credentials, "_NETLINK_SOCK_DIAG", 31)
     scene.patch.setattr(peer_credentials, "_TABLES", ())
     with pytest.raises(ListenError) as caught:
@@ -69,16 +69,16 @@ async def few_files(scene: Scene) -> str:
 async def no_home(scene: Scene) -> str:
     scene.patch.setenv("HOME", "home")
     scene.patch.delenv("XDG_STATE_HOME", raising=False)
-    said = await scene.process("regd", "--port", "0", status=1)
+    message = await scene.process("regd", "--port", "0", status=1)
     assert list(scene.folder.iterdir()) == []
-    return said
+    return message
 
 
 @says(
     "… is relative, and the current folder cannot be found (…); pass an absolute path, or change to another folder"
 )
 async def no_current_folder(scene: Scene) -> str:
-    # Python 3.13.0 cannot import socket where the current folder is gone and in sys.path, as it is behind `-c`.
+    # Without PYTHONSAFEPATH, `-c` adds the deleted current folder to sys.path, and 3.13.0 cannot import socket.
     gone = ("env", "PYTHONSAFEPATH=1", "sh", "-c", 'mkdir gone && cd gone && rmdir ../gone && exec "$@"', "sh")
     return await scene.regd("--port", "0", "--registry", "r.json", status=1, before=gone)
 
@@ -116,7 +116,7 @@ async def bad_flag(scene: Scene) -> str:
     return await scene.regd("--port", "70000", status=2)
 
 
-# Its log.
+# The log.
 
 
 @says("the registry file could not be written (…); the change is not in effect")
@@ -124,10 +124,10 @@ async def disk_full(scene: Scene) -> str:
     files = ToldFiles()
     async with scene.daemon(files=files):
         files.failing["write"] = FULL
-        said = await scene.regctl("register", "db", "5432", status=4)
+        message = await scene.regctl("register", "db", "5432", status=4)
         files.failing.clear()
     await scene.logged("changes are refused until it can be written")
-    return said
+    return message
 
 
 @says(
@@ -142,58 +142,56 @@ async def file_edited(scene: Scene) -> str:
 
 @says("user … may only read here; run a regd of your own, …, and set REGD_ADDRESS=…; or have this one …")
 async def other_user(scene: Scene) -> str:
-    async with scene.daemon(peers=Told()):
-        said = await scene.regctl("register", "db", "5432", status=4)
+    async with scene.daemon(peers=FakeCredentials()):
+        message = await scene.regctl("register", "db", "5432", status=4)
     await scene.logged("denied 127.0.0.1 port ")
-    return said
+    return message
 
 
 @says("the system does not tell regd which user you are, so you may only read; …")
 async def unknown_user(scene: Scene) -> str:
-    told = Told()
-    told.uid = None
-    async with scene.daemon(peers=told):
+    peers = FakeCredentials()
+    peers.uid = None
+    async with scene.daemon(peers=peers):
         return await scene.regctl("register", "db", "5432", status=4)
 
 
 # The wire.
 
 
-async def answer(scene: Scene, code: str, *requests: bytes | str | dict[str, Any], **how: Any) -> str:
-    """Return the message of the reply to the last request."""
-    async with scene.daemon(**how) as daemon:
-        peer = await daemon.peer()
-        for request in requests:
-            reply = await peer.ask(request)
+async def error_message(scene: Scene, code: str, request: bytes | str | dict[str, Any]) -> str:
+    async with scene.daemon() as daemon:
+        reply = await (await daemon.peer()).ask(request)
         assert reply["error"] == code
         return str(reply["message"])
 
 
 @says("this is regd: one JSON object a line, such as …, or a bare line such as …")
 async def stranger(scene: Scene) -> str:
-    said = await answer(scene, "bad_request", b"\x16\x03\x01\n")
+    message = await error_message(scene, "bad_request", b"\x16\x03\x01\n")
     await scene.logged("which does not speak regd")
-    return said
+    return message
 
 
 @says("not JSON at character …: …")
 async def no_json(scene: Scene) -> str:
-    return await answer(scene, "bad_json", "{'cmd': 'ping'}")
+    return await error_message(scene, "bad_json", "{'cmd': 'ping'}")
 
 
 @says("no command …")
 async def unknown_command(scene: Scene) -> str:
-    return await answer(scene, "unknown_command", {"cmd": "lookup", "name": "db"})
+    return await error_message(scene, "unknown_command", {"cmd": "lookup", "name": "db"})
 
 
 @says("… has no argument …")
 async def unknown_argument(scene: Scene) -> str:
-    return await answer(scene, "bad_argument", {**REGISTER, "prot": 1})
+    return await error_message(scene, "bad_argument", {**REGISTER, "prot": 1})
 
 
 @says("a line is at most … bytes; this one was skipped")
 async def long_line(scene: Scene) -> str:
-    return await answer(scene, "too_large", json.dumps({**REGISTER, "meta": {"k": "x" * DEFAULT.line_bytes_max}}))
+    line = json.dumps({**REGISTER, "meta": {"k": "x" * DEFAULT.line_bytes_max}})
+    return await error_message(scene, "too_large", line)
 
 
 @says("too many connections (…); close some or try again later")

@@ -1,4 +1,4 @@
-"""A state folder and an address for autostarted daemons; ends all daemons that use them."""
+"""A state folder and an address for autostarted daemons. The daemons are killed at the end of the test."""
 
 import contextlib
 import os
@@ -12,11 +12,11 @@ from pathlib import Path
 
 from tests.support.daemon import WAIT_S, environment
 
-SLOW_S = 40.0  # for many processes that start together on a busy machine
+SLOW_S = 40.0  # for many processes that start at once on a busy machine
 
 
 class Demand:
-    """A state folder, and an address at which nobody is. All processes that name the folder are its daemons."""
+    """A state folder, and an address on which nothing listens yet. Daemons are found by the folder's path."""
 
     def __init__(self, place: Path, address: str) -> None:
         self.place = place
@@ -28,7 +28,7 @@ class Demand:
         return environment(**here, REGD_ADDRESS=self.address, REGD_AUTOSTART="1") | extra
 
     def program(self, code: str, **extra: str) -> "subprocess.Popen[str]":
-        """Start a Python program that may ask, with its stdin and stdout here."""
+        """Start a Python program with pipes to its stdin and stdout."""
         return subprocess.Popen(
             [sys.executable, "-W", "error", "-c", code], env=self.environment(**extra), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
@@ -43,25 +43,25 @@ class Demand:
 
     @property
     def log(self) -> str:
-        """What all daemons here have logged."""
+        """The logs of all daemons in this folder."""
         return "".join(path.read_text() for path in sorted(self.place.rglob("registry*.log")))
 
     def daemons(self) -> set[int]:
-        """Return the processes of daemons here, those that just start among them."""
-        found = set()
+        """Return the pids of the daemons in this folder, including those that are starting."""
+        pids = set()
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 words = (path / "cmdline").read_bytes().split(b"\0")
                 if b"--registry" in words and any(word.startswith(os.fsencode(self.place)) for word in words):
-                    found.add(int(path.name))
-        return found
+                    pids.add(int(path.name))
+        return pids
 
     def end(self) -> None:
-        """End all daemons here, and wait until they have."""
-        late = time.monotonic() + WAIT_S
-        while left := self.daemons():
-            assert time.monotonic() < late, f"still there: {left}"
-            for pid in left:
+        """Kill all daemons in this folder, and wait for their end."""
+        deadline = time.monotonic() + WAIT_S
+        while pids := self.daemons():
+            assert time.monotonic() < deadline, f"still running: {pids}"
+            for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.01)
@@ -69,29 +69,29 @@ class Demand:
 
 @contextlib.contextmanager
 def demand(place: Path, tcp: bool = False) -> Iterator[Demand]:
-    """Yield such a place, on a Unix socket, or on a TCP port that nobody else is given meanwhile."""
+    """Yield a state folder with the address of a Unix socket in it, or of a reserved TCP port."""
     with contextlib.ExitStack() as stack:
         address = f"unix://{place}/s"
         if tcp:
-            address = f"tcp://127.0.0.1:{stack.enter_context(kept_port())}"
-        made = Demand(place, address)
-        stack.callback(made.end)
-        yield made
+            address = f"tcp://127.0.0.1:{stack.enter_context(reserved_port())}"
+        demand = Demand(place, address)
+        stack.callback(demand.end)
+        yield demand
 
 
 @contextlib.contextmanager
-def kept_port() -> Iterator[int]:
-    """Keep a port by sockets that do not listen: regd may, since it sets SO_REUSEADDR, too."""
-    with socket.socket() as four, socket.socket(socket.AF_INET6) as six:
-        for each in (four, six):
-            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        six.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        six.bind(("::1", 0))
-        four.bind(("127.0.0.1", six.getsockname()[1]))
-        yield int(four.getsockname()[1])
+def reserved_port() -> Iterator[int]:
+    """Reserve a port with bound sockets that do not listen. regd can still listen on it: both set SO_REUSEADDR."""
+    with socket.socket() as ipv4, socket.socket(socket.AF_INET6) as ipv6:
+        for sock in (ipv4, ipv6):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        ipv6.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        ipv6.bind(("::1", 0))
+        ipv4.bind(("127.0.0.1", ipv6.getsockname()[1]))
+        yield int(ipv4.getsockname()[1])
 
 
 def stat(pid: int) -> Mapping[str, str]:
-    """Return what the system says of a process (proc(5))."""
+    """Return the state, parent pid and session of a process (proc(5))."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return {"state": fields[0], "parent": fields[1], "session": fields[3]}

@@ -1,8 +1,8 @@
-"""A model of what a power cut would leave on a disk, and `Files` that records every operation for it.
+"""A model of a disk after a power cut, and a `Files` that reports every operation to it.
 
 The model is as strict as POSIX permits. Until `sync`, any write to a file may be missing, torn, or zeros. Until
-`sync_folder`, each name in the folder may refer to any of its earlier files. The files that a process sees, before
-and after it was killed, are in a real folder.
+`sync_folder`, each name in the folder may refer to any of its earlier files. A real folder has the files as a process
+sees them.
 """
 
 import errno
@@ -16,44 +16,43 @@ from typing import NamedTuple
 
 from regd.storage.files import Files, Fingerprint
 
-FOLDER = -1  # what a name may stand for, beside the number of a file, and None for nothing
-Name = int | None
+FOLDER = -1
+Name = int | None  # what a name refers to: the number of a file, FOLDER, or None if it does not exist
 
 
 @dataclass(frozen=True)
 class Data:
-    """A file's bytes: those that are safe, and the writes behind them that are not."""
+    """A file's content: the durable bytes, then the writes that are not durable yet."""
 
     safe: bytes = b""
     pending: tuple[bytes, ...] = ()
-    lost: bool = False  # a sync has failed: the kernel has forgotten that these writes were to be written
+    lost: bool = False  # after a failed sync the kernel does not write these writes again (fsync(2))
 
     def outcomes(self) -> set[bytes]:
-        """Return what may be found after a crash."""
-        found = {self.safe}
-        there = [(part, bytes(len(part))) for part in self.pending]
-        for count in range(len(there)):
-            for parts in itertools.product(
-                *there[:count][-3:]
-            ):  # the last ones in all ways: it must end some day
-                before = b"".join((self.safe, *self.pending[: max(count - 3, 0)], *parts))
-                for last in there[count]:
-                    found |= {before + last[:cut] for cut in (1, len(last) // 2, len(last) - 1, len(last))}
-        return found
+        """Return every content that the file may have after a crash."""
+        contents = {self.safe}
+        variants = [(data, bytes(len(data))) for data in self.pending]
+        for count in range(len(variants)):
+            # Every combination of the last three writes only; of all of them there would be too many.
+            for recent in itertools.product(*variants[:count][-3:]):
+                start = b"".join((self.safe, *self.pending[: max(count - 3, 0)], *recent))
+                for last in variants[count]:
+                    contents |= {start + last[:cut] for cut in (1, len(last) // 2, len(last) - 1, len(last))}
+        return contents
 
 
-Found = tuple[str, bytes | None]  # a name and a file's bytes, or None for a folder
+Found = tuple[str, bytes | None]  # a path and the file's content, or None for a folder
 
 
 class Moment(NamedTuple):
-    """The disk between two operations."""
+    """The state of the disk after an operation."""
 
     did: str
-    names: Mapping[str, tuple[Name, ...]]  # the first is safe, the last is what a process sees
+    names: Mapping[str, tuple[Name, ...]]  # the first is durable, the last is what a process sees
     files: Mapping[int, Data]
 
     def choices(self) -> "Choices":
-        """Return what each name may be after a crash at this moment."""
+        """Return for each name what it may refer to after a crash at this moment."""
         return frozenset((path, frozenset(self._found(path, names))) for path, names in self.names.items())
 
     def _found(self, path: str, names: Iterable[Name]) -> Iterator[Found | None]:
@@ -70,15 +69,15 @@ Choices = frozenset[tuple[str, frozenset[Found | None]]]
 
 
 def outcomes(choices: Choices) -> Iterator[dict[str, bytes | None]]:
-    """Yield every state that a crash may leave; what is in a folder goes with the folder."""
-    for chosen in itertools.product(*(found for _, found in choices)):
-        there = dict(found for found in chosen if found is not None)
-        lost = [path + "/" for (path, _), found in zip(choices, chosen, strict=True) if found is None]
-        yield {path: data for path, data in there.items() if not path.startswith(tuple(lost))}
+    """Yield every state of the disk that a crash may leave. A lost folder takes its files along."""
+    for state in itertools.product(*(candidates for _, candidates in choices)):
+        existing = dict(found for found in state if found is not None)
+        lost = [path + "/" for (path, _), found in zip(choices, state, strict=True) if found is None]
+        yield {path: data for path, data in existing.items() if not path.startswith(tuple(lost))}
 
 
 class Disk:
-    """`moments` has what was, from the beginning on, after every operation. `root` is there, and safe."""
+    """The disk below `root`, which is durable. `moments` has its state after every operation, in order."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -86,14 +85,14 @@ class Disk:
         self._files: dict[int, Data] = {}
         self.moments: list[Moment] = [Moment("begin", {}, {})]
 
-    def _did(self, what: str) -> None:
-        self.moments.append(Moment(what, dict(self._names), dict(self._files)))
+    def _record(self, operation: str) -> None:
+        self.moments.append(Moment(operation, dict(self._names), dict(self._files)))
 
     def _key(self, path: Path) -> str:
         return os.path.relpath(path, self.root)
 
     def knows(self, path: Path) -> bool:
-        """Whether a process sees something there."""
+        """True if a process sees a file or folder at `path`."""
         return self._names.get(self._key(path), (None,))[-1] is not None
 
     def new_file(self, path: Path) -> int:
@@ -108,37 +107,37 @@ class Disk:
 
     def name(self, path: Path, name: Name) -> None:
         self._point(path, name)
-        self._did(f"{path.name} is {'a folder' if name == FOLDER else name}")
+        self._record(f"{path.name} is {'a folder' if name == FOLDER else name}")
 
     def rename(self, source: Path, target: Path) -> None:
         self._point(target, self._names[self._key(source)][-1])
         self._point(source, None)
-        self._did(f"rename {source.name} {target.name}")
+        self._record(f"rename {source.name} {target.name}")
 
     def write(self, number: int, data: bytes) -> None:
-        before = self._files[number]
-        self._files[number] = replace(before, pending=(*before.pending, data))
-        self._did(f"write {number}")
+        file = self._files[number]
+        self._files[number] = replace(file, pending=(*file.pending, data))
+        self._record(f"write {number}")
 
     def sync(self, number: int) -> None:
-        before = self._files[number]
-        if not before.lost:
-            self._files[number] = Data(before.safe + b"".join(before.pending))
-        self._did(f"sync {number}")
+        file = self._files[number]
+        if not file.lost:
+            self._files[number] = Data(file.safe + b"".join(file.pending))
+        self._record(f"sync {number}")
 
     def fail_sync(self, number: int) -> None:
         self._files[number] = replace(self._files[number], lost=True)
-        self._did(f"sync {number} failed")
+        self._record(f"sync {number} failed")
 
     def sync_folder(self, folder: Path) -> None:
-        above = self._key(folder)
+        parent = self._key(folder)
         for key, names in self._names.items():
-            if (os.path.dirname(key) or ".") == above:
+            if (os.path.dirname(key) or ".") == parent:
                 self._names[key] = names[-1:]
-        self._did(f"sync folder {folder.name}")
+        self._record(f"sync folder {folder.name}")
 
     def put(self, path: Path, data: bytes | None) -> None:
-        """What another hand does, and makes safe itself: a file, or None for none."""
+        """Create a durable file as another program would, or with None remove it."""
         name = None
         if data is not None:
             name = len(self._files)
@@ -148,37 +147,37 @@ class Disk:
 
 
 class Trouble(Enum):
-    """What becomes of an operation that goes wrong."""
+    """How an operation fails."""
 
-    BEFORE = "it fails, and nothing was done"
-    AFTER = "it fails, and was done all the same"
-    HALF = "a write fails half way; any other fails"
-    KILL = "the process is killed instead"
+    BEFORE = "it fails without an effect"
+    AFTER = "it fails after it took effect"
+    HALF = "a write fails after half its bytes; any other operation as AFTER"
+    KILL = "the process is killed before it"
 
 
 class Killed(BaseException):
-    """The process is gone: nothing of it runs from here on."""
+    """The process was killed. Raised by every later operation, too."""
 
 
 class RecordedFiles(Files):
-    """The real door, with every operation told to the disk. `trouble` befalls the operation `due` steps from now."""
+    """`Files` on the real disk that reports every operation to `disk`, and fails one of them (see `expect`)."""
 
     def __init__(self, disk: Disk) -> None:
         self.disk = disk
         self.count = 0
-        self.befell = False  # the trouble that was expected last
+        self.befell = False  # the operation chosen by `expect` has failed
         self._due = -1
         self._trouble: Trouble | None = None
         self._is_killed = False
         self._numbers: dict[int, int] = {}
 
     def expect(self, trouble: Trouble | None, due: int) -> None:
-        """Have an operation go wrong, or with None none any more. Whoever was killed lives again."""
+        """Fail the operation that is `due` operations from now; with None, no operation. Undoes a kill."""
         self._trouble, self._due, self._is_killed = trouble, self.count + due, False
         self.befell = self.befell and trouble is None
 
     def _befalls(self) -> Trouble | None:
-        """Count an operation, and say what befalls it. Raises what a failure before it raises."""
+        """Count an operation and return how it fails. Raises the error if it fails without an effect."""
         if self._is_killed:
             raise Killed
         self.count += 1
@@ -199,13 +198,13 @@ class RecordedFiles(Files):
     def make_folder(self, path: Path) -> bool:
         trouble = self._befalls()
         is_new = super().make_folder(path)
-        self._look(path.parent)
+        self._find_folders(path.parent)
         if trouble:
             self._fail()
         return is_new
 
-    def _look(self, folder: Path) -> None:
-        """Tell of folders that were made where no operation of the door told so."""
+    def _find_folders(self, folder: Path) -> None:
+        """Report folders that were made without an operation of `Files`."""
         for path in folder.iterdir() if folder.is_relative_to(self.disk.root) else ():
             if path.is_dir() and not self.disk.knows(path):
                 self.disk.name(path, FOLDER)
@@ -246,7 +245,7 @@ class RecordedFiles(Files):
             self._fail()
 
     def close(self, fd: int) -> None:
-        os.close(fd)  # the end of the process does that too
+        os.close(fd)  # even if killed: the kernel closes the files of a process
         if self._befalls():
             self._fail()
 
@@ -258,7 +257,7 @@ class RecordedFiles(Files):
             self._fail()
 
     def sync_folder(self, path: Path) -> None:
-        self._look(path)
+        self._find_folders(path)
         trouble = self._befalls()
         self.disk.sync_folder(path)
         if trouble:
@@ -278,7 +277,7 @@ class RecordedFiles(Files):
 
 
 class QuickFiles(Files):
-    """The real door, on a disk that nobody cuts the power of."""
+    """`Files` without syncs, for tests that cut no power."""
 
     def sync(self, fd: int) -> None:
         pass

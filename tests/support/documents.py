@@ -1,4 +1,4 @@
-"""Read the fenced blocks of the documents, and replay their conversations."""
+"""Read the fenced blocks of the documents, and replay the conversations in them."""
 
 import re
 from pathlib import Path
@@ -11,27 +11,27 @@ def blocks(path: Path, kind: str) -> list[str]:
 
 
 def fits(expected: str, line: str) -> bool:
-    """Whether a line is as the document has it; … stands for anything."""
+    """True if a line matches the document's, in which … matches any text."""
     return re.fullmatch(".*".join(map(re.escape, expected.split("…"))), line) is not None
 
 
 async def replay(text: str, daemon: InLoop) -> None:
-    """Send the lines behind `> `, and hold what comes back against those behind `< `; `< (closed)` is the end.
+    """Send the lines marked `> ` and compare the replies with the lines marked `< `.
 
-    `2>` and `2<` are of another peer.
+    `< (closed)` means that the daemon closes the connection; `2>` and `2<` belong to a second connection.
     """
     peers: dict[str, Peer] = {}
     for line in text.splitlines():
-        found = re.fullmatch("([0-9]?)([<>]) (.*)", line)
-        assert found, f"neither sent nor received: {line!r}"
-        number, mark, said = found.groups()
+        match = re.fullmatch("([0-9]?)([<>]) (.*)", line)
+        assert match, f"neither sent nor received: {line!r}"
+        number, direction, content = match.groups()
         if number not in peers:
             peers[number] = await daemon.peer()
         peer = peers[number]
-        if mark == ">":
-            peer.send(said.replace("\\0", "\0"))
-        elif said == "(closed)":
+        if direction == ">":
+            peer.send(content.replace("\\0", "\0"))
+        elif content == "(closed)":
             assert await peer.rest() == b""
         else:
-            came = (await peer.line()).decode().rstrip("\n")
-            assert fits(said, came), f"\nexpected {said}\n    came {came}"
+            reply = (await peer.line()).decode().rstrip("\n")
+            assert fits(content, reply), f"\nexpected {content}\nreceived {reply}"

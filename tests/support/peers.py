@@ -1,15 +1,15 @@
-"""Peer credentials of another user, without another user."""
+"""Peer credentials that a test sets, to be another user."""
 
 import socket
 from collections.abc import Sequence
 
 from regd.system.peer_credentials import PeerCredentials
 
-STRANGER = 65_533  # a number that nobody here has
+STRANGER = 65_533  # a uid that no user of the machine has
 
 
-class Told(PeerCredentials):
-    """Says of every TCP peer what the test says."""
+class FakeCredentials(PeerCredentials):
+    """Every peer has the uid `uid`; None means that the system does not know it."""
 
     uid: int | None = STRANGER
 

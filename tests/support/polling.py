@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 from tests.support.daemon import WAIT_S
 
-_EVERY_ITERATION = 1_000  # checks that follow each other, before a check each millisecond
+_EVERY_ITERATION = 1_000  # checks in every loop iteration, before one check per millisecond
 
 
 async def until(condition: Callable[[], object], within_s: float = WAIT_S) -> None:
-    """Let the event loop run until `condition()` is true.
+    """Wait until `condition()` is true.
 
     Raises:
         TimeoutError: it is still false after `within_s` seconds.
@@ -24,7 +24,7 @@ async def until(condition: Callable[[], object], within_s: float = WAIT_S) -> No
 
 
 def block_until(condition: Callable[[], object], within_s: float = WAIT_S) -> None:
-    """Block this thread until `condition()` is true. For tests without an event loop.
+    """Block the thread until `condition()` is true. For tests without an event loop.
 
     Raises:
         AssertionError: it is still false after `within_s` seconds.

@@ -1,4 +1,4 @@
-"""A daemon in the test's loop, with `cut` and `away`."""
+"""A daemon whose connections a test can break and which it can restart, and comparable replies."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -12,7 +12,15 @@ from regd_client.client import Client
 from regd_client.errors import RegdError
 from tests.support.daemon import InLoop
 
-WORDS = ("message", "registered_at", "since", "age_s", "epoch", "version", "connection")  # differ from run to run
+VARYING = (
+    "message",
+    "registered_at",
+    "since",
+    "age_s",
+    "epoch",
+    "version",
+    "connection",
+)  # differ from run to run
 
 
 class Registry:
@@ -29,12 +37,12 @@ class Registry:
 
     def cut(self) -> None:
         """Break all connections."""
-        for each in list(self._daemon.server.connections):
-            each.cut()
+        for connection in list(self._daemon.server.connections):
+            connection.cut()
 
     @contextlib.asynccontextmanager
     async def away(self) -> AsyncIterator[None]:
-        """Stop, and be back at the end."""
+        """Stop the daemon during the block, and start it again at the end."""
         config = Config(registry=self._daemon.registry, port=self._daemon.port)
         await self._daemon.server.stop()
         yield
@@ -45,30 +53,30 @@ class Registry:
 
 @contextlib.asynccontextmanager
 async def running(folder: Path) -> AsyncIterator[Registry]:
-    """Run a daemon, where clients find it."""
+    """Run a daemon at the address in REGD_ADDRESS."""
     async with InLoop(folder / "registry.json") as daemon:
-        made = Registry(daemon)
+        registry = Registry(daemon)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("REGD_ADDRESS", made.address)
-            yield made
+            patch.setenv("REGD_ADDRESS", registry.address)
+            yield registry
 
 
-def plain(said: Any) -> Any:
-    """Return a reply without what differs from run to run."""
-    if isinstance(said, dict):
-        kept = {key: plain(value) for key, value in said.items() if key not in WORDS}
-        if "connection" in said:
-            kept["connection"] = said["connection"] is not None
-        return kept
-    return [plain(each) for each in said] if isinstance(said, list) else said
+def comparable(reply: Any) -> Any:
+    """Return a reply without the fields that differ from run to run."""
+    if isinstance(reply, dict):
+        fields = {key: comparable(value) for key, value in reply.items() if key not in VARYING}
+        if "connection" in reply:
+            fields["connection"] = reply["connection"] is not None
+        return fields
+    return [comparable(item) for item in reply] if isinstance(reply, list) else reply
 
 
 async def outcome(client: Client, cmd: str, **arguments: Any) -> Any:
-    """Return the reply to a request without its `id`, or the class, code and details of its error; all plain."""
+    """Return the comparable reply to a request, without `id`, or the class, code and details of the error."""
     try:
         connection = await client._connect()
         reply = dict(await connection.ask(cmd, arguments))
     except RegdError as error:
-        return type(error).__name__, error.code, plain(error.details)
+        return type(error).__name__, error.code, comparable(error.details)
     reply.pop("id")
-    return plain(reply)
+    return comparable(reply)

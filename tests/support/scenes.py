@@ -17,38 +17,39 @@ from tests.support.polling import until
 
 
 class Scene:
-    """`folder` is empty. What is logged is in `log`, what is patched is undone at the end of the test."""
+    """A folder, environment and log for one message. Patches end with the test; `folder` is empty at first."""
 
     def __init__(
         self,
         folder: Path,
         patch: pytest.MonkeyPatch,
         log: pytest.LogCaptureFixture,
-        shown: pytest.CaptureFixture[str],
+        capture: pytest.CaptureFixture[str],
     ) -> None:
         self.folder = folder
         self.registry = folder / "registry.json"
         self.patch = patch
         log.set_level("INFO", "regd")
         self._log = log
-        self._shown = shown
+        self._capture = capture
 
     @asynccontextmanager
-    async def daemon(self, **how: Any) -> AsyncIterator[InLoop]:
-        """Have a daemon in this loop, where clients find it. Time in it is moved by hand."""
-        async with InLoop(self.registry, **how) as running:
-            self.at(running.port)
-            yield running
+    async def daemon(self, **options: Any) -> AsyncIterator[InLoop]:
+        """Run a daemon in this loop, at the address in REGD_ADDRESS. Its time is moved by hand."""
+        async with InLoop(self.registry, **options) as daemon:
+            self.at(daemon.port)
+            yield daemon
 
     def at(self, port: int) -> None:
+        """Set REGD_ADDRESS to a port of this machine."""
         self.patch.setenv("REGD_ADDRESS", f"tcp://127.0.0.1:{port}")
 
     async def regd(self, *flags: str, status: int, before: Sequence[str] = ()) -> str:
-        """Return what the command says that does not start, without its name before it."""
+        """Run a regd that fails to start with this status. Return its message, without the prefix."""
         return await self._run("regd", DaemonProcess(self.registry, before=before).command(*flags), status)
 
     async def regctl(self, *arguments: str, status: int, prefix: str = "regctl") -> str:
-        """Return what a command says that fails with this status. It runs here, in a thread."""
+        """Run a regctl command that fails with this status, in a thread. Return its message, without the prefix."""
 
         def run() -> int:
             try:
@@ -58,14 +59,14 @@ class Scene:
                 return end.code
 
         assert await asyncio.to_thread(run) == status
-        return _said(prefix, self.told())
+        return _message(prefix, self.stderr())
 
     async def process(self, module: str, *arguments: str, status: int) -> str:
-        """Return what a command says that fails with this status, as a process, for what cannot run in a thread."""
+        """Run a module that fails with this status, in a process. Return its message, without the prefix."""
         return await self._run(module.rpartition(".")[2], [sys.executable, "-m", module, *arguments], status)
 
     async def shell(self, name: str, line: str, status: int) -> str:
-        """Return what a command says that fails with this status, as a line of a shell."""
+        """Run a shell command that fails with this status. Return its message, without the prefix."""
         return await self._run(name, ["sh", "-c", line], status)
 
     async def _run(self, name: str, command: list[str], status: int) -> str:
@@ -79,29 +80,29 @@ class Scene:
             timeout=2 * WAIT_S,
         )
         assert (done.returncode, done.stdout) == (status, "")
-        return _said(name, done.stderr)
+        return _message(name, done.stderr)
 
-    def told(self) -> str:
-        """Return what stands on stderr since the last time."""
-        return self._shown.readouterr().err
+    def stderr(self) -> str:
+        """Return what this process has written to stderr since the last call."""
+        return self._capture.readouterr().err
 
     async def logged(self, words: str) -> str:
-        """Return the one line of the log that has these words, once it is there."""
+        """Wait for a log message that contains `words`, and return it. It must be the only one."""
         await until(lambda: any(words in line for line in self._log.messages))
         [line] = [line for line in self._log.messages if words in line]
         return line
 
 
-def _said(prefix: str, errors: str) -> str:
+def _message(prefix: str, errors: str) -> str:
     assert errors.startswith(f"{prefix}: "), errors
     assert errors.count("\n") == 1, errors
     return errors.removeprefix(f"{prefix}: ").rstrip("\n")
 
 
-async def refused(kind: type[RegdError], asked: Awaitable[object]) -> str:
-    """Return the text of the exception that a call raises."""
+async def refused(kind: type[RegdError], call: Awaitable[object]) -> str:
+    """Return the text of the exception of exactly this class that a call raises."""
     with pytest.raises(kind) as caught:
-        await asked
+        await call
     assert type(caught.value) is kind
     return str(caught.value)
 
@@ -110,12 +111,15 @@ Produce = Callable[[Scene], Awaitable[str]]
 
 
 class Producers(dict[str, Produce]):
-    """Who brings a message about, by the message; … stands for what varies in it."""
+    """Functions that cause a message, by the message; an instance is the decorator that adds them.
+
+    `…` in a message matches any text.
+    """
 
     def __call__(self, message: str) -> Callable[[Produce], Produce]:
-        def take(produce: Produce) -> Produce:
+        def add(produce: Produce) -> Produce:
             assert message not in self, message
             self[message] = produce
             return produce
 
-        return take
+        return add

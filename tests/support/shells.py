@@ -1,4 +1,4 @@
-"""The real bash, zsh and fish: ask for completions by function and by TAB in a terminal."""
+"""bash, zsh and fish, as commands and in a terminal, for the tests of completion."""
 
 import os
 import pty
@@ -18,7 +18,7 @@ import pytest
 
 from tests.support.daemon import WAIT_S, environment
 
-# regctl as it is, but that it waits for an answer as long as a busy machine takes.
+# regctl with a longer deadline for the daemon's reply, for a busy machine.
 PATIENT = """#!{python}
 import sys
 import regd.cli.complete_names
@@ -26,7 +26,7 @@ regd.cli.complete_names._ANSWER_S = regd.cli.complete_names._END_S = 15.0
 from regd.cli.regctl import main
 sys.exit(main())
 """
-PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # regctl as users have it is in it
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # has the installed regctl
 
 
 def need(shell: str) -> str:
@@ -36,7 +36,7 @@ def need(shell: str) -> str:
 
 
 def shell_environment(address: str, home: Path, patient: bool = True) -> dict[str, str]:
-    """Return an environment of a person without settings, whose daemon is at `address`."""
+    """Return the environment of a user without shell settings, with REGD_ADDRESS set."""
     path = PATH
     if patient:
         folder = home / ".bin"
@@ -58,29 +58,29 @@ def ran(argv: Sequence[str], env: dict[str, str]) -> str:
 
 
 class Terminal:
-    """A shell that a person sits at."""
+    """An interactive shell in a pseudo-terminal."""
 
     def __init__(self, argv: Sequence[str], env: dict[str, str]) -> None:
-        self._mine, theirs = pty.openpty()
-        termios.tcsetwinsize(theirs, (60, 200))
+        self._master, slave = pty.openpty()
+        termios.tcsetwinsize(slave, (60, 200))
         self._shell = subprocess.Popen(
-            argv, env=env, cwd=env["HOME"], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+            argv, env=env, cwd=env["HOME"], stdin=slave, stdout=slave, stderr=slave, start_new_session=True
         )
-        os.close(theirs)
+        os.close(slave)
 
     def press(self, keys: str) -> None:
-        os.write(self._mine, keys.encode())
+        os.write(self._master, keys.encode())
 
-    def seen(self, text: str) -> str:
-        """Return what is shown up to `text`, which must come."""
-        shown = b""
-        until = time.monotonic() + 2 * WAIT_S
-        while text.encode() not in shown:
-            left_s = until - time.monotonic()
-            if left_s <= 0 or not select.select([self._mine], [], [], left_s)[0]:
-                raise AssertionError(f"no {text!r} in {shown!r}")
-            shown += os.read(self._mine, 4_096)
-        return shown.decode(errors="replace")
+    def read_until(self, text: str) -> str:
+        """Read the output until it contains `text`, and return it."""
+        output = b""
+        deadline = time.monotonic() + 2 * WAIT_S
+        while text.encode() not in output:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or not select.select([self._master], [], [], left_s)[0]:
+                raise AssertionError(f"no {text!r} in {output!r}")
+            output += os.read(self._master, 4_096)
+        return output.decode(errors="replace")
 
     def __enter__(self) -> Self:
         return self
@@ -90,4 +90,4 @@ class Terminal:
     ) -> None:
         os.killpg(self._shell.pid, signal.SIGKILL)
         self._shell.wait(WAIT_S)
-        os.close(self._mine)
+        os.close(self._master)

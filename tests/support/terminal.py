@@ -1,4 +1,4 @@
-"""A program in a pseudo-terminal: send keys, read the screen."""
+"""regctl in a pseudo-terminal: send keys, read the screen."""
 
 import fcntl
 import os
@@ -17,14 +17,17 @@ import pyte
 
 from tests.support.daemon import ROOT, environment
 
-SEEN_S = 30.0  # for what is to be seen, on a busy machine
+SEEN_S = 30.0  # until the screen shows a change, on a busy machine
 
-# A terminal is that of a session once the leader of the session opens it.
+# A session gets its controlling terminal when its leader opens the terminal.
 _CODE = "import os, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); {before}; from regd.cli.regctl import main; sys.exit(main())"
 
 
 class Terminal:
-    """`regctl` in it. `before` is Python that runs first; `raw` is all that was written."""
+    """A pseudo-terminal with `regctl` in it.
+
+    `before` is Python code that runs first; `raw` has every byte that the program wrote.
+    """
 
     def __init__(
         self, *argv: str, before: str = "pass", width: int = 80, height: int = 24, **variables: str
@@ -38,7 +41,7 @@ class Terminal:
         self.modes = termios.tcgetattr(slave)
         self.process = subprocess.Popen(
             [sys.executable, "-c", _CODE.format(before=before), *argv], cwd=ROOT,
-            env=environment(**{"TERM": "xterm", "COLUMNS": "33", **variables}),  # as of another terminal
+            env=environment(**{"TERM": "xterm", "COLUMNS": "33", **variables}),  # COLUMNS of another terminal
             stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
         )  # fmt: skip
 
@@ -57,7 +60,7 @@ class Terminal:
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
 
     def resize(self, width: int, height: int) -> None:
-        """Have another size; the terminal tells the program."""
+        """Change the size. The kernel sends SIGWINCH to the program."""
         self.screen.resize(height, width)
         self._size(width, height)
 
@@ -72,44 +75,45 @@ class Terminal:
     def text(self) -> str:
         return "\n".join(self.lines)
 
-    def line(self, begins: str) -> str:
-        """Return the first line that begins so, or nothing."""
-        return next((line for line in self.lines if line.startswith(begins)), "")
+    def line(self, prefix: str) -> str:
+        """Return the first line that starts with `prefix`, or an empty string."""
+        return next((line for line in self.lines if line.startswith(prefix)), "")
 
-    def _take(self, within_s: float) -> bool:
+    def _read(self, within_s: float) -> bool:
         if not select.select([self._master], [], [], within_s)[0]:
             return False
-        part = os.read(self._master, 65_536)
-        self.raw += part
-        self._stream.feed(part)
+        output = os.read(self._master, 65_536)
+        self.raw += output
+        self._stream.feed(output)
         return True
 
-    def see(self, true: Callable[[], Any]) -> None:
-        """Wait until something is to be seen."""
-        late = time.monotonic() + SEEN_S
-        while not true():
-            left_s = late - time.monotonic()
-            assert left_s > 0, f"not seen; the screen is\n{self.text}"
-            self._take(left_s)
+    def wait_until(self, condition: Callable[[], Any]) -> None:
+        """Read the program's output until `condition()` is true."""
+        deadline = time.monotonic() + SEEN_S
+        while not condition():
+            left_s = deadline - time.monotonic()
+            assert left_s > 0, f"the condition is still false; the screen is\n{self.text}"
+            self._read(left_s)
 
-    def shows(self, *words: str) -> None:
-        self.see(lambda: all(each in self.text for each in words))
+    def wait_for(self, *texts: str) -> None:
+        """Wait until the screen shows all texts."""
+        self.wait_until(lambda: all(text in self.text for text in texts))
 
-    def ended(self) -> int:
-        """Wait for the end, and return the exit status."""
-        late = time.monotonic() + SEEN_S
+    def wait_for_exit(self) -> int:
+        """Wait for the end of the program, and return its exit status."""
+        deadline = time.monotonic() + SEEN_S
         while self.process.poll() is None:
-            assert time.monotonic() < late, f"it does not end; the screen is\n{self.text}"
-            self._take(0.05)
-        while self._take(0.0):
+            assert time.monotonic() < deadline, f"the program does not end; the screen is\n{self.text}"
+            self._read(0.05)
+        while self._read(0.0):
             pass
         return self.process.returncode
 
     @property
     def is_restored(self) -> bool:
-        """Whether the terminal's modes are as before, and what was hidden is back."""
-        back = all(self.raw.rfind(on) >= self.raw.rfind(off) for on, off in _PAIRS)
-        return back and termios.tcgetattr(self._slave) == self.modes
+        """True if the terminal's modes, the normal screen and the cursor are restored."""
+        shown = all(self.raw.rfind(on) >= self.raw.rfind(off) for on, off in _ON_AND_OFF)
+        return shown and termios.tcgetattr(self._slave) == self.modes
 
 
-_PAIRS = ((b"\x1b[?1049l", b"\x1b[?1049h"), (b"\x1b[?25h", b"\x1b[?25l"), (b"\x1b[?2004l", b"\x1b[?2004h"))
+_ON_AND_OFF = ((b"\x1b[?1049l", b"\x1b[?1049h"), (b"\x1b[?25h", b"\x1b[?25l"), (b"\x1b[?2004l", b"\x1b[?2004h"))

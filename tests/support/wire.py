@@ -14,23 +14,23 @@ from typing import Any, TypeVar, TypeVarTuple
 
 from regd.server.connection import Connection
 
-TURNS_MAX = 20_000  # until the loop must have come to rest
+ITERATIONS_MAX = 20_000  # after which the loop must be idle
 
 _Result = TypeVar("_Result")
 _Arguments = TypeVarTuple("_Arguments")
 
 
-class TurningLoop(asyncio.SelectorEventLoop):
-    """Turns when it is told to, knows when it is at rest, and calls threads in its own."""
+class SteppedLoop(asyncio.SelectorEventLoop):
+    """An event loop that runs single iterations on request, and thread pool calls in the loop's own thread."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.flush_turns = 0  # how long a call in a thread takes
+        self.flush_iterations = 0  # the duration of a call in the thread pool
         self.errors: list[str] = []
         self._soon = 0
-        self.set_exception_handler(self._told)
+        self.set_exception_handler(self._record_error)
 
-    def _told(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    def _record_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         self.errors.append(f"{context.get('message')}: {context.get('exception')!r}")
         if isinstance(error := context.get("exception"), BaseException):
             error.__context__ = None
@@ -50,42 +50,42 @@ class TurningLoop(asyncio.SelectorEventLoop):
     ) -> "asyncio.Future[_Result]":
         future: asyncio.Future[_Result] = self.create_future()
 
-        def call(turns: int) -> None:
-            if turns:
-                self.call_soon(call, turns - 1)
+        def call(iterations_left: int) -> None:
+            if iterations_left:
+                self.call_soon(call, iterations_left - 1)
             elif not future.cancelled():
                 try:
                     future.set_result(func(*args))
                 except Exception as error:
                     future.set_exception(error)
 
-        self.call_soon(call, self.flush_turns)
+        self.call_soon(call, self.flush_iterations)
         return future
 
-    def turn(self) -> bool:
-        """Run what is due now, and return whether that left anything to do at once."""
+    def run_once(self) -> bool:
+        """Run one iteration, and return whether it scheduled more callbacks."""
         self.call_soon(self.stop)
         self._soon = 0
         self.run_forever()
         return self._soon > 0
 
-    def rest(self) -> None:
-        """Turn until there is nothing that is due at once."""
-        left = TURNS_MAX
+    def run_until_idle(self) -> None:
+        """Run iterations until no callback is ready."""
+        left = ITERATIONS_MAX
 
-        def look() -> None:
+        def check() -> None:
             nonlocal left
             left -= 1
             if self._soon and left:
-                self._soon = -1  # this call again is no sign of life
-                self.call_soon(look)
+                self._soon = -1  # do not count the next check
+                self.call_soon(check)
             else:
                 self.stop()
 
         self._soon = 1
-        super().call_soon(look)
+        super().call_soon(check)
         self.run_forever()
-        assert left, "the loop does not come to rest"
+        assert left, "the loop does not become idle"
 
 
 def _place(error: BaseException) -> str:
@@ -97,7 +97,7 @@ def _place(error: BaseException) -> str:
 
 
 class _Kernel:
-    """What is asked of a socket: its family, and a descriptor that is quiet while the peer is there."""
+    """The socket of a `Wire`, as far as the daemon uses it: the family, and a descriptor that is never readable."""
 
     family = socket.AF_INET
 
@@ -110,34 +110,34 @@ class _Kernel:
 
 
 class Wire(asyncio.Transport):
-    """Both ends of one connection. The lower half of the methods is the peer's.
+    """Both ends of one connection. The last group of methods is the peer's.
 
-    As asyncio's: one chunk a turn; nothing is read, and no end seen, while reading is paused; `connection_lost`
-    comes in a turn of its own; a write after `write_eof` raises.
+    It behaves like asyncio's transport: it delivers one chunk in a loop iteration, and neither data nor EOF while
+    reading is paused; `connection_lost` is called in a later iteration; a write after `write_eof` raises.
     """
 
-    def __init__(self, loop: TurningLoop, quiet: int) -> None:
+    def __init__(self, loop: SteppedLoop, quiet: int) -> None:
         super().__init__({"peername": ("127.0.0.1", 40_000), "socket": _Kernel(self, quiet)})
         self._loop = loop
         self.protocol: Connection
         self.low_priority = False
-        self.sent = bytearray()  # has reached the peer
-        self.taking = True  # the peer reads
-        self.eof_sent = False  # the peer will send no more
+        self.sent = bytearray()  # received by the peer
+        self.peer_reads = True
+        self.eof_sent = False  # by the peer
         self.is_reset = False
         self.lost = False  # `connection_lost` was called
         self.half_closed = False  # by the daemon
         self._inbox: deque[bytes] = deque()
         self._buffer = bytearray()
         self._high = 65_536
-        self._held = False  # the protocol was told to write no more
+        self._writing_paused = False
         self._reading = True
-        self._eof_told = False
+        self._eof_delivered = False
         self._closing = False
-        self._ending = False  # `connection_lost` is on its way
-        self._due = False
+        self._ending = False  # `connection_lost` is scheduled
+        self._delivery_scheduled = False
 
-    # What the protocol may call.
+    # Called by the protocol.
 
     def get_write_buffer_size(self) -> int:
         return len(self._buffer)
@@ -162,12 +162,12 @@ class Wire(asyncio.Transport):
         if self.is_reset:
             self._lose(BrokenPipeError())
             return
-        if self.taking and not self._buffer:
+        if self.peer_reads and not self._buffer:
             self.sent += data
             return
         self._buffer += data
-        if len(self._buffer) > self._high and not self._held:
-            self._held = True
+        if len(self._buffer) > self._high and not self._writing_paused:
+            self._writing_paused = True
             self.protocol.pause_writing()
 
     def write_eof(self) -> None:
@@ -194,9 +194,9 @@ class Wire(asyncio.Transport):
             self._deliver_soon()
 
     def is_reading(self) -> bool:
-        return self._reading and not self._closing and not self._eof_told
+        return self._reading and not self._closing and not self._eof_delivered
 
-    # What the kernel does.
+    # The kernel's part.
 
     def _lose(self, error: Exception | None) -> None:
         if self._ending:
@@ -208,15 +208,15 @@ class Wire(asyncio.Transport):
     def _lost(self, error: Exception | None) -> None:
         self.protocol.connection_lost(error)
         self.lost = True
-        del self.protocol  # as asyncio does: the two must not keep each other
+        del self.protocol  # as asyncio does, to break the reference cycle
 
     def _deliver_soon(self) -> None:
-        if not self._due:
-            self._due = True
+        if not self._delivery_scheduled:
+            self._delivery_scheduled = True
             self._loop.call_soon(self._deliver)
 
     def _deliver(self) -> None:
-        self._due = False
+        self._delivery_scheduled = False
         if self.is_reset and (self._buffer or self.is_reading()):
             self._lose(ConnectionResetError())
         elif not self.is_reading():
@@ -224,12 +224,12 @@ class Wire(asyncio.Transport):
         elif self._inbox:
             self.protocol.data_received(self._inbox.popleft())
             self._deliver_soon()
-        elif self.eof_sent and not self._eof_told:
-            self._eof_told = True
+        elif self.eof_sent and not self._eof_delivered:
+            self._eof_delivered = True
             if not self.protocol.eof_received():
                 self.close()
 
-    # What the peer does.
+    # Called by the peer.
 
     def send(self, data: bytes) -> None:
         if data and not (self.eof_sent or self.is_reset):
@@ -245,19 +245,19 @@ class Wire(asyncio.Transport):
         self._inbox.clear()
         self._deliver_soon()
 
-    def take(self, most: int | None = None) -> None:
-        """Read some bytes, or all there are and all that come."""
-        self.taking = most is None
+    def take(self, bytes_max: int | None = None) -> None:
+        """Read at most `bytes_max` bytes; with None read everything, now and from now on."""
+        self.peer_reads = bytes_max is None
         if self._ending:
             return
         if self.is_reset:
             self._deliver_soon()
             return
-        self.sent += self._buffer[:most]
-        del self._buffer[:most]
+        self.sent += self._buffer[:bytes_max]
+        del self._buffer[:bytes_max]
         if not self._buffer:
-            if self._held:
-                self._held = False
+            if self._writing_paused:
+                self._writing_paused = False
                 self.protocol.resume_writing()
             if self._closing and not self._buffer:
                 self._lose(None)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from regd.core.limits import Limits
 from regd.server import half_closed
 from regd.server.connection import Connections
@@ -20,13 +22,13 @@ from regd.system import probes, processes
 from regd.testing.memory import MemoryFiles
 from tests.support.clock import HandClock
 from tests.support.daemon import EPOCH
-from tests.support.peers import Told
-from tests.support.wire import TurningLoop, Wire
+from tests.support.peers import FakeCredentials
+from tests.support.wire import SteppedLoop, Wire
 
 REGISTRY = Path("/regd-fuzz/registry.json")
 
 
-# Small, so that small inputs reach them.
+# Limits that small inputs reach.
 TIGHT = Limits(
     line_bytes_max=700,
     requests_in_flight_max=3,
@@ -70,7 +72,7 @@ class FullableFiles(MemoryFiles):
 
 
 class _NoListeners:
-    """Stands where the listening sockets are: nobody can call."""
+    """Replaces the daemon's listening sockets."""
 
     def __init__(self) -> None:
         self.sockets: list[Any] = []
@@ -84,14 +86,14 @@ class _NoListeners:
 
 
 class World:
-    """A daemon, its disk and its time. Connections are made with `connect`."""
+    """A daemon with its loop, disk and clock. `connect` opens a connection to it."""
 
     def __init__(self, registry: bytes, limits: Limits = TIGHT) -> None:
-        self.loop = TurningLoop()
+        self.loop = SteppedLoop()
         self.clock = HandClock()
         self.files = FullableFiles(registry)
         self._quiet = os.eventfd(0)  # never readable
-        peers = Told()
+        peers = FakeCredentials()
         peers.uid = 0
         config = Config(registry=REGISTRY, port=0, limits=limits)
 
@@ -112,13 +114,13 @@ class World:
         return wire
 
     def do(self, action: Callable[[], object]) -> None:
-        """Have something happen inside the loop, and let that turn once."""
+        """Call a function inside the loop, in one iteration."""
         self.loop.call_soon(action)
-        self.loop.turn()
+        self.loop.run_once()
 
     def settle(self) -> None:
-        """Turn until there is nothing to do but wait."""
-        self.loop.rest()
+        """Run the loop until only timers are left."""
+        self.loop.run_until_idle()
 
     def pass_time(self, seconds: float) -> None:
         self.do(lambda: self.clock.advance(seconds))
@@ -127,12 +129,12 @@ class World:
     def end_processes(self) -> None:
         for file in list(self.services.reaper.processes._files.values()):
             os.eventfd_write(file, 1)
-        self.loop.turn()  # the selector looks once a turn
+        self.loop.run_once()  # the selector is polled once in an iteration
         self.settle()
 
     @property
     def timers(self) -> list[object]:
-        """What time will still call, except those of the loop monitor."""
+        """The pending timers' callbacks, except those of the loop monitor."""
         calls = [timer.call for _, _, timer in self.clock._timers if timer.call is not None]
         return [call for call in calls if not call.__qualname__.startswith("LoopMonitor.")]
 
@@ -145,7 +147,7 @@ class World:
             os.close(self._quiet)
 
 
-# What the system says of processes and addresses: even ones live, and accept.
+# Fakes of the system: processes with an even pid run, and addresses with an even port accept connections.
 
 
 def _pidfd_open(pid: int, flags: int = 0) -> int:
@@ -164,18 +166,14 @@ _FAKES: tuple[tuple[Any, str, object], ...] = (
     (processes, "_start_ticks", str),
     (processes, "boot_id", lambda: "boot"),
     (probes, "_connect", _connect),
-    (half_closed, "CHECK_S", 900.0),  # an hour passes in every conversation with a wait
+    (half_closed, "CHECK_S", 900.0),  # every conversation with a wait advances time by an hour
 )
 
 
 @contextmanager
 def faked_system() -> Iterator[None]:
-    """Let the daemon ask us where it would ask the system about processes and addresses."""
-    before = [getattr(where, name) for where, name, _ in _FAKES]
-    try:
-        for where, name, fake in _FAKES:
-            setattr(where, name, fake)
+    """Replace the system calls by which the daemon checks processes and addresses."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, fake in _FAKES:
+            patch.setattr(module, name, fake)
         yield
-    finally:
-        for (where, name, _), was in zip(_FAKES, before, strict=True):
-            setattr(where, name, was)

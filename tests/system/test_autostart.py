@@ -17,7 +17,7 @@ import regd_client
 from regd_client import autostart, connector, protocol
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import WAIT_S, DaemonProcess, InLoop
-from tests.support.demand import SLOW_S, Demand, demand, kept_port, stat
+from tests.support.demand import SLOW_S, Demand, demand, reserved_port, stat
 from tests.support.polling import block_until
 
 BLOCKING = """
@@ -297,7 +297,9 @@ async def is_not_started(here: Demand, address: str | None = None) -> None:
 
 
 async def test_autostart_never_for_another_host(here: Demand) -> None:
-    with kept_port() as port:  # 127.0.0.2 is refused as one far away would be, and regd would not listen there
+    with (
+        reserved_port() as port
+    ):  # 127.0.0.2 is refused as one far away would be, and regd would not listen there
         await is_not_started(here, f"tcp://127.0.0.2:{port}")
     for host in ("192.0.2.1", "db.example", "localhost.example", "127.0.0.1.example", "0.0.0.0", "::"):
         assert not protocol.autostart_wanted(protocol.Address(host, 1)), host
@@ -379,7 +381,7 @@ async def test_state_folder_cannot_be_created(here: Demand, tmp_path: Path) -> N
 
 async def test_port_taken_on_one_address_family(here: Demand) -> None:
     """Nobody listens at the address, and the daemon cannot either: its own words, and where its log is."""
-    with kept_port() as port, socket.socket(socket.AF_INET6) as other:
+    with reserved_port() as port, socket.socket(socket.AF_INET6) as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         other.bind(("::1", port))

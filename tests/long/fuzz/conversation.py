@@ -47,7 +47,7 @@ class Conversation:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        world.loop.flush_turns = 0
+        world.loop.flush_iterations = 0
         self.engine = world.services.engine
         self.registry = world.services.engine._registry
         self.friend = world.connect()
@@ -61,15 +61,15 @@ class Conversation:
         self.late = False  # so much time passed that a line may have been given up
         self.early = False  # the end came before all was given
         self._actions: dict[int, Callable[[], object]] = {
-            ord("."): world.loop.turn,
+            ord("."): world.loop.run_once,
             ord("~"): world.settle,
-            ord("<"): lambda: setattr(self.peer, "taking", False),
+            ord("<"): lambda: setattr(self.peer, "peer_reads", False),
             ord(">"): lambda: world.do(self.peer.take),
             ord(")"): lambda: world.do(lambda: self.peer.take(100)),
             ord("t"): lambda: world.pass_time(0.1),
             ord("T"): self._idle,
-            ord("s"): lambda: setattr(world.loop, "flush_turns", 5),
-            ord("S"): lambda: setattr(world.loop, "flush_turns", 0),
+            ord("s"): lambda: setattr(world.loop, "flush_iterations", 5),
+            ord("S"): lambda: setattr(world.loop, "flush_iterations", 0),
             ord("d"): lambda: setattr(world.files, "failing", True),
             ord("D"): lambda: setattr(world.files, "failing", False),
             ord("x"): world.end_processes,
