@@ -30,11 +30,11 @@ def main() -> None:
             assert (commands.parent / "share" / "man" / "man1" / f"{page}.1").read_text() == text
         pages = commands.parent / "share" / "doc" / "regd"
         assert run("regctl", "help").endswith(f"\nDocuments: {pages.resolve()}\n")
-        for each in pages.rglob("*.md"):
-            for link in re.findall(r"\]\(([^)#:]+)", each.read_text()):
-                assert (each.parent / link).exists(), f"{each}: {link}"
+        for document in pages.rglob("*.md"):
+            for link in re.findall(r"\]\(([^)#:]+)", document.read_text()):
+                assert (document.parent / link).exists(), f"{document}: {link}"
         assert {"README.md", "client/SERVERS.md", "regd/TROUBLESHOOTING.md", "regd/cli/README.md"} <= {
-            each.relative_to(pages).as_posix() for each in pages.rglob("*.md")
+            page.relative_to(pages).as_posix() for page in pages.rglob("*.md")
         }
         code = "import importlib.metadata as m; print(m.metadata('regd')['Description'])"
         description = run("python", "-c", code)

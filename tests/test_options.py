@@ -100,7 +100,7 @@ def variables(title: str) -> set[str]:
 
 @pytest.mark.parametrize("name", ["regd", "regctl"])
 def test_variables_of_the_man_pages(name: str) -> None:
-    of_page = {each for term in terms(part(man_page(name), "ENVIRONMENT")) for each in term.split(", ")}
+    of_page = {name for term in terms(part(man_page(name), "ENVIRONMENT")) for name in term.split(", ")}
     assert of_page
     read, given = (
         variables("Environment variables that are read"),

@@ -19,7 +19,7 @@ class Ratio(NamedTuple):
 
 
 def middle(rounds: Rounds, what: str, key: str) -> float:
-    return statistics.median(each[key] for each in rounds[what])
+    return statistics.median(sample[key] for sample in rounds[what])
 
 
 def ratio(rounds: Rounds, what: str, to: str, key: str) -> Ratio:

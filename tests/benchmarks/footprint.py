@@ -107,7 +107,7 @@ def command(bench: Bench) -> Rounds:
         for _ in range(bench.rounds):
             taken = [{what: run(what) for what in words} for _ in range(_RUNS)]
             for what in words:
-                found[what].append({"ms": sorted(each[what] for each in taken)[_RUNS // 2]})
+                found[what].append({"ms": sorted(run[what] for run in taken)[_RUNS // 2]})
         return found
 
 

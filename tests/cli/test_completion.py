@@ -34,7 +34,7 @@ def bash(lines: Sequence[str], env: dict[str, str]) -> list[list[str]]:
         words += [""] * line.endswith(" ")
         quoted = " ".join(map(shlex.quote, words))
         code.append(f"COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _regctl; echo ${{COMPREPLY[*]}}")
-    return [each.split() for each in ran([need("bash"), "--norc", "-c", "\n".join(code)], env).splitlines()]
+    return [line.split() for line in ran([need("bash"), "--norc", "-c", "\n".join(code)], env).splitlines()]
 
 
 def _cut(word: str) -> Iterator[str]:
@@ -83,7 +83,7 @@ def zsh(lines: Sequence[str], env: dict[str, str]) -> list[list[str]]:
 def fish(lines: Sequence[str], env: dict[str, str]) -> list[list[str]]:
     asked = (f"echo (complete -C {shlex.quote(line)} | string replace -r '\\t.*' '')" for line in lines)
     code = ["regctl completion fish | source", *asked]
-    return [each.split() for each in ran([need("fish"), "--no-config", "-c", "\n".join(code)], env).splitlines()]
+    return [line.split() for line in ran([need("fish"), "--no-config", "-c", "\n".join(code)], env).splitlines()]
 
 
 def completed(shell: str, env: dict[str, str], *lines: str) -> list[list[str]]:
@@ -206,10 +206,10 @@ def test_every_candidate_has_a_description(shell: str) -> None:
     for name, command in COMMANDS.items():
         assert name in text
         assert command.doc.replace("'", r"'\''" if shell == "zsh" else r"\'") in text
-    for each in (*COMMON, *(each for command in COMMANDS.values() for each in command.parameters)):
-        if each.is_option:
-            assert f"{each.name}" in text or f"-l {each.name[2:]}" in text
-            said = each.doc.split(":")[0].split(";")[0]
+    for parameter in (*COMMON, *(parameter for command in COMMANDS.values() for parameter in command.parameters)):
+        if parameter.is_option:
+            assert f"{parameter.name}" in text or f"-l {parameter.name[2:]}" in text
+            said = parameter.doc.split(":")[0].split(";")[0]
             assert said.replace("'", r"'\''" if shell == "zsh" else r"\'") in text
 
 
@@ -251,10 +251,10 @@ def test_names_of_an_impostor_are_ignored(tmp_path: Path) -> None:
     """Names from an impostor must not get into a command line."""
     good = {"name": "good", "instance": "", "host": "h", "port": 1, "meta": {}, "state": "ready", "rev": 1}
     page = {"ok": True, "epoch": "e", "rev": 1, "instances": [good]}
-    evil = [{**good, "name": each} for each in ("$(evil)", "a b", "-rf", "a\nb", 7, "")]
+    evil = [{**good, "name": name} for name in ("$(evil)", "a b", "-rf", "a\nb", 7, "")]
     cases: list[tuple[dict[str, object] | str, tuple[int, str, str]]] = [
         (page, (0, "good\n", "")),
-        *(({**page, "instances": [good, each]}, (3, "", "")) for each in evil),
+        *(({**page, "instances": [good, instance]}, (3, "", "")) for instance in evil),
         ({"ok": True}, (3, "", "")),
         ({"ok": True, "instances": 7}, (3, "", "")),
         ("HTTP/1.1 400 Bad Request", (3, "", "")),

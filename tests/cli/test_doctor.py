@@ -36,7 +36,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wrong(address: str) -> dict[str, Finding]:
-    return {each.check: each for each in examine(address) if not each.ok}
+    return {finding.check: finding for finding in examine(address) if not finding.ok}
 
 
 async def wrong_of(daemon: InLoop) -> dict[str, Finding]:
@@ -47,9 +47,11 @@ async def wrong_of(daemon: InLoop) -> dict[str, Finding]:
 def test_all_checks_pass(process: DaemonProcess) -> None:
     with BlockingConnection(process.addresses[0]) as peer, socket.create_server(("127.0.0.1", 0)) as server:
         peer.ask("register", name="web", port=server.getsockname()[1])
-        found = [each for each in examine(process.addresses[0]) if each.check != "lag"]  # of a busy machine
-        assert [each.check for each in found] == ["address", "daemon", "elsewhere", "rights", "version", "host", "file", "limits", "services"]  # fmt: skip
-        assert all(each.ok for each in found), found
+        found = [
+            finding for finding in examine(process.addresses[0]) if finding.check != "lag"
+        ]  # of a busy machine
+        assert [finding.check for finding in found] == ["address", "daemon", "elsewhere", "rights", "version", "host", "file", "limits", "services"]  # fmt: skip
+        assert all(finding.ok for finding in found), found
         assert found[0].found == f"{process.addresses[0]}, from --address"
         assert f"{process.registry} is up to date, at revision 1" in found[6].found
         assert peer.ask("stats")["commits"] == 1  # it has changed nothing
@@ -72,7 +74,7 @@ def test_doctor_command_prints_lines_or_json(process: DaemonProcess, tmp_path: P
     status, out, errors = ran("--json", address=process.addresses[0])
     said = json.loads(out)
     assert errors == ""
-    assert said["ok"] is (status == 0) is all(each["ok"] for each in said["findings"])
+    assert said["ok"] is (status == 0) is all(finding["ok"] for finding in said["findings"])
     assert set(said["findings"][0]) == {"check", "ok", "found", "do"}
     assert said["findings"][1]["check"] == "daemon"
     assert said["findings"][1]["ok"]
@@ -264,10 +266,10 @@ def test_daemon_in_another_network_namespace(
         found = wrong(_free_address())["elsewhere"]
         assert found.found.startswith(f"process {pid} is a regd in another network namespace")
         assert "--unix" in found.do
-        [found] = [each for each in examine(process.addresses[0]) if each.check == "elsewhere"]
+        [found] = [finding for finding in examine(process.addresses[0]) if finding.check == "elsewhere"]
         assert found.ok  # there is one on this side
         assert str(pid) in found.found
-        by_socket = {each.check: each for each in examine(f"unix://{folder}/s")}
+        by_socket = {finding.check: finding for finding in examine(f"unix://{folder}/s")}
         assert by_socket["host"].found.startswith(f"the daemon, process {pid}, is in another network namespace")
         assert by_socket["services"].found.startswith("not checked")
         assert by_socket["elsewhere"].found == "no other regd found"
@@ -411,7 +413,7 @@ def test_version_mismatch(process: DaemonProcess) -> None:
 def test_daemon_in_another_container(process: DaemonProcess) -> None:
     with another(process, lambda reply: reply.get("host", {}).update(pid_namespace="pid:[1]")) as address:
         found = list(examine(address))
-    by_check = {each.check: each for each in found}
+    by_check = {finding.check: finding for finding in found}
     assert "another container" in by_check["host"].found
     assert by_check["file"].found.startswith("not checked")
     assert by_check["services"].found.startswith("not checked")

@@ -94,8 +94,8 @@ def impostor(answer: Answer) -> Iterator[str]:
                         return
                     cmd = json.loads(line)["cmd"]
                     try:
-                        for each in answer(cmd):
-                            lines.write(each if isinstance(each, bytes) else json.dumps(each).encode() + b"\n")
+                        for reply in answer(cmd):
+                            lines.write(reply if isinstance(reply, bytes) else json.dumps(reply).encode() + b"\n")
                         lines.flush()
                     except OSError:
                         break
@@ -128,12 +128,12 @@ def variants(fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for key, value in fields.items():
         if key in ("ok", "event"):
             continue
-        yield {name: each for name, each in fields.items() if name != key}
+        yield {name: value for name, value in fields.items() if name != key}
         for odd in ODD:
             yield {**fields, key: odd}
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            for each in variants(value[0]):
-                yield {**fields, key: [each]}
+            for variant in variants(value[0]):
+                yield {**fields, key: [variant]}
 
 
 @pytest.fixture(autouse=True)
@@ -267,8 +267,8 @@ def test_commands_in_a_process_of_their_own(command: str, flags: list[str], tmp_
         {"watch": {"ok": True, "epoch": 7}, "events": [{"event": "up"}], "resolve": {"ok": False}},
         {"stats": {"ok": True}, "resolve": {"ok": True, **INSTANCE, "host": 7}},
     ]
-    for each in wrong:
-        with impostor(answers(**each)) as address:
+    for changes in wrong:
+        with impostor(answers(**changes)) as address:
             done = subprocess.run(
                 [sys.executable, "-m", "regd.cli.regctl", *flags, *LINES[command]],
                 env=environment(REGD_ADDRESS=address), cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,

@@ -28,7 +28,7 @@ def ask(path: Path, *requests: bytes) -> list[dict[str, Any]]:
     with socket.socket(socket.AF_UNIX) as peer:
         peer.settimeout(WAIT_S)
         peer.connect(os.fsencode(path))
-        peer.sendall(b"".join(each + b"\n" for each in requests))
+        peer.sendall(b"".join(request + b"\n" for request in requests))
         with peer.makefile("rb") as lines:
             return [json.loads(lines.readline()) for _ in requests]
 

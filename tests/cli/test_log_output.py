@@ -95,7 +95,7 @@ def test_unread_lines_are_bounded_and_counted(
     output.emit(record("after"))
     output.close()
     said = lines(tmp_path / "log")
-    written = sum(each.startswith("line ") for each in said)
+    written = sum(line.startswith("line ") for line in said)
     assert 0 < written < 100
     assert said[:written] == [f"line {number}" for number in range(written)]
     assert said[-2:] == [f"{100 - written} log lines were dropped: it is not read fast enough", "after"]

@@ -116,10 +116,10 @@ def test_page_of_regctl_is_complete() -> None:
 
 def test_page_of_regd_is_complete() -> None:
     text = shown("regd")
-    for flag in (*(each.name for each in FLAGS), "--help", "--version"):
+    for flag in (*(flag.name for flag in FLAGS), "--help", "--version"):
         assert f"\n       {flag}" in text
-    for each in FLAGS:
-        assert _flat(each.doc) in _flat(text)
+    for option in FLAGS:
+        assert _flat(option.doc) in _flat(text)
     for part in ("ENVIRONMENT", "FILES", "EXIT STATUS", "SIGNALS", "EXAMPLES", "SEE ALSO"):
         assert f"\n{part}\n" in text
     assert """echo '{"cmd":"help"}' | nc 127.0.0.1 7343\n""" in text

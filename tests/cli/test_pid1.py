@@ -76,9 +76,9 @@ def test_signal_ends_watch(process: DaemonProcess, peer: BlockingConnection, num
 def test_signals_and_exit_status_are_passed_on(process: DaemonProcess) -> None:
     with process_1(process, "run", "web", "--", sys.executable, "-c", LISTENER) as (command, number):
         assert command.line() == "waits"
-        for each in (signal.SIGWINCH, signal.SIGTTIN, signal.SIGTSTP, signal.SIGUSR1, signal.SIGTERM):
-            os.kill(number, each)
-            assert command.line() == str(int(each))
+        for signum in (signal.SIGWINCH, signal.SIGTTIN, signal.SIGTSTP, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(number, signum)
+            assert command.line() == str(int(signum))
         command.type("")
         assert command.process.wait(WAIT_S) == 0
 

@@ -76,7 +76,7 @@ def test_json_is_the_reply(regctl: Run) -> None:
     assert (status, json.loads(out)["port"]) == (0, 5432)
     status, out, errors = regctl("resolve", "bd", "--json")
     assert (status, json.loads(out)["error"], json.loads(out)["near"], errors) == (1, "not_found", ["db"], "")
-    assert [each["name"] for each in json.loads(regctl("list", "--json")[1])["instances"]] == ["db"]
+    assert [instance["name"] for instance in json.loads(regctl("list", "--json")[1])["instances"]] == ["db"]
 
 
 def test_terminal_gets_a_table_without_escape_sequences(regctl: Run, process: DaemonProcess) -> None:

@@ -100,7 +100,7 @@ def peer(process: DaemonProcess) -> Iterator[BlockingConnection]:
 
 
 def names(peer: BlockingConnection) -> list[tuple[str, str, int]]:
-    return [(each["name"], each["host"], each["port"]) for each in peer.ask("list")["instances"]]
+    return [(instance["name"], instance["host"], instance["port"]) for instance in peer.ask("list")["instances"]]
 
 
 # Ports.

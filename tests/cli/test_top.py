@@ -21,17 +21,17 @@ def fields(name: str, instance: str = "", **more: Any) -> dict[str, Any]:
     return {"name": name, "instance": instance, **plain, **more}
 
 
-def picture(*there: dict[str, Any]) -> Table:
-    made = Table()
-    for each in there:
-        take(made, each)
-    made.take("sync", ("", ""), None, 0.0)
-    return made
+def picture(*entries: dict[str, Any]) -> Table:
+    table = Table()
+    for entry in entries:
+        take(table, entry)
+    table.take("sync", ("", ""), None, 0.0)
+    return table
 
 
-def take(made: Table, each: dict[str, Any], now: float = 0.0) -> None:
-    key = (each["name"], each["instance"])
-    made.take("change" if key in made.rows else "up", key, each, now)
+def take(table: Table, entry: dict[str, Any], now: float = 0.0) -> None:
+    key = (entry["name"], entry["instance"])
+    table.take("change" if key in table.rows else "up", key, entry, now)
 
 
 def names(made: Table, look: ViewState) -> list[str]:
@@ -76,7 +76,7 @@ def test_first_snapshot_makes_no_events() -> None:
     take(made, fields("web", "1", state="draining", meta={"a": "b"}), 6.5)
     take(made, fields("web", "1", state="draining", meta={"a": "b"}, port=81), 7.0)
     made.take("down", ("web", "1"), None, 8.0, "process exited")
-    assert [(each.kind, each.who, each.what, each.at) for each in made.events] == [
+    assert [(event.kind, event.who, event.what, event.at) for event in made.events] == [
         ("down", "web/1", "process exited", 8.0),
         ("change", "web/1", "127.0.0.1:80 → 127.0.0.1:81", 7.0),
         ("change", "web/1", "nothing → a=b", 6.5),
@@ -145,8 +145,8 @@ def test_rates_are_per_second_of_the_daemons_uptime() -> None:
 
 def test_rates_of_an_impostor() -> None:
     rates = Rates()
-    for each in ({}, {"uptime_s": "x", "requests": []}, {"uptime_s": 1, "requests": {"a": "b"}, "lag_s": None}):
-        rates.take(each)
+    for stats in ({}, {"uptime_s": "x", "requests": []}, {"uptime_s": 1, "requests": {"a": "b"}, "lag_s": None}):
+        rates.take(stats)
     assert rates.figures.requests is None
 
 

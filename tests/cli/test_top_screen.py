@@ -239,7 +239,7 @@ def test_json_is_one_object(process: DaemonProcess, peer: BlockingConnection) ->
         process.addresses[0],
         {"address", "stats", "instances"},
     )
-    assert [each["name"] for each in said["instances"]] == ["db", "web"]
+    assert [instance["name"] for instance in said["instances"]] == ["db", "web"]
     assert said["stats"]["registrations"] == 2
 
 
@@ -261,7 +261,7 @@ def test_other_commands_import_nothing_of_it(process: DaemonProcess) -> None:
     )  # fmt: skip
     loaded = done.stdout.split()
     assert "regd.cli.commands" in loaded
-    assert not [each for each in loaded if each.startswith(("regd.cli.top", "prompt_toolkit", "asyncio"))]
+    assert not [module for module in loaded if module.startswith(("regd.cli.top", "prompt_toolkit", "asyncio"))]
 
 
 def test_a_terminal_that_can_nothing_gets_one_frame(process: DaemonProcess, top: Top) -> None:

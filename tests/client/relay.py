@@ -39,7 +39,7 @@ class Relay:
 
     def count(self, cmd: str) -> int:
         """Return how often clients have said this."""
-        return sum(each["cmd"] == cmd for each in self.said)
+        return sum(request["cmd"] == cmd for request in self.said)
 
     async def __aenter__(self) -> Self:
         await self.accept()
@@ -67,8 +67,8 @@ class Relay:
                 await self._forth(reader, onward)
             finally:
                 back.cancel()
-                for each in ends:
-                    each.transport.abort()
+                for end in ends:
+                    end.transport.abort()
                 self._open -= ends
         writer.transport.abort()
 

@@ -131,7 +131,7 @@ async def test_what_is_awaited_is_not_warned_of(monkeypatch: pytest.MonkeyPatch)
                     await way(make())
         regd_client.register("web", 1).close()
         gc.collect()
-    assert not [each for each in warned if each.category is RuntimeWarning]
+    assert not [warning for warning in warned if warning.category is RuntimeWarning]
 
 
 def test_wrong_arguments_of_the_blocking_verbs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,9 @@ def test_the_verbs() -> None:
         assert (found, str(found), found.meta) == (registration.endpoint, "127.0.0.1:1", {"zone": "x"})
         assert blocking.resolve_all("web", meta={"zone": "x"}) == [found]
         registration.update({"zone": "y"}, state="draining")
-        assert [(each["state"], each["meta"]) for each in instances()] == [("draining", {"zone": "y"})]
+        assert [(instance["state"], instance["meta"]) for instance in instances()] == [
+            ("draining", {"zone": "y"})
+        ]
     assert instances() == []
     with blocking.register("db", 2, static=True):
         pass
@@ -96,7 +98,7 @@ def test_each_process_has_a_thread_of_its_own() -> None:
         if child == 0:
             try:
                 blocking.register("child", 2)
-                known = {each["name"]: each["pid"] for each in instances()}
+                known = {instance["name"]: instance["pid"] for instance in instances()}
                 os._exit(0 if known == {"parent": os.getppid(), "child": os.getpid()} else 1)
             finally:
                 os._exit(2)
@@ -366,9 +368,9 @@ def test_a_client_has_every_verb(process: DaemonProcess) -> None:
         assert client.hello()["server"] == "regd"
         with client.register("web", 1, meta={"zone": "x"}) as registration:
             assert client.resolve("web") == other.resolve("web", wait=None) == registration.endpoint
-            assert [each.port for each in client.resolve_all("web")] == [1]
+            assert [endpoint.port for endpoint in client.resolve_all("web")] == [1]
             other.update("web", {"zone": "y"})
-            assert [each["meta"] for each in client.instances("we*")] == [{"zone": "y"}]
+            assert [instance["meta"] for instance in client.instances("we*")] == [{"zone": "y"}]
             assert client.why("web")["instances"]
             with other.mirror("web") as mirror:
                 assert (mirror.resolve("web").meta, mirror.resolve_all("web")[0].port) == ({"zone": "y"}, 1)

@@ -87,7 +87,7 @@ def test_there_are_so_many_and_none_is_long() -> None:
         protocol.cached_request("resolve", 1, {"name": f"n{n}"})
         protocol.cached_reply(SAID % n)
     kept = [protocol._request_template.cache_info(), protocol._decode_cached.cache_info()]
-    assert [each.currsize for each in kept] == [protocol._CACHED_MAX] * 2
+    assert [cache.currsize for cache in kept] == [protocol._CACHED_MAX] * 2
     protocol.cached_request("resolve", 1, {"name": "x" * 300})
     protocol.cached_reply(SAID.replace(b'"v"', b'"' + b"v" * 1_024 + b'"') % 1)
     assert [protocol._request_template.cache_info(), protocol._decode_cached.cache_info()] == kept
@@ -113,9 +113,9 @@ async def test_whoever_changes_what_it_got_changes_nobody_elses(process: DaemonP
         await client.register("a", 1, meta={"k": "v"})
         found = [await client.resolve("a") for _ in range(2)]
         found += await asyncio.gather(client.resolve("a"), client.resolve("a"))
-        for each in found:
-            assert each.meta == {"k": "v"}
-            each.meta.clear()  # type: ignore[attr-defined]
+        for instance in found:
+            assert instance.meta == {"k": "v"}
+            instance.meta.clear()  # type: ignore[attr-defined]
         assert (await client.resolve("a")).meta == {"k": "v"}
         await client.update("a", {"k": "w"})
         assert (await client.resolve("a")).meta == {"k": "w"}

@@ -35,7 +35,7 @@ async def test_the_ten_lines(daemon: InLoop) -> None:
     assert str(found) == "127.0.0.1:5050"
     async with regd_client.register("worker", 1, host="::1", instance="a", meta={"zone": "a"}):
         many = await regd_client.resolve_all("worker", meta={"zone": "a"})
-        assert [str(each) for each in many] == ["[::1]:1"]
+        assert [str(endpoint) for endpoint in many] == ["[::1]:1"]
     with pytest.raises(regd_client.NotFound):
         await regd_client.resolve("worker")
     await reg.deregister()
@@ -184,7 +184,7 @@ async def test_a_reply_goes_to_whoever_asked_whatever_the_order() -> None:
     server = await asyncio.start_server(backwards, "127.0.0.1", 0)
     async with server, Client(f"127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
         found = await asyncio.gather(*(client.resolve(f"a{port}") for port in (1, 2, 3)))
-    assert [(each.name, each.port) for each in found] == [("a1", 1), ("a2", 2), ("a3", 3)]
+    assert [(endpoint.name, endpoint.port) for endpoint in found] == [("a1", 1), ("a2", 2), ("a3", 3)]
 
 
 async def test_a_list_of_several_pages_is_whole(daemon: InLoop) -> None:
@@ -192,7 +192,7 @@ async def test_a_list_of_several_pages_is_whole(daemon: InLoop) -> None:
         async with asyncio.TaskGroup() as group:
             for n in range(1_050):
                 group.create_task(client.register("w", 1 + n, instance=f"{n:04}")._register())
-        assert [each.port for each in await client.resolve_all("w")] == list(range(1, 1_051))
+        assert [endpoint.port for endpoint in await client.resolve_all("w")] == list(range(1, 1_051))
         assert len(await client.instances("w*")) == 1_050
 
 

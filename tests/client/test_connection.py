@@ -105,7 +105,7 @@ async def test_lines_may_be_cut_anywhere(size: int) -> None:
         room[: len(piece)] = piece
         connection.buffer_updated(len(piece))
     assert heard == [2, 3, "a", 5]
-    assert [each.result()["port"] for each in asked[:4:2]] == [1, 1]
+    assert [reply.result()["port"] for reply in asked[:4:2]] == [1, 1]
     assert (asked[3].result()["id"], asked[3].result()["name"]) == (4, "b")
     assert isinstance(asked[4].exception(), regd_client.NotFound)
     connection.connection_lost(None)

@@ -132,9 +132,9 @@ JUNK = [
 
 def paths(value: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     if isinstance(value, dict | list):
-        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield (*path, key)
-            yield from paths(each, (*path, key))
+            yield from paths(item, (*path, key))
 
 
 MARK = "a mark that is replaced by what no encoder would make"
@@ -243,7 +243,7 @@ async def test_a_verb_raises_no_other_error(
                     assert str(error).isprintable(), line[:200]
                 finally:
                     await client.close()
-    assert not [each for each in caplog.records if each.exc_info], "a traceback"
+    assert not [record for record in caplog.records if record.exc_info], "a traceback"
 
 
 @pytest.mark.parametrize("cmd", REPLIES)
@@ -306,14 +306,14 @@ async def test_an_event_raises_no_other_error(event: dict[str, Any]) -> None:
         connection.connection_made(Nowhere())
         follow = WatchState("*", None, lambda event: None)
         connection.ask("watch", follow.begin(connection), follow.take)
-        for each in (
+        for data in (
             with_id(json.dumps(REPLIES["watch"]), 1),
             line.encode() + b"\n",
             json.dumps(event).encode() + b"\n",
         ):
-            while each:
+            while data:
                 room = connection.get_buffer(-1)
-                piece, each = each[: len(room)], each[len(room) :]
+                piece, data = data[: len(room)], data[len(room) :]
                 room[: len(piece)] = piece
                 connection.buffer_updated(len(piece))
         for key, fields in follow.picture.items():
@@ -350,7 +350,7 @@ GOOD: dict[str, list[Any]] = {
 @pytest.mark.parametrize("key", BAD)
 def test_the_rules_for_values(key: str) -> None:
     lines: list[tuple[str, dict[str, Any]]] = [("resolve", {}), ("resolve", {"all": True}), ("list", {})]
-    for value, valid in [*((each, True) for each in GOOD[key]), *((each, False) for each in BAD[key])]:
+    for value, valid in [*((value, True) for value in GOOD[key]), *((value, False) for value in BAD[key])]:
         fields = {**INSTANCE, key: value}
         many = {"ok": True, "epoch": "e", "rev": 7, "instances": [INSTANCE, fields]}
         for cmd, asked in lines:
@@ -505,7 +505,7 @@ def test_whatever_is_sent_is_taken_or_refused(cmd: str, change: dict[str, Any]) 
             assert str(error).isprintable()
             continue
         if reply["ok"] and word in ("resolve", "list", "register", "why"):
-            for each in reply["instances"] if "instances" in REPLIES[cmd] else [reply]:
-                assert replies.is_host(each["host"])
+            for instance in reply["instances"] if "instances" in REPLIES[cmd] else [reply]:
+                assert replies.is_host(instance["host"])
         if not reply["ok"]:
             assert str(regd_client.errors.from_reply(reply)).isprintable()

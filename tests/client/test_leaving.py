@@ -128,7 +128,7 @@ async def test_leaving_without_a_daemon_is_quick(
                 assert time.monotonic() - began < 1.0
         assert client._connector.timeout_s == Client()._connector.timeout_s
         await gone(client, "a")
-    assert not [each for each in caplog.messages if each.startswith("left")]
+    assert not [message for message in caplog.messages if message.startswith("left")]
 
 
 @pytest.mark.parametrize("how", ["listen", "register", "client"])
@@ -173,7 +173,7 @@ async def test_what_is_registered_again_is_not_withdrawn(
         registration = await again
         await until(lambda: not _LINGERING)
         await client.ping()
-        assert [each["port"] for each in await client.instances("job")] == [port]
+        assert [instance["port"] for instance in await client.instances("job")] == [port]
         assert not registration.lost.is_set()
 
 

@@ -51,7 +51,7 @@ def accepts(port: int) -> bool:
 
 
 async def names(client: Client) -> list[tuple[str, int]]:
-    return [(each["name"], each["port"]) for each in await client.instances()]
+    return [(instance["name"], instance["port"]) for instance in await client.instances()]
 
 
 async def gone(client: Client, name: str = "web") -> None:
@@ -128,7 +128,7 @@ async def test_the_port_says_which_server_it_is(client: Client) -> None:
 async def test_two_services_of_one_loop(client: Client) -> None:
     with contextlib.ExitStack() as stack:
         one, two = (stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2))
-        ports = [each.getsockname()[1] for each in (one, two)]
+        ports = [sock.getsockname()[1] for sock in (one, two)]
     async with (
         regd_client.lifespan("one", ports[0]) as first,
         regd_client.lifespan("two", ports[1]) as second,
@@ -332,7 +332,7 @@ async def test_a_registration_under_way_is_withdrawn(client: Client) -> None:
                 await asyncio.sleep(0)
     opened.close()
     await opened.wait_closed()
-    assert [each["reason"] for each in (await client.why("web"))["departures"]] == ["deregistered"]
+    assert [departure["reason"] for departure in (await client.why("web"))["departures"]] == ["deregistered"]
 
 
 async def test_a_lifespan_can_be_entered_again(client: Client) -> None:

@@ -60,7 +60,7 @@ def one_try(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Return what the client has logged; on a busy machine asyncio logs slow callbacks, too."""
-    return [each.getMessage() for each in caplog.records if each.name == "regd_client"]
+    return [record.getMessage() for record in caplog.records if record.name == "regd_client"]
 
 
 async def test_the_async_and_the_blocking_client_give_the_same_reason(nowhere: str) -> None:
@@ -112,8 +112,8 @@ async def test_register_tries_again_and_says_so_at_once(
     registering = asyncio.ensure_future(regd_client.register("a", 1, timeout=WAIT_S))
     listening = asyncio.ensure_future(regd_client.listen("b", timeout=WAIT_S).__aenter__())
     await until(lambda: len(told(caplog)) == 2)
-    assert all(each.startswith(f"no regd at unix://{path} (") for each in told(caplog))
-    assert all(each.endswith("; still trying") for each in told(caplog))
+    assert all(message.startswith(f"no regd at unix://{path} (") for message in told(caplog))
+    assert all(message.endswith("; still trying") for message in told(caplog))
     async with InLoop(tmp_path / "late.json", unix=path):
         registration = await registering
         await (await listening).close()

@@ -29,7 +29,7 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
 
 
 async def shown(client: Client, name: str) -> list[tuple[object, object]]:
-    return [(each.get("pid"), each.get("hold")) for each in await client.instances(name)]
+    return [(instance.get("pid"), instance.get("hold")) for instance in await client.instances(name)]
 
 
 async def test_it_outlives_who_registered_it_and_ends_with_the_process(

@@ -54,7 +54,7 @@ async def test_a_registration_is_held_and_bound_to_the_process(daemon: InLoop) -
             assert known["owners"][0]["pid"] == os.getpid()
             assert known["owners"][0]["connection"]
             assert registration.endpoint.meta == {"k": "v"}
-        assert [each["reason"] for each in (await other.why("a"))["departures"]] == ["deregistered"]
+        assert [departure["reason"] for departure in (await other.why("a"))["departures"]] == ["deregistered"]
 
 
 async def test_it_goes_with_the_connection(daemon: InLoop) -> None:
@@ -105,7 +105,7 @@ async def test_what_was_left_while_it_was_being_registered_again_is_not(
         marker = await client.register("b", 1)
         await until(lambda: marker._connection is client._connector.connection)
         async with asyncio.timeout(WAIT_S):
-            while [each["name"] for each in await client.instances()] != ["b"]:
+            while [instance["name"] for instance in await client.instances()] != ["b"]:
                 pass
 
 
@@ -143,7 +143,7 @@ async def test_who_took_the_name_meanwhile_keeps_it(daemon: InLoop) -> None:
         registration = await client.register("a", 1)
         peer = await daemon.peer()
         peer.send({"cmd": "register", "name": "a", "port": 2, "ttl": 50, "force": True})
-        [held] = [each for each in daemon.server.connections if each._dispatcher.holds]
+        [held] = [connection for connection in daemon.server.connections if connection._dispatcher.holds]
         held.cut()
         async with asyncio.timeout(WAIT_S):
             await registration.lost.wait()
@@ -155,7 +155,7 @@ async def test_a_watch_goes_on_after_a_cut_without_losing_or_repeating(daemon: I
     async with Client() as client, telling(client, "w*") as told:
         await peer.ask(cmd="register", name="w", port=1)
         await until(lambda: told == ["sync", "up 127.0.0.1:1"] or told == ["up 127.0.0.1:1", "sync"])
-        [watcher] = [each for each in daemon.server.connections if each._dispatcher.watches]
+        [watcher] = [connection for connection in daemon.server.connections if connection._dispatcher.watches]
         watcher.cut()
         await peer.ask(cmd="register", name="w", port=2)
         await peer.ask(cmd="deregister", name="w")
@@ -170,7 +170,7 @@ async def test_a_mirror(daemon: InLoop) -> None:
     async with regd_client.mirror("w*") as mirror:
         assert [mirror.resolve("w").port for _ in range(4)] == [1, 2, 1, 2]
         assert [mirror.resolve("w", meta={"zone": "b"}).port for _ in range(2)] == [2, 2]
-        assert [str(each) for each in mirror.resolve_all("w")] == ["127.0.0.1:1", "127.0.0.1:2"]
+        assert [str(endpoint) for endpoint in mirror.resolve_all("w")] == ["127.0.0.1:1", "127.0.0.1:2"]
         assert mirror.live
         assert mirror.resolve("w").stale_s == 0.0
         with pytest.raises(regd_client.NotFound):
@@ -213,10 +213,10 @@ async def test_the_daemon_is_killed_under_200_registrations(
             ]
             await until(lambda: len(told) == 201)
             for number in (9, 15):
-                old = {each._connection for each in made}
+                old = {client._connection for client in made}
                 process.end(number)
                 process.start()
-                await until(lambda old=old: not old & {each._connection for each in made})  # type: ignore[misc]
+                await until(lambda old=old: not old & {client._connection for client in made})  # type: ignore[misc]
                 async with asyncio.timeout(WAIT_S):
                     while len(await watcher.instances("w")) < 200:
                         await asyncio.sleep(0.01)
@@ -250,7 +250,7 @@ async def test_register_makes_a_task() -> None:
         task = group.create_task(client.register("a", 1))
         registrations = await asyncio.gather(client.register("b", 1), client.register("c", 1))
     assert task.result().endpoint.name == "a"
-    assert [each.endpoint.name for each in registrations] == ["b", "c"]
+    assert [registration.endpoint.name for registration in registrations] == ["b", "c"]
 
 
 @pytest.mark.parametrize("turns", range(12))

@@ -149,7 +149,7 @@ async def owners(client: Client) -> list[int]:
         [found] = (await client.why("web"))["instances"]
     except (regd_client.NotFound, ValueError):
         return []
-    return [each["pid"] for each in found["owners"]]
+    return [owner["pid"] for owner in found["owners"]]
 
 
 @pytest.mark.sample(3)
@@ -172,7 +172,9 @@ async def test_whoever_resolves_the_name_gets_an_answer(server: str, process: Da
             if server not in ("sanic", "sanic with workers"):  # it may hang, without regd as well: see SERVERS.md
                 assert await asyncio.to_thread(running.wait, START_S) in (0, -signal.SIGTERM)
         departures = (await client.why("web"))["departures"]
-        assert {each["reason"] for each in departures} == {"deregistered"}  # a late worker's is one of its own
+        assert {departure["reason"] for departure in departures} == {
+            "deregistered"
+        }  # a late worker's is one of its own
 
 
 @pytest.mark.parametrize("server", ["uvicorn with workers", "hypercorn with workers", "granian with workers"])
@@ -293,7 +295,7 @@ async def test_a_reload_with_a_slow_import_keeps_the_name(process: DaemonProcess
             await until_exists(tmp_path / "import.begun")
             waiting = [asyncio.create_task(fetch(await client.resolve("web"))) for _ in range(3)]
             (tmp_path / "import.may_go_on").touch()
-            after = [await each for each in waiting]
+            after = [await task for task in waiting]
             async with asyncio.timeout(START_S):
                 while await fetch(await client.resolve("web")) == before:
                     pass

@@ -57,8 +57,8 @@ class Told:
 
     def _kinds(self) -> list[str]:
         return [
-            " ".join(filter(None, (each["event"], each.get("name"), each.get("reason"), str(each["rev"]))))
-            for each in self.events
+            " ".join(filter(None, (event["event"], event.get("name"), event.get("reason"), str(event["rev"]))))
+            for event in self.events
         ]
 
 
@@ -88,7 +88,7 @@ async def test_the_functions(registry: Registry) -> None:
     assert (str(found), found.name, found.instance, found.meta) == ("127.0.0.1:5050", "runner", "", {})
     async with regd_client.register("worker", 1, host="::1", instance="a", meta={"zone": "a"}):
         many = await regd_client.resolve_all("worker", meta={"zone": "a"})
-        assert [str(each) for each in many] == ["[::1]:1"]
+        assert [str(endpoint) for endpoint in many] == ["[::1]:1"]
     with pytest.raises(regd_client.NotFound):
         await regd_client.resolve("worker")
     await registration.deregister()
@@ -199,7 +199,7 @@ async def test_what_an_argument_may_be(client: Client, field: str) -> None:
     for value in good:
         reply = await outcome(client, "register", **{"name": "a", "port": 1, "if": 0} | {field: value})
         assert (reply["ok"], reply.get(field, value)) == (True, value)
-        key = {each: reply[each] for each in ("name", "instance")}
+        key = {field: reply[field] for field in ("name", "instance")}
         [found] = await client.instances(key["name"])
         assert found.get(field, value) == value
         assert (await outcome(client, "deregister", **key))["removed"] == 1
@@ -267,8 +267,8 @@ async def test_who_left_is_told(client: Client) -> None:
     for port in range(1, 12):
         await client.register("web", port, static=True)
     known = await client.why("web")
-    assert [each["reason"] for each in known["departures"]] == ["replaced"] * 8
-    assert [each["port"] for each in known["instances"]] == [11]
+    assert [departure["reason"] for departure in known["departures"]] == ["replaced"] * 8
+    assert [instance["port"] for instance in known["instances"]] == [11]
 
 
 async def test_a_list_in_pages(client: Client) -> None:
@@ -278,7 +278,7 @@ async def test_a_list_in_pages(client: Client) -> None:
     after: dict[str, str] = {}
     while True:
         reply = await outcome(client, "list", name="a*", limit=2, **after)
-        pages.append([f"{each['name']}/{each['instance']}" for each in reply["instances"]])
+        pages.append([f"{instance['name']}/{instance['instance']}" for instance in reply["instances"]])
         assert reply["rev"] == 6
         if "next" not in reply:
             break
@@ -316,13 +316,13 @@ async def test_turns(client: Client) -> None:
     assert await ports(3, meta={"zone": "a"}) == [3, 3, 3]
     await client.deregister("w", "i2")
     assert await ports(3) == [4, 2, 4]
-    assert [each.port for each in await client.resolve_all("w")] == [2, 4]
+    assert [endpoint.port for endpoint in await client.resolve_all("w")] == [2, 4]
     await client.register("x", 1, instance="b")
     await client.resolve("x")  # alone: that is no turn
     for instance in ("a", "c"):
         await client.register("x", 1, instance=instance)
     assert (await client.resolve("x")).instance == "a"
-    assert [each.port for each in await client.resolve_all("w", meta={"zone": "b"})] == [2, 4]
+    assert [endpoint.port for endpoint in await client.resolve_all("w", meta={"zone": "b"})] == [2, 4]
 
 
 async def test_updates(client: Client) -> None:
@@ -332,9 +332,9 @@ async def test_updates(client: Client) -> None:
     await registration.update(state="ready")
     await registration.update({"z": "2"})
     assert (await client.resolve("a")).meta == registration.endpoint.meta == {"z": "2"}
-    assert [each["rev"] for each in await client.instances()] == [3]
+    assert [instance["rev"] for instance in await client.instances()] == [3]
     await registration.update({"z": "2"}, state="ready")  # the same again is no change
-    assert [each["rev"] for each in await client.instances()] == [3]
+    assert [instance["rev"] for instance in await client.instances()] == [3]
     await client.update("a", {}, state="draining")
     assert comparable(await client.instances())[0] | {"rev": 4, "meta": {}, "state": "draining"} == comparable(await client.instances())[0]  # fmt: skip
     await registration.deregister()
@@ -445,7 +445,7 @@ async def test_a_mirror(registry: Registry, client: Client, other: Client) -> No
         await until(lambda: mirror.live)
         assert len(mirror.resolve_all("w")) == 2
         await other.update("w", state="draining", instance="2")
-        await until(lambda: [each.port for each in mirror.resolve_all("w")] == [1])
+        await until(lambda: [endpoint.port for endpoint in mirror.resolve_all("w")] == [1])
         with pytest.raises(regd_client.NotFound):
             mirror.resolve("x")
 
@@ -460,7 +460,7 @@ async def test_a_mirror_is_iterated_and_awaited(client: Client, other: Client) -
         assert await waiting >= 1
         while mirror.changes < 2:
             await mirror.changed(mirror.changes)
-        assert [(each.name, each.address, each.url()) for each in mirror] == [
+        assert [(endpoint.name, endpoint.address, endpoint.url()) for endpoint in mirror] == [
             ("w1", ("127.0.0.1", 1), "http://127.0.0.1:1"),
             ("w2", ("127.0.0.1", 2), "http://127.0.0.1:2"),
         ]
@@ -516,7 +516,7 @@ async def test_a_wait_ends_when_somebody_is_ready(client: Client, other: Client)
         assert (await waiting).port == port
         assert (await client.resolve("web", wait=0)).port == port
         found = await outcome(client, "resolve", name="web", wait=WAIT_S, all=True)
-        assert [each["instance"] for each in found["instances"]] == ["", "no"]
+        assert [instance["instance"] for instance in found["instances"]] == ["", "no"]
         assert (await client.resolve("web")).instance == ""  # that was the other's turn
 
 
@@ -600,7 +600,7 @@ async def test_several_holders_of_one_address(client: Client, other: Client) -> 
     assert not second.lost.is_set()
     await client.register("a", 1, meta={"k": "v"})
     await outcome(client, "update", name="a", state="draining")  # withdraws this holder
-    assert sorted("withdrawn" in each for each in (await client.why("a"))["instances"][0]["owners"]) == [
+    assert sorted("withdrawn" in owner for owner in (await client.why("a"))["instances"][0]["owners"]) == [
         False,
         True,
     ]
@@ -645,7 +645,7 @@ async def test_what_a_connection_held_ends_with_it(registry: Registry, client: C
         await outcome(short, "register", name="c", port=3, pid=os.getpid())
         await outcome(short, "register", name="d", port=4, ttl=10)
     assert (await told.kinds("down a connection closed 5"))[-1]
-    assert [each["name"] for each in await client.instances()] == ["b", "c", "d"]
+    assert [instance["name"] for instance in await client.instances()] == ["b", "c", "d"]
 
 
 async def test_a_registration_of_another_process(registry: Registry, client: Client) -> None:
@@ -690,7 +690,10 @@ async def test_what_is_registered_is_there_after_a_restart(registry: Registry, c
         async with registry.away():
             pass
         async with registry_client(registry) as fresh:
-            assert [each["name"] for each in await fresh.instances()] == ["a", "b"]  # before it is claimed, too
+            assert [instance["name"] for instance in await fresh.instances()] == [
+                "a",
+                "b",
+            ]  # before it is claimed, too
             assert (await fresh.resolve("a")).port == 1
             after = await fresh.hello()
             assert (after["rev"], after["epoch"] == before["epoch"]) == (2, False)

@@ -46,7 +46,7 @@ def test_sliced_search_equals_one_search(fits: list[bool], start: int, most: int
         entries.clear()  # what happens between two slices changes nothing
         turns += 1
     around = [*range(start, len(fits)), *range(start)]
-    assert [each.instance for each in search.found] == [f"{n:03}" for n in around if fits[n]][:most]
+    assert [entry.instance for entry in search.found] == [f"{n:03}" for n in around if fits[n]][:most]
     assert turns <= max(1, -(-len(fits) // looks))
 
 

@@ -234,7 +234,9 @@ class Rounds:
         if not line.endswith(b"\n"):
             raise ConnectionResetError
         reply = json.loads(line)
-        said = {each["name"]: Found(each["port"], each["meta"]["mark"]) for each in reply["instances"]}
+        said = {
+            instance["name"]: Found(instance["port"], instance["meta"]["mark"]) for instance in reply["instances"]
+        }
         assert said == {key.name: key.acknowledged for key in self._all() if key.acknowledged}
         assert reply["rev"] == self._rev
 

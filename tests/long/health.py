@@ -30,7 +30,7 @@ class Caller:
         self._lines = self.socket.makefile("rb")
 
     def send(self, *requests: dict[str, Any]) -> None:
-        self.socket.sendall(b"".join(json.dumps(each).encode() + b"\n" for each in requests))
+        self.socket.sendall(b"".join(json.dumps(request).encode() + b"\n" for request in requests))
 
     def line(self) -> bytes:
         return self._lines.readline()

@@ -337,7 +337,7 @@ class Players:
             raise Failure(key, "not told that it was lost") from None
         self.record.figures["lost"] += 1
         found = await self.insist(cmd="list", name=key)
-        if [value_of(each) for each in found["instances"]] != [mine]:
+        if [value_of(instance) for instance in found["instances"]] != [mine]:
             raise Failure(key, f"lost, and {found}")
         self.want(key, None)
         await self.insist(cmd="deregister", name=key)

@@ -130,8 +130,8 @@ class Siege:
         time.sleep(self.hold_s)
 
     def close(self) -> None:
-        for each in self.sockets:
-            each.close()
+        for sock in self.sockets:
+            sock.close()
         self.sockets.clear()
 
 
@@ -179,12 +179,12 @@ def half_closes(siege: Siege, count: int) -> None:
         made.sendall(b"ping\n" * 20 + b'{"cmd":"register","name":"half","po')
         made.shutdown(socket.SHUT_WR)
         replies = rest(made)
-        assert [each.get("error") for each in replies] == [None] * 20 + ["bad_json"]
+        assert [reply.get("error") for reply in replies] == [None] * 20 + ["bad_json"]
         made = siege.connect()
         made.sendall(b"".join(held(f"half{n}-{m}") for m in range(20)) + b"resolve ")
         made.shutdown(socket.SHUT_WR)
         replies = rest(made)
-        assert [each.get("error") for each in replies] == [None] * 20 + ["bad_argument"]
+        assert [reply.get("error") for reply in replies] == [None] * 20 + ["bad_argument"]
 
 
 def resets(siege: Siege, count: int) -> None:
@@ -209,15 +209,15 @@ def slow(siege: Siege, count: int) -> None:
     made = [siege.connect() for _ in range(open_files(count))]
     for byte in b'{"cmd"'[: max(1, int(siege.hold_s))]:
         until = time.monotonic() + min(1.0, siege.hold_s)
-        for each in made:
-            each.sendall(bytes([byte]))
+        for sock in made:
+            sock.sendall(bytes([byte]))
         time.sleep(max(0.0, until - time.monotonic()))
     if siege.hold_s < 1:
         return  # who stops is ended: that is tested with time by hand
     stopped_at = time.monotonic()
-    for each in made:
-        each.settimeout(25)
-        assert [reply["error"] for reply in rest(each)] == ["timeout"]
+    for sock in made:
+        sock.settimeout(25)
+        assert [reply["error"] for reply in rest(sock)] == ["timeout"]
     siege.notes.append(f"all were ended {time.monotonic() - stopped_at:.1f} s after their last byte")
 
 
@@ -267,9 +267,9 @@ def full_house(siege: Siege, count: int) -> None:
     assert first.recv(100) == b'{"ok":true}\n'
     # Which of them is chance, as the peer comes and goes. It has one of the places all the time.
     poll = select.poll()
-    for each in made:
-        poll.register(each, select.POLLIN)
-    numbered = {each.fileno(): each for each in made}
+    for sock in made:
+        poll.register(sock, select.POLLIN)
+    numbered = {sock.fileno(): sock for sock in made}
     refused: set[int] = set()
     until = time.monotonic() + WAIT_S
     while len(refused) <= count:
@@ -277,12 +277,12 @@ def full_house(siege: Siege, count: int) -> None:
         for number, _ in poll.poll(100):
             poll.unregister(number)
             refused.add(number)
-    assert all([reply["error"] for reply in rest(numbered[each])] == ["busy"] for each in refused)
+    assert all([reply["error"] for reply in rest(numbered[index])] == ["busy"] for index in refused)
     siege.stay()
     first.sendall(b"ping\n")
     assert first.recv(100) == b'{"ok":true}\n'
-    for each in made[count:]:
-        each.close()  # all but a few
+    for sock in made[count:]:
+        sock.close()  # all but a few
     assert siege_ends(siege, lambda stats: stats["connections"] <= count + 5)
     siege.notes.append(f"{len(refused)} of {most + count} were told, with room for {most}")
 
@@ -312,10 +312,10 @@ def strangers(siege: Siege, count: int) -> None:
     """Browsers, all at once, with bodies of commands."""
     before = siege.stats()["bad_protocol"]
     made = [siege.connect() for _ in range(open_files(count))]
-    for each in made:
-        send(each, b"POST / HTTP/1.1\r\nHost: evil.example\r\n\r\n" + held("evil"))
-    for each in made:
-        with each.makefile("rb") as said:
+    for sock in made:
+        send(sock, b"POST / HTTP/1.1\r\nHost: evil.example\r\n\r\n" + held("evil"))
+    for sock in made:
+        with sock.makefile("rb") as said:
             assert said.read().startswith(b"HTTP/1.1 400 ")
     assert siege.stats()["bad_protocol"] == before + len(made)
 
@@ -347,9 +347,9 @@ def dear_requests(siege: Siege, count: int) -> None:
     """Valid requests, and many connections at once: a look at every registration that finds none."""
     dear = b'{"cmd":"list","meta":{"no":"such"}}\n' * 100
     made = [siege.connect() for _ in range(count)]
-    for each in made:
-        each.sendall(dear + b"quit\n")
-    assert all(len(rest(each)) == 100 for each in made)
+    for sock in made:
+        sock.sendall(dear + b"quit\n")
+    assert all(len(rest(sock)) == 100 for sock in made)
 
 
 def others_list(siege: Siege, count: int) -> None:
@@ -379,10 +379,10 @@ def others_ask(siege: Siege, count: int) -> None:
         b"list seed1",
     ]
     for request in requests:
-        for each in made:
-            each.sendall(request + b"\n")
-        for each in made:
-            while not each.recv(65_536).endswith(b"\n"):
+        for sock in made:
+            sock.sendall(request + b"\n")
+        for sock in made:
+            while not sock.recv(65_536).endswith(b"\n"):
                 pass
 
 
@@ -504,7 +504,7 @@ def besiege(daemon: DaemonProcess, scenario: Scenario, count: int, hold_s: float
     seed(daemon.addresses[0])
     siege = Siege(daemon, hold_s)
     with peer_of(daemon.addresses[0]) as peer:
-        assert siege_ends(siege, lambda stats: "good" in {each["name"] for each in listed(siege, "good")})
+        assert siege_ends(siege, lambda stats: "good" in {instance["name"] for instance in listed(siege, "good")})
         began_at = time.monotonic()
         time.sleep(calm_s)
         before = siege.rss()
@@ -518,12 +518,12 @@ def besiege(daemon: DaemonProcess, scenario: Scenario, count: int, hold_s: float
         out, _ = peer.communicate(timeout=WAIT_S)
         samples = [(at, what, ms) for at, what, ms in json.loads(out)]
     assert siege_ends(siege, lambda stats: stats["connections"] == 1 and not stats["watches"] + stats["waiting"])
-    after, names = siege.rss(), {each["name"] for each in listed(siege, "*")}
+    after, names = siege.rss(), {instance["name"] for instance in listed(siege, "*")}
     status, log = daemon.end()
     assert status == 0, log
     return Figures(
-        [each for each in samples if began_at <= each[0] < siege_at],
-        [each for each in samples if siege_at <= each[0] < gone_at],
+        [sample for sample in samples if began_at <= sample[0] < siege_at],
+        [sample for sample in samples if siege_at <= sample[0] < gone_at],
         (before, siege.rss_most, after),
         over_at - siege_at, gone_at - over_at, log, names, siege.notes,
     )  # fmt: skip

@@ -143,7 +143,9 @@ class Soak(Players):
     async def compare(self) -> tuple[tuple[str, str], dict[str, Value]]:
         """Return the first who has something else than `list`, and the list."""
         reply = await self.insist(cmd="list")
-        there = {key_of(each["name"], each["instance"]): value_of(each) for each in reply["instances"]}
+        there = {
+            key_of(instance["name"], instance["instance"]): value_of(instance) for instance in reply["instances"]
+        }
         rev, in_file = self.file()
         if (rev, in_file) != (reply["rev"], there):
             return (f"the file is at {rev}: {differing(in_file, there)}", "*"), there
@@ -273,8 +275,8 @@ async def soak(folder: Path, seed: int, seconds: float) -> Counter[str]:
 
 def leaves(group: BaseExceptionGroup[Failure]) -> list[Failure]:
     found: list[Failure] = []
-    for each in group.exceptions:
-        found += leaves(each) if isinstance(each, BaseExceptionGroup) else [each]
+    for error in group.exceptions:
+        found += leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
     return found
 
 

@@ -130,8 +130,8 @@ def fitting(pattern: str, meta: dict[str, str], state: dict[str, Value]) -> dict
 
 def digest(instances: list[dict[str, Any]]) -> int:
     total = 0
-    for each in instances:
-        total ^= hash(json.dumps(each, sort_keys=True))
+    for instance in instances:
+        total ^= hash(json.dumps(instance, sort_keys=True))
     return total
 
 

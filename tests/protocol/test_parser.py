@@ -410,4 +410,4 @@ def test_any_bytes_in_any_chunks(pieces: list[bytes], cut: int) -> None:
     limits = Limits(line_bytes_max=60)
     whole = said([data], end=True, limits=limits)
     assert said([data[at : at + cut] for at in range(0, len(data), cut)], end=True, limits=limits) == whole
-    assert not any(each.endswith("!") for each in whole[:-1])
+    assert not any(line.endswith("!") for line in whole[:-1])

@@ -130,7 +130,9 @@ async def test_without_descriptors_callers_wait_and_one_line_is_logged_per_attem
     await until(lambda: scene.connections[0].received == b"served meanwhile")
     scene.listener.number = 0
     retry()
-    await until(lambda: [each.received for each in scene.connections[1:]] == [b"waited"] * len(waiting))
+    await until(
+        lambda: [connection.received for connection in scene.connections[1:]] == [b"waited"] * len(waiting)
+    )
     assert len(caplog.messages) == 2
 
 
@@ -155,7 +157,7 @@ async def test_a_caller_that_left_before_it_was_accepted_is_skipped(
     scene.call(b"x")
     await until(lambda: bool(scene.listener.attempts))
     scene.listener.number = 0
-    await until(lambda: [each.received for each in scene.connections] == [b"x"])
+    await until(lambda: [connection.received for connection in scene.connections] == [b"x"])
     assert (scene.loop.timers, caplog.messages) == ([], [])
 
 

@@ -176,7 +176,7 @@ async def test_a_telnet_session_of_bare_lines(daemon: InLoop) -> None:
     assert (await peer.ask("register db 5432"))["rev"] == 1
     assert (await peer.ask("REGISTER db [::1]:5433"))["replaced"]
     assert (await peer.ask("resolve db"))["host"] == "::1"
-    assert [each["name"] for each in (await peer.ask("list d*"))["instances"]] == ["db"]
+    assert [instance["name"] for instance in (await peer.ask("list d*"))["instances"]] == ["db"]
     assert (await peer.ask("why db"))["instances"][0]["owners"] == [{"static": True}]
     assert (await peer.ask("register db http"))["field"] == "port"
     assert (await peer.ask("stats"))["requests"]["register"] == 2
@@ -332,7 +332,7 @@ async def test_pages_are_bounded_and_complete_together(tmp_path: Path) -> None:
             page = await peer.ask(cmd="list", name="w*", **after)
             assert page["epoch"] == EPOCH
             assert 1 <= len(page["instances"]) <= 3
-            seen += [each["instance"] for each in page["instances"]]
+            seen += [instance["instance"] for instance in page["instances"]]
             if "next" not in page:
                 break
             after = {"after": page["next"]}
@@ -365,7 +365,7 @@ async def test_update_and_if(daemon: InLoop) -> None:
     assert (stale["error"], stale["rev"]) == ("conflict", 2)
     assert (await peer.ask(cmd="update", name="a", state="draining"))["rev"] == 3
     listed = (await peer.ask("list"))["instances"]
-    assert [(each["meta"], each["state"]) for each in listed] == [({"k": "v"}, "draining")]
+    assert [(instance["meta"], instance["state"]) for instance in listed] == [({"k": "v"}, "draining")]
     assert json.loads(daemon.registry.read_bytes())["a"] == {"port": 1, "meta": {"k": "v"}, "state": "draining"}
     assert (await peer.ask(cmd="register", name="a", port=1))["rev"] == 4  # what is left out takes its default
     assert (await peer.ask("resolve a"))["meta"] == {}
@@ -398,7 +398,7 @@ async def test_a_reply_that_was_just_committed_is_not_overtaken(
 ) -> None:
     """The commit ends and the next bytes arrive in one iteration of the loop: order stays, `quit` loses nothing."""
     peer = await daemon.peer()
-    [connection] = [each for each in daemon.server.connections if each.address]
+    [connection] = [connection for connection in daemon.server.connections if connection.address]
     schedule, to_come = Connection.schedule, [b""]
 
     def scheduled(self: Connection, busy: bool = False) -> None:

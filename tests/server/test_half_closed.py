@@ -65,14 +65,18 @@ async def test_a_process_that_is_killed_while_it_waits_is_noticed(
     try:
         await until(lambda: under_way(daemon) == 3)
         if half:  # it is there still
-            await until(lambda: all(each._conversation.input_ended for each in daemon.server.connections))
+            await until(
+                lambda: all(connection._conversation.input_ended for connection in daemon.server.connections)
+            )
         daemon.clock.advance(2 * CHECK_S)
         assert under_way(daemon) == 3
         for process in processes[:2]:
             process.send_signal(signal.SIGKILL)
             process.wait()
         living = daemon.server.connections
-        await until(lambda: len(living) - sum(each._conversation.input_ended for each in living) <= 1 - half)
+        await until(
+            lambda: len(living) - sum(connection._conversation.input_ended for connection in living) <= 1 - half
+        )
         daemon.clock.advance(2 * CHECK_S)
         await until(lambda: len(daemon.server.connections) == 1)
         assert under_way(daemon) == 1
@@ -93,7 +97,7 @@ async def test_a_peer_that_has_closed_its_side_and_lives_gets_its_reply(
     peer.send(WAIT)
     peer.writer.write_eof()
     await until(lambda: daemon.server.parked)
-    await until(lambda: all(each._conversation.input_ended for each in daemon.server.connections))
+    await until(lambda: all(connection._conversation.input_ended for connection in daemon.server.connections))
     for _ in range(20):
         daemon.clock.advance(CHECK_S)
         await asyncio.sleep(0)
@@ -112,7 +116,7 @@ async def test_a_killed_peer_that_is_not_read_is_noticed_too(daemon: InLoop, tab
         daemon.server._peers._ask = peer_credentials.by_table
     plain = socket.create_connection(("127.0.0.1", daemon.port))
     plain.sendall(WAIT + b'{"cmd":"ping"}\n' * 20_000)
-    await until(lambda: any(not each._reading for each in daemon.server.connections))
+    await until(lambda: any(not connection._reading for connection in daemon.server.connections))
     plain.shutdown(socket.SHUT_WR)
     daemon.clock.advance(2 * CHECK_S)
     await asyncio.sleep(0)
@@ -128,7 +132,7 @@ async def test_a_wait_stays_where_the_kernel_cannot_be_asked(daemon: InLoop) -> 
     peer.send(WAIT)
     await until(lambda: daemon.server.parked)
     await peer.close()
-    await until(lambda: all(each._conversation.input_ended for each in daemon.server.connections))
+    await until(lambda: all(connection._conversation.input_ended for connection in daemon.server.connections))
     daemon.clock.advance(10 * CHECK_S)
     await asyncio.sleep(0)
     assert daemon.server.parked == 1
@@ -151,21 +155,21 @@ class Waiter:
 def test_many_connections_are_checked_in_slices_and_each_every_few_seconds() -> None:
     clock = HandClock()
     half_closed, waiters = HalfClosed(clock), [Waiter() for _ in range(5_000)]
-    for each in waiters:
-        half_closed.add(each)
-        half_closed.add(each)
+    for waiter in waiters:
+        half_closed.add(waiter)
+        half_closed.add(waiter)
     steps = []
     for _ in range(round(2 * CHECK_S / 0.02)):
-        before = sum(each.checks for each in waiters)
+        before = sum(waiter.checks for waiter in waiters)
         clock.advance(0.02)
-        steps.append(sum(each.checks for each in waiters) - before)
+        steps.append(sum(waiter.checks for waiter in waiters) - before)
     assert max(steps) <= 128
-    assert all(each.checks for each in waiters)
-    for each in waiters[1:]:
-        each.is_waiting = False
+    assert all(waiter.checks for waiter in waiters)
+    for waiter in waiters[1:]:
+        waiter.is_waiting = False
     waiters[0].gone = True
     clock.advance(10 * CHECK_S)
-    assert [each.is_cut for each in waiters[:2]] == [True, False]
+    assert [waiter.is_cut for waiter in waiters[:2]] == [True, False]
     assert not any(timer.call for _, _, timer in clock._timers), "no connection waits, and a timer is left"
 
 

@@ -42,7 +42,7 @@ async def test_a_search_that_takes_many_turns_is_answered_in_its_place(tmp_path:
         )
         assert (await peer.reply())["port"] == 98
         found = await peer.reply()
-        assert [each["port"] for each in found["instances"]] == list(range(2, 101, 2))
+        assert [instance["port"] for instance in found["instances"]] == list(range(2, 101, 2))
         assert found["rev"] == 100
         assert (await peer.reply())["error"] == "not_found"
         reply = await peer.reply()
@@ -238,6 +238,6 @@ async def test_a_connection_leaves_nothing_for_the_collector(daemon: InLoop) -> 
                 pass
         await other.ask(cmd="list")
         kinds = Connection | PendingResolve | Watch | Request
-        assert [type(each) for each in gc.get_objects() if isinstance(each, kinds)] == [Connection]
+        assert [type(item) for item in gc.get_objects() if isinstance(item, kinds)] == [Connection]
     finally:
         gc.enable()

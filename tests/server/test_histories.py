@@ -129,10 +129,10 @@ class Histories(RuleBasedStateMachine):
     def model_end(self, gone: Any) -> None:
         """Take holders off the model, and what nobody holds any more with them."""
         for key, known in list(self.model.items()):
-            kept = [each for each in known.holds if not gone(each)]
+            kept = [holder for holder in known.holds if not gone(holder)]
             if len(kept) < len(known.holds):
                 known.holds = kept
-                if not any(not each.withdrawn for each in kept):
+                if not any(not cache.withdrawn for cache in kept):
                     del self.model[key]
 
     @rule(
@@ -164,21 +164,23 @@ class Histories(RuleBasedStateMachine):
         if known is None:
             self.model[key] = Known(port, meta, "ready", [wish] if conditional else [])
         elif known.port == port:
-            same = [each for each in known.holds if each.who == wish.who]
-            claimed = [each for each in known.holds if hold and each.unclaimed and each.pid == pid]
+            same = [holder for holder in known.holds if holder.who == wish.who]
+            claimed = [holder for holder in known.holds if hold and holder.unclaimed and holder.pid == pid]
             old = (same or claimed)[:1]
-            others = [each for each in known.holds if all(each is not one for one in old)]  # they may be equal
+            others = [
+                holder for holder in known.holds if all(holder is not one for one in old)
+            ]  # they may be equal
             known.holds = [*others, wish] if conditional else []
             known.meta, known.state = meta, "ready"
         else:
             rivals = [
-                each
-                for each in known.holds
+                holder
+                for holder in known.holds
                 if not (
-                    each.withdrawn
-                    or (each.unclaimed and each.pid is None)  # its process lives, or it would have ended
-                    or each.session == session
-                    or (pid and each.pid == pid)
+                    holder.withdrawn
+                    or (holder.unclaimed and holder.pid is None)  # its process lives, or it would have ended
+                    or holder.session == session
+                    or (pid and holder.pid == pid)
                 )
             ]
             conflict = bool(rivals) and not force
@@ -207,15 +209,15 @@ class Histories(RuleBasedStateMachine):
             assert known is None
             return
         assert known is not None
-        others = [each for each in known.holds if each.session != session]
-        if len(others) < len(known.holds) and any(not each.withdrawn for each in others):
+        others = [holder for holder in known.holds if holder.session != session]
+        if len(others) < len(known.holds) and any(not holder.withdrawn for holder in others):
             known.holds = others
             assert removed == 0
         else:
             del self.model[key]
             assert removed == 1
             assert {lost.session for lost in transaction.lost} == {
-                each.session for each in others if each.session is not None
+                holder.session for holder in others if holder.session is not None
             }
         self.land(transaction)
 
@@ -230,15 +232,15 @@ class Histories(RuleBasedStateMachine):
             assert known is None
             return
         assert known is not None
-        own = [each for each in known.holds if each.session == session]
-        others = [each for each in known.holds if each.session != session and not each.withdrawn]
+        own = [holder for holder in known.holds if holder.session == session]
+        others = [holder for holder in known.holds if holder.session != session and not holder.withdrawn]
         if state == "draining" and own and others:
-            for each in own:
-                each.withdrawn = True
+            for holder in own:
+                holder.withdrawn = True
         else:
             known.state = state
-            for each in own:
-                each.withdrawn = False
+            for holder in own:
+                holder.withdrawn = False
         self.land(transaction)
 
     @rule(key=keys)
@@ -248,8 +250,8 @@ class Histories(RuleBasedStateMachine):
             for holder in entry.holders:
                 if holder.ttl_s is not None:
                     self.registry.lifetimes.renew(key, holder, self.now, holder.ttl_s)
-            for each in self.model[key].holds:
-                each.due = self.now + each.ttl if each.ttl else float("inf")
+            for hold in self.model[key].holds:
+                hold.due = self.now + hold.ttl if hold.ttl else float("inf")
 
     @rule(player=sessions)
     def close(self, player: int) -> None:
@@ -270,10 +272,10 @@ class Histories(RuleBasedStateMachine):
     def advance(self, seconds: float, refused: bool) -> None:
         """Time passes. What is unclaimed and has a process is probed: `refused` is the answer of all addresses."""
         self.now += seconds
-        late = [each for known in self.model.values() for each in known.holds if each.claim <= self.now]
-        for each in late:
-            if each.pid is not None and not refused:
-                each.claim = self.now + GRACE_S
+        late = [holder for known in self.model.values() for holder in known.holds if holder.claim <= self.now]
+        for holder in late:
+            if holder.pid is not None and not refused:
+                holder.claim = self.now + GRACE_S
         self.model_end(lambda each: each.due <= self.now or each.claim <= self.now)
         lifetimes = self.registry.lifetimes
         for ending in self.registry.expire(self.now, 1_000):
@@ -291,9 +293,9 @@ class Histories(RuleBasedStateMachine):
         self.now += 100.0
         self.registry.lifetimes.prolong(100.0)
         for known in self.model.values():
-            for each in known.holds:
-                each.due += 100.0
-                each.claim += 100.0
+            for holder in known.holds:
+                holder.due += 100.0
+                holder.claim += 100.0
 
     @rule()
     def restart(self) -> None:
@@ -302,15 +304,15 @@ class Histories(RuleBasedStateMachine):
         document = parse(written, 5.0)
         assert document.rev >= self.registry.rev
         self.registry = Registry(document.entries, document.rev, LIMITS, now=self.now, claim_s=GRACE_S)
-        self.open = [each + 10 for each in self.open]
+        self.open = [session + 10 for session in self.open]
         self.opened = max(self.open)
         for known in self.model.values():
-            known.holds = [each for each in known.holds if not each.withdrawn]
-            for each in known.holds:
-                each.session = None
-                each.due = self.now + each.ttl if each.ttl else float("inf")
-                each.claim = self.now + GRACE_S if each.hold else float("inf")
-        self.watchers = [Folded(self.registry, each.watch.meta) for each in self.watchers]  # type: ignore[arg-type]
+            known.holds = [holder for holder in known.holds if not holder.withdrawn]
+            for holder in known.holds:
+                holder.session = None
+                holder.due = self.now + holder.ttl if holder.ttl else float("inf")
+                holder.claim = self.now + GRACE_S if holder.hold else float("inf")
+        self.watchers = [Folded(self.registry, watcher.watch.meta) for watcher in self.watchers]  # type: ignore[arg-type]
 
     @rule(which=st.integers(0, 1))
     def watch(self, which: int) -> None:
@@ -329,10 +331,18 @@ class Histories(RuleBasedStateMachine):
             known = self.model[entry.key]
             assert (entry.port, entry.meta, entry.state) == (known.port, known.meta, known.state)
             held = [
-                (each.session, each.hold, each.process and each.process.pid, each.ttl_s, each.withdrawn)
-                for each in entry.holders
+                (
+                    holder.session,
+                    holder.hold,
+                    holder.process and holder.process.pid,
+                    holder.ttl_s,
+                    holder.withdrawn,
+                )
+                for holder in entry.holders
             ]
-            expected = [(each.session, each.hold, each.pid, each.ttl, each.withdrawn) for each in known.holds]
+            expected = [
+                (holder.session, holder.hold, holder.pid, holder.ttl, holder.withdrawn) for holder in known.holds
+            ]
             assert sorted(map(str, held)) == sorted(map(str, expected))
 
     @invariant()
@@ -345,7 +355,7 @@ class Histories(RuleBasedStateMachine):
 
     @invariant()
     def deadlines_are_of_those_who_have_one(self) -> None:
-        due = [min(each.due, each.claim) for known in self.model.values() for each in known.holds]
+        due = [min(holder.due, holder.claim) for known in self.model.values() for holder in known.holds]
         nearest = min(due, default=float("inf"))
         assert (self.registry.lifetimes.next_deadline() or float("inf")) == pytest.approx(nearest)
 
@@ -356,11 +366,11 @@ class Histories(RuleBasedStateMachine):
             holder for entry in self.registry.page("*", {}, None, 1_000).entries for holder in entry.holders
         ]
         assert set(lifetimes._of_session) == {
-            each.session for each in holders if each.hold and each.session is not None
+            holder.session for holder in holders if holder.hold and holder.session is not None
         }
-        assert set(lifetimes.processes) == {each.process for each in holders if each.process is not None}
-        assert {holder_id for holder_id, _ in lifetimes._due} <= {each.id for each in holders}
-        assert lifetimes._awaits_probe == {each.id for each in holders if each.unclaimed and each.process}
+        assert set(lifetimes.processes) == {holder.process for holder in holders if holder.process is not None}
+        assert {holder_id for holder_id, _ in lifetimes._due} <= {holder.id for holder in holders}
+        assert lifetimes._awaits_probe == {holder.id for holder in holders if holder.unclaimed and holder.process}
         assert not lifetimes._gone_holders
 
 

@@ -371,7 +371,7 @@ async def test_restart(tmp_path: Path, spawn: Callable[[], subprocess.Popen[byte
         await until_landed(peer, "dies")
         rev = (await watcher.ask(cmd="watch", name="hold"))["rev"]
         assert [(await watcher.reply())["event"] for _ in range(2)] == ["up", "sync"]
-        names = [each["name"] for each in (await peer.ask(cmd="list"))["instances"]]
+        names = [instance["name"] for instance in (await peer.ask(cmd="list"))["instances"]]
         assert names == ["hold", "kept", "lives", "lost", "static", "ttl"]
         assert (await peer.ask(cmd="register", name="hold", port=1, hold=True))["rev"] <= rev
         second.clock.advance(29.9)
@@ -380,7 +380,7 @@ async def test_restart(tmp_path: Path, spawn: Callable[[], subprocess.Popen[byte
         await until_landed(peer, "lost")
         second.clock.advance(10)
         await until_landed(peer, "ttl")
-        names = [each["name"] for each in (await peer.ask(cmd="list"))["instances"]]
+        names = [instance["name"] for instance in (await peer.ask(cmd="list"))["instances"]]
         assert names == ["hold", "kept", "lives", "static"]
         await watcher.close()
         lives.kill()
@@ -482,7 +482,7 @@ async def test_an_unclaimed_registration_of_a_living_process_ends_when_its_addre
         answers["127.0.0.2"] = "connection refused"
         daemon.clock.advance(30)
         await until_landed(peer, "blocked")
-        assert [each["name"] for each in (await peer.ask(cmd="list"))["instances"]] == ["far"]
+        assert [instance["name"] for instance in (await peer.ask(cmd="list"))["instances"]] == ["far"]
 
 
 async def test_a_registration_that_is_claimed_is_not_probed(tmp_path: Path, answers: dict[str, str]) -> None:
@@ -701,7 +701,7 @@ async def test_a_withdrawn_holder_may_come_back_or_leave(daemon: InLoop) -> None
         await peer.ask(cmd="register", name="a", port=1, hold=True)
     assert (await one.ask(cmd="update", name="a", state="draining"))["rev"] == 1
     owners = (await two.ask(cmd="why", name="a"))["instances"][0]["owners"]
-    assert [each.get("withdrawn", False) for each in owners] == [True, False]
+    assert [owner.get("withdrawn", False) for owner in owners] == [True, False]
     assert (await one.ask(cmd="update", name="a", state="ready"))["rev"] == 1
     assert (await two.ask(cmd="update", name="a", state="draining"))["rev"] == 1
     assert (await one.ask(cmd="resolve", name="a"))["ok"]

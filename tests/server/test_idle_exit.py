@@ -159,7 +159,7 @@ async def test_the_exit_logs_one_line_and_accepts_no_connection(
         await idling.server.stop()
         with pytest.raises(ConnectionError):
             await late.rest()
-    assert [each.message for each in caplog.records if "leaving" in each.message] == [
+    assert [record.message for record in caplog.records if "leaving" in record.message] == [
         "nothing was registered and nobody connected for 80 s: leaving"
     ]
     assert b'"db"' not in idling.registry.read_bytes()

@@ -114,7 +114,7 @@ ARGUMENTS: list[tuple[str, str, Callable[[Any], dict[str, Any]], float]] = [
 TESTED.update(row for row, *_ in ARGUMENTS)
 
 
-@pytest.mark.parametrize(("row", "code", "request_of", "step"), ARGUMENTS, ids=[each[0] for each in ARGUMENTS])
+@pytest.mark.parametrize(("row", "code", "request_of", "step"), ARGUMENTS, ids=[case[0] for case in ARGUMENTS])
 async def test_arguments(
     row: str, code: str, request_of: Callable[[Any], dict[str, Any]], step: float, daemon: InLoop
 ) -> None:
@@ -286,7 +286,7 @@ async def test_pending_requests_of_readonly_users_leave_room_for_writers(step: i
         replies = [await reader.ask(cmd="watch", name="a")]
         assert (await reader.reply())["event"] == "sync"
         replies.append(await reader.ask(cmd="watch", name="a"))
-        assert [each.get("error") for each in replies] == [None, "busy" if step < 0 else None]
+        assert [reply.get("error") for reply in replies] == [None, "busy" if step < 0 else None]
         told.uid = 0
         owner = await daemon.peer()
         assert (await ask_watch(owner, "a"))["ok"]
@@ -386,14 +386,14 @@ async def test_slow_replies_of_readonly_users_wait_for_a_slot_and_one_that_does_
         await until(lambda: slow._waiting)
         readers[1].writer.transport.abort()
         replies = [
-            asyncio.create_task(each.reply()) for n, each in enumerate(readers) if n != 1 for _ in range(1)
+            asyncio.create_task(reader.reply()) for n, reader in enumerate(readers) if n != 1 for _ in range(1)
         ]
         async with asyncio.timeout(WAIT_S):
-            while not all(each.done() for each in replies):
+            while not all(reply.done() for reply in replies):
                 most = max(most, len(slow._taken))
                 await asyncio.sleep(0)
         assert most == 1
-        assert {len(each.result()["instances"]) for each in replies} == {12}
+        assert {len(reply.result()["instances"]) for reply in replies} == {12}
         for n in (0, 2, 3, 4):
             for _ in range(2):
                 assert len((await readers[n].reply())["instances"]) == 12

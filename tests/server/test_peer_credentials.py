@@ -161,8 +161,8 @@ def test_a_unix_socket_that_comes_first_changes_nothing(tmp_path: Path, monkeypa
         here, there = socket.socketpair()
         with here, there:
             assert alone.uid_of(here) == os.geteuid()
-    for each in (first, asked, alone):
-        each.close()
+    for sock in (first, asked, alone):
+        sock.close()
 
 
 def test_a_listener_on_the_port_of_a_peer_that_went_is_not_asked_for_its_user(
@@ -395,10 +395,10 @@ async def test_another_user_reads_and_does_not_write(
             assert (await stranger.ask(cmd=cmd))["ok"]
         assert (await stranger.ask(cmd="resolve", name="db"))["port"] == 5432
         assert (await stranger.ask(cmd="watch"))["ok"]
-        told_of = [each for each in caplog.messages if each.startswith("denied")]
+        told_of = [message for message in caplog.messages if message.startswith("denied")]
         assert len(told_of) == 1, "a flood of them must not flood the log"
         daemon.clock.advance(1)
-        [first, rest] = [each for each in caplog.messages if each.startswith("denied")]
+        [first, rest] = [message for message in caplog.messages if message.startswith("denied")]
         assert ": register evil at 127.0.0.1:1: " in first
         assert ": deregister db: " in rest
         assert rest.endswith(f"({len(WRITES) + len(BARE_WRITES) - 2} more left out)")

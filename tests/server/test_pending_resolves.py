@@ -225,16 +225,16 @@ async def test_an_instance_that_does_not_answer_delays_no_wait(daemon: InLoop) -
         full.bind(("127.0.0.1", 0))
         full.listen(0)
         fillers = [socket.socket() for _ in range(4)]
-        for each in fillers:
-            each.setblocking(False)
-            each.connect_ex(full.getsockname())
+        for sock in fillers:
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
         async with service() as port:
             await peer.ask(cmd="register", name="a", port=full.getsockname()[1], instance="1")
             await peer.ask(cmd="register", name="a", port=port, instance="2")
             answer = asyncio.create_task(peer.ask(cmd="resolve", name="a", wait=3_600))
             await step_until(daemon, answer.done)
-        for each in fillers:
-            each.close()
+        for sock in fillers:
+            sock.close()
     assert answer.result()["port"] == port
 
 

@@ -65,10 +65,10 @@ async def test_a_full_queue_is_no_answer() -> None:
         address = listener.getsockname()
         waiting = [socket.socket() for _ in range(4)]
         try:
-            for each in waiting:
-                each.setblocking(False)
-                each.connect_ex(address)
+            for task in waiting:
+                task.setblocking(False)
+                task.connect_ex(address)
             assert await probes._connect(address, 0.2) == "no answer"
         finally:
-            for each in waiting:
-                each.close()
+            for task in waiting:
+                task.close()

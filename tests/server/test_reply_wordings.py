@@ -193,7 +193,7 @@ def test_a_peer_sees_its_own_writes(twins: Twins) -> None:
         edges = [0, *cuts, 4]
         twins.reader.send(*(b"".join(requests[a:b]) for a, b in itertools.pairwise(edges)))
         twins.settle()
-        assert [each["port"] for each in twins.reader.replies()] == [2, 2, 1, 1]
+        assert [reply["port"] for reply in twins.reader.replies()] == [2, 2, 1, 1]
 
 
 @pytest.mark.parametrize("iterations", range(12))

@@ -22,7 +22,7 @@ class Worker:
 
 async def drain(workers: list[Worker]) -> None:
     async with asyncio.timeout(WAIT_S):
-        while any(each.times for each in workers):
+        while any(worker.times for worker in workers):
             await asyncio.sleep(0)
 
 
@@ -40,8 +40,8 @@ async def test_there_is_time_until_it_is_spent_and_again_in_the_next_iteration()
 async def test_a_fresh_worker_does_not_wait_for_busy_ones() -> None:
     scheduler, log = FairScheduler(), list[str]()
     busy = [Worker(scheduler, f"busy{n}", log, 0.001, 20) for n in range(50)]
-    for each in busy:
-        scheduler.schedule(each, busy=True)
+    for worker in busy:
+        scheduler.schedule(worker, busy=True)
     await asyncio.sleep(0)
     before = len(log)
     fresh = Worker(scheduler, "fresh", log, 0.0001, 1)
@@ -57,11 +57,11 @@ async def test_many_workers_take_no_more_than_the_time_of_one_iteration() -> Non
     scheduler.spent(READONLY_S)
     assert [*seen, scheduler.has_time] == [True, False]
     workers = [Worker(scheduler, f"one{n}", log, 0.0005, 2) for n in range(100)]
-    for each in workers:
-        scheduler.schedule(each, busy=False)
+    for worker in workers:
+        scheduler.schedule(worker, busy=False)
     steps = []
     async with asyncio.timeout(WAIT_S):
-        while any(each.times for each in workers):
+        while any(worker.times for worker in workers):
             before = len(log)
             await asyncio.sleep(0)
             steps.append(len(log) - before)
@@ -72,11 +72,11 @@ async def test_many_workers_take_no_more_than_the_time_of_one_iteration() -> Non
 async def test_busy_workers_go_on_in_order_among_many_fresh_ones() -> None:
     scheduler, log = FairScheduler(), list[str]()
     busy = [Worker(scheduler, f"busy{n}", log, 0.001, 5) for n in range(4)]
-    for each in busy:
-        scheduler.schedule(each, busy=True)
+    for worker in busy:
+        scheduler.schedule(worker, busy=True)
     for _ in range(100):
         for _ in range(10):
             scheduler.schedule(Worker(scheduler, "fresh", log, 0.001, 1), busy=False)
         await asyncio.sleep(0)
-    assert not any(each.times for each in busy)
+    assert not any(worker.times for worker in busy)
     assert [name for name in log if name != "fresh"] == [f"busy{n}" for n in range(4)] * 5

@@ -108,9 +108,9 @@ def spared(file: int) -> object:
 def handed(*listeners: socket.socket) -> Iterator[list[InheritedSocket]]:
     """Hand over copies, as the service manager does, which goes on listening."""
     with contextlib.ExitStack() as stack:
-        for each in listeners:
-            stack.enter_context(each)
-        yield [InheritedSocket(os.dup(each.fileno()), "test") for each in listeners]
+        for listener in listeners:
+            stack.enter_context(listener)
+        yield [InheritedSocket(os.dup(listener.fileno()), "test") for listener in listeners]
 
 
 def unix(path: Path | str, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
@@ -137,8 +137,8 @@ async def test_it_listens_on_what_is_handed_over_alone(tmp_path: Path) -> None:
                 f"tcp://127.0.0.1:{four.getsockname()[1]}",
             ]
             assert not (tmp_path / "not").exists()
-            for number, each in enumerate((own, six, four)):
-                peer = await connected(each)
+            for number, listener in enumerate((own, six, four)):
+                peer = await connected(listener)
                 assert (await peer.ask(cmd="register", name=f"n{number}", port=1))["ok"]  # so who asks is known
                 await peer.close()
             assert server.status.startswith("3 registrations at revision 3, ")

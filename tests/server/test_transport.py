@@ -137,7 +137,7 @@ async def test_a_connection_that_ended_is_freed_without_the_garbage_collector(da
         for _ in range(5):
             await asyncio.sleep(0)
         left = [
-            each for each in gc.get_objects() if isinstance(each, Connection) and each._connections is connections
+            item for item in gc.get_objects() if isinstance(item, Connection) and item._connections is connections
         ]
         assert left == []
     finally:

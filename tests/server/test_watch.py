@@ -69,7 +69,7 @@ async def watching(daemon: InLoop, **arguments: Any) -> tuple[Fold, dict[str, An
 
 async def listed(peer: Peer, **arguments: Any) -> dict[tuple[str, str], dict[str, Any]]:
     reply = await peer.ask(cmd="list", **arguments)
-    return {(each["name"], each["instance"]): each for each in reply["instances"]}
+    return {(instance["name"], instance["instance"]): instance for instance in reply["instances"]}
 
 
 async def test_the_state_then_sync_then_every_change(daemon: InLoop) -> None:
@@ -318,9 +318,11 @@ class Follower:
         )
         while not self.fold.synced or self.fold.rev < marker["rev"]:
             self.fold.take(await self.fold.peer.reply())
-        state = {key: each for key, each in self.fold.state.items() if key[0] != "marker"}
+        state = {key: item for key, item in self.fold.state.items() if key[0] != "marker"}
         listed = {
-            (each["name"], each["instance"]): each for each in reply["instances"] if each["name"] != "marker"
+            (instance["name"], instance["instance"]): instance
+            for instance in reply["instances"]
+            if instance["name"] != "marker"
         }
         assert state == listed
 
@@ -410,7 +412,7 @@ async def test_unwatch_leaves_watches_of_other_names_alone(daemon: InLoop) -> No
     await writer.ask(cmd="register", name="aa", port=1)
     await writer.ask(cmd="register", name="bbc", port=1)
     heard = [await peer.reply() for _ in range(4)]
-    assert sorted((each["watch"], each["name"]) for each in heard) == [
+    assert sorted((event["watch"], event["name"]) for event in heard) == [
         (3, "bb1"),
         (3, "bbc"),
         (4, "bbc"),

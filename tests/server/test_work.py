@@ -232,7 +232,7 @@ async def test_bytes_that_stay_of_a_connection(daemon: InLoop) -> None:
         while len(daemon.server.connections) <= count:
             await asyncio.sleep(0)
         for request in (line("register", name="db", port=1), line("ping"), PLAIN):
-            await asyncio.gather(*(each.ask(request) for each in callers))
+            await asyncio.gather(*(caller.ask(request) for caller in callers))
         after = _allocated()
     finally:
         tracemalloc.stop()

@@ -71,19 +71,19 @@ def tell(program: "subprocess.Popen[str]") -> None:
 def pids_of(programs: "list[subprocess.Popen[str]]") -> set[int]:
     """Have all ask at once, and return the numbers of the daemons that they found."""
     try:
-        for each in programs:
-            assert told(each) == "ready"
-        for each in programs:
-            tell(each)
-        found = {int(told(each)) for each in programs}
-        for each in programs:
-            _, errors = each.communicate("\n", timeout=WAIT_S)
-            assert (each.returncode, errors) == (0, "")
+        for program in programs:
+            assert told(program) == "ready"
+        for program in programs:
+            tell(program)
+        found = {int(told(program)) for program in programs}
+        for program in programs:
+            _, errors = program.communicate("\n", timeout=WAIT_S)
+            assert (program.returncode, errors) == (0, "")
         return found
     finally:
-        for each in programs:
-            each.kill()
-            each.communicate()
+        for program in programs:
+            program.kill()
+            program.communicate()
 
 
 def pid_of(address: str | None = None) -> int:
@@ -165,7 +165,9 @@ signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     assert pid_of() == pid
     assert str(tmp_path / "inherited") not in files_of(pid)
     variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    assert not [each for each in variables if each.startswith((b"REGD_", b"LISTEN_", b"NOTIFY_", b"STATE_"))]
+    assert not [
+        variable for variable in variables if variable.startswith((b"REGD_", b"LISTEN_", b"NOTIFY_", b"STATE_"))
+    ]
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
     assert not (tmp_path / "x").exists()
     os.kill(pid, signal.SIGTERM)
@@ -469,7 +471,7 @@ def test_frozen_program_starts_regd_from_path(here: Demand, app: Path, monkeypat
     pid = pid_of()
     variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
     assert "LD_LIBRARY_PATH=/before" in variables
-    assert not [each for each in variables if each.startswith(("_PYI", "LD_LIBRARY_PATH_ORIG"))]
+    assert not [variable for variable in variables if variable.startswith(("_PYI", "LD_LIBRARY_PATH_ORIG"))]
     assert not (here.place / "started").exists()
 
 

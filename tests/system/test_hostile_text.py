@@ -187,7 +187,7 @@ def impostor(answers: dict[str, dict[str, Any]], raw: bytes | None = None) -> It
                 cmd = json.loads(line)["cmd"]
                 said = [answers.get(cmd, _ERROR), *(EVENTS if cmd == "watch" else [])]
                 lines.write(
-                    raw or b"".join(json.dumps(each, ensure_ascii=False).encode() + b"\n" for each in said)
+                    raw or b"".join(json.dumps(reply, ensure_ascii=False).encode() + b"\n" for reply in said)
                 )
 
     with socket.create_server(("127.0.0.1", 0)) as listening:

@@ -20,7 +20,7 @@ def install(*command: str | Path) -> None:
         key: value for key, value in os.environ.items() if not key.startswith(("REGD_", "PYTHON", "PYTEST_"))
     }
     done = subprocess.run(
-        [str(each) for each in command], env=plain, capture_output=True, text=True, timeout=240, check=False
+        [str(word) for word in command], env=plain, capture_output=True, text=True, timeout=240, check=False
     )
     shown = done.stdout + done.stderr
     if done.returncode and any(words in shown for words in _OFFLINE):

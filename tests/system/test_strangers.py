@@ -30,8 +30,8 @@ PAGE = Path(__file__).with_name("strangers.html")
 LOG_EVERY_S = 10.0
 REFUSED = {"bad_request", "unknown_command", "bad_argument"}
 COMMANDS = "".join(
-    json.dumps(each) + "\n"
-    for each in (
+    json.dumps(request) + "\n"
+    for request in (
         {"cmd": "register", "name": "evil", "port": 666},
         {"cmd": "register", "name": "db", "port": 666, "force": True},
         {"cmd": "update", "name": "db", "meta": {"evil": "yes"}},
@@ -158,10 +158,10 @@ def test_random_bytes_change_nothing(watched: Watched) -> None:
 
 def test_each_of_many_bad_peers_is_counted_and_answered(watched: Watched) -> None:
     made = [socket.create_connection(("127.0.0.1", watched.port), WAIT_S) for _ in range(200)]
-    for each in made:
-        each.sendall(GREETINGS["HTTP/1.1"] + BODY)
-    for each in made:
-        with each, each.makefile("rb") as said:
+    for sock in made:
+        sock.sendall(GREETINGS["HTTP/1.1"] + BODY)
+    for sock in made:
+        with sock, sock.makefile("rb") as said:
             assert oracle.is_http_refusal(said.read())
     assert watched.strangers() == 200
 
@@ -324,7 +324,7 @@ def test_web_page_in_a_browser_changes_nothing(watched: Watched, tmp_path: Path,
         browser(f"http://{host}:{port}/?daemon={host}:{watched.port}", tmp_path / "profile"),
     ):
         assert site.ended.wait(45), f"the page did not come to its end: {site.reports}"
-    assert [each["attempt"] for each in site.reports] == site.attempts
+    assert [report["attempt"] for report in site.reports] == site.attempts
     for before, now, report in zip(seen[:-1], seen[1:], site.reports, strict=True):
         assert now > before, f"it never reached the daemon: {report}"
         assert "regd" not in report["outcome"], f"a page could read: {report}"
@@ -353,7 +353,7 @@ def test_telnet_session(process: DaemonProcess) -> None:
         telnet.stdin.write("quit\n")
         telnet.stdin.flush()
         telnet.communicate(timeout=WAIT_S)
-    assert [each.get("error") for each in said] == [None, "unknown_command", None, None, None]
+    assert [reply.get("error") for reply in said] == [None, "unknown_command", None, None, None]
 
 
 @needs("nc")

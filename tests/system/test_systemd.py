@@ -111,7 +111,7 @@ def activator(daemon: DaemonProcess, path: Path, **variables: str) -> Iterator[t
     said: list[str] = []
     for _ in range(_TRIES):
         port = free_port()
-        where = [f"--listen={each}" for each in (f"127.0.0.1:{port}", f"[::1]:{port}", str(path))]
+        where = [f"--listen={address}" for address in (f"127.0.0.1:{port}", f"[::1]:{port}", str(path))]
         with running([need("systemd-socket-activate"), *where, *given, *daemon.command()]) as tool:
             assert tool.stderr is not None
             for line in tool.stderr:

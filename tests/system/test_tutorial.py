@@ -111,6 +111,6 @@ def test_tutorial(tmp_path: Path) -> None:
                     started = line.startswith("regd --registry")
                     terminals[number].type(f"{line} --port {port}" if started else line)
     finally:
-        for each in terminals.values():
-            each.end()
+        for terminal in terminals.values():
+            terminal.end()
     assert steps > 20

@@ -40,7 +40,7 @@ async def client(registry: InProcessRegistry) -> AsyncIterator[Client]:
 
 
 def names(registry: Registry) -> list[str]:
-    return [each["name"] for each in registry.instances()]
+    return [instance["name"] for instance in registry.instances()]
 
 
 def ask(connection: BlockingConnection, cmd: str, **arguments: Any) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def test_registrations_of_others(either: Registry) -> None:
     assert blocking.resolve("web", meta={"zone": "a"}).port == 80
     either.update("web", {}, instance="a")
     assert either.instances("w*")[0]["meta"] == {}
-    assert [each["name"] for each in either.instances("db")] == ["db"]
+    assert [instance["name"] for instance in either.instances("db")] == ["db"]
     either.deregister("db")
     assert names(either) == ["web"]
 
@@ -162,7 +162,7 @@ async def test_kill_and_expire(registry: InProcessRegistry, client: Client, verb
     with pytest.raises(regd_client.NotFound) as raised:
         blocking.resolve("db")
     assert raised.value.details["last"]["reason"] == reason
-    assert [each["reason"] for each in (await client.why("web"))["departures"]] == [reason, reason]
+    assert [departure["reason"] for departure in (await client.why("web"))["departures"]] == [reason, reason]
     assert not held.lost.is_set()
     await held.deregister()
     assert names(registry) == []
@@ -315,14 +315,14 @@ def test_restart_for_the_blocking_client(registry: InProcessRegistry) -> None:
 
 def left_behind(before: dict[str, Any]) -> list[str]:
     """Return what is not as it was before, by its name."""
-    return [each for each, value in state().items() if value != before[each]]
+    return [resource for resource, value in state().items() if value != before[resource]]
 
 
 def state() -> dict[str, Any]:
     return {
         "environment": dict(os.environ),
-        "threads": {each for each in threading.enumerate() if each.name != "regd-client"},
-        "folders": {each for each in os.listdir(tempfile.gettempdir()) if each.startswith("regd-")},
+        "threads": {thread for thread in threading.enumerate() if thread.name != "regd-client"},
+        "folders": {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("regd-")},
         "files": len(os.listdir("/proc/self/fd")),
     }
 
@@ -442,7 +442,7 @@ def test_daemon_bug_is_reported(caplog: pytest.LogCaptureFixture, monkeypatch: p
         with pytest.raises(HostError, match="ZeroDivisionError"):
             registry.end()
     assert left_behind(before) == []
-    assert [each.levelno for each in caplog.records] == [logging.CRITICAL]
+    assert [record.levelno for record in caplog.records] == [logging.CRITICAL]
 
 
 def test_process_wide_state_is_unchanged() -> None:
@@ -598,10 +598,10 @@ def test_many_threads_call_at_once(registry: InProcessRegistry) -> None:
 
     done: list[str] = []
     threads = [threading.Thread(target=use, args=(f"n{number}",)) for number in range(6)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert sorted(done) == [f"n{number}" for number in range(6)]
 
 

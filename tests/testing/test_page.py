@@ -25,7 +25,7 @@ def test_programs_of_the_page(tmp_path: Path, flags: list[str]) -> None:
 
 
 def test_unittest_suite_runs_without_pytest(tmp_path: Path) -> None:
-    [program] = [each for each in blocks(PAGE, "python") if "unittest.main()" in each]
+    [program] = [block for block in blocks(PAGE, "python") if "unittest.main()" in block]
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program], env=clean(), cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip

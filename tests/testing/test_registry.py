@@ -26,7 +26,7 @@ def ask(registry: Registry, cmd: str, **arguments: object) -> dict[str, object]:
 
 
 def names(registry: Registry) -> list[str]:
-    return [each["name"] for each in registry.instances()]
+    return [instance["name"] for instance in registry.instances()]
 
 
 def test_autostart_does_not_replace_the_registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -63,7 +63,9 @@ def test_all_pages() -> None:
     with running() as registry, BlockingConnection(registry.address) as connection:
         for number in range(1_001):
             connection.ask("register", name="worker", instance=f"{number:04}", port=1)
-        assert [each["instance"] for each in registry.instances()] == [f"{number:04}" for number in range(1_001)]
+        assert [instance["instance"] for instance in registry.instances()] == [
+            f"{number:04}" for number in range(1_001)
+        ]
         assert isinstance(registry, OwnRegistry)
         assert registry.described().count("worker/") < 1_000
         assert "more lines" in registry.described()
@@ -158,10 +160,10 @@ def test_many_threads_ask_at_once() -> None:
 
     found: list[object] = []
     threads = [threading.Thread(target=use) for _ in range(8)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert found == [True] * 8
 
 

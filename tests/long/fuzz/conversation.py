@@ -113,7 +113,9 @@ class Conversation:
         given = bytes(self.given)
         self._check_replies(list(oracle.understood(given, TIGHT.line_bytes_max, ended=not peer.is_reset)))
         # A peer that ended its side before it reset the connection has ended its last line.
-        asked = [each for each in oracle.understood(given, TIGHT.line_bytes_max) if each.cmd in oracle.WRITES]
+        asked = [
+            request for request in oracle.understood(given, TIGHT.line_bytes_max) if request.cmd in oracle.WRITES
+        ]
         _explain(self.registry.history.since(self.first_rev, 10_000), asked)
         self._check_nothing_left()
         self._check_friend()
@@ -123,7 +125,7 @@ class Conversation:
     def _check_closed(self) -> None:
         """Behind `quit` and a line of another protocol the daemon closes, whatever the peer does."""
         said = list(oracle.understood(bytes(self.given), TIGHT.line_bytes_max, ended=False))
-        sure = all(each.ends is not None for each in said)
+        sure = all(expectation.ends is not None for expectation in said)
         if said and sure and said[-1].ends and not self.connection._conversation.pending:
             self.world.pass_time(2 * TIGHT.close_linger_s_max)
             assert self.peer.lost
@@ -147,21 +149,23 @@ class Conversation:
         whole, _, rest = sent.rpartition(b"\n")
         cut = self.world.services.counters.dropped > self.cut_before
         assert not rest or cut or self.peer.is_reset, rest
-        lines = [is_a_line(each + b"\n") for each in whole.split(b"\n") if each]
-        replies = [each for each in lines if "ok" in each]
-        expected = [each for each in said if each.kind not in (oracle.QUIT, oracle.HTTP)]
-        depends = [each for each in expected if each.ends is None]
-        waits = any(each.arguments and "wait" in each.arguments for each in said)
+        lines = [is_a_line(line + b"\n") for line in whole.split(b"\n") if line]
+        replies = [line for line in lines if "ok" in line]
+        expected = [expectation for expectation in said if expectation.kind not in (oracle.QUIT, oracle.HTTP)]
+        depends = [expectation for expectation in expected if expectation.ends is None]
+        waits = any(expectation.arguments and "wait" in expectation.arguments for expectation in said)
         complete = not (cut or self.late or self.early or self.peer.is_reset or depends)
         if not complete:
             del replies[-1:]  # it may say why
         elif not (waits and said[-1].ends and said[-1].kind != oracle.QUIT):  # which ends what waits
             assert len(replies) == len(expected), (expected, replies)
-            assert oracle.is_http_refusal(http) is any(each.kind == oracle.HTTP for each in said), http
+            assert oracle.is_http_refusal(http) is any(expectation.kind == oracle.HTTP for expectation in said), (
+                http
+            )
         if waits or depends:
             return  # overtaken, perhaps
-        for reply, each in zip(replies, expected, strict=False):
-            _answers(reply, each)
+        for reply, expectation in zip(replies, expected, strict=False):
+            _answers(reply, expectation)
 
     def _check_nothing_left(self) -> None:
         connections, friend = self.world.connections, self.friends
@@ -192,17 +196,17 @@ class Conversation:
         self.friend.send(b'{"cmd":"ping","id":"there"}\n')
         self.world.settle()
         there: dict[tuple[str, str], dict[str, Any]] = {}
-        lines = [is_a_line(each + b"\n") for each in bytes(self.friend.sent).split(b"\n") if each]
-        for each in lines:
-            match each.get("event"):
+        lines = [is_a_line(line + b"\n") for line in bytes(self.friend.sent).split(b"\n") if line]
+        for line in lines:
+            match line.get("event"):
                 case "up" | "change":
-                    there[each["name"], each["instance"]] = each
+                    there[line["name"], line["instance"]] = line
                 case "down":
-                    del there[each["name"], each["instance"]]
-        assert [each.get("id") for each in lines if "ok" in each] == ["all", "mine", "there"]
-        assert all(each["ok"] for each in lines if "ok" in each)
+                    del there[line["name"], line["instance"]]
+        assert [line.get("id") for line in lines if "ok" in line] == ["all", "mine", "there"]
+        assert all(line["ok"] for line in lines if "ok" in line)
         entries = listed(self.registry)
-        assert {each.key: _shown(each) for each in entries} == {
+        assert {entry.key: _shown(entry) for entry in entries} == {
             key: {name: fields[name] for name in ("host", "port", "meta", "state", "rev")}
             for key, fields in there.items()
         }

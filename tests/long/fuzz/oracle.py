@@ -155,7 +155,7 @@ def is_http_refusal(reply: bytes) -> bool:
     """A complete answer to an HTTP request, which no page may read and no cache keep for something else."""
     head, _, body = reply.partition(b"\r\n\r\n")
     status, *lines = head.split(b"\r\n")
-    headers = {name.lower(): value.strip() for name, _, value in (each.partition(b":") for each in lines)}
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines)}
     return (
         status == b"HTTP/1.1 400 Bad Request"
         and headers.keys() == {b"connection", b"content-type", b"content-length", b"x-content-type-options"}
@@ -205,9 +205,9 @@ def _plain(value: Any, depth: int) -> Any:
     elif kind is _Pairs:
         if len({key for key, _ in value}) < len(value):
             raise Bad("bad_json")
-        return {_plain(key, depth): _plain(each, depth + 1) for key, each in value}
+        return {_plain(key, depth): _plain(item, depth + 1) for key, item in value}
     elif kind is list:
-        return [_plain(each, depth + 1) for each in value]
+        return [_plain(item, depth + 1) for item in value]
     return value
 
 
@@ -312,9 +312,9 @@ def _host(value: object) -> bool | None:
 def _meta(value: object) -> bool:
     if not isinstance(value, dict) or len(value) > 64:
         return False
-    if not all(isinstance(each, str) for each in value.values()):
+    if not all(isinstance(item, str) for item in value.values()):
         return False
-    return sum(len(key.encode()) + len(each.encode()) for key, each in value.items()) <= 4_096
+    return sum(len(key.encode()) + len(item.encode()) for key, item in value.items()) <= 4_096
 
 
 def _after(value: object) -> bool:

@@ -49,7 +49,7 @@ def main() -> int:
         _fuzz(wanted[0], given.seconds)
     command = [sys.executable, "-m", "tests.long.fuzz.run", "--here", "--seconds", str(given.seconds)]
     paths = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "client")])}
-    failed = [each for each in wanted if subprocess.run([*command, each], cwd=ROOT, env=paths).returncode]
+    failed = [name for name in wanted if subprocess.run([*command, name], cwd=ROOT, env=paths).returncode]
     sys.stderr.write(f"failed: {', '.join(failed)}; see {WORK}\n" if failed else "nothing found\n")
     return bool(failed)
 
@@ -57,8 +57,8 @@ def main() -> int:
 def _replay(wanted: "tuple[str, ...] | list[str]", path: Path) -> int:
     from tests.long.fuzz.targets import TARGETS as functions
 
-    for each in wanted:
-        functions[each](path.read_bytes())
+    for name in wanted:
+        functions[name](path.read_bytes())
     return 0
 
 
@@ -95,7 +95,10 @@ def _fuzz(target: str, seconds: int) -> None:
 
 
 def _escaped(word: str) -> str:
-    return "".join(each if each.isalnum() or each in " /.:{}[]$*_,-" else f"\\x{ord(each):02x}" for each in word)
+    return "".join(
+        character if character.isalnum() or character in " /.:{}[]$*_,-" else f"\\x{ord(character):02x}"
+        for character in word
+    )
 
 
 if __name__ == "__main__":

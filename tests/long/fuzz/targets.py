@@ -42,7 +42,7 @@ def reader(data: bytes) -> None:
         _same_items(whole, said)
         behind = _items([stream, NEXT], limits)
         assert behind == _items([stream + NEXT], limits)
-        if any(each.ends is None for each in said):
+        if any(expectation.ends is None for expectation in said):
             continue
         if not said or not said[-1].ends:
             assert behind[-1:] == [Request("ping", "next", {})]
@@ -107,18 +107,18 @@ def _drain(source: RequestParser, items: list[object]) -> bool:
 
 def _same_items(items: list[object], said: list[Said]) -> None:
     """Hold what regd made of a stream against the oracle, one by one."""
-    depends = next((at for at, each in enumerate(said) if each.ends is None), len(said))
+    depends = next((at for at, expectation in enumerate(said) if expectation.ends is None), len(said))
     assert len(items) == len(said) or depends < len(said), (items, said)
-    for item, each in zip(items[:depends], said[:depends], strict=True):
+    for item, expectation in zip(items[:depends], said[:depends], strict=True):
         if isinstance(item, Request):
-            assert each.kind in (oracle.REQUEST, oracle.UNSURE), (item, each)
-            _same_request(item, each)
-        elif each.kind == oracle.QUIT:
+            assert expectation.kind in (oracle.REQUEST, oracle.UNSURE), (item, expectation)
+            _same_request(item, expectation)
+        elif expectation.kind == oracle.QUIT:
             assert item == "quit"
-        elif each.kind == oracle.STRANGER:
+        elif expectation.kind == oracle.STRANGER:
             assert item == (Code.BAD_REQUEST, True, None)
-        elif each.kind != oracle.UNSURE:
-            assert item == (each.kind, each.ends, each.id), (item, each)
+        elif expectation.kind != oracle.UNSURE:
+            assert item == (expectation.kind, expectation.ends, expectation.id), (item, expectation)
 
 
 def _same_request(request: Request, said: Said) -> None:
@@ -211,7 +211,7 @@ def loader(data: bytes) -> None:
 def _loads_again(data: bytes, document: Document) -> None:
     top = json.loads(data, object_pairs_hook=_once)
     top.pop("$regd", None)
-    assert [key_text(each.key) for each in document.entries] == list(top)
+    assert [key_text(entry.key) for entry in document.entries] == list(top)
     for entry in document.entries:
         fields = top[key_text(entry.key)]
         assert type(fields["port"]) is int

@@ -84,7 +84,10 @@ def requests(draw: st.DrawFn) -> bytes:
     chosen = sorted(needed) + draw(
         st.lists(st.sampled_from(sorted(optional) or ["name"]), max_size=3, unique=True)
     )
-    fields = {"cmd": cmd, **{each: draw(values[each]) for each in chosen if each in needed | optional}}
+    fields = {
+        "cmd": cmd,
+        **{argument: draw(values[argument]) for argument in chosen if argument in needed | optional},
+    }
     if draw(st.booleans()):
         fields["id"] = draw(st.integers(0, 3) | texts)
     if draw(st.integers(0, 9)) == 0:

@@ -34,7 +34,7 @@ def test_a_process_is_found(regd: Registry, service: "subprocess.Popen[bytes]") 
 
 async def test_a_service_in_the_same_loop(regd: Registry) -> None:
     async with serving() as port:
-        assert [each["port"] for each in regd.instances()] == [port]
+        assert [instance["port"] for instance in regd.instances()] == [port]
         assert await price("pear") == 40
     assert regd.instances() == []
 
