@@ -1,4 +1,4 @@
-"""Autostart with real processes: many clients start one daemon, and it outlives its starter."""
+"""Autostart with real processes: many clients start one daemon, which outlives the client that started it."""
 
 import asyncio
 import contextlib
@@ -44,16 +44,16 @@ asyncio.run(main())
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Demand]:
-    """A place at a Unix socket, which this process asks, too."""
+    """A state folder and a Unix socket, set in this process's environment, too."""
     monkeypatch.setattr(autostart, "_REST_S", 1_000.0)
-    with demand(tmp_path) as made:
-        for key, value in made.environment().items():
+    with demand(tmp_path) as here:
+        for key, value in here.environment().items():
             if key.startswith(("REGD_", "XDG_")) or key == "HOME":
                 monkeypatch.setenv(key, value)
-        yield made
+        yield here
 
 
-def told(program: "subprocess.Popen[str]") -> str:
+def read_line(program: "subprocess.Popen[str]") -> str:
     assert program.stdout is not None
     line = program.stdout.readline()
     if not line:
@@ -62,24 +62,24 @@ def told(program: "subprocess.Popen[str]") -> str:
     return line.strip()
 
 
-def tell(program: "subprocess.Popen[str]") -> None:
+def send_newline(program: "subprocess.Popen[str]") -> None:
     assert program.stdin is not None
     program.stdin.write("\n")
     program.stdin.flush()
 
 
 def pids_of(programs: "list[subprocess.Popen[str]]") -> set[int]:
-    """Have all ask at once, and return the numbers of the daemons that they found."""
+    """Let all programs connect at once, and return the pids of the daemons that they reached."""
     try:
         for program in programs:
-            assert told(program) == "ready"
+            assert read_line(program) == "ready"
         for program in programs:
-            tell(program)
-        found = {int(told(program)) for program in programs}
+            send_newline(program)
+        pids = {int(read_line(program)) for program in programs}
         for program in programs:
             _, errors = program.communicate("\n", timeout=WAIT_S)
             assert (program.returncode, errors) == (0, "")
-        return found
+        return pids
     finally:
         for program in programs:
             program.kill()
@@ -94,36 +94,36 @@ def pid_of(address: str | None = None) -> int:
 @pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
 def test_thirty_simultaneous_clients_start_one_daemon(tmp_path: Path, tcp: bool) -> None:
     with demand(tmp_path, tcp) as place:
-        found = pids_of([place.program(ASYNC if number % 5 == 0 else BLOCKING) for number in range(30)])
-        assert len(found) == 1
-        block_until(lambda: place.daemons() == found)  # whoever waited for it to listen has ended, too
+        pids = pids_of([place.program(ASYNC if number % 5 == 0 else BLOCKING) for number in range(30)])
+        assert len(pids) == 1
+        block_until(lambda: place.daemons() == pids)  # processes that waited for the daemon have ended, too
         assert place.log.count("registrations at revision") == 1, place.log
         assert "in use" not in place.log, place.log
         [lock] = place.folder.glob("*.json.lock")
-        assert int(lock.read_text().split()[0]) in found
+        assert int(lock.read_text().split()[0]) in pids
 
 
 def test_clients_with_different_state_folders_share_one_daemon(tmp_path: Path) -> None:
-    """No common lock: the daemons' own rule of the taken port decides, and who was refused finds the other."""
+    """Without a common lock the port decides. Clients whose own daemon found it taken use the other daemon."""
     with demand(tmp_path, tcp=True) as place:
         programs = [place.program(BLOCKING, XDG_STATE_HOME=str(tmp_path / str(number))) for number in range(5)]
-        found = pids_of(programs)
-        assert len(found) == 1
-        block_until(lambda: place.daemons() == found)
+        pids = pids_of(programs)
+        assert len(pids) == 1
+        block_until(lambda: place.daemons() == pids)
 
 
 def test_autostart_uses_a_daemon_that_was_faster(here: Demand, tmp_path: Path) -> None:
-    """Somebody without our lock was quicker: that is found, and is no failure."""
+    """Another daemon, started without the lock of autostart, takes the address first."""
     start = autostart.Autostart(protocol.find_address())
     try:
-        assert start.step() == 0.0  # locked: look again, nobody is there
-        with DaemonProcess(tmp_path / "other" / "registry.json", "--unix", str(tmp_path / "s")) as quicker:
-            quicker.start()
+        assert start.step() == 0.0  # it has the lock, and connects once more before it starts a daemon
+        with DaemonProcess(tmp_path / "other" / "registry.json", "--unix", str(tmp_path / "s")) as other:
+            other.start()
             while start.step() > 0.0:
                 time.sleep(0.01)
             assert "in use by another regd" in here.log
-            assert quicker.process is not None
-            assert pid_of() == quicker.process.pid
+            assert other.process is not None
+            assert pid_of() == other.process.pid
     finally:
         start.close()
 
@@ -138,7 +138,7 @@ def test_cancelled_autostart_reaps_the_child(here: Demand) -> None:
         assert "it is being started; its log is" in start.why
     finally:
         start.close()
-    block_until(lambda: process.returncode == 0)  # somebody has waited for it
+    block_until(lambda: process.returncode == 0)  # reaped
     assert pid_of() in here.daemons()
     assert here.log.count("registrations at revision") == 1
 
@@ -153,10 +153,10 @@ signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 {BLOCKING}"""
     program = here.program(code, LISTEN_FDS="1", NOTIFY_SOCKET="/nowhere", STATE_DIRECTORY=str(tmp_path / "x"))
     try:
-        assert told(program) == "ready"
-        tell(program)
-        pid = int(told(program))
-        # No child is left to it, not even one that has ended.
+        assert read_line(program) == "ready"
+        send_newline(program)
+        pid = int(read_line(program))
+        # It has no child left, not even a zombie.
         block_until(lambda: not children(program.pid))
         assert stat(pid)["session"] == str(pid)
     finally:
@@ -176,23 +176,21 @@ signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
 
 def files_of(pid: int) -> list[str]:
-    found = []
+    files = []
     for path in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # a connection that has just ended
-            found.append(os.readlink(path))
-    assert os.devnull in found
-    return found
+        with contextlib.suppress(FileNotFoundError):  # a connection that was closed meanwhile
+            files.append(os.readlink(path))
+    assert os.devnull in files
+    return files
 
 
 def children(parent: int) -> list[int]:
-    found = []
+    pids = []
     for path in Path("/proc").glob("[0-9]*"):
-        try:
+        with contextlib.suppress(OSError):
             if stat(int(path.name))["parent"] == str(parent):
-                found.append(int(path.name))
-        except OSError:
-            continue
-    return found
+                pids.append(int(path.name))
+    return pids
 
 
 def test_regctl_autostarts_and_stats_show_the_registry(here: Demand) -> None:
@@ -200,11 +198,13 @@ def test_regctl_autostarts_and_stats_show_the_registry(here: Demand) -> None:
     assert here.regctl("ping") == (0, "regd answers\n", "")
     status, out, _ = here.regctl("stats")
     assert status == 0
-    said = dict(line.split("  ", 1) for line in out.splitlines() if line.startswith(("registry  ", "log  ")))
-    assert Path(said["registry"]).parent == Path(said["log"]).parent == here.folder
-    assert Path(said["registry"]).stat().st_mode & 0o777 == 0o600
-    assert Path(said["log"]).stat().st_mode & 0o777 == 0o600
-    assert "registrations at revision" in Path(said["log"]).read_text()
+    paths = {
+        name: Path(path) for name, path in (line.split("  ", 1) for line in out.splitlines() if line.startswith(("registry  ", "log  ")))
+    }  # fmt: skip
+    assert paths["registry"].parent == paths["log"].parent == here.folder
+    assert paths["registry"].stat().st_mode & 0o777 == 0o600
+    assert paths["log"].stat().st_mode & 0o777 == 0o600
+    assert "registrations at revision" in paths["log"].read_text()
 
 
 @pytest.mark.parametrize("command", ["wait", "run"])
@@ -213,7 +213,7 @@ def test_regctl_wait_and_run_autostart(here: Demand, command: str) -> None:
         done = here.regctl("run", "web", "--wait", "db", "--timeout", "0.5", "--", "true")
     else:
         done = here.regctl("wait", "db", "--timeout", "0.5")
-    assert done[0] in (1, 3)  # nobody registered it; 3: the machine was too busy to start the daemon by then
+    assert done[0] in (1, 3)  # 1: db is not registered; 3: the daemon did not start within 0.5 s
     assert pid_of() in here.daemons()
     block_until(lambda: here.log.count("registrations at revision") == 1)
 
@@ -232,26 +232,25 @@ async def test_client_restarts_a_killed_daemon(here: Demand) -> None:
 
 
 async def test_client_during_shutdown_gets_a_new_daemon(here: Demand, tmp_path: Path) -> None:
-    """It takes nobody any more, and the system has connected them all the same: they are reset, and start one."""
-    async with InLoop(tmp_path / "registry.json", unix=tmp_path / "s", idle_exit_s=80.0) as ending:
-        ending.clock.advance(90.0)
-        await ending.server.idled()
+    """The kernel connects clients that the stopping daemon no longer accepts. They are reset, and start a daemon."""
+
+    async def async_pid() -> int:
+        async with regd_client.Client(connect_timeout_s=SLOW_S) as client:
+            return int((await client.stats())["pid"])
+
+    async with InLoop(tmp_path / "registry.json", unix=tmp_path / "s", idle_exit_s=80.0) as stopping:
+        stopping.clock.advance(90.0)
+        await stopping.server.idled()
         async with asyncio.timeout(SLOW_S):
-            asyncs = asyncio.create_task(asked())
-            blockings = asyncio.create_task(asyncio.to_thread(pid_of))
+            tasks = [asyncio.create_task(async_pid()), asyncio.create_task(asyncio.to_thread(pid_of))]
             until_s = time.monotonic() + 0.05
-            while time.monotonic() < until_s:  # so that they wait for an answer, mostly
+            while time.monotonic() < until_s:  # long enough for both to send their request
                 await asyncio.sleep(0)
-            await ending.server.stop()
-            assert {await asyncs, await blockings} == here.daemons()
+            await stopping.server.stop()
+            assert set(await asyncio.gather(*tasks)) == here.daemons()
 
 
-async def asked() -> int:
-    async with regd_client.Client(connect_timeout_s=SLOW_S) as client:
-        return int((await client.stats())["pid"])
-
-
-# Where none is started.
+# Where no daemon is started.
 
 
 @pytest.mark.parametrize("value", [None, "", "0", "false", "No", "OFF", "11", "ja"])
@@ -262,7 +261,7 @@ async def test_autostart_is_off_by_default(
         monkeypatch.delenv("REGD_AUTOSTART")
     else:
         monkeypatch.setenv("REGD_AUTOSTART", value)
-    await is_not_started(here)
+    await assert_not_started(here)
 
 
 @pytest.mark.parametrize("value", ["1", "true", "YES", "On"])
@@ -288,7 +287,7 @@ def test_invalid_autostart_value_is_logged_once(
     ]
 
 
-async def is_not_started(here: Demand, address: str | None = None) -> None:
+async def assert_not_started(here: Demand, address: str | None = None) -> None:
     with pytest.raises(regd_client.Unavailable, match="no regd at"):
         BlockingConnection(address, timeout_s=0.2)
     with pytest.raises(regd_client.Unavailable, match="no regd at"):
@@ -299,10 +298,9 @@ async def is_not_started(here: Demand, address: str | None = None) -> None:
 
 
 async def test_autostart_never_for_another_host(here: Demand) -> None:
-    with (
-        reserved_port() as port
-    ):  # 127.0.0.2 is refused as one far away would be, and regd would not listen there
-        await is_not_started(here, f"tcp://127.0.0.2:{port}")
+    with reserved_port() as port:
+        # 127.0.0.2 stands for another host: it refuses connections, and regd does not listen on it.
+        await assert_not_started(here, f"tcp://127.0.0.2:{port}")
     for host in ("192.0.2.1", "db.example", "localhost.example", "127.0.0.1.example", "0.0.0.0", "::"):
         assert not protocol.autostart_wanted(protocol.Address(host, 1)), host
     for host in ("127.0.0.1", "::1", "localhost"):
@@ -310,14 +308,13 @@ async def test_autostart_never_for_another_host(here: Demand) -> None:
 
 
 async def test_autostart_never_when_a_daemon_is_silent(here: Demand, tmp_path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as deaf:
-        deaf.bind(str(tmp_path / "s"))
-        deaf.listen()
-        await is_not_started(here)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "s"))
+        silent.listen()
+        await assert_not_started(here)
 
 
 def test_autostart_never_for_doctor_and_completion(here: Demand) -> None:
-    """A doctor, who looks at many addresses, and a shell that completes a line."""
     assert "no program listens at" in here.regctl("doctor")[1]
     names = here.program("from regd.cli.complete_names import names; print(names(None, None))")
     assert names.communicate(timeout=SLOW_S) == ("None\n", "")
@@ -333,7 +330,7 @@ async def test_lost_daemon_gets_time_to_return(here: Demand, monkeypatch: pytest
         client._connector.timeout_s = 0.2
         os.kill(pid, signal.SIGKILL)
         block_until(lambda: not here.daemons())
-        for _ in range(2):  # the first finds the break
+        for _ in range(2):  # the first request notices that the connection is broken
             with pytest.raises(regd_client.Unavailable, match="no regd at"):
                 await client.stats()
     assert not here.daemons()
@@ -354,11 +351,11 @@ async def test_autostart_never_when_another_program_answers(here: Demand, tmp_pa
     assert not here.folder.exists()
 
 
-# Where it cannot be started.
+# Where the daemon cannot be started.
 
 
-async def refused(address: str | None = None) -> str:
-    """Return what both clients say, which is one clear line."""
+async def error_message(address: str | None = None) -> str:
+    """Return the error message of both clients, which must be the same single line."""
     with pytest.raises(regd_client.Unavailable) as blocking:
         BlockingConnection(address, timeout_s=SLOW_S)
     with pytest.raises(regd_client.Unavailable) as asyncs:
@@ -371,36 +368,36 @@ async def refused(address: str | None = None) -> str:
 
 async def test_state_folder_cannot_be_created(here: Demand, tmp_path: Path) -> None:
     (tmp_path / "state").touch()
-    assert await refused() == (
+    assert await error_message() == (
         f"regd at unix://{tmp_path}/s cannot be started: cannot use {here.folder}: Not a directory; "
         "give its rights to this user, or name another folder in XDG_STATE_HOME"
     )
-    status, out, errors = here.regctl("wait", "db", "--timeout", "1000")  # it is not tried again and again
+    status, out, errors = here.regctl("wait", "db", "--timeout", "1000")  # does not retry
     assert (status, out) == (3, "")
     assert errors.startswith(f"regctl: regd at unix://{tmp_path}/s cannot be started: ")
     assert errors.count("\n") == 1
 
 
 async def test_port_taken_on_one_address_family(here: Demand) -> None:
-    """Nobody listens at the address, and the daemon cannot either: its own words, and where its log is."""
+    """The address is free, but the daemon cannot listen on ::1. The error has the daemon's message and its log."""
     with reserved_port() as port, socket.socket(socket.AF_INET6) as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         other.bind(("::1", port))
         other.listen()
-        assert await refused(f"tcp://127.0.0.1:{port}") == (
+        assert await error_message(f"tcp://127.0.0.1:{port}") == (
             f"regd at tcp://127.0.0.1:{port} cannot be started: port {port} on ::1 is taken by another program, or "
             "by a regd that runs already; stop that one, or name another with --port; "
             f"its log is {here.folder}/registry-{port}.log"
         )
-    assert here.log.count("is taken by") == 1  # and for a while it is not tried again
+    assert here.log.count("is taken by") == 1  # not tried again for a while
     assert not list(here.folder.glob("*.json"))
 
 
 async def test_client_package_without_daemon_reports_it(here: Demand, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autostart, "_package", lambda: None)
     monkeypatch.setenv("PATH", str(here.place))
-    assert (await refused()).endswith(
+    assert (await error_message()).endswith(
         "there is none to start: this Python has no package regd, and PATH no `regd`"
     )
 
@@ -418,7 +415,7 @@ def test_client_package_starts_regd_from_path(here: Demand, monkeypatch: pytest.
 
 @pytest.fixture
 def app(here: Demand, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """This program as one that is no Python: whenever it is started, it makes a file."""
+    """Make `sys.executable` a program that is not Python and that records its starts in a file."""
     program = here.place / "app"
     program.write_text(f"#!/bin/sh\necho \"$@\" >> '{here.place}/started'\n")
     program.chmod(0o700)
@@ -428,19 +425,19 @@ def app(here: Demand, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("how", ["frozen", "embedded", "none"])
-async def test_program_that_is_no_python_is_not_started_as_daemon(
+async def test_program_that_is_not_python_is_not_started_as_daemon(
     here: Demand, app: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    named = str(app)
+    subject = str(app)
     if how == "frozen":
         monkeypatch.setattr(sys, "frozen", True, raising=False)
     else:
         monkeypatch.setattr(sys, "exec_prefix", str(here.place))
     if how == "none":
         monkeypatch.setattr(sys, "executable", None)
-        named = "this program"
-    assert (await refused()).endswith(
-        f"there is none to start: {named} is no Python interpreter, and PATH has no `regd`; install regd, or start "
+        subject = "this program"
+    assert (await error_message()).endswith(
+        f"there is none to start: {subject} is no Python interpreter, and PATH has no `regd`; install regd, or start "
         "it yourself"
     )
     assert sorted(path.name for path in here.place.iterdir()) == ["app"]
@@ -452,7 +449,7 @@ def test_embedded_python_uses_the_interpreter_beside_it(here: Demand, app: Path)
 
 
 def test_frozen_program_starts_regd_from_path(here: Demand, app: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the libraries of the system, and not with those that it was frozen with."""
+    """With the system's libraries, not with the bundled ones."""
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     folder = here.place / "bin"
     folder.mkdir()
@@ -486,7 +483,7 @@ async def test_autostart_without_a_home_creates_nothing(
         monkeypatch.delenv("HOME")
     else:
         monkeypatch.setenv("HOME", home)
-    assert (await refused()).endswith(
+    assert (await error_message()).endswith(
         "there is no folder for its registry: HOME is no absolute path, and this user has no home folder; set HOME "
         "or XDG_STATE_HOME"
     )
@@ -495,10 +492,10 @@ async def test_autostart_without_a_home_creates_nothing(
 
 @pytest.mark.parametrize("path", ["bin", f"bin{os.pathsep}/usr/bin"])
 def test_autostart_from_a_deleted_folder(here: Demand, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is relative to it is not there; all else is started as ever."""
+    """Relative entries of PATH and PYTHONPATH are skipped."""
     folder = here.place / "deleted"
     folder.mkdir()
-    before = Path.cwd()
+    original = Path.cwd()
     os.chdir(folder)
     folder.rmdir()
     try:
@@ -507,7 +504,7 @@ def test_autostart_from_a_deleted_folder(here: Demand, path: str, monkeypatch: p
         assert autostart._environment()["PYTHONPATH"].count("relative") == 0
         assert pid_of() in here.daemons()
     finally:
-        os.chdir(before)
+        os.chdir(original)
 
 
 def test_daemon_does_not_inherit_ignored_signals(here: Demand) -> None:
@@ -520,9 +517,6 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
     os.kill(pid, signal.SIGTERM)
     block_until(lambda: not here.daemons())
     assert here.log.count("registrations at revision") == 1
-
-
-# The end.
 
 
 def test_idle_exit_is_an_orderly_stop(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`make run` from a bare checkout: its output, and that it leaves no process behind."""
+"""`make run` in a fresh checkout prints what the README shows and leaves no process behind."""
 
 import os
 import shutil
@@ -48,19 +48,19 @@ def test_make_run(tmp_path: Path, number: signal.Signals) -> None:
         start_new_session=True,
     )
     assert process.stdout is not None
-    shown = ""
+    output = ""
 
-    def show_until(words: str) -> None:
-        nonlocal shown
-        while words not in shown:
+    def read_until(text: str) -> None:
+        nonlocal output
+        while text not in output:
             line = process.stdout.readline()  # type: ignore[union-attr]
-            assert line, f"it ended: {shown}"
-            shown += line
+            assert line, f"make run has ended: {output}"
+            output += line
 
-    show_until("Ctrl-C ends")
-    # As it says: kill the runner, and start it on another port. The caller hears both at once.
-    os.kill(int(shown.partition("kill -9 ")[2].split()[0]), signal.SIGKILL)
-    show_until("runner at 127.0.0.1:5050 is down")
+    read_until("Ctrl-C ends")
+    # As the output suggests: kill the runner and start it on another port. The caller sees both at once.
+    os.kill(int(output.partition("kill -9 ")[2].split()[0]), signal.SIGKILL)
+    read_until("runner at 127.0.0.1:5050 is down")
     port = str(free_port())
     with subprocess.Popen(
         [sys.executable, "services/runner.py", port],
@@ -68,11 +68,11 @@ def test_make_run(tmp_path: Path, number: signal.Signals) -> None:
         env=environment | {"PYTHONPATH": "client", "REGD_ADDRESS": f"127.0.0.1:{environment['PORT']}"},
         stdout=subprocess.DEVNULL,
     ) as runner:
-        show_until(f"runner at 127.0.0.1:{port} is up")
-        show_until(f"found runner at 127.0.0.1:{port}")
+        read_until(f"runner at 127.0.0.1:{port} is up")
+        read_until(f"found runner at 127.0.0.1:{port}")
         runner.terminate()
     os.killpg(process.pid, number)
-    shown += process.communicate(timeout=30)[0]
+    output += process.communicate(timeout=30)[0]
     for words in (
         "listening tcp://127.0.0.1:",
         "runner: registered",
@@ -81,7 +81,7 @@ def test_make_run(tmp_path: Path, number: signal.Signals) -> None:
         '{"sum": 1}',
         "nc 127.0.0.1",
     ):
-        assert words in shown
+        assert words in output
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", 5050))
     with pytest.raises(ConnectionRefusedError):

@@ -12,12 +12,12 @@ import pytest
 from regd_client import blocking
 from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, environment
 
-BUSY_S = 30.0  # for a server with its framework, on a busy machine
+BUSY_S = 30.0  # to start a server and its framework on a busy machine
 
 
 @pytest.fixture
 def gateway(process: DaemonProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Return where it takes jobs."""
+    """Yield the URL of the gateway's jobs."""
     monkeypatch.setenv("REGD_ADDRESS", process.addresses[0])
     command = [
         sys.executable,
@@ -55,7 +55,7 @@ def runner(process: DaemonProcess) -> "subprocess.Popen[str]":
 
 
 def test_gateway_finds_the_runner(process: DaemonProcess, gateway: str) -> None:
-    for numbers in ([1, 2, 3], [4, 5]):  # the second time it is another process, on another port
+    for numbers in ([1, 2, 3], [4, 5]):  # the second runner is another process on another port
         with runner(process) as running:
             assert post(gateway, json.dumps({"numbers": numbers}).encode()) == (200, {"sum": sum(numbers)})
             running.kill()

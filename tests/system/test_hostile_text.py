@@ -1,6 +1,4 @@
-"""Text from peers reaches a terminal or the log only escaped: through `regctl`, the daemon's log and file, and the
-programs in `services/`.
-"""
+"""Text from peers is escaped in the output of regctl, the daemon's log and file, and the programs in `services/`."""
 
 import json
 import os
@@ -18,9 +16,9 @@ from typing import Any
 import pytest
 
 from regd_client.blocking import BlockingConnection
-from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, InLoop, Peer, environment
+from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, InLoop, environment
 
-# What moves a cursor, sets a colour or a title, turns the direction of reading, or ends a line where none ends.
+# Control sequences that move the cursor, set a colour or a title, change the text direction, or end a line.
 HOSTILE = "\x1b[31m\x1b]0;evil\x07\x9b31m\x85\x7f\x08\r\n\t\u202e\u2066\u2028\u2029\u200b\ufeff\U000e0041"
 CONTROL = re.compile(r"[\x1b\x9b\x85\x7f\x07\x08\r\u202e\u2066\u2028\u2029\u200b\ufeff\U000e0041]")
 COMMANDS = (
@@ -36,9 +34,9 @@ COMMANDS = (
 )
 
 
-def harmless(shown: str) -> bool:
-    """Whether a terminal shows it as it is: lines, and tabs between what stands in columns."""
-    return re.sub("[\n\t]", "", shown).isprintable()
+def harmless(text: str) -> bool:
+    """True if a text is printable apart from newlines and tabs."""
+    return re.sub("[\n\t]", "", text).isprintable()
 
 
 def regctl(address: str, *arguments: str) -> str:
@@ -52,7 +50,7 @@ def regctl(address: str, *arguments: str) -> str:
 
 @pytest.fixture
 def marked(process: DaemonProcess) -> DaemonProcess:
-    """Return a daemon with a registration that is as hostile as may be."""
+    """Return a daemon with a registration whose meta is hostile."""
     with BlockingConnection(process.addresses[0]) as peer:
         assert peer.ask("register", name="bad", port=1, meta={HOSTILE: HOSTILE, "k": HOSTILE})["ok"]
     return process
@@ -67,17 +65,17 @@ def test_regctl_escapes_text_of_registrations(marked: DaemonProcess, flags: list
 
 
 def test_terminal_receives_no_control_sequences(marked: DaemonProcess) -> None:
-    mine, theirs = pty.openpty()
+    master, slave = pty.openpty()
     with BlockingConnection(marked.addresses[0]) as peer:
         assert peer.ask("register", name="bad", port=1, meta={HOSTILE: HOSTILE})["ok"]
         for command in (["list"], ["why", "bad"], ["stats"]):
             subprocess.run(
                 [sys.executable, "-m", "regd.cli.regctl", *command],
-                env=environment(REGD_ADDRESS=marked.addresses[0]), stdout=theirs, stderr=theirs, check=True, timeout=20,
+                env=environment(REGD_ADDRESS=marked.addresses[0]), stdout=slave, stderr=slave, check=True, timeout=20,
             )  # fmt: skip
-    os.close(theirs)
-    shown = os.read(mine, 65_536).decode().replace("\r\n", "\n")
-    os.close(mine)
+    os.close(slave)
+    shown = os.read(master, 65_536).decode().replace("\r\n", "\n")
+    os.close(master)
     assert harmless(shown)
     assert "NAME" in shown
 
@@ -105,7 +103,7 @@ def test_regctl_watch_escapes_text(process: DaemonProcess, flags: list[str]) -> 
 
 
 def test_regctl_escapes_its_arguments(marked: DaemonProcess, tmp_path: Path) -> None:
-    """They may come from a list that somebody else has written."""
+    """Arguments may come from a file of another user."""
     text = HOSTILE.replace("\0", "")
     address = marked.addresses[0]
     for arguments in (
@@ -135,7 +133,7 @@ def test_regctl_escapes_its_arguments(marked: DaemonProcess, tmp_path: Path) -> 
         assert harmless(shown), (arguments, shown)
 
 
-# Another program where regd should be.
+# Another program at regd's address.
 
 _BAD = {
     "name": HOSTILE,
@@ -175,19 +173,19 @@ EVENTS = [
 
 @contextmanager
 def impostor(answers: dict[str, dict[str, Any]], raw: bytes | None = None) -> Iterator[str]:
-    """Answer every request with the text that is prepared for it, and leave."""
+    """Answer the first request of every connection from `answers`, or with `raw`, and close the connection."""
 
     def serve() -> None:
         while True:
-            made, _ = listening.accept()
-            with made, made.makefile("rwb") as lines:
-                line = lines.readline()
+            connection, _ = listening.accept()
+            with connection, connection.makefile("rwb") as stream:
+                line = stream.readline()
                 if not line:
                     return
                 cmd = json.loads(line)["cmd"]
-                said = [answers.get(cmd, _ERROR), *(EVENTS if cmd == "watch" else [])]
-                lines.write(
-                    raw or b"".join(json.dumps(reply, ensure_ascii=False).encode() + b"\n" for reply in said)
+                replies = [answers.get(cmd, _ERROR), *(EVENTS if cmd == "watch" else [])]
+                stream.write(
+                    raw or b"".join(json.dumps(reply, ensure_ascii=False).encode() + b"\n" for reply in replies)
                 )
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -250,12 +248,9 @@ async def test_replies_and_file_are_ascii(daemon: InLoop) -> None:
             shown = await peer.line()
             assert json.loads(shown).get("id") == HOSTILE, (line, shown)
             assert harmless_bytes(shown), shown
-    assert harmless_bytes(await peer_events(watching, 2))
+    for _ in range(2):
+        assert harmless_bytes(await watching.line())
     assert harmless_bytes(daemon.registry.read_bytes())
-
-
-async def peer_events(peer: Peer, count: int) -> bytes:
-    return b"".join([await peer.line() for _ in range(count)])
 
 
 def harmless_bytes(data: bytes) -> bool:
@@ -274,30 +269,30 @@ STRANGERS = [
 
 
 async def test_log_escapes_bytes_of_bad_peers(daemon: InLoop, caplog: pytest.LogCaptureFixture) -> None:
-    """And each in its own while is one line, two in one while are one."""
+    """Within ten seconds at most one line is logged."""
     caplog.set_level("DEBUG", "regd")
     caplog.clear()
-    for count, said in enumerate(STRANGERS, 1):
+    for count, data in enumerate(STRANGERS, 1):
         for _ in range(3):
             peer = await daemon.peer()
-            peer.send(said)
+            peer.send(data)
             assert json.loads(await peer.rest())["error"] == "bad_request"
             await peer.close()
             daemon.clock.advance(3.3)  # 9.9 s in all
         assert sum(record.name == "regd" for record in caplog.records) == count  # asyncio may log slow callbacks
         daemon.clock.advance(0.2)
     for record in caplog.records:
-        shown = record.getMessage().replace("…", "")  # which is the daemon's own
-        assert harmless_bytes(shown.encode()), shown
+        message = record.getMessage().replace("…", "")  # regd's own mark of truncated text
+        assert harmless_bytes(message.encode()), message
 
 
 def test_log_of_a_process_is_escaped_at_every_level(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path / "registry.json", "--log-level", "debug") as process:
         process.start()
-        for said in STRANGERS:
-            with socket.create_connection(("127.0.0.1", process.port), WAIT_S) as made:
-                made.sendall(b'{"cmd":"register","name":"a","port":1}\n' + said)
-                while made.recv(65_536):
+        for data in STRANGERS:
+            with socket.create_connection(("127.0.0.1", process.port), WAIT_S) as sock:
+                sock.sendall(b'{"cmd":"register","name":"a","port":1}\n' + data)
+                while sock.recv(65_536):
                     pass
         with BlockingConnection(process.addresses[0]) as peer:
             assert peer.ask("register", name="bad", port=1, meta={HOSTILE: HOSTILE})["ok"]
@@ -312,13 +307,13 @@ def test_log_of_a_process_is_escaped_at_every_level(tmp_path: Path) -> None:
 
 @contextmanager
 def fake_runner(answer: bytes) -> Iterator[int]:
-    """Take one job, and answer it with those bytes."""
+    """Accept one job and answer it with `answer`."""
 
     def serve() -> None:
-        made, _ = listening.accept()
-        with made:
-            made.recv(65_536)
-            made.sendall(answer)
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(65_536)
+            connection.sendall(answer)
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=serve, daemon=True)

@@ -1,4 +1,4 @@
-"""Real processes: services that are killed, suspended or busy; daemons that are suspended."""
+"""Services that are killed, suspended or busy, and a suspended daemon."""
 
 import os
 import signal
@@ -46,7 +46,7 @@ def start(process: DaemonProcess, how: str) -> subprocess.Popen[str]:
 
 
 def gone_after_s(peer: BlockingConnection, name: str) -> float:
-    """Ask until a name is gone, and return how long that took."""
+    """Wait until a name is gone, and return how long that took."""
     began = time.monotonic()
     while peer.ask("resolve", name=name)["ok"]:
         assert time.monotonic() - began < WAIT_S
@@ -62,7 +62,7 @@ def test_killed_service_is_removed_and_busy_service_stays(
         while time.monotonic() - began < 1.0:
             assert peer.ask("resolve", name="service")["pid"] == service.pid
         service.kill()
-        # 100 ms is promised; a machine that is shared gets some more before a test fails.
+        # The promise is 100 ms; the rest is tolerance for a busy machine.
         assert gone_after_s(peer, "service") < 1.0
         service.wait()
     last = peer.ask("resolve", name="service")["last"]
@@ -82,7 +82,7 @@ def test_suspended_daemon_expires_no_lease(process: DaemonProcess, peer: Blockin
     peer.ask("register", name="leased", port=1, ttl=1)
     assert process.process is not None
     process.process.send_signal(signal.SIGSTOP)
-    time.sleep(1.5)  # longer than the lease, and there is no other way to have a process not run
+    time.sleep(1.5)  # longer than the lease
     process.process.send_signal(signal.SIGCONT)
     assert peer.ask("renew", name="leased") == {"ok": True, "ttl": 1}
     assert gone_after_s(peer, "leased") > 0.5
@@ -95,7 +95,7 @@ def test_reused_pid_is_not_the_old_process(process: DaemonProcess) -> None:
             assert peer.ask("register", name="b", port=1, pid=os.getpid())["ok"]
         process.end(signal.SIGKILL)
         text = process.registry.read_text()
-        # As if the number of `a` had been another process's when it registered: one that was born earlier.
+        # Make the start time of the process of `a` an earlier one, as if its pid had been reused.
         born = next(line for line in text.splitlines() if line.startswith('"a"')).split('"')[-2]
         process.registry.write_text(text.replace(born, born.rpartition("/")[0] + "/1"))
         process.start()

@@ -1,4 +1,4 @@
-"""Run the examples of the pages on services under their servers, and on other programs."""
+"""Run the examples of `client/SERVERS.md` and of `regctl run`: each must register and answer HTTP requests."""
 
 import contextlib
 import os
@@ -18,14 +18,14 @@ from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, environment
 
 SERVERS = ROOT / "client" / "SERVERS.md"
 REGCTL = ROOT / "regd" / "cli" / "README.md"
-START_S = 30.0  # for a server with its frameworks, on a busy machine
+START_S = 30.0  # to start a server and its framework on a busy machine
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
-Program = tuple[str, dict[str, str], str]  # where it stands, files by name, the command
+Program = tuple[str, dict[str, str], str]  # the section's title, files by name, the command
 
 
 def programs(page: Path) -> Iterator[Program]:
-    """Yield each command of a page with the files that stand before it in its section."""
+    """Yield each command of a page with the files above it in its section."""
     for section in page.read_text().split("\n## ")[1:]:
         title, files = section.partition("\n")[0], {}
         for kind, text in re.findall(r"^```(python|sh)\n(.*?)^```", section, re.MULTILINE | re.DOTALL):
@@ -45,7 +45,7 @@ assert len(COMMANDS) == 2
 
 
 @contextlib.contextmanager
-def started(command: str, folder: Path, daemon: DaemonProcess) -> "Iterator[subprocess.Popen[bytes]]":
+def running(command: str, folder: Path, daemon: DaemonProcess) -> "Iterator[subprocess.Popen[bytes]]":
     with subprocess.Popen(
         ["bash", "-c", f"exec {command}"],
         cwd=folder,
@@ -75,16 +75,16 @@ def test_service_page_example_runs(
     command = command.replace("8000", port)
     with (
         BlockingConnection(process.addresses[0], START_S) as peer,
-        started(command, tmp_path, process) as running,
+        running(command, tmp_path, process) as server,
     ):
-        found = peer.ask("resolve", name="shop", wait=START_S)
-        assert found["ok"], found
-        with socket.create_connection((found["host"], found["port"]), START_S) as made:
-            made.sendall(b"GET / HTTP/1.1\r\nHost: there\r\nConnection: close\r\n\r\n")
-            with made.makefile("rb") as reply:
+        instance = peer.ask("resolve", name="shop", wait=START_S)
+        assert instance["ok"], instance
+        with socket.create_connection((instance["host"], instance["port"]), START_S) as sock:
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: there\r\nConnection: close\r\n\r\n")
+            with sock.makefile("rb") as reply:
                 assert b" 200 " in reply.readline(), title
-        running.terminate()
-        running.wait(START_S)
-        late = time.monotonic() + WAIT_S
-        while peer.ask("list")["instances"]:  # one that the signal ends is gone a moment later
-            assert time.monotonic() < late
+        server.terminate()
+        server.wait(START_S)
+        deadline = time.monotonic() + WAIT_S
+        while peer.ask("list")["instances"]:  # a killed server is removed a moment later
+            assert time.monotonic() < deadline

@@ -1,7 +1,7 @@
-"""Real browsers and programs of other protocols against a real daemon: nothing they send is a request.
+"""Browsers and programs of other protocols against a daemon in a process: nothing that they send is a request.
 
-After each the registry is unchanged, byte for byte, in the daemon and in its file; the peer is counted, has received
-one refusal, and causes at most one log line in ten seconds.
+Afterwards the registry is unchanged, in the daemon and in its file. Every such peer is counted and receives one
+refusal; there is at most one log line in ten seconds. The sessions with telnet and nc are at the end.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ BODY = COMMANDS.encode()
 
 
 class Watched:
-    """A daemon with one registration, which strangers are not to touch."""
+    """A daemon with one registration, which must not change."""
 
     def __init__(self, daemon: DaemonProcess) -> None:
         self.daemon = daemon
@@ -63,14 +63,14 @@ class Watched:
         return int(self.peer.ask("stats")["bad_protocol"])
 
     def wait_for_strangers(self, count: int) -> int:
-        """Wait until there were so many; no attempt is over before its bytes have been looked at."""
-        until = time.monotonic() + WAIT_S
-        while (now := self.strangers()) < count and time.monotonic() < until:
+        """Wait until the daemon has refused `count` peers, and return how many it has refused."""
+        deadline = time.monotonic() + WAIT_S
+        while (refused := self.strangers()) < count and time.monotonic() < deadline:
             time.sleep(0.01)
-        return now
+        return refused
 
-    def end(self) -> None:
-        """Hold the state and the log against what they must be."""
+    def check(self) -> None:
+        """Check the state and the counters, stop the daemon, and check its log."""
         assert self.look() == self.state
         stats = self.peer.ask("stats")
         assert stats["requests"].keys() == {"register", "list", "stats"}
@@ -82,25 +82,27 @@ class Watched:
         windows = 1 + (time.monotonic() - self.began) // LOG_EVERY_S
         complaints = [line for line in log.splitlines() if "does not speak regd" in line]
         assert 1 <= len(complaints) <= windows
-        assert len(log.splitlines()) <= windows + 3, log  # its begin, its end, and the one registration
-        shown = log.replace("\n", "").replace("…", "")  # which is the daemon's own
-        assert shown.isascii()
-        assert shown.isprintable()
+        assert len(log.splitlines()) <= windows + 3, (
+            log
+        )  # the others are the start, the registration and the stop
+        text = log.replace("\n", "").replace("…", "")  # regd's own mark of truncated text
+        assert text.isascii()
+        assert text.isprintable()
 
 
 @pytest.fixture
 def watched(process: DaemonProcess) -> Iterator[Watched]:
-    made = Watched(process)
-    yield made
-    made.end()
+    watched = Watched(process)
+    yield watched
+    watched.check()
 
 
 def needs(tool: str) -> pytest.MarkDecorator:
-    """Before the fixture is set up: a daemon that no stranger came to is no proof."""
+    """Skip before the fixtures are set up: `Watched.check` fails if no peer has connected."""
     return pytest.mark.skipif(shutil.which(tool) is None, reason=f"no {tool} on this machine")
 
 
-# Raw bytes, as the programs of other protocols begin.
+# The first bytes of other protocols.
 
 GREETINGS: dict[str, bytes] = {
     "HTTP/1.1": b"POST / HTTP/1.1\r\nHost: evil.example\r\nContent-Length: %d\r\n\r\n" % len(BODY),
@@ -124,45 +126,41 @@ GREETINGS: dict[str, bytes] = {
 
 
 def conversation(port: int, data: bytes) -> bytes:
-    """Send, and return all that comes back until the other side ends it."""
-    with socket.create_connection(("127.0.0.1", port), WAIT_S) as made:
-        made.sendall(data)
-        said = b""
-        while part := made.recv(65_536):
-            said += part
-        return said
+    """Send data, and return everything received until the daemon closes the connection."""
+    with socket.create_connection(("127.0.0.1", port), WAIT_S) as sock, sock.makefile("rb") as stream:
+        sock.sendall(data)
+        return stream.read()
 
 
 def test_greetings_of_other_protocols_are_refused(watched: Watched) -> None:
     for count, (name, greeting) in enumerate(GREETINGS.items(), 1):
-        said = conversation(watched.port, greeting + b"\r\n" + BODY)
+        reply = conversation(watched.port, greeting + b"\r\n" + BODY)
         if name.startswith("HTTP"):
-            assert oracle.is_http_refusal(said), name
+            assert oracle.is_http_refusal(reply), name
         else:
-            assert said.count(b"\n") == 1, name
-            assert json.loads(said)["error"] in REFUSED, name
+            assert reply.count(b"\n") == 1, name
+            assert json.loads(reply)["error"] in REFUSED, name
         assert watched.strangers() == count, name
 
 
 def test_random_bytes_change_nothing(watched: Watched) -> None:
-    chance = random.Random(7)
+    generator = random.Random(7)
     for count in range(1, 101):
-        first = chance.choice([byte for byte in range(256) if byte not in b" \t\r\n{"])
-        said = conversation(
-            watched.port, bytes([first]) + chance.randbytes(chance.randrange(3, 300)) + b"\n" + BODY
-        )
-        assert said.count(b"\n") == 1
-        assert json.loads(said)["error"] in REFUSED
+        first = generator.choice([byte for byte in range(256) if byte not in b" \t\r\n{"])
+        data = bytes([first]) + generator.randbytes(generator.randrange(3, 300)) + b"\n"
+        reply = conversation(watched.port, data + BODY)
+        assert reply.count(b"\n") == 1
+        assert json.loads(reply)["error"] in REFUSED
         assert watched.strangers() == count
 
 
-def test_each_of_many_bad_peers_is_counted_and_answered(watched: Watched) -> None:
-    made = [socket.create_connection(("127.0.0.1", watched.port), WAIT_S) for _ in range(200)]
-    for sock in made:
+def test_every_one_of_200_bad_peers_is_counted_and_answered(watched: Watched) -> None:
+    socks = [socket.create_connection(("127.0.0.1", watched.port), WAIT_S) for _ in range(200)]
+    for sock in socks:
         sock.sendall(GREETINGS["HTTP/1.1"] + BODY)
-    for sock in made:
-        with sock, sock.makefile("rb") as said:
-            assert oracle.is_http_refusal(said.read())
+    for sock in socks:
+        with sock, sock.makefile("rb") as reply:
+            assert oracle.is_http_refusal(reply.read())
     assert watched.strangers() == 200
 
 
@@ -178,7 +176,7 @@ CURL: dict[str, tuple[str, list[str]]] = {
     "HTTP/0.9": ("http", ["--http0.9", *_DATA]),
     "upload": ("http", ["-T", "-"]),
     "form": ("http", ["-F", f"{COMMANDS}=x"]),
-    "a name that was bound again": ("http", ["-H", "Host: evil.example", *_DATA]),
+    "DNS rebinding": ("http", ["-H", "Host: evil.example", *_DATA]),
     "headers": ("http", ["-H", f"X-Command: {COMMANDS.splitlines()[0]}", "-A", COMMANDS.splitlines()[0]]),
     "another method": ("http", ["-X", "list", *_DATA]),
     "a method that is a command": ("http", ["-X", "REGISTER", *_DATA]),
@@ -193,7 +191,7 @@ CURL: dict[str, tuple[str, list[str]]] = {
     "mqtt": ("mqtt", []),
 }
 PATHS = {"dict with a command": "register:evil:666"}
-SHOWN = {  # these show what they got
+SHOWN = {  # these programs print the reply
     "gopher": "unknown_command",
     "dict": "unknown_command",
     "dict with a command": "unknown_command",
@@ -211,7 +209,7 @@ def curl_protocols() -> set[str]:
 def test_curl(watched: Watched, curl_protocols: set[str]) -> None:
     for count, (name, (scheme, flags)) in enumerate(CURL.items(), 1):
         if scheme not in curl_protocols:
-            assert conversation(watched.port, b"GET / HTTP/1.1\r\n")  # so that the count goes on
+            assert conversation(watched.port, b"GET / HTTP/1.1\r\n")  # counts in place of curl
             continue
         done = subprocess.run(
             ["curl", "-sS", "--noproxy", "*", "--max-time", "10", *flags,
@@ -242,9 +240,9 @@ def test_openssl(watched: Watched) -> None:
 
 
 class Site:
-    """A web site of a stranger: it serves the page, and takes its reports."""
+    """A hostile web site: it serves the page and receives a report of each attempt."""
 
-    def __init__(self, tried: Callable[[], None]) -> None:
+    def __init__(self, on_attempt: Callable[[], None]) -> None:
         self.reports: list[dict[str, Any]] = []
         self.attempts: list[str] = []
         self.ended = threading.Event()
@@ -255,13 +253,13 @@ class Site:
                 self.answer(BODY if self.path == "/commands" else PAGE.read_bytes())
 
             def do_POST(self) -> None:
-                said = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                report = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 if self.path == "/end":
-                    site.attempts = said["attempts"]
+                    site.attempts = report["attempts"]
                     site.ended.set()
                 else:
-                    tried()
-                    site.reports.append(said)
+                    on_attempt()
+                    site.reports.append(report)
                 self.answer(b"")
 
             def answer(self, body: bytes) -> None:
@@ -290,7 +288,7 @@ class Site:
 
 @contextlib.contextmanager
 def browser(url: str, profile: Path) -> Iterator[None]:
-    """Open a page. Names other than the stranger's are not looked up: nothing leaves this machine."""
+    """Open a page. No name but evil.example is resolved, so nothing leaves this machine."""
     process = subprocess.Popen(
         [
             "chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
@@ -304,7 +302,7 @@ def browser(url: str, profile: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the group is its own
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
@@ -312,56 +310,64 @@ def browser(url: str, profile: Path) -> Iterator[None]:
 @needs("chromium")
 @pytest.mark.parametrize("host", ["127.0.0.1", "evil.example"])
 def test_web_page_in_a_browser_changes_nothing(watched: Watched, tmp_path: Path, host: str) -> None:
-    """By address, and by a name that was bound again to this machine (DNS rebinding)."""
-    seen = [0]
+    """By address, and by a name that now resolves to this machine (DNS rebinding)."""
+    counts = [0]
 
-    def tried() -> None:
-        seen.append(watched.wait_for_strangers(seen[-1] + 1))
+    def count_attempt() -> None:
+        counts.append(watched.wait_for_strangers(counts[-1] + 1))
 
-    site = Site(tried)
+    site = Site(count_attempt)
     with (
         site.open() as port,
         browser(f"http://{host}:{port}/?daemon={host}:{watched.port}", tmp_path / "profile"),
     ):
-        assert site.ended.wait(45), f"the page did not come to its end: {site.reports}"
+        assert site.ended.wait(45), f"the page did not finish: {site.reports}"
     assert [report["attempt"] for report in site.reports] == site.attempts
-    for before, now, report in zip(seen[:-1], seen[1:], site.reports, strict=True):
-        assert now > before, f"it never reached the daemon: {report}"
-        assert "regd" not in report["outcome"], f"a page could read: {report}"
+    for previous, count, report in zip(counts[:-1], counts[1:], site.reports, strict=True):
+        assert count > previous, f"the attempt did not reach the daemon: {report}"
+        assert "regd" not in report["outcome"], f"the page could read the reply: {report}"
         # An opaque response (mode "no-cors") has no text for the page.
         assert report["outcome"] == "read: " or not report["outcome"].startswith(("read", "open")), report
 
 
-# People.
+# Sessions with telnet and nc.
 
 
 @needs("telnet")
 def test_telnet_session(process: DaemonProcess) -> None:
-    """Typed into the real program, typing errors and all; it is the daemon that closes, at `quit`."""
+    """A session with a typing error. The daemon closes it at `quit`."""
     with subprocess.Popen(
         ["telnet", "127.0.0.1", str(process.port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as telnet:
         assert telnet.stdin is not None
         assert telnet.stdout is not None
-        said: list[dict[str, Any]] = []
-        for line in ("help", "hlep", "REGISTER db 5432", "why db", "deregister db"):
+        replies: list[dict[str, Any]] = []
+        for line in ("help", "hlep", "REGISTER db 5432", '{"cmd":"resolve","name":"db"}', "deregister db"):
             telnet.stdin.write(line + "\n")
             telnet.stdin.flush()
-            while not (got := telnet.stdout.readline()).startswith("{"):
-                assert got, "telnet has ended"
-            said.append(json.loads(got))
+            while not (output := telnet.stdout.readline()).startswith("{"):
+                assert output, "telnet has ended"
+            replies.append(json.loads(output))
         telnet.stdin.write("quit\n")
         telnet.stdin.flush()
         telnet.communicate(timeout=WAIT_S)
-    assert [reply.get("error") for reply in said] == [None, "unknown_command", None, None, None]
+    assert [reply.get("error") for reply in replies] == [None, "unknown_command", None, None, None]
 
 
-@needs("nc")
-@pytest.mark.parametrize("end", ["", "quit\n"])
-def test_nc_gets_one_reply_per_line(process: DaemonProcess, end: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "end"),
+    [
+        pytest.param(["nc.openbsd"], "quit\r\n", marks=needs("nc.openbsd"), id="openbsd"),
+        pytest.param(["nc.openbsd", "-N"], "", marks=needs("nc.openbsd"), id="openbsd -N"),
+        pytest.param(["nc.openbsd", "-w", "1"], "", marks=needs("nc.openbsd"), id="openbsd -w"),
+        pytest.param(["nc.traditional"], "quit\r\n", marks=needs("nc.traditional"), id="traditional"),
+    ],
+)
+def test_nc_gets_one_reply_per_line(process: DaemonProcess, command: list[str], end: str) -> None:
     done = subprocess.run(
-        ["nc", *([] if end else ["-N"]), "127.0.0.1", str(process.port)],
-        input="register db 5432\nresolve db\n" + end, capture_output=True, text=True, timeout=WAIT_S, check=True,
+        [*command, "127.0.0.1", str(process.port)],
+        input='{"cmd":"register","name":"db","port":5432}\nresolve db\r\n' + end,
+        capture_output=True, text=True, timeout=WAIT_S, check=False,
     )  # fmt: skip
     assert [json.loads(line)["ok"] for line in done.stdout.splitlines()] == [True, True]
 
@@ -376,9 +382,9 @@ def test_half_closed_nc_gets_its_pending_reply(process: DaemonProcess) -> None:
         nc.stdin.close()
         nc.stdin = None
         with BlockingConnection(process.addresses[0]) as peer:
-            until = time.monotonic() + WAIT_S
+            deadline = time.monotonic() + WAIT_S
             while not peer.ask("stats")["waiting"]:
-                assert time.monotonic() < until
+                assert time.monotonic() < deadline
             peer.ask("register", name="late", port=1, host="db.example")
         out, _ = nc.communicate(timeout=WAIT_S)
     assert json.loads(out)["host"] == "db.example"

@@ -1,4 +1,4 @@
-"""regd with systemd's own tools: socket activation, a real notify socket, and the unit files."""
+"""regd under systemd: socket activation, the notify socket and the unit files, with systemd's own tools."""
 
 import contextlib
 import fcntl
@@ -17,11 +17,11 @@ import pytest
 from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, environment
 
 UNITS = ROOT / "regd" / "systemd"
-_TRIES = 8  # for a port that nobody takes in between
-_QUIET_S = 1.0  # in which a loop that works would have fed the watchdog twenty times
-_HIGH_FILE = 60  # for a copy of a socket, out of the way of those that a shell opens
+_TRIES = 8  # to find a port that stays free until systemd-socket-activate binds it
+_QUIET_S = 1.0  # a working loop sends twenty watchdog pings meanwhile
+_HIGH_FILE = 60  # a descriptor above those that a shell uses
 
-# The daemon's loop stands still from SIGUSR1 until its input ends. Its threads go on.
+# A daemon whose loop is blocked from SIGUSR1 until the end of its stdin. Its threads run on.
 HANGS = """
 import signal, sys
 sys.modules["uvloop"] = None
@@ -46,28 +46,27 @@ def need(tool: str) -> str:
 @pytest.fixture
 def inbox(tmp_path: Path) -> Iterator[socket.socket]:
     """The service manager's end of a notify socket."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as made:
-        made.bind(str(tmp_path / "notify"))
-        made.settimeout(WAIT_S)
-        yield made
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as inbox:
+        inbox.bind(str(tmp_path / "notify"))
+        inbox.settimeout(WAIT_S)
+        yield inbox
 
 
-def until(inbox: socket.socket, begins: str) -> list[str]:
-    """Return what comes, up to a message that begins so."""
-    came: list[str] = []
-    while not (came and came[-1].startswith(begins)):
-        came.append(inbox.recv(4_096).decode())
-    return came
+def wait_for(inbox: socket.socket, prefix: str) -> None:
+    """Receive messages until one starts with `prefix`."""
+    while not inbox.recv(4_096).decode().startswith(prefix):
+        pass
 
 
 def drain(inbox: socket.socket) -> list[str]:
-    came = []
+    """Return all messages that are in the socket's buffer."""
+    messages = []
     inbox.setblocking(False)
     with contextlib.suppress(BlockingIOError):
         while True:
-            came.append(inbox.recv(4_096).decode())
+            messages.append(inbox.recv(4_096).decode())
     inbox.settimeout(WAIT_S)
-    return came
+    return messages
 
 
 @contextlib.contextmanager
@@ -84,52 +83,51 @@ def running(command: list[str], **variables: str) -> Iterator[subprocess.Popen[s
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Ask it to leave, and return the exit status and what it logged."""
+    """Terminate the daemon, and return its exit status and its log."""
     process.terminate()
-    return ended(process)
-
-
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     _, errors = process.communicate(timeout=WAIT_S)
     return process.returncode, errors
 
 
-def stop(process: subprocess.Popen[str]) -> None:
-    """Stop it, and return when it stands still."""
+def suspend(process: subprocess.Popen[str]) -> None:
+    """Send SIGSTOP, and wait until the process is stopped."""
     process.send_signal(signal.SIGSTOP)
     assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
 
 
-# Sockets that listen before the daemon exists.
+# Socket activation.
 
 
 @contextlib.contextmanager
 def activator(daemon: DaemonProcess, path: Path, **variables: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """systemd-socket-activate, listening on both families and a path, and its port. It becomes the daemon."""
-    told = environment(**variables)
-    given = [f"-E{key}={told[key]}" for key in ("PYTHONPATH", *variables)]
-    said: list[str] = []
+    """Start systemd-socket-activate, which becomes the daemon. Yield its process and its TCP port.
+
+    It listens on 127.0.0.1 and ::1 at that port, and on a Unix socket at `path`.
+    """
+    all_variables = environment(**variables)
+    passed = [f"-E{key}={all_variables[key]}" for key in ("PYTHONPATH", *variables)]
+    output: list[str] = []
     for _ in range(_TRIES):
         port = free_port()
         where = [f"--listen={address}" for address in (f"127.0.0.1:{port}", f"[::1]:{port}", str(path))]
-        with running([need("systemd-socket-activate"), *where, *given, *daemon.command()]) as tool:
+        with running([need("systemd-socket-activate"), *where, *passed, *daemon.command()]) as tool:
             assert tool.stderr is not None
             for line in tool.stderr:
-                said.append(line)
+                output.append(line)
                 if line.startswith(f"Listening on {path} as"):
                     yield tool, port
                     return
         path.unlink(missing_ok=True)
-    raise AssertionError(f"systemd-socket-activate does not listen: {said}")
+    raise AssertionError(f"systemd-socket-activate does not listen: {output}")
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def ask(where: tuple[str, int] | str, line: bytes) -> socket.socket:
-    """Connect and send, and wait for nothing."""
+    """Connect and send a line, without waiting for the reply."""
     client = socket.socket(socket.AF_UNIX) if isinstance(where, str) else socket.socket(family(where[0]))
     client.settimeout(WAIT_S)
     client.connect(where)
@@ -145,7 +143,7 @@ def test_connection_before_the_daemon_starts_is_answered(tmp_path: Path, inbox: 
     path = tmp_path / "s"
     daemon = DaemonProcess(tmp_path / "registry.json")
     with activator(daemon, path, NOTIFY_SOCKET=inbox.getsockname()) as (tool, port):
-        stop(tool)  # until all have asked
+        suspend(tool)  # until all requests are sent
         places: list[tuple[str, int] | str] = [("127.0.0.1", port), ("::1", port), str(path)]
         clients = [
             ask(where, b'{"cmd":"register","name":"n%d","port":1}\n' % n) for n, where in enumerate(places)
@@ -161,11 +159,11 @@ def test_connection_before_the_daemon_starts_is_answered(tmp_path: Path, inbox: 
             f"listening tcp://[::1]:{port}\n",
             f"listening unix://{path}\n",
         ]
-        assert until(inbox, "READY=1")
+        wait_for(inbox, "READY=1")
         assert end(tool)[0] == 0
-        assert until(inbox, "STOPPING=1")
+        wait_for(inbox, "STOPPING=1")
     assert set(json.loads(daemon.registry.read_bytes())) == {"$regd", "n0", "n1", "n2"}
-    assert path.is_socket()  # it is not regd's
+    assert path.is_socket()  # the socket of the service manager stays
 
 
 def test_address_flags_conflict_with_activation_sockets(tmp_path: Path) -> None:
@@ -180,8 +178,8 @@ def test_address_flags_conflict_with_activation_sockets(tmp_path: Path) -> None:
         (tmp_path / "s").unlink()
 
 
-def handed(command: list[str], sock: socket.socket, pid: str = "$$") -> tuple[int, str, str]:
-    """Run a command with a socket at 3, as sd_listen_fds(3) has it, and return its status and output."""
+def run_activated(command: list[str], sock: socket.socket, pid: str = "$$") -> tuple[int, str, str]:
+    """Run a command with a socket at descriptor 3 (sd_listen_fds(3)), and return its exit status and output."""
     high = fcntl.fcntl(sock, fcntl.F_DUPFD, _HIGH_FILE)
     try:
         done = subprocess.run(
@@ -209,7 +207,7 @@ def test_unusable_activation_socket_is_one_line(
         sock.bind((host, 0))
         if kind == socket.SOCK_STREAM:
             sock.listen()
-        status, out, errors = handed(daemon.command(), sock)
+        status, out, errors = run_activated(daemon.command(), sock)
     assert (status, out) == (1, "")
     assert errors.startswith("regd: the inherited socket 3 ('unknown') ")
     assert says in errors
@@ -218,18 +216,18 @@ def test_unusable_activation_socket_is_one_line(
 
 
 def test_activation_sockets_of_another_process_are_ignored(tmp_path: Path) -> None:
-    """It says where it listens when it gets so far; here it fails at its own port, which is taken."""
-    with socket.create_server(("127.0.0.1", 0)) as theirs, socket.create_server(("127.0.0.1", 0)) as taken:
+    """Then regd listens on its own port. Here that port is taken, and the error proves that regd tried it."""
+    with socket.create_server(("127.0.0.1", 0)) as inherited, socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         daemon = DaemonProcess(tmp_path / "registry.json", "--port", str(port))
-        status, _, errors = handed(daemon.command(), theirs, pid="1")
+        status, _, errors = run_activated(daemon.command(), inherited, pid="1")
         assert (status, errors.count("\n")) == (1, 1)
         assert f"port {port} on 127.0.0.1 is taken" in errors
-        status, _, errors = handed(daemon.command(), theirs)
+        status, _, errors = run_activated(daemon.command(), inherited)
         assert (status, errors.count("\n")) == (2, 1)
 
 
-# What systemd is told.
+# Notifications.
 
 
 @pytest.mark.parametrize("abstract", [False, True], ids=["path", "abstract"])
@@ -249,7 +247,7 @@ def test_notify_ready_watchdog_stopping(tmp_path: Path, inbox: socket.socket, ab
         first = inbox.recv(4_096).decode().splitlines()
         assert first == ["READY=1", "STATUS=1 registrations at revision 1, 0 connections", "WATCHDOG=1"]
         assert process.stdout is not None
-        port = int(process.stdout.readline().rpartition(":")[2])  # which was said before
+        port = int(process.stdout.readline().rpartition(":")[2])
         client = stack.enter_context(ask(("127.0.0.1", port), b"resolve db\n"))
         assert json.loads(client.recv(4_096))["port"] == 5432
         for _ in range(3):
@@ -257,8 +255,8 @@ def test_notify_ready_watchdog_stopping(tmp_path: Path, inbox: socket.socket, ab
         process.terminate()
         assert client.recv(1) == b""
         assert drain(inbox)[-1] == "STOPPING=1\nSTATUS=stopping"  # before anything was closed
-        status, errors = ended(process)
-        assert (status, "Traceback" in errors) == (0, False)
+        _, errors = process.communicate(timeout=WAIT_S)
+        assert (process.returncode, "Traceback" in errors) == (0, False)
         assert drain(inbox) == []
 
 
@@ -276,8 +274,8 @@ def test_blocked_loop_sends_no_watchdog_ping(tmp_path: Path, inbox: socket.socke
     with running(command, NOTIFY_SOCKET=inbox.getsockname(), WATCHDOG_USEC="100000") as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        until(inbox, "READY=1")
-        until(inbox, "WATCHDOG=1")
+        wait_for(inbox, "READY=1")
+        wait_for(inbox, "WATCHDOG=1")
         process.send_signal(signal.SIGUSR1)
         assert any(line == "hangs\n" for line in process.stdout)
         drain(inbox)
@@ -287,23 +285,23 @@ def test_blocked_loop_sends_no_watchdog_ping(tmp_path: Path, inbox: socket.socke
         inbox.settimeout(WAIT_S)
         process.stdin.close()
         assert process.stdout.readline() == "goes on\n"
-        until(inbox, "WATCHDOG=1")
-        process.stdin = None  # which `communicate` would write to
+        wait_for(inbox, "WATCHDOG=1")
+        process.stdin = None  # it is closed; `communicate` would write to it
         assert end(process)[0] == 0
 
 
 def test_suspended_process_sends_no_watchdog_ping(tmp_path: Path, inbox: socket.socket) -> None:
     command = DaemonProcess(tmp_path / "registry.json").command("--port", "0")
     with running(command, NOTIFY_SOCKET=inbox.getsockname(), WATCHDOG_USEC="100000") as process:
-        until(inbox, "WATCHDOG=1")
-        stop(process)
+        wait_for(inbox, "WATCHDOG=1")
+        suspend(process)
         drain(inbox)
         inbox.settimeout(_QUIET_S)
         with pytest.raises(TimeoutError):
             inbox.recv(4_096)
         inbox.settimeout(WAIT_S)
         process.send_signal(signal.SIGCONT)
-        until(inbox, "WATCHDOG=1")
+        wait_for(inbox, "WATCHDOG=1")
         assert end(process)[0] == 0
 
 
@@ -312,7 +310,7 @@ def test_unreachable_notify_socket_is_one_log_line(tmp_path: Path) -> None:
     with running(command, NOTIFY_SOCKET=str(tmp_path / "nobody"), WATCHDOG_USEC="2000") as process:
         assert process.stdout is not None
         port = int(process.stdout.readline().rpartition(":")[2])
-        for _ in range(50):  # it has some beats meanwhile
+        for _ in range(50):  # long enough for several watchdog pings
             with ask(("127.0.0.1", port), b"ping\n") as client:
                 assert client.recv(100) == b'{"ok":true}\n'
         status, errors = end(process)
@@ -324,34 +322,34 @@ def test_unreachable_notify_socket_is_one_log_line(tmp_path: Path) -> None:
 
 
 def analyze(*arguments: str, **variables: str) -> str:
-    """Run systemd-analyze, and return what it says when it is content."""
+    """Run systemd-analyze, which must succeed, and return its output."""
     done = subprocess.run(
         [need("systemd-analyze"), *arguments],
         env=environment(**variables), capture_output=True, text=True, timeout=WAIT_S, check=False,
     )  # fmt: skip
-    said = done.stdout + done.stderr
-    if "unrecognized option" in said or "Unknown command" in said or "Failed to initialize manager" in said:
-        pytest.skip(f"this systemd-analyze cannot: {said.strip()}")
-    assert done.returncode == 0, said
-    return said
+    output = done.stdout + done.stderr
+    if "unrecognized option" in output or "Unknown command" in output or "Failed to initialize manager" in output:
+        pytest.skip(f"this systemd-analyze cannot do it: {output.strip()}")
+    assert done.returncode == 0, output
+    return output
 
 
-@pytest.mark.parametrize(("folder", "who"), [(UNITS, "--system"), (UNITS / "user", "--user")])
-def test_units_are_valid(tmp_path: Path, folder: Path, who: str) -> None:
+@pytest.mark.parametrize(("folder", "manager"), [(UNITS, "--system"), (UNITS / "user", "--user")])
+def test_units_are_valid(tmp_path: Path, folder: Path, manager: str) -> None:
     for name in ("regd.service", "regd.socket"):
         text = (folder / name).read_text()
-        # It does not look at ExecSearchPath=, and regd need not be where a newcomer has it.
+        # systemd-analyze ignores ExecSearchPath=, and regd need not be installed on this machine.
         text = text.replace("ExecStart=regd ", f"ExecStart={sys.executable} -m regd ")
         (tmp_path / name).write_text(text)
     units = [str(tmp_path / name) for name in ("regd.service", "regd.socket")]
-    said = analyze("verify", who, *units, XDG_RUNTIME_DIR=str(tmp_path), HOME=str(tmp_path))
-    assert not [line for line in said.splitlines() if "regd" in line], said
+    output = analyze("verify", manager, *units, XDG_RUNTIME_DIR=str(tmp_path), HOME=str(tmp_path))
+    assert not [line for line in output.splitlines() if "regd" in line], output
 
 
-@pytest.mark.parametrize(("unit", "most"), [("regd.service", 20), ("user/regd.service", 70)])
-def test_units_are_hardened(unit: str, most: int) -> None:
-    """Of 100. A user's manager can take less away without a namespace in which all other users look alike."""
-    analyze("security", "--offline=true", f"--threshold={most}", str(UNITS / unit))
+@pytest.mark.parametrize(("unit", "exposure_max"), [("regd.service", 20), ("user/regd.service", 70)])
+def test_units_are_hardened(unit: str, exposure_max: int) -> None:
+    """The exposure level is out of 100. Most sandboxing of a user manager needs a user namespace, which hides uids."""
+    analyze("security", "--offline=true", f"--threshold={exposure_max}", str(UNITS / unit))
 
 
 def test_units_start_the_installed_command() -> None:

@@ -19,11 +19,11 @@ from tests.support.documents import fits
 TUTORIAL = ROOT / "services" / "TUTORIAL.md"
 STEP = re.compile(r"^```(\w+)(?: terminal (\d))?\n(.*?)^```|Ctrl-C in terminal (\d)", re.MULTILINE | re.DOTALL)
 PROMPT = "~> "
-STEP_S = 120.0  # for one command: the longest installs
+STEP_S = 120.0  # for one command; the slowest is the installation
 
 
 class Terminal:
-    """A shell as a person has it, on a terminal of its own."""
+    """An interactive shell in a pseudo-terminal."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         pid, self._file = os.forkpty()
@@ -32,14 +32,14 @@ class Terminal:
             os.execve("/bin/bash", ["bash", "--norc", "--noprofile", "-i"], environment)
         self._pid = pid
         self.shown = ""
-        self._seen = 0  # how much of it was there before the last command
+        self._seen = 0  # the length of `shown` before the last command's output
 
     def type(self, line: str) -> None:
         """Type a line at the prompt."""
-        self._until(lambda said: PROMPT in said, "a prompt")  # what is in the background may speak behind it
+        self._until(lambda output: PROMPT in output, "a prompt")  # a background process may print after it
         self._seen = len(self.shown)
         os.write(self._file, line.encode() + b"\n")
-        self._until(lambda said: "\n" in said, "the line itself")
+        self._until(lambda output: "\n" in output, "the line itself")
         self._seen += self.shown[self._seen :].index("\n") + 1
 
     def press_ctrl_c(self) -> None:
@@ -48,34 +48,34 @@ class Terminal:
         self._until(lambda said: PROMPT in said, "a prompt")
 
     def sees(self, expected: str) -> None:
-        """Wait for lines that the last command is to print, in order, whatever stands between them."""
+        """Wait until the last command has printed these lines, in order, with any lines between them."""
 
-        def there(said: str) -> bool:
-            lines = iter(said.splitlines())
-            return all(any(fits(wanted, line) for line in lines) for wanted in expected.splitlines())
+        def has_lines(output: str) -> bool:
+            lines = iter(output.splitlines())
+            return all(any(fits(pattern, line) for line in lines) for pattern in expected.splitlines())
 
-        self._until(there, expected)
+        self._until(has_lines, expected)
 
-    def _until(self, true: Callable[[str], bool], what: str) -> None:
-        late = time.monotonic() + STEP_S
-        while not true(self.shown[self._seen :].replace("\r", "")):
-            if not select.select([self._file], [], [], max(0.0, late - time.monotonic()))[0]:
+    def _until(self, condition: Callable[[str], bool], what: str) -> None:
+        deadline = time.monotonic() + STEP_S
+        while not condition(self.shown[self._seen :].replace("\r", "")):
+            if not select.select([self._file], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 raise AssertionError(f"no {what!r} in\n{self.shown}")
             self.shown += os.read(self._file, 65_536).decode(errors="replace").replace("\r\n", "\n")
             if "No matching distribution" in self.shown and "CI" not in os.environ:
                 pytest.skip("no package registry can be reached")
 
     def end(self) -> None:
-        """End the shell and all that it started: those in the background are groups of their own."""
+        """End the shell and its jobs. Each background job is a process group of its own."""
         with contextlib.suppress(OSError):
             os.write(self._file, b"\x03\nkill -9 $(jobs -p) 2>/dev/null; exit\n")
-        late = time.monotonic() + 10
-        while time.monotonic() < late and select.select([self._file], [], [], 0.2)[0]:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and select.select([self._file], [], [], 0.2)[0]:
             try:
                 if not os.read(self._file, 65_536):
                     break
             except OSError:
-                break  # the last of them has ended
+                break  # the last process has ended
         os.kill(self._pid, signal.SIGKILL)
         os.waitpid(self._pid, 0)
         os.close(self._file)
@@ -85,13 +85,13 @@ class Terminal:
 @pytest.mark.timeout(600)
 def test_tutorial(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])  # not the one of whoever runs a daemon here
+        port = str(probe.getsockname()[1])  # a daemon may already run on the default port
     (tmp_path / "regd").symlink_to(ROOT)
-    plain = {
+    inherited = {
         key: value for key, value in os.environ.items() if not key.startswith(("REGD_", "PYTHON", "VIRTUAL"))
     }
     path = os.pathsep.join([str(Path(sys.base_prefix) / "bin"), os.environ["PATH"]])
-    environment = plain | {"REGD_ADDRESS": f"127.0.0.1:{port}", "PS1": PROMPT, "TERM": "dumb", "PATH": path}
+    environment = inherited | {"REGD_ADDRESS": f"127.0.0.1:{port}", "PS1": PROMPT, "TERM": "dumb", "PATH": path}
     terminals: dict[str, Terminal] = {}
     last, steps = "", 0
     try:
@@ -108,8 +108,8 @@ def test_tutorial(tmp_path: Path) -> None:
                 if number not in terminals:
                     terminals[number] = Terminal(tmp_path, environment)
                 for line in text.splitlines():
-                    started = line.startswith("regd --registry")
-                    terminals[number].type(f"{line} --port {port}" if started else line)
+                    is_daemon = line.startswith("regd --registry")
+                    terminals[number].type(f"{line} --port {port}" if is_daemon else line)
     finally:
         for terminal in terminals.values():
             terminal.end()
