@@ -1,4 +1,4 @@
-"""Services as users write them, one line of registry in each. Run by real servers in test_servers.
+"""Example services that register themselves with one line. test_servers runs them under their servers.
 
 python -m tests.client.apps aiohttp|plain|listen|tornado
 """
@@ -31,25 +31,25 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
     await writer.wait_closed()
 
 
-def _asked_to_leave() -> asyncio.Event:
-    asked = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked.set)
-    return asked
+def _sigterm() -> asyncio.Event:
+    received = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, received.set)
+    return received
 
 
 async def serve_plain() -> None:
-    asked = _asked_to_leave()
+    sigterm = _sigterm()
     async with regd_client.lifespan("web"), await asyncio.start_server(_answer, "127.0.0.1", 0):
-        await asked.wait()
+        await sigterm.wait()
 
 
 async def serve_listen() -> None:
-    asked = _asked_to_leave()
+    sigterm = _sigterm()
     async with (
         regd_client.listen("web") as listening,
         await asyncio.start_server(_answer, sock=listening.socket),
     ):
-        await asked.wait()
+        await sigterm.wait()
 
 
 async def serve_tornado() -> None:
@@ -59,10 +59,10 @@ async def serve_tornado() -> None:
         def get(self) -> None:
             self.write(str(os.getpid()))
 
-    asked = _asked_to_leave()
+    sigterm = _sigterm()
     async with regd_client.lifespan("web"):
         server = web.Application([("/", Answer)]).listen(0, "127.0.0.1")
-        await asked.wait()
+        await sigterm.wait()
         server.stop()
         await server.close_all_connections()
 

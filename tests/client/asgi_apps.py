@@ -1,4 +1,4 @@
-"""Applications as users write them, one line of registry in each. Run by real servers in test_servers."""
+"""Example applications that register themselves with one line. test_servers runs them under their servers."""
 
 import os
 

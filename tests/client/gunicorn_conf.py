@@ -1,4 +1,4 @@
-"""gunicorn's settings for test_servers: the name is the master's, as in client/SERVERS.md."""
+"""gunicorn's settings for test_servers. The master process registers the name, as in client/SERVERS.md."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A relay between clients and a daemon: it can cut, refuse and hold back, and tells what was said."""
+"""A relay between clients and a daemon that can break and refuse connections and delay replies."""
 
 import asyncio
 import contextlib
@@ -9,37 +9,37 @@ from typing import Any, Self
 
 
 class Relay:
-    """`to` is the daemon's port, for the connections that are made from now on."""
+    """Forwards connections to the daemon at the port `to`, and records the requests."""
 
     def __init__(self, to: int) -> None:
         self.to = to
         self.port = 0
-        self.said: list[dict[str, Any]] = []  # by clients
-        self.flowing = asyncio.Event()  # while not set, nothing goes through to clients
+        self.requests: list[dict[str, Any]] = []
+        self.flowing = asyncio.Event()  # while not set, replies are held back
         self.flowing.set()
-        self.cut_at: Callable[[dict[str, Any]], bool] = lambda said: False
+        self.cut_at: Callable[[dict[str, Any]], bool] = lambda request: False
         self._open: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
     async def accept(self) -> None:
-        """Take connections, again at the same port where it has refused them."""
+        """Accept connections. After `refuse`, on the same port as before."""
         self._server = await asyncio.start_server(self._relay, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
 
     def refuse(self) -> None:
-        """Take no connection more."""
+        """Refuse new connections."""
         assert self._server is not None
         self._server.close()
 
     def cut(self) -> None:
-        """Break all connections, to both sides."""
+        """Break all connections, on both sides."""
         for writer in self._open:
             writer.transport.abort()
 
     def count(self, cmd: str) -> int:
-        """Return how often clients have said this."""
-        return sum(request["cmd"] == cmd for request in self.said)
+        """Return the number of requests with this command."""
+        return sum(request["cmd"] == cmd for request in self.requests)
 
     async def __aenter__(self) -> Self:
         await self.accept()
@@ -59,29 +59,29 @@ class Relay:
         assert task is not None
         self._tasks.add(task)
         with contextlib.suppress(OSError):
-            there, onward = await asyncio.open_connection("127.0.0.1", self.to)
-            ends = {writer, onward}
+            daemon_reader, daemon_writer = await asyncio.open_connection("127.0.0.1", self.to)
+            ends = {writer, daemon_writer}
             self._open |= ends
-            back = asyncio.create_task(self._back(there, writer))
+            replies = asyncio.create_task(self._forward_replies(daemon_reader, writer))
             try:
-                await self._forth(reader, onward)
+                await self._forward_requests(reader, daemon_writer)
             finally:
-                back.cancel()
+                replies.cancel()
                 for end in ends:
                     end.transport.abort()
                 self._open -= ends
         writer.transport.abort()
 
-    async def _forth(self, reader: asyncio.StreamReader, onward: asyncio.StreamWriter) -> None:
+    async def _forward_requests(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while line := await reader.readline():
-            fields = json.loads(line)
-            self.said.append(fields)
-            if self.cut_at(fields):
+            request = json.loads(line)
+            self.requests.append(request)
+            if self.cut_at(request):
                 return
-            onward.write(line)
+            writer.write(line)
 
-    async def _back(self, there: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await there.read(65_536):
+    async def _forward_replies(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65_536):
             await self.flowing.wait()
             writer.write(data)
         writer.transport.abort()

@@ -1,6 +1,6 @@
-"""Sanic applications as users write them: `app`, and `early`, which registers in hooks that are further out.
+"""Example Sanic applications: `app`, and `early`, which registers in the outermost hooks.
 
-The port is $WEB_PORT: Sanic opens it outside of the event loop.
+Sanic opens the port $WEB_PORT outside of the event loop.
 """
 
 import os

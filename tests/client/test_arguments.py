@@ -1,4 +1,4 @@
-"""What a caller passes is checked before anything is sent, and what is never awaited is warned of."""
+"""The client checks arguments before it sends a request, and warns of coroutines that are never awaited."""
 
 import asyncio
 import gc
@@ -12,10 +12,10 @@ import regd_client
 from regd_client import BadArgument, Client, blocking
 from regd_client.errors import RegdError
 
-NOWHERE = "127.0.0.1:1"  # what is sent would fail otherwise
+NOWHERE = "127.0.0.1:1"  # a request to it would fail with another error
 NAN = float("nan")
 
-untyped: Any = regd_client  # where a checker would refuse the argument
+untyped: Any = regd_client  # calls that a type checker would reject
 CALLS: list[tuple[str, str, Callable[[Any], Any]]] = [
     ("wait", "-1", lambda client: client.resolve("a", wait=-1)),
     ("wait", "'5'", lambda client: client.resolve("a", wait="5")),
@@ -74,7 +74,9 @@ VERBS: list[Callable[[Client, Any], Any]] = [
 
 
 @pytest.mark.parametrize(("field", "said", "call"), CALLS)
-async def test_a_wrong_argument_is_refused_here(field: str, said: str, call: Callable[[Client], Any]) -> None:
+async def test_invalid_argument_raises_before_anything_is_sent(
+    field: str, said: str, call: Callable[[Client], Any]
+) -> None:
     with pytest.raises(BadArgument) as raised:
         await call(Client(NOWHERE))
     assert raised.value.details == {"field": field}
@@ -83,14 +85,16 @@ async def test_a_wrong_argument_is_refused_here(field: str, said: str, call: Cal
 
 @pytest.mark.parametrize("timeout", [-1, "5", NAN, True, [1]])
 @pytest.mark.parametrize("verb", VERBS)
-async def test_a_wrong_timeout_is_refused_here(verb: Callable[[Client, Any], Any], timeout: object) -> None:
+async def test_invalid_timeout_raises_before_anything_is_sent(
+    verb: Callable[[Client, Any], Any], timeout: object
+) -> None:
     with pytest.raises(BadArgument, match="timeout must be 0 to 86400 seconds, not"):
         await verb(Client(NOWHERE), timeout)
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_asyncio_only(verb: Callable[[Client, Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As under trio: a coroutine is driven by something that is no asyncio event loop."""
+def test_call_outside_asyncio_raises(verb: Callable[[Client, Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under trio, where another event loop runs the coroutine."""
     monkeypatch.setenv("REGD_ADDRESS", NOWHERE)
     for timeout in (None, 1):
         awaited = verb(Client(NOWHERE), timeout).__await__()
@@ -106,13 +110,13 @@ def test_asyncio_only(verb: Callable[[Client, Any], Any], monkeypatch: pytest.Mo
         (lambda: regd_client.listen("web"), r"listen\('web'\) was never awaited"),
     ],
 )
-def test_what_is_never_awaited(call: Callable[[], object], said: str) -> None:
+def test_coroutine_that_is_never_awaited_warns(call: Callable[[], object], said: str) -> None:
     with pytest.warns(RuntimeWarning, match=said) as warned:
         call()
     assert warned[0].filename == __file__
 
 
-async def test_what_is_awaited_is_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_awaited_coroutine_does_not_warn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REGD_ADDRESS", NOWHERE)
     ways: list[Callable[[Any], Awaitable[object]]] = [
         lambda made: made,
@@ -134,7 +138,7 @@ async def test_what_is_awaited_is_not_warned_of(monkeypatch: pytest.MonkeyPatch)
     assert not [warning for warning in warned if warning.category is RuntimeWarning]
 
 
-def test_wrong_arguments_of_the_blocking_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_argument_of_a_blocking_verb_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REGD_ADDRESS", NOWHERE)
     verbs: Any = blocking
     calls: list[Callable[[], object]] = [

@@ -1,5 +1,6 @@
-"""The blocking face: the same verbs from programs without an event loop."""
+"""`regd_client.blocking`: the same verbs for programs without an event loop."""
 
+import asyncio
 import inspect
 import os
 import signal
@@ -18,6 +19,7 @@ from regd_client import blocking, process_registration, protocol
 from regd_client.blocking import client_thread
 from tests.support.daemon import WAIT_S, DaemonProcess, environment
 from tests.support.polling import block_until
+from tests.support.registries import comparable
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +61,62 @@ def test_the_verbs() -> None:
         blocking.register("no name", 1)
 
 
-def test_it_is_there_again_after_the_daemon_was_restarted(process: DaemonProcess) -> None:
+def test_threads_and_an_event_loop() -> None:
+    """One thread registers and resolves while an event loop watches."""
+    results: list[object] = []
+    with blocking.listen("first") as listening:
+
+        async def watch() -> list[str]:
+            events = []
+            async with asyncio.timeout(WAIT_S):
+                async for event in regd_client.watch():
+                    events.append(f"{event.kind} {event.endpoint.name if event.endpoint else ''}".strip())
+                    if event.kind == "sync":
+                        thread.start()
+                    if events[-1] == "up third":
+                        return events
+            raise AssertionError(events)
+
+        def work() -> None:
+            results.append(blocking.resolve("first", wait=WAIT_S))
+            blocking.register("second", listening.port)
+            results.append(blocking.resolve("second", wait=WAIT_S).port)
+            blocking.register("third", 3, static=True)
+
+        thread = threading.Thread(target=work)
+        assert asyncio.run(watch(), debug=True) == ["up first", "sync", "up second", "up third"]
+        thread.join(WAIT_S)
+        assert results == [listening.endpoint, listening.port]
+        blocking.deregister("second")
+        blocking.deregister("third")
+
+
+def test_blocking_connection() -> None:
+    with blocking.BlockingConnection() as one, blocking.BlockingConnection() as two:
+        assert one.ask("ping") == {"ok": True}
+        assert comparable(one.ask("register", name="a", port=1, hold=True)) == {"ok": True, "name": "a", "instance": "", "host": "127.0.0.1", "port": 1, "rev": 1}  # fmt: skip
+        assert comparable(two.ask("register", name="a", port=2)) == {"ok": False, "error": "conflict", "owner": {"connection": True}, "rev": 1}  # fmt: skip
+        assert two.ask("resolve", name="b", wait=0.01)["error"] == "timeout"
+        assert two.ask("watch", name="a")["watch"] == 1
+        events = two.events()
+        assert [next(events)["event"], next(events)["event"]] == ["up", "sync"]
+        one.close()
+        assert next(events)["reason"] == "connection closed"
+
+
+def test_wait_ends_when_another_thread_registers() -> None:
+    ports: list[object] = []
+    with blocking.listen("other") as listening, blocking.BlockingConnection(timeout_s=WAIT_S) as connection:
+        waiter = threading.Thread(
+            target=lambda: ports.append(connection.ask("resolve", name="a", wait=WAIT_S)["port"])
+        )
+        waiter.start()
+        with blocking.register("a", listening.port):
+            waiter.join(WAIT_S)
+        assert ports == [listening.port]
+
+
+def test_registration_returns_after_a_restart(process: DaemonProcess) -> None:
     registration = blocking.register("web", 1)
     process.end(signal.SIGKILL)
     process.registry.unlink()
@@ -83,7 +140,7 @@ def test_lost() -> None:
 def test_listen() -> None:
     with blocking.listen("web") as listening:
         assert blocking.resolve("web", wait=WAIT_S) == listening.endpoint
-        probe, _ = listening.socket.accept()  # the daemon's, who saw that it is reachable
+        probe, _ = listening.socket.accept()  # the daemon's probe
         probe.close()
         assert listening.port == listening.endpoint.port
         assert listening.socket.getblocking()
@@ -91,8 +148,8 @@ def test_listen() -> None:
     assert listening.socket.fileno() == -1
 
 
-def test_each_process_has_a_thread_of_its_own() -> None:
-    """A child that was forked registers for itself, and its end leaves the parent's alone."""
+def test_forked_child_has_its_own_thread() -> None:
+    """A forked child registers for itself, and its end does not affect the parent's registration."""
     with blocking.register("parent", 1):
         child = os.fork()
         if child == 0:
@@ -174,14 +231,14 @@ Heard = list[list[dict[str, object]]]
 
 @pytest.fixture
 def heard() -> Iterator[Heard]:
-    """What is registered whenever the program's own handler of SIGTERM is called."""
-    got: Heard = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
-    timer = signal.setitimer(signal.ITIMER_REAL, 0.0)  # pytest-timeout's
+    """Install a handler of SIGTERM; yield what was registered at each of its calls."""
+    calls: Heard = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
+    timer = signal.setitimer(signal.ITIMER_REAL, 0.0)  # stop the timer of pytest-timeout
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, lambda number, frame: got.append(instances()))
-    yield got
-    for number, handler in before.items():
+    signal.signal(signal.SIGTERM, lambda number, frame: calls.append(instances()))
+    yield calls
+    for number, handler in handlers.items():
         signal.signal(number, handler)
     signal.setitimer(signal.ITIMER_REAL, *timer)
 
@@ -191,7 +248,7 @@ def connections() -> int:
         return int(connection.ask("stats")["connections"])
 
 
-def test_a_server_hears_of_its_end_when_the_name_has_gone(heard: Heard) -> None:
+def test_server_gets_the_signal_after_the_name_is_withdrawn(heard: Heard) -> None:
     blocking.register_process("web", 1, drain_s=0.0)
     assert len(instances()) == 1
     os.kill(os.getpid(), signal.SIGTERM)
@@ -200,16 +257,16 @@ def test_a_server_hears_of_its_end_when_the_name_has_gone(heard: Heard) -> None:
     assert len(heard) == 2
 
 
-def test_nothing_stays_behind_in_a_process_that_forks_workers(heard: Heard) -> None:
+def test_process_that_forks_workers_has_no_threads_left(heard: Heard) -> None:
     threads = threading.active_count()
     blocking.register_process("web", 1, meta={"zone": "a"})
     assert threading.active_count() == threads
-    block_until(lambda: connections() == 1)  # the one that asks
+    block_until(lambda: connections() == 1)  # that of this request
     [found] = instances()
     assert (found["pid"], found["meta"], "hold" in found) == (os.getpid(), {"zone": "a"}, False)
 
 
-def test_a_forked_worker_that_is_told_to_end_leaves_the_name(heard: Heard) -> None:
+def test_signal_to_a_forked_worker_keeps_the_name(heard: Heard) -> None:
     blocking.register_process("web", 1)
     if not (pid := os.fork()):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -218,7 +275,7 @@ def test_a_forked_worker_that_is_told_to_end_leaves_the_name(heard: Heard) -> No
     assert len(instances()) == 1
 
 
-def test_a_name_of_several_processes_stays_until_the_last_leaves(heard: Heard) -> None:
+def test_name_of_several_processes_lives_until_the_last_leaves(heard: Heard) -> None:
     with subprocess.Popen(["sleep", "1000"]) as other:
         try:
             with blocking.BlockingConnection() as connection:
@@ -232,7 +289,7 @@ def test_a_name_of_several_processes_stays_until_the_last_leaves(heard: Heard) -
     block_until(lambda: instances() == [])
 
 
-def test_a_name_that_is_somebody_elses_by_now_stays(heard: Heard) -> None:
+def test_name_taken_over_by_another_program_stays(heard: Heard) -> None:
     blocking.register_process("web", 1, drain_s=0.0)
     with blocking.BlockingConnection() as connection:
         assert connection.ask("register", name="web", port=2, force=True)["ok"]
@@ -240,9 +297,7 @@ def test_a_name_that_is_somebody_elses_by_now_stays(heard: Heard) -> None:
     assert [found["port"] for found in heard[0]] == [2]
 
 
-def test_a_daemon_that_cannot_see_the_process_sees_a_connection(
-    heard: Heard, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unseen_process_holds_its_name_by_connection(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "own_host", lambda: {"boot": "another", "pid_namespace": "pid:[1]"})
     blocking.register_process("web", 1, drain_s=0.0)
     [found] = instances()
@@ -253,8 +308,8 @@ def test_a_daemon_that_cannot_see_the_process_sees_a_connection(
     block_until(lambda: connections() == 1)
 
 
-def test_a_signal_while_it_is_being_registered(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server hears of it once the name has come, and has gone again."""
+def test_signal_during_registration(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's handler is called after the name is registered and withdrawn again."""
     ask = blocking.BlockingConnection.ask
     asked: list[str] = []
 
@@ -271,14 +326,14 @@ def test_a_signal_while_it_is_being_registered(heard: Heard, monkeypatch: pytest
     assert "deregister" in asked
 
 
-def test_what_cannot_be_registered_holds_no_signal(heard: Heard) -> None:
+def test_failed_registration_leaves_the_signal_handlers(heard: Heard) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(regd_client.BadArgument):
         blocking.register_process("no name", 1)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_server_whose_name_another_owner_has_waits_for_it(
+def test_server_waits_for_a_name_with_another_owner(
     heard: Heard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(process_registration, "_PAUSE_S", 0.01)
@@ -298,7 +353,7 @@ def stats() -> dict[str, Any]:
         return connection.ask("stats")
 
 
-def test_a_server_that_ends_before_it_is_registered_is_not_tried_again(
+def test_server_that_ends_before_it_is_registered_is_not_retried(
     heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process_registration, "_PAUSE_S", 0.01)
@@ -311,7 +366,7 @@ def test_a_server_that_ends_before_it_is_registered_is_not_tried_again(
     assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
 
 
-def test_where_no_timer_can_be_had_it_is_an_error_at_once(heard: Heard) -> None:
+def test_error_where_no_timer_can_be_created(heard: Heard) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with blocking.BlockingConnection() as owner:
         owner.ask("register", name="web", port=2, hold=True)
@@ -323,7 +378,7 @@ def test_where_no_timer_can_be_had_it_is_an_error_at_once(heard: Heard) -> None:
         assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_program_that_ends_leaves_nothing_half_done() -> None:
+def test_program_ends_cleanly() -> None:
     program = "from regd_client import blocking; blocking.register('web', 1); print(blocking.resolve('web'))"
     done = run(program, "-X", "dev", "-W", "error")
     assert (done.returncode, done.stdout, done.stderr) == (0, "127.0.0.1:1\n", "")
@@ -331,7 +386,7 @@ def test_a_program_that_ends_leaves_nothing_half_done() -> None:
         blocking.resolve("web")
 
 
-def test_a_child_that_was_forked_and_ends_leaves_the_parents_thread_alone() -> None:
+def test_end_of_a_forked_child_leaves_the_parents_thread() -> None:
     program = """if True:
     import os
     from regd_client import blocking
@@ -340,16 +395,16 @@ def test_a_child_that_was_forked_and_ends_leaves_the_parents_thread_alone() -> N
             _, status = os.wait()
             print(status, blocking.resolve("web"))
 """
-    done = run(program, "-W", "ignore::DeprecationWarning")  # from 3.12 on forking with threads is one
+    done = run(program, "-W", "ignore::DeprecationWarning")  # Python 3.12 and later warn of a fork with threads
     assert (done.stdout, done.stderr) == ("0 127.0.0.1:1\n", "")
 
 
-def test_what_regctl_uses_imports_no_event_loop() -> None:
+def test_blocking_connection_does_not_import_asyncio() -> None:
     program = "import sys; from regd_client.blocking_connection import BlockingConnection; BlockingConnection().ask('ping'); print('asyncio' in sys.modules, 'threading' in sys.modules)"
     assert run(program, "-S").stdout == "False False\n"
 
 
-def test_a_bug_in_the_thread_is_the_callers() -> None:
+def test_exception_in_the_thread_is_raised_in_the_caller() -> None:
     async def buggy() -> None:
         raise ZeroDivisionError
 
@@ -357,7 +412,7 @@ def test_a_bug_in_the_thread_is_the_callers() -> None:
         client_thread().call(buggy())
 
 
-def test_a_client_has_every_verb(process: DaemonProcess) -> None:
+def test_client_has_every_verb(process: DaemonProcess) -> None:
     for name, verb in inspect.getmembers(regd_client.Client, inspect.isfunction):
         if not name.startswith("_"):
             here = inspect.signature(getattr(blocking.Client, name))
@@ -387,7 +442,7 @@ def test_a_client_has_every_verb(process: DaemonProcess) -> None:
         assert client.stats(timeout=WAIT_S)["watches"] == 0
 
 
-def test_a_client_that_is_closed_ends_its_watch(process: DaemonProcess) -> None:
+def test_closed_client_ends_its_watch(process: DaemonProcess) -> None:
     client = blocking.Client(process.addresses[0])
     events = client.watch()
     assert next(events).kind == "sync"
@@ -395,7 +450,7 @@ def test_a_client_that_is_closed_ends_its_watch(process: DaemonProcess) -> None:
     assert list(events) == []
 
 
-def test_a_child_that_was_forked_has_a_client_of_its_own(process: DaemonProcess) -> None:
+def test_forked_child_has_its_own_client(process: DaemonProcess) -> None:
     with blocking.Client(process.addresses[0]) as client:
         client.register("web", 1)
         child = os.fork()
@@ -432,14 +487,14 @@ LATE = """if True:
 
 
 @pytest.mark.parametrize("how", ["atexit.register(late)", "kept = Late()"])
-def test_at_the_end_of_the_process_it_is_silent_or_unavailable(how: str) -> None:
+def test_call_at_process_exit_is_silent_or_unavailable(how: str) -> None:
     done = run(LATE.replace("EARLIER", how), "-X", "dev", "-W", "error")
     said = "this process is ending: regd_client.blocking can be used no more\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, 3 * said, "")
 
 
 @pytest.mark.parametrize("make", ["regd_client.watch()", "client.watch()"])
-def test_watches_that_are_abandoned_at_the_end_of_a_loop(make: str) -> None:
+def test_watch_abandoned_at_the_end_of_a_loop(make: str) -> None:
     program = f"""if True:
     import asyncio, regd_client
     async def main():
@@ -453,7 +508,7 @@ def test_watches_that_are_abandoned_at_the_end_of_a_loop(make: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_clock_that_stands_still_hangs_nothing() -> None:
+def test_stopped_clock_does_not_block_the_client() -> None:
     pytest.importorskip("freezegun")
     program = """if True:
     import asyncio, freezegun, regd_client

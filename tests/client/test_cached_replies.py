@@ -1,4 +1,4 @@
-"""What is remembered of questions and replies is what writing and reading them anew would give."""
+"""The caches of encoded requests and decoded replies return what encoding and decoding would."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ SAID = b'"name":"a","instance":"","host":"h","port":1,"meta":{"k":"v"},"state":"
         {},
     ],
 )
-def test_a_question_is_written_as_ever(arguments: dict[str, Any]) -> None:
+def test_cached_request_equals_an_encoded_one(arguments: dict[str, Any]) -> None:
     for id in (1, 2, 10**15):
         assert protocol.cached_request("resolve", id, arguments) == protocol.encode_request(
             "resolve", id, arguments
@@ -41,14 +41,14 @@ def test_a_question_is_written_as_ever(arguments: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["\ud800", "x" * 70_000, {1, 2}])
-def test_a_question_that_cannot_be_asked(name: object) -> None:
+def test_request_that_cannot_be_encoded(name: object) -> None:
     for _ in range(2):
         with pytest.raises(regd_client.BadArgument):
             protocol.cached_request("resolve", 1, {"name": name})
 
 
 @pytest.mark.parametrize("meta", [{}, {"k": 'v"},{'}, {"k": "é" * 200}])
-def test_a_reply_is_read_as_ever(meta: dict[str, str]) -> None:
+def test_cached_reply_equals_a_decoded_one(meta: dict[str, str]) -> None:
     for id in (1, 2, 10**15):
         line = json.dumps({"ok": True, "id": id, **FIELDS, "meta": meta}, separators=(",", ":")).encode()
         number, said = protocol.split_reply(line)
@@ -72,17 +72,17 @@ def test_a_reply_is_read_as_ever(meta: dict[str, str]) -> None:
         b'{"id":7,"ok":true,"name":"a"}',
     ],
 )
-def test_other_lines_are_none_of_its(line: bytes) -> None:
+def test_other_replies_are_not_cached(line: bytes) -> None:
     assert protocol.split_reply(line) == (0, b"")
 
 
 @pytest.mark.parametrize("said", [b"", b"}", b'"name":"a"', b'"event":"up"}', b"[]}", b"\xff}"])
-def test_what_is_no_reply(said: bytes) -> None:
+def test_invalid_reply(said: bytes) -> None:
     with pytest.raises(regd_client.RegdError, match="not a regd reply"):
         protocol.cached_reply(said)
 
 
-def test_there_are_so_many_and_none_is_long() -> None:
+def test_caches_are_bounded() -> None:
     for n in range(2 * protocol._CACHED_MAX):
         protocol.cached_request("resolve", 1, {"name": f"n{n}"})
         protocol.cached_reply(SAID % n)
@@ -95,7 +95,7 @@ def test_there_are_so_many_and_none_is_long() -> None:
 
 @pytest.mark.socket
 @pytest.mark.parametrize("said", [b'"id":1,{}', b'"id":1,"event":"up"}', b'"event":"up","id":1}', b'"name":"a"}'])
-async def test_who_answers_with_nonsense_is_no_regd(said: bytes) -> None:
+async def test_invalid_reply_is_unavailable(said: bytes) -> None:
     async def other(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readline()
         writer.write(b'{"ok":true,' + said + b"\n")
@@ -108,14 +108,14 @@ async def test_who_answers_with_nonsense_is_no_regd(said: bytes) -> None:
 
 
 @pytest.mark.socket
-async def test_whoever_changes_what_it_got_changes_nobody_elses(process: DaemonProcess) -> None:
+async def test_endpoints_do_not_share_meta(process: DaemonProcess) -> None:
     async with Client(process.addresses[0]) as client:
         await client.register("a", 1, meta={"k": "v"})
-        found = [await client.resolve("a") for _ in range(2)]
-        found += await asyncio.gather(client.resolve("a"), client.resolve("a"))
-        for instance in found:
-            assert instance.meta == {"k": "v"}
-            instance.meta.clear()  # type: ignore[attr-defined]
+        endpoints = [await client.resolve("a") for _ in range(2)]
+        endpoints += await asyncio.gather(client.resolve("a"), client.resolve("a"))
+        for endpoint in endpoints:
+            assert endpoint.meta == {"k": "v"}
+            endpoint.meta.clear()  # type: ignore[attr-defined]
         assert (await client.resolve("a")).meta == {"k": "v"}
         await client.update("a", {"k": "w"})
         assert (await client.resolve("a")).meta == {"k": "w"}

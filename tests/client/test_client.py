@@ -1,9 +1,8 @@
-"""The async client against a daemon in the same loop: its verbs, its errors, one connection for many tasks."""
+"""The async client against a daemon in the same loop: functions, the shared connection, broken connections."""
 
 import asyncio
 import gc
 import json
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ def address(daemon: InLoop, monkeypatch: pytest.MonkeyPatch) -> str:
     return found
 
 
-async def test_the_ten_lines(daemon: InLoop) -> None:
+async def test_functions(daemon: InLoop) -> None:
     reg = await regd_client.register("runner", 5050)
     found = await regd_client.resolve("runner")
     assert (found.name, found.instance, found.host, found.port, found.meta) == (
@@ -43,7 +42,7 @@ async def test_the_ten_lines(daemon: InLoop) -> None:
     with pytest.raises(LookupError):
         await regd_client.deregister("runner")
     async with asyncio.timeout(WAIT_S):
-        while daemon.server.connections:  # nothing stays open behind the functions
+        while daemon.server.connections:  # the functions close their connections
             await asyncio.sleep(0)
 
 
@@ -53,13 +52,13 @@ async def test_a_static_registration_stays(daemon: InLoop) -> None:
     await regd_client.deregister("a")
 
 
-async def test_leaving_spares_what_another_registered_meanwhile() -> None:
+async def test_deregister_spares_a_newer_registration() -> None:
     async with regd_client.register("a", 1):
         await regd_client.register("a", 2)
     assert (await regd_client.resolve("a")).port == 2
 
 
-async def test_leaving_takes_what_another_only_labelled() -> None:
+async def test_deregister_after_another_client_updated_meta() -> None:
     async with Client() as client:
         async with regd_client.register("a", 1):
             await client.update("a", {"k": "v"})
@@ -67,32 +66,7 @@ async def test_leaving_takes_what_another_only_labelled() -> None:
             await client.resolve("a")
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "builtin"),
-    [
-        (lambda c: c.resolve("nobody"), regd_client.NotFound, LookupError),
-        (lambda c: c.resolve("BAD"), regd_client.BadArgument, ValueError),
-        (lambda c: c.register("a", 0)._register(), regd_client.BadArgument, ValueError),
-        (lambda c: c.update("a", {"k": "v" * 70_000}), regd_client.BadArgument, ValueError),
-        (
-            lambda c: c._ask("register", name="a", port=1, **{"if": 3}),
-            regd_client.Conflict,
-            regd_client.RegdError,
-        ),
-        (lambda c: c._ask("nonsense"), regd_client.RegdError, regd_client.RegdError),
-    ],
-)
-async def test_errors_are_also_builtin(
-    call: Callable[[Client], Awaitable[object]], error: type[Exception], builtin: type[Exception]
-) -> None:
-    async with Client() as client:
-        with pytest.raises(error) as raised:
-            await call(client)
-        assert isinstance(raised.value, builtin)
-        await client.ping()  # the connection is as good as before
-
-
-async def test_many_tasks_share_one_connection_and_get_their_own_answers(daemon: InLoop) -> None:
+async def test_many_tasks_share_one_connection(daemon: InLoop) -> None:
     async with Client() as client:
         for n in range(50):
             await client.register(f"n{n}", 1 + n)
@@ -107,13 +81,13 @@ async def test_many_tasks_share_one_connection_and_get_their_own_answers(daemon:
         assert len(daemon.server.connections) == 1
 
 
-async def test_a_cancelled_call_harms_no_other(daemon: InLoop) -> None:
+async def test_cancelled_call_does_not_affect_others(daemon: InLoop) -> None:
     async with Client() as client:
         for n in range(20):
             await client.register(f"n{n}", 1 + n)
-        for turns in range(6):
+        for iterations in range(6):
             tasks = [asyncio.create_task(client.resolve(f"n{n}")) for n in range(20)]
-            for _ in range(turns):
+            for _ in range(iterations):
                 await asyncio.sleep(0)
             for task in tasks[::2]:
                 task.cancel()
@@ -124,7 +98,7 @@ async def test_a_cancelled_call_harms_no_other(daemon: InLoop) -> None:
                     assert result.port == 1 + n
 
 
-async def test_cancelling_who_connects_harms_no_other() -> None:
+async def test_cancelled_connect_does_not_affect_others() -> None:
     client = Client()
     first, second = asyncio.create_task(client.ping()), asyncio.create_task(client.ping())
     await asyncio.sleep(0)
@@ -135,7 +109,7 @@ async def test_cancelling_who_connects_harms_no_other() -> None:
     await client.close()
 
 
-async def test_a_broken_connection_is_told_and_the_next_call_has_another(daemon: InLoop) -> None:
+async def test_broken_connection_is_reported_and_replaced(daemon: InLoop) -> None:
     async with Client() as client:
         await client.ping()
         waiting = asyncio.create_task(client.ping())
@@ -154,17 +128,7 @@ async def test_no_daemon_is_unavailable_in_time(tmp_path: Path) -> None:
     assert "unix://" in str(raised.value)
 
 
-async def test_who_is_no_regd_is_told() -> None:
-    async def web(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-        writer.close()
-
-    async with await asyncio.start_server(web, "127.0.0.1", 0) as server:
-        with pytest.raises(regd_client.RegdError, match="not a regd reply"):
-            await Client(f"127.0.0.1:{server.sockets[0].getsockname()[1]}").ping()
-
-
-async def test_a_reply_goes_to_whoever_asked_whatever_the_order() -> None:
+async def test_replies_out_of_order_reach_their_callers() -> None:
     async def backwards(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         lines = [json.loads(await reader.readline()) for _ in range(3)]
         for fields in reversed(lines):
@@ -187,7 +151,7 @@ async def test_a_reply_goes_to_whoever_asked_whatever_the_order() -> None:
     assert [(endpoint.name, endpoint.port) for endpoint in found] == [("a1", 1), ("a2", 2), ("a3", 3)]
 
 
-async def test_a_list_of_several_pages_is_whole(daemon: InLoop) -> None:
+async def test_list_of_several_pages_is_complete(daemon: InLoop) -> None:
     async with Client() as client:
         async with asyncio.TaskGroup() as group:
             for n in range(1_050):
@@ -196,7 +160,7 @@ async def test_a_list_of_several_pages_is_whole(daemon: InLoop) -> None:
         assert len(await client.instances("w*")) == 1_050
 
 
-def test_several_event_loops_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_consecutive_event_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with DaemonProcess(tmp_path / "own.json") as process:
         process.start()
         monkeypatch.setenv("REGD_ADDRESS", process.addresses[0])
@@ -206,10 +170,10 @@ def test_several_event_loops_one_after_another(tmp_path: Path, monkeypatch: pyte
             return (await regd_client.resolve("a")).port
 
         assert [asyncio.run(once(n)) for n in range(3)] == [1, 2, 3]
-    gc.collect()  # a socket left open would warn, and a warning is an error
+    gc.collect()  # an open socket would cause a ResourceWarning, which is an error
 
 
-async def test_the_daemon_comes_a_moment_later(tmp_path: Path) -> None:
+async def test_call_waits_for_a_daemon_that_starts_later(tmp_path: Path) -> None:
     path = tmp_path / "late"
     client = Client(f"unix://{path}", connect_timeout_s=WAIT_S)
     asked = asyncio.create_task(client.ping())

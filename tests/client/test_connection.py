@@ -1,4 +1,4 @@
-"""How a connection sends and reads: in few pieces, however the daemon's lines are cut."""
+"""A connection sends requests in few chunks, and reads replies however they are split."""
 
 import asyncio
 from typing import Any
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.socket
 
 
 class Sending:
-    """A transport that counts the lines of each piece that is sent."""
+    """A transport that counts the lines of each chunk that is sent."""
 
     def __init__(self, connection: Connection) -> None:
         self.pieces: list[int] = []
@@ -30,7 +30,7 @@ class Sending:
         return getattr(self._transport, name)
 
 
-async def test_what_many_ask_in_one_turn_is_sent_as_one(daemon: InLoop) -> None:
+async def test_requests_of_one_loop_iteration_are_sent_together(daemon: InLoop) -> None:
     async with Client(f"127.0.0.1:{daemon.port}") as client:
         sending = Sending(await client._connect())
         for many in (50, 1, 50):
@@ -40,7 +40,7 @@ async def test_what_many_ask_in_one_turn_is_sent_as_one(daemon: InLoop) -> None:
         assert sending.pieces == [50] * 3 + [1] * 3 + [1, 49] + [50] * 2
 
 
-async def test_who_asks_alone_waits_for_no_turn_of_the_loop(daemon: InLoop) -> None:
+async def test_single_request_is_sent_at_once(daemon: InLoop) -> None:
     async with Client(f"127.0.0.1:{daemon.port}") as client:
         connection = await client._connect()
         await connection.ask("ping", {})
@@ -58,7 +58,7 @@ async def test_who_asks_alone_waits_for_no_turn_of_the_loop(daemon: InLoop) -> N
 
 
 class Nowhere(asyncio.Transport):
-    """A transport that takes everything and brings nothing."""
+    """A transport that discards what is sent."""
 
     def write(self, data: object) -> None:
         pass
@@ -74,7 +74,7 @@ INSTANCE = b'"instance":"","host":"h","port":1,"meta":{},"state":"ready","rev":5
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50, 64, 1_000, 100_000])
-async def test_lines_may_be_cut_anywhere(size: int) -> None:
+async def test_replies_do_not_depend_on_how_they_are_split(size: int) -> None:
     heard: list[Any] = []
     connection = Connection(Address("h", 1), lambda connection, event: heard.append(event["name"]))
     connection.connection_made(Nowhere())

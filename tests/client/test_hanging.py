@@ -1,4 +1,4 @@
-"""A daemon that says nothing more, or is not there, is noticed in the time that was promised."""
+"""A hanging or absent daemon is detected within the documented time."""
 
 import asyncio
 import contextlib
@@ -26,14 +26,14 @@ LATE_S = 0.3  # of a machine that is busy: less than QUIET_S
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client's patience, some thirty times as short."""
+    """Shorten the client's timeouts to about a thirtieth."""
     monkeypatch.setattr(registrar, "_SILENT_S", QUIET_S)
     monkeypatch.setattr(connection_module, "HANGS_S", HANGS_S)
     monkeypatch.setattr(connection_module, "_RECHECK_S", AGAIN_S)
     monkeypatch.setattr(connection_module, "_CLOSE_S", 0.1)
 
 
-async def test_a_call_to_a_daemon_that_hangs_ends(relay: Relay) -> None:
+async def test_call_to_a_hanging_daemon_ends(relay: Relay) -> None:
     async with Client() as client:
         relay.flowing.clear()
         with pytest.raises(regd_client.Unavailable, match="no answer for"):
@@ -41,7 +41,7 @@ async def test_a_call_to_a_daemon_that_hangs_ends(relay: Relay) -> None:
 
 
 @pytest.mark.parametrize("data", [b" ", b'{"event":"progress","watch":1,"rev":1}\n'], ids=["a line", "events"])
-async def test_a_call_to_one_that_drips_an_answer_without_an_end_ends(data: bytes) -> None:
+async def test_call_ends_if_the_reply_drips_without_an_end(data: bytes) -> None:
     async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while True:
@@ -60,7 +60,7 @@ async def test_a_call_to_one_that_drips_an_answer_without_an_end_ends(data: byte
             await over.wait()
 
 
-async def test_a_wait_at_a_daemon_that_hangs_ends(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_wait_at_a_hanging_daemon_ends(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "_REPLY_S", 0.1)
     async with Client() as client:
         relay.flowing.clear()
@@ -71,8 +71,8 @@ async def test_a_wait_at_a_daemon_that_hangs_ends(relay: Relay, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("timeout_s", [0.05, WAIT_S])
-async def test_a_wait_without_a_daemon_is_as_long_as_it_said(tmp_path: Path, timeout_s: float) -> None:
-    """Whether one attempt to connect is shorter or longer."""
+async def test_wait_without_a_daemon_lasts_as_long_as_requested(tmp_path: Path, timeout_s: float) -> None:
+    """The time of one attempt to connect may be shorter or longer than the wait."""
     client = Client(f"unix://{tmp_path}/none", connect_timeout_s=timeout_s)
     began = time.monotonic()
     with pytest.raises(regd_client.Unavailable, match="No such file"):
@@ -81,34 +81,34 @@ async def test_a_wait_without_a_daemon_is_as_long_as_it_said(tmp_path: Path, tim
     await client.close()
 
 
-async def test_the_longest_wait_is_not_longer(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums of floats are not exact, and the daemon takes 3,600 s at most."""
+async def test_longest_wait_is_not_exceeded(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum of floats may exceed 3,600 s, the daemon's maximum."""
     now = 2057.667004242337
     assert (now + 3_600) - now > 3_600
     monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=lambda: now))
     async with Client() as client:
         waiting = asyncio.create_task(client.resolve("nobody", wait=3_600))
         await until(lambda: relay.count("resolve"))
-        assert relay.said[-1]["wait"] <= 3_600
+        assert relay.requests[-1]["wait"] <= 3_600
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
 
 
-async def test_a_loop_that_was_held_up_hears_before_it_judges(process: DaemonProcess) -> None:
-    """Some loops look at what is due before they read."""
+async def test_blocked_loop_reads_replies_before_timeouts(process: DaemonProcess) -> None:
+    """Some event loops run timers before they read from sockets."""
     async with Client(process.addresses[0]) as client:
         connection = await client._connect()
         asked = asyncio.create_task(client.ping())
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        time.sleep(2 * HANGS_S)  # noqa: ASYNC251 - the answer comes meanwhile, and so does the time to look for it
+        time.sleep(2 * HANGS_S)  # noqa: ASYNC251 - meanwhile the reply arrives and the timer expires
         assert connection._watchdog is not None
         connection._watchdog.cancel()
         connection._check()
         await asked
 
 
-async def test_closing_waits_for_no_daemon_that_reads_nothing() -> None:
+async def test_close_does_not_wait_for_a_daemon_that_does_not_read() -> None:
     async def deaf(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         reading = writer.transport
         assert isinstance(reading, asyncio.ReadTransport)
@@ -120,7 +120,7 @@ async def test_closing_waits_for_no_daemon_that_reads_nothing() -> None:
     async with await asyncio.start_server(deaf, "127.0.0.1", 0) as server:
         client = Client(f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
         connection = await client._connect()
-        for _ in range(200):  # far more than the kernel takes
+        for _ in range(200):  # far more than the kernel buffers
             connection.post("update", {"name": "a", "meta": {"k": "v" * 60_000}})
         await asyncio.sleep(0)
         async with asyncio.timeout(WAIT_S):
@@ -128,10 +128,10 @@ async def test_closing_waits_for_no_daemon_that_reads_nothing() -> None:
         over.set()
 
 
-async def test_a_mirror_of_a_daemon_that_hangs_is_not_live_in_time(relay: Relay) -> None:
+async def test_mirror_of_a_hanging_daemon_is_not_live(relay: Relay) -> None:
     async with Client() as client, client.mirror("*", stale_s_max=0.0) as mirror:
         last_word_at = time.monotonic()
         relay.flowing.clear()
         await until(lambda: not mirror.live)
         assert time.monotonic() - last_word_at < QUIET_S + HANGS_S + 2 * AGAIN_S + LATE_S
-        assert mirror.stale_s > QUIET_S + HANGS_S - LATE_S  # it has been away since it was last heard
+        assert mirror.stale_s > QUIET_S + HANGS_S - LATE_S  # counted from the last message of the daemon

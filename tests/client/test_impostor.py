@@ -1,4 +1,4 @@
-"""What answers at the address may be no regd, and hostile: nothing that it sends is used before it was checked."""
+"""The peer may be another program, and hostile: the client checks every reply before it uses it."""
 
 import asyncio
 import contextlib
@@ -122,7 +122,7 @@ EVENTS: list[dict[str, Any]] = [
     {"event": "reset", "watch": 1, "rev": 9},
     {"event": "lost", "name": "db", "instance": "1", "reason": "replaced", "rev": 8},
 ]
-# Each of these is sent as it is written: some of them no encoder would make.
+# Sent as written here, since no JSON encoder would produce some of these lines.
 JUNK = [
     "null", "true", "false", "0", "1", "-1", "1.5", "1e999", "NaN", "-Infinity", "9" * 30, "1" + "0" * 5_000,
     '""', '"$(touch pwned)"', '"127.0.0.1 X=1"', '"a\\nb"', '"\\ud800"', '"\\u0000"', '"' + "x" * 300 + '"',
@@ -155,7 +155,7 @@ def put(
 
 
 def spoilt(fields: dict[str, Any], junks: list[str] = JUNK) -> Iterator[str]:
-    """Yield a valid line with one part of it missing, of another type, or of another value; and lines that are none."""
+    """Yield variants of a valid line, each with a part missing, of another type or value; then lines of junk."""
     for path in [*paths(fields), ("unknown",)]:
         if path != ("unknown",):
             yield json.dumps(put(fields, path, drop=True))
@@ -172,11 +172,11 @@ def with_id(line: str, id: object) -> bytes:
 
 
 class Impostor:
-    """`says` are the lines of the replies, by command; what is not there is answered as a daemon would."""
+    """A server that answers as regd does, except for the commands in `says`, which has the lines to send."""
 
     def __init__(self) -> None:
         self.says: dict[str, str] = {}
-        self.pages: Iterator[str] = iter(())  # of `list`, one after the other
+        self.pages: Iterator[str] = iter(())  # consecutive replies to `list`
         self.address = ""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -190,11 +190,11 @@ class Impostor:
 
 @asynccontextmanager
 async def impostor() -> AsyncIterator[Impostor]:
-    made = Impostor()
-    server = await asyncio.start_server(made.serve, "127.0.0.1", 0)
+    impostor = Impostor()
+    server = await asyncio.start_server(impostor.serve, "127.0.0.1", 0)
     async with server:
-        made.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        yield made
+        impostor.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        yield impostor
 
 
 async def leave(client: Client) -> None:
@@ -224,7 +224,7 @@ CALLS: dict[str, list[Callable[[Client], Awaitable[object]]]] = {
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("cmd", CALLS)
 @pytest.mark.parametrize("refusal", [False, True])
-async def test_a_verb_raises_no_other_error(
+async def test_verb_raises_only_documented_errors(
     cmd: str, refusal: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registration, "_WITHDRAW_S", 0.001)
@@ -248,8 +248,10 @@ async def test_a_verb_raises_no_other_error(
 
 @pytest.mark.parametrize("cmd", REPLIES)
 @pytest.mark.parametrize("refusal", [False, True])
-def test_a_command_raises_no_other_error(cmd: str, refusal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`regctl` is built on this: whatever it returns is fit to be used."""
+def test_blocking_connection_raises_only_documented_errors(
+    cmd: str, refusal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`regctl` uses this class and relies on its checks."""
     cmd, *everything = cmd.split()
     asked = {"all": True} if everything else {}
     valid = REFUSAL if refusal else REPLIES[" ".join([cmd, *everything])]
@@ -270,8 +272,8 @@ def test_a_command_raises_no_other_error(cmd: str, refusal: bool, monkeypatch: p
                     json.dumps(reply)
 
 
-async def test_pages_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full ones are too many instances, empty ones too many pages."""
+async def test_endless_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full pages end at the limit of instances, empty pages at the limit of pages."""
     monkeypatch.setattr(protocol, "INSTANCES_MAX", 5)
     monkeypatch.setattr(protocol, "PAGES_MAX", 9)
     async with impostor() as other, Client(other.address) as client:
@@ -287,7 +289,7 @@ async def test_pages_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
             assert len(await client.instances()) == len(instances) * (most - 1)
 
 
-def test_a_snapshot_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "INSTANCES_MAX", 5)
     follow = WatchState("*", None, lambda event: None)
     follow.begin(cast(Any, None))
@@ -300,7 +302,7 @@ def test_a_snapshot_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event["event"])
-async def test_an_event_raises_no_other_error(event: dict[str, Any]) -> None:
+async def test_event_raises_only_documented_errors(event: dict[str, Any]) -> None:
     for line in [json.dumps(event), *spoilt(event)]:
         connection = Connection(Address("h", 1), lambda connection, event: None)
         connection.connection_made(Nowhere())
@@ -348,7 +350,7 @@ GOOD: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize("key", BAD)
-def test_the_rules_for_values(key: str) -> None:
+def test_value_rules(key: str) -> None:
     lines: list[tuple[str, dict[str, Any]]] = [("resolve", {}), ("resolve", {"all": True}), ("list", {})]
     for value, valid in [*((value, True) for value in GOOD[key]), *((value, False) for value in BAD[key])]:
         fields = {**INSTANCE, key: value}
@@ -362,8 +364,8 @@ def test_the_rules_for_values(key: str) -> None:
 
 
 @pytest.mark.parametrize("cmd", [*REPLIES])
-def test_a_reply_is_whole(cmd: str) -> None:
-    """The optional members may be missing; without any of the others it is no reply."""
+def test_required_members_of_a_reply(cmd: str) -> None:
+    """Only optional members may be missing."""
     optional = {
         "ok",
         "replaced",
@@ -388,7 +390,7 @@ def test_a_reply_is_whole(cmd: str) -> None:
         assert (found == "") is (key in optional), key
 
 
-async def test_a_number_that_nobody_asked_with() -> None:
+async def test_reply_with_an_unknown_id() -> None:
     for id in (2, -1, 0, 10**40, "1", True, 1.5, None, [1], {"a": 1}, "x" * 65):
         connection = Connection(Address("h", 1), lambda connection, event: None)
         connection.connection_made(Nowhere())
@@ -400,7 +402,7 @@ async def test_a_number_that_nobody_asked_with() -> None:
         assert not connection.usable
 
 
-def test_an_instance_that_was_not_asked_for() -> None:
+def test_reply_about_another_instance() -> None:
     other = {**INSTANCE, "name": "docker"}
     asked = {"name": INSTANCE["name"]}
     instance = INSTANCE["instance"]
@@ -420,7 +422,7 @@ def test_an_instance_that_was_not_asked_for() -> None:
         assert "instead of" in replies.result_fault(cmd, asked | arguments, {"ok": True, **reply})
 
 
-def test_pages_that_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_that_do_not_advance(monkeypatch: pytest.MonkeyPatch) -> None:
     page = {"ok": True, "epoch": "e", "rev": 1, "instances": []}
     for after, following, valid in (
         ("b", "b", False),
@@ -434,7 +436,7 @@ def test_pages_that_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (found == "") is valid
 
 
-async def test_a_wait_does_not_wait_for_what_is_no_regd() -> None:
+async def test_wait_fails_at_once_if_the_peer_is_not_a_regd() -> None:
     async with impostor() as other, asyncio.timeout(30), Client(other.address) as client:
         other.says = {"resolve": '{"ok":true}'}
         with pytest.raises(Unavailable, match="not a regd reply") as raised:
@@ -442,7 +444,7 @@ async def test_a_wait_does_not_wait_for_what_is_no_regd() -> None:
     assert raised.value.code == protocol.NOT_REGD
 
 
-async def test_what_a_peer_says_reaches_no_terminal() -> None:
+async def test_text_of_a_peer_is_escaped() -> None:
     async with impostor() as other, Client(other.address) as client:
         other.says = {"ping": '{"ok":false,"error":"busy","message":"\\u001b[2J\\nERROR a\\ud800"}'}
         with pytest.raises(RegdError) as raised:
@@ -450,8 +452,8 @@ async def test_what_a_peer_says_reaches_no_terminal() -> None:
     assert str(raised.value) == r"\x1b[2J\nERROR a\ud800"
 
 
-async def test_a_result_of_a_daemon_to_come() -> None:
-    """Members and events that the client does not know are ignored, and results keep them."""
+async def test_unknown_members_of_a_newer_daemon() -> None:
+    """Unknown events are ignored; unknown members are kept in results."""
     async with impostor() as other, Client(other.address) as client:
         other.says = {"hello": json.dumps({**REPLIES["hello"], "later": {"a": [1]}})}
         assert dict(await client.hello())["later"] == {"a": [1]}
@@ -494,7 +496,7 @@ JSON = st.recursive(
     ),
 )
 @settings(deadline=None, suppress_health_check=list(HealthCheck))
-def test_whatever_is_sent_is_taken_or_refused(cmd: str, change: dict[str, Any]) -> None:
+def test_any_reply_is_accepted_or_refused(cmd: str, change: dict[str, Any]) -> None:
     for valid in (REPLIES[cmd], REFUSAL, *EVENTS):
         fields = {**valid, **change}
         line = json.dumps(fields).encode()

@@ -1,4 +1,4 @@
-"""What somebody leaves ends, and nothing else does, whatever breaks or is cancelled on the way."""
+"""`deregister` and `close` end exactly their own registrations, whatever breaks or is cancelled meanwhile."""
 
 import asyncio
 import time
@@ -21,14 +21,14 @@ REPLACED = "replaced by a newer registration of this process"
 
 @pytest.fixture
 async def other(daemon: InLoop) -> AsyncIterator[Client]:
-    """Somebody else, whose connection does not break."""
+    """A client with a direct connection to the daemon, which does not break."""
     async with Client(f"127.0.0.1:{daemon.port}") as client:
         yield client
 
 
 @asynccontextmanager
 async def stopped(relay: Relay, daemon: InLoop) -> AsyncIterator[None]:
-    """Stop the daemon, which ends nobody's registration; behind it another one has its file and its place."""
+    """Stop the daemon during the block, and start another one on its file at the end. Registrations survive."""
     await daemon.server.stop()
     relay.refuse()
     relay.cut()
@@ -45,10 +45,10 @@ async def gone(client: Client, name: str) -> None:
             await asyncio.sleep(0.001)
 
 
-@pytest.mark.parametrize("turns", range(1, 6))
+@pytest.mark.parametrize("iterations", range(1, 6))
 @pytest.mark.parametrize("connecting", [False, True])
-async def test_a_close_that_is_cancelled_has_closed(
-    relay: Relay, daemon: InLoop, other: Client, turns: int, connecting: bool
+async def test_cancelled_close_has_closed(
+    relay: Relay, daemon: InLoop, other: Client, iterations: int, connecting: bool
 ) -> None:
     client = Client()
     if not connecting:
@@ -56,7 +56,7 @@ async def test_a_close_that_is_cancelled_has_closed(
     asked = asyncio.create_task(client.ping())
     await asyncio.sleep(0)
     closing = asyncio.create_task(client.close())
-    for _ in range(turns):
+    for _ in range(iterations):
         await asyncio.sleep(0)
     closing.cancel()
     await asyncio.gather(closing, asked, return_exceptions=True)
@@ -64,14 +64,14 @@ async def test_a_close_that_is_cancelled_has_closed(
     await until(lambda: len(daemon.server.connections) == 1)
 
 
-@pytest.mark.parametrize("turns", range(0, 60, 3))
-async def test_leaving_after_a_break(relay: Relay, other: Client, turns: int) -> None:
-    """It ends, whatever was under way to make it again, and what other workers of that server have does not."""
+@pytest.mark.parametrize("iterations", range(0, 60, 3))
+async def test_deregister_after_a_broken_connection(relay: Relay, other: Client, iterations: int) -> None:
+    """Also during the re-registration. Registrations of other workers of the server stay."""
     async with Client() as client:
         shared, alone = await client.register("shared", 1), await client.register("alone", 1)
         others = await other.register("shared", 1)
         relay.cut()
-        for _ in range(turns):
+        for _ in range(iterations):
             await asyncio.sleep(0)
         await asyncio.gather(shared.deregister(), alone.deregister())
         await gone(other, "alone")
@@ -84,15 +84,15 @@ async def test_leaving_after_a_break(relay: Relay, other: Client, turns: int) ->
     assert (await other.resolve("shared")).port == 1
 
 
-@pytest.mark.parametrize("turns", range(0, 60, 6))
+@pytest.mark.parametrize("iterations", range(0, 60, 6))
 @pytest.mark.parametrize("ending", ["deregister", "close"])
-async def test_leaving_after_a_restart(relay: Relay, daemon: InLoop, ending: str, turns: int) -> None:
-    """A daemon that was restarted keeps it for as long as its process lives, unless its client says otherwise."""
+async def test_deregister_after_a_restart(relay: Relay, daemon: InLoop, ending: str, iterations: int) -> None:
+    """A restarted daemon would keep the entry as long as its process lives."""
     async with Client() as client:
         registration = await client.register("a", 1)
         async with stopped(relay, daemon):
             pass
-        for _ in range(turns):
+        for _ in range(iterations):
             await asyncio.sleep(0)
         await (registration.deregister() if ending == "deregister" else client.close())
         async with Client() as other:
@@ -101,7 +101,7 @@ async def test_leaving_after_a_restart(relay: Relay, daemon: InLoop, ending: str
             assert not await other.instances("a")
 
 
-async def test_leaving_after_a_restart_leaves_the_other_workers(relay: Relay, daemon: InLoop) -> None:
+async def test_deregister_after_a_restart_keeps_the_other_workers(relay: Relay, daemon: InLoop) -> None:
     async with Client() as client, Client() as other:
         registration, others = await client.register("a", 1), await other.register("a", 1)
         async with stopped(relay, daemon):
@@ -114,10 +114,10 @@ async def test_leaving_after_a_restart_leaves_the_other_workers(relay: Relay, da
 
 
 @pytest.mark.parametrize("count", [1, 20])
-async def test_leaving_without_a_daemon_is_quick(
+async def test_deregister_without_a_daemon_is_quick(
     relay: Relay, daemon: InLoop, caplog: pytest.LogCaptureFixture, count: int
 ) -> None:
-    """And when the daemon is back, what was left ends."""
+    """The entries end when the daemon is back."""
     async with Client() as client:
         async with AsyncExitStack() as stack:
             for n in range(count):
@@ -132,10 +132,10 @@ async def test_leaving_without_a_daemon_is_quick(
 
 
 @pytest.mark.parametrize("how", ["listen", "register", "client"])
-async def test_what_is_left_without_a_daemon_ends_when_the_daemon_is_back(
+async def test_deregister_without_a_daemon_takes_effect_later(
     relay: Relay, daemon: InLoop, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
-    """Its client is closed by then: it is withdrawn in the background, for as long as the event loop lives."""
+    """After the client is closed, the entry is withdrawn in the background while the event loop runs."""
     async with AsyncExitStack() as stack:
         if how == "listen":
             await stack.enter_async_context(regd_client.listen("job", drain_s=0.0))
@@ -157,18 +157,18 @@ async def test_what_is_left_without_a_daemon_ends_when_the_daemon_is_back(
 
 
 @pytest.mark.parametrize("port", [1, 2])
-@pytest.mark.parametrize("turns", [0, 1, 20])
-async def test_what_is_registered_again_is_not_withdrawn(
-    relay: Relay, daemon: InLoop, port: int, turns: int
+@pytest.mark.parametrize("iterations", [0, 1, 20])
+async def test_late_withdrawal_spares_a_new_registration(
+    relay: Relay, daemon: InLoop, port: int, iterations: int
 ) -> None:
-    """A process that left a name while the daemon was away, and registers it again, has it."""
+    """A process that deregisters a name without a daemon and registers it again keeps it."""
     left = await regd_client.register("job", 1)
     async with Client() as client:
         async with stopped(relay, daemon):
             await left.deregister()
             assert _LINGERING
             again = asyncio.ensure_future(client.register("job", port))
-            for _ in range(turns):
+            for _ in range(iterations):
                 await asyncio.sleep(0)
         registration = await again
         await until(lambda: not _LINGERING)
@@ -177,7 +177,7 @@ async def test_what_is_registered_again_is_not_withdrawn(
         assert not registration.lost.is_set()
 
 
-async def test_leaving_what_has_a_client_of_its_own_is_quick(relay: Relay, daemon: InLoop) -> None:
+async def test_deregister_of_a_function_is_quick_without_a_daemon(relay: Relay, daemon: InLoop) -> None:
     async with regd_client.register("a", 1):
         relay.refuse()
         relay.cut()
@@ -185,7 +185,7 @@ async def test_leaving_what_has_a_client_of_its_own_is_quick(relay: Relay, daemo
     assert time.monotonic() - began < 1.0
 
 
-async def test_leaving_a_daemon_that_hangs_is_quick_too(
+async def test_deregister_at_a_hanging_daemon_is_quick(
     relay: Relay, other: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registration_module, "_WITHDRAW_S", 0.1)
@@ -198,7 +198,7 @@ async def test_leaving_a_daemon_that_hangs_is_quick_too(
         await gone(other, "a")
 
 
-async def test_what_was_lost_is_somebody_elses(relay: Relay, other: Client) -> None:
+async def test_lost_registration_is_not_deregistered(relay: Relay, other: Client) -> None:
     async with Client() as client:
         registration = await client.register("a", 1, meta={"of": "one"})
         taken = await other.register("a", 2, meta={"of": "other"}, force=True)
@@ -217,7 +217,7 @@ async def test_what_was_lost_is_somebody_elses(relay: Relay, other: Client) -> N
         assert (await other.resolve("a")).meta == {"of": "one"}
 
 
-async def test_what_is_taken_before_its_owner_knows_that_it_has_it_is_lost(relay: Relay, other: Client) -> None:
+async def test_takeover_before_the_reply_is_a_loss(relay: Relay, other: Client) -> None:
     async with Client() as client:
         await client.register("b", 1)
         relay.flowing.clear()
@@ -234,7 +234,7 @@ async def test_what_is_taken_before_its_owner_knows_that_it_has_it_is_lost(relay
 
 
 @pytest.mark.parametrize("doing", ["deregister", "update"])
-async def test_what_was_taken_and_not_heard_of_yet_is_spared(relay: Relay, other: Client, doing: str) -> None:
+async def test_takeover_not_reported_yet_is_spared(relay: Relay, other: Client, doing: str) -> None:
     async with Client() as client:
         registration = await client.register("a", 1, meta={"of": "one"})
         relay.flowing.clear()
@@ -250,7 +250,7 @@ async def test_what_was_taken_and_not_heard_of_yet_is_spared(relay: Relay, other
         assert (await other.resolve("a")).meta == {"of": "other"}
 
 
-async def test_one_client_has_a_name_once(relay: Relay, other: Client) -> None:
+async def test_second_registration_of_a_name_replaces_the_first(relay: Relay, other: Client) -> None:
     async with Client() as client:
         first = await client.register("a", 1, meta={"k": "1"})
         assert await client.register("a", 1, meta={"k": "2"}) is first
@@ -269,12 +269,12 @@ async def test_one_client_has_a_name_once(relay: Relay, other: Client) -> None:
     await client.close()
 
 
-@pytest.mark.parametrize("turns", range(12))
-async def test_who_is_cancelled_and_tries_again_has_it(relay: Relay, other: Client, turns: int) -> None:
+@pytest.mark.parametrize("iterations", range(12))
+async def test_register_again_after_a_cancelled_register(relay: Relay, other: Client, iterations: int) -> None:
     async with Client() as client:
         for _ in range(2):
             asked = asyncio.ensure_future(client.register("a", 1))
-            for _ in range(turns):
+            for _ in range(iterations):
                 await asyncio.sleep(0)
             asked.cancel()
             registration = await client.register("a", 1)

@@ -1,4 +1,4 @@
-"""`lifespan` and `listen` in one event loop: which server, when, and what is in the way."""
+"""`lifespan` and `listen`: which server is registered, when, and what happens at the end and on signals."""
 
 import asyncio
 import contextlib
@@ -34,7 +34,7 @@ async def client() -> AsyncIterator[Client]:
 
 
 class Nothing(asyncio.Protocol):
-    """What a server does here."""
+    """The protocol of a server that does nothing."""
 
 
 async def server(port: int = 0, host: str = "127.0.0.1") -> asyncio.AbstractServer:
@@ -61,14 +61,14 @@ async def gone(client: Client, name: str = "web") -> None:
 
 
 class Withdrawing:
-    """A withdrawal that takes as long as the test wants."""
+    """A withdrawal that waits for the test."""
 
     def __init__(self) -> None:
         self.begun = asyncio.Event()
         self.may_end = asyncio.Event()
 
 
-def held_back(registration: regd_client.Registration, monkeypatch: pytest.MonkeyPatch) -> Withdrawing:
+def delay_withdrawal(registration: regd_client.Registration, monkeypatch: pytest.MonkeyPatch) -> Withdrawing:
     withdrawing, leave = Withdrawing(), registration.deregister
 
     async def deregister() -> None:
@@ -80,7 +80,7 @@ def held_back(registration: regd_client.Registration, monkeypatch: pytest.Monkey
     return withdrawing
 
 
-async def test_nothing_is_registered_until_a_port_is_open(client: Client) -> None:
+async def test_registered_when_the_port_is_open(client: Client) -> None:
     async with regd_client.lifespan("web") as service:
         await client.ping()
         assert await names(client) == []
@@ -90,13 +90,13 @@ async def test_nothing_is_registered_until_a_port_is_open(client: Client) -> Non
         assert await names(client) == []
 
 
-async def test_the_listener_is_open_until_the_name_is_gone(
+async def test_listener_is_open_until_the_name_is_withdrawn(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with regd_client.lifespan("web", drain_s=0.0) as service:
         opened = await server()
         registration = await service.registration()
-        withdrawing = held_back(registration, monkeypatch)
+        withdrawing = delay_withdrawal(registration, monkeypatch)
         opened.close()
         await withdrawing.begun.wait()
         assert accepts(port_of(opened))
@@ -106,7 +106,7 @@ async def test_the_listener_is_open_until_the_name_is_gone(
         await until(lambda: not opened.is_serving())
 
 
-async def test_on_leaving_the_name_goes_and_the_server_stays(client: Client) -> None:
+async def test_exit_withdraws_the_name_and_keeps_the_server(client: Client) -> None:
     async with regd_client.lifespan("web") as service:
         opened = await server()
         await service.registration()
@@ -117,7 +117,7 @@ async def test_on_leaving_the_name_goes_and_the_server_stays(client: Client) -> 
     assert "create_server" not in vars(asyncio.get_running_loop())
 
 
-async def test_the_port_says_which_server_it_is(client: Client) -> None:
+async def test_port_selects_the_server(client: Client) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     async with regd_client.lifespan("web", port) as service, await server(), await server(port):
@@ -125,7 +125,7 @@ async def test_the_port_says_which_server_it_is(client: Client) -> None:
         assert await names(client) == [("web", port)]
 
 
-async def test_two_services_of_one_loop(client: Client) -> None:
+async def test_two_services_in_one_loop(client: Client) -> None:
     with contextlib.ExitStack() as stack:
         one, two = (stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2))
         ports = [sock.getsockname()[1] for sock in (one, two)]
@@ -140,7 +140,7 @@ async def test_two_services_of_one_loop(client: Client) -> None:
     assert await names(client) == []
 
 
-async def test_a_server_that_serves_later_is_registered_later(client: Client) -> None:
+async def test_server_that_starts_serving_later_is_registered_later(client: Client) -> None:
     async with regd_client.lifespan("web") as service:
         opened = await asyncio.get_running_loop().create_server(Nothing, "127.0.0.1", 0, start_serving=False)
         assert not service._opened.done()
@@ -150,7 +150,7 @@ async def test_a_server_that_serves_later_is_registered_later(client: Client) ->
         await opened.wait_closed()
 
 
-async def test_serving_forever_ends_like_any_other(client: Client) -> None:
+async def test_serve_forever_ends_with_the_name(client: Client) -> None:
     async with regd_client.lifespan("web") as service:
         opened = await server()
         task: asyncio.Task[None] = asyncio.create_task(opened.serve_forever())
@@ -162,7 +162,7 @@ async def test_serving_forever_ends_like_any_other(client: Client) -> None:
         assert not opened.is_serving()
 
 
-async def test_a_socket_that_was_passed_in_may_be_closed_by_whoever_passed_it(client: Client) -> None:
+async def test_passed_socket_may_be_closed_by_its_owner(client: Client) -> None:
     passed = socket.create_server(("127.0.0.1", 0))
     port = passed.getsockname()[1]
     async with regd_client.lifespan("web") as service:
@@ -175,7 +175,7 @@ async def test_a_socket_that_was_passed_in_may_be_closed_by_whoever_passed_it(cl
         assert not accepts(port)
 
 
-async def test_a_second_server_is_its_own_affair(client: Client) -> None:
+async def test_second_server_is_not_registered(client: Client) -> None:
     async with regd_client.lifespan("web") as service, await server() as first:
         await service.registration()
         async with await server():
@@ -183,7 +183,7 @@ async def test_a_second_server_is_its_own_affair(client: Client) -> None:
         assert await names(client) == [("web", port_of(first))]
 
 
-async def test_the_name_is_gone_for_a_while_before_the_listener_closes(client: Client) -> None:
+async def test_listener_stays_open_for_drain_s(client: Client) -> None:
     loop = asyncio.get_running_loop()
     async with regd_client.lifespan("web", drain_s=0.05) as service, await server() as opened:
         await service.registration()
@@ -195,7 +195,7 @@ async def test_the_name_is_gone_for_a_while_before_the_listener_closes(client: C
         assert loop.time() - since > 0.02  # of the 0.05: hearing of it took some
 
 
-async def test_nothing_stays_open_behind_it(client: Client) -> None:
+async def test_exit_closes_the_connection(client: Client) -> None:
     async with regd_client.lifespan("web") as service, await server():
         await service.registration()
     async with asyncio.timeout(WAIT_S):
@@ -203,7 +203,7 @@ async def test_nothing_stays_open_behind_it(client: Client) -> None:
             await asyncio.sleep(0)
 
 
-async def test_a_socket_that_no_server_wants_is_left_to_whoever_passed_it() -> None:
+async def test_passed_socket_stays_open_if_the_server_fails() -> None:
     async with regd_client.lifespan("web"):
         with socket.create_server(("127.0.0.1", 0)) as passed:
             before = len(os.listdir("/dev/fd"))
@@ -212,14 +212,14 @@ async def test_a_socket_that_no_server_wants_is_left_to_whoever_passed_it() -> N
             assert len(os.listdir("/dev/fd")) == before
 
 
-async def test_what_cannot_be_opened_raises_as_ever(client: Client) -> None:
+async def test_error_of_the_server_is_raised(client: Client) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         async with regd_client.lifespan("web"):
             with pytest.raises(OSError, match="in use"):
                 await server(taken.getsockname()[1])
 
 
-async def test_a_server_on_a_path_is_none_of_it(client: Client, tmp_path: Path) -> None:
+async def test_unix_server_is_not_registered(client: Client, tmp_path: Path) -> None:
     async with regd_client.lifespan("web") as service:
         with socket.socket(socket.AF_UNIX) as path:
             path.bind(str(tmp_path / "socket"))
@@ -232,12 +232,12 @@ async def test_a_server_on_a_path_is_none_of_it(client: Client, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("host", "told"), [("0.0.0.0", "127.0.0.1"), ("::", "::1"), ("::1", "::1"), (None, "127.0.0.1")]
 )
-async def test_the_host_is_one_that_can_be_called(client: Client, host: str, told: str) -> None:
+async def test_registered_host_can_be_called(client: Client, host: str, told: str) -> None:
     async with regd_client.lifespan("web") as service, await server(host=host):
         assert (await service.registration()).endpoint.host == told
 
 
-async def test_a_daemon_that_comes_later(
+async def test_daemon_that_starts_later(
     daemon: InLoop, client: Client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lifespans_module, "Client", lambda: Client(connect_timeout_s=0.05))
@@ -251,7 +251,7 @@ async def test_a_daemon_that_comes_later(
     assert caplog.text.count("not registered yet") == 1
 
 
-async def test_a_name_that_becomes_free(
+async def test_name_that_becomes_free(
     daemon: InLoop, client: Client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lifespans_module, "_PAUSE_S", 0.01)
@@ -265,21 +265,21 @@ async def test_a_name_that_becomes_free(
     assert caplog.text.count("not registered yet") == 1
 
 
-async def test_a_name_that_cannot_be(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+async def test_invalid_name(client: Client, caplog: pytest.LogCaptureFixture) -> None:
     async with regd_client.lifespan("no name") as service, await server():
         with pytest.raises(regd_client.BadArgument):
             await service.registration()
     assert "cannot be registered" in caplog.text
 
 
-async def test_nobody_comes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_server_is_opened(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(lifespans_module, "_WARN_S", 0.0)
     async with regd_client.lifespan("web"):
         await until(lambda: "no server has opened its port" in caplog.text)
 
 
 @pytest.mark.parametrize("module", ["granian", "sanic"])
-async def test_a_server_that_opens_its_port_elsewhere_is_named_at_once(
+async def test_server_that_opens_its_port_outside_the_loop(
     module: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, module, sys)
@@ -295,7 +295,7 @@ def test_daphne_runs_no_lifespan(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     assert "web is not registered: daphne does not run the lifespan" in caplog.text
 
 
-async def test_a_port_that_is_opened_elsewhere_is_found(client: Client) -> None:
+async def test_port_opened_outside_the_loop_is_found(client: Client) -> None:
     with socket.create_server(("127.0.0.1", 0)) as another, socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         port = opened.getsockname()[1]
@@ -307,8 +307,8 @@ async def test_a_port_that_is_opened_elsewhere_is_found(client: Client) -> None:
         assert await names(client) == []
 
 
-async def test_a_listener_that_the_loop_only_watches_is_found(client: Client) -> None:
-    """As Tornado and Twisted do."""
+async def test_listener_added_with_add_reader_is_found(client: Client) -> None:
+    """Tornado and Twisted use add_reader."""
     loop = asyncio.get_running_loop()
     async with regd_client.lifespan("web") as service:
         one, other = socket.socketpair()
@@ -322,8 +322,8 @@ async def test_a_listener_that_the_loop_only_watches_is_found(client: Client) ->
     assert "add_reader" not in vars(loop)
 
 
-async def test_a_registration_under_way_is_withdrawn(client: Client) -> None:
-    """The daemon has it, and its answer has not come yet."""
+async def test_registration_in_progress_is_withdrawn(client: Client) -> None:
+    """The daemon has the entry, but its reply has not arrived yet."""
     opened = None
     async with regd_client.lifespan("web"):
         opened = await server()
@@ -335,7 +335,7 @@ async def test_a_registration_under_way_is_withdrawn(client: Client) -> None:
     assert [departure["reason"] for departure in (await client.why("web"))["departures"]] == ["deregistered"]
 
 
-async def test_a_lifespan_can_be_entered_again(client: Client) -> None:
+async def test_lifespan_can_be_entered_again(client: Client) -> None:
     lifespan = regd_client.lifespan("web")
     for _ in range(2):
         async with lifespan(object()), await server() as opened:
@@ -344,8 +344,8 @@ async def test_a_lifespan_can_be_entered_again(client: Client) -> None:
         assert await names(client) == []
 
 
-async def test_a_lifespan_is_also_what_older_frameworks_take(client: Client) -> None:
-    """An iterator that yields once, as aiohttp before 3.14 has it."""
+async def test_lifespan_is_an_async_iterator_too(client: Client) -> None:
+    """An iterator that yields once, as aiohttp before 3.14 expects."""
     once = aiter(regd_client.lifespan("web")(object()))
     await anext(once)
     async with await server():
@@ -360,25 +360,27 @@ async def test_a_lifespan_is_also_what_older_frameworks_take(client: Client) -> 
 
 @contextlib.asynccontextmanager
 async def signalled(number: int, on_loop: bool) -> AsyncIterator[list[int]]:
-    """Collect who gets the signal, as a server would."""
-    got: list[int] = []
+    """Install a signal handler as a server does, and collect its calls."""
+    calls: list[int] = []
     loop = asyncio.get_running_loop()
-    before = signal.getsignal(number)
+    original = signal.getsignal(number)
     if on_loop:
-        loop.add_signal_handler(number, got.append, number)
+        loop.add_signal_handler(number, calls.append, number)
     else:
-        signal.signal(number, lambda number, frame: got.append(number))
+        signal.signal(number, lambda number, frame: calls.append(number))
     try:
-        yield got
+        yield calls
     finally:
         if on_loop:
             loop.remove_signal_handler(number)
-        signal.signal(number, before)
+        signal.signal(number, original)
 
 
 @pytest.mark.parametrize("on_loop", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_that_ends_comes_when_the_name_is_gone(client: Client, number: int, on_loop: bool) -> None:
+async def test_termination_signal_is_delivered_after_the_withdrawal(
+    client: Client, number: int, on_loop: bool
+) -> None:
     async with (
         signalled(number, on_loop) as got,
         regd_client.lifespan("web", drain_s=0.0) as service,
@@ -395,13 +397,13 @@ async def test_a_signal_that_ends_comes_when_the_name_is_gone(client: Client, nu
 
 
 @pytest.mark.parametrize("on_loop", [False, True])
-async def test_a_second_signal_comes_at_once(on_loop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_second_signal_is_delivered_at_once(on_loop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     async with (
         signalled(signal.SIGTERM, on_loop) as got,
         regd_client.lifespan("web", drain_s=0.0) as service,
         await server(),
     ):
-        withdrawing = held_back(await service.registration(), monkeypatch)
+        withdrawing = delay_withdrawal(await service.registration(), monkeypatch)
         os.kill(os.getpid(), signal.SIGTERM)
         await withdrawing.begun.wait()
         assert got == []
@@ -411,7 +413,7 @@ async def test_a_second_signal_comes_at_once(on_loop: bool, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("on_loop", [False, True])
-async def test_other_signals_and_later_handlers_are_not_held(client: Client, on_loop: bool) -> None:
+async def test_other_signals_and_later_handlers_are_not_delayed(client: Client, on_loop: bool) -> None:
     async with signalled(signal.SIGUSR1, True) as other, signalled(signal.SIGTERM, on_loop) as got:
         async with regd_client.lifespan("web", drain_s=0.0) as service, await server():
             await service.registration()
@@ -422,7 +424,7 @@ async def test_other_signals_and_later_handlers_are_not_held(client: Client, on_
         await until(lambda: got == [signal.SIGTERM])
 
 
-async def test_a_handler_that_came_meanwhile_is_heard_after() -> None:
+async def test_handler_added_during_the_withdrawal_is_called() -> None:
     async with regd_client.lifespan("web"):
         late = signalled(signal.SIGUSR2, True)
         got = await late.__aenter__()
@@ -431,7 +433,7 @@ async def test_a_handler_that_came_meanwhile_is_heard_after() -> None:
     await late.__aexit__(None, None, None)
 
 
-async def test_without_a_handler_nothing_is_held() -> None:
+async def test_signal_without_a_handler_is_not_delayed() -> None:
     before = signal.getsignal(signal.SIGTERM)
     async with regd_client.lifespan("web"):
         assert signal.getsignal(signal.SIGTERM) is before is signal.SIG_DFL
@@ -476,8 +478,8 @@ loop.close()
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 @pytest.mark.parametrize(("handler", "states"), [("early", "[]"), ("late", "['ready']")])
-async def test_an_event_loop_that_is_run_several_times(loop: str, handler: str, states: str) -> None:
-    """As Sanic and granian do. The handler that is there before `lifespan` hears of the signal after it."""
+async def test_event_loop_that_runs_several_times(loop: str, handler: str, states: str) -> None:
+    """As with Sanic and granian. A handler installed before `lifespan` is called after the withdrawal."""
     command = [sys.executable, "-c", RUNS, loop, handler]
     done = await asyncio.to_thread(
         subprocess.run, command, env=environment(**os.environ), capture_output=True, text=True, timeout=WAIT_S
@@ -525,7 +527,7 @@ def blocked(*arguments: str) -> "subprocess.Popen[str]":
 @pytest.mark.parametrize("what", ["lifespan", "listen"])
 @pytest.mark.parametrize("how", ["sleep", "work"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_a_second_signal_ends_a_blocked_program(
+async def test_second_signal_ends_a_blocked_program(
     loop: str, what: str, how: str, number: signal.Signals
 ) -> None:
     with blocked(loop, what, how, number.name) as program:
@@ -534,20 +536,20 @@ async def test_a_second_signal_ends_a_blocked_program(
             assert await asyncio.to_thread(program.stdout.readline) == "blocked\n"
             sent = 0
             async with asyncio.timeout(WAIT_S):
-                while program.poll() is None:  # two that come together are one to Python
+                while program.poll() is None:  # Python merges two signals that arrive together
                     program.send_signal(number)
                     sent += 1
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         await asyncio.to_thread(program.wait, 0.2)
-            assert sent >= 2  # the first was held until the name is gone
+            assert sent >= 2  # the first signal was delayed until the withdrawal
             _, errors = await asyncio.to_thread(program.communicate, timeout=WAIT_S)
-            # 3 is the handler's; a third one may come when Python has given up the handlers already.
+            # The handler exits with 3; a third signal may arrive after Python has removed the handlers.
             assert program.returncode in ((3, -number) if number == signal.SIGTERM else (-number,)), errors
         finally:
             program.kill()
 
 
-def test_in_another_thread_nothing_is_held(daemon: InLoop) -> None:
+def test_signals_are_not_delayed_in_another_thread(daemon: InLoop) -> None:
     async def serve() -> None:
         async with regd_client.lifespan("web"):
             pass
@@ -561,7 +563,7 @@ def test_in_another_thread_nothing_is_held(daemon: InLoop) -> None:
 # listen
 
 
-async def test_listen_is_a_socket_that_listens_and_has_its_name(client: Client) -> None:
+async def test_listen_returns_a_registered_socket(client: Client) -> None:
     async with regd_client.listen("web", meta={"zone": "a"}) as listening:
         assert accepts(listening.port)
         assert not listening.socket.getblocking()
@@ -581,7 +583,7 @@ async def test_listen_without_a_block(client: Client) -> None:
     assert listening.socket.fileno() == -1
 
 
-async def test_a_server_on_the_socket_closes_after_the_name(client: Client) -> None:
+async def test_listener_closes_after_the_name_is_withdrawn(client: Client) -> None:
     async with regd_client.listen("web") as listening:
         opened = await asyncio.get_running_loop().create_server(Nothing, sock=listening.socket)
         opened.close()
@@ -590,7 +592,7 @@ async def test_a_server_on_the_socket_closes_after_the_name(client: Client) -> N
 
 
 @pytest.mark.parametrize("trouble", ["conflict", "no daemon", "bad name"])
-async def test_what_is_not_registered_does_not_listen(
+async def test_failed_listen_closes_the_socket(
     daemon: InLoop, trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[socket.socket] = []
@@ -615,7 +617,7 @@ async def test_what_is_not_registered_does_not_listen(
     assert "create_server" not in vars(asyncio.get_running_loop())
 
 
-async def test_a_port_that_is_taken_is_not_registered(client: Client) -> None:
+async def test_taken_port_is_not_registered(client: Client) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
         await regd_client.listen("web", taken.getsockname()[1])
     assert await names(client) == []

@@ -1,4 +1,4 @@
-"""How long a verb tries without a daemon, and what is logged of it."""
+"""How long a verb retries without a daemon, and what it logs."""
 
 import asyncio
 import io
@@ -39,7 +39,7 @@ READS = [
 
 @pytest.fixture
 def nowhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a port that nobody listens at, and nobody else gets."""
+    """The address of a reserved port on which nothing listens."""
     with socket.socket() as kept:
         kept.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{kept.getsockname()[1]}"
@@ -49,7 +49,7 @@ def nowhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.fixture
 def one_try(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail the test, instead of waiting, where a second try is made."""
+    """Fail the test if a second attempt is made."""
 
     async def pause(seconds: float) -> None:
         raise AssertionError("it tries again")
@@ -59,11 +59,11 @@ def one_try(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return what the client has logged; on a busy machine asyncio logs slow callbacks, too."""
+    """Return the client's log messages, without asyncio's about slow callbacks."""
     return [record.getMessage() for record in caplog.records if record.name == "regd_client"]
 
 
-async def test_the_async_and_the_blocking_client_give_the_same_reason(nowhere: str) -> None:
+async def test_both_clients_give_the_same_reason(nowhere: str) -> None:
     with pytest.raises(Unavailable, match=r"\(Connection refused\)") as error:
         await regd_client.resolve("a")
     with pytest.raises(Unavailable) as blocked:
@@ -73,7 +73,7 @@ async def test_the_async_and_the_blocking_client_give_the_same_reason(nowhere: s
 
 @pytest.mark.parametrize("call", READS)
 @pytest.mark.parametrize("kind", ["tcp", "unix", "localhost"])
-async def test_reads_fail_as_soon_as_the_system_refuses(
+async def test_reads_fail_at_once_if_the_connection_is_refused(
     call: Callable[[Client], Any], kind: str, nowhere: str, tmp_path: Path
 ) -> None:
     address = {
@@ -90,7 +90,7 @@ async def test_reads_fail_as_soon_as_the_system_refuses(
     await client.close()
 
 
-async def test_a_wait_covers_connecting_too(tmp_path: Path) -> None:
+async def test_wait_includes_connecting(tmp_path: Path) -> None:
     path = tmp_path / "late"
     client = Client(f"unix://{path}")
     waiting = asyncio.create_task(client.resolve("a", wait=WAIT_S))
@@ -104,7 +104,7 @@ async def test_a_wait_covers_connecting_too(tmp_path: Path) -> None:
         await client.close()
 
 
-async def test_register_tries_again_and_says_so_at_once(
+async def test_register_retries_and_logs_at_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "late"
@@ -121,7 +121,7 @@ async def test_register_tries_again_and_says_so_at_once(
     assert told(caplog)[2:4] == [f"connected to regd at unix://{path}"] * 2
 
 
-async def test_a_server_that_is_registered_late_says_so_at_once_and_when_it_is(
+async def test_late_registration_is_logged_at_once_and_on_success(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "late"
@@ -141,7 +141,7 @@ async def test_a_server_that_is_registered_late_says_so_at_once_and_when_it_is(
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("kind", ["nobody", "silence"])
-async def test_a_timeout_bounds_every_verb(
+async def test_timeout_bounds_every_verb(
     verb: Callable[[Client, Any], Any], kind: str, nowhere: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("regd_client.connection.HANGS_S", 2 * WAIT_S)
@@ -155,7 +155,7 @@ async def test_a_timeout_bounds_every_verb(
         await client.close()
 
 
-def test_a_timeout_bounds_the_blocking_verbs(nowhere: str) -> None:
+def test_timeout_bounds_the_blocking_verbs(nowhere: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         client = blocking.Client(f"127.0.0.1:{silent.getsockname()[1]}")
         for call in (
@@ -172,9 +172,9 @@ def test_a_timeout_bounds_the_blocking_verbs(nowhere: str) -> None:
         blocking.register("a", 1, timeout=0.05)
 
 
-def test_a_reply_that_comes_in_drops_takes_no_longer_than_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timeout_bounds_a_reply_that_arrives_byte_by_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     class Dripping:
-        """A socket that always has one byte more, each a second later."""
+        """A socket that returns one byte a second, without an end."""
 
         now = 0.0
 
@@ -198,10 +198,10 @@ class Raising(logging.Handler):
 
 
 @pytest.mark.parametrize("broken", ["handler", "closed", "none", "full"])
-async def test_what_cannot_be_logged_happens_all_the_same(
+async def test_broken_log_handler_changes_nothing(
     relay: Relay, daemon: InLoop, broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A registration is lost, and another is kept over a restart, whatever becomes of the log lines."""
+    """A lost registration is reported and another survives a restart, although logging fails."""
     log = logging.getLogger("regd_client")
     closed = io.StringIO()
     closed.close()
@@ -235,7 +235,9 @@ async def test_what_cannot_be_logged_happens_all_the_same(
         pass
 
 
-async def test_two_clients_of_one_process_and_one_name(relay: Relay, caplog: pytest.LogCaptureFixture) -> None:
+async def test_two_clients_of_one_process_register_one_name(
+    relay: Relay, caplog: pytest.LogCaptureFixture
+) -> None:
     async with Client() as one, Client() as two:
         first = await one.register("shop", 8000)
         second = await two.register("shop", 8001)
@@ -252,16 +254,14 @@ async def test_two_clients_of_one_process_and_one_name(relay: Relay, caplog: pyt
         assert (await two.resolve("shop")).port == 8001
 
 
-async def test_a_newer_registration_stays_when_the_older_ones_connection_comes_back(
-    relay: Relay, daemon: InLoop
-) -> None:
-    """The older client was cut off, and has heard of nothing."""
+async def test_reconnected_older_client_spares_the_newer_registration(relay: Relay, daemon: InLoop) -> None:
+    """The older client's connection broke before it could learn of the newer registration."""
     async with Client() as one, Client(f"127.0.0.1:{daemon.port}") as two:
         first = await one.register("shop", 8000)
         relay.refuse()
         relay.cut()
         await until(lambda: first._connection is not None and not first._connection.usable)
-        # Both find the same daemon, at two addresses: the place of the newer one is made to be the older one's.
+        # The two clients reach one daemon at two addresses. Give the newer registration the older one's address.
         second = await two.register("shop", 8001)
         _NEWEST[first._place] = second
         await relay.accept()
@@ -272,8 +272,8 @@ async def test_a_newer_registration_stays_when_the_older_ones_connection_comes_b
         assert not second.lost.is_set()
 
 
-async def test_a_try_that_began_earlier_refuses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The daemon may have come since: who has no patience has one try of its own."""
+async def test_caller_without_patience_makes_its_own_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt of another caller may have failed before the daemon started."""
     began = asyncio.Event()
     tries: list[asyncio.Future[Any]] = []
 

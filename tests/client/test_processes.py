@@ -1,4 +1,4 @@
-"""What is registered for another process lasts as long as that one, whoever registered it."""
+"""An entry registered for another process (`pid=`) lives as long as that process."""
 
 import asyncio
 import subprocess
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.socket
 
 @pytest.fixture
 def child() -> Iterator[subprocess.Popen[bytes]]:
-    """A process that does nothing until its end."""
+    """A process that sleeps until it is killed."""
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         yield process
         process.kill()
@@ -32,9 +32,7 @@ async def shown(client: Client, name: str) -> list[tuple[object, object]]:
     return [(instance.get("pid"), instance.get("hold")) for instance in await client.instances(name)]
 
 
-async def test_it_outlives_who_registered_it_and_ends_with_the_process(
-    relay: Relay, child: subprocess.Popen[bytes]
-) -> None:
+async def test_entry_lives_as_long_as_its_process(relay: Relay, child: subprocess.Popen[bytes]) -> None:
     async with Client() as other:
         async with Client() as client:
             await client.register("a", 1, pid=child.pid)
@@ -44,14 +42,14 @@ async def test_it_outlives_who_registered_it_and_ends_with_the_process(
         await gone(other, "a")
 
 
-async def test_it_ends_when_it_is_deregistered(relay: Relay, child: subprocess.Popen[bytes]) -> None:
+async def test_entry_of_a_process_is_deregistered(relay: Relay, child: subprocess.Popen[bytes]) -> None:
     async with Client() as other:
         async with regd_client.register("a", 1, pid=child.pid):
             assert await shown(other, "a") == [(child.pid, None)]
         assert await shown(other, "a") == []
 
 
-async def test_it_is_there_again_in_a_registry_that_never_knew_it(
+async def test_entry_of_a_process_returns_in_an_empty_registry(
     relay: Relay, daemon: InLoop, child: subprocess.Popen[bytes]
 ) -> None:
     async with Client() as client:
@@ -67,7 +65,7 @@ async def test_it_is_there_again_in_a_registry_that_never_knew_it(
         assert await shown(client, "a") == [(child.pid, None)]
 
 
-async def test_it_is_left_at_a_daemon_that_was_restarted(
+async def test_entry_of_a_process_is_deregistered_after_a_restart(
     relay: Relay, daemon: InLoop, child: subprocess.Popen[bytes]
 ) -> None:
     async with Client() as client:
@@ -79,7 +77,7 @@ async def test_it_is_left_at_a_daemon_that_was_restarted(
         await gone(client, "a")
 
 
-async def test_where_the_daemon_sees_other_processes_it_lasts_as_long_as_the_connection(
+async def test_entry_is_held_by_connection_across_pid_namespaces(
     relay: Relay, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("regd_client.protocol.own_host", lambda: {"boot": "another", "pid_namespace": "another"})
@@ -90,10 +88,10 @@ async def test_where_the_daemon_sees_other_processes_it_lasts_as_long_as_the_con
         await gone(other, "a")
 
 
-async def test_what_was_left_without_a_daemon_and_registered_again_stays(
+async def test_late_withdrawal_spares_a_new_entry_of_a_process(
     relay: Relay, daemon: InLoop, child: subprocess.Popen[bytes]
 ) -> None:
-    """No connection holds it, so whoever withdraws it late ends the newer one, if it does not look."""
+    """No connection holds the entry, so an unchecked late withdrawal would end the newer one."""
     left = await regd_client.register("a", 1, pid=child.pid)
     await daemon.server.stop()
     relay.refuse()
@@ -103,7 +101,7 @@ async def test_what_was_left_without_a_daemon_and_registered_again_stays(
     daemon.server = InLoop(daemon.registry, epoch="another").server
     await daemon.server.start()
     async with Client(f"127.0.0.1:{daemon.port}") as client:
-        # Both find the same daemon, at two addresses: the place of the newer one is made to be the older one's.
+        # The two clients reach one daemon at two addresses. Give the newer registration the older one's address.
         _NEWEST[left._place] = await client.register("a", 1, pid=child.pid)
         relay.to = daemon.port
         await relay.accept()
@@ -113,7 +111,7 @@ async def test_what_was_left_without_a_daemon_and_registered_again_stays(
 
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("answer", ["unsupported", "bad_argument"])
-async def test_a_process_that_the_daemon_cannot_see_lasts_as_long_as_the_connection(
+async def test_unseen_process_is_held_by_connection(
     relay: Relay,
     daemon: InLoop,
     child: subprocess.Popen[bytes],
@@ -121,7 +119,7 @@ async def test_a_process_that_the_daemon_cannot_see_lasts_as_long_as_the_connect
     answer: str,
     own: bool,
 ) -> None:
-    """Without pidfd, or with a hidden /proc; older daemons say then that there is no such process."""
+    """Without pidfds, or with a hidden /proc. Older daemons answer that there is no such process."""
 
     def find(self: Processes, pid: int, uid: int | None) -> Process:
         raise Refused(
@@ -139,7 +137,7 @@ async def test_a_process_that_the_daemon_cannot_see_lasts_as_long_as_the_connect
         await gone(other, "a")
 
 
-async def test_a_process_that_is_not_there_is_a_mistake(relay: Relay, child: subprocess.Popen[bytes]) -> None:
+async def test_unknown_pid_raises(relay: Relay, child: subprocess.Popen[bytes]) -> None:
     child.kill()
     child.wait()
     async with Client() as client:
@@ -149,7 +147,7 @@ async def test_a_process_that_is_not_there_is_a_mistake(relay: Relay, child: sub
             assert refused.value.details["field"] == "pid"
 
 
-async def test_what_outlives_every_process_is_bound_to_none(relay: Relay) -> None:
+async def test_static_with_pid_raises(relay: Relay) -> None:
     with pytest.raises(regd_client.BadArgument) as refused:
         await regd_client.register("a", 1, static=True, pid=1)
     assert refused.value.details["field"] == "pid"

@@ -1,4 +1,4 @@
-"""Addresses and lines of the client's half."""
+"""Addresses, request lines and reply lines in the client."""
 
 import subprocess
 import sys
@@ -44,7 +44,7 @@ def test_addresses(text: str, address: Address, shown: str) -> None:
         "tcp://a:1/",
     ],
 )
-def test_what_is_no_address(text: str) -> None:
+def test_invalid_addresses(text: str) -> None:
     with pytest.raises(ValueError, match="is no address"):
         parse_address(text)
 
@@ -52,7 +52,7 @@ def test_what_is_no_address(text: str) -> None:
 @pytest.mark.parametrize(
     "host", ["a", "a.", ".a", "a..b", ".", "..", "a" * 63, "a" * 64, "b." + "a" * 64, "a" * 64 + ".b", "1.2.3.4", "é", "é" * 64]
 )  # fmt: skip
-def test_a_host_is_what_idna_takes(host: str) -> None:
+def test_hosts_are_valid_idna(host: str) -> None:
     try:
         host.encode("idna")
     except UnicodeError:
@@ -62,7 +62,7 @@ def test_a_host_is_what_idna_takes(host: str) -> None:
         assert parse_address(f"{host}:1").host == host
 
 
-def test_where_the_address_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_address_from_argument_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REGD_ADDRESS", raising=False)
     assert str(protocol.find_address()) == "tcp://127.0.0.1:7343"
     monkeypatch.setenv("REGD_ADDRESS", "[::1]:1")
@@ -71,7 +71,7 @@ def test_where_the_address_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("line", [b"", b"{", b"[]", b"{}", b'{"ok":true,"event":"up"}', b"\xff", b"[" * 100_000])
-def test_what_is_no_reply(line: bytes) -> None:
+def test_invalid_reply(line: bytes) -> None:
     with pytest.raises(regd_client.RegdError, match="not a regd reply"):
         protocol.decode_line(line)
 
@@ -86,7 +86,7 @@ def test_requests_are_one_line_of_json() -> None:
             protocol.encode_request("resolve", None, {"name": value})
 
 
-def test_what_is_public_is_there() -> None:
+def test_public_names_exist() -> None:
     for name in regd_client.__all__:
         assert getattr(regd_client, name).__name__ == name
     with pytest.raises(AttributeError):

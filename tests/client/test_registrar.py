@@ -1,4 +1,4 @@
-"""What the caller has registered and follows is the truth, whatever breaks."""
+"""Registrations, watches and mirrors of a client stay correct over broken connections and restarts."""
 
 import asyncio
 import errno
@@ -26,17 +26,17 @@ def address(daemon: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def telling(client: Client, pattern: str = "*") -> AsyncIterator[list[str]]:
-    """Collect what a watch through the client tells, as text."""
-    told: list[str] = []
+async def watching(client: Client, pattern: str = "*") -> AsyncIterator[list[str]]:
+    """Collect the events of a watch of the client as text."""
+    events: list[str] = []
 
     async def listen() -> None:
         async for event in client.watch(pattern):
-            told.append(f"{event.kind} {event.endpoint or ''} {event.reason}".strip())  # noqa: PERF401 - as it comes
+            events.append(f"{event.kind} {event.endpoint or ''} {event.reason}".strip())  # noqa: PERF401
 
     task = asyncio.create_task(listen())
     try:
-        yield told
+        yield events
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -47,7 +47,7 @@ def cut(daemon: InLoop) -> None:
         connection.cut()
 
 
-async def test_a_registration_is_held_and_bound_to_the_process(daemon: InLoop) -> None:
+async def test_registration_is_held_by_connection_and_process(daemon: InLoop) -> None:
     async with Client() as other:
         async with regd_client.register("a", 1, meta={"k": "v"}) as registration:
             [known] = (await other.why("a"))["instances"]
@@ -57,16 +57,7 @@ async def test_a_registration_is_held_and_bound_to_the_process(daemon: InLoop) -
         assert [departure["reason"] for departure in (await other.why("a"))["departures"]] == ["deregistered"]
 
 
-async def test_it_goes_with_the_connection(daemon: InLoop) -> None:
-    async with Client() as other:
-        async with Client() as client:
-            await client.register("a", 1)
-        async with asyncio.timeout(WAIT_S):
-            while await other.instances("a"):
-                await asyncio.sleep(0)
-
-
-async def test_after_a_cut_it_is_registered_again(daemon: InLoop) -> None:
+async def test_registration_returns_after_a_broken_connection(daemon: InLoop) -> None:
     async with Client() as client:
         registration = await client.register("a", 1, meta={"k": "1"})
         await registration.update({"k": "2"}, state="draining")
@@ -84,9 +75,7 @@ async def test_after_a_cut_it_is_registered_again(daemon: InLoop) -> None:
         await registration.deregister()
 
 
-async def test_what_was_left_while_it_was_being_registered_again_is_not(
-    daemon: InLoop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_deregister_during_the_re_registration(daemon: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, answered = asyncio.Event(), asyncio.Event()
     async with Client() as client:
         registration = await client.register("a", 1)
@@ -109,7 +98,7 @@ async def test_what_was_left_while_it_was_being_registered_again_is_not(
                 pass
 
 
-async def test_lost_is_told_and_not_fought(daemon: InLoop) -> None:
+async def test_lost_registration_is_reported_and_not_taken_back(daemon: InLoop) -> None:
     peer = await daemon.peer()
     async with Client() as client:
         registration = await client.register("a", 1)
@@ -128,7 +117,7 @@ async def test_lost_is_told_and_not_fought(daemon: InLoop) -> None:
         assert (await peer.reply())["event"] == "lost"
 
 
-async def test_who_took_the_name_is_not_updated_by_who_had_it(daemon: InLoop) -> None:
+async def test_update_does_not_reach_a_new_owner(daemon: InLoop) -> None:
     peer = await daemon.peer()
     async with Client() as client:
         registration = await client.register("a", 1)
@@ -138,7 +127,7 @@ async def test_who_took_the_name_is_not_updated_by_who_had_it(daemon: InLoop) ->
         assert (await client.resolve("a")).meta == {"k": "theirs"}
 
 
-async def test_who_took_the_name_meanwhile_keeps_it(daemon: InLoop) -> None:
+async def test_new_owner_keeps_the_name_after_a_reconnect(daemon: InLoop) -> None:
     async with Client() as client:
         registration = await client.register("a", 1)
         peer = await daemon.peer()
@@ -150,39 +139,20 @@ async def test_who_took_the_name_meanwhile_keeps_it(daemon: InLoop) -> None:
         assert (await client.resolve("a")).port == 2
 
 
-async def test_a_watch_goes_on_after_a_cut_without_losing_or_repeating(daemon: InLoop) -> None:
+async def test_watch_continues_after_a_broken_connection(daemon: InLoop) -> None:
     peer = await daemon.peer()
-    async with Client() as client, telling(client, "w*") as told:
+    async with Client() as client, watching(client, "w*") as events:
         await peer.ask(cmd="register", name="w", port=1)
-        await until(lambda: told == ["sync", "up 127.0.0.1:1"] or told == ["up 127.0.0.1:1", "sync"])
+        await until(lambda: events == ["sync", "up 127.0.0.1:1"] or events == ["up 127.0.0.1:1", "sync"])
         [watcher] = [connection for connection in daemon.server.connections if connection._dispatcher.watches]
         watcher.cut()
         await peer.ask(cmd="register", name="w", port=2)
         await peer.ask(cmd="deregister", name="w")
-        await until(lambda: len(told) == 5)
-        assert told[2:] == ["down 127.0.0.1:1 replaced", "up 127.0.0.1:2", "down 127.0.0.1:2 deregistered"]
+        await until(lambda: len(events) == 5)
+        assert events[2:] == ["down 127.0.0.1:1 replaced", "up 127.0.0.1:2", "down 127.0.0.1:2 deregistered"]
 
 
-async def test_a_mirror(daemon: InLoop) -> None:
-    peer = await daemon.peer()
-    for n in (1, 2):
-        await peer.ask(cmd="register", name="w", port=n, instance=str(n), meta={"zone": "ab"[n - 1]})
-    async with regd_client.mirror("w*") as mirror:
-        assert [mirror.resolve("w").port for _ in range(4)] == [1, 2, 1, 2]
-        assert [mirror.resolve("w", meta={"zone": "b"}).port for _ in range(2)] == [2, 2]
-        assert [str(endpoint) for endpoint in mirror.resolve_all("w")] == ["127.0.0.1:1", "127.0.0.1:2"]
-        assert mirror.live
-        assert mirror.resolve("w").stale_s == 0.0
-        with pytest.raises(regd_client.NotFound):
-            mirror.resolve("w3")
-        await peer.ask(cmd="update", name="w", instance="1", state="draining")
-        await until(lambda: {mirror.resolve("w").port for _ in range(3)} == {2})
-        await peer.ask(cmd="deregister", name="w", instance="2")
-        with pytest.raises(regd_client.NotFound):
-            await until(lambda: mirror.resolve("w") is None)
-
-
-async def test_a_mirror_says_how_old_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_mirror_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with DaemonProcess(tmp_path / "own.json") as process:
         process.start()
         monkeypatch.setenv("REGD_ADDRESS", process.addresses[0])
@@ -200,18 +170,16 @@ async def test_a_mirror_says_how_old_it_is(tmp_path: Path, monkeypatch: pytest.M
                 assert mirror.resolve("w").stale_s == strict.resolve("w").stale_s == 0.0
 
 
-async def test_the_daemon_is_killed_under_200_registrations(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All are back, and who watches through the client hears nothing of it."""
+async def test_200_registrations_return_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All registrations return, and a watch of a client reports no event."""
     with DaemonProcess(tmp_path / "own.json") as process:
         process.start()
         monkeypatch.setenv("REGD_ADDRESS", process.addresses[0])
-        async with Client() as one, Client() as two, Client() as watcher, telling(watcher, "w*") as told:
+        async with Client() as one, Client() as two, Client() as watcher, watching(watcher, "w*") as events:
             made = [
                 await client.register("w", 1 + n, instance=str(n)) for n, client in enumerate([one, two] * 100)
             ]
-            await until(lambda: len(told) == 201)
+            await until(lambda: len(events) == 201)
             for number in (9, 15):
                 old = {client._connection for client in made}
                 process.end(number)
@@ -221,11 +189,11 @@ async def test_the_daemon_is_killed_under_200_registrations(
                     while len(await watcher.instances("w")) < 200:
                         await asyncio.sleep(0.01)
                 marker = await one.register("w.marker", 1)
-                await until(lambda: told[-1] == "up 127.0.0.1:1")
+                await until(lambda: events[-1] == "up 127.0.0.1:1")
                 await marker.deregister()
-                await until(lambda: told[-1].startswith("down"))
-                assert len(told) == 201 + 3
-                del told[201:]
+                await until(lambda: events[-1].startswith("down"))
+                assert len(events) == 201 + 3
+                del events[201:]
 
 
 async def test_resolve_waits_for_the_daemon_and_for_the_service(
@@ -253,12 +221,12 @@ async def test_register_makes_a_task() -> None:
     assert [registration.endpoint.name for registration in registrations] == ["b", "c"]
 
 
-@pytest.mark.parametrize("turns", range(12))
-async def test_a_cancelled_registration_is_none(daemon: InLoop, turns: int) -> None:
+@pytest.mark.parametrize("iterations", range(12))
+async def test_cancelled_register_leaves_nothing(daemon: InLoop, iterations: int) -> None:
     async with Client() as other, Client() as shared:
         for register in (regd_client.register, shared.register):
             task = asyncio.ensure_future(register("a", 1))
-            for _ in range(turns * 3):
+            for _ in range(iterations * 3):
                 await asyncio.sleep(0)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -270,7 +238,7 @@ async def test_a_cancelled_registration_is_none(daemon: InLoop, turns: int) -> N
         await shared.ping()
 
 
-async def test_one_callers_bad_value_harms_no_other() -> None:
+async def test_invalid_value_does_not_affect_other_callers() -> None:
     async with Client() as client:
         for meta in ({"k": "\ud800"}, {1: "a", "1": "b"}, {"k": 1}):
             ping = asyncio.create_task(client.ping())
@@ -281,7 +249,7 @@ async def test_one_callers_bad_value_harms_no_other() -> None:
             await ping
 
 
-async def test_closing_is_told_to_those_who_wait_for_the_connection(tmp_path: Path) -> None:
+async def test_close_fails_the_calls_that_wait_for_a_connection(tmp_path: Path) -> None:
     client = Client(f"unix://{tmp_path}/none")
     waiting = asyncio.create_task(client.ping())
     await asyncio.sleep(0)
@@ -291,7 +259,7 @@ async def test_closing_is_told_to_those_who_wait_for_the_connection(tmp_path: Pa
         await waiting
 
 
-async def test_a_child_that_was_forked_has_nothing_of_it(daemon: InLoop) -> None:
+async def test_forked_child_does_not_share_the_client(daemon: InLoop) -> None:
     async with Client() as client, Client() as other:
         registration = await client.register("a", 1)
         read, write = os.pipe()
@@ -311,8 +279,8 @@ async def test_a_child_that_was_forked_has_nothing_of_it(daemon: InLoop) -> None
         assert not registration.lost.is_set()
 
 
-async def test_no_process_is_named_to_a_daemon_that_sees_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container: its process numbers are not the daemon's."""
+async def test_no_pid_is_sent_across_pid_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container, where pids differ from the daemon's."""
     monkeypatch.setattr("regd_client.protocol.own_host", lambda: {"boot": "this", "pid_namespace": "another"})
     async with Client() as client, regd_client.register("a", 1):
         [known] = (await client.why("a"))["instances"]
@@ -320,7 +288,7 @@ async def test_no_process_is_named_to_a_daemon_that_sees_others(monkeypatch: pyt
         assert known["owners"][0]["connection"]
 
 
-async def test_without_pidfds_it_is_held_by_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_pidfd_an_entry_is_held_by_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(pid: int, flags: int = 0) -> int:
         raise OSError(errno.ENOSYS, "no such call")
 
@@ -333,25 +301,27 @@ async def test_without_pidfds_it_is_held_by_the_connection(monkeypatch: pytest.M
             assert known["owners"][0]["connection"]
 
 
-@pytest.mark.parametrize("turns", range(0, 60, 5))
+@pytest.mark.parametrize("iterations", range(0, 60, 5))
 @pytest.mark.parametrize("by", ["registration", "client"])
-async def test_an_update_after_a_break_is_not_undone(relay: Relay, daemon: InLoop, turns: int, by: str) -> None:
+async def test_update_after_a_broken_connection_is_not_undone(
+    relay: Relay, daemon: InLoop, iterations: int, by: str
+) -> None:
     async with Client() as client, Client(f"127.0.0.1:{daemon.port}") as other:
         registration = await client.register("a", 1, meta={"v": "1"})
         relay.cut()
-        for _ in range(turns):
+        for _ in range(iterations):
             await asyncio.sleep(0)
         if by == "registration":
             await registration.update({"v": "2"})
         else:
             await client.update("a", {"v": "2"})
-        for _ in range(3):  # the keeper has been there meanwhile
+        for _ in range(3):  # the entry has been registered again meanwhile
             await client.ping()
             [found] = await other.instances("a")
             assert found["meta"] == registration.endpoint.meta == {"v": "2"}
 
 
-async def test_an_update_without_a_daemon_is_refused_in_time(relay: Relay) -> None:
+async def test_update_without_a_daemon_fails_in_time(relay: Relay) -> None:
     async with Client(connect_timeout_s=0.2) as client:
         registration = await client.register("a", 1, meta={"v": "1"})
         relay.refuse()

@@ -1,4 +1,4 @@
-"""Registered is reachable, under real servers: whoever resolves the name at any moment gets an answer there."""
+"""Under real servers, a name resolves only to a server that answers, at any moment."""
 
 import asyncio
 import contextlib
@@ -17,9 +17,9 @@ import regd_client
 from regd_client.client import Client
 from tests.support.daemon import ROOT, DaemonProcess, environment
 
-START_S = 30.0  # for a server with its frameworks, on a busy machine
+START_S = 30.0  # to start a server and its frameworks on a busy machine
 
-PYTHON = [sys.executable, "-W", "ignore", "-m"]  # the warnings of other people's programs are theirs
+PYTHON = [sys.executable, "-W", "ignore", "-m"]  # ignore warnings of the servers
 UVICORN = [*PYTHON, "uvicorn", "--host", "127.0.0.1", "--port", "0", "--log-level", "warning"]
 HYPERCORN = [*PYTHON, "hypercorn", "--bind", "127.0.0.1:0", "--log-level", "warning"]
 GUNICORN = [*PYTHON, "gunicorn", "--config", "tests/client/gunicorn_conf.py"]
@@ -53,7 +53,7 @@ SERVERS = {
 def serving(
     command: list[str], daemon: DaemonProcess, folder: Path | None = None, log: IO[bytes] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server until the block ends, in a group of its own, that is ended as a whole."""
+    """Run a server during the block, in a process group that is killed at the end."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     process = subprocess.Popen(
@@ -72,59 +72,60 @@ def serving(
 
 
 class Dropped(Exception):
-    """The server took the connection, and closed it before it had answered."""
+    """The server accepted the connection and closed it before it had answered."""
 
 
-async def fetch(found: regd_client.Endpoint, path: str = "/") -> int:
-    """Return what the service answers: the number of its process."""
-    reader, writer = await asyncio.open_connection(found.host, found.port)
+async def fetch(endpoint: regd_client.Endpoint, path: str = "/") -> int:
+    """Send a GET request and return the reply, which is the pid of the server's process."""
+    reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
     try:
         writer.write(f"GET {path} HTTP/1.1\r\nHost: there\r\nConnection: close\r\n\r\n".encode())
         head, _, body = (await reader.read()).partition(b"\r\n\r\n")
     finally:
         writer.close()
-    if not body:  # servers send the head and the body one after the other, and may be killed in between
+    if not body:  # servers send the head and the body separately, and may be killed in between
         raise Dropped
     assert head.startswith(b"HTTP/1.1 200 "), head
     return int(body)
 
 
 class Caller:
-    """Resolves and calls all the time, and counts. What it resolves must answer."""
+    """Resolves and calls the service in a loop, and counts. Every resolved server must answer."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
         self._moved = asyncio.Event()
         self.answered = 0
-        self.missing = 0  # in a row
+        self.missing = 0  # consecutive NotFound errors
         self.last = 0
         self.may_be_dropped = False
 
     async def run(self) -> None:
         while True:
             try:
-                found = await self._client.resolve("web")
+                endpoint = await self._client.resolve("web")
             except regd_client.NotFound:
                 self.missing += 1
                 await asyncio.sleep(0)
             else:
                 try:
-                    self.last = await fetch(found)
+                    self.last = await fetch(endpoint)
                 except (Dropped, ConnectionError):
                     assert self.may_be_dropped
                 self.answered += 1
                 self.missing = 0
             self._moved.set()
 
-    async def until(self, true: Callable[[], bool]) -> None:
+    async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(START_S):
-            while not true():
+            while not condition():
                 self._moved.clear()
                 await self._moved.wait()
 
-    async def again(self, count: int = 20) -> None:
-        before = self.answered
-        await self.until(lambda: self.answered >= before + count)
+    async def more(self, count: int = 20) -> None:
+        """Wait for `count` more answers."""
+        target = self.answered + count
+        await self.until(lambda: self.answered >= target)
 
 
 @contextlib.asynccontextmanager
@@ -137,57 +138,54 @@ async def calling(daemon: DaemonProcess) -> AsyncIterator[tuple[Client, Caller]]
             task.cancel()
 
 
-async def until_owners(client: Client, true: Callable[[list[int]], bool]) -> list[int]:
+async def until_owners(client: Client, condition: Callable[[list[int]], bool]) -> list[int]:
     async with asyncio.timeout(START_S):
-        while not true(found := await owners(client)):
+        while not condition(pids := await owners(client)):
             await asyncio.sleep(0.01)
-    return found
+    return pids
 
 
 async def owners(client: Client) -> list[int]:
     try:
-        [found] = (await client.why("web"))["instances"]
+        [instance] = (await client.why("web"))["instances"]
     except (regd_client.NotFound, ValueError):
         return []
-    return [owner["pid"] for owner in found["owners"]]
+    return [owner["pid"] for owner in instance["owners"]]
 
 
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("server", SERVERS)
-async def test_whoever_resolves_the_name_gets_an_answer(server: str, process: DaemonProcess) -> None:
-    """From before the server starts until after it has ended: no refused connection, no unanswered request."""
+async def test_every_resolved_server_answers(server: str, process: DaemonProcess) -> None:
+    """From before its start until after its end: no connection is refused, no request is unanswered."""
     async with calling(process) as (client, caller):
         with serving(SERVERS[server], process) as running:
-            await caller.again()
+            await caller.more()
             if server in ("granian with workers", "sanic with workers"):
-                await until_owners(client, lambda pids: len(pids) == 2)  # granian: a SIGTERM before that is lost
-            # Hypercorn's workers are not told by a signal, and drop who has just connected: nothing can be held. Its
-            # master kills those that are left as soon as one has ended.
-            # In Sanic's outer hooks the name goes after the port.
+                await until_owners(client, lambda pids: len(pids) == 2)  # granian ignores an earlier SIGTERM
+            # Hypercorn's workers get no signal that could be delayed and drop new connections; its master kills the
+            # remaining workers as soon as one has ended. Sanic's outermost hooks withdraw the name after the port.
             caller.may_be_dropped = server in ("hypercorn with workers", "sanic in one process")
             running.terminate()
             await caller.until(lambda: caller.missing > 100)
-            await until_owners(client, lambda pids: not pids)  # it was draining, perhaps
+            await until_owners(client, lambda pids: not pids)  # it may have been draining
             assert await client.instances() == []
-            if server not in ("sanic", "sanic with workers"):  # it may hang, without regd as well: see SERVERS.md
+            if server not in ("sanic", "sanic with workers"):  # Sanic may hang, also without regd: see SERVERS.md
                 assert await asyncio.to_thread(running.wait, START_S) in (0, -signal.SIGTERM)
         departures = (await client.why("web"))["departures"]
-        assert {departure["reason"] for departure in departures} == {
-            "deregistered"
-        }  # a late worker's is one of its own
+        assert {departure["reason"] for departure in departures} == {"deregistered"}  # a late worker adds one
 
 
 @pytest.mark.parametrize("server", ["uvicorn with workers", "hypercorn with workers", "granian with workers"])
-async def test_several_workers_are_one_registration(server: str, process: DaemonProcess) -> None:
+async def test_workers_share_one_registration(server: str, process: DaemonProcess) -> None:
     async with calling(process) as (client, caller):
         with serving(SERVERS[server], process):
             async with asyncio.timeout(START_S):
                 while len(both := await owners(client)) < 2:
-                    await caller.again(1)
+                    await caller.more(1)
             [found] = await client.instances()
-            caller.may_be_dropped = True  # who was with that one
+            caller.may_be_dropped = True  # by the killed worker
             if server == "hypercorn with workers":
-                return  # it ends when one of its workers is killed
+                return  # Hypercorn ends when one of its workers is killed
             os.kill(both[0], signal.SIGKILL)
             await caller.until(lambda: caller.last == both[1])
             async with asyncio.timeout(START_S):
@@ -207,13 +205,13 @@ async def answer() -> int:
 """
 
 
-async def test_a_reload(process: DaemonProcess, tmp_path: Path) -> None:
+async def test_reload(process: DaemonProcess, tmp_path: Path) -> None:
     program = tmp_path / "app.py"
     program.write_text(APP)
     command = [*UVICORN, "--reload", "--reload-dir", str(tmp_path), "app:app"]
     async with calling(process) as (client, caller):
         with serving(command, process, tmp_path):
-            await caller.again()
+            await caller.more()
             before = caller.last
             program.write_text(APP + "# edited\n")
             os.utime(program, (2_000_000_000, 2_000_000_000))
@@ -221,7 +219,7 @@ async def test_a_reload(process: DaemonProcess, tmp_path: Path) -> None:
             assert len(await owners(client)) == 1
 
 
-# gunicorn: the name is the master's.
+# gunicorn, whose master process registers the name.
 
 WSGI = """
 import os, pathlib, time
@@ -266,7 +264,7 @@ async def until_exists(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_request_under_way_at_sigterm_is_answered(
+async def test_request_in_progress_at_sigterm_is_answered(
     kind: str, process: DaemonProcess, tmp_path: Path
 ) -> None:
     async with Client(process.addresses[0]) as client:
@@ -284,7 +282,7 @@ async def test_a_request_under_way_at_sigterm_is_answered(
         assert departure["reason"] == "deregistered"
 
 
-async def test_a_reload_with_a_slow_import_keeps_the_name(process: DaemonProcess, tmp_path: Path) -> None:
+async def test_reload_with_a_slow_import_keeps_the_name(process: DaemonProcess, tmp_path: Path) -> None:
     async with Client(process.addresses[0]) as client:
         with serving(gunicorn(tmp_path), process, tmp_path) as running:
             found = await client.resolve("web", wait=START_S)
@@ -303,21 +301,21 @@ async def test_a_reload_with_a_slow_import_keeps_the_name(process: DaemonProcess
             assert (await client.why("web"))["departures"] == []
 
 
-async def test_workers_that_end_after_some_requests_keep_the_name(process: DaemonProcess, tmp_path: Path) -> None:
+async def test_workers_with_max_requests_keep_the_name(process: DaemonProcess, tmp_path: Path) -> None:
     async with calling(process) as (client, caller):
-        caller.may_be_dropped = True  # gunicorn's worker drops who has just connected
+        caller.may_be_dropped = True  # a gunicorn worker drops new connections at its end
         with serving(gunicorn(tmp_path, "--workers", "2", "--max-requests", "3"), process, tmp_path):
-            await caller.again(1)
+            await caller.more(1)
             rev = (await client.hello())["rev"]
             first = caller.last
-            await caller.again(20)
+            await caller.more(20)
             await caller.until(lambda: caller.last != first)
             assert caller.missing == 0
             assert (await client.hello())["rev"] == rev
 
 
-async def test_an_upgrade_hands_the_name_over(process: DaemonProcess, tmp_path: Path) -> None:
-    """SIGUSR2: the next master has the same port, and joins; the old one leaves."""
+async def test_upgrade_hands_the_name_over(process: DaemonProcess, tmp_path: Path) -> None:
+    """After SIGUSR2 a second master with the same port joins the registration, and the old master leaves it."""
     async with Client(process.addresses[0]) as client:
         with serving(gunicorn(tmp_path), process, tmp_path) as running:
             found = await client.resolve("web", wait=START_S)
@@ -325,7 +323,7 @@ async def test_an_upgrade_hands_the_name_over(process: DaemonProcess, tmp_path: 
             pids = await until_owners(client, lambda pids: len(pids) == 2)
             [upgraded] = set(pids) - {running.pid}
             async with asyncio.timeout(START_S):
-                while len({await fetch(found) for _ in range(10)}) < 2:  # until it has a worker
+                while len({await fetch(found) for _ in range(10)}) < 2:  # until the new master has a worker
                     pass
             running.terminate()
             assert await asyncio.to_thread(running.wait, START_S) == 0
@@ -339,7 +337,7 @@ async def test_an_upgrade_hands_the_name_over(process: DaemonProcess, tmp_path: 
         assert departure["reason"] == "deregistered"
 
 
-async def test_a_master_without_a_daemon_is_registered_when_there_is_one(tmp_path: Path) -> None:
+async def test_master_is_registered_when_the_daemon_starts(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path / "registry.json") as daemon:
         daemon.start()
         daemon.end()

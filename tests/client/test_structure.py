@@ -1,4 +1,4 @@
-"""The client as a package: its names, its imports, and what `help` shows."""
+"""The structure of the client package: its names, its imports, and the output of `help`."""
 
 import ast
 import importlib
@@ -20,7 +20,7 @@ FLOORS_MAX = 8
 
 
 def imports_of(module: str) -> set[str]:
-    """All of them: at the head, in functions, and for type checkers."""
+    """Return all imports of a module, including those in functions and under TYPE_CHECKING."""
     names: set[str] = set()
     for node in ast.walk(ast.parse((FOLDER / f"{module}.py").read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "regd_client":
@@ -44,7 +44,7 @@ def test_no_import_circle_and_few_floors() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_no_private_module_of_python(module: str) -> None:
+def test_no_private_modules_of_python(module: str) -> None:
     assert not [name for name in imports_of(module) if name.startswith("_") and name != "__future__"]
     assert "TYPE_CHECKING = False" not in (FOLDER / f"{module}.py").read_text()
 
@@ -59,15 +59,15 @@ def test_every_module_names_what_it_exports(module: str) -> None:
         assert getattr(loaded, name) is not None
 
 
-def test_no_module_is_called_like_a_public_name() -> None:
-    """Importing `regd_client.watch` would put a module in the place of the function."""
+def test_no_module_shadows_a_public_name() -> None:
+    """Importing a module `regd_client.watch` would replace the function of that name."""
     assert not set(MODULES) & set(regd_client.__all__)
     everything = "".join(f"import regd_client.{module}\n" for module in MODULES)
     code = f"{everything}assert all(callable(getattr(regd_client, name)) for name in regd_client.__all__)"
     assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0
 
 
-def test_the_client_has_the_daemons_version() -> None:
+def test_client_and_daemon_have_the_same_version() -> None:
     assert regd_client.__version__ == regd.__version__
 
 

@@ -1,4 +1,4 @@
-"""Every verb of the client, and every answer of the daemon, from the one to the other."""
+"""Every verb of the client and every reply of the daemon, end to end."""
 
 import asyncio
 import os
@@ -37,25 +37,25 @@ async def other(registry: Registry) -> AsyncIterator[Client]:
         yield made
 
 
-class Told:
-    """The events of a watch, as the wire has them."""
+class WireEvents:
+    """The events of a watch as the daemon sends them."""
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
 
-    def hear(self, said: dict[str, Any]) -> None:
-        if "event" in said:
-            self.events.append(said)
+    def add(self, message: dict[str, Any]) -> None:
+        if "event" in message:
+            self.events.append(message)
 
     async def begin(self, client: Client, **arguments: Any) -> dict[str, Any]:
-        return await (await client._connect()).ask("watch", arguments, self.hear)
+        return await (await client._connect()).ask("watch", arguments, self.add)
 
-    async def kinds(self, last: str) -> list[str]:
-        """Wait until one like the last is there, and return all so far."""
-        await until(lambda: self._kinds()[-1:] == [last])
-        return self._kinds()
+    async def until(self, last: str) -> list[str]:
+        """Wait for the event `last`, and return all events as text."""
+        await until(lambda: self._texts()[-1:] == [last])
+        return self._texts()
 
-    def _kinds(self) -> list[str]:
+    def _texts(self) -> list[str]:
         return [
             " ".join(filter(None, (event["event"], event.get("name"), event.get("reason"), str(event["rev"]))))
             for event in self.events
@@ -63,17 +63,17 @@ class Told:
 
 
 @asynccontextmanager
-async def telling(client: Client, pattern: str = "*") -> AsyncIterator[list[str]]:
-    """Collect what the client's own watch tells."""
-    told: list[str] = []
+async def watching(client: Client, pattern: str = "*") -> AsyncIterator[list[str]]:
+    """Collect the events of a watch of the client as text."""
+    events: list[str] = []
 
     async def listen() -> None:
         async for event in client.watch(pattern):
-            told.append(f"{event.kind} {event.endpoint or ''} {event.state} {event.reason}".strip())  # noqa: PERF401
+            events.append(f"{event.kind} {event.endpoint or ''} {event.state} {event.reason}".strip())  # noqa: PERF401
 
     task = asyncio.create_task(listen())
     try:
-        yield told
+        yield events
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -82,22 +82,7 @@ async def telling(client: Client, pattern: str = "*") -> AsyncIterator[list[str]
 # The verbs.
 
 
-async def test_the_functions(registry: Registry) -> None:
-    registration = await regd_client.register("runner", 5050)
-    found = await regd_client.resolve("runner")
-    assert (str(found), found.name, found.instance, found.meta) == ("127.0.0.1:5050", "runner", "", {})
-    async with regd_client.register("worker", 1, host="::1", instance="a", meta={"zone": "a"}):
-        many = await regd_client.resolve_all("worker", meta={"zone": "a"})
-        assert [str(endpoint) for endpoint in many] == ["[::1]:1"]
-    with pytest.raises(regd_client.NotFound):
-        await regd_client.resolve("worker")
-    await registration.deregister()
-    await registration.deregister()
-    with pytest.raises(LookupError):
-        await regd_client.deregister("runner")
-
-
-async def test_an_instance_has_all_that_it_was_given(client: Client) -> None:
+async def test_listed_instance_has_all_members(client: Client) -> None:
     await client.register("a", 1, host="example.org", instance="x", meta={"k": "ü"}, state="starting")
     await client.register("a", 2, static=True)
     static, own = await client.instances("a")
@@ -116,7 +101,7 @@ async def test_an_instance_has_all_that_it_was_given(client: Client) -> None:
     assert comparable(static) == {"name": "a", "instance": "", "host": "127.0.0.1", "port": 2, "meta": {}, "state": "ready", "rev": 2}  # fmt: skip
 
 
-async def test_who_answers(client: Client) -> None:
+async def test_ping_hello_and_stats(client: Client) -> None:
     await client.ping()
     hello, stats = await client.hello(), await client.stats()
     assert (hello["server"], hello["protocol"], hello["rev"]) == ("regd", 1, 0)
@@ -164,12 +149,12 @@ async def test_errors(
     client: Client, cmd: str, arguments: dict[str, Any], code: str, details: dict[str, Any]
 ) -> None:
     await client.register("web", 80, meta={"k": "v"}, static=True)
-    _, *told = await outcome(client, cmd, **arguments)
-    assert told == [code, details]
-    await client.ping()  # the connection is as good as before
+    _, *error = await outcome(client, cmd, **arguments)
+    assert error == [code, details]
+    await client.ping()  # the connection still works
 
 
-VALUES: dict[str, tuple[list[Any], list[Any]]] = {  # that are taken, and that are not
+VALUES: dict[str, tuple[list[Any], list[Any]]] = {  # valid values, invalid values
     "name": (
         ["a", "a.b", "_x-y_", "a" * 63, ".".join(["a" * 63] * 3 + ["b" * 61])],
         ["", "A", "a.", ".a", "a..b", "-a", "a-", "a" * 64, ".".join(["a" * 63] * 3 + ["b" * 62]), "a\n", "ä", "a/b", "a*", 1, ["a"]],
@@ -194,7 +179,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {  # that are taken, and that a
 
 
 @pytest.mark.parametrize("field", VALUES)
-async def test_what_an_argument_may_be(client: Client, field: str) -> None:
+async def test_valid_and_invalid_arguments(client: Client, field: str) -> None:
     good, bad = VALUES[field]
     for value in good:
         reply = await outcome(client, "register", **{"name": "a", "port": 1, "if": 0} | {field: value})
@@ -204,8 +189,8 @@ async def test_what_an_argument_may_be(client: Client, field: str) -> None:
         assert found.get(field, value) == value
         assert (await outcome(client, "deregister", **key))["removed"] == 1
     for value in bad:
-        told = await outcome(client, "register", **{"name": "a", "port": 1} | {field: value})
-        assert told == ("BadArgument", "bad_argument", {"field": field}), value
+        result = await outcome(client, "register", **{"name": "a", "port": 1} | {field: value})
+        assert result == ("BadArgument", "bad_argument", {"field": field}), value
     assert await client.instances() == []
 
 
@@ -229,7 +214,7 @@ BAD: list[tuple[str, str, Any]] = [
 
 
 @pytest.mark.parametrize(("cmd", "field", "value"), BAD)
-async def test_what_other_arguments_may_not_be(client: Client, cmd: str, field: str, value: Any) -> None:
+async def test_other_invalid_arguments(client: Client, cmd: str, field: str, value: Any) -> None:
     assert await outcome(client, cmd, **{field: value}) == ("BadArgument", "bad_argument", {"field": field})
 
 
@@ -251,7 +236,7 @@ async def test_errors_are_also_builtin(
     assert isinstance(raised.value, builtin)
 
 
-async def test_who_left_is_told(client: Client) -> None:
+async def test_departures_are_reported(client: Client) -> None:
     await client.register("web", 1, static=True)
     await client.deregister("web")
     with pytest.raises(regd_client.NotFound) as raised:
@@ -271,7 +256,7 @@ async def test_who_left_is_told(client: Client) -> None:
     assert [instance["port"] for instance in known["instances"]] == [11]
 
 
-async def test_a_list_in_pages(client: Client) -> None:
+async def test_list_in_pages(client: Client) -> None:
     for name, instance in (("a", ""), ("a", "2"), ("a", "10"), ("a-b", ""), ("ab", "x"), ("b", "")):
         await client.register(name, 1, instance=instance, static=True, meta={"k": name})
     pages: list[list[str]] = []
@@ -289,7 +274,7 @@ async def test_a_list_in_pages(client: Client) -> None:
     assert (await outcome(client, "list", after="b"))["instances"] == []
 
 
-async def test_more_than_a_reply_holds(client: Client) -> None:
+async def test_result_larger_than_a_reply(client: Client) -> None:
     meta = {"k": "v" * 4_000}
     await asyncio.gather(*(client.register("a", 1, instance=str(n), meta=meta, static=True) for n in range(400)))
     reply = await outcome(client, "resolve", name="a", all=True)
@@ -298,10 +283,10 @@ async def test_more_than_a_reply_holds(client: Client) -> None:
     assert len(await client.resolve_all("a")) == len(await client.instances("a")) == 400
 
 
-# Turns, filters, updates.
+# Round robin, filters, updates.
 
 
-async def test_turns(client: Client) -> None:
+async def test_round_robin(client: Client) -> None:
     for n, zone in enumerate("abab"):
         await client.register("w", 1 + n, instance=f"i{n}", meta={"zone": zone})
 
@@ -318,7 +303,7 @@ async def test_turns(client: Client) -> None:
     assert await ports(3) == [4, 2, 4]
     assert [endpoint.port for endpoint in await client.resolve_all("w")] == [2, 4]
     await client.register("x", 1, instance="b")
-    await client.resolve("x")  # alone: that is no turn
+    await client.resolve("x")  # a single instance does not advance the round robin
     for instance in ("a", "c"):
         await client.register("x", 1, instance=instance)
     assert (await client.resolve("x")).instance == "a"
@@ -333,7 +318,7 @@ async def test_updates(client: Client) -> None:
     await registration.update({"z": "2"})
     assert (await client.resolve("a")).meta == registration.endpoint.meta == {"z": "2"}
     assert [instance["rev"] for instance in await client.instances()] == [3]
-    await registration.update({"z": "2"}, state="ready")  # the same again is no change
+    await registration.update({"z": "2"}, state="ready")  # unchanged values are no change
     assert [instance["rev"] for instance in await client.instances()] == [3]
     await client.update("a", {}, state="draining")
     assert comparable(await client.instances())[0] | {"rev": 4, "meta": {}, "state": "draining"} == comparable(await client.instances())[0]  # fmt: skip
@@ -345,21 +330,21 @@ async def test_updates(client: Client) -> None:
 # Watches.
 
 
-async def test_what_a_watch_is_told(client: Client, other: Client) -> None:
+async def test_watch_events(client: Client, other: Client) -> None:
     await client.register("a", 1, static=True)
     await client.register("b", 1, static=True)
-    every, zone = Told(), Told()
+    every, zone = WireEvents(), WireEvents()
     reply = await every.begin(client)
     assert {"watch": 1, "rev": 2}.items() <= reply.items()
     assert (await zone.begin(client, name="a*", meta={"zone": "a"}))["watch"] == 2
-    assert await every.kinds("sync 2") == ["up a 1", "up b 2", "sync 2"]
+    assert await every.until("sync 2") == ["up a 1", "up b 2", "sync 2"]
     assert every.events[0]["meta"] == {}
     async with other.register("ab", 2, meta={"zone": "a"}):
         await other.update("ab", {"zone": "b"})
         await other.update("ab", {"zone": "a"})
         await other.register("a", 3, meta={"zone": "b"}, static=True)
     await other.register("b", 4, static=True, meta={"zone": "a"})
-    assert (await every.kinds("up b 11"))[3:] == [
+    assert (await every.until("up b 11"))[3:] == [
         "up ab 3",
         "change ab 4",
         "change ab 5",
@@ -370,7 +355,7 @@ async def test_what_a_watch_is_told(client: Client, other: Client) -> None:
         "down b replaced 10",
         "up b 11",
     ]
-    assert await zone.kinds("down ab deregistered 9") == [
+    assert await zone.until("down ab deregistered 9") == [
         "sync 2",
         "up ab 3",
         "down ab filtered 4",
@@ -394,34 +379,34 @@ async def test_what_a_watch_is_told(client: Client, other: Client) -> None:
     assert zone.events[2] == {"event": "down", "watch": 2, "name": "ab", "instance": "", "reason": "filtered", "rev": 4}  # fmt: skip
     await (await client._connect()).ask("unwatch", {"watch": 2})
     await client.deregister("a")
-    assert (await every.kinds("down a deregistered 12"))[-1]
+    assert (await every.until("down a deregistered 12"))[-1]
     assert len(zone.events) == 6
 
 
-async def test_a_watch_goes_on_where_another_was(client: Client) -> None:
+async def test_watch_resumes_from_a_revision(client: Client) -> None:
     epoch = (await client.hello())["epoch"]
     for port in (1, 2, 3):
         await client.register("a", port, static=True)
-    later, now, unknown, ahead = Told(), Told(), Told(), Told()
+    later, now, unknown, ahead = WireEvents(), WireEvents(), WireEvents(), WireEvents()
     await later.begin(client, epoch=epoch, since=2)
-    assert await later.kinds("progress 5") == ["up a 3", "down a replaced 4", "up a 5", "progress 5"]
+    assert await later.until("progress 5") == ["up a 3", "down a replaced 4", "up a 5", "progress 5"]
     await now.begin(client, name="b", epoch=epoch, since=5)
-    assert await now.kinds("progress 5") == ["progress 5"]
+    assert await now.until("progress 5") == ["progress 5"]
     await unknown.begin(client, epoch="another", since=5)
-    assert await unknown.kinds("sync 5") == ["reset 5", "up a 5", "sync 5"]
+    assert await unknown.until("sync 5") == ["reset 5", "up a 5", "sync 5"]
     await ahead.begin(client, epoch=epoch, since=6)
-    assert await ahead.kinds("sync 5") == ["reset 5", "up a 5", "sync 5"]
+    assert await ahead.until("sync 5") == ["reset 5", "up a 5", "sync 5"]
 
 
-async def test_what_the_client_tells_of_a_watch(client: Client, other: Client) -> None:
+async def test_events_of_the_client(client: Client, other: Client) -> None:
     await client.register("a", 1, static=True)
-    async with telling(client) as told:
-        await until(lambda: "sync" in told)
+    async with watching(client) as events:
+        await until(lambda: "sync" in events)
         async with other.register("b", 2):
             pass
         await other.register("a", 3, static=True)
-        await until(lambda: len(told) == 7)
-    assert told == [
+        await until(lambda: len(events) == 7)
+    assert events == [
         "up 127.0.0.1:1 ready",
         "sync",
         "up 127.0.0.1:2 ready",
@@ -432,13 +417,15 @@ async def test_what_the_client_tells_of_a_watch(client: Client, other: Client) -
     ]
 
 
-async def test_a_mirror(registry: Registry, client: Client, other: Client) -> None:
-    await other.register("w", 1, instance="1")
+async def test_mirror(registry: Registry, client: Client, other: Client) -> None:
+    await other.register("w", 1, instance="1", meta={"zone": "a"})
     async with client.mirror("w*") as mirror:
         assert (mirror.resolve("w").port, mirror.live, mirror.stale_s) == (1, True, 0.0)
-        await other.register("w", 2, instance="2")
+        await other.register("w", 2, instance="2", meta={"zone": "b"})
         await until(lambda: len(mirror.resolve_all("w")) == 2)
-        assert sorted(mirror.resolve("w").port for _ in range(4)) == [1, 1, 2, 2]
+        assert [mirror.resolve("w").port for _ in range(4)] in ([1, 2, 1, 2], [2, 1, 2, 1])
+        assert [mirror.resolve("w", meta={"zone": "b"}).port for _ in range(2)] == [2, 2]
+        assert [str(endpoint) for endpoint in mirror.resolve_all("w")] == ["127.0.0.1:1", "127.0.0.1:2"]
         async with registry.away():
             await until(lambda: not mirror.live)
             assert mirror.resolve("w").stale_s > 0
@@ -448,9 +435,13 @@ async def test_a_mirror(registry: Registry, client: Client, other: Client) -> No
         await until(lambda: [endpoint.port for endpoint in mirror.resolve_all("w")] == [1])
         with pytest.raises(regd_client.NotFound):
             mirror.resolve("x")
+        await other.deregister("w", "1")
+        await until(lambda: not mirror.resolve_all("w"))
+        with pytest.raises(regd_client.NotFound):
+            mirror.resolve("w")
 
 
-async def test_a_mirror_is_iterated_and_awaited(client: Client, other: Client) -> None:
+async def test_mirror_iteration_and_changed(client: Client, other: Client) -> None:
     async with client.mirror("w*") as mirror:
         assert (list(mirror), mirror.changes) == ([], 0)
         waiting = asyncio.create_task(mirror.changed())
@@ -464,7 +455,7 @@ async def test_a_mirror_is_iterated_and_awaited(client: Client, other: Client) -
             ("w1", ("127.0.0.1", 1), "http://127.0.0.1:1"),
             ("w2", ("127.0.0.1", 2), "http://127.0.0.1:2"),
         ]
-        assert await mirror.changed(0) == 2  # at once: it has changed since
+        assert await mirror.changed(0) == 2  # returns at once: changed since 0
         await other.register("w3", 3, state="starting")  # not ready: no change
         with pytest.raises(regd_client.Timeout):
             await mirror.changed(timeout=0.05)
@@ -475,13 +466,13 @@ async def test_a_mirror_is_iterated_and_awaited(client: Client, other: Client) -
             await ended
 
 
-async def test_no_instance_at_all_is_an_empty_list(client: Client) -> None:
+async def test_resolve_all_without_instances_is_empty(client: Client) -> None:
     assert await client.resolve_all("nobody") == []
     async with client.mirror("*") as mirror:
         assert mirror.resolve_all("nobody") == []
 
 
-async def test_every_public_object_says_what_it_is(client: Client) -> None:
+async def test_reprs(client: Client) -> None:
     registration = await client.register("web", 1, instance="a")
     listening = await regd_client.listen("db", drain_s=0)
     async with client.mirror("web") as mirror:
@@ -495,7 +486,7 @@ async def test_every_public_object_says_what_it_is(client: Client) -> None:
     assert repr(registration) == "<Registration web/a at 127.0.0.1:1, deregistered>"
 
 
-def test_a_url_escapes_the_scope_of_an_ipv6_address() -> None:
+def test_url_escapes_the_scope_of_an_ipv6_address() -> None:
     endpoint = regd_client.Endpoint("a", "", "fe80::1%eth0", 1, {})
     assert (str(endpoint), endpoint.url("ws")) == ("[fe80::1%eth0]:1", "ws://[fe80::1%25eth0]:1")
 
@@ -503,11 +494,13 @@ def test_a_url_escapes_the_scope_of_an_ipv6_address() -> None:
 # Waiting.
 
 
-async def test_a_wait_ends_when_somebody_is_ready(client: Client, other: Client) -> None:
+async def test_wait_ends_when_an_instance_is_ready(client: Client, other: Client) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
         waiting = asyncio.create_task(client.resolve("web", wait=WAIT_S, meta={"k": "v"}))
-        late = await outcome(client, "resolve", name="web", meta={"k": "w"}, wait=0)  # which is not held up
+        late = await outcome(
+            client, "resolve", name="web", meta={"k": "w"}, wait=0
+        )  # not delayed by the other wait
         assert late == ("Timeout", "timeout", {"near": []})
         await other.register("web", port, instance="no")
         registration = await other.register("web", port, meta={"k": "v"}, state="starting")
@@ -517,10 +510,10 @@ async def test_a_wait_ends_when_somebody_is_ready(client: Client, other: Client)
         assert (await client.resolve("web", wait=0)).port == port
         found = await outcome(client, "resolve", name="web", wait=WAIT_S, all=True)
         assert [instance["instance"] for instance in found["instances"]] == ["", "no"]
-        assert (await client.resolve("web")).instance == ""  # that was the other's turn
+        assert (await client.resolve("web")).instance == ""  # `all` has advanced the round robin
 
 
-async def test_a_wait_goes_on_over_a_restart(registry: Registry, client: Client, other: Client) -> None:
+async def test_wait_continues_after_a_restart(registry: Registry, client: Client, other: Client) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         waiting = asyncio.create_task(client.resolve("web", wait=WAIT_S))
         await until(lambda: client._connector.usable)
@@ -530,7 +523,7 @@ async def test_a_wait_goes_on_over_a_restart(registry: Registry, client: Client,
         assert (await waiting).name == "web"
 
 
-async def test_who_waits_and_is_cancelled_harms_nobody(client: Client) -> None:
+async def test_cancelled_wait_does_not_affect_others(client: Client) -> None:
     waiting = asyncio.create_task(client.resolve("web", wait=WAIT_S))
     await client.ping()
     waiting.cancel()
@@ -540,10 +533,10 @@ async def test_who_waits_and_is_cancelled_harms_nobody(client: Client) -> None:
     assert (await client.resolve("web")).port == 1
 
 
-# Several who want one name.
+# Several owners of one name.
 
 
-async def test_a_conflict_names_the_owner(client: Client, other: Client) -> None:
+async def test_conflict_names_the_owner(client: Client, other: Client) -> None:
     await client.register("a", 1)
     other_process = await outcome(other, "register", name="a", port=2, hold=True)
     assert other_process == (
@@ -552,14 +545,16 @@ async def test_a_conflict_names_the_owner(client: Client, other: Client) -> None
         {"owner": {"pid": os.getpid(), "connection": True}, "rev": 1},
     )
     assert (await outcome(other, "register", name="a", port=2))[1] == "conflict"
-    assert (await outcome(other, "register", name="a", port=2, hold=True, pid=os.getpid()))["replaced"]  # its own
+    assert (await outcome(other, "register", name="a", port=2, hold=True, pid=os.getpid()))[
+        "replaced"
+    ]  # its own process
     assert (await client.resolve("a")).port == 2
 
 
-async def test_static_ones_give_way(client: Client, other: Client) -> None:
+async def test_static_entry_gives_way(client: Client, other: Client) -> None:
     await client.register("a", 1, static=True)
     assert (await outcome(other, "register", name="a", port=2, static=None)) == {"ok": True, "name": "a", "instance": "", "host": "127.0.0.1", "port": 2, "rev": 3, "replaced": True}  # fmt: skip
-    registration = await other.register("a", 2)  # takes the life of the static one over
+    registration = await other.register("a", 2)  # the static entry is held from now on
     assert comparable((await client.why("a"))["instances"][0]["owners"]) == [
         {"connection": True, "pid": os.getpid()}
     ]
@@ -569,7 +564,7 @@ async def test_static_ones_give_way(client: Client, other: Client) -> None:
     assert await client.instances() == []
 
 
-async def test_who_loses_a_name_is_told(client: Client, other: Client) -> None:
+async def test_lost_name_is_reported(client: Client, other: Client) -> None:
     first = await client.register("a", 1)
     await outcome(other, "register", name="a", port=2, hold=True, force=True)
     async with asyncio.timeout(WAIT_S):
@@ -589,17 +584,17 @@ async def test_who_loses_a_name_is_told(client: Client, other: Client) -> None:
 
 
 async def test_several_holders_of_one_address(client: Client, other: Client) -> None:
-    told = Told()
-    await told.begin(client)
+    events = WireEvents()
+    await events.begin(client)
     first = await client.register("a", 1)
     second = await other.register("a", 1, meta={"k": "v"})
     [known] = (await client.why("a"))["instances"]
     assert len(known["owners"]) == 2
-    await first.deregister()  # its own hold alone
+    await first.deregister()  # removes one of two holders
     assert (await client.resolve("a")).meta == {"k": "v"}
     assert not second.lost.is_set()
     await client.register("a", 1, meta={"k": "v"})
-    await outcome(client, "update", name="a", state="draining")  # withdraws this holder
+    await outcome(client, "update", name="a", state="draining")  # withdraws this connection's holder
     assert sorted("withdrawn" in owner for owner in (await client.why("a"))["instances"][0]["owners"]) == [
         False,
         True,
@@ -608,12 +603,12 @@ async def test_several_holders_of_one_address(client: Client, other: Client) -> 
     await second.deregister()
     with pytest.raises(regd_client.NotFound):
         await client.resolve("a")
-    assert await told.kinds("down a deregistered 4") == ["sync 0", "up a 1", "change a 2", "change a 3", "down a deregistered 4"]  # fmt: skip
+    assert await events.until("down a deregistered 4") == ["sync 0", "up a 1", "change a 2", "change a 3", "down a deregistered 4"]  # fmt: skip
 
 
-async def test_who_has_withdrawn_keeps_nothing(registry: Registry, client: Client) -> None:
-    told = Told()
-    await told.begin(client)
+async def test_withdrawn_holder_no_longer_keeps_the_entry(registry: Registry, client: Client) -> None:
+    events = WireEvents()
+    await events.begin(client)
     held = {"port": 1, "hold": True}
     await outcome(client, "register", name="a", **held)
     async with Client() as short:
@@ -621,7 +616,7 @@ async def test_who_has_withdrawn_keeps_nothing(registry: Registry, client: Clien
             await outcome(short, "register", name=name, **held)
         await outcome(client, "register", name="b", **held)
         await outcome(client, "update", name="a", state="draining")
-    assert await told.kinds("down a connection closed 3") == [
+    assert await events.until("down a connection closed 3") == [
         "sync 0",
         "up a 1",
         "up b 2",
@@ -636,19 +631,19 @@ async def test_who_has_withdrawn_keeps_nothing(registry: Registry, client: Clien
         assert comparable((await fresh.why("b"))["instances"][0]["owners"]) == [{"connection": False}]
 
 
-async def test_what_a_connection_held_ends_with_it(registry: Registry, client: Client) -> None:
-    told = Told()
-    await told.begin(client)
+async def test_entries_held_by_a_connection_end_with_it(registry: Registry, client: Client) -> None:
+    events = WireEvents()
+    await events.begin(client)
     async with Client() as short:
         await short.register("a", 1)
         await short.register("b", 2, static=True)
         await outcome(short, "register", name="c", port=3, pid=os.getpid())
         await outcome(short, "register", name="d", port=4, ttl=10)
-    assert (await told.kinds("down a connection closed 5"))[-1]
+    assert (await events.until("down a connection closed 5"))[-1]
     assert [instance["name"] for instance in await client.instances()] == ["b", "c", "d"]
 
 
-async def test_a_registration_of_another_process(registry: Registry, client: Client) -> None:
+async def test_registration_for_another_process(registry: Registry, client: Client) -> None:
     async with Client() as short:
         await short.register("a", 1, pid=os.getpid())
     assert (await client.why("a"))["instances"][0]["owners"] == [{"pid": os.getpid()}]
@@ -664,56 +659,48 @@ async def test_leases(client: Client, other: Client) -> None:
     assert await outcome(client, "renew", name="a") == {"ok": True, "ttl": 20}
 
 
-# The daemon's life.
+# Broken connections and restarts.
 
 
-async def test_what_is_registered_comes_back_after_a_cut(registry: Registry, client: Client) -> None:
+async def test_registration_returns_after_a_cut(registry: Registry, client: Client) -> None:
     registration = await client.register("a", 1, meta={"k": "1"})
     await registration.update({"k": "2"}, state="draining")
-    async with Client() as watching, telling(watching) as told:
-        await until(lambda: told[-1:] == ["sync"])
+    async with Client() as watcher, watching(watcher) as events:
+        await until(lambda: events[-1:] == ["sync"])
         registry.cut()
-        await registration.update(state="ready")  # which waits for it
+        await registration.update(state="ready")  # waits until it is registered again
         assert (await regd_client.resolve("a")).meta == {"k": "2"}
     assert not registration.lost.is_set()
     await registration.deregister()
     assert await client.instances() == []
 
 
-async def test_what_is_registered_is_there_after_a_restart(registry: Registry, client: Client) -> None:
-    before = await client.hello()
+async def test_registration_survives_a_restart(registry: Registry, client: Client) -> None:
+    hello = await client.hello()
     registration = await client.register("a", 1, meta={"k": "v"})
     await client.register("b", 2, static=True)
     held = registration._connection
-    async with telling(client) as told:
-        await until(lambda: told[-1:] == ["sync"])
+    async with watching(client) as events:
+        await until(lambda: events[-1:] == ["sync"])
         async with registry.away():
             pass
-        async with registry_client(registry) as fresh:
-            assert [instance["name"] for instance in await fresh.instances()] == [
-                "a",
-                "b",
-            ]  # before it is claimed, too
+        async with registry.client() as fresh:
+            # The entries are listed before they are claimed.
+            assert [instance["name"] for instance in await fresh.instances()] == ["a", "b"]
             assert (await fresh.resolve("a")).port == 1
-            after = await fresh.hello()
-            assert (after["rev"], after["epoch"] == before["epoch"]) == (2, False)
+            new_hello = await fresh.hello()
+            assert (new_hello["rev"], new_hello["epoch"] == hello["epoch"]) == (2, False)
             await until(lambda: registration._connection is not held)
             assert (await fresh.hello())["rev"] == 2  # a claim is no change
             assert len((await fresh.why("a"))["instances"][0]["owners"]) == 1
             await fresh.register("c", 3, static=True)
-            await until(lambda: len(told) == 4)
-    assert told == ["up 127.0.0.1:1 ready", "up 127.0.0.1:2 ready", "sync", "up 127.0.0.1:3 ready"]
+            await until(lambda: len(events) == 4)
+    assert events == ["up 127.0.0.1:1 ready", "up 127.0.0.1:2 ready", "sync", "up 127.0.0.1:3 ready"]
     assert not registration.lost.is_set()
     await registration.deregister()
 
 
-@asynccontextmanager
-async def registry_client(registry: Registry) -> AsyncIterator[Client]:
-    async with registry.client() as made:
-        yield made
-
-
-async def test_nobody_answers_while_it_is_away(registry: Registry, client: Client) -> None:
+async def test_calls_fail_while_the_daemon_is_away(registry: Registry, client: Client) -> None:
     await client.ping()
     async with registry.away():
         client._connector.timeout_s = 0
@@ -727,21 +714,21 @@ async def test_nobody_answers_while_it_is_away(registry: Registry, client: Clien
     await client.ping()
 
 
-async def test_a_name_that_another_took_meanwhile_is_lost(registry: Registry) -> None:
-    async with registry_client(registry) as client:
+async def test_name_taken_during_a_restart_is_lost(registry: Registry) -> None:
+    async with registry.client() as client:
         registration = await client.register("a", 1)
-        client._registrar.stop()  # it comes back later than the other
+        client._registrar.stop()  # so that it registers again after the other client
         async with registry.away():
             pass
         async with Client() as other:
-            await outcome(other, "register", name="a", port=2, hold=True, force=True)  # its process lives
+            await outcome(other, "register", name="a", port=2, hold=True, force=True)  # the owner's process lives
             client._registrar._keep()
             async with asyncio.timeout(WAIT_S):
                 await registration.lost.wait()
             assert (await other.resolve("a")).port == 2
 
 
-async def test_a_request_under_way_breaks_with_the_connection(registry: Registry, client: Client) -> None:
+async def test_request_in_progress_fails_with_the_connection(registry: Registry, client: Client) -> None:
     waiting = asyncio.ensure_future((await client._connect()).ask("resolve", {"name": "a", "wait": WAIT_S}))
     await client.ping()
     registry.cut()
@@ -749,7 +736,7 @@ async def test_a_request_under_way_breaks_with_the_connection(registry: Registry
         await waiting
 
 
-# What stands on it.
+# Sockets.
 
 
 async def test_listen_and_serving(client: Client) -> None:

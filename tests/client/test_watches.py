@@ -1,4 +1,4 @@
-"""Who follows is never told a false picture, whatever breaks, ends or is cancelled on the way."""
+"""A watch or mirror never reports a false state, whatever breaks, ends or is cancelled meanwhile."""
 
 import asyncio
 import itertools
@@ -22,33 +22,35 @@ from tests.support.polling import until
 pytestmark = pytest.mark.socket
 
 
-async def listen(client: Client, told: list[str]) -> None:
+async def listen(client: Client, kinds: list[str]) -> None:
     async for event in client.watch("x"):
-        told.append(event.kind)  # noqa: PERF401 - as it comes
+        kinds.append(event.kind)  # noqa: PERF401
 
 
-@pytest.mark.parametrize("turns", range(8))
-async def test_a_cancelled_watch_leaves_none(relay: Relay, turns: int) -> None:
-    """The daemon takes 256 of a connection."""
+@pytest.mark.parametrize("iterations", range(8))
+async def test_cancelled_watch_is_ended_at_the_daemon(relay: Relay, iterations: int) -> None:
+    """The daemon allows a connection 256 watches."""
     async with Client() as client:
         for _ in range(3):
             task = asyncio.create_task(listen(client, []))
-            for _ in range(turns):
+            for _ in range(iterations):
                 await asyncio.sleep(0)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        await client.ping()  # behind what was said of the watches
-        await client.ping()  # and behind what was answered to that
+        await client.ping()  # after the requests about the watches
+        await client.ping()  # and after the replies
         assert (await client.stats())["watches"] == 0
 
 
-async def test_ending_one_watch_after_a_break_leaves_the_others(
+async def test_ending_one_watch_after_a_reconnect_keeps_the_others(
     relay: Relay, daemon: InLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each connection counts its watches from 1."""
+    """The ids of watches start at 1 on each connection."""
     peer = await daemon.peer()
     await peer.ask(cmd="register", name="w", port=1)
-    monkeypatch.setattr(random, "uniform", lambda low, high: 0.5)  # what is kept comes back after the new one
+    monkeypatch.setattr(
+        random, "uniform", lambda low, high: 0.5
+    )  # the existing watch is requested again after the new one
     async with Client() as client:
         old = client.mirror("w")
         await old.__aenter__()
@@ -61,7 +63,7 @@ async def test_ending_one_watch_after_a_break_leaves_the_others(
             await until(lambda: mirror.resolve("w").port == 2)
 
 
-async def test_a_break_while_it_is_made_good_is_one_too(relay: Relay, daemon: InLoop) -> None:
+async def test_second_break_during_the_recovery(relay: Relay, daemon: InLoop) -> None:
     peer = await daemon.peer()
     await peer.ask(cmd="register", name="w", port=1)
     async with Client() as client, client.mirror("w") as one, client.mirror("w", stale_s_max=0.0) as two:
@@ -85,7 +87,7 @@ async def test_a_break_while_it_is_made_good_is_one_too(relay: Relay, daemon: In
 
 
 @pytest.mark.parametrize("ending", ["close", "leave"])
-async def test_a_mirror_that_nobody_keeps_is_not_live(relay: Relay, daemon: InLoop, ending: str) -> None:
+async def test_closed_mirror_is_not_live(relay: Relay, daemon: InLoop, ending: str) -> None:
     peer = await daemon.peer()
     await peer.ask(cmd="register", name="w", port=1)
     async with Client() as client:
@@ -102,7 +104,7 @@ async def test_a_mirror_that_nobody_keeps_is_not_live(relay: Relay, daemon: InLo
             strict.resolve("w")
 
 
-async def test_a_mirror_in_a_child_that_was_forked_is_not_live(relay: Relay, daemon: InLoop) -> None:
+async def test_mirror_in_a_forked_child_is_not_live(relay: Relay, daemon: InLoop) -> None:
     peer = await daemon.peer()
     await peer.ask(cmd="register", name="w", port=1)
     async with Client() as client, client.mirror("w") as mirror:
@@ -120,7 +122,7 @@ async def test_a_mirror_in_a_child_that_was_forked_is_not_live(relay: Relay, dae
         assert mirror.live
 
 
-async def test_closing_ends_who_watches_and_who_waits_for_a_picture(relay: Relay) -> None:
+async def test_close_ends_watches_and_waiting_mirrors(relay: Relay) -> None:
     async with Client() as client:
         told: list[str] = []
         listening = asyncio.create_task(listen(client, told))
@@ -136,7 +138,7 @@ async def test_closing_ends_who_watches_and_who_waits_for_a_picture(relay: Relay
             await begun
 
 
-async def test_the_first_picture_comes_in_time_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_timeout_of_the_first_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
     async def reticent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         said = json.loads(await reader.readline())
         writer.write(b'{"ok":true,"id":%d,"watch":1,"epoch":"e","rev":1}\n' % said["id"])
@@ -152,7 +154,7 @@ async def test_the_first_picture_comes_in_time_or_not_at_all(monkeypatch: pytest
 
 
 class Source:
-    """Where events come from, as far as who follows must know."""
+    """The connection that events come from, as far as a watch uses it."""
 
     usable = True
     ended_at: float | None = None
@@ -164,8 +166,8 @@ def up(name: str, rev: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-def test_sync_is_told_once() -> None:
-    """The daemon is restarted before anybody has heard the first."""
+def test_sync_is_delivered_once() -> None:
+    """Even if the daemon is restarted before the caller has read the first `sync`."""
     told: list[Event] = []
     follow = WatchState("*", None, told.append)
     for epoch in ("one", "two"):
@@ -175,7 +177,7 @@ def test_sync_is_told_once() -> None:
     assert [event.kind for event in told] == ["sync"]
 
 
-def test_how_old_a_picture_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_age_limit_of_a_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     mirror, source = Mirror("*", None, None), Source()
@@ -185,19 +187,19 @@ def test_how_old_a_picture_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
         clock[0] += seconds
         return mirror.live, round(mirror.stale_s, 6)
 
-    assert after(1) == (False, 1.0)  # there is none yet
+    assert after(1) == (False, 1.0)  # no snapshot yet
     follow.begin(source)
     follow.take({"ok": True, "epoch": "e"})
     assert after(1) == (False, 2.0)
     follow.take({"event": "sync", "rev": 1})
     assert after(50) == (True, 0.0)
-    follow.take({"event": "reset", "rev": 1})  # from then on, and not from when it was last without a picture
+    follow.take({"event": "reset", "rev": 1})  # the age counts from here
     assert after(1) == (False, 1.0)
     follow.take({"event": "sync", "rev": 1})
     assert after(50) == (True, 0.0)
-    source.usable, source.ended_at = False, clock[0] - 14.0  # it hung, and was not heard for 14 s
+    source.usable, source.ended_at = False, clock[0] - 14.0  # the last message is 14 s old
     assert after(1) == (False, 15.0)
-    follow.begin(another := Source())  # what breaks before it has brought anything changes nothing
+    follow.begin(another := Source())  # breaks without a message, and so does not change the age
     another.usable, another.ended_at = False, clock[0]
     assert after(1) == (False, 16.0)
     follow.begin(Source())
@@ -207,7 +209,7 @@ def test_how_old_a_picture_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     assert after(1) == (False, 1.0)
 
 
-def test_a_mirror_remembers_no_name_that_is_gone() -> None:
+def test_mirror_forgets_removed_names() -> None:
     mirror = Mirror("*", None, None)
     follow = mirror._watch
     follow.begin(Source())
@@ -223,7 +225,7 @@ def test_a_mirror_remembers_no_name_that_is_gone() -> None:
     assert not any(value for key, value in vars(mirror).items() if isinstance(value, dict)), vars(mirror)
 
 
-def test_a_slow_listener_is_told_the_differences() -> None:
+def test_slow_listener_gets_the_differences() -> None:
     backlog = EventQueue(events_max=10)
     here, there = Endpoint("a", "", "h", 1, {}), Endpoint("b", "", "h", 2, {})
     backlog.add(Event("up", here, "ready"))
@@ -241,8 +243,8 @@ def test_a_slow_listener_is_told_the_differences() -> None:
     assert hash(here) != hash(there)
 
 
-def test_a_revision_means_nothing_in_another_epoch() -> None:
-    """The connection breaks between the reply of a new daemon and its `reset`."""
+def test_revision_of_another_epoch_is_not_used() -> None:
+    """The connection breaks between the reply of a new daemon and the `reset` event."""
     told: list[Event] = []
     follow = WatchState("*", None, told.append)
     for line in ({"ok": True, "epoch": "one"}, up("a", 2), {"event": "sync", "rev": 2}):

@@ -1,4 +1,4 @@
-"""What a resolve costs the client, in work and not in seconds: a regression is seen on a noisy machine, too."""
+"""The cost of a resolve in function calls, which unlike seconds do not depend on the load of the machine."""
 
 import asyncio
 import json
@@ -15,11 +15,11 @@ from regd_client.protocol import Address
 
 pytestmark = pytest.mark.socket  # on uvloop, too
 
-EACH = 20
+CALLS_PER_TASK = 20
 
 
 class Daemon(asyncio.Transport):
-    """A connection to a daemon that knows one service, and answers in the next turn of the loop."""
+    """The transport to a daemon with one service that answers in the next loop iteration."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,9 +30,9 @@ class Daemon(asyncio.Transport):
         asyncio.get_running_loop().call_soon(self._answer, data)
 
     def _answer(self, data: bytes) -> None:
-        said = b',"name":"a","instance":"","host":"h","port":1,"meta":{"k":"v"},"state":"ready","rev":1}\n'
+        members = b',"name":"a","instance":"","host":"h","port":1,"meta":{"k":"v"},"state":"ready","rev":1}\n'
         ids = (line.partition(b'"id":')[2].partition(b",")[0] for line in data.splitlines())
-        answers = b"".join(b'{"ok":true,"id":' + id + said for id in ids)
+        answers = b"".join(b'{"ok":true,"id":' + id + members for id in ids)
         self.connection.get_buffer(-1)[: len(answers)] = answers
         self.connection.buffer_updated(len(answers))
 
@@ -47,7 +47,7 @@ class Daemon(asyncio.Transport):
 
 
 class Calls:
-    """Counts the functions that the client's code calls: its own and others, those that are written in C, too."""
+    """Counts the calls that the client's code makes, including calls of functions written in C."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -64,21 +64,21 @@ class Calls:
 
 
 @pytest.mark.parametrize(("tasks", "calls_max"), [(1, 40), (50, 31)])  # 38 and 29 when this was written
-async def test_a_resolve_is_so_many_calls(tasks: int, calls_max: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_calls_of_a_resolve(tasks: int, calls_max: int, monkeypatch: pytest.MonkeyPatch) -> None:
     client = Client()
     client._connector.connection = Daemon().connection
 
     async def ask() -> None:
-        for _ in range(EACH):
+        for _ in range(CALLS_PER_TASK):
             assert (await client.resolve("a")).port == 1
 
     await ask()
-    dear: list[object] = []
-    with monkeypatch.context() as watched:
-        watched.setattr(json, "loads", dear.append)
-        watched.setattr(protocol, "_encode", dear.append)
+    encoded_or_decoded: list[object] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "loads", encoded_or_decoded.append)
+        patch.setattr(protocol, "_encode", encoded_or_decoded.append)
         with Calls() as calls:
             await asyncio.gather(*(ask() for _ in range(tasks)))
-    assert not dear  # what was asked and answered before is not written and read again
-    assert calls.count / (tasks * EACH) <= calls_max
+    assert not encoded_or_decoded  # repeated requests and replies come from the caches
+    assert calls.count / (tasks * CALLS_PER_TASK) <= calls_max
     await client.close()

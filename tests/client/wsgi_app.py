@@ -1,4 +1,4 @@
-"""A Flask application as users write it; gunicorn's hook, in gunicorn_conf.py, has its one line of registry."""
+"""An example Flask application, which gunicorn registers by a hook in gunicorn_conf.py."""
 
 import os
 
