@@ -1,4 +1,4 @@
-"""Accepting connections: in slices, without file descriptors, until told to stop."""
+"""The acceptor: accepting in slices, without free file descriptors, and until `stop`."""
 
 import asyncio
 import errno
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.socket
 
 
 class NoDescriptors(socket.socket):
-    """A listener whose `accept` fails with the error `number` while that is set."""
+    """A listener whose `accept` raises the errno `number` if that is not 0."""
 
     number = 0
     attempts = 0
@@ -32,8 +32,8 @@ class NoDescriptors(socket.socket):
         return super().accept()
 
 
-class TimersByHand:
-    """The running loop, except that `call_later` only records what is to be called, and after how long."""
+class RecordedTimers:
+    """The running loop, except that `call_later` only records the delay and the callback."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -47,7 +47,7 @@ class TimersByHand:
 
 
 class Recorder(asyncio.Protocol):
-    """Keeps what it receives."""
+    """Records what it receives."""
 
     def __init__(self, connections: "list[Recorder]") -> None:
         self.received = b""
@@ -70,7 +70,7 @@ class Scene:
         self.errors: list[dict[str, Any]] = []
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: self.errors.append(context))
         self.acceptor = Acceptor(lambda: Recorder(self.connections))
-        self.loop = TimersByHand()
+        self.loop = RecordedTimers()
         self.acceptor._loop = cast(asyncio.AbstractEventLoop, self.loop)
         self.listener = NoDescriptors()
         self.listener.bind(("127.0.0.1", 0))
@@ -108,7 +108,7 @@ async def scene() -> AsyncIterator[Scene]:
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
-async def test_without_descriptors_callers_wait_and_one_line_is_logged_per_attempt(
+async def test_out_of_descriptors_callers_wait_and_each_attempt_logs_one_line(
     scene: Scene, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     scene.call()
@@ -136,7 +136,7 @@ async def test_without_descriptors_callers_wait_and_one_line_is_logged_per_attem
     assert len(caplog.messages) == 2
 
 
-async def test_after_stop_it_does_not_retry(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_retry_after_stop(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
     scene.listener.number = errno.EMFILE
     scene.call()
     await until(lambda: bool(scene.loop.timers))
@@ -150,7 +150,7 @@ async def test_after_stop_it_does_not_retry(scene: Scene, caplog: pytest.LogCapt
 
 
 @pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EINTR, errno.EAGAIN])
-async def test_a_caller_that_left_before_it_was_accepted_is_skipped(
+async def test_caller_that_left_before_accept_is_skipped(
     scene: Scene, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     scene.listener.number = number
@@ -161,7 +161,7 @@ async def test_a_caller_that_left_before_it_was_accepted_is_skipped(
     assert (scene.loop.timers, caplog.messages) == ([], [])
 
 
-async def test_any_other_error_of_accept_is_reported_and_accepting_goes_on(scene: Scene) -> None:
+async def test_other_errors_of_accept_are_reported(scene: Scene) -> None:
     scene.listener.number = errno.EPERM
     scene.call()
     await until(lambda: bool(scene.errors))
@@ -173,7 +173,7 @@ async def test_any_other_error_of_accept_is_reported_and_accepting_goes_on(scene
 
 
 async def test_callers_are_accepted_in_slices(scene: Scene) -> None:
-    """A test suite that starts at once does not hold up the connections that are open already."""
+    """Many connections at once, as when a test suite starts, do not delay the open connections."""
     for _ in range(200):
         scene.call()
     counts = [0]
@@ -183,7 +183,7 @@ async def test_callers_are_accepted_in_slices(scene: Scene) -> None:
     assert max(after - before for before, after in itertools.pairwise(counts)) <= 64
 
 
-async def test_after_stop_nobody_is_accepted_and_open_connections_are_served(scene: Scene) -> None:
+async def test_stop_accepts_nobody_and_serves_open_connections(scene: Scene) -> None:
     caller = scene.call()
     await until(lambda: len(scene.connections) == 1)
     scene.acceptor.stop()
@@ -195,7 +195,7 @@ async def test_after_stop_nobody_is_accepted_and_open_connections_are_served(sce
     await until(lambda: scene.connections[0].received == b"still here")
 
 
-async def test_a_connection_that_is_starting_counts_and_can_be_waited_for(scene: Scene) -> None:
+async def test_starting_connection_is_counted_and_awaited(scene: Scene) -> None:
     scene.call()
     scene.acceptor._accept(scene.listener)
     assert scene.acceptor.starting == 1
@@ -204,9 +204,7 @@ async def test_a_connection_that_is_starting_counts_and_can_be_waited_for(scene:
     assert (len(scene.connections), scene.acceptor.starting) == (1, 0)
 
 
-async def test_accepted_sockets_are_non_blocking_and_send_short_lines_at_once(
-    scene: Scene, tmp_path: Path
-) -> None:
+async def test_accepted_sockets_are_non_blocking_without_delay(scene: Scene, tmp_path: Path) -> None:
     caller = scene.call()
     await until(lambda: len(scene.connections) == 1)
     transport = scene.connections[0].transport
@@ -225,7 +223,7 @@ async def test_accepted_sockets_are_non_blocking_and_send_short_lines_at_once(
         scene.acceptor.stop()
 
 
-async def test_a_daemon_without_descriptors_serves_its_callers_later(
+async def test_daemon_out_of_descriptors_serves_callers_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     accept = socket.socket.accept

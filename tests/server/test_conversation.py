@@ -1,4 +1,4 @@
-"""The order of requests and replies, on values: writes, reads, pending resolves, `quit`, the end of the input."""
+"""The order of requests and replies without sockets: writes, reads, pending resolves, `quit` and EOF."""
 
 import json
 from collections import deque
@@ -34,12 +34,12 @@ def wait(id: int | None = None) -> bytes:
 
 
 class Executor:
-    """Answers reads at once. Writes are committed, and pending resolves answered, when the test says so."""
+    """Answers reads at once, and writes and pending resolves when the test calls `commit` and `resolve`."""
 
     def __init__(self, requests_in_flight_max: int = 64) -> None:
         limits = replace(DEFAULT, requests_in_flight_max=requests_in_flight_max)
         self.conversation = Conversation(limits)
-        self.sent: list[Any] = []  # ids of the requests that have their reply, or the code of an error
+        self.sent: list[Any] = []  # ids of the answered requests, or error codes
         self.writes: deque[Request] = deque()
         self.waits: list[Request] = []
 
@@ -66,7 +66,7 @@ class Executor:
         return self.work()
 
     def work(self) -> list[Any]:
-        """Carry out what may be carried out now, and return what was sent for it."""
+        """Carry out the requests that may be carried out now, and return the replies."""
         before = len(self.sent)
         self.sent += [json.loads(reply.replace(b"None", b"null")) for reply in self.conversation.take_replies()]
         while (item := self.conversation.next()) is not None:
@@ -102,7 +102,7 @@ def test_reads_are_answered_in_order(peer: Executor) -> None:
     assert peer.conversation.is_caught_up
 
 
-def test_a_read_waits_until_the_writes_before_it_are_committed(peer: Executor) -> None:
+def test_read_waits_for_earlier_writes(peer: Executor) -> None:
     assert peer.receive(write(1), write(2), read(3), write(4)) == []
     assert [request.id for request in peer.writes] == [1, 2]
     assert peer.commit() == [1]
@@ -110,7 +110,7 @@ def test_a_read_waits_until_the_writes_before_it_are_committed(peer: Executor) -
     assert peer.commit() == [4]
 
 
-def test_an_error_waits_behind_a_write_too(peer: Executor) -> None:
+def test_error_waits_for_an_earlier_write(peer: Executor) -> None:
     assert peer.receive(write(1), b"{\n", read(2)) == []
     assert peer.commit() == [1, "bad_json", 2]
 
@@ -125,7 +125,7 @@ def test_writes_are_submitted_up_to_the_limit() -> None:
     assert peer.commit() + peer.commit() == [2, 3]
 
 
-def test_a_deferred_request_stops_reading_until_it_is_answered(peer: Executor) -> None:
+def test_deferred_request_stops_reading_until_it_is_answered(peer: Executor) -> None:
     peer.receive(write(1))
     assert (peer.conversation.wants_input, peer.conversation.is_caught_up) == (True, True)
     peer.receive(read(2))
@@ -135,7 +135,7 @@ def test_a_deferred_request_stops_reading_until_it_is_answered(peer: Executor) -
     assert (peer.conversation.wants_input, peer.conversation.is_caught_up) == (True, True)
 
 
-def test_a_request_that_is_put_back_comes_next(peer: Executor) -> None:
+def test_request_that_is_put_back_comes_next(peer: Executor) -> None:
     peer.conversation.receive(read(1) + read(2))
     request = peer.conversation.next()
     assert isinstance(request, Request)
@@ -144,7 +144,7 @@ def test_a_request_that_is_put_back_comes_next(peer: Executor) -> None:
     assert peer.work() == [1, 2]
 
 
-def test_a_committed_reply_is_owed_until_it_is_taken(peer: Executor) -> None:
+def test_committed_reply_is_owed_until_it_is_taken(peer: Executor) -> None:
     peer.receive(write(1))
     peer.conversation.committed(b"1")
     assert (peer.conversation.in_flight, peer.conversation.owes_replies) == (0, True)
@@ -152,7 +152,7 @@ def test_a_committed_reply_is_owed_until_it_is_taken(peer: Executor) -> None:
     assert not peer.conversation.owes_replies
 
 
-def test_an_unfinished_line_is_not_caught_up(peer: Executor) -> None:
+def test_unfinished_line_is_not_caught_up(peer: Executor) -> None:
     assert peer.receive(read(1)[:-5]) == []
     assert not peer.conversation.is_caught_up
     assert peer.receive(read(1)[-5:]) == [1]
@@ -168,7 +168,7 @@ def test_received_bytes_are_split_into_lines_by_next_alone(peer: Executor) -> No
     assert peer.conversation.wants_input
 
 
-def test_the_input_may_end_before_it_is_split(peer: Executor) -> None:
+def test_input_may_end_before_it_is_split(peer: Executor) -> None:
     peer.receive(read(1)[:5])
     peer.conversation.receive(read(1)[5:] + read(2)[:-1])
     assert peer.end_input() == [1, 2]
@@ -178,29 +178,29 @@ def test_the_input_may_end_before_it_is_split(peer: Executor) -> None:
 # Pending resolves.
 
 
-def test_a_pending_resolve_with_an_id_is_overtaken(peer: Executor) -> None:
+def test_pending_resolve_with_an_id_is_overtaken(peer: Executor) -> None:
     assert peer.receive(wait(1), read(2), wait(3)) == [2]
     assert peer.resolve(position=1) == [3]
     assert peer.resolve() == [1]
     assert peer.conversation.pending == 0
 
 
-def test_a_pending_resolve_without_an_id_blocks_until_it_is_answered(peer: Executor) -> None:
+def test_pending_resolve_without_an_id_blocks(peer: Executor) -> None:
     assert peer.receive(wait(1), wait(), read(2)) == []
     assert peer.state() is ConversationState.BLOCKED
-    assert peer.resolve(position=0) == [1]  # this one has an id: the other still blocks
+    assert peer.resolve(position=0) == [1]  # answered, since it has an id; the other one still blocks
     assert peer.resolve() == [None, 2]
     assert peer.state() is ConversationState.OPEN
 
 
-def test_a_pending_resolve_waits_behind_a_write(peer: Executor) -> None:
+def test_pending_resolve_waits_for_an_earlier_write(peer: Executor) -> None:
     peer.receive(write(1), wait(2))
     assert peer.conversation.pending == 0
     assert peer.commit() == [1]
     assert peer.conversation.pending == 1
 
 
-def test_a_blocked_peer_is_read_up_to_a_line(peer: Executor) -> None:
+def test_blocked_peer_is_read_up_to_a_line(peer: Executor) -> None:
     peer.receive(wait())
     peer.receive(read(1))
     assert (peer.conversation.wants_input, peer.conversation.is_caught_up) == (True, False)
@@ -216,7 +216,7 @@ def test_quit_ends_reading(peer: Executor) -> None:
     assert (peer.state(), peer.conversation.is_finished) == (ConversationState.QUITTING, True)
     assert peer.receive(read(3)) == []
     assert peer.conversation.parser.waiting_bytes == 0
-    assert peer.conversation.wants_input  # so that the peer's end is noticed
+    assert peer.conversation.wants_input  # to notice the peer's EOF
 
 
 def test_quit_waits_for_writes(peer: Executor) -> None:
@@ -235,14 +235,14 @@ def test_quit_waits_for_pending_resolves(peer: Executor) -> None:
     assert peer.conversation.is_finished
 
 
-def test_quit_behind_a_blocking_resolve_is_read_once_that_is_answered(peer: Executor) -> None:
+def test_quit_after_a_blocking_resolve(peer: Executor) -> None:
     peer.receive(wait(), b"quit\n")
     assert peer.state() is ConversationState.BLOCKED
     assert peer.resolve() == [None]
     assert peer.conversation.is_finished
 
 
-def test_a_reply_that_was_not_taken_is_owed_before_the_end(peer: Executor) -> None:
+def test_untaken_reply_is_owed_before_the_end(peer: Executor) -> None:
     peer.receive(wait(1), b"quit\n")
     peer.conversation.resolved(peer.waits[0], b"1")
     assert not peer.conversation.is_finished
@@ -250,17 +250,17 @@ def test_a_reply_that_was_not_taken_is_owed_before_the_end(peer: Executor) -> No
     assert peer.conversation.is_finished
 
 
-# The end of the input, and of the conversation.
+# EOF, and the end of the conversation.
 
 
-def test_what_is_unfinished_at_the_end_of_the_input_is_a_line(peer: Executor) -> None:
+def test_unfinished_text_at_eof_is_a_line(peer: Executor) -> None:
     assert peer.receive(read(1)[:-1]) == []
     assert peer.end_input() == [1]
     assert peer.conversation.is_drained
     assert not peer.conversation.is_caught_up
 
 
-def test_the_input_is_drained_when_writes_and_what_is_behind_them_are_answered(peer: Executor) -> None:
+def test_input_is_drained_when_all_is_answered(peer: Executor) -> None:
     peer.receive(write(1), read(2))
     peer.end_input()
     assert not peer.conversation.is_drained
@@ -275,7 +275,7 @@ def test_pending_resolves_outlive_the_input(peer: Executor) -> None:
     assert peer.resolve() == [1]
 
 
-def test_without_the_end_of_the_input_nothing_is_drained(peer: Executor) -> None:
+def test_nothing_is_drained_before_eof(peer: Executor) -> None:
     peer.receive(read(1))
     assert not peer.conversation.is_drained
 
@@ -289,7 +289,7 @@ def test_late_replies_are_dropped_after_the_end(request_line: bytes, peer: Execu
     assert (peer.receive(read(2)), peer.state()) == ([], ConversationState.ENDED)
 
 
-def test_the_end_drops_replies_that_were_not_taken(peer: Executor) -> None:
+def test_end_drops_untaken_replies(peer: Executor) -> None:
     peer.receive(write(1), read(2))
     peer.conversation.committed(b"1")
     peer.conversation.end()
@@ -297,16 +297,16 @@ def test_the_end_drops_replies_that_were_not_taken(peer: Executor) -> None:
     assert not peer.conversation.is_deferred
 
 
-# Any conversation.
+# Random conversations.
 
 _KINDS = st.sampled_from(["read", "write", "wait", "blocking", "error"])
 
 
 @given(st.lists(_KINDS, max_size=12), st.lists(st.integers(0, 5), max_size=40), st.booleans(), st.integers(1, 3))
-def test_each_request_is_answered_once_and_only_pending_ones_are_overtaken(
-    kinds: list[str], choices: list[int], quits: bool, in_flight_max: int
-) -> None:
-    """Whatever is committed or resolved when. The executor checks that a read sees the writes before it."""
+def test_random_conversations(kinds: list[str], choices: list[int], quits: bool, in_flight_max: int) -> None:
+    """Each request is answered once, and only pending resolves are overtaken, in whatever order writes are committed
+    and resolves answered. The executor checks that a read sees the writes before it.
+    """
     peer = Executor(in_flight_max)
     lines = {"read": read, "write": write, "wait": wait}
     script = [lines[kind](n) if kind in lines else wait() if kind == "blocking" else b"{\n"
@@ -337,7 +337,7 @@ def test_each_request_is_answered_once_and_only_pending_ones_are_overtaken(
     assert peer.conversation.is_caught_up is not quits
 
 
-def test_a_large_read_is_split_a_slice_at_a_time() -> None:
+def test_large_read_is_split_in_slices() -> None:
     conversation = Conversation(DEFAULT)
     conversation.receive(b" \n" * 100_000 + read(1) + b"unfinished")
     sizes = [conversation.waiting_bytes]
@@ -351,7 +351,7 @@ def test_a_large_read_is_split_a_slice_at_a_time() -> None:
     assert not conversation.has_unsplit
 
 
-def test_a_blocked_peer_has_nothing_split_and_is_not_called_again() -> None:
+def test_input_of_a_blocked_peer_is_not_split() -> None:
     peer = Executor()
     assert peer.receive(wait(), read(1) * 1_000) == []
     assert not peer.conversation.has_unsplit

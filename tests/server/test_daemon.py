@@ -1,4 +1,4 @@
-"""Start and end in the test's own loop: what is opened, what is refused and touched, what is left."""
+"""Start and stop of a daemon in the test's loop: sockets, files, and errors at the start."""
 
 import asyncio
 import json
@@ -17,14 +17,14 @@ from tests.support.daemon import InLoop
 pytestmark = pytest.mark.socket
 
 
-async def test_a_taken_port_is_told_and_nothing_is_touched(daemon: InLoop, tmp_path: Path) -> None:
+async def test_taken_port_is_an_error_and_changes_nothing(daemon: InLoop, tmp_path: Path) -> None:
     path = tmp_path / "other" / "registry.json"
     with pytest.raises(ListenError, match=rf"port {daemon.port} on 127.0.0.1 is taken"):
         await Daemon(Config(registry=path, port=daemon.port)).start()
     assert not path.parent.exists()
 
 
-async def test_a_port_that_is_taken_on_one_family_is_taken(tmp_path: Path) -> None:
+async def test_port_taken_on_one_family_is_an_error(tmp_path: Path) -> None:
     with socket.socket(socket.AF_INET6) as holder:
         holder.bind(("::1", 0))
         holder.listen()
@@ -32,7 +32,7 @@ async def test_a_port_that_is_taken_on_one_family_is_taken(tmp_path: Path) -> No
             await Daemon(Config(registry=tmp_path / "r.json", port=holder.getsockname()[1])).start()
 
 
-async def test_a_registry_in_use_is_told_and_nothing_is_touched(daemon: InLoop) -> None:
+async def test_registry_in_use_is_an_error_and_changes_nothing(daemon: InLoop) -> None:
     before = daemon.registry.stat()
     with pytest.raises(StorageError, match="in use by another regd"):
         await Daemon(Config(registry=daemon.registry, port=0)).start()
@@ -40,7 +40,7 @@ async def test_a_registry_in_use_is_told_and_nothing_is_touched(daemon: InLoop) 
     assert (await (await daemon.peer()).ask("ping"))["ok"]
 
 
-async def test_a_machine_without_ipv6_has_one_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_machine_without_ipv6(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from regd.system import listener
 
     real = listener._tcp
@@ -56,7 +56,7 @@ async def test_a_machine_without_ipv6_has_one_family(tmp_path: Path, monkeypatch
         assert (await (await daemon.peer()).ask("ping"))["ok"]
 
 
-async def test_a_unix_socket_is_private_and_goes_with_the_daemon(tmp_path: Path) -> None:
+async def test_unix_socket_is_private_and_removed_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "s"
     async with InLoop(tmp_path / "registry.json", unix=path) as daemon:
         assert path.stat().st_mode & 0o777 == 0o600
@@ -67,7 +67,7 @@ async def test_a_unix_socket_is_private_and_goes_with_the_daemon(tmp_path: Path)
     assert not path.exists()
 
 
-async def test_a_unix_socket_that_a_crash_left_is_replaced(tmp_path: Path) -> None:
+async def test_unix_socket_left_by_a_crash_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
@@ -77,7 +77,7 @@ async def test_a_unix_socket_that_a_crash_left_is_replaced(tmp_path: Path) -> No
         await writer.wait_closed()
 
 
-async def test_a_file_in_place_of_the_unix_socket_is_spared(tmp_path: Path) -> None:
+async def test_file_in_place_of_the_unix_socket_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "s"
     path.write_text("mine")
     with pytest.raises(ListenError, match="is no socket"):
@@ -86,12 +86,12 @@ async def test_a_file_in_place_of_the_unix_socket_is_spared(tmp_path: Path) -> N
     assert not (tmp_path / "registry.json").exists()
 
 
-async def test_a_unix_path_that_is_too_long_is_told(tmp_path: Path) -> None:
+async def test_long_unix_path_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ListenError, match="cannot listen on"):
         await Daemon(Config(registry=tmp_path / "registry.json", port=0, unix=tmp_path / ("s" * 120))).start()
 
 
-async def test_registrations_and_revision_go_on_after_a_restart(tmp_path: Path) -> None:
+async def test_registrations_and_revision_survive_a_restart(tmp_path: Path) -> None:
     path = tmp_path / "registry.json"
     async with InLoop(path) as daemon:
         peer = await daemon.peer()
@@ -105,7 +105,7 @@ async def test_registrations_and_revision_go_on_after_a_restart(tmp_path: Path) 
         assert (await peer.ask(cmd="register", name="c", port=3))["rev"] == 4
 
 
-async def test_stopping_sends_what_is_owed_and_closes(tmp_path: Path) -> None:
+async def test_stop_sends_pending_replies_and_closes(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "registry.json") as daemon:
         idle, busy = await daemon.peer(), await daemon.peer()
         await idle.ask("ping")
@@ -120,7 +120,7 @@ async def test_stopping_sends_what_is_owed_and_closes(tmp_path: Path) -> None:
         assert len(json.loads((tmp_path / "registry.json").read_bytes())) == 1 + acknowledged
 
 
-async def test_stopping_twice_is_harmless(tmp_path: Path) -> None:
+async def test_stop_is_idempotent(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "registry.json") as daemon:
         await daemon.server.stop()
 
@@ -135,31 +135,31 @@ async def test_stopping_twice_is_harmless(tmp_path: Path) -> None:
         ({}, str(Path.home() / ".local/state/regd/registry.json")),
     ],
 )
-def test_where_the_registry_is_when_nobody_says(environment: dict[str, str], path: str) -> None:
+def test_default_registry_path(environment: dict[str, str], path: str) -> None:
     assert str(default_registry(environment)) == path
 
 
 @pytest.mark.parametrize("home", ["", "relative", "~", "/nonexistent"])
-def test_a_home_that_is_not_there_is_told(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_home_is_an_error(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", home)
     with pytest.raises(StorageError, match="--registry"):
         default_registry({})
     assert default_registry({"XDG_STATE_HOME": "/x"}) == Path("/x/regd/registry.json")
 
 
-def test_a_user_that_the_system_does_not_know_has_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_user_has_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(os, "getuid", lambda: 3_999_999_999)
     with pytest.raises(StorageError, match="--registry"):
         default_registry({})
 
 
-def test_a_relative_state_directory_is_told() -> None:
+def test_relative_state_directory_is_an_error() -> None:
     with pytest.raises(StorageError, match="STATE_DIRECTORY is 'here'"):
         default_registry({"STATE_DIRECTORY": "here"})
 
 
-async def test_the_constructor_opens_nothing(tmp_path: Path) -> None:
+async def test_constructor_opens_nothing(tmp_path: Path) -> None:
     events: list[str] = []
     listening = True
 
@@ -167,7 +167,7 @@ async def test_the_constructor_opens_nothing(tmp_path: Path) -> None:
         if listening and event.startswith(("open", "socket.", "os.", "subprocess.")):
             events.append(f"{event} {arguments}")
 
-    sys.addaudithook(listen)  # for ever: none can be removed
+    sys.addaudithook(listen)  # audit hooks cannot be removed
     before = set(asyncio.all_tasks())
     Daemon(Config(registry=tmp_path / "folder" / "registry.json", port=0, unix=tmp_path / "s"))
     listening = False

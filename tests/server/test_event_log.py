@@ -1,4 +1,4 @@
-"""What the log says of registrations and requests: each once, at its level, escaped, as text and as JSON."""
+"""Log lines about registrations and requests: once, at the right level, escaped, as text and as JSON."""
 
 import json
 import logging
@@ -24,19 +24,19 @@ def at_info(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def said(caplog: pytest.LogCaptureFixture, *words: str) -> list[str]:
-    """Return the lines that begin with one of these words."""
+    """Return the log messages that start with one of these words."""
     return [line for message in caplog.messages for line in message.split("\n") if line.startswith(words)]
 
 
 @pytest.mark.socket
-async def test_each_up_and_down_is_a_line_with_holder_and_reason(
+async def test_up_and_down_are_logged_with_holder_and_reason(
     daemon: InLoop, caplog: pytest.LogCaptureFixture
 ) -> None:
     peer, holder = await daemon.peer(), await daemon.peer()
     port = holder.writer.get_extra_info("sockname")[1]
     await peer.ask(cmd="register", name="db", port=1)
-    await peer.ask(cmd="register", name="db", port=2)  # a static one is replaced
-    await peer.ask(cmd="update", name="db", meta={"a": "b"})  # a change is no line
+    await peer.ask(cmd="register", name="db", port=2)  # replaces a static entry
+    await peer.ask(cmd="update", name="db", meta={"a": "b"})  # changes are not logged
     await peer.ask(cmd="register", name="lease", instance="1", host="::1", port=3, ttl=5)
     await holder.ask(cmd="register", name="web", port=4, hold=True, pid=os.getpid())
     await peer.ask(cmd="deregister", name="db")
@@ -87,9 +87,7 @@ async def test_reply_is_sent_before_the_line_is_logged(daemon: InLoop, monkeypat
 
 
 @pytest.mark.socket
-async def test_a_change_that_did_not_reach_the_disk_is_no_line(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_failed_write_logs_no_change(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = ToldFiles()
     async with InLoop(tmp_path / "registry.json", files=files) as daemon:
         files.failing["write"] = 28
@@ -100,7 +98,7 @@ async def test_a_change_that_did_not_reach_the_disk_is_no_line(
 
 
 @pytest.mark.socket
-async def test_conflicts_are_at_most_one_line_a_second_with_a_count(
+async def test_conflicts_are_logged_once_a_second_with_a_count(
     daemon: InLoop, caplog: pytest.LogCaptureFixture
 ) -> None:
     owner, other = await daemon.peer(), await daemon.peer()
@@ -124,7 +122,7 @@ async def test_conflicts_are_at_most_one_line_a_second_with_a_count(
     daemon.clock.advance(0.5)
     assert len(said(caplog, "conflict")) == 3
     daemon.clock.advance(5)
-    assert len(said(caplog, "conflict")) == 3, "none is told twice"
+    assert len(said(caplog, "conflict")) == 3, "a conflict is counted twice"
     assert (await other.ask({"cmd": "update", "name": "db", "meta": {}, "if": 9}))["error"] == "conflict"
     assert "register" not in said(caplog, "conflict")[3]
 
@@ -134,7 +132,7 @@ def holder_of(peer: Peer) -> str:
 
 
 @pytest.mark.socket
-async def test_what_was_counted_is_told_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_pending_count_is_logged_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with InLoop(tmp_path / "registry.json", peers=FakeCredentials()) as daemon:
         peer = await daemon.peer()
         for name in ("a", "b", "c"):
@@ -146,7 +144,7 @@ async def test_what_was_counted_is_told_at_the_end(tmp_path: Path, caplog: pytes
 
 
 @pytest.mark.socket
-async def test_a_process_of_another_user_is_a_denial_too(
+async def test_process_of_another_user_is_logged_as_a_denial(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with InLoop(tmp_path / "registry.json", peers=FakeCredentials((65_533,))) as daemon:
@@ -157,13 +155,11 @@ async def test_a_process_of_another_user_is_a_denial_too(
 
 
 @pytest.mark.socket
-async def test_at_info_no_request_is_logged_and_at_debug_each_is_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_requests_are_logged_at_debug_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     requests: list[dict[str, Any]] = [
         {"cmd": "register", "name": "db", "port": 1, "meta": {"k": "\x1b[31mé\x7f\n" + "x" * 600}},
         {"cmd": "resolve", "name": "db"},
-        {"cmd": "resolve", "name": "db"},  # known by now: the shortest way
+        {"cmd": "resolve", "name": "db"},  # from the resolve cache
         {"cmd": "resolve", "name": "db", "all": True},
         {"cmd": "resolve", "name": "none", "wait": 0},
         {"cmd": "deregister", "name": "db", "if": 7},
@@ -194,7 +190,7 @@ def talk(daemon: DaemonProcess, *requests: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("level", ["info", "debug"])
-def test_the_log_in_json_is_one_object_a_line(level: str, tmp_path: Path) -> None:
+def test_json_log_is_one_object_per_line(level: str, tmp_path: Path) -> None:
     held = {"cmd": "register", "name": "db", "port": 1, "hold": True}
     with DaemonProcess(tmp_path / "registry.json", "--log-level", level, "--log-format", "json") as daemon:
         daemon.start()
@@ -217,7 +213,7 @@ def test_the_log_in_json_is_one_object_a_line(level: str, tmp_path: Path) -> Non
         assert sum(line.get("event") == "request" for line in lines) == 3
 
 
-def test_why_it_does_not_start_is_json_too(process: DaemonProcess, tmp_path: Path) -> None:
+def test_start_error_is_logged_as_json(process: DaemonProcess, tmp_path: Path) -> None:
     other = DaemonProcess(tmp_path / "other.json", "--log-format", "json", "--port", str(process.port))
     done = subprocess.run(other.command(), env=environment(), capture_output=True, text=True, timeout=WAIT_S)
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""A peer that has closed only its sending side keeps its wait; one whose process has ended is noticed in seconds."""
+"""A half-closed peer keeps its wait while its process lives; the end of the process is noticed within seconds."""
 
 import asyncio
 import json
@@ -58,13 +58,13 @@ def under_way(daemon: InLoop) -> int:
 @pytest.mark.parametrize("line", [WAIT, WATCH], ids=["wait", "watch"])
 @pytest.mark.parametrize("half", [False, True], ids=["open", "half closed"])
 @pytest.mark.parametrize("family", ["tcp", "unix"])
-async def test_a_process_that_is_killed_while_it_waits_is_noticed(
+async def test_process_killed_during_a_wait_is_noticed(
     daemon: InLoop, family: str, half: bool, line: bytes
 ) -> None:
     processes = [begin(daemon, family, line, half) for _ in range(3)]
     try:
         await until(lambda: under_way(daemon) == 3)
-        if half:  # it is there still
+        if half:  # it is still connected
             await until(
                 lambda: all(connection._conversation.input_ended for connection in daemon.server.connections)
             )
@@ -87,7 +87,7 @@ async def test_a_process_that_is_killed_while_it_waits_is_noticed(
 
 
 @pytest.mark.parametrize("table", [False, True])
-async def test_a_peer_that_has_closed_its_side_and_lives_gets_its_reply(
+async def test_half_closed_peer_gets_its_reply(
     daemon: InLoop, table: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if table:
@@ -109,8 +109,8 @@ async def test_a_peer_that_has_closed_its_side_and_lives_gets_its_reply(
 
 
 @pytest.mark.parametrize("table", [False, True])
-async def test_a_killed_peer_that_is_not_read_is_noticed_too(daemon: InLoop, table: bool) -> None:
-    """So much follows a wait without an id that regd reads no further, and does not see the end of the input."""
+async def test_killed_peer_that_is_not_read_is_noticed(daemon: InLoop, table: bool) -> None:
+    """regd reads little after a wait without an id, and so does not see the EOF."""
     if table:
         daemon.server._peers.close()
         daemon.server._peers._ask = peer_credentials.by_table
@@ -126,7 +126,7 @@ async def test_a_killed_peer_that_is_not_read_is_noticed_too(daemon: InLoop, tab
     await until(lambda: not daemon.server.connections)
 
 
-async def test_a_wait_stays_where_the_kernel_cannot_be_asked(daemon: InLoop) -> None:
+async def test_wait_stays_if_the_kernel_cannot_be_asked(daemon: InLoop) -> None:
     daemon.server._peers.close()
     peer = await daemon.peer()
     peer.send(WAIT)
@@ -152,7 +152,7 @@ class Waiter:
         self.is_cut = True
 
 
-def test_many_connections_are_checked_in_slices_and_each_every_few_seconds() -> None:
+def test_connections_are_checked_in_slices_every_few_seconds() -> None:
     clock = HandClock()
     half_closed, waiters = HalfClosed(clock), [Waiter() for _ in range(5_000)]
     for waiter in waiters:
@@ -170,10 +170,10 @@ def test_many_connections_are_checked_in_slices_and_each_every_few_seconds() -> 
     waiters[0].gone = True
     clock.advance(10 * CHECK_S)
     assert [waiter.is_cut for waiter in waiters[:2]] == [True, False]
-    assert not any(timer.call for _, _, timer in clock._timers), "no connection waits, and a timer is left"
+    assert not any(timer.call for _, _, timer in clock._timers), "no connection waits, but a timer is left"
 
 
-def test_a_discarded_connection_is_not_checked() -> None:
+def test_discarded_connection_is_not_checked() -> None:
     clock = HandClock()
     half_closed, waiter = HalfClosed(clock), Waiter()
     half_closed.add(waiter)

@@ -1,4 +1,4 @@
-"""Nothing holds the loop: what is much goes in slices, others have a turn, and everything is still right."""
+"""Large amounts of work are done in slices, do not delay other connections, and give correct results."""
 
 import asyncio
 import gc
@@ -30,7 +30,7 @@ async def workers(daemon: InLoop, count: int) -> Peer:
     return peer
 
 
-async def test_a_search_that_takes_many_turns_is_answered_in_its_place(tmp_path: Path) -> None:
+async def test_reply_of_a_long_search_keeps_its_order(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "registry.json", limits=Limits(search_step_max=3)) as daemon:
         peer = await workers(daemon, 100)
         peer.send(
@@ -52,7 +52,7 @@ async def test_a_search_that_takes_many_turns_is_answered_in_its_place(tmp_path:
         assert (requests["resolve"], requests["ping"]) == (4, 1)
 
 
-async def test_a_search_shows_one_revision_though_writers_go_on(tmp_path: Path) -> None:
+async def test_search_sees_one_revision_during_writes(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "registry.json", limits=Limits(search_step_max=1)) as daemon:
         peer, writer = await workers(daemon, 300), await daemon.peer()
         peer.send({"cmd": "resolve", "name": "w", "all": True})
@@ -64,18 +64,18 @@ async def test_a_search_shows_one_revision_though_writers_go_on(tmp_path: Path) 
         assert found["rev"] == 300
 
 
-async def test_others_have_a_turn_while_one_searches(tmp_path: Path) -> None:
+async def test_search_does_not_delay_others(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "registry.json", limits=Limits(search_step_max=1)) as daemon:
         searcher, other = await workers(daemon, 500), await daemon.peer()
         searcher.send(*({"cmd": "resolve", "name": "w", "meta": {"zone": "c"}} for _ in range(20)))
         await other.ask(cmd="ping")
-        # What the searcher has by now is less than all: 20 searches are 10,000 turns, a ping is a few.
+        # Some searches are not answered yet: 20 searches take 10,000 iterations, a ping a few.
         assert (await other.ask(cmd="stats"))["requests"].get("resolve", 0) < 20
         for _ in range(20):
             assert (await searcher.reply())["error"] == "not_found"
 
 
-async def test_who_goes_while_it_searches_leaves_nothing(tmp_path: Path) -> None:
+async def test_peer_that_leaves_during_its_search(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "registry.json", limits=Limits(search_step_max=1)) as daemon:
         searcher, other = await workers(daemon, 200), await daemon.peer()
         searcher.send({"cmd": "resolve", "name": "w", "meta": {"zone": "c"}}, {"cmd": "ping"})
@@ -84,7 +84,7 @@ async def test_who_goes_while_it_searches_leaves_nothing(tmp_path: Path) -> None
             pass
 
 
-async def test_a_wait_that_searches_long_is_answered(tmp_path: Path) -> None:
+async def test_wait_with_a_long_search_is_answered(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "registry.json", limits=Limits(search_step_max=3)) as daemon:
         peer = await workers(daemon, 100)
         listener = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
@@ -97,12 +97,12 @@ async def test_a_wait_that_searches_long_is_answered(tmp_path: Path) -> None:
         await listener.wait_closed()
 
 
-async def test_of_very_many_instances_the_one_that_accepts_is_found(tmp_path: Path) -> None:
+async def test_only_accepting_instance_of_many_is_found(tmp_path: Path) -> None:
     limits = Limits(probed_instances_max=4, search_step_max=3)
     async with InLoop(tmp_path / "registry.json", limits=limits) as daemon:
         listener = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
         port = listener.sockets[0].getsockname()[1]
-        peer = await workers(daemon, 40)  # on ports where nobody listens
+        peer = await workers(daemon, 40)  # on ports without a listener
         await peer.ask(cmd="register", name="w", instance="0020", port=port, force=True)
         waiting = await daemon.peer()
         waiting.send({"cmd": "resolve", "name": "w", "wait": 60})
@@ -117,7 +117,7 @@ async def test_of_very_many_instances_the_one_that_accepts_is_found(tmp_path: Pa
         await listener.wait_closed()
 
 
-async def test_a_batch_lands_in_slices_and_no_watcher_misses_or_repeats(
+async def test_batch_is_applied_in_slices_and_watchers_miss_nothing(
     daemon: InLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "_SLICE", 3)
@@ -149,9 +149,7 @@ async def test_a_batch_lands_in_slices_and_no_watcher_misses_or_repeats(
         assert len(seen) == count
 
 
-async def test_nobody_sees_the_moment_between_two_addresses(
-    daemon: InLoop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_replacement_is_atomic_for_readers(daemon: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_SLICE", 1)
     writer, reader = await daemon.peer(), await daemon.peer()
     await writer.ask(cmd="register", name="db", port=1)
@@ -167,7 +165,7 @@ async def read(peer: Peer, count: int) -> None:
         assert (await peer.reply())["ok"]
 
 
-async def test_very_many_leases_end_in_slices(daemon: InLoop) -> None:
+async def test_many_leases_end_in_slices(daemon: InLoop) -> None:
     peer = await daemon.peer()
     for n in range(700):
         peer.send({"cmd": "register", "name": "w", "instance": str(n), "port": 1, "ttl": 1})
@@ -179,18 +177,18 @@ async def test_very_many_leases_end_in_slices(daemon: InLoop) -> None:
     assert (await peer.ask(cmd="stats"))["rev"] == 1_400
 
 
-async def test_the_daemon_tells_how_late_it_was(daemon: InLoop) -> None:
+async def test_loop_lag_is_reported(daemon: InLoop) -> None:
     peer = await daemon.peer()
     stats = await peer.ask(cmd="stats")
     assert (stats["lag_s"], stats["lag_max_s"], stats["slowest"]) == (0.0, 0.0, None)
     daemon.clock.advance(0.5)
-    daemon.clock.stop(2.5)  # the beat was due after half a second of that
+    daemon.clock.stop(2.5)  # the monitor's timer was due after half a second
     daemon.clock.advance(10)
     stats = await peer.ask(cmd="stats")
     assert (stats["lag_s"], stats["lag_max_s"]) == (0.0, 2.0)
 
 
-def test_the_slowest_is_kept_with_its_name() -> None:
+def test_slowest_step_is_reported_by_name() -> None:
     clock = HandClock()
     pulse = LoopMonitor(clock)
     for what, took_s in (("list", 0.002), ("watch", 0.005), ("ping", 0.001)):
@@ -202,8 +200,8 @@ def test_the_slowest_is_kept_with_its_name() -> None:
     assert slowest == {"what": "watch", "took_s": 0.005, "age_s": 3.001}
 
 
-async def test_a_connection_leaves_nothing_for_the_collector(daemon: InLoop) -> None:
-    """The daemon lets the collector look at nothing twice, so what ends must go by itself."""
+async def test_connection_leaves_no_reference_cycles(daemon: InLoop) -> None:
+    """The daemon freezes objects for the garbage collector, so connections must be freed by reference counting."""
     other = await daemon.peer()
     await other.ask(cmd="register", name="db", port=1, hold=True)
     requests: list[bytes | dict[str, Any]] = [
@@ -232,7 +230,7 @@ async def test_a_connection_leaves_nothing_for_the_collector(daemon: InLoop) -> 
         async with asyncio.timeout(WAIT_S):
             while len(daemon.server.connections) > 1:
                 await asyncio.sleep(0)
-        daemon.clock.advance(1)  # who looked whether they are still there
+        daemon.clock.advance(1)  # the checker of half-closed connections
         async with asyncio.timeout(WAIT_S):
             while (await other.ask(cmd="stats"))["registrations"] > 1:
                 pass

@@ -1,7 +1,7 @@
-"""Random histories against a plain model: after each step state = model, and fold(events) = list at that revision.
+"""Random histories compared with a plain model after each step, without sockets.
 
-Holders that come and go, processes that die, time that jumps, restarts through the file, watchers that lag. The
-registry, its drafts, lifetimes, history, the file's lines and the events of a watch, without a socket.
+The steps are registrations and ends of holders, ends of processes, jumps of time, restarts through the file, and
+watchers that lag. After each step the registry equals the model, and the events of each watch add up to `list`.
 """
 
 import json
@@ -30,15 +30,15 @@ LIMITS = Limits(history_changes_max=20)
 
 @dataclass
 class Hold:
-    """What the model knows of a holder."""
+    """A holder in the model."""
 
     session: int | None
     hold: bool
     pid: int | None
     ttl: float | None
     withdrawn: bool = False
-    due: float = float("inf")  # of the lease
-    claim: float = float("inf")  # unclaimed: until when
+    due: float = float("inf")  # the end of the lease
+    claim: float = float("inf")  # the deadline to claim it
 
     @property
     def who(self) -> tuple[object, ...]:
@@ -53,7 +53,7 @@ class Hold:
 
 @dataclass
 class Known:
-    """What the model knows of a registration."""
+    """A registration in the model."""
 
     port: int
     meta: dict[str, str]
@@ -61,8 +61,8 @@ class Known:
     holds: list[Hold] = field(default_factory=list)
 
 
-class Folded:
-    """A watcher: what it was sent, folded."""
+class Watcher:
+    """A watcher with the state that its events add up to."""
 
     def __init__(self, registry: Registry, meta: dict[str, str]) -> None:
         self.watch = Watch(None, 1, "*", meta, registry.rev)  # type: ignore[arg-type]  # nothing is pushed here
@@ -81,10 +81,10 @@ class Folded:
         for change in registry.history.since(self.rev, 1_000):
             assert change.rev == self.rev + 1
             self.rev = change.rev
-            told = self.watch.line(change)
-            if told is None:
+            line = self.watch.line(change)
+            if line is None:
                 continue
-            event = json.loads(told)
+            event = json.loads(line)
             assert event["rev"] == change.rev
             key = (event["name"], event["instance"])
             if event["event"] == "down":
@@ -111,7 +111,7 @@ class Histories(RuleBasedStateMachine):
         self.born = {1: 1, 2: 1, 3: 1}
         self.registry = Registry(limits=LIMITS, now=self.now, claim_s=GRACE_S)
         self.model: dict[Key, Known] = {}
-        self.watchers = [Folded(self.registry, {}), Folded(self.registry, {"zone": "a"})]
+        self.watchers = [Watcher(self.registry, {}), Watcher(self.registry, {"zone": "a"})]
 
     def process(self, pid: int) -> Process:
         return Process(pid, f"boot/{self.born[pid]}")
@@ -127,12 +127,12 @@ class Histories(RuleBasedStateMachine):
         self.registry.lifetimes.settle(ending)
 
     def model_end(self, gone: Any) -> None:
-        """Take holders off the model, and what nobody holds any more with them."""
+        """Remove holders from the model, and the registrations whose last holder is removed."""
         for key, known in list(self.model.items()):
             kept = [holder for holder in known.holds if not gone(holder)]
             if len(kept) < len(known.holds):
                 known.holds = kept
-                if not any(not cache.withdrawn for cache in kept):
+                if all(holder.withdrawn for holder in kept):
                     del self.model[key]
 
     @rule(
@@ -169,7 +169,7 @@ class Histories(RuleBasedStateMachine):
             old = (same or claimed)[:1]
             others = [
                 holder for holder in known.holds if all(holder is not one for one in old)
-            ]  # they may be equal
+            ]  # the two may be equal
             known.holds = [*others, wish] if conditional else []
             known.meta, known.state = meta, "ready"
         else:
@@ -270,7 +270,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([1.0, 4.9, 5.0, 20.0, 30.0]), refused=st.booleans())
     def advance(self, seconds: float, refused: bool) -> None:
-        """Time passes. What is unclaimed and has a process is probed: `refused` is the answer of all addresses."""
+        """Advance time. Unclaimed entries with a process are probed; `refused` is the result at all addresses."""
         self.now += seconds
         late = [holder for known in self.model.values() for holder in known.holds if holder.claim <= self.now]
         for holder in late:
@@ -289,7 +289,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule()
     def stall(self) -> None:
-        """Nobody could be heard: just that is added to every deadline."""
+        """Suspend the daemon. The time is added to every deadline."""
         self.now += 100.0
         self.registry.lifetimes.prolong(100.0)
         for known in self.model.values():
@@ -312,11 +312,11 @@ class Histories(RuleBasedStateMachine):
                 holder.session = None
                 holder.due = self.now + holder.ttl if holder.ttl else float("inf")
                 holder.claim = self.now + GRACE_S if holder.hold else float("inf")
-        self.watchers = [Folded(self.registry, watcher.watch.meta) for watcher in self.watchers]  # type: ignore[arg-type]
+        self.watchers = [Watcher(self.registry, watcher.watch.meta) for watcher in self.watchers]  # type: ignore[arg-type]
 
     @rule(which=st.integers(0, 1))
     def watch(self, which: int) -> None:
-        """One of the watchers, which may be far behind, reads."""
+        """Let a watcher read, which may be far behind."""
         watcher = self.watchers[which]
         watcher.follow(self.registry)
         entries = self.registry.page("*", watcher.watch.meta, None, 1_000).entries
@@ -346,7 +346,7 @@ class Histories(RuleBasedStateMachine):
             assert sorted(map(str, held)) == sorted(map(str, expected))
 
     @invariant()
-    def whoever_is_ready_is_resolved(self) -> None:
+    def ready_entries_are_resolved(self) -> None:
         for name in ("a", "b"):
             ready = {key for key, known in self.model.items() if key[0] == name and known.state == "ready"}
             search = self.registry.search(name, None, {}, 1_000)
@@ -354,13 +354,13 @@ class Histories(RuleBasedStateMachine):
             assert {entry.key for entry in search.found} == ready
 
     @invariant()
-    def deadlines_are_of_those_who_have_one(self) -> None:
+    def next_deadline_is_the_nearest_of_the_model(self) -> None:
         due = [min(holder.due, holder.claim) for known in self.model.values() for holder in known.holds]
         nearest = min(due, default=float("inf"))
         assert (self.registry.lifetimes.next_deadline() or float("inf")) == pytest.approx(nearest)
 
     @invariant()
-    def nothing_is_kept_of_those_who_went(self) -> None:
+    def ended_holders_are_forgotten(self) -> None:
         lifetimes = self.registry.lifetimes
         holders = [
             holder for entry in self.registry.page("*", {}, None, 1_000).entries for holder in entry.holders

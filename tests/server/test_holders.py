@@ -1,4 +1,4 @@
-"""Who holds keeps, who goes loses it at once: connections, processes and leases, on real sockets."""
+"""Holders over real sockets: an entry lives as long as its connections, processes and leases."""
 
 import asyncio
 import contextlib
@@ -22,28 +22,28 @@ pytestmark = pytest.mark.socket
 
 @pytest.fixture
 def spawn() -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
-    """Start processes that do nothing."""
-    started = []
+    """Start processes that sleep until the end of the test."""
+    processes = []
 
     def start() -> subprocess.Popen[bytes]:
-        started.append(subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE))
-        return started[-1]
+        processes.append(subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE))
+        return processes[-1]
 
     yield start
-    for process in started:
+    for process in processes:
         process.kill()
         process.communicate()
 
 
 async def until_gone(peer: Peer, name: str) -> dict[str, Any]:
-    """Ask until a name is not resolved any more, and return that reply."""
+    """Wait until a name is not resolved any more, and return the reply."""
     async with asyncio.timeout(WAIT_S):
         while (reply := await peer.ask(cmd="resolve", name=name))["ok"]:
             await asyncio.sleep(0)
     return reply
 
 
-async def until_landed(peer: Peer, name: str) -> None:
+async def until_not_listed(peer: Peer, name: str) -> None:
     async with asyncio.timeout(WAIT_S):
         while (await peer.ask(cmd="list", name=name))["instances"]:
             await asyncio.sleep(0)
@@ -57,7 +57,7 @@ async def test_hold_ends_with_the_connection(daemon: InLoop) -> None:
     assert '"a": {"port": 1, "hold": true}' in daemon.registry.read_text()
     await one.close()
     assert (await until_gone(two, "a"))["error"] == "not_found"
-    await until_landed(two, "a")
+    await until_not_listed(two, "a")
     assert (await two.ask(cmd="resolve", name="a"))["last"]["reason"] == "connection closed"
 
 
@@ -69,7 +69,7 @@ async def test_hold_ends_when_the_peer_closes_its_side(daemon: InLoop) -> None:
     assert [line.get("event") for line in lines] == [None, "sync", "up", None, "down"] or (
         sorted(str(line.get("event")) for line in lines) == ["None", "None", "down", "sync", "up"]
     )
-    await until_landed(two, "a")
+    await until_not_listed(two, "a")
 
 
 async def test_several_holders(daemon: InLoop) -> None:
@@ -78,10 +78,10 @@ async def test_several_holders(daemon: InLoop) -> None:
         assert (await peer.ask(cmd="register", name="a", port=1, hold=True))["rev"] == 1
     await one.close()
     assert (await two.ask(cmd="deregister", name="a", id=1))["removed"] in (0, 1)
-    await until_landed(three, "a")
+    await until_not_listed(three, "a")
 
 
-async def test_a_holder_gives_up_its_own_hold(daemon: InLoop) -> None:
+async def test_holder_deregisters_its_own_hold(daemon: InLoop) -> None:
     one, two = await daemon.peer(), await daemon.peer()
     for peer in (one, two):
         await peer.ask(cmd="register", name="a", port=1, hold=True)
@@ -90,21 +90,21 @@ async def test_a_holder_gives_up_its_own_hold(daemon: InLoop) -> None:
     assert await two.ask(cmd="deregister", name="a") == {"ok": True, "removed": 1, "rev": 2}
 
 
-async def test_anybody_else_ends_it_and_the_holders_are_told(daemon: InLoop) -> None:
+async def test_deregister_by_another_peer_notifies_the_holders(daemon: InLoop) -> None:
     one, two = await daemon.peer(), await daemon.peer()
     await one.ask(cmd="register", name="a", port=1, hold=True)
     assert (await two.ask(cmd="deregister", name="a"))["removed"] == 1
     assert await one.reply() == {"event": "lost", "name": "a", "instance": "", "reason": "deregistered", "rev": 2}
 
 
-async def test_draining_by_one_of_several_withdraws_that_one(daemon: InLoop) -> None:
+async def test_draining_by_one_holder_withdraws_that_holder(daemon: InLoop) -> None:
     one, two = await daemon.peer(), await daemon.peer()
     for peer in (one, two):
         await peer.ask(cmd="register", name="a", port=1, hold=True)
     assert (await one.ask(cmd="update", name="a", state="draining"))["rev"] == 1
     assert (await one.ask(cmd="resolve", name="a"))["state"] == "ready"
     await two.close()
-    await until_landed(one, "a")
+    await until_not_listed(one, "a")
     assert (await one.ask(cmd="register", name="a", port=1, hold=True))["ok"]
     assert (await one.ask(cmd="update", name="a", state="draining"))["ok"]
     assert (await one.ask(cmd="list", name="a"))["instances"][0]["state"] == "draining"
@@ -117,13 +117,13 @@ async def test_pid_ends_with_the_process(daemon: InLoop, spawn: Callable[[], sub
     process.kill()
     process.wait()
     await until_gone(peer, "a")
-    await until_landed(peer, "a")
+    await until_not_listed(peer, "a")
     assert (await peer.ask(cmd="resolve", name="a"))["last"]["reason"] == "process exited"
     refused = await peer.ask(cmd="register", name="a", port=1, pid=process.pid)
     assert (refused["error"], refused["field"]) == ("bad_argument", "pid")
 
 
-async def test_the_first_condition_to_fail_ends_it(
+async def test_first_failed_condition_ends_the_entry(
     daemon: InLoop, spawn: Callable[[], subprocess.Popen[bytes]]
 ) -> None:
     one, two, process = await daemon.peer(), await daemon.peer(), spawn()
@@ -131,11 +131,11 @@ async def test_the_first_condition_to_fail_ends_it(
     await one.ask(cmd="register", name="b", port=1, hold=True, ttl=5)
     await one.ask(cmd="register", name="c", port=1, hold=True, ttl=50)
     process.kill()
-    await until_landed(two, "a")
+    await until_not_listed(two, "a")
     daemon.clock.advance(5)
-    await until_landed(two, "b")
+    await until_not_listed(two, "b")
     await one.close()
-    await until_landed(two, "c")
+    await until_not_listed(two, "c")
 
 
 async def test_ttl_ends_without_renew(daemon: InLoop) -> None:
@@ -150,13 +150,13 @@ async def test_ttl_ends_without_renew(daemon: InLoop) -> None:
     assert (found["ttl"], found["rev"]) == (2, 1)
     daemon.clock.advance(0.1)
     assert (await peer.ask(cmd="resolve", name="a"))["error"] == "not_found"
-    await until_landed(peer, "a")
+    await until_not_listed(peer, "a")
     assert (await peer.ask(cmd="renew", name="a"))["last"]["reason"] == "ttl expired"
     await peer.ask(cmd="register", name="s", port=1)
     assert (await peer.ask(cmd="renew", name="s"))["error"] == "bad_argument"
 
 
-async def test_time_that_the_daemon_did_not_run_is_added_and_no_more(daemon: InLoop) -> None:
+async def test_suspended_time_is_added_to_leases(daemon: InLoop) -> None:
     peer = await daemon.peer()
     await peer.ask(cmd="register", name="a", port=1, ttl=5)
     daemon.clock.advance(4)
@@ -167,8 +167,8 @@ async def test_time_that_the_daemon_did_not_run_is_added_and_no_more(daemon: InL
     assert (await peer.ask(cmd="resolve", name="a"))["last"]["reason"] == "ttl expired"
 
 
-async def test_what_is_heard_first_after_a_stop_gets_its_own_time(daemon: InLoop) -> None:
-    """A renewal, or a registration, is read before the timer that is late."""
+async def test_renewal_before_the_late_timer_counts_from_now(daemon: InLoop) -> None:
+    """A renewal or registration is read before the late timer fires."""
     peer = await daemon.peer()
     await peer.ask(cmd="register", name="a", port=1, ttl=5)
     daemon.clock.advance(4)
@@ -183,7 +183,7 @@ async def test_what_is_heard_first_after_a_stop_gets_its_own_time(daemon: InLoop
         assert (await peer.ask(cmd="resolve", name=name))["error"] == "not_found"
 
 
-async def test_time_in_which_nobody_could_claim_is_added_to_the_grace(tmp_path: Path) -> None:
+async def test_suspended_time_is_added_to_the_claim_deadline(tmp_path: Path) -> None:
     async with restarted(tmp_path, {"cmd": "register", "name": "a", "port": 1, "hold": True}) as daemon:
         peer = await daemon.peer()
         daemon.clock.advance(29)
@@ -195,7 +195,7 @@ async def test_time_in_which_nobody_could_claim_is_added_to_the_grace(tmp_path: 
 
 
 async def flush(daemon: InLoop, files: ToldFiles, peer: Peer, seconds: float, **request: Any) -> None:
-    """Make a change whose flush takes so long."""
+    """Make a change whose flush takes this long."""
     files.gate.clear()
     files.syncing.clear()
     peer.send(request)
@@ -207,7 +207,7 @@ async def flush(daemon: InLoop, files: ToldFiles, peer: Peer, seconds: float, **
     assert (await peer.reply())["ok"]
 
 
-async def test_a_lease_ends_though_one_slow_flush_follows_the_other(tmp_path: Path) -> None:
+async def test_lease_ends_during_consecutive_slow_flushes(tmp_path: Path) -> None:
     files = ToldFiles()
     async with InLoop(tmp_path / "registry.json", files=files) as daemon:
         writer, other = await daemon.peer(), await daemon.peer()
@@ -220,14 +220,14 @@ async def test_a_lease_ends_though_one_slow_flush_follows_the_other(tmp_path: Pa
         assert (await other.ask(cmd="resolve", name="a"))["last"]["reason"] == "ttl expired"
 
 
-async def test_a_deadline_that_is_near_during_a_slow_flush_keeps_nobody_busy(
+async def test_near_deadline_during_a_slow_flush_is_not_polled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = ToldFiles()
     async with InLoop(tmp_path / "registry.json", files=files) as daemon:
         peer, looks = await daemon.peer(), 0
         await peer.ask(cmd="register", name="a", port=1, ttl=1)
-        daemon.clock.advance(0.749)  # a quarter of a second of the flush passes, and a thousandth is left
+        daemon.clock.advance(0.749)  # 0.25 s of the flush pass, and the deadline is 0.001 s away
         registry = daemon.server._registry
         assert registry is not None
         expire = registry.expire
@@ -244,7 +244,7 @@ async def test_a_deadline_that_is_near_during_a_slow_flush_keeps_nobody_busy(
         assert (await peer.ask(cmd="resolve", name="a"))["error"] == "not_found"
 
 
-async def test_a_stop_within_a_slow_flush_counts_once(tmp_path: Path) -> None:
+async def test_suspension_during_a_slow_flush_counts_once(tmp_path: Path) -> None:
     files = ToldFiles()
     async with InLoop(tmp_path / "registry.json", files=files) as daemon:
         writer, other = await daemon.peer(), await daemon.peer()
@@ -273,18 +273,18 @@ async def test_conflict(daemon: InLoop, spawn: Callable[[], subprocess.Popen[byt
     assert refused["error"] == "conflict"
     assert refused["owner"]["pid"] == process.pid
     assert "127.0.0.1 port" in refused["owner"]["connection"]
-    # The same connection, and the same process, may move.
+    # The same connection or process may move its name.
     assert (await one.ask(cmd="register", name="a", port=3, hold=True, pid=process.pid))["replaced"]
     assert (await two.ask(cmd="register", name="a", port=4, hold=True, pid=process.pid))["replaced"]
     assert (await one.reply())["event"] == "lost"
-    # Force takes over, and the old holder is told.
+    # `force` takes the name over, and the old holder is notified.
     assert (await one.ask(cmd="register", name="a", port=5, force=True))["replaced"]
     assert await two.reply() == {"event": "lost", "name": "a", "instance": "", "reason": "replaced", "rev": 6}
-    # Over a static one nobody is asked.
+    # A static entry is always replaced.
     assert (await two.ask(cmd="register", name="a", port=6))["replaced"]
 
 
-async def test_an_owner_whose_end_the_kernel_knows_is_dead(
+async def test_owner_that_the_kernel_reports_dead_is_dead(
     daemon: InLoop, spawn: Callable[[], subprocess.Popen[bytes]]
 ) -> None:
     one, two, process = await daemon.peer(), await daemon.peer(), spawn()
@@ -299,7 +299,7 @@ async def test_an_owner_whose_end_the_kernel_knows_is_dead(
     assert (await two.reply())["replaced"]
 
 
-async def test_static_and_held_take_over_from_each_other(daemon: InLoop) -> None:
+async def test_static_and_held_entries_replace_each_other(daemon: InLoop) -> None:
     one, two = await daemon.peer(), await daemon.peer()
     await one.ask(cmd="register", name="a", port=1)
     assert (await one.ask(cmd="register", name="a", port=1, hold=True))["rev"] == 2
@@ -309,7 +309,7 @@ async def test_static_and_held_take_over_from_each_other(daemon: InLoop) -> None
     assert "hold" not in await two.ask(cmd="resolve", name="a")
 
 
-async def test_conditions_over_a_static_registration_are_its_lifetime(
+async def test_holder_of_a_static_entry_sets_its_lifetime(
     daemon: InLoop, spawn: Callable[[], subprocess.Popen[bytes]]
 ) -> None:
     one, two, process = await daemon.peer(), await daemon.peer(), spawn()
@@ -319,15 +319,15 @@ async def test_conditions_over_a_static_registration_are_its_lifetime(
     await two.ask(cmd="register", name="pid", port=1, pid=process.pid)
     await two.ask(cmd="register", name="ttl", port=1, ttl=5)
     await one.close()
-    await until_landed(two, "hold")
+    await until_not_listed(two, "hold")
     process.kill()
-    await until_landed(two, "pid")
+    await until_not_listed(two, "pid")
     daemon.clock.advance(5)
-    await until_landed(two, "ttl")
+    await until_not_listed(two, "ttl")
 
 
 @pytest.mark.parametrize("conditions", [{"hold": True}, {"pid": "own"}, {"ttl": 5}])
-async def test_a_registration_without_conditions_makes_it_static(
+async def test_registration_without_conditions_is_static(
     daemon: InLoop, conditions: dict[str, Any], spawn: Callable[[], subprocess.Popen[bytes]]
 ) -> None:
     one, two, process = await daemon.peer(), await daemon.peer(), spawn()
@@ -338,7 +338,7 @@ async def test_a_registration_without_conditions_makes_it_static(
     process.wait()
     await one.close()
     daemon.clock.advance(60)
-    assert (await two.ask(cmd="register", name="last", port=1))["rev"] == 3  # behind any end
+    assert (await two.ask(cmd="register", name="last", port=1))["rev"] == 3  # after the end of the process
     assert (await two.ask(cmd="why", name="a"))["instances"][0]["owners"] == [{"static": True}]
     assert (await two.ask(cmd="stats"))["processes"] == 0
 
@@ -368,7 +368,7 @@ async def test_restart(tmp_path: Path, spawn: Callable[[], subprocess.Popen[byte
         peer = await second.peer()
         watcher = await second.peer()
         assert (await until_gone(peer, "dies"))["error"] == "not_found"
-        await until_landed(peer, "dies")
+        await until_not_listed(peer, "dies")
         rev = (await watcher.ask(cmd="watch", name="hold"))["rev"]
         assert [(await watcher.reply())["event"] for _ in range(2)] == ["up", "sync"]
         names = [instance["name"] for instance in (await peer.ask(cmd="list"))["instances"]]
@@ -377,22 +377,22 @@ async def test_restart(tmp_path: Path, spawn: Callable[[], subprocess.Popen[byte
         second.clock.advance(29.9)
         assert (await peer.ask(cmd="resolve", name="lost"))["ok"]
         second.clock.advance(0.1)
-        await until_landed(peer, "lost")
+        await until_not_listed(peer, "lost")
         second.clock.advance(10)
-        await until_landed(peer, "ttl")
+        await until_not_listed(peer, "ttl")
         names = [instance["name"] for instance in (await peer.ask(cmd="list"))["instances"]]
         assert names == ["hold", "kept", "lives", "static"]
         await watcher.close()
         lives.kill()
-        await until_landed(peer, "kept")
-        await until_landed(peer, "lives")
+        await until_not_listed(peer, "kept")
+        await until_not_listed(peer, "lives")
     listener.close()
     await listener.wait_closed()
 
 
 @contextlib.asynccontextmanager
 async def restarted(tmp_path: Path, *requests: dict[str, Any]) -> AsyncIterator[InLoop]:
-    """A daemon that has loaded what an earlier one was asked for, and whose clients have not come back."""
+    """Run a daemon that has loaded the entries of `requests`, which nobody has claimed yet."""
     path = tmp_path / "registry.json"
     async with InLoop(path) as first:
         peer = await first.peer()
@@ -403,7 +403,7 @@ async def restarted(tmp_path: Path, *requests: dict[str, Any]) -> AsyncIterator[
         yield second
 
 
-async def test_an_unclaimed_hold_counts_as_dead_for_a_conflict_and_one_whose_process_lives_does_not(
+async def test_unclaimed_hold_conflicts_only_while_its_process_lives(
     tmp_path: Path, spawn: Callable[[], subprocess.Popen[bytes]]
 ) -> None:
     process = spawn()
@@ -423,7 +423,7 @@ async def test_an_unclaimed_hold_counts_as_dead_for_a_conflict_and_one_whose_pro
         assert (await peer.ask({**register, "name": "both", "port": 2}))["ok"]
 
 
-async def test_an_unclaimed_owner_whose_process_the_kernel_knows_to_be_gone_is_dead(
+async def test_unclaimed_owner_whose_process_ended_is_dead(
     tmp_path: Path, spawn: Callable[[], subprocess.Popen[bytes]]
 ) -> None:
     process = spawn()
@@ -433,12 +433,12 @@ async def test_an_unclaimed_owner_whose_process_the_kernel_knows_to_be_gone_is_d
         peer.send({"cmd": "register", "name": "a", "port": 2, "hold": True})
         process.kill()
         process.wait()
-        assert (await peer.reply())["ok"]  # replaced, or ended before: the loop hears of both in one iteration
+        assert (await peer.reply())["ok"]  # either is possible: the loop learns of both events in one iteration
 
 
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What probes find, by host: nothing else is ever connected to."""
+    """Results of probes, by host. Probes of other hosts fail the test."""
     found: dict[str, str] = {}
 
     async def connect(address: probes.Address, timeout_s: float) -> str:
@@ -454,10 +454,10 @@ async def until_probed(daemon: InLoop, count: int) -> None:
             await asyncio.sleep(0)
 
 
-async def test_an_unclaimed_registration_of_a_living_process_ends_when_its_address_is_refused(
+async def test_unclaimed_entry_of_a_living_process_ends_when_its_address_refuses(
     tmp_path: Path, answers: dict[str, str]
 ) -> None:
-    """`hold` and `pid`: at the end of the grace, and every 30 s after. No answer is none."""
+    """Entries with `hold` and `pid` are probed at the claim deadline and every 30 s. No answer is not a refusal."""
     requests = [
         {"cmd": "register", "name": name, "host": host, "port": 1, "hold": True, "pid": os.getpid()}
         for name, host in (("left", "127.0.0.1"), ("blocked", "127.0.0.2"), ("far", "192.0.2.1"))
@@ -469,7 +469,7 @@ async def test_an_unclaimed_registration_of_a_living_process_ends_when_its_addre
         assert (await peer.ask(cmd="resolve", name="left"))["ok"]
         assert daemon.server.probed == 0
         daemon.clock.advance(0.1)
-        await until_landed(peer, "left")
+        await until_not_listed(peer, "left")
         assert (await peer.ask(cmd="resolve", name="left"))["last"]["reason"] == "connection closed"
         await until_probed(daemon, 2)
         for answer in ("", "no answer", "connection reset by peer"):
@@ -481,11 +481,11 @@ async def test_an_unclaimed_registration_of_a_living_process_ends_when_its_addre
             assert (await peer.ask(cmd="resolve", name="blocked"))["ok"]
         answers["127.0.0.2"] = "connection refused"
         daemon.clock.advance(30)
-        await until_landed(peer, "blocked")
+        await until_not_listed(peer, "blocked")
         assert [instance["name"] for instance in (await peer.ask(cmd="list"))["instances"]] == ["far"]
 
 
-async def test_a_registration_that_is_claimed_is_not_probed(tmp_path: Path, answers: dict[str, str]) -> None:
+async def test_claimed_registration_is_not_probed(tmp_path: Path, answers: dict[str, str]) -> None:
     both = {"cmd": "register", "name": "a", "port": 1, "hold": True, "pid": os.getpid()}
     async with restarted(tmp_path, both) as daemon:
         peer, other = await daemon.peer(), await daemon.peer()
@@ -494,10 +494,10 @@ async def test_a_registration_that_is_claimed_is_not_probed(tmp_path: Path, answ
         assert (await other.ask(cmd="resolve", name="a"))["ok"]
         assert daemon.server.probed == 0
         await peer.reset()
-        await until_landed(other, "a")
+        await until_not_listed(other, "a")
 
 
-async def test_a_claim_during_the_probe_keeps_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_claim_during_the_probe_keeps_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, answer = asyncio.Event(), asyncio.Event()
 
     async def connect(address: probes.Address, timeout_s: float) -> str:
@@ -520,7 +520,7 @@ async def test_a_claim_during_the_probe_keeps_the_name(tmp_path: Path, monkeypat
         assert (await peer.ask(cmd="resolve", name="a"))["ok"]
 
 
-async def test_very_many_unclaimed_registrations_are_probed_some_at_a_time(
+async def test_many_unclaimed_registrations_are_probed_a_few_at_a_time(
     tmp_path: Path, answers: dict[str, str]
 ) -> None:
     answers["127.0.0.1"] = "connection refused"
@@ -536,9 +536,7 @@ async def test_very_many_unclaimed_registrations_are_probed_some_at_a_time(
                 daemon.clock.advance(0)
 
 
-async def test_a_number_that_another_process_has_now(
-    tmp_path: Path, spawn: Callable[[], subprocess.Popen[bytes]]
-) -> None:
+async def test_reused_pid(tmp_path: Path, spawn: Callable[[], subprocess.Popen[bytes]]) -> None:
     path = tmp_path / "registry.json"
     other = spawn()
     async with InLoop(path) as first:
@@ -551,7 +549,7 @@ async def test_a_number_that_another_process_has_now(
         assert (await until_gone(await second.peer(), "a"))["error"] == "not_found"
 
 
-async def test_a_register_that_is_refused_leaves_what_it_was_to_replace(tmp_path: Path) -> None:
+async def test_refused_register_keeps_the_existing_entry(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "registry.json", limits=Limits(held_max=2)) as daemon:
         one, two = await daemon.peer(), await daemon.peer()
         await two.ask(cmd="register", name="victim", port=1)
@@ -562,7 +560,7 @@ async def test_a_register_that_is_refused_leaves_what_it_was_to_replace(tmp_path
         assert (await one.ask(cmd="register", name="a", port=2, hold=True, ttl=9))["replaced"]
 
 
-async def test_claims_of_several_workers_are_no_changes_and_one_each(
+async def test_claims_of_several_workers_change_nothing(
     tmp_path: Path, spawn: Callable[[], subprocess.Popen[bytes]]
 ) -> None:
     path, processes = tmp_path / "registry.json", [spawn(), spawn()]
@@ -583,18 +581,16 @@ async def test_claims_of_several_workers_are_no_changes_and_one_each(
         async with asyncio.timeout(WAIT_S):
             while len((await peers[2].ask(cmd="why", name="holds"))["instances"][0]["owners"]) > 1:
                 pass
-        assert (await peers[2].ask(cmd="resolve", name="holds"))["ok"]  # the other may still come
+        assert (await peers[2].ask(cmd="resolve", name="holds"))["ok"]  # another worker may still claim it
         second.clock.advance(30)
-        await until_landed(peers[2], "holds")
+        await until_not_listed(peers[2], "holds")
 
 
 @pytest.mark.parametrize("ending", ["close", "half"])
 @pytest.mark.parametrize(
     "behind", [b"quit\n", b'{"cmd":"ping"}\n' * 6_000]
-)  # more than is read, less than the kernel holds
-async def test_a_hold_ends_though_its_peer_waits_and_is_not_read(
-    daemon: InLoop, ending: str, behind: bytes
-) -> None:
+)  # more than regd reads, less than the kernel buffers
+async def test_hold_ends_although_its_peer_is_not_read(daemon: InLoop, ending: str, behind: bytes) -> None:
     one, two = await daemon.peer(), await daemon.peer()
     wait = {"cmd": "resolve", "name": "none", "wait": 600}
     await one.ask(cmd="register", name="a", port=1, hold=True)
@@ -612,7 +608,7 @@ async def test_a_hold_ends_though_its_peer_waits_and_is_not_read(
             daemon.clock.advance(0.05)
 
 
-async def test_a_lease_does_not_run_out_because_the_disk_is_slow(tmp_path: Path) -> None:
+async def test_slow_disk_does_not_expire_a_lease(tmp_path: Path) -> None:
     files = ToldFiles()
     async with InLoop(tmp_path / "registry.json", files=files) as daemon:
         one, two = await daemon.peer(), await daemon.peer()
@@ -629,10 +625,10 @@ async def test_a_lease_does_not_run_out_because_the_disk_is_slow(tmp_path: Path)
         assert (await one.reply())["ok"]
         assert (await one.reply())["ttl"] == 1
         daemon.clock.advance(2)
-        await until_landed(two, "a")
+        await until_not_listed(two, "a")
 
 
-async def test_more_processes_than_can_be_watched_live_on(
+async def test_processes_beyond_the_watch_limit_live_on(
     tmp_path: Path, spawn: Callable[[], subprocess.Popen[bytes]]
 ) -> None:
     path, processes = tmp_path / "registry.json", [spawn(), spawn()]
@@ -654,7 +650,7 @@ async def test_more_processes_than_can_be_watched_live_on(
                     second.clock.advance(0.5)
 
 
-async def test_many_holders_come_and_go_together(daemon: InLoop) -> None:
+async def test_many_holders_at_once(daemon: InLoop) -> None:
     peers = [await daemon.peer() for _ in range(100)]
     for peer in peers:
         peer.send(*({"cmd": "register", "name": f"n{n}", "port": 1, "hold": True} for n in range(10)))
@@ -667,11 +663,11 @@ async def test_many_holders_come_and_go_together(daemon: InLoop) -> None:
     for peer in peers:
         await peer.reset()
     for n in range(10):
-        await until_landed(other, f"n{n}")
+        await until_not_listed(other, f"n{n}")
     assert (await other.ask(cmd="stats"))["rev"] == 20
 
 
-async def test_stopping_tells_those_who_wait(daemon: InLoop) -> None:
+async def test_stop_answers_waiting_requests(daemon: InLoop) -> None:
     peer = await daemon.peer()
     peer.send({"cmd": "resolve", "name": "a", "wait": 50, "id": 7})
     async with asyncio.timeout(WAIT_S):
@@ -682,7 +678,7 @@ async def test_stopping_tells_those_who_wait(daemon: InLoop) -> None:
     assert (reply["id"], reply["error"]) == (7, "shutting_down")
 
 
-async def test_draining_by_register_withdraws_that_holder(
+async def test_draining_by_register_withdraws_the_holder(
     daemon: InLoop, spawn: Callable[[], subprocess.Popen[bytes]]
 ) -> None:
     peer, processes = await daemon.peer(), [spawn(), spawn()]
@@ -692,10 +688,10 @@ async def test_draining_by_register_withdraws_that_holder(
     assert (await other.ask(cmd="register", name="a", port=1, pid=processes[0].pid, state="draining"))["ok"]
     assert (await peer.ask(cmd="resolve", name="a"))["ok"]
     processes[1].kill()
-    await until_landed(peer, "a")
+    await until_not_listed(peer, "a")
 
 
-async def test_a_withdrawn_holder_may_come_back_or_leave(daemon: InLoop) -> None:
+async def test_withdrawn_holder_may_return_or_leave(daemon: InLoop) -> None:
     one, two = await daemon.peer(), await daemon.peer()
     for peer in (one, two):
         await peer.ask(cmd="register", name="a", port=1, hold=True)
@@ -705,12 +701,12 @@ async def test_a_withdrawn_holder_may_come_back_or_leave(daemon: InLoop) -> None
     assert (await one.ask(cmd="update", name="a", state="ready"))["rev"] == 1
     assert (await two.ask(cmd="update", name="a", state="draining"))["rev"] == 1
     assert (await one.ask(cmd="resolve", name="a"))["ok"]
-    # It gives up what it does not hold any more: nothing ends.
+    # Deregistering a hold that was withdrawn ends nothing.
     assert await two.ask(cmd="deregister", name="a") == {"ok": True, "removed": 0, "rev": 1}
     assert await one.ask(cmd="deregister", name="a") == {"ok": True, "removed": 1, "rev": 2}
 
 
-async def test_a_name_whose_other_holders_have_withdrawn_is_free_for_conflicts_only_when_the_last_goes(
+async def test_withdrawn_holders_still_conflict_until_the_last_ends(
     daemon: InLoop,
 ) -> None:
     one, two, rival = [await daemon.peer() for _ in range(3)]
@@ -719,12 +715,12 @@ async def test_a_name_whose_other_holders_have_withdrawn_is_free_for_conflicts_o
     await one.ask(cmd="update", name="a", state="draining")
     assert (await rival.ask(cmd="register", name="a", port=2, hold=True))["error"] == "conflict"
     await two.reset()
-    await until_landed(rival, "a")
+    await until_not_listed(rival, "a")
     assert (await rival.ask(cmd="register", name="a", port=2, hold=True))["ok"]
 
 
-async def test_ends_of_very_many_leases_do_not_renew_the_rest(tmp_path: Path) -> None:
-    """Each batch of ends is a slow flush, and the next leases fall due meanwhile."""
+async def test_expiry_of_many_leases_does_not_extend_the_rest(tmp_path: Path) -> None:
+    """Each batch of expired leases is a slow flush, during which more leases expire."""
     files = ToldFiles()
     async with InLoop(tmp_path / "registry.json", files=files) as daemon:
         peer, other = await daemon.peer(), await daemon.peer()
@@ -741,7 +737,7 @@ async def test_ends_of_very_many_leases_do_not_renew_the_rest(tmp_path: Path) ->
                 while not files.syncing.is_set():
                     daemon.clock.advance(0.25)
                     for _ in range(10):
-                        await other.ask(cmd="ping")  # the engine takes what has ended
+                        await other.ask(cmd="ping")  # let the engine start the batch
             daemon.clock.advance(1.0)
             files.syncing.clear()
             files.gate.set()
@@ -749,5 +745,5 @@ async def test_ends_of_very_many_leases_do_not_renew_the_rest(tmp_path: Path) ->
             async with asyncio.timeout(WAIT_S):
                 while before == (commits := (await other.ask(cmd="stats"))["commits"]):
                     pass
-            # 5.75 s of leases, of which each flush of 1 s lets a quarter of a second pass; and steps on a busy machine.
+            # The leases last 5.75 s, of which 0.25 s pass during each flush of 1 s. The rest is for a busy machine.
             assert daemon.clock.now() - began < 100

@@ -1,4 +1,4 @@
-"""An idle daemon exits by itself: when, when not, and what a client sees that connects in that moment."""
+"""`--idle-exit`: when an idle daemon exits, and what happens to a client that connects at that moment."""
 
 import asyncio
 import logging
@@ -14,11 +14,11 @@ from tests.support.daemon import WAIT_S, InLoop, Peer
 from tests.support.polling import until
 
 IDLE_S = 80.0
-ENDED_S = IDLE_S * 9 / 8  # at the latest
+ENDED_S = IDLE_S * 9 / 8  # the latest time
 
 
-class Watched:
-    """An `IdleExit` with a clock and a mark that the test sets."""
+class Timer:
+    """An `IdleExit` with a clock and an idle state that the test sets."""
 
     def __init__(self) -> None:
         self.clock = HandClock()
@@ -31,8 +31,8 @@ class Watched:
         self.over += 1
 
 
-def test_exit_is_called_once_after_the_time_and_not_before() -> None:
-    watched = Watched()
+def test_exit_is_called_once_after_the_idle_time() -> None:
+    watched = Timer()
     watched.clock.advance(IDLE_S - 1)
     assert watched.over == 0
     watched.clock.advance(ENDED_S - IDLE_S + 1)
@@ -42,8 +42,8 @@ def test_exit_is_called_once_after_the_time_and_not_before() -> None:
 
 
 @pytest.mark.parametrize("between", [None, 1], ids=["in use", "in use between two checks"])
-def test_use_starts_the_time_again(between: Hashable | None) -> None:
-    watched = Watched()
+def test_use_restarts_the_idle_time(between: Hashable | None) -> None:
+    watched = Timer()
     watched.clock.advance(IDLE_S - 1)
     watched.mark = between
     watched.clock.advance(IDLE_S / 8)
@@ -54,9 +54,9 @@ def test_use_starts_the_time_again(between: Hashable | None) -> None:
     assert watched.over == 1
 
 
-def test_time_in_which_the_process_did_not_run_is_one_check() -> None:
-    """As after a machine wakes up: until then no client could reach the daemon."""
-    watched = Watched()
+def test_suspended_time_counts_as_one_check() -> None:
+    """As after a suspended machine wakes up: no client could reach the daemon meanwhile."""
+    watched = Timer()
     watched.clock.stop(1_000 * IDLE_S)
     assert watched.over == 0
     watched.clock.advance(ENDED_S)
@@ -64,7 +64,7 @@ def test_time_in_which_the_process_did_not_run_is_one_check() -> None:
 
 
 def test_no_exit_after_close() -> None:
-    watched = Watched()
+    watched = Timer()
     watched.idle.close()
     watched.clock.advance(2 * ENDED_S)
     assert watched.over == 0
@@ -77,7 +77,7 @@ async def idling(tmp_path: Path) -> AsyncIterator[InLoop]:
 
 
 async def ends(daemon: InLoop, within_s: float) -> bool:
-    """Let time pass, and return whether the daemon wants to exit."""
+    """Advance time, and return whether the daemon wants to exit."""
     idled = asyncio.ensure_future(daemon.server.idled())
     daemon.clock.advance(within_s)
     for _ in range(3):
@@ -93,13 +93,13 @@ async def alone(daemon: InLoop) -> None:
 
 
 @pytest.mark.socket
-async def test_registrations_and_connections_keep_the_daemon(idling: InLoop) -> None:
+async def test_registrations_and_connections_keep_the_daemon_running(idling: InLoop) -> None:
     peer = await idling.peer()
     await peer.ask(cmd="register", name="db", port=1)
     assert not await ends(idling, 3 * ENDED_S)
     await peer.close()
     await alone(idling)
-    assert not await ends(idling, 3 * ENDED_S)  # static: nobody holds it, and it stays
+    assert not await ends(idling, 3 * ENDED_S)  # static
     peer = await idling.peer()
     await peer.ask(cmd="deregister", name="db")
     assert not await ends(idling, 3 * ENDED_S)  # connected
@@ -112,7 +112,7 @@ async def test_registrations_and_connections_keep_the_daemon(idling: InLoop) -> 
 
 
 @pytest.mark.socket
-async def test_a_client_that_came_and_went_starts_the_time_again(idling: InLoop) -> None:
+async def test_short_connection_restarts_the_idle_time(idling: InLoop) -> None:
     assert not await ends(idling, IDLE_S * 0.9)
     peer = await idling.peer()
     await peer.ask("ping")
@@ -124,9 +124,7 @@ async def test_a_client_that_came_and_went_starts_the_time_again(idling: InLoop)
 
 @pytest.mark.socket
 @pytest.mark.parametrize("family", ["tcp", "unix"])
-async def test_a_half_closed_watcher_keeps_the_daemon_until_it_closes(
-    idling: InLoop, family: str, tmp_path: Path
-) -> None:
+async def test_half_closed_watcher_keeps_the_daemon_running(idling: InLoop, family: str, tmp_path: Path) -> None:
     if family == "unix":
         peer = Peer(*await asyncio.open_unix_connection(tmp_path / "s"))
         idling.peers.append(peer)
@@ -137,10 +135,12 @@ async def test_a_half_closed_watcher_keeps_the_daemon_until_it_closes(
     [connection] = idling.server.connections
     await until(lambda: connection._conversation.input_ended)
     assert not await ends(idling, 3 * ENDED_S)
-    assert b"progress" in await peer.line() + await peer.line()  # the first is `sync`
+    assert b"progress" in await peer.line() + await peer.line()  # `sync`
     await peer.close()
     async with asyncio.timeout(WAIT_S):
-        while idling.server.connections:  # `progress`, in vain: over TCP the first is what tells the system
+        while (
+            idling.server.connections
+        ):  # `progress`: over TCP the first write to a closed peer only causes its RST
             idling.clock.advance(DEFAULT.progress_s)
             await asyncio.sleep(0)
     assert not await ends(idling, IDLE_S / 2)
@@ -148,10 +148,10 @@ async def test_a_half_closed_watcher_keeps_the_daemon_until_it_closes(
 
 
 @pytest.mark.socket
-async def test_the_exit_logs_one_line_and_accepts_no_connection(
+async def test_idle_exit_logs_one_line_and_accepts_no_connection(
     idling: InLoop, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Who connects then is not half served: the connection breaks without a word, whatever was asked."""
+    """A client that connects at that moment gets no reply; its connection breaks."""
     with caplog.at_level(logging.INFO):
         assert await ends(idling, ENDED_S)
         late = await idling.peer()
@@ -165,5 +165,5 @@ async def test_the_exit_logs_one_line_and_accepts_no_connection(
     assert b'"db"' not in idling.registry.read_bytes()
 
 
-async def test_without_the_option_the_daemon_stays(daemon: InLoop) -> None:
+async def test_daemon_without_the_option_does_not_exit(daemon: InLoop) -> None:
     assert not await ends(daemon, 100_000.0)

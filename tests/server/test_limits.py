@@ -1,7 +1,6 @@
-"""Each row of the table of limits, at n-1, n and n+1: up to the limit requests succeed, beyond it they fail as the row
-says.
+"""Each row of the table of limits at n-1, n and n+1: requests up to the limit succeed, others fail as documented.
 
-`test_every_row_is_here` fails for a limit without a test.
+`test_every_limit_has_a_test` fails for a limit without a test.
 """
 
 import asyncio
@@ -46,7 +45,7 @@ Running = Callable[..., Any]
 
 @pytest.fixture
 def running(tmp_path: Path) -> Running:
-    """A daemon with some limits: `async with running(connections_max=3) as daemon`."""
+    """Run a daemon with changed limits: `async with running(connections_max=3) as daemon`."""
 
     @contextlib.asynccontextmanager
     async def run(
@@ -67,7 +66,7 @@ def is_parked(daemon: InLoop, count: int) -> bool:
     return daemon.server.parked == count
 
 
-# Arguments: what is checked before anything is done.
+# Arguments.
 
 
 def meta_of(size: int) -> dict[str, str]:
@@ -75,7 +74,7 @@ def meta_of(size: int) -> dict[str, str]:
 
 
 def named(size: int) -> str:
-    """Return a name of so many characters, its labels as long as they may be."""
+    """Return a name of `length` characters with labels of the maximum length."""
     return ".".join("a" * 63 for _ in range(size // 64)) + ("." if size > 63 else "") + "a" * (size % 64)
 
 
@@ -138,7 +137,7 @@ async def test_wait(daemon: InLoop) -> None:
 
 @rows("line_bytes_max")
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-async def test_a_line(end: bytes, daemon: InLoop) -> None:
+async def test_line(end: bytes, daemon: InLoop) -> None:
     peer = await daemon.peer()
     for step in (-1, 0, 1):
         line = b'{"cmd":"ping"' + b" " * (DEFAULT.line_bytes_max + step - 14) + b"}"
@@ -148,7 +147,7 @@ async def test_a_line(end: bytes, daemon: InLoop) -> None:
 
 
 @rows("bare_line_bytes_max")
-async def test_a_bare_line(daemon: InLoop) -> None:
+async def test_bare_line(daemon: InLoop) -> None:
     for step, expected in ((-1, None), (0, None), (1, "bad_request")):
         peer = await daemon.peer()
         reply = await peer.ask(b"ping".ljust(DEFAULT.bare_line_bytes_max + step) + b"\n")
@@ -156,7 +155,7 @@ async def test_a_bare_line(daemon: InLoop) -> None:
 
 
 @rows("line_idle_s_max")
-async def test_an_unfinished_line(daemon: InLoop) -> None:
+async def test_unfinished_line(daemon: InLoop) -> None:
     peer = await daemon.peer()
     peer.send(b'{"cmd":')
     await until(lambda: daemon.server.waiting_bytes)
@@ -171,7 +170,7 @@ async def test_an_unfinished_line(daemon: InLoop) -> None:
     assert await peer.rest() == b""
 
 
-# Numbers of things: `take(n)` is the n-th of them, and what it answers.
+# Counts. `take(n)` takes the n-th place and returns the reply.
 
 
 async def three(take: Callable[[int], Any]) -> None:
@@ -194,15 +193,15 @@ async def test_connections(running: Running) -> None:
 
 @rows("readonly_connections_max")
 async def test_readonly_connections_leave_room_for_writers(running: Running) -> None:
-    told = FakeCredentials()
-    async with running(peers=told, readonly_connections_max=3, connections_max=5) as daemon:
+    credentials = FakeCredentials()
+    async with running(peers=credentials, readonly_connections_max=3, connections_max=5) as daemon:
 
         async def connect(n: int) -> dict[str, Any]:
             peer: Peer = await daemon.peer()
             return await peer.ask(cmd="ping")
 
         await three(connect)
-        told.uid = 0
+        credentials.uid = 0
         owner = await daemon.peer()
         stats = await owner.ask(cmd="stats")
         assert (stats["connections"], stats["readonly_connections"]) == (4, 3)
@@ -212,8 +211,8 @@ async def test_readonly_connections_leave_room_for_writers(running: Running) -> 
         assert (await owner.ask(cmd="stats"))["readonly_connections"] == 0
 
 
-class NoTime:
-    """A scheduler that has no time until the test runs its workers."""
+class ManualScheduler:
+    """A scheduler that never has time: its workers run when the test calls them."""
 
     has_time = False
 
@@ -228,47 +227,47 @@ class NoTime:
 
 
 @pytest.mark.socket
-async def test_a_readonly_connection_is_read_on_after_its_time_slice_and_a_writer_meanwhile(
+async def test_writer_is_served_while_a_readonly_connection_waits_for_time(
     running: Running,
 ) -> None:
-    told = FakeCredentials()
-    async with running(peers=told) as daemon:
+    credentials = FakeCredentials()
+    async with running(peers=credentials) as daemon:
         assert daemon.server._connections is not None
         reader = await daemon.peer()
         assert (await reader.ask(cmd="ping"))["ok"]
-        scheduler = daemon.server._connections.readers.scheduler = cast(FairScheduler, NoTime())
+        scheduler = daemon.server._connections.readers.scheduler = cast(FairScheduler, ManualScheduler())
         [connection] = daemon.server.connections
         reader.send(b'{"cmd":"resolve","name":"db"}\n' * 100)
         await until(lambda: not connection._transport.is_reading())
         reader.send(b'{"cmd":"ping"}\n')
-        told.uid = 0
+        credentials.uid = 0
         owner = await daemon.peer()
         assert (await owner.ask(cmd="register", name="db", port=1))["ok"]
         assert (await owner.ask(cmd="resolve", name="db"))["port"] == 1
         assert (await owner.ask(cmd="resolve", name="db"))["port"] == 1
         assert not connection._transport.is_reading()
         while not connection._transport.is_reading():
-            cast(NoTime, scheduler).waiting.pop(0).run()
-        await until(lambda: bool(cast(NoTime, scheduler).waiting))
-        cast(NoTime, scheduler).waiting.pop(0).run()
+            cast(ManualScheduler, scheduler).waiting.pop(0).run()
+        await until(lambda: bool(cast(ManualScheduler, scheduler).waiting))
+        cast(ManualScheduler, scheduler).waiting.pop(0).run()
         assert [(await reader.reply())["ok"] for _ in range(101)] == [True] * 101
 
 
 @pytest.mark.socket
-async def test_input_of_a_reader_is_split_in_its_time_slice_only(running: Running) -> None:
-    """Short lines by the thousand take milliseconds to split: a thousand readers would hold the loop for a second."""
-    told = FakeCredentials()
-    async with running(peers=told) as daemon:
+async def test_readonly_input_is_split_in_its_time_slice(running: Running) -> None:
+    """Splitting thousands of short lines takes milliseconds; a thousand readers would block the loop for a second."""
+    credentials = FakeCredentials()
+    async with running(peers=credentials) as daemon:
         assert daemon.server._connections is not None
         reader = await daemon.peer()
         assert (await reader.ask(cmd="ping"))["ok"]
-        scheduler = daemon.server._connections.readers.scheduler = cast(FairScheduler, NoTime())
+        scheduler = daemon.server._connections.readers.scheduler = cast(FairScheduler, ManualScheduler())
         [connection] = daemon.server.connections
         reader.send(b"ping\n" * 100 + b'{"cmd":"ping"}')
         reader.writer.write_eof()
         await until(lambda: connection._conversation.input_ended or not connection._transport.is_reading())
         assert not connection._conversation.parser.pending
-        waits = cast(NoTime, scheduler).waiting
+        waits = cast(ManualScheduler, scheduler).waiting
         while waits or connection in daemon.server.connections:
             if waits:
                 waits.pop(0).run()
@@ -279,15 +278,15 @@ async def test_input_of_a_reader_is_split_in_its_time_slice_only(running: Runnin
 @rows("readonly_pending_bytes_max")
 @pytest.mark.parametrize("step", [-1, 0, 1])
 async def test_pending_requests_of_readonly_users_leave_room_for_writers(step: int, running: Running) -> None:
-    told = FakeCredentials()
+    credentials = FakeCredentials()
     size = Request("watch", None, {"name": "a"}).weight_bytes
-    async with running(peers=told, readonly_pending_bytes_max=2 * size + step) as daemon:
+    async with running(peers=credentials, readonly_pending_bytes_max=2 * size + step) as daemon:
         reader = await daemon.peer()
         replies = [await reader.ask(cmd="watch", name="a")]
         assert (await reader.reply())["event"] == "sync"
         replies.append(await reader.ask(cmd="watch", name="a"))
         assert [reply.get("error") for reply in replies] == [None, "busy" if step < 0 else None]
-        told.uid = 0
+        credentials.uid = 0
         owner = await daemon.peer()
         assert (await ask_watch(owner, "a"))["ok"]
         await reader.reset()
@@ -295,11 +294,11 @@ async def test_pending_requests_of_readonly_users_leave_room_for_writers(step: i
 
 
 @rows("readonly_output_bytes_total_max")
-async def test_unsent_bytes_of_readonly_users_cut_readonly_connections_alone(running: Running) -> None:
-    """The writer has the most unsent bytes of all, and keeps its connection."""
-    told = FakeCredentials()
-    told.uid = 0
-    async with running(peers=told, readonly_output_bytes_total_max=300_000) as daemon:
+async def test_unsent_bytes_of_readonly_users_drop_only_readonly_connections(running: Running) -> None:
+    """The writer keeps its connection although it has the most unsent bytes."""
+    credentials = FakeCredentials()
+    credentials.uid = 0
+    async with running(peers=credentials, readonly_output_bytes_total_max=300_000) as daemon:
         owner = await daemon.peer()
         for n in range(900):
             owner.send({"cmd": "register", "name": f"n{n}", "port": 1, "meta": {"k": "v" * 1_000}})
@@ -310,7 +309,7 @@ async def test_unsent_bytes_of_readonly_users_cut_readonly_connections_alone(run
         reading.writer.transport.pause_reading()
         reading.send(b"list\n" * 100)
         await until(lambda: daemon.server.unsent_bytes)
-        told.uid = STRANGER
+        credentials.uid = STRANGER
         for _ in range(12):
             deaf = await daemon.peer()
             deaf.writer.transport.pause_reading()
@@ -325,14 +324,14 @@ async def test_unsent_bytes_of_readonly_users_cut_readonly_connections_alone(run
 
 
 @rows("readonly_input_bytes_total_max")
-async def test_unfinished_bytes_of_readonly_users_close_readonly_connections_alone(running: Running) -> None:
-    told = FakeCredentials()
-    told.uid = 0
-    async with running(peers=told, readonly_input_bytes_total_max=3_000) as daemon:
+async def test_unfinished_bytes_of_readonly_users_drop_only_readonly_connections(running: Running) -> None:
+    credentials = FakeCredentials()
+    credentials.uid = 0
+    async with running(peers=credentials, readonly_input_bytes_total_max=3_000) as daemon:
         owner = await daemon.peer()
         owner.send(b"{" + b" " * 9_999)
         await until(lambda: daemon.server.waiting_bytes == 10_000)
-        told.uid = STRANGER
+        credentials.uid = STRANGER
         readers = [await daemon.peer() for _ in range(3)]
         for reader in readers:
             reader.send(b"{" + b" " * 999)
@@ -345,16 +344,16 @@ async def test_unfinished_bytes_of_readonly_users_close_readonly_connections_alo
 
 @rows("readonly_watches_total_max", "readonly_parked_total_max")
 async def test_watches_and_waits_of_readonly_users_leave_room_for_writers(running: Running) -> None:
-    told = FakeCredentials()
+    credentials = FakeCredentials()
     async with running(
-        peers=told,
+        peers=credentials,
         readonly_watches_total_max=3,
         watches_total_max=3,
         readonly_parked_total_max=3,
         parked_total_max=3,
     ) as daemon:
         for uid in (STRANGER, 0):
-            told.uid = uid
+            credentials.uid = uid
             peers = [await daemon.peer() for _ in range(4)]
             await three(partial(watch_as, peers))
             parked = daemon.server.parked + 3
@@ -367,16 +366,16 @@ async def test_watches_and_waits_of_readonly_users_leave_room_for_writers(runnin
 
 
 @rows("readonly_slow_replies_max")
-async def test_slow_replies_of_readonly_users_wait_for_a_slot_and_one_that_does_not_read_has_none(
+async def test_readonly_slow_replies_wait_for_a_slot(
     running: Running,
 ) -> None:
-    told = FakeCredentials()
-    told.uid = 0
-    async with running(peers=told, readonly_slow_replies_max=1, search_step_max=1) as daemon:
+    credentials = FakeCredentials()
+    credentials.uid = 0
+    async with running(peers=credentials, readonly_slow_replies_max=1, search_step_max=1) as daemon:
         owner = await daemon.peer()
         for n in range(12):
             await owner.ask(cmd="register", name="a", port=1, instance=f"{n:02}", meta={"k": "v"})
-        told.uid = STRANGER
+        credentials.uid = STRANGER
         readers = [await daemon.peer() for _ in range(5)]
         request = {"cmd": "resolve", "name": "a", "all": True, "meta": {"k": "v"}}
         assert daemon.server._connections is not None
@@ -400,24 +399,24 @@ async def test_slow_replies_of_readonly_users_wait_for_a_slot_and_one_that_does_
         await until(lambda: not (slow._taken or slow._waiting))
 
 
-async def test_no_slow_reply_is_made_for_a_peer_that_went_while_it_waited_for_a_slot(running: Running) -> None:
-    told = FakeCredentials()
-    told.uid = 0
-    async with running(peers=told, readonly_slow_replies_max=1, search_step_max=1) as daemon:
+async def test_no_reply_for_a_peer_that_left_while_it_waited_for_a_slot(running: Running) -> None:
+    credentials = FakeCredentials()
+    credentials.uid = 0
+    async with running(peers=credentials, readonly_slow_replies_max=1, search_step_max=1) as daemon:
         owner = await daemon.peer()
         for n in range(12):
             await owner.ask(cmd="register", name="a", port=1, instance=f"{n:02}")
-        told.uid = STRANGER
-        told.is_gone = lambda connection: True  # type: ignore[method-assign]
+        credentials.uid = STRANGER
+        credentials.is_gone = lambda connection: True  # type: ignore[method-assign]
         readers = [await daemon.peer() for _ in range(3)]
         for reader in readers:
             reader.send({"cmd": "resolve", "name": "a", "all": True})
-        assert len((await readers[0].reply())["instances"]) == 12  # it waited for none
+        assert len((await readers[0].reply())["instances"]) == 12  # it no longer waited
         assert [await reader.rest() for reader in readers[1:]] == [b"", b""]
 
 
 @rows("readonly_round_robin_filters_max")
-def test_resolves_of_readonly_users_do_not_move_the_round_robin_of_writers() -> None:
+def test_readonly_resolves_do_not_advance_the_round_robin_of_writers() -> None:
     entries = [Entry("a", str(n), "127.0.0.1", 1, {"k": "v"}, State.READY, 1, 0.0) for n in range(3)]
     registry = Registry(entries, 1, Limits(readonly_round_robin_filters_max=2, round_robin_filters_max=2))
 
@@ -441,11 +440,9 @@ def test_resolves_of_readonly_users_do_not_move_the_round_robin_of_writers() -> 
 
 @rows("readonly_probes_max", "probes_max")
 @pytest.mark.parametrize("uid", [STRANGER, 0])
-async def test_no_more_addresses_are_probed_at_a_time(
-    uid: int, running: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Writers and readers have probes of their own; the next address is tried when one is done."""
-    told, running_now, most = FakeCredentials(), set[Any](), 0
+async def test_probes(uid: int, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writers and read-only users have separate limits. The next address is probed when a probe ends."""
+    credentials, running_now, most = FakeCredentials(), set[Any](), 0
     gates: list[asyncio.Future[None]] = []
 
     async def connect(address: Any, timeout_s: float) -> str:
@@ -460,12 +457,12 @@ async def test_no_more_addresses_are_probed_at_a_time(
         return ""
 
     monkeypatch.setattr("regd.system.probes._connect", connect)
-    told.uid = 0
-    async with running(peers=told, readonly_probes_max=2, probes_max=3) as daemon:
+    credentials.uid = 0
+    async with running(peers=credentials, readonly_probes_max=2, probes_max=3) as daemon:
         owner = await daemon.peer()
         for n in range(8):
             await owner.ask(cmd="register", name=f"a{n}", port=1 + n)
-        told.uid = uid
+        credentials.uid = uid
         peer = await daemon.peer()
         peer.send(*({"cmd": "resolve", "name": f"a{n}", "wait": 60, "id": n} for n in range(8)))
         await until(lambda: daemon.server.parked == 8 and len(gates) == (2 if uid else 3))
@@ -477,9 +474,7 @@ async def test_no_more_addresses_are_probed_at_a_time(
 
 
 @pytest.mark.parametrize("hard", [1_024, 4_096, 20_000])
-def test_the_readonly_share_is_the_same_where_fewer_files_may_be_open(
-    hard: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_readonly_share_with_a_low_file_limit(hard: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("regd.system.open_files.raise_open_files", lambda wanted: min(wanted, hard - 192))
     limits = fit_limits(DEFAULT)
     assert limits.readonly_connections_max <= limits.connections_max / 4 + 1
@@ -615,7 +610,7 @@ async def test_writes_waiting(running: Running) -> None:
 @rows("pending_bytes_max")
 @pytest.mark.parametrize("step", [-1, 0, 1])
 async def test_pending_bytes(step: int, running: Running) -> None:
-    """Of requests that wait for the disk, are parked, or watch; all of it is released."""
+    """The bytes of requests that wait for the disk, are parked, or watch are counted, and all are released."""
     watch = Request("watch", None, {"name": "a", "meta": {"k": "v"}}).weight_bytes
     wait = 2 * Request("resolve", None, {"name": "a", "wait": 60.0}).weight_bytes
     write = Request("register", None, {"name": "a", "port": 1}).weight_bytes
@@ -664,7 +659,7 @@ async def test_requests_in_flight(running: Running) -> None:
         assert [(await peer.reply())["ok"] for _ in range(5)] == [True] * 5
 
 
-# Bytes that wait.
+# Buffered bytes.
 
 
 @rows("input_bytes_total_max")
@@ -675,7 +670,7 @@ async def test_input_bytes(running: Running) -> None:
             peer.send(b"{" + b" " * 999)
         await until(lambda: daemon.server.waiting_bytes == 3_000)
         peers[0].send(b"  ")
-        assert (await peers[0].reply())["error"] == "busy"  # the largest
+        assert (await peers[0].reply())["error"] == "busy"  # the connection with the most bytes
         assert await peers[0].rest() == b""
         for peer in peers[1:]:
             assert (await peer.ask(b'"cmd":"ping"}\n'))["ok"]
@@ -694,7 +689,7 @@ async def test_lingering_close(running: Running) -> None:
         await until(lambda: len(daemon.server.connections) == 1)
 
 
-# Pages and what is kept of the past: values, without a socket.
+# Pages, history and departures, without a socket.
 
 
 def change(rev: int, **meta: str) -> Change:
@@ -713,7 +708,7 @@ def test_history(limits: Limits, kept: int) -> None:
     assert (history.knows(8 - kept), history.knows(7 - kept)) == (True, False)
 
 
-def test_history_in_bytes() -> None:
+def test_history_bytes() -> None:
     history = History(0, Limits())
     history.add(change(1, k="v"))
     one = history.weight_bytes
@@ -780,5 +775,5 @@ TESTED.update({"search_step_max", "round_robin_filters_max", "probed_instances_m
 TESTED.update({"output_bytes_max", "output_bytes_total_max"})
 
 
-def test_every_row_is_here() -> None:
+def test_every_limit_has_a_test() -> None:
     assert {row.name for row in fields(Limits)} == TESTED

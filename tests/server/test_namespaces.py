@@ -1,4 +1,4 @@
-"""Peers on a Unix socket that are in another network or pid namespace, and what that means for what they register."""
+"""Peers on a Unix socket from another network or pid namespace, and what they may register."""
 
 import json
 import os
@@ -33,7 +33,7 @@ with socket.socket(socket.AF_UNIX) as peer:
 
 
 def ask_from(flags: list[str], path: Path, *requests: dict[str, Any]) -> list[dict[str, Any]]:
-    """Ask over a Unix socket, from namespaces that `unshare` makes."""
+    """Send a request over a Unix socket from new namespaces (unshare(1))."""
     try:
         done = subprocess.run(
             ["unshare", *flags, sys.executable, "-c", ASKING, str(path), json.dumps(requests)],
@@ -51,8 +51,8 @@ def ask_from(flags: list[str], path: Path, *requests: dict[str, Any]) -> list[di
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def says_network() -> bool:
-    """Whether this kernel tells of a socket's network namespace (Linux 5.14)."""
+def reports_network() -> bool:
+    """True if the kernel reports a socket's network namespace (Linux 5.14)."""
     with socket.socket(socket.AF_UNIX) as each:
         try:
             each.getsockopt(socket.SOL_SOCKET, namespaces._SO_NETNS_COOKIE, 8)
@@ -62,9 +62,9 @@ def says_network() -> bool:
 
 
 @needs_root
-def test_a_loopback_address_of_another_network_namespace_is_refused(tmp_path: Path) -> None:
+def test_loopback_of_another_network_namespace_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "s"
-    if not says_network():
+    if not reports_network():
         pytest.skip("this kernel does not tell a socket's network namespace")
     wishes = [
         {"cmd": "register", "name": f"n{n}", "port": 1, "hold": True, "host": host}
@@ -80,7 +80,7 @@ def test_a_loopback_address_of_another_network_namespace_is_refused(tmp_path: Pa
 
 
 @needs_root
-def test_a_process_of_another_pid_namespace_is_unsupported(tmp_path: Path) -> None:
+def test_process_of_another_pid_namespace_is_unsupported(tmp_path: Path) -> None:
     path = tmp_path / "s"
     wish = {"cmd": "register", "name": "a", "port": 1, "hold": True, "pid": "own"}
     with DaemonProcess(tmp_path / "registry.json", "--unix", str(path)) as daemon:
@@ -93,7 +93,7 @@ def denied(path: object) -> str:
     raise PermissionError(13, os.strerror(13))
 
 
-def test_where_the_kernel_does_not_say_nobody_is_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_namespace_counts_as_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(namespaces, "_SO_NETNS_COOKIE", 9_999)
     monkeypatch.setattr(os, "readlink", denied)
     ours, theirs = socket.socketpair()

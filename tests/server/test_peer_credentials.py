@@ -1,4 +1,4 @@
-"""Which user is at the other end, and who may write: messages of the kernel in bytes, real sockets, real users."""
+"""The user of a peer, and who may write: with the kernel's messages as bytes, real sockets, and real users."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def row(
     state: int = ESTABLISHED,
     mapped: bool = False,
 ) -> bytes:
-    """Make an answer of the kernel's: an nlmsghdr and an inet_diag_msg (linux/inet_diag.h)."""
+    """Build a reply of the kernel: an nlmsghdr and an inet_diag_msg (linux/inet_diag.h)."""
     ends = b""
     for host, _ in (source, destination):
         host = f"::ffff:{host}" if mapped else host
@@ -43,14 +43,14 @@ def row(
     return struct.pack("=IHHII", 16 + len(body), 20, 0, 0, 0) + body
 
 
-def test_a_question_names_the_peers_end_of_one_connection() -> None:
+def test_request_names_the_peers_end_of_the_connection() -> None:
     asked = question(THEIRS, OURS)
     assert len(asked) == 72 == struct.unpack_from("=I", asked)[0]
     assert struct.unpack_from("!HH", asked, 24) == (40_000, 7343)
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-def test_the_row_of_just_this_connection_tells_its_user(mapped: bool) -> None:
+def test_reply_about_the_connection_has_its_user(mapped: bool) -> None:
     found = row(THEIRS, OURS, 1000, 4711, mapped=mapped)
     assert is_connection(found, THEIRS, OURS)
     assert owner(found) == 1000
@@ -61,7 +61,7 @@ def test_the_row_of_just_this_connection_tells_its_user(mapped: bool) -> None:
     [
         b"",
         row(THEIRS, OURS, 0, 4711)[:60],
-        row(THEIRS, ("127.0.0.1", 0), 0, 4711, LISTEN),  # somebody's listener on the port of a peer that went
+        row(THEIRS, ("127.0.0.1", 0), 0, 4711, LISTEN),  # a listener of another user on the port of a closed peer
         row(THEIRS, OURS, 0, 4711, LISTEN),
         row(("127.0.0.1", 40_001), OURS, 0, 4711),
         row(THEIRS, ("127.0.0.1", 7344), 0, 4711),
@@ -69,12 +69,12 @@ def test_the_row_of_just_this_connection_tells_its_user(mapped: bool) -> None:
     ],
     ids=["none", "short", "listener", "listening state", "other port", "other port of ours", "other address"],
 )
-def test_another_socket_is_not_taken_for_the_peers(found: bytes) -> None:
+def test_reply_about_another_socket_is_not_used(found: bytes) -> None:
     assert not is_connection(found, THEIRS, OURS)
 
 
 @pytest.mark.parametrize("state", [ESTABLISHED, TIME_WAIT])
-def test_a_socket_that_nobody_has_open_is_of_nobody_although_it_shows_root(state: int) -> None:
+def test_socket_without_an_owner_is_unknown_although_it_shows_root(state: int) -> None:
     assert owner(row(THEIRS, OURS, 0, 0, state)) is None
 
 
@@ -105,7 +105,7 @@ TABLE6 = """\
     ],
     ids=["peer", "no inode", "listener", "mapped", "IPv6", "none"],
 )
-def test_the_text_table_tells_the_same(
+def test_proc_net_tcp_gives_the_same(
     theirs: peer_credentials.End,
     ours: peer_credentials.End,
     uid: int | None,
@@ -128,7 +128,7 @@ def connection(host: str, as_host: str = "") -> tuple[socket.socket, socket.sock
 @linux
 @pytest.mark.parametrize(("host", "as_host"), [("127.0.0.1", ""), ("::1", ""), ("127.0.0.1", "::ffff:127.0.0.1")])
 @pytest.mark.parametrize("table", [False, True])
-def test_the_kernel_tells_who_has_the_other_end(host: str, as_host: str, table: bool) -> None:
+def test_kernel_reports_the_user_of_the_peer(host: str, as_host: str, table: bool) -> None:
     try:
         listener, ours, theirs = connection(host, as_host)
     except OSError as error:
@@ -140,13 +140,13 @@ def test_the_kernel_tells_who_has_the_other_end(host: str, as_host: str, table: 
             asked._ask = by_table
         assert asked.uid_of(ours) == os.geteuid()
         theirs.close()
-        assert asked.uid_of(ours) is None, "an end that nobody has open must not be taken for root's"
+        assert asked.uid_of(ours) is None, "a closed socket must not count as root's"
     asked.close()
 
 
 @linux
-def test_a_unix_socket_that_comes_first_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sockets that are handed over come in any order, and the kernel is asked for one of TCP."""
+def test_inherited_unix_socket_before_tcp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inherited sockets are in any order; the check of netlink needs a TCP socket."""
     listener, ours, theirs = connection("127.0.0.1")
     with listener, ours, theirs, socket.socket(socket.AF_UNIX) as unix:
         unix.bind(str(tmp_path / "s"))
@@ -157,7 +157,7 @@ def test_a_unix_socket_that_comes_first_changes_nothing(tmp_path: Path, monkeypa
         assert asked.uid_of(ours) == os.geteuid()
         monkeypatch.setattr(peer_credentials, "_TABLES", ())
         alone.open([unix])
-        assert alone.uid_of(unix) is None, "nobody is connected: that names no user"
+        assert alone.uid_of(unix) is None, "an unconnected socket has no user"
         here, there = socket.socketpair()
         with here, there:
             assert alone.uid_of(here) == os.geteuid()
@@ -165,17 +165,17 @@ def test_a_unix_socket_that_comes_first_changes_nothing(tmp_path: Path, monkeypa
         sock.close()
 
 
-def test_a_listener_on_the_port_of_a_peer_that_went_is_not_asked_for_its_user(
+def test_listener_on_the_port_of_a_closed_peer_is_not_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The kernel answers with it where no connection fits: any program could lend its port to a stranger."""
+    """The kernel returns a listener if no connection matches. Any program could listen on a closed peer's port."""
     asked = PeerCredentials()
     monkeypatch.setattr(asked, "_row", lambda theirs, ours: row(THEIRS, ("127.0.0.1", 0), 0, 4711, LISTEN))
     assert asked._by_netlink(THEIRS, OURS) is None
 
 
 @linux
-def test_without_netlink_the_text_table_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proc_net_tcp_is_read_without_netlink(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer_credentials, "_NETLINK_SOCK_DIAG", 31)  # no such family
     listener, ours, theirs = connection("127.0.0.1")
     asked = PeerCredentials()
@@ -186,25 +186,25 @@ def test_without_netlink_the_text_table_is_read(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
-def telling_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def unable_to_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer_credentials, "_NETLINK_SOCK_DIAG", 31)
     monkeypatch.setattr(peer_credentials, "_TABLES", ("/nowhere",))
 
 
-def test_outside_linux_anybody_may_write_and_that_is_told(
-    telling_nothing: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_outside_linux_anybody_may_write_and_a_warning_is_logged(
+    unable_to_report: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(peer_credentials, "_LINUX", False)
     asked = PeerCredentials()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         asked.open([listener])
     assert asked.may_write(None)
-    assert not asked.may_write(STRANGER)  # a Unix socket tells, whatever TCP does
+    assert not asked.may_write(STRANGER)  # a Unix socket reports its peer in any case
     assert "any user of this machine may write" in caplog.text
 
 
 @linux
-def test_on_linux_tcp_is_refused_where_the_kernel_does_not_tell(telling_nothing: None) -> None:
+def test_tcp_is_refused_if_the_kernel_does_not_report_users(unable_to_report: None) -> None:
     asked = PeerCredentials()
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
@@ -215,8 +215,8 @@ def test_on_linux_tcp_is_refused_where_the_kernel_does_not_tell(telling_nothing:
 
 
 @linux
-def test_allow_any_user_lets_unknown_users_write_and_says_so(
-    telling_nothing: None, caplog: pytest.LogCaptureFixture
+def test_allow_any_user_lets_unknown_users_write_with_a_warning(
+    unable_to_report: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked = PeerCredentials(anyone=True)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -227,10 +227,8 @@ def test_allow_any_user_lets_unknown_users_write_and_says_so(
 
 
 @linux
-def test_a_table_that_does_not_show_the_listener_is_not_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of another network namespace, for example: no peer would ever be found in it."""
+def test_table_without_the_listener_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example that of another network namespace, which has none of the peers."""
     (tmp_path / "tcp").write_text(TABLE)
     monkeypatch.setattr(peer_credentials, "_NETLINK_SOCK_DIAG", 31)
     monkeypatch.setattr(peer_credentials, "_TABLES", (str(tmp_path / "tcp"),))
@@ -238,8 +236,8 @@ def test_a_table_that_does_not_show_the_listener_is_not_asked(
         PeerCredentials().open([listener])
 
 
-def test_a_unix_socket_that_does_not_tell_its_peer_lets_it_only_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether or not TCP is listened on: unknown is never allowed."""
+def test_unix_peer_of_unknown_user_may_only_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without a TCP listener."""
     asked = PeerCredentials()
     asked.open([])
     with socket.socket(socket.AF_UNIX) as unconnected:
@@ -248,14 +246,14 @@ def test_a_unix_socket_that_does_not_tell_its_peer_lets_it_only_read(monkeypatch
     assert not asked.may_write(peer_credentials.ALL_USERS)
 
 
-# User namespaces: by values, and real ones.
+# User namespaces, simulated and real.
 
 OVERFLOW = 65_534
 
 
 @pytest.fixture
 def in_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let Peers see a user namespace that maps 1000 users, in which 65534 stands for all others."""
+    """Simulate a user namespace that maps 1000 users, with 65534 as the overflow uid."""
     (tmp_path / "uid_map").write_text("         0     100000       1000\n")
     (tmp_path / "overflowuid").write_text(f"{OVERFLOW}\n")
     monkeypatch.setattr(peer_credentials, "_UID_MAP", str(tmp_path / "uid_map"))
@@ -271,13 +269,11 @@ def in_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("0 1000 1\n", "65534", OVERFLOW),
         ("0 1000 1\n", "99", 99),
         ("0 1000 1\n", None, OVERFLOW),  # ProcSubset=pid hides it
-        ("", "65534", OVERFLOW),  # nobody is mapped yet
+        ("", "65534", OVERFLOW),  # no user is mapped yet
         ("what\n", "65534", OVERFLOW),
     ],
 )
-def test_which_number_stands_for_all_users_without_a_mapping(
-    uid_map: str, overflow: str | None, unmapped: int | None, in_namespace: Path
-) -> None:
+def test_overflow_uid(uid_map: str, overflow: str | None, unmapped: int | None, in_namespace: Path) -> None:
     (in_namespace / "uid_map").write_text(uid_map)
     if overflow is None:
         (in_namespace / "overflowuid").unlink()
@@ -286,13 +282,13 @@ def test_which_number_stands_for_all_users_without_a_mapping(
     assert peer_credentials.unmapped_uid() == unmapped
 
 
-def test_a_kernel_without_user_namespaces_maps_all_users(in_namespace: Path) -> None:
+def test_kernel_without_user_namespaces(in_namespace: Path) -> None:
     (in_namespace / "uid_map").unlink()
     assert peer_credentials.unmapped_uid() is None
 
 
 @linux
-def test_an_unmapped_user_is_unknown(in_namespace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unmapped_user_is_unknown(in_namespace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = PeerCredentials()
     listener, ours, theirs = connection("127.0.0.1")
     with listener, ours, theirs:
@@ -304,10 +300,10 @@ def test_an_unmapped_user_is_unknown(in_namespace: Path, monkeypatch: pytest.Mon
     asked.close()
 
 
-def test_an_unmapped_daemon_has_no_user_of_its_own(
+def test_unmapped_daemon_has_no_user(
     in_namespace: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Else all the others without a mapping would be it."""
+    """Otherwise every other unmapped user would count as the daemon's user."""
     monkeypatch.setattr(os, "geteuid", lambda: OVERFLOW)
     asked = PeerCredentials((OVERFLOW,))
     asked.open([])
@@ -316,7 +312,7 @@ def test_an_unmapped_daemon_has_no_user_of_its_own(
 
 
 def unshared(*how: str) -> list[str]:
-    """Return the beginning of a command that runs in a user namespace."""
+    """Return the command line prefix that runs a command in a user namespace."""
     command = ["unshare", *how, "--"]
     if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
         pytest.skip("no user namespaces for this user")
@@ -326,7 +322,7 @@ def unshared(*how: str) -> list[str]:
 @linux
 @needs_root
 @pytest.mark.parametrize("via", ["tcp", "unix"])
-def test_a_real_user_that_the_namespace_does_not_map_may_only_read(via: str, tmp_path: Path) -> None:
+def test_unmapped_user_of_a_real_namespace_may_only_read(via: str, tmp_path: Path) -> None:
     path = tmp_path / "s"
     with DaemonProcess(
         tmp_path / "registry.json", "--unix", str(path), before=unshared("--map-root-user")
@@ -348,7 +344,7 @@ def test_a_real_user_that_the_namespace_does_not_map_may_only_read(via: str, tmp
 
 
 @linux
-def test_the_number_of_all_unmapped_users_is_not_allowed_to_write(tmp_path: Path) -> None:
+def test_allow_uid_refuses_the_overflow_uid(tmp_path: Path) -> None:
     daemon = DaemonProcess(
         tmp_path / "r.json", "--allow-uid", str(OVERFLOW), before=unshared("--user", "--map-root-user")
     )
@@ -374,16 +370,16 @@ READS = ["ping", "hello", "help", "list", "stats"]
 
 @pytest.mark.socket
 @pytest.mark.parametrize("uid", [STRANGER, None])
-async def test_another_user_reads_and_does_not_write(
+async def test_other_user_may_only_read(
     uid: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "regd")
-    told = FakeCredentials()
-    told.uid = 0
-    async with InLoop(tmp_path / "registry.json", peers=told) as daemon:
+    credentials = FakeCredentials()
+    credentials.uid = 0
+    async with InLoop(tmp_path / "registry.json", peers=credentials) as daemon:
         assert (await (await daemon.peer()).ask(cmd="register", name="db", port=5432, ttl=10))["ok"]
         before = daemon.registry.read_bytes()
-        told.uid = uid
+        credentials.uid = uid
         stranger = await daemon.peer()
         for request in WRITES:
             reply = await stranger.ask(request)
@@ -396,7 +392,7 @@ async def test_another_user_reads_and_does_not_write(
         assert (await stranger.ask(cmd="resolve", name="db"))["port"] == 5432
         assert (await stranger.ask(cmd="watch"))["ok"]
         told_of = [message for message in caplog.messages if message.startswith("denied")]
-        assert len(told_of) == 1, "a flood of them must not flood the log"
+        assert len(told_of) == 1, "repeated denials must not flood the log"
         daemon.clock.advance(1)
         [first, rest] = [message for message in caplog.messages if message.startswith("denied")]
         assert ": register evil at 127.0.0.1:1: " in first
@@ -406,7 +402,7 @@ async def test_another_user_reads_and_does_not_write(
 
 @pytest.mark.socket
 @pytest.mark.parametrize(("allowed", "code"), [((), "denied"), ((STRANGER,), None)])
-async def test_allow_uid_widens_it(allowed: tuple[int, ...], code: str | None, tmp_path: Path) -> None:
+async def test_allow_uid(allowed: tuple[int, ...], code: str | None, tmp_path: Path) -> None:
     async with InLoop(tmp_path / "registry.json", peers=FakeCredentials(allowed)) as daemon:
         reply = await (await daemon.peer()).ask(cmd="register", name="db", port=1)
         assert reply.get("error") == code
@@ -414,7 +410,7 @@ async def test_allow_uid_widens_it(allowed: tuple[int, ...], code: str | None, t
 
 @linux
 @pytest.mark.socket
-async def test_a_process_must_be_of_the_user_who_states_it(tmp_path: Path) -> None:
+async def test_pid_must_belong_to_the_peers_user(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "registry.json", peers=FakeCredentials((STRANGER,))) as daemon:
         peer = await daemon.peer()
         reply = await peer.ask(cmd="register", name="mine", port=1, pid=os.getpid())
@@ -456,7 +452,7 @@ def ask_as(uid: int, where: int | str, *requests: dict[str, Any]) -> list[dict[s
 
 @linux
 @needs_root
-def test_a_real_other_user_is_denied_and_reads(process: DaemonProcess) -> None:
+def test_real_other_user_may_only_read(process: DaemonProcess) -> None:
     replies = ask_as(STRANGER, process.port, *WRITES[:1], {"cmd": "list"})
     assert [reply.get("error") for reply in replies] == ["denied", None]
     assert f"user {STRANGER}" in str(replies[0]["message"])
@@ -468,7 +464,7 @@ def test_a_real_other_user_is_denied_and_reads(process: DaemonProcess) -> None:
 
 @linux
 @needs_root
-def test_a_real_other_user_that_is_allowed_states_its_own_process_only(tmp_path: Path) -> None:
+def test_allowed_real_user_may_register_only_its_own_processes(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path / "registry.json", "--allow-uid", str(STRANGER)) as daemon:
         daemon.start()
         others = {"cmd": "register", "name": "a", "port": 1, "pid": os.getpid()}
@@ -479,10 +475,10 @@ def test_a_real_other_user_that_is_allowed_states_its_own_process_only(tmp_path:
 
 @linux
 @needs_root
-def test_a_peer_that_has_gone_when_it_is_looked_at_does_not_write(process: DaemonProcess) -> None:
-    """The kernel shows root for a socket that nobody has open: no way in for whoever closes quickly."""
+def test_peer_that_closed_before_the_check_may_not_write(process: DaemonProcess) -> None:
+    """The kernel reports root for a closed socket, which must not let a peer that closes quickly write."""
     assert process.process is not None
-    os.kill(process.process.pid, 19)  # SIGSTOP: it accepts only after the peer has closed
+    os.kill(process.process.pid, 19)  # stopped, so that it accepts only after the peer has closed
     try:
         with socket.create_connection(("127.0.0.1", process.port)) as peer:
             peer.sendall(b'{"cmd":"register","name":"evil","port":1}\n')
@@ -492,7 +488,7 @@ def test_a_peer_that_has_gone_when_it_is_looked_at_does_not_write(process: Daemo
 
 
 @pytest.mark.parametrize("value", ["www-data", "-1", "1.5", "4294967295", "4294967296"])
-def test_a_user_is_given_by_number(value: str, tmp_path: Path) -> None:
+def test_allow_uid_takes_a_number(value: str, tmp_path: Path) -> None:
     daemon = DaemonProcess(tmp_path / "registry.json", f"--allow-uid={value}")
     done = subprocess.run(daemon.command(), env=environment(), capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

@@ -1,4 +1,4 @@
-"""`resolve` with `wait`: answered when an instance accepts; the timeout says why none did."""
+"""`resolve` with `wait`: answered when an instance accepts connections; the timeout says why none did."""
 
 import asyncio
 import socket
@@ -29,14 +29,14 @@ def free_port() -> int:
 
 
 async def step_until(daemon: InLoop, done: Callable[[], bool]) -> None:
-    """Move the clock in small steps, and let the event loop run, until a condition holds."""
+    """Advance the clock in small steps until a condition is true."""
     async with asyncio.timeout(WAIT_S):
         while not done():
             daemon.clock.advance(0.01)
             await asyncio.sleep(0)
 
 
-async def test_an_instance_that_accepts_is_the_answer_at_once(daemon: InLoop) -> None:
+async def test_accepting_instance_is_returned_at_once(daemon: InLoop) -> None:
     peer = await daemon.peer()
     for host in ("127.0.0.1", "::1"):
         async with service(host) as port:
@@ -46,7 +46,7 @@ async def test_an_instance_that_accepts_is_the_answer_at_once(daemon: InLoop) ->
             assert (await peer.ask(cmd="resolve", name="a", wait=5, all=True))["instances"][0]["port"] == port
 
 
-async def test_localhost_counts_and_other_hosts_are_not_asked(daemon: InLoop) -> None:
+async def test_localhost_is_probed_and_other_hosts_are_not(daemon: InLoop) -> None:
     peer = await daemon.peer()
     async with service("::1") as port:
         await peer.ask(cmd="register", name="a", port=port, host="localhost")
@@ -56,7 +56,7 @@ async def test_localhost_counts_and_other_hosts_are_not_asked(daemon: InLoop) ->
         assert (await peer.ask(cmd="resolve", name="b", wait=5))["host"] == host
 
 
-async def test_it_waits_for_the_registration_and_for_the_port(daemon: InLoop) -> None:
+async def test_wait_for_the_registration_and_for_the_port(daemon: InLoop) -> None:
     one, two = await daemon.peer(), await daemon.peer()
     port = free_port()
     one.send({"cmd": "resolve", "name": "a", "wait": 3_600})
@@ -70,7 +70,7 @@ async def test_it_waits_for_the_registration_and_for_the_port(daemon: InLoop) ->
     assert answer.result()["port"] == port
 
 
-async def test_a_wait_with_an_id_is_overtaken_and_one_without_is_not(daemon: InLoop) -> None:
+async def test_wait_with_an_id_is_overtaken(daemon: InLoop) -> None:
     peer = await daemon.peer()
     peer.send({"cmd": "resolve", "name": "a", "wait": 1, "id": 1}, {"cmd": "ping", "id": 2}, "ping")
     assert [(await peer.reply()).get("id") for _ in range(2)] == [2, None]
@@ -84,7 +84,7 @@ async def test_a_wait_with_an_id_is_overtaken_and_one_without_is_not(daemon: InL
     assert await peer.rest() == b""
 
 
-async def test_pending_replies_are_sent_after_the_peer_has_closed_its_side(daemon: InLoop) -> None:
+async def test_half_closed_peer_gets_pending_replies(daemon: InLoop) -> None:
     peer = await daemon.peer()
     peer.send({"cmd": "resolve", "name": "a", "wait": 1, "id": 1})
     peer.writer.write_eof()
@@ -96,7 +96,7 @@ async def test_pending_replies_are_sent_after_the_peer_has_closed_its_side(daemo
     assert await peer.rest() == b""
 
 
-async def test_a_timeout_says_why(daemon: InLoop) -> None:
+async def test_timeout_has_the_reason(daemon: InLoop) -> None:
     peer = await daemon.peer()
     await peer.ask(cmd="register", name="refusing", port=free_port())
     await peer.ask(cmd="register", name="starting", port=1, state="starting")
@@ -114,7 +114,7 @@ async def test_a_timeout_says_why(daemon: InLoop) -> None:
         assert why in reply["message"]
 
 
-async def test_instances_that_do_not_accept_are_skipped_in_the_round_robin(daemon: InLoop) -> None:
+async def test_round_robin_skips_instances_that_do_not_accept(daemon: InLoop) -> None:
     peer = await daemon.peer()
     async with service() as first, service() as second:
         for port in (first, free_port(), second):
@@ -124,7 +124,7 @@ async def test_instances_that_do_not_accept_are_skipped_in_the_round_robin(daemo
     assert found[:2] == found[2:]
 
 
-async def test_no_instance_is_probed_while_no_request_waits(daemon: InLoop) -> None:
+async def test_no_probe_without_a_waiting_request(daemon: InLoop) -> None:
     peer = await daemon.peer()
     await peer.ask(cmd="register", name="a", port=free_port())
     peer.send({"cmd": "resolve", "name": "a", "wait": 3_600})
@@ -153,8 +153,8 @@ async def test_too_many_waits(tmp_path: Path) -> None:
                 await asyncio.sleep(0)
 
 
-async def test_a_probe_that_meets_itself_is_a_failure() -> None:
-    """A socket that is bound to the very port that it connects to is connected to itself by the kernel."""
+async def test_probe_connected_to_itself_fails() -> None:
+    """The kernel connects a socket to itself if its own port is the one that it connects to."""
     loop = asyncio.get_running_loop()
     with socket.socket() as own:
         own.bind(("127.0.0.1", 0))
@@ -200,7 +200,7 @@ async def test_why(daemon: InLoop) -> None:
     assert (await other.ask(cmd="why", name="zzz"))["error"] == "not_found"
 
 
-async def test_immediate_answers_come_in_order(daemon: InLoop) -> None:
+async def test_immediate_replies_are_in_order(daemon: InLoop) -> None:
     peer = await daemon.peer()
     await peer.ask(cmd="register", name="remote", port=1, host="db.example")
     peer.send(
@@ -218,8 +218,8 @@ async def test_immediate_answers_come_in_order(daemon: InLoop) -> None:
     ]
 
 
-async def test_an_instance_that_does_not_answer_delays_no_wait(daemon: InLoop) -> None:
-    """A service whose backlog is full does not answer: the next instance in turn is taken."""
+async def test_silent_instance_does_not_delay_a_wait(daemon: InLoop) -> None:
+    """A service with a full backlog does not answer, and the next instance is returned."""
     peer = await daemon.peer()
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
@@ -238,7 +238,7 @@ async def test_an_instance_that_does_not_answer_delays_no_wait(daemon: InLoop) -
     assert answer.result()["port"] == port
 
 
-async def test_the_only_instance_of_many_that_accepts_is_found(tmp_path: Path) -> None:
+async def test_only_accepting_instance_of_many_is_found(tmp_path: Path) -> None:
     async with (
         InLoop(tmp_path / "registry.json", limits=Limits(probed_instances_max=3)) as daemon,
         service() as port,

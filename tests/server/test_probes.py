@@ -1,4 +1,4 @@
-"""What counts as a refused connection: only that ends a registration whose process lives."""
+"""What counts as a refused connection, which alone ends a registration whose process lives."""
 
 import asyncio
 import errno
@@ -15,14 +15,14 @@ pytestmark = pytest.mark.socket
 async def connect_to(
     monkeypatch: pytest.MonkeyPatch, v4: int | None, v6: int | None, host: str = "localhost"
 ) -> str:
-    """Connect where the two loopback addresses fail so; None: no answer."""
+    """Connect to two loopback addresses that fail with these errors; None means no answer."""
 
     async def sock_connect(probe: socket.socket, address: tuple[str, int]) -> None:
         number = v6 if ":" in address[0] else v4
         if number is None:
             await asyncio.Event().wait()
             return
-        raise OSError(number, os.strerror(number))  # becomes ConnectionRefusedError and the like
+        raise OSError(number, os.strerror(number))  # raises ConnectionRefusedError and other subclasses
 
     monkeypatch.setattr(asyncio.get_running_loop(), "sock_connect", sock_connect, raising=False)
     try:
@@ -38,16 +38,16 @@ REFUSED = errno.ECONNREFUSED
     ("v4", "v6", "why"),
     [
         (REFUSED, REFUSED, "connection refused"),
-        (REFUSED, errno.EADDRNOTAVAIL, "connection refused"),  # a machine without ::1
+        (REFUSED, errno.EADDRNOTAVAIL, "connection refused"),  # the machine has no ::1
         (errno.EADDRNOTAVAIL, REFUSED, "connection refused"),
-        (None, REFUSED, "no answer"),  # a full queue on one of the two
+        (None, REFUSED, "no answer"),  # the backlog of one of the two is full
         (REFUSED, None, "no answer"),
-        (REFUSED, errno.EPERM, os.strerror(errno.EPERM).lower()),  # a filter: nobody knows
+        (REFUSED, errno.EPERM, os.strerror(errno.EPERM).lower()),  # a packet filter
         (errno.EMFILE, REFUSED, os.strerror(errno.EMFILE).lower()),
         (errno.EADDRNOTAVAIL, errno.EADDRNOTAVAIL, "no such address"),
     ],
 )
-async def test_a_connection_is_refused_when_every_address_refuses_it(
+async def test_refused_if_every_address_refuses(
     v4: int | None, v6: int | None, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     try:
@@ -58,7 +58,7 @@ async def test_a_connection_is_refused_when_every_address_refuses_it(
     assert probes.ProbeResult(1, 0.0, found).refused is (why == "connection refused")
 
 
-async def test_a_full_queue_is_no_answer() -> None:
+async def test_full_backlog_is_not_a_refusal() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)

@@ -1,4 +1,4 @@
-"""What the system says of processes, and what becomes of it: gone, not to be seen, or no room now."""
+"""The state of processes as the system reports it (ended, hidden, or out of resources), and its effects."""
 
 import asyncio
 import errno
@@ -47,8 +47,8 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
     ("number", "code"),
     [
         (errno.ESRCH, "bad_argument"),
-        (errno.EINVAL, "bad_argument"),  # the number of a thread
-        (errno.ENOENT, "bad_argument"),  # the same, in newer kernels
+        (errno.EINVAL, "bad_argument"),  # the id of a thread
+        (errno.ENOENT, "bad_argument"),  # the same in newer kernels
         (errno.EPERM, "unsupported"),  # a container's seccomp filter
         (errno.EACCES, "unsupported"),
         (errno.ENOSYS, "unsupported"),  # a kernel before 5.3, and another kind of filter
@@ -60,7 +60,7 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
     ],
     ids=errno.errorcode.get,
 )
-async def test_what_pidfd_open_says(
+async def test_results_of_pidfd_open(
     number: int, code: str, daemon: InLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "pidfd_open", failing(number))
@@ -74,7 +74,7 @@ async def test_what_pidfd_open_says(
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EPERM])
 @pytest.mark.parametrize("part", ["_start_ticks", "_uids"])
-async def test_a_process_that_lives_and_is_hidden_is_unsupported_and_one_that_has_ended_is_none(
+async def test_hidden_process_is_unsupported_and_ended_process_is_refused(
     part: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, child: subprocess.Popen[bytes]
 ) -> None:
     monkeypatch.setattr(processes, part, failing(number))
@@ -85,13 +85,13 @@ async def test_a_process_that_lives_and_is_hidden_is_unsupported_and_one_that_ha
         assert (await peer.ask(wish))["error"] == "unsupported"
         child.kill()
         async with asyncio.timeout(WAIT_S):
-            while not processes.has_ended(watched):  # its number is not free yet
+            while not processes.has_ended(watched):  # a zombie: its pid is not free yet
                 await asyncio.sleep(0)
         assert (await peer.ask(wish))["error"] == "bad_argument"
         os.close(watched)
 
 
-async def test_proc_of_another_pid_namespace_is_not_trusted(
+async def test_proc_of_another_pid_namespace_is_not_used(
     monkeypatch: pytest.MonkeyPatch, child: subprocess.Popen[bytes]
 ) -> None:
     monkeypatch.setattr(os, "readlink", lambda path: "4711")
@@ -106,7 +106,7 @@ async def test_proc_of_another_pid_namespace_is_not_trusted(
     assert seen.retry() == [known]
 
 
-async def test_a_loaded_process_that_is_hidden_now_lives_until_its_number_is_free(
+async def test_loaded_hidden_process_lives_until_its_pid_is_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, child: subprocess.Popen[bytes]
 ) -> None:
     path = tmp_path / "registry.json"
@@ -125,7 +125,7 @@ async def test_a_loaded_process_that_is_hidden_now_lives_until_its_number_is_fre
         assert (await peer.ask(cmd="resolve", name="a"))["last"]["reason"] == "process exited"
 
 
-async def test_a_loaded_process_of_an_earlier_boot_has_ended_though_all_is_hidden(
+async def test_loaded_process_of_an_earlier_boot_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "registry.json"
@@ -135,7 +135,7 @@ async def test_a_loaded_process_of_an_earlier_boot_has_ended_though_all_is_hidde
         assert (await (await daemon.peer()).ask(cmd="resolve", name="a"))["error"] == "not_found"
 
 
-async def test_those_that_could_not_be_watched_are_looked_at_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unwatched_processes_are_checked_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[Process] = []
     seen = Processes(DEFAULT, lambda process: None)
     known = [Process(pid, "x/1") for pid in range(600)]
@@ -147,24 +147,24 @@ async def test_those_that_could_not_be_watched_are_looked_at_in_slices(monkeypat
     assert set(looks) == set(known)
 
 
-# Whose process.
+# The user of a process.
 
 
-async def test_root_may_state_any_process_and_others_their_own(
+async def test_root_may_register_any_process_and_others_their_own(
     tmp_path: Path, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes, "_uids", lambda pid: (1000,) * 4)
-    told = FakeCredentials((STRANGER, 1000))
-    async with InLoop(tmp_path / "registry.json", peers=told) as daemon:
+    credentials = FakeCredentials((STRANGER, 1000))
+    async with InLoop(tmp_path / "registry.json", peers=credentials) as daemon:
         for uid, error in ((0, None), (1000, None), (STRANGER, "denied")):
-            told.uid = uid
+            credentials.uid = uid
             reply = await (await daemon.peer()).ask(cmd="register", name="a", port=1, pid=child.pid)
             assert reply.get("error") == error, uid
 
 
-# The real thing, in namespaces of its own.
+# A real /proc with hidepid, in new namespaces.
 
-# Runs in a new mount namespace, and makes sure of that before it mounts anything.
+# Run in a new mount namespace; the script checks that before it mounts anything.
 HIDDEN = """
 import asyncio, json, os, subprocess, sys
 from pathlib import Path
@@ -194,7 +194,7 @@ asyncio.run(main())
 
 
 @needs_root
-def test_proc_with_hidepid_and_a_daemon_of_its_own_user(tmp_path: Path) -> None:
+def test_proc_with_hidepid(tmp_path: Path) -> None:
     if shutil.which("unshare") is None:
         pytest.skip("no unshare(1) here")
     for folder in (tmp_path, *tmp_path.parents):  # pytest-xdist adds a folder

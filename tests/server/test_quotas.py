@@ -1,4 +1,4 @@
-"""Quotas, on values: which connections are dropped, which requests refused, and who gets the next slot."""
+"""Quotas, without sockets: which connections are dropped, which requests are refused, and the order of slots."""
 
 import pytest
 
@@ -32,14 +32,14 @@ def test_buffered_bytes_are_counted_by_connection_and_in_total() -> None:
 @pytest.mark.parametrize(
     ("sizes", "dropped"), [([50, 50], 0), ([50, 51], 1), ([20, 30, 51], 1), ([34, 34, 34], 1)]
 )
-def test_the_largest_are_dropped_beyond_the_limit(sizes: list[int], dropped: int) -> None:
+def test_largest_connections_are_dropped_beyond_the_limit(sizes: list[int], dropped: int) -> None:
     quota, peers = BufferQuota(100), [Peer(str(size)) for size in sizes]
     result = [quota.record(peer, size) for peer, size in zip(peers, sizes, strict=True)][-1]
     largest = sorted(sizes, reverse=True)[:dropped]
     assert [getattr(peer, "name", None) for peer in result] == [str(size) for size in largest]
 
 
-def test_so_many_are_dropped_that_seven_eighths_remain() -> None:
+def test_connections_are_dropped_down_to_seven_eighths() -> None:
     quota = BufferQuota(80)
     for _ in range(8):
         quota.record(Peer(), 10)
@@ -64,16 +64,16 @@ def test_memory_is_refused_beyond_the_limit_and_released() -> None:
 def test_slots_are_granted_in_order_of_arrival() -> None:
     slots, peers = Slots(1), [Peer() for _ in range(3)]
     assert [slots.acquire(peer) for peer in peers] == [True, False, False]
-    assert slots.acquire(peers[0])  # it has one already
+    assert slots.acquire(peers[0])  # it already has a slot
     slots.release(peers[0])
     assert [peer.grants for peer in peers] == [0, 1, 0]
-    assert not slots.acquire(peers[0])  # behind the others
+    assert not slots.acquire(peers[0])  # after the others
     slots.release(peers[1])
     slots.release(peers[1])
     assert [peer.grants for peer in peers] == [0, 1, 1]
 
 
-def test_a_connection_that_waits_no_more_gets_no_slot() -> None:
+def test_connection_that_stopped_waiting_gets_no_slot() -> None:
     slots, peers = Slots(1), [Peer() for _ in range(3)]
     for peer in peers:
         slots.acquire(peer)

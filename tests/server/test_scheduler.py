@@ -1,4 +1,4 @@
-"""When a worker runs: at once while there is time, and no worker waits for ever."""
+"""The scheduler runs a worker at once while time is left, and lets no worker wait for ever."""
 
 import asyncio
 
@@ -7,7 +7,7 @@ from tests.support.daemon import WAIT_S
 
 
 class Worker:
-    """Takes `takes_s` in each time slice, and needs `times` of them."""
+    """A worker that needs `times` time slices of `takes_s` seconds."""
 
     def __init__(self, scheduler: FairScheduler, name: str, log: list[str], takes_s: float, times: int) -> None:
         self.scheduler, self.name, self.log, self.takes_s, self.times = scheduler, name, log, takes_s, times
@@ -26,7 +26,7 @@ async def drain(workers: list[Worker]) -> None:
             await asyncio.sleep(0)
 
 
-async def test_there_is_time_until_it_is_spent_and_again_in_the_next_iteration() -> None:
+async def test_time_is_available_again_in_the_next_iteration() -> None:
     scheduler, log = FairScheduler(), list[str]()
     seen = []
     for _ in range(2):
@@ -37,7 +37,7 @@ async def test_there_is_time_until_it_is_spent_and_again_in_the_next_iteration()
     assert [*seen, scheduler.has_time] == [True, False, True]
 
 
-async def test_a_fresh_worker_does_not_wait_for_busy_ones() -> None:
+async def test_fresh_worker_does_not_wait_for_busy_ones() -> None:
     scheduler, log = FairScheduler(), list[str]()
     busy = [Worker(scheduler, f"busy{n}", log, 0.001, 20) for n in range(50)]
     for worker in busy:
@@ -51,7 +51,7 @@ async def test_a_fresh_worker_does_not_wait_for_busy_ones() -> None:
     await drain(busy)
 
 
-async def test_many_workers_take_no_more_than_the_time_of_one_iteration() -> None:
+async def test_many_workers_share_the_time_of_one_iteration() -> None:
     scheduler, log = FairScheduler(READONLY_S, READONLY_S), list[str]()
     seen = [scheduler.has_time]
     scheduler.spent(READONLY_S)
@@ -69,7 +69,7 @@ async def test_many_workers_take_no_more_than_the_time_of_one_iteration() -> Non
     assert len(log) == 200
 
 
-async def test_busy_workers_go_on_in_order_among_many_fresh_ones() -> None:
+async def test_busy_workers_continue_in_order_among_fresh_ones() -> None:
     scheduler, log = FairScheduler(), list[str]()
     busy = [Worker(scheduler, f"busy{n}", log, 0.001, 5) for n in range(4)]
     for worker in busy:

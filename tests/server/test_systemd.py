@@ -1,4 +1,4 @@
-"""What a service manager says in the environment, and what it is told, with time by hand."""
+"""Inherited sockets and notifications (sd_listen_fds(3), sd_notify(3)), with time moved by hand."""
 
 import asyncio
 import contextlib
@@ -20,16 +20,16 @@ from tests.support.daemon import WAIT_S, Peer
 OURS = str(os.getpid())
 
 
-# What is handed over.
+# The variables about inherited sockets.
 
 
 @pytest.fixture
 def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """A socket that listens, at the number where those that are handed over begin."""
-    with socket.create_server(("127.0.0.1", 0)) as made:
-        made.set_inheritable(True)
-        monkeypatch.setattr(systemd, "_FIRST_FILE", made.fileno())
-        yield made
+    """A listening socket whose descriptor counts as the first inherited one."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        sock.set_inheritable(True)
+        monkeypatch.setattr(systemd, "_FIRST_FILE", sock.fileno())
+        yield sock
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
         ({"LISTEN_PID": OURS, "LISTEN_FDS": "1", "LISTEN_FDNAMES": "", "LISTEN_PIDFDID": "7"}, ""),
     ],
 )
-def test_what_is_handed_over_is_taken(listener: socket.socket, environment: dict[str, str], name: str) -> None:
+def test_inherited_sockets(listener: socket.socket, environment: dict[str, str], name: str) -> None:
     environment["PATH"] = "/bin"
     assert handed_over(environment) == [InheritedSocket(listener.fileno(), name)]
     assert environment == {"PATH": "/bin"}
@@ -59,7 +59,7 @@ def test_what_is_handed_over_is_taken(listener: socket.socket, environment: dict
         {"LISTEN_PID": "", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "a:b"},
     ],
 )
-def test_what_is_for_another_is_left(listener: socket.socket, environment: dict[str, str]) -> None:
+def test_variables_for_another_process_are_ignored(listener: socket.socket, environment: dict[str, str]) -> None:
     assert handed_over(environment) == []
     assert environment == {}
     assert listener.get_inheritable()
@@ -78,10 +78,10 @@ def test_what_is_for_another_is_left(listener: socket.socket, environment: dict[
         ("1", "a:b", "LISTEN_FDNAMES has 2 names"),
     ],
 )
-def test_what_cannot_be_is_told(
+def test_invalid_variables_are_an_error(
     listener: socket.socket, count: str, names: str | None, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "set_inheritable", spared(listener.fileno()))
+    monkeypatch.setattr(os, "set_inheritable", restricted_set_inheritable(listener.fileno()))
     environment = {"LISTEN_PID": OURS, "LISTEN_FDS": count}
     if names is not None:
         environment["LISTEN_FDNAMES"] = names
@@ -91,8 +91,8 @@ def test_what_cannot_be_is_told(
     assert environment == {}
 
 
-def spared(file: int) -> object:
-    """Return an `os.set_inheritable` that touches no file of the test's own process but this one."""
+def restricted_set_inheritable(file: int) -> object:
+    """Return an `os.set_inheritable` that fails for every descriptor but `file`, to spare those of pytest."""
     real = os.set_inheritable
 
     def set_inheritable(number: int, inheritable: bool) -> None:
@@ -101,12 +101,12 @@ def spared(file: int) -> object:
     return set_inheritable
 
 
-# Listening on it.
+# Listening on inherited sockets.
 
 
 @contextlib.contextmanager
-def handed(*listeners: socket.socket) -> Iterator[list[InheritedSocket]]:
-    """Hand over copies, as the service manager does, which goes on listening."""
+def inherited(*listeners: socket.socket) -> Iterator[list[InheritedSocket]]:
+    """Yield duplicates of listening sockets, as the service manager passes them while it keeps its own."""
     with contextlib.ExitStack() as stack:
         for listener in listeners:
             stack.enter_context(listener)
@@ -114,38 +114,40 @@ def handed(*listeners: socket.socket) -> Iterator[list[InheritedSocket]]:
 
 
 def unix(path: Path | str, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
-    made = socket.socket(socket.AF_UNIX, kind)
-    made.bind(str(path))
+    sock = socket.socket(socket.AF_UNIX, kind)
+    sock.bind(str(path))
     if kind != socket.SOCK_DGRAM:
-        made.listen()
-    return made
+        sock.listen()
+    return sock
 
 
 @pytest.mark.socket
-async def test_it_listens_on_what_is_handed_over_alone(tmp_path: Path) -> None:
+async def test_daemon_listens_only_on_inherited_sockets(tmp_path: Path) -> None:
     path = tmp_path / "s"
-    four = socket.create_server(("127.0.0.1", 0))
-    six = socket.create_server(("::1", 0), family=socket.AF_INET6)
-    own = unix(path)
-    with handed(own, six, four) as files:
+    ipv4 = socket.create_server(("127.0.0.1", 0))
+    ipv6 = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    unix_socket = unix(path)
+    with inherited(unix_socket, ipv6, ipv4) as files:
         server = Daemon(Config(registry=tmp_path / "r.json", unix=tmp_path / "not", inherited=files))
         await server.start()
         try:
             assert server.addresses == [
                 f"unix://{path}",
-                f"tcp://[::1]:{six.getsockname()[1]}",
-                f"tcp://127.0.0.1:{four.getsockname()[1]}",
+                f"tcp://[::1]:{ipv6.getsockname()[1]}",
+                f"tcp://127.0.0.1:{ipv4.getsockname()[1]}",
             ]
             assert not (tmp_path / "not").exists()
-            for number, listener in enumerate((own, six, four)):
+            for number, listener in enumerate((unix_socket, ipv6, ipv4)):
                 peer = await connected(listener)
-                assert (await peer.ask(cmd="register", name=f"n{number}", port=1))["ok"]  # so who asks is known
+                assert (await peer.ask(cmd="register", name=f"n{number}", port=1))[
+                    "ok"
+                ]  # the peer's user is known
                 await peer.close()
             assert server.status.startswith("3 registrations at revision 3, ")
         finally:
             await server.stop()
         assert path.is_socket()
-        with socket.socket(socket.AF_UNIX) as later:  # the service manager listens still
+        with socket.socket(socket.AF_UNIX) as later:  # the service manager still listens
             later.connect(str(path))
 
 
@@ -156,13 +158,13 @@ async def connected(listener: socket.socket) -> Peer:
 
 
 @pytest.mark.socket
-async def test_a_unix_socket_alone_will_do(tmp_path: Path) -> None:
-    own = unix(tmp_path / "s")
-    with handed(own) as files:
+async def test_inherited_unix_socket_alone(tmp_path: Path) -> None:
+    listener = unix(tmp_path / "s")
+    with inherited(listener) as files:
         server = Daemon(Config(registry=tmp_path / "r.json", inherited=files))
         await server.start()
         try:
-            peer = await connected(own)
+            peer = await connected(listener)
             assert (await peer.ask(cmd="register", name="a", port=1))["ok"]
             await peer.close()
         finally:
@@ -172,13 +174,13 @@ async def test_a_unix_socket_alone_will_do(tmp_path: Path) -> None:
 def bound(
     family: socket.AddressFamily, kind: socket.SocketKind, host: str, listens: bool = True
 ) -> socket.socket:
-    made = socket.socket(family, kind)
+    sock = socket.socket(family, kind)
     if family == socket.AF_INET6:
-        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    made.bind((host, 0))
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    sock.bind((host, 0))
     if listens:
-        made.listen()
-    return made
+        sock.listen()
+    return sock
 
 
 STREAM, DGRAM = socket.SOCK_STREAM, socket.SOCK_DGRAM
@@ -202,10 +204,10 @@ V4, V6 = socket.AF_INET, socket.AF_INET6
         ("closed", "cannot be used"),
     ],
 )
-async def test_anything_else_is_refused_and_nothing_touched(tmp_path: Path, kind: str, says: str) -> None:
+async def test_unusable_inherited_socket_is_an_error(tmp_path: Path, kind: str, says: str) -> None:
     with contextlib.ExitStack() as stack:
         good = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        file = number(stack, kind, tmp_path)
+        file = unusable_file(stack, kind, tmp_path)
         files = [InheritedSocket(os.dup(good.fileno()), "good"), InheritedSocket(file, "b\x1bd")]
         registry = tmp_path / "folder" / "r.json"
         with pytest.raises(ListenError, match=says) as refused:
@@ -214,8 +216,8 @@ async def test_anything_else_is_refused_and_nothing_touched(tmp_path: Path, kind
         assert not registry.parent.exists()
 
 
-def number(stack: contextlib.ExitStack, kind: str, folder: Path) -> int:
-    """Return the number of a file that is nothing for regd."""
+def unusable_file(stack: contextlib.ExitStack, kind: str, folder: Path) -> int:
+    """Return the descriptor of a file that regd cannot use."""
     if kind == "closed":
         return 1_000_000
     if kind == "file":
@@ -224,7 +226,7 @@ def number(stack: contextlib.ExitStack, kind: str, folder: Path) -> int:
         one, other = socket.socketpair()
         stack.enter_context(other)
         return one.detach()
-    made = {
+    sockets = {
         "any": lambda: bound(V4, STREAM, "0.0.0.0"),
         "any6": lambda: bound(V6, STREAM, "::"),
         "mapped": lambda: bound(V6, STREAM, "::ffff:127.0.0.1"),
@@ -235,139 +237,139 @@ def number(stack: contextlib.ExitStack, kind: str, folder: Path) -> int:
         "abstract": lambda: unix(f"\0regd-test-{os.getpid()}"),
         "netlink": lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW),
     }
-    return made[kind]().detach()
+    return sockets[kind]().detach()
 
 
-# What it is told.
+# Notifications.
 
 
 @pytest.fixture
 def inbox(tmp_path: Path) -> Iterator[socket.socket]:
-    """The service manager's end."""
-    with unix(tmp_path / "notify", DGRAM) as made:
-        made.setblocking(False)
-        yield made
+    """The service manager's end of the notify socket."""
+    with unix(tmp_path / "notify", DGRAM) as sock:
+        sock.setblocking(False)
+        yield sock
 
 
-def told(inbox: socket.socket) -> list[str]:
-    """Return what has come."""
-    found = []
+def received(inbox: socket.socket) -> list[str]:
+    """Return the messages received since the last call."""
+    messages = []
     with contextlib.suppress(BlockingIOError):
         while True:
-            found.append(inbox.recv(4_096).decode())
-    return found
+            messages.append(inbox.recv(4_096).decode())
+    return messages
 
 
-class Beating:
-    """A heart with time by hand, and a status that the test sets."""
+class Service:
+    """A `Watchdog` with time moved by hand, and a status that the test sets."""
 
-    def __init__(self, address: str, watchdog: float | None) -> None:
+    def __init__(self, address: str, interval_s: float | None) -> None:
         self.clock = HandClock()
         self.status = "calm"
-        self.heart = Watchdog(Notifier({"NOTIFY_SOCKET": address}), self.clock, watchdog, lambda: self.status)
+        self.watchdog = Watchdog(
+            Notifier({"NOTIFY_SOCKET": address}), self.clock, interval_s, lambda: self.status
+        )
 
 
 @contextlib.contextmanager
-def beating(address: str, watchdog: float | None) -> Iterator[Beating]:
-    made = Beating(address, watchdog)
+def service(address: str, interval_s: float | None) -> Iterator[Service]:
+    service = Service(address, interval_s)
     try:
-        yield made
+        yield service
     finally:
-        made.heart.stop()
+        service.watchdog.stop()
 
 
-def test_a_life(inbox: socket.socket) -> None:
-    with beating(inbox.getsockname(), 4.0) as one:
-        one.clock.advance(60)
-        assert told(inbox) == []
-        one.heart.start()
-        assert told(inbox) == ["READY=1\nSTATUS=calm\nWATCHDOG=1"]
-        one.clock.advance(1.9)
-        assert told(inbox) == []
-        one.clock.advance(6)
-        assert told(inbox) == ["WATCHDOG=1"] * 3
-        one.status = "busy"
-        one.clock.advance(4)
-        assert told(inbox) == ["WATCHDOG=1\nSTATUS=busy", "WATCHDOG=1"]
-        one.heart.stop()
-        one.heart.stop()
-        one.clock.advance(60)
-        assert told(inbox) == ["STOPPING=1\nSTATUS=stopping"]
+def test_ready_watchdog_status_and_stopping(inbox: socket.socket) -> None:
+    with service(inbox.getsockname(), 4.0) as regd:
+        regd.clock.advance(60)
+        assert received(inbox) == []
+        regd.watchdog.start()
+        assert received(inbox) == ["READY=1\nSTATUS=calm\nWATCHDOG=1"]
+        regd.clock.advance(1.9)
+        assert received(inbox) == []
+        regd.clock.advance(6)
+        assert received(inbox) == ["WATCHDOG=1"] * 3
+        regd.status = "busy"
+        regd.clock.advance(4)
+        assert received(inbox) == ["WATCHDOG=1\nSTATUS=busy", "WATCHDOG=1"]
+        regd.watchdog.stop()
+        regd.watchdog.stop()
+        regd.clock.advance(60)
+        assert received(inbox) == ["STOPPING=1\nSTATUS=stopping"]
 
 
-def test_without_a_watchdog_there_is_news_alone(inbox: socket.socket) -> None:
-    with beating(inbox.getsockname(), None) as one:
-        one.heart.start()
-        one.clock.advance(60)
-        one.status = "busy"
-        one.clock.advance(60)
-        assert told(inbox) == ["READY=1\nSTATUS=calm", "STATUS=busy"]
+def test_only_status_changes_without_a_watchdog(inbox: socket.socket) -> None:
+    with service(inbox.getsockname(), None) as regd:
+        regd.watchdog.start()
+        regd.clock.advance(60)
+        regd.status = "busy"
+        regd.clock.advance(60)
+        assert received(inbox) == ["READY=1\nSTATUS=calm", "STATUS=busy"]
 
 
-def test_a_loop_that_stands_still_gives_no_sign(inbox: socket.socket) -> None:
-    with beating(inbox.getsockname(), 4.0) as one:
-        one.heart.start()
-        told(inbox)
-        one.clock.stop(60)
-        assert told(inbox) == ["WATCHDOG=1"]  # when it goes on, and not for what it has missed
+def test_suspended_loop_sends_no_pings(inbox: socket.socket) -> None:
+    with service(inbox.getsockname(), 4.0) as regd:
+        regd.watchdog.start()
+        received(inbox)
+        regd.clock.stop(60)
+        assert received(inbox) == ["WATCHDOG=1"]  # one ping when it continues, none for the missed ones
 
 
-def test_one_that_was_never_ready_does_not_stop(inbox: socket.socket) -> None:
-    with beating(inbox.getsockname(), 4.0):
+def test_no_stopping_without_ready(inbox: socket.socket) -> None:
+    with service(inbox.getsockname(), 4.0):
         pass
-    assert told(inbox) == []
+    assert received(inbox) == []
 
 
-def test_an_abstract_address() -> None:
+def test_abstract_address() -> None:
     name = f"regd-test-notify-{os.getpid()}"
-    with unix(f"\0{name}", DGRAM) as inbox, beating(f"@{name}", None) as one:
+    with unix(f"\0{name}", DGRAM) as inbox, service(f"@{name}", None) as regd:
         inbox.settimeout(WAIT_S)
-        one.heart.start()
+        regd.watchdog.start()
         assert inbox.recv(100).startswith(b"READY=1\n")
 
 
 @pytest.mark.parametrize("address", ["/no/such/socket", "@regd-test-nobody", "/" + "x" * 200, "vsock:2:1", "x"])
-def test_what_cannot_be_told_is_one_line_and_no_end(address: str, caplog: pytest.LogCaptureFixture) -> None:
-    with beating(address, 0.2) as one:
-        one.heart.start()
-        one.clock.advance(60)
+def test_unreachable_notify_socket_logs_one_line(address: str, caplog: pytest.LogCaptureFixture) -> None:
+    with service(address, 0.2) as regd:
+        regd.watchdog.start()
+        regd.clock.advance(60)
     assert len(caplog.records) == 1
     assert caplog.messages[0].startswith(f"cannot notify '{address}': ")
 
 
-def test_one_who_does_not_listen_holds_nobody_up(inbox: socket.socket, caplog: pytest.LogCaptureFixture) -> None:
-    with beating(inbox.getsockname(), 0.2) as one:
-        one.heart.start()
-        one.clock.advance(1_000)
-        assert len(told(inbox)) < 10_000
+def test_full_notify_socket_does_not_block(inbox: socket.socket, caplog: pytest.LogCaptureFixture) -> None:
+    with service(inbox.getsockname(), 0.2) as regd:
+        regd.watchdog.start()
+        regd.clock.advance(1_000)
+        assert len(received(inbox)) < 10_000
         assert len(caplog.records) == 1
-        one.clock.advance(0.2)
-        assert told(inbox) == ["WATCHDOG=1"] * 2
+        regd.clock.advance(0.2)
+        assert received(inbox) == ["WATCHDOG=1"] * 2
 
 
-def test_when_there_are_no_more_files_it_gives_its_sign(
-    inbox: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with beating(inbox.getsockname(), 4.0) as one:
-        one.heart.start()
-        told(inbox)
+def test_ping_is_sent_without_file_descriptors(inbox: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    with service(inbox.getsockname(), 4.0) as regd:
+        regd.watchdog.start()
+        received(inbox)
 
-        def none(*_: object) -> None:
+        def out_of_descriptors(*_: object) -> None:
             raise OSError(24, "Too many open files")
 
-        monkeypatch.setattr(socket, "socket", none)
-        one.clock.advance(2)
+        monkeypatch.setattr(socket, "socket", out_of_descriptors)
+        regd.clock.advance(2)
         monkeypatch.undo()
-        assert told(inbox) == ["WATCHDOG=1"]
+        assert received(inbox) == ["WATCHDOG=1"]
 
 
-def test_nobody_wants_to_know(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_notify_socket(caplog: pytest.LogCaptureFixture) -> None:
     for environment in ({}, {"NOTIFY_SOCKET": ""}):
         clock = HandClock()
-        heart = Watchdog(Notifier(environment), clock, 4.0, lambda: "calm")
-        heart.start()
+        watchdog = Watchdog(Notifier(environment), clock, 4.0, lambda: "calm")
+        watchdog.start()
         assert not clock._timers
-        heart.stop()
+        watchdog.stop()
         assert environment == {}
     assert caplog.records == []
 
@@ -383,7 +385,7 @@ def test_nobody_wants_to_know(caplog: pytest.LogCaptureFixture) -> None:
         ({"WATCHDOG_PID": OURS}, None),
     ],
 )
-def test_how_often_a_sign_is_wanted(
+def test_watchdog_interval(
     environment: dict[str, str], seconds: float | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert watchdog_s(environment) == seconds
@@ -392,7 +394,7 @@ def test_how_often_a_sign_is_wanted(
 
 
 @pytest.mark.parametrize("text", ["", "0", "000", "-1", "1.5", "x", "1" * 21, "1" * 10_000])
-def test_an_unusable_interval_is_a_line(text: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_invalid_watchdog_interval_logs_one_line(text: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert watchdog_s({"WATCHDOG_USEC": text}) is None
     [message] = caplog.messages

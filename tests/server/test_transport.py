@@ -1,4 +1,4 @@
-"""What asyncio's transports, of either loop, must keep for the daemon: resets, bugs, and nothing left behind."""
+"""What the daemon relies on in asyncio's and uvloop's transports: resets, exceptions, and freed resources."""
 
 import asyncio
 import contextlib
@@ -55,7 +55,7 @@ ENDS: tuple[Callable[[socket.socket], None], ...] = (
 )
 
 
-async def test_a_peer_may_end_its_connection_at_any_moment(daemon: InLoop) -> None:
+async def test_peer_may_end_its_connection_at_any_moment(daemon: InLoop) -> None:
     errors: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context))
     witness = await daemon.peer()
@@ -70,13 +70,13 @@ async def test_a_peer_may_end_its_connection_at_any_moment(daemon: InLoop) -> No
         caller.sendall(script[:cut])
         for _ in range(choices.randrange(6)):
             await asyncio.sleep(0)
-        with contextlib.suppress(OSError):  # the daemon may have closed it
+        with contextlib.suppress(OSError):  # the daemon may have closed it already
             caller.send(script[cut:])
         for _ in range(choices.randrange(6)):
             await asyncio.sleep(0)
         end(caller)
     assert (await witness.ask(cmd="ping"))["ok"]
-    daemon.clock.advance(60.0)  # half-closed peers with a wait get their answer, watchers their `progress`
+    daemon.clock.advance(60.0)  # half-closed peers get the reply to their wait, watchers get `progress`
     await until(lambda: _others_are_gone(daemon))
     assert (await witness.ask(cmd="resolve", name="a"))["error"] == "not_found"
     assert errors == []
@@ -88,7 +88,7 @@ def _others_are_gone(daemon: InLoop) -> bool:
 
 
 @pytest.mark.parametrize("method", ["data_received", "eof_received", "_begin"])
-async def test_a_bug_in_a_connection_closes_that_one_alone(
+async def test_bug_closes_only_its_own_connection(
     daemon: InLoop, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     errors: list[dict[str, Any]] = []
@@ -118,8 +118,8 @@ async def test_a_bug_in_a_connection_closes_that_one_alone(
     errors.clear()
 
 
-async def test_a_connection_that_ended_is_freed_without_the_garbage_collector(daemon: InLoop) -> None:
-    """The daemon lets the collector look at nothing twice, so what ends must go by itself."""
+async def test_ended_connection_is_freed_without_the_garbage_collector(daemon: InLoop) -> None:
+    """The daemon freezes objects for the garbage collector, so connections must be freed by reference counting."""
     connections = daemon.server._connections
     gc.collect()
     gc.disable()
@@ -149,7 +149,7 @@ def _all_are_gone(daemon: InLoop) -> bool:
     return not daemon.server.connections
 
 
-async def test_no_descriptor_stays_open(daemon: InLoop) -> None:
+async def test_no_descriptor_is_left_open(daemon: InLoop) -> None:
     peer = await daemon.peer()
     await peer.ask(cmd="ping")
     before = len(os.listdir("/proc/self/fd"))

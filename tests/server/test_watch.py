@@ -1,4 +1,4 @@
-"""A watcher gets each change once and in order: fold(events) = list, for fast, slow and resumed watchers."""
+"""A watcher gets each change once and in order: its events add up to `list`, also for slow and resumed watchers."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.socket
 
 
 class Fold:
-    """A watcher's copy of the registry, made from its events."""
+    """The registry as the events of a watch add up to it."""
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
@@ -72,7 +72,7 @@ async def listed(peer: Peer, **arguments: Any) -> dict[tuple[str, str], dict[str
     return {(instance["name"], instance["instance"]): instance for instance in reply["instances"]}
 
 
-async def test_the_state_then_sync_then_every_change(daemon: InLoop) -> None:
+async def test_snapshot_sync_and_changes(daemon: InLoop) -> None:
     writer = await daemon.peer()
     await writer.ask(cmd="register", name="a", port=1)
     await writer.ask(cmd="register", name="b", port=1)
@@ -86,7 +86,7 @@ async def test_the_state_then_sync_then_every_change(daemon: InLoop) -> None:
     assert fold.events[-4:] == ["change", "down", "up", "down"] or "sync" in fold.events[-4:]
 
 
-async def test_a_filter(daemon: InLoop) -> None:
+async def test_filter(daemon: InLoop) -> None:
     writer = await daemon.peer()
     fold, _ = await watching(daemon, name="w*", meta={"zone": "a"})
     await fold.until(0)
@@ -131,7 +131,7 @@ async def test_resume(daemon: InLoop) -> None:
 
 
 @pytest.mark.parametrize("position", [{"epoch": "other", "since": 1}, {"epoch": "5eed5eed5eed5eed", "since": 99}])
-async def test_an_unknown_position(daemon: InLoop, position: dict[str, Any]) -> None:
+async def test_unknown_position(daemon: InLoop, position: dict[str, Any]) -> None:
     writer = await daemon.peer()
     await writer.ask(cmd="register", name="a", port=1)
     fold, _ = await watching(daemon, **position)
@@ -140,7 +140,7 @@ async def test_an_unknown_position(daemon: InLoop, position: dict[str, Any]) -> 
     assert fold.state == await listed(writer)
 
 
-async def test_a_watcher_that_does_not_read(tmp_path: Path) -> None:
+async def test_watcher_that_does_not_read(tmp_path: Path) -> None:
     limits = Limits(history_changes_max=50)
     async with InLoop(tmp_path / "registry.json", limits=limits) as daemon:
         writer = await daemon.peer()
@@ -150,7 +150,7 @@ async def test_a_watcher_that_does_not_read(tmp_path: Path) -> None:
         rev = 0
         meta = {"k": "v" * 4_000}
         while daemon.server.unsent_bytes == 0:
-            assert rev < 6_000, "the kernel takes it all"
+            assert rev < 6_000, "the kernel buffers everything"
             rev = (await writer.ask(cmd="register", name=f"n{rev % 7}", port=rev % 60_000 + 1, meta=meta))["rev"]
             await quick.until(rev)
         assert "reset" not in quick.events
@@ -186,7 +186,7 @@ async def test_unwatch(daemon: InLoop) -> None:
     assert [line["watch"] for line in lines if "event" in line] == [2]
 
 
-async def test_a_bare_line(daemon: InLoop) -> None:
+async def test_bare_line(daemon: InLoop) -> None:
     peer = await daemon.peer()
     assert (await peer.ask("watch w*"))["watch"] == 1
     assert (await peer.reply())["event"] == "sync"
@@ -207,7 +207,7 @@ async def test_too_many_watches(tmp_path: Path) -> None:
 
 
 async def test_many_watchers_of_one_name(daemon: InLoop) -> None:
-    """A large state, that changes while it is being sent, to several at once."""
+    """Several watchers receive a large snapshot, which changes meanwhile."""
     writer = await daemon.peer()
     for n in range(600):
         writer.send({"cmd": "register", "name": f"n{n:03}", "port": 1})
@@ -223,7 +223,7 @@ async def test_many_watchers_of_one_name(daemon: InLoop) -> None:
 
 
 class Slot:
-    """A peer that takes as many pushes as the test allows."""
+    """A peer that accepts as many events as the test allows."""
 
     def __init__(self) -> None:
         self.room = 1
@@ -257,7 +257,7 @@ async def test_changes_during_the_snapshot_follow_it() -> None:
     watch = watches.start(peer, 1, "*", {}, None)
     await asyncio.sleep(0)
     assert len(peer.events) == 128
-    land(entry(0, 2), entry(299, 2), entry(300, 2))  # sent already, to be sent, new
+    land(entry(0, 2), entry(299, 2), entry(300, 2))  # already sent, not sent yet, new
     peer.room = 100
     watches.resume([watch])
     async with asyncio.timeout(WAIT_S):
@@ -275,7 +275,7 @@ async def test_changes_during_the_snapshot_follow_it() -> None:
 
 
 class Follower:
-    """A watcher that reads now and then, loses its connection, and goes on where it was."""
+    """A watcher that reads now and then, loses its connection, and resumes."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
@@ -293,12 +293,12 @@ class Follower:
             self.fold.state, self.fold.rev, self.fold.synced = old.state, old.rev, True
 
     async def lose(self) -> None:
-        """What the kernel still has is lost with the connection."""
+        """Close the connection. Events in the kernel's buffer are lost."""
         if self.fold is not None:
             await self.fold.peer.reset()
 
     async def read(self, count: int) -> None:
-        """Read up to so many events, and no longer than there are some."""
+        """Read up to `count` of the events that have arrived."""
         assert self.fold is not None
         for _ in range(count):
             try:
@@ -310,7 +310,7 @@ class Follower:
                 self.fold.take(json.loads(line))
 
     async def check(self, daemon: InLoop, writer: Peer) -> None:
-        """fold(events) = list, at the same revision."""
+        """Check that the events add up to `list` at the same revision."""
         assert self.fold is not None
         reply = await writer.ask(cmd="list", **self.arguments)
         marker = await writer.ask(
@@ -328,7 +328,7 @@ class Follower:
 
 
 class World:
-    """A daemon that restarts, a writer, and three watchers. Each method is a step of a history."""
+    """A daemon that restarts, a writer, and three watchers. Each method is a step of a random history."""
 
     LIMITS = Limits(history_changes_max=12)
 
@@ -360,7 +360,7 @@ class World:
         await self.writer.ask(cmd="deregister", name=f"n{one}")
 
     async def burst(self, one: int, two: int) -> None:
-        """More changes than the history keeps."""
+        """Make more changes than the history keeps."""
         self.writer.send(*({"cmd": "register", "name": f"n{one}", "port": 10 + n} for n in range(9)))
         for _ in range(9):
             await self.writer.reply()
@@ -386,7 +386,7 @@ steps = st.lists(st.tuples(st.sampled_from(names), st.integers(0, 3), st.integer
 
 @settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps)
-def test_any_history_of_changes_breaks_and_restarts(
+def test_random_histories_with_breaks_and_restarts(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, int]]
 ) -> None:
     async def run() -> None:
@@ -401,7 +401,7 @@ def test_any_history_of_changes_breaks_and_restarts(
     asyncio.run(run())
 
 
-async def test_unwatch_leaves_watches_of_other_names_alone(daemon: InLoop) -> None:
+async def test_unwatch_keeps_watches_of_other_names(daemon: InLoop) -> None:
     peer, writer = await daemon.peer(), await daemon.peer()
     for name in ("aa*", "bb*", "bb*", "bbc*", "aa", "bb1"):
         await peer.ask(cmd="watch", name=name)

@@ -1,8 +1,8 @@
-"""How much work a request is, counted and not timed, so that a regression shows on a busy machine too.
+"""The work of a request, counted and not timed, so that a regression shows on a busy machine, too.
 
-Counted are Python's instructions in regd and in what it calls of the standard library, except the event loop; calls
-of the JSON encoder and decoder; sends; and bytes that stay allocated. The bounds are about twice what was measured:
-a refactoring passes, work that is done twice does not.
+Counted are bytecode instructions in regd and in the standard library that it calls, except the event loop; calls of
+the JSON encoder and decoder; sends; and allocated bytes. The limits are about twice the measured values: they allow
+refactoring, but not doing the work twice.
 """
 
 import asyncio
@@ -23,9 +23,9 @@ from tests.support.daemon import ROOT, WAIT_S, InLoop
 from tests.support.twins import EMPTY, PLAIN, line, system
 from tests.support.world import World
 
-KNOWN_RESOLVE_STEPS_MAX = 70
-REGISTER_STEPS_MAX = 10_000  # its line of the file included
-SENDS_MAX = 20  # for 1,000 resolves in a row
+CACHED_RESOLVE_STEPS_MAX = 70
+REGISTER_STEPS_MAX = 10_000  # including the line of the file
+SENDS_MAX = 20  # for 1,000 pipelined resolves
 CONNECTION_BYTES_MAX = 6_144  # as `connections_max` counts it
 
 _TESTS = str(ROOT / "tests")
@@ -45,7 +45,7 @@ class Work:
         return self.instructions.total()
 
     def begun(self, code: CodeType) -> bool:
-        """Count a call. Returns whether its instructions are to be counted."""
+        """Count a call, and return whether its instructions are counted."""
         name = code.co_filename
         if name.endswith(("/json/encoder.py", "/json/decoder.py")):
             self.encodings += code.co_name == "encode"
@@ -56,7 +56,7 @@ class Work:
 
 
 def counted(action: Callable[[], object]) -> Work:
-    """Do something, and return the work that it was."""
+    """Call a function, and return its work."""
     work = Work()
     if sys.version_info >= (3, 12):
         _count_by_monitoring(work, action)
@@ -66,36 +66,36 @@ def counted(action: Callable[[], object]) -> Work:
 
 
 def _count_by_tracing(work: Work, action: Callable[[], object]) -> None:
-    def each(frame: FrameType, event: str, arg: object) -> Any:
+    def trace_opcode(frame: FrameType, event: str, arg: object) -> Any:
         if event == "opcode":
             work.instructions[frame.f_code.co_filename] += 1
-        return each
+        return trace_opcode
 
-    def called(frame: FrameType, event: str, arg: object) -> Any:
+    def trace_call(frame: FrameType, event: str, arg: object) -> Any:
         if not work.begun(frame.f_code):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        return each
+        return trace_opcode
 
-    before = sys.gettrace()
-    sys.settrace(called)
+    original = sys.gettrace()
+    sys.settrace(trace_call)
     try:
         action()
     finally:
-        sys.settrace(before)
+        sys.settrace(original)
 
 
 def _count_by_monitoring(work: Work, action: Callable[[], object]) -> None:
-    """From Python 3.12 on tracing does not see what code does when it is first traced."""
+    """Since Python 3.12, tracing misses the instructions of code that is traced for the first time."""
     if sys.version_info >= (3, 12):
         tool, monitoring = 4, sys.monitoring
-        wanted: dict[CodeType, bool] = {}
+        is_counted: dict[CodeType, bool] = {}
 
         def started(code: CodeType, offset: int) -> None:
-            wanted[code] = work.begun(code)
+            is_counted[code] = work.begun(code)
 
         def instruction(code: CodeType, offset: int) -> None:
-            if wanted.get(code):
+            if is_counted.get(code):
                 work.instructions[code.co_filename] += 1
 
         events = monitoring.events
@@ -114,7 +114,7 @@ def _count_by_monitoring(work: Work, action: Callable[[], object]) -> None:
 
 
 class Bench:
-    """A daemon in memory with a thousand registrations, where nothing is done for the first time."""
+    """A daemon in memory with a thousand registrations and warm caches."""
 
     def __init__(self) -> None:
         self.world = World(EMPTY, DEFAULT)
@@ -130,7 +130,7 @@ class Bench:
         self.wire.send(b"".join(requests))
         self.world.settle()
 
-    def received(self, data: bytes) -> Work:
+    def work_of_receiving(self, data: bytes) -> Work:
         """Return the work of one call of `data_received`."""
         works: list[Work] = []
         receive = self.wire.protocol.data_received
@@ -138,8 +138,8 @@ class Bench:
         self.world.settle()
         return works[0]
 
-    def committed(self, request: bytes) -> Work:
-        """Return the work of a write from its bytes to its reply."""
+    def work_of_writing(self, request: bytes) -> Work:
+        """Return the work of a write from the received bytes to the reply."""
         self.wire.send(request)
         return counted(self.world.settle)
 
@@ -151,24 +151,27 @@ class Bench:
 @pytest.fixture
 def bench() -> Iterator[Bench]:
     with system():
-        running = Bench()
-        yield running
-        running.close()
+        bench = Bench()
+        yield bench
+        bench.close()
 
 
-def test_steps_of_a_known_resolve(bench: Bench) -> None:
-    assert 0 < bench.received(PLAIN).steps <= KNOWN_RESOLVE_STEPS_MAX
+def test_steps_of_a_cached_resolve(bench: Bench) -> None:
+    assert 0 < bench.work_of_receiving(PLAIN).steps <= CACHED_RESOLVE_STEPS_MAX
 
 
 def test_steps_of_a_register(bench: Bench) -> None:
-    bench.committed(line("register", name="one", port=1))
-    bench.committed(line("deregister", name="one"))
-    assert 0 < bench.committed(line("register", name="one", port=1)).steps <= REGISTER_STEPS_MAX
+    bench.work_of_writing(line("register", name="one", port=1))
+    bench.work_of_writing(line("deregister", name="one"))
+    assert 0 < bench.work_of_writing(line("register", name="one", port=1)).steps <= REGISTER_STEPS_MAX
 
 
 def test_json_calls(bench: Bench) -> None:
-    """A known resolve reads and writes no JSON; a register reads its line, and what it writes needs no encoder."""
-    resolve, register = bench.received(PLAIN), bench.committed(line("register", name="one", port=1))
+    """A cached resolve neither decodes nor encodes JSON; a register decodes its line and encodes without json."""
+    resolve, register = (
+        bench.work_of_receiving(PLAIN),
+        bench.work_of_writing(line("register", name="one", port=1)),
+    )
     assert (resolve.decodings, resolve.encodings) == (0, 0)
     assert (register.decodings, register.encodings) == (1, 0)
 
@@ -182,7 +185,7 @@ class Caller:
         self.socket.setblocking(False)
 
     async def ask(self, data: bytes) -> None:
-        """Send requests, and let the loop turn until all are answered."""
+        """Send requests, and run the loop until all are answered."""
         self.socket.sendall(data)
         left = data.count(b"\n")
         async with asyncio.timeout(WAIT_S):
@@ -195,7 +198,7 @@ class Caller:
 
 
 @pytest.mark.socket
-async def test_sends_for_resolves_in_a_row(daemon: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_sends_for_pipelined_resolves(daemon: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     caller = Caller(daemon.port)
     await caller.ask(line("register", name="db", port=1))
     for _ in range(3):
@@ -222,27 +225,27 @@ async def test_sends_for_resolves_in_a_row(daemon: InLoop, monkeypatch: pytest.M
 
 
 @pytest.mark.socket
-async def test_bytes_that_stay_of_a_connection(daemon: InLoop) -> None:
+async def test_memory_of_a_connection(daemon: InLoop) -> None:
     count, warm = 100, Caller(daemon.port)
     await warm.ask(line("register", name="db", port=1) + PLAIN)
     tracemalloc.start(8)
     try:
-        before = _allocated()
+        bytes_before = _allocated()
         callers = [Caller(daemon.port) for _ in range(count)]
         while len(daemon.server.connections) <= count:
             await asyncio.sleep(0)
         for request in (line("register", name="db", port=1), line("ping"), PLAIN):
             await asyncio.gather(*(caller.ask(request) for caller in callers))
-        after = _allocated()
+        bytes_after = _allocated()
     finally:
         tracemalloc.stop()
     for caller in [warm, *callers]:
         caller.socket.close()
-    assert 500 < (after - before) / count <= CONNECTION_BYTES_MAX
+    assert 500 < (bytes_after - bytes_before) / count <= CONNECTION_BYTES_MAX
 
 
 def _allocated() -> int:
-    """Return the bytes that are allocated by regd, or by what it calls."""
+    """Return the bytes allocated by regd, including in functions that it calls."""
     gc.collect()
     ours = tracemalloc.Filter(True, str(ROOT / "regd" / "*"), all_frames=True)
     return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces([ours]).statistics("filename"))

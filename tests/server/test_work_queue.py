@@ -11,7 +11,7 @@ SLICE_S = 0.002
 
 
 class Bench:
-    """A queue whose items take `takes_s` each; `times` says how often an item adds itself again."""
+    """A queue whose items take `takes_s` each; `times` has how often an item adds itself again."""
 
     def __init__(self, takes_s: float = 0.0, times: dict[int, int] | None = None, *, first: bool = False) -> None:
         self.clock = HandClock()
@@ -30,7 +30,7 @@ class Bench:
             (self.queue.add_first if self.first else self.queue.add)(item)
 
     async def slices(self) -> list[int]:
-        """Return how many items each iteration of the event loop processed."""
+        """Return the number of items processed in each loop iteration."""
         sizes = []
         async with asyncio.timeout(WAIT_S):
             while len(self.queue):
@@ -40,7 +40,7 @@ class Bench:
         return sizes
 
 
-async def test_items_are_processed_in_order_and_each_once() -> None:
+async def test_items_are_processed_in_order_and_once() -> None:
     bench = Bench()
     for item in (3, 1, 2, 1, 3):
         bench.queue.add(item)
@@ -49,14 +49,14 @@ async def test_items_are_processed_in_order_and_each_once() -> None:
     assert bench.done == [3, 1, 2]
 
 
-async def test_a_slice_ends_after_so_many_items() -> None:
+async def test_slice_is_limited_in_items() -> None:
     bench = Bench()
     for item in range(300):
         bench.queue.add(item)
     assert await bench.slices() == [128, 128, 44]
 
 
-async def test_a_slice_ends_after_so_much_time() -> None:
+async def test_slice_is_limited_in_time() -> None:
     bench = Bench(takes_s=0.6 * SLICE_S)
     for item in range(5):
         bench.queue.add(item)
@@ -64,7 +64,7 @@ async def test_a_slice_ends_after_so_much_time() -> None:
     assert bench.monitor.described()["slowest"] is not None
 
 
-async def test_an_item_that_is_added_again_comes_after_the_others() -> None:
+async def test_item_added_again_comes_last() -> None:
     bench = Bench(times={1: 2})
     for item in (1, 2, 3):
         bench.queue.add(item)
@@ -72,7 +72,7 @@ async def test_an_item_that_is_added_again_comes_after_the_others() -> None:
     assert bench.done == [1, 2, 3, 1, 1]
 
 
-async def test_an_item_that_is_added_first_comes_before_the_others() -> None:
+async def test_item_added_first_comes_first() -> None:
     bench = Bench(times={1: 2}, first=True)
     for item in (1, 2):
         bench.queue.add(item)
@@ -80,7 +80,7 @@ async def test_an_item_that_is_added_first_comes_before_the_others() -> None:
     assert bench.done == [1, 1, 1, 2]
 
 
-async def test_a_discarded_item_is_not_processed() -> None:
+async def test_discarded_item_is_not_processed() -> None:
     bench = Bench()
     for item in (1, 2):
         bench.queue.add(item)
@@ -90,7 +90,7 @@ async def test_a_discarded_item_is_not_processed() -> None:
     assert bench.done == [2]
 
 
-async def test_an_empty_queue_at_its_time_does_nothing() -> None:
+async def test_empty_queue_does_nothing() -> None:
     bench = Bench()
     bench.queue.add(1)
     bench.queue.discard(1)
@@ -101,7 +101,7 @@ async def test_an_empty_queue_at_its_time_does_nothing() -> None:
     assert bench.done == [2]
 
 
-async def test_a_call_that_is_requested_twice_happens_once_an_iteration() -> None:
+async def test_repeated_call_soon_calls_once_an_iteration() -> None:
     calls: list[int] = []
     call = NextIteration(lambda: calls.append(1))
     call.request()
