@@ -31,7 +31,7 @@ def arguments() -> argparse.Namespace:
     given = parser.parse_args()
     given.words = set()
     for word in given.rows:
-        # A word stands for all rows that begin with it, unless it is one.
+        # A word selects all rows whose name starts with it, unless it is a row's name itself.
         meant = {row.word for row in ROWS if row.word == word} or {
             row.word for row in ROWS if row.word.startswith(word)
         }
@@ -71,7 +71,9 @@ def main() -> int:
     if given.page:
         write(results.load())
         return 0
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # else the servers would go on
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # so that the servers are ended, too
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
@@ -86,7 +88,7 @@ def main() -> int:
             sys.stderr.write(f"wrong: {wrong}\n")
             return 1
         if given.words == {row.word for row in ROWS} and not given.short:
-            day = datetime.date.today().isoformat()  # noqa: DTZ011 - the day of whoever measures
+            day = datetime.date.today().isoformat()  # noqa: DTZ011 - the local day
             found = results.Results(day, facts(folder), given.rounds, given.seconds, bench.left_out, rows)
             results.keep(found)
             write(found)

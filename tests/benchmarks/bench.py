@@ -1,4 +1,4 @@
-"""Servers that start together, and rounds in which each is measured."""
+"""Start the servers of a row together, and measure them one after the other in rounds."""
 
 import contextlib
 import itertools
@@ -13,7 +13,7 @@ from tests.benchmarks.generator import Generator, Measured
 from tests.benchmarks.machine import others_s
 from tests.benchmarks.servers import Floor, Server
 
-# What was measured in a row: by what it was, round after round.
+# The measurements of a row by server or client, one dict for each round.
 Rounds = dict[str, list[Measured]]
 _OTHERS_MAX = 0.05  # of a core
 _TRIES = 2
@@ -27,20 +27,20 @@ class Bench:
     rounds: int
     seconds: float
     warm_s: float = 0.2  # before each measurement
-    warm_up_s: float = 2.0  # of each server, once
-    patience_s: float = 300.0  # in all, to wait for others to be done
+    warm_up_s: float = 2.0  # for each server, once
+    patience_s: float = 300.0  # in total, to wait until other programs use less of the machine
     left_out: list[str] = field(default_factory=list)
     _count: "itertools.count[int]" = field(default_factory=itertools.count)
 
     def place(self) -> Path:
-        """Return a folder that nobody has had."""
+        """Return a new folder."""
         return self.folder / f"server{next(self._count)}"
 
     @contextlib.contextmanager
     def running(
         self, kinds: Sequence[type[Server]], *, durable: bool = False, names: int | Sequence[int] = 0
     ) -> Iterator[list[Server]]:
-        """Start those that are installed, let each hold so many names, and end them together."""
+        """Start the installed servers, register names at each, and end them together."""
         Floor.binary = self.load.folder / "floor"
         with contextlib.ExitStack() as stack:
             there = []
@@ -61,7 +61,7 @@ class Bench:
             self.tell(f"left out, {word}")
 
     def in_turn(self, things: Mapping[str, Callable[[], Measured]]) -> Rounds:
-        """Measure one after the other, and again, round after round: what changes meanwhile changes for all."""
+        """Measure each in every round, so that a slow phase of the machine affects all."""
         found: Rounds = {what: [] for what in things}
         for _ in range(self.rounds):
             for what, measure in things.items():
@@ -69,7 +69,7 @@ class Bench:
         return found
 
     def _quietest(self, measure: Callable[[], Measured]) -> Measured:
-        """Measure; where other programs took a part of the machine meanwhile, again, and return the quietest."""
+        """Measure, again if other programs used the machine meanwhile, and return the quietest measurement."""
         best: Measured = {}
         for _ in range(_TRIES):
             self._wait_for_quiet()
@@ -93,9 +93,9 @@ class Bench:
             self.patience_s -= _LOOK_S
 
     def ask(self, server: Server, **options: Any) -> Callable[[], Measured]:
-        """Return how to measure a server over many connections.
+        """Return a function that measures the requests of `options` at a server over many connections.
 
-        It has been busy before, since some must get warm, and has been asked for each name.
+        First it warms the server up and sends a request for each name.
         """
         options.setdefault("names", min(1_000, server.names_max))
         if server.protocol != "floor":

@@ -16,16 +16,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 NAMES = 1_000
-_PART = 2_000  # look-ups between two looks at the clock, where one takes less than that look
+_PART = 2_000  # lookups between two readings of the clock, which takes longer than one lookup
 _TTL_S = 60.0
 
-# What is asked for, and what must come of it.
+# A name, and the expected value.
 Card = tuple[str, Any]
 Ask = Callable[[Card], Awaitable[None]]
 
 
 def value(key: int) -> bytes:
-    """Return what the load generator has stored for this name in a peer."""
+    """Return the value that the load generator has stored for this name."""
     return (
         f'{{"name":"svc-{key:06}","instance":"","host":"127.0.0.1","port":{10_000 + key % 50_000},'
         '"meta":{"n":"0000000000"},"state":"ready"}'
@@ -56,7 +56,7 @@ async def regd(port: int) -> AsyncIterator[Ask]:
 
 @contextlib.asynccontextmanager
 async def redis(port: int) -> AsyncIterator[Ask]:
-    """With the library's pool: tasks that ask at once have connections of their own."""
+    """With the library's pool, so that concurrent tasks have connections of their own."""
     from redis.asyncio import Redis
 
     async with Redis(host="127.0.0.1", port=port) as client:
@@ -84,7 +84,7 @@ async def nats(port: int) -> AsyncIterator[Ask]:
 
 @contextlib.asynccontextmanager
 async def etcd(port: int) -> AsyncIterator[Ask]:
-    """The bare call with messages made by hand: the least that a client of etcd does."""
+    """A bare gRPC call with hand-made messages: the minimum for a client of etcd."""
     import grpc.aio
 
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -101,7 +101,7 @@ ASKING = {"regd": regd, "redis": redis, "hiredis": redis, "nats": nats, "etcd": 
 
 
 def cards(library: str) -> list[Card]:
-    """Return all names in an order that is always the same."""
+    """Return all names, shuffled with a fixed seed."""
     keys = list(range(NAMES))
     random.Random(7343).shuffle(keys)
     return [
@@ -132,7 +132,7 @@ async def remote(library: str, port: int, tasks: int, warm: float, seconds: floa
 
 
 class Cache:
-    """What one would write instead: a dictionary whose entries go out of date."""
+    """A dictionary with expiring entries, which an application might use instead of a mirror."""
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[Any, float]] = {}
@@ -148,7 +148,7 @@ class Cache:
 
 
 def pace_us(resolve: Callable[[str], Any], deck: list[Card], seconds: float) -> float:
-    """Return how long one look-up takes: the call and all within it, but not the loop around it."""
+    """Return the time of a lookup, without that of the loop around it."""
     names = [deck[n % NAMES][0] for n in range(_PART)]
     for name, port in deck:
         check(name, resolve(name).port, port)

@@ -1,4 +1,4 @@
-"""Rows: resolve in a Python program, through its client library and from its local mirror."""
+"""Rows: resolve in a Python program, through a client library and from the local mirror."""
 
 import importlib.util
 import json
@@ -8,14 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.benchmarks.bench import Bench, Rounds
-from tests.benchmarks.figures import Bars, Goal, Table, Told, at_least, middle, number, ratio
+from tests.benchmarks.figures import Bars, Goal, Report, Table, at_least, middle, number, ratio
 from tests.benchmarks.generator import Measured, WrongReply
 from tests.benchmarks.machine import LOAD_CORE, on_core
 from tests.benchmarks.peers import Etcd, Nats, Redis
 from tests.benchmarks.servers import Regd, RegdFast, Server
 from tests.support.daemon import environment
 
-# What is called, and what for: the server, the word for `caller`, and the module that must be there.
+# The server, the word for `caller`, and the module that must be installed.
 CALLS: dict[str, tuple[type[Server], str, str]] = {
     "regd_client": (Regd, "regd", "regd_client"),
     "regd_client, regd fast": (RegdFast, "regd", "regd_client"),
@@ -63,10 +63,10 @@ def _repeated(bench: Bench, library: str, server: Server, tasks: int) -> Callabl
     return lambda: call(library, server, tasks=tasks, warm=bench.warm_s, seconds=bench.seconds)
 
 
-def tell_remote(tasks: int) -> Callable[[Rounds], Told]:
+def tell_remote(tasks: int) -> Callable[[Rounds], Report]:
     row = "remote resolve in Python, " + ("one task" if tasks == 1 else f"{tasks} tasks")
 
-    def tell(rounds: Rounds) -> Told:
+    def tell(rounds: Rounds) -> Report:
         table = Table(["client", "a second", "ratio to redis.asyncio"])
         order = sorted(rounds, key=lambda what: -middle(rounds, what, "a_second"))
         for what in order:
@@ -80,7 +80,7 @@ def tell_remote(tasks: int) -> Callable[[Rounds], Told]:
         ]
         bars = [(what, middle(rounds, what, "a_second")) for what in order]
         mark = least * middle(rounds, "redis.asyncio", "a_second") if "redis.asyncio" in rounds else None
-        return Told([table], goals, [Bars(row, "a second", bars, mark)])
+        return Report([table], goals, [Bars(row, "a second", bars, mark)])
 
     return tell
 
@@ -90,10 +90,10 @@ def local(bench: Bench) -> Rounds:
         return bench.in_turn({"local": lambda: call("mirror", server, seconds=bench.seconds)})
 
 
-def tell_local(rounds: Rounds) -> Told:
+def tell_local(rounds: Rounds) -> Report:
     mirror, cache = (middle(rounds, "local", key) for key in ("mirror_us", "cache_us"))
     table = Table(
         ["what", "µs"], [["mirror.resolve", number(mirror)], ["a dictionary with expiry", number(cache)]]
     )
     goal = Goal("local resolve from a mirror", f"{number(mirror)} µs", "≤ 1 µs", mirror <= 1)
-    return Told([table], [goal])
+    return Report([table], [goal])

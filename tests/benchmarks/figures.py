@@ -8,7 +8,7 @@ from tests.benchmarks.bench import Rounds
 
 
 class Ratio(NamedTuple):
-    """A median, and the lowest and highest round."""
+    """The median of all rounds, the lowest and the highest."""
 
     middle: float
     low: float
@@ -23,9 +23,9 @@ def middle(rounds: Rounds, what: str, key: str) -> float:
 
 
 def ratio(rounds: Rounds, what: str, to: str, key: str) -> Ratio:
-    """Compare within each round, then take the median, so that a slow phase of the machine affects both."""
-    each = [one[key] / other[key] for one, other in zip(rounds[what], rounds[to], strict=True)]
-    return Ratio(statistics.median(each), min(each), max(each))
+    """Return the median of the ratios within each round, so that a slow phase of the machine affects both sides."""
+    ratios = [one[key] / other[key] for one, other in zip(rounds[what], rounds[to], strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Table:
 
 @dataclass
 class Bars:
-    """One panel of the plot: its bars by name, and an optional mark."""
+    """A panel of the plot: its bars by name, and an optional mark."""
 
     title: str
     unit: str
@@ -55,14 +55,14 @@ class Bars:
 
 
 @dataclass
-class Told:
+class Report:
     tables: list[Table]
     goals: list[Goal]
     bars: list[Bars] = field(default_factory=list)
 
 
 def number(value: float) -> str:
-    """Format a figure with three digits; rounds differ in the others."""
+    """Format a figure with three significant digits."""
     if value >= 999.5:
         digits = max(len(f"{value:.0f}") - 3, 0)
         return f"{round(value / 10**digits) * 10**digits:,}"

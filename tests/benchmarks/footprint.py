@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.benchmarks.bench import Bench, Rounds
-from tests.benchmarks.figures import Goal, Table, Told, middle, number, ratio
+from tests.benchmarks.figures import Goal, Report, Table, middle, number, ratio
 from tests.benchmarks.generator import Measured
 from tests.benchmarks.machine import LOAD_CORE, on_core
 from tests.benchmarks.peers import Etcd, Memcached, Nats, Redis, Zookeeper
@@ -21,7 +21,7 @@ _RUNS = 20
 
 
 def start(bench: Bench) -> Rounds:
-    """From exec to the line that says where it listens, and the memory then."""
+    """Measure the time from exec to the `listening` line, and the memory at that time."""
     with bench.running([Regd, RegdFast], names=MANY) as servers:
 
         def again(server: Server) -> Callable[[], Measured]:
@@ -36,18 +36,18 @@ def start(bench: Bench) -> Rounds:
         return bench.in_turn({server.label: again(server) for server in servers})
 
 
-def tell_start(rounds: Rounds) -> Told:
+def tell_start(rounds: Rounds) -> Report:
     table = Table(["server", "seconds until it listens", "MB then"])
     goals = []
     for what in rounds:
         took = middle(rounds, what, "seconds")
         table.lines.append([what, number(took), number(middle(rounds, what, "resident"))])
         goals.append(Goal(f"start with {MANY:,} registrations: {what}", f"{number(took)} s", "≤ 1 s", took <= 1))
-    return Told([table], goals)
+    return Report([table], goals)
 
 
 def memory(bench: Bench) -> Rounds:
-    """Empty and with all registrations, made over the wire; another with connections that have asked once. One round."""
+    """Measure memory empty, with all registrations, and with connections that have sent a request. One round."""
     found: Rounds = {}
     for kind in (Regd, RegdFast, Redis, Memcached, Etcd, Nats, Zookeeper):
         with bench.running([kind], durable=True) as servers:
@@ -67,7 +67,7 @@ def memory(bench: Bench) -> Rounds:
     return found
 
 
-def tell_memory(rounds: Rounds) -> Told:
+def tell_memory(rounds: Rounds) -> Report:
     table = Table(
         ["server", "MB empty", f"MB for {MANY:,} registrations", f"KB for each of {IDLE:,} connections"]
     )
@@ -81,17 +81,17 @@ def tell_memory(rounds: Rounds) -> Told:
                 Goal(f"memory for {MANY:,} registrations: {what}", f"{number(full)} MB", "≤ 100 MB", full <= 100),
                 Goal(f"memory for an idle connection: {what}", f"{number(each_kb)} KB", "≤ 5 KB", each_kb <= 5),
             ]
-    return Told([table], goals)
+    return Report([table], goals)
 
 
 def command(bench: Bench) -> Rounds:
-    """Whole processes, one after the other; each round is the median of 20 of each."""
+    """Measure whole processes, one after the other. Each round is the median of 20."""
     python, script = sys.executable, str(Path(sys.executable).parent / "regctl")
     ask = ["resolve", "svc-000000"]
     words = {"python -c pass": [python, "-c", "pass"], "regctl": [script, *ask]}
     words["python -m regd.cli.regctl"] = [python, "-m", "regd.cli.regctl", *ask]
     with bench.running([Regd], names=1_000) as [server]:
-        # As a user has it: the modules that were compiled once are found again.
+        # Allow .pyc files, as an installed regctl has them.
         plain = {key: value for key, value in environment().items() if not key.startswith("PYTHON")}
         plain["REGD_ADDRESS"] = f"127.0.0.1:{server.port}"
 
@@ -111,7 +111,7 @@ def command(bench: Bench) -> Rounds:
         return found
 
 
-def tell_command(rounds: Rounds) -> Told:
+def tell_command(rounds: Rounds) -> Report:
     table = Table(["process", "ms", "ratio"])
     for what in rounds:
         table.lines.append(
@@ -119,4 +119,4 @@ def tell_command(rounds: Rounds) -> Told:
         )
     found = ratio(rounds, "regctl", "python -c pass", "ms")
     goal = Goal("regctl resolve NAME", f"{found} × python -c pass", "≤ 2.5 × python -c pass", found.middle <= 2.5)
-    return Told([table], [goal])
+    return Report([table], [goal])

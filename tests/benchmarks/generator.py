@@ -1,4 +1,4 @@
-"""The load generators in C: built at the start, run on their own core. Each file's head says what it does."""
+"""Build the load generators in C, and run them on their own core. The head of each C file describes it."""
 
 import json
 import shutil
@@ -29,11 +29,11 @@ Measured = dict[str, float]
 
 
 class WrongReply(Exception):
-    """A server answered what it should not have."""
+    """A server sent a wrong reply."""
 
 
 def build(folder: Path) -> None:
-    """Compile the programs into a folder; a warning is an error."""
+    """Compile the programs into a folder, with warnings as errors."""
     assert COMPILER is not None, "the benchmark needs a C compiler"
     for name, sources in PROGRAMS.items():
         paths = [str(SOURCES / source) for source in sources]
@@ -45,7 +45,7 @@ class Generator:
         self.folder = folder
 
     def run(self, server: Server, program: str = "load", **options: Any) -> Measured:
-        """Run one of the programs against a server, and return what it found."""
+        """Run a program against a server, and return its measurements."""
         if options.get("work") == "write":
             options["count_from"] = next(server.changes)
         words = self.command(server, program, **options)
@@ -64,7 +64,7 @@ class Generator:
         return words
 
     def fill(self, server: Server, names: int) -> None:
-        """Have a server hold so many names."""
+        """Register `count` names at a server."""
         if server.held:
             self.hold(server, names, "create")
             return
@@ -73,7 +73,7 @@ class Generator:
         self.run(server, work="create", once=True, names=names, connections=connections, depth=depth)
 
     def hold(self, server: Server, names: int, work: str = "read") -> None:
-        """Open as many connections, ask for one name on each, and keep them open as long as the server runs."""
+        """Open connections, send a request on each, and keep them open until the server ends."""
         asked = self.command(server, work=work, once=True, names=names, connections=names, hold=True)
         holder = subprocess.Popen(asked, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         server.holders.append(holder)

@@ -1,7 +1,7 @@
-"""Rows: resolve over 50 connections, one request at a time and 16, among 1,000 names and more."""
+"""Rows: resolve over 50 connections, with 1 and with 16 requests at a time, among 1,000 names and more."""
 
 from tests.benchmarks.bench import Bench, Rounds
-from tests.benchmarks.figures import Bars, Goal, Table, Told, at_least, by_rate, middle, number, rates, ratio
+from tests.benchmarks.figures import Bars, Goal, Report, Table, at_least, by_rate, middle, number, rates, ratio
 from tests.benchmarks.peers import Epmd, Etcd, Memcached, Nats, Redis, Zookeeper
 from tests.benchmarks.servers import Floor, Regd, RegdFast, Server
 
@@ -15,10 +15,10 @@ def one_at_a_time(bench: Bench) -> Rounds:
         return bench.in_turn({server.label: bench.ask(server) for server in servers})
 
 
-def tell_one_at_a_time(rounds: Rounds) -> Told:
+def tell_one_at_a_time(rounds: Rounds) -> Report:
     row = "resolve, one at a time"
     goals = at_least(rounds, "regd", 0.75, "Redis", row) + at_least(rounds, "regd, fast", 0.95, "Redis", row)
-    return Told([by_rate(rounds, "Redis")], goals, [rates(rounds, row, "Redis")])
+    return Report([by_rate(rounds, "Redis")], goals, [rates(rounds, row, "Redis")])
 
 
 def sixteen_deep(bench: Bench) -> Rounds:
@@ -26,10 +26,10 @@ def sixteen_deep(bench: Bench) -> Rounds:
         return bench.in_turn({server.label: bench.ask(server, depth=16) for server in servers})
 
 
-def tell_sixteen_deep(rounds: Rounds) -> Told:
+def tell_sixteen_deep(rounds: Rounds) -> Report:
     row = "resolve, 16 deep"
     goals = at_least(rounds, "regd", 1.15, "Redis", row) + at_least(rounds, "regd, fast", 1.3, "Redis", row)
-    return Told([by_rate(rounds, "Redis")], goals, [rates(rounds, row, "Redis", 1.2)])
+    return Report([by_rate(rounds, "Redis")], goals, [rates(rounds, row, "Redis", 1.2)])
 
 
 def among(label: str, size: int) -> str:
@@ -37,7 +37,7 @@ def among(label: str, size: int) -> str:
 
 
 def among_many(bench: Bench) -> Rounds:
-    """Names that were asked for before, round after round; and once, with the largest size, names that were not."""
+    """Measure lookups of known names in every round; once, with the largest size, first lookups of names."""
     kinds = [Regd, RegdFast, Redis]
     with bench.running(kinds * len(SIZES), names=[size for size in SIZES for _ in kinds]) as servers:
         sizes = [size for size in SIZES for _ in range(len(servers) // len(SIZES))]
@@ -51,7 +51,7 @@ def among_many(bench: Bench) -> Rounds:
         return first | bench.in_turn(again)
 
 
-def tell_among_many(rounds: Rounds) -> Told:
+def tell_among_many(rounds: Rounds) -> Report:
     head = ["server", *(f"{size:,} names" for size in SIZES), *(f"{size:,} : 1,000" for size in SIZES[1:])]
     table = Table([*head, f"{SIZES[-1]:,}, each for the first time"])
     goals: list[Goal] = []
@@ -74,4 +74,4 @@ def tell_among_many(rounds: Rounds) -> Told:
                 )
                 for size, part in zip(SIZES[1:], slower, strict=True)
             ]
-    return Told([table], goals, [Bars("resolve among many names", "a second", bars)])
+    return Report([table], goals, [Bars("resolve among many names", "a second", bars)])

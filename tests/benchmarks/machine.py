@@ -14,7 +14,7 @@ _TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
 
 @contextlib.contextmanager
 def on_core(core: int) -> Iterator[None]:
-    """What is started within is on this core, with all threads that it will have."""
+    """Pin processes that are started within the block, and all their threads, to this core."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
     try:
@@ -31,7 +31,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def _processes() -> Iterator[tuple[int, int, float]]:
-    """Yield pid, parent and processor seconds, those of dead children included."""
+    """Yield the pid, parent and processor seconds of each process, including those of ended children."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             fields = path.read_text().rpartition(")")[2].split()
@@ -39,7 +39,7 @@ def _processes() -> Iterator[tuple[int, int, float]]:
 
 
 def others_s() -> float:
-    """Return the processor seconds so far of all but us, those above us, and the kernel."""
+    """Return the processor seconds so far of all processes except this one, its parents, its children and the kernel."""
     found = {pid: (parent, seconds) for pid, parent, seconds in _processes()}
     above = set()
     at = os.getpid()
@@ -58,7 +58,7 @@ def others_s() -> float:
 
 
 def _stolen_s() -> float:
-    """Return what other machines on the same one took."""
+    """Return the seconds taken by other virtual machines on the host."""
     return int(Path("/proc/stat").read_text().split()[8]) / _TICKS_A_SECOND
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.benchmarks.figures import Goal, Table, Told, middle, number, ratio
+from tests.benchmarks.figures import Goal, Report, Table, middle, number, ratio
 from tests.benchmarks.results import Results
 from tests.benchmarks.rows import ROWS
 from tests.support.daemon import ROOT
@@ -20,7 +20,7 @@ _CLIENTS = {
     "etcd": "etcd by grpc.aio",
     "NATS": "nats-py",
 }
-# Each line of the first table: what it is, the row, and the key of its figure.
+# The lines of the first table: title, row, and key of the figure.
 _LINES = (
     ("lookups a second, 50 connections", "resolve", "a_second"),
     ("the same, 16 requests at a time", "resolve16", "a_second"),
@@ -49,7 +49,7 @@ def _goals(goals: list[Goal]) -> str:
     return _table(table)
 
 
-def row_text(told: Told) -> str:
+def row_text(told: Report) -> str:
     return "\n".join([*map(_table, told.tables), *([_goals(told.goals)] if told.goals else [])])
 
 
@@ -66,7 +66,7 @@ def _ratio(results: Results, row: str, server: str, to: str) -> str:
 
 
 def summary(results: Results) -> str:
-    """Return the three sentences at the head of the page."""
+    """Return the three sentences at the start of the page."""
 
     def figure(row: str, server: str = "regd") -> str:
         return _figure(results, row, server, "a_second")
@@ -95,7 +95,7 @@ def _overview(results: Results) -> str:
     return _table(table)
 
 
-def _told(results: Results) -> list[tuple[str, Told]]:
+def _told(results: Results) -> list[tuple[str, Report]]:
     return [(row.title, row.tell(results.rows[row.word])) for row in ROWS if row.word in results.rows]
 
 
@@ -116,7 +116,7 @@ def generated(results: Results) -> str:
 
 
 def targets(results: Results) -> str:
-    """Return the generated part of this folder's README: each target, and whether it is reached."""
+    """Return the generated part of this folder's README: the targets, and whether they are reached."""
     goals = [goal for _, told in _told(results) for goal in told.goals]
     reached = sum(goal.reached for goal in goals)
     return f"In the run of {results.day}, {reached} of {len(goals)} targets are reached.\n\n{_goals(goals)}"

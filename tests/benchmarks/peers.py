@@ -31,7 +31,7 @@ class Memcached(Server):
 
 
 class Nats(Server):
-    """A bucket of its key-value store, in a file; each write is not synced, as it comes."""
+    """A bucket of its key-value store, in a file. By default it does not sync each write."""
 
     label, protocol, program = "NATS", "nats", "nats-server"
 
@@ -42,7 +42,7 @@ class Nats(Server):
         return self.ask(b"PING\r\n", b"PONG\r\n").startswith(b"INFO")
 
     def prepare(self) -> None:
-        """Make the bucket, as its clients do."""
+        """Create the bucket, as its clients do."""
         bucket = {
             "name": "KV_services",
             "subjects": ["$KV.services.>"],
@@ -64,7 +64,7 @@ class Nats(Server):
 
 
 class Zookeeper(Server):
-    """One server by itself. Its files are synced before it answers, as they come."""
+    """A single server. By default it syncs its files before it answers."""
 
     label, protocol, program = "ZooKeeper", "zookeeper", "java"
     connections_max = 60
@@ -88,7 +88,7 @@ class Zookeeper(Server):
 
 
 class Etcd(Server):
-    """One member by itself. Its log is synced before it answers, as it comes."""
+    """A single member. By default it syncs its log before it answers."""
 
     label, protocol, program = "etcd", "etcd", "etcd"
 
@@ -111,11 +111,11 @@ class Etcd(Server):
 
 
 class Epmd(Server):
-    """Erlang's register of nodes. A name is held by an open connection."""
+    """Erlang's registry of nodes. An open connection holds a name."""
 
     label, protocol, program = "epmd", "epmd", "epmd"
     held = True
-    names_max = 900  # each is a connection, and it takes some 1,000
+    names_max = 900  # each name is a connection, and epmd accepts about 1,000
 
     def command(self) -> list[str]:
         return [self.program, "-port", str(self.port), "-address", "127.0.0.1"]

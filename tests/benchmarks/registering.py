@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Callable
 
 from tests.benchmarks.bench import Bench, Rounds
-from tests.benchmarks.figures import Goal, Table, Told, at_least, by_rate, middle, number, rates
+from tests.benchmarks.figures import Goal, Report, Table, at_least, by_rate, middle, number, rates
 from tests.benchmarks.generator import Measured
 from tests.benchmarks.machine import SERVER_CORE, on_core
 from tests.benchmarks.peers import Etcd, Nats, Redis, Zookeeper
@@ -19,7 +19,10 @@ _MORE_US = 200
 
 
 def among(size: int) -> Callable[[Bench], Rounds]:
-    """Return how to measure registrations over 50 connections among so many; the last ones are read and compared."""
+    """Return a function that measures registrations over 50 connections among `size` names.
+
+    It reads the last registrations back and compares them.
+    """
 
     def measure(bench: Bench) -> Rounds:
         with bench.running(SERVERS, durable=True, names=size) as servers:
@@ -30,16 +33,16 @@ def among(size: int) -> Callable[[Bench], Rounds]:
     return measure
 
 
-def tell_among(size: int) -> Callable[[Rounds], Told]:
+def tell_among(size: int) -> Callable[[Rounds], Report]:
     row = f"register among {size:,}"
 
-    def tell(rounds: Rounds) -> Told:
+    def tell(rounds: Rounds) -> Report:
         goals = []
         if size == 1_000:
             goals += at_least(rounds, "regd", 2.0, "etcd", row) + at_least(rounds, "regd", 1.0, "ZooKeeper", row)
         if size == 10_000:
             goals += at_least(rounds, "regd", 1.0, "etcd", row)
-        return Told(
+        return Report(
             [by_rate(rounds, "Redis")], goals, [rates(rounds, row, "etcd", 2.0 if size == 1_000 else 1.0)]
         )
 
@@ -47,7 +50,7 @@ def tell_among(size: int) -> Callable[[Rounds], Told]:
 
 
 def one_after_the_other(bench: Bench) -> Rounds:
-    """Write as many bytes as regd's file has with nothing around it, ping, and register: all in each round."""
+    """Measure a bare write and sync of as many bytes as regd's file has, a ping, and a registration, in each round."""
     with bench.running(SERVERS, durable=True, names=1_000) as servers:
         things = {}
         for server in servers:
@@ -74,7 +77,7 @@ def _bare(bench: Bench, server: Regd) -> Callable[[], Measured]:
     return measure
 
 
-def tell_one_after_the_other(rounds: Rounds) -> Told:
+def tell_one_after_the_other(rounds: Rounds) -> Report:
     table = Table(["what", "p50 µs", "p99 µs", "a second"])
     for what in sorted(rounds, key=lambda what: middle(rounds, what, "p50_us")):
         table.lines.append(
@@ -83,7 +86,7 @@ def tell_one_after_the_other(rounds: Rounds) -> Told:
     goals = []
     for key, what in (("p50_us", "p50"), ("p99_us", "p99")):
         for label in ("regd", "regd, fast"):
-            # Within a round, as everything.
+            # Compared within a round.
             allowed = [1.5 * bare[key] + _MORE_US for bare in rounds[BARE]]
             beyond = [took[key] - most for took, most in zip(rounds[label], allowed, strict=True)]
             goals.append(
@@ -94,4 +97,4 @@ def tell_one_after_the_other(rounds: Rounds) -> Told:
                     statistics.median(beyond) <= 0,
                 )
             )
-    return Told([table], goals)
+    return Report([table], goals)

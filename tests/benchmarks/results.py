@@ -1,4 +1,4 @@
-"""The results of a full run: every round of every row, the machine and the date. Saved as `results.json`."""
+"""The results of a full run: all rounds of all rows, the machine and the date. Saved as `results.json`."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ def _short(measured: dict[str, float]) -> dict[str, float]:
 
 
 def keep(results: Results, path: Path = PLACE) -> None:
-    """Save results, a line for each server or client with its rounds."""
+    """Save results, with one line for each server or client of a row."""
     head = {key: value for key, value in asdict(results).items() if key != "rows"}
     rows = []
     for word, rounds in results.rows.items():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tests.benchmarks import calling, footprint, lookups, registering, watching
 from tests.benchmarks.bench import Bench, Rounds
-from tests.benchmarks.figures import Told
+from tests.benchmarks.figures import Report
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Row:
     word: str
     title: str
     measure: Callable[[Bench], Rounds]
-    tell: Callable[[Rounds], Told]
+    tell: Callable[[Rounds], Report]
 
 
 ROWS = (

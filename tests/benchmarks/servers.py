@@ -1,4 +1,4 @@
-"""Servers as child processes: each on the server's core, in its own folder, ended by its pid."""
+"""Servers as child processes, each pinned to the server's core and with a folder of its own."""
 
 import contextlib
 import itertools
@@ -16,7 +16,7 @@ from tests.support.daemon import environment
 
 _START_S, _END_S = 30.0, 20.0
 _TRY_S = 0.02
-_CHANGES = 1_000_000  # more than one run makes
+_CHANGES = 1_000_000  # more than a run makes
 
 
 def free_port() -> int:
@@ -25,27 +25,27 @@ def free_port() -> int:
 
 
 class Server:
-    """One server. `durable`: a write is on the disk when it is answered; else nothing need be kept."""
+    """A server. With `durable` it must answer a write only when it is on disk; otherwise it need not save anything."""
 
     label: ClassVar[str]
     protocol: ClassVar[str]
     program: ClassVar[str]
-    held = False  # a name lives as long as the connection that registered it
+    held = False  # a name ends with the connection that registered it
     connections_max = 10_000
     names_max = 1_000_000
-    says_where = False  # it takes a free port by itself, and says on stdout which
+    says_where = False  # it chooses a free port and prints it
 
     def __init__(self, folder: Path, *, durable: bool = False) -> None:
         self.folder = folder
         self.durable = durable
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
-        self.changes = itertools.count(_CHANGES, _CHANGES)  # each run writes other values than those before
-        self.holders: list[subprocess.Popen[str]] = []  # end when their input does
+        self.changes = itertools.count(_CHANGES, _CHANGES)  # each run writes different values
+        self.holders: list[subprocess.Popen[str]] = []  # they end at the end of their stdin
 
     @classmethod
     def missing(cls) -> str:
-        """Return what is not installed, or nothing."""
+        """Return the name of what is not installed, or an empty string."""
         return "" if shutil.which(cls.program) else cls.program
 
     @property
@@ -61,11 +61,11 @@ class Server:
         raise NotImplementedError
 
     def answers(self) -> bool:
-        """Whether it serves by now; may raise `OSError`."""
+        """True if it serves requests. May raise `OSError`."""
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Do what is to be done once before it is used."""
+        """Prepare the server once, before its use."""
 
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ class Server:
             holder.communicate()
 
     def ask(self, request: bytes, until: bytes) -> bytes:
-        """Send bytes on a connection of its own, and return what comes up to `until`."""
+        """Send bytes on a new connection, and return what is received up to `until`."""
         found = b""
         with socket.create_connection(("127.0.0.1", self.port), timeout=5) as peer:
             peer.sendall(request)
@@ -140,7 +140,7 @@ class SaysWhere(Server):
 
 
 class Regd(SaysWhere):
-    """On asyncio's own loop."""
+    """regd on asyncio's own loop."""
 
     label, protocol, program = "regd", "regd", sys.executable
     hide = "import sys; sys.modules['uvloop'] = None; "
@@ -155,13 +155,13 @@ class Regd(SaysWhere):
 
 
 class RegdFast(Regd):
-    """On uvloop, which the extra `fast` brings."""
+    """regd on uvloop, which the extra `fast` installs."""
 
     label, hide = "regd, fast", ""
 
 
 class Floor(SaysWhere):
-    """A server in C that answers the same line to each."""
+    """A server in C that answers every request with the same line."""
 
     label, protocol, program = "floor", "floor", "cc"
     binary: ClassVar[Path]

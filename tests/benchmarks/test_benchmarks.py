@@ -1,4 +1,4 @@
-"""The programs of the benchmarks build, replies are checked, and the pages have the results."""
+"""The programs of the benchmarks compile, replies are checked, and the pages have the saved results."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ SHORT: dict[str, Any] = {"names": 100, "connections": 10, "seconds": 0.1}
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs in C, built without a warning."""
+    """The folder with the compiled C programs."""
     folder = tmp_path_factory.mktemp("programs")
     build(folder)
     return folder
@@ -59,7 +59,7 @@ def test_row_is_measured_in_rounds(bench: Bench) -> None:
 
 @needs_compiler
 def test_wrong_reply_stops_the_run(bench: Bench) -> None:
-    """The floor says of every name what regd would say of the first."""
+    """The floor server answers for every name what regd would answer for the first."""
     with bench.running([Floor]) as [server]:
         server.protocol = "regd"  # type: ignore[misc]
         with pytest.raises(WrongReply, match="wrong reply to svc-"):
@@ -67,10 +67,10 @@ def test_wrong_reply_stops_the_run(bench: Bench) -> None:
 
 
 class _Forgetful(socketserver.StreamRequestHandler):
-    """Says that it has registered, and resolves to what was there before."""
+    """A server that acknowledges a register but keeps the old value."""
 
     def handle(self) -> None:
-        with contextlib.suppress(ConnectionError):  # the caller leaves as soon as it sees it
+        with contextlib.suppress(ConnectionError):  # the caller disconnects when it sees the wrong value
             self._answer()
 
     def _answer(self) -> None:

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 
 from tests.benchmarks.bench import Bench, Rounds
-from tests.benchmarks.figures import Bars, Goal, Table, Told, middle, number, ratio
+from tests.benchmarks.figures import Bars, Goal, Report, Table, middle, number, ratio
 from tests.benchmarks.generator import Measured
 from tests.benchmarks.peers import Etcd, Nats, Redis
 from tests.benchmarks.servers import Regd, RegdFast, Server
 
 SERVERS: list[type[Server]] = [Regd, RegdFast, Redis, Etcd, Nats]
 KEYS = ("p50_us", "p99_us", "last_p50_us", "last_p99_us")
-_DELIVERIES = 50_000  # of one measurement, by estimate, where there are many watchers
+_DELIVERIES = 50_000  # in one measurement with many watchers, as an estimate
 _CHANGES = 300
 
 
@@ -29,10 +29,10 @@ def of(watchers: int) -> Callable[[Bench], Rounds]:
     return measure
 
 
-def tell(watchers: int) -> Callable[[Rounds], Told]:
+def tell(watchers: int) -> Callable[[Rounds], Report]:
     row = f"change to watcher, {watchers:,} watcher{'s' * (watchers > 1)}"
 
-    def told(rounds: Rounds) -> Told:
+    def told(rounds: Rounds) -> Report:
         table = Table(
             ["server", "p50 µs", "p99 µs", "last watcher, p50 µs", "last watcher, p99 µs", "load core busy"]
         )
@@ -48,7 +48,7 @@ def tell(watchers: int) -> Callable[[Rounds], Told]:
             for goal in _ahead(rounds, label, peer, key, f"{row}, {part}")
         ]
         bars = [(what, middle(rounds, what, "p50_us")) for what in order]
-        return Told([table], goals, [Bars(row, "µs, p50", bars)])
+        return Report([table], goals, [Bars(row, "µs, p50", bars)])
 
     return told
 

@@ -1,4 +1,4 @@
-"""Kill a daemon under load with SIGKILL, again and again on one registry: `python -m tests.long.crash`.
+"""Repeatedly kill a daemon under load with SIGKILL, on one registry: `python -m tests.long.crash`.
 
 After each kill the file must load, and each key must have its last acknowledged state or one requested later. When
 the kill happens is random: a seed repeats the requests, not the timing.
@@ -26,13 +26,13 @@ _WRITERS = 4
 _KEYS_EACH = 5
 _BURST_MAX = 12
 _LOAD_S_MAX = 0.3
-_STEPS_MAX = 250  # of the door, from the daemon's start on: some twenty commits
-_START_S_MAX = 0.3  # with that of the interpreter
+_STEPS_MAX = 250  # file operations since the daemon's start; some twenty commits
+_START_S_MAX = 0.3  # including the start of the interpreter
 _FAIL_SHARE = 0.3
 
 
 class Found(NamedTuple):
-    """One registration, as the file and the daemon have it; `mark` is of the request that made it so."""
+    """A registration in the file or the daemon. `mark` identifies the request that set it."""
 
     port: int
     mark: str
@@ -40,15 +40,15 @@ class Found(NamedTuple):
 
 @dataclass
 class Ask:
-    """One request for one key."""
+    """A request for one key."""
 
     key: "Key"
     request: Mapping[str, Any]
-    sent: int  # in the order of all that was sent and answered
+    sent: int  # its position among all requests and replies
     answered: int | None = None
 
     def after(self, before: Found | None) -> tuple[Found | None, str]:
-        """Return what it makes of a state, and the answer: `ok` or the error."""
+        """Return the state of the key after the request, and the expected reply: `ok` or the error."""
         cmd, wanted = self.request["cmd"], self.request
         if cmd != "register" and before is None:
             return None, "not_found"
@@ -65,11 +65,11 @@ class Ask:
 
 @dataclass
 class Key:
-    """What one writer knows of one of its keys."""
+    """What a writer knows of one of its keys."""
 
     name: str
     acknowledged: Found | None = None
-    open: list[Ask] = field(default_factory=list)  # not answered, or with storage_failed
+    open: list[Ask] = field(default_factory=list)  # not answered, or answered with storage_failed
 
     def answer(self, ask: Ask, reply: Mapping[str, Any]) -> None:
         said = "ok" if reply["ok"] else reply["error"]
@@ -81,9 +81,9 @@ class Key:
         self.open = self.open[self.open.index(ask) + 1 :]
 
     def may_be(self, clean_since: int, *, is_failing: bool) -> set[Found | None]:
-        """Return what a crash may leave.
+        """Return the states that a crash may leave.
 
-        What was refused may be in the file until the next commit that is acknowledged, and nothing before it.
+        A refused request may be in the file until the next acknowledged commit, but no earlier request may be.
         """
         asks = [ask for ask in self.open if ask.answered is None or ask.answered > clean_since]
         found = {self.acknowledged}
@@ -101,14 +101,14 @@ class Figures:
     acknowledged: int = 0
     failed: int = 0
     unanswered: int = 0
-    in_a_commit: int = 0  # a temporary file was left, or the file holds what nobody was answered
+    in_a_commit: int = 0  # a temporary file is left, or the file has unacknowledged changes
     refused: int = 0  # second daemons
 
 
 class Writer(asyncio.Protocol):
-    """One connection: bursts of requests, the next when all of one are answered, until the daemon is gone.
+    """A connection that sends bursts of requests, each after the replies to the last, until the daemon is killed.
 
-    A protocol, for streams forget what has come when a connection is reset.
+    It is an asyncio protocol, since a stream discards received data when its connection is reset.
     """
 
     def __init__(self, rounds: "Rounds", keys: Sequence[Key]) -> None:
@@ -117,7 +117,7 @@ class Writer(asyncio.Protocol):
         self._asked: deque[Ask] = deque()
         self._rest = b""
         self._transport: asyncio.WriteTransport | None = None
-        self.gone: asyncio.Future[None] | None = None  # None where it was never connected
+        self.gone: asyncio.Future[None] | None = None  # None if it was never connected
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.WriteTransport)
@@ -152,15 +152,15 @@ class Writer(asyncio.Protocol):
 
 
 class Rounds:
-    """One registry, and what all writers know of it."""
+    """A registry, and what all writers know of it."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.registry = folder / "deep" / "registry.json"
         self.figures = Figures()
         self.random = random.Random(seed)
         self._keys = [[Key(f"w{w}.k{k}") for k in range(_KEYS_EACH)] for w in range(_WRITERS)]
-        self._tick = 0  # counts what is sent and what is answered
-        self._rev = 0  # the highest that was acknowledged
+        self._tick = 0  # counts requests and replies
+        self._rev = 0  # the highest acknowledged revision
         self._clean_since = 0  # a commit that was acknowledged began after this tick
         self._is_failing = False
 
@@ -190,9 +190,7 @@ class Rounds:
     def _the_one_of_two(
         self, one: Victim, other: Victim, listening: tuple[bool, bool], before: tuple[object, ...] | None
     ) -> Victim:
-        assert sum(listening) == 1, (
-            "of two daemons that start at the same moment one must be refused, and only one"
-        )
+        assert sum(listening) == 1, "of two daemons that start at once, exactly one must be refused"
         stays, goes = (one, other) if listening[0] else (other, one)
         status, errors = goes.end(0)
         assert status == 1
@@ -218,7 +216,7 @@ class Rounds:
             for writer in writers:
                 await loop.create_connection(lambda writer=writer: writer, "127.0.0.1", victim.port)  # type: ignore[misc]
         except ConnectionError:
-            assert kind == "step", "it died on its own"
+            assert kind == "step", "the daemon ended by itself"
         if kind != "step":
             await asyncio.sleep(self.random.uniform(0, _LOAD_S_MAX))
             victim.process.send_signal(signal.SIGKILL)
@@ -226,7 +224,7 @@ class Rounds:
             await asyncio.gather(*(writer.gone for writer in writers if writer.gone is not None))
 
     async def _hold_against_list(self, port: int) -> None:
-        """What was in the file is what the daemon says."""
+        """Compare the daemon's `list` with the file's content."""
         peer = Peer(*await asyncio.open_connection("127.0.0.1", port))
         peer.send("list")
         line = await peer.line()
@@ -291,7 +289,7 @@ class Rounds:
 
 
 def run(folder: Path, rounds: int, seed: int) -> Figures:
-    """Kill a daemon so many times; raises AssertionError where a promise is broken."""
+    """Kill a daemon `crashes` times. Raises AssertionError if a promise is broken."""
     crashes = Rounds(folder, seed)
     for count in range(rounds):
         kind = KINDS[count % len(KINDS)]

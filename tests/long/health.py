@@ -1,4 +1,4 @@
-"""Measure how long one command holds the event loop with 100,000 registrations. Run by `make health`.
+"""Measure how long single commands block the event loop with 100,000 registrations. Run by `make health`.
 
 One process pings without a pause while another sends expensive requests. The longest ping is the time that the
 command took from all other peers. `slowest` is the daemon's own measurement.
@@ -23,7 +23,7 @@ SYNC = b'"event":"sync"'
 
 
 class Caller:
-    """A peer that waits for its replies."""
+    """A peer with a blocking socket."""
 
     def __init__(self, port: int) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=60)
@@ -46,7 +46,7 @@ class Caller:
 
 
 def ping(port: int, told: Connection) -> None:
-    """Ping until told to stop; say the worst round trip since the last question."""
+    """Ping without a pause; report the longest round trip since the last request for it."""
     peer, worst_s = Caller(port), 0.0
     while True:
         began = time.perf_counter()

@@ -1,6 +1,7 @@
-"""Measure a daemon's memory when its limits are reached, against the table of limits. Run by `make memory`.
+"""Measure a daemon's memory with every limit used to the full, and compare it with the table of limits.
 
-Each limit is filled until the daemon refuses or drops, and stays full. Takes two minutes and a gibibyte.
+Run by `make memory`. Each limit is filled until the daemon refuses or drops, and stays full. Takes two minutes and a
+gibibyte.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from regd.core.limits import DEFAULT
 from tests.long.health import Caller
 from tests.support.daemon import DaemonProcess
 
-BIG = {f"{n:02}" + "k" * 28: "v" * 34 for n in range(64)}  # as many strings as may be, as long as may be
+BIG = {f"{n:02}" + "k" * 28: "v" * 34 for n in range(64)}  # the largest meta that is allowed
 MIB = 2**20
 
 
@@ -29,7 +30,7 @@ def resident_bytes(pid: int) -> int:
 
 
 class Saturation:
-    """The peers of one daemon; `open` keeps them until the end."""
+    """The peers of a daemon. `open` keeps their connections until the end."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -44,7 +45,7 @@ class Saturation:
         return self.asker.ask(cmd="stats")
 
     def registry(self) -> None:
-        """Registrations, and the history with them, until the registry is full."""
+        """Fill the registry and its history."""
         peers = [self.caller() for _ in range(16)]
         for round in range(1_000):
             for number, peer in enumerate(peers):
@@ -60,7 +61,7 @@ class Saturation:
                 return
 
     def kept(self) -> None:
-        """Watches with all the meta that there may be."""
+        """Open watches with the largest filters."""
         while True:
             peer = self.caller()
             peer.send(*({"cmd": "watch", "name": f"x{n}", "meta": BIG} for n in range(250)))
@@ -72,21 +73,21 @@ class Saturation:
                     return
 
     def input(self) -> None:
-        """Lines that have no end, until the first is closed for it."""
+        """Send unfinished lines until the first connection is closed."""
         line = b"{" + b" " * (DEFAULT.line_bytes_max - 2)
         for _ in range(DEFAULT.input_bytes_total_max // len(line)):
             self.caller().socket.sendall(line)
         self.stats()
 
     def output(self) -> None:
-        """Peers that ask for pages and read nothing, until one is cut."""
+        """Request pages without reading until the first connection is dropped."""
         before = self.stats()["dropped"]
         while self.stats()["dropped"] == before:
             with contextlib.suppress(ConnectionError):
                 self.caller().send(*({"cmd": "list"} for _ in range(64)))
 
     def connections(self) -> None:
-        """Idle peers, until one is refused."""
+        """Open idle connections until one is refused."""
         while True:
             peer = socket.create_connection(("127.0.0.1", self.port))
             peer.settimeout(0.0005)

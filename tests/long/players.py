@@ -1,6 +1,6 @@
-"""The clients of the soak: writers, owners, watchers and waiters, which check every reply.
+"""The clients of the soak: writers, owners, watchers and waiters. They check every reply.
 
-Each is a coroutine that runs until it is cancelled.
+Each client is a coroutine that runs until it is cancelled.
 """
 
 import asyncio
@@ -22,17 +22,17 @@ from tests.long.witnesses import Failure, Listener, Model, Record, Value, Watche
 from tests.support.daemon import WAIT_S, DaemonProcess, Peer
 
 GRACE_S = 4.0
-TTL_S = 5.0  # renewed every 0.3 s, by a process that a busy machine may hold up
-GONE_S = 5.0  # for what has ended to be gone, from the daemon's last absence on
-PATIENCE_S = 20.0  # a client notices a daemon that hangs within 15 s
-WAIT_FOR_S = 2.0  # of a `resolve` that waits
+TTL_S = 5.0  # renewed every 0.3 s; the rest is for a busy machine
+GONE_S = 5.0  # until an ended holder's entry is gone, counted from the daemon's last absence
+PATIENCE_S = 20.0  # a client detects a hanging daemon within 15 s
+WAIT_FOR_S = 2.0  # the `wait` of a resolve
 ZONES: tuple[dict[str, str], ...] = ({}, {"zone": "a"}, {"zone": "b", "much": "x" * 1_500})
 STATES = ("ready", "ready", "starting", "draining")
-FINE = ("conflict", "not_found", "shutting_down")  # refusals that a write may meet
+FINE = ("conflict", "not_found", "shutting_down")  # errors that a write may get
 
 
 class SmallDaemon(DaemonProcess):
-    """A daemon whose watchers are soon too late, and hear of progress often."""
+    """A daemon with a short history and frequent `progress` events."""
 
     def command(self, *flags: str) -> list[str]:
         program, dash_c, start, *rest = super().command(*flags)
@@ -44,7 +44,7 @@ class SmallDaemon(DaemonProcess):
 
 
 async def ask(peer: Peer, **request: Any) -> dict[str, Any]:
-    """Send a request and return its reply; events in between are let go."""
+    """Send a request and return its reply; skip events before it."""
     peer.send(request)
     while True:
         line = await peer.line()
@@ -64,19 +64,19 @@ class Players:
         self.rng = random.Random(seed)
         self.record, self.model = Record(), Model()
         self.daemon = SmallDaemon(folder / "registry.json", "--grace", str(GRACE_S), "--log-level", "error")
-        self.going = asyncio.Event()  # between quiet points
-        self.back_at = 0.0  # when the daemon last came back: every lease begins anew
-        self.busy = 0  # who began something that ends before the next quiet point
+        self.going = asyncio.Event()  # not set at quiet points
+        self.back_at = 0.0  # when the daemon last returned, which restarts every lease
+        self.busy = 0  # clients in the middle of a step, which ends before the next quiet point
         self.watchers: list[Watcher] = []
         self.listeners: list[Listener] = []
         self.mirrors: dict[str, Mirror] = {}
-        self.door: asyncio.Server  # where somebody accepts
+        self.door: asyncio.Server  # a port that accepts connections
 
-    # What all use.
+    # Helpers of all clients.
 
     @contextlib.asynccontextmanager
-    async def turn(self, most_s: float = 0.0) -> AsyncIterator[None]:
-        """Around what must not run on into a quiet point, after a pause."""
+    async def step(self, most_s: float = 0.0) -> AsyncIterator[None]:
+        """Pause, then run the block, which must end before the next quiet point."""
         if most_s:
             await asyncio.sleep(self.rng.uniform(0, most_s))
         await self.going.wait()
@@ -88,7 +88,7 @@ class Players:
 
     @contextlib.asynccontextmanager
     async def peer(self, port: int | None = None, room: int | None = None) -> AsyncIterator[Peer]:
-        """Connect to the daemon itself, or through a port; end with a reset. `room` is all that waits to be read."""
+        """Connect to the daemon, or to the proxy at `port`; reset at the end. `room` is the size of the buffer."""
         made = socket.socket()
         made.setblocking(False)
         if room is not None:
@@ -106,11 +106,11 @@ class Players:
                 raise Failure("*", f"no line for {WAIT_S:g} s from a daemon that runs") from None
             raise ConnectionResetError from None
         finally:
-            with contextlib.suppress(OSError):  # it has ended already
+            with contextlib.suppress(OSError):  # already closed
                 await peer.reset()
 
     async def insist(self, **request: Any) -> dict[str, Any]:
-        """Ask the daemon itself, until it answers."""
+        """Send a request directly to the daemon until it answers."""
         while True:
             with contextlib.suppress(ConnectionError):
                 async with self.peer() as peer:
@@ -120,15 +120,15 @@ class Players:
             await asyncio.sleep(0.02)
 
     def want(self, key: str, *values: Value, sure: bool = False) -> None:
-        """Say what a key may have from now on; `sure`: at any time, in the file too."""
+        """Record the value that a key may have from now on; with `sure` it must have it, in the file, too."""
         self.record.note(key, f"may be {values}{' for sure' if sure else ''}")
         self.model.may[key] = list(values)
         (self.model.sure.add if sure else self.model.sure.discard)(key)
 
-    # Who writes.
+    # Writers.
 
     async def writer(self, name: str, port: int | None) -> None:
-        """Static registrations, one writer to a key, several writes on their way at a time."""
+        """Write static registrations, several requests at a time. No other client writes these keys."""
         keys = [key_of(name, instance) for instance in ("", "1", "2", "3")]
         for key in keys:
             self.want(key, None, sure=True)
@@ -137,7 +137,7 @@ class Players:
             with contextlib.suppress(ConnectionError):
                 async with self.peer(port) as peer:
                     while True:
-                        async with self.turn(0.04):
+                        async with self.step(0.04):
                             await self._burst(peer, revs)
             await asyncio.sleep(0.02)
 
@@ -162,7 +162,7 @@ class Players:
                     revs[key].append(reply["rev"])
 
     def _write(self, key: str, revs: list[int]) -> tuple[dict[str, Any], Value]:
-        """Return a write, and the value it gives."""
+        """Return a write request and the value that it sets."""
         name, _, instance = key.partition("/")
         may, rng = self.model.may[key], self.rng
         request: dict[str, Any] = {"cmd": "register", "name": name, "instance": instance}
@@ -183,7 +183,7 @@ class Players:
         return request, value
 
     def _judge(self, key: str, may: list[Value], request: dict[str, Any], reply: dict[str, Any]) -> None:
-        """Hold a reply against what was certain before the write."""
+        """Compare a reply with what was certain before the write."""
         self.record.figures["writes answered" if reply["ok"] else f"refused {reply['error']}"] += 1
         was_there, was_not = None not in may, may == [None]
         wrong = None
@@ -200,11 +200,11 @@ class Players:
             raise Failure(key, f"{wrong}: {request} {reply}")
 
     async def holder(self, key: str, port: int | None, ever: bool = False) -> None:
-        """Holds by a connection, comes back when that breaks, and leaves by closing it, or never."""
+        """Hold a name by connection, register again when it breaks, and leave by closing it, or never."""
         value: Value = (7, (), "ready")
         self.want(key, None)
         while True:
-            async with self.turn(0.5):
+            async with self.step(0.5):
                 self.want(key, value)
             until, left = time.monotonic() + (1e9 if ever else self.rng.uniform(0.2, 6.0)), False
             while not left:
@@ -227,10 +227,10 @@ class Players:
                         raise ConnectionResetError
 
     async def lease(self, key: str) -> None:
-        """Renews in time: it must never expire. Then lets it."""
+        """Renew a lease in time, so that it must never expire; then let it expire."""
         self.want(key, None)
         while True:
-            async with self.turn(0.5):
+            async with self.step(0.5):
                 self.want(key, None, (8, (), "ready"))
                 if not (await self.insist(cmd="register", name=key, port=8, ttl=TTL_S))["ok"]:
                     continue
@@ -242,16 +242,16 @@ class Players:
                 if not reply["ok"]:
                     raise Failure(key, f"renewed in time, and {reply}")
                 await asyncio.sleep(0.3)
-            async with self.turn():
+            async with self.step():
                 self.want(key, None)
                 await self._gone(key, TTL_S + GONE_S)
 
     async def child(self, key: str) -> None:
-        """Belongs to a process, which is killed."""
+        """Register a process, and kill it."""
         self.want(key, None)
         while True:
-            async with self.turn(0.5):
-                with started() as process:  # it ends by itself when we do
+            async with self.step(0.5):
+                with started() as process:  # ends with this process
                     self.want(key, None, (9, (), "ready"))
                     reply = await self.insist(cmd="register", name=key, port=9, pid=process.pid)
                     if not reply["ok"]:
@@ -271,16 +271,16 @@ class Players:
         self.record.figures["ends seen"] += 1
 
     async def app(self, key: str, port: int | None, firm: bool = False) -> None:
-        """A service with the client: registers, updates, leaves; or stays for ever, and nothing brings it down."""
+        """A service that uses the client: register, update and leave; or stay for ever, whatever happens."""
         self.want(key, None)
         async with contextlib.AsyncExitStack() as stack:
             client = Client(f"127.0.0.1:{port or self.daemon.port}")
             stack.push_async_callback(client.close)
             while True:
-                async with self.turn(0.5):
+                async with self.step(0.5):
                     value: Value = (self.rng.randint(20, 29), (), "ready")
                     assert value is not None
-                    self.want(key, None, value)  # not answered, it may have been made, and its process lives
+                    self.want(key, None, value)  # unanswered, so the entry may exist, and its process lives
                     try:
                         made = await client.register(key, value[0])
                     except Unavailable:
@@ -289,9 +289,9 @@ class Players:
                     if firm:
                         self.record.firm.add(key)
                 for _ in range(10_000 if firm else self.rng.randint(0, 5)):
-                    async with self.turn(2.0):
+                    async with self.step(2.0):
                         value = await self._update(made, key, value, firm)
-                async with self.turn():
+                async with self.step():
                     if self.rng.random() < 0.3:
                         await self._rob(made, key)
                     else:
@@ -304,7 +304,7 @@ class Players:
             await made.deregister()
         except Unavailable:
             there = False
-        if not there:  # a restarted daemon leaves it to its process, which lives
+        if not there:  # a restarted daemon keeps it while its process lives
             self.record.figures["left, the daemon away"] += 1
             await self.insist(cmd="deregister", name=key)
         self.want(key, None)
@@ -319,7 +319,7 @@ class Players:
             await made.update(meta)
         except Unavailable:
             return old
-        except RegdError as error:  # cut off, and not back yet
+        except RegdError as error:  # disconnected, and not registered again yet
             if error.code != "not_found" or firm:
                 raise Failure(key, f"update: {error}") from error
             return old
@@ -327,7 +327,7 @@ class Players:
         return new
 
     async def _rob(self, made: Registration, key: str) -> None:
-        """Somebody takes the name by force: its owner must hear of it, and not fight."""
+        """Take a name over by force: its owner must be notified and must not take it back."""
         mine: Value = (66, (), "ready")
         await self.insist(cmd="register", name=key, port=66, ttl=60, force=True)
         try:
@@ -342,10 +342,10 @@ class Players:
         self.want(key, None)
         await self.insist(cmd="deregister", name=key)
 
-    # Who reads.
+    # Readers.
 
     async def watcher(self, name: str, pattern: str, sleepy: float, breaks: float) -> None:
-        """A raw watch on the daemon itself, which reads slowly, or breaks off and goes on where it was."""
+        """A watch without the client, which reads slowly, or disconnects and resumes."""
         witness = Watcher(self.record, name, pattern)
         self.watchers.append(witness)
         while True:
@@ -361,7 +361,7 @@ class Players:
                             break
             away_s = (
                 self.rng.choice((0.1, 0.1, 4.0)) if self.going.is_set() else 0.1
-            )  # longer than history is kept
+            )  # longer than the history reaches
             await asyncio.sleep(self.rng.uniform(0, away_s))
 
     async def lister(self) -> None:
@@ -382,7 +382,9 @@ class Players:
                     async with contextlib.aclosing(client.watch(pattern, meta=meta)) as events:
                         async for event in events:
                             witness.take(event)
-                except Unavailable as error:  # before it has begun; then it is silent while the daemon is away
+                except (
+                    Unavailable
+                ) as error:  # raised before the watch has begun; later the client retries silently
                     if witness.picture or witness.synced:
                         raise Failure(name, f"watch ended: {error}") from error
 
@@ -396,7 +398,7 @@ class Players:
                     await asyncio.Event().wait()
 
     async def waiter(self, port: int) -> None:
-        """Waits for a name that comes and goes, and is answered in time, whatever breaks."""
+        """Wait for a name that comes and goes. The reply must come in time, whatever breaks."""
         open_port = int(self.door.sockets[0].getsockname()[1])
         async with contextlib.AsyncExitStack() as stack:
             client = Client(f"127.0.0.1:{port}")
@@ -421,17 +423,17 @@ class Players:
                 await asyncio.sleep(0.1)
 
     async def latecomer(self) -> None:
-        """Is there now and then, at a port that accepts or at one that refuses."""
+        """Register now and then, with a port that accepts or one that refuses connections."""
         open_port = int(self.door.sockets[0].getsockname()[1])
         self.want("late", None)
         while True:
             for port in (1, open_port):
-                async with self.turn(1.0):
+                async with self.step(1.0):
                     value: Value = (port, (), "ready")
                     self.want("late", *self.model.may["late"], value)
                     await self.insist(cmd="register", name="late", port=port)
                     self.want("late", value, sure=True)
-            async with self.turn(1.0):
+            async with self.step(1.0):
                 self.want("late", *self.model.may["late"], None)
                 await self.insist(cmd="deregister", name="late")
                 self.want("late", None, sure=True)

@@ -1,6 +1,6 @@
 """A proxy that cuts, delays, splits and drops at random, from a seed.
 
-While `calm` is set it forwards normally, including what it had held back.
+While `calm` is set it forwards everything, including data that it had held back.
 """
 
 import asyncio
@@ -13,19 +13,19 @@ from types import TracebackType
 from typing import Self
 
 ACCIDENTS = ("delay", "dribble", "deaf", "truncate", "cut")
-LIKELY = 0.02  # that a chunk, or a new connection, meets with one
+LIKELY = 0.02  # the probability of an accident for a chunk or a new connection
 
 
 class Proxy:
     def __init__(self, port: int, rng: random.Random) -> None:
         self.port = 0
         self.calm = asyncio.Event()
-        self.hears = asyncio.Event()  # cleared: deaf to all, a black hole that accepts and forwards nothing
+        self.hears = asyncio.Event()  # while cleared, connections are accepted and nothing is forwarded
         self.hears.set()
         self.accidents: Counter[str] = Counter()
         self._to = port
         self._rng = rng
-        self._pumps: list[asyncio.Task[None]] = []  # those towards the daemon: one of each connection
+        self._pumps: list[asyncio.Task[None]] = []  # of the direction to the daemon, one per connection
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
@@ -43,7 +43,7 @@ class Proxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def cut(self, share: float = 1.0) -> None:
-        """Cut so many of the connections that are open."""
+        """Cut `count` of the open connections."""
         for pump in self._rng.sample(self._pumps, round(share * len(self._pumps))):
             self.accidents["cut"] += 1
             pump.cancel()
@@ -75,7 +75,7 @@ class Proxy:
             await self._end(writer)
             try:
                 if self._unlucky(0.3):
-                    await self._while_wild(2.0)  # the daemon hears of the end later than the client
+                    await self._while_wild(2.0)  # the daemon sees the end later than the client
             finally:
                 await self._end(daemon)
 
@@ -106,11 +106,11 @@ class Proxy:
 
     async def _while_wild(self, most_s: float) -> None:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._rng.uniform(0, most_s)):  # `wait_for` may miss that it is cancelled
+            async with asyncio.timeout(self._rng.uniform(0, most_s)):  # `wait_for` may swallow a cancellation
                 await self.calm.wait()
 
     async def _end(self, writer: asyncio.StreamWriter) -> None:
-        """End one side: with a FIN behind what was sent, or a reset."""
+        """Close one side, with a FIN after the sent data or with a reset."""
         if self._rng.random() < 0.5:
             found = writer.get_extra_info("socket")
             with contextlib.suppress(OSError):

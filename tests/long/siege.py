@@ -30,23 +30,23 @@ from regd_client.blocking import BlockingConnection
 from regd_client.errors import RegdError
 from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, environment
 
-SEEDED = 900  # registrations of about a kilobyte: all of them are a reply of nearly a mebibyte
-PAUSE_S = 0.005  # of the peer between two rounds
+SEEDED = 900  # registrations of about 1 kB; a list of them all is nearly 1 MiB
+PAUSE_S = 0.005  # between two rounds of the peer
 SPARE_FILES = 256
-OTHER = 65_533  # a user that nobody here is
+OTHER = 65_533  # a uid that no user of the machine has
 
-Sample = tuple[float, str, float]  # when, what, and how many milliseconds; negative: refused
+Sample = tuple[float, str, float]  # time, kind, and milliseconds; negative if refused
 
 
 class Crowded(Exception):
-    """This process may not open as many connections as the scenario wants."""
+    """This process may not open as many connections as the scenario needs."""
 
 
 # The well-behaved peer, in a process of its own.
 
 
 def behave(address: str) -> None:
-    """Go on until stdin ends, and print every sample."""
+    """Take samples until the end of stdin, then print them."""
     samples: list[Sample] = []
 
     def take(what: str, do: Callable[[], bool]) -> None:
@@ -85,7 +85,7 @@ def behave(address: str) -> None:
 
 @dataclass
 class Siege:
-    """A daemon under siege. `hold_s` is how long a scenario stays when it has come up."""
+    """A daemon under siege. A scenario stays for `hold_s` seconds after its connections are open."""
 
     daemon: DaemonProcess
     hold_s: float = 0.0
@@ -104,10 +104,7 @@ class Siege:
         return int(status.partition("VmRSS:")[2].split()[0]) / 1_024
 
     def connect(self, *, small: bool = False, uid: int = 0) -> socket.socket:
-        """Connect; with `small`, so that the kernel takes little for a peer that does not read.
-
-        With `uid`, as that user, which only root can.
-        """
+        """Connect, with `small` receive buffers, or as the user `uid`, for which the process must be root."""
         if uid:
             os.seteuid(uid)
         try:
@@ -136,19 +133,19 @@ class Siege:
 
 
 def reset(made: socket.socket) -> None:
-    """End a connection as a cut does."""
+    """Reset a connection."""
     made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     made.close()
 
 
 def rest(made: socket.socket) -> list[dict[str, Any]]:
-    """Read all up to the end, as lines."""
+    """Read all lines until the connection ends."""
     with made.makefile("rb") as lines:
         return [json.loads(line) for line in lines]
 
 
 def send(made: socket.socket, data: bytes) -> bool:
-    """Send, and return whether the other side still took it."""
+    """Send data, and return False if the connection is closed."""
     try:
         made.sendall(data)
     except OSError:
@@ -161,7 +158,7 @@ def held(name: str) -> bytes:
 
 
 def open_files(wanted: int) -> int:
-    """Raise how many files may be open, and return how many of the wanted connections that allows."""
+    """Raise the limit of open files, and return how many of the wanted connections it allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted + SPARE_FILES if hard == resource.RLIM_INFINITY else min(wanted + SPARE_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
@@ -169,11 +166,11 @@ def open_files(wanted: int) -> int:
     return min(wanted, most - SPARE_FILES)
 
 
-# The scenarios. Each leaves its sockets to be closed behind it.
+# The scenarios. `besiege` closes their sockets.
 
 
 def half_closes(siege: Siege, count: int) -> None:
-    """They close their sending side in the middle of a line, and of a pipeline."""
+    """Peers that close their sending side in the middle of a line or of a pipeline."""
     for n in range(count):
         made = siege.connect()
         made.sendall(b"ping\n" * 20 + b'{"cmd":"register","name":"half","po')
@@ -188,7 +185,7 @@ def half_closes(siege: Siege, count: int) -> None:
 
 
 def resets(siege: Siege, count: int) -> None:
-    """They are cut in the middle of everything."""
+    """Peers that reset in the middle of a line, a reply or a wait."""
     middles = (
         b"",
         b'{"cmd":"register","name":"half","po',
@@ -205,7 +202,7 @@ def resets(siege: Siege, count: int) -> None:
 
 
 def slow(siege: Siege, count: int) -> None:
-    """A byte a second. While they come the line may go on; who stops is ended after `line_idle_s_max`."""
+    """Peers that send a byte a second. `line_idle_s_max` must not end them while bytes arrive."""
     made = [siege.connect() for _ in range(open_files(count))]
     for byte in b'{"cmd"'[: max(1, int(siege.hold_s))]:
         until = time.monotonic() + min(1.0, siege.hold_s)
@@ -213,7 +210,7 @@ def slow(siege: Siege, count: int) -> None:
             sock.sendall(bytes([byte]))
         time.sleep(max(0.0, until - time.monotonic()))
     if siege.hold_s < 1:
-        return  # who stops is ended: that is tested with time by hand
+        return  # that a peer that stops is closed is tested elsewhere, with time moved by hand
     stopped_at = time.monotonic()
     for sock in made:
         sock.settimeout(25)
@@ -222,7 +219,7 @@ def slow(siege: Siege, count: int) -> None:
 
 
 def deaf_lists(siege: Siege, count: int) -> None:
-    """They ask for large replies, and read none."""
+    """Peers that request large replies and do not read them."""
     for _ in range(open_files(count)):
         send(siege.connect(small=True), b"list\n" * 1_000)
     siege.stay()
@@ -232,7 +229,7 @@ def deaf_lists(siege: Siege, count: int) -> None:
 
 
 def deaf_watches(siege: Siege, count: int) -> None:
-    """They watch everything, as often as they may, and read nothing."""
+    """Peers that open as many watches as allowed and do not read."""
     each = max(1, min(256, count))
     for _ in range(max(1, count // 256)):
         send(siege.connect(small=True), b'{"cmd":"watch"}\n' * each)
@@ -244,7 +241,7 @@ def deaf_watches(siege: Siege, count: int) -> None:
 
 
 def idle(siege: Siege, count: int) -> None:
-    """They connect, and that is all."""
+    """Peers that connect and do nothing."""
     there = open_files(count)
     if there < count:
         siege.notes.append(f"only {there}: no more files may be open here")
@@ -257,7 +254,7 @@ def idle(siege: Siege, count: int) -> None:
 
 
 def full_house(siege: Siege, count: int) -> None:
-    """More than there is room for: the last are told, the others served, and there is room when they leave."""
+    """More connections than allowed: the excess is refused, the others served, and places are free again later."""
     most = int(siege.stats()["limits"]["connections_max"])
     if open_files(most + count) < most + count:
         raise Crowded(f"{most + count} connections are more than may be open here")
@@ -265,7 +262,7 @@ def full_house(siege: Siege, count: int) -> None:
     first = made[0]
     first.sendall(b"ping\n")
     assert first.recv(100) == b'{"ok":true}\n'
-    # Which of them is chance, as the peer comes and goes. It has one of the places all the time.
+    # Any of them may be refused, since the peer reconnects. It has one of the places all the time.
     poll = select.poll()
     for sock in made:
         poll.register(sock, select.POLLIN)
@@ -282,13 +279,13 @@ def full_house(siege: Siege, count: int) -> None:
     first.sendall(b"ping\n")
     assert first.recv(100) == b'{"ok":true}\n'
     for sock in made[count:]:
-        sock.close()  # all but a few
+        sock.close()  # keep a few
     assert siege_ends(siege, lambda stats: stats["connections"] <= count + 5)
     siege.notes.append(f"{len(refused)} of {most + count} were told, with room for {most}")
 
 
 def comings_and_goings(siege: Siege, count: int) -> None:
-    """They connect and close at once."""
+    """Peers that connect and close at once."""
     for n in range(count):
         made = siege.connect()
         (reset if n % 2 else socket.socket.close)(made)
@@ -296,20 +293,20 @@ def comings_and_goings(siege: Siege, count: int) -> None:
 
 
 def endless_lines(siege: Siege, count: int) -> None:
-    """A line as long as may be, without an end, on each connection."""
+    """Peers that send a line of the maximum length without an end."""
     line = b"{" + b"x" * 65_535
     taken = sum(send(siege.connect(), line) for _ in range(open_files(count)))
     siege.stay()
     stats = siege.stats()
-    until = time.monotonic() + WAIT_S  # what the kernel took is read in the daemon's own time
+    until = time.monotonic() + WAIT_S  # the daemon has not read everything yet
     while not stats["dropped"] and taken * len(line) > stats["limits"]["input_bytes_total_max"]:
-        assert time.monotonic() < until, "more waits than may, and nobody was closed"
+        assert time.monotonic() < until, "more is buffered than allowed, and no connection was closed"
         stats = siege.stats()
     siege.notes.append(f"{stats['dropped']} were closed")
 
 
 def strangers(siege: Siege, count: int) -> None:
-    """Browsers, all at once, with bodies of commands."""
+    """HTTP requests of browsers, all at once, with commands in their bodies."""
     before = siege.stats()["bad_protocol"]
     made = [siege.connect() for _ in range(open_files(count))]
     for sock in made:
@@ -321,7 +318,7 @@ def strangers(siege: Siege, count: int) -> None:
 
 
 def pipeline(siege: Siege, count: int) -> None:
-    """So many requests without reading. In the end all of them are answered, in order."""
+    """A peer that sends `count` requests and reads late. All are answered in order."""
     made = siege.connect(small=True)
     requests = b"".join(b'{"cmd":"resolve","name":"seed1","id":%d}\n' % n for n in range(count))
     made.setblocking(False)
@@ -343,17 +340,17 @@ def pipeline(siege: Siege, count: int) -> None:
     feeding.join()
 
 
-def dear_requests(siege: Siege, count: int) -> None:
-    """Valid requests, and many connections at once: a look at every registration that finds none."""
-    dear = b'{"cmd":"list","meta":{"no":"such"}}\n' * 100
+def expensive_requests(siege: Siege, count: int) -> None:
+    """Many peers with expensive requests: searches of all registrations that find none."""
+    requests = b'{"cmd":"list","meta":{"no":"such"}}\n' * 100
     made = [siege.connect() for _ in range(count)]
     for sock in made:
-        sock.sendall(dear + b"quit\n")
+        sock.sendall(requests + b"quit\n")
     assert all(len(rest(sock)) == 100 for sock in made)
 
 
 def others_list(siege: Siege, count: int) -> None:
-    """Another user's programs ask for large replies, and read none. Only these are cut."""
+    """Peers of another user that request large replies and do not read. Only these are dropped."""
     there = open_files(count)
     owner = siege.connect(small=True)
     owner.sendall(held("good.owner") + b"list\n" * 20)
@@ -368,7 +365,7 @@ def others_list(siege: Siege, count: int) -> None:
 
 
 def others_ask(siege: Siege, count: int) -> None:
-    """Another user's programs ask for something cheap, all of them at once, again and again."""
+    """Peers of another user that send many cheap requests at once."""
     made = [siege.connect(uid=OTHER) for _ in range(open_files(count))]
     requests = [
         b"help",
@@ -388,7 +385,7 @@ def others_ask(siege: Siege, count: int) -> None:
 
 @dataclass(frozen=True)
 class Scenario:
-    """`count` is of the long form, `few` of the short one."""
+    """A scenario with `count` connections in the long form and `few` in the short one."""
 
     attack: Callable[[Siege, int], None]
     count: int
@@ -412,7 +409,7 @@ SCENARIOS = (
     Scenario(comings_and_goings, 5_000, 200),
     Scenario(endless_lines, 1_500, 1_100, hold_s=2.0),
     Scenario(strangers, 3_000, 200),
-    Scenario(dear_requests, 200, 5),
+    Scenario(expensive_requests, 200, 5),
     Scenario(pipeline, 100_000, 20_000, hold_s=2.0),
     Scenario(others_list, 2_500, 40, hold_s=2.0, needs_root=True),
     Scenario(others_ask, 2_500, 200, needs_root=True),
@@ -424,11 +421,11 @@ SCENARIOS = (
 
 @dataclass
 class Figures:
-    """What a siege did to the daemon and to the peer."""
+    """The measurements of a siege."""
 
     calm: list[Sample]
     under: list[Sample]
-    rss: tuple[float, float, float]  # MiB before, at most, after
+    rss: tuple[float, float, float]  # MiB before, maximum, after
     took_s: float
     gone_s: float
     log: str
@@ -458,7 +455,7 @@ def peer_of(address: str) -> "Iterator[subprocess.Popen[str]]":
 
 @contextlib.contextmanager
 def sampled(siege: Siege) -> Iterator[None]:
-    """Keep the most memory that the daemon had meanwhile."""
+    """Record the maximum of the daemon's memory during the block."""
     ended = threading.Event()
 
     def look() -> None:
@@ -475,12 +472,12 @@ def sampled(siege: Siege) -> Iterator[None]:
         thread.join()
 
 
-def siege_ends(siege: Siege, true: Callable[[dict[str, Any]], bool]) -> bool:
-    """Wait until `stats` are as they should be."""
+def siege_ends(siege: Siege, is_over: Callable[[dict[str, Any]], bool]) -> bool:
+    """Wait until `is_over(stats)` is true."""
     until = time.monotonic() + WAIT_S
     while time.monotonic() < until:
-        with contextlib.suppress(RegdError):  # it may be full
-            if true(siege.stats()):
+        with contextlib.suppress(RegdError):  # no connection may be free
+            if is_over(siege.stats()):
                 return True
         time.sleep(0.02)
     return False
@@ -499,7 +496,7 @@ def seed(address: str) -> None:
 
 
 def besiege(daemon: DaemonProcess, scenario: Scenario, count: int, hold_s: float, calm_s: float) -> Figures:
-    """Run one scenario against a fresh daemon, and say what it did."""
+    """Run a scenario against a new daemon, and return the measurements."""
     daemon.start()
     seed(daemon.addresses[0])
     siege = Siege(daemon, hold_s)

@@ -1,4 +1,4 @@
-"""Random clients of a daemon that is killed, suspended and cut off: all must agree on its state afterwards.
+"""Random clients of a daemon that is killed, suspended and disconnected. All must agree on its state afterwards.
 
 `python -m tests.long.soak [--minutes M] [--seed S]`, or `make soak`. Trouble alternates with quiet points. At a quiet
 point watchers, listeners, mirrors, `list`, the file and the model of the requests must be equal. If one differs, the
@@ -25,7 +25,7 @@ from tests.long.witnesses import Failure, Listener, Value, Watcher, endpoint_val
 
 T = TypeVar("T")
 
-AGREE_S = 30.0  # for all to agree at a quiet point: grace, patience and backoff on a machine that is shared
+AGREE_S = 30.0  # until all agree at a quiet point: claim deadline, patience and backoff, on a busy machine
 
 
 class Soak(Players):
@@ -79,7 +79,7 @@ class Soak(Players):
         self.proxy.hears.set()
 
     async def black_out(self) -> None:
-        """Longer than anybody's patience."""
+        """Stop all traffic for longer than any client's patience."""
         self.record.note("*", "=== black_out")
         self.record.figures["black_out"] += 1
         self.proxy.hears.clear()
@@ -88,7 +88,7 @@ class Soak(Players):
         self.proxy.hears.set()
 
     async def stale(self, within_s: float) -> None:
-        """While nothing comes through, every mirror says so."""
+        """Check that every mirror reports that it is not live while nothing is forwarded."""
         until = time.monotonic() + within_s
         while any(mirror.live for mirror in self.mirrors.values()):
             if time.monotonic() > until:
@@ -106,7 +106,7 @@ class Soak(Players):
         return rev, {key: value_of(fields) for key, fields in document.items()}
 
     def check_file(self) -> None:
-        """The daemon is dead: what it acknowledged, and what it told watchers, is in the file."""
+        """Check after a kill that the file has all acknowledged and all announced changes."""
         rev, found = self.file()
         for watcher in self.watchers:
             if watcher.rev is not None and watcher.rev > rev:
@@ -141,7 +141,7 @@ class Soak(Players):
         self.going.set()
 
     async def compare(self) -> tuple[tuple[str, str], dict[str, Value]]:
-        """Return the first who has something else than `list`, and the list."""
+        """Return the first witness that differs from `list`, and the list."""
         reply = await self.insist(cmd="list")
         there = {
             key_of(instance["name"], instance["instance"]): value_of(instance) for instance in reply["instances"]
@@ -168,7 +168,7 @@ class Soak(Players):
         return ("", ""), there
 
     async def empty(self) -> None:
-        """All have left: nothing is left of them."""
+        """Check that nothing is left after all clients have left."""
         static = {
             key: value for key, value in self.file()[1].items() if value and key.startswith(("static.", "late"))
         }
@@ -186,7 +186,7 @@ class Soak(Players):
                 raise Failure("*", f"all have left, and {gauges}, {differing(left, static)}")
             await asyncio.sleep(0.1)
 
-    # All together.
+    # All clients.
 
     def roles(self) -> list[Coroutine[Any, Any, None]]:
         bad = self.proxy.port
@@ -240,7 +240,7 @@ class Soak(Players):
 
 
 async def whole(call: Callable[..., T], *arguments: int) -> T:
-    """Call in a thread, and wait for its end even when cancelled: a process is started or ended, not half of it."""
+    """Call a function in a thread, and wait for its end even if cancelled, so that no process is half started."""
     running = asyncio.ensure_future(asyncio.to_thread(call, *arguments))
     try:
         return await asyncio.shield(running)
@@ -256,10 +256,10 @@ def differing(one: Mapping[str, Value], other: Mapping[str, Value]) -> dict[str,
 
 
 async def soak(folder: Path, seed: int, seconds: float) -> Counter[str]:
-    """Run, and return figures.
+    """Run the soak, and return its figures.
 
     Raises:
-        Failure: a promise was broken; its notes are the history of whom it concerns.
+        Failure: a promise was broken; the exception's notes are the history of its subject.
     """
     run = Soak(folder, seed)
     with run.daemon:

@@ -1,4 +1,4 @@
-"""Some rounds of `make crash`: each way of killing a daemon under load."""
+"""Some rounds of `make crash`, with each way of killing a daemon under load."""
 
 import random
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The siege in its short form: the same scenarios with small counts."""
+"""The short form of the siege: the same scenarios with fewer connections."""
 
 import asyncio
 import os
@@ -10,16 +10,16 @@ import pytest
 from tests.long.siege import EXPECTED, SCENARIOS, Scenario, besiege, full_house
 from tests.support.daemon import WAIT_S, DaemonProcess, InLoop
 
-LOG_LINES_MAX = 6  # its start, its end, and strangers: one line in 10 s
-SERVED_MS_MAX = 5_000.0  # far beyond what is seen: this machine may have other things to do
-RSS_LEFT_MIB_MAX = 24.0  # what an allocator may keep of what it had
+LOG_LINES_MAX = 6  # the start, the stop, and one line in 10 s about other protocols
+SERVED_MS_MAX = 5_000.0  # far above the usual values, for a busy machine
+RSS_LEFT_MIB_MAX = 24.0  # what the allocator may keep
 RSS_MOST_MIB_MAX = {
     "endless_lines": 112.0
-}  # above what it was; `input_bytes_total_max`, and as much for handling
+}  # above the value before: `input_bytes_total_max`, and the same again for handling
 
 
 class Few(DaemonProcess):
-    """A daemon that may open few files, and so has room for few connections."""
+    """A daemon with a low limit of open files, and so of connections."""
 
     FILES = 1_000
 
@@ -49,12 +49,12 @@ def test_siege(tmp_path: Path, scenario: Scenario) -> None:
     assert max(ms for _, _, ms in figures.under + figures.calm) < SERVED_MS_MAX
     before, most, after = figures.rss
     assert most - before < RSS_MOST_MIB_MAX.get(scenario.name, 48.0)
-    if scenario.name not in RSS_MOST_MIB_MAX:  # the allocator keeps what it had, and uses it again
+    if scenario.name not in RSS_MOST_MIB_MAX:  # the allocator reuses what it keeps
         assert after - before < RSS_LEFT_MIB_MAX
 
 
 async def test_input_of_a_peer_that_does_not_read_is_bounded(daemon: InLoop) -> None:
-    """Five megabytes of the shortest requests: as lines that wait they would be twelve times as much."""
+    """Five megabytes of the shortest requests. Split into lines they would take twelve times the memory."""
     deaf = await daemon.peer()
     deaf.writer.transport.pause_reading()  # type: ignore[attr-defined]
     deaf.send(b"help\n" * 1_000_000)

@@ -1,4 +1,4 @@
-"""The soak in its short form, with one seed: see `tests/long/soak.py`."""
+"""The short form of the soak, with one seed."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Daemons that are killed. Some kill themselves at a given file operation, or fail a share of their operations."""
+"""Daemons for `crash`. Some kill themselves at a chosen file operation, or fail a share of their operations."""
 
 import errno
 import os
@@ -11,11 +11,11 @@ from regd.server import daemon, engine
 from regd.storage.files import Files
 from tests.support.daemon import DaemonProcess, environment
 
-_STEPS_OF_A_START = 12  # in which nothing fails: a daemon that cannot write at its start may say so, and leave
+_STEPS_OF_A_START = 12  # which do not fail, since a daemon that cannot write at its start exits
 
 
 class Victim(DaemonProcess):
-    """A daemon that is going to be killed. With a plan it runs on a door with troubles of its own."""
+    """A daemon that will be killed. With a plan it has failing file operations."""
 
     def __init__(self, registry: Path, plan: str = "") -> None:
         super().__init__(registry, "--port", "0")
@@ -34,7 +34,7 @@ class Victim(DaemonProcess):
         )
 
     def listens(self) -> bool:
-        """Wait until it listens; False where it ended before."""
+        """Wait until it listens, and return True; False if it exits first."""
         assert self.process is not None
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -43,13 +43,13 @@ class Victim(DaemonProcess):
 
 
 def trouble(kill_at: int, fail_share: float, seed: int) -> None:
-    """In the daemon's process: kill it at this operation of its door, have a share of its commits fail."""
+    """Called in the daemon's process: kill it at a file operation, or fail a share of its commits."""
     vars(daemon)["Files"] = lambda: Troubled(kill_at, fail_share, seed)
     engine._REPAIR_AFTER_S = 0.01
 
 
 class Troubled(Files):
-    """Between two halves of a write it may be killed too."""
+    """`Files` whose operations fail or kill the process, also in the middle of a write."""
 
     def __init__(self, kill_at: int, fail_share: float, seed: int) -> None:
         self._count = 0

@@ -1,4 +1,4 @@
-"""Observers of the soak: watchers, listeners, and a model of the requests. Their states must be equal."""
+"""The witnesses of the soak: watchers, listeners, and a model of the requests. Their states must be equal."""
 
 import contextlib
 import json
@@ -10,14 +10,14 @@ from typing import Any
 
 from regd_client.models import Endpoint, Event
 
-Value = tuple[int, tuple[tuple[str, str], ...], str] | None  # port, meta, state; None: not registered
+Value = tuple[int, tuple[tuple[str, str], ...], str] | None  # port, meta, state; None if not registered
 _KEPT = 30_000  # lines of history
 _SHOWN = 60
-_LONG = re.compile(r"(.)\1{8,}")  # what fills a value, and says nothing
+_LONG = re.compile(r"(.)\1{8,}")  # padding in values, not shown
 
 
 class Failure(Exception):
-    """A promise that was broken to `subject`, a key or somebody who follows."""
+    """A broken promise about `subject`, a key or a witness."""
 
     def __init__(self, subject: str, message: str) -> None:
         super().__init__(f"{subject}: {message}")
@@ -25,11 +25,11 @@ class Failure(Exception):
 
 
 class Record:
-    """What all witnesses said."""
+    """The history of all witnesses."""
 
     def __init__(self) -> None:
         self.figures: Counter[str] = Counter()
-        self.firm: set[str] = set()  # keys that nothing may bring down
+        self.firm: set[str] = set()  # keys that must stay registered
         self._began = time.monotonic()
         self._lines: deque[tuple[float, str, str]] = deque(maxlen=_KEPT)
         self._digests: dict[tuple[str, int, str], tuple[str, int]] = {}
@@ -38,7 +38,7 @@ class Record:
         self._lines.append((time.monotonic() - self._began, subject, _LONG.sub(r"\1…", text)))
 
     def about(self, subject: str) -> list[str]:
-        """Return the last of what concerns a key or a witness, or all."""
+        """Return the latest notes about a key or a witness, or about everything."""
         lines = [
             f"{at:8.3f} {about}: {text}"
             for at, about, text in self._lines
@@ -47,7 +47,7 @@ class Record:
         return lines[-_SHOWN:]
 
     def agree(self, who: str, where: tuple[str, int, str], state: int) -> None:
-        """Hold a state at an epoch, a revision and for a pattern against what others had there."""
+        """Compare a state with those of other witnesses at the same epoch, revision and pattern."""
         first, known = self._digests.setdefault(where, (who, state))
         self.figures["states compared"] += first != who
         if known != state:
@@ -62,17 +62,17 @@ class Record:
 
 
 class Model:
-    """Which values each key may have. A write that nobody answered may land until all is settled."""
+    """The values that each key may have. An unanswered write may still be applied until `settle`."""
 
     def __init__(self) -> None:
         self.may: dict[str, list[Value]] = {}
-        self.sure: set[str] = set()  # keys that the file must have so at any time, a daemon's death included
+        self.sure: set[str] = set()  # keys that the file must have at any time, even after a kill
         self._doubt: set[str] = set()
         self._settled = 0
 
     @contextlib.contextmanager
     def write(self, key: str, value: Value) -> Iterator[Callable[[bool], None]]:
-        """Around a write; what it yields is told whether it was made."""
+        """A context for a write. Call the yielded function with whether the write was applied."""
         settled, answered = self._settled, False
         self.may[key].append(value)
 
@@ -93,7 +93,7 @@ class Model:
                 self._doubt.add(key)
 
     def settle(self, found: dict[str, Value]) -> None:
-        """Nothing is on its way any more: what is there is the truth."""
+        """Set the values to those of the registry, after all writes have ended."""
         for key in self.sure:
             if len(self.may[key]) > 1:
                 self.may[key] = [found.get(key)]
@@ -106,7 +106,7 @@ def key_of(name: str, instance: str) -> str:
 
 
 def value_of(fields: dict[str, Any] | None) -> Value:
-    """Return what was asked for, of an instance as the wire or the file has it."""
+    """Return the value of an instance from the wire or the file."""
     if fields is None:
         return None
     return fields["port"], tuple(sorted(fields.get("meta", {}).items())), fields.get("state", "ready")
@@ -117,7 +117,7 @@ def endpoint_value(found: Endpoint, state: str = "ready") -> Value:
 
 
 def fitting(pattern: str, meta: dict[str, str], state: dict[str, Value]) -> dict[str, Value]:
-    """Return the part of a state that a pattern and a filter let through."""
+    """Return the part of a state that matches a pattern and a filter."""
     wanted = set(meta.items())
     return {
         key: value
@@ -136,7 +136,7 @@ def digest(instances: list[dict[str, Any]]) -> int:
 
 
 class Watcher:
-    """What a raw watch is sent, folded."""
+    """The state that the events of a watch without the client add up to."""
 
     def __init__(self, record: Record, name: str, pattern: str) -> None:
         self.name, self.pattern, self.meta = name, pattern, dict[str, str]()
@@ -149,7 +149,7 @@ class Watcher:
     def _clear(self) -> None:
         self.picture.clear()
         self._digest = 0
-        self.rev: int | None = None  # from which it could go on; None: a snapshot has to come
+        self.rev: int | None = None  # to resume from; None if it needs a snapshot
 
     @property
     def position(self) -> dict[str, Any]:
@@ -205,7 +205,7 @@ class Watcher:
 
 
 class Listener:
-    """What an application hears through the client's `watch`, folded."""
+    """The state that the events of the client's `watch` add up to."""
 
     def __init__(self, record: Record, name: str, pattern: str, meta: dict[str, str]) -> None:
         self.name, self.pattern, self.meta = name, pattern, meta
@@ -228,7 +228,7 @@ class Listener:
         self.picture.pop(key, None)
         if event.kind != "down":
             self.picture[key] = endpoint_value(found, event.state)
-        elif not self.meta:  # or it may be there, and not fit
+        elif not self.meta:  # registered, but the filter does not match
             self._record.down(self.name, key)
 
     @property

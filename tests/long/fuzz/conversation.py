@@ -43,7 +43,7 @@ _CONDITIONS = {Reason.CLOSED, Reason.EXITED, Reason.EXPIRED}
 
 
 class Conversation:
-    """One peer that may say anything, and a friend who watches, holds, and tidies up."""
+    """A peer that may send anything, and a well-behaved friend that watches, holds a name, and tidies up."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -57,9 +57,9 @@ class Conversation:
         self.cut_before = world.services.counters.dropped
         self.peer = world.connect()
         self.connection, self.friends = self.peer.protocol, self.friend.protocol
-        self.given = bytearray()  # of the stream
-        self.late = False  # so much time passed that a line may have been given up
-        self.early = False  # the end came before all was given
+        self.given = bytearray()  # bytes of the stream
+        self.late = False  # enough time passed for an unfinished line to time out
+        self.early = False  # the end came before the whole stream was sent
         self._actions: dict[int, Callable[[], object]] = {
             ord("."): world.loop.run_once,
             ord("~"): world.settle,
@@ -101,7 +101,7 @@ class Conversation:
         self.late = True
         self.world.pass_time(21)
 
-    # What must be true.
+    # The checks.
 
     def check(self) -> None:
         world, peer = self.world, self.peer
@@ -112,7 +112,7 @@ class Conversation:
         self._end()
         given = bytes(self.given)
         self._check_replies(list(oracle.understood(given, TIGHT.line_bytes_max, ended=not peer.is_reset)))
-        # A peer that ended its side before it reset the connection has ended its last line.
+        # EOF ends the last line, even if a reset follows.
         asked = [
             request for request in oracle.understood(given, TIGHT.line_bytes_max) if request.cmd in oracle.WRITES
         ]
@@ -123,7 +123,7 @@ class Conversation:
         self._tidy_up()
 
     def _check_closed(self) -> None:
-        """Behind `quit` and a line of another protocol the daemon closes, whatever the peer does."""
+        """The daemon closes the connection after `quit` and after a line of another protocol."""
         said = list(oracle.understood(bytes(self.given), TIGHT.line_bytes_max, ended=False))
         sure = all(expectation.ends is not None for expectation in said)
         if said and sure and said[-1].ends and not self.connection._conversation.pending:
@@ -131,11 +131,11 @@ class Conversation:
             assert self.peer.lost
 
     def _end(self) -> None:
-        """Let the peer end its side, and what it waits for come; who watches must be cut."""
+        """Send EOF and let all waits end. A connection with watches must be closed."""
         world, peer = self.world, self.peer
         world.do(peer.end)
         world.settle()
-        while self.connection._conversation.pending:  # and what stood behind it, and waits itself
+        while self.connection._conversation.pending:  # and for the waits after it
             world.pass_time(TIGHT.wait_s_max + 1)
         if not peer.lost and self.connection._dispatcher.watches:
             world.do(peer.reset)
@@ -144,7 +144,7 @@ class Conversation:
         assert peer.lost
 
     def _check_replies(self, said: list[Said]) -> None:
-        """Every line is one; and the replies are those to what was said, in order, all or the first of them."""
+        """Every line is valid, and the replies match the requests in order, all of them or the first ones."""
         sent, http = _without_http(bytes(self.peer.sent))
         whole, _, rest = sent.rpartition(b"\n")
         cut = self.world.services.counters.dropped > self.cut_before
@@ -156,14 +156,14 @@ class Conversation:
         waits = any(expectation.arguments and "wait" in expectation.arguments for expectation in said)
         complete = not (cut or self.late or self.early or self.peer.is_reset or depends)
         if not complete:
-            del replies[-1:]  # it may say why
-        elif not (waits and said[-1].ends and said[-1].kind != oracle.QUIT):  # which ends what waits
+            del replies[-1:]  # it may have an error line
+        elif not (waits and said[-1].ends and said[-1].kind != oracle.QUIT):  # which ends waits
             assert len(replies) == len(expected), (expected, replies)
             assert oracle.is_http_refusal(http) is any(expectation.kind == oracle.HTTP for expectation in said), (
                 http
             )
         if waits or depends:
-            return  # overtaken, perhaps
+            return  # it may have been overtaken
         for reply, expectation in zip(replies, expected, strict=False):
             _answers(reply, expectation)
 
@@ -192,7 +192,7 @@ class Conversation:
             assert getattr(call, "__self__", None) is not self.connection, call
 
     def _check_friend(self) -> None:
-        """Others are served, and who folds the events has the registry."""
+        """The friend is served, and its events add up to the registry."""
         self.friend.send(b'{"cmd":"ping","id":"there"}\n')
         self.world.settle()
         there: dict[tuple[str, str], dict[str, Any]] = {}
@@ -212,8 +212,8 @@ class Conversation:
         }
 
     def _check_file(self) -> None:
-        """The file holds what is in effect."""
-        self.world.pass_time(2)  # a disk that failed is tried again
+        """The file has the entries of the registry."""
+        self.world.pass_time(2)  # retries after a failed write
         top = json.loads(self.world.files.read(REGISTRY))
         assert top.pop("$regd")["rev"] == self.registry.rev
         assert {key: fields["port"] for key, fields in top.items()} == {
@@ -221,7 +221,7 @@ class Conversation:
         }
 
     def _tidy_up(self) -> None:
-        """Once all is deregistered, and time goes by, nothing at all is left."""
+        """After everything is deregistered and time has passed, nothing is left."""
         world, connections = self.world, self.world.connections
         for entry in listed(self.registry):
             self.engine.submit(partial(_deregister, entry.key), lambda outcome: None)
@@ -241,7 +241,7 @@ class Conversation:
 
 
 def _without_http(sent: bytes) -> tuple[bytes, bytes]:
-    """Return the lines, and what stands behind them in HTTP."""
+    """Split the output into the lines and the HTTP response after them."""
     found = re.search(rb"^HTTP/", sent, re.MULTILINE)
     at = found.start() if found else len(sent)
     return sent[:at], sent[at:]
@@ -272,13 +272,13 @@ def _shown(entry: Entry) -> dict[str, object]:
     }
 
 
-# Of a valid request's arguments, what only the daemon's state, or all of them together, can tell.
+# Errors that depend on the daemon's state, or on several arguments of a valid request.
 _LATER = {"update", "watch", "renew", "register"}
 _OF_THE_LINE = {Code.BAD_JSON, Code.BAD_REQUEST, Code.UNKNOWN_COMMAND, Code.TOO_LARGE}
 
 
 def _answers(reply: dict[str, Any], said: Said) -> None:
-    """A reply must fit what was said."""
+    """Check that a reply fits its request."""
     if said.kind == oracle.UNSURE:
         return
     assert reply.get("id") == said.id, (reply, said)
@@ -294,7 +294,7 @@ def _answers(reply: dict[str, Any], said: Said) -> None:
 
 
 def _explain(changes: list[Change], asked: list[Said]) -> None:
-    """Every change of the registry is of a request, each of its own and in order, or the end of a lifetime."""
+    """Check that every change belongs to one request, in order, or is the end of a lifetime."""
     requests = iter(asked)
     request = next(requests, None)
     for change in changes:
@@ -302,8 +302,8 @@ def _explain(changes: list[Change], asked: list[Said]) -> None:
             continue
         while request is not None and not _explains(request, change):
             request = next(requests, None)
-        assert request is not None, f"nobody asked for {change}"
-        if change.reason != Reason.REPLACED:  # what takes its place comes next
+        assert request is not None, f"no request explains {change}"
+        if change.reason != Reason.REPLACED:  # its replacement follows
             request = next(requests, None)
 
 
@@ -327,7 +327,10 @@ def _explains(said: Said, change: Change) -> bool:
         return said.cmd == "deregister"
     if said.cmd == "update":
         state = given.get("state", entry.state)
-        same_state = state in (entry.state, "draining")  # by one of several holders: that one is withdrawn
+        same_state = state in (
+            entry.state,
+            "draining",
+        )  # draining by one of several holders withdraws that holder
         return change.op is Op.CHANGE and given.get("meta", entry.meta) == entry.meta and same_state
     address = (given.get("host", "127.0.0.1"), given.get("port")) == (entry.host, entry.port)
     if change.reason == Reason.REPLACED:
@@ -337,7 +340,7 @@ def _explains(said: Said, change: Change) -> bool:
 
 
 def is_a_line(sent: bytes) -> dict[str, Any]:
-    """One line of the daemon: ASCII, strict JSON, with exactly one of `ok` and `event`."""
+    """Check a line of the daemon: ASCII, strict JSON, with exactly one of `ok` and `event`."""
     assert len(sent) <= DEFAULT.reply_bytes_max
     assert sent.isascii()
     assert sent.index(b"\n") == len(sent) - 1

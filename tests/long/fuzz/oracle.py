@@ -1,6 +1,6 @@
-"""A second parser, written from PROTOCOL.md: which lines are requests, what they ask for, which errors they give.
+"""A second parser, written from PROTOCOL.md: it says which lines are requests, with what arguments, or errors.
 
-It uses plain `json` and must not import `regd.protocol`, so that the two parsers can be compared. Slow and simple.
+The two parsers are compared, so this one must not import `regd.protocol`. It is simple and slow.
 """
 
 import ipaddress
@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-BARE_BYTES_MAX = 512  # of a bare word, its name and the blanks of whoever typed it
-DEPTH_MAX = 100  # beyond it: refused, under either of two codes
+BARE_BYTES_MAX = 512  # of a bare line, including typed blanks
+DEPTH_MAX = 100  # deeper JSON is refused with one of two codes
 
-# What a line may turn out to be, beside the codes of errors.
+# The kinds of lines, beside the codes of errors.
 STRANGER, HTTP, QUIT, REQUEST, UNSURE = "stranger", "http", "quit", "request", "unsure"
 
 WRITES = ("register", "deregister", "update")
@@ -23,9 +23,9 @@ WRITES = ("register", "deregister", "update")
 
 @dataclass(frozen=True)
 class Said:
-    """One line: its kind or the error that it must get, and what it asks. `id` is what the reply must carry.
+    """A line: its kind or error code, and for a request its command, arguments and id.
 
-    `ends`: nothing behind it is looked at; None where that depends on a line before it that the oracle cannot judge.
+    `ends` is true if the rest of the input is ignored; None if that depends on an earlier line that is UNSURE.
     """
 
     kind: str
@@ -36,7 +36,7 @@ class Said:
 
 
 class Bad(Exception):
-    """A line gets this error."""
+    """The line is refused with this error."""
 
     def __init__(self, code: str, id: str | int | None = None) -> None:
         super().__init__(code)
@@ -45,7 +45,7 @@ class Bad(Exception):
 
 
 def understood(stream: bytes, line_bytes_max: int, ended: bool = True) -> Iterator[Said]:
-    """Say what each line is, up to one that ends it. `ended`: what is unfinished counts as a line."""
+    """Return what each line is, up to one that ends the input. With `ended`, unfinished text counts as a line."""
     valid: bool | None = False  # a valid request came before
     *lines, rest = stream.split(b"\n")
     for raw in lines + [rest] * ended:
@@ -63,7 +63,7 @@ def understood(stream: bytes, line_bytes_max: int, ended: bool = True) -> Iterat
 
 
 def _without_end(line: bytes) -> bytes:
-    """CR, and the CR NUL of a telnet that reads from a pipe, do not count at the end."""
+    """Strip a final CR, or the CR NUL that telnet sends if its input is a pipe."""
     for end in (b"\r\0\r", b"\r\0", b"\r"):
         if line.endswith(end):
             return line[: -len(end)]
@@ -78,7 +78,7 @@ def _without_blanks(line: bytes) -> bytes:
 
 
 def _line(line: bytes, line_bytes_max: int, valid: bool | None) -> Said:
-    """The table of the contract, row by row."""
+    """Judge a line by the rows of the table in PROTOCOL.md, in order."""
     if line.startswith(b"{"):
         if len(line) > line_bytes_max:
             return Said("too_large")
@@ -99,7 +99,7 @@ def _line(line: bytes, line_bytes_max: int, valid: bool | None) -> Said:
 
 
 def _text(line: bytes) -> str | None:
-    """A line as text, if it is printable. A return is a blank, at the end only."""
+    """Return a line as text if it is printable. CR is allowed at the end only."""
     while line.endswith((b"\r", b"\r\0", b" ", b"\t")):
         line = line[: -2 if line.endswith(b"\0") else -1]
     printable = all(0x20 <= byte < 0x7F or byte == 0x09 for byte in line)
@@ -107,7 +107,7 @@ def _text(line: bytes) -> str | None:
 
 
 def _is_http(text: str, line_bytes_max: int) -> bool:
-    """A word, blank, target, blank, `HTTP/…`; the target begins where a bare line could still be one."""
+    """True for a word, a target and `HTTP/…`. The target must begin within the length of a bare line."""
     words = re.split("[ \t]+", text)
     begins = len(text) - len(text.split(maxsplit=1)[-1])
     return len(words) == 3 and words[2].startswith("HTTP/") and begins < min(line_bytes_max, BARE_BYTES_MAX)
@@ -152,7 +152,7 @@ def _registration(name: str, address: str) -> Said:
 
 
 def is_http_refusal(reply: bytes) -> bool:
-    """A complete answer to an HTTP request, which no page may read and no cache keep for something else."""
+    """True for a complete HTTP response that no page may read and no cache may store."""
     head, _, body = reply.partition(b"\r\n\r\n")
     status, *lines = head.split(b"\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines)}
@@ -166,11 +166,11 @@ def is_http_refusal(reply: bytes) -> bool:
     )
 
 
-# JSON, strictly.
+# Strict JSON.
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """An object as it was written, duplicates and all."""
+    """An object's members in order, with duplicates."""
 
 
 def _no_constant(word: str) -> Any:
@@ -181,7 +181,7 @@ _json = json.JSONDecoder(object_pairs_hook=_Pairs, parse_constant=_no_constant)
 
 
 def read(line: bytes) -> dict[str, Any]:
-    """Read one object, and refuse what only Python takes for JSON."""
+    """Decode an object, and refuse what Python accepts beyond JSON."""
     try:
         value = _json.decode(line.decode("utf-8", "strict"))
     except (ValueError, RecursionError):
@@ -212,7 +212,7 @@ def _plain(value: Any, depth: int) -> Any:
 
 
 def judged(line: bytes) -> Said:
-    """Read a request, and hold it against the tables of the contract: first the line, then id, command, arguments."""
+    """Decode a request, and check it against the tables: first the line, then id, command and arguments."""
     fields = read(line)
     given = "id" in fields
     id = fields.pop("id", None)
@@ -235,7 +235,7 @@ def judged(line: bytes) -> Said:
     return Said(UNSURE if unsure else REQUEST, cmd, id, fields)
 
 
-# The tables: what each command takes, and the rule of each value. A check says None where the contract does not.
+# The tables of commands and of values. A check returns None if the contract does not say.
 
 COMMANDS: dict[str, tuple[set[str], set[str]]] = {
     "ping": (set(), set()),
@@ -292,17 +292,17 @@ def _host(value: object) -> bool | None:
     if not isinstance(value, str) or not 1 <= len(value) <= 253 or not value.isascii():
         return False
     if "%" in value:
-        return None  # an interface: the contract does not go into it
+        return None  # has a scope id, which the contract does not mention
     try:
         address = ipaddress.ip_address(value)
         if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-            return None  # nor into IPv4 in IPv6
+            return None  # an IPv4-mapped address, which the contract does not mention
         return not address.is_unspecified
     except ValueError:
         pass
     *_, last = labels = value.split(".")
     if last.isdigit() or re.fullmatch("0[xX][0-9a-fA-F]*", last):
-        return None  # a name for some, a number for others
+        return None  # a host name to some resolvers, a number to others
     return all(
         1 <= len(label) <= 63 and re.fullmatch("[A-Za-z0-9_-]+", label) and label[0] != "-" != label[-1]
         for label in labels

@@ -11,12 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Nothing of regd is imported up here, nor what imports it: atheris must see that happen.
+# Modules that import regd are imported later, under atheris, which instruments them.
 ROOT = Path(__file__).resolve().parents[3]
 CORPUS = Path(__file__).with_name("corpus")
 WORK = ROOT / "build" / "fuzz"
 INPUT_BYTES_MAX = 2_048
-ONE_S_MAX = 10  # for one input
+ONE_S_MAX = 10  # per input
 TARGETS = ("reader", "decoder", "session", "loader")
 HOW_TO_GET = "atheris is not installed: pip install 'atheris>=3' (Linux, CPython 3.11 to 3.14), or --group fuzz"
 _WORDS = ("true", "false", "null", "NaN", "Infinity", "1e999", "\\ud800", "\\u0000", "ready", "starting", "draining",
@@ -31,9 +31,7 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
     parser.add_argument("--seconds", type=int, default=60, help="for each target (60)")
     parser.add_argument("--input", type=Path, help="run one input through the targets, and no more")
-    parser.add_argument(
-        "--here", action="store_true", help=argparse.SUPPRESS
-    )  # in this process: it does not return
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # does not return
     given = parser.parse_args()
     wanted = given.targets or TARGETS
     if unknown := set(wanted) - set(TARGETS):
@@ -41,7 +39,7 @@ def main() -> int:
     if given.input is not None:
         return _replay(wanted, given.input)
     try:
-        import atheris  # noqa: F401 - here only to see that it is there
+        import atheris  # noqa: F401 - checks that it is installed
     except ImportError:
         sys.stderr.write(f"{HOW_TO_GET}\n")
         return 1
@@ -63,7 +61,7 @@ def _replay(wanted: "tuple[str, ...] | list[str]", path: Path) -> int:
 
 
 def _fuzz(target: str, seconds: int) -> None:
-    """Hand this process to libFuzzer, which ends it."""
+    """Run libFuzzer in this process. It exits the process."""
     import atheris
 
     with atheris.instrument_imports(include=["regd"]):
@@ -71,7 +69,7 @@ def _fuzz(target: str, seconds: int) -> None:
 
     from tests.long.fuzz import oracle
 
-    logging.getLogger("regd").setLevel(logging.CRITICAL + 1)  # it may complain of strangers
+    logging.getLogger("regd").setLevel(logging.CRITICAL + 1)  # no log lines about other protocols
     found = WORK / target
     found.mkdir(parents=True, exist_ok=True)
     words = {*_WORDS, *oracle.COMMANDS, *oracle.CHECKS}

@@ -1,4 +1,4 @@
-"""The fuzz targets: functions of any bytes that raise only when regd is wrong.
+"""The fuzz targets: functions of arbitrary bytes that raise only on a bug in regd.
 
 `test_fuzz.py` runs them on the corpus and on inputs from hypothesis, `run.py` under atheris. The first line of a
 session input is its plan, see `conversation.py`; the stream follows.
@@ -25,13 +25,13 @@ from tests.support.world import World, faked_system
 # (a) The line splitter and reader.
 
 SHORT = Limits(line_bytes_max=64)
-_AROUND = len(b"\r\0\r")  # of a line's end
-_QUEUED_BYTES = 64  # that a line counts for, at most, beyond its own
+_AROUND = len(b"\r\0\r")  # the end of a line
+_QUEUED_BYTES = 64  # the most that a queued line counts beyond its length
 NEXT = b'\n{"cmd":"ping","id":"next"}\n'
 
 
 def reader(data: bytes) -> None:
-    """However a stream is cut, the same items come out, and they are what the oracle says."""
+    """The items of a stream do not depend on how it is split, and equal the oracle's."""
     plan, stream = planned(data)
     for limits in (DEFAULT, SHORT):
         whole = _items([stream], limits)
@@ -64,7 +64,7 @@ def _cut(plan: bytes, stream: bytes) -> Iterator[bytes]:
 
 
 def _items(pieces: Any, limits: Limits) -> list[object]:
-    """Feed pieces, and return what comes out, up to `quit`; a problem as its code, fatal or not, and its id."""
+    """Feed chunks, and return the items up to `quit`; a problem as its code, whether it is fatal, and its id."""
     source = RequestParser(limits)
     items: list[object] = []
     for piece in pieces:
@@ -83,7 +83,7 @@ def _items(pieces: Any, limits: Limits) -> list[object]:
 
 
 def _drain(source: RequestParser, items: list[object]) -> bool:
-    """Take what there is. False when nothing more may come: behind a stranger, or `quit`."""
+    """Take the parsed items. Return False after `quit` or a fatal problem."""
     while (item := source.next()) is not None:
         if isinstance(item, Quit):
             items.append("quit")
@@ -106,7 +106,7 @@ def _drain(source: RequestParser, items: list[object]) -> bool:
 
 
 def _same_items(items: list[object], said: list[Said]) -> None:
-    """Hold what regd made of a stream against the oracle, one by one."""
+    """Compare regd's items of a stream with the oracle's, one by one."""
     depends = next((at for at, expectation in enumerate(said) if expectation.ends is None), len(said))
     assert len(items) == len(said) or depends < len(said), (items, said)
     for item, expectation in zip(items[:depends], said[:depends], strict=True):
@@ -123,17 +123,17 @@ def _same_items(items: list[object], said: list[Said]) -> None:
 
 def _same_request(request: Request, said: Said) -> None:
     if not said.cmd:
-        return  # nested so deeply that the oracle did not look
+        return  # nested too deeply for the oracle
     assert (request.cmd, request.id, type(request.id)) == (said.cmd, said.id, type(said.id))
     assert said.arguments is not None
     asked = dict(said.arguments)
     if "after" in asked:
-        asked["after"] = asked["after"].removesuffix("/")  # no instance, or the empty one
+        asked["after"] = asked["after"].removesuffix("/")  # an omitted instance is the empty one
     assert _as_json(request.arguments) == asked
 
 
 def _as_json(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments as somebody would send them: a place in a list is a text there."""
+    """Return arguments as sent on the wire, where `after` is text."""
     return {name: key_text(value) if name == "after" else value for name, value in arguments.items()}
 
 
@@ -141,7 +141,7 @@ def _as_json(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def decoder(data: bytes) -> None:
-    """A request or a refusal, as the oracle says; and what is accepted is the same when it is written again."""
+    """A line is a request or refused, as in the oracle; an encoded request is decoded to the same request."""
     source = data.replace(b"\n", b" ")
     try:
         request = decode(source)
@@ -176,7 +176,7 @@ def _refused_rightly(source: bytes, refusal: Refused) -> None:
 
 
 def session(data: bytes) -> None:
-    """Talk to a whole daemon; nothing happens but what was asked for, and nothing is left."""
+    """Send a stream to a whole daemon. Only requests change something, and nothing is left afterwards."""
     plan, stream = planned(data)
     with faked_system():
         world = World(BEFORE)
@@ -196,7 +196,7 @@ def session(data: bytes) -> None:
 
 
 def loader(data: bytes) -> None:
-    """A document or `Unreadable`; what loads is what plain json reads, and loads the same when it is written."""
+    """A file loads or is `Unreadable`. A loaded document equals json's, and loads the same after it is saved."""
     try:
         document = parse(data, 5.0)
     except Unreadable as error:
@@ -227,7 +227,7 @@ def _loads_again(data: bytes, document: Document) -> None:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    assert len({key for key, _ in pairs}) == len(pairs), "a key stands twice"
+    assert len({key for key, _ in pairs}) == len(pairs), "duplicate key"
     return dict(pairs)
 
 

@@ -1,4 +1,4 @@
-"""Any bytes do only what valid requests in them ask for: the corpus, and requests that hypothesis mutates.
+"""Arbitrary bytes change only what valid requests in them ask for: the corpus, and mutated requests.
 
 The long form, coverage-guided, is `python -m tests.long.fuzz.run`.
 """
@@ -37,7 +37,7 @@ def test_corpus_is_complete() -> None:
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("of", TARGETS)
 def test_corpus(of: str, name: str) -> None:
-    """Each kept input goes through all targets, not only through the one that it was kept for."""
+    """Every input of the corpus runs through all targets."""
     for path in (CORPUS / of).iterdir():
         try:
             TARGETS[name](path.read_bytes())
@@ -46,7 +46,7 @@ def test_corpus(of: str, name: str) -> None:
             raise
 
 
-# A grammar: requests that are valid, or nearly; then bytes flipped, cut, doubled, joined.
+# Valid and nearly valid requests, with bytes flipped, cut, doubled and joined.
 
 names = st.sampled_from(["a", "b", "db", "worker", "cache", "job", "kept", "a.b-c_d"])
 instances = st.sampled_from(["", "1", "A.b_c-1"])
@@ -94,7 +94,7 @@ def requests(draw: st.DrawFn) -> bytes:
         fields[draw(st.sampled_from(["id", "cmd", *values]))] = draw(odd)
     line = json.dumps(fields, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
     if draw(st.integers(0, 9)) == 0 and len(fields) > 1:
-        line = line[:-1] + b"," + line[1:]  # every key twice
+        line = line[:-1] + b"," + line[1:]  # duplicate keys
     return line
 
 
@@ -165,7 +165,7 @@ ROUNDS = 16 if LONG else 4
 
 
 def census(world: World) -> Counter[str]:
-    """How many objects of regd's classes there are, but for what is kept of the past, which has a limit."""
+    """Count the objects of regd's classes, except the history, which has a limit."""
     registry = world.services.engine._registry
     registry.history = History(registry.rev, TIGHT)
     registry._departures.clear()
@@ -180,7 +180,7 @@ def census(world: World) -> Counter[str]:
 
 @pytest.mark.timeout(300)
 def test_memory_does_not_grow() -> None:
-    """Many conversations with one daemon leave no object behind; the garbage collector runs once, at the end."""
+    """Many conversations with one daemon leave no objects. The garbage collector runs once, at the end."""
     inputs = [path.read_bytes() for path in KEPT if path.parent.name == "session"]
 
     def talk() -> None:
@@ -188,7 +188,7 @@ def test_memory_does_not_grow() -> None:
             conversation = Conversation(world)
             conversation.run(*planned(data))
             conversation.check()
-            vars(conversation).clear()  # its own cycles are not of regd
+            vars(conversation).clear()  # the test's own reference cycles
 
     with faked_system():
         world = World(BEFORE)
