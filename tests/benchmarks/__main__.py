@@ -28,31 +28,31 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--page", action="store_true", help="measure nothing; write the pages from the last whole run"
     )
-    given = parser.parse_args()
-    given.words = set()
-    for word in given.rows:
+    args = parser.parse_args()
+    args.words = set()
+    for word in args.rows:
         # A word selects all rows whose name starts with it, unless it is a row's name itself.
         meant = {row.word for row in ROWS if row.word == word} or {
             row.word for row in ROWS if row.word.startswith(word)
         }
         if not meant:
             parser.error(f"no row {word!r}; the rows are {', '.join(row.word for row in ROWS)}")
-        given.words |= meant
-    given.words = given.words or {row.word for row in ROWS}
-    if given.short:
-        given.rounds, given.seconds = 2, 0.4
-    return given
+        args.words |= meant
+    args.words = args.words or {row.word for row in ROWS}
+    if args.short:
+        args.rounds, args.seconds = 2, 0.4
+    return args
 
 
 def measure(bench: Bench, words: set[str]) -> dict[str, Rounds]:
-    found = {}
+    rounds_by_row = {}
     for row in ROWS:
         if row.word in words:
             bench.tell(f"{row.word}: {row.title}")
-            found[row.word] = row.measure(bench)
-            sys.stdout.write(f"\n{page.row_text(row.tell(found[row.word]))}\n")
+            rounds_by_row[row.word] = row.measure(bench)
+            sys.stdout.write(f"\n{page.row_text(row.tell(rounds_by_row[row.word]))}\n")
             sys.stdout.flush()
-    return found
+    return rounds_by_row
 
 
 def write(found: results.Results) -> None:
@@ -67,8 +67,8 @@ def write(found: results.Results) -> None:
 
 
 def main() -> int:
-    given = arguments()
-    if given.page:
+    args = arguments()
+    if args.page:
         write(results.load())
         return 0
     signal.signal(
@@ -76,22 +76,22 @@ def main() -> int:
     )  # so that the servers are ended, too
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         build(folder)
-        bench = Bench(Generator(folder), folder, given.rounds, given.seconds)
-        if given.short:
+        bench = Bench(Generator(folder), folder, args.rounds, args.seconds)
+        if args.short:
             bench.warm_up_s, bench.patience_s = 0.5, 60.0
         try:
-            rows = measure(bench, given.words)
+            rows = measure(bench, args.words)
         except WrongReply as wrong:
             sys.stderr.write(f"wrong: {wrong}\n")
             return 1
-        if given.words == {row.word for row in ROWS} and not given.short:
+        if args.words == {row.word for row in ROWS} and not args.short:
             day = datetime.date.today().isoformat()  # noqa: DTZ011 - the local day
-            found = results.Results(day, facts(folder), given.rounds, given.seconds, bench.left_out, rows)
-            results.keep(found)
-            write(found)
+            run = results.Results(day, facts(folder), args.rounds, args.seconds, bench.left_out, rows)
+            results.keep(run)
+            write(run)
     return 0
 
 

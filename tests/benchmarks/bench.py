@@ -62,11 +62,11 @@ class Bench:
 
     def in_turn(self, things: Mapping[str, Callable[[], Measured]]) -> Rounds:
         """Measure each in every round, so that a slow phase of the machine affects all."""
-        found: Rounds = {what: [] for what in things}
+        measured: Rounds = {what: [] for what in things}
         for _ in range(self.rounds):
             for what, measure in things.items():
-                found[what].append(self._quietest(measure))
-        return found
+                measured[what].append(self._quietest(measure))
+        return measured
 
     def _quietest(self, measure: Callable[[], Measured]) -> Measured:
         """Measure, again if other programs used the machine meanwhile, and return the quietest measurement."""
@@ -74,10 +74,10 @@ class Bench:
         for _ in range(_TRIES):
             self._wait_for_quiet()
             others, began = others_s(), time.monotonic()
-            found = measure()
-            found["others"] = (others_s() - others) / (time.monotonic() - began)
-            if not best or found["others"] < best["others"]:
-                best = found
+            measured = measure()
+            measured["others"] = (others_s() - others) / (time.monotonic() - began)
+            if not best or measured["others"] < best["others"]:
+                best = measured
             if best["others"] < _OTHERS_MAX:
                 break
         return best

@@ -48,8 +48,8 @@ async def regd(port: int) -> AsyncIterator[Ask]:
     async with Client(f"127.0.0.1:{port}") as client:
 
         async def ask(card: Card) -> None:
-            found = await client.resolve(card[0])
-            check(card[0], found.port, card[1])
+            endpoint = await client.resolve(card[0])
+            check(card[0], endpoint.port, card[1])
 
         yield ask
 
@@ -91,8 +91,8 @@ async def etcd(port: int) -> AsyncIterator[Ask]:
         call = channel.unary_unary("/etcdserverpb.KV/Range")
 
         async def ask(card: Card) -> None:
-            found = await call(b"\x0a\x0a" + card[0].encode())
-            check(card[0], card[1] in found, True)
+            reply = await call(b"\x0a\x0a" + card[0].encode())
+            check(card[0], card[1] in reply, True)
 
         yield ask
 
@@ -141,10 +141,10 @@ class Cache:
         self._entries[name] = (found, time.monotonic() + _TTL_S)
 
     def resolve(self, name: str) -> Any:
-        found, end = self._entries[name]
+        value, end = self._entries[name]
         if time.monotonic() > end:
             raise LookupError(name)
-        return found
+        return value
 
 
 def pace_us(resolve: Callable[[str], Any], deck: list[Card], seconds: float) -> float:
@@ -187,14 +187,14 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=1)
     parser.add_argument("--warm", type=float, default=0.2)
     parser.add_argument("--seconds", type=float, default=1.0)
-    given = parser.parse_args()
-    if given.library != "hiredis":
+    args = parser.parse_args()
+    if args.library != "hiredis":
         sys.modules["hiredis"] = None  # type: ignore[assignment]
-    if given.library == "mirror":
-        found = asyncio.run(local(given.port, given.seconds))
+    if args.library == "mirror":
+        measured = asyncio.run(local(args.port, args.seconds))
     else:
-        found = asyncio.run(remote(given.library, given.port, given.tasks, given.warm, given.seconds))
-    print(json.dumps(found))
+        measured = asyncio.run(remote(args.library, args.port, args.tasks, args.warm, args.seconds))
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ def call(library: str, server: Server, **options: Any) -> Measured:
         )
     if done.returncode != 0:
         raise WrongReply(f"{library}: {done.stderr}")
-    found: Measured = json.loads(done.stdout)
-    return found
+    measured: Measured = json.loads(done.stdout)
+    return measured
 
 
 def remote(tasks: int) -> Callable[[Bench], Rounds]:

@@ -93,13 +93,13 @@ def by_rate(rounds: Rounds, to: str) -> Table:
 
 
 def rates(rounds: Rounds, title: str, mark: str, part: float = 1.0) -> Bars:
-    found = sorted(((what, middle(rounds, what, "a_second")) for what in rounds), key=lambda bar: -bar[1])
-    return Bars(title, "a second", found, dict(found)[mark] * part if mark in rounds else None)
+    ordered = sorted(((what, middle(rounds, what, "a_second")) for what in rounds), key=lambda bar: -bar[1])
+    return Bars(title, "a second", ordered, dict(ordered)[mark] * part if mark in rounds else None)
 
 
 def at_least(rounds: Rounds, what: str, least: float, to: str, row: str) -> list[Goal]:
     """Return the target of a ratio to another server; empty if one of the two was left out."""
     if what not in rounds or to not in rounds:
         return []
-    found = ratio(rounds, what, to, "a_second")
-    return [Goal(f"{row}: {what}", f"{found} × {to}", f"≥ {least:g} × {to}", found.middle >= least)]
+    measured = ratio(rounds, what, to, "a_second")
+    return [Goal(f"{row}: {what}", f"{measured} × {to}", f"≥ {least:g} × {to}", measured.middle >= least)]

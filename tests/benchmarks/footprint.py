@@ -48,7 +48,7 @@ def tell_start(rounds: Rounds) -> Report:
 
 def memory(bench: Bench) -> Rounds:
     """Measure memory empty, with all registrations, and with connections that have sent a request. One round."""
-    found: Rounds = {}
+    rounds: Rounds = {}
     for kind in (Regd, RegdFast, Redis, Memcached, Etcd, Nats, Zookeeper):
         with bench.running([kind], durable=True) as servers:
             for server in servers:
@@ -56,15 +56,15 @@ def memory(bench: Bench) -> Rounds:
                 bench.load.fill(server, MANY)
                 full = server.resident_bytes
                 measured = {"empty": empty / MB, "full": (full - empty) / MB}
-                found[server.label] = [measured]
+                rounds[server.label] = [measured]
         if kind.connections_max < IDLE:
             continue
         with bench.running([kind], names=IDLE) as servers:
             for server in servers:
                 before = server.resident_bytes
                 bench.load.hold(server, IDLE)
-                found[server.label][0]["each_kb"] = (server.resident_bytes - before) / IDLE / 1e3
-    return found
+                rounds[server.label][0]["each_kb"] = (server.resident_bytes - before) / IDLE / 1e3
+    return rounds
 
 
 def tell_memory(rounds: Rounds) -> Report:
@@ -103,12 +103,12 @@ def command(bench: Bench) -> Rounds:
             assert what.endswith("pass") or done.stdout == "127.0.0.1:10000\n", done.stdout
             return took * 1e3
 
-        found: Rounds = {what: [] for what in words}
+        rounds: Rounds = {what: [] for what in words}
         for _ in range(bench.rounds):
-            taken = [{what: run(what) for what in words} for _ in range(_RUNS)]
+            runs = [{what: run(what) for what in words} for _ in range(_RUNS)]
             for what in words:
-                found[what].append({"ms": sorted(run[what] for run in taken)[_RUNS // 2]})
-        return found
+                rounds[what].append({"ms": sorted(run[what] for run in runs)[_RUNS // 2]})
+        return rounds
 
 
 def tell_command(rounds: Rounds) -> Report:
@@ -117,6 +117,8 @@ def tell_command(rounds: Rounds) -> Report:
         table.lines.append(
             [what, number(middle(rounds, what, "ms")), str(ratio(rounds, what, "python -c pass", "ms"))]
         )
-    found = ratio(rounds, "regctl", "python -c pass", "ms")
-    goal = Goal("regctl resolve NAME", f"{found} × python -c pass", "≤ 2.5 × python -c pass", found.middle <= 2.5)
+    measured = ratio(rounds, "regctl", "python -c pass", "ms")
+    goal = Goal(
+        "regctl resolve NAME", f"{measured} × python -c pass", "≤ 2.5 × python -c pass", measured.middle <= 2.5
+    )
     return Report([table], [goal])

@@ -53,8 +53,8 @@ class Generator:
             done = subprocess.run(words, capture_output=True, text=True, timeout=_LEAVE_S, check=False)
         if done.returncode != 0:
             raise WrongReply(f"{server.label}: {done.stderr}")
-        found: Measured = json.loads(done.stdout)
-        return found
+        measured: Measured = json.loads(done.stdout)
+        return measured
 
     def command(self, server: Server, program: str = "load", **options: Any) -> list[str]:
         words = [str(self.folder / program), server.protocol, f"--port={server.port}", f"--server={server.pid}"]
@@ -74,8 +74,8 @@ class Generator:
 
     def hold(self, server: Server, names: int, work: str = "read") -> None:
         """Open connections, send a request on each, and keep them open until the server ends."""
-        asked = self.command(server, work=work, once=True, names=names, connections=names, hold=True)
-        holder = subprocess.Popen(asked, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = self.command(server, work=work, once=True, names=names, connections=names, hold=True)
+        holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         server.holders.append(holder)
         assert holder.stdout is not None
         if not holder.stdout.readline():

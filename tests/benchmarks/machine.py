@@ -40,17 +40,17 @@ def _processes() -> Iterator[tuple[int, int, float]]:
 
 def others_s() -> float:
     """Return the processor seconds so far of all processes except this one, its parents, its children and the kernel."""
-    found = {pid: (parent, seconds) for pid, parent, seconds in _processes()}
+    processes = {pid: (parent, seconds) for pid, parent, seconds in _processes()}
     above = set()
     at = os.getpid()
-    while at in found:
+    while at in processes:
         above.add(at)
-        at = found[at][0]
+        at = processes[at][0]
     total = 0.0
-    for pid, (_, seconds) in found.items():
+    for pid, (_, seconds) in processes.items():
         line, at = {pid}, pid
-        while at in found and at != os.getpid():
-            at = found[at][0]
+        while at in processes and at != os.getpid():
+            at = processes[at][0]
             line.add(at)
         if os.getpid() not in line and pid not in above and 2 not in line:
             total += seconds
@@ -70,9 +70,9 @@ def _processor() -> str:
 
 
 def file_system(folder: Path) -> str:
-    asked = ["findmnt", "--noheadings", "--output", "FSTYPE", "--target", str(folder)]
+    command = ["findmnt", "--noheadings", "--output", "FSTYPE", "--target", str(folder)]
     with contextlib.suppress(OSError):
-        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     return "unknown"
 
 

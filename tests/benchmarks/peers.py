@@ -54,13 +54,13 @@ class Nats(Server):
             "allow_direct": True,
             "num_replicas": 1,
         }
-        wanted = json.dumps(bucket).encode()
-        made = self.ask(
+        body = json.dumps(bucket).encode()
+        reply = self.ask(
             b'CONNECT {"verbose":false}\r\nSUB made 1\r\n'
-            + b"PUB $JS.API.STREAM.CREATE.KV_services made %d\r\n%s\r\n" % (len(wanted), wanted),
+            + b"PUB $JS.API.STREAM.CREATE.KV_services made %d\r\n%s\r\n" % (len(body), body),
             b'"did_create":true',
         )
-        assert b'"did_create":true' in made, made
+        assert b'"did_create":true' in reply, reply
 
 
 class Zookeeper(Server):

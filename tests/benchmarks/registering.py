@@ -71,8 +71,8 @@ def _bare(bench: Bench, server: Regd) -> Callable[[], Measured]:
     def measure() -> Measured:
         with on_core(SERVER_CORE):
             done = subprocess.run(words, capture_output=True, text=True, check=True)
-        found: Measured = json.loads(done.stdout)
-        return found
+        measured: Measured = json.loads(done.stdout)
+        return measured
 
     return measure
 

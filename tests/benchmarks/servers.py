@@ -20,8 +20,8 @@ _CHANGES = 1_000_000  # more than a run makes
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 class Server:
@@ -107,12 +107,12 @@ class Server:
 
     def ask(self, request: bytes, until: bytes) -> bytes:
         """Send bytes on a new connection, and return what is received up to `until`."""
-        found = b""
+        reply = b""
         with socket.create_connection(("127.0.0.1", self.port), timeout=5) as peer:
             peer.sendall(request)
-            while until not in found and (some := peer.recv(65_536)):
-                found += some
-        return found
+            while until not in reply and (some := peer.recv(65_536)):
+                reply += some
+        return reply
 
     def __enter__(self) -> Self:
         try:

@@ -44,9 +44,9 @@ def test_server_replies_are_correct(bench: Bench, kind: type[Server], work: str,
     if kind.missing():
         pytest.skip(f"no {kind.missing()} on this machine")
     with bench.running([kind], durable=True, names=100) as [server]:
-        found = bench.load.run(server, work=work, depth=depth, **SHORT, verify=100)
-    assert found["replies"] > 0
-    assert 0 < found["p50_us"] <= found["p99_us"]
+        measured = bench.load.run(server, work=work, depth=depth, **SHORT, verify=100)
+    assert measured["replies"] > 0
+    assert 0 < measured["p50_us"] <= measured["p99_us"]
 
 
 @needs_compiler
@@ -75,14 +75,14 @@ class _Forgetful(socketserver.StreamRequestHandler):
 
     def _answer(self) -> None:
         for line in self.rfile:
-            asked = json.loads(line)
+            request = json.loads(line)
             at = {
-                "name": asked["name"],
+                "name": request["name"],
                 "instance": "",
                 "host": "127.0.0.1",
-                "port": 10_000 + int(asked["name"][4:]),
+                "port": 10_000 + int(request["name"][4:]),
             }
-            if asked["cmd"] == "resolve":
+            if request["cmd"] == "resolve":
                 at |= {"meta": {"n": "0000000000"}, "state": "ready"}
             self.wfile.write(json.dumps({"ok": True, **at, "rev": 1}, separators=(",", ":")).encode() + b"\n")
 
@@ -115,9 +115,9 @@ def test_lost_write_stops_the_run(bench: Bench, forgetful_port: int) -> None:
 @needs_compiler
 def test_every_watcher_receives_every_change(bench: Bench) -> None:
     with bench.running([Regd], names=100) as [server]:
-        found = bench.load.run(server, "follow", watchers=5, changes=10, warm=2)
-    assert found["replies"] == 50
-    assert found["p50_us"] <= found["last_p99_us"]
+        measured = bench.load.run(server, "follow", watchers=5, changes=10, warm=2)
+    assert measured["replies"] == 50
+    assert measured["p50_us"] <= measured["last_p99_us"]
 
 
 @needs_compiler
@@ -162,6 +162,6 @@ def test_pages_show_the_saved_results(tmp_path: Path) -> None:
 
 
 def test_saved_results_load_unchanged(tmp_path: Path) -> None:
-    found = results.load()
-    results.keep(found, tmp_path / "again.json")
-    assert results.load(tmp_path / "again.json") == found
+    saved = results.load()
+    results.keep(saved, tmp_path / "again.json")
+    assert results.load(tmp_path / "again.json") == saved

@@ -19,9 +19,9 @@ def of(watchers: int) -> Callable[[Bench], Rounds]:
 
     def measure(bench: Bench) -> Rounds:
         def follow(server: Server) -> Callable[[], Measured]:
-            wanted = {"watchers": watchers, "changes": max(round(changes * min(bench.seconds, 1)), 10)}
-            bench.load.run(server, "follow", **wanted)
-            return lambda: bench.load.run(server, "follow", **wanted)
+            options = {"watchers": watchers, "changes": max(round(changes * min(bench.seconds, 1)), 10)}
+            bench.load.run(server, "follow", **options)
+            return lambda: bench.load.run(server, "follow", **options)
 
         with bench.running(SERVERS, durable=True, names=1_000) as servers:
             return bench.in_turn({server.label: follow(server) for server in servers})
@@ -56,5 +56,5 @@ def tell(watchers: int) -> Callable[[Rounds], Report]:
 def _ahead(rounds: Rounds, label: str, peer: str, key: str, row: str) -> list[Goal]:
     if label not in rounds or peer not in rounds:
         return []
-    found = ratio(rounds, label, peer, key)
-    return [Goal(f"{row}: {label}", f"{found} × {peer}", f"< 1 × {peer}", found.middle < 1)]
+    measured = ratio(rounds, label, peer, key)
+    return [Goal(f"{row}: {label}", f"{measured} × {peer}", f"< 1 × {peer}", measured.middle < 1)]

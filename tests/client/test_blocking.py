@@ -41,9 +41,9 @@ def run(program: str, *flags: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_verbs() -> None:
     with blocking.register("web", 1, instance="a", meta={"zone": "x"}) as registration:
-        found = blocking.resolve("web")
-        assert (found, str(found), found.meta) == (registration.endpoint, "127.0.0.1:1", {"zone": "x"})
-        assert blocking.resolve_all("web", meta={"zone": "x"}) == [found]
+        endpoint = blocking.resolve("web")
+        assert (endpoint, str(endpoint), endpoint.meta) == (registration.endpoint, "127.0.0.1:1", {"zone": "x"})
+        assert blocking.resolve_all("web", meta={"zone": "x"}) == [endpoint]
         registration.update({"zone": "y"}, state="draining")
         assert [(instance["state"], instance["meta"]) for instance in instances()] == [
             ("draining", {"zone": "y"})
@@ -262,8 +262,8 @@ def test_process_that_forks_workers_has_no_threads_left(heard: Heard) -> None:
     blocking.register_process("web", 1, meta={"zone": "a"})
     assert threading.active_count() == threads
     block_until(lambda: connections() == 1)  # that of this request
-    [found] = instances()
-    assert (found["pid"], found["meta"], "hold" in found) == (os.getpid(), {"zone": "a"}, False)
+    [instance] = instances()
+    assert (instance["pid"], instance["meta"], "hold" in instance) == (os.getpid(), {"zone": "a"}, False)
 
 
 def test_signal_to_a_forked_worker_keeps_the_name(heard: Heard) -> None:
@@ -282,8 +282,8 @@ def test_name_of_several_processes_lives_until_the_last_leaves(heard: Heard) -> 
                 blocking.register_process("web", 1, drain_s=0.0)
                 assert connection.ask("register", name="web", port=1, pid=other.pid)["ok"]
                 os.kill(os.getpid(), signal.SIGTERM)
-                [[found]] = heard
-                assert found["state"] == "ready"
+                [[instance]] = heard
+                assert instance["state"] == "ready"
         finally:
             other.kill()
     block_until(lambda: instances() == [])
@@ -294,14 +294,14 @@ def test_name_taken_over_by_another_program_stays(heard: Heard) -> None:
     with blocking.BlockingConnection() as connection:
         assert connection.ask("register", name="web", port=2, force=True)["ok"]
     os.kill(os.getpid(), signal.SIGTERM)
-    assert [found["port"] for found in heard[0]] == [2]
+    assert [instance["port"] for instance in heard[0]] == [2]
 
 
 def test_unseen_process_holds_its_name_by_connection(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "own_host", lambda: {"boot": "another", "pid_namespace": "pid:[1]"})
     blocking.register_process("web", 1, drain_s=0.0)
-    [found] = instances()
-    assert (found["hold"], "pid" in found) == (True, False)
+    [instance] = instances()
+    assert (instance["hold"], "pid" in instance) == (True, False)
     assert connections() == 2
     os.kill(os.getpid(), signal.SIGTERM)
     assert heard == [[]]
@@ -311,11 +311,11 @@ def test_unseen_process_holds_its_name_by_connection(heard: Heard, monkeypatch: 
 def test_signal_during_registration(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server's handler is called after the name is registered and withdrawn again."""
     ask = blocking.BlockingConnection.ask
-    asked: list[str] = []
+    commands: list[str] = []
 
     def interrupted(connection: blocking.BlockingConnection, cmd: str, **arguments: Any) -> dict[str, Any]:
-        asked.append(cmd)
-        if asked.count("register") == 1 and cmd == "register":
+        commands.append(cmd)
+        if commands.count("register") == 1 and cmd == "register":
             os.kill(os.getpid(), signal.SIGTERM)
             assert heard == []
         return ask(connection, cmd, **arguments)
@@ -323,7 +323,7 @@ def test_signal_during_registration(heard: Heard, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(blocking.BlockingConnection, "ask", interrupted)
     blocking.register_process("web", 1, drain_s=0.0)
     assert heard == [[]]
-    assert "deregister" in asked
+    assert "deregister" in commands
 
 
 def test_failed_registration_leaves_the_signal_handlers(heard: Heard) -> None:
@@ -341,8 +341,8 @@ def test_server_waits_for_a_name_with_another_owner(
         owner.ask("register", name="web", port=2, hold=True)
         blocking.register_process("web", 1)
         block_until(lambda: stats()["requests"]["register"] >= 4)
-        assert [found["port"] for found in instances()] == [2]
-    block_until(lambda: [found["port"] for found in instances()] == [1])
+        assert [instance["port"] for instance in instances()] == [2]
+    block_until(lambda: [instance["port"] for instance in instances()] == [1])
     block_until(lambda: "is registered now, at 127.0.0.1:1" in caplog.text)
     assert caplog.text.count("not registered yet") == 1
     assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
@@ -361,7 +361,7 @@ def test_server_that_ends_before_it_is_registered_is_not_retried(
         owner.ask("register", name="web", port=2, hold=True)
         blocking.register_process("web", 1, drain_s=0.0)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert [found["port"] for found in heard[0]] == [2]
+        assert [instance["port"] for instance in heard[0]] == [2]
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
 
@@ -489,8 +489,8 @@ LATE = """if True:
 @pytest.mark.parametrize("how", ["atexit.register(late)", "kept = Late()"])
 def test_call_at_process_exit_is_silent_or_unavailable(how: str) -> None:
     done = run(LATE.replace("EARLIER", how), "-X", "dev", "-W", "error")
-    said = "this process is ending: regd_client.blocking can be used no more\n"
-    assert (done.returncode, done.stdout, done.stderr) == (0, 3 * said, "")
+    message = "this process is ending: regd_client.blocking can be used no more\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, 3 * message, "")
 
 
 @pytest.mark.parametrize("make", ["regd_client.watch()", "client.watch()"])

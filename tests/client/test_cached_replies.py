@@ -51,9 +51,9 @@ def test_request_that_cannot_be_encoded(name: object) -> None:
 def test_cached_reply_equals_a_decoded_one(meta: dict[str, str]) -> None:
     for id in (1, 2, 10**15):
         line = json.dumps({"ok": True, "id": id, **FIELDS, "meta": meta}, separators=(",", ":")).encode()
-        number, said = protocol.split_reply(line)
+        number, reply = protocol.split_reply(line)
         assert number == id
-        assert {**protocol.cached_reply(said), "id": id} == protocol.decode_line(line)
+        assert {**protocol.cached_reply(reply), "id": id} == protocol.decode_line(line)
 
 
 @pytest.mark.parametrize(

@@ -16,22 +16,22 @@ pytestmark = pytest.mark.socket
 
 @pytest.fixture(autouse=True)
 def address(daemon: InLoop, monkeypatch: pytest.MonkeyPatch) -> str:
-    found = f"tcp://127.0.0.1:{daemon.port}"
-    monkeypatch.setenv("REGD_ADDRESS", found)
-    return found
+    address = f"tcp://127.0.0.1:{daemon.port}"
+    monkeypatch.setenv("REGD_ADDRESS", address)
+    return address
 
 
 async def test_functions(daemon: InLoop) -> None:
     reg = await regd_client.register("runner", 5050)
-    found = await regd_client.resolve("runner")
-    assert (found.name, found.instance, found.host, found.port, found.meta) == (
+    runner = await regd_client.resolve("runner")
+    assert (runner.name, runner.instance, runner.host, runner.port, runner.meta) == (
         "runner",
         "",
         "127.0.0.1",
         5050,
         {},
     )
-    assert str(found) == "127.0.0.1:5050"
+    assert str(runner) == "127.0.0.1:5050"
     async with regd_client.register("worker", 1, host="::1", instance="a", meta={"zone": "a"}):
         many = await regd_client.resolve_all("worker", meta={"zone": "a"})
         assert [str(endpoint) for endpoint in many] == ["[::1]:1"]
@@ -147,8 +147,8 @@ async def test_replies_out_of_order_reach_their_callers() -> None:
 
     server = await asyncio.start_server(backwards, "127.0.0.1", 0)
     async with server, Client(f"127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
-        found = await asyncio.gather(*(client.resolve(f"a{port}") for port in (1, 2, 3)))
-    assert [(endpoint.name, endpoint.port) for endpoint in found] == [("a1", 1), ("a2", 2), ("a3", 3)]
+        endpoints = await asyncio.gather(*(client.resolve(f"a{port}") for port in (1, 2, 3)))
+    assert [(endpoint.name, endpoint.port) for endpoint in endpoints] == [("a1", 1), ("a2", 2), ("a3", 3)]
 
 
 async def test_list_of_several_pages_is_complete(daemon: InLoop) -> None:
@@ -176,8 +176,8 @@ def test_consecutive_event_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 async def test_call_waits_for_a_daemon_that_starts_later(tmp_path: Path) -> None:
     path = tmp_path / "late"
     client = Client(f"unix://{path}", connect_timeout_s=WAIT_S)
-    asked = asyncio.create_task(client.ping())
+    ping = asyncio.create_task(client.ping())
     await asyncio.sleep(0)
     async with InLoop(tmp_path / "late.json", unix=path):
-        await asked
+        await ping
         await client.close()

@@ -75,18 +75,18 @@ INSTANCE = b'"instance":"","host":"h","port":1,"meta":{},"state":"ready","rev":5
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50, 64, 1_000, 100_000])
 async def test_replies_do_not_depend_on_how_they_are_split(size: int) -> None:
-    heard: list[Any] = []
-    connection = Connection(Address("h", 1), lambda connection, event: heard.append(event["name"]))
+    events: list[Any] = []
+    connection = Connection(Address("h", 1), lambda connection, event: events.append(event["name"]))
     connection.connection_made(Nowhere())
-    asked = [
+    requests = [
         connection.ask("resolve", {"name": "a"}, cached=True),
-        connection.ask("watch", {"name": "*"}, lambda said: heard.append(said["rev"])),
+        connection.ask("watch", {"name": "*"}, lambda said: events.append(said["rev"])),
         connection.ask("resolve", {"name": "a"}, cached=True),
         connection.ask("resolve", {"name": "b"}),
         connection.ask("resolve", {"name": "b"}, cached=True),
         connection.ask("resolve", {"name": "a"}, cached=True),
     ]
-    asked[-1].cancel()
+    requests[-1].cancel()
     said = (
         b'{"ok":true,"id":1,"name":"a",%s}\n'
         b'{"ok":true,"id":2,"watch":1,"epoch":"e","rev":2}\n'
@@ -104,9 +104,9 @@ async def test_replies_do_not_depend_on_how_they_are_split(size: int) -> None:
         piece, said = said[: len(room)], said[len(room) :]
         room[: len(piece)] = piece
         connection.buffer_updated(len(piece))
-    assert heard == [2, 3, "a", 5]
-    assert [reply.result()["port"] for reply in asked[:4:2]] == [1, 1]
-    assert (asked[3].result()["id"], asked[3].result()["name"]) == (4, "b")
-    assert isinstance(asked[4].exception(), regd_client.NotFound)
+    assert events == [2, 3, "a", 5]
+    assert [reply.result()["port"] for reply in requests[:4:2]] == [1, 1]
+    assert (requests[3].result()["id"], requests[3].result()["name"]) == (4, "b")
+    assert isinstance(requests[4].exception(), regd_client.NotFound)
     connection.connection_lost(None)
     await connection.closed

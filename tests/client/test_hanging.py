@@ -98,14 +98,14 @@ async def test_blocked_loop_reads_replies_before_timeouts(process: DaemonProcess
     """Some event loops run timers before they read from sockets."""
     async with Client(process.addresses[0]) as client:
         connection = await client._connect()
-        asked = asyncio.create_task(client.ping())
+        ping = asyncio.create_task(client.ping())
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         time.sleep(2 * HANGS_S)  # noqa: ASYNC251 - meanwhile the reply arrives and the timer expires
         assert connection._watchdog is not None
         connection._watchdog.cancel()
         connection._check()
-        await asked
+        await ping
 
 
 async def test_close_does_not_wait_for_a_daemon_that_does_not_read() -> None:

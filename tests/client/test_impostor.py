@@ -143,15 +143,15 @@ MARK = "a mark that is replaced by what no encoder would make"
 def put(
     fields: dict[str, Any], path: tuple[Any, ...], value: object = None, *, drop: bool = False
 ) -> dict[str, Any]:
-    made = copy.deepcopy(fields)
-    at: Any = made
+    result = copy.deepcopy(fields)
+    at: Any = result
     for key in path[:-1]:
         at = at[key]
     if drop:
         del at[path[-1]]
     else:
         at[path[-1]] = value
-    return made
+    return result
 
 
 def spoilt(fields: dict[str, Any], junks: list[str] = JUNK) -> Iterator[str]:
@@ -253,7 +253,7 @@ def test_blocking_connection_raises_only_documented_errors(
 ) -> None:
     """`regctl` uses this class and relies on its checks."""
     cmd, *everything = cmd.split()
-    asked = {"all": True} if everything else {}
+    arguments = {"all": True} if everything else {}
     valid = REFUSAL if refusal else REPLIES[" ".join([cmd, *everything])]
     for line in [json.dumps(valid), *spoilt(valid)]:
         ours, theirs = socket.socketpair()
@@ -263,12 +263,12 @@ def test_blocking_connection_raises_only_documented_errors(
             theirs.shutdown(socket.SHUT_WR)
             with BlockingConnection() as connection:
                 try:
-                    reply = connection.ask(cmd, **asked)
+                    reply = connection.ask(cmd, **arguments)
                 except RegdError as error:
                     assert str(error).isprintable()
                 else:
                     assert type(reply["ok"]) is bool
-                    assert not reply["ok"] or replies.result_fault(cmd, asked, reply) == ""
+                    assert not reply["ok"] or replies.result_fault(cmd, arguments, reply) == ""
                     json.dumps(reply)
 
 
@@ -355,9 +355,9 @@ def test_value_rules(key: str) -> None:
     for value, valid in [*((value, True) for value in GOOD[key]), *((value, False) for value in BAD[key])]:
         fields = {**INSTANCE, key: value}
         many = {"ok": True, "epoch": "e", "rev": 7, "instances": [INSTANCE, fields]}
-        for cmd, asked in lines:
-            reply = {"ok": True, **fields} if (cmd, asked) == ("resolve", {}) else many
-            assert (replies.result_fault(cmd, asked, reply) == "") is valid, value
+        for cmd, arguments in lines:
+            reply = {"ok": True, **fields} if (cmd, arguments) == ("resolve", {}) else many
+            assert (replies.result_fault(cmd, arguments, reply) == "") is valid, value
         assert (replies.fault({"event": "up", "watch": 1, **fields}) == "") is valid, value
         if key in ("name", "instance", "host", "port", "rev"):
             assert (replies.result_fault("register", {}, {**REPLIES["register"], key: value}) == "") is valid
@@ -383,28 +383,28 @@ def test_required_members_of_a_reply(cmd: str) -> None:
     if cmd in ("hello", "renew"):
         optional -= {"loop", "ttl"}
     word = cmd.removesuffix(" all")
-    asked = {"all": True} if cmd != word else {}
-    assert replies.result_fault(word, asked, REPLIES[cmd]) == ""
+    arguments = {"all": True} if cmd != word else {}
+    assert replies.result_fault(word, arguments, REPLIES[cmd]) == ""
     for key in REPLIES[cmd]:
-        found = replies.result_fault(word, asked, put(REPLIES[cmd], (key,), drop=True))
-        assert (found == "") is (key in optional), key
+        fault = replies.result_fault(word, arguments, put(REPLIES[cmd], (key,), drop=True))
+        assert (fault == "") is (key in optional), key
 
 
 async def test_reply_with_an_unknown_id() -> None:
     for id in (2, -1, 0, 10**40, "1", True, 1.5, None, [1], {"a": 1}, "x" * 65):
         connection = Connection(Address("h", 1), lambda connection, event: None)
         connection.connection_made(Nowhere())
-        asked = connection.ask("ping", {})
+        ping = connection.ask("ping", {})
         line = with_id('{"ok":true}', id)
         connection.get_buffer(-1)[: len(line)] = line
         connection.buffer_updated(len(line))
-        assert isinstance(asked.exception(), Unavailable), id
+        assert isinstance(ping.exception(), Unavailable), id
         assert not connection.usable
 
 
 def test_reply_about_another_instance() -> None:
     other = {**INSTANCE, "name": "docker"}
-    asked = {"name": INSTANCE["name"]}
+    request = {"name": INSTANCE["name"]}
     instance = INSTANCE["instance"]
     for cmd, arguments, reply in (
         ("resolve", {}, INSTANCE),
@@ -412,14 +412,14 @@ def test_reply_about_another_instance() -> None:
         ("resolve", {"all": True}, {"instances": [INSTANCE, INSTANCE], "rev": 1}),
         ("register", {"instance": instance}, INSTANCE),
     ):
-        assert replies.result_fault(cmd, asked | arguments, {"ok": True, **reply}) == ""
+        assert replies.result_fault(cmd, request | arguments, {"ok": True, **reply}) == ""
     for cmd, arguments, reply in (
         ("resolve", {}, other),
         ("resolve", {"instance": instance + "x"}, INSTANCE),
         ("resolve", {"all": True}, {"instances": [INSTANCE, other], "rev": 1}),
         ("register", {}, other),
     ):
-        assert "instead of" in replies.result_fault(cmd, asked | arguments, {"ok": True, **reply})
+        assert "instead of" in replies.result_fault(cmd, request | arguments, {"ok": True, **reply})
 
 
 def test_pages_that_do_not_advance(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,8 +432,8 @@ def test_pages_that_do_not_advance(monkeypatch: pytest.MonkeyPatch) -> None:
         ("b", "c", True),
         (None, "a", True),
     ):
-        found = replies.result_fault("list", {"after": after}, {**page, "next": following})
-        assert (found == "") is valid
+        fault = replies.result_fault("list", {"after": after}, {**page, "next": following})
+        assert (fault == "") is valid
 
 
 async def test_wait_fails_at_once_if_the_peer_is_not_a_regd() -> None:

@@ -53,13 +53,13 @@ async def test_cancelled_close_has_closed(
     client = Client()
     if not connecting:
         await client.register("a", 1)
-    asked = asyncio.create_task(client.ping())
+    ping = asyncio.create_task(client.ping())
     await asyncio.sleep(0)
     closing = asyncio.create_task(client.close())
     for _ in range(iterations):
         await asyncio.sleep(0)
     closing.cancel()
-    await asyncio.gather(closing, asked, return_exceptions=True)
+    await asyncio.gather(closing, ping, return_exceptions=True)
     await gone(other, "a")
     await until(lambda: len(daemon.server.connections) == 1)
 
@@ -201,14 +201,14 @@ async def test_deregister_at_a_hanging_daemon_is_quick(
 async def test_lost_registration_is_not_deregistered(relay: Relay, other: Client) -> None:
     async with Client() as client:
         registration = await client.register("a", 1, meta={"of": "one"})
-        taken = await other.register("a", 2, meta={"of": "other"}, force=True)
+        newer = await other.register("a", 2, meta={"of": "other"}, force=True)
         await registration.lost.wait()
         with pytest.raises(regd_client.NotFound, match="replaced"):
             await registration.update({"of": "one"}, state="draining")
-        [found] = await other.instances("a")
-        assert (found["meta"], found["state"]) == ({"of": "other"}, "ready")
+        [instance] = await other.instances("a")
+        assert (instance["meta"], instance["state"]) == ({"of": "other"}, "ready")
         again = await client.register("a", 1, force=True)
-        await taken.lost.wait()
+        await newer.lost.wait()
         await registration.deregister()  # is of the first, and not of what stands now
         assert (await other.resolve("a")).port == 1
         assert not again.lost.is_set()
@@ -221,13 +221,13 @@ async def test_takeover_before_the_reply_is_a_loss(relay: Relay, other: Client) 
     async with Client() as client:
         await client.register("b", 1)
         relay.flowing.clear()
-        asked = asyncio.ensure_future(client.register("a", 1))
+        registering = asyncio.ensure_future(client.register("a", 1))
         async with asyncio.timeout(WAIT_S):
             while not await other.instances("a"):
                 await asyncio.sleep(0.001)
         await other.register("a", 2, force=True)
         relay.flowing.set()
-        registration = await asked
+        registration = await registering
         async with asyncio.timeout(WAIT_S):
             await registration.lost.wait()
         assert (await other.resolve("a")).port == 2
@@ -273,12 +273,12 @@ async def test_second_registration_of_a_name_replaces_the_first(relay: Relay, ot
 async def test_register_again_after_a_cancelled_register(relay: Relay, other: Client, iterations: int) -> None:
     async with Client() as client:
         for _ in range(2):
-            asked = asyncio.ensure_future(client.register("a", 1))
+            cancelled = asyncio.ensure_future(client.register("a", 1))
             for _ in range(iterations):
                 await asyncio.sleep(0)
-            asked.cancel()
+            cancelled.cancel()
             registration = await client.register("a", 1)
-            await asyncio.gather(asked, return_exceptions=True)
+            await asyncio.gather(cancelled, return_exceptions=True)
             await client.ping()
             assert registration._kept
             assert (await other.resolve("a")).port == 1

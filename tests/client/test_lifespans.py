@@ -29,8 +29,8 @@ def address(daemon: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 async def client() -> AsyncIterator[Client]:
-    async with Client() as made:
-        yield made
+    async with Client() as client:
+        yield client
 
 
 class Nothing(asyncio.Protocol):
@@ -85,8 +85,8 @@ async def test_registered_when_the_port_is_open(client: Client) -> None:
         await client.ping()
         assert await names(client) == []
         async with await server() as opened:
-            found = (await service.registration()).endpoint
-            assert await names(client) == [("web", port_of(opened))] == [("web", found.port)]
+            endpoint = (await service.registration()).endpoint
+            assert await names(client) == [("web", port_of(opened))] == [("web", endpoint.port)]
         assert await names(client) == []
 
 
@@ -382,54 +382,54 @@ async def test_termination_signal_is_delivered_after_the_withdrawal(
     client: Client, number: int, on_loop: bool
 ) -> None:
     async with (
-        signalled(number, on_loop) as got,
+        signalled(number, on_loop) as signals,
         regd_client.lifespan("web", drain_s=0.0) as service,
         await server() as opened,
     ):
         await service.registration()
         os.kill(os.getpid(), number)
-        assert got == []
+        assert signals == []
         await gone(client)
         assert accepts(port_of(opened))
-        await until(lambda: got == [number])
+        await until(lambda: signals == [number])
         os.kill(os.getpid(), number)  # nothing is held any more
-        await until(lambda: got == [number, number])
+        await until(lambda: signals == [number, number])
 
 
 @pytest.mark.parametrize("on_loop", [False, True])
 async def test_second_signal_is_delivered_at_once(on_loop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     async with (
-        signalled(signal.SIGTERM, on_loop) as got,
+        signalled(signal.SIGTERM, on_loop) as signals,
         regd_client.lifespan("web", drain_s=0.0) as service,
         await server(),
     ):
         withdrawing = delay_withdrawal(await service.registration(), monkeypatch)
         os.kill(os.getpid(), signal.SIGTERM)
         await withdrawing.begun.wait()
-        assert got == []
+        assert signals == []
         os.kill(os.getpid(), signal.SIGTERM)
-        await until(lambda: got == [signal.SIGTERM] * 2)
+        await until(lambda: signals == [signal.SIGTERM] * 2)
         withdrawing.may_end.set()
 
 
 @pytest.mark.parametrize("on_loop", [False, True])
 async def test_other_signals_and_later_handlers_are_not_delayed(client: Client, on_loop: bool) -> None:
-    async with signalled(signal.SIGUSR1, True) as other, signalled(signal.SIGTERM, on_loop) as got:
+    async with signalled(signal.SIGUSR1, True) as other, signalled(signal.SIGTERM, on_loop) as signals:
         async with regd_client.lifespan("web", drain_s=0.0) as service, await server():
             await service.registration()
             os.kill(os.getpid(), signal.SIGUSR1)
             await until(lambda: other == [signal.SIGUSR1])
             assert await names(client) != []
         os.kill(os.getpid(), signal.SIGTERM)
-        await until(lambda: got == [signal.SIGTERM])
+        await until(lambda: signals == [signal.SIGTERM])
 
 
 async def test_handler_added_during_the_withdrawal_is_called() -> None:
     async with regd_client.lifespan("web"):
         late = signalled(signal.SIGUSR2, True)
-        got = await late.__aenter__()
+        signals = await late.__aenter__()
     os.kill(os.getpid(), signal.SIGUSR2)
-    await until(lambda: got == [signal.SIGUSR2])
+    await until(lambda: signals == [signal.SIGUSR2])
     await late.__aexit__(None, None, None)
 
 
@@ -567,12 +567,16 @@ async def test_listen_returns_a_registered_socket(client: Client) -> None:
     async with regd_client.listen("web", meta={"zone": "a"}) as listening:
         assert accepts(listening.port)
         assert not listening.socket.getblocking()
-        found = await client.resolve("web")
-        assert (found.port, found.meta, listening.endpoint.port) == (listening.port, {"zone": "a"}, found.port)
+        endpoint = await client.resolve("web")
+        assert (endpoint.port, endpoint.meta, listening.endpoint.port) == (
+            listening.port,
+            {"zone": "a"},
+            endpoint.port,
+        )
         with pytest.raises(OSError, match="in use"), socket.socket() as other:
             other.bind(("127.0.0.1", listening.port))
     assert await names(client) == []
-    assert not accepts(found.port)
+    assert not accepts(endpoint.port)
 
 
 async def test_listen_without_a_block(client: Client) -> None:
@@ -595,11 +599,11 @@ async def test_listener_closes_after_the_name_is_withdrawn(client: Client) -> No
 async def test_failed_listen_closes_the_socket(
     daemon: InLoop, trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[socket.socket] = []
+    socks: list[socket.socket] = []
 
     def create(*args: object, **more: object) -> socket.socket:
-        made.append(socket.create_server(("127.0.0.1", 0)))
-        return made[-1]
+        socks.append(socket.create_server(("127.0.0.1", 0)))
+        return socks[-1]
 
     monkeypatch.setattr("regd_client.lifespans.listening_socket", create)
     await (await daemon.peer()).ask(cmd="register", name="web", port=1, hold=True)
@@ -613,7 +617,7 @@ async def test_failed_listen_closes_the_socket(
     }
     with pytest.raises(expected[trouble]):
         await regd_client.listen("bad name" if trouble == "bad name" else "web")
-    assert made[0].fileno() == -1
+    assert socks[0].fileno() == -1
     assert "create_server" not in vars(asyncio.get_running_loop())
 
 

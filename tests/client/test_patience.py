@@ -132,10 +132,10 @@ async def test_late_registration_is_logged_at_once_and_on_success(
     ):
         await until(lambda: told(caplog))
         async with InLoop(tmp_path / "late.json", unix=path):
-            made = await service.registration()
+            registration = await service.registration()
             assert len(told(caplog)) == 2, told(caplog)
             assert "not registered yet, still trying: no regd at" in told(caplog)[0]
-            assert told(caplog)[1] == f"web is registered now, at {made.endpoint}"
+            assert told(caplog)[1] == f"web is registered now, at {registration.endpoint}"
             await service.withdraw()
 
 

@@ -66,29 +66,29 @@ async def test_registration_returns_after_a_broken_connection(daemon: InLoop) ->
         async with Client() as other:
             async with asyncio.timeout(WAIT_S):
                 while True:
-                    found = await other.instances("a")
-                    if found and found[0]["rev"] > 3:
+                    instances = await other.instances("a")
+                    if instances and instances[0]["rev"] > 3:
                         break
                     await asyncio.sleep(0.001)
-            assert (found[0]["meta"], found[0]["state"]) == ({"k": "2"}, "ready")
+            assert (instances[0]["meta"], instances[0]["state"]) == ({"k": "2"}, "ready")
         assert not registration.lost.is_set()
         await registration.deregister()
 
 
 async def test_deregister_during_the_re_registration(daemon: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, answered = asyncio.Event(), asyncio.Event()
+    requested, answered = asyncio.Event(), asyncio.Event()
     async with Client() as client:
         registration = await client.register("a", 1)
 
         async def hold(connection: Connection, each: Registration) -> dict[str, bool]:
-            asked.set()
+            requested.set()
             await answered.wait()
             return {"hold": True}
 
         monkeypatch.setattr(client._registrar, "_binding", hold)
         cut(daemon)
         async with asyncio.timeout(WAIT_S):
-            await asked.wait()
+            await requested.wait()
         await registration.deregister()
         answered.set()
         marker = await client.register("b", 1)
@@ -176,15 +176,15 @@ async def test_200_registrations_return_after_a_kill(tmp_path: Path, monkeypatch
         process.start()
         monkeypatch.setenv("REGD_ADDRESS", process.addresses[0])
         async with Client() as one, Client() as two, Client() as watcher, watching(watcher, "w*") as events:
-            made = [
+            registrations = [
                 await client.register("w", 1 + n, instance=str(n)) for n, client in enumerate([one, two] * 100)
             ]
             await until(lambda: len(events) == 201)
             for number in (9, 15):
-                old = {client._connection for client in made}
+                old = {client._connection for client in registrations}
                 process.end(number)
                 process.start()
-                await until(lambda old=old: not old & {client._connection for client in made})  # type: ignore[misc]
+                await until(lambda old=old: not old & {client._connection for client in registrations})  # type: ignore[misc]
                 async with asyncio.timeout(WAIT_S):
                     while len(await watcher.instances("w")) < 200:
                         await asyncio.sleep(0.01)
@@ -317,8 +317,8 @@ async def test_update_after_a_broken_connection_is_not_undone(
             await client.update("a", {"v": "2"})
         for _ in range(3):  # the entry has been registered again meanwhile
             await client.ping()
-            [found] = await other.instances("a")
-            assert found["meta"] == registration.endpoint.meta == {"v": "2"}
+            [instance] = await other.instances("a")
+            assert instance["meta"] == registration.endpoint.meta == {"v": "2"}
 
 
 async def test_update_without_a_daemon_fails_in_time(relay: Relay) -> None:

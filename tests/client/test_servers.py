@@ -182,7 +182,7 @@ async def test_workers_share_one_registration(server: str, process: DaemonProces
             async with asyncio.timeout(START_S):
                 while len(both := await owners(client)) < 2:
                     await caller.more(1)
-            [found] = await client.instances()
+            [instance] = await client.instances()
             caller.may_be_dropped = True  # by the killed worker
             if server == "hypercorn with workers":
                 return  # Hypercorn ends when one of its workers is killed
@@ -191,7 +191,7 @@ async def test_workers_share_one_registration(server: str, process: DaemonProces
             async with asyncio.timeout(START_S):
                 while both[0] in await owners(client):
                     await asyncio.sleep(0)
-            assert (await client.instances())[0]["port"] == found["port"]
+            assert (await client.instances())[0]["port"] == instance["port"]
 
 
 APP = """
@@ -269,8 +269,8 @@ async def test_request_in_progress_at_sigterm_is_answered(
 ) -> None:
     async with Client(process.addresses[0]) as client:
         with serving(gunicorn(tmp_path, *KINDS[kind]), process, tmp_path) as running:
-            found = await client.resolve("web", wait=START_S)
-            under_way = asyncio.create_task(fetch(found, "/slow"))
+            endpoint = await client.resolve("web", wait=START_S)
+            under_way = asyncio.create_task(fetch(endpoint, "/slow"))
             await until_exists(tmp_path / "request.begun")
             running.terminate()
             assert await until_owners(client, lambda pids: not pids) == []
@@ -285,8 +285,8 @@ async def test_request_in_progress_at_sigterm_is_answered(
 async def test_reload_with_a_slow_import_keeps_the_name(process: DaemonProcess, tmp_path: Path) -> None:
     async with Client(process.addresses[0]) as client:
         with serving(gunicorn(tmp_path), process, tmp_path) as running:
-            found = await client.resolve("web", wait=START_S)
-            before = await fetch(found)
+            endpoint = await client.resolve("web", wait=START_S)
+            before = await fetch(endpoint)
             assert await owners(client) == [running.pid]
             (tmp_path / "slow").touch()
             running.send_signal(signal.SIGHUP)
@@ -318,18 +318,18 @@ async def test_upgrade_hands_the_name_over(process: DaemonProcess, tmp_path: Pat
     """After SIGUSR2 a second master with the same port joins the registration, and the old master leaves it."""
     async with Client(process.addresses[0]) as client:
         with serving(gunicorn(tmp_path), process, tmp_path) as running:
-            found = await client.resolve("web", wait=START_S)
+            endpoint = await client.resolve("web", wait=START_S)
             running.send_signal(signal.SIGUSR2)
             pids = await until_owners(client, lambda pids: len(pids) == 2)
             [upgraded] = set(pids) - {running.pid}
             async with asyncio.timeout(START_S):
-                while len({await fetch(found) for _ in range(10)}) < 2:  # until the new master has a worker
+                while len({await fetch(endpoint) for _ in range(10)}) < 2:  # until the new master has a worker
                     pass
             running.terminate()
             assert await asyncio.to_thread(running.wait, START_S) == 0
             assert await until_owners(client, lambda pids: len(pids) == 1) == [upgraded]
-            assert (await client.resolve("web")).port == found.port
-            assert await fetch(found) > 0
+            assert (await client.resolve("web")).port == endpoint.port
+            assert await fetch(endpoint) > 0
             assert (await client.why("web"))["departures"] == []
             os.kill(upgraded, signal.SIGTERM)
             await until_owners(client, lambda pids: not pids)

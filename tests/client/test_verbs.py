@@ -21,20 +21,20 @@ pytestmark = pytest.mark.socket
 
 @pytest.fixture
 async def registry(tmp_path: Path) -> AsyncIterator[Registry]:
-    async with running(tmp_path) as made:
-        yield made
+    async with running(tmp_path) as registry:
+        yield registry
 
 
 @pytest.fixture
 async def client(registry: Registry) -> AsyncIterator[Client]:
-    async with Client() as made:
-        yield made
+    async with Client() as client:
+        yield client
 
 
 @pytest.fixture
 async def other(registry: Registry) -> AsyncIterator[Client]:
-    async with Client() as made:
-        yield made
+    async with Client() as client:
+        yield client
 
 
 class WireEvents:
@@ -185,8 +185,8 @@ async def test_valid_and_invalid_arguments(client: Client, field: str) -> None:
         reply = await outcome(client, "register", **{"name": "a", "port": 1, "if": 0} | {field: value})
         assert (reply["ok"], reply.get(field, value)) == (True, value)
         key = {field: reply[field] for field in ("name", "instance")}
-        [found] = await client.instances(key["name"])
-        assert found.get(field, value) == value
+        [instance] = await client.instances(key["name"])
+        assert instance.get(field, value) == value
         assert (await outcome(client, "deregister", **key))["removed"] == 1
     for value in bad:
         result = await outcome(client, "register", **{"name": "a", "port": 1} | {field: value})
@@ -508,8 +508,8 @@ async def test_wait_ends_when_an_instance_is_ready(client: Client, other: Client
         await registration.update(state="ready")
         assert (await waiting).port == port
         assert (await client.resolve("web", wait=0)).port == port
-        found = await outcome(client, "resolve", name="web", wait=WAIT_S, all=True)
-        assert [instance["instance"] for instance in found["instances"]] == ["", "no"]
+        reply = await outcome(client, "resolve", name="web", wait=WAIT_S, all=True)
+        assert [instance["instance"] for instance in reply["instances"]] == ["", "no"]
         assert (await client.resolve("web")).instance == ""  # `all` has advanced the round robin
 
 
@@ -741,8 +741,8 @@ async def test_request_in_progress_fails_with_the_connection(registry: Registry,
 
 async def test_listen_and_serving(client: Client) -> None:
     async with regd_client.listen("l", meta={"k": "v"}) as listening:
-        found = await client.resolve("l", wait=WAIT_S)
-        assert (found.port, found.meta) == (listening.port, {"k": "v"})
+        endpoint = await client.resolve("l", wait=WAIT_S)
+        assert (endpoint.port, endpoint.meta) == (listening.port, {"k": "v"})
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.close()

@@ -140,8 +140,8 @@ async def test_close_ends_watches_and_waiting_mirrors(relay: Relay) -> None:
 
 async def test_timeout_of_the_first_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
     async def reticent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        said = json.loads(await reader.readline())
-        writer.write(b'{"ok":true,"id":%d,"watch":1,"epoch":"e","rev":1}\n' % said["id"])
+        request = json.loads(await reader.readline())
+        writer.write(b'{"ok":true,"id":%d,"watch":1,"epoch":"e","rev":1}\n' % request["id"])
         await reader.read()
         writer.close()
 

@@ -49,18 +49,18 @@ class Ask:
 
     def after(self, before: Found | None) -> tuple[Found | None, str]:
         """Return the state of the key after the request, and the expected reply: `ok` or the error."""
-        cmd, wanted = self.request["cmd"], self.request
+        cmd, request = self.request["cmd"], self.request
         if cmd != "register" and before is None:
             return None, "not_found"
-        if wanted.get("if") == 0 and before is not None:
+        if request.get("if") == 0 and before is not None:
             return before, "conflict"
         if cmd == "deregister":
             return None, "ok"
-        mark = wanted["meta"]["mark"]
+        mark = request["meta"]["mark"]
         if cmd == "update":
             assert before is not None
             return Found(before.port, mark), "ok"
-        return Found(wanted["port"], mark), "ok"
+        return Found(request["port"], mark), "ok"
 
 
 @dataclass
@@ -72,11 +72,11 @@ class Key:
     open: list[Ask] = field(default_factory=list)  # not answered, or answered with storage_failed
 
     def answer(self, ask: Ask, reply: Mapping[str, Any]) -> None:
-        said = "ok" if reply["ok"] else reply["error"]
-        if said == "storage_failed":
+        answer = "ok" if reply["ok"] else reply["error"]
+        if answer == "storage_failed":
             return
         after, expected = ask.after(self.acknowledged)
-        assert said == expected, f"{ask.request} on {self.acknowledged}: {reply}"
+        assert answer == expected, f"{ask.request} on {self.acknowledged}: {reply}"
         self.acknowledged = after
         self.open = self.open[self.open.index(ask) + 1 :]
 
@@ -86,13 +86,13 @@ class Key:
         A refused request may be in the file until the next acknowledged commit, but no earlier request may be.
         """
         asks = [ask for ask in self.open if ask.answered is None or ask.answered > clean_since]
-        found = {self.acknowledged}
+        states = {self.acknowledged}
         for begin in range(len(asks) if is_failing else 1):
             state = self.acknowledged
             for ask in asks[begin:]:
                 state, _ = ask.after(state)
-                found.add(state)
-        return found
+                states.add(state)
+        return states
 
 
 @dataclass
@@ -202,8 +202,8 @@ class Rounds:
     def _touched(self) -> tuple[object, ...] | None:
         if not self.registry.exists():
             return None
-        found = self.registry.stat()
-        return (found.st_ino, found.st_mtime_ns, self.registry.read_bytes())
+        status = self.registry.stat()
+        return (status.st_ino, status.st_mtime_ns, self.registry.read_bytes())
 
     # The load.
 
@@ -232,10 +232,10 @@ class Rounds:
         if not line.endswith(b"\n"):
             raise ConnectionResetError
         reply = json.loads(line)
-        said = {
+        listed = {
             instance["name"]: Found(instance["port"], instance["meta"]["mark"]) for instance in reply["instances"]
         }
-        assert said == {key.name: key.acknowledged for key in self._all() if key.acknowledged}
+        assert listed == {key.name: key.acknowledged for key in self._all() if key.acknowledged}
         assert reply["rev"] == self._rev
 
     def ask(self, key: Key) -> Ask:
@@ -278,12 +278,12 @@ class Rounds:
         assert held.keys() <= {key.name for key in self._all()}
         for key in self._all():
             fields = held.get(key.name)
-            found = Found(fields["port"], fields["meta"]["mark"]) if fields else None
+            state = Found(fields["port"], fields["meta"]["mark"]) if fields else None
             may_be = key.may_be(self._clean_since, is_failing=self._is_failing)
-            assert found in may_be, f"{key.name} is {found} in the file; it may be {may_be}"
-            was_in_a_commit |= found != key.acknowledged
+            assert state in may_be, f"{key.name} is {state} in the file; it may be {may_be}"
+            was_in_a_commit |= state != key.acknowledged
             self.figures.unanswered += sum(ask.answered is None for ask in key.open)
-            key.acknowledged, key.open = found, []
+            key.acknowledged, key.open = state, []
         self._rev = rev
         self.figures.in_a_commit += was_in_a_commit
 
@@ -306,11 +306,11 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seed", type=int, default=random.randrange(2**32))
-    given = parser.parse_args()
-    sys.stdout.write(f"seed {given.seed}\n")
+    args = parser.parse_args()
+    sys.stdout.write(f"seed {args.seed}\n")
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        figures = run(Path(folder), given.rounds, given.seed)
+        figures = run(Path(folder), args.rounds, args.seed)
     for what, value in vars(figures).items():
         sys.stdout.write(f"{what.replace('_', ' '):<20} {value:>9,}\n")
     sys.stdout.write(f"{'seconds':<20} {time.monotonic() - began:>9.1f}\n")

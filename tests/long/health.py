@@ -110,8 +110,8 @@ def writes(port: int, name: str) -> dict[str, Callable[[], None]]:
     peer, held = Caller(port), Caller(port)
 
     def hold() -> None:
-        wanted = {"cmd": "register", "name": name, "port": 1, "hold": True}
-        held.send(*({**wanted, "instance": f"held-{n}"} for n in range(10_000)))
+        request = {"cmd": "register", "name": name, "port": 1, "hold": True}
+        held.send(*({**request, "instance": f"held-{n}"} for n in range(10_000)))
         for _ in range(10_000):
             held.line()
 

@@ -89,16 +89,16 @@ class Players:
     @contextlib.asynccontextmanager
     async def peer(self, port: int | None = None, room: int | None = None) -> AsyncIterator[Peer]:
         """Connect to the daemon, or to the proxy at `port`; reset at the end. `room` is the size of the buffer."""
-        made = socket.socket()
-        made.setblocking(False)
+        sock = socket.socket()
+        sock.setblocking(False)
         if room is not None:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
         try:
-            await asyncio.get_running_loop().sock_connect(made, ("127.0.0.1", port or self.daemon.port))
+            await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port or self.daemon.port))
         except BaseException:
-            made.close()
+            sock.close()
             raise
-        peer = Peer(*await asyncio.open_connection(sock=made, limit=room or 2**21))
+        peer = Peer(*await asyncio.open_connection(sock=sock, limit=room or 2**21))
         try:
             yield peer
         except TimeoutError:
@@ -282,7 +282,7 @@ class Players:
                     assert value is not None
                     self.want(key, None, value)  # unanswered, so the entry may exist, and its process lives
                     try:
-                        made = await client.register(key, value[0])
+                        registration = await client.register(key, value[0])
                     except Unavailable:
                         continue
                     self.want(key, value, sure=firm)
@@ -290,12 +290,12 @@ class Players:
                         self.record.firm.add(key)
                 for _ in range(10_000 if firm else self.rng.randint(0, 5)):
                     async with self.step(2.0):
-                        value = await self._update(made, key, value, firm)
+                        value = await self._update(registration, key, value, firm)
                 async with self.step():
                     if self.rng.random() < 0.3:
-                        await self._rob(made, key)
+                        await self._rob(registration, key)
                     else:
-                        await self._leave(made, key, value)
+                        await self._leave(registration, key, value)
 
     async def _leave(self, made: Registration, key: str, value: Value) -> None:
         there = made._connection is not None and made._connection.usable
@@ -336,9 +336,9 @@ class Players:
         except TimeoutError:
             raise Failure(key, "not told that it was lost") from None
         self.record.figures["lost"] += 1
-        found = await self.insist(cmd="list", name=key)
-        if [value_of(instance) for instance in found["instances"]] != [mine]:
-            raise Failure(key, f"lost, and {found}")
+        reply = await self.insist(cmd="list", name=key)
+        if [value_of(instance) for instance in reply["instances"]] != [mine]:
+            raise Failure(key, f"lost, and {reply}")
         self.want(key, None)
         await self.insist(cmd="deregister", name=key)
 
@@ -408,10 +408,10 @@ class Players:
                 most_s = self.rng.choice((0.2, WAIT_FOR_S + PATIENCE_S))
                 try:
                     async with asyncio.timeout(most_s):
-                        found = await client.resolve("late", wait=WAIT_FOR_S)
+                        endpoint = await client.resolve("late", wait=WAIT_FOR_S)
                     outcome = "found"
-                    if found.port != open_port:
-                        raise Failure("late", f"{found} accepts nobody")
+                    if endpoint.port != open_port:
+                        raise Failure("late", f"{endpoint} accepts nobody")
                 except (Timeout, Unavailable) as error:
                     outcome = error.code or "unavailable"
                 except TimeoutError:

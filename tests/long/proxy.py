@@ -112,9 +112,9 @@ class Proxy:
     async def _end(self, writer: asyncio.StreamWriter) -> None:
         """Close one side, with a FIN after the sent data or with a reset."""
         if self._rng.random() < 0.5:
-            found = writer.get_extra_info("socket")
+            sock = writer.get_extra_info("socket")
             with contextlib.suppress(OSError):
-                found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
         else:
             writer.close()

@@ -108,16 +108,16 @@ class Siege:
         if uid:
             os.seteuid(uid)
         try:
-            made = socket.socket()
+            sock = socket.socket()
         finally:
             if uid:
                 os.seteuid(0)
-        self.sockets.append(made)
-        made.settimeout(WAIT_S)
+        self.sockets.append(sock)
+        sock.settimeout(WAIT_S)
         if small:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
-        made.connect(("127.0.0.1", self.daemon.port))
-        return made
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        sock.connect(("127.0.0.1", self.daemon.port))
+        return sock
 
     def stats(self) -> dict[str, Any]:
         with BlockingConnection(self.daemon.addresses[0], WAIT_S) as peer:
@@ -172,15 +172,15 @@ def open_files(wanted: int) -> int:
 def half_closes(siege: Siege, count: int) -> None:
     """Peers that close their sending side in the middle of a line or of a pipeline."""
     for n in range(count):
-        made = siege.connect()
-        made.sendall(b"ping\n" * 20 + b'{"cmd":"register","name":"half","po')
-        made.shutdown(socket.SHUT_WR)
-        replies = rest(made)
+        sock = siege.connect()
+        sock.sendall(b"ping\n" * 20 + b'{"cmd":"register","name":"half","po')
+        sock.shutdown(socket.SHUT_WR)
+        replies = rest(sock)
         assert [reply.get("error") for reply in replies] == [None] * 20 + ["bad_json"]
-        made = siege.connect()
-        made.sendall(b"".join(held(f"half{n}-{m}") for m in range(20)) + b"resolve ")
-        made.shutdown(socket.SHUT_WR)
-        replies = rest(made)
+        sock = siege.connect()
+        sock.sendall(b"".join(held(f"half{n}-{m}") for m in range(20)) + b"resolve ")
+        sock.shutdown(socket.SHUT_WR)
+        replies = rest(sock)
         assert [reply.get("error") for reply in replies] == [None] * 20 + ["bad_argument"]
 
 
@@ -196,23 +196,23 @@ def resets(siege: Siege, count: int) -> None:
         b"POST / HTTP/1.1\r\n\r\n" + held("evil"),
     )
     for n in range(count):
-        made = siege.connect()
-        made.sendall(middles[n % len(middles)])
-        reset(made)
+        sock = siege.connect()
+        sock.sendall(middles[n % len(middles)])
+        reset(sock)
 
 
 def slow(siege: Siege, count: int) -> None:
     """Peers that send a byte a second. `line_idle_s_max` must not end them while bytes arrive."""
-    made = [siege.connect() for _ in range(open_files(count))]
+    socks = [siege.connect() for _ in range(open_files(count))]
     for byte in b'{"cmd"'[: max(1, int(siege.hold_s))]:
         until = time.monotonic() + min(1.0, siege.hold_s)
-        for sock in made:
+        for sock in socks:
             sock.sendall(bytes([byte]))
         time.sleep(max(0.0, until - time.monotonic()))
     if siege.hold_s < 1:
         return  # that a peer that stops is closed is tested elsewhere, with time moved by hand
     stopped_at = time.monotonic()
-    for sock in made:
+    for sock in socks:
         sock.settimeout(25)
         assert [reply["error"] for reply in rest(sock)] == ["timeout"]
     siege.notes.append(f"all were ended {time.monotonic() - stopped_at:.1f} s after their last byte")
@@ -258,15 +258,15 @@ def full_house(siege: Siege, count: int) -> None:
     most = int(siege.stats()["limits"]["connections_max"])
     if open_files(most + count) < most + count:
         raise Crowded(f"{most + count} connections are more than may be open here")
-    made = [siege.connect() for _ in range(most + count)]
-    first = made[0]
+    socks = [siege.connect() for _ in range(most + count)]
+    first = socks[0]
     first.sendall(b"ping\n")
     assert first.recv(100) == b'{"ok":true}\n'
     # Any of them may be refused, since the peer reconnects. It has one of the places all the time.
     poll = select.poll()
-    for sock in made:
+    for sock in socks:
         poll.register(sock, select.POLLIN)
-    numbered = {sock.fileno(): sock for sock in made}
+    numbered = {sock.fileno(): sock for sock in socks}
     refused: set[int] = set()
     until = time.monotonic() + WAIT_S
     while len(refused) <= count:
@@ -278,7 +278,7 @@ def full_house(siege: Siege, count: int) -> None:
     siege.stay()
     first.sendall(b"ping\n")
     assert first.recv(100) == b'{"ok":true}\n'
-    for sock in made[count:]:
+    for sock in socks[count:]:
         sock.close()  # keep a few
     assert siege_ends(siege, lambda stats: stats["connections"] <= count + 5)
     siege.notes.append(f"{len(refused)} of {most + count} were told, with room for {most}")
@@ -287,19 +287,19 @@ def full_house(siege: Siege, count: int) -> None:
 def comings_and_goings(siege: Siege, count: int) -> None:
     """Peers that connect and close at once."""
     for n in range(count):
-        made = siege.connect()
-        (reset if n % 2 else socket.socket.close)(made)
+        sock = siege.connect()
+        (reset if n % 2 else socket.socket.close)(sock)
         siege.sockets.clear()
 
 
 def endless_lines(siege: Siege, count: int) -> None:
     """Peers that send a line of the maximum length without an end."""
     line = b"{" + b"x" * 65_535
-    taken = sum(send(siege.connect(), line) for _ in range(open_files(count)))
+    sent = sum(send(siege.connect(), line) for _ in range(open_files(count)))
     siege.stay()
     stats = siege.stats()
     until = time.monotonic() + WAIT_S  # the daemon has not read everything yet
-    while not stats["dropped"] and taken * len(line) > stats["limits"]["input_bytes_total_max"]:
+    while not stats["dropped"] and sent * len(line) > stats["limits"]["input_bytes_total_max"]:
         assert time.monotonic() < until, "more is buffered than allowed, and no connection was closed"
         stats = siege.stats()
     siege.notes.append(f"{stats['dropped']} were closed")
@@ -308,33 +308,33 @@ def endless_lines(siege: Siege, count: int) -> None:
 def strangers(siege: Siege, count: int) -> None:
     """HTTP requests of browsers, all at once, with commands in their bodies."""
     before = siege.stats()["bad_protocol"]
-    made = [siege.connect() for _ in range(open_files(count))]
-    for sock in made:
+    socks = [siege.connect() for _ in range(open_files(count))]
+    for sock in socks:
         send(sock, b"POST / HTTP/1.1\r\nHost: evil.example\r\n\r\n" + held("evil"))
-    for sock in made:
-        with sock.makefile("rb") as said:
-            assert said.read().startswith(b"HTTP/1.1 400 ")
-    assert siege.stats()["bad_protocol"] == before + len(made)
+    for sock in socks:
+        with sock.makefile("rb") as reply:
+            assert reply.read().startswith(b"HTTP/1.1 400 ")
+    assert siege.stats()["bad_protocol"] == before + len(socks)
 
 
 def pipeline(siege: Siege, count: int) -> None:
     """A peer that sends `count` requests and reads late. All are answered in order."""
-    made = siege.connect(small=True)
+    sock = siege.connect(small=True)
     requests = b"".join(b'{"cmd":"resolve","name":"seed1","id":%d}\n' % n for n in range(count))
-    made.setblocking(False)
+    sock.setblocking(False)
     sent = 0
     until = time.monotonic() + max(0.2, siege.hold_s)
     while time.monotonic() < until and sent < len(requests):
         try:
-            sent += made.send(requests[sent : sent + 1_048_576])
+            sent += sock.send(requests[sent : sent + 1_048_576])
         except BlockingIOError:
             time.sleep(0.01)
     siege.notes.append(f"{sent / len(requests):.0%} of it was taken before the first reply was read")
-    made.setblocking(True)
-    made.settimeout(WAIT_S)
-    feeding = threading.Thread(target=send, args=(made, requests[sent:]))
+    sock.setblocking(True)
+    sock.settimeout(WAIT_S)
+    feeding = threading.Thread(target=send, args=(sock, requests[sent:]))
     feeding.start()
-    with made.makefile("rb") as lines:
+    with sock.makefile("rb") as lines:
         for n in range(count):
             assert b'"id":%d,' % n in next(lines)[:40]
     feeding.join()
@@ -343,10 +343,10 @@ def pipeline(siege: Siege, count: int) -> None:
 def expensive_requests(siege: Siege, count: int) -> None:
     """Many peers with expensive requests: searches of all registrations that find none."""
     requests = b'{"cmd":"list","meta":{"no":"such"}}\n' * 100
-    made = [siege.connect() for _ in range(count)]
-    for sock in made:
+    socks = [siege.connect() for _ in range(count)]
+    for sock in socks:
         sock.sendall(requests + b"quit\n")
-    assert all(len(rest(sock)) == 100 for sock in made)
+    assert all(len(rest(sock)) == 100 for sock in socks)
 
 
 def others_list(siege: Siege, count: int) -> None:
@@ -366,7 +366,7 @@ def others_list(siege: Siege, count: int) -> None:
 
 def others_ask(siege: Siege, count: int) -> None:
     """Peers of another user that send many cheap requests at once."""
-    made = [siege.connect(uid=OTHER) for _ in range(open_files(count))]
+    socks = [siege.connect(uid=OTHER) for _ in range(open_files(count))]
     requests = [
         b"help",
         b'{"cmd":"help"}',
@@ -376,9 +376,9 @@ def others_ask(siege: Siege, count: int) -> None:
         b"list seed1",
     ]
     for request in requests:
-        for sock in made:
+        for sock in socks:
             sock.sendall(request + b"\n")
-        for sock in made:
+        for sock in socks:
             while not sock.recv(65_536).endswith(b"\n"):
                 pass
 
@@ -490,9 +490,9 @@ def seed(address: str) -> None:
             + b"\n"
             for n in range(SEEDED)
         )
-        with socket.create_connection((peer.address.host, peer.address.port), WAIT_S) as made:
-            made.sendall(lines + b"quit\n")
-            assert len(rest(made)) == SEEDED
+        with socket.create_connection((peer.address.host, peer.address.port), WAIT_S) as sock:
+            sock.sendall(lines + b"quit\n")
+            assert len(rest(sock)) == SEEDED
 
 
 def besiege(daemon: DaemonProcess, scenario: Scenario, count: int, hold_s: float, calm_s: float) -> Figures:
@@ -566,13 +566,13 @@ def main() -> None:
     parser.add_argument("--peer", metavar="ADDRESS", help="run as the well-behaved peer")
     parser.add_argument("--uvloop", action="store_true", help="the daemon on uvloop")
     parser.add_argument("scenarios", nargs="*", help="only these")
-    given = parser.parse_args()
-    if given.peer:
-        behave(given.peer)
+    args = parser.parse_args()
+    if args.peer:
+        behave(args.peer)
         return
     sys.stdout.write("ms: median, 99 of 100, most — in peace | under siege\n")
     for scenario in SCENARIOS:
-        if given.scenarios and scenario.name not in given.scenarios:
+        if args.scenarios and scenario.name not in args.scenarios:
             continue
         if scenario.needs_root and os.geteuid() != 0:
             sys.stdout.write(f"{scenario.name.replace('_', ' ')}: left out, only root can become another user\n")
@@ -580,7 +580,7 @@ def main() -> None:
         with (
             tempfile.TemporaryDirectory() as folder,
             DaemonProcess(
-                Path(folder) / "registry.json", "--log-level", "warning", stock=not given.uvloop
+                Path(folder) / "registry.json", "--log-level", "warning", stock=not args.uvloop
             ) as daemon,
         ):
             try:

@@ -107,14 +107,14 @@ class Soak(Players):
 
     def check_file(self) -> None:
         """Check after a kill that the file has all acknowledged and all announced changes."""
-        rev, found = self.file()
+        rev, state = self.file()
         for watcher in self.watchers:
             if watcher.rev is not None and watcher.rev > rev:
                 raise Failure(watcher.name, f"was told revision {watcher.rev}, the file is at {rev}")
         for key in self.model.sure:
-            if found.get(key) not in self.model.may[key]:
-                raise Failure(key, f"the file has {found.get(key)}, it may be {self.model.may[key]}")
-        self.model.settle(found)
+            if state.get(key) not in self.model.may[key]:
+                raise Failure(key, f"the file has {state.get(key)}, it may be {self.model.may[key]}")
+        self.model.settle(state)
 
     async def quiet(self) -> None:
         """Stop the trouble, and wait until all agree."""
@@ -125,7 +125,7 @@ class Soak(Players):
         while True:
             apart = "somebody is still busy", "*"
             if not self.busy:
-                apart, found = await self.compare()
+                apart, state = await self.compare()
                 if not apart[0]:
                     break
             if time.monotonic() - began > AGREE_S:
@@ -135,7 +135,7 @@ class Soak(Players):
         self.record.figures["slowest agreement, ms"] = max(
             self.record.figures["slowest agreement, ms"], int(1_000 * (time.monotonic() - began))
         )
-        self.model.settle(found)
+        self.model.settle(state)
         self.record.settle()
         self.proxy.calm.clear()
         self.going.set()
@@ -274,10 +274,10 @@ async def soak(folder: Path, seed: int, seconds: float) -> Counter[str]:
 
 
 def leaves(group: BaseExceptionGroup[Failure]) -> list[Failure]:
-    found: list[Failure] = []
+    failures: list[Failure] = []
     for error in group.exceptions:
-        found += leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
-    return found
+        failures += leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return failures
 
 
 def show(*lines: str) -> None:
@@ -289,16 +289,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.long.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
-    given = parser.parse_args()
+    args = parser.parse_args()
     logging.getLogger("regd_client").setLevel(logging.ERROR)
-    show(f"seed {given.seed}, {given.minutes:g} minutes")
+    show(f"seed {args.seed}, {args.minutes:g} minutes")
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
         try:
-            figures = asyncio.run(soak(Path(folder), given.seed, 60 * given.minutes))
+            figures = asyncio.run(soak(Path(folder), args.seed, 60 * args.minutes))
         except Failure as failure:
             show(*getattr(failure, "__notes__", ()))
-            show(f"FAILED after {time.monotonic() - began:.1f} s, seed {given.seed}: {failure}")
+            show(f"FAILED after {time.monotonic() - began:.1f} s, seed {args.seed}: {failure}")
             return 1
     show(*(f"{what}: {count}" for what, count in sorted(figures.items())))
     return 0

@@ -22,11 +22,11 @@ class Victim(DaemonProcess):
         self._plan = plan
 
     def command(self, *flags: str) -> list[str]:
-        given = super().command(*flags)
+        command = super().command(*flags)
         if self._plan:
-            at = given.index("-c") + 1
-            given[at] = f"from tests.long.victim import trouble; trouble({self._plan}); {given[at]}"
-        return given
+            at = command.index("-c") + 1
+            command[at] = f"from tests.long.victim import trouble; trouble({self._plan}); {command[at]}"
+        return command
 
     def launch(self) -> None:
         self.process = subprocess.Popen(

@@ -118,12 +118,12 @@ def endpoint_value(found: Endpoint, state: str = "ready") -> Value:
 
 def fitting(pattern: str, meta: dict[str, str], state: dict[str, Value]) -> dict[str, Value]:
     """Return the part of a state that matches a pattern and a filter."""
-    wanted = set(meta.items())
+    labels = set(meta.items())
     return {
         key: value
         for key, value in state.items()
         if value is not None
-        and wanted <= set(value[1])
+        and labels <= set(value[1])
         and (key.startswith(pattern[:-1]) if pattern.endswith("*") else key.partition("/")[0] == pattern)
     }
 
@@ -215,19 +215,19 @@ class Listener:
 
     def take(self, event: Event) -> None:
         self._record.figures[f"told {event.kind}"] += 1
-        found = event.endpoint
-        if found is None:
+        endpoint = event.endpoint
+        if endpoint is None:
             if self.synced:
                 raise Failure(self.name, "told `sync` twice")
             self.synced = True
             return
-        key = key_of(found.name, found.instance)
+        key = key_of(endpoint.name, endpoint.instance)
         self._record.note(key, f"{self.name} is told {event}")
         if (key in self.picture) is (event.kind == "up"):
             raise Failure(key, f"{event.kind} told to {self.name} , who had {self.picture.get(key)}")
         self.picture.pop(key, None)
         if event.kind != "down":
-            self.picture[key] = endpoint_value(found, event.state)
+            self.picture[key] = endpoint_value(endpoint, event.state)
         elif not self.meta:  # registered, but the filter does not match
             self._record.down(self.name, key)
 

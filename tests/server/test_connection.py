@@ -24,8 +24,8 @@ PING = {"cmd": "ping"}
 
 async def test_register_resolve_deregister(daemon: InLoop) -> None:
     peer = await daemon.peer()
-    made = await peer.ask(cmd="register", name="db", port=5432, id="x")
-    assert made == {
+    registered = await peer.ask(cmd="register", name="db", port=5432, id="x")
+    assert registered == {
         "ok": True,
         "id": "x",
         "name": "db",
@@ -427,12 +427,12 @@ async def test_round_robin_with_filters(daemon: InLoop) -> None:
     peer = await daemon.peer()
     for n, zone in enumerate("aabb", 1):
         await peer.ask(cmd="register", name="w", port=n, instance=str(n), meta={"zone": zone})
-    found: dict[str, list[int]] = {"a": [], "b": []}
+    ports_by_zone: dict[str, list[int]] = {"a": [], "b": []}
     for _ in range(4):
-        for zone, ports in found.items():
+        for zone, ports in ports_by_zone.items():
             ports.append((await peer.ask(cmd="resolve", name="w", meta={"zone": zone}))["port"])
             assert (await peer.ask(cmd="resolve", name="w", meta={"zone": "c"}))["error"] == "not_found"
-    assert found == {"a": [1, 2, 1, 2], "b": [3, 4, 3, 4]}
+    assert ports_by_zone == {"a": [1, 2, 1, 2], "b": [3, 4, 3, 4]}
     # An instance that comes and goes does not disturb the round robin of the others.
     seen = set()
     for n in range(6):
@@ -488,8 +488,8 @@ async def test_largest_buffers_are_dropped_until_the_rest_fits(tmp_path: Path) -
 
 async def test_reset_during_a_refusal_raises_no_error(daemon: InLoop) -> None:
     """`shutdown` raises ENOTCONN before asyncio has seen the reset."""
-    found: list[dict[str, object]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda loop, context: found.append(context))
+    errors: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context))
     for _ in range(50):
         raw = socket.create_connection(("127.0.0.1", daemon.port))
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -502,4 +502,4 @@ async def test_reset_during_a_refusal_raises_no_error(daemon: InLoop) -> None:
         async with asyncio.timeout(WAIT_S):
             while daemon.server.connections:
                 await asyncio.sleep(0)
-    assert found == []
+    assert errors == []

@@ -100,8 +100,8 @@ async def test_registrations_and_revision_survive_a_restart(tmp_path: Path) -> N
         await peer.ask(cmd="deregister", name="b")
     async with InLoop(path) as daemon:
         peer = await daemon.peer()
-        found = await peer.ask("resolve a")
-        assert (found["meta"], found["rev"]) == ({"k": "é"}, 3)
+        reply = await peer.ask("resolve a")
+        assert (reply["meta"], reply["rev"]) == ({"k": "é"}, 3)
         assert (await peer.ask(cmd="register", name="c", port=3))["rev"] == 4
 
 

@@ -59,9 +59,9 @@ async def test_search_sees_one_revision_during_writes(tmp_path: Path) -> None:
         await asyncio.sleep(0)
         for n in range(300):
             writer.send({"cmd": "deregister", "name": "w", "instance": f"{n:04}"})
-        found = await peer.reply()
-        assert len(found["instances"]) == 300 - (found["rev"] - 300)
-        assert found["rev"] == 300
+        reply = await peer.reply()
+        assert len(reply["instances"]) == 300 - (reply["rev"] - 300)
+        assert reply["rev"] == 300
 
 
 async def test_search_does_not_delay_others(tmp_path: Path) -> None:
@@ -106,13 +106,13 @@ async def test_only_accepting_instance_of_many_is_found(tmp_path: Path) -> None:
         await peer.ask(cmd="register", name="w", instance="0020", port=port, force=True)
         waiting = await daemon.peer()
         waiting.send({"cmd": "resolve", "name": "w", "wait": 60})
-        found = asyncio.ensure_future(waiting.reply())
+        reply = asyncio.ensure_future(waiting.reply())
         for _ in range(1_000):
             daemon.clock.advance(0.5)
             await asyncio.sleep(0.001)
-            if found.done():
+            if reply.done():
                 break
-        assert (await found)["port"] == port
+        assert (await reply)["port"] == port
         listener.close()
         await listener.wait_closed()
 

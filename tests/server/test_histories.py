@@ -188,9 +188,9 @@ class Histories(RuleBasedStateMachine):
                 self.model[key] = Known(port, meta, "ready", [wish] if conditional else [])
         transaction = Transaction(self.registry, 5.0)
         holders = (Holder(0, session, hold, self.process(pid) if pid else None, ttl),) if conditional else ()
-        wanted = Entry(*key, "127.0.0.1", port, meta, State.READY, 0, 0.0, holders)
+        new = Entry(*key, "127.0.0.1", port, meta, State.READY, 0, 0.0, holders)
         try:
-            transaction.register(wanted, session=session, force=force)
+            transaction.register(new, session=session, force=force)
         except OwnerConflict:
             assert conflict
             assert not transaction.changes

@@ -52,8 +52,8 @@ async def until_not_listed(peer: Peer, name: str) -> None:
 async def test_hold_ends_with_the_connection(daemon: InLoop) -> None:
     one, two = await daemon.peer(), await daemon.peer()
     assert (await one.ask(cmd="register", name="a", port=1, hold=True))["ok"]
-    found = await two.ask(cmd="resolve", name="a")
-    assert (found["hold"], "pid" in found, "ttl" in found) == (True, False, False)
+    reply = await two.ask(cmd="resolve", name="a")
+    assert (reply["hold"], "pid" in reply, "ttl" in reply) == (True, False, False)
     assert '"a": {"port": 1, "hold": true}' in daemon.registry.read_text()
     await one.close()
     assert (await until_gone(two, "a"))["error"] == "not_found"
@@ -146,8 +146,8 @@ async def test_ttl_ends_without_renew(daemon: InLoop) -> None:
     daemon.clock.advance(1.9)
     assert (await peer.ask(cmd="renew", name="a", ttl=10.5)) == {"ok": True, "ttl": 10.5}
     daemon.clock.advance(10.4)
-    found = await peer.ask(cmd="resolve", name="a")
-    assert (found["ttl"], found["rev"]) == (2, 1)
+    reply = await peer.ask(cmd="resolve", name="a")
+    assert (reply["ttl"], reply["rev"]) == (2, 1)
     daemon.clock.advance(0.1)
     assert (await peer.ask(cmd="resolve", name="a"))["error"] == "not_found"
     await until_not_listed(peer, "a")
@@ -439,13 +439,13 @@ async def test_unclaimed_owner_whose_process_ended_is_dead(
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Results of probes, by host. Probes of other hosts fail the test."""
-    found: dict[str, str] = {}
+    results: dict[str, str] = {}
 
     async def connect(address: probes.Address, timeout_s: float) -> str:
-        return found[address[0]]
+        return results[address[0]]
 
     monkeypatch.setattr(probes, "_connect", connect)
-    return found
+    return results
 
 
 async def until_probed(daemon: InLoop, count: int) -> None:
@@ -498,10 +498,10 @@ async def test_claimed_registration_is_not_probed(tmp_path: Path, answers: dict[
 
 
 async def test_claim_during_the_probe_keeps_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, answer = asyncio.Event(), asyncio.Event()
+    probed, answer = asyncio.Event(), asyncio.Event()
 
     async def connect(address: probes.Address, timeout_s: float) -> str:
-        asked.set()
+        probed.set()
         await answer.wait()
         return "connection refused"
 
@@ -511,7 +511,7 @@ async def test_claim_during_the_probe_keeps_the_name(tmp_path: Path, monkeypatch
         peer = await daemon.peer()
         daemon.clock.advance(30)
         async with asyncio.timeout(WAIT_S):
-            await asked.wait()
+            await probed.wait()
         assert (await peer.ask(both))["ok"]
         answer.set()
         await until_probed(daemon, 1)

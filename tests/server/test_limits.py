@@ -427,9 +427,9 @@ def test_readonly_resolves_do_not_advance_the_round_robin_of_writers() -> None:
         return search.found[0].instance
 
     for meta in ({}, {"k": "v"}):
-        got = [(resolve(readonly=False, **meta), resolve(readonly=True, **meta)) for _ in range(3)]
-        assert [own for own, _ in got] == ["0", "1", "2"], meta
-        assert sorted(own for _, own in got) == ["0", "1", "2"], meta
+        replies = [(resolve(readonly=False, **meta), resolve(readonly=True, **meta)) for _ in range(3)]
+        assert [own for own, _ in replies] == ["0", "1", "2"], meta
+        assert sorted(own for _, own in replies) == ["0", "1", "2"], meta
     for n in range(10):
         search = registry.search_in_turn("a", None, {"k": "v"}, 1, readonly=True)
         search.go_on(10)
@@ -726,15 +726,15 @@ def registry_of(count: int, **limits: int) -> Registry:
 
 @rows("list_scan_max")
 def test_list_scan() -> None:
-    for scan, found in ((3, 0), (4, 1), (5, 1)):
+    for scan, count in ((3, 0), (4, 1), (5, 1)):
         page = registry_of(5, list_scan_max=scan).page("*", {"n": "3"}, None, 10)
-        assert (len(page.entries), page.after is None) == (found, scan == 5)
+        assert (len(page.entries), page.after is None) == (count, scan == 5)
 
 
 @rows("near_candidates_max", "near_names_max")
 def test_near() -> None:
-    for most, found in ((2, {"n010", "n011"}), (4, {"n009", "n010", "n011"})):
-        assert set(registry_of(20, near_candidates_max=most).near("n010x")) == found
+    for most, names in ((2, {"n010", "n011"}), (4, {"n009", "n010", "n011"})):
+        assert set(registry_of(20, near_candidates_max=most).near("n010x")) == names
     assert len(registry_of(20).near("n0")) <= DEFAULT.near_names_max
     assert len(registry_of(20).near("n01")) == DEFAULT.near_names_max
 

@@ -44,16 +44,16 @@ def row(
 
 
 def test_request_names_the_peers_end_of_the_connection() -> None:
-    asked = question(THEIRS, OURS)
-    assert len(asked) == 72 == struct.unpack_from("=I", asked)[0]
-    assert struct.unpack_from("!HH", asked, 24) == (40_000, 7343)
+    request = question(THEIRS, OURS)
+    assert len(request) == 72 == struct.unpack_from("=I", request)[0]
+    assert struct.unpack_from("!HH", request, 24) == (40_000, 7343)
 
 
 @pytest.mark.parametrize("mapped", [False, True])
 def test_reply_about_the_connection_has_its_user(mapped: bool) -> None:
-    found = row(THEIRS, OURS, 1000, 4711, mapped=mapped)
-    assert is_connection(found, THEIRS, OURS)
-    assert owner(found) == 1000
+    reply = row(THEIRS, OURS, 1000, 4711, mapped=mapped)
+    assert is_connection(reply, THEIRS, OURS)
+    assert owner(reply) == 1000
 
 
 @pytest.mark.parametrize(
@@ -133,15 +133,15 @@ def test_kernel_reports_the_user_of_the_peer(host: str, as_host: str, table: boo
         listener, ours, theirs = connection(host, as_host)
     except OSError as error:
         pytest.skip(f"no {host} here: {error}")
-    asked = PeerCredentials()
+    credentials = PeerCredentials()
     with listener, ours, theirs:
-        asked.open([listener])
+        credentials.open([listener])
         if table:
-            asked._ask = by_table
-        assert asked.uid_of(ours) == os.geteuid()
+            credentials._ask = by_table
+        assert credentials.uid_of(ours) == os.geteuid()
         theirs.close()
-        assert asked.uid_of(ours) is None, "a closed socket must not count as root's"
-    asked.close()
+        assert credentials.uid_of(ours) is None, "a closed socket must not count as root's"
+    credentials.close()
 
 
 @linux
@@ -150,18 +150,18 @@ def test_inherited_unix_socket_before_tcp(tmp_path: Path, monkeypatch: pytest.Mo
     listener, ours, theirs = connection("127.0.0.1")
     with listener, ours, theirs, socket.socket(socket.AF_UNIX) as unix:
         unix.bind(str(tmp_path / "s"))
-        first, asked, alone = PeerCredentials(), PeerCredentials(), PeerCredentials()
+        first, credentials, alone = PeerCredentials(), PeerCredentials(), PeerCredentials()
         first.open([listener])
-        asked.open([unix, listener])
-        assert (asked._ask is by_table) == (first._ask is by_table)
-        assert asked.uid_of(ours) == os.geteuid()
+        credentials.open([unix, listener])
+        assert (credentials._ask is by_table) == (first._ask is by_table)
+        assert credentials.uid_of(ours) == os.geteuid()
         monkeypatch.setattr(peer_credentials, "_TABLES", ())
         alone.open([unix])
         assert alone.uid_of(unix) is None, "an unconnected socket has no user"
         here, there = socket.socketpair()
         with here, there:
             assert alone.uid_of(here) == os.geteuid()
-    for sock in (first, asked, alone):
+    for sock in (first, credentials, alone):
         sock.close()
 
 
@@ -169,20 +169,20 @@ def test_listener_on_the_port_of_a_closed_peer_is_not_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The kernel returns a listener if no connection matches. Any program could listen on a closed peer's port."""
-    asked = PeerCredentials()
-    monkeypatch.setattr(asked, "_row", lambda theirs, ours: row(THEIRS, ("127.0.0.1", 0), 0, 4711, LISTEN))
-    assert asked._by_netlink(THEIRS, OURS) is None
+    credentials = PeerCredentials()
+    monkeypatch.setattr(credentials, "_row", lambda theirs, ours: row(THEIRS, ("127.0.0.1", 0), 0, 4711, LISTEN))
+    assert credentials._by_netlink(THEIRS, OURS) is None
 
 
 @linux
 def test_proc_net_tcp_is_read_without_netlink(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer_credentials, "_NETLINK_SOCK_DIAG", 31)  # no such family
     listener, ours, theirs = connection("127.0.0.1")
-    asked = PeerCredentials()
+    credentials = PeerCredentials()
     with listener, ours, theirs:
-        asked.open([listener])
-        assert asked._ask is by_table
-        assert asked.uid_of(ours) == os.geteuid()
+        credentials.open([listener])
+        assert credentials._ask is by_table
+        assert credentials.uid_of(ours) == os.geteuid()
 
 
 @pytest.fixture
@@ -195,34 +195,34 @@ def test_outside_linux_anybody_may_write_and_a_warning_is_logged(
     unable_to_report: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(peer_credentials, "_LINUX", False)
-    asked = PeerCredentials()
+    credentials = PeerCredentials()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        asked.open([listener])
-    assert asked.may_write(None)
-    assert not asked.may_write(STRANGER)  # a Unix socket reports its peer in any case
+        credentials.open([listener])
+    assert credentials.may_write(None)
+    assert not credentials.may_write(STRANGER)  # a Unix socket reports its peer in any case
     assert "any user of this machine may write" in caplog.text
 
 
 @linux
 def test_tcp_is_refused_if_the_kernel_does_not_report_users(unable_to_report: None) -> None:
-    asked = PeerCredentials()
+    credentials = PeerCredentials()
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
         pytest.raises(ListenError, match=r"--port off --unix PATH.*--allow-any-user"),
     ):
-        asked.open([listener])
-    assert not asked.may_write(None)
+        credentials.open([listener])
+    assert not credentials.may_write(None)
 
 
 @linux
 def test_allow_any_user_lets_unknown_users_write_with_a_warning(
     unable_to_report: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked = PeerCredentials(anyone=True)
+    credentials = PeerCredentials(anyone=True)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        asked.open([listener])
-    assert asked.may_write(None)
-    assert asked.may_write(STRANGER)
+        credentials.open([listener])
+    assert credentials.may_write(None)
+    assert credentials.may_write(STRANGER)
     assert "every user of this machine may write (--allow-any-user)" in caplog.text
 
 
@@ -238,12 +238,12 @@ def test_table_without_the_listener_is_not_used(tmp_path: Path, monkeypatch: pyt
 
 def test_unix_peer_of_unknown_user_may_only_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without a TCP listener."""
-    asked = PeerCredentials()
-    asked.open([])
+    credentials = PeerCredentials()
+    credentials.open([])
     with socket.socket(socket.AF_UNIX) as unconnected:
-        assert not asked.may_write(asked.uid_of(unconnected))
-    assert not asked.may_write(None)
-    assert not asked.may_write(peer_credentials.ALL_USERS)
+        assert not credentials.may_write(credentials.uid_of(unconnected))
+    assert not credentials.may_write(None)
+    assert not credentials.may_write(peer_credentials.ALL_USERS)
 
 
 # User namespaces, simulated and real.
@@ -289,15 +289,15 @@ def test_kernel_without_user_namespaces(in_namespace: Path) -> None:
 
 @linux
 def test_unmapped_user_is_unknown(in_namespace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = PeerCredentials()
+    credentials = PeerCredentials()
     listener, ours, theirs = connection("127.0.0.1")
     with listener, ours, theirs:
-        asked.open([listener])
-        monkeypatch.setattr(asked, "_ask", lambda theirs, ours: OVERFLOW)
-        assert asked.uid_of(ours) is None
-        monkeypatch.setattr(asked, "_ask", lambda theirs, ours: 999)
-        assert asked.uid_of(ours) == 999
-    asked.close()
+        credentials.open([listener])
+        monkeypatch.setattr(credentials, "_ask", lambda theirs, ours: OVERFLOW)
+        assert credentials.uid_of(ours) is None
+        monkeypatch.setattr(credentials, "_ask", lambda theirs, ours: 999)
+        assert credentials.uid_of(ours) == 999
+    credentials.close()
 
 
 def test_unmapped_daemon_has_no_user(
@@ -305,9 +305,9 @@ def test_unmapped_daemon_has_no_user(
 ) -> None:
     """Otherwise every other unmapped user would count as the daemon's user."""
     monkeypatch.setattr(os, "geteuid", lambda: OVERFLOW)
-    asked = PeerCredentials((OVERFLOW,))
-    asked.open([])
-    assert not asked.may_write(OVERFLOW)
+    credentials = PeerCredentials((OVERFLOW,))
+    credentials.open([])
+    assert not credentials.may_write(OVERFLOW)
     assert "is not mapped in this user namespace" in caplog.text
 
 

@@ -119,9 +119,9 @@ async def test_round_robin_skips_instances_that_do_not_accept(daemon: InLoop) ->
     async with service() as first, service() as second:
         for port in (first, free_port(), second):
             await peer.ask(cmd="register", name="a", port=port, instance=str(port))
-        found = [(await peer.ask(cmd="resolve", name="a", wait=5))["port"] for _ in range(4)]
-    assert sorted(found) == sorted([first, second] * 2)
-    assert found[:2] == found[2:]
+        ports = [(await peer.ask(cmd="resolve", name="a", wait=5))["port"] for _ in range(4)]
+    assert sorted(ports) == sorted([first, second] * 2)
+    assert ports[:2] == ports[2:]
 
 
 async def test_no_probe_without_a_waiting_request(daemon: InLoop) -> None:

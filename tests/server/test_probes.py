@@ -51,11 +51,11 @@ async def test_refused_if_every_address_refuses(
     v4: int | None, v6: int | None, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     try:
-        found = await connect_to(monkeypatch, v4, v6)
+        result = await connect_to(monkeypatch, v4, v6)
     except (AttributeError, TypeError):
         pytest.skip("this loop's methods cannot be replaced")
-    assert found == why
-    assert probes.ProbeResult(1, 0.0, found).refused is (why == "connection refused")
+    assert result == why
+    assert probes.ProbeResult(1, 0.0, result).refused is (why == "connection refused")
 
 
 async def test_full_backlog_is_not_a_refusal() -> None:

@@ -411,8 +411,8 @@ async def test_unwatch_keeps_watches_of_other_names(daemon: InLoop) -> None:
     await writer.ask(cmd="register", name="bb1", port=1)
     await writer.ask(cmd="register", name="aa", port=1)
     await writer.ask(cmd="register", name="bbc", port=1)
-    heard = [await peer.reply() for _ in range(4)]
-    assert sorted((event["watch"], event["name"]) for event in heard) == [
+    events = [await peer.reply() for _ in range(4)]
+    assert sorted((event["watch"], event["name"]) for event in events) == [
         (3, "bb1"),
         (3, "bbc"),
         (4, "bbc"),

@@ -112,8 +112,8 @@ class Terminal:
     @property
     def is_restored(self) -> bool:
         """True if the terminal's modes, the normal screen and the cursor are restored."""
-        shown = all(self.raw.rfind(on) >= self.raw.rfind(off) for on, off in _ON_AND_OFF)
-        return shown and termios.tcgetattr(self._slave) == self.modes
+        restored = all(self.raw.rfind(on) >= self.raw.rfind(off) for on, off in _ON_AND_OFF)
+        return restored and termios.tcgetattr(self._slave) == self.modes
 
 
 _ON_AND_OFF = ((b"\x1b[?1049l", b"\x1b[?1049h"), (b"\x1b[?25h", b"\x1b[?25l"), (b"\x1b[?2004l", b"\x1b[?2004h"))

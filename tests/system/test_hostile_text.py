@@ -59,9 +59,9 @@ def marked(process: DaemonProcess) -> DaemonProcess:
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
 def test_regctl_escapes_text_of_registrations(marked: DaemonProcess, flags: list[str]) -> None:
     for command in COMMANDS:
-        shown = regctl(marked.addresses[0], *flags, *command)
-        assert harmless(shown), (command, shown)
-        assert r"\u202e" in shown or command[0] != "list"
+        output = regctl(marked.addresses[0], *flags, *command)
+        assert harmless(output), (command, output)
+        assert r"\u202e" in output or command[0] != "list"
 
 
 def test_terminal_receives_no_control_sequences(marked: DaemonProcess) -> None:
@@ -74,10 +74,10 @@ def test_terminal_receives_no_control_sequences(marked: DaemonProcess) -> None:
                 env=environment(REGD_ADDRESS=marked.addresses[0]), stdout=slave, stderr=slave, check=True, timeout=20,
             )  # fmt: skip
     os.close(slave)
-    shown = os.read(master, 65_536).decode().replace("\r\n", "\n")
+    output = os.read(master, 65_536).decode().replace("\r\n", "\n")
     os.close(master)
-    assert harmless(shown)
-    assert "NAME" in shown
+    assert harmless(output)
+    assert "NAME" in output
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
@@ -90,16 +90,16 @@ def test_regctl_watch_escapes_text(process: DaemonProcess, flags: list[str]) -> 
     with BlockingConnection(process.addresses[0]) as peer, watching:
         try:
             assert peer.ask("register", name="bad", port=1, meta={HOSTILE: HOSTILE})["ok"]
-            shown = ""
-            while "up" not in shown:
-                shown += watching.stdout.readline()
+            output = ""
+            while "up" not in output:
+                output += watching.stdout.readline()
             assert peer.ask("update", name="bad", meta={"k": HOSTILE})["ok"]
             assert peer.ask("deregister", name="bad")["ok"]
-            while "down" not in shown:
-                shown += watching.stdout.readline()
+            while "down" not in output:
+                output += watching.stdout.readline()
         finally:
             watching.kill()
-    assert harmless(shown)
+    assert harmless(output)
 
 
 def test_regctl_escapes_its_arguments(marked: DaemonProcess, tmp_path: Path) -> None:
@@ -128,9 +128,9 @@ def test_regctl_escapes_its_arguments(marked: DaemonProcess, tmp_path: Path) -> 
         ["ping", "--address", "tcp://a..b:1"],
         ["ping", "--address", f"unix://{tmp_path}/{text}"],
     ):
-        shown = regctl(address, *arguments)
-        assert shown
-        assert harmless(shown), (arguments, shown)
+        output = regctl(address, *arguments)
+        assert output
+        assert harmless(output), (arguments, output)
 
 
 # Another program at regd's address.
@@ -202,18 +202,18 @@ def impostor(answers: dict[str, dict[str, Any]], raw: bytes | None = None) -> It
 def test_regctl_escapes_text_of_an_impostor(flags: list[str]) -> None:
     with impostor(ANSWERS) as address:
         for command in (*COMMANDS, ["watch"]):
-            shown = regctl(address, *flags, *command)
-            assert harmless(shown), (command, shown)
+            output = regctl(address, *flags, *command)
+            assert harmless(output), (command, output)
     with impostor({}) as address:
         for command in (*COMMANDS, ["watch"]):
-            shown = regctl(address, *flags, *command)
-            assert shown
-            assert harmless(shown), (command, shown)
+            output = regctl(address, *flags, *command)
+            assert output
+            assert harmless(output), (command, output)
     with impostor({}, HOSTILE.encode() + b"\n") as address:
         for command in (*COMMANDS, ["watch"]):
-            shown = regctl(address, *flags, *command)
-            assert "not a regd reply" in shown
-            assert harmless(shown), (command, shown)
+            output = regctl(address, *flags, *command)
+            assert "not a regd reply" in output
+            assert harmless(output), (command, output)
 
 
 # The daemon.
@@ -245,9 +245,9 @@ async def test_replies_and_file_are_ascii(daemon: InLoop) -> None:
         for ascii in (True, False):
             line = json.dumps({**request, "id": HOSTILE}, ensure_ascii=ascii).encode()
             peer.send(line + b"\n")
-            shown = await peer.line()
-            assert json.loads(shown).get("id") == HOSTILE, (line, shown)
-            assert harmless_bytes(shown), shown
+            reply = await peer.line()
+            assert json.loads(reply).get("id") == HOSTILE, (line, reply)
+            assert harmless_bytes(reply), reply
     for _ in range(2):
         assert harmless_bytes(await watching.line())
     assert harmless_bytes(daemon.registry.read_bytes())

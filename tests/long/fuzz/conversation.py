@@ -110,13 +110,13 @@ class Conversation:
         world.settle()
         self._check_closed()
         self._end()
-        given = bytes(self.given)
-        self._check_replies(list(oracle.understood(given, TIGHT.line_bytes_max, ended=not peer.is_reset)))
+        stream = bytes(self.given)
+        self._check_replies(list(oracle.understood(stream, TIGHT.line_bytes_max, ended=not peer.is_reset)))
         # EOF ends the last line, even if a reset follows.
-        asked = [
-            request for request in oracle.understood(given, TIGHT.line_bytes_max) if request.cmd in oracle.WRITES
+        writes = [
+            request for request in oracle.understood(stream, TIGHT.line_bytes_max) if request.cmd in oracle.WRITES
         ]
-        _explain(self.registry.history.since(self.first_rev, 10_000), asked)
+        _explain(self.registry.history.since(self.first_rev, 10_000), writes)
         self._check_nothing_left()
         self._check_friend()
         self._check_file()
@@ -124,9 +124,9 @@ class Conversation:
 
     def _check_closed(self) -> None:
         """The daemon closes the connection after `quit` and after a line of another protocol."""
-        said = list(oracle.understood(bytes(self.given), TIGHT.line_bytes_max, ended=False))
-        sure = all(expectation.ends is not None for expectation in said)
-        if said and sure and said[-1].ends and not self.connection._conversation.pending:
+        requests = list(oracle.understood(bytes(self.given), TIGHT.line_bytes_max, ended=False))
+        sure = all(expectation.ends is not None for expectation in requests)
+        if requests and sure and requests[-1].ends and not self.connection._conversation.pending:
             self.world.pass_time(2 * TIGHT.close_linger_s_max)
             assert self.peer.lost
 
@@ -242,8 +242,8 @@ class Conversation:
 
 def _without_http(sent: bytes) -> tuple[bytes, bytes]:
     """Split the output into the lines and the HTTP response after them."""
-    found = re.search(rb"^HTTP/", sent, re.MULTILINE)
-    at = found.start() if found else len(sent)
+    match = re.search(rb"^HTTP/", sent, re.MULTILINE)
+    at = match.start() if match else len(sent)
     return sent[:at], sent[at:]
 
 
@@ -320,22 +320,22 @@ def _is_an_end(change: Change) -> bool:
 
 
 def _explains(said: Said, change: Change) -> bool:
-    given, entry = said.arguments or {}, change.entry
-    if (given.get("name"), given.get("instance", "")) != entry.key:
+    arguments, entry = said.arguments or {}, change.entry
+    if (arguments.get("name"), arguments.get("instance", "")) != entry.key:
         return False
     if change.reason == Reason.DEREGISTERED:
         return said.cmd == "deregister"
     if said.cmd == "update":
-        state = given.get("state", entry.state)
+        state = arguments.get("state", entry.state)
         same_state = state in (
             entry.state,
             "draining",
         )  # draining by one of several holders withdraws that holder
-        return change.op is Op.CHANGE and given.get("meta", entry.meta) == entry.meta and same_state
-    address = (given.get("host", "127.0.0.1"), given.get("port")) == (entry.host, entry.port)
+        return change.op is Op.CHANGE and arguments.get("meta", entry.meta) == entry.meta and same_state
+    address = (arguments.get("host", "127.0.0.1"), arguments.get("port")) == (entry.host, entry.port)
     if change.reason == Reason.REPLACED:
         return said.cmd == "register" and not address
-    same = given.get("meta", {}) == entry.meta and given.get("state", "ready") == entry.state
+    same = arguments.get("meta", {}) == entry.meta and arguments.get("state", "ready") == entry.state
     return said.cmd == "register" and address and same
 
 

@@ -214,9 +214,9 @@ def _plain(value: Any, depth: int) -> Any:
 def judged(line: bytes) -> Said:
     """Decode a request, and check it against the tables: first the line, then id, command and arguments."""
     fields = read(line)
-    given = "id" in fields
+    has_id = "id" in fields
     id = fields.pop("id", None)
-    if given and not (_is_whole(id) or (isinstance(id, str) and len(id) <= 64)):
+    if has_id and not (_is_whole(id) or (isinstance(id, str) and len(id) <= 64)):
         raise Bad("bad_request")
     cmd = fields.pop("cmd", None)
     if not isinstance(cmd, str):
@@ -228,10 +228,10 @@ def judged(line: bytes) -> Said:
         raise Bad("bad_argument", id)
     unsure = False
     for name, value in fields.items():
-        found = CHECKS["pattern" if name == "name" and cmd in ("list", "watch") else name](value)
-        if found is False:
+        verdict = CHECKS["pattern" if name == "name" and cmd in ("list", "watch") else name](value)
+        if verdict is False:
             raise Bad("bad_argument", id)
-        unsure = unsure or found is None
+        unsure = unsure or verdict is None
     return Said(UNSURE if unsure else REQUEST, cmd, id, fields)
 
 

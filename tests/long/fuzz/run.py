@@ -32,22 +32,22 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=60, help="for each target (60)")
     parser.add_argument("--input", type=Path, help="run one input through the targets, and no more")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # does not return
-    given = parser.parse_args()
-    wanted = given.targets or TARGETS
-    if unknown := set(wanted) - set(TARGETS):
+    args = parser.parse_args()
+    targets = args.targets or TARGETS
+    if unknown := set(targets) - set(TARGETS):
         parser.error(f"no target {', '.join(unknown)}; there are {', '.join(TARGETS)}")
-    if given.input is not None:
-        return _replay(wanted, given.input)
+    if args.input is not None:
+        return _replay(targets, args.input)
     try:
         import atheris  # noqa: F401 - checks that it is installed
     except ImportError:
         sys.stderr.write(f"{HOW_TO_GET}\n")
         return 1
-    if given.here:
-        _fuzz(wanted[0], given.seconds)
-    command = [sys.executable, "-m", "tests.long.fuzz.run", "--here", "--seconds", str(given.seconds)]
+    if args.here:
+        _fuzz(targets[0], args.seconds)
+    command = [sys.executable, "-m", "tests.long.fuzz.run", "--here", "--seconds", str(args.seconds)]
     paths = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "client")])}
-    failed = [name for name in wanted if subprocess.run([*command, name], cwd=ROOT, env=paths).returncode]
+    failed = [name for name in targets if subprocess.run([*command, name], cwd=ROOT, env=paths).returncode]
     sys.stderr.write(f"failed: {', '.join(failed)}; see {WORK}\n" if failed else "nothing found\n")
     return bool(failed)
 
@@ -70,8 +70,8 @@ def _fuzz(target: str, seconds: int) -> None:
     from tests.long.fuzz import oracle
 
     logging.getLogger("regd").setLevel(logging.CRITICAL + 1)  # no log lines about other protocols
-    found = WORK / target
-    found.mkdir(parents=True, exist_ok=True)
+    folder = WORK / target
+    folder.mkdir(parents=True, exist_ok=True)
     words = {*_WORDS, *oracle.COMMANDS, *oracle.CHECKS}
     dictionary = WORK / f"{target}.words"
     dictionary.write_text("".join(f'"{_escaped(word)}"\n' for word in sorted(words)))
@@ -81,11 +81,11 @@ def _fuzz(target: str, seconds: int) -> None:
         "timeout": ONE_S_MAX,
         "max_len": INPUT_BYTES_MAX,
         "dict": dictionary,
-        "artifact_prefix": f"{found}.",
+        "artifact_prefix": f"{folder}.",
         "print_final_stats": 1,
         "verbosity": 0,
     }
-    folders = [str(found), str(CORPUS / target)]
+    folders = [str(folder), str(CORPUS / target)]
     atheris.Setup(
         [sys.argv[0], *(f"-{name}={value}" for name, value in flags.items()), *folders], functions[target]
     )

@@ -126,10 +126,10 @@ def _same_request(request: Request, said: Said) -> None:
         return  # nested too deeply for the oracle
     assert (request.cmd, request.id, type(request.id)) == (said.cmd, said.id, type(said.id))
     assert said.arguments is not None
-    asked = dict(said.arguments)
-    if "after" in asked:
-        asked["after"] = asked["after"].removesuffix("/")  # an omitted instance is the empty one
-    assert _as_json(request.arguments) == asked
+    arguments = dict(said.arguments)
+    if "after" in arguments:
+        arguments["after"] = arguments["after"].removesuffix("/")  # an omitted instance is the empty one
+    assert _as_json(request.arguments) == arguments
 
 
 def _as_json(arguments: Mapping[str, Any]) -> dict[str, Any]:
