@@ -14,7 +14,6 @@ from regd.protocol.messages import HTTP_REFUSAL
 from regd.server.connection import Connection
 from regd.server.conversation import ConversationState
 from tests.support.daemon import EPOCH, WAIT_S, InLoop
-from tests.support.files import FULL, ToldFiles
 from tests.support.polling import until
 
 pytestmark = pytest.mark.socket
@@ -96,36 +95,6 @@ async def test_pipelined_registers_share_commits(daemon: InLoop) -> None:
         peer.send({"cmd": "register", "name": f"n{n}", "port": 1})
     assert [(await peer.reply())["rev"] for _ in range(1_000)] == list(range(1, 1_001))
     assert (await peer.ask(cmd="stats"))["commits"] <= 1_000 / 16
-
-
-async def test_slow_flush_delays_no_other_connection(tmp_path: Path) -> None:
-    files = ToldFiles()
-    async with InLoop(tmp_path / "registry.json", files=files) as daemon:
-        writer, other = await daemon.peer(), await daemon.peer()
-        files.gate.clear()
-        files.syncing.clear()
-        writer.send({"cmd": "register", "name": "a", "port": 1}, "resolve a")
-        await until(files.syncing.is_set)
-        assert (await other.ask(PING))["ok"]
-        assert (await other.ask("resolve a"))["error"] == "not_found"
-        files.gate.set()
-        assert (await writer.reply())["rev"] == 1
-        assert (await writer.reply())["port"] == 1
-
-
-async def test_full_disk_fails_writes_and_not_reads(tmp_path: Path) -> None:
-    files = ToldFiles()
-    async with InLoop(tmp_path / "registry.json", files=files) as daemon:
-        peer = await daemon.peer()
-        await peer.ask(cmd="register", name="a", port=1)
-        files.failing["write"] = FULL
-        failed = await peer.ask(cmd="register", name="b", port=2)
-        assert (failed["error"], "No space left" in failed["message"]) == ("storage_failed", True)
-        assert (await peer.ask(cmd="deregister", name="a"))["error"] == "storage_failed"
-        assert (await peer.ask("resolve a"))["port"] == 1
-        assert (await peer.ask("resolve b"))["error"] == "not_found"
-        files.failing.clear()
-        assert (await peer.ask(cmd="register", name="b", port=2))["rev"] == 2
 
 
 async def test_pending_replies_are_sent_after_eof(daemon: InLoop) -> None:
@@ -233,34 +202,6 @@ async def test_long_and_invalid_lines_do_not_close_the_connection(daemon: InLoop
     assert (await peer.ask(PING))["ok"]
 
 
-async def test_unfinished_line_times_out_and_idle_connection_does_not(daemon: InLoop) -> None:
-    idle, slow = await daemon.peer(), await daemon.peer()
-    assert (await idle.ask(PING))["ok"]
-    for count, byte in enumerate(b'{"cmd"', 1):
-        slow.send(bytes([byte]))
-        await until(lambda: daemon.server.waiting_bytes == count)  # noqa: B023
-        daemon.clock.advance(19.9)  # each byte restarts the time
-    assert (await idle.ask(PING))["ok"]
-    daemon.clock.advance(0.2)
-    reply = json.loads(await slow.rest())
-    assert reply["error"] == "timeout"
-    daemon.clock.advance(86_400)
-    assert (await idle.ask(PING))["ok"]
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-async def test_connections_are_limited(tmp_path: Path, count: int) -> None:
-    async with InLoop(tmp_path / "registry.json", limits=Limits(connections_max=2)) as daemon:
-        peers = [await daemon.peer() for _ in range(count)]
-        for peer in peers[:2]:
-            assert (await peer.ask(PING))["ok"]
-        if count > 2:
-            assert json.loads(await peers[2].rest())["error"] == "busy"
-            await peers[0].close()
-            await until(lambda: len(daemon.server.connections) < 3)
-            assert (await (await daemon.peer()).ask(PING))["ok"]
-
-
 async def test_peer_that_does_not_read_is_not_read(daemon: InLoop) -> None:
     setup, deaf = await daemon.peer(), await daemon.peer()
     for n in range(500):
@@ -293,17 +234,6 @@ async def test_unsent_bytes_are_limited_in_total(tmp_path: Path) -> None:
                 pass
         assert daemon.server.unsent_bytes <= 300_000
         assert (await setup.ask("resolve n1"))["ok"]
-
-
-async def test_unfinished_lines_are_limited_in_total(tmp_path: Path) -> None:
-    async with InLoop(tmp_path / "registry.json", limits=Limits(input_bytes_total_max=100_000)) as daemon:
-        first, second, other = await daemon.peer(), await daemon.peer(), await daemon.peer()
-        first.send(b"{" + b"x" * 59_999)
-        await until(lambda: daemon.server.waiting_bytes == 60_000)
-        second.send(b"{" + b"x" * 59_999)
-        assert json.loads(await first.rest())["error"] == "busy"
-        assert daemon.server.waiting_bytes <= 100_000
-        assert (await other.ask(PING))["ok"]
 
 
 async def test_resets_do_not_disturb_other_connections(daemon: InLoop) -> None:

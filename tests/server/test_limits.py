@@ -156,7 +156,8 @@ async def test_bare_line(daemon: InLoop) -> None:
 
 @rows("line_idle_s_max")
 async def test_unfinished_line(daemon: InLoop) -> None:
-    peer = await daemon.peer()
+    peer, idle = await daemon.peer(), await daemon.peer()
+    assert (await idle.ask(cmd="ping"))["ok"]
     peer.send(b'{"cmd":')
     await until(lambda: daemon.server.waiting_bytes)
     daemon.clock.advance(DEFAULT.line_idle_s_max - 0.1)
@@ -168,6 +169,8 @@ async def test_unfinished_line(daemon: InLoop) -> None:
     daemon.clock.advance(DEFAULT.line_idle_s_max)
     assert (await peer.reply())["error"] == "timeout"
     assert await peer.rest() == b""
+    daemon.clock.advance(86_400)
+    assert (await idle.ask(cmd="ping"))["ok"]  # an idle connection has no time limit
 
 
 # Counts. `take(n)` takes the n-th place and returns the reply.
@@ -188,7 +191,10 @@ async def test_connections(running: Running) -> None:
             return await peer.ask(cmd="ping")
 
         await three(connect)
-        await until(lambda: len(daemon.server.connections) == 4 or len(daemon.server.connections) == 3)
+        for peer in (daemon.peers[0], daemon.peers[3]):
+            await peer.close()
+        await until(lambda: len(daemon.server.connections) == 2)
+        assert (await connect(4))["ok"]
 
 
 @rows("readonly_connections_max")
@@ -546,6 +552,9 @@ async def test_watches(running: Running) -> None:
     async with running(watches_total_max=3) as daemon:
         peers = [await daemon.peer() for _ in range(4)]
         await three(lambda n: ask_watch(peers[n], "a"))
+        await peers[0].reset()
+        await until(lambda: len(daemon.server.connections) == 3)
+        assert (await ask_watch(peers[3], "a"))["ok"]
 
 
 async def watch_as(peers: list[Peer], n: int) -> dict[str, Any]:
@@ -568,6 +577,8 @@ async def test_parked(row: str, running: Running) -> None:
         await until(lambda: daemon.server.parked == 3)
         reply = await (peer if row == "parked_max" else last).ask(cmd="resolve", name="a", wait=60, id=3)
         assert (reply["id"], reply["error"]) == (3, "busy")
+        await peer.reset()
+        await until(lambda: daemon.server.parked == 0)
 
 
 @rows("registrations_max")
@@ -769,8 +780,8 @@ async def test_replies(running: Running) -> None:
             assert len(await peer.line()) <= 2_000
 
 
-# Tested elsewhere: time slices in test_health, round robin in test_registry, probes in test_pending_resolves,
-# `progress` in test_watch, peers that do not read in test_connection.
+# Tested elsewhere: time slices and probed instances in test_health, round robin in test_registry, the time of a probe
+# in test_pending_resolves, `progress` in test_watch, peers that do not read in test_connection.
 TESTED.update({"search_step_max", "round_robin_filters_max", "probed_instances_max", "probe_s_max", "progress_s"})
 TESTED.update({"output_bytes_max", "output_bytes_total_max"})
 

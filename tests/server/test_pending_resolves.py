@@ -4,11 +4,9 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 
-from regd.core.limits import Limits
 from regd.system import probes
 from tests.support.daemon import WAIT_S, InLoop
 
@@ -84,18 +82,6 @@ async def test_wait_with_an_id_is_overtaken(daemon: InLoop) -> None:
     assert await peer.rest() == b""
 
 
-async def test_half_closed_peer_gets_pending_replies(daemon: InLoop) -> None:
-    peer = await daemon.peer()
-    peer.send({"cmd": "resolve", "name": "a", "wait": 1, "id": 1})
-    peer.writer.write_eof()
-    async with asyncio.timeout(WAIT_S):
-        while not daemon.server.parked:
-            await asyncio.sleep(0)
-    daemon.clock.advance(1)
-    assert (await peer.reply())["error"] == "timeout"
-    assert await peer.rest() == b""
-
-
 async def test_timeout_has_the_reason(daemon: InLoop) -> None:
     peer = await daemon.peer()
     await peer.ask(cmd="register", name="refusing", port=free_port())
@@ -138,19 +124,6 @@ async def test_no_probe_without_a_waiting_request(daemon: InLoop) -> None:
         daemon.clock.advance(0.5)
         await asyncio.sleep(0)
     assert daemon.server.probed == before
-
-
-async def test_too_many_waits(tmp_path: Path) -> None:
-    async with InLoop(tmp_path / "registry.json", limits=Limits(parked_max=2, parked_total_max=3)) as daemon:
-        one, two = await daemon.peer(), await daemon.peer()
-        one.send(*({"cmd": "resolve", "name": "a", "wait": 9, "id": n} for n in range(3)))
-        assert (await one.reply())["error"] == "busy"
-        two.send(*({"cmd": "resolve", "name": "a", "wait": 9, "id": n} for n in range(2)))
-        assert (await two.reply())["error"] == "busy"
-        await one.reset()
-        async with asyncio.timeout(WAIT_S):
-            while daemon.server.parked > 1:
-                await asyncio.sleep(0)
 
 
 async def test_probe_connected_to_itself_fails() -> None:
@@ -236,17 +209,3 @@ async def test_silent_instance_does_not_delay_a_wait(daemon: InLoop) -> None:
         for sock in fillers:
             sock.close()
     assert answer.result()["port"] == port
-
-
-async def test_only_accepting_instance_of_many_is_found(tmp_path: Path) -> None:
-    async with (
-        InLoop(tmp_path / "registry.json", limits=Limits(probed_instances_max=3)) as daemon,
-        service() as port,
-    ):
-        peer = await daemon.peer()
-        for n in range(10):
-            await peer.ask(cmd="register", name="a", port=free_port(), instance=str(n))
-        await peer.ask(cmd="register", name="a", port=port, instance="z")
-        answer = asyncio.create_task(peer.ask(cmd="resolve", name="a", wait=3_600))
-        await step_until(daemon, answer.done)
-        assert answer.result()["port"] == port

@@ -192,20 +192,6 @@ async def test_bare_line(daemon: InLoop) -> None:
     assert (await peer.reply())["event"] == "sync"
 
 
-async def test_too_many_watches(tmp_path: Path) -> None:
-    async with InLoop(tmp_path / "registry.json", limits=Limits(watches_max=2, watches_total_max=3)) as daemon:
-        one, two = await daemon.peer(), await daemon.peer()
-        one.send(*[{"cmd": "watch", "name": "a"}] * 3)
-        two.send(*[{"cmd": "watch", "name": "a"}] * 2)
-        for peer, most in ((one, 5), (two, 3)):
-            lines = [await peer.reply() for _ in range(most)]
-            assert [line["error"] for line in lines if line.get("ok") is False] == ["busy"]
-        await one.reset()
-        async with asyncio.timeout(WAIT_S):
-            while not (await two.ask(cmd="watch", name="a", id=1))["ok"]:
-                pass
-
-
 async def test_many_watchers_of_one_name(daemon: InLoop) -> None:
     """Several watchers receive a large snapshot, which changes meanwhile."""
     writer = await daemon.peer()
