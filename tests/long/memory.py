@@ -35,14 +35,14 @@ class Saturation:
     def __init__(self, port: int) -> None:
         self.port = port
         self.open: list[Caller] = []
-        self.asker = self.caller()
+        self.client = self.caller()
 
     def caller(self) -> Caller:
         self.open.append(Caller(self.port))
         return self.open[-1]
 
     def stats(self) -> dict[str, Any]:
-        return self.asker.ask(cmd="stats")
+        return self.client.ask(cmd="stats")
 
     def registry(self) -> None:
         """Fill the registry and its history."""
