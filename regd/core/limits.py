@@ -111,6 +111,13 @@ class Limits:
     )
     history_changes_max: int = _row(16_384, "what a watcher may miss and resume", "`reset` and a snapshot")
     history_bytes_max: int = _row(67_108_864, "the same, in bytes", "`reset` and a snapshot", each_bytes=1)
+    journal_segment_bytes_max: int = _row(
+        8_388_608, "replayed in two seconds at most", "the next checkpoint begins another segment"
+    )
+    journal_bytes_max: int = _row(
+        67_108_864, "on disk; `--history-mib` changes it", "the oldest segment is deleted"
+    )
+    checkpoint_interval_s: float = _row(1.0, "between two checkpoints of the registry file", "")
     watches_max: int = _row(256, "per connection", "request refused", "busy")
     watches_total_max: int = _row(65_536, "in all", "request refused", "busy")
     parked_max: int = _row(256, "`resolve` with `wait`, per connection", "request refused", "busy")

@@ -171,10 +171,19 @@ class Reason(StrEnum):
     FILTERED = "filtered"  # for one watch: the instance is up, but no longer has the `meta` that is watched
 
 
+class By(NamedTuple):
+    """Who made a change, as far as the system told at that moment."""
+
+    pid: int | None = None
+    uid: int | None = None
+    command: str | None = None  # the name of the program, without its arguments
+
+
 class Change(NamedTuple):
     """A change of the registry, as the core emits it, the store writes it and watchers receive it.
 
-    `entry` is the new entry, for `down` the last one. `before` is the entry that it replaces or ends.
+    `entry` is the new entry, for `down` the last one. `before` is the entry that it replaces or ends. `at` is in
+    Unix seconds.
     """
 
     rev: int
@@ -182,6 +191,8 @@ class Change(NamedTuple):
     entry: Entry
     reason: str = ""
     before: Entry | None = None
+    at: float = 0.0
+    by: By | None = None
 
 
 def _written(text: str) -> int:

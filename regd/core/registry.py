@@ -87,10 +87,19 @@ class Registry:
         self.on_any_changed: Callable[[], None] = lambda: None
         self.load(entries, rev, now)
 
-    def load(self, entries: Iterable[Entry], rev: int, now: float) -> None:
-        """Fill an empty registry with stored entries, as of revision `rev`."""
+    def load(
+        self, entries: Iterable[Entry], rev: int, now: float, history: History | None = None, wall: float = 0.0
+    ) -> None:
+        """Fill an empty registry with stored entries, as of revision `rev`, and its history.
+
+        `wall` is the time `now` in Unix seconds: departures of earlier lives have that.
+        """
         self.rev = rev
-        self.history = History(rev, self.limits)
+        self.history = history or History(rev, self.limits)
+        for change in self.history:
+            if change.op is Op.DOWN:
+                age_s = max(wall - change.at, 0.0)
+                self._departed(change.entry.name, Departure(change.entry.instance, change.reason, now - age_s))
         for entry in sorted(entries, key=lambda entry: entry.key):
             self._set(entry)
             if entry.holders:
@@ -127,9 +136,9 @@ class Registry:
                 self._departed(entry.name, Departure(entry.instance, change.reason, now))
             if entry.holders or (before is not None and before.holders):
                 free |= self.lifetimes.move(before, after, now)
-            self.rev = change.rev
             self.on_entry_changed(entry.name)
             if change.op is not Op.KEEP:
+                self.rev = change.rev
                 self.history.add(change)
         return {process for process in free if not self.lifetimes.knows(process)}
 

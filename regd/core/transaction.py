@@ -11,7 +11,7 @@ from itertools import chain
 
 from regd.core.errors import Code, Refused
 from regd.core.holders import HolderGone
-from regd.core.model import Change, Entry, Holder, Key, Op, Process, Reason, State
+from regd.core.model import By, Change, Entry, Holder, Key, Op, Process, Reason, State
 from regd.core.registry import Registry
 
 ENDS_MAX = 10_000  # changes in one transaction, after which `end` leaves the rest to the next transaction
@@ -47,10 +47,18 @@ class Transaction:
     """The changes of one batch of writes. A refused write leaves no change.
 
     `at` is the wall clock in Unix seconds, for display. `is_gone` asks the operating system whether a holder is
-    gone, before a conflict with a living owner is reported.
+    gone, before a conflict with a living owner is reported. Revisions begin behind `rev_written`, if that is more
+    than the registry's. `by` is set to who makes the changes that follow.
     """
 
-    def __init__(self, registry: Registry, at: float, is_gone: Callable[[Holder], bool] = _nobody) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        at: float,
+        is_gone: Callable[[Holder], bool] = _nobody,
+        *,
+        rev_written: int = 0,
+    ) -> None:
         self._registry = registry
         self._at = at
         self._is_gone = is_gone
@@ -59,7 +67,8 @@ class Transaction:
         self._newly_held: Counter[Owner] = Counter()  # registrations that an owner gains in this batch
         self._count = len(registry)
         self._weight_bytes = registry.weight_bytes
-        self.rev = registry.rev
+        self.rev = max(registry.rev, rev_written)
+        self.by: By | None = None
         self.changes: list[Change] = []
         self.lost: list[OwnershipLost] = []
         self.unfinished: dict[HolderGone, None] = {}
@@ -321,7 +330,7 @@ class Transaction:
         if (before is not None and before.holders) or (after is not None and after.holders):
             self._count_held(before, after)
         self.rev += op is not Op.KEEP
-        self.changes.append(Change(self.rev, op, entry, reason, before))
+        self.changes.append(Change(self.rev, op, entry, reason, before, self._at, self.by))
         return entry
 
     def _count_held(self, before: Entry | None, after: Entry | None) -> None:

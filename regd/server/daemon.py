@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from regd.core.errors import Refused
+from regd.core.history import History
 from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Change, Holder, Key, Process
 from regd.core.registry import Registry
 from regd.core.transaction import OwnershipLost
 from regd.server.acceptor import Acceptor
+from regd.server.checkpointer import Checkpointer
 from regd.server.connection import Connection, Connections
 from regd.server.counters import Counters
 from regd.server.daemon_info import DaemonInfo
@@ -126,10 +128,11 @@ class Daemon:
         self._config = config
         self._clock = clock = clock or LoopClock()
         self._files = files or Files()
-        self._epoch = epoch or os.urandom(8).hex()
         self._listeners = Listeners()
         self._peers = peers or PeerCredentials(config.allowed_uids, anyone=config.allow_any_user)
-        self._store = Store(config.registry, log.warning, self._files)
+        self._store = Store(config.registry, log.warning, self._files, config.limits, epoch)
+        self._epoch = self._store.epoch
+        self._checkpointer = Checkpointer(self._store, clock, config.limits.checkpoint_interval_s)
         self._registry = registry = Registry(limits=config.limits, claim_s=config.grace_s)
         self._counters = Counters()
         self._pulse = LoopMonitor(clock)
@@ -161,7 +164,7 @@ class Daemon:
             registry, clock, pulse = self._registry, self._clock, self._pulse
             return Share(
                 scheduler=scheduler,
-                watches=Watches(registry, clock, limits, pulse, self._epoch),
+                watches=Watches(registry, clock, limits, pulse),
                 pending_resolves=PendingResolves(
                     registry, clock, limits, pulse, self._findings, readonly=readonly
                 ),
@@ -193,6 +196,7 @@ class Daemon:
             self._config.limits,
             self._stalls,
             is_gone=self._is_gone,
+            committed=self._checkpointer.on_change,
             landed=self._landed,
             settled=self._settled,
         )
@@ -351,11 +355,19 @@ class Daemon:
         if config.unix is not None and not config.inherited:
             self._listeners.open_unix(config.unix, self._files)
         # 2. The registry: lock it, read it, and create it if it is missing.
-        document = self._store.open(self._clock.wall())
+        now, wall = self._clock.now(), self._clock.wall()
+        found = self._store.open(wall)
         if self._store.made_folder:
             log.info("made the folder %s, which was not there", self._store.path.parent)
-        self._store.ensure_writable()
-        self._registry.load(document.entries, document.rev, self._clock.now())
+        self._store.begin()
+        history = History(
+            found.history_rev,
+            config.limits,
+            changes=found.history,
+            epoch=self._epoch,
+            epochs={epoch: rev for epoch, (rev, _) in self._store.epochs.items()},
+        )
+        self._registry.load(found.entries, found.rev, now, history, wall)
         # 3. What the system tells of itself.
         self._reaper.processes.open()
         self._info.open()
@@ -410,6 +422,7 @@ class Daemon:
         if self._engine_task is not None:
             self._engine.close()
             await asyncio.gather(self._engine_task, return_exceptions=True)
+            await self._checkpointer.close()
         # 3. Send the last replies, and cut the connections of peers that do not take them.
         await self._close_connections()
         for share in self._shares:

@@ -1,4 +1,4 @@
-"""The engine: takes writes from all connections, commits them in batches, and answers once the file holds them.
+"""The engine: takes writes from all connections, commits them in batches, and answers once they are on disk.
 
 One flush is in flight, in a thread. Writes that arrive meanwhile wait and are the next batch, so the disk
 determines the size of a batch, and the event loop never waits for the disk. A batch whose flush fails is dropped
@@ -10,12 +10,12 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVarTuple
+from typing import NamedTuple, TypeVarTuple
 
 from regd.core.errors import Code, Refused
 from regd.core.holders import HolderGone
 from regd.core.limits import Limits
-from regd.core.model import Change, Holder, Process, Reason
+from regd.core.model import By, Change, Holder, Process, Reason
 from regd.core.registry import Registry
 from regd.core.transaction import ENDS_MAX, OwnershipLost, Transaction
 from regd.server.counters import Counters
@@ -34,6 +34,15 @@ Done = Callable[[bytes | Refused], None]
 
 _Arguments = TypeVarTuple("_Arguments")
 
+
+class _Submitted(NamedTuple):
+    """A write that waits, and who requested it."""
+
+    write: Write
+    done: Done
+    by: By | None
+
+
 _BATCH_MAX = 1_024  # writes; bounds the time of one batch
 _SLICE = 128  # writes evaluated, applied or answered in one loop iteration
 _TURN_S = 0.003  # and so long, if they are expensive
@@ -46,8 +55,8 @@ _COMPLAIN_EVERY_S = 30.0
 class Engine:
     """Commits writes. `is_gone` asks the operating system whether a holder is gone.
 
-    `landed` is called with changes as readers see them; `settled`, at the end of a batch, with the sessions that
-    lost a registration and the processes that no longer hold anything.
+    `committed` is called when changes are on disk; `landed` with changes as readers see them; `settled`, at the end
+    of a batch, with the sessions that lost a registration and the processes that no longer hold anything.
     """
 
     def __init__(
@@ -60,6 +69,7 @@ class Engine:
         limits: Limits,
         stalls: Stalls,
         is_gone: Callable[[Holder], bool],
+        committed: Callable[[], None],
         landed: Callable[[Sequence[Change]], None],
         settled: Callable[[Sequence[OwnershipLost], set[Process]], None],
     ) -> None:
@@ -71,19 +81,20 @@ class Engine:
         self._limits = limits
         self._stalls = stalls
         self._is_gone = is_gone
+        self._committed = committed
         self._landed = landed
         self._settled = settled
         self._turn = 0.0  # when this loop iteration began
-        self._waiting: deque[tuple[Write, Done] | HolderGone] = deque()
+        self._waiting: deque[_Submitted | HolderGone] = deque()
         self._wake = asyncio.Event()
         self._closing = False
         self._repair_due = False
-        self._repair = False  # write the file again, even without a change
+        self._repair = False  # write the changes that are in effect and not on disk
         self._complained_at: float | None = None  # when a failing disk was last logged; None while it works
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="regd-commit")
 
-    def submit(self, write: Write, done: Done) -> None:
-        """Queue a write; `done` is called later, in the order of submission.
+    def submit(self, write: Write, done: Done, by: By | None = None) -> None:
+        """Queue a write of a peer; `done` is called later, in the order of submission.
 
         Raises:
             Refused: `busy` or `shutting_down`; nothing was queued.
@@ -92,7 +103,7 @@ class Engine:
             raise Refused(Code.SHUTTING_DOWN, "regd is stopping; connect again in a moment")
         if len(self._waiting) >= self._limits.writes_waiting_max:
             raise Refused(Code.BUSY, f"{self._limits.writes_waiting_max} writes are waiting; try again later")
-        self._waiting.append((write, done))
+        self._waiting.append(_Submitted(write, done, by))
         self._wake.set()
 
     def end(self, ending: HolderGone) -> None:
@@ -112,7 +123,6 @@ class Engine:
     async def run(self) -> None:
         """Commit batches until closed. An exception is a bug, and must end the process."""
         try:
-            await self._in_thread(self._store.prepare)
             while self._waiting or self._repair or not self._closing:
                 if self._waiting:
                     count = await self._commit_batch(self._next_batch())  # no variable keeps the batch alive
@@ -123,13 +133,13 @@ class Engine:
                 else:
                     self._wake.clear()
                     await self._wake.wait()
-            if self._store.dirty:
+            if self._store.has_unsaved:
                 await self._commit([])
         finally:
             self._thread.shutdown()
 
-    def _next_batch(self) -> list[tuple[Write, Done] | HolderGone]:
-        batch: list[tuple[Write, Done] | HolderGone] = []
+    def _next_batch(self) -> list[_Submitted | HolderGone]:
+        batch: list[_Submitted | HolderGone] = []
         writes = 0
         while self._waiting and writes < _BATCH_MAX and len(batch) < ENDS_MAX:
             batch.append(self._waiting.popleft())
@@ -152,13 +162,12 @@ class Engine:
             if self._clock.now() >= until:
                 break
 
-    async def _commit_batch(self, batch: Sequence[tuple[Write, Done] | HolderGone]) -> int:
+    async def _commit_batch(self, batch: Sequence[_Submitted | HolderGone]) -> int:
         """Evaluate a batch, commit it, apply it to the registry, and answer it. Return its length."""
         transaction = Transaction(self._registry, self._clock.wall(), self._is_gone)
         outcomes = await self._evaluate(batch, transaction)
         endings = [each for each in batch if isinstance(each, HolderGone)]
-        # A file that may hold changes that are not in effect is written again even if this batch changes nothing.
-        failure = await self._commit(transaction.changes) if transaction.changes or self._store.dirty else None
+        failure = await self._commit_or_check(transaction.changes, outcomes)
         if failure is not None:
             transaction = await self._end_all_the_same(endings)
         free: set[Process] = set()
@@ -173,7 +182,7 @@ class Engine:
                 self._registry.lifetimes.settle(ending)
         self._tally.changes += len(transaction.changes)
         self._settled(transaction.lost, {each for each in free if not self._registry.lifetimes.knows(each)})
-        dones = [each[1] for each in batch if not isinstance(each, HolderGone)]
+        dones = [each.done for each in batch if not isinstance(each, HolderGone)]
         for count, (done, outcome) in enumerate(zip(dones, outcomes, strict=True), 1):
             done(failure or outcome)
             if count % _SLICE == 0:
@@ -182,7 +191,7 @@ class Engine:
         return len(batch)
 
     async def _evaluate(
-        self, batch: Sequence[tuple[Write, Done] | HolderGone], transaction: Transaction
+        self, batch: Sequence[_Submitted | HolderGone], transaction: Transaction
     ) -> list[bytes | Refused]:
         """Evaluate a batch in order, and return the replies to its writes if the flush succeeds."""
         outcomes: list[bytes | Refused] = []
@@ -195,8 +204,9 @@ class Engine:
             if adjacent:
                 await self._end(transaction, adjacent)
                 adjacent.clear()
+            transaction.by = each.by
             try:
-                outcomes.append(each[0](transaction))
+                outcomes.append(each.write(transaction))
             except Refused as refusal:
                 outcomes.append(refusal.bare())
             if count % _SLICE == 0 or self._clock.now() > self._turn + _TURN_S:
@@ -205,6 +215,7 @@ class Engine:
         return outcomes
 
     async def _end(self, transaction: Transaction, endings: Sequence[HolderGone]) -> None:
+        transaction.by = None
         for count, _ in enumerate(transaction.end(*endings), 1):
             if count % _SLICE == 0 or self._clock.now() > self._turn + _TURN_S:
                 await self._yield_to_loop()
@@ -216,13 +227,35 @@ class Engine:
         self._turn = self._clock.now()
 
     async def _end_all_the_same(self, endings: Sequence[HolderGone]) -> Transaction:
-        """Evaluate the ends in a failed batch alone; the file is updated once it can be written."""
-        transaction = Transaction(self._registry, self._clock.wall(), self._is_gone)
+        """Evaluate the ends in a failed batch alone; they are written once the disk works again.
+
+        Their revisions are above those of the failed batch: its lines may be on disk, and must not be taken for
+        these changes.
+        """
+        store = self._store
+        transaction = Transaction(
+            self._registry, self._clock.wall(), self._is_gone, rev_written=store.rev_written
+        )
         await self._end(transaction, endings)
         if transaction.changes:
-            self._store.apply_unsaved(transaction.changes)
+            store.apply_unsaved(transaction.changes)
             self._repair_later()
         return transaction
+
+    async def _commit_or_check(
+        self, changes: Sequence[Change], outcomes: Sequence[bytes | Refused]
+    ) -> Refused | None:
+        """Commit changes, if there are any. Else see that the disk still has what is confirmed now."""
+        if changes or self._store.has_unsaved:
+            return await self._commit(changes)
+        if all(isinstance(outcome, Refused) for outcome in outcomes):
+            return None
+        try:
+            await self._in_thread(self._store.check_kept)
+        except OSError as error:
+            self._tally.commits_failed += 1
+            return self._failed(error)
+        return None
 
     async def _commit(self, changes: Sequence[Change]) -> Refused | None:
         self._pulse.took("batch", self._turn)
@@ -236,6 +269,7 @@ class Engine:
             self._stalls.flush_ended()
             self._turn = self._clock.now()
         self._tally.commits += 1
+        self._committed()
         if self._complained_at is not None:
             self._complained_at = None
             log.warning("%s can be written again", self._store.path)
@@ -252,11 +286,10 @@ class Engine:
         if self._complained_at is None or now - self._complained_at >= _COMPLAIN_EVERY_S:
             self._complained_at = now
             log.error("cannot write %s: %s; changes are refused until it can be written", self._store.path, why)
-        if self._store.dirty:
+        if self._store.has_unsaved:
             self._repair_later()
         return Refused(
-            Code.STORAGE_FAILED,
-            f"the registry file could not be written ({why}); the change is not in effect",
+            Code.STORAGE_FAILED, f"the registry could not be written ({why}); the change is not in effect"
         )
 
     def _repair_later(self) -> None:
@@ -266,7 +299,7 @@ class Engine:
 
     def _repair_now(self) -> None:
         self._repair_due = False
-        if self._store.dirty and not self._closing:
+        if self._store.has_unsaved and not self._closing:
             self._repair = True
             self._wake.set()
 

@@ -35,7 +35,7 @@ class Message:
 
 
 def _changes(changes: Sequence[Change], peer_of: PeerOf) -> Iterator[Row]:
-    for rev, op, entry, reason, _ in changes:
+    for rev, op, entry, reason, *_ in changes:
         if op is Op.UP:
             terms = _terms(entry, peer_of)
             holder = ", ".join(f"{what} {value}" for what, value in terms.items()) or "static"

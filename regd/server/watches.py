@@ -88,13 +88,10 @@ class Watch:
 class Watches:
     """The watches of one class of users."""
 
-    def __init__(
-        self, registry: Registry, clock: Clock, limits: Limits, monitor: LoopMonitor, epoch: str
-    ) -> None:
+    def __init__(self, registry: Registry, clock: Clock, limits: Limits, monitor: LoopMonitor) -> None:
         self._registry = registry
         self._clock = clock
         self._limits = limits
-        self._epoch = epoch
         self._watches: dict[str, set[Watch]] = {}  # by pattern
         self._live: dict[str, set[Watch]] = {}  # by pattern: those that a change wakes up
         self._lengths: Counter[int] = Counter()  # of the patterns that are prefixes, with their `*`
@@ -121,7 +118,7 @@ class Watches:
         watch = Watch(watcher, number, pattern, meta, self._registry.rev)
         if since is None:
             self._begin_snapshot(watch)
-        elif since[0] == self._epoch and self._registry.history.knows(since[1]):
+        elif self._registry.history.reaches(*since):
             watch.cursor = since[1]
             watch.tail = "progress"
         else:
@@ -169,7 +166,7 @@ class Watches:
             for pattern in (name, *(name[: length - 1] + "*" for length in self._lengths)):
                 for watch in self._live.pop(pattern, ()):
                     watch.phase = _Phase.CATCH_UP
-                    watch.cursor = change.rev - 1
+                    watch.cursor = change.rev - 1  # all events before this change were sent
                     self._behind.add(watch)
 
     def resume(self, watches: Sequence[Watch]) -> None:

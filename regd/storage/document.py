@@ -1,26 +1,31 @@
 """The format of `registry.json`: entries to lines, a file's bytes to entries.
 
-One entry per line, defaults left out, so that `grep` and `diff` are useful. Reading is strict: fields that regd
-does not know are refused, since the next commit would lose them.
+The file is the readable checkpoint of the journal. One entry per line, defaults left out, so that `grep` and
+`diff` are useful. Reading is strict: fields that regd does not know are refused, since the next checkpoint would
+lose them.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from json.encoder import encode_basestring_ascii as _quoted
-from typing import Any
+from typing import Any, NamedTuple
+from zlib import crc32
 
 from regd.core import model
 from regd.core.errors import Invalid
 from regd.core.limits import DEFAULT
 from regd.core.model import DEFAULT_HOST, Entry, Holder, Process, State, key_text
 
-FORMAT = 1
+FORMAT = 2
 _HEAD = "$regd"
-_REV_MAX = 2**62  # room for as many changes again, in 64 bits
+_REV_MAX = 2**62  # in a file that was edited by hand: room for as many changes again, in 64 bits
+_BETWEEN, _END = b",\n", b"\n}\n"
 _CHUNK_BYTES = 262_144  # a join keeps the interpreter lock, a write releases it
+_WHOLE_MAX = 2**63 - 1
+_BEGIN = f'{{\n"{_HEAD}": '.encode()
 _encode = json.JSONEncoder(allow_nan=False).encode
 
 
@@ -29,11 +34,25 @@ class Unreadable(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Position:
+    """A place in the journal: a line, and the epoch that it belongs to."""
+
+    epoch: str
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
-    """The contents of a registry file."""
+    """The contents of a registry file.
+
+    `position` is the line of the journal up to which the file has all changes, None if it names none. `edited`:
+    the file is not as regd wrote it.
+    """
 
     rev: int
     entries: list[Entry]
+    position: Position | None = None
+    edited: bool = False
 
 
 # Writing.
@@ -50,13 +69,17 @@ def line(entry: Entry) -> bytes:
         fields += f', "meta": {{{meta}}}'
     if entry.state is not State.READY:
         fields += f', "state": "{entry.state}"'
-    if entry.holders:
-        holders = [_conditions(holder) for holder in entry.holders if not holder.withdrawn]
-        if len(holders) == 1:
-            fields += f", {_encode(holders[0])[1:-1]}"
-        elif holders:
-            fields += f', "holders": {_encode(holders)}'
-    return f"{fields}}}".encode()
+    if entry.holders and (fields_of_holders := conditions(entry)):
+        fields += f", {_encode(fields_of_holders)[1:-1]}"
+    return f'{fields}, "rev": {entry.rev}, "registered_at": {entry.registered_at!r}}}'.encode()
+
+
+def conditions(entry: Entry) -> dict[str, object]:
+    """Return the fields that say how long an entry lives; none for a static one."""
+    holders = [_conditions(holder) for holder in entry.holders if not holder.withdrawn]
+    if len(holders) > 1:
+        return {"holders": holders}
+    return holders[0] if holders else {}
 
 
 def _conditions(holder: Holder) -> dict[str, object]:
@@ -72,40 +95,45 @@ def _conditions(holder: Holder) -> dict[str, object]:
     return fields
 
 
-def chunks(rev: int, lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the whole file in pieces. Each of `lines` may be several lines that are joined already."""
-    piece = [f'{{\n"{_HEAD}": {{"format": {FORMAT}, "rev": {rev}}}'.encode()]
-    size = 0
-    for each in lines:
-        piece.append(each)
-        size += len(each)
+def chunks(rev: int, position: Position, blocks: Sequence[bytes]) -> Iterator[bytes]:
+    """Yield the whole file in pieces. Each of `blocks` is some lines that are joined already."""
+    crc = 0
+    for block in blocks:
+        crc = crc32(block, crc32(_BETWEEN, crc) if crc else 0)
+    crc = crc32(_END, crc) if blocks else crc32(_END[1:], crc)
+    head = {"format": FORMAT, "rev": rev, "epoch": position.epoch, "line": position.line, "crc": f"{crc:08x}"}
+    yield f'{{\n"{_HEAD}": {_encode(head)}'.encode()
+    piece, size = [b""], 0
+    for block in blocks:
+        piece.append(block)
+        size += len(block)
         if size > _CHUNK_BYTES:
-            yield b",\n".join(piece)
+            yield _BETWEEN.join(piece)
             piece, size = [b""], 0
-    yield b",\n".join(piece) + b"\n}\n"
+    yield _BETWEEN.join(piece) + _END
 
 
 # Reading.
 
 
 def parse(data: bytes, registered_at: float) -> Document:
-    """Parse a registry file. Every entry gets `registered_at`, which the file does not hold.
+    """Parse a registry file. An entry whose time of registration was left out gets `registered_at`.
 
     Raises:
         Unreadable: it is no registry, or has fields that regd would lose.
     """
     text = _text(data)
-    rev, marked = 0, False
+    head: _Head | None = None
     entries: dict[str, Entry] = {}
     ids = count(1)
     try:
         for key, fields in _members(text):
-            if key in entries or (marked and key == _HEAD):
+            if key in entries or (head is not None and key == _HEAD):
                 raise _DuplicateKey(key)
             if key == _HEAD:
-                rev, marked = _rev(fields), True
+                head = _head(fields)
             else:
-                entries[key] = _entry(key, fields, max(rev, 1), registered_at, ids)
+                entries[key] = _member(key, fields, registered_at, ids)
     except json.JSONDecodeError as error:
         raise Unreadable(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
     except Invalid as error:
@@ -121,10 +149,25 @@ def parse(data: bytes, registered_at: float) -> Document:
         raise Unreadable(
             f"line {_line_of(text, digits.start() if digits else 0)}: a number is too large"
         ) from None
+    return _document(data, head or _Head(0), entries)
+
+
+def _document(data: bytes, head: "_Head", entries: Mapping[str, Entry]) -> Document:
+    edited = head.crc is None or head.crc != f"{crc32(_behind_head(data)):08x}"
     # `if: 0` means "only if it is not registered", so entries of a file without a revision are at revision 1. The
     # head of a file that was edited by hand may follow its entries.
-    rev = max(rev, 1) if entries else rev
-    return Document(rev, [entry if entry.rev == rev else replace(entry, rev=rev) for entry in entries.values()])
+    rev = max(head.rev, 1 if entries else 0, *(entry.rev for entry in entries.values()))
+    if edited and rev > _REV_MAX:
+        raise Unreadable(f"revision {rev} is too large; regd takes up to {_REV_MAX} from a file edited by hand")
+    with_rev = [entry if entry.rev else replace(entry, rev=rev) for entry in entries.values()]
+    return Document(rev, with_rev, head.position, edited)
+
+
+def _behind_head(data: bytes) -> bytes:
+    """Return what follows the line of the head, as regd writes it."""
+    if not data.startswith(_BEGIN):
+        return b""
+    return data[data.find(b"\n", len(_BEGIN)) + 1 :]
 
 
 def _members(text: str) -> Iterator[tuple[str, Any]]:
@@ -223,40 +266,73 @@ def _place(text: str, key: str) -> str:
     return f"line {_line_of(text, at)}, {quoted}" if at >= 0 else f"entry {quoted}"
 
 
-def _rev(head: object) -> int:
-    if type(head) is not dict or type(head.get("format")) is not int:
+class _Head(NamedTuple):
+    rev: int
+    position: Position | None = None
+    crc: str | None = None
+
+
+def _head(fields: object) -> _Head:
+    if type(fields) is not dict or type(fields.get("format")) is not int:
         raise Unreadable(f'"{_HEAD}" must be an object with "format" and "rev"')
-    if head["format"] != FORMAT:
+    if not 1 <= fields["format"] <= FORMAT:
         raise Unreadable(
-            f'"{_HEAD}": format {head["format"]} is of another version of regd; this one reads {FORMAT}'
+            f'"{_HEAD}": format {fields["format"]} is of another version of regd; this one reads up to {FORMAT}'
         )
-    rev = head.get("rev", 0)
-    if type(rev) is not int or not 0 <= rev <= _REV_MAX or head.keys() - {"format", "rev"}:
-        raise Unreadable(f'"{_HEAD}" must be {{"format": {FORMAT}, "rev": N}}, N from 0 to {_REV_MAX}')
-    return rev
+    rev, line = fields.get("rev", 0), fields.get("line", 0)
+    epoch, crc = fields.get("epoch", ""), fields.get("crc", "")
+    if fields.keys() - {"format", "rev", "epoch", "line", "crc"} or not (
+        type(rev) is type(line) is int
+        and type(epoch) is type(crc) is str
+        and 0 <= rev <= _WHOLE_MAX
+        and 0 <= line <= _WHOLE_MAX
+    ):
+        raise Unreadable(
+            f'"{_HEAD}" must be as regd writes it, or {{"format": {FORMAT}, "rev": N}}, N from 0 to {_REV_MAX}'
+        )
+    return _Head(rev, Position(epoch, line) if epoch else None, crc or None)
 
 
-def _entry(key: str, fields: object, rev: int, registered_at: float, ids: Iterator[int]) -> Entry:
-    """Return the entry that a member of the file describes."""
+def _member(key: str, fields: object, registered_at: float, ids: "count[int]") -> Entry:
+    """Return the entry that a member of the file describes. Its `rev` is 0 if it was left out."""
     name, slash, instance = key.partition("/")
     if slash and not instance:
         raise Invalid("an instance must follow the /")
-    _named("the name", model.check_name, name)
-    if instance:
-        _named("the instance", model.check_instance, instance)
     if type(fields) is not dict:
         raise Invalid('must be an object, such as {"port": 5050}')
+    return entry(name, instance, fields, 0, registered_at, ids)
+
+
+def entry(
+    name: object, instance: object, fields: Mapping[str, Any], rev: int, registered_at: float, ids: "count[int]"
+) -> Entry:
+    """Return an entry from the fields that are stored; `rev` and `registered_at` are for what they lack.
+
+    Raises:
+        Invalid: they are not as regd stores them.
+    """
+    checked_name = _named("the name", model.check_name, name)
+    checked_instance = _named("the instance", model.check_instance, instance) if instance != "" else ""
     if "port" not in fields:
         raise Invalid('"port" is missing')
     values = {field: _named(field, rule, fields[field]) for field, rule in _CHECKS.items() if field in fields}
     holders: tuple[Holder, ...] = ()
     if len(values) < len(fields):
         holders = _holders({field: value for field, value in fields.items() if field not in values}, ids)
-    host, meta, state = values.get("host", DEFAULT_HOST), values.get("meta", {}), values.get("state", State.READY)
-    return Entry(name, instance, host, values["port"], meta, state, rev, registered_at, holders)
+    return Entry(
+        checked_name,
+        checked_instance,
+        values.get("host", DEFAULT_HOST),
+        values["port"],
+        values.get("meta", {}),
+        values.get("state", State.READY),
+        values.get("rev", rev),
+        values.get("registered_at", registered_at),
+        holders,
+    )
 
 
-def _holders(fields: Mapping[str, object], ids: Iterator[int]) -> tuple[Holder, ...]:
+def _holders(fields: Mapping[str, object], ids: "count[int]") -> tuple[Holder, ...]:
     """Return the holders, from the fields of a member that peers do not see."""
     conditions = {field: value for field, value in fields.items() if field in _CONDITIONS}
     several: list[object] = [conditions]
@@ -270,7 +346,7 @@ def _holders(fields: Mapping[str, object], ids: Iterator[int]) -> tuple[Holder, 
     return tuple([holder for each in several if (holder := _holder(each, ids)) is not None])
 
 
-def _holder(fields: object, ids: Iterator[int]) -> Holder | None:
+def _holder(fields: object, ids: "count[int]") -> Holder | None:
     """Return an unclaimed holder; None if it has no condition."""
     if type(fields) is not dict:
         raise Invalid('a holder must be an object, such as {"pid": 4242}')
@@ -290,6 +366,20 @@ def _unknown(field: str) -> Invalid:
     return Invalid(f"unknown field {json.dumps(field)}; an entry has {', '.join((*_CHECKS, *_CONDITIONS))}")
 
 
+def checked_meta(value: object) -> dict[str, str]:
+    """Return stored `meta`, or raise `Invalid`."""
+    meta: dict[str, str] = _named("meta", model.check_meta, value)
+    return meta
+
+
+def _check_time(value: object) -> float:
+    if type(value) is not int and type(value) is not float:
+        raise Invalid("must be a number of Unix seconds")
+    if not 0 <= value < 1e12:  # infinities and NaN as well
+        raise Invalid("must be in Unix seconds")
+    return value
+
+
 def _check_born(value: object) -> str:
     if type(value) is not str or not 1 <= len(value) <= 64 or not value.isascii():
         raise Invalid("must be as regd wrote it")
@@ -301,6 +391,8 @@ _CHECKS: Mapping[str, Callable[[object], Any]] = {
     "host": model.check_host,
     "meta": model.check_meta,
     "state": model.check_state,
+    "rev": lambda value: model.check_whole(value, 1, _WHOLE_MAX),
+    "registered_at": _check_time,
 }
 _CONDITIONS: Mapping[str, Callable[[object], Any]] = {
     "hold": model.check_flag,

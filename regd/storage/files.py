@@ -7,6 +7,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import stat
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ class Fingerprint(NamedTuple):
     inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int  # no program can set it back
     is_regular: bool
 
 
@@ -62,8 +64,13 @@ class Files:
         self.sync_folder(path.parent)
         return True
 
-    def read(self, path: Path) -> bytes:
-        return path.read_bytes()
+    def names(self, folder: Path) -> list[str]:
+        return os.listdir(folder)
+
+    def read(self, path: Path, most: int = -1) -> bytes:
+        """Return the contents of a file, or its first `most` bytes."""
+        with path.open("rb", buffering=0) as file:
+            return file.read(most) or b""
 
     def create(self, path: Path) -> int:
         """Create a file for writing that only this user may read. A file that a crash left there is replaced."""
@@ -74,6 +81,13 @@ class Files:
             os.unlink(path)
             return os.open(path, flags, 0o600)
 
+    def append(self, path: Path) -> int:
+        """Open a file for writing at its end."""
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+    def truncate(self, fd: int, size: int) -> None:
+        os.ftruncate(fd, size)
+
     def write(self, fd: int, data: bytes) -> None:
         view = memoryview(data)
         while view:
@@ -81,6 +95,10 @@ class Files:
 
     def sync(self, fd: int) -> None:
         os.fsync(fd)
+
+    def sync_data(self, fd: int) -> None:
+        """Make what was written durable. The time of change, for one, need not be."""
+        _sync_data(fd)
 
     def close(self, fd: int) -> None:
         os.close(fd)
@@ -104,7 +122,19 @@ class Files:
             found = os.stat(file)
         except FileNotFoundError:
             return None
-        return Fingerprint(found.st_ino, found.st_size, found.st_mtime_ns, stat.S_ISREG(found.st_mode))
+        is_regular = stat.S_ISREG(found.st_mode)
+        return Fingerprint(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, is_regular)
+
+    def obstacle(self, path: Path) -> str:
+        """Return why this user cannot replace an existing file, as far as that shows; "" if nothing does."""
+        with contextlib.suppress(OSError):
+            mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+            if any(_unescaped(line.split(" ")[4]) == str(path) for line in mounts):
+                return "it is a mount point of its own; mount its folder instead"
+        found, folder = os.stat(path), os.stat(path.parent)
+        if folder.st_mode & stat.S_ISVTX and os.geteuid() not in (0, found.st_uid, folder.st_uid):
+            return f"it belongs to user {found.st_uid} in a sticky folder; move it to a folder of this user"
+        return ""
 
     def lock(self, path: Path) -> int:
         """Lock a file until `unlock` or the end of this process, and return what `unlock` takes.
@@ -129,6 +159,14 @@ class Files:
 
     def unlock(self, fd: int) -> None:
         os.close(fd)
+
+
+_sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
+
+
+def _unescaped(text: str) -> str:
+    """Return a path of /proc/self/mountinfo, which has blanks and the like as octal numbers (proc(5))."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 
 def _place() -> list[str]:

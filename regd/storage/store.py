@@ -1,21 +1,28 @@
-"""The registry file of a running daemon: locked, loaded once, and replaced as a whole at every commit.
+"""The registry on disk: the journal, to which every change is appended, and its checkpoint `registry.json`.
 
-A commit writes a temporary file, then fsync, rename, fsync of the folder. When `commit` returns, the file holds
-the changes. When it raises, they are not in effect, and the next commit writes the previous state again if
-necessary. `commit` blocks: the engine calls it in a thread, one call at a time.
+When `commit` returns, the journal holds the changes on disk. When it raises, they are not in effect: before the
+next commit a new segment makes their lines void. `commit` blocks: the engine calls it in a thread, one call at a
+time. `checkpoint` and `page` may be called in other threads meanwhile.
 """
 
-import contextlib
 import errno
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from regd.core.model import Change, Entry, Op, key_text
-from regd.storage.document import Document, Unreadable, chunks, line, parse
-from regd.storage.files import AlreadyLocked, Files, Fingerprint
-from regd.storage.line_blocks import LineBlocks
+from regd.core.limits import DEFAULT, Limits
+from regd.core.model import Change, Entry, Key, Op
+from regd.storage import history_pages, journal_lines
+from regd.storage.checkpoint import Checkpoint
+from regd.storage.document import Position, Unreadable, line, parse
+from regd.storage.files import AlreadyLocked, Files
+from regd.storage.history_pages import Page, Query
+from regd.storage.journal import Journal
+from regd.storage.journal_lines import Head, Start
+from regd.storage.recovery import Recovery, recover
 
+_EPOCHS_MAX = 1_000  # restarts that watchers can resume over
 _NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -24,31 +31,98 @@ class StorageError(Exception):
 
 
 class Store:
-    """`warn` is called with one line for people, in the thread that commits."""
+    """`warn` is called with one line for people, in the thread that works."""
 
-    def __init__(self, path: Path, warn: Callable[[str], None], files: Files | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        warn: Callable[[str], None],
+        files: Files | None = None,
+        limits: Limits = DEFAULT,
+        epoch: str | None = None,
+    ) -> None:
         self.path = Path(os.path.realpath(path))  # a rename must not replace a link by a file
-        self.dirty = False  # the file is gone, or may hold changes that are not in effect: write it again
+        self.epoch = epoch or os.urandom(8).hex()
+        self.epochs: dict[str, tuple[int, int]] = {}  # ended, with valid positions: the last revision and line
         self.made_folder = False  # by `open`
+        self.rev_written = 0  # the highest revision that may be on disk, in effect or not
         self._warn = warn
-        self._files = files or Files()
-        self._temporary = self.path.with_name(self.path.name + ".tmp")
-        self._lines = LineBlocks()  # as in the file
-        self._unwritten: list[Entry] = []  # loaded entries that are not in `_lines` yet
-        self._rev = 0
-        self._print: Fingerprint | None = None  # of the file as last read or written here
+        self._files = files = files or Files()
+        self._limits = limits
+        self._checkpoint = Checkpoint(self.path, files, warn)
+        stem = self.path.name.removesuffix(".json")
+        self._journal = Journal(self.path.with_name(f"{stem}.journal"), files)
+        self._lock_path = self.path.with_name(self.path.name + ".lock")
         self._lock: int | None = None
+        self._lock_inode: int | None = None
+        self._found = Recovery([], 0)
+        self._start: Start | None = None  # of this daemon, while it is not on disk
+        self._unsaved: list[Change] = []  # in effect, and not on disk yet
+        self._lost = False  # the journal was removed: the next checkpoint must come before the next segment
+        self._rotates = False
+        # What the journal holds on disk. `_mutex` guards what the checkpoint takes.
+        self._mutex = threading.Lock()
+        self._checkpointing = threading.Lock()
+        self._rev = 0
+        self._at = 0.0  # Unix seconds: of the last change
+        self._position = Position("", 0)
+        self._changed: dict[Key, Entry | None] = {}  # since the last checkpoint
+        self._owes_checkpoint = False
 
-    def open(self, registered_at: float) -> Document:
-        """Lock and read the registry. A missing file is an empty registry; it is not created yet.
+    # Start.
+
+    def open(self, at: float) -> Recovery:
+        """Lock and read the registry, and change nothing. A missing file is an empty registry.
+
+        `at` is the time in Unix seconds.
 
         Raises:
             StorageError: another regd has locked it, or it cannot be read.
         """
         try:
             self.made_folder = self._files.make_folder(self.path.parent)
-            lock = self.path.with_name(self.path.name + ".lock")
-            self._lock = self._files.lock(lock)
+            existed = self._files.print(self._lock_path) is not None
+            self._take_lock()
+        except OSError as error:
+            raise StorageError(
+                f"cannot use the folder {self.path.parent}: {error.strerror}; "
+                "give its rights to this user, or name another file with --registry"
+            ) from error
+        try:
+            self._found = found = self._load(at)
+        except BaseException:
+            self.close()
+            raise
+        if not existed:  # a daemon whose lock file was removed may still write to the last segment
+            found.size = None
+        self._start = Start(self.epoch, found.keeps_journal and found.valid, found.rev, at)
+        self.epochs = dict(found.epochs)
+        self._rev = self.rev_written = found.rev
+        self._at = at
+        self._position = Position(found.epoch, found.line)
+        self._changed = {entry.key: entry for entry in found.entries}
+        return found
+
+    def _load(self, at: float) -> Recovery:
+        path = self.path
+        try:
+            data = self._checkpoint.read()
+            path = self._journal.path
+            segments = self._journal.find()
+            document = None if data is None else parse(data, at)
+            return recover(document, segments, self.path, self._limits.history_changes_max)
+        except FileExistsError:
+            raise StorageError(f"{self.path} is not a regular file; name another with --registry") from None
+        except OSError as error:
+            raise StorageError(
+                f"cannot read {path}: {error.strerror}; give this user read access to it"
+            ) from error
+        except Unreadable as error:
+            raise StorageError(str(error)) from error
+
+    def _take_lock(self) -> None:
+        try:
+            self._lock = self._files.lock(self._lock_path)
         except AlreadyLocked as held:
             if held.elsewhere:
                 raise StorageError(
@@ -58,179 +132,209 @@ class Store:
                 f"{self.path} is in use by another regd{held}; stop that one, or name another file "
                 "with --registry"
             ) from None
-        except OSError as error:
-            raise StorageError(
-                f"cannot use the folder {self.path.parent}: {error.strerror}; "
-                "give its rights to this user, or name another file with --registry"
-            ) from error
-        try:
-            return self._load(registered_at)
-        except BaseException:
-            self.close()
-            raise
+        found = self._files.print(self._lock)
+        self._lock_inode = found.inode if found else None
 
-    def _load(self, registered_at: float) -> Document:
-        try:
-            self._print = self._files.print(self.path)
-            if self._print is None:
-                return Document(0, [])
-            if not self._print.is_regular:
-                raise StorageError(f"{self.path} is not a regular file; name another with --registry")
-            document = parse(self._files.read(self.path), registered_at)
-        except OSError as error:
-            raise StorageError(
-                f"cannot read {self.path}: {error.strerror}; give this user read access to it"
-            ) from error
-        except Unreadable as error:
-            raise StorageError(
-                f"{self.path}: {error}; nothing was changed: correct the file, or move it away to start empty"
-            ) from error
-        self._rev = document.rev
-        self._unwritten = document.entries
-        return document
-
-    def prepare(self) -> None:
-        """Encode the loaded entries, ahead of the first commit. Idempotent."""
-        entries, self._unwritten = self._unwritten, []
-        for entry in entries:
-            self._lines.set(key_text(entry.key), line(entry))
-
-    def ensure_writable(self) -> None:
-        """Create the file if it is missing; else check that it can be replaced.
+    def begin(self) -> None:
+        """Make the registry ready for changes: cut off a torn batch, write the start of this epoch, and the file
+        if it has no place in the journal.
 
         Raises:
             StorageError: it cannot be written. For an existing file a full disk is only a warning: reads go on.
         """
+        exists, found, journal = self._checkpoint.exists, self._found, self._journal
         try:
-            if self._print is None:
-                self._replace()
+            if exists and (obstacle := self._files.obstacle(self.path)):
+                raise StorageError(
+                    f"cannot replace {self.path}: {obstacle}, or name another file with --registry"
+                )
+            for note in found.notes:
+                self._warn(note)
+            if journal.segments and not found.keeps_journal:
+                for path in journal.set_aside():
+                    self._warn(f"kept as {path}")
+            if found.size is None or journal.segments[-1].path != journal.path:
+                self._begin_segment()
             else:
-                # The previous daemon may have been killed before it synced the folder.
-                self.dirty = True
-                self._files.sync_folder(self.path.parent)
-                self.dirty = False
-                self._files.close(self._files.create(self._temporary))
-                self._files.remove(self._temporary)
+                journal.resume(found.size)
+            self._write_start()
+            if found.keeps_journal:
+                journal.sync_folder()  # the previous daemon may have been killed before it did that
+                self._checkpoint.check_writable()
+            else:
+                self.checkpoint()
         except OSError as error:
-            if self._print is not None and error.errno not in _NO_RIGHTS:
+            journal.poison()
+            if exists and error.errno not in _NO_RIGHTS:
                 self._warn(f"cannot write in {self.path.parent}: {error.strerror}")
                 return
             raise StorageError(
                 f"cannot write {self.path}: {error.strerror}; give the rights on its folder to this user, "
                 "or name another file with --registry"
             ) from error
+        finally:
+            self._found = Recovery([], 0)  # its lists are the caller's now
+
+    def _write_start(self) -> None:
+        """Append the line that begins this daemon's epoch, if it is not on disk yet."""
+        if self._start is None:
+            return
+        number = self._position.line + 1
+        self._journal.append(journal_lines.start(number, self._start))
+        if self._start.valid and self._position.epoch:
+            self.epochs[self._position.epoch] = (self._rev, self._position.line)
+        self._position = Position(self.epoch, number)
+        self._start = None
+
+    # Changes.
+
+    @property
+    def has_unsaved(self) -> bool:
+        """Whether changes are in effect that the journal does not have yet."""
+        return bool(self._unsaved)
 
     def commit(self, changes: Sequence[Change]) -> None:
-        """Write the changes to the file. Without changes, write the file again.
+        """Append changes to the journal, those of `apply_unsaved` first.
 
         Raises:
-            OSError: the file could not be written, and the changes are not in effect.
+            OSError: they could not be written, and are not in effect.
+            StorageError: another regd has taken over the registry; this one must end.
         """
-        self.prepare()
-        undo = self._stage(changes)
-        if undo is None and not self.dirty and changes:
-            return  # the file would be the same
-        rev, self._rev = self._rev, changes[-1].rev if changes else self._rev
-        try:
-            self._replace()
-        except BaseException:
-            self._rev = rev
-            for key, before in reversed(undo or []):
-                if before is None:
-                    self._lines.remove(key)
-                else:
-                    self._lines.set(key, before)
-            raise
+        wanted = [change for change in (*self._unsaved, *changes) if not _changes_nothing(change)]
+        if not wanted:
+            return
+        self._check_owner()
+        self._ensure_segment()
+        first, journal = self._position.line + 1, self._journal
+        lines = [
+            journal_lines.change(number, change, len(wanted) if number == first else 0)
+            for number, change in enumerate(wanted, first)
+        ]
+        self.rev_written = max(self.rev_written, wanted[-1].rev)
+        journal.append(b"".join(lines))
+        self._check_owner()
+        if not journal.is_open:
+            raise FileNotFoundError(errno.ENOENT, "the journal was removed", str(journal.path))
+        self._unsaved.clear()
+        with self._mutex:
+            self._at = wanted[-1].at
+            self._rev = max(self._rev, *(change.rev for change in wanted if change.op is not Op.KEEP), 0)
+            self._position = Position(self._position.epoch, self._position.line + len(wanted))
+            for change in wanted:
+                self._changed[change.entry.key] = None if change.op is Op.DOWN else change.entry
 
     def apply_unsaved(self, changes: Sequence[Change]) -> None:
-        """Record changes that are in effect although they are not in the file. The next commit writes them."""
-        self.prepare()
-        self._stage(changes)
-        self._rev = changes[-1].rev
-        self.dirty = True
+        """Record changes that are in effect although they are not on disk. The next commit writes them first."""
+        self._unsaved += changes
 
-    def _stage(self, changes: Sequence[Change]) -> list[tuple[str, bytes | None]] | None:
-        """Change the lines, and return the previous ones for undoing, or None if no line differs."""
-        undo: list[tuple[str, bytes | None]] = []
-        last = {key_text(change.entry.key): change for change in changes}  # the last change of each key
-        same = all(change.op is Op.KEEP for change in changes)
-        for key, change in last.items():
-            before = self._lines.get(key)
-            undo.append((key, before))
-            if change.op is Op.DOWN:
-                self._lines.remove(key)  # it may have come and gone in the same batch
-                same = same and before is None
-            else:
-                after = line(change.entry)
-                if after != before:
-                    self._lines.set(key, after)
-                    same = False
-        return None if same else undo
+    def check_kept(self) -> None:
+        """Make sure that the registry on disk has what is in effect, before a repeated request gets its `ok`.
 
-    def _replace(self) -> None:
-        files = self._files
-        try:
-            fd = files.create(self._temporary)
-        except FileNotFoundError:
-            self.dirty = True  # the folder is gone, and the file with it
-            raise
-        try:
-            try:
-                for chunk in chunks(self._rev, self._lines):
-                    files.write(fd, chunk)
-                files.sync(fd)
-                ours = files.print(fd)
-            finally:
-                files.close(fd)
-            self._back_up_external_edit()
-            self.dirty = True  # from here on the new file may be in place, even if an error follows
-            files.rename(self._temporary, self.path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                files.remove(self._temporary)
-            raise
-        self._print = ours
-        files.sync_folder(self.path.parent)
-        self.dirty = False
+        Another program may have edited the file: then it is written again.
 
-    def _back_up_external_edit(self) -> None:
-        """Copy a file that another program changed since it was last written here.
-
-        It is not renamed, so that there is a registry at any moment.
+        Raises:
+            OSError: it could not be written.
         """
-        files = self._files
-        found = files.print(self.path)
-        if found == self._print:
+        self._check_owner()
+        if not self._journal.is_open:
+            self._ensure_segment()
+        elif self._checkpoint.is_edited():
+            self.checkpoint()
+
+    def _check_owner(self) -> None:
+        """Check that the lock and the journal at their paths are still those of this daemon.
+
+        Raises:
+            StorageError: another regd has taken over.
+        """
+        found = self._files.print(self._lock_path)
+        if found is None or found.inode != self._lock_inode:
+            self._warn(f"{self._lock_path} was removed by another program; regd locks it again")
+            if self._lock is not None:
+                self._files.unlock(self._lock)
+                self._lock = None
+            self._take_lock()
+        in_place = self._journal.is_in_place()
+        if in_place is None:
+            self._warn(f"{self._journal.path} was removed by another program; regd begins a new one")
+            self._journal.forget_segment()
+            self._lost = True
+        elif not in_place:
+            raise StorageError(
+                f"{self._journal.path} is not the file that this regd wrote: another regd was started on this "
+                "registry; this one ends, and writes nothing more"
+            )
+
+    def _ensure_segment(self) -> None:
+        """Have a segment that may be written to."""
+        if self._journal.is_open:
+            if self._rotates:
+                self._rotate()
             return
-        if found is None:
-            self._warn(f"{self.path} was removed by another program; regd writes it again")
-            return
-        if not found.is_regular:
-            raise OSError(errno.EEXIST, "there is something else than a file in its place")
-        foreign = files.read(self.path)
-        count = 1
-        while files.print(aside := self.path.with_name(f"{self.path.name}.aside-{count}")):
-            count += 1
-        fd = files.create(aside)
+        lost = self._lost
+        if lost:
+            self.checkpoint()  # first of all, since the journal no longer has what it had
+        self._begin_segment()
+        self._lost = False
+        self._write_start()
+        if not lost:
+            self.checkpoint()
+
+    def _rotate(self) -> None:
+        """Begin another segment. If that fails, the present one becomes larger."""
         try:
-            try:
-                files.write(fd, foreign)
-                files.sync(fd)
-            finally:
-                files.close(fd)
-            files.sync_folder(aside.parent)  # else a crash may keep the following rename and lose the copy
-        except BaseException:
-            with contextlib.suppress(OSError):
-                files.remove(aside)
-            raise
-        self._print = found  # even if this commit fails, there is a copy of it
-        self._warn(
-            f"{self.path} was changed by another program: its content is kept as {aside}, and regd writes its "
-            "own. To edit the file, stop regd first"
-        )
+            self._begin_segment()
+        except OSError as error:
+            if not self._journal.is_open:
+                raise
+            self._warn(f"cannot begin another segment of {self._journal.path}: {error.strerror}")
+        self._rotates = False
+
+    def _begin_segment(self) -> None:
+        epochs = dict(list(self.epochs.items())[-_EPOCHS_MAX:])
+        head = Head(self._position.line + 1, self._rev, self._position.epoch, epochs, self._at)
+        self._journal.begin_segment(head)
+
+    # The checkpoint.
+
+    @property
+    def needs_checkpoint(self) -> bool:
+        return bool(self._changed) or self._owes_checkpoint
+
+    def checkpoint(self) -> None:
+        """Write the registry file as of now, and delete journal segments that are not kept any more.
+
+        Raises:
+            OSError: it could not be written; the journal has all changes.
+        """
+        with self._checkpointing:
+            with self._mutex:
+                changed, self._changed = self._changed, {}
+                rev, position = self._rev, self._position
+                self._owes_checkpoint = True
+            self._checkpoint.write(changed, rev, position, self._journal.sync_folder)
+            self._owes_checkpoint = False
+            self._rotates = self._journal.size >= self._limits.journal_segment_bytes_max
+            self._journal.drop_old(position.line, self._limits.journal_bytes_max)
+
+    # History.
+
+    def page(self, query: Query) -> Page:
+        """Return a page of the history on disk.
+
+        Raises:
+            OSError: it could not be read.
+        """
+        return history_pages.page(self._files, self._journal.segments, query)
 
     def close(self) -> None:
-        """Release the lock. Idempotent."""
+        """Close the journal, and release the lock. Idempotent."""
+        self._journal.close()
         if self._lock is not None:
             self._files.unlock(self._lock)
             self._lock = None
+
+
+def _changes_nothing(change: Change) -> bool:
+    """Whether a change is only of what is not stored, such as the connection of a holder."""
+    return change.op is Op.KEEP and change.before is not None and line(change.entry) == line(change.before)

@@ -19,7 +19,7 @@ class _Kept:
     changes: int = 0  # in place of the time of modification
 
     def print(self) -> Fingerprint:
-        return Fingerprint(self.inode, len(self.data), self.changes, is_regular=True)
+        return Fingerprint(self.inode, len(self.data), self.changes, self.changes, is_regular=True)
 
 
 class MemoryFiles(Files):
@@ -37,14 +37,26 @@ class MemoryFiles(Files):
         self._folders |= {path, *path.parents}
         return is_new
 
-    def read(self, path: Path) -> bytes:
-        return bytes(self._kept(path).data)
+    def names(self, folder: Path) -> list[str]:
+        return [path.name for path in list(self._files) if path.parent == folder]
+
+    def read(self, path: Path, most: int = -1) -> bytes:
+        data = bytes(self._kept(path).data)
+        return data if most < 0 else data[:most]
 
     def create(self, path: Path) -> int:
         self._in_folder(path)
         fd = next(self._numbers)
         self._files[path] = self._open[fd] = _Kept(inode=fd)
         return fd
+
+    def append(self, path: Path) -> int:
+        fd = next(self._numbers)
+        self._open[fd] = self._kept(path)
+        return fd
+
+    def truncate(self, fd: int, size: int) -> None:
+        del self._opened(fd).data[size:]
 
     def write(self, fd: int, data: bytes) -> None:
         kept = self._opened(fd)
@@ -53,6 +65,8 @@ class MemoryFiles(Files):
 
     def sync(self, fd: int) -> None:
         self._opened(fd)
+
+    sync_data = sync
 
     def close(self, fd: int) -> None:
         self._opened(fd)
@@ -74,9 +88,12 @@ class MemoryFiles(Files):
 
     def print(self, file: Path | int) -> Fingerprint | None:
         if isinstance(file, int):
-            return self._opened(file).print()
+            return self._kept(self._locks[file]).print() if file in self._locks else self._opened(file).print()
         found = self._files.get(file)
         return found.print() if found else None
+
+    def obstacle(self, path: Path) -> str:
+        return ""
 
     def lock(self, path: Path) -> int:
         self._in_folder(path)

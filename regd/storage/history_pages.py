@@ -1,0 +1,136 @@
+"""Pages of the history, read from the journal's segments."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+from regd.storage import journal_lines
+from regd.storage.files import Files
+from regd.storage.journal import SegmentFile
+
+_SCAN_MAX = 2_000  # changes looked at for one page
+_PAGE_BYTES = 524_288  # of lines in one page
+_FIELDS = ("rev", "at", "op", "name", "instance", "host", "port", "state", "reason", "by")
+_CHANGE = re.compile(
+    rb'^\{"line":([0-9]+)(?:,"batch":[0-9]+)?,"rev":([0-9]+),"at":([0-9.e+-]+),"op":.*$', re.MULTILINE
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What to look for. At most one of `since` and `before` (revisions) and `after` (Unix seconds) is given."""
+
+    rev: int  # the current revision: later changes are not in effect yet
+    limit: int
+    name: str | None = None
+    instance: str | None = None
+    since: int | None = None
+    after: float | None = None
+    before: int | None = None
+
+    def fits(self, change: dict[str, Any]) -> bool:
+        return self.name in (None, change["name"]) and self.instance in (None, change["instance"])
+
+
+class Page(NamedTuple):
+    """Changes, oldest first, and where the next page begins: None at the end."""
+
+    changes: list[dict[str, Any]]
+    next: int | None
+
+
+class _Line(NamedTuple):
+    rev: int
+    data: bytes
+
+
+def page(files: Files, segments: Sequence[SegmentFile], query: Query) -> Page:
+    """Return the oldest changes after a point, or the latest ones, oldest first."""
+    forward = query.since is not None or query.after is not None
+    lines = (_forward if forward else _backward)(files, segments, query)
+    changes: list[dict[str, Any]] = []
+    size, last = 0, 0
+    for line in islice(lines, _SCAN_MAX):
+        if changes and (len(changes) == query.limit or size + len(line.data) > _PAGE_BYTES):
+            return Page(changes if forward else changes[::-1], last)
+        last = line.rev
+        if journal_lines.number_of(line.data) is None:
+            continue  # damaged, and covered by a checkpoint: else regd would not have started
+        change = json.loads(line.data)
+        if query.fits(change):
+            changes.append({field: change[field] for field in _FIELDS if field in change})
+            size += len(line.data)
+    more = next(lines, None) is not None
+    return Page(changes if forward else changes[::-1], last if more else None)
+
+
+def _forward(files: Files, segments: Sequence[SegmentFile], query: Query) -> Iterator[_Line]:
+    """Yield the changes after a point, the oldest first."""
+    point: float
+    if query.since is not None:
+        point, index = query.since, _last_with([segment.rev for segment in segments], query.since)
+        is_after: Callable[[re.Match[bytes]], bool] = lambda found: int(found[2]) > point  # noqa: E731
+    else:
+        assert query.after is not None
+        point, index = query.after, _last_with([segment.at for segment in segments], query.after)
+        is_after = lambda found: float(found[3]) > point  # noqa: E731
+    for at in range(index, len(segments)):
+        data, end = _read(files, segments, at)
+        for found in _CHANGE.finditer(data, _offset(data, is_after)):
+            if int(found[1]) >= end:
+                break
+            if int(found[2]) > query.rev:
+                return
+            yield _Line(int(found[2]), found[0])
+
+
+def _backward(files: Files, segments: Sequence[SegmentFile], query: Query) -> Iterator[_Line]:
+    """Yield the changes before a revision, the latest first."""
+    before = query.rev + 1 if query.before is None else min(query.before, query.rev + 1)
+    for at in reversed(range(len(segments))):
+        if segments[at].rev + 1 >= before:
+            continue  # all of its changes are later
+        data, end = _read(files, segments, at)
+        stop = _offset(data, lambda found, end=end: int(found[2]) >= before or int(found[1]) >= end)  # type: ignore[misc]
+        while stop:
+            start = data.rfind(b"\n", 0, stop - 1) + 1
+            found = _CHANGE.match(data, start, stop - 1)
+            if found is not None:
+                yield _Line(int(found[2]), found[0])
+            stop = start
+
+
+def _last_with(points: Sequence[float], point: float) -> int:
+    """Return the index of the last segment that began before a point, 0 if none did."""
+    return max((index for index, began in enumerate(points) if began <= point), default=0)
+
+
+def _read(files: Files, segments: Sequence[SegmentFile], index: int) -> tuple[bytes, float]:
+    """Return a segment's contents, and the number of the line from which on its lines are void."""
+    segment = segments[index]
+    end = segments[index + 1].line if index + 1 < len(segments) else float("inf")
+    for _ in range(2):  # it may be renamed meanwhile
+        try:
+            data = files.read(segment.path)
+        except FileNotFoundError:
+            continue
+        head = journal_lines.parse_head(data.partition(b"\n")[0])
+        if head is None or head.line == segment.line:
+            return data, end
+    return b"", end
+
+
+def _offset(data: bytes, is_after: Callable[[re.Match[bytes]], bool]) -> int:
+    """Return the offset of the first change for which `is_after` is true; it is true for all that follow."""
+    low, high = 0, len(data)
+    while low < high:
+        start = data.rfind(b"\n", low, (low + high) // 2) + 1 or low
+        found = _CHANGE.search(data, start, high)
+        if found is None or is_after(found):
+            high = start
+        else:
+            low = found.end() + 1
+    return low

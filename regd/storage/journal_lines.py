@@ -1,0 +1,248 @@
+"""The lines of the journal: changes to bytes and back. Pure: no file is touched here.
+
+A segment begins with its head, and has one change a line. Every line ends with `crc`, the CRC-32 of all before
+it, so that a line is whole or known to be damaged. A batch is written at once: its first line says how many lines
+it has, and after a crash all of them count or none.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import count
+from json.encoder import encode_basestring_ascii as _quoted
+from typing import Any
+from zlib import crc32
+
+from regd.core.errors import Invalid
+from regd.core.model import By, Change, Op, Reason
+from regd.storage import document
+
+FORMAT = 1
+_LINE = re.compile(rb'\{"line":([1-9][0-9]{0,18})(?:,"batch":([1-9][0-9]{0,9}))?,.*,"crc":"([0-9a-f]{8})"\}')
+_HEAD = re.compile(rb'\{"format":([0-9]{1,9}),.*,"crc":"([0-9a-f]{8})"\}')
+_REV = re.compile(rb'\{"line":[0-9]+(?:,"batch":[0-9]+)?,"rev":([0-9]+),')
+_CRC_CHARS = len(',"crc":"00000000"}')
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+Epochs = Mapping[str, tuple[int, int]]
+"""The ended epochs whose positions are still valid: the last revision and the last line of each."""
+
+
+class Damaged(Exception):
+    """A line that fits its checksum is no line of this format. The text says what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The first line of a segment.
+
+    `line` is the number of the line that follows; from there on, lines of older segments are void. `rev` is the
+    revision before it, and `epoch` the epoch of the line before it, "" if there is none.
+    """
+
+    line: int
+    rev: int
+    epoch: str
+    epochs: Epochs
+    at: float = 0.0  # Unix seconds: when the segment began
+    is_guess: bool = False  # the head is missing or damaged
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The line that a daemon writes when it starts. `valid`: positions of earlier epochs stay valid."""
+
+    epoch: str
+    valid: bool
+    rev: int
+    at: float  # Unix seconds
+
+
+# Writing.
+
+
+def _closed(text: str) -> bytes:
+    """Return a line with its checksum and its end. `text` lacks the closing brace."""
+    data = text.encode("ascii")
+    return b'%s,"crc":"%08x"}\n' % (data, crc32(data))
+
+
+def head(head: Head) -> bytes:
+    epochs = {epoch: list(ended) for epoch, ended in head.epochs.items()}
+    fields = {
+        "format": FORMAT,
+        "line": head.line,
+        "rev": head.rev,
+        "at": head.at,
+        "epoch": head.epoch,
+        "epochs": epochs,
+    }
+    return _closed(_encode(fields)[:-1])
+
+
+def start(number: int, start: Start) -> bytes:
+    fields = {
+        "line": number,
+        "batch": 1,
+        "rev": start.rev,
+        "at": start.at,
+        "epoch": start.epoch,
+        "valid": start.valid,
+    }
+    return _closed(_encode(fields)[:-1])
+
+
+def change(number: int, change: Change, batch: int = 0) -> bytes:
+    """Return the line of a change. `batch` is the number of lines if it is the first of a batch, else 0."""
+    entry = change.entry
+    # An f-string is three times as fast as `json`.
+    text = f'{{"line":{number}'
+    if batch:
+        text += f',"batch":{batch}'
+    if change.op is not Op.KEEP:
+        text += f',"rev":{change.rev}'
+    text += (
+        f',"at":{change.at!r},"op":"{change.op}","name":"{entry.name}","instance":"{entry.instance}",'
+        f'"host":"{entry.host}","port":{entry.port},"state":"{entry.state}"'
+    )
+    if change.reason:
+        text += f',"reason":"{change.reason}"'
+    if change.by is not None:
+        text += f',"by":{_encode(by_fields(change.by))}'
+    if entry.meta:
+        text += f',"meta":{_meta(entry.meta)}'
+    if change.op is Op.CHANGE and change.before is not None and change.before.meta != entry.meta:
+        text += f',"old_meta":{_meta(change.before.meta)}'
+    if change.op is not Op.DOWN and entry.holders:
+        conditions = _encode(document.conditions(entry))[1:-1]
+        text += f",{conditions}" if conditions else ""
+    return _closed(f'{text},"registered_at":{entry.registered_at!r}')
+
+
+def _meta(meta: Mapping[str, str]) -> str:
+    return "{" + ",".join([f"{_quoted(key)}:{_quoted(text)}" for key, text in meta.items()]) + "}"
+
+
+def by_fields(by: By) -> dict[str, object]:
+    """Return what is known of who made a change."""
+    return {field: value for field, value in by._asdict().items() if value is not None}
+
+
+# Reading.
+
+
+def number_of(line: bytes) -> tuple[int, int] | None:
+    """Return a line's number and the length of the batch that it begins, 0 if it begins none.
+
+    Returns None for a damaged line. `line` is without its line feed.
+    """
+    found = _LINE.fullmatch(line)
+    if found is None or crc32(line[:-_CRC_CHARS]) != int(found[3], 16):
+        return None
+    return int(found[1]), int(found[2] or 0)
+
+
+def parse_head(line: bytes) -> Head | None:
+    """Return the head of a segment, None if it is damaged.
+
+    Raises:
+        Damaged: it is of a newer format, or is not as regd writes it.
+    """
+    found = _HEAD.fullmatch(line)
+    if found is None or crc32(line[:-_CRC_CHARS]) != int(found[2], 16):
+        return None
+    if int(found[1]) != FORMAT:
+        raise Damaged(f"format {int(found[1])} is of another version of regd; this one reads {FORMAT}")
+    fields = _fields(line)
+    epochs = fields.get("epochs")
+    if type(epochs) is not dict:
+        raise Damaged('"epochs" must be an object')
+    ended: dict[str, tuple[int, int]] = {}
+    for epoch, last in epochs.items():
+        if type(last) is not list or len(last) != 2:
+            raise Damaged('"epochs" must have a revision and a line for each')
+        ended[epoch] = (_whole(last[0], "epochs"), _whole(last[1], "epochs"))
+    number, rev = _whole(fields.get("line"), "line"), _whole(fields.get("rev"), "rev")
+    return Head(number, rev, _epoch(fields), ended, _at(fields))
+
+
+def rev_of(line: bytes) -> int | None:
+    """Return the revision of a line; None if it has none."""
+    found = _REV.match(line)
+    return int(found[1]) if found is not None else None
+
+
+def parse(line: bytes, rev: int, ids: "count[int]") -> Start | Change:
+    """Return what a line says that fits its checksum. `rev` is the revision before it.
+
+    A `keep` gets that revision, since its line has none.
+
+    Raises:
+        Damaged: it is not as regd writes it.
+    """
+    fields = _fields(line)
+    if "epoch" in fields:
+        if type(fields.get("valid")) is not bool:
+            raise Damaged('"valid" must be true or false')
+        return Start(_epoch(fields), fields["valid"], _whole(fields.get("rev"), "rev"), _at(fields))
+    try:
+        op = Op(fields.get("op", ""))
+        reason = Reason(fields["reason"]) if "reason" in fields else ""
+    except ValueError as error:
+        raise Damaged(str(error)) from None
+    if op is not Op.KEEP:
+        rev = _whole(fields.get("rev"), "rev")
+    at, by, old_meta = _at(fields), _by(fields.get("by")), fields.get("old_meta")
+    stored = {field: value for field, value in fields.items() if field not in _OF_CHANGE}
+    try:
+        name, instance = fields.get("name"), fields.get("instance")
+        entry = document.entry(name, instance, stored, rev, 0.0, ids)
+        before = None if op is Op.UP else entry
+        if old_meta is not None:
+            before = replace(entry, meta=document.checked_meta(old_meta))
+        return Change(rev, op, entry, reason, before, at, by)
+    except Invalid as error:
+        raise Damaged(str(error)) from None
+
+
+_OF_CHANGE = frozenset(
+    ("line", "batch", "rev", "at", "op", "name", "instance", "reason", "by", "old_meta", "crc")
+)
+
+
+def _fields(line: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(str(error)) from None
+    assert type(fields) is dict  # it begins with a brace
+    return fields
+
+
+def _whole(value: object, field: str) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise Damaged(f'"{field}" must be a whole number')
+    return value
+
+
+def _at(fields: Mapping[str, object]) -> float:
+    at = fields.get("at")
+    if type(at) is not float and type(at) is not int:
+        raise Damaged('"at" must be a number')
+    return at
+
+
+def _epoch(fields: Mapping[str, object]) -> str:
+    epoch = fields.get("epoch")
+    if type(epoch) is not str:
+        raise Damaged('"epoch" must be a string')
+    return epoch
+
+
+def _by(fields: object) -> By | None:
+    if fields is None:
+        return None
+    if type(fields) is not dict or fields.keys() - set(By._fields):
+        raise Damaged('"by" must have pid, uid and command, no more')
+    return By(**fields)
