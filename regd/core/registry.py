@@ -95,7 +95,7 @@ class Registry:
         `wall` is the time `now` in Unix seconds: departures of earlier lives have that.
         """
         self.rev = rev
-        self.history = history or History(rev, self.limits)
+        self.history = History(rev, self.limits) if history is None else history
         for change in self.history:
             if change.op is Op.DOWN:
                 age_s = max(wall - change.at, 0.0)

@@ -55,8 +55,8 @@ _COMPLAIN_EVERY_S = 30.0
 class Engine:
     """Commits writes. `is_gone` asks the operating system whether a holder is gone.
 
-    `committed` is called when changes are on disk; `landed` with changes as readers see them; `settled`, at the end
-    of a batch, with the sessions that lost a registration and the processes that no longer hold anything.
+    `committed` is called when changes are on disk; `landed` with changes as readers see them; `settled`, at the
+    end of a batch, with the sessions that lost a registration and the processes that no longer hold anything.
     """
 
     def __init__(

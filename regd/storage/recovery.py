@@ -49,7 +49,7 @@ class Recovery:
     valid: bool = False  # the positions of earlier epochs
     notes: list[str] = field(default_factory=list)  # for the log
 
-    def start(self, start: Start, number: int) -> None:
+    def start_epoch(self, start: Start, number: int) -> None:
         """Begin an epoch at a line."""
         if not start.valid:
             self.rev = max(self.rev, start.rev)
@@ -265,13 +265,13 @@ def _replay(document: Document, found: _Found, history_max: int) -> Recovery:
     for number, data in enumerate(found.lines, head.line):
         if number < wanted:
             if (start := _start(data)) is not None:
-                made.start(start, number)
+                made.start_epoch(start, number)
             elif (rev := journal_lines.rev_of(data)) is not None:
                 made.rev = made.history_rev = rev
             continue
         line = _parsed(data, made.rev, ids)
         if isinstance(line, Start):
-            made.start(line, number)
+            made.start_epoch(line, number)
             continue
         if line.op is not Op.KEEP:
             made.rev = line.rev

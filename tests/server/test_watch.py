@@ -238,7 +238,7 @@ async def test_changes_during_the_snapshot_follow_it() -> None:
         return Entry(f"n{n:03}", "", "127.0.0.1", port, {}, State.READY, 0, 0.0)
 
     clock = HandClock()
-    watches, peer = Watches(registry, clock, DEFAULT, LoopMonitor(clock), "epoch"), Slot()
+    watches, peer = Watches(registry, clock, DEFAULT, LoopMonitor(clock)), Slot()
     land(*(entry(n, 1) for n in range(300)))
     watch = watches.start(peer, 1, "*", {}, None)
     await asyncio.sleep(0)

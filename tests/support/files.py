@@ -41,6 +41,12 @@ class ToldFiles(Files):
         self._tell("sync")
         super().sync(fd)
 
+    def sync_data(self, fd: int) -> None:
+        self.syncing.set()
+        assert self.gate.wait(20), "the test never opened the gate"
+        self._tell("sync_data")
+        super().sync_data(fd)
+
     def rename(self, source: Path, target: Path) -> None:
         self._tell("rename", f"{source.name} {target.name}")
         super().rename(source, target)
