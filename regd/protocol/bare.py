@@ -54,6 +54,7 @@ FORMS: Mapping[str, Form] = {
     "register": Form(("name", "port"), 2, _registration, "NAME [HOST:]PORT"),
     "deregister": _NAME,
     "why": _NAME,
+    "history": Form(("name",), 0, usage="[NAME]"),
     "stats": Form(),
     "watch": _PATTERN,
     "quit": Form(),

@@ -96,6 +96,7 @@ def _check_epoch(value: object) -> str:
     return value
 
 
+_AGE_S_MAX = 3_153_600_000.0  # a hundred years
 _REVISION_MAX = 2**63 - 1  # what 64-bit readers of the file and the wire can hold
 
 NAME = ArgType("name", model.check_name)
@@ -120,6 +121,7 @@ TTL = ArgType(
 WAIT = ArgType(
     f"seconds 0-{DEFAULT.wait_s_max:g}", lambda value: model.check_seconds(value, 0, DEFAULT.wait_s_max)
 )
+AGE = ArgType("seconds", lambda value: model.check_seconds(value, 0, _AGE_S_MAX))
 EPOCH = ArgType("epoch", _check_epoch)
 NUMBER = ArgType("number of a watch", lambda value: model.check_whole(value, 1, _REVISION_MAX))
 
@@ -229,6 +231,18 @@ COMMANDS: Mapping[str, Command] = {
         "Explain the state of a name: holders, since when, the last probe, and departures.",
         "`instances` `departures`",
         {"name": _OF_NAME, "instance": Argument(INSTANCE, "only this one; any when left out")},
+    ),
+    "history": Command(
+        "Show past changes, the oldest first: the latest ones, or those after or before a point.",
+        "`changes`, and `next` if there are more",
+        {
+            "name": Argument(NAME, "only of this service"),
+            "instance": Argument(INSTANCE, "only of this one; any when left out"),
+            "since": Argument(REVISION, "those after this revision; `next` is the `since` of the following page"),
+            "before": Argument(REVISION, "those before this revision; `next` is the `before` of the page before"),
+            "age_s": Argument(AGE, "those of the last so many seconds; `next` is a `since`"),
+            "limit": Argument(LIMIT, "changes per page; 100 when left out"),
+        },
     ),
     "stats": Command("Show counters, gauges and the limits in use.", "see the example", {}),
 }

@@ -24,6 +24,7 @@ from regd.server.sessions import Sessions
 from regd.system.clock import Clock, Timer
 from regd.system.namespaces import HERE, elsewhere
 from regd.system.peer_credentials import PeerCredentials
+from regd.system.peer_process import peer_process
 
 log = logging.getLogger("regd")
 
@@ -152,7 +153,8 @@ class Connection(asyncio.Protocol):
         refusal = self._refusal(is_readonly)
         where = HERE if refusal else elsewhere(connection)
         session = 0 if refusal else connections.sessions.add(self)
-        self._caller = Caller(session, uid, where, is_readonly)
+        by = None if is_readonly else peer_process(connection)
+        self._caller = Caller(session, uid, where, is_readonly, by)
         self._dispatcher = Dispatcher(services, self._share, self._caller, self, self._conversation)
         connections.add(self)
         if refusal is not None:

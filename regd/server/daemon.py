@@ -30,6 +30,7 @@ from regd.server.engine import Engine, Write
 from regd.server.event_log import EventLog
 from regd.server.explain import Explainer
 from regd.server.handlers import Handlers
+from regd.server.history_reader import HistoryReader
 from regd.server.idle_exit import IdleExit
 from regd.server.loop_monitor import LoopMonitor
 from regd.server.pending_resolves import PendingResolves
@@ -149,6 +150,7 @@ class Daemon:
         self._info = DaemonInfo(
             registry, clock, self._counters, replies, self._gauges, self._epoch, self._store.path, config.log
         )
+        self._history = HistoryReader(self._store, registry, clock)
         self._connections = self._build_connections()
         self._acceptor = Acceptor(self._connections.create)
         self._idled = asyncio.Event()
@@ -218,7 +220,13 @@ class Daemon:
             self._registry, self._info, explainer, self._stalls, self._reaper.processes, self._replies
         )
         services = Services(
-            self._config.limits, handlers, self._engine, self._reaper, self._events, self._counters
+            self._config.limits,
+            handlers,
+            self._engine,
+            self._reaper,
+            self._events,
+            self._counters,
+            self._history,
         )
         writers, readers = self._shares
         return Connections(
@@ -432,6 +440,7 @@ class Daemon:
         self._reaper.close()
         self._pulse.close()
         self._events.close()
+        self._history.close()
         # 4. Give up the addresses and the lock.
         self._close_files()
 

@@ -3,13 +3,14 @@
 A reply that is ready at once is returned; later ones go to the conversation, which keeps them in order.
 """
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from regd.core.errors import Code, Refused
 from regd.core.limits import Limits
-from regd.core.model import Entry
+from regd.core.model import By, Entry
 from regd.protocol import messages
 from regd.protocol.commands import COMMANDS, Request
 from regd.server.conversation import Conversation, ConversationState
@@ -17,6 +18,7 @@ from regd.server.counters import Counters
 from regd.server.engine import Engine
 from regd.server.event_log import EventLog
 from regd.server.handlers import Caller, Handlers, IncrementalReply
+from regd.server.history_reader import HistoryReader
 from regd.server.pending_resolves import PendingResolve
 from regd.server.quotas import Peer, Share
 from regd.server.reaper import Reaper
@@ -33,6 +35,7 @@ class Services:
     reaper: Reaper
     events: EventLog
     counters: Counters
+    history: HistoryReader
 
 
 class Requester(Watcher, Peer, Protocol):
@@ -48,10 +51,12 @@ class Dispatcher:
     __slots__ = (
         "_caller",
         "_conversation",
+        "_page",
         "_requester",
         "_services",
         "_share",
         "_slow_reply",
+        "_stated_pid",
         "_watch_count",
         "holds",
         "pending",
@@ -67,6 +72,8 @@ class Dispatcher:
         self._requester = client
         self._conversation = conversation
         self._slow_reply: IncrementalReply | None = None  # to the request that is deferred
+        self._page: asyncio.Future[bytes | Refused] | None = None  # of the history, for the same
+        self._stated_pid: int | None = None  # the last `pid` that the peer named
         self._watch_count = 0
         self.watches: dict[int, Watch] = {}
         self.pending: dict[PendingResolve, Request] = {}
@@ -107,7 +114,7 @@ class Dispatcher:
 
     def drop_slow_reply(self) -> None:
         """Give up the slot; the reply begins anew when its request is answered again. Idempotent."""
-        self._slow_reply = None
+        self._slow_reply = self._page = None
         self._share.slow_replies.release(self._requester)
 
     def close(self) -> None:
@@ -134,12 +141,17 @@ class Dispatcher:
             return self._watch(request)
         if request.cmd == "unwatch":
             return self._unwatch(request)
+        if request.cmd == "history":
+            return self._history(request)
         return self._wait(request) if "wait" in request.arguments else self._read(request)
 
     def _submit(self, request: Request) -> None:
         services, size = self._services, request.weight_bytes
         self._share.memory.check(size)
-        services.engine.submit(services.handlers.write(request, self._caller), self._committed(request, size))
+        self._stated_pid = request.arguments.get("pid", self._stated_pid)
+        by = self._caller.by or By(pid=self._stated_pid, uid=self._caller.uid)
+        write = services.handlers.write(request, self._caller)
+        services.engine.submit(write, self._committed(request, size), by)
         self._share.memory.take(size)
         self._conversation.submit()
         self.holds = self.holds or request.arguments.get("hold", False)
@@ -182,6 +194,23 @@ class Dispatcher:
             else:
                 self.drop_slow_reply()
         return complete
+
+    def _history(self, request: Request) -> bytes | None:
+        """Answer with a page that a thread reads: the request is deferred until it is there."""
+        if self._page is None:
+            if self._share.slow_replies.acquire(self._requester):
+                self._page = self._services.history.read(request, is_readonly=self._caller.is_readonly)
+                self._page.add_done_callback(lambda page: self._requester.schedule())
+            self._conversation.defer(request)
+            return None
+        if not self._page.done():
+            self._conversation.defer(request)
+            return None
+        reply = self._page.result()
+        self.drop_slow_reply()
+        if isinstance(reply, Refused):
+            raise reply
+        return reply
 
     def _watch(self, request: Request) -> bytes:
         arguments = request.arguments

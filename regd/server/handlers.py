@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from regd.core.errors import Code, Refused
 from regd.core.instances import Search
-from regd.core.model import DEFAULT_HOST, Entry, Holder, Key, Process, State, key_text
+from regd.core.model import DEFAULT_HOST, By, Entry, Holder, Key, Process, State, key_text
 from regd.core.registry import Page, Registry
 from regd.core.transaction import OwnerConflict, Transaction
 from regd.protocol import messages
@@ -35,6 +35,7 @@ class Caller(NamedTuple):
     uid: int | None
     elsewhere: Elsewhere = HERE
     is_readonly: bool = False  # may only read
+    by: By | None = None  # its process, where the system tells that
 
 
 class Handlers:

@@ -1,0 +1,67 @@
+"""Answers `history`: a thread reads pages of the journal, so that the event loop never waits for the disk."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from regd.core.errors import Code, Refused
+from regd.core.registry import Registry
+from regd.protocol import messages
+from regd.protocol.commands import Request
+from regd.storage.history_pages import Query
+from regd.storage.store import Store
+from regd.system.clock import Clock
+
+_PAGE_CHANGES = 100  # when the request names no limit
+_POINTS = ("since", "before", "age_s")
+
+
+class HistoryReader:
+    """Reads one page at a time: a page takes the memory of one segment of the journal."""
+
+    def __init__(self, store: Store, registry: Registry, clock: Clock) -> None:
+        self._store = store
+        self._registry = registry
+        self._clock = clock
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="regd-history")
+
+    def read(self, request: Request, *, is_readonly: bool) -> "asyncio.Future[bytes | Refused]":
+        """Begin to read the page that a request is for. The result is the reply or the refusal.
+
+        `is_readonly`: the peer is of a user who may only read, and is not told who made the changes.
+
+        Raises:
+            Refused: the request makes no sense.
+        """
+        given = request.arguments
+        points = [point for point in _POINTS if point in given]
+        if len(points) > 1:
+            message = f"{points[1]} cannot be together with {points[0]}: give one of {', '.join(_POINTS)}"
+            raise Refused(Code.BAD_ARGUMENT, message, field=points[1])
+        query = Query(
+            rev=self._registry.rev,
+            limit=given.get("limit", _PAGE_CHANGES),
+            name=given.get("name"),
+            instance=given.get("instance"),
+            since=given.get("since"),
+            after=self._clock.wall() - given["age_s"] if "age_s" in given else None,
+            before=given.get("before"),
+        )
+        return asyncio.get_running_loop().run_in_executor(self._thread, self._reply, request, query, is_readonly)
+
+    def _reply(self, request: Request, query: Query, is_readonly: bool) -> bytes | Refused:
+        try:
+            page = self._store.page(query)
+        except OSError as error:
+            return Refused(Code.STORAGE_FAILED, f"the journal could not be read: {error.strerror}")
+        if is_readonly:
+            for change in page.changes:
+                change.pop("by", None)
+        result: dict[str, Any] = {"changes": page.changes}
+        if page.next is not None:
+            result["next"] = page.next
+        return messages.ok(request.id, result)
+
+    def close(self) -> None:
+        """Read nothing more. Idempotent."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
