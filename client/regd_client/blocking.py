@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from regd_client import client, lifespans, mirrors, registration
     from regd_client.arguments import RegistrationRequest
-    from regd_client.models import Endpoint, Event, Hello, Instance, State, Stats, Why
+    from regd_client.models import Endpoint, Event, Hello, History, Instance, State, Stats, Why
 
 __all__ = [
     "BlockingConnection",
@@ -541,6 +541,49 @@ class Client:
         """
         thread, client = self._own
         return thread.call(client.why(name, instance, timeout=timeout))
+
+    def history(
+        self,
+        name: str | None = None,
+        instance: str | None = None,
+        *,
+        since: int | None = None,
+        before: int | None = None,
+        age_s: float | None = None,
+        limit: int | None = None,
+        timeout: float | None = None,
+    ) -> History:
+        """Return past changes, oldest first: the latest ones, or those after or before a point.
+
+            for change in client.history("db")["changes"]:
+                print(change["op"], change["port"])
+
+        The history survives restarts of the daemon; the oldest changes are dropped in time.
+
+        Args:
+            name: only changes of this service.
+            instance: only changes of this instance.
+            since: the changes after this revision.
+            before: the changes before this revision.
+            age_s: the changes of the last so many seconds. Give one of `since`, `before` and `age_s`, or none
+                for the latest changes.
+            limit: how many changes at most, 1 to 1,000; by default 100.
+            timeout: seconds for the whole call.
+
+        Returns:
+            A dictionary with `changes`, and with `next` if there are more: the `since` of the next call, or its
+            `before` if neither `since` nor `age_s` was given.
+
+        Raises:
+            Unavailable: no daemon answers.
+            Timeout: the daemon did not reply within `timeout`.
+            BadArgument: an argument has a wrong type or value.
+            RegdError: the daemon cannot read its journal, or is too old to keep one.
+        """
+        thread, client = self._own
+        return thread.call(
+            client.history(name, instance, since=since, before=before, age_s=age_s, limit=limit, timeout=timeout)
+        )
 
     def register(
         self,

@@ -25,7 +25,7 @@ from regd_client.connector import Connector, Patience
 from regd_client.errors import NotFound, RegdError, Timeout, Unavailable
 from regd_client.event_loop import pause, running_loop
 from regd_client.mirrors import Mirror
-from regd_client.models import Endpoint, Event, Hello, Instance, State, Stats, Why, endpoint_of
+from regd_client.models import Endpoint, Event, Hello, History, Instance, State, Stats, Why, endpoint_of
 from regd_client.protocol import NOT_REGD, find_address
 from regd_client.registrar import Registrar
 from regd_client.registration import RegistrationContext
@@ -191,6 +191,55 @@ class Client:
         """
         check_service(name, instance)
         return cast(Why, await self._within(timeout, "why", self._ask("why", name=name, instance=instance)))
+
+    async def history(
+        self,
+        name: str | None = None,
+        instance: str | None = None,
+        *,
+        since: int | None = None,
+        before: int | None = None,
+        age_s: float | None = None,
+        limit: int | None = None,
+        timeout: float | None = None,
+    ) -> History:
+        """Return past changes, oldest first: the latest ones, or those after or before a point.
+
+            for change in (await client.history("db"))["changes"]:
+                print(change["op"], change["port"])
+
+        The history survives restarts of the daemon; the oldest changes are dropped in time.
+
+        Args:
+            name: only changes of this service.
+            instance: only changes of this instance.
+            since: the changes after this revision.
+            before: the changes before this revision.
+            age_s: the changes of the last so many seconds. Give one of `since`, `before` and `age_s`, or none
+                for the latest changes.
+            limit: how many changes at most, 1 to 1,000; by default 100.
+            timeout: seconds for the whole call.
+
+        Returns:
+            A dictionary with `changes`, and with `next` if there are more: the `since` of the next call, or its
+            `before` if neither `since` nor `age_s` was given.
+
+        Raises:
+            Unavailable: no daemon answers.
+            Timeout: the daemon did not reply within `timeout`.
+            BadArgument: an argument has a wrong type or value.
+            RegdError: the daemon cannot read its journal, or is too old to keep one.
+        """
+        if name is not None or instance is not None:
+            check_service(name, instance)
+        for field, value in (("since", since), ("before", before), ("limit", limit)):
+            check_integer(field, value)
+        if age_s is not None:
+            check_seconds("age_s", age_s)
+        ask = self._ask(
+            "history", name=name, instance=instance, since=since, before=before, age_s=age_s, limit=limit
+        )
+        return cast(History, await self._within(timeout, "history", ask))
 
     def register(
         self,

@@ -158,6 +158,36 @@ class Why(TypedDict):
     more: NotRequired[bool]
 
 
+class ChangedBy(TypedDict, total=False):
+    """Who made a change, as far as the system told at that moment."""
+
+    pid: int
+    uid: int
+    command: str
+
+
+class PastChange(TypedDict):
+    """A change of the registry, as `history` returns it; `at` is in Unix seconds."""
+
+    rev: int
+    at: float
+    op: Literal["up", "change", "down"]
+    name: str
+    instance: str
+    host: str
+    port: int
+    state: State
+    reason: NotRequired[str]
+    by: NotRequired[ChangedBy]
+
+
+class History(TypedDict):
+    """Past changes, oldest first, as `history` returns them; `next` is where the next page begins."""
+
+    changes: list[PastChange]
+    next: NotRequired[int]
+
+
 class Host(TypedDict):
     """The daemon's boot id and PID namespace, None where the system has none."""
 

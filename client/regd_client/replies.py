@@ -246,6 +246,13 @@ _KNOWN = Shape(
     },
     {"more_owners": _is_flag, "meta": _is_meta},
 )
+_PAST_CHANGE = Shape(
+    {**_ENDPOINT, "rev": _is_whole, "at": _is_time, "op": _is_text, "state": _is_state},
+    {
+        "reason": _is_text,
+        "by": Shape({}, {"pid": _is_positive, "uid": _is_whole, "command": _is_text}),
+    },
+)
 _LIMITS = _table_of(_or_null(_is_number))
 _NOTHING = Shape({})
 _ALL = Shape({"instances": _list_of(_INSTANCE), "rev": _is_whole}, {"more": _is_flag})
@@ -283,6 +290,7 @@ _RESULTS = {
         },
         {"more": _is_flag},
     ),
+    "history": Shape({"changes": _list_of(_PAST_CHANGE)}, {"next": _is_whole}),
     "stats": Shape(
         {
             "version": _is_text,

@@ -11,6 +11,8 @@ import regd
 from regd.cli.arguments import Parameter, Parser, UsageError, integer, seconds
 from regd.cli.output import visible
 
+_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+_COUNT_MAX = 36_500  # of each unit: a hundred years of days
 DOC = "Query and change the service registry of this machine."
 NOT_FOUND, USAGE, NO_DAEMON, REFUSED = 1, 2, 3, 4  # exit statuses
 STATUSES = {
@@ -53,6 +55,18 @@ def _endpoint(text: str) -> tuple[str | None, int]:
 def _ttl(text: str) -> float:
     ttl_s = seconds(1, 86_400)(text)
     return int(ttl_s) if ttl_s.is_integer() else ttl_s
+
+
+def _since(text: str) -> tuple[str, float]:
+    """Read a duration or a revision; return the name of the argument on the wire, and its value."""
+    number, unit = text[:-1], text[-1:]
+    if unit in _UNITS and (count := integer(number, 0, _COUNT_MAX)) is not None:
+        return "age_s", count * _UNITS[unit]
+    if (rev := integer(text, 0, 2**63 - 1)) is not None:
+        return "since", rev
+    raise argparse.ArgumentTypeError(
+        f"must be a time such as 30s, 10m, 2h or 7d, or the number of a revision, not {text!r}"
+    )
 
 
 class Subcommand:
@@ -240,6 +254,20 @@ COMMANDS = {
         NAME,
         ANY_INSTANCE,
         examples=["regctl why web"],
+    ),
+    "history": Subcommand(
+        "Show past changes: when, what, where, why and by whom.",
+        Parameter("name", "this service (default: all)", nargs="?", metavar="NAME", completion="service"),
+        ANY_INSTANCE,
+        Parameter(
+            "--since",
+            "all changes of the last 30s, 10m, 2h or 7d, say, or after this revision (default: the last 100)",
+            type=_since,
+            metavar="TIME|REV",
+        ),
+        Parameter("--follow", "go on with new changes, until Ctrl-C", action="store_true"),
+        more="The history survives restarts of the daemon. With --follow, --json prints one change per line.",
+        examples=["regctl history", "regctl history web --since 1h", "regctl history --follow"],
     ),
     "top": Subcommand(
         "Show the registry live: instances, recent changes, rates of requests and changes.",

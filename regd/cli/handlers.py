@@ -190,6 +190,20 @@ def _watch(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int
     return 0 if refusal is None else _refused(refusal, as_json)
 
 
+def _history(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
+    from regd.cli import history
+
+    since = arguments["since"]
+    refusal = history.show(
+        address,
+        {"name": arguments["name"], "instance": arguments["instance"]},
+        {} if since is None else dict([since]),
+        follow=arguments["follow"],
+        as_json=as_json,
+    )
+    return 0 if refusal is None else _refused(refusal, as_json)
+
+
 def _wait(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
     until = time.monotonic() + arguments["timeout"]
     for name in arguments["names"]:
@@ -239,6 +253,7 @@ _HANDLERS: dict[str, Callable[[str | None, bool, dict[str, Any]], int]] = {
     "doctor": _doctor,
     "env": _env,
     "help": _help,
+    "history": _history,
     "manual": _manual,
     "names": _names,
     "run": _run,

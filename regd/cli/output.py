@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from regd_client.protocol import host_port
 
+_HEADER = ("NAME", "INSTANCE", "ADDRESS", "STATE", "META")
 EMPTY = "-"  # a column without a value: programs that split at blanks would skip an empty one
 
 
@@ -121,7 +122,7 @@ def lines(command: str, reply: dict[str, Any]) -> Iterable[str]:
         case "resolve" | "register":
             return [address_of(reply)]
         case "list":
-            return _table([_row(entry) for entry in reply["instances"]])
+            return table(_HEADER, [_row(entry) for entry in reply["instances"]], "nothing is registered")
         case "ping":
             return ["regd answers"]
         case "stats":
@@ -163,13 +164,16 @@ def _row(entry: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(visible(column) or EMPTY for column in columns)
 
 
-def _table(rows: list[tuple[str, ...]]) -> Iterable[str]:
-    """Return aligned columns under a header for a terminal; rows separated by tabs for a pipe."""
+def table(header: tuple[str, ...] | None, rows: list[tuple[str, ...]], nothing: str) -> Iterable[str]:
+    """Return aligned columns, under a header if there is one, for a terminal; rows separated by tabs for a pipe.
+
+    `nothing` is the text for a terminal if there is a header and no row.
+    """
     if not sys.stdout.isatty():
         return ["\t".join(row) for row in rows]
     if not rows:
-        return ["nothing is registered"]
-    rows = [("NAME", "INSTANCE", "ADDRESS", "STATE", "META"), *rows]
+        return [nothing] if header else []
+    rows = [header, *rows] if header else rows
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 

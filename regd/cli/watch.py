@@ -13,7 +13,7 @@ from regd_client.errors import Unavailable
 from regd_client.models import Event
 from regd_client.watches import WatchState
 
-_PAUSE_S = 0.2  # between two tries
+PAUSE_S = 0.2  # between two tries
 _KINDS = ("up", "change", "down", "sync", "progress", "reset")
 
 
@@ -87,7 +87,7 @@ class _Printer:
             say(event_line(fields), flush=True)
 
 
-def _is_reader_gone(within_s: float) -> bool:
+def is_reader_gone(within_s: float) -> bool:
     """Wait for the reader of stdout to close the pipe; return whether it has."""
     poll = select.poll()
     poll.register(1, 0)
@@ -114,5 +114,5 @@ def watch(
             if not printer.synced or error.code == "not_regd":
                 raise
             printer.report_away(str(error))
-        if _is_reader_gone(_PAUSE_S):
+        if is_reader_gone(PAUSE_S):
             return None
