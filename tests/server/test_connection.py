@@ -15,6 +15,7 @@ from regd.server.connection import Connection
 from regd.server.conversation import ConversationState
 from tests.support.daemon import EPOCH, WAIT_S, InLoop
 from tests.support.polling import until
+from tests.support.stored import stored
 
 pytestmark = pytest.mark.socket
 
@@ -33,7 +34,7 @@ async def test_register_resolve_deregister(daemon: InLoop) -> None:
         "port": 5432,
         "rev": 1,
     }
-    assert json.loads(daemon.registry.read_bytes())["db"] == {"port": 5432}
+    assert stored(daemon.registry)["db"].port == 5432
     assert await peer.ask("resolve db") == {
         "ok": True, "name": "db", "instance": "", "host": "127.0.0.1", "port": 5432, "meta": {}, "state": "ready",
         "rev": 1, "registered_at": 1_790_000_000.0,
@@ -294,7 +295,8 @@ async def test_update_and_if(daemon: InLoop) -> None:
     assert (await peer.ask(cmd="update", name="a", state="draining"))["rev"] == 3
     listed = (await peer.ask("list"))["instances"]
     assert [(instance["meta"], instance["state"]) for instance in listed] == [({"k": "v"}, "draining")]
-    assert json.loads(daemon.registry.read_bytes())["a"] == {"port": 1, "meta": {"k": "v"}, "state": "draining"}
+    on_disk = stored(daemon.registry)["a"]
+    assert (on_disk.port, on_disk.meta, on_disk.state) == (1, {"k": "v"}, "draining")
     assert (await peer.ask(cmd="register", name="a", port=1))["rev"] == 4  # omitted arguments take their defaults
     assert (await peer.ask("resolve a"))["meta"] == {}
     replaced = await peer.ask(cmd="register", name="a", port=2, force=True)

@@ -96,12 +96,13 @@ async def test_registrations_and_revision_survive_a_restart(tmp_path: Path) -> N
     async with InLoop(path) as daemon:
         peer = await daemon.peer()
         await peer.ask(cmd="register", name="a", port=1, meta={"k": "é"})
+        before = await peer.ask("resolve a")
         await peer.ask(cmd="register", name="b", port=2)
         await peer.ask(cmd="deregister", name="b")
     async with InLoop(path) as daemon:
         peer = await daemon.peer()
         reply = await peer.ask("resolve a")
-        assert (reply["meta"], reply["rev"]) == ({"k": "é"}, 3)
+        assert (reply["meta"], reply["rev"], reply["registered_at"]) == ({"k": "é"}, 1, before["registered_at"])
         assert (await peer.ask(cmd="register", name="c", port=3))["rev"] == 4
 
 

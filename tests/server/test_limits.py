@@ -780,9 +780,11 @@ async def test_replies(running: Running) -> None:
             assert len(await peer.line()) <= 2_000
 
 
-# Tested elsewhere: time slices and probed instances in test_health, round robin in test_registry, the time of a probe
-# in test_pending_resolves, `progress` in test_watch, peers that do not read in test_connection.
+# Tested elsewhere: the journal in tests/storage, checkpoints in test_checkpointer, time slices and probed instances in
+# test_health, round robin in test_registry, the time of a probe in test_pending_resolves, `progress` in test_watch,
+# peers that do not read in test_connection.
 TESTED.update({"search_step_max", "round_robin_filters_max", "probed_instances_max", "probe_s_max", "progress_s"})
+TESTED.update({"journal_segment_bytes_max", "journal_bytes_max", "checkpoint_interval_s"})
 TESTED.update({"output_bytes_max", "output_bytes_total_max"})
 
 

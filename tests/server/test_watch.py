@@ -273,9 +273,9 @@ class Follower:
         position = {"epoch": self.epoch, "since": old.rev} if old is not None and old.synced else {}
         peer = await daemon.peer()
         reply = await peer.ask(cmd="watch", **self.arguments, **position)
-        same, self.epoch = reply["epoch"] == self.epoch, reply["epoch"]
+        self.epoch = reply["epoch"]
         self.fold = Fold(peer)
-        if position and old is not None and same:  # a revision means nothing in another epoch
+        if position and old is not None:
             self.fold.state, self.fold.rev, self.fold.synced = old.state, old.rev, True
 
     async def lose(self) -> None:
