@@ -16,6 +16,7 @@ from regd.storage.journal_lines import Damaged, Head
 from regd.storage.recovery import Segment
 
 _HEAD_BYTES = 262_144  # the head of a segment has at most so many
+_SEGMENTS_MAX = 16  # a disk that fails now and then leaves many small ones
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -174,12 +175,16 @@ class Journal:
         return made
 
     def drop_old(self, covered: int, bytes_max: int) -> None:
-        """Delete the oldest segments beyond `bytes_max`, but none with a line behind `covered`."""
+        """Delete the oldest segments beyond `bytes_max` or of too many, but none with a line after `covered`."""
         with self._mutex:
             segments = self.segments
             total = sum(segment.size for segment in segments)
             count = 0
-            while total > bytes_max and count + 1 < len(segments) and segments[count + 1].line - 1 <= covered:
+            while (
+                (total > bytes_max or len(segments) - count > _SEGMENTS_MAX)
+                and count + 1 < len(segments)
+                and segments[count + 1].line - 1 <= covered
+            ):
                 total -= segments[count].size
                 count += 1
             self.segments = segments[count:]

@@ -15,7 +15,7 @@ from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Change, Entry, Key, Op
 from regd.storage import history_pages, journal_lines
 from regd.storage.checkpoint import Checkpoint
-from regd.storage.document import Position, Unreadable, line, parse
+from regd.storage.document import Document, Position, Unreadable, line, parse
 from regd.storage.files import AlreadyLocked, Files
 from regd.storage.history_pages import Page, Query
 from regd.storage.journal import Journal
@@ -50,8 +50,7 @@ class Store:
         self._files = files = files or Files()
         self._limits = limits
         self._checkpoint = Checkpoint(self.path, files, warn)
-        stem = self.path.name.removesuffix(".json")
-        self._journal = Journal(self.path.with_name(f"{stem}.journal"), files)
+        self._journal = Journal(_journal_path(self.path), files)
         self._lock_path = self.path.with_name(self.path.name + ".lock")
         self._lock: int | None = None
         self._lock_inode: int | None = None
@@ -109,7 +108,7 @@ class Store:
             data = self._checkpoint.read()
             path = self._journal.path
             segments = self._journal.find()
-            document = None if data is None else parse(data, at)
+            document = None if data is None else _parse(self.path, data, at)
             return recover(document, segments, self.path, self._limits.history_changes_max)
         except FileExistsError:
             raise StorageError(f"{self.path} is not a regular file; name another with --registry") from None
@@ -333,6 +332,32 @@ class Store:
         if self._lock is not None:
             self._files.unlock(self._lock)
             self._lock = None
+
+
+def peek(path: Path, files: Files) -> Recovery:
+    """Return what a registry holds, without locking it.
+
+    Raises:
+        OSError: it cannot be read.
+        Unreadable: it is damaged.
+    """
+    data = Checkpoint(path, files, lambda line: None).read()
+    document = None if data is None else parse(data, 0.0)
+    segments = Journal(_journal_path(path), files).find()
+    return recover(document, segments, path, DEFAULT.history_changes_max)
+
+
+def _journal_path(path: Path) -> Path:
+    return path.with_name(f"{path.name.removesuffix('.json')}.journal")
+
+
+def _parse(path: Path, data: bytes, at: float) -> Document:
+    try:
+        return parse(data, at)
+    except Unreadable as error:
+        raise Unreadable(
+            f"{path}: {error}; nothing was changed: correct the file, or move it away to start empty"
+        ) from None
 
 
 def _changes_nothing(change: Change) -> bool:

@@ -6,7 +6,9 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from regd.storage.document import Unreadable, line
 from regd.storage.files import AlreadyLocked, Files, Fingerprint
+from regd.storage.store import peek
 
 IN_MEMORY = Path("/in-memory/registry.json")  # the path of a registry in `MemoryFiles`
 _LINES_MAX = 200
@@ -125,11 +127,11 @@ class MemoryFiles(Files):
 
 
 def excerpt(files: Files, path: Path) -> list[str]:
-    """Return the first lines of a registry's file for people, or why it cannot be read."""
+    """Return what a registry holds on disk, a line for each entry, or why it cannot be read."""
     try:
-        lines = files.read(path).decode(errors="replace").splitlines()
-    except OSError as error:
-        return [f"cannot read {path}: {error.strerror}"]
+        lines = [line(entry).decode() for entry in peek(path, files).entries]
+    except (OSError, Unreadable) as error:
+        return [f"cannot read {path}: {error}"]
     if len(lines) > _LINES_MAX:
         lines[_LINES_MAX:] = [f"… and {len(lines) - _LINES_MAX} more lines"]
     return lines

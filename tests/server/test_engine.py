@@ -20,11 +20,12 @@ from regd.server.counters import Counters
 from regd.server.engine import Engine, Write
 from regd.server.loop_monitor import LoopMonitor
 from regd.server.stalls import Stalls
-from regd.storage.store import Store
+from regd.storage.files import Files
+from regd.storage.store import Store, peek
 from tests.support.clock import HandClock
 from tests.support.daemon import WAIT_S
 from tests.support.files import BROKEN, FULL, ToldFiles
-from tests.support.stored import recovered, stored
+from tests.support.stored import stored
 from tests.support.twins import EMPTY, line, system
 from tests.support.world import World
 
@@ -266,7 +267,7 @@ async def test_end_is_never_refused_and_is_written_first(tmp_path: Path) -> None
         while bench.store.has_unsaved:
             await asyncio.sleep(0)
     assert bench.held() == set()
-    assert [(change.rev, change.op) for change in recovered(bench.path).history] == [(1, "up"), (4, "down")]
+    assert [(change.rev, change.op) for change in peek(bench.path, Files()).history] == [(1, "up"), (4, "down")]
     await bench.close()
 
 

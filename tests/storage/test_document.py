@@ -1,6 +1,7 @@
 """load(write(x)) = x; other files are refused with the position of the error."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 
@@ -9,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from regd.core.model import Entry, Holder, Process, State
-from regd.storage.document import Document, Unreadable, chunks, line, parse
+from regd.storage.document import Document, Position, Unreadable, chunks, line, parse
 from tests.support.length import examples
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=10)
@@ -36,6 +37,9 @@ entries = st.builds(
 )
 
 
+POSITION = Position("5eed5eed5eed5eed", 57)
+
+
 def numbered(found: list[Entry]) -> list[Entry]:
     """The same entries, their holders numbered as a loader does it."""
     ids = count(1)
@@ -43,7 +47,7 @@ def numbered(found: list[Entry]) -> list[Entry]:
 
 
 def whole(rev: int, found: list[Entry]) -> bytes:
-    return b"".join(chunks(rev, map(line, found)))
+    return b"".join(chunks(rev, POSITION, [*map(line, found)]))
 
 
 @given(st.lists(entries, unique_by=lambda entry: entry.key))
@@ -51,7 +55,7 @@ def whole(rev: int, found: list[Entry]) -> bytes:
 def test_written_file_loads_equal(found: list[Entry]) -> None:
     data = whole(9, found)
     assert data.isascii()
-    assert parse(data, 5.0) == Document(9, numbered(found))
+    assert parse(data, 5.0) == Document(9, numbered(found), POSITION)
     assert whole(9, parse(data, 5.0).entries) == data
     assert len(data.splitlines()) == len(found) + 3
     assert json.loads(data).keys() - {"$regd"} == {
@@ -61,12 +65,13 @@ def test_written_file_loads_equal(found: list[Entry]) -> None:
 
 def test_file_shown_in_the_documentation() -> None:
     text = """{
-"$regd": {"format": 1, "rev": 42},
-"runner": {"port": 5050},
-"worker/1": {"port": 5061, "meta": {"zone": "a"}, "ttl": 10}
+"$regd": {"format": 2, "rev": 42, "epoch": "5eed5eed5eed5eed", "line": 57, "crc": "ccb9ea64"},
+"runner": {"port": 5050, "rev": 41, "registered_at": 1790000000.1},
+"worker/1": {"port": 5061, "meta": {"zone": "a"}, "ttl": 10, "rev": 42, "registered_at": 1790000004.5}
 }
 """
     document = parse(text.encode(), 5.0)
+    assert (document.rev, document.position, document.edited) == (42, POSITION, False)
     assert whole(42, document.entries).decode() == text
     assert json.loads(text)["runner"]["port"] == 5050
 
@@ -81,18 +86,41 @@ def test_file_shown_in_the_documentation() -> None:
 )
 def test_handwritten_file(text: str) -> None:
     document = parse(text.encode(), 5.0)
-    assert document == Document(1, [Entry("runner", "", "127.0.0.1", 5050, {}, State.READY, 1, 5.0)])
+    [entry] = document.entries
+    assert entry == Entry("runner", "", "127.0.0.1", 5050, {}, State.READY, 1, 5.0)
+    assert document == Document(1, [entry], edited=True)
 
 
 def test_handwritten_file_round_trips() -> None:
     """Found by the fuzzer: a process without `born` was written as one that no regd takes."""
     document = parse(b'{"runner": {"port": 5050, "pid": 7}}', 5.0)
-    assert parse(whole(document.rev, document.entries), 5.0) == document
+    assert parse(whole(document.rev, document.entries), 5.0).entries == document.entries
 
 
 def test_empty_registry() -> None:
-    assert parse(b"{}", 0.0) == Document(0, [])
-    assert parse(b'{"$regd": {"format": 1, "rev": 7}}', 0.0) == Document(7, [])
+    assert parse(b"{}", 0.0) == Document(0, [], edited=True)
+    assert parse(b'{"$regd": {"format": 1, "rev": 7}}', 0.0) == Document(7, [], edited=True)
+    assert parse(whole(7, []), 0.0) == Document(7, [], POSITION)
+
+
+def test_revision_and_time_that_are_left_out() -> None:
+    data = b'{"$regd": {"format": 2, "rev": 7}, "a": {"port": 1}, "b": {"port": 1, "rev": 3, "registered_at": 2}}'
+    assert [(entry.rev, entry.registered_at) for entry in parse(data, 5.0).entries] == [(7, 5.0), (3, 2)]
+
+
+@pytest.mark.parametrize("edit", [lambda data: data + b" ", lambda data: data.replace(b"5050", b"5051")])
+def test_edit_by_hand_is_noticed(edit: Callable[[bytes], bytes]) -> None:
+    data = whole(9, [Entry("runner", "", "127.0.0.1", 5050, {}, State.READY, 9, 5.0)])
+    assert not parse(data, 5.0).edited
+    assert parse(edit(data), 5.0).edited
+
+
+def test_revision_near_the_end_of_the_numbers() -> None:
+    """A file of regd may have any; one that was edited leaves room for as many changes again."""
+    assert parse(whole(2**63 - 1, []), 0.0).rev == 2**63 - 1
+    assert parse(b'{"$regd": {"format": 1, "rev": %d}}' % 2**62, 0.0).rev == 2**62
+    with pytest.raises(Unreadable, match="too large"):
+        parse(b'{"$regd": {"format": 1, "rev": %d}}' % (2**62 + 1), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +157,12 @@ def test_empty_registry() -> None:
         (b'{"a": {"port": 1, "hold": 1}}', '"hold" must'),
         (b'{"$regd": 1}', "$regd"),
         (b'{"$regd": {"rev": 1}}', "format"),
-        (b'{"$regd": {"format": 2, "rev": 1}}', "format 2 is of another version of regd"),
+        (b'{"$regd": {"format": 3, "rev": 1}}', "format 3 is of another version of regd"),
+        (b'{"$regd": {"format": 2, "rev": 1, "line": -1}}', "$regd"),
+        (b'{"$regd": {"format": 2, "rev": 1, "epoch": 1}}', "$regd"),
+        (b'{"a": {"port": 1, "rev": 0}}', '"rev" must'),
+        (b'{"a": {"port": 1, "registered_at": "now"}}', '"registered_at" must'),
+        (b'{"a": {"port": 1, "registered_at": 1e400}}', '"registered_at" must'),
         (b'{"$regd": {"format": 1, "rev": -1}}', "rev"),
         (b'{"$regd": {"format": 1, "rev": 1, "x": 1}}', "$regd"),
         (b"[" * 100_000, ""),

@@ -41,6 +41,7 @@ TIGHT = Limits(
     holders_max=2,
     watches_max=3,
     watches_total_max=4,
+    journal_bytes_max=2_048,
     parked_max=3,
     parked_total_max=4,
     probes_max=2,

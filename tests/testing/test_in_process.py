@@ -283,7 +283,7 @@ async def test_away(registry: InProcessRegistry, client: Client) -> None:
                         call()
                 registry.cut()
                 assert "stopped" in registry.described()
-                assert '"db": {"port": 5432}' in registry.described()
+                assert '"db": {"port": 5432' in registry.described()
                 registry.stop()  # idempotent
             assert {"blocking", "db", "web"} == set(names(registry))  # claimed already, or waiting for it
             await until(lambda: mirror.live and registration._connection is not on)
@@ -503,7 +503,7 @@ with in_process.running() as registry:
     assert [key for key in before if before[key] != during[key]] == []
     other = {key for key in os.environ | environment if os.environ.get(key) != environment.get(key)}
     assert other == {"REGD_ADDRESS", "REGD_AUTOSTART"}, other
-    assert len(threading.enumerate()) == len(threads) + 2  # the loop, and the engine's, which writes
+    assert len(threading.enumerate()) == len(threads) + 3  # the loop, and those that write
 after = state()
 assert [key for key in before if before[key] != after[key]] == []
 assert os.environ == environment
@@ -723,6 +723,6 @@ def test_set_up(broken, regd_in_process):
 """
     status, shown = Suite(tmp_path, tests).run()
     assert status == pytest.ExitCode.TESTS_FAILED
-    assert '"shown": {"port": 5432}' in shown
-    assert '"also": {"port": 1}' in shown
+    assert '"shown": {"port": 5432' in shown
+    assert '"also": {"port": 1' in shown
     assert shown.count("- regd -") == 2

@@ -17,6 +17,7 @@ from regd.testing.host_process import _START, close_unused, host
 from regd.testing.registry import OwnRegistry
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import ROOT
+from tests.support.polling import block_until
 from tests.testing.suites import clean, has_ended, watched
 
 
@@ -100,10 +101,12 @@ def test_registry_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with running("deep/registry.json") as registry:
         assert registry.path == tmp_path / "deep/registry.json"
         ask(registry, "register", name="db", port=5432)
-        assert '"db": {"port": 5432}' in registry.path.read_text()
+        path = registry.path
+        block_until(lambda: '"db": {"port": 5432' in path.read_text())  # the next checkpoint
         registry.path.unlink()
         ask(registry, "register", name="other", port=1)
-        assert "was removed by another program" in registry.described()  # the thread that writes is heard, too
+        # The thread that writes is heard, too.
+        block_until(lambda: "was removed by another program" in registry.described())
     with running(tmp_path / "deep/registry.json") as registry:
         assert names(registry) == ["db", "other"]
 
