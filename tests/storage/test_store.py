@@ -1,7 +1,9 @@
 """The steps of a commit, what a failure at each step leaves, and the lock."""
 
+import errno
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,11 +31,23 @@ class Shelf:
         self.warned: list[str] = []
         self.store = self.again()
         self.store.open(0.0)
-        self.store.ensure_writable()
+        self.store.begin()
         self.files.told.clear()
 
     def again(self) -> Store:
         return Store(self.path, self.warned.append, self.files)
+
+    def save(self, *changes: Change) -> None:
+        self.store.commit(changes)
+        self.store.checkpoint()
+
+    def reopened(self) -> dict[str, int]:
+        """What the next daemon serves."""
+        self.store.close()
+        self.store = self.again()
+        found = self.store.open(0.0)
+        self.store.begin()
+        return {entry.name: entry.port for entry in found.entries}
 
     def held(self) -> dict[str, int]:
         """What another process would read."""
@@ -47,61 +61,81 @@ def shelf(tmp_path: Path) -> Shelf:
 
 
 def test_missing_registry_is_created_with_its_folders(shelf: Shelf) -> None:
-    assert shelf.path.read_text() == '{\n"$regd": {"format": 1, "rev": 0}\n}\n'
-    assert shelf.path.stat().st_mode & 0o777 == 0o600
+    assert shelf.held() == {"$regd": 0}
+    for name in ("registry.json", "registry.journal"):
+        assert shelf.path.with_name(name).stat().st_mode & 0o777 == 0o600
     assert shelf.path.parent.stat().st_mode & 0o777 == 0o700
 
 
-def test_commit_is_write_sync_rename_sync(shelf: Shelf) -> None:
+def test_commit_is_one_write_and_one_sync_of_the_journal(shelf: Shelf) -> None:
     shelf.store.commit([up(1, "a"), up(2, "b")])
+    assert shelf.files.told == ["write", "sync_data"]
+    assert shelf.held() == {"$regd": 0}  # the checkpoint comes later
+    assert shelf.reopened() == {"a": 1, "b": 1}
+
+
+def test_checkpoint_is_write_sync_rename_sync(shelf: Shelf) -> None:
+    shelf.store.commit([up(1, "a"), up(2, "b")])
+    assert shelf.store.needs_checkpoint
+    shelf.files.told.clear()
+    shelf.store.checkpoint()
+    assert not shelf.store.needs_checkpoint
     assert shelf.held() == {"$regd": 2, "a": 1, "b": 1}
     steps = [step for step in shelf.files.told if step != "write"]
     assert steps == ["create registry.json.tmp", "sync", "rename registry.json.tmp registry.json", "sync_folder"]
     assert shelf.files.told.index("sync") > max(at for at, step in enumerate(shelf.files.told) if step == "write")
     assert shelf.path.stat().st_mode & 0o777 == 0o600
-    assert os.listdir(shelf.path.parent) != []
     assert "registry.json.tmp" not in os.listdir(shelf.path.parent)
 
 
 def test_changed_line_keeps_its_position(shelf: Shelf) -> None:
-    shelf.store.commit([up(1, "b"), up(2, "a")])
-    shelf.store.commit([Change(3, Op.CHANGE, up(3, "b", 2).entry)])
+    shelf.save(up(1, "b"), up(2, "a"))
+    shelf.save(Change(3, Op.CHANGE, up(3, "b", 2).entry))
     assert list(shelf.held()) == ["$regd", "b", "a"]
-    shelf.store.commit([down(4, "b")])
+    shelf.save(down(4, "b"))
     assert shelf.held() == {"$regd": 4, "a": 1}
 
 
-@pytest.mark.parametrize("step", ["create", "write", "sync", "rename", "print"])
-@pytest.mark.parametrize("number", [FULL, BROKEN])
-def test_failed_commit_keeps_the_old_state_and_the_next_succeeds(shelf: Shelf, step: str, number: int) -> None:
+@pytest.mark.parametrize("step", ["write", "sync_data"])
+@pytest.mark.parametrize("number", [FULL, BROKEN, errno.EDQUOT])
+def test_failed_commit_is_void_and_the_next_begins_a_segment(shelf: Shelf, step: str, number: int) -> None:
     shelf.store.commit([up(1, "a")])
     shelf.files.failing[step] = number
-    with pytest.raises(OSError, match=r"No space|Input/output"):
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
         shelf.store.commit([down(2, "a"), up(3, "b"), up(4, "a", 2)])
-    assert shelf.held() == {"$regd": 1, "a": 1}
+    shelf.files.failing.clear()
+    shelf.files.told.clear()
+    shelf.store.commit([up(5, "c")])
+    renames = [told for told in shelf.files.told if told.startswith("rename")]
+    assert renames[1:] == [
+        "rename registry.journal.tmp registry.journal",
+        "rename registry.json.tmp registry.json",
+    ]
+    assert shelf.files.told[-2:] == ["write", "sync_data"]  # the segment and the checkpoint came before
+    assert shelf.warned == []
+    assert shelf.reopened() == {"a": 1, "c": 1}
+
+
+@pytest.mark.parametrize("step", ["create", "write", "sync", "rename", "print", "sync_folder"])
+@pytest.mark.parametrize("number", [FULL, BROKEN, errno.EDQUOT])
+def test_failed_checkpoint_loses_nothing_and_the_next_succeeds(shelf: Shelf, step: str, number: int) -> None:
+    shelf.save(up(1, "a"))
+    shelf.store.commit([up(2, "b")])
+    shelf.files.failing[step] = number
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        shelf.store.checkpoint()
+    assert shelf.store.needs_checkpoint
     assert "registry.json.tmp" not in os.listdir(shelf.path.parent)
     shelf.files.failing.clear()
-    shelf.store.commit([up(2, "c")])
-    assert shelf.held() == {"$regd": 2, "a": 1, "c": 1}
+    shelf.store.commit([up(3, "c")])
+    shelf.store.checkpoint()
+    assert shelf.held() == {"$regd": 3, "a": 1, "b": 1, "c": 1}
     assert shelf.warned == []
-    assert not shelf.store.dirty
-
-
-def test_failed_folder_sync_is_retried(shelf: Shelf) -> None:
-    shelf.store.commit([up(1, "a")])
-    shelf.files.failing["sync_folder"] = BROKEN
-    with pytest.raises(OSError, match="Input/output"):
-        shelf.store.commit([up(2, "b")])
-    assert shelf.store.dirty  # the file may show what is not in effect
-    shelf.files.failing.clear()
-    shelf.store.commit([])
-    assert shelf.held() == {"$regd": 1, "a": 1}
-    assert [shelf.store.dirty, *shelf.warned] == [False]
 
 
 def test_leftover_temporary_file_does_not_stop_a_commit(shelf: Shelf) -> None:
     (shelf.path.parent / "registry.json.tmp").write_text("half a fi")
-    shelf.store.commit([up(1, "a")])
+    shelf.save(up(1, "a"))
     assert shelf.held() == {"$regd": 1, "a": 1}
 
 
@@ -155,7 +189,9 @@ def test_symlink_to_the_registry_is_followed(shelf: Shelf, tmp_path: Path) -> No
     shelf.store.close()
     store = Store(link, shelf.warned.append)
     store.open(0.0)
+    store.begin()
     store.commit([up(1, "a")])
+    store.checkpoint()
     assert link.is_symlink()
     assert shelf.held() == {"$regd": 1, "a": 1}
     store.close()
@@ -176,23 +212,23 @@ EDITS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
 def test_external_edit_is_backed_up(shelf: Shelf, edit: Callable[[Path], object]) -> None:
-    shelf.store.commit([up(1, "a")])
+    shelf.save(up(1, "a"))
     edit(shelf.path)
     theirs = shelf.path.read_text()
-    shelf.store.commit([up(2, "b")])
+    shelf.save(up(2, "b"))
     assert shelf.held() == {"$regd": 2, "a": 1, "b": 1}
     assert shelf.path.with_name("registry.json.aside-1").read_text() == theirs
     assert len(shelf.warned) == 1
     assert "aside-1" in shelf.warned[0]
     edit(shelf.path)
-    shelf.store.commit([up(3, "c")])
+    shelf.save(up(3, "c"))
     assert shelf.path.with_name("registry.json.aside-2").read_text() == theirs
 
 
 def test_removed_registry_is_written_again(shelf: Shelf) -> None:
-    shelf.store.commit([up(1, "a")])
+    shelf.save(up(1, "a"))
     shelf.path.unlink()
-    shelf.store.commit([up(2, "b")])
+    shelf.save(up(2, "b"))
     assert shelf.held() == {"$regd": 2, "a": 1, "b": 1}
     assert "removed" in shelf.warned[0]
 
@@ -220,10 +256,117 @@ def test_registry_path_that_is_a_folder_is_reported(tmp_path: Path) -> None:
 
 
 def test_full_disk_does_not_stop_the_start(shelf: Shelf) -> None:
-    shelf.store.commit([up(1, "a")])
+    shelf.save(up(1, "a"))
     shelf.store.close()
     shelf.files.failing["create"] = FULL
     store = shelf.again()
     assert [entry.name for entry in store.open(0.0).entries] == ["a"]
-    store.ensure_writable()
+    store.begin()
+    assert "No space left" in shelf.warned[-1]
+    with pytest.raises(OSError, match="No space"):
+        store.commit([up(2, "b")])
+    shelf.files.failing.clear()
+    store.commit([up(2, "b")])
+    store.close()
+    assert shelf.reopened() == {"a": 1, "b": 1}
+
+
+def test_touch_leaves_no_copy(shelf: Shelf) -> None:
+    shelf.save(up(1, "a"))
+    for rev in range(2, 202):
+        shelf.path.touch()
+        shelf.save(up(rev, f"a{rev}"))
+    assert [name for name in os.listdir(shelf.path.parent) if "aside" in name] == []
+    assert shelf.warned == []
+
+
+def test_copies_of_edits_are_few(shelf: Shelf) -> None:
+    for rev in range(1, 12):
+        shelf.path.write_text(f'{{"mine": {{"port": {rev}}}}}')
+        shelf.save(up(rev, "a"))
+    copies = {name for name in os.listdir(shelf.path.parent) if "aside" in name}
+    assert copies == {f"registry.json.aside-{number}" for number in range(7, 12)}
+
+
+def test_edit_that_keeps_size_and_mtime_is_noticed(shelf: Shelf) -> None:
+    shelf.save(up(1, "a", 5050))
+    before = shelf.path.stat()
+    theirs = shelf.path.read_text().replace("5050", "5051")
+    with shelf.path.open("r+") as file:
+        file.write(theirs)
+    os.utime(shelf.path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    shelf.save(up(2, "b"))
+    assert shelf.path.with_name("registry.json.aside-1").read_text() == theirs
+
+
+def test_line_removed_by_hand_is_back_before_a_repeated_ok(shelf: Shelf) -> None:
+    shelf.save(up(1, "a"))
+    shelf.path.write_text("{}")
+    shelf.store.check_kept()
+    assert shelf.held() == {"$regd": 1, "a": 1}
+    assert shelf.reopened() == {"a": 1}
+
+
+def test_second_daemon_after_the_lock_file_was_removed(shelf: Shelf) -> None:
+    """The older one ends, and writes nothing."""
+    shelf.store.commit([up(1, "a")])
+    shelf.path.with_name("registry.json.lock").unlink()
+    other = shelf.again()
+    assert [entry.name for entry in other.open(0.0).entries] == ["a"]
+    other.begin()
+    other.commit([up(2, "b")])
+    before = {path.name: path.read_bytes() for path in shelf.path.parent.iterdir()}
+    for call in (lambda: shelf.store.commit([up(2, "c")]), shelf.store.check_kept):
+        with pytest.raises(StorageError, match="another regd"):
+            call()
+    assert {path.name: path.read_bytes() for path in shelf.path.parent.iterdir()} == before
+    other.commit([up(3, "d")])
+    other.close()
+    assert shelf.reopened() == {"a": 1, "b": 1, "d": 1}
+
+
+def test_second_daemon_in_a_folder_made_again(shelf: Shelf) -> None:
+    shelf.store.commit([up(1, "a")])
+    shelf.path.parent.rename(shelf.path.parent.with_name("moved"))
+    other = shelf.again()
+    assert other.open(0.0).entries == []
+    other.begin()
+    with pytest.raises(StorageError, match="another regd"):
+        shelf.store.commit([up(2, "c")])
+    other.commit([up(1, "b")])
+    other.close()
+    assert shelf.reopened() == {"b": 1}
+
+
+def test_removed_lock_file_is_locked_again(shelf: Shelf) -> None:
+    shelf.path.with_name("registry.json.lock").unlink()
+    shelf.store.commit([up(1, "a")])
+    assert "locks it again" in shelf.warned[0]
+    with pytest.raises(StorageError, match="in use"):
+        shelf.again().open(0.0)
+
+
+def test_removed_journal_is_begun_again_after_a_checkpoint(shelf: Shelf) -> None:
+    shelf.store.commit([up(1, "a")])
+    shelf.path.with_name("registry.journal").unlink()
+    shelf.files.told.clear()
+    shelf.store.commit([up(2, "b")])
+    renames = [told for told in shelf.files.told if told.startswith("rename")]
+    assert renames == ["rename registry.json.tmp registry.json", "rename registry.journal.tmp registry.journal"]
+    assert shelf.reopened() == {"a": 1, "b": 1}
+
+
+def test_folder_that_cannot_be_synced(shelf: Shelf) -> None:
+    shelf.files.failing["sync_folder"] = errno.EINVAL
+    shelf.save(up(1, "a"))
+    assert shelf.reopened() == {"a": 1}
+
+
+def test_obstacle_is_reported_at_the_start(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf.store.close()
+    monkeypatch.setattr(shelf.files, "obstacle", lambda path: "it is a mount point of its own")
+    store = shelf.again()
+    store.open(0.0)
+    with pytest.raises(StorageError, match=r"cannot replace .*registry\.json: it is a mount point"):
+        store.begin()
     store.close()
