@@ -1,0 +1,146 @@
+"""The checkpointer: when the registry file is written. Time by hand, and a store that says when it is done."""
+
+import asyncio
+import errno
+import os
+import threading
+from typing import cast
+
+import pytest
+
+from regd.server.checkpointer import Checkpointer
+from regd.storage.store import Store
+from tests.support.clock import HandClock
+from tests.support.daemon import WAIT_S
+
+
+class SlowStore:
+    """A store whose checkpoints take as long as the test wants."""
+
+    path = "/x/registry.json"
+
+    def __init__(self, clock: HandClock) -> None:
+        self.needs_checkpoint = False
+        self.written: list[float] = []  # when each checkpoint began
+        self.takes_s = 0.0
+        self.failing = False
+        self.gate = threading.Event()
+        self.gate.set()
+        self._clock = clock
+
+    def checkpoint(self) -> None:
+        self.needs_checkpoint = False
+        self.written.append(self._clock.now())
+        assert self.gate.wait(WAIT_S)
+        self._clock.skip(self.takes_s)
+        if self.failing:
+            self.needs_checkpoint = True
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.clock = HandClock()
+        self.began = self.clock.now()
+        self.store = SlowStore(self.clock)
+        self.checkpointer = Checkpointer(cast(Store, self.store), self.clock, 1.0)
+
+    def change(self) -> None:
+        self.store.needs_checkpoint = True
+        self.checkpointer.on_change()
+        self.clock.advance(0)
+
+    async def settle(self) -> None:
+        """Wait until no checkpoint is being written."""
+        async with asyncio.timeout(WAIT_S):
+            while self.checkpointer._task is not None:
+                await asyncio.sleep(0)
+
+    async def advance(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+        await self.settle()
+
+    @property
+    def written(self) -> list[float]:
+        return [at - self.began for at in self.store.written]
+
+
+async def test_a_first_change_is_written_at_once_and_those_of_the_next_second_together() -> None:
+    bench = Bench()
+    bench.change()
+    await bench.settle()
+    assert bench.written == [0]
+    for _ in range(3):
+        await bench.advance(0.25)
+        bench.change()
+        await bench.settle()
+    assert bench.written == [0]
+    await bench.advance(0.25)
+    assert bench.written == [0, 1]
+    await bench.advance(100)
+    assert bench.written == [0, 1]  # nothing has changed
+    bench.change()
+    await bench.settle()
+    assert bench.written == [0, 1, 101]
+    await bench.checkpointer.close()
+
+
+async def test_a_change_during_a_checkpoint_is_in_the_next_one() -> None:
+    bench = Bench()
+    bench.store.gate.clear()
+    bench.change()
+    async with asyncio.timeout(WAIT_S):
+        while not bench.store.written:
+            await asyncio.sleep(0)
+    bench.change()
+    assert bench.written == [0]  # one at a time
+    bench.store.gate.set()
+    await bench.settle()
+    await bench.advance(1)
+    assert bench.written == [0, 1]
+    await bench.checkpointer.close()
+
+
+async def test_writing_takes_at_most_a_tenth_of_the_time() -> None:
+    bench = Bench()
+    bench.store.takes_s = 2.0
+    bench.change()
+    await bench.settle()
+    bench.change()
+    await bench.advance(17.5)
+    assert bench.written == [0]
+    await bench.advance(0.5)
+    assert bench.written == [0, 20]
+    await bench.checkpointer.close()
+
+
+async def test_a_failure_is_logged_once_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench()
+    bench.store.failing = True
+    bench.change()
+    await bench.settle()
+    for _ in range(3):
+        await bench.advance(1)
+    assert bench.written == [0, 1, 2, 3]
+    assert [record.message for record in caplog.records] == [
+        "cannot write /x/registry.json: No space left on device; the journal has all changes"
+    ]
+    bench.store.failing = False
+    await bench.advance(1)
+    assert caplog.records[-1].message == "/x/registry.json can be written again"
+    await bench.advance(10)
+    assert bench.written == [0, 1, 2, 3, 4]
+    await bench.checkpointer.close()
+
+
+async def test_a_clean_stop_writes_what_waits_and_nothing_afterwards() -> None:
+    bench = Bench()
+    bench.change()
+    await bench.settle()
+    bench.change()
+    await bench.checkpointer.close()
+    assert bench.written == [0, 0]
+    bench.checkpointer.on_change()
+    await bench.advance(10)
+    await bench.checkpointer.close()
+    assert bench.written == [0, 0]
