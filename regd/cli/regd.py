@@ -18,6 +18,7 @@ from regd.cli.arguments import Parameter, Parser, UsageError, integer, seconds
 from regd.cli.daemonize import close_inherited_files, fork_to_background, unblock_signals
 from regd.cli.log_output import FORMATS, LogError, LogOutput, has_terminal, write_line
 from regd.cli.output import Output, finish, open_standard_streams, visible
+from regd.core.limits import DEFAULT
 from regd.server.daemon import DEFAULT_GRACE_S, DEFAULT_PORT, Config, Daemon, default_registry
 from regd.storage.store import StorageError
 from regd.system.clock import LoopClock
@@ -35,6 +36,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGE_BYTES = 272 * 1_024
 _GC_THRESHOLD = 10_000  # objects between two collections: regd makes few cycles
 _OFF = "off"
+_MIB = 1_048_576
 # By default these end a process. A timer of the parent survives execve(2) and sends SIGALRM. Not every system
 # has all of them.
 _IGNORED = (
@@ -57,6 +59,13 @@ def _uid(text: str) -> int:
     if uid is None:
         raise argparse.ArgumentTypeError(f"must be the number of a user, as `id -u` shows it, not {text!r}")
     return uid
+
+
+def _mebibytes(text: str) -> int:
+    count = integer(text, 1, 1_048_576)
+    if count is None:
+        raise argparse.ArgumentTypeError(f"must be 1 to 1048576, not {text!r}")
+    return count
 
 
 DOC = "The service registry of this machine: register names, resolve them."
@@ -108,6 +117,14 @@ FLAGS = (
         "(default: never)",
         type=seconds(1, 86_400),
         metavar="SECONDS",
+    ),
+    Parameter(
+        "--history-mib",
+        "keep this much of the journal, in MiB, as history; registry.json has what is older "
+        f"(default: {DEFAULT.journal_bytes_max // _MIB})",
+        type=_mebibytes,
+        default=DEFAULT.journal_bytes_max // _MIB,
+        metavar="N",
     ),
     Parameter(
         "--log",
@@ -227,6 +244,7 @@ def _config(arguments: argparse.Namespace) -> Config:
         allow_any_user=arguments.allow_any_user,
         idle_exit_s=arguments.idle_exit,
         log=log_path,
+        limits=replace(DEFAULT, journal_bytes_max=arguments.history_mib * _MIB),
     )
 
 

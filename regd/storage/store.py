@@ -59,6 +59,7 @@ class Store:
         self._unsaved: list[Change] = []  # in effect, and not on disk yet
         self._lost = False  # the journal was removed: the next checkpoint must come before the next segment
         self._rotates = False
+        self._is_taken_over = False  # by another daemon: nothing is written any more
         # What the journal holds on disk. `_mutex` guards what the checkpoint takes.
         self._mutex = threading.Lock()
         self._checkpointing = threading.Lock()
@@ -252,13 +253,16 @@ class Store:
             if self._lock is not None:
                 self._files.unlock(self._lock)
                 self._lock = None
+            self._is_taken_over = True  # unless the lock is free
             self._take_lock()
+            self._is_taken_over = False
         in_place = self._journal.is_in_place()
         if in_place is None:
             self._warn(f"{self._journal.path} was removed by another program; regd begins a new one")
             self._journal.forget_segment()
             self._lost = True
         elif not in_place:
+            self._is_taken_over = True
             raise StorageError(
                 f"{self._journal.path} is not the file that this regd wrote: another regd was started on this "
                 "registry; this one ends, and writes nothing more"
@@ -298,7 +302,7 @@ class Store:
 
     @property
     def needs_checkpoint(self) -> bool:
-        return bool(self._changed) or self._owes_checkpoint
+        return not self._is_taken_over and (bool(self._changed) or self._owes_checkpoint)
 
     def checkpoint(self) -> None:
         """Write the registry file as of now, and delete journal segments that are not kept any more.

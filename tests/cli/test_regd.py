@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import regd
-from tests.support.daemon import DaemonProcess, environment
+from tests.support.daemon import WAIT_S, DaemonProcess, environment
 from tests.support.demand import demand
 
 
@@ -61,6 +61,49 @@ def test_signal_ends_the_daemon_cleanly(process: DaemonProcess, number: signal.S
     with socket.create_connection(("127.0.0.1", process.port)) as peer:
         peer.sendall(b"resolve db\n")
         assert b'"port":1' in peer.recv(4_096)
+
+
+@pytest.mark.parametrize("writes_first", [False, True])
+def test_a_daemon_whose_registry_another_has_taken_over_ends_and_writes_nothing(
+    process: DaemonProcess, writes_first: bool
+) -> None:
+    """The folder was removed and made again, as `git clean -fdx` does, and another daemon started there."""
+
+    def register(daemon: DaemonProcess, name: str) -> bytes:
+        with socket.create_connection(("127.0.0.1", daemon.port)) as peer:
+            peer.settimeout(WAIT_S)
+            peer.sendall(b'{"cmd":"register","name":"%s","port":1}\n' % name.encode())
+            return peer.recv(4_096)
+
+    if writes_first:
+        assert b'"ok":true' in register(process, "db")
+    folder = process.registry.parent
+    folder.rename(folder.with_name(f"{folder.name}-moved"))
+    with DaemonProcess(process.registry) as other:
+        other.start()
+        assert b'"ok":true' in register(other, "web")
+        assert b'"ok":true' not in register(process, "lost")
+        assert process.process is not None
+        _, errors = process.process.communicate(timeout=WAIT_S)
+        assert process.process.returncode == 1
+        process.process = None
+        last = errors.splitlines()[-1]
+        assert "another regd" in last
+        assert "Traceback" not in errors
+        assert b'"ok":true' in register(other, "cache")
+        assert other.end()[0] == 0
+    assert json.loads(other.registry.read_bytes()).keys() == {"$regd", "web", "cache"}
+
+
+def test_history_is_limited_in_mib(process: DaemonProcess) -> None:
+    for bad in ("0", "x", "1048577"):
+        assert run(process, "--history-mib", bad)[0] == 2
+    with DaemonProcess(process.registry.with_name("other.json"), "--history-mib", "3") as other:
+        other.start()
+        with socket.create_connection(("127.0.0.1", other.port)) as peer:
+            peer.sendall(b"stats\nquit\n")
+            stats = json.loads(peer.makefile().readline())
+        assert stats["limits"]["journal_bytes_max"] == 3 * 1_048_576
 
 
 def test_second_daemon_is_refused_and_changes_nothing(process: DaemonProcess, tmp_path: Path) -> None:
