@@ -16,6 +16,7 @@ from typing import NamedTuple
 _NEVER_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL)
 
 
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 _HOLDER_BYTES = 512
 
 
@@ -105,6 +106,15 @@ class Files:
 
     def rename(self, source: Path, target: Path) -> None:
         os.replace(source, target)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name. Where the file system has none, rename it."""
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            os.rename(source, target)
 
     def sync_folder(self, path: Path) -> None:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

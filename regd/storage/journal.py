@@ -100,10 +100,7 @@ class Journal:
             last = self.segments[-1] if self.segments else None
             if last is not None and last.path == self.path:
                 if last.line < head.line and files.print(self.path) is not None:
-                    last.path = self.path.with_name(f"{self.path.name}.{last.line}")
-                    self._inode = None  # from here on the old segment is not written any more
-                    files.rename(self.path, last.path)
-                    self.sync_folder()  # else a crash might leave the next rename and not this one
+                    self._give_number(last)
                 else:  # it has no line that counts, or was removed
                     with self._mutex:
                         self.segments = self.segments[:-1]
@@ -120,6 +117,16 @@ class Journal:
         self._fd, self._inode = fd, found.inode if found else None
         with self._mutex:
             self.segments = [*self.segments, SegmentFile(self.path, head.line, head.rev, head.at, len(data))]
+
+    def _give_number(self, segment: SegmentFile) -> None:
+        """Give the current segment its lasting name. It has both names for a moment, so that it is never lost."""
+        files, path = self._files, self.path.with_name(f"{self.path.name}.{segment.line}")
+        if files.print(path) is not None:  # from an attempt that failed
+            files.remove(path)
+        self._inode = None  # from here on the segment is not written any more
+        files.link(self.path, path)
+        segment.path = path
+        self.sync_folder()
 
     def append(self, data: bytes) -> None:
         """Write lines and make them durable.

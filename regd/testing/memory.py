@@ -80,6 +80,13 @@ class MemoryFiles(Files):
         del self._files[source]
         self._files[target] = kept
 
+    def link(self, source: Path, target: Path) -> None:
+        kept = self._kept(source)
+        self._in_folder(target)
+        if target in self._files:
+            raise _error(errno.EEXIST, target)
+        self._files[target] = kept
+
     def sync_folder(self, path: Path) -> None:
         if path not in self._folders:
             raise _error(errno.ENOENT, path)

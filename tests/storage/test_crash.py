@@ -1,4 +1,4 @@
-"""A crash at every operation of every commit: the old or the new state loads, and nothing acknowledged is lost.
+"""A crash at every operation: the old or the new state loads, and nothing acknowledged is lost.
 
 A real store works on a real folder, through `Files` that reports to a model of a disk. The model says what a power
 cut after each operation may leave. Each of these states is written to another folder, and a new store opens it.
@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from regd.core.model import Change, Entry, Holder, Op, State, key_text
 from regd.storage.document import Document, parse
-from regd.storage.store import StorageError, Store
+from regd.storage.recovery import Recovery
+from regd.storage.store import StorageError, Store, peek
 from tests.support.disk import Disk, Killed, Moment, QuickFiles, RecordedFiles, Trouble, outcomes
 from tests.support.length import examples
 
@@ -39,7 +40,7 @@ class Held(NamedTuple):
 NOTHING = Held()
 
 
-def held(document: Document) -> Held:
+def held(document: Document | Recovery) -> Held:
     return Held(document.rev, frozenset((key_text(entry.key), entry.port) for entry in document.entries))
 
 
@@ -80,10 +81,6 @@ class Workload:
         self.now = state
         self._promised(replace(self._promise, settled=state, asked=()))
 
-    def is_settled(self) -> bool:
-        """Whether the file is to hold what is in effect; not where another hand was there."""
-        return self._promise.settled == self.now
-
     def ask(self, state: Held) -> None:
         """From here on it may be this state too."""
         self._promised(replace(self._promise, asked=(*self._promise.asked, state)))
@@ -98,18 +95,38 @@ class Workload:
         opened = held(self.store.open(LOADED_AT))
         assert opened in (self._promise.settled, *self._promise.asked)
         self._forget_theirs()  # what another hand wrote is the registry now
-        self.store.ensure_writable()
+        self.store.begin()
         self.now = opened
-        if not self.store.dirty:
+        if self.store._journal.is_open:  # else a power cut may still take what was found
             self.settle(opened)
 
     def commit(self, changes: Sequence[Change], after: Held) -> None:
         assert self.store is not None
-        before = len(self.disk.moments)
+        if self.is_foreign:
+            self.ask(self.now)  # a checkpoint may come first
         self.ask(after)
         self.store.commit(changes)
-        if len(self.disk.moments) > before:  # else it reads just so, unless another hand was there meanwhile
+        self.now = after
+        if not self.is_foreign:
             self.settle(after)
+
+    def checkpoint(self) -> None:
+        assert self.store is not None
+        self.ask(self.now)
+        self.store.checkpoint()
+        self.settle(self.now)
+
+    def confirm(self) -> None:
+        """A request that changes nothing is answered `ok`."""
+        assert self.store is not None
+        self.ask(self.now)
+        self.store.check_kept()
+        self.settle(self.now)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the file is of another hand, or missing: that is what a start would find."""
+        return not self.path.exists() or self.path.read_bytes().startswith(b'{"theirs"')
 
     def owe(self, changes: Sequence[Change], after: Held) -> None:
         assert self.store is not None
@@ -174,22 +191,25 @@ def changed(state: Held, *wanted: tuple[str, int]) -> tuple[list[Change], Held]:
 
 
 def batch(*wanted: tuple[str, int]) -> Step:
-    """As the engine: a batch that changes nothing needs the disk only where the file may be wrong."""
+    """As the engine does it."""
 
     def step(work: Workload) -> None:
         changes, after = changed(work.now, *wanted)
         assert work.store is not None
-        if changes or work.store.dirty:
+        if changes or work.store.has_unsaved:
             work.commit(changes, after)
-        elif work.is_settled():
-            work.settle(after)  # it is answered `ok` all the same
+        else:
+            work.confirm()
 
     return step
 
 
 def owed(*wanted: tuple[str, int]) -> Step:
     def step(work: Workload) -> None:
-        changes, after = changed(work.now, *wanted)
+        assert work.store is not None
+        # As the engine does it: above the revisions of lines that may be on disk.
+        state = Held(max(work.now.rev, work.store.rev_written), work.now.ports)
+        changes, after = changed(state, *wanted)
         if changes:
             work.owe(changes, after)
 
@@ -205,6 +225,16 @@ def kept(work: Workload) -> None:
 
 def repaired(work: Workload) -> None:
     work.commit([], work.now)
+
+
+def checkpointed(work: Workload) -> None:
+    work.checkpoint()
+
+
+def rotated(work: Workload) -> None:
+    """The next commit begins another segment, as after a checkpoint of a large one."""
+    assert work.store is not None
+    work.store._rotates = True
 
 
 def restarted(work: Workload) -> None:
@@ -281,13 +311,15 @@ def check_start(path: Path, promise: Promise, did: str) -> None:
     store = Store(path, lambda line: None, QuickFiles())
     opened = held(store.open(LOADED_AT))
     assert opened in (promise.settled, *promise.asked), f"after {did}"
-    store.ensure_writable()
+    store.begin()
     changes, after = changed(opened, ("after", 1))
     store.commit(changes)
+    assert held(peek(path, QuickFiles())) == after
+    store.checkpoint()
     store.close()
     assert held(parse(path.read_bytes(), LOADED_AT)) == after
     assert missing(path.parent, [data for data in promise.spared if data != theirs]) == []
-    assert not path.with_name(path.name + ".tmp").exists()
+    assert not [name for name in os.listdir(path.parent) if name.endswith(".tmp")]
 
 
 def missing(folder: Path, spared: Iterable[bytes]) -> list[bytes]:
@@ -301,9 +333,14 @@ A_LIFE: Mapping[str, Sequence[Step]] = {
     "other holders": [restarted, batch(("a", 1)), kept, kept],
     "a change that is none": [restarted, batch(("a", 1)), batch(("b", 2)), batch(("a", 1)), batch(("b", 2))],
     "a restart": [restarted, batch(("a", 1)), restarted, batch(("a", 1)), batch(("a", 0))],
-    "another hand": [restarted, batch(("a", 1)), hand("replaced"), batch(("b", 1)), batch(("c", 1))],
-    "another hand twice": [restarted, hand("in place"), batch(("a", 1)), hand("in place"), batch(("b", 1))],
-    "another hand that takes away": [restarted, batch(("a", 1)), hand("removed"), batch(("b", 1))],
+    "checkpoints": [restarted, batch(("a", 1)), checkpointed, batch(("b", 2)), checkpointed, restarted],
+    "a checkpoint that is old": [restarted, batch(("a", 1)), checkpointed, batch(("b", 2)), restarted],
+    "another segment": [restarted, batch(("a", 1)), checkpointed, rotated, batch(("b", 2)), batch(("a", 0))],
+    "segments and restarts": [restarted, batch(("a", 1)), rotated, batch(("b", 2)), restarted, batch(("b", 0))],
+    "another hand": [restarted, batch(("a", 1)), hand("replaced"), batch(("b", 1)), checkpointed],
+    "another hand twice": [restarted, hand("in place"), checkpointed, hand("in place"), batch(("b", 1))],
+    "another hand that takes away": [restarted, batch(("a", 1)), hand("removed"), batch(("b", 1)), checkpointed],
+    "another hand, and an ok for what was there": [restarted, batch(("a", 1)), hand("in place"), batch(("a", 1))],
     "an end on a failing disk": [restarted, batch(("a", 1)), owed(("a", 0)), repaired],
 }
 
@@ -341,7 +378,8 @@ STEPS = st.one_of(
     WANTED.map(lambda wanted: batch(*wanted)),
     WANTED.map(lambda wanted: batch(*wanted)),
     WANTED.map(lambda wanted: owed(*wanted)),
-    st.sampled_from([kept, repaired, restarted, hand("in place"), hand("replaced"), hand("removed")]),
+    st.sampled_from([kept, repaired, checkpointed, rotated, restarted]),
+    st.sampled_from([checkpointed, restarted, hand("in place"), hand("replaced"), hand("removed")]),
 )
 TROUBLED = st.tuples(STEPS, st.none() | st.sampled_from(Trouble), st.integers(0, 12))
 
@@ -364,5 +402,5 @@ def test_unsyncable_parent_folder_does_not_stop_the_start(tmp_path: Path, number
 
     store = Store(tmp_path / "registry.json", lambda line: None, Above())
     store.open(LOADED_AT)
-    store.ensure_writable()
+    store.begin()
     store.close()

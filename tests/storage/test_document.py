@@ -1,7 +1,6 @@
 """load(write(x)) = x; other files are refused with the position of the error."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 

@@ -136,6 +136,21 @@ class Disk:
                 self._names[key] = names[-1:]
         self._record(f"sync folder {folder.name}")
 
+    def truncate(self, number: int, size: int) -> None:
+        """Cut a file off. Whether that is durable makes no difference: what is cut off does not count."""
+        before = self._files[number]
+        data = (before.safe + b"".join(before.pending))[:size]
+        self._files[number] = Data(
+            data[: len(before.safe)], (data[len(before.safe) :],) * (size > len(before.safe))
+        )
+        self._did(f"truncate {number}")
+
+    def number(self, path: Path) -> int:
+        """Return the number of the file that a process sees at a path."""
+        name = self._names[self._key(path)][-1]
+        assert name is not None
+        return name
+
     def put(self, path: Path, data: bytes | None) -> None:
         """Create a durable file as another program would, or with None remove it."""
         name = None
@@ -209,10 +224,29 @@ class RecordedFiles(Files):
             if path.is_dir() and not self.disk.knows(path):
                 self.disk.name(path, FOLDER)
 
-    def read(self, path: Path) -> bytes:
+    def names(self, folder: Path) -> list[str]:
         if self._befalls():
             self._fail()
-        return super().read(path)
+        return super().names(folder)
+
+    def read(self, path: Path, most: int = -1) -> bytes:
+        if self._befalls():
+            self._fail()
+        return super().read(path, most)
+
+    def append(self, path: Path) -> int:
+        if self._befalls():
+            self._fail()
+        fd = super().append(path)
+        self._numbers[fd] = self.disk.number(path)
+        return fd
+
+    def truncate(self, fd: int, size: int) -> None:
+        trouble = self._befalls()
+        super().truncate(fd, size)
+        self.disk.truncate(self._numbers[fd], size)
+        if trouble:
+            self._fail()
 
     def create(self, path: Path) -> int:
         trouble = self._befalls()
@@ -244,6 +278,8 @@ class RecordedFiles(Files):
         if trouble:
             self._fail()
 
+    sync_data = sync
+
     def close(self, fd: int) -> None:
         os.close(fd)  # even if killed: the kernel closes the files of a process
         if self._befalls():
@@ -253,6 +289,13 @@ class RecordedFiles(Files):
         trouble = self._befalls()
         super().rename(source, target)
         self.disk.rename(source, target)
+        if trouble:
+            self._fail()
+
+    def link(self, source: Path, target: Path) -> None:
+        trouble = self._befalls()
+        super().link(source, target)
+        self.disk.name(target, self.disk.number(source))
         if trouble:
             self._fail()
 
@@ -281,6 +324,8 @@ class QuickFiles(Files):
 
     def sync(self, fd: int) -> None:
         pass
+
+    sync_data = sync
 
     def sync_folder(self, path: Path) -> None:
         pass
