@@ -212,7 +212,11 @@ class Store:
         ]
         self.rev_written = max(self.rev_written, wanted[-1].rev)
         journal.append(b"".join(lines))
-        self._check_owner()
+        try:
+            self._check_owner()
+        except BaseException:
+            journal.poison()  # the lines are on disk, and do not count
+            raise
         if not journal.is_open:
             raise FileNotFoundError(errno.ENOENT, "the journal was removed", str(journal.path))
         self._unsaved.clear()

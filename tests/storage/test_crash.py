@@ -261,6 +261,7 @@ def run(root: Path, steps: Iterable[tuple[Step, Trouble | None, int]]) -> Worklo
                 if step is restarted:
                     work.start()
     finally:
+        work.files.expect(None, 0)
         work.close()
     return work
 
