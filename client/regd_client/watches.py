@@ -73,7 +73,8 @@ class WatchState:
         self._untrue_since = time.monotonic()
         self._synced = False  # the listener has had `sync`
         self._snapshot: dict[Key, dict[str, Any]] | None = {}  # the part of a new picture that has come
-        self._epoch: str | None = None
+        self._epoch: str | None = None  # of `_rev`
+        self._new_epoch: str | None = None  # of the connection
         self._rev: int | None = None  # the revision up to which no event is missing
 
     @property
@@ -121,9 +122,7 @@ class WatchState:
         """Take what the daemon sends: first the reply to `watch`, then every event."""
         kind = fields.get("event")
         if kind is None:
-            if fields["epoch"] != self._epoch:
-                self._rev = None  # revisions of different epochs cannot be compared
-            self._epoch = fields["epoch"]
+            self._new_epoch = fields["epoch"]
             return
         if kind == "reset":
             self._doubt()
@@ -138,7 +137,8 @@ class WatchState:
         elif self._rev is None or fields["rev"] > self._rev:
             self._pass_on(fields)
         if self._snapshot is None:
-            self._rev = fields["rev"]
+            # Together: a revision of one epoch must not be taken for one of another.
+            self._epoch, self._rev = self._new_epoch, fields["rev"]
 
     def _complete(self, snapshot: dict[Key, dict[str, Any]]) -> None:
         """Replace the picture by a complete snapshot, and pass on the differences."""

@@ -11,13 +11,13 @@ import math
 import os
 import socket
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from regd.core.errors import Refused
 from regd.core.history import History
 from regd.core.limits import DEFAULT, Limits
-from regd.core.model import Change, Holder, Key, Process
+from regd.core.model import Change, Entry, Holder, Key, Process
 from regd.core.registry import Registry
 from regd.core.transaction import OwnershipLost
 from regd.server.acceptor import Acceptor
@@ -367,6 +367,9 @@ class Daemon:
         found = self._store.open(wall)
         if self._store.made_folder:
             log.info("made the folder %s, which was not there", self._store.path.parent)
+        # What the system tells of itself, and of processes whose number was written into the file by hand.
+        self._reaper.processes.open()
+        found.entries[:] = map(self._identified, found.entries)
         self._store.begin()
         history = History(
             found.history_rev,
@@ -376,9 +379,20 @@ class Daemon:
             epochs={epoch: rev for epoch, (rev, _) in self._store.epochs.items()},
         )
         self._registry.load(found.entries, found.rev, now, history, wall)
-        # 3. What the system tells of itself.
-        self._reaper.processes.open()
         self._info.open()
+
+    def _identified(self, entry: Entry) -> Entry:
+        """Return an entry whose processes can be told apart from later ones with the same numbers."""
+        if all(holder.process is None or holder.process.born for holder in entry.holders):
+            return entry
+        identify = self._reaper.processes.identify
+        return replace(
+            entry,
+            holders=tuple(
+                holder if holder.process is None else replace(holder, process=identify(holder.process))
+                for holder in entry.holders
+            ),
+        )
 
     def _serve(self) -> None:
         self._stalls.start()

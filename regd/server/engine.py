@@ -89,7 +89,7 @@ class Engine:
         self._wake = asyncio.Event()
         self._closing = False
         self._repair_due = False
-        self._repair = False  # write the changes that are in effect and not on disk
+        self._repair = False  # commit, even without a change
         self._complained_at: float | None = None  # when a failing disk was last logged; None while it works
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="regd-commit")
 
@@ -133,7 +133,7 @@ class Engine:
                 else:
                     self._wake.clear()
                     await self._wake.wait()
-            if self._store.has_unsaved:
+            if self._store.needs_repair:
                 await self._commit([])
         finally:
             self._thread.shutdown()
@@ -286,7 +286,7 @@ class Engine:
         if self._complained_at is None or now - self._complained_at >= _COMPLAIN_EVERY_S:
             self._complained_at = now
             log.error("cannot write %s: %s; changes are refused until it can be written", self._store.path, why)
-        if self._store.has_unsaved:
+        if self._store.needs_repair:
             self._repair_later()
         return Refused(
             Code.STORAGE_FAILED, f"the registry could not be written ({why}); the change is not in effect"
@@ -299,7 +299,7 @@ class Engine:
 
     def _repair_now(self) -> None:
         self._repair_due = False
-        if self._store.has_unsaved and not self._closing:
+        if self._store.needs_repair and not self._closing:
             self._repair = True
             self._wake.set()
 

@@ -16,7 +16,7 @@ from regd.storage.journal_lines import Damaged, Head
 from regd.storage.recovery import Segment
 
 _HEAD_BYTES = 262_144  # the head of a segment has at most so many
-_SEGMENTS_MAX = 16  # a disk that fails now and then leaves many small ones
+_SEGMENTS_MAX = 256  # crashes, and a disk that fails now and then, leave many small ones
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 

@@ -228,8 +228,8 @@ def _whole(value: object, field: str) -> int:
 
 def _at(fields: Mapping[str, object]) -> float:
     at = fields.get("at")
-    if type(at) is not float and type(at) is not int:
-        raise Damaged('"at" must be a number')
+    if (type(at) is not float and type(at) is not int) or not abs(at) < 1e12:  # infinities and NaN as well
+        raise Damaged('"at" must be a number of Unix seconds')
     return at
 
 
@@ -240,9 +240,12 @@ def _epoch(fields: Mapping[str, object]) -> str:
     return epoch
 
 
+_BY = {"pid": int, "uid": int, "command": str}
+
+
 def _by(fields: object) -> By | None:
     if fields is None:
         return None
-    if type(fields) is not dict or fields.keys() - set(By._fields):
+    if type(fields) is not dict or not all(type(value) is _BY.get(field) for field, value in fields.items()):
         raise Damaged('"by" must have pid, uid and command, no more')
     return By(**fields)

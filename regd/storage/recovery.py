@@ -40,6 +40,7 @@ class Recovery:
     entries: list[Entry]
     rev: int
     keeps_journal: bool = False  # else it is set aside, if there is one
+    is_covered: bool = False  # the file has all changes, as regd wrote it
     line: int = 0  # the last line of the journal
     epoch: str = ""  # of that line
     epochs: dict[str, tuple[int, int]] = field(default_factory=dict)  # ended, with valid positions
@@ -286,6 +287,7 @@ def _replay(document: Document, found: _Found, history_max: int) -> Recovery:
     if not made.valid:  # watchers do not know of edits, nor of changes that the journal lacks
         made.break_history()
     made.epoch = made.epoch or document.position.epoch
+    made.is_covered = covered == made.line and not document.edited
     made.entries = list(state.values())
     return made
 

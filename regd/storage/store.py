@@ -66,7 +66,8 @@ class Store:
         self._rev = 0
         self._at = 0.0  # Unix seconds: of the last change
         self._position = Position("", 0)
-        self._changed: dict[Key, Entry | None] = {}  # since the last checkpoint
+        self._checkpointed = Position("", 0)
+        self._changed: dict[Key, Entry | None] = {}  # since the last checkpoint; at first all entries
         self._owes_checkpoint = False
 
     # Start.
@@ -99,8 +100,7 @@ class Store:
         self.epochs = dict(found.epochs)
         self._rev = self.rev_written = found.rev
         self._at = at
-        self._position = Position(found.epoch, found.line)
-        self._changed = {entry.key: entry for entry in found.entries}
+        self._position = self._checkpointed = Position(found.epoch, found.line)
         return found
 
     def _load(self, at: float) -> Recovery:
@@ -143,6 +143,7 @@ class Store:
             StorageError: it cannot be written. For an existing file a full disk is only a warning: reads go on.
         """
         exists, found, journal = self._checkpoint.exists, self._found, self._journal
+        self._changed = {entry.key: entry for entry in found.entries}
         try:
             if exists and (obstacle := self._files.obstacle(self.path)):
                 raise StorageError(
@@ -153,15 +154,15 @@ class Store:
             if journal.segments and not found.keeps_journal:
                 for path in journal.set_aside():
                     self._warn(f"kept as {path}")
-            if found.size is None or journal.segments[-1].path != journal.path:
-                self._begin_segment()
-            else:
+            if found.is_covered and found.size is not None and journal.segments[-1].path == journal.path:
                 journal.resume(found.size)
-            self._write_start()
-            if found.keeps_journal:
+                self._write_start()
                 journal.sync_folder()  # the previous daemon may have been killed before it did that
                 self._checkpoint.check_writable()
             else:
+                # Lines that the file does not have may be in the kernel's memory alone: a sync may have failed.
+                self._begin_segment()
+                self._write_start()
                 self.checkpoint()
         except OSError as error:
             journal.poison()
@@ -193,6 +194,11 @@ class Store:
         """Whether changes are in effect that the journal does not have yet."""
         return bool(self._unsaved)
 
+    @property
+    def needs_repair(self) -> bool:
+        """Whether the disk may show what is not in effect, or lack what is. The next commit mends that."""
+        return self.has_unsaved or not self._journal.is_open
+
     def commit(self, changes: Sequence[Change]) -> None:
         """Append changes to the journal, those of `apply_unsaved` first.
 
@@ -201,10 +207,12 @@ class Store:
             StorageError: another regd has taken over the registry; this one must end.
         """
         wanted = [change for change in (*self._unsaved, *changes) if not _changes_nothing(change)]
-        if not wanted:
+        if not wanted and self._journal.is_open:
             return
         self._check_owner()
         self._ensure_segment()
+        if not wanted:
+            return
         first, journal = self._position.line + 1, self._journal
         lines = [
             journal_lines.change(number, change, len(wanted) if number == first else 0)
@@ -306,7 +314,7 @@ class Store:
 
     @property
     def needs_checkpoint(self) -> bool:
-        return not self._is_taken_over and (bool(self._changed) or self._owes_checkpoint)
+        return not self._is_taken_over and (self._position != self._checkpointed or self._owes_checkpoint)
 
     def checkpoint(self) -> None:
         """Write the registry file as of now, and delete journal segments that are not kept any more.
@@ -315,12 +323,15 @@ class Store:
             OSError: it could not be written; the journal has all changes.
         """
         with self._checkpointing:
+            lock = self._files.print(self._lock_path)
+            if lock is None or lock.inode != self._lock_inode:  # the next commit finds out what has happened
+                raise FileNotFoundError(errno.ENOENT, "the lock file was removed", str(self._lock_path))
             with self._mutex:
                 changed, self._changed = self._changed, {}
                 rev, position = self._rev, self._position
                 self._owes_checkpoint = True
             self._checkpoint.write(changed, rev, position, self._journal.sync_folder)
-            self._owes_checkpoint = False
+            self._checkpointed, self._owes_checkpoint = position, False
             self._rotates = self._journal.size >= self._limits.journal_segment_bytes_max
             self._journal.drop_old(position.line, self._limits.journal_bytes_max)
 

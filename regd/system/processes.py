@@ -107,6 +107,15 @@ class Processes:
             )
         return process
 
+    def identify(self, process: Process) -> Process:
+        """Return the process that has this number now, where only the number is known: it was written by hand."""
+        if process.born:
+            return process
+        try:
+            return self.find(process.pid)
+        except Refused:
+            return process
+
     def watch(self, process: Process) -> bool:
         """Watch a stored process. Return False if it has ended.
 
