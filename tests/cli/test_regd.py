@@ -12,6 +12,7 @@ import pytest
 import regd
 from tests.support.daemon import WAIT_S, DaemonProcess, environment
 from tests.support.demand import demand
+from tests.support.stored import stored
 
 
 def run(daemon: DaemonProcess, *flags: str, uid: int | None = None) -> tuple[int, str, str]:
@@ -44,7 +45,7 @@ def test_addresses_are_printed_and_accept_connections(tmp_path: Path) -> None:
         ]
         for host in ("127.0.0.1", "::1"):
             socket.create_connection((host, daemon.port)).close()
-        assert json.loads(daemon.registry.read_bytes()) == {"$regd": {"format": 1, "rev": 0}}
+        assert json.loads(daemon.registry.read_bytes()).keys() == {"$regd"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -200,7 +201,7 @@ def test_acknowledged_registration_survives_kill_9(tmp_path: Path) -> None:
                     assert b'"ok":true' in lines.readline()
                     acknowledged += 1
                 daemon.end(signal.SIGKILL)
-            held = json.loads(daemon.registry.read_bytes())
+            held = stored(daemon.registry)
             assert all(f"n{n}" in held for n in range(acknowledged))
 
 
