@@ -24,7 +24,7 @@ from regd.storage.files import Files
 from regd.storage.store import Store, peek
 from tests.support.clock import HandClock
 from tests.support.daemon import WAIT_S
-from tests.support.files import BROKEN, FULL, ToldFiles
+from tests.support.files import BROKEN, FULL, RecordedFiles
 from tests.support.stored import stored
 from tests.support.twins import EMPTY, line, system
 from tests.support.world import World
@@ -34,7 +34,7 @@ class Bench:
     """An engine on a real file, with its door told."""
 
     def __init__(self, folder: Path, limits: Limits = DEFAULT) -> None:
-        self.files = ToldFiles()
+        self.files = RecordedFiles()
         self.clock = HandClock()
         self.tally = Counters()
         self.path = folder / "registry.json"

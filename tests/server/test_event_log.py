@@ -13,7 +13,7 @@ import pytest
 
 from regd.core.limits import Limits
 from tests.support.daemon import WAIT_S, DaemonProcess, InLoop, Peer, environment
-from tests.support.files import ToldFiles
+from tests.support.files import RecordedFiles
 from tests.support.peers import FakeCredentials
 from tests.support.polling import until
 
@@ -88,7 +88,7 @@ async def test_reply_is_sent_before_the_line_is_logged(daemon: InLoop, monkeypat
 
 @pytest.mark.socket
 async def test_failed_write_logs_no_change(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    files = ToldFiles()
+    files = RecordedFiles()
     async with InLoop(tmp_path / "registry.json", files=files) as daemon:
         files.failing["write"] = 28
         peer = await daemon.peer()

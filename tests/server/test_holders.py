@@ -15,7 +15,7 @@ from regd.core.holders import HolderGone
 from regd.core.limits import Limits
 from regd.system import probes
 from tests.support.daemon import WAIT_S, InLoop, Peer
-from tests.support.files import ToldFiles
+from tests.support.files import RecordedFiles
 from tests.support.stored import stored
 
 pytestmark = pytest.mark.socket
@@ -195,7 +195,7 @@ async def test_suspended_time_is_added_to_the_claim_deadline(tmp_path: Path) -> 
         assert (await peer.ask(cmd="resolve", name="a"))["last"]["reason"] == "connection closed"
 
 
-async def flush(daemon: InLoop, files: ToldFiles, peer: Peer, seconds: float, **request: Any) -> None:
+async def flush(daemon: InLoop, files: RecordedFiles, peer: Peer, seconds: float, **request: Any) -> None:
     """Make a change whose flush takes this long."""
     files.gate.clear()
     files.syncing.clear()
@@ -209,7 +209,7 @@ async def flush(daemon: InLoop, files: ToldFiles, peer: Peer, seconds: float, **
 
 
 async def test_lease_ends_during_consecutive_slow_flushes(tmp_path: Path) -> None:
-    files = ToldFiles()
+    files = RecordedFiles()
     async with InLoop(tmp_path / "registry.json", files=files) as daemon:
         writer, other = await daemon.peer(), await daemon.peer()
         await writer.ask(cmd="register", name="a", port=1, ttl=1)
@@ -224,7 +224,7 @@ async def test_lease_ends_during_consecutive_slow_flushes(tmp_path: Path) -> Non
 async def test_near_deadline_during_a_slow_flush_is_not_polled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = ToldFiles()
+    files = RecordedFiles()
     async with InLoop(tmp_path / "registry.json", files=files) as daemon:
         peer, looks = await daemon.peer(), 0
         await peer.ask(cmd="register", name="a", port=1, ttl=1)
@@ -246,7 +246,7 @@ async def test_near_deadline_during_a_slow_flush_is_not_polled(
 
 
 async def test_suspension_during_a_slow_flush_counts_once(tmp_path: Path) -> None:
-    files = ToldFiles()
+    files = RecordedFiles()
     async with InLoop(tmp_path / "registry.json", files=files) as daemon:
         writer, other = await daemon.peer(), await daemon.peer()
         await writer.ask(cmd="register", name="a", port=1, ttl=5)
@@ -610,7 +610,7 @@ async def test_hold_ends_although_its_peer_is_not_read(daemon: InLoop, ending: s
 
 
 async def test_slow_disk_does_not_expire_a_lease(tmp_path: Path) -> None:
-    files = ToldFiles()
+    files = RecordedFiles()
     async with InLoop(tmp_path / "registry.json", files=files) as daemon:
         one, two = await daemon.peer(), await daemon.peer()
         await one.ask(cmd="register", name="a", port=1, ttl=1)
@@ -722,7 +722,7 @@ async def test_withdrawn_holders_still_conflict_until_the_last_ends(
 
 async def test_expiry_of_many_leases_does_not_extend_the_rest(tmp_path: Path) -> None:
     """Each batch of expired leases is a slow flush, during which more leases expire."""
-    files = ToldFiles()
+    files = RecordedFiles()
     async with InLoop(tmp_path / "registry.json", files=files) as daemon:
         peer, other = await daemon.peer(), await daemon.peer()
         for n in range(20):

@@ -25,7 +25,7 @@ from regd.server.scheduler import FairScheduler, Worker
 from regd.system.open_files import fit_limits
 from regd.system.peer_credentials import PeerCredentials
 from tests.support.daemon import WAIT_S, InLoop, Peer
-from tests.support.files import ToldFiles
+from tests.support.files import RecordedFiles
 from tests.support.peers import STRANGER, FakeCredentials
 from tests.support.polling import until
 
@@ -49,7 +49,7 @@ def running(tmp_path: Path) -> Running:
 
     @contextlib.asynccontextmanager
     async def run(
-        files: ToldFiles | None = None, peers: PeerCredentials | None = None, **limits: float
+        files: RecordedFiles | None = None, peers: PeerCredentials | None = None, **limits: float
     ) -> AsyncIterator[InLoop]:
         path = tmp_path / "registry.json"
         async with InLoop(path, limits=replace(DEFAULT, **cast(Any, limits)), files=files, peers=peers) as daemon:
@@ -602,7 +602,7 @@ async def test_registry_bytes(running: Running) -> None:
 
 @rows("writes_waiting_max")
 async def test_writes_waiting(running: Running) -> None:
-    files = ToldFiles()
+    files = RecordedFiles()
     async with running(files, writes_waiting_max=3) as daemon:
         peers = [await daemon.peer() for _ in range(5)]
         files.syncing.clear()
@@ -625,7 +625,7 @@ async def test_pending_bytes(step: int, running: Running) -> None:
     watch = Request("watch", None, {"name": "a", "meta": {"k": "v"}}).weight_bytes
     wait = 2 * Request("resolve", None, {"name": "a", "wait": 60.0}).weight_bytes
     write = Request("register", None, {"name": "a", "port": 1}).weight_bytes
-    files = ToldFiles()
+    files = RecordedFiles()
     async with running(files, pending_bytes_max=watch + wait + write + step) as daemon:
         peer, other = await daemon.peer(), await daemon.peer()
         assert (await ask_watch(peer, "a", meta={"k": "v"}))["ok"]
@@ -656,7 +656,7 @@ async def test_pending_bytes(step: int, running: Running) -> None:
 
 @rows("requests_in_flight_max")
 async def test_requests_in_flight(running: Running) -> None:
-    files = ToldFiles()
+    files = RecordedFiles()
     async with running(files, requests_in_flight_max=3) as daemon:
         peer, other = await daemon.peer(), await daemon.peer()
         files.gate.clear()

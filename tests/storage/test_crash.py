@@ -23,7 +23,7 @@ from regd.core.model import Change, Entry, Holder, Op, State, key_text
 from regd.storage.document import Document, parse
 from regd.storage.recovery import Recovery
 from regd.storage.store import StorageError, Store, peek
-from tests.support.disk import Disk, Killed, Moment, QuickFiles, RecordedFiles, Trouble, outcomes
+from tests.support.disk import Disk, DiskFiles, Killed, Moment, QuickFiles, Trouble, outcomes
 from tests.support.length import examples
 
 FILE = Path("deep/down/registry.json")
@@ -62,7 +62,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         self.disk = Disk(self.root)
-        self.files = RecordedFiles(self.disk)
+        self.files = DiskFiles(self.disk)
         self.path = self.root / FILE
         self.now = NOTHING  # what is in effect
         self.store: Store | None = None

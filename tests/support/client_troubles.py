@@ -12,7 +12,7 @@ from regd_client import BadArgument, Client, Conflict, NotFound, Timeout, Unavai
 from regd_client import lifespans as lifespans_module
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import WAIT_S, InLoop
-from tests.support.files import FULL, ToldFiles
+from tests.support.files import FULL, RecordedFiles
 from tests.support.polling import until
 from tests.support.scenes import Producers, Scene, refused
 
@@ -78,7 +78,7 @@ async def silence(scene: Scene) -> str:
 
 @says("no regd at … (the connection broke before the answer came; a change may have been made or not); …")
 async def broken(scene: Scene) -> str:
-    files = ToldFiles()
+    files = RecordedFiles()
     async with scene.daemon(files=files) as daemon, Client() as client:
         files.gate.clear()
         files.syncing.clear()
@@ -215,7 +215,7 @@ async def held(scene: Scene) -> str:
 
 @says("… serves at …, not registered yet, still trying: …")
 async def not_yet(scene: Scene) -> str:
-    files = ToldFiles()
+    files = RecordedFiles()
     async with (
         scene.daemon(files=files),
         regd_client.lifespan("web") as service,
@@ -244,7 +244,7 @@ async def lost(scene: Scene) -> str:
 
 @says("left … registered: …")
 async def left_registered(scene: Scene) -> str:
-    files = ToldFiles()
+    files = RecordedFiles()
     async with scene.daemon(files=files):
         async with regd_client.register("db", 5432):
             files.failing["write"] = FULL

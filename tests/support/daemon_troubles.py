@@ -12,7 +12,7 @@ from regd.storage.store import StorageError
 from regd.system import peer_credentials
 from regd.system.listener import ListenError
 from tests.support.daemon import InLoop
-from tests.support.files import FULL, ToldFiles
+from tests.support.files import FULL, RecordedFiles
 from tests.support.peers import FakeCredentials
 from tests.support.polling import until
 from tests.support.scenes import Producers, Scene
@@ -104,7 +104,7 @@ async def folder_is_a_file(scene: Scene) -> str:
 
 @says("cannot write …: …; give the rights on its folder to this user, or name another file with --registry")
 async def folder_may_not_be_written(scene: Scene) -> str:
-    files = ToldFiles()
+    files = RecordedFiles()
     files.failing["create"] = errno.EACCES
     with pytest.raises(StorageError) as caught:
         await InLoop(scene.registry, files=files).__aenter__()
@@ -121,7 +121,7 @@ async def bad_flag(scene: Scene) -> str:
 
 @says("the registry file could not be written (…); the change is not in effect")
 async def disk_full(scene: Scene) -> str:
-    files = ToldFiles()
+    files = RecordedFiles()
     async with scene.daemon(files=files):
         files.failing["write"] = FULL
         message = await scene.regctl("register", "db", "5432", status=4)

@@ -143,7 +143,7 @@ class Disk:
         self._files[number] = Data(
             data[: len(before.safe)], (data[len(before.safe) :],) * (size > len(before.safe))
         )
-        self._did(f"truncate {number}")
+        self._record(f"truncate {number}")
 
     def number(self, path: Path) -> int:
         """Return the number of the file that a process sees at a path."""
@@ -174,7 +174,7 @@ class Killed(BaseException):
     """The process was killed. Raised by every later operation, too."""
 
 
-class RecordedFiles(Files):
+class DiskFiles(Files):
     """`Files` on the real disk that reports every operation to `disk`, and fails one of them (see `expect`)."""
 
     def __init__(self, disk: Disk) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from regd.storage.files import Files, Fingerprint
 
 
-class ToldFiles(Files):
+class RecordedFiles(Files):
     """`told` has every operation in order; an operation named in `failing` raises that errno.
 
     While `gate` is not set, `sync_data` waits: a disk as slow as the test wants.

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.support.daemon import WAIT_S, DaemonProcess, InLoop, Peer
-from tests.support.files import BROKEN, FULL, ToldFiles
+from tests.support.files import BROKEN, FULL, RecordedFiles
 from tests.support.polling import until
 
 STEPS = ("create", "write", "sync", "rename", "sync_folder", "print")
@@ -212,7 +212,7 @@ async def test_registry_folder_disappears_and_returns(
 @pytest.mark.parametrize("number", [FULL, BROKEN])
 @pytest.mark.parametrize("step", STEPS)
 async def test_refused_write_is_not_applied_later(tmp_path: Path, step: str, number: int) -> None:
-    files = ToldFiles()
+    files = RecordedFiles()
     path = tmp_path / "registry.json"
     async with InLoop(path, files=files) as daemon:
         peer, watcher = await daemon.peer(), await daemon.peer()
@@ -239,7 +239,7 @@ async def test_refused_write_is_not_applied_later(tmp_path: Path, step: str, num
 async def test_holder_that_leaves_on_a_failed_disk_is_removed_from_the_file_later(
     tmp_path: Path, step: str
 ) -> None:
-    files = ToldFiles()
+    files = RecordedFiles()
     path = tmp_path / "registry.json"
     async with InLoop(path, files=files) as daemon:
         peer, holder, watcher = [await daemon.peer() for _ in range(3)]
@@ -264,7 +264,7 @@ async def test_holder_that_leaves_on_a_failed_disk_is_removed_from_the_file_late
 
 @pytest.mark.socket
 async def test_slow_flush_delays_only_replies_behind_it(tmp_path: Path) -> None:
-    files = ToldFiles()
+    files = RecordedFiles()
     async with InLoop(tmp_path / "registry.json", files=files) as daemon:
         writer, other, holder, watcher = [await daemon.peer() for _ in range(4)]
         assert (await writer.ask(cmd="register", name="old", port=1))["ok"]
