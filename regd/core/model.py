@@ -280,6 +280,8 @@ def check_flag(value: object) -> bool:
 def check_host(value: object) -> str:
     """Check an IP address or a host name that a client can connect to."""
     host = _text(value)
+    if host == DEFAULT_HOST:
+        return host
     if not 1 <= len(host) <= DEFAULT.host_chars_max:
         raise Invalid(f"must be 1 to {DEFAULT.host_chars_max} characters")
     try:

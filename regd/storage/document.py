@@ -25,7 +25,7 @@ _REV_MAX = 2**62  # in a file that was edited by hand: room for as many changes 
 _BETWEEN, _END = b",\n", b"\n}\n"
 _CHUNK_BYTES = 262_144  # a join keeps the interpreter lock, a write releases it
 _WHOLE_MAX = 2**63 - 1
-_BEGIN = f'{{\n"{_HEAD}": '.encode()
+_WRITTEN_HEAD = re.compile(rb'\{\n"\$regd": \{[^\n{}]*"crc": "([0-9a-f]{8})"\},?\n')
 _encode = json.JSONEncoder(allow_nan=False).encode
 
 
@@ -123,11 +123,14 @@ def parse(data: bytes, registered_at: float) -> Document:
         Unreadable: it is no registry, or has fields that regd would lose.
     """
     text = _text(data)
+    # Checking for a duplicate key takes longer than decoding. A file as regd wrote it has none.
+    edited = _is_edited(data)
+    decoder = _decoder if edited else _fast_decoder
     head: _Head | None = None
     entries: dict[str, Entry] = {}
     ids = count(1)
     try:
-        for key, fields in _members(text):
+        for key, fields in _members(text, decoder):
             if key in entries or (head is not None and key == _HEAD):
                 raise _DuplicateKey(key)
             if key == _HEAD:
@@ -149,11 +152,10 @@ def parse(data: bytes, registered_at: float) -> Document:
         raise Unreadable(
             f"line {_line_of(text, digits.start() if digits else 0)}: a number is too large"
         ) from None
-    return _document(data, head or _Head(0), entries)
+    return _document(head or _Head(0), entries, edited)
 
 
-def _document(data: bytes, head: "_Head", entries: Mapping[str, Entry]) -> Document:
-    edited = head.crc is None or head.crc != f"{crc32(_behind_head(data)):08x}"
+def _document(head: "_Head", entries: Mapping[str, Entry], edited: bool) -> Document:
     # `if: 0` means "only if it is not registered", so entries of a file without a revision are at revision 1. The
     # head of a file that was edited by hand may follow its entries.
     rev = max(head.rev, 1 if entries else 0, *(entry.rev for entry in entries.values()))
@@ -163,14 +165,13 @@ def _document(data: bytes, head: "_Head", entries: Mapping[str, Entry]) -> Docum
     return Document(rev, with_rev, head.position, edited)
 
 
-def _behind_head(data: bytes) -> bytes:
-    """Return what follows the line of the head, as regd writes it."""
-    if not data.startswith(_BEGIN):
-        return b""
-    return data[data.find(b"\n", len(_BEGIN)) + 1 :]
+def _is_edited(data: bytes) -> bool:
+    """Whether the file is not as regd wrote it: the checksum in its head is of all lines after the head."""
+    head = _WRITTEN_HEAD.match(data)
+    return head is None or crc32(memoryview(data)[head.end() :]) != int(head[1], 16)
 
 
-def _members(text: str) -> Iterator[tuple[str, Any]]:
+def _members(text: str, decoder: json.JSONDecoder) -> Iterator[tuple[str, Any]]:
     """Yield the members of a JSON object one by one, which takes half the memory of decoding all of it."""
     at = _skip(text, 0)
     if text[at : at + 1] != "{":
@@ -180,8 +181,11 @@ def _members(text: str) -> Iterator[tuple[str, Any]]:
     more = text[at : at + 1] != "}"
     while more:
         key, at = _key(text, at)
-        value, at = _decoder.raw_decode(text, at)
+        value, at = decoder.raw_decode(text, at)
         yield key, value
+        while (plain := _NEXT_KEY.match(text, at)) is not None:  # as regd writes it
+            value, at = decoder.raw_decode(text, plain.end())
+            yield plain[1], value
         at = _skip(text, at)
         more = text[at : at + 1] == ","
         if more:
@@ -195,9 +199,6 @@ def _members(text: str) -> Iterator[tuple[str, Any]]:
 
 def _key(text: str, at: int) -> tuple[str, int]:
     """Return the key at offset `at`, and the offset of its value."""
-    plain = _PLAIN_KEY.match(text, at)
-    if plain is not None:  # as regd writes it
-        return plain[1], plain.end()
     if text[at : at + 1] != '"':
         raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, at)
     key, at = _decoder.raw_decode(text, at)
@@ -256,7 +257,8 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _decoder = json.JSONDecoder(object_pairs_hook=_pairs)
-_PLAIN_KEY = re.compile(r'"([^"\\\x00-\x1f]*)": ')
+_fast_decoder = json.JSONDecoder()
+_NEXT_KEY = re.compile(r',\n"([^"\\\x00-\x1f]*)": ')
 _BLANKS = re.compile(r"[ \t\r\n]*")
 
 
@@ -269,7 +271,6 @@ def _place(text: str, key: str) -> str:
 class _Head(NamedTuple):
     rev: int
     position: Position | None = None
-    crc: str | None = None
 
 
 def _head(fields: object) -> _Head:
@@ -290,7 +291,7 @@ def _head(fields: object) -> _Head:
         raise Unreadable(
             f'"{_HEAD}" must be as regd writes it, or {{"format": {FORMAT}, "rev": N}}, N from 0 to {_REV_MAX}'
         )
-    return _Head(rev, Position(epoch, line) if epoch else None, crc or None)
+    return _Head(rev, Position(epoch, line) if epoch else None)
 
 
 def _member(key: str, fields: object, registered_at: float, ids: "count[int]") -> Entry:
@@ -315,7 +316,13 @@ def entry(
     checked_instance = _named("the instance", model.check_instance, instance) if instance != "" else ""
     if "port" not in fields:
         raise Invalid('"port" is missing')
-    values = {field: _named(field, rule, fields[field]) for field, rule in _CHECKS.items() if field in fields}
+    values: dict[str, Any] = {}
+    try:
+        for field, value in fields.items():
+            if (check := _CHECKS.get(field)) is not None:
+                values[field] = check(value)
+    except Invalid as error:
+        raise Invalid(f'"{field}" {error}') from None
     holders: tuple[Holder, ...] = ()
     if len(values) < len(fields):
         holders = _holders({field: value for field, value in fields.items() if field not in values}, ids)

@@ -213,7 +213,7 @@ _OF_CHANGE = frozenset(
 
 def _fields(line: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(line)
+        fields = json.loads(line.decode("ascii"))
     except (ValueError, RecursionError) as error:
         raise Damaged(str(error)) from None
     assert type(fields) is dict  # it begins with a brace
