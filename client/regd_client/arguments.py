@@ -7,6 +7,7 @@ from typing import Any, Literal
 from regd_client.errors import BadArgument
 
 __all__ = [
+    "AUTO",
     "WAIT_S_MAX",
     "RegistrationRequest",
     "check_flag",
@@ -17,6 +18,7 @@ __all__ = [
     "copy_meta",
 ]
 
+AUTO = "auto"  # the instance of a copy that gets a number
 WAIT_S_MAX = 3_600.0
 _TIMEOUT_S_MAX = 86_400.0
 
@@ -109,6 +111,11 @@ class RegistrationRequest:
         if self.static and self.pid is not None:
             raise BadArgument(
                 "a static registration outlives every process: leave out `pid`", details={"field": "pid"}
+            )
+        if self.instance == AUTO and (self.static or self.force):
+            raise _bad(
+                "instance",
+                "instance='auto' takes a number that no living owner holds: leave out static and force",
             )
 
     @property

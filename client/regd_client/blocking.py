@@ -189,6 +189,11 @@ class BlockingRegistration:
         return self._registration.endpoint
 
     @property
+    def instance(self) -> str:
+        """The instance's name, "" without one; with `instance="auto"` the number that this copy has."""
+        return self._registration.instance
+
+    @property
     def lost(self) -> bool:
         """Whether another process or client took the name."""
         return self._registration.lost.is_set()

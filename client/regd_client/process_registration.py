@@ -7,14 +7,16 @@ here: a signal may be handled in gevent's hub.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
-from regd_client import protocol
-from regd_client.arguments import RegistrationRequest
+from regd_client import protocol, replicas
+from regd_client.arguments import AUTO, RegistrationRequest
 from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import BadArgument, RegdError
 from regd_client.logger import log
@@ -67,12 +69,13 @@ class ProcessRegistration:
         connection = BlockingConnection(timeout_s=timeout_s, autostart=autostart)
         try:
             binding = _binding(connection)
-            reply = connection.ask("register", **self._request.fields, **binding)
+            reply = self._ask_to_register(connection, binding)
             if reply.get("error") == "unsupported" and "pid" in binding:
                 binding = {"hold": True}
-                reply = connection.ask("register", **self._request.fields, **binding)
+                reply = self._ask_to_register(connection, binding)
             if not reply.get("ok"):
                 raise protocol.refusal(reply, connection.address)
+            self._request = replace(self._request, instance=reply["instance"])
             self._address = reply.get("host"), reply.get("port")
             self._binding = binding
             if "hold" in binding:
@@ -80,6 +83,21 @@ class ProcessRegistration:
         finally:
             if self._connection is not connection:
                 connection.close()
+
+    def _ask_to_register(self, connection: BlockingConnection, binding: dict[str, Any]) -> dict[str, Any]:
+        """Send `register` and return the reply; for `auto`, with the lowest number that no living owner holds."""
+        fields = {**self._request.fields, **binding}
+        if self._request.instance != AUTO:
+            return connection.ask("register", **fields)
+        address = self._request.host or "127.0.0.1", self._request.port
+        while True:
+            entries = _list(connection, self._request.name)
+            for instance, rev in replicas.places(entries, address, (os.getpid(),)):
+                reply = connection.ask("register", **{**fields, "instance": instance, "if": rev})
+                if reply.get("error") != "conflict":
+                    return reply
+                if not replicas.is_taken(reply):
+                    break  # it has changed meanwhile: look again
 
     def _try_later(self, trouble: RegdError) -> bool:
         """Try again in a second, by SIGALRM. Returns whether that is possible."""
@@ -154,6 +172,21 @@ def _binding(connection: BlockingConnection) -> dict[str, Any]:
     host = protocol.own_host()
     is_shared = None not in host.values() and connection.ask("hello").get("host") == host
     return {"pid": os.getpid()} if is_shared else {"hold": True}
+
+
+def _list(connection: BlockingConnection, name: str) -> list[dict[str, Any]]:
+    """Return all instances of a service."""
+    entries: list[dict[str, Any]] = []
+    after = None
+    for number in itertools.count(1):
+        reply = connection.ask("list", name=name, after=after)
+        if not reply["ok"]:
+            raise protocol.refusal(reply, connection.address)
+        protocol.add_page(entries, reply, number)
+        after = reply.get("next")
+        if after is None:
+            break
+    return entries
 
 
 def _pause(seconds: float) -> None:

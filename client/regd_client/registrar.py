@@ -7,6 +7,7 @@ order. So this is done in callbacks of the connection: tasks could run in anothe
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import time
@@ -14,7 +15,7 @@ import weakref
 from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
-from regd_client import protocol
+from regd_client import protocol, replicas
 from regd_client.connection import Connection, OnFields
 from regd_client.connector import Connector, Patience
 from regd_client.errors import Conflict, RegdError, Unavailable
@@ -103,21 +104,31 @@ class Registrar:
         patience = Patience.LOGGED if registration._patient else Patience.NONE
         try:
             connection = await self._connector.connect(registration._request.timeout_s, patience)
-            async with self._lock(registration._key):
-                if registration._kept:
-                    earlier = _NEWEST.get(registration._place)
-                    _NEWEST[registration._place] = registration
-                    try:
-                        await self._send(connection, registration, on_reply)
-                    except RegdError:
-                        if earlier is not None and earlier._kept:
-                            _NEWEST[registration._place] = earlier
-                        raise
+            if registration._is_copy:
+                await self._register_copy(connection, registration, on_reply)
+            else:
+                await self._register_at(connection, registration, on_reply)
         except RegdError as error:
             if registration._connection is None:
                 registration._finish(str(error))
             raise
         return result
+
+    async def _register_at(
+        self, connection: Connection, registration: Registration, on_reply: OnFields, **other: Any
+    ) -> None:
+        async with self._lock(registration._key):
+            if registration._kept:
+                earlier = _NEWEST.get(registration._place)
+                _NEWEST[registration._place] = registration
+                try:
+                    await self._send(connection, registration, on_reply, **other)
+                except RegdError:
+                    if earlier is not None and earlier._kept:
+                        _NEWEST[registration._place] = earlier
+                    else:
+                        _NEWEST.pop(registration._place, None)
+                    raise
 
     def _registered(
         self, registration: Registration, connection: Connection, reply: Mapping[str, Any]
@@ -169,6 +180,57 @@ class Registrar:
             return {"hold": True}
         return {"hold": True, "pid": os.getpid()} if request.pid is None else {"pid": request.pid}
 
+    # Copies: registrations with `instance="auto"`.
+
+    async def _register_copy(
+        self, connection: Connection, registration: Registration, on_reply: OnFields, previous: str = ""
+    ) -> None:
+        """Register under the lowest number that no living owner holds; under `previous` if it is free."""
+        own_pids = (os.getpid(), registration._request.pid)
+        while registration._kept:
+            entries = await _list(connection, registration._key[0])
+            for instance, rev in replicas.places(entries, registration._where, own_pids, previous):
+                if self._is_own(registration, instance):
+                    continue
+                registration._take_instance(instance)
+                try:
+                    await self._register_at(connection, registration, on_reply, **{"if": rev})
+                except Conflict as conflict:
+                    if replicas.is_taken(conflict.details):
+                        continue
+                    break  # it has changed meanwhile: look again
+                return
+
+    def _is_own(self, registration: Registration, instance: str) -> bool:
+        """Return whether another copy of this process has a number, or is just trying it."""
+        newest = _NEWEST.get((*registration._place[:-1], instance))
+        return (
+            newest is not None
+            and newest is not registration
+            and newest._kept
+            and newest._key[1] == instance
+            and newest._where != registration._where
+        )
+
+    async def _restore_copy(self, connection: Connection, registration: Registration) -> None:
+        """Register a copy again, under another number if its own is taken."""
+        previous = registration._key
+
+        def on_reply(reply: Mapping[str, Any]) -> None:
+            del self._registrations[previous]
+            registration._registered_on(connection, reply)
+            self._registrations[registration._key] = registration
+            if registration._key != previous:
+                _NEWEST.pop((*registration._place[:-1], previous[1]), None)
+                name, number = registration._key
+                log.warning("%s has instance %s now: instance %s was taken meanwhile", name, number, previous[1])
+
+        try:
+            await self._register_copy(connection, registration, on_reply, previous[1])
+        finally:
+            if registration._connection is not connection:
+                registration._take_instance(previous[1])
+
     # Restore.
 
     async def _restore(self, connection: Connection) -> bool:
@@ -185,6 +247,21 @@ class Registrar:
         return done
 
     async def _restore_one(self, connection: Connection, registration: Registration) -> bool:
+        try:
+            if registration._is_copy:
+                await self._restore_copy(connection, registration)
+                return True
+            return await self._restore_same(connection, registration)
+        except Unavailable:
+            return False
+        except RegdError as trouble:
+            if registration._trouble != str(trouble):
+                name = registration.endpoint.name
+                log.warning("could not register %s again, still trying: %s", name, trouble)
+            registration._trouble = str(trouble)
+            return False
+
+    async def _restore_same(self, connection: Connection, registration: Registration) -> bool:
         async with self._lock(registration._key):
             if not registration._kept or registration._connection is connection:
                 return True
@@ -203,14 +280,6 @@ class Registrar:
                 )
             except Conflict as conflict:
                 self._lose(registration, str(conflict))
-            except Unavailable:
-                return False
-            except RegdError as trouble:
-                if registration._trouble != str(trouble):
-                    name = registration.endpoint.name
-                    log.warning("could not register %s again, still trying: %s", name, trouble)
-                registration._trouble = str(trouble)
-                return False
         return True
 
     async def holder(self, registration: Registration, timeout_s: float | None = None) -> Connection:
@@ -500,6 +569,19 @@ def _newer(registration: Registration) -> Registration | None:
 def _text(registration: Registration) -> str:
     host, port = registration._where
     return protocol.host_port(host, port or 0)
+
+
+async def _list(connection: Connection, name: str) -> list[dict[str, Any]]:
+    """Return all instances of a service."""
+    entries: list[dict[str, Any]] = []
+    after = None
+    for number in itertools.count(1):
+        reply = await connection.ask("list", {"name": name, "after": after})
+        protocol.add_page(entries, reply, number)
+        after = reply.get("next")
+        if after is None:
+            break
+    return entries
 
 
 def _is_invisible(refusal: RegdError, pid: int) -> bool:

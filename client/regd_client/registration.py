@@ -12,7 +12,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
-from regd_client.arguments import RegistrationRequest, check_seconds, check_text, copy_meta
+from regd_client.arguments import AUTO, RegistrationRequest, check_seconds, check_text, copy_meta
 from regd_client.connection import Connection, OnFields
 from regd_client.errors import Conflict, NotFound, RegdError, Unavailable
 from regd_client.event_loop import running_loop, wait_shared
@@ -67,6 +67,7 @@ class Registration:
         # The registrar's.
         self._request = request
         self._key: Key = (request.name, request.instance or "")
+        self._is_copy = request.instance == AUTO  # its instance is a number, which may change after a break
         self._patient = patient  # wait for a daemon that is away, and log it
         self._began = time.monotonic()
         self._withdrawn_at = 0.0
@@ -83,6 +84,17 @@ class Registration:
         at = f" at {self.endpoint}" if hasattr(self, "endpoint") else ""
         state = self._over or ("leaving" if self._withdrawing else "registered" if at else "not registered yet")
         return f"<{type(self).__name__} {name}{at}, {state}>"
+
+    @property
+    def instance(self) -> str:
+        """The instance's name, "" without one; with `instance="auto"` the number that this copy has."""
+        return self._key[1]
+
+    def _take_instance(self, instance: str) -> None:
+        """Give a copy its number."""
+        self._request = replace(self._request, instance=instance)
+        self._key = (self._key[0], instance)
+        self._place = (*self._place[:-1], instance)
 
     @property
     def _kept(self) -> bool:
