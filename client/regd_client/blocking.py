@@ -615,7 +615,7 @@ class Client:
             name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
             port: 1 to 65535. It should be open already: `listen` sees to that.
             host: the address at which others reach the service; by default 127.0.0.1.
-            instance: a name for this instance, if the service has several.
+            instance: a name for this instance, if the service has several; `auto` for a number.
             meta: labels, by which `resolve` can select.
             state: `starting` for a service that is not ready yet, `draining` for one that ends; by default
                 `ready`.
@@ -843,7 +843,7 @@ def register(
         name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
         port: 1 to 65535. It should be open already: `listen` sees to that.
         host: the address at which others reach the service; by default 127.0.0.1.
-        instance: a name for this instance, if the service has several.
+        instance: a name for this instance, if the service has several; `auto` for a number.
         meta: labels, by which `resolve` can select.
         state: `starting` for a service that is not ready yet, `draining` for one that ends; by default `ready`.
         static: the registration outlives the process, until somebody deregisters it.
@@ -906,7 +906,7 @@ def register_process(
         name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
         port: 1 to 65535.
         host: the address at which others reach the service; by default 127.0.0.1.
-        instance: a name for this instance, if the service has several.
+        instance: a name for this instance, if the service has several; `auto` for a number.
         meta: labels, by which `resolve` can select.
         drain_s: seconds between withdrawing the name and the program's signal handler.
 
@@ -922,7 +922,7 @@ def register_process(
 
 def listen(
     name: str,
-    port: int = 0,
+    port: int | None = None,
     *,
     host: str = "127.0.0.1",
     instance: str | None = None,
@@ -936,9 +936,10 @@ def listen(
 
     Args:
         name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
-        port: 1 to 65535, or 0 for a free port.
+        port: 1 to 65535, or 0 for any free port. By default the port that this name and instance had last, if
+            it is free, else one that the system gives to no other program, so that it can stay.
         host: the IP address to listen at. For 0.0.0.0 and ::, the loopback address is registered.
-        instance: a name for this instance, if the service has several.
+        instance: a name for this instance, if the service has several; `auto` for a number.
         meta: labels, by which `resolve` can select.
         timeout: seconds to register; by default 5 s to wait for a daemon.
 

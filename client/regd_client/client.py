@@ -267,7 +267,8 @@ class Client:
             name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
             port: 1 to 65535. It should be open already: `listen` and `lifespan` see to that.
             host: the address at which others reach the service; by default 127.0.0.1.
-            instance: a name for this instance, if the service has several.
+            instance: a name for this instance, if the service has several. `auto`: the lowest number from 1 that
+                no living owner holds, `Registration.instance` tells it.
             meta: labels, by which `resolve` can select.
             state: `starting` for a service that is not ready yet, `draining` for one that ends; by default
                 `ready`.

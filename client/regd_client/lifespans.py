@@ -9,6 +9,7 @@ import contextlib
 import random
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Generator, Mapping
 from dataclasses import replace
 from types import TracebackType
@@ -16,10 +17,12 @@ from typing import Self
 
 from regd_client.arguments import RegistrationRequest, check_integer, check_seconds, check_text
 from regd_client.client import Client
-from regd_client.errors import BadArgument, RegdError
+from regd_client.connector import Patience
+from regd_client.errors import BadArgument, RegdError, Unavailable
 from regd_client.event_loop import pause, running_loop
 from regd_client.logger import log
 from regd_client.models import Endpoint
+from regd_client.ports import LastPorts, listening_socket, listening_socket_at_one
 from regd_client.protocol import host_port
 from regd_client.registration import Registration, RegistrationContext, warn_not_awaited
 from regd_client.server_hook import ListenHook, addresses
@@ -33,7 +36,6 @@ __all__ = [
     "ServiceLifecycle",
     "lifespan",
     "listen",
-    "listening_socket",
 ]
 
 BACKLOG = 128
@@ -265,7 +267,7 @@ def lifespan(
         name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
         port: the port that the server will open; by default the first port that any server opens.
         host: the address at which others reach the service; by default where the server listens.
-        instance: a name for this instance, if the service has several.
+        instance: a name for this instance, if the service has several; `auto` for a number.
         meta: labels, by which `resolve` can select.
         drain_s: seconds between withdrawing the name and closing the port.
 
@@ -333,7 +335,8 @@ class ListenContext:
 
     def __repr__(self) -> str:
         state = "awaited" if self._awaited else "not awaited yet"
-        return f"<listen({self._request.name!r}, {self._request.port}), {state}>"
+        port = "" if self._request.port is None else f", {self._request.port}"
+        return f"<listen({self._request.name!r}{port}), {state}>"
 
     def __await__(self) -> Generator[object, None, RegisteredSocket]:
         self._awaited = True
@@ -357,30 +360,51 @@ class ListenContext:
     async def _listen(self) -> RegisteredSocket:
         running_loop()
         async with contextlib.AsyncExitStack() as stack:
-            sock = stack.enter_context(
-                listening_socket(self._request.host or "127.0.0.1", self._request.port or 0, self._backlog)
-            )
+            sock, timeout_s = await self._open()
+            stack.enter_context(sock)
             sock.setblocking(False)
             [(host, port)] = addresses([sock])
-            request = replace(self._request, host=host, port=port)
+            request = replace(self._request, host=host, port=port, timeout_s=timeout_s)
             service = await stack.enter_async_context(ServiceLifecycle(request, self._drain_s, retry=False))
             service.opened(host, port)
             return RegisteredSocket(sock, await service.registration(), stack.pop_all())
 
+    async def _open(self) -> tuple[socket.socket, float | None]:
+        """Return the listening socket, and the seconds that are left to register it."""
+        host, port, timeout_s = self._request.host or "127.0.0.1", self._request.port, self._request.timeout_s
+        if port is not None:
+            return listening_socket(host, port, self._backlog), timeout_s
+        began = time.monotonic()
+        client = Client()
+        try:
+            ports = await client._within(timeout_s, "listen", _last_ports(client, self._request))
+        finally:
+            await client.close()
+        left_s = None if timeout_s is None else max(0.0, began + timeout_s - time.monotonic())
+        return listening_socket_at_one(host, ports, self._backlog), left_s
 
-def listening_socket(host: str, port: int, backlog: int) -> socket.socket:
-    """Return a socket that listens at an IP address; port 0 is a free one.
+
+async def _last_ports(client: Client, request: RegistrationRequest) -> list[int]:
+    """Return the ports that the service had last, as far as the daemon knows.
 
     Raises:
-        OSError: the address is in use, not this machine's, or not allowed.
+        Unavailable: no daemon answers.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=backlog)
+    last = LastPorts(request.name, request.instance)
+    connection = await client._connect(request.timeout_s, Patience.LOGGED)
+    try:
+        while last.request is not None:
+            last.add(await connection.ask(*last.request))
+    except Unavailable:
+        raise
+    except RegdError:  # the daemon keeps no history, or refuses the name, which `register` reports
+        return []
+    return last.ports
 
 
 def listen(
     name: str,
-    port: int = 0,
+    port: int | None = None,
     *,
     host: str = "127.0.0.1",
     instance: str | None = None,
@@ -400,9 +424,10 @@ def listen(
 
     Args:
         name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
-        port: 1 to 65535, or 0 for a free port.
+        port: 1 to 65535, or 0 for any free port. By default the port that this name and instance had last, if
+            it is free, else one that the system gives to no other program, so that it can stay.
         host: the IP address to listen at. For 0.0.0.0 and ::, the loopback address is registered.
-        instance: a name for this instance, if the service has several.
+        instance: a name for this instance, if the service has several; `auto` for a number.
         meta: labels, by which `resolve` can select.
         backlog: connections that may wait to be accepted (listen(2)).
         drain_s: seconds between withdrawing the name and closing the socket.
@@ -419,7 +444,7 @@ def listen(
         Timeout: the daemon did not reply within `timeout`.
         BadArgument: an argument has a wrong type or value.
     """
-    check_integer("port", port, required=True)
+    check_integer("port", port)
     check_text("host", host, required=True)
     check_integer("backlog", backlog, required=True)
     check_seconds("drain_s", drain_s)

@@ -616,7 +616,7 @@ async def test_failed_listen_closes_the_socket(
         "bad name": regd_client.BadArgument,
     }
     with pytest.raises(expected[trouble]):
-        await regd_client.listen("bad name" if trouble == "bad name" else "web")
+        await regd_client.listen("bad name" if trouble == "bad name" else "web", 0)
     assert socks[0].fileno() == -1
     assert "create_server" not in vars(asyncio.get_running_loop())
 
