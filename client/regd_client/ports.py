@@ -47,45 +47,51 @@ class LastPorts:
     def __init__(self, name: str, instance: str | None) -> None:
         self._name = name
         self._instance = None if instance == AUTO else instance or ""
-        self._ports: dict[str, int] = {}  # by instance
+        self._ports: dict[str, int] = {}  # by instance, as the history has them
+        self._static: dict[str, int] = {}  # by instance: registrations may be older than the history
+        self._held: set[int] = set()  # by living owners, who need not listen at this moment
         self._until = time.monotonic() + _SEARCH_S
         self._before: int | None = None
-        self.request: tuple[str, dict[str, Any]] | None = self._history()
-
-    def _history(self) -> tuple[str, dict[str, Any]]:
-        limit = 1 if self._instance is not None else None
-        return "history", {"name": self._name, "instance": self._instance, "before": self._before, "limit": limit}
+        self.request: tuple[str, dict[str, Any]] | None = ("list", {"name": name})
 
     def add(self, reply: Mapping[str, Any]) -> None:
         """Take the reply to the request."""
-        assert self.request is not None
-        if self.request[0] == "list":
-            self._take(reply["instances"])
-            self.request = None
-            return
-        self._take(reversed(reply["changes"]))
-        before = reply.get("next")
-        if self._ports:
-            self.request = None
-        elif before is None or before == self._before or time.monotonic() > self._until:
-            # A registration may be older than the history.
-            self.request = "list", {"name": self._name}
-        else:
-            self._before = before
+        if "instances" in reply:
+            for entry in reply["instances"]:
+                if {"hold", "pid", "ttl"} & entry.keys():
+                    self._held.add(entry["port"])
+                elif self._is_wanted(entry):
+                    self._static[entry["instance"]] = entry["port"]
             self.request = self._history()
+            return
+        for change in reversed(reply["changes"]):
+            if self._is_wanted(change):
+                self._ports.setdefault(change["instance"], change["port"])
+        before = reply.get("next")
+        is_end = before is None or before == self._before or time.monotonic() > self._until
+        self._before = before
+        self.request = None if self._ports or is_end else self._history()
 
-    def _take(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        for entry in entries:
-            if self._instance in (None, entry["instance"]):
-                self._ports.setdefault(entry["instance"], entry["port"])
+    def _history(self) -> tuple[str, dict[str, Any]]:
+        limit = None if self._instance is None else 1
+        return "history", {
+            "name": self._name,
+            "instance": self._instance,
+            "before": self._before,
+            "limit": limit,
+        }
+
+    def _is_wanted(self, entry: Mapping[str, Any]) -> bool:
+        return self._instance is None or self._instance == entry["instance"]
 
     @property
     def ports(self) -> list[int]:
         """The ports to try: that of the instance; for `auto` those of all copies, the lowest number first."""
-        if self._instance is not None:
-            return list(self._ports.values())
-        numbers = sorted(int(instance) for instance in self._ports if is_number(instance))
-        return [self._ports[str(number)] for number in numbers]
+        ports = self._static | self._ports
+        if self._instance is None:
+            numbers = sorted(int(instance) for instance in ports if is_number(instance))
+            ports = {str(number): ports[str(number)] for number in numbers}
+        return [port for port in ports.values() if port not in self._held]
 
 
 def ephemeral_range() -> tuple[int, int]:

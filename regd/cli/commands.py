@@ -31,9 +31,9 @@ def _label(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _port(text: str) -> int | None:
+def _port(text: str) -> int | str:
     if text == "auto":
-        return None
+        return text
     port = integer(text, 1, 65_535)
     if port is None:
         raise argparse.ArgumentTypeError(f"must be 1 to 65535, or auto, not {text!r}")
@@ -198,7 +198,8 @@ COMMANDS = {
         Parameter("name", "the service that the command provides", metavar="NAME"),
         Parameter(
             "--port",
-            "the port on which the command listens; auto: a free port, passed in $PORT (default: auto)",
+            "the port on which the command listens, passed in $PORT; auto: the one that the service had last, else "
+            "a free one that can stay (without --port, a $PORT that you have set counts; default: auto)",
             type=_port,
             metavar="N|auto",
         ),
@@ -217,7 +218,11 @@ COMMANDS = {
             completion="service",
         ),
         _timeout("for all services of --wait together"),
-        INSTANCE,
+        Parameter(
+            "--instance",
+            'the instance; auto: the lowest number from 1 that no living owner holds (default: "")',
+            metavar="INSTANCE",
+        ),
         _labels("a label"),
         more="`--` can be omitted, except after `--wait OTHER ...`. Signals and the exit status are passed on; "
         "126: the command cannot be run, 127: it does not exist. On SIGTERM and Ctrl-C the name is deregistered "

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -16,25 +15,28 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from regd.cli.child import NotRun, awaited_signals, exit_status, start, wait_and_forward
+from regd.cli.command_port import RUN_PORT, port_in, reserved_port
 from regd.cli.commands import NO_DAEMON, NOT_FOUND, REFUSED, USAGE
 from regd.cli.output import complain, environment_variables, visible
 from regd.cli.port_owner import is_of, listener
 from regd.cli.queries import wait_for
-from regd_client.arguments import RegistrationRequest
+from regd_client.arguments import AUTO, RegistrationRequest
 from regd_client.blocking import client_thread
 from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import RegdError, Unavailable
 from regd_client.lifespans import ServiceLifecycle
+from regd_client.ports import LastPorts
 from regd_client.protocol import host_port
 
 _PROBE_PAUSE_S = (0.01, 0.2)  # the first and the longest, between two probes of the port
 _PROBE_S = 1.0  # the timeout of a probe
 _SILENT_S = 10.0  # without a listener, until a warning
+_HISTORY_S = 1.0  # for each reply about the port that the service had last
 _LEAVE_S = 3.0  # for the name to be deregistered
 
 
@@ -55,10 +57,14 @@ def run(address: str | None, as_json: bool, arguments: Mapping[str, Any]) -> int
     """Run the command and return its exit status. If a signal ended the command, the same signal ends regctl."""
     reporter = _Reporter(as_json)
     try:
+        port = port_in(os.environ) if arguments["port"] is None else arguments["port"]
         environment = _environment(address, arguments)
-        with contextlib.ExitStack() as stack:
-            held = stack.enter_context(_reserved_port(arguments["port"], arguments["socket"]))
-            environment["PORT"] = str(held.getsockname()[1] if held is not None else arguments["port"])
+        if port in (None, AUTO):
+            port, last = None, _last_ports(arguments["name"], arguments["instance"])
+        else:
+            last = []
+        with reserved_port(port, last, arguments["socket"]) as (number, held):
+            environment["PORT"] = environment[RUN_PORT] = str(number)
             return _run(arguments, reporter, environment, held)
     except NotRun as failure:
         reporter.report("refused", str(failure), error=failure.error)
@@ -101,44 +107,20 @@ def _check(arguments: Mapping[str, Any]) -> None:
         raise NotRun(USAGE, "bad_argument", reply["message"])
 
 
-@contextlib.contextmanager
-def _reserved_port(port: int | None, listening: bool) -> Iterator[socket.socket | None]:
-    """Yield a socket that listens for the command or reserves a free port for it; None if it has its own port.
-
-    A socket that is bound and does not listen reserves a port: no other program is given it, and the command can
-    listen on it if it sets SO_REUSEADDR, as servers do.
-    """
+def _last_ports(name: str, instance: str | None) -> list[int]:
+    """Return the ports that the service had last; [] without a daemon, and with one that keeps no history."""
+    last = LastPorts(name, instance)
     try:
-        reserved = socket.create_server(("127.0.0.1", port or 0)) if listening else _bound(port or 0)
-    except OSError as error:
-        if port is not None and not listening and error.errno != errno.EADDRINUSE:
-            yield None  # the command may have rights that regctl has not
-            return
-        wanted = f"port {port}" if port else "a free port"
-        raise NotRun(
-            REFUSED, "port_taken", f"cannot bind {wanted}: {error.strerror}; choose another with --port"
-        ) from None
-    with reserved:
-        if port is None or listening:
-            yield reserved
-            return
-        reserved.close()  # the port is free, so the command can have it
-        yield None
-
-
-def _bound(port: int) -> socket.socket:
-    """Return a socket bound to a port of IPv4 and IPv6."""
-    dual = socket.has_dualstack_ipv6()
-    bound = socket.socket(socket.AF_INET6 if dual else socket.AF_INET)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if dual:
-            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        bound.bind(("", port))
-    except BaseException:
-        bound.close()
-        raise
-    return bound
+        with BlockingConnection(timeout_s=_HISTORY_S) as connection:
+            while last.request is not None:
+                command, query = last.request
+                reply = connection.ask(command, **query)
+                if not reply["ok"]:
+                    break
+                last.add(reply)
+    except RegdError:
+        return []
+    return last.ports
 
 
 # While the command runs.

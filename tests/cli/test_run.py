@@ -19,8 +19,11 @@ import pytest
 from regd.cli import commands
 from regd.cli import run as run_module
 from regd.cli.arguments import UsageError
+from regd.cli.child import NotRun
+from regd.cli.command_port import port_in
 from regd.cli.output import environment_variables, variable_prefix
 from regd_client.blocking import BlockingConnection
+from regd_client.ports import ephemeral_range
 from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, environment
 from tests.support.polling import block_until
 
@@ -692,3 +695,162 @@ def test_errors_as_json(process: DaemonProcess) -> None:
         told = json.loads(done.stdout)
         assert (done.returncode, told["ok"], told["error"], done.stderr) == (status, False, error, "")
         assert told["message"]
+
+
+# Ports that stay.
+
+
+def port_of(command: Running) -> int:
+    return int(command.line().split()[1])
+
+
+def listen_and_end(command: Running) -> None:
+    """Let the command listen, be registered, and end."""
+    command.type("127.0.0.1")
+    assert " is registered at 127.0.0.1:" in command.told()
+    command.end()
+
+
+def test_command_gets_the_port_that_the_name_had(process: DaemonProcess) -> None:
+    first, last = ephemeral_range()
+    ports = []
+    for _ in range(2):
+        with (
+            running(process, "web", "--", *PROGRAM) as command,
+            running(process, "web", "--instance", "a", "--", *PROGRAM) as other,
+        ):
+            ports.append((port_of(command), port_of(other)))
+            listen_and_end(command)
+            listen_and_end(other)
+    assert ports[0] == ports[1]
+    assert len(set(ports[0])) == 2
+    assert not any(first <= port <= last for port in ports[0])
+    with running(process, "web", "--socket", "--", *PROGRAM) as command:
+        assert port_of(command) == ports[0][0]
+
+
+def test_port_that_another_program_has_taken(process: DaemonProcess) -> None:
+    with running(process, "web", "--", *PROGRAM) as command:
+        port = port_of(command)
+        listen_and_end(command)
+    with (
+        socket.create_server(("::1", port), family=socket.AF_INET6),
+        running(process, "web", "--", *PROGRAM) as command,
+    ):
+        assert port_of(command) != port
+
+
+@pytest.mark.parametrize("options", [[], ["--socket"]])
+def test_two_runs_of_one_name_at_once_have_two_ports(process: DaemonProcess, options: list[str]) -> None:
+    """Both find the same port in the history."""
+    with running(process, "web", "--", *PROGRAM) as command:
+        port = port_of(command)
+        listen_and_end(command)
+    with (
+        running(process, "web", *options, "--", *PROGRAM) as one,
+        running(process, "web", *options, "--", *PROGRAM) as two,
+    ):
+        ports = {port_of(one), port_of(two)}
+        assert len(ports) == 2
+        assert port in ports
+
+
+def test_port_of_an_ended_server_is_taken_again(process: DaemonProcess, peer: BlockingConnection) -> None:
+    """Connections that the server has closed keep the port busy for a minute, for those without SO_REUSEADDR."""
+    code = "import os, socket; sock = socket.create_server(('127.0.0.1', int(os.environ['PORT']))); print(0, os.environ['PORT'], flush=True)\nwhile True: sock.accept()[0].close()"
+    ports = []
+    for _ in range(2):
+        with running(process, "web", "--", sys.executable, "-c", code) as command:
+            ports.append(port_of(command))
+            command.told()
+            with socket.create_connection(("127.0.0.1", ports[-1])) as caller:
+                assert caller.recv(1) == b""
+            command.process.terminate()
+            command.process.wait(WAIT_S)
+    assert ports[0] == ports[1]
+
+
+def test_without_a_daemon_a_free_port_is_passed(process: DaemonProcess) -> None:
+    process.end()
+    with running(process, "web", "--", *PROGRAM) as command:
+        assert port_of(command)
+
+
+PRINT_PORT = [sys.executable, "-c", "import os; print(os.environ['PORT'], os.environ['REGD_RUN_PORT'])"]
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return str(free.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("more", "counts"),
+    [
+        ({}, True),
+        ({"REGD_RUN_PORT": "1"}, True),  # set between an outer regctl run and this one
+        ({"REGD_RUN_PORT": "same"}, False),
+        ({"HONCHO_PROCESS_NAME": "web.1"}, False),
+        ({"FOREMAN_WORKER_NAME": "web.1"}, False),
+        ({"PS": "web.1"}, False),
+        ({"PS": "$"}, True),
+        ({"TMUX": "/tmp/tmux-1000/overmind-shop-V1StGXR8,4242,0"}, False),
+        ({"TMUX": "/tmp/tmux-1000/default,4242,0"}, True),
+    ],
+)  # fmt: skip
+def test_port_of_the_environment_counts_if_the_user_has_set_it(more: dict[str, str], counts: bool) -> None:
+    more = {key: "5000" if value == "same" else value for key, value in more.items()}
+    assert port_in({"PORT": "5000", **more}) == (5_000 if counts else None)
+
+
+@pytest.mark.parametrize("text", ["", "0"])
+def test_environment_without_a_port(text: str) -> None:
+    assert port_in({}) is port_in({"PORT": text}) is None
+
+
+@pytest.mark.parametrize("text", ["80a", "65536", "-1", "tcp://10.0.0.1:80"])
+def test_port_of_the_environment_that_is_none(text: str) -> None:
+    with pytest.raises(NotRun, match="which is no port") as failure:
+        port_in({"PORT": text})
+    assert failure.value.status == 2
+    assert port_in({"PORT": text, "HONCHO_PROCESS_NAME": "web.1"}) is None
+
+
+def test_port_of_the_environment_is_the_command_s(process: DaemonProcess) -> None:
+    port = free_port()
+    with running(process, "web", "--", *PRINT_PORT, PORT=port) as command:
+        assert command.line() == f"{port} {port}"
+    with running(process, "web", "--port", "auto", "--", *PRINT_PORT, PORT=port) as command:
+        assert command.line() != f"{port} {port}"
+    with socket.create_server(("", int(port))), running(process, "web", "--", "true", PORT=port) as command:
+        assert command.told().startswith(f"regctl: cannot bind port {port}: ")
+
+
+def test_inner_run_has_a_port_of_its_own(process: DaemonProcess) -> None:
+    inner = [*REGCTL, "run", "db", "--", *PRINT_PORT]
+    shell = ["sh", "-c", 'echo "$PORT"; exec "$@"', "sh", *inner]
+    with running(process, "web", "--", *shell) as command:
+        outer = command.line()
+        assert outer not in command.line().split()
+
+
+def test_copies_get_numbers_and_take_them_again(process: DaemonProcess, peer: BlockingConnection) -> None:
+    def instances() -> list[str]:
+        return [instance["instance"] for instance in peer.ask("list")["instances"]]
+
+    auto = ["web", "--instance", "auto", "--", *PROGRAM]
+    with running(process, *auto) as first, running(process, *auto) as second:
+        ports = []
+        for number, command in enumerate((first, second), 1):
+            ports.append(port_of(command))
+            command.type("127.0.0.1")
+            command.told()
+            assert instances() == ["1", "2"][:number]
+        first.end()
+        assert instances() == ["2"]
+        with running(process, *auto) as again:
+            assert port_of(again) == ports[0]
+            again.type("127.0.0.1")
+            again.told()
+            assert instances() == ["1", "2"]

@@ -17,45 +17,74 @@ from tests.support.daemon import InLoop
 # Which ports are looked for, on values.
 
 
-def change(instance: str, port: int) -> dict[str, Any]:
-    return {"instance": instance, "port": port}
+def entry(instance: str, port: int, **more: Any) -> dict[str, Any]:
+    return {"instance": instance, "port": port, **more}
+
+
+def history(
+    before: int | None = None, instance: str | None = "", limit: int | None = 1
+) -> tuple[str, dict[str, Any]]:
+    return "history", {"name": "web", "instance": instance, "before": before, "limit": limit}
+
+
+def search(instance: str | None, *entries: dict[str, Any]) -> LastPorts:
+    """Begin a search in a registry that has these entries."""
+    last = LastPorts("web", instance)
+    assert last.request == ("list", {"name": "web"})
+    last.add({"instances": entries})
+    return last
 
 
 def test_latest_change_tells_the_port() -> None:
-    last = LastPorts("web", None)
-    assert last.request == ("history", {"name": "web", "instance": "", "before": None, "limit": 1})
-    last.add({"changes": [change("", 5)], "next": 9})
+    last = search(None)
+    assert last.request == history()
+    last.add({"changes": [entry("", 5)], "next": 9})
     assert (last.request, last.ports) == (None, [5])
 
 
-def test_later_pages_and_then_the_registrations_are_asked() -> None:
-    """A page may be empty and have a next one; a registration may be older than the history."""
-    last = LastPorts("web", "a")
+def test_later_pages_are_asked() -> None:
+    """A page may be empty and have a next one."""
+    last = search("a")
     last.add({"changes": [], "next": 9})
-    assert last.request == ("history", {"name": "web", "instance": "a", "before": 9, "limit": 1})
-    last.add({"changes": []})
-    assert last.request == ("list", {"name": "web"})
-    last.add({"instances": [change("", 4), change("a", 6)]})
+    assert last.request == history(9, "a")
+    last.add({"changes": [entry("a", 6)], "next": 3})
     assert (last.request, last.ports) == (None, [6])
+
+
+def test_static_registration_may_be_older_than_the_history() -> None:
+    last = search("a", entry("", 4), entry("a", 6))
+    last.add({"changes": []})
+    assert (last.request, last.ports) == (None, [6])
+    last = search("a", entry("a", 6))
+    last.add({"changes": [entry("a", 7)]})
+    assert last.ports == [7]
+
+
+@pytest.mark.parametrize("held", [{"hold": True}, {"pid": 4}, {"ttl": 10}])
+def test_port_of_a_living_owner_is_not_taken(held: dict[str, Any]) -> None:
+    """Even if it does not listen at this moment: the two would share one registration."""
+    last = search(None, entry("", 5, **held))
+    last.add({"changes": [entry("", 5)]})
+    assert last.ports == []
 
 
 def test_search_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a daemon that repeats a page, and when the time is over."""
-    last = LastPorts("web", None)
+    last = search(None)
     for _ in range(2):
         last.add({"changes": [], "next": 9})
-    assert last.request == ("list", {"name": "web"})
+    assert (last.request, last.ports) == (None, [])
     monkeypatch.setattr(ports, "_SEARCH_S", -1.0)
-    last = LastPorts("web", None)
+    last = search(None)
     last.add({"changes": [], "next": 9})
-    last.add({"instances": []})
     assert (last.request, last.ports) == (None, [])
 
 
 def test_copies_try_the_ports_of_all_numbers() -> None:
-    last = LastPorts("web", "auto")
-    last.add({"changes": [change("2", 1), change("10", 3), change("2", 5), change("", 7), change("1", 9)]})
-    assert last.ports == [9, 5, 3]
+    last = search("auto", entry("1", 9, hold=True), entry("4", 4))
+    assert last.request == history(None, None, None)
+    last.add({"changes": [entry("2", 1), entry("10", 3), entry("2", 5), entry("", 7), entry("1", 9)]})
+    assert last.ports == [5, 4, 3]
 
 
 @pytest.mark.parametrize(
@@ -228,7 +257,7 @@ async def test_daemon_without_history(relay: Relay, client: Client, monkeypatch:
 
 async def test_timeout_bounds_both_requests(relay: Relay) -> None:
     relay.flowing.clear()
-    with pytest.raises(regd_client.Timeout, match="listen was not answered within 0.05 s"):
+    with pytest.raises(regd_client.Timeout, match=r"listen was not answered within 0\.05 s"):
         await regd_client.listen("web", timeout=0.05)
 
 
