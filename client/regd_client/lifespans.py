@@ -21,9 +21,10 @@ from regd_client.connector import Patience
 from regd_client.errors import BadArgument, RegdError, Unavailable
 from regd_client.event_loop import pause, running_loop
 from regd_client.logger import log
-from regd_client.models import Endpoint
+from regd_client.models import Endpoint, State
 from regd_client.ports import LastPorts, listening_socket, listening_socket_at_one
 from regd_client.protocol import host_port
+from regd_client.readiness import Ready, check_ready, discard, mark_ready, until_ready
 from regd_client.registration import Registration, RegistrationContext, warn_not_awaited
 from regd_client.server_hook import ListenHook, addresses
 from regd_client.signals import held_until
@@ -56,14 +57,19 @@ class ServiceLifecycle:
 
     `request.port` is the port that the server will open, None for the first that any server opens. With `retry`,
     registering is tried again and again; without, `registration` raises what is in the way. `logs_success`: a
-    registration that succeeds after all is logged; `regctl run` says so itself.
+    registration that succeeds after all is logged; `regctl run` says so itself. With `ready`, the registration is
+    `starting` until the service says that it is ready.
     """
 
-    def __init__(self, request: RegistrationRequest, drain_s: float, retry: bool = True) -> None:
+    def __init__(
+        self, request: RegistrationRequest, drain_s: float, retry: bool = True, ready: Ready | None = None
+    ) -> None:
         self._request = request
         self._name = request.name
         self._drain_s = drain_s
         self._retry = retry
+        self._ready = ready
+        self._becoming_ready: asyncio.Task[bool] | None = None
         self._warned = False  # that no server has opened a port
         self._trouble: type[RegdError] | None = None  # why the last attempt to register failed
         self.logs_success = True
@@ -83,6 +89,14 @@ class ServiceLifecycle:
         """Wait until the service is registered, and return the registration."""
         return await asyncio.shield(await asyncio.shield(self._opened))
 
+    async def ready(self) -> bool:
+        """Wait until the service is registered as ready. Returns False if the registration has ended before."""
+        registering = await asyncio.shield(self._opened)
+        if self._becoming_ready is None:
+            await asyncio.shield(registering)
+            return True
+        return await asyncio.shield(self._becoming_ready)
+
     def opened(self, host: str, port: int) -> None:
         """Start registering: the port is open. Only the first call counts."""
         if self._registering is not None:
@@ -92,13 +106,30 @@ class ServiceLifecycle:
         request = replace(self._request, host=host, port=port)
         self._registering = asyncio.create_task(self._register(request), name="regd-client-lifespan")
         self._registering.add_done_callback(lambda task: task.cancelled() or task.exception())
+        if self._ready is not None:
+            self._becoming_ready = asyncio.create_task(self._become_ready(self._ready), name="regd-client-ready")
+            self._becoming_ready.add_done_callback(lambda task: task.cancelled() or task.exception())
         self._opened.set_result(self._registering)
+
+    async def _become_ready(self, ready: Ready) -> bool:
+        await until_ready(self._name, ready)  # at once, without waiting for a daemon
+        return await mark_ready(await self.registration())
+
+    async def _first_state(self, request: RegistrationRequest) -> State | None:
+        """Return the state to register with: None for `ready`, also if another worker of this server is ready."""
+        if self._ready is None:
+            return None
+        for other in await self._client.instances(self._name):
+            if (other["host"], other["port"]) == (request.host, request.port) and other["state"] == "ready":
+                return None
+        return "starting"
 
     async def _register(self, request: RegistrationRequest) -> Registration:
         """Try until it succeeds: the service works meanwhile, and the owner of the name may leave."""
         at = host_port(str(request.host), request.port or 0)
         while True:
             try:
+                request = replace(request, state=await self._first_state(request))
                 registration = await RegistrationContext(self._client, request, patient=not self._retry)
             except BadArgument as error:
                 if self._retry:
@@ -125,7 +156,11 @@ class ServiceLifecycle:
     async def _withdraw(self) -> None:
         task = self._registering
         if task is None:
+            discard(self._ready)
             return
+        if self._becoming_ready is not None:
+            self._becoming_ready.cancel()
+            await asyncio.wait((self._becoming_ready,), timeout=_REGISTERING_S)
         if not task.done():
             if not self._trouble:  # the reply is under way: what it registers must be withdrawn
                 await asyncio.wait((task,), timeout=_REGISTERING_S)
@@ -204,9 +239,10 @@ class _Lifespan(contextlib.AbstractAsyncContextManager[None]):
 class LifespanContext:
     """The result of `lifespan`: a lifespan for a framework, or an `async with` around a server."""
 
-    def __init__(self, request: RegistrationRequest, drain_s: float) -> None:
+    def __init__(self, request: RegistrationRequest, drain_s: float, ready: Ready | None = None) -> None:
         self._request = request
         self._drain_s = drain_s
+        self._ready = ready
         self._entered: contextlib.AbstractAsyncContextManager[ServiceLifecycle] | None = None
 
     def __repr__(self) -> str:
@@ -219,7 +255,7 @@ class LifespanContext:
 
     @contextlib.asynccontextmanager
     async def _lifecycle(self) -> AsyncIterator[ServiceLifecycle]:
-        async with ServiceLifecycle(self._request, self._drain_s) as service:
+        async with ServiceLifecycle(self._request, self._drain_s, ready=self._ready) as service:
             elsewhere = self._request.port is None and any(name in sys.modules for name in _ELSEWHERE)
             after_s = _WARN_ELSEWHERE_S if elsewhere else _WARN_S
             warning = asyncio.get_running_loop().call_later(after_s, service.warn_unopened, after_s)
@@ -247,6 +283,7 @@ def lifespan(
     instance: str | None = None,
     meta: Mapping[str, str] | None = None,
     drain_s: float = DRAIN_S,
+    ready: Ready | None = None,
 ) -> LifespanContext:
     """Register a service once its server has opened its port, and withdraw the name before the server closes it.
 
@@ -270,6 +307,9 @@ def lifespan(
         instance: a name for this instance, if the service has several; `auto` for a number.
         meta: labels, by which `resolve` can select.
         drain_s: seconds between withdrawing the name and closing the port.
+        ready: a function that returns an awaitable, such as a coroutine function, or an awaitable. It is awaited
+            once the port is open. Until it returns, the service is registered as `starting` and nobody resolves
+            it. A function that returns False or fails is called again 0.5 s later.
 
     Returns:
         A lifespan for FastAPI, Starlette, aiohttp's `cleanup_ctx` and others, which is also an `async with`.
@@ -278,6 +318,7 @@ def lifespan(
         BadArgument: an argument has a wrong type. What the daemon refuses is logged.
     """
     check_seconds("drain_s", drain_s)
+    check_ready(ready)
     if "daphne.cli" in sys.modules:  # daphne calls no start-up hook
         log.warning(
             "%s is not registered: daphne does not run the lifespan of an application; start it with "
@@ -285,7 +326,7 @@ def lifespan(
             name,
             name,
         )
-    return LifespanContext(RegistrationRequest(name, port, host, instance, meta), drain_s)
+    return LifespanContext(RegistrationRequest(name, port, host, instance, meta), drain_s, ready)
 
 
 # listen.

@@ -26,8 +26,8 @@ _Reserved = tuple[int, socket.socket | None]
 def port_in(environment: Mapping[str, str]) -> int | None:
     """Return the port that the user has set in $PORT, None if there is none.
 
-    One that an outer `regctl run` or a process manager has set is not the user's: process managers set it for each
-    process, and count from 5000.
+    One that an outer `regctl run` or a process manager has set is not the user's. Process managers set it for
+    each process, and count from 5000.
 
     Raises:
         NotRun: $PORT is no port.
@@ -108,8 +108,8 @@ def _taken(wanted: str, error: OSError) -> NotRun:
 def _lock(stack: contextlib.ExitStack, port: int) -> None:
     """Keep other `regctl run` from the port, also those that begin at the same time.
 
-    The sockets alone do not: with SO_REUSEADDR, which is needed for a minute after a server has ended, several can
-    be bound to a port. An abstract address belongs to the network namespace, as ports do, and ends with
+    The sockets alone do not: with SO_REUSEADDR, which is needed for a minute after a server has ended, several
+    can be bound to a port. An abstract address belongs to the network namespace, as ports do, and ends with
     the process.
 
     Raises:

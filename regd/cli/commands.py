@@ -198,8 +198,8 @@ COMMANDS = {
         Parameter("name", "the service that the command provides", metavar="NAME"),
         Parameter(
             "--port",
-            "the port on which the command listens, passed in $PORT; auto: the one that the service had last, else "
-            "a free one that can stay (without --port, a $PORT that you have set counts; default: auto)",
+            "the port on which the command listens, passed in $PORT; auto: the one that the service had last, "
+            "else a free one that can stay (without --port, a $PORT that you have set counts; default: auto)",
             type=_port,
             metavar="N|auto",
         ),

@@ -39,7 +39,8 @@ def test_latest_change_tells_the_port() -> None:
     last = search(None)
     assert last.request == history()
     last.add({"changes": [entry("", 5)], "next": 9})
-    assert (last.request, last.ports) == (None, [5])
+    assert last.request is None
+    assert last.ports == [5]
 
 
 def test_later_pages_are_asked() -> None:
@@ -48,7 +49,8 @@ def test_later_pages_are_asked() -> None:
     last.add({"changes": [], "next": 9})
     assert last.request == history(9, "a")
     last.add({"changes": [entry("a", 6)], "next": 3})
-    assert (last.request, last.ports) == (None, [6])
+    assert last.request is None
+    assert last.ports == [6]
 
 
 def test_static_registration_may_be_older_than_the_history() -> None:
