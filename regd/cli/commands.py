@@ -52,6 +52,13 @@ def _endpoint(text: str) -> tuple[str | None, int]:
     return host.removeprefix("[").removesuffix("]") or None, port
 
 
+def _path(text: str) -> str:
+    """Read the path of a URL, with a query perhaps; it becomes part of a line of HTTP."""
+    if not text.startswith("/") or not all("!" <= letter <= "~" for letter in text):
+        raise argparse.ArgumentTypeError(f"must be a path such as /healthz, ASCII without blanks, not {text!r}")
+    return text
+
+
 def _ttl(text: str) -> float:
     ttl_s = seconds(1, 86_400)(text)
     return int(ttl_s) if ttl_s.is_integer() else ttl_s
@@ -190,8 +197,14 @@ COMMANDS = {
         "Wait until all the services accept connections.",
         _services("names", "the services", "+"),
         _timeout("for all services together"),
+        Parameter(
+            "--http",
+            "also wait until each service answers a GET request for this path with 2xx, not with a redirect",
+            type=_path,
+            metavar="PATH",
+        ),
         more="Waits for the daemon too.",
-        examples=["regctl wait db cache --timeout 10 && ./migrate"],
+        examples=["regctl wait db cache --timeout 10 && ./migrate", "regctl wait web --http /healthz"],
     ),
     "run": Subcommand(
         "Run a command and register it, from when it accepts connections until it exits.",
@@ -224,14 +237,27 @@ COMMANDS = {
             metavar="INSTANCE",
         ),
         _labels("a label"),
+        Parameter(
+            "--ready-http",
+            "the command is ready, and resolved, once it answers a GET request for this path with 2xx",
+            type=_path,
+            metavar="PATH",
+        ),
+        Parameter(
+            "--ready-command",
+            "the command is ready, and resolved, once this shell command ends with status 0; it gets $PORT",
+            metavar="CMD",
+        ),
         more="`--` can be omitted, except after `--wait OTHER ...`. Signals and the exit status are passed on; "
         "126: the command cannot be run, 127: it does not exist. On SIGTERM and Ctrl-C the name is deregistered "
         "before the command receives the signal. Without a daemon the command runs, and is registered as soon as "
-        "there is one.",
+        "there is one. With --ready-http or --ready-command the command is registered as starting until it is "
+        "ready; an attempt may take 5 s.",
         examples=[
             "regctl run web --wait db -- sh -c 'exec python3 -m http.server --bind 127.0.0.1 \"$PORT\"'",
             "regctl run web --port 8000 -- gunicorn --bind 127.0.0.1:8000 shop.wsgi",
             "regctl run web --socket -- uvicorn --fd 3 shop:app",
+            "regctl run web --ready-http /healthz -- ./server",
         ],
         runs=True,
     ),
@@ -420,6 +446,8 @@ def read(argv: Sequence[str]) -> dict[str, Any]:
     arguments["command"] = ALIASES.get(arguments["command"], arguments["command"])
     if COMMANDS[arguments["command"]].runs:
         arguments["argv"] = _command_line(arguments)
+        if arguments["ready_http"] is not None and arguments["ready_command"] is not None:
+            raise UsageError("regctl run", "give --ready-http or --ready-command, not both")
     elif arguments["command"] == "register":
         host, arguments["port"] = arguments["port"]
         if host is not None and arguments["host"] is not None:

@@ -22,7 +22,7 @@ from regd.cli.output import (
     say_json,
     visible,
 )
-from regd.cli.queries import ask, wait_for
+from regd.cli.queries import ask, wait_for, wait_for_http
 from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import BadArgument, RegdError, Unavailable
 
@@ -207,14 +207,17 @@ def _history(address: str | None, as_json: bool, arguments: dict[str, Any]) -> i
 def _wait(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
     until = time.monotonic() + arguments["timeout"]
     for name in arguments["names"]:
-        reply = wait_for(address, name, until)
+        path = arguments["http"]
+        reply = wait_for(address, name, until) if path is None else wait_for_http(address, name, path, until)
         if not reply["ok"]:
             return _refused(reply, as_json, f"{name}: ")
         endpoint = address_of(reply)
         if as_json:
             say_json(reply)
-        else:
+        elif path is None:
             say(f"{name} accepts connections at {endpoint}", flush=True)
+        else:
+            say(f"{name} answers at http://{endpoint}{path}", flush=True)
     return 0
 
 

@@ -12,6 +12,8 @@ from regd_client.errors import Unavailable
 
 TRANSIENT = ("shutting_down", "busy")  # errors after which to try again
 _PAUSE_S = 0.1  # between two tries
+_HTTP_PAUSE_S = 0.2  # the same, by HTTP
+_TRY_S_MIN = 0.5  # for an attempt by HTTP, even when the time is over
 
 
 def ask(connection: BlockingConnection, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -59,3 +61,31 @@ def wait_for(address: str | None, name: str, until: float) -> dict[str, Any]:
             if error.code == "not_started" or time.monotonic() >= until:
                 raise
         time.sleep(min(_PAUSE_S, left_s))
+
+
+def wait_for_http(address: str | None, name: str, path: str, until: float) -> dict[str, Any]:
+    """Wait until a service answers a GET request with 2xx, and return the reply to `resolve`.
+
+    Each attempt asks the registry again: the service may have moved. `until` is a time of time.monotonic.
+
+    Raises:
+        Unavailable: no daemon answers by then, or it cannot be started on demand.
+    """
+    import asyncio
+
+    from regd.cli.http_probe import TRY_S, why_not_ready
+
+    began = time.monotonic()
+    while True:
+        reply = wait_for(address, name, until)
+        if not reply["ok"]:
+            return reply
+        try_s = min(TRY_S, max(until - time.monotonic(), _TRY_S_MIN))
+        why = asyncio.run(why_not_ready(reply["host"], reply["port"], path, try_s))
+        if not why:
+            return reply
+        if time.monotonic() >= until:
+            url = f"http://{protocol.host_port(reply['host'], reply['port'])}{path}"
+            waited = f"waited {max(until - began, 0.0):.3g} s"
+            return {"ok": False, "error": "timeout", "message": f"{waited}: {url}: {why}"}
+        time.sleep(min(_HTTP_PAUSE_S, max(until - time.monotonic(), 0.0)))

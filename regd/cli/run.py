@@ -15,8 +15,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from regd.cli.child import NotRun, awaited_signals, exit_status, start, wait_and_forward
@@ -25,6 +26,7 @@ from regd.cli.commands import NO_DAEMON, NOT_FOUND, REFUSED, USAGE
 from regd.cli.output import complain, environment_variables, visible
 from regd.cli.port_owner import is_of, listener
 from regd.cli.queries import wait_for
+from regd.cli.run_readiness import Probe, command_probe, http_probe, until_ready
 from regd_client.arguments import AUTO, RegistrationRequest
 from regd_client.blocking import client_thread
 from regd_client.blocking_connection import BlockingConnection
@@ -139,7 +141,7 @@ def _run(
         child = start(arguments["argv"], environment, listening, arguments["name"], mask)
         if listening is not None:
             listening.close()  # the command has it now, and closes it
-        name = _Name(arguments, reporter, child, int(environment["PORT"]))
+        name = _Name(arguments, reporter, child, int(environment["PORT"]), _prober(arguments, environment, mask))
         name.begin(accepts=listening is not None)
         try:
             status = wait_and_forward(child, awaited, name, lambda text: reporter.report("refused", text))
@@ -151,14 +153,38 @@ def _run(
     return exit_status(status)
 
 
-class _Name:
-    """The registration of the command, kept by the client's thread."""
+def _prober(
+    arguments: Mapping[str, Any], environment: Mapping[str, str], mask: Collection[int]
+) -> Callable[[str, int], Probe] | None:
+    """Return what makes a probe for the command at a host and port; None if it is ready once it accepts."""
+    path, command = arguments["ready_http"], arguments["ready_command"]
+    if path is not None:
+        return lambda host, port: http_probe(host, port, path)
+    if command is not None:
+        return lambda host, port: command_probe(command, environment, mask)
+    return None
 
-    def __init__(self, arguments: Mapping[str, Any], reporter: _Reporter, child: int, port: int) -> None:
+
+class _Name:
+    """The registration of the command, kept by the client's thread.
+
+    `prober` makes a probe for the command at a host and port; without it the command is ready once it accepts
+    connections.
+    """
+
+    def __init__(
+        self,
+        arguments: Mapping[str, Any],
+        reporter: _Reporter,
+        child: int,
+        port: int,
+        prober: Callable[[str, int], Probe] | None = None,
+    ) -> None:
         self._name = arguments["name"]
         self._reporter = reporter
         self._child = child
         self._port = port
+        self._prober = prober
         self._arguments = {key: arguments[key] for key in ("instance", "meta") if arguments[key] is not None}
         self._thread = client_thread()
         self._withdrawn = asyncio.Event()
@@ -196,17 +222,24 @@ class _Name:
         """Wait for the command to accept connections, then stay registered until `withdrawn`."""
         host = "127.0.0.1" if accepts else await self._accepting_host()
         request = RegistrationRequest(self._name, None, **self._arguments, pid=_bound_to(self._child))
-        async with ServiceLifecycle(request, drain_s=0.0) as service:
+        ready = None if self._prober is None else partial(self._until_ready, self._prober(host, self._port))
+        async with ServiceLifecycle(request, drain_s=0.0, ready=ready) as service:
             service.logs_success = False
             service.opened(host, self._port)
             with contextlib.suppress(RegdError):  # the client has logged it
                 registration = await service.registration()
                 at = str(registration.endpoint)
-                self._report("registered", f"{self._name} is registered at {at}", address=at)
+                waits = "" if ready is None else ", and starting"
+                self._report("registered", f"{self._name} is registered at {at}{waits}", address=at)
+                if ready is not None and await service.ready():
+                    self._report("ready", f"{self._name} is ready", address=at)
                 await registration.lost.wait()
                 why = registration.lost_reason
                 self._report("lost", f"lost the registration of {self._name}: {why}")
             await withdrawn
+
+    async def _until_ready(self, probe: Probe) -> None:
+        await until_ready(probe, lambda why: self._report("unready", f"{self._name} is not ready: {why}"))
 
     async def _accepting_host(self) -> str:
         """Wait until the command accepts connections, and return the host at which it does."""

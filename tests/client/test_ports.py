@@ -35,12 +35,15 @@ def search(instance: str | None, *entries: dict[str, Any]) -> LastPorts:
     return last
 
 
+def is_over(last: LastPorts) -> bool:
+    return last.request is None
+
+
 def test_latest_change_tells_the_port() -> None:
     last = search(None)
     assert last.request == history()
     last.add({"changes": [entry("", 5)], "next": 9})
-    assert last.request is None
-    assert last.ports == [5]
+    assert (is_over(last), last.ports) == (True, [5])
 
 
 def test_later_pages_are_asked() -> None:
@@ -49,8 +52,7 @@ def test_later_pages_are_asked() -> None:
     last.add({"changes": [], "next": 9})
     assert last.request == history(9, "a")
     last.add({"changes": [entry("a", 6)], "next": 3})
-    assert last.request is None
-    assert last.ports == [6]
+    assert (is_over(last), last.ports) == (True, [6])
 
 
 def test_static_registration_may_be_older_than_the_history() -> None:
