@@ -71,11 +71,11 @@ def wait_for_http(address: str | None, name: str, path: str, until: float) -> di
     Raises:
         Unavailable: no daemon answers by then, or it cannot be started on demand.
     """
+    wait_s = until - time.monotonic()
     import asyncio
 
     from regd.cli.http_probe import TRY_S, why_not_ready
 
-    began = time.monotonic()
     while True:
         reply = wait_for(address, name, until)
         if not reply["ok"]:
@@ -86,6 +86,6 @@ def wait_for_http(address: str | None, name: str, path: str, until: float) -> di
             return reply
         if time.monotonic() >= until:
             url = f"http://{protocol.host_port(reply['host'], reply['port'])}{path}"
-            waited = f"waited {max(until - began, 0.0):.3g} s"
-            return {"ok": False, "error": "timeout", "message": f"{waited}: {url}: {why}"}
+            message = f"waited {max(round(wait_s, 1), 0.0):g} s: {url}: {why}"
+            return {"ok": False, "error": "timeout", "message": message}
         time.sleep(min(_HTTP_PAUSE_S, max(until - time.monotonic(), 0.0)))

@@ -38,10 +38,8 @@ def programs(page: Path) -> Iterator[Program]:
 
 PROGRAMS = list(programs(SERVERS))
 APPLICATION = PROGRAMS[0][1]
-COMMANDS = [
-    (title, APPLICATION, command) for title, _, command in programs(REGCTL) if command.startswith("regctl run")
-]
-assert len(COMMANDS) == 2
+COMMANDS = [(title, APPLICATION, command) for title, _, command in programs(REGCTL) if "regctl run" in command]
+assert len(COMMANDS) == 5
 
 
 @contextlib.contextmanager
