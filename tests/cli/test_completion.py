@@ -95,7 +95,9 @@ def completed(shell: str, env: dict[str, str], *lines: str) -> list[list[str]]:
 
 ALL = {"bash": bash, "zsh": zsh, "fish": fish}
 COMMON_OPTIONS = ["--address", "--help", "--json"]
-RUN_OPTIONS = ["--instance", "--meta", "--port", "--socket", "--timeout", "--wait"]
+RUN_OPTIONS = [
+    "--instance", "--meta", "--port", "--ready-command", "--ready-http", "--socket", "--timeout", "--wait",
+]  # fmt: skip
 CASES = {
     "regctl re": ["register", "resolve"],
     "regctl nothing-like-that": [],
