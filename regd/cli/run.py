@@ -34,6 +34,7 @@ from regd_client.errors import RegdError, Unavailable
 from regd_client.lifespans import ServiceLifecycle
 from regd_client.ports import LastPorts
 from regd_client.protocol import host_port
+from regd_client.registration import Registration
 
 _PROBE_PAUSE_S = (0.01, 0.2)  # the first and the longest, between two probes of the port
 _PROBE_S = 1.0  # the timeout of a probe
@@ -228,15 +229,27 @@ class _Name:
             service.opened(host, self._port)
             with contextlib.suppress(RegdError):  # the client has logged it
                 registration = await service.registration()
-                at = str(registration.endpoint)
-                waits = "" if ready is None else ", and starting"
-                self._report("registered", f"{self._name} is registered at {at}{waits}", address=at)
-                if ready is not None and await service.ready():
-                    self._report("ready", f"{self._name} is ready", address=at)
-                await registration.lost.wait()
+                self._report_registered(registration, is_starting=ready is not None)
+                reporting = asyncio.ensure_future(self._report_ready(service, ready))
+                try:
+                    await registration.lost.wait()
+                finally:
+                    reporting.cancel()
                 why = registration.lost_reason
                 self._report("lost", f"lost the registration of {self._name}: {why}")
             await withdrawn
+
+    def _report_registered(self, registration: Registration, is_starting: bool) -> None:
+        text = f"{self._name} is registered at {registration.endpoint}"
+        if self._arguments.get("instance") == AUTO:
+            text += f" as instance {registration.instance}"
+        if is_starting:
+            text += ", and starting"
+        self._report("registered", text, address=str(registration.endpoint), instance=registration.instance)
+
+    async def _report_ready(self, service: ServiceLifecycle, ready: object) -> None:
+        if ready is not None and await service.ready():
+            self._report("ready", f"{self._name} is ready")
 
     async def _until_ready(self, probe: Probe) -> None:
         await until_ready(probe, lambda why: self._report("unready", f"{self._name} is not ready: {why}"))

@@ -845,7 +845,8 @@ def test_copies_get_numbers_and_take_them_again(process: DaemonProcess, peer: Bl
         for number, command in enumerate((first, second), 1):
             ports.append(port_of(command))
             command.type("127.0.0.1")
-            command.told()
+            at = f"127.0.0.1:{ports[-1]}"
+            assert command.told() == f"regctl: web is registered at {at} as instance {number}"
             assert instances() == ["1", "2"][:number]
         first.end()
         assert instances() == ["2"]

@@ -1,8 +1,11 @@
 """`instance="auto"`: each copy has a number of its own, and has it again after a break or a restart."""
 
 import asyncio
+import contextlib
 import itertools
 import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
@@ -14,7 +17,7 @@ from regd_client.arguments import RegistrationRequest
 from regd_client.client import Client
 from regd_client.process_registration import ProcessRegistration
 from tests.client.relay import Relay
-from tests.support.daemon import WAIT_S, InLoop
+from tests.support.daemon import WAIT_S, DaemonProcess, InLoop, environment
 from tests.support.polling import until
 
 # Which numbers are tried, on values.
@@ -217,3 +220,47 @@ async def test_copy_keeps_its_number_over_a_restart_of_the_daemon(
         await until(lambda: all(copy._connection is client._connector.usable for copy in copies))
         assert [copy.instance for copy in copies] == ["1", "2"]
         assert await numbers(other) == {"1": 1, "2": 2, "3": 3}
+
+
+LISTENS = """
+import sys
+from regd_client import blocking
+sys.stdin.readline()
+with blocking.listen("web", instance="auto") as listening:
+    print(listening.endpoint.instance, listening.port, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_processes_that_start_at_once_and_again(process: DaemonProcess) -> None:
+    """Each has a number of its own; the copy that is killed and started again has its number and port again."""
+
+    def start() -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-c", LISTENS], env=environment(REGD_ADDRESS=process.addresses[0]), text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def say(copy: "subprocess.Popen[str]") -> None:
+        assert copy.stdin is not None
+        copy.stdin.write("\n")
+        copy.stdin.flush()
+
+    def place(copy: "subprocess.Popen[str]") -> tuple[int, int]:
+        assert copy.stdout is not None
+        number, port = copy.stdout.readline().split()
+        return int(number), int(port)
+
+    with contextlib.ExitStack() as stack:
+        copies = [stack.enter_context(start()) for _ in range(4)]
+        for copy in copies:
+            stack.callback(copy.kill)
+            say(copy)
+        places = [place(copy) for copy in copies]
+        assert sorted(number for number, _ in places) == [1, 2, 3, 4]
+        assert len({port for _, port in places}) == 4
+        copies[1].kill()  # no time for the daemon to notice: the kernel is asked
+        again = stack.enter_context(start())
+        stack.callback(again.kill)
+        say(again)
+        assert place(again) == places[1]

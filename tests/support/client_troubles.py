@@ -4,10 +4,13 @@ import asyncio
 import os
 import socket
 import sys
+from collections.abc import Callable
 
 import regd_client
 from regd.cli import run as run_module
+from regd.cli import run_readiness
 from regd.cli.port_owner import Listener
+from regd.cli.run_readiness import Probe, command_probe
 from regd_client import BadArgument, Client, Conflict, NotFound, Timeout, Unavailable, protocol
 from regd_client import lifespans as lifespans_module
 from regd_client.blocking import BlockingConnection
@@ -269,6 +272,22 @@ async def port_of_another(scene: Scene) -> str:
         return await scene.regctl("run", "web", "--port", str(another.getsockname()[1]), "--", "true", status=4)
 
 
+@says("PORT is …, which is no port from 1 to 65535; unset it, or use --port")
+async def port_of_the_environment(scene: Scene) -> str:
+    scene.at(1)
+    scene.patch.setenv("PORT", "http")
+    return await scene.regctl("run", "web", "--", "true", status=2)
+
+
+@says("… is not ready: …")
+async def command_not_ready(scene: Scene) -> str:
+    scene.patch.setattr(run_readiness, "_SILENT_S", 0.0)
+    async with scene.daemon():
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            port = listening.getsockname()[1]
+            return await not_registered(scene, port, lambda host, port: command_probe("exit 3", {}, ()))
+
+
 @says("…: No such file or directory")
 async def no_such_command(scene: Scene) -> str:
     return await scene.process("regd.cli.regctl", "run", "web", "--", "./web", status=127)
@@ -289,18 +308,18 @@ async def another_user_listens(scene: Scene) -> str:
         return await not_registered(scene, another.getsockname()[1])
 
 
-async def not_registered(scene: Scene, port: int) -> str:
-    """Return the message of `regctl run` about a command that does not listen on its port."""
+async def not_registered(scene: Scene, port: int, prober: Callable[[str, int], Probe] | None = None) -> str:
+    """Return the message of `regctl run` about a command that does not listen on its port, or is not ready."""
     arguments = {"name": "web", "instance": None, "meta": None}
-    name = run_module._Name(arguments, run_module._Reporter(False), os.getpid(), port)
+    name = run_module._Name(arguments, run_module._Reporter(False), os.getpid(), port, prober)
     name.begin(accepts=False)
     message = ""
-    while not message.endswith("\n"):
+    while " is not " not in message or not message.endswith("\n"):
         await asyncio.sleep(0)
         message += scene.stderr()
     assert name.withdraw()
     assert await asyncio.to_thread(name.is_gone, WAIT_S)
-    return message.removeprefix("regctl: ").rstrip("\n")
+    return message.splitlines()[-1].removeprefix("regctl: ")
 
 
 @says("… is left out: another service has the same variables")
