@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import regd_client
-from regd_client import replicas
+from regd_client import registrar, replicas
 from regd_client.arguments import RegistrationRequest
 from regd_client.client import Client
 from regd_client.process_registration import ProcessRegistration
@@ -174,6 +174,30 @@ async def test_copy_whose_number_is_taken_during_a_break_gets_another(
     assert not copy.lost.is_set()
     await client.deregister("web", "2")
     assert await numbers(client) == {"1": 9}
+
+
+async def test_new_copy_leaves_the_number_of_one_that_is_not_back_yet(
+    daemon: InLoop, relay: Relay, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are of this process, and the daemon knows neither."""
+    may_come_back = asyncio.Event()
+
+    async def pause(_: float) -> None:
+        await may_come_back.wait()
+
+    monkeypatch.setattr(registrar, "pause", pause)
+    copy = await client.register("web", 1, instance="auto")
+    peer = await daemon.peer()
+    relay.cut()
+    while (await peer.ask(cmd="list", name="web"))["instances"]:
+        await asyncio.sleep(0)
+    new = await regd_client.register("web", 2, instance="auto")
+    assert new.instance == "2"
+    may_come_back.set()
+    await until(lambda: relay.count("register") == 3)
+    assert await numbers(client) == {"1": 1, "2": 2}
+    assert copy.instance == "1"
+    await new.deregister()
 
 
 async def test_lifespan_and_listen_take_a_number(client: Client) -> None:
