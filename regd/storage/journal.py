@@ -66,6 +66,8 @@ class Journal:
                 print_ = files.print(segment.path)
                 line, rev, at = (head.line, head.rev, head.at) if head is not None else (number, 0, 0.0)
                 self.segments.append(SegmentFile(segment.path, line, rev, at, print_.size if print_ else 0))
+                if segment.path == self.path and print_ is not None:
+                    self._inode = print_.inode
         return segments
 
     def _segment(self, path: Path) -> Segment:
@@ -87,23 +89,30 @@ class Journal:
         last.size = size
         self._fd, self._inode = fd, found.inode if found else None
 
+    def rewrite(self, size: int) -> None:
+        """Write the last segment again, of which the first `size` bytes count, and go on from there.
+
+        Lines of a killed daemon may be in the kernel's memory alone. Syncing the file would not help: if its sync
+        failed, the next one succeeds without those lines (fsync(2)).
+        """
+        last = self.segments[-1]
+        self._begin(last.line, last.rev, last.at, self._files.read(last.path)[:size])
+
     def begin_segment(self, head: Head) -> None:
         """Begin a new segment; lines of older ones that are not before its first line are void from now on."""
+        self._begin(head.line, head.rev, head.at, journal_lines.head(head))
+
+    def _begin(self, line: int, rev: int, at: float, data: bytes) -> None:
         files = self._files
         temporary = self.path.with_name(self.path.name + ".tmp")
-        data = journal_lines.head(head)
         fd = files.create(temporary)
         try:
             files.write(fd, data)
             files.sync(fd)
             found = files.print(fd)
             last = self.segments[-1] if self.segments else None
-            if last is not None and last.path == self.path:
-                if last.line < head.line and files.print(self.path) is not None:
-                    self._give_number(last)
-                else:  # it has no line that counts, or was removed
-                    with self._mutex:
-                        self.segments = self.segments[:-1]
+            if last is not None and last.path == self.path and last.line < line and files.print(self.path):
+                self._give_number(last)
             files.rename(temporary, self.path)
             self.sync_folder()
         except BaseException:
@@ -115,8 +124,14 @@ class Journal:
             raise
         self.poison()
         self._fd, self._inode = fd, found.inode if found else None
+        void = [segment for segment in self.segments if segment.line >= line]
+        older = [segment for segment in self.segments if segment.line < line and segment.path != self.path]
         with self._mutex:
-            self.segments = [*self.segments, SegmentFile(self.path, head.line, head.rev, head.at, len(data))]
+            self.segments = [*older, SegmentFile(self.path, line, rev, at, len(data))]
+        for segment in void:
+            if segment.path != self.path:
+                with contextlib.suppress(OSError):
+                    files.remove(segment.path)
 
     def _give_number(self, segment: SegmentFile) -> None:
         """Give the current segment its lasting name. It has both names for a moment, so that it is never lost."""
@@ -173,6 +188,7 @@ class Journal:
         while any(f"{segment.path.name}.aside-{count}" in names for segment in self.segments):
             count += 1
         made = []
+        self._inode = None
         while self.segments:
             path = self.segments[-1].path
             made.append(path.with_name(f"{path.name}.aside-{count}"))

@@ -54,8 +54,11 @@ class Store:
         self._lock_path = self.path.with_name(self.path.name + ".lock")
         self._lock: int | None = None
         self._lock_inode: int | None = None
+        self._had_lock = False  # else a daemon whose lock file was removed may still write to the last segment
         self._found = Recovery([], 0)
         self._start: Start | None = None  # of this daemon, while it is not on disk
+        self._sets_aside = False  # the journal that was found, before the next segment begins
+        self._rewrites: int | None = None  # so many bytes of the last segment found, before the next one begins
         self._unsaved: list[Change] = []  # in effect, and not on disk yet
         self._lost = False  # the journal was removed: the next checkpoint must come before the next segment
         self._rotates = False
@@ -82,7 +85,7 @@ class Store:
         """
         try:
             self.made_folder = self._files.make_folder(self.path.parent)
-            existed = self._files.print(self._lock_path) is not None
+            self._had_lock = self._files.print(self._lock_path) is not None
             self._take_lock()
         except OSError as error:
             raise StorageError(
@@ -94,8 +97,7 @@ class Store:
         except BaseException:
             self.close()
             raise
-        if not existed:  # a daemon whose lock file was removed may still write to the last segment
-            found.size = None
+        self._sets_aside, self._rewrites = not found.keeps_journal, found.size
         self._start = Start(self.epoch, found.keeps_journal and found.valid, found.rev, at)
         self.epochs = dict(found.epochs)
         self._rev = self.rev_written = found.rev
@@ -151,16 +153,14 @@ class Store:
                 )
             for note in found.notes:
                 self._warn(note)
-            if journal.segments and not found.keeps_journal:
-                for path in journal.set_aside():
-                    self._warn(f"kept as {path}")
-            if found.is_covered and found.size is not None and journal.segments[-1].path == journal.path:
+            is_clean = found.is_covered and self._had_lock
+            if is_clean and found.size is not None and journal.segments[-1].path == journal.path:
                 journal.resume(found.size)
+                self._rewrites = None
                 self._write_start()
                 journal.sync_folder()  # the previous daemon may have been killed before it did that
                 self._checkpoint.check_writable()
             else:
-                # Lines that the file does not have may be in the kernel's memory alone: a sync may have failed.
                 self._begin_segment()
                 self._write_start()
                 self.checkpoint()
@@ -272,7 +272,7 @@ class Store:
         if in_place is None:
             self._warn(f"{self._journal.path} was removed by another program; regd begins a new one")
             self._journal.forget_segment()
-            self._lost = True
+            self._lost, self._rewrites = True, None
         elif not in_place:
             self._is_taken_over = True
             raise StorageError(
@@ -306,6 +306,15 @@ class Store:
         self._rotates = False
 
     def _begin_segment(self) -> None:
+        """Begin a segment. At first it is a copy of the last one that was found, if that has what is in effect."""
+        if self._sets_aside and self._journal.segments:
+            for path in self._journal.set_aside():
+                self._warn(f"kept as {path}")
+        self._sets_aside = False
+        if self._rewrites is not None:
+            self._journal.rewrite(self._rewrites)
+            self._rewrites = None
+            return
         epochs = dict(list(self.epochs.items())[-_EPOCHS_MAX:])
         head = Head(self._position.line + 1, self._rev, self._position.epoch, epochs, self._at)
         self._journal.begin_segment(head)
