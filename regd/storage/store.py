@@ -306,7 +306,7 @@ class Store:
         self._rotates = False
 
     def _begin_segment(self) -> None:
-        """Begin a segment. At first it is a copy of the last one that was found, if that has what is in effect."""
+        """Begin a segment; the first one is a copy of the last that was found, if its lines count."""
         if self._sets_aside and self._journal.segments:
             for path in self._journal.set_aside():
                 self._warn(f"kept as {path}")
