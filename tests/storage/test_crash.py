@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from regd.core.model import Change, Entry, Holder, Op, State, key_text
+from regd.storage import journal_lines
 from regd.storage.document import Document, parse
 from regd.storage.files import Files
 from regd.storage.recovery import Recovery
@@ -228,6 +229,16 @@ def kept(work: Workload) -> None:
         work.commit([Change(work.now.rev, Op.KEEP, entry)], work.now)
 
 
+def unsynced(work: Workload) -> None:
+    """A commit of a daemon that is killed before the sync: its line is in the kernel's memory alone."""
+    assert work.store is not None
+    [change], after = changed(work.now, ("unsynced", 1))
+    fd = work.store._journal._fd
+    if fd is not None:
+        work.ask(after)
+        work.files.write(fd, journal_lines.change(work.store._position.line + 1, change, 1))
+
+
 def repaired(work: Workload) -> None:
     work.commit([], work.now)
 
@@ -357,6 +368,7 @@ A_LIFE: Mapping[str, Sequence[Step]] = {
     "a checkpoint that is old": [restarted, batch(("a", 1)), checkpointed, batch(("b", 2)), restarted],
     "another segment": [restarted, batch(("a", 1)), checkpointed, rotated, batch(("b", 2)), batch(("a", 0))],
     "segments and restarts": [restarted, batch(("a", 1)), rotated, batch(("b", 2)), restarted, batch(("b", 0))],
+    "a killed commit": [restarted, batch(("a", 1)), unsynced, restarted, batch(("b", 2))],
     "another hand": [restarted, batch(("a", 1)), hand("replaced"), batch(("b", 1)), checkpointed],
     "another hand twice": [restarted, hand("in place"), checkpointed, hand("in place"), batch(("b", 1))],
     "another hand that takes away": [restarted, batch(("a", 1)), hand("removed"), batch(("b", 1)), checkpointed],
