@@ -113,6 +113,7 @@ class Journal:
             last = self.segments[-1] if self.segments else None
             if last is not None and last.path == self.path and last.line < line and files.print(self.path):
                 self._give_number(last)
+            self._inode = None  # a rename that fails may have taken effect
             files.rename(temporary, self.path)
             self.sync_folder()
         except BaseException:
