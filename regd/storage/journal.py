@@ -61,13 +61,14 @@ class Journal:
             paths.append(self.path)
         segments = [self._segment(path) for path in paths]
         for segment, number in zip(segments, [*numbers, 0], strict=False):
-            with contextlib.suppress(Damaged):
+            head = None
+            with contextlib.suppress(Damaged):  # `recover` refuses it, or it is set aside
                 head = journal_lines.parse_head(segment.first)
-                print_ = files.print(segment.path)
-                line, rev, at = (head.line, head.rev, head.at) if head is not None else (number, 0, 0.0)
-                self.segments.append(SegmentFile(segment.path, line, rev, at, print_.size if print_ else 0))
-                if segment.path == self.path and print_ is not None:
-                    self._inode = print_.inode
+            print_ = files.print(segment.path)
+            line, rev, at = (head.line, head.rev, head.at) if head is not None else (number, 0, 0.0)
+            self.segments.append(SegmentFile(segment.path, line, rev, at, print_.size if print_ else 0))
+            if segment.path == self.path and print_ is not None:
+                self._inode = print_.inode
         return segments
 
     def _segment(self, path: Path) -> Segment:

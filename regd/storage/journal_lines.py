@@ -193,6 +193,8 @@ def parse(line: bytes, rev: int, ids: "count[int]") -> Start | Change:
         raise Damaged(str(error)) from None
     if op is not Op.KEEP:
         rev = _whole(fields.get("rev"), "rev")
+        if rev == 0:
+            raise Damaged('"rev" must be 1 or more')
     at, by, old_meta = _at(fields), _by(fields.get("by")), fields.get("old_meta")
     stored = {field: value for field, value in fields.items() if field not in _OF_CHANGE}
     try:

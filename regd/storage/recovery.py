@@ -270,12 +270,12 @@ def _replay(document: Document, found: _Found, history_max: int) -> Recovery:
             elif (rev := journal_lines.rev_of(data)) is not None:
                 made.rev = made.history_rev = rev
             continue
-        line = _parsed(data, made.rev, ids)
+        line = _parsed(data, max(made.rev, document.rev, 1), ids)
         if isinstance(line, Start):
             made.start_epoch(line, number)
             continue
         if line.op is not Op.KEEP:
-            made.rev = line.rev
+            made.rev = max(made.rev, line.rev)
             made.history.append(line)
         if number > covered:
             _apply(state, line)

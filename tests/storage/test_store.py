@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from regd.core.model import Change, Entry, Op, State
+from regd.storage import journal_lines
 from regd.storage.store import StorageError, Store
 from tests.support.files import BROKEN, FULL, RecordedFiles
 
@@ -371,3 +372,15 @@ def test_obstacle_is_reported_at_the_start(shelf: Shelf, monkeypatch: pytest.Mon
     with pytest.raises(StorageError, match=r"cannot replace .*registry\.json: it is a mount point"):
         store.begin()
     store.close()
+
+
+def test_journal_of_a_newer_version_is_set_aside_too(shelf: Shelf) -> None:
+    shelf.save(up(1, "a"))
+    shelf.store.close()
+    journal = shelf.path.with_name("registry.journal")
+    newer = journal_lines._closed('{"format":2,"line":1')
+    journal.write_bytes(newer)
+    shelf.path.write_text('{"mine": {"port": 9}}')
+    assert shelf.reopened() == {"mine": 9}
+    assert shelf.path.with_name("registry.journal.aside-1").read_bytes() == newer
+    assert shelf.reopened() == {"mine": 9}
