@@ -197,7 +197,7 @@ class Store:
     @property
     def needs_repair(self) -> bool:
         """Whether the disk may show what is not in effect, or lack what is. The next commit mends that."""
-        return self.has_unsaved or not self._journal.is_open
+        return self.has_unsaved or not self._journal.is_open or self._lock is None
 
     def commit(self, changes: Sequence[Change]) -> None:
         """Append changes to the journal, those of `apply_unsaved` first.
@@ -207,7 +207,7 @@ class Store:
             StorageError: another regd has taken over the registry; this one must end.
         """
         wanted = [change for change in (*self._unsaved, *changes) if not _changes_nothing(change)]
-        if not wanted and self._journal.is_open:
+        if not wanted and not self.needs_repair:
             return
         self._check_owner()
         self._ensure_segment()
