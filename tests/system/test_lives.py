@@ -1,5 +1,6 @@
 """Services that are killed, suspended or busy, and a suspended daemon."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import WAIT_S, DaemonProcess, environment
+from tests.support.polling import block_until
 
 SERVICE = """
 import asyncio, sys, time
@@ -93,10 +95,11 @@ def test_reused_pid_is_not_the_old_process(process: DaemonProcess) -> None:
         with BlockingConnection(process.addresses[0]) as peer:
             assert peer.ask("register", name="a", port=1, pid=other.pid)["ok"]
             assert peer.ask("register", name="b", port=1, pid=os.getpid())["ok"]
+        block_until(lambda: '"b"' in process.registry.read_text())
         process.end(signal.SIGKILL)
         text = process.registry.read_text()
         # Make the start time of the process of `a` an earlier one, as if its pid had been reused.
-        born = next(line for line in text.splitlines() if line.startswith('"a"')).split('"')[-2]
+        born = json.loads(text)["a"]["born"]
         process.registry.write_text(text.replace(born, born.rpartition("/")[0] + "/1"))
         process.start()
         with BlockingConnection(process.addresses[0]) as peer:
