@@ -98,6 +98,8 @@ class Store:
             found.size = None
         self._start = Start(self.epoch, found.keeps_journal and found.valid, found.rev, at)
         self.epochs = dict(found.epochs)
+        if self._start.valid and found.epoch:
+            self.epochs[found.epoch] = (found.rev, found.line)
         self._rev = self.rev_written = found.rev
         self._at = at
         self._position = self._checkpointed = Position(found.epoch, found.line)
@@ -182,8 +184,6 @@ class Store:
             return
         number = self._position.line + 1
         self._journal.append(journal_lines.start(number, self._start))
-        if self._start.valid and self._position.epoch:
-            self.epochs[self._position.epoch] = (self._rev, self._position.line)
         self._position = Position(self.epoch, number)
         self._start = None
 
