@@ -113,8 +113,8 @@ class Store:
             segments = self._journal.find()
             document = None if data is None else _parse(self.path, data, at)
             return recover(document, segments, self.path, self._limits.history_changes_max)
-        except FileExistsError:
-            raise StorageError(f"{self.path} is not a regular file; name another with --registry") from None
+        except FileExistsError as error:
+            raise StorageError(f"{error.filename} is not a regular file; name another with --registry") from None
         except OSError as error:
             raise StorageError(
                 f"cannot read {path}: {error.strerror}; give this user read access to it"
