@@ -33,7 +33,7 @@ class Lives:
         self.peer: Peer
         self.rev = 0
         self.positions: list[tuple[str, int]] = []  # every epoch with each of its revisions that was on disk
-        self.unwritten: set[str] = set()  # epochs whose daemon could write nothing
+        self.unwritten: set[str] = set()  # epochs whose daemon does not know that its start is on disk
         self._numbers = itertools.count(1)
 
     @property
@@ -261,7 +261,7 @@ class Follower:
     async def catch_up(self, lives: Lives) -> None:
         events = await lives.resume(*self.position)
         is_reset = events[0]["event"] == "reset"
-        assert is_reset is (self.position[0] in ("none", *lives.unwritten)), (self.position, events)
+        assert not is_reset or self.position[0] in ("none", *lives.unwritten), (self.position, events)
         if is_reset:
             self.state.clear()
         for event in events[is_reset:-1]:

@@ -239,6 +239,70 @@ async def test_registry_folder_disappears_and_returns(
         assert await names(await peers(daemon)) == {"old", "late"}
 
 
+async def test_file_that_is_a_mount_of_its_own_is_found_at_the_start(small: Path) -> None:
+    """As of a container with `-v registry.json:/…/registry.json`: the file could never be replaced."""
+    source, target = small / "source.json", small / "registry.json"
+    source.write_text('{"db": {"port": 5432}}')
+    target.write_text("")
+    mount("--bind", str(source), str(target))
+    try:
+        with DaemonProcess(target) as daemon, pytest.raises(AssertionError, match="mount its folder instead"):
+            daemon.start()
+        assert target.read_text() == '{"db": {"port": 5432}}'
+        assert "registry.journal" not in os.listdir(small)
+    finally:
+        unmount(target)
+
+
+async def test_pipe_in_place_of_the_file_holds_up_nobody(
+    tmp_path: Path, peers: Callable[[DaemonProcess], Any]
+) -> None:
+    with DaemonProcess(tmp_path / "registry.json") as daemon:
+        daemon.start()
+        peer = await peers(daemon)
+        await until(daemon.registry.exists)
+        daemon.registry.unlink()
+        os.mkfifo(daemon.registry)  # opening it would wait for a reader or writer
+        for port in range(1, 4):
+            assert (await peer.ask(cmd="register", name=f"n{port}", port=port))["ok"]
+            assert (await peer.ask("ping"))["ok"]
+            await asyncio.sleep(0.5)
+        daemon.registry.unlink()
+        await until(lambda: in_file(daemon.registry) == {"n1", "n2", "n3"})
+        status, log = daemon.end()
+        assert status == 0
+        assert log.count("there is something else than a file in its place; the journal has all changes") == 1
+
+
+@pytest.mark.parametrize("name", ["registry.json", "registry.journal", "registry.journal.1"])
+async def test_pipe_is_refused_at_the_start(tmp_path: Path, name: str) -> None:
+    with DaemonProcess(tmp_path / "registry.json") as daemon:
+        daemon.start()
+        daemon.end()
+        path = daemon.registry.with_name(name)
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        async with asyncio.timeout(WAIT_S):
+            with pytest.raises(AssertionError, match=f"{path} is not a regular file"):
+                await asyncio.to_thread(daemon.start)
+
+
+async def test_full_log_pipe_holds_up_nobody(tmp_path: Path, peers: Callable[[DaemonProcess], Any]) -> None:
+    """Nobody reads stderr, a pipe of 64 KiB."""
+    with DaemonProcess(tmp_path / "registry.json", "--log-level", "debug") as daemon:
+        daemon.start()
+        peer = await peers(daemon)
+        for count in range(20):
+            peer.send(*({"cmd": "register", "name": f"n{port}", "port": count + 1} for port in range(1, 51)))
+            for _ in range(50):
+                assert (await peer.reply())["ok"]
+        assert (await peer.ask("ping"))["ok"]
+        await until(lambda: len(in_file(daemon.registry)) == 50)
+        status, log = daemon.end()
+        assert status == 0
+        assert len(log) > 65_536
+
+
 # The faked door.
 
 

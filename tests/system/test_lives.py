@@ -107,3 +107,33 @@ def test_reused_pid_is_not_the_old_process(process: DaemonProcess) -> None:
             assert peer.ask("resolve", name="a")["last"]["reason"] == "process exited"
             assert peer.ask("resolve", name="b")["ok"]
         other.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_times_and_reasons_survive_a_restart(process: DaemonProcess, number: signal.Signals) -> None:
+    def ages() -> tuple[float, float, float]:
+        """Return how long ago, in seconds, `here` was registered, and how long ago `gone` ended."""
+        with BlockingConnection(process.addresses[0]) as peer:
+            [here] = peer.ask("list", name="here")["instances"]
+            [reply] = peer.ask("why", name="here")["instances"]
+            last = peer.ask("resolve", name="gone")["last"]
+            [departure] = peer.ask("why", name="gone")["departures"]
+            assert (last["reason"], departure["reason"]) == ("deregistered", "deregistered")
+            assert abs(last["age_s"] - departure["age_s"]) < 1.0
+            assert reply["since"] == here["registered_at"]
+            return time.time() - here["registered_at"], here["registered_at"], last["age_s"]
+
+    with BlockingConnection(process.addresses[0]) as peer:
+        assert peer.ask("register", name="here", port=1)["ok"]
+        assert peer.ask("register", name="gone", port=1)["ok"]
+        assert peer.ask("deregister", name="gone")["ok"]
+    began = time.monotonic()
+    _, registered_at, _ = ages()
+    time.sleep(1.2)
+    process.end(number)
+    process.start()
+    age_s, registered_at_now, gone_s = ages()
+    passed = time.monotonic() - began
+    assert registered_at_now == registered_at
+    assert 1.2 <= age_s < passed + 1.0
+    assert 1.2 <= gone_s < passed + 1.0
