@@ -8,10 +8,14 @@ import asyncio
 import contextlib
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from regd.core.model import Change, Entry, Op, State
+from regd.storage.files import Files
+from regd.storage.store import StorageError, Store
 from tests.support.daemon import WAIT_S, DaemonProcess, Peer
 from tests.support.length import LONG
 from tests.support.stored import stored
@@ -78,6 +82,71 @@ async def test_older_daemon_ends_and_nothing_acknowledged_is_missing(tmp_path: P
             assert not any(name.startswith("older") for name in names)
         else:
             assert of_older <= names
+
+
+class HookedFiles(Files):
+    """`Files` that call `hook` once, at a moment of a commit."""
+
+    def __init__(self) -> None:
+        self.moment = ""
+        self.hook: Callable[[], None] = lambda: None
+
+    def _at(self, moment: str) -> None:
+        if moment == self.moment:
+            self.moment = ""
+            self.hook()
+
+    def write(self, fd: int, data: bytes) -> None:
+        self._at("before the write")
+        super().write(fd, data)
+
+    def sync_data(self, fd: int) -> None:
+        self._at("before the sync")
+        super().sync_data(fd)
+        self._at("after the sync")
+
+
+@pytest.mark.parametrize("moment", ["before the write", "before the sync", "after the sync"])
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("way", ["lock file removed", "folder moved away"])
+def test_commit_that_another_daemon_overtakes_gets_no_ok(
+    tmp_path: Path, way: str, begins: bool, moment: str
+) -> None:
+    """The other one has read the journal before the line was there, or may have."""
+    folder, files = tmp_path / "folder", HookedFiles()
+    path = folder / "registry.json"
+    older, newer = Store(path, lambda line: None, files), Store(path, lambda line: None)
+
+    def take_over() -> None:
+        if way == "lock file removed":
+            path.with_name("registry.json.lock").unlink()
+        else:
+            folder.rename(tmp_path / "moved")
+        newer.open(0.0)
+        if begins:
+            newer.begin()
+
+    def up(rev: int, name: str) -> Change:
+        return Change(rev, Op.UP, Entry(name, "", "127.0.0.1", 1, {}, State.READY, rev, 0.0))
+
+    older.open(0.0)
+    older.begin()
+    older.commit([up(1, "old")])
+    files.hook, files.moment = take_over, moment
+    with pytest.raises(StorageError, match="another regd"):
+        older.commit([up(2, "overtaken")])
+    older.close()
+    if not begins:
+        newer.begin()
+    newer.commit([up(3, "new")])
+    newer.close()
+    names = stored(path).keys()
+    assert "new" in names
+    if way == "folder moved away":
+        assert names == {"new"}
+        assert "old" in stored(tmp_path / "moved" / "registry.json")
+    else:
+        assert "old" in names
 
 
 async def test_removed_lock_file_is_locked_again_before_the_next_write(tmp_path: Path) -> None:
