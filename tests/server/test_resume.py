@@ -33,7 +33,9 @@ class Lives:
         self.peer: Peer
         self.rev = 0
         self.positions: list[tuple[str, int]] = []  # every epoch with each of its revisions that was on disk
-        self.unwritten: set[str] = set()  # epochs whose daemon does not know that its start is on disk
+        self.left: dict[
+            str, int
+        ] = {}  # the last revision of each epoch that is on disk for sure; -1: not even its start
         self._numbers = itertools.count(1)
 
     @property
@@ -53,8 +55,8 @@ class Lives:
         await self.daemon.__aexit__(None, None, None)
 
     def _note_epoch(self) -> None:
-        if self.daemon.server._store._start is not None:
-            self.unwritten.add(self.epoch)
+        store = self.daemon.server._store
+        self.left[self.epoch] = store._rev if store._start is None else -1
 
     async def stop(self) -> None:
         await self.end()
@@ -261,7 +263,8 @@ class Follower:
     async def catch_up(self, lives: Lives) -> None:
         events = await lives.resume(*self.position)
         is_reset = events[0]["event"] == "reset"
-        assert not is_reset or self.position[0] in ("none", *lives.unwritten), (self.position, events)
+        epoch, rev = self.position
+        assert not is_reset or rev > lives.left.get(epoch, rev if epoch == lives.epoch else -1), (epoch, rev)
         if is_reset:
             self.state.clear()
         for event in events[is_reset:-1]:
@@ -272,11 +275,26 @@ class Follower:
             if kind != "down":
                 self.state[name] = event
         self.position = lives.epoch, events[-1]["rev"]
-        listed = (await lives.peer.ask("list"))["instances"]
-        assert self.state == {instance["name"]: instance for instance in listed}
+        reply = await lives.peer.ask("list")
+        if reply["rev"] > self.position[1]:  # a lease has ended meanwhile
+            await self.catch_up(lives)
+        else:
+            assert self.state == {instance["name"]: instance for instance in reply["instances"]}
 
 
-STEPS = ("register", "register", "update", "deregister", "stop", "kill", "fail", "mend", "catch up", "time")
+STEPS = (
+    "register",
+    "register",
+    "lease",
+    "update",
+    "deregister",
+    "stop",
+    "kill",
+    "fail",
+    "mend",
+    "catch up",
+    "time",
+)
 steps = st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 3), st.integers(0, 3)), min_size=5, max_size=30)
 
 
@@ -285,6 +303,8 @@ async def take(lives: Lives, followers: list[Follower], step: str, one: int, two
     match step:
         case "register":
             await lives.ask("register", name, port=1 + two, meta={"zone": "ab"[two % 2]})
+        case "lease":  # its end is seen even if the disk fails
+            await lives.ask("register", name, port=1 + two, ttl=1 + two)
         case "update":
             await lives.ask("update", name, meta={"zone": "ab"[two % 2], "n": str(two)})
         case "deregister":
