@@ -72,6 +72,9 @@ class Journal:
         return segments
 
     def _segment(self, path: Path) -> Segment:
+        found = self._files.print(path)
+        if found is not None and not found.is_regular:  # opening a pipe would wait for its other end
+            raise OSError(errno.EEXIST, "there is something else than a file in its place", str(path))
         first = self._files.read(path, _HEAD_BYTES).partition(b"\n")[0]
         return Segment(path, first, lambda: self._files.read(path))
 

@@ -100,6 +100,8 @@ class Store:
         self._sets_aside, self._rewrites = not found.keeps_journal, found.size
         self._start = Start(self.epoch, found.keeps_journal and found.valid, found.rev, at)
         self.epochs = dict(found.epochs)
+        if self._start.valid and found.epoch:
+            self.epochs[found.epoch] = (found.rev, found.line)
         self._rev = self.rev_written = found.rev
         self._at = at
         self._position = self._checkpointed = Position(found.epoch, found.line)
@@ -113,8 +115,8 @@ class Store:
             segments = self._journal.find()
             document = None if data is None else _parse(self.path, data, at)
             return recover(document, segments, self.path, self._limits.history_changes_max)
-        except FileExistsError:
-            raise StorageError(f"{self.path} is not a regular file; name another with --registry") from None
+        except FileExistsError as error:
+            raise StorageError(f"{error.filename} is not a regular file; name another with --registry") from None
         except OSError as error:
             raise StorageError(
                 f"cannot read {path}: {error.strerror}; give this user read access to it"
@@ -182,8 +184,6 @@ class Store:
             return
         number = self._position.line + 1
         self._journal.append(journal_lines.start(number, self._start))
-        if self._start.valid and self._position.epoch:
-            self.epochs[self._position.epoch] = (self._rev, self._position.line)
         self._position = Position(self.epoch, number)
         self._start = None
 
@@ -197,7 +197,7 @@ class Store:
     @property
     def needs_repair(self) -> bool:
         """Whether the disk may show what is not in effect, or lack what is. The next commit mends that."""
-        return self.has_unsaved or not self._journal.is_open
+        return self.has_unsaved or not self._journal.is_open or self._lock is None
 
     def commit(self, changes: Sequence[Change]) -> None:
         """Append changes to the journal, those of `apply_unsaved` first.
@@ -207,7 +207,7 @@ class Store:
             StorageError: another regd has taken over the registry; this one must end.
         """
         wanted = [change for change in (*self._unsaved, *changes) if not _changes_nothing(change)]
-        if not wanted and self._journal.is_open:
+        if not wanted and not self.needs_repair:
             return
         self._check_owner()
         self._ensure_segment()
