@@ -39,6 +39,17 @@ WHY = {
     "owners": [{"pid": 1}],
     "probe": {"accepted": False, "age_s": 1.0, "why": "refused"},
 }
+CHANGE = {
+    "rev": 1,
+    "at": 1790000000.0,
+    "op": "up",
+    "name": "db",
+    "instance": "1",
+    "host": "127.0.0.1",
+    "port": 5432,
+    "state": "ready",
+    "by": {"pid": 1, "uid": 1000, "command": "server"},
+}
 REPLIES: dict[str, dict[str, Any]] = {
     "list": {"ok": True, "epoch": "e", "rev": 1, "instances": [INSTANCE]},
     "resolve": {"ok": True, **INSTANCE},
@@ -47,6 +58,7 @@ REPLIES: dict[str, dict[str, Any]] = {
     "update": {"ok": True, "rev": 1},
     "watch": {"ok": True, "watch": 1, "epoch": "e", "rev": 1},
     "why": {"ok": True, "name": "db", "instances": [WHY], "departures": [{"instance": "1", "age_s": 1.0, "reason": "replaced"}]},
+    "history": {"ok": True, "changes": [CHANGE]},
     "hello": {"ok": True, "server": "regd", "version": "1", "epoch": "e", "rev": 1, "limits": {}, "host": {}},
     "stats": {
         "ok": True, "version": "1", "registry": "/none", "pid": 1, "uptime_s": 1.0, "epoch": "e", "rev": 1, "registrations": 1,
@@ -70,6 +82,7 @@ LINES = {
     "wait": ["wait", "db", "--timeout", "0"],
     "env": ["env", "db"],
     "why": ["why", "db"],
+    "history": ["history", "--since", "0"],
     "top": ["top"],
     "ping": ["ping"],
     "stats": ["stats", "--limits"],
