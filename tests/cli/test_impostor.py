@@ -323,3 +323,24 @@ def test_formats_of_env(process: DaemonProcess, ran: Callable[..., tuple[int, st
         "",
     )
     assert shown["docker"] == (0, "DB_HOST=::1\nDB_PORT=5432\nDB_ADDRESS=[::1]:5432\n", "")
+
+
+@pytest.mark.parametrize("code", ["unsupported", "unknown_command"])
+@pytest.mark.parametrize("flags", [[], ["--follow"]], ids=["once", "follow"])
+def test_history_of_a_daemon_without_it(
+    code: str, flags: list[str], ran: Callable[..., tuple[int, str, str]]
+) -> None:
+    refusal = {"ok": False, "error": code, "message": "no command 'history'"}
+    host = {"boot": None, "pid_namespace": None}
+    hello = {**REPLIES["hello"], "protocol": 1, "features": [], "loop": "asyncio", "host": host}
+    with impostor(answers(history=refusal, hello=hello)) as address:
+        status, out, told = ran(address, "history", *flags)
+        assert (status, out, told) == (4, "", "regctl: no command 'history'\n")
+        status, out, told = ran(address, "history", "--json", *flags)
+        assert (status, json.loads(out), told) == (4, refusal, "")
+
+
+def test_pages_of_history_without_an_end(ran: Callable[..., tuple[int, str, str]]) -> None:
+    with impostor(answers(history={"ok": True, "changes": [], "next": 7})) as address:
+        status, out, told = ran(address, "history", "--since", "0")
+    assert (status in (3, 4), out, told.count("\n")) == (True, "", 1)
