@@ -50,7 +50,7 @@ class Store:
         self._files = files = files or Files()
         self._limits = limits
         self._checkpoint = Checkpoint(self.path, files, warn)
-        self._journal = Journal(_journal_path(self.path), files)
+        self._journal = Journal(journal_path(self.path), files)
         self._lock_path = self.path.with_name(self.path.name + ".lock")
         self._lock: int | None = None
         self._lock_inode: int | None = None
@@ -371,11 +371,11 @@ def peek(path: Path, files: Files) -> Recovery:
     """
     data = Checkpoint(path, files, lambda line: None).read()
     document = None if data is None else parse(data, 0.0)
-    segments = Journal(_journal_path(path), files).find()
+    segments = Journal(journal_path(path), files).find()
     return recover(document, segments, path, DEFAULT.history_changes_max)
 
 
-def _journal_path(path: Path) -> Path:
+def journal_path(path: Path) -> Path:
     return path.with_name(f"{path.name.removesuffix('.json')}.journal")
 
 
