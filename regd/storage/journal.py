@@ -4,20 +4,18 @@ N is the number of a segment's first line. A segment that a write or sync has fa
 """
 
 import contextlib
-import errno
 import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 from regd.storage import journal_lines
-from regd.storage.files import Files
+from regd.storage.files import UNSUPPORTED, Files
 from regd.storage.journal_lines import Damaged, Head
 from regd.storage.recovery import Segment
 
 _HEAD_BYTES = 262_144  # the head of a segment has at most so many
 _SEGMENTS_MAX = 256  # crashes, and a disk that fails now and then, leave many small ones
-_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
 @dataclass(slots=True)
@@ -225,5 +223,5 @@ class Journal:
         try:
             self._files.sync_folder(self.path.parent)
         except OSError as error:
-            if error.errno not in _UNSUPPORTED:
+            if error.errno not in UNSUPPORTED:
                 raise

@@ -364,6 +364,18 @@ def test_folder_that_cannot_be_synced(shelf: Shelf) -> None:
     assert shelf.reopened() == {"a": 1}
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_first_start_where_no_folder_can_be_synced(tmp_path: Path, number: int) -> None:
+    files = RecordedFiles()
+    files.failing["sync_folder"] = number
+    store = Store(tmp_path / "new" / "folder" / "registry.json", print, files)
+    store.open(0.0)
+    store.begin()
+    store.commit([up(1, "a")])
+    store.checkpoint()
+    store.close()
+
+
 def test_obstacle_is_reported_at_the_start(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     shelf.store.close()
     monkeypatch.setattr(shelf.files, "obstacle", lambda path: "it is a mount point of its own")
