@@ -11,6 +11,7 @@ import pytest
 
 from regd.core.model import Change, Entry, Op, State
 from regd.storage import journal_lines
+from regd.storage.files import Files
 from regd.storage.store import StorageError, Store
 from tests.support.files import BROKEN, FULL, RecordedFiles
 
@@ -395,4 +396,32 @@ def test_journal_of_a_newer_version_is_set_aside_too(shelf: Shelf) -> None:
     shelf.path.write_text('{"mine": {"port": 9}}')
     assert shelf.reopened() == {"mine": 9}
     assert shelf.path.with_name("registry.journal.aside-1").read_bytes() == newer
+    assert shelf.reopened() == {"mine": 9}
+
+
+def test_mount_point_is_an_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "my registry.json"
+    path.write_text("{}")
+    assert Files().obstacle(path) == ""
+    mounts = f"36 35 98:0 / {tmp_path}/my\\040registry.json rw - ext4 /dev/sda rw\n"
+    monkeypatch.setattr(Path, "read_text", lambda path, **options: mounts)
+    assert "mount its folder instead" in Files().obstacle(path)
+
+
+def test_file_of_another_user_in_a_sticky_folder_is_an_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "registry.json"
+    path.write_text("{}")
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    assert Files().obstacle(path) == ""
+    tmp_path.chmod(0o1777)
+    assert "in a sticky folder" in Files().obstacle(path)
+
+
+def test_pid_written_by_hand_without_born_is_kept(shelf: Shelf) -> None:
+    shelf.store.close()
+    shelf.path.write_text('{"mine": {"port": 9, "pid": 4242}}')
+    assert shelf.reopened() == {"mine": 9}
+    assert json.loads(shelf.path.read_bytes())["mine"]["pid"] == 4242
     assert shelf.reopened() == {"mine": 9}
