@@ -4,6 +4,7 @@ N is the number of a segment's first line. A segment that a write or sync has fa
 """
 
 import contextlib
+import errno
 import re
 import threading
 from dataclasses import dataclass
