@@ -265,3 +265,10 @@ def test_pages_of_a_random_history(
     assert revs(written.page(before=point, name=name)) == [rev for rev in every if rev < point]
     after = written.page(limit, after=point * 5.0, name=name)
     assert revs(after) == [rev for rev in every if rev * 10 > point * 5][:limit]
+
+
+def test_segment_with_a_line_that_no_checkpoint_covers_is_kept(written: Written) -> None:
+    written.journal.drop_old(written.journal.segments[1].line - 2, 1)
+    assert len(written.journal.segments) == 3
+    written.journal.drop_old(written.journal.segments[1].line - 1, 1)
+    assert len(written.journal.segments) == 2

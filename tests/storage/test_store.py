@@ -425,3 +425,24 @@ def test_pid_written_by_hand_without_born_is_kept(shelf: Shelf) -> None:
     assert shelf.reopened() == {"mine": 9}
     assert json.loads(shelf.path.read_bytes())["mine"]["pid"] == 4242
     assert shelf.reopened() == {"mine": 9}
+
+
+def test_torn_batch_behind_lines_that_count_is_cut_off(shelf: Shelf) -> None:
+    shelf.store.commit([up(1, "a")])
+    shelf.store.close()
+    journal = shelf.path.with_name("registry.journal")
+    with journal.open("ab") as file:
+        file.write(b'{"line":3,"batch":2,')
+    assert shelf.reopened() == {"a": 1}
+    assert all(journal_lines.number_of(line) for line in journal.read_bytes().splitlines()[1:])
+
+
+def test_journal_that_another_program_replaced_is_not_written(shelf: Shelf) -> None:
+    journal = shelf.path.with_name("registry.journal")
+    copy = journal.with_name("copy")
+    copy.write_bytes(journal.read_bytes())
+    copy.replace(journal)
+    before = journal.read_bytes()
+    with pytest.raises(StorageError, match="is not the file that this regd wrote"):
+        shelf.store.commit([up(1, "a")])
+    assert journal.read_bytes() == before
