@@ -446,3 +446,13 @@ def test_journal_that_another_program_replaced_is_not_written(shelf: Shelf) -> N
     with pytest.raises(StorageError, match="is not the file that this regd wrote"):
         shelf.store.commit([up(1, "a")])
     assert journal.read_bytes() == before
+
+
+def test_start_without_a_lock_file_writes_the_segment_again(shelf: Shelf) -> None:
+    """A daemon whose lock file was removed may still write to the old one."""
+    shelf.save(up(1, "a"))
+    shelf.store.close()
+    shelf.path.with_name("registry.json.lock").unlink()
+    before = shelf.path.with_name("registry.journal").stat().st_ino
+    assert shelf.reopened() == {"a": 1}
+    assert shelf.path.with_name("registry.journal").stat().st_ino != before
