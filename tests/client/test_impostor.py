@@ -195,6 +195,8 @@ async def impostor() -> AsyncIterator[Impostor]:
     async with server:
         impostor.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         yield impostor
+    for _ in range(5):
+        await asyncio.sleep(0)  # asyncio finishes in tasks of its own the connections that it has just accepted
 
 
 async def leave(client: Client) -> None:
