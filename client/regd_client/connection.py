@@ -290,7 +290,7 @@ class Connection(asyncio.BufferedProtocol):
         on_reply(fields)
 
     def eof_received(self) -> None:
-        self._handle_break()  # now, although `connection_lost` follows
+        self._handle_break()  # at once: asyncio calls `connection_lost` later
 
     def connection_lost(self, exc: Exception | None) -> None:
         _OPEN.discard(self)

@@ -139,7 +139,7 @@ class Connector:
             return connection
 
     def _refuse(self, callers: "list[asyncio.Future[None]]") -> None:
-        """Fail the callers that have no patience."""
+        """Fail the callers with `Patience.NONE`."""
         for refused in callers:
             if self._callers.get(refused) is Patience.NONE and not refused.done():
                 refused.set_result(None)

@@ -329,7 +329,7 @@ class Registrar:
     # Watch.
 
     async def watch(self, state: WatchState) -> None:
-        """Start a watch, which is resumed after each reconnect. In any case, call `unwatch` in the end.
+        """Start a watch, which is resumed after each reconnect. Call `unwatch` in the end, even if this fails.
 
         Raises:
             RegdError: the daemon is away, or refuses the pattern.

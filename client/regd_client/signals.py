@@ -29,18 +29,18 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 @contextlib.contextmanager
 def held_until(withdraw: Withdraw) -> Iterator[None]:
     """Inside the `with`, await `withdraw` before the program's handlers get a signal. Main thread only."""
-    global _held
+    global _delayed
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    held = _held = _held or _LoopSignals()
-    held.withdraws.append(withdraw)
+    delayed = _delayed = _delayed or _LoopSignals()
+    delayed.withdraws.append(withdraw)
     try:
         yield
     finally:
-        held.withdraws.remove(withdraw)
-        if not held.withdraws:
-            held.release()
+        delayed.withdraws.remove(withdraw)
+        if not delayed.withdraws:
+            delayed.release()
 
 
 class _LoopSignals:
@@ -105,8 +105,8 @@ class _LoopSignals:
         """Forward the signals that are not held to the event loop's wakeup descriptor."""
         with contextlib.suppress(OSError):  # there is nothing to read, or the event loop is closed
             for number in self._reader.recv(4_096):
-                held = number in self._handlers and number not in self._replaced
-                if not held and self._wakeup_fd >= 0:
+                is_held = number in self._handlers and number not in self._replaced
+                if not is_held and self._wakeup_fd >= 0:
                     os.write(self._wakeup_fd, bytes((number,)))
 
     async def _withdraw(self) -> None:
@@ -131,11 +131,11 @@ class _LoopSignals:
 
     def release(self) -> None:
         """Stop delaying signals, and raise the held ones."""
-        global _held
+        global _delayed
         if self._released:
             return
         self._released = True
-        _held = None
+        _delayed = None
         self._loop.remove_reader(self._reader)
         vars(self._loop).pop("run_forever", None)
         try:
@@ -146,7 +146,7 @@ class _LoopSignals:
             self._writer.close()
 
 
-_held: _LoopSignals | None = None
+_delayed: _LoopSignals | None = None
 
 
 class ProcessSignals:

@@ -182,8 +182,8 @@ def _reasons(reply: dict[str, Any]) -> Iterable[str]:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["since"]))
         yield f"  since {since}, at revision {entry['rev']}"
         for owner in entry["owners"]:
-            held = ", ".join(f"{key} {value}" for key, value in owner.items())
-            yield "  static: has no owner" if owner.get("static") else f"  held by {held}"
+            owner_text = ", ".join(f"{key} {value}" for key, value in owner.items())
+            yield "  static: has no owner" if owner.get("static") else f"  held by {owner_text}"
         if probe := entry["probe"]:
             result = "accepted" if probe["accepted"] else probe["why"]
             yield f"  last probe {probe['age_s']:.1f} s ago: {result}"

@@ -76,9 +76,9 @@ class Listeners:
             self._unix_lock = files.lock(path.with_name(path.name + ".lock"))
             self._clear(path)
             self.sockets.append(_unix(path))
-        except AlreadyLocked as held:
-            do = "name" if held.elsewhere else "stop that one, or name"
-            raise ListenError(f"{path} is in use by another regd{held}; {do} another with --unix") from None
+        except AlreadyLocked as error:
+            do = "name" if error.elsewhere else "stop that one, or name"
+            raise ListenError(f"{path} is in use by another regd{error}; {do} another with --unix") from None
         except OSError as error:
             why = error.strerror or str(error)  # a path that is too long has no errno
             raise ListenError(f"cannot listen on {path}: {why}; name another with --unix") from None

@@ -41,8 +41,8 @@ def own_pid_namespace() -> str | None:
 
 def _network(connection: socket.socket) -> bool:
     try:
-        with socket.socket(socket.AF_UNIX) as ours:
-            return _cookie(connection) != _cookie(ours)
+        with socket.socket(socket.AF_UNIX) as own:
+            return _cookie(connection) != _cookie(own)
     except OSError:
         return False
 

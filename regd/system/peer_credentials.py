@@ -32,7 +32,7 @@ _NLM_F_REQUEST = 1
 _TCP_LISTEN = 10
 _ANY = 0xFFFF_FFFF  # as the states: all; as the cookie: none
 _HEAD = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
-_ASKED = struct.Struct("=BBBBI")  # inet_diag_req_v2: family, protocol, extensions, padding, states
+_REQUEST = struct.Struct("=BBBBI")  # inet_diag_req_v2: family, protocol, extensions, padding, states
 _PORTS = struct.Struct("!HH")  # inet_diag_sockid starts with the source and the destination port; …
 _REST = struct.Struct("=III")  # … then come both addresses, of 16 bytes each, the interface and the cookie
 _STATE_AT = _HEAD.size + 1  # in an inet_diag_msg: family, state, timer, retransmissions, and the sockid
@@ -163,24 +163,24 @@ class PeerCredentials:
         if connection.family == socket.AF_UNIX:
             return False
         try:
-            theirs, ours = connection.getpeername()[:2], connection.getsockname()[:2]
+            peer, own = connection.getpeername()[:2], connection.getsockname()[:2]
             if self._netlink is not None:
-                row = self._row(theirs, ours)
-                return not (is_connection(row, theirs, ours) and _OWNER.unpack_from(row, _OWNER_AT)[1])
-            return self._ask is by_table and by_table(theirs, ours) is None
+                row = self._row(peer, own)
+                return not (is_connection(row, peer, own) and _OWNER.unpack_from(row, _OWNER_AT)[1])
+            return self._ask is by_table and by_table(peer, own) is None
         except OSError:
             return False  # unknown
 
     def may_write(self, uid: int | None) -> bool:
-        """Return whether this user may write. An unknown user may not, unless the system cannot identify any."""
+        """Return whether this user may write. An unknown user may write only if no user can be identified."""
         return self._anyone or uid in self._may_write or (uid is None and self._cannot_identify)
 
     # Netlink.
 
-    def _by_netlink(self, theirs: End, ours: End) -> int | None:
-        row = self._row(theirs, ours)
+    def _by_netlink(self, peer: End, own: End) -> int | None:
+        row = self._row(peer, own)
         # If there is no such connection, the answer is a listener on that port.
-        if not is_connection(row, theirs, ours):
+        if not is_connection(row, peer, own):
             return None
         return owner(row)
 
@@ -211,8 +211,8 @@ def _id(source: End, destination: End) -> bytes:
 
 def question(source: End, destination: End) -> bytes:
     """Return the netlink message that asks for the TCP socket from `source` to `destination`."""
-    asked = _ASKED.pack(_family(source[0]), socket.IPPROTO_TCP, 0, 0, _ANY)
-    body = asked + _id(source, destination) + _REST.pack(0, _ANY, _ANY)
+    request = _REQUEST.pack(_family(source[0]), socket.IPPROTO_TCP, 0, 0, _ANY)
+    body = request + _id(source, destination) + _REST.pack(0, _ANY, _ANY)
     return _HEAD.pack(_HEAD.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0) + body
 
 
@@ -252,25 +252,25 @@ _UID_MAP = "/proc/self/uid_map"
 _OVERFLOW = "/proc/sys/kernel/overflowuid"
 
 
-def by_table(theirs: End, ours: End) -> int | None:
-    """Return the owner of the socket of `theirs` that is connected to `ours`; None if there is no such socket."""
+def by_table(peer: End, own: End) -> int | None:
+    """Return the owner of the socket of `peer` that is connected to `own`; None if there is no such socket."""
     for table in _TABLES:
         rows = _rows(table)
         for mapped in ("", "::ffff:") if table == _TABLES[1] else ("",):
-            if mapped and _family(theirs[0]) == socket.AF_INET6:
+            if mapped and _family(peer[0]) == socket.AF_INET6:
                 continue
-            wanted = [_hex(mapped + host, port) for host, port in (theirs, ours)]
+            addresses = [_hex(mapped + host, port) for host, port in (peer, own)]
             for fields in rows:
-                if fields[1:3] == wanted and int(fields[3], 16) != _TCP_LISTEN:
+                if fields[1:3] == addresses and int(fields[3], 16) != _TCP_LISTEN:
                     return int(fields[7]) if int(fields[9]) else None
     return None
 
 
 def is_in_table(listener: End) -> bool:
     """Return whether the text tables can be read, and contain this listening socket."""
-    wanted = _hex(*listener)
+    address = _hex(*listener)
     return any(
-        fields[1] == wanted and int(fields[3], 16) == _TCP_LISTEN for table in _TABLES for fields in _rows(table)
+        fields[1] == address and int(fields[3], 16) == _TCP_LISTEN for table in _TABLES for fields in _rows(table)
     )
 
 

@@ -64,7 +64,7 @@ class ProbeResult:
 
 class _Probe:
     def __init__(self) -> None:
-        self.wanted = 0
+        self.callers = 0
         self.pause_s = _PAUSE_S[0]
         self.task: asyncio.Task[None] | None = None
         self.timer: Timer | None = None
@@ -108,13 +108,13 @@ class Probes:
     def want(self, address: Address) -> None:
         """Probe an address until `unwant` has been called as often as `want`."""
         probe = self._probes.setdefault(address, _Probe())
-        probe.wanted += 1
+        probe.callers += 1
         self.again(address)
 
     def unwant(self, address: Address) -> None:
         probe = self._probes[address]
-        probe.wanted -= 1
-        if not probe.wanted:
+        probe.callers -= 1
+        if not probe.callers:
             self._end(address)
 
     def ask(self, address: Address, on_result: Callable[[ProbeResult], None]) -> None:

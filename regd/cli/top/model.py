@@ -31,7 +31,7 @@ class Row:
     holders: str
     meta: str
     since: float
-    seen_at: float  # on the clock of `Table.take`; -inf for instances of the first snapshot
+    seen_at: float  # on the same clock as `now` in `Table.take`; -inf for the first snapshot
 
     @property
     def words(self) -> str:
@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class RecentEvent:
-    """An event for display. `kind` is "up", "change" or "down", `at` is a time on the clock of `Table.take`."""
+    """An event for display. `kind` is "up", "change" or "down", `at` the time of `Table.take`."""
 
     kind: str
     who: str
@@ -51,10 +51,10 @@ class RecentEvent:
 
 def holders(fields: Mapping[str, Any]) -> str:
     """Return the owners of an instance as a short text."""
-    held = ["hold"] if fields.get("hold") else []
-    held += [f"pid {fields['pid']}"] if fields.get("pid") is not None else []
-    held += [f"ttl {fields['ttl']}s"] if fields.get("ttl") is not None else []
-    return visible(" ".join(held)) or "static"
+    owners = ["hold"] if fields.get("hold") else []
+    owners += [f"pid {fields['pid']}"] if fields.get("pid") is not None else []
+    owners += [f"ttl {fields['ttl']}s"] if fields.get("ttl") is not None else []
+    return visible(" ".join(owners)) or "static"
 
 
 def named(name: str, instance: str) -> str:
