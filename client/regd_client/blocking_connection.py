@@ -5,6 +5,7 @@ The module imports little, so that commands start quickly.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 
@@ -43,12 +44,8 @@ class BlockingConnection:
         self._input = b""  # received, and not yet decoded
         self._events: list[dict[str, Any]] = []  # that arrived before a reply
         self._timeout_s = timeout_s
-        try:
+        with self._os_errors_as_unavailable():
             self._open(autostart and protocol.autostart_wanted(self.address))
-        except Unavailable:
-            raise
-        except OSError as error:
-            raise protocol.unavailable(self.address, error.strerror or str(error)) from error
 
     def __repr__(self) -> str:
         state = "open" if hasattr(self, "_socket") and self._socket.fileno() >= 0 else "closed"
@@ -117,17 +114,13 @@ class BlockingConnection:
         wait = arguments.get("wait")
         timeout_s = self._timeout_s + (0.0 if wait is None else wait)
         until = monotonic() + timeout_s
-        try:
+        with self._os_errors_as_unavailable():
             self._socket.settimeout(timeout_s)
             self._socket.sendall(line)
             while "event" in (fields := protocol.decode_line(self._read_line(until))):
                 self._events.append(fields)
                 if len(self._events) > _EVENTS_MAX:
                     raise protocol.not_a_reply(f"to {cmd}: only events")
-        except OSError as error:
-            if isinstance(error, Unavailable):
-                raise
-            raise protocol.unavailable(self.address, error.strerror or str(error)) from error
         return protocol.check_result(cmd, arguments, fields)
 
     def events(self) -> Iterator[dict[str, Any]]:
@@ -138,16 +131,21 @@ class BlockingConnection:
         """
         while self._events:
             yield self._events.pop(0)
-        try:
+        with self._os_errors_as_unavailable():
             self._socket.settimeout(None)
             while True:
                 fields = protocol.decode_line(self._read_line())
                 if fields.get("ok"):
                     raise protocol.not_a_reply("a reply without a request")
                 yield fields
+
+    @contextlib.contextmanager
+    def _os_errors_as_unavailable(self) -> Iterator[None]:
+        try:
+            yield
+        except Unavailable:
+            raise
         except OSError as error:
-            if isinstance(error, Unavailable):
-                raise
             raise protocol.unavailable(self.address, error.strerror or str(error)) from error
 
     def _read_line(self, until: float | None = None) -> bytes:
