@@ -145,10 +145,10 @@ async def test_timeout_of_the_first_snapshot(monkeypatch: pytest.MonkeyPatch) ->
         await reader.read()
         writer.close()
 
-    monkeypatch.setattr(client_module, "_FIRST_PICTURE_S", 0.1)
+    monkeypatch.setattr(client_module, "_SYNC_S", 0.1)
     server = await asyncio.start_server(reticent, "127.0.0.1", 0)
     async with server, Client(f"127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
-        with pytest.raises(regd_client.Unavailable, match="too little"):
+        with pytest.raises(regd_client.Unavailable, match="did not send all instances"):
             async with client.mirror("*"):
                 pass
 
@@ -260,7 +260,7 @@ def test_position_stays_in_its_epoch_until_an_event() -> None:
         follow.take(line)
     assert position(follow) == ("three", 9)
     assert [event.kind for event in told] == ["up", "sync"]
-    assert follow.picture["a", ""]["rev"] == 9
+    assert follow.instances["a", ""]["rev"] == 9
 
 
 def position(state: WatchState) -> tuple[str | None, int | None]:
