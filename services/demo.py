@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -61,6 +62,16 @@ def running(*command: str, ready: Callable[[str], bool]) -> Iterator[subprocess.
         thread.join(1)
 
 
+def registry_with(name: str) -> str:
+    """Return the registry file once it has a name: it is written within a second after a change."""
+    until = time.monotonic() + READY_WITHIN_S
+    while f'"{name}"' not in (text := REGISTRY.read_text()):
+        if time.monotonic() > until:
+            raise SystemExit(f"{REGISTRY} does not have {name}")
+        time.sleep(0.05)
+    return text
+
+
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -79,7 +90,7 @@ def main() -> None:
         say("2. The runner listens on port 5050, and registers in its start-up hook:")
         with running(str(HERE / "runner.py"), ready=lambda line: "registered" in line) as runner:
             say(f"3. The registration, in {os.path.relpath(REGISTRY)}:")
-            say("".join(f"  {line}\n" for line in REGISTRY.read_text().splitlines()).rstrip())
+            say("".join(f"  {line}\n" for line in registry_with("runner").splitlines()).rstrip())
             say("4. The caller finds the runner by its name, and calls it:")
             with running(str(HERE / "caller.py"), ready=lambda line: "got" in line):
                 say("5. Your turn, in another terminal:")

@@ -22,7 +22,10 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
         {"regd", "regd.core", "regd.protocol", "regd.storage", "regd.system", "regd.server"},
         set(),
     ),
-    "regd/cli": ({"regd", "regd.cli", "regd.server", "regd.system", "regd.storage", "regd_client"}, set()),
+    "regd/cli": (
+        {"regd", "regd.cli", "regd.core", "regd.server", "regd.system", "regd.storage", "regd_client"},
+        set(),
+    ),
     "regd/testing": (
         {"regd.core", "regd.server", "regd.system", "regd.storage", "regd.testing", "regd_client"},
         set(),

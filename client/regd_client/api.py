@@ -1,7 +1,7 @@
-"""The verbs as functions. Each call opens a connection and closes it again.
+"""The client's verbs as functions. Each call opens a connection and closes it again.
 
-Registrations, watches and mirrors keep their connection open until they end. The functions work in any event
-loop, also in one that runs after another has ended.
+Registrations, watches and mirrors keep their connection open until they end. The functions share no state, so
+they work in any event loop.
 """
 
 import contextlib
@@ -34,32 +34,32 @@ def register(
         async with regd_client.register("runner", 5050) as registration:
             await registration.lost.wait()
 
-    The registration lasts as long as its connection and this process, is restored after a break, and ends with
-    the `async with`. The port should be open already: a service uses `listen` or `lifespan`, which see to that.
+    The registration lasts as long as its connection and this process, is restored after a reconnect, and ends
+    with the `async with`. Open the port first; `listen` and `lifespan` register a service at the right moment.
 
     Args:
         name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
         port: 1 to 65535.
         host: the address at which others reach the service; by default 127.0.0.1.
         instance: a name for this instance, if the service has several. `auto`: the lowest number from 1 that no
-            living owner holds, `Registration.instance` tells it.
-        meta: labels, by which `resolve` can select.
-        state: `starting` for a service that is not ready yet, `draining` for one that ends; by default `ready`.
-        static: the registration outlives the connection and the process, until somebody deregisters it.
-        force: take the name from a living owner.
-        pid: bind the registration to that process instead of this one. If the daemon does not see the same
-            processes, it lasts as long as the connection.
-        timeout: seconds for the whole call; by default 5 s to wait for a daemon.
+            live owner holds; `Registration.instance` is that number.
+        meta: labels that `resolve` can filter by.
+        state: `starting` (not ready yet), `ready` or `draining` (about to stop); by default `ready`.
+        static: keep the registration after the connection and the process end, until it is deregistered.
+        force: take the name even if its owner is alive.
+        pid: the process to bind the registration to, instead of this one. If the daemon cannot see the
+            process, the registration lasts as long as the connection.
+        timeout: seconds for the whole call; by default it waits up to 5 s for a daemon.
 
     Returns:
-        A `RegistrationContext`, which gives a `Registration` when it is awaited or entered.
+        A `RegistrationContext`; awaiting or entering it returns a `Registration`.
 
     Raises:
-        Conflict: another owner has the name, and lives; `details["owner"]` describes it.
+        Conflict: a live owner holds the name; `details["owner"]` describes it.
         Denied: this user may not register.
         Unavailable: no daemon answers.
         Timeout: the daemon did not reply within `timeout`.
-        BadArgument: an argument has a wrong type or value.
+        BadArgument: an argument has the wrong type or an invalid value.
     """
     check_integer("port", port, required=True)
     request = RegistrationRequest(name, port, host, instance, meta, state, static, force, pid, timeout)
@@ -67,7 +67,7 @@ def register(
 
 
 async def deregister(name: str, instance: str | None = None, *, timeout: float | None = None) -> None:
-    """End a registration, whoever made it.
+    """End a registration, whichever client made it.
 
         await regd_client.deregister("db")
 
@@ -81,7 +81,7 @@ async def deregister(name: str, instance: str | None = None, *, timeout: float |
         Denied: this user may not deregister.
         Unavailable: no daemon answers.
         Timeout: the daemon did not reply within `timeout`.
-        BadArgument: an argument has a wrong type or value.
+        BadArgument: an argument has the wrong type or an invalid value.
     """
     async with _client() as client:
         await client.deregister(name, instance, timeout=timeout)
@@ -95,7 +95,7 @@ async def resolve(
     wait: float | None = None,
     timeout: float | None = None,
 ) -> Endpoint:
-    """Return where a ready instance listens, taking turns among those that match.
+    """Return the endpoint of a ready instance; successive calls rotate through the matching instances.
 
         endpoint = await regd_client.resolve("db", wait=10)
         reader, writer = await asyncio.open_connection(*endpoint.address)
@@ -103,9 +103,9 @@ async def resolve(
     Args:
         name: the service's name.
         instance: only this instance.
-        meta: labels that the instance must carry, all of them.
-        wait: seconds (at most 3600) to wait for an instance that accepts a connection, and for the daemon,
-            whatever breaks meanwhile. By default the call fails at once.
+        meta: labels; the instance must have all of them.
+        wait: seconds (at most 3600) to wait for the daemon, and for an instance that accepts a connection; a lost
+            connection is opened again. By default the call fails at once.
         timeout: seconds for the whole call.
 
     Returns:
@@ -115,7 +115,7 @@ async def resolve(
         NotFound: no ready instance matches; `details["near"]` may have similar names.
         Timeout: no instance accepted a connection within `wait`; the message says why.
         Unavailable: no daemon answers.
-        BadArgument: an argument has a wrong type or value.
+        BadArgument: an argument has the wrong type or an invalid value.
     """
     async with _client() as client:
         return await client.resolve(name, instance=instance, meta=meta, wait=wait, timeout=timeout)
@@ -131,13 +131,13 @@ async def resolve_all(
 
     Args:
         name: the service's name.
-        meta: only instances that have all of these labels.
+        meta: only instances with all of these labels.
         timeout: seconds for the whole call.
 
     Raises:
         Unavailable: no daemon answers.
         Timeout: the daemon did not reply within `timeout`.
-        BadArgument: an argument has a wrong type or value.
+        BadArgument: an argument has the wrong type or an invalid value.
     """
     async with _client() as client:
         return await client.resolve_all(name, meta=meta, timeout=timeout)
@@ -151,13 +151,13 @@ def watch(
         async for event in regd_client.watch("worker*"):
             print(event.kind, event.endpoint)
 
-    After a break, the events are the differences between the last picture and the new one. A listener that falls
-    more than 10,000 events behind gets the differences too.
+    After a reconnect, the events are only the differences from the state before. The same goes for a
+    consumer that falls more than 10,000 events behind.
 
     Args:
-        pattern: a name, or the beginning of one followed by `*`.
-        meta: only instances that have all of these labels.
-        timeout: seconds until the daemon has accepted the watch.
+        pattern: a name, or a prefix followed by `*`.
+        meta: only instances with all of these labels.
+        timeout: seconds to wait for the daemon to accept the watch.
 
     Returns:
         An asynchronous generator of `Event`: `kind`, `endpoint`, `state`, `reason`.
@@ -165,7 +165,7 @@ def watch(
     Raises:
         Unavailable: no daemon answers at the beginning.
         Timeout: the daemon did not accept the watch within `timeout`.
-        BadArgument: an argument has a wrong type or value.
+        BadArgument: an argument has the wrong type or an invalid value.
     """
     check_text("pattern", pattern, required=True)
     check_seconds("timeout", timeout)
@@ -180,24 +180,24 @@ async def mirror(
     stale_s_max: float | None = None,
     timeout: float | None = None,
 ) -> AsyncIterator[Mirror]:
-    """Keep a local picture of services, from which names are resolved without a round trip.
+    """Keep a local copy of the matching instances, to resolve names without a round trip.
 
         async with regd_client.mirror("worker*") as mirror:
             endpoint = mirror.resolve("worker")
 
     Args:
-        pattern: a name, or the beginning of one followed by `*`.
-        meta: only instances that have all of these labels.
-        stale_s_max: seconds for which the daemon may be away before `resolve` raises `Unavailable`; by default
-            the last picture is used for ever.
-        timeout: seconds until the first picture is complete; by default 15 s.
+        pattern: a name, or a prefix followed by `*`.
+        meta: only instances with all of these labels.
+        stale_s_max: seconds for which the copy may be out of date before `resolve` raises `Unavailable`; by
+            default without a limit.
+        timeout: seconds to wait for the first complete copy; by default 15 s.
 
     Returns:
-        An `async with` that gives a `Mirror`.
+        An async context manager that yields a `Mirror`.
 
     Raises:
-        Unavailable: no daemon answers, or the first picture was not complete in time.
-        BadArgument: an argument has a wrong type or value.
+        Unavailable: no daemon answers, or the first copy was not complete in time.
+        BadArgument: an argument has the wrong type or an invalid value.
     """
     async with (
         _client() as client,
@@ -208,7 +208,7 @@ async def mirror(
 
 @contextlib.asynccontextmanager
 async def _client() -> AsyncIterator[Client]:
-    """Yield a client for one call. The call connects it, within its own `timeout` and `wait`."""
+    """Yield a client for one call. It connects during the call, so within the call's `timeout` and `wait`."""
     client = Client()
     try:
         yield client

@@ -1,4 +1,4 @@
-"""Checks of a caller's arguments, before anything is sent. The daemon checks names, hosts and sizes."""
+"""Checks of the types of a caller's arguments, before a request is sent. The daemon checks their values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,13 +28,13 @@ def _bad(field: str, message: str) -> BadArgument:
 
 
 def check_text(field: str, value: object, *, required: bool = False) -> None:
-    """Raise `BadArgument` unless the value is a string, or None where that is allowed."""
+    """Raise `BadArgument` unless the value is a string, or None if it is not required."""
     if not isinstance(value, str) and (required or value is not None):
         raise _bad(field, f"{field} must be a string, not {value!r:.80}")
 
 
 def check_integer(field: str, value: object, *, required: bool = False) -> None:
-    """Raise `BadArgument` unless the value is an int (a bool is none), or None where that is allowed."""
+    """Raise `BadArgument` unless the value is an int and not a bool, or None if it is not required."""
     if (isinstance(value, bool) or not isinstance(value, int)) and (required or value is not None):
         raise _bad(field, f"{field} must be a whole number, not {value!r:.80}")
 
@@ -57,7 +57,7 @@ def copy_meta(meta: Mapping[str, str] | None) -> dict[str, str] | None:
     """Return a copy of `meta`.
 
     Raises:
-        BadArgument: `meta` is no mapping of strings to strings.
+        BadArgument: `meta` is not a mapping of strings to strings.
     """
     if meta is None:
         return None
@@ -81,10 +81,10 @@ def check_service(name: object, instance: object = None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class RegistrationRequest:
-    """What a caller wants to be registered: the arguments of `register`, checked.
+    """The arguments of `register`, with their types checked.
 
-    `port` is None for a service whose server has not opened its port yet. `pid` is the process that the
-    registration lasts as long as, None for this process. `timeout_s` bounds the call.
+    `port` is None if the service's server has not opened its port yet. `pid` is the process to bind the
+    registration to; None means this process. `timeout_s` limits the whole call.
     """
 
     name: str
@@ -120,7 +120,7 @@ class RegistrationRequest:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The arguments of the protocol's `register` that do not depend on the connection."""
+        """The fields of the `register` request that do not depend on the connection."""
         return {
             "name": self.name,
             "port": self.port,

@@ -1,9 +1,11 @@
-"""Starting a daemon on demand: with REGD_AUTOSTART=1, a client that finds no daemon on this machine starts one.
+"""Start a daemon on demand: with REGD_AUTOSTART=1, a client that finds no daemon on this machine starts one.
 
-However many clients ask at once, one starts the daemon: under a lock in the state folder it looks again, starts,
-and waits until the daemon listens; the others wait until they reach it. A daemon that is started twice all the
-same is refused by the daemon's own rules: the port is taken, or the registry locked. Nothing here blocks: a
-caller looks, calls `step`, and pauses, with an event loop or without.
+If many clients start at once, a lock in the state folder lets one of them start the daemon; the others keep
+trying to connect. Should two daemons be started after all, the second fails, since the port is taken or the
+registry locked.
+
+`Autostart` does not block: a caller with or without an event loop tries to connect, calls `step`, sleeps, and
+repeats.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import errno
 import fcntl
 import os
 import re
-import shutil
 import sys
 import time
 import zlib
@@ -30,44 +31,46 @@ T = TypeVar("T")
 
 __all__ = ["IDLE_EXIT_S", "NOT_STARTED", "Autostart", "is_gone", "until_open"]
 
-IDLE_EXIT_S = 300  # longer than a restart of all services by hand
+IDLE_EXIT_S = 300  # longer than a manual restart of all services takes
 NOT_STARTED = "not_started"  # code of the error for a daemon that could not be started
 _DEFAULT_PORT = protocol.parse_address(protocol.DEFAULT_ADDRESS).port
-_PAUSE_S = (0.02, 0.05)  # between two looks: of the process that starts it, and of the others
-_STARTS_MAX = 3  # of daemons that listened and could not be reached
-_REST_S = 5.0  # after a failure, until the next attempt
-_LOG_BYTES = 4_096  # read from the end of the log for its last line
+_PAUSE_S = (0.02, 0.05)  # between attempts to connect: in the process that starts the daemon, and in the others
+_STARTS_MAX = 3  # if the daemon starts, but cannot be reached
+_RETRY_S = 5.0  # after a failure, until the next attempt to start
+_LOG_BYTES = 4_096  # read from the end of the log, to find its last line
 _GONE = (errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ENOENT)
-_NOT_INHERITED = ("REGD_", "LISTEN_", "WATCHDOG_")  # variables for this process, from its user and from systemd
-_NOT_INHERITED_EITHER = ("NOTIFY_SOCKET", "STATE_DIRECTORY", "PYTHONWARNINGS", "PYTHONINSPECT")
+# Environment variables that are meant for this process, not for the daemon.
+_NOT_INHERITED_PREFIXES = ("REGD_", "LISTEN_", "WATCHDOG_")
+_NOT_INHERITED = ("NOTIFY_SOCKET", "STATE_DIRECTORY", "PYTHONWARNINGS", "PYTHONINSPECT")
 _PYTHON = re.compile(r"(python|pypy)[0-9.]*[a-z]?(-[a-z0-9]+)?(\.exe)?", re.IGNORECASE)
-_FROZEN = ("_PYI_", "_MEIPASS")  # variables of PyInstaller
-_LIBRARIES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH")  # a frozen program changes them
+_FROZEN_PREFIXES = ("_PYI_", "_MEIPASS")  # environment variables of PyInstaller
+_LIBRARY_PATHS = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH")  # PyInstaller changes these
 
-_failures: dict[str, tuple[float, str]] = {}  # by address: the end of the rest, and the message
+_failures: dict[str, tuple[float, str]] = {}  # by address: the time of the next attempt, and the error message
 
 
 def is_gone(error: OSError) -> bool:
-    """Return whether the error says that nobody listens: not a peer that does not answer, nor an unknown host."""
+    """Return whether the error means that no process listens, not that a peer is slow or a host unknown."""
     if isinstance(error, (TimeoutError, RegdError)):
         return False
-    return error.errno in _GONE or error.errno is None  # None: several errors in one, or the peer closed
+    # errno is None if asyncio combined several errors, or if the peer closed the connection.
+    return error.errno in _GONE or error.errno is None
 
 
 def until_open(address: protocol.Address, timeout_s: float, connect: Callable[[], T]) -> T:
-    """Start a daemon and return what `connect` does once it can.
+    """Start a daemon, call `connect` until it succeeds, and return its result.
 
     Raises:
         Unavailable: the daemon does not answer in time, or cannot be started.
-        OSError: another program is there, which must not be replaced.
+        OSError: another program uses the address.
     """
     until = time.monotonic() + timeout_s
-    start = Autostart(address)
+    autostart = Autostart(address)
     try:
         while True:
-            pause_s = start.step()
+            pause_s = autostart.step()
             if time.monotonic() + pause_s >= until:
-                raise protocol.unavailable(address, start.why)
+                raise protocol.unavailable(address, autostart.why)
             time.sleep(pause_s)
             try:
                 return connect()
@@ -75,34 +78,37 @@ def until_open(address: protocol.Address, timeout_s: float, connect: Callable[[]
                 if not is_gone(error):
                     raise
     finally:
-        start.close()
+        autostart.close()
 
 
 class Autostart:
-    """One caller's part in starting the daemon. `why` is the current state, for the error of a timeout."""
+    """A state machine that starts one daemon. `why` says what it waits for, for the error after a timeout."""
 
     def __init__(self, address: protocol.Address) -> None:
         self._address = address
         self._registry = self._log = ""
-        self._base: list[str] = []  # the command, without its flags
+        self._program: list[str] = []  # the command without its flags
         self._lock: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._starts = 0
-        self._looked = False  # again, since the process has ended
-        self._log_from = 0  # where its part of the log begins
+        self._tried_after_exit = False  # the caller has tried to connect since the process ended
+        self._log_from = 0  # the offset in the log at which the process started
         self.why = "another process is starting it"
 
     def step(self) -> float:
-        """Do the next step, after an attempt to connect found nobody. Returns the seconds until the next attempt.
+        """Do the next step. Call it after each failed attempt to connect.
+
+        Returns:
+            The seconds until the next attempt to connect.
 
         Raises:
             Unavailable: the daemon cannot be started; `code` is `not_started`.
         """
-        rests_until, failure = _failures.get(str(self._address), (0.0, ""))
-        if time.monotonic() < rests_until:
+        retry_at, failure = _failures.get(str(self._address), (0.0, ""))
+        if time.monotonic() < retry_at:
             raise Unavailable(failure, NOT_STARTED)
-        if not self._base:  # no folder or file is made before there is a program
-            self._base = self._program()
+        if not self._program:  # find the program first: without it, create no folders and files
+            self._program = self._find_program()
             self._registry = os.path.join(self._folder(), _registry(self._address))
             self._log = self._registry.removesuffix(".json") + ".log"
             self.why = f"another process is starting it; its log is {self._log}"
@@ -111,13 +117,13 @@ class Autostart:
         except OSError as error:
             if isinstance(error, Unavailable):
                 raise
-            where = error.filename or self._registry
-            mend = "give its rights to this user, or name another folder in XDG_STATE_HOME"
-            raise self._failed(f"cannot use {where}: {error.strerror}; {mend}") from None
+            path = error.filename or self._registry
+            advice = "give this user write access, or name another folder in XDG_STATE_HOME"
+            raise self._failed(f"cannot use {path}: {error.strerror}; {advice}") from None
 
     def _step(self) -> float:
         if self._lock is None:
-            self._lock = _locked(self._registry + ".start")
+            self._lock = _lock_file(self._registry + ".start")
             return _PAUSE_S[1] if self._lock is None else 0.0  # the previous owner may have started a daemon
         if self._process is None:
             self._start()
@@ -125,8 +131,8 @@ class Autostart:
         status = self._process.poll()
         if status is None:
             return _PAUSE_S[0]
-        if not self._looked:  # it, or another daemon, may listen since the caller looked
-            self._looked = True
+        if not self._tried_after_exit:  # a daemon may listen by now: let the caller try once more
+            self._tried_after_exit = True
             return 0.0
         if status != 0 or self._starts == _STARTS_MAX:
             raise self._failed(self._last_line() or f"it ended with status {status}")
@@ -134,10 +140,10 @@ class Autostart:
         return _PAUSE_S[0]
 
     def _start(self) -> None:
-        """Start `regd --background`. The process ends when its daemon listens or has failed."""
+        """Start `regd --background`. That process ends once its daemon listens or has failed."""
         import subprocess
 
-        command, environment = self._command(), _environment()
+        command, environment = self._command(), _daemon_environment()
         log = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             self._log_from = os.fstat(log).st_size
@@ -153,7 +159,7 @@ class Autostart:
         finally:
             os.close(log)
         self._starts += 1
-        self._looked = False
+        self._tried_after_exit = False
         self.why = f"it is being started; its log is {self._log}"
 
     def _command(self) -> list[str]:
@@ -161,32 +167,34 @@ class Autostart:
         if self._address.path:
             address = ["--unix", self._address.path, "--port", "0"]
         files = ["--registry", self._registry, "--log", self._log]
-        return [*self._base, *address, *files, "--background", "--idle-exit", str(IDLE_EXIT_S)]
+        return [*self._program, *address, *files, "--background", "--idle-exit", str(IDLE_EXIT_S)]
 
-    def _program(self) -> list[str]:
+    def _find_program(self) -> list[str]:
         interpreter = _interpreter()
-        if interpreter is not None and _package() is not None:
+        if interpreter is not None and _package_folder() is not None:
             return [interpreter, "-P", "-m", "regd"]
+        import shutil  # slow to import
+
         program = shutil.which("regd")
         program = None if program is None else _absolute(program)
         if program is not None and not _is_this_program(program):
             return [program]
         if interpreter is not None:
-            raise self._failed("there is none to start: this Python has no package regd, and PATH no `regd`")
+            raise self._failed("this Python does not have the package regd, and PATH does not have `regd`")
         program = sys.executable or "this program"
         raise self._failed(
-            f"there is none to start: {program} is no Python interpreter, and PATH has no `regd`; "
+            f"{program} is not a Python interpreter, and PATH does not have `regd`; "
             "install regd, or start it yourself"
         )
 
     def _folder(self) -> str:
-        """Return the state folder of this user's daemon. $STATE_DIRECTORY is this process's, not the daemon's."""
+        """Return the state folder of this user's daemon. $STATE_DIRECTORY would be that of this process."""
         base = os.environ.get("XDG_STATE_HOME", "")
         if not os.path.isabs(base):
             home = os.environ.get("HOME") or _home()
             if not os.path.isabs(home):
                 raise self._failed(
-                    "there is no folder for its registry: HOME is no absolute path, and this user has no home "
+                    "it has no folder for its registry: HOME is not an absolute path, and this user has no home "
                     "folder; set HOME or XDG_STATE_HOME"
                 )
             base = os.path.join(home, ".local", "state")
@@ -195,7 +203,7 @@ class Autostart:
     def _failed(self, why: str) -> Unavailable:
         log = f"; its log is {self._log}" if self._starts else ""
         message = f"regd at {self._address} cannot be started: {why}{log}"
-        _failures[str(self._address)] = time.monotonic() + _REST_S, message
+        _failures[str(self._address)] = time.monotonic() + _RETRY_S, message
         return Unavailable(message, NOT_STARTED)
 
     def _last_line(self) -> str:
@@ -206,11 +214,11 @@ class Autostart:
         return next((line.removeprefix("regd: ") for line in reversed(lines) if line.strip()), "")
 
     def close(self) -> None:
-        """Unlock. A process that was started continues."""
+        """Release the lock. A process that was started continues."""
         if self._lock is not None:
             fcntl.flock(
                 self._lock, fcntl.LOCK_UN
-            )  # closing is not enough: a forked child has the descriptor, too
+            )  # close() would not unlock if a forked child has the descriptor
             os.close(self._lock)
             self._lock = None
         process, self._process = self._process, None
@@ -222,7 +230,7 @@ class Autostart:
 
 
 def _home() -> str:
-    """Return this user's home folder from the password database, "" if it has none."""
+    """Return this user's home folder from the password database, or "" if the user is not in it."""
     import pwd
 
     try:
@@ -232,14 +240,14 @@ def _home() -> str:
 
 
 def _registry(address: protocol.Address) -> str:
-    """Return the name of the registry's file: a plain `regd`'s, or one for each other port or path."""
+    """Return the name of the registry file: `registry.json` for the default port, else one with the address."""
     if address.path:
         return f"registry-unix-{zlib.crc32(os.fsencode(address.path)):08x}.json"
     return "registry.json" if address.port == _DEFAULT_PORT else f"registry-{address.port}.json"
 
 
-def _locked(path: str) -> int | None:
-    """Lock a file and return its descriptor, None if another process has locked it."""
+def _lock_file(path: str) -> int | None:
+    """Lock a file and return its descriptor; None if another process has locked it."""
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
@@ -254,9 +262,9 @@ def _locked(path: str) -> int | None:
 
 
 def _interpreter() -> str | None:
-    """Return the Python that runs this program, or one beside it. None if Python is frozen or embedded.
+    """Return the path of this program's Python interpreter; None if it has none.
 
-    `sys.executable` is then the program itself, or empty.
+    In a frozen or embedded Python, `sys.executable` is the program itself, or empty.
     """
     if getattr(sys, "frozen", False):
         return None
@@ -278,44 +286,44 @@ def _is_this_program(path: str) -> bool:
 
 
 def _absolute(path: str) -> str | None:
-    """Return an absolute path, None for a relative one if the current folder has been deleted."""
+    """Return the absolute path; None if the path is relative and the current folder has been deleted."""
     try:
         return os.path.abspath(path)
     except OSError:
         return None
 
 
-def _package() -> str | None:
-    """Return the folder in which this interpreter finds the package regd, None if it finds none."""
+def _package_folder() -> str | None:
+    """Return the folder in which this interpreter finds the package regd; None if it does not find it."""
     try:
         spec = find_spec("regd")
     except (ImportError, ValueError):
         return None
-    if spec is None or spec.origin is None:  # None: a folder of that name, which is no package
+    if spec is None or spec.origin is None:  # no origin: a folder named regd without an `__init__.py`
         return None
     origin = _absolute(spec.origin)
     return None if origin is None else os.path.dirname(os.path.dirname(origin))
 
 
-def _environment() -> dict[str, str]:
-    """Return the daemon's environment: without this process's own variables, and with the path of the package."""
-    kept = {
+def _daemon_environment() -> dict[str, str]:
+    """Return the environment for the daemon: this process's, without what is meant for this process alone."""
+    environment = {
         key: value
         for key, value in os.environ.items()
-        if not key.startswith(_NOT_INHERITED) and key not in _NOT_INHERITED_EITHER
+        if not key.startswith(_NOT_INHERITED_PREFIXES) and key not in _NOT_INHERITED
     }
-    # The daemon has another current folder.
-    folders = [_absolute(folder) for folder in kept.pop("PYTHONPATH", "").split(os.pathsep) if folder]
+    # The daemon runs in another folder, so relative paths must become absolute.
+    folders = [_absolute(folder) for folder in environment.pop("PYTHONPATH", "").split(os.pathsep) if folder]
     if getattr(sys, "frozen", False):
-        for name in _LIBRARIES:
-            kept.pop(name, None)
-            if (original := kept.pop(f"{name}_ORIG", None)) is not None:
-                kept[name] = original
-        kept = {key: value for key, value in kept.items() if not key.startswith(_FROZEN)}
+        for name in _LIBRARY_PATHS:
+            environment.pop(name, None)
+            if (original := environment.pop(f"{name}_ORIG", None)) is not None:
+                environment[name] = original
+        environment = {key: value for key, value in environment.items() if not key.startswith(_FROZEN_PREFIXES)}
     else:
-        package = _package()
+        package = _package_folder()
         if package is not None and os.path.basename(package) not in ("site-packages", "dist-packages"):
             folders.insert(0, package)
     if any(folders):
-        kept["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
-    return kept
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
+    return environment

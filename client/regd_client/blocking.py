@@ -1,13 +1,13 @@
-"""The registry for programs without an event loop: the client's verbs as functions that block.
+"""The blocking client, for programs without an event loop: the client's verbs as functions that block.
 
     with regd_client.blocking.register("shop", 8000):
         endpoint = regd_client.blocking.resolve("db", wait=10)
 
-The async client does the work, in a thread of its own. `Client(address)` has all its verbs on one connection.
-`BlockingConnection` sends one request after another, and needs no thread.
+The async client does the work, in a background thread. `Client(address)` offers all verbs on one connection.
+`BlockingConnection` sends one request after another, without a thread.
 
-asyncio is imported by the first call, not by this module: commands start quickly, and a server that only calls
-`register_process` stays without it.
+This module does not import asyncio; the first call does. So commands start quickly, and a server that only calls
+`register_process` never imports it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import atexit
 import contextlib
 import os
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
-from types import TracebackType
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from regd_client.blocking_connection import BlockingConnection
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     import concurrent.futures
 
     from regd_client import client, lifespans, mirrors, registration
-    from regd_client.arguments import RegistrationRequest
     from regd_client.models import Endpoint, Event, Hello, History, Instance, State, Stats, Why
 
 __all__ = [
@@ -50,11 +48,11 @@ T = TypeVar("T")
 _JOIN_S = 1.0
 
 
-# The thread.
+# The background thread.
 
 
 class LoopThread:
-    """A thread with an event loop, which runs until the process ends."""
+    """A thread that runs an event loop until the process ends."""
 
     def __init__(self) -> None:
         import asyncio
@@ -73,14 +71,14 @@ class LoopThread:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing runs in the thread: the process is ending, or was forked from the thread's process."""
+        """Whether the thread is unusable: this process is exiting, or is a fork of the thread's process."""
         return self._ended or self.pid != os.getpid()
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the thread, and return its result. An exception here (Ctrl-C) cancels it.
+        """Run a coroutine in the thread and return its result. An exception in the caller (Ctrl-C) cancels it.
 
         Raises:
-            Unavailable: the process is ending, or was forked from the thread's process.
+            Unavailable: this process is exiting, or is a fork of the thread's process.
         """
         future = self.begin(work)
         import concurrent.futures
@@ -95,27 +93,35 @@ class LoopThread:
             future.cancel()
 
     def begin(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Run a coroutine in the thread, without waiting for it.
+        """Start a coroutine in the thread, without waiting for it.
 
         Raises:
-            Unavailable: the process is ending, or was forked from the thread's process.
+            Unavailable: this process is exiting, or is a fork of the thread's process.
         """
-        if self.pid == os.getpid():  # in a fork, nobody may ever release the lock
+        if self.pid == os.getpid():  # in a forked child, the lock may be held forever
             with self._lock:
-                if not self._ended:  # else nothing can be imported, perhaps: a `__del__` may come very late
+                if not self._ended:  # after that, imports may fail: a `__del__` can run very late
                     import asyncio
 
                     return asyncio.run_coroutine_threadsafe(work, self._loop)
         work.close()
         raise self._unusable()
 
+    def call_function(self, function: Callable[[], T]) -> T:
+        """Run a plain function in the thread and return its result, like `call`."""
+
+        async def run() -> T:
+            return function()
+
+        return self.call(run())
+
     def _unusable(self) -> Unavailable:
         if self.pid != os.getpid():
-            return Unavailable("it belongs to the process that this one was forked from: open another here")
-        return Unavailable(_ENDING)
+            return Unavailable("it belongs to the parent process of this fork; open another one here")
+        return Unavailable(_EXITING)
 
     def _end(self) -> None:
-        """Cancel what runs at the end of the process, with which the registrations end."""
+        """Cancel all tasks at the end of the process. Its registrations end with it."""
         if self.pid != os.getpid():
             return
         with self._lock:
@@ -139,23 +145,22 @@ async def _cancel_all() -> None:
     await abort_all("the program ended")
 
 
-_ENDING = "this process is ending: regd_client.blocking can be used no more"
-_threads: list[
-    LoopThread
-] = []  # the last is this process's; the others belong to the processes it was forked from
+_EXITING = "this process is exiting; regd_client.blocking can no longer be used"
+# The last thread is this process's. After a fork, the threads of the parent processes precede it.
+_threads: list[LoopThread] = []
 _starting = threading.Lock()
 
 
 def client_thread() -> LoopThread:
-    """Return this process's thread. A forked child starts one of its own.
+    """Return this process's thread; start it at the first call, and again in a forked child.
 
     Raises:
-        Unavailable: the process is ending, and no thread can be started.
+        Unavailable: the process is exiting, and no thread can be started.
     """
     try:
-        from regd_client import api, lifespans  # noqa: F401 - here, where a failure can be told apart
+        from regd_client import api, lifespans  # noqa: F401 - fails only while the interpreter exits
     except ImportError:
-        raise Unavailable(_ENDING) from None
+        raise Unavailable(_EXITING) from None
     with _starting:
         if not _threads or _threads[-1].pid != os.getpid():
             _threads.append(LoopThread())
@@ -181,7 +186,7 @@ class BlockingRegistration:
         self._thread = thread
 
     def __repr__(self) -> str:
-        return f"<Blocking{repr(self._registration).removeprefix('<').removeprefix('Standalone')}"
+        return f"<Blocking{repr(self._registration).removeprefix('<')}"
 
     @property
     def endpoint(self) -> Endpoint:
@@ -195,12 +200,12 @@ class BlockingRegistration:
 
     @property
     def lost(self) -> bool:
-        """Whether another process or client took the name."""
+        """Whether another process or client has taken the name."""
         return self._registration.lost.is_set()
 
     @property
     def lost_reason(self) -> str:
-        """How the name was taken, "" before that."""
+        """Why the registration was lost; "" until then."""
         return self._registration.lost_reason
 
     def update(
@@ -210,33 +215,33 @@ class BlockingRegistration:
         state: State | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Replace the labels, set the state, or both. After a break, wait until the registration is restored.
+        """Replace the labels, set the state, or both. While disconnected, wait until the client is back.
 
             registration.update({"zone": "b"}, state="ready")
 
         Args:
             meta: the new labels, which replace all previous ones; None leaves them as they are.
             state: `starting`, `ready` or `draining`; None leaves it as it is.
-            timeout: seconds for the whole call; by default 5 s to wait for a daemon.
+            timeout: seconds for the whole call; by default it waits up to 5 s for a daemon.
 
         Raises:
-            NotFound: the registration has ended, or the name was taken.
+            NotFound: the registration has ended, or another owner has the name.
             Unavailable: no daemon answers in time.
             Timeout: the daemon did not reply within `timeout`.
-            BadArgument: an argument has a wrong type or value.
+            BadArgument: an argument has the wrong type or an invalid value.
         """
         self._thread.call(self._registration.update(meta, state=state, timeout=timeout))
 
     def deregister(self, *, timeout: float | None = None) -> None:
-        """End the registration: set it `draining`, and then remove it. Idempotent.
+        """End the registration: set it `draining`, then remove it. Idempotent.
 
-        In a forked child, and at the end of the process, with which the registration ends, the call does nothing.
+        The call does nothing in a forked child and while the process exits, which ends the registration anyway.
 
         Args:
-            timeout: seconds to wait for the daemon's confirmation; by default 2 s, and 0.2 s without a daemon.
+            timeout: seconds to wait for the daemon's confirmation; by default 2 s, or 0.2 s without a daemon.
 
         Raises:
-            Unavailable: no daemon answers, for a static registration.
+            Unavailable: the registration is static, and no daemon answers.
             RegdError: the daemon refuses.
         """
         if not self._thread.ended:
@@ -245,9 +250,7 @@ class BlockingRegistration:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self._registration._request.static:
             self.deregister()
 
@@ -257,8 +260,8 @@ class BlockingSocket:
 
     Attributes:
         socket: the socket, in blocking mode.
-        endpoint: where it is registered.
-        port: the port that it listens on.
+        endpoint: the registered address.
+        port: the port of the socket.
     """
 
     def __init__(self, registered: lifespans.RegisteredSocket, thread: LoopThread) -> None:
@@ -273,7 +276,7 @@ class BlockingSocket:
         return repr(self._registered).replace("RegisteredSocket", "BlockingSocket")
 
     def close(self) -> None:
-        """Withdraw the name, and 0.1 s later close the socket. Idempotent."""
+        """Withdraw the name, and close the socket 0.1 s later. Idempotent."""
         if self._thread.ended:
             self.socket.close()
         else:
@@ -282,9 +285,7 @@ class BlockingSocket:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -319,17 +320,14 @@ class BlockingWatch:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 class BlockingMirror:
-    """A local picture of the services whose name fits a pattern, from `Client.mirror`. Any thread may use it.
+    """A local copy of the instances that match a pattern, from `Client.mirror`. Any thread may use it.
 
-    `resolve` takes turns among the ready instances of a name. Iterating yields the endpoints of all ready
-    instances, in order of name and instance.
+    Iterating yields the endpoints of all ready instances, in order of name and instance.
     """
 
     def __init__(self, mirror: mirrors.Mirror, thread: LoopThread) -> None:
@@ -341,21 +339,21 @@ class BlockingMirror:
 
     @property
     def live(self) -> bool:
-        """Whether the picture is true now."""
+        """Whether the copy is up to date."""
         return self._mirror.live
 
     @property
     def stale_s(self) -> float:
-        """Seconds since the daemon went away; 0.0 while it is there."""
+        """Seconds for which the copy may have been out of date; 0.0 while it is live."""
         return self._mirror.stale_s
 
     @property
     def changes(self) -> int:
-        """The number of changes of the picture so far, for `changed`."""
+        """The number of changes so far, to pass to `changed`."""
         return self._mirror.changes
 
     def changed(self, since: int | None = None, *, timeout: float | None = None) -> int:
-        """Wait for a change of the picture: a ready instance that came, went, or has another address or meta.
+        """Wait until a ready instance appears, disappears, or changes its address or labels.
 
             while True:
                 seen = mirror.changes
@@ -363,43 +361,36 @@ class BlockingMirror:
                 mirror.changed(seen)
 
         Args:
-            since: a value of `changes`; if the picture has changed after that, the call returns at once. By
-                default the next change counts.
-            timeout: seconds to wait; None for ever.
+            since: an earlier value of `changes`; the call returns at once if there were changes since. By
+                default it waits for the next change.
+            timeout: seconds to wait; by default without a limit.
 
         Returns:
-            `changes` as it is now.
+            The current value of `changes`.
 
         Raises:
-            Timeout: the picture did not change in time.
-            Unavailable: the mirror has ended, since its `with` has, or the client was closed.
+            Timeout: nothing changed in time.
+            Unavailable: the mirror has ended: its `with` was left, or the client was closed.
         """
         return self._thread.call(self._mirror.changed(since, timeout=timeout))
 
     def __iter__(self) -> Iterator[Endpoint]:
-        async def endpoints() -> Iterator[Endpoint]:
-            return iter(self._mirror)
-
-        return self._thread.call(endpoints())
+        return self._thread.call_function(lambda: iter(self._mirror))
 
     def resolve(self, name: str, *, meta: Mapping[str, str] | None = None) -> Endpoint:
-        """Return a ready instance, taking turns.
+        """Return the endpoint of a ready instance; successive calls rotate through the instances.
 
             endpoint = mirror.resolve("worker", meta={"zone": "a"})
 
         Args:
             name: the service's name.
-            meta: labels that the instance must carry, all of them.
+            meta: labels; the instance must have all of them.
 
         Raises:
             NotFound: no ready instance has the name and the labels.
-            Unavailable: the picture is older than `stale_s_max`.
+            Unavailable: the copy is older than `stale_s_max`.
         """
-
-        async def resolve() -> Endpoint:
-            return self._mirror.resolve(name, meta=meta)
-
-        return self._thread.call(resolve())
+        return self._thread.call_function(lambda: self._mirror.resolve(name, meta=meta))
 
     def resolve_all(self, name: str, *, meta: Mapping[str, str] | None = None) -> list[Endpoint]:
         """Return all ready instances in order of instance; [] if there are none.
@@ -409,39 +400,35 @@ class BlockingMirror:
 
         Args:
             name: the service's name.
-            meta: only instances that have all of these labels.
+            meta: only instances with all of these labels.
 
         Raises:
-            Unavailable: the picture is older than `stale_s_max`.
+            Unavailable: the copy is older than `stale_s_max`.
         """
-
-        async def resolve_all() -> list[Endpoint]:
-            return self._mirror.resolve_all(name, meta=meta)
-
-        return self._thread.call(resolve_all())
+        return self._thread.call_function(lambda: self._mirror.resolve_all(name, meta=meta))
 
 
 # The client.
 
 
 class Client:
-    """A client of the registry at one address: the verbs of `regd_client.Client`, each of which blocks.
+    """A blocking client of one daemon, with the verbs of `regd_client.Client`.
 
         with regd_client.blocking.Client("unix:///run/regd.sock") as client:
             endpoint = client.resolve("db", wait=10)
 
-    Any thread may use it. The first call opens the connection, in the client's own thread. A forked child opens
-    one of its own.
+    Any thread may use it. The first call opens the connection, in the background thread. A forked child opens a
+    connection of its own.
 
     Args:
         address: `tcp://HOST:PORT`, `HOST:PORT` or `unix:///path`; by default $REGD_ADDRESS, which is read for
             each new connection, else `tcp://127.0.0.1:7343`.
-        connect_timeout_s: seconds for which every call tries to connect. By default the calls fail at once if
-            nobody listens, and `register` tries for 5 s.
+        connect_timeout_s: seconds for which every call tries to connect. By default, `register` tries for 5 s,
+            and the other calls fail at once if no daemon listens.
 
     Raises:
-        BadArgument: an argument has a wrong type or value.
-        Unavailable: the process is ending.
+        BadArgument: an argument has the wrong type or an invalid value.
+        Unavailable: the process is exiting.
     """
 
     def __init__(self, address: str | None = None, *, connect_timeout_s: float | None = None) -> None:
@@ -454,26 +441,24 @@ class Client:
         return f"<blocking.{repr(self._client).removeprefix('<')}"
 
     @property
-    def _own(self) -> tuple[LoopThread, client.Client]:
+    def _thread_and_client(self) -> tuple[LoopThread, client.Client]:
         if self._thread.pid != os.getpid():
             self._thread = client_thread()
         return self._thread, self._client
 
     def close(self) -> None:
-        """Close the connection, which ends registrations and watches. The next call opens another. Idempotent."""
+        """Close the connection, which ends registrations and watches. Idempotent. The next call reconnects."""
         if not self._thread.ended:
             self._thread.call(self._client.close())
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def ping(self, *, timeout: float | None = None) -> None:
-        """Ask the daemon for a sign of life.
+        """Check that the daemon answers.
 
             client.ping(timeout=1)
 
@@ -484,11 +469,11 @@ class Client:
             Unavailable: no daemon answers.
             Timeout: the daemon did not reply within `timeout`.
         """
-        thread, client = self._own
+        thread, client = self._thread_and_client
         thread.call(client.ping(timeout=timeout))
 
     def hello(self, *, timeout: float | None = None) -> Hello:
-        """Return which daemon answers.
+        """Return the daemon's version, epoch, features and limits.
 
             print(client.hello()["version"])
 
@@ -503,7 +488,7 @@ class Client:
             Unavailable: no daemon answers.
             Timeout: the daemon did not reply within `timeout`.
         """
-        thread, client = self._own
+        thread, client = self._thread_and_client
         return thread.call(client.hello(timeout=timeout))
 
     def stats(self, *, timeout: float | None = None) -> Stats:
@@ -515,17 +500,17 @@ class Client:
             timeout: seconds for the whole call.
 
         Returns:
-            A dictionary, whose fields PROTOCOL.md describes.
+            A dictionary; PROTOCOL.md describes its fields.
 
         Raises:
             Unavailable: no daemon answers.
             Timeout: the daemon did not reply within `timeout`.
         """
-        thread, client = self._own
+        thread, client = self._thread_and_client
         return thread.call(client.stats(timeout=timeout))
 
     def why(self, name: str, instance: str | None = None, *, timeout: float | None = None) -> Why:
-        """Return what the daemon knows about a name: who holds it, and why instances have gone.
+        """Return what the daemon knows about a name: its instances, their owners, and why others have ended.
 
             print(client.why("db")["departures"])
 
@@ -535,16 +520,16 @@ class Client:
             timeout: seconds for the whole call.
 
         Returns:
-            A dictionary with `name`, `instances` (each with its owners and the last probe) and `departures`
+            A dictionary with `name`, `instances` (each with its owners and its last probe) and `departures`
             (each with its reason).
 
         Raises:
             NotFound: the daemon knows nothing about the name.
             Unavailable: no daemon answers.
             Timeout: the daemon did not reply within `timeout`.
-            BadArgument: an argument has a wrong type or value.
+            BadArgument: an argument has the wrong type or an invalid value.
         """
-        thread, client = self._own
+        thread, client = self._thread_and_client
         return thread.call(client.why(name, instance, timeout=timeout))
 
     def history(
@@ -585,7 +570,7 @@ class Client:
             BadArgument: an argument has a wrong type or value.
             RegdError: the daemon cannot read its journal, or is too old to keep one.
         """
-        thread, client = self._own
+        thread, client = self._thread_and_client
         return thread.call(
             client.history(name, instance, since=since, before=before, age_s=age_s, limit=limit, timeout=timeout)
         )
@@ -609,35 +594,45 @@ class Client:
             with client.register("runner", 5050):
                 serve()
 
-        The registration lasts as long as this connection and this process, and is restored after a break.
+        The registration lasts as long as this connection and this process, and is restored after a reconnect.
 
         Args:
             name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
-            port: 1 to 65535. It should be open already: `listen` sees to that.
+            port: 1 to 65535. Open the port first, or use `listen`, which does both.
             host: the address at which others reach the service; by default 127.0.0.1.
             instance: a name for this instance, if the service has several; `auto` for a number.
-            meta: labels, by which `resolve` can select.
-            state: `starting` for a service that is not ready yet, `draining` for one that ends; by default
-                `ready`.
-            static: the registration outlives the connection and the process, until somebody deregisters it.
-            force: take the name from a living owner.
-            pid: bind the registration to that process instead of this one. If the daemon does not see the same
-                processes, it lasts as long as this connection.
-            timeout: seconds for the whole call; by default 5 s to wait for a daemon.
+            meta: labels that `resolve` can filter by.
+            state: `starting` (not ready yet), `ready` or `draining` (about to stop); by default `ready`.
+            static: keep the registration after the connection and the process end, until it is deregistered.
+            force: take the name even if its owner is alive.
+            pid: the process to bind the registration to, instead of this one. If the daemon cannot see the
+                process, the registration lasts as long as this connection.
+            timeout: seconds for the whole call; by default it waits up to 5 s for a daemon.
 
         Raises:
-            Conflict: another owner has the name, and lives; `details["owner"]` describes it.
+            Conflict: a live owner holds the name; `details["owner"]` describes it.
             Denied: this user may not register.
             Unavailable: no daemon answers.
             Timeout: the daemon did not reply within `timeout`.
-            BadArgument: an argument has a wrong type or value.
+            BadArgument: an argument has the wrong type or an invalid value.
         """
-        thread, client = self._own
-        request = _request(name, port, host, instance, meta, state, static, force, pid, timeout)
-        return _register(thread, request, client)
+        thread, client = self._thread_and_client
+        context = client.register(
+            name,
+            port,
+            host=host,
+            instance=instance,
+            meta=meta,
+            state=state,
+            static=static,
+            force=force,
+            pid=pid,
+            timeout=timeout,
+        )
+        return BlockingRegistration(thread.call(context), thread)
 
     def deregister(self, name: str, instance: str | None = None, *, timeout: float | None = None) -> None:
-        """End a registration, whoever made it.
+        """End a registration, whichever client made it.
 
             client.deregister("worker", "1")
 
@@ -651,9 +646,9 @@ class Client:
             Denied: this user may not deregister.
             Unavailable: no daemon answers.
             Timeout: the daemon did not reply within `timeout`.
-            BadArgument: an argument has a wrong type or value.
+            BadArgument: an argument has the wrong type or an invalid value.
         """
-        thread, client = self._own
+        thread, client = self._thread_and_client
         thread.call(client.deregister(name, instance, timeout=timeout))
 
     def update(
@@ -665,7 +660,7 @@ class Client:
         instance: str | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Replace the labels of a registration, set its state, or both, whoever made it.
+        """Replace the labels of a registration, set its state, or both, whichever client made it.
 
             client.update("worker", state="draining", instance="1")
 
@@ -681,9 +676,9 @@ class Client:
             Denied: this user may not change it.
             Unavailable: no daemon answers.
             Timeout: the daemon did not reply within `timeout`.
-            BadArgument: an argument has a wrong type or value.
+            BadArgument: an argument has the wrong type or an invalid value.
         """
-        thread, client = self._own
+        thread, client = self._thread_and_client
         thread.call(client.update(name, meta, state=state, instance=instance, timeout=timeout))
 
     def resolve(
@@ -695,7 +690,7 @@ class Client:
         wait: float | None = None,
         timeout: float | None = None,
     ) -> Endpoint:
-        """Return where a ready instance listens, taking turns among those that match.
+        """Return the endpoint of a ready instance; successive calls rotate through the matching instances.
 
             endpoint = client.resolve("db", wait=10)
             sock = socket.create_connection(endpoint.address)
@@ -703,18 +698,18 @@ class Client:
         Args:
             name: the service's name.
             instance: only this instance.
-            meta: labels that the instance must carry, all of them.
-            wait: seconds (at most 3600) to wait for an instance that accepts a connection, and for the daemon,
-                whatever breaks meanwhile.
+            meta: labels; the instance must have all of them.
+            wait: seconds (at most 3600) to wait for the daemon, and for an instance that accepts a connection; a
+                lost connection is opened again. By default the call fails at once.
             timeout: seconds for the whole call.
 
         Raises:
             NotFound: no ready instance matches; `details["near"]` may have similar names.
             Timeout: no instance accepted a connection within `wait`; the message says why.
             Unavailable: no daemon answers.
-            BadArgument: an argument has a wrong type or value.
+            BadArgument: an argument has the wrong type or an invalid value.
         """
-        thread, client = self._own
+        thread, client = self._thread_and_client
         return thread.call(client.resolve(name, instance=instance, meta=meta, wait=wait, timeout=timeout))
 
     def resolve_all(
@@ -727,15 +722,15 @@ class Client:
 
         Args:
             name: the service's name.
-            meta: only instances that have all of these labels.
+            meta: only instances with all of these labels.
             timeout: seconds for the whole call.
 
         Raises:
             Unavailable: no daemon answers.
             Timeout: the daemon did not reply within `timeout`.
-            BadArgument: an argument has a wrong type or value.
+            BadArgument: an argument has the wrong type or an invalid value.
         """
-        thread, client = self._own
+        thread, client = self._thread_and_client
         return thread.call(client.resolve_all(name, meta=meta, timeout=timeout))
 
     def instances(
@@ -747,16 +742,16 @@ class Client:
                 print(instance["name"], instance["state"])
 
         Args:
-            pattern: a name, or the beginning of one followed by `*`.
-            meta: only instances that have all of these labels.
+            pattern: a name, or a prefix followed by `*`.
+            meta: only instances with all of these labels.
             timeout: seconds for the whole call.
 
         Raises:
             Unavailable: no daemon answers.
             Timeout: the daemon did not reply within `timeout`.
-            BadArgument: an argument has a wrong type or value.
+            BadArgument: an argument has the wrong type or an invalid value.
         """
-        thread, client = self._own
+        thread, client = self._thread_and_client
         return thread.call(client.instances(pattern, meta=meta, timeout=timeout))
 
     def watch(
@@ -769,16 +764,16 @@ class Client:
                     print(event.kind, event.endpoint)
 
         Args:
-            pattern: a name, or the beginning of one followed by `*`.
-            meta: only instances that have all of these labels.
-            timeout: seconds until the daemon has accepted the watch.
+            pattern: a name, or a prefix followed by `*`.
+            meta: only instances with all of these labels.
+            timeout: seconds to wait for the daemon to accept the watch.
 
         Raises:
-            Unavailable: no daemon answers at the beginning (from the first event's call).
+            Unavailable: no daemon answers at the beginning (raised when the first event is requested).
             Timeout: the daemon did not accept the watch within `timeout`.
-            BadArgument: an argument has a wrong type or value.
+            BadArgument: an argument has the wrong type or an invalid value.
         """
-        thread, client = self._own
+        thread, client = self._thread_and_client
         return BlockingWatch(client.watch(pattern, meta=meta, timeout=timeout), pattern, thread)
 
     @contextlib.contextmanager
@@ -790,23 +785,23 @@ class Client:
         stale_s_max: float | None = None,
         timeout: float | None = None,
     ) -> Iterator[BlockingMirror]:
-        """Keep a local picture of services, from which names are resolved without a round trip.
+        """Keep a local copy of the matching instances, to resolve names without a round trip.
 
             with client.mirror("worker*") as mirror:
                 endpoint = mirror.resolve("worker")
 
         Args:
-            pattern: a name, or the beginning of one followed by `*`.
-            meta: only instances that have all of these labels.
-            stale_s_max: seconds for which the daemon may be away before `resolve` raises `Unavailable`; by
-                default the last picture is used for ever.
-            timeout: seconds until the first picture is complete; by default 15 s.
+            pattern: a name, or a prefix followed by `*`.
+            meta: only instances with all of these labels.
+            stale_s_max: seconds for which the copy may be out of date before `resolve` raises `Unavailable`; by
+                default without a limit.
+            timeout: seconds to wait for the first complete copy; by default 15 s.
 
         Raises:
-            Unavailable: no daemon answers, or the first picture was not complete in time.
-            BadArgument: an argument has a wrong type or value.
+            Unavailable: no daemon answers, or the first copy was not complete in time.
+            BadArgument: an argument has the wrong type or an invalid value.
         """
-        thread, client = self._own
+        thread, client = self._thread_and_client
         context = client.mirror(pattern, meta=meta, stale_s_max=stale_s_max, timeout=timeout)
         mirror = thread.call(context.__aenter__())
         try:
@@ -837,50 +832,44 @@ def register(
         with regd_client.blocking.register("runner", 5050):
             serve()
 
-    The registration lasts as long as this process, and is restored after a break by the client's own thread.
+    The registration lasts as long as this process. The background thread restores it after a reconnect.
 
     Args:
         name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
-        port: 1 to 65535. It should be open already: `listen` sees to that.
+        port: 1 to 65535. Open the port first, or use `listen`, which does both.
         host: the address at which others reach the service; by default 127.0.0.1.
         instance: a name for this instance, if the service has several; `auto` for a number.
-        meta: labels, by which `resolve` can select.
-        state: `starting` for a service that is not ready yet, `draining` for one that ends; by default `ready`.
-        static: the registration outlives the process, until somebody deregisters it.
-        force: take the name from a living owner.
-        pid: bind the registration to that process instead of this one. If the daemon does not see the same
-            processes, it lasts as long as the connection.
-        timeout: seconds for the whole call; by default 5 s to wait for a daemon.
+        meta: labels that `resolve` can filter by.
+        state: `starting` (not ready yet), `ready` or `draining` (about to stop); by default `ready`.
+        static: keep the registration after the process ends, until it is deregistered.
+        force: take the name even if its owner is alive.
+        pid: the process to bind the registration to, instead of this one. If the daemon cannot see the
+            process, the registration lasts as long as the connection.
+        timeout: seconds for the whole call; by default it waits up to 5 s for a daemon.
 
     Raises:
-        Conflict: another owner has the name, and lives; `details["owner"]` describes it.
+        Conflict: a live owner holds the name; `details["owner"]` describes it.
         Denied: this user may not register.
-        Unavailable: no daemon answers, or the process is ending.
+        Unavailable: no daemon answers, or the process is exiting.
         Timeout: the daemon did not reply within `timeout`.
-        BadArgument: an argument has a wrong type or value.
+        BadArgument: an argument has the wrong type or an invalid value.
     """
     thread = client_thread()
-    request = _request(name, port, host, instance, meta, state, static, force, pid, timeout)
-    return _register(thread, request)
+    from regd_client import api
 
-
-def _request(name: str, port: int, *rest: Any) -> RegistrationRequest:
-    from regd_client.arguments import RegistrationRequest, check_integer
-
-    check_integer("port", port, required=True)
-    return RegistrationRequest(name, port, *rest)
-
-
-def _register(
-    thread: LoopThread, request: RegistrationRequest, own: client.Client | None = None
-) -> BlockingRegistration:
-    """Register with this client, or with one of the registration's own."""
-    from regd_client import client, registration
-
-    async def registered() -> registration.Registration:
-        return await registration.RegistrationContext(own or client.Client(), request, standalone=own is None)
-
-    return BlockingRegistration(thread.call(registered()), thread)
+    context = api.register(
+        name,
+        port,
+        host=host,
+        instance=instance,
+        meta=meta,
+        state=state,
+        static=static,
+        force=force,
+        pid=pid,
+        timeout=timeout,
+    )
+    return BlockingRegistration(thread.call(context), thread)
 
 
 def register_process(
@@ -892,32 +881,34 @@ def register_process(
     meta: Mapping[str, str] | None = None,
     drain_s: float = 0.1,
 ) -> None:
-    """Register a server whose port is open, for as long as this process lives.
+    """Register a server whose port is open, until this process ends.
 
         def when_ready(server):  # in gunicorn.conf.py
             blocking.register_process("shop", server.LISTENERS[0].getsockname()[1])
 
-    Call it in the main thread of the process that owns the port, after that process has set its signal handlers.
-    Before its handlers of SIGTERM and SIGINT are called, the name is withdrawn and `drain_s` passes. No thread
-    stays behind, and no connection if the daemon can see this process, so workers may be forked from it. While
-    no daemon answers or another owner has the name, registering is tried again every second (by SIGALRM).
+    Call it in the main thread of the process that owns the port, after the process has set its signal handlers.
+    On SIGTERM and SIGINT, the client withdraws the name and waits `drain_s` before it calls those handlers. The
+    call leaves no thread behind, and no connection if the daemon can see this process, so workers may be forked
+    from it. While no daemon answers or another owner has the name, it tries again every second (by SIGALRM).
 
     Args:
         name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
         port: 1 to 65535.
         host: the address at which others reach the service; by default 127.0.0.1.
         instance: a name for this instance, if the service has several; `auto` for a number.
-        meta: labels, by which `resolve` can select.
-        drain_s: seconds between withdrawing the name and the program's signal handler.
+        meta: labels that `resolve` can filter by.
+        drain_s: seconds between withdrawing the name and calling the program's signal handler.
 
     Raises:
-        BadArgument: an argument has a wrong type, or the daemon refuses it.
-        RegdError: registering failed and cannot be tried again: SIGALRM is in use, or this is not the main
-            thread.
+        BadArgument: an argument has the wrong type, or the daemon refuses it.
+        RegdError: registering failed and cannot be retried: SIGALRM is in use, or this is not the main thread.
     """
+    from regd_client.arguments import RegistrationRequest, check_integer
     from regd_client.process_registration import ProcessRegistration
 
-    ProcessRegistration(_request(name, port, host, instance, meta), drain_s).register()
+    check_integer("port", port, required=True)
+    request = RegistrationRequest(name, port, host=host, instance=instance, meta=meta)
+    ProcessRegistration(request, drain_s).register()
 
 
 def listen(
@@ -938,30 +929,30 @@ def listen(
         name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
         port: 1 to 65535, or 0 for any free port. By default the port that this name and instance had last, if
             it is free, else one that the system gives to no other program, so that it can stay.
-        host: the IP address to listen at. For 0.0.0.0 and ::, the loopback address is registered.
+        host: the IP address to listen on. For 0.0.0.0 and ::, the loopback address is registered.
         instance: a name for this instance, if the service has several; `auto` for a number.
-        meta: labels, by which `resolve` can select.
-        timeout: seconds to register; by default 5 s to wait for a daemon.
+        meta: labels that `resolve` can filter by.
+        timeout: seconds to register; by default it waits up to 5 s for a daemon.
 
     Raises:
         OSError: the port is in use, or not allowed.
-        Conflict: another owner has the name, and lives.
+        Conflict: a live owner holds the name.
         Denied: this user may not register.
-        Unavailable: no daemon answers, or the process is ending.
+        Unavailable: no daemon answers, or the process is exiting.
         Timeout: the daemon did not reply within `timeout`.
-        BadArgument: an argument has a wrong type or value.
+        BadArgument: an argument has the wrong type or an invalid value.
     """
     thread = client_thread()
     from regd_client import lifespans
 
-    async def listening() -> lifespans.RegisteredSocket:
+    async def listen() -> lifespans.RegisteredSocket:
         return await lifespans.listen(name, port, host=host, instance=instance, meta=meta, timeout=timeout)
 
-    return BlockingSocket(thread.call(listening()), thread)
+    return BlockingSocket(thread.call(listen()), thread)
 
 
 def deregister(name: str, instance: str | None = None, *, timeout: float | None = None) -> None:
-    """End a registration, whoever made it.
+    """End a registration, whichever client made it.
 
         regd_client.blocking.deregister("db")
 
@@ -973,9 +964,9 @@ def deregister(name: str, instance: str | None = None, *, timeout: float | None 
     Raises:
         NotFound: there is no such registration.
         Denied: this user may not deregister.
-        Unavailable: no daemon answers, or the process is ending.
+        Unavailable: no daemon answers, or the process is exiting.
         Timeout: the daemon did not reply within `timeout`.
-        BadArgument: an argument has a wrong type or value.
+        BadArgument: an argument has the wrong type or an invalid value.
     """
     thread = client_thread()
     from regd_client import api
@@ -991,7 +982,7 @@ def resolve(
     wait: float | None = None,
     timeout: float | None = None,
 ) -> Endpoint:
-    """Return where a ready instance listens, taking turns among those that match.
+    """Return the endpoint of a ready instance; successive calls rotate through the matching instances.
 
         endpoint = regd_client.blocking.resolve("db", wait=10)
         sock = socket.create_connection(endpoint.address)
@@ -999,9 +990,9 @@ def resolve(
     Args:
         name: the service's name.
         instance: only this instance.
-        meta: labels that the instance must carry, all of them.
-        wait: seconds (at most 3600) to wait for an instance that accepts a connection, and for the daemon,
-            whatever breaks meanwhile. By default the call fails at once.
+        meta: labels; the instance must have all of them.
+        wait: seconds (at most 3600) to wait for the daemon, and for an instance that accepts a connection; a lost
+            connection is opened again. By default the call fails at once.
         timeout: seconds for the whole call.
 
     Returns:
@@ -1010,8 +1001,8 @@ def resolve(
     Raises:
         NotFound: no ready instance matches; `details["near"]` may have similar names.
         Timeout: no instance accepted a connection within `wait`; the message says why.
-        Unavailable: no daemon answers, or the process is ending.
-        BadArgument: an argument has a wrong type or value.
+        Unavailable: no daemon answers, or the process is exiting.
+        BadArgument: an argument has the wrong type or an invalid value.
     """
     thread = client_thread()
     from regd_client import api
@@ -1029,13 +1020,13 @@ def resolve_all(
 
     Args:
         name: the service's name.
-        meta: only instances that have all of these labels.
+        meta: only instances with all of these labels.
         timeout: seconds for the whole call.
 
     Raises:
-        Unavailable: no daemon answers, or the process is ending.
+        Unavailable: no daemon answers, or the process is exiting.
         Timeout: the daemon did not reply within `timeout`.
-        BadArgument: an argument has a wrong type or value.
+        BadArgument: an argument has the wrong type or an invalid value.
     """
     thread = client_thread()
     from regd_client import api

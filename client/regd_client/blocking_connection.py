@@ -1,17 +1,17 @@
-"""A connection without asyncio: one request after another. `regctl` is built on it.
+"""A blocking connection without asyncio, which sends one request after another. `regctl` uses it.
 
-It imports little, so that a command starts quickly.
+The module imports little, so that commands start quickly.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 
-# Bound here: a test that replaces them in their modules changes nothing here.
+# Bound here, so that a test that patches these names in their modules does not affect the client.
 from socket import AF_UNIX, SOCK_STREAM, getaddrinfo, socket
 from time import monotonic
-from types import TracebackType
 from typing import Any, Self
 
 from regd_client import protocol
@@ -19,11 +19,11 @@ from regd_client.errors import Unavailable
 
 __all__ = ["BlockingConnection"]
 
-_EVENTS_MAX = 10_000  # before one reply
+_EVENTS_MAX = 10_000  # that may arrive before a reply
 
 
 class BlockingConnection:
-    """One connection, one request after another, without asyncio. It is not opened again after a break.
+    """A blocking connection, which sends one request after another. It does not reconnect.
 
         with BlockingConnection() as connection:
             reply = connection.ask("resolve", name="db")
@@ -31,26 +31,21 @@ class BlockingConnection:
     Args:
         address: `tcp://HOST:PORT`, `HOST:PORT` or `unix:///path`; by default $REGD_ADDRESS, else
             `tcp://127.0.0.1:7343`.
-        timeout_s: seconds for connecting, and for every reply.
-        autostart: start a daemon if none answers and REGD_AUTOSTART says so; False for a program that only
-            observes.
+        timeout_s: seconds to connect, and to wait for each reply.
+        autostart: if False, start no daemon even if REGD_AUTOSTART is set.
 
     Raises:
         Unavailable: no daemon answers.
-        BadArgument: the address has another form.
+        BadArgument: the address has none of these forms.
     """
 
     def __init__(self, address: str | None = None, timeout_s: float = 5.0, *, autostart: bool = True) -> None:
         self.address = protocol.find_address(address)
-        self._rest = b""
-        self._events: list[dict[str, Any]] = []  # that came before a reply
+        self._input = b""  # received, and not yet decoded
+        self._events: list[dict[str, Any]] = []  # that arrived before a reply
         self._timeout_s = timeout_s
-        try:
+        with self._os_errors_as_unavailable():
             self._open(autostart and protocol.autostart_wanted(self.address))
-        except Unavailable:
-            raise
-        except OSError as error:
-            raise protocol.unavailable(self.address, error.strerror or str(error)) from error
 
     def __repr__(self) -> str:
         state = "open" if hasattr(self, "_socket") and self._socket.fileno() >= 0 else "closed"
@@ -70,12 +65,12 @@ class BlockingConnection:
             autostart.until_open(self.address, self._timeout_s, self._connect_and_ping)
 
     def _connect_and_ping(self) -> None:
-        """Connect, and ping the daemon: one that is about to exit when idle does not answer."""
+        """Connect and ping the daemon. A daemon that is exiting for being idle does not answer."""
         self._socket = self._connect(self._timeout_s)
         try:
             self._socket.sendall(protocol.encode_request("ping", None, {}))
             reply = protocol.check_result(
-                "ping", {}, protocol.decode_line(self._line(monotonic() + self._timeout_s))
+                "ping", {}, protocol.decode_line(self._read_line(monotonic() + self._timeout_s))
             )
             if not reply["ok"]:
                 raise protocol.refused(self.address, reply)
@@ -86,74 +81,76 @@ class BlockingConnection:
     def _connect(self, timeout_s: float) -> socket:
         make_socket, resolve = _unpatched()
         if self.address.path:
-            return _connected(make_socket(AF_UNIX, SOCK_STREAM), self.address.path, timeout_s)
-        host, trouble = self.address.host, OSError("no address")
-        # As bytes if it is ASCII: the codec idna encodes a string, and its import takes longer than all the rest.
+            return _connect(make_socket(AF_UNIX, SOCK_STREAM), self.address.path, timeout_s)
+        # Pass an ASCII host as bytes: a string would import the idna codec, which takes longer than all the rest.
+        host = self.address.host
+        last_error = OSError("no address")
         for family, *_, address in resolve(
             host.encode() if host.isascii() else host, self.address.port, type=SOCK_STREAM
         ):
             try:
-                return _connected(make_socket(family, SOCK_STREAM), address, timeout_s)
+                return _connect(make_socket(family, SOCK_STREAM), address, timeout_s)
             except OSError as error:
-                trouble = error
-        raise trouble
+                last_error = error
+        raise last_error
 
     def ask(self, cmd: str, **arguments: Any) -> dict[str, Any]:
-        """Send a request and return the daemon's reply, with `ok` or not. Every value in it is checked.
+        """Send a request and return the reply, also if the daemon refuses the request (`ok` is False).
 
             reply = connection.ask("register", name="db", port=5432)
 
         Args:
             cmd: a command of the protocol (PROTOCOL.md).
-            arguments: the command's arguments; None leaves one out.
+            arguments: the command's arguments; those that are None are not sent.
 
         Returns:
-            The reply as a dictionary.
+            The reply as a dictionary. All its values are validated.
 
         Raises:
-            Unavailable: the connection broke, the reply took longer than `timeout_s`, or the peer is not a regd.
-            BadArgument: an argument is no JSON value, or the request is too long.
+            Unavailable: the connection broke, the reply took longer than `timeout_s`, or the peer is not regd.
+            BadArgument: an argument is not a JSON value, or the request is too long.
         """
         line = protocol.encode_request(cmd, None, arguments)
         wait = arguments.get("wait")
         timeout_s = self._timeout_s + (0.0 if wait is None else wait)
         until = monotonic() + timeout_s
-        try:
+        with self._os_errors_as_unavailable():
             self._socket.settimeout(timeout_s)
             self._socket.sendall(line)
-            while "event" in (fields := protocol.decode_line(self._line(until))):
+            while "event" in (fields := protocol.decode_line(self._read_line(until))):
                 self._events.append(fields)
                 if len(self._events) > _EVENTS_MAX:
-                    raise protocol.not_a_reply(f"to {cmd}: events, and no reply")
-        except OSError as error:
-            if isinstance(error, Unavailable):
-                raise
-            raise protocol.unavailable(self.address, error.strerror or str(error)) from error
+                    raise protocol.not_a_reply(f"to {cmd}: only events")
         return protocol.check_result(cmd, arguments, fields)
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Yield the events of a `watch`, for ever. The last may be a refusal, before the daemon closes.
+        """Yield the events of a `watch` without end. An error reply may come last, before the daemon closes.
 
         Raises:
-            Unavailable: the connection broke, or the peer is not a regd.
+            Unavailable: the connection broke, or the peer is not regd.
         """
         while self._events:
             yield self._events.pop(0)
-        try:
+        with self._os_errors_as_unavailable():
             self._socket.settimeout(None)
             while True:
-                fields = protocol.decode_line(self._line())
+                fields = protocol.decode_line(self._read_line())
                 if fields.get("ok"):
-                    raise protocol.not_a_reply("a reply to nothing")
+                    raise protocol.not_a_reply("a reply without a request")
                 yield fields
+
+    @contextlib.contextmanager
+    def _os_errors_as_unavailable(self) -> Iterator[None]:
+        try:
+            yield
+        except Unavailable:
+            raise
         except OSError as error:
-            if isinstance(error, Unavailable):
-                raise
             raise protocol.unavailable(self.address, error.strerror or str(error)) from error
 
-    def _line(self, until: float | None = None) -> bytes:
-        """Return the next line, before `until` (`time.monotonic`) or without a limit."""
-        parts = [self._rest]
+    def _read_line(self, until: float | None = None) -> bytes:
+        """Return the next line. With `until`, a value of `time.monotonic`, fail if it comes later."""
+        parts = [self._input]
         size = 0
         while b"\n" not in parts[-1]:
             if until is not None:
@@ -168,7 +165,7 @@ class BlockingConnection:
             if size > protocol.REPLY_BYTES_MAX:
                 raise protocol.not_a_reply("a line without an end")
             parts.append(part)
-        line, _, self._rest = b"".join(parts).partition(b"\n")
+        line, _, self._input = b"".join(parts).partition(b"\n")
         return line
 
     def close(self) -> None:
@@ -178,13 +175,12 @@ class BlockingConnection:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def _connected(sock: socket, address: Any, timeout_s: float) -> socket:
+def _connect(sock: socket, address: Any, timeout_s: float) -> socket:
+    """Connect a socket and return it. Close it if that fails."""
     try:
         sock.settimeout(timeout_s)
         sock.connect(address)
@@ -195,12 +191,12 @@ def _connected(sock: socket, address: Any, timeout_s: float) -> socket:
 
 
 def _unpatched() -> tuple[type[socket], Any]:
-    """Return `socket.socket` and `socket.getaddrinfo` as Python has them, also after gevent has replaced them.
+    """Return Python's own `socket.socket` and `socket.getaddrinfo`, even if gevent has patched them.
 
-    A signal handler may run in gevent's hub, where gevent's own sockets must not be used.
+    A signal handler may run in gevent's hub, where gevent's sockets cannot be used.
     """
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None:
         return socket, getaddrinfo
-    made: list[Any] = monkey.get_original("socket", ["socket", "getaddrinfo"])
-    return made[0], made[1]
+    originals: list[Any] = monkey.get_original("socket", ["socket", "getaddrinfo"])
+    return originals[0], originals[1]

@@ -1,4 +1,4 @@
-"""The client: the verbs of the registry on one connection, which is opened on demand, and again after a break."""
+"""The async client: the verbs of the registry on one connection, which is opened on demand."""
 
 import asyncio
 import contextlib
@@ -7,7 +7,6 @@ import os
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
-from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
 from regd_client import protocol
@@ -33,30 +32,30 @@ from regd_client.watches import EventQueue, WatchState
 
 __all__ = ["Client"]
 
-_REPLY_S = 1.0  # for the daemon's reply after a `wait` is over
-_CONNECT_S_MIN = 0.5  # to connect, however little of a `wait` is left
-_PAUSE_S = 0.02  # the longest random pause before a `wait` continues at a daemon that is back
-_FIRST_PICTURE_S = 15.0  # for the first picture of a mirror
+_REPLY_S = 1.0  # for the daemon's reply, after `wait` has passed
+_CONNECT_S_MIN = 0.5  # to connect, even if less of `wait` is left
+_PAUSE_S = 0.02  # maximum random pause before a `resolve` with `wait` reconnects
+_SYNC_S = 15.0  # for the first complete copy of a mirror
 
 T = TypeVar("T")
 
 
 class Client:
-    """A client of the registry at one address. Any number of tasks may use it at once; they share its connection.
+    """A client of one daemon. Any number of tasks may use it at once; they share its connection.
 
         async with Client() as client:
             endpoint = await client.resolve("runner")
 
-    The connection is opened on demand, and again after a break. A client belongs to the event loop that first
-    uses it.
+    The connection is opened on demand, and reopened when it is lost. A client belongs to the event loop that
+    first uses it.
 
-    If nobody listens at the address, the calls fail at once; `register` tries for 5 s, and logs that. With
-    `connect_timeout_s`, all calls try to connect for that long.
+    If no daemon listens at the address, calls fail at once, except `register`, which tries for 5 s and logs that.
+    With `connect_timeout_s`, every call tries to connect for that long.
 
-    Every call takes `timeout`: seconds for the whole call, connecting included. When they are over, it raises
-    `Unavailable` if there is no connection, else `Timeout`; a change may or may not have been made. Every call
-    raises `Unavailable` if no daemon answers, `BadArgument` for an argument of a wrong type or value, and another
-    `RegdError` if the daemon refuses.
+    Every call takes `timeout`: seconds for the whole call, including connecting. After that time it raises
+    `Unavailable` if there is no connection, else `Timeout`; the daemon may or may not have made the change. Every
+    call raises `Unavailable` if no daemon answers, `BadArgument` if an argument has the wrong type or an invalid
+    value, and another `RegdError` if the daemon refuses.
 
     Args:
         address: `tcp://HOST:PORT`, `HOST:PORT` or `unix:///path`; by default $REGD_ADDRESS, which is read for
@@ -64,7 +63,7 @@ class Client:
         connect_timeout_s: seconds to try to connect.
 
     Raises:
-        BadArgument: an argument has a wrong type or value.
+        BadArgument: an argument has the wrong type or an invalid value.
     """
 
     def __init__(self, address: str | None = None, *, connect_timeout_s: float | None = None) -> None:
@@ -72,9 +71,9 @@ class Client:
         check_seconds("connect_timeout_s", connect_timeout_s)
         self._address = address
         self._connect_timeout_s = connect_timeout_s
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._pid = os.getpid()
         self._connector = Connector(self._address, self._connect_timeout_s)
         self._registrar = Registrar(self._connector)
@@ -95,20 +94,18 @@ class Client:
             raise
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection, which ends registrations and watches. The next call opens another. Idempotent.
+        """Close the connection, which ends its registrations and watches. Idempotent. The next call reconnects.
 
-        Without a daemon, registrations that a restarted daemon would keep are withdrawn in the background, as
-        long as the event loop runs.
+        If the daemon is away, it keeps the registrations until it is back. So the client withdraws them in the
+        background, while the event loop runs.
         """
         self._check_fork()
         connector, registrar = self._connector, self._registrar
-        self._begin()  # before the first await: a call from now on has a connection of its own
+        self._reset()  # before the first await, so that a concurrent call gets a new connection
         registrar.stop()
         try:
             await registrar.close()
@@ -121,7 +118,7 @@ class Client:
     # The verbs.
 
     async def ping(self, *, timeout: float | None = None) -> None:
-        """Ask the daemon for a sign of life.
+        """Check that the daemon answers.
 
             await client.ping(timeout=1)
 
@@ -135,7 +132,7 @@ class Client:
         await self._within(timeout, "ping", self._ask("ping"))
 
     async def hello(self, *, timeout: float | None = None) -> Hello:
-        """Return which daemon answers.
+        """Return the daemon's version, epoch, features and limits.
 
             print((await client.hello())["version"])
 
@@ -161,7 +158,7 @@ class Client:
             timeout: seconds for the whole call.
 
         Returns:
-            A dictionary, whose fields PROTOCOL.md describes.
+            A dictionary; PROTOCOL.md describes its fields.
 
         Raises:
             Unavailable: no daemon answers.
@@ -170,7 +167,7 @@ class Client:
         return cast(Stats, await self._within(timeout, "stats", self._ask("stats")))
 
     async def why(self, name: str, instance: str | None = None, *, timeout: float | None = None) -> Why:
-        """Return what the daemon knows about a name: who holds it, and why instances have gone.
+        """Return what the daemon knows about a name: its instances, their owners, and why others have ended.
 
             print((await client.why("db"))["departures"])
 
@@ -180,14 +177,14 @@ class Client:
             timeout: seconds for the whole call.
 
         Returns:
-            A dictionary with `name`, `instances` (each with its owners and the last probe) and `departures`
+            A dictionary with `name`, `instances` (each with its owners and its last probe) and `departures`
             (each with its reason).
 
         Raises:
             NotFound: the daemon knows nothing about the name.
             Unavailable: no daemon answers.
             Timeout: the daemon did not reply within `timeout`.
-            BadArgument: an argument has a wrong type or value.
+            BadArgument: an argument has the wrong type or an invalid value.
         """
         check_service(name, instance)
         return cast(Why, await self._within(timeout, "why", self._ask("why", name=name, instance=instance)))
@@ -260,30 +257,29 @@ class Client:
             async with client.register("runner", 5050) as registration:
                 await registration.lost.wait()
 
-        The registration lasts as long as this connection and this process, is restored after a break, and ends
-        with the `async with`.
+        The registration lasts as long as this connection and this process, is restored after a reconnect, and
+        ends with the `async with`.
 
         Args:
             name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
-            port: 1 to 65535. It should be open already: `listen` and `lifespan` see to that.
+            port: 1 to 65535. Open the port first, or use `listen` or `lifespan`.
             host: the address at which others reach the service; by default 127.0.0.1.
             instance: a name for this instance, if the service has several. `auto`: the lowest number from 1 that
-                no living owner holds, `Registration.instance` tells it.
-            meta: labels, by which `resolve` can select.
-            state: `starting` for a service that is not ready yet, `draining` for one that ends; by default
-                `ready`.
-            static: the registration outlives the connection and the process, until somebody deregisters it.
-            force: take the name from a living owner.
-            pid: bind the registration to that process instead of this one. If the daemon does not see the same
-                processes, it lasts as long as this connection.
-            timeout: seconds for the whole call; by default 5 s to wait for a daemon.
+                no live owner holds; `Registration.instance` is that number.
+            meta: labels that `resolve` can filter by.
+            state: `starting` (not ready yet), `ready` or `draining` (about to stop); by default `ready`.
+            static: keep the registration after the connection and the process end, until it is deregistered.
+            force: take the name even if its owner is alive.
+            pid: the process to bind the registration to, instead of this one. If the daemon cannot see the
+                process, the registration lasts as long as this connection.
+            timeout: seconds for the whole call; by default it waits up to 5 s for a daemon.
 
         Raises:
-            Conflict: another owner has the name, and lives; `details["owner"]` describes it.
+            Conflict: a live owner holds the name; `details["owner"]` describes it.
             Denied: this user may not register.
             Unavailable: no daemon answers.
             Timeout: the daemon did not reply within `timeout`.
-            BadArgument: an argument has a wrong type or value.
+            BadArgument: an argument has the wrong type or an invalid value.
         """
         check_integer("port", port, required=True)
         return RegistrationContext(
@@ -292,7 +288,7 @@ class Client:
         )
 
     async def deregister(self, name: str, instance: str | None = None, *, timeout: float | None = None) -> None:
-        """End a registration, whoever made it.
+        """End a registration, whichever client made it.
 
             await client.deregister("worker", "1")
 
@@ -306,7 +302,7 @@ class Client:
             Denied: this user may not deregister.
             Unavailable: no daemon answers.
             Timeout: the daemon did not reply within `timeout`.
-            BadArgument: an argument has a wrong type or value.
+            BadArgument: an argument has the wrong type or an invalid value.
         """
         check_service(name, instance)
         self._check_fork()
@@ -326,7 +322,7 @@ class Client:
         instance: str | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Replace the labels of a registration, set its state, or both, whoever made it.
+        """Replace the labels of a registration, set its state, or both, whichever client made it.
 
             await client.update("worker", state="draining", instance="1")
 
@@ -342,7 +338,7 @@ class Client:
             Denied: this user may not change it.
             Unavailable: no daemon answers.
             Timeout: the daemon did not reply within `timeout`.
-            BadArgument: an argument has a wrong type or value.
+            BadArgument: an argument has the wrong type or an invalid value.
         """
         check_service(name, instance)
         check_text("state", state)
@@ -364,7 +360,7 @@ class Client:
         wait: float | None = None,
         timeout: float | None = None,
     ) -> Endpoint:
-        """Return where a ready instance listens, taking turns among those that match.
+        """Return the endpoint of a ready instance; successive calls rotate through the matching instances.
 
             endpoint = await client.resolve("db", wait=10)
             reader, writer = await asyncio.open_connection(*endpoint.address)
@@ -372,16 +368,16 @@ class Client:
         Args:
             name: the service's name.
             instance: only this instance.
-            meta: labels that the instance must carry, all of them.
-            wait: seconds (at most 3600) to wait for an instance that accepts a connection, and for the daemon,
-                whatever breaks meanwhile.
+            meta: labels; the instance must have all of them.
+            wait: seconds (at most 3600) to wait for the daemon, and for an instance that accepts a connection; a
+                lost connection is opened again. By default the call fails at once.
             timeout: seconds for the whole call.
 
         Raises:
             NotFound: no ready instance matches; `details["near"]` may have similar names.
             Timeout: no instance accepted a connection within `wait`; the message says why.
             Unavailable: no daemon answers.
-            BadArgument: an argument has a wrong type or value.
+            BadArgument: an argument has the wrong type or an invalid value.
         """
         arguments: dict[str, Any] = {"name": name}
         if instance is not None:
@@ -389,7 +385,9 @@ class Client:
         if meta is not None:
             arguments["meta"] = copy_meta(meta)
         if wait is None and timeout is None and type(name) is str and (instance is None or type(instance) is str):
-            connection = self._connector.usable or await self._connect()  # the short way: it is called most
+            connection = (
+                self._connector.usable or await self._connect()
+            )  # the fast path for the most frequent call
             return endpoint_of(await connection.ask("resolve", arguments, cached=True))
         check_service(name, instance)
         check_seconds("wait", wait, WAIT_S_MAX)
@@ -416,7 +414,7 @@ class Client:
                 if isinstance(error, RegdError):
                     raise
                 name = arguments["name"]
-                raise Unavailable(f"the daemon said nothing while {wait:g} s were waited for {name!r}") from None
+                raise Unavailable(f"the daemon did not answer while waiting {wait:g} s for {name!r}") from None
             await pause(random.uniform(0, _PAUSE_S))
 
     async def resolve_all(
@@ -429,13 +427,13 @@ class Client:
 
         Args:
             name: the service's name.
-            meta: only instances that have all of these labels.
+            meta: only instances with all of these labels.
             timeout: seconds for the whole call.
 
         Raises:
             Unavailable: no daemon answers.
             Timeout: the daemon did not reply within `timeout`.
-            BadArgument: an argument has a wrong type or value.
+            BadArgument: an argument has the wrong type or an invalid value.
         """
         check_service(name)
         return await self._within(timeout, "resolve_all", self._resolve_all(name, copy_meta(meta)))
@@ -461,14 +459,14 @@ class Client:
         The daemon sends them in pages. A registration that exists throughout the call is in the list once.
 
         Args:
-            pattern: a name, or the beginning of one followed by `*`.
-            meta: only instances that have all of these labels.
+            pattern: a name, or a prefix followed by `*`.
+            meta: only instances with all of these labels.
             timeout: seconds for the whole call.
 
         Raises:
             Unavailable: no daemon answers.
             Timeout: the daemon did not reply within `timeout`.
-            BadArgument: an argument has a wrong type or value.
+            BadArgument: an argument has the wrong type or an invalid value.
         """
         check_text("pattern", pattern, required=True)
         return await self._within(timeout, "instances", self._instances(pattern, copy_meta(meta)))
@@ -494,18 +492,18 @@ class Client:
             async for event in client.watch("worker*"):
                 print(event.kind, event.endpoint)
 
-        After a break, the events are the differences between the last picture and the new one. A listener that
-        falls more than 10,000 events behind gets the differences too. The watch ends when the client is closed.
+        After a reconnect, the events are only the differences from the state before. The same goes for a
+        consumer that falls more than 10,000 events behind. The watch ends when the client is closed.
 
         Args:
-            pattern: a name, or the beginning of one followed by `*`.
-            meta: only instances that have all of these labels.
-            timeout: seconds until the daemon has accepted the watch.
+            pattern: a name, or a prefix followed by `*`.
+            meta: only instances with all of these labels.
+            timeout: seconds to wait for the daemon to accept the watch.
 
         Raises:
             Unavailable: no daemon answers at the beginning.
             Timeout: the daemon did not accept the watch within `timeout`.
-            BadArgument: an argument has a wrong type or value.
+            BadArgument: an argument has the wrong type or an invalid value.
         """
         check_text("pattern", pattern, required=True)
         check_seconds("timeout", timeout)
@@ -514,19 +512,20 @@ class Client:
     async def _watch(
         self, pattern: str, meta: dict[str, str] | None, timeout: float | None, close: bool = False
     ) -> AsyncGenerator[Event, None]:
-        """Yield events. With `close`, the client was made for this watch, and is closed with it.
+        """Yield events. With `close`, the client was created for this watch, and is closed with it.
 
-        There is no other generator within: when it ends, an event loop closes all its generators at once.
+        It uses no other async generator: an event loop that ends closes all its generators at once, so an inner
+        one could be closed first.
         """
         self._check_fork()
         queue = EventQueue()
+        registrar, watch = self._registrar, WatchState(pattern, meta, queue.add, queue.end)
         try:
-            async with contextlib.AsyncExitStack() as stack:
-                watching = self._registrar.watching(WatchState(pattern, meta, queue.add, queue.end))
-                await self._within(timeout, "watch", stack.enter_async_context(watching))
-                while (event := await queue.next()) is not None:
-                    yield event
+            await self._within(timeout, "watch", registrar.watch(watch))
+            while (event := await queue.next()) is not None:
+                yield event
         finally:
+            registrar.unwatch(watch)
             if close:
                 await self.close()
 
@@ -539,43 +538,46 @@ class Client:
         stale_s_max: float | None = None,
         timeout: float | None = None,
     ) -> AsyncIterator[Mirror]:
-        """Keep a local picture of services, from which names are resolved without a round trip.
+        """Keep a local copy of the matching instances, to resolve names without a round trip.
 
             async with client.mirror("worker*") as mirror:
                 endpoint = mirror.resolve("worker")
 
         Args:
-            pattern: a name, or the beginning of one followed by `*`.
-            meta: only instances that have all of these labels.
-            stale_s_max: seconds for which the daemon may be away before `resolve` raises `Unavailable`; by
-                default the last picture is used for ever.
-            timeout: seconds until the first picture is complete; by default 15 s.
+            pattern: a name, or a prefix followed by `*`.
+            meta: only instances with all of these labels.
+            stale_s_max: seconds for which the copy may be out of date before `resolve` raises `Unavailable`; by
+                default without a limit.
+            timeout: seconds to wait for the first complete copy; by default 15 s.
 
         Raises:
-            Unavailable: no daemon answers, or the first picture was not complete in time.
-            BadArgument: an argument has a wrong type or value.
+            Unavailable: no daemon answers, or the first copy was not complete in time.
+            BadArgument: an argument has the wrong type or an invalid value.
         """
         check_text("pattern", pattern, required=True)
         check_seconds("stale_s_max", stale_s_max)
         check_seconds("timeout", timeout)
-        timeout_s = _FIRST_PICTURE_S if timeout is None else timeout
+        timeout_s = _SYNC_S if timeout is None else timeout
         running_loop()
         self._check_fork()
-        mirror = Mirror(pattern, copy_meta(meta), stale_s_max)
-        async with contextlib.AsyncExitStack() as stack:
+        registrar, mirror = self._registrar, Mirror(pattern, copy_meta(meta), stale_s_max)
+        try:
             try:
                 async with asyncio.timeout(timeout_s):
-                    await stack.enter_async_context(self._registrar.watching(mirror._watch))
+                    await registrar.watch(mirror._watch)
                     await mirror._synced.wait()
             except TimeoutError as error:
                 if isinstance(error, RegdError):
                     raise
                 if self._connector.usable is None:
                     raise self._connector.unavailable() from None
-                raise Unavailable(f"the daemon told too little of {pattern!r} in {timeout_s:g} s") from None
+                message = f"the daemon did not send all instances of {pattern!r} within {timeout_s:g} s"
+                raise Unavailable(message) from None
             if mirror._watch.ended:
                 raise Unavailable("the client was closed meanwhile")
             yield mirror
+        finally:
+            registrar.unwatch(mirror._watch)
 
     # The connection.
 
@@ -583,9 +585,9 @@ class Client:
         return await (self._connector.usable or await self._connect()).ask(cmd, arguments)
 
     def _check_fork(self) -> None:
-        """Start afresh in a forked child: the connection, the registrations and the watches are the parent's."""
+        """In a forked child, drop the connection, registrations and watches: they belong to the parent."""
         if self._pid != os.getpid():
-            self._begin()
+            self._reset()
 
     async def _connect(self, timeout_s: float | None = None, patience: Patience = Patience.NONE) -> Connection:
         self._check_fork()
@@ -595,8 +597,8 @@ class Client:
         """Await `work` for at most `timeout` seconds.
 
         Raises:
-            Unavailable: the time is over, and there is no connection.
-            Timeout: the time is over.
+            Unavailable: the time has passed, and there is no connection.
+            Timeout: the time has passed.
         """
         if timeout is None:
             return await work

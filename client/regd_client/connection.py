@@ -1,7 +1,7 @@
 """One asyncio connection that many tasks share: it routes replies to their callers and events to their watches.
 
-Every request has an id, and a reply goes to the request with its id, so a cancelled caller disturbs no other. The
-requests that tasks make in one iteration of the event loop are sent together.
+Requests and replies are matched by id, so that cancelling one caller does not affect the others. Requests made in
+the same iteration of the event loop are sent together.
 """
 
 import asyncio
@@ -19,34 +19,34 @@ from regd_client.protocol import Address
 
 __all__ = ["Connection", "OnFields", "OnLost", "abort_all"]
 
-HANGS_S = 9.0  # a daemon that sends nothing for so long, while a request waits, hangs
-_RECHECK_S = 0.25  # until the second check: an event loop that was blocked first reads what came meanwhile
-_CLOSE_S = 1.0  # for the rest of the output when closing
-_RESET = struct.pack("ii", 1, 0)  # SO_LINGER on, for no time: closing sends a reset (socket(7))
-_CHUNK_BYTES = 16_384  # read at once, at most
+HANGS_S = 9.0  # a daemon that sends nothing for this long, while a request is pending, is considered hung
+_RECHECK_S = 0.25  # until the second check: an event loop that was blocked must first read its input
+_CLOSE_S = 1.0  # for the daemon to read the remaining output
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER with a timeout of 0: close() sends a reset (socket(7))
+_CHUNK_BYTES = 16_384  # maximum size of one read
 
 OnFields = Callable[[dict[str, Any]], None]
 
 
 class _Pending(NamedTuple):
-    """A request without its reply. `late_from` is when the daemon should have replied (`time.monotonic`)."""
+    """A request that waits for its reply, which is due at `due_at` (`time.monotonic`)."""
 
     reply: "asyncio.Future[dict[str, Any]]"
-    late_from: float
+    due_at: float
     cached: bool
     cmd: str
     arguments: dict[str, Any]
 
 
 class Connection(asyncio.BufferedProtocol):
-    """A connection to a daemon. `Connection.open` makes one.
+    """A connection to a daemon. `Connection.open` creates one.
 
     Attributes:
-        closed: done once the socket is closed.
+        closed: a future that is done once the socket is closed.
         heard_at: when the daemon last sent anything (`time.monotonic`).
-        ended_at: when the connection broke, or when a daemon that hangs last sent anything; None while it is
-            usable.
-        shares_processes: whether the daemon sees the same processes as this one; None if nobody has asked.
+        ended_at: when the connection broke, or when a hung daemon last sent anything; None while the connection
+            is usable.
+        shares_processes: whether the daemon can see this process; None if that is not known yet.
     """
 
     def __init__(self, address: Address, on_lost: "OnLost") -> None:
@@ -59,18 +59,18 @@ class Connection(asyncio.BufferedProtocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._pending: dict[int, _Pending] = {}  # by id
-        self._on_reply: dict[int, OnFields | None] = {}  # by id; None: the listener has gone
+        self._on_reply: dict[int, OnFields | None] = {}  # by id; None: the watch was ended before the reply
         self._watches: dict[int, OnFields] = {}
         self._id = 0
         self._output: list[bytes] = []
-        self._single = False  # the request that was sent last was the only pending one
+        self._single = False  # at the last flush, only one request was pending
         # All input goes through this buffer. asyncio would allocate 256 KiB for each read, for which malloc often
-        # calls mmap and munmap: 20 of the 90 µs of a request and its reply.
+        # calls mmap and munmap. That takes 20 of the 90 µs of a request.
         self._chunk = memoryview(bytearray(_CHUNK_BYTES))
-        self._rest = bytearray()  # the beginning of a line
+        self._line_start = bytearray()  # the incomplete line at the end of the input
         self._error: RegdError | None = None  # why the connection is unusable
         self._watchdog: asyncio.TimerHandle | None = None
-        self._suspicious = False
+        self._suspects_hang = False  # the previous check found no input
         self.closed: asyncio.Future[None] = self._loop.create_future()
 
     def __repr__(self) -> str:
@@ -79,10 +79,10 @@ class Connection(asyncio.BufferedProtocol):
 
     @classmethod
     async def open(cls, address: Address, on_lost: "OnLost") -> "Connection":
-        """Connect once. `on_lost` is called with the event of a registration that the connection has lost.
+        """Connect once. `on_lost` is called with each `lost` event.
 
         Raises:
-            OSError: nobody listens at the address.
+            OSError: the connection failed.
         """
         loop = asyncio.get_running_loop()
         if address.path:
@@ -100,13 +100,13 @@ class Connection(asyncio.BufferedProtocol):
     def ask(
         self, cmd: str, arguments: dict[str, Any], on_reply: OnFields | None = None, cached: bool = False
     ) -> "asyncio.Future[dict[str, Any]]":
-        """Send a request. Await the returned future for its reply with `ok`.
+        """Send a request, and return a future for its reply.
 
-        `on_reply` is called with such a reply in the order in which the daemon sent it, even if the caller has
-        gone; after the reply to `watch`, with every event of the watch. With `cached`, the reply is decoded once
-        and shared by all callers that get the same: never change it. It has no `id`.
+        `on_reply` is called with a successful reply, in the order of the daemon's replies, even if the caller was
+        cancelled. For `watch`, it is then called with every event. With `cached`, equal replies are decoded once
+        and shared: never modify the reply. It has no `id`.
 
-        Raises:
+        Raises (the future too):
             RegdError: the daemon refuses, or `Unavailable`: the connection broke before the reply.
         """
         if self._error is not None:
@@ -114,15 +114,15 @@ class Connection(asyncio.BufferedProtocol):
         self._id += 1
         line = protocol.cached_request(cmd, self._id, arguments)
         reply = self._loop.create_future()
-        late_from = time.monotonic() + (arguments.get("wait") or 0.0)
-        self._pending[self._id] = _Pending(reply, late_from, cached, cmd, arguments)
+        due_at = time.monotonic() + (arguments.get("wait") or 0.0)
+        self._pending[self._id] = _Pending(reply, due_at, cached, cmd, arguments)
         if on_reply is not None:
             self._on_reply[self._id] = on_reply
         if self._watchdog is None:
             self._watchdog = self._loop.call_later(HANGS_S, self._check)
         self._output.append(line)
         if self._single and len(self._pending) == 1:
-            self._flush()  # a single caller: nothing else will be sent together with this
+            self._flush()  # probably a single caller, so there is nothing to send together with this request
         elif len(self._output) == 1:
             self._loop.call_soon(self._flush)
         return reply
@@ -133,7 +133,7 @@ class Connection(asyncio.BufferedProtocol):
             self.ask(cmd, arguments).add_done_callback(lambda reply: reply.cancelled() or reply.exception())
 
     def unwatch(self, on_reply: OnFields) -> None:
-        """End the watch of this listener, also one that the daemon has not confirmed yet."""
+        """End the watch with this callback, even if the daemon has not confirmed the watch yet."""
         for id, listener in self._on_reply.items():
             if listener == on_reply:
                 self._on_reply[id] = None
@@ -142,19 +142,19 @@ class Connection(asyncio.BufferedProtocol):
             self.post("unwatch", {"watch": watch})
 
     def abort(self, why: str, ended_at: float | None = None) -> None:
-        """Break the connection. `why` is in the errors of the pending requests."""
+        """Abort the connection. Pending requests fail with `why` in their error."""
         self._break(protocol.unavailable(self.address, why), ended_at)
         if self._transport is not None:
             self._transport.abort()
 
     def end(self) -> None:
-        """Close the connection without waiting. The output is still sent."""
+        """Close the connection without waiting. Buffered output is still sent."""
         self._flush()
-        self._reset_if_only_waits()
+        self._reset_if_only_waiting()
         self._break(Unavailable(f"the connection to regd at {self.address} was closed here"))
 
     async def close(self) -> None:
-        """Close the connection, and wait at most 1 s for the daemon to read the output. Idempotent."""
+        """Close the connection, and wait up to 1 s for the daemon to read the output. Idempotent."""
         self.end()
         if self._transport is None:
             return
@@ -167,17 +167,17 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.abort()
         await asyncio.shield(self.closed)
 
-    def _reset_if_only_waits(self) -> None:
+    def _reset_if_only_waiting(self) -> None:
         """Close with a reset if only requests with `wait` are pending, so that the daemon drops them at once.
 
-        The daemon still replies to a peer that has closed one direction, and cannot tell that from a closed
-        socket.
+        After an ordinary close, the daemon would keep them: it cannot distinguish a closed socket from a peer
+        that has only stopped sending.
         """
         now = time.monotonic()
         if (
             not self.usable
             or not self._pending
-            or any(pending.late_from <= now for pending in self._pending.values())
+            or any(pending.due_at <= now for pending in self._pending.values())
         ):
             return
         assert self._transport is not None
@@ -193,16 +193,16 @@ class Connection(asyncio.BufferedProtocol):
         self._output.clear()
 
     def _check(self) -> None:
-        """Break the connection if the daemon has sent nothing for too long, while it had to reply."""
+        """Abort the connection if a reply is due and the daemon has sent nothing for too long."""
         self._watchdog = None
         if not self._pending or self._error is not None:
             return
-        silent_since = max(self.heard_at, min(pending.late_from for pending in self._pending.values()))
+        silent_since = max(self.heard_at, min(pending.due_at for pending in self._pending.values()))
         left_s = silent_since + HANGS_S - time.monotonic()
-        if left_s <= 0 and self._suspicious:
+        if left_s <= 0 and self._suspects_hang:
             self.abort(f"no answer for {HANGS_S:g} s", self.heard_at)
             return
-        self._suspicious = left_s <= 0
+        self._suspects_hang = left_s <= 0
         self._watchdog = self._loop.call_later(min(left_s, HANGS_S) if left_s > 0 else _RECHECK_S, self._check)
 
     # asyncio.BufferedProtocol.
@@ -218,16 +218,16 @@ class Connection(asyncio.BufferedProtocol):
         self.received = True
         first, *lines = bytes(self._chunk[:nbytes]).split(b"\n")
         if not lines:
-            if not self._rest:  # a line without an end does not count as an answer
+            if not self._line_start:  # further parts of an endless line do not prove that the daemon works
                 self.heard_at = time.monotonic()
-            self._rest += first
-            if len(self._rest) > protocol.REPLY_BYTES_MAX:
+            self._line_start += first
+            if len(self._line_start) > protocol.REPLY_BYTES_MAX:
                 self._break(protocol.not_a_reply("a line without an end"))
             return
         last = lines.pop()
-        if self._rest:
-            first = bytes(self._rest) + first
-        self._rest[:] = last
+        if self._line_start:
+            first = bytes(self._line_start) + first
+        self._line_start[:] = last
         self._take_line(first)
         for line in lines:
             self._take_line(line)
@@ -247,7 +247,7 @@ class Connection(asyncio.BufferedProtocol):
             elif "id" in fields:
                 id = fields["id"]
                 if type(id) is not int or (pending := self._pending.get(id)) is None:
-                    raise protocol.not_a_reply(f"nobody asked with id {id!r:.40}")
+                    raise protocol.not_a_reply(f"no request has id {id!r:.40}")
                 self._take_reply(id, pending, protocol.check_result(pending.cmd, pending.arguments, fields))
             elif fields["ok"]:
                 raise protocol.not_a_reply("id is missing", line)
@@ -260,7 +260,7 @@ class Connection(asyncio.BufferedProtocol):
         self.heard_at = time.monotonic()
         del self._pending[id]
         if id in self._on_reply:
-            self._call(self._on_reply.pop(id), pending.cmd, fields)
+            self._call_on_reply(self._on_reply.pop(id), pending.cmd, fields)
         if pending.reply.done():  # the caller was cancelled
             return
         if fields["ok"]:
@@ -274,11 +274,11 @@ class Connection(asyncio.BufferedProtocol):
             self._on_lost(self, event)
         elif replies.is_known_event(kind):
             on_event = self._watches.get(event["watch"])
-            if on_event is not None:  # events that nobody asked for are no answer either
+            if on_event is not None:  # an event of an unknown watch does not prove that the daemon works
                 self.heard_at = time.monotonic()
                 on_event(event)
 
-    def _call(self, on_reply: OnFields | None, cmd: str, fields: dict[str, Any]) -> None:
+    def _call_on_reply(self, on_reply: OnFields | None, cmd: str, fields: dict[str, Any]) -> None:
         if not fields["ok"]:
             return
         if on_reply is None:
@@ -290,20 +290,20 @@ class Connection(asyncio.BufferedProtocol):
         on_reply(fields)
 
     def eof_received(self) -> None:
-        self._broke()  # at once, before the socket is closed
+        self._handle_break()  # at once: asyncio calls `connection_lost` later
 
     def connection_lost(self, exc: Exception | None) -> None:
         _OPEN.discard(self)
-        self._broke()
+        self._handle_break()
         if not self.closed.done():
             self.closed.set_result(None)
 
-    def _broke(self) -> None:
-        why = "the connection broke before the answer came; a change may have been made or not"
+    def _handle_break(self) -> None:
+        why = "the connection broke before the reply; the change may or may not have been made"
         self._break(protocol.unavailable(self.address, why))
 
     def _break(self, error: RegdError, ended_at: float | None = None) -> None:
-        """Fail the pending requests and take no more. The first error stays."""
+        """Fail the pending requests and all later ones. Idempotent: later requests get the first error."""
         if self._error is None:
             self._error = error
             self.ended_at = time.monotonic() if ended_at is None else ended_at
@@ -319,13 +319,13 @@ class Connection(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._transport.close()
 
-    def _forked(self) -> None:
-        """Give up the parent's socket in a forked child, without sending anything and without an event loop."""
-        self._error = Unavailable("this process was forked from the one that had the connection")
+    def _release_in_child(self) -> None:
+        """In a forked child, give up the parent's socket without sending anything and without an event loop."""
+        self._error = Unavailable("the connection belongs to the parent process of this fork")
         self.ended_at = time.monotonic()
         sock = self._transport.get_extra_info("socket") if self._transport is not None else None
         if sock is not None and sock.fileno() >= 0:
-            # The transport still owns the descriptor; the socket behind it is the parent's alone again.
+            # Replace the socket behind the descriptor, which the transport still owns.
             null = os.open(os.devnull, os.O_RDWR)
             os.dup2(null, sock.fileno(), inheritable=False)
             os.close(null)
@@ -336,7 +336,7 @@ _OPEN: "weakref.WeakSet[Connection]" = weakref.WeakSet()
 
 
 async def abort_all(why: str) -> None:
-    """Break every connection of this event loop, and wait until their sockets are closed."""
+    """Abort all connections of this event loop, and wait until their sockets are closed."""
     loop = asyncio.get_running_loop()
     connections = [connection for connection in _OPEN if connection._loop is loop]
     for connection in connections:
@@ -344,15 +344,15 @@ async def abort_all(why: str) -> None:
     await asyncio.gather(*(asyncio.shield(connection.closed) for connection in connections))
 
 
-def _release_in_child() -> None:
+def _release_all_in_child() -> None:
     for connection in list(_OPEN):
-        connection._forked()
+        connection._release_in_child()
     _OPEN.clear()
 
 
-os.register_at_fork(after_in_child=_release_in_child)
+os.register_at_fork(after_in_child=_release_all_in_child)
 
 
 def _copy(error: RegdError) -> RegdError:
-    """Return one exception object for each caller: raising the same one twice would mix their tracebacks."""
+    """Return a copy of the error for one caller: raising the same object twice would mix the tracebacks."""
     return type(error)(str(error), error.code, error.details)

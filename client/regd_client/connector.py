@@ -1,4 +1,4 @@
-"""A client's connection: opened on demand, once for all callers that wait for it, and again after a break."""
+"""Opens a client's connection, once for all callers that wait for it, and again when it is lost."""
 
 import asyncio
 import errno
@@ -6,41 +6,36 @@ import os
 import random
 import time
 from enum import Enum
-from typing import TYPE_CHECKING
 
-from regd_client import protocol
+from regd_client import autostart, protocol
 from regd_client.connection import Connection, OnLost
 from regd_client.errors import Unavailable
 from regd_client.event_loop import pause, running_loop, wait_shared
 from regd_client.logger import log
-from regd_client.protocol import Address
-
-if TYPE_CHECKING:
-    from regd_client.autostart import Autostart
 
 __all__ = ["Connector", "Patience", "is_refused"]
 
 CONNECT_S = 5.0  # to connect, by default
-_RESTART_S = 1.0  # for a daemon that was there to come back by itself, before autostart starts another
+_RESTART_S = 1.0  # for a daemon that was there before to be restarted, until autostart starts another
 _BACKOFF_S = (0.02, 0.5)  # the first and the longest pause between attempts to connect
 
 
 class Patience(Enum):
-    """What a caller does while nobody listens at the address."""
+    """What a call does while no daemon listens at the address."""
 
-    NONE = "fail as soon as the system refuses the connection"
+    NONE = "fail as soon as the connection is refused"
     SILENT = "try again"
-    LOGGED = "try again, and log it at once"
+    LOGGED = "try again, and log the first failure"
 
 
 class Connector:
     """Opens a client's connections.
 
     Attributes:
-        timeout_s: seconds for which each call tries to connect. By default (None) 5 s, and a call without
-            patience fails at the first refusal.
+        timeout_s: seconds for which each call tries to connect; by default (None) 5 s, except that a call with
+            `Patience.NONE` fails at the first refusal.
         connection: the last connection, usable or not.
-        on_lost: called with the event for a registration that a connection no longer holds.
+        on_lost: called with each `lost` event of a connection.
     """
 
     def __init__(self, address: str | None, timeout_s: float | None) -> None:
@@ -50,8 +45,9 @@ class Connector:
         self.address = address
         self._always_patient = timeout_s is not None
         self._connecting: asyncio.Task[Connection] | None = None
-        self._callers: dict[asyncio.Future[None], Patience] = {}  # done when the connection was refused
-        self._why = "no answer in time"  # the last attempt failed
+        # The waiting callers, each with a future that is done when the connection is refused.
+        self._callers: dict[asyncio.Future[None], Patience] = {}
+        self._why = "no answer in time"  # why the last attempt failed
 
     @property
     def usable(self) -> Connection | None:
@@ -62,8 +58,8 @@ class Connector:
         """Return a usable connection.
 
         Raises:
-            Unavailable: there is none within `timeout_s`, nobody listens and the caller has no patience, or the
-                client was closed.
+            Unavailable: connecting took longer than `timeout_s`, the connection was refused and the caller has no
+                patience, or the client was closed.
         """
         if (usable := self.usable) is not None:
             return usable
@@ -88,7 +84,7 @@ class Connector:
             self._leave(connecting, refused)
 
     def _leave(self, connecting: "asyncio.Task[Connection]", refused: "asyncio.Future[None]") -> None:
-        """Remove a caller, and stop the attempts after the last one."""
+        """Remove a caller. Without callers, stop connecting."""
         self._callers.pop(refused, None)
         refused.cancel()
         if not self._callers and self._connecting is connecting and not connecting.done():
@@ -96,33 +92,36 @@ class Connector:
             connecting.cancel()
 
     def unavailable(self) -> Unavailable:
-        """Return the error for a daemon that cannot be reached."""
+        """Return the error for the last failed attempt."""
         return protocol.unavailable(protocol.find_address(self.address), self._why)
 
     async def _connect(self) -> Connection:
         """Try until a daemon answers. The callers decide how long they wait."""
         address = protocol.find_address(self.address)
         pause_s, longest_s = _BACKOFF_S
-        began = time.monotonic()
-        on_demand = _OnDemand(address, began + _RESTART_S if self.connection is not None else began)
+        start_at = time.monotonic() + (_RESTART_S if self.connection is not None else 0.0)
+        may_start = protocol.autostart_wanted(address)
+        starter = autostart.Autostart(address)
         logged = False
         try:
             while True:
                 wait_s = pause_s * random.uniform(0.5, 1.0)
                 callers = list(self._callers)  # a later caller gets the result of the next attempt
                 try:
-                    async with asyncio.timeout(self.timeout_s):
-                        connection = await on_demand.check(await Connection.open(address, self.on_lost))
+                    connection = await self._open(address, ping=may_start)
                     if logged:
                         log.warning("connected to regd at %s", address)
                     return connection
                 except Unavailable:
-                    raise  # the daemon refused: another attempt is no use
+                    raise  # the daemon refused, so there is no point in another attempt
                 except TimeoutError:
                     self._why = "no answer in time"
                 except OSError as error:
-                    self._why, wait_s = on_demand.after(error, wait_s)
-                    if not on_demand.wanted and is_refused(error):
+                    self._why = _text(error)
+                    if may_start and time.monotonic() >= start_at and autostart.is_gone(error):
+                        wait_s = starter.step()
+                        self._why = starter.why
+                    elif not may_start and is_refused(error):
                         self._refuse(callers)
                 if not logged and Patience.LOGGED in self._callers.values():
                     logged = True
@@ -130,10 +129,17 @@ class Connector:
                 await pause(wait_s)
                 pause_s = min(2 * pause_s, longest_s)
         finally:
-            on_demand.close()
+            starter.close()
+
+    async def _open(self, address: protocol.Address, ping: bool) -> Connection:
+        async with asyncio.timeout(self.timeout_s):
+            connection = await Connection.open(address, self.on_lost)
+            if ping:
+                await _check_answer(connection)
+            return connection
 
     def _refuse(self, callers: "list[asyncio.Future[None]]") -> None:
-        """Fail the callers that have no patience."""
+        """Fail the callers with `Patience.NONE`."""
         for refused in callers:
             if self._callers.get(refused) is Patience.NONE and not refused.done():
                 refused.set_result(None)
@@ -144,10 +150,10 @@ class Connector:
             if not task.cancelled() and task.exception() is None:
                 self.connection = task.result()
         elif not task.cancelled() and task.exception() is None:
-            task.result().abort("no caller waits any more")
+            task.result().abort("all callers have given up")
 
     def end(self) -> None:
-        """Close the connection, and the one that is being opened, without waiting."""
+        """Close the connection, and cancel an attempt to connect, without waiting."""
         connecting, self._connecting = self._connecting, None
         if connecting is not None:
             connecting.cancel()
@@ -155,7 +161,7 @@ class Connector:
             self.connection.end()
 
     async def close(self) -> None:
-        """Close the connection, and the one that is being opened, and wait until the sockets are closed."""
+        """Close the connection, and cancel an attempt to connect. Wait until the sockets are closed."""
         connecting = self._connecting
         self.end()
         if self.connection is not None:
@@ -165,59 +171,29 @@ class Connector:
 
 
 def is_refused(error: OSError) -> bool:
-    """Return whether the error says that nobody listens at the address."""
+    """Return whether the error means that no process listens at the address."""
     return isinstance(error, ConnectionRefusedError | FileNotFoundError) or (
         # For a host with several addresses, asyncio raises one error with all texts.
         error.errno is None and f"[Errno {errno.ECONNREFUSED}]" in str(error)
     )
 
 
-class _OnDemand:
-    """Starts a daemon if none answers and autostart is on, from `due_at` (`time.monotonic`) on."""
+def _text(error: OSError) -> str:
+    # asyncio's own text for a refused connection is "Connect call failed ('127.0.0.1', 7343)".
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
 
-    def __init__(self, address: Address, due_at: float) -> None:
-        self._address = address
-        self.wanted = protocol.autostart_wanted(address)
-        self._due_at = due_at
-        self._autostart: Autostart | None = None
 
-    async def check(self, connection: Connection) -> Connection:
-        """Return the connection if the daemon answers on it. A daemon that is about to exit when idle does not.
+async def _check_answer(connection: Connection) -> None:
+    """Ping the daemon. A daemon that is exiting for being idle does not answer.
 
-        Raises:
-            OSError: the daemon closed the connection before it sent anything.
-            Unavailable: the peer is not a regd, or has no room.
-        """
-        if not self.wanted:
-            return connection
-        try:
-            await connection.ask("ping", {})
-        except BaseException as error:
-            connection.abort("it did not answer a ping")
-            if isinstance(error, Unavailable) and not connection.received:
-                raise ConnectionResetError("it ended before the answer") from None
-            raise
-        return connection
-
-    def after(self, error: OSError, pause_s: float) -> tuple[str, float]:
-        """Return what is in the way, and the seconds until the next attempt.
-
-        Raises:
-            Unavailable: the daemon cannot be started.
-        """
-        # asyncio's own text for a refused connection is "Connect call failed ('127.0.0.1', 7343)".
-        why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
-        if not self.wanted or time.monotonic() < self._due_at:
-            return why, pause_s
-        from regd_client import autostart
-
-        if not autostart.is_gone(error):
-            return why, pause_s
-        if self._autostart is None:
-            self._autostart = autostart.Autostart(self._address)
-        pause_s = self._autostart.step()
-        return self._autostart.why, pause_s
-
-    def close(self) -> None:
-        if self._autostart is not None:
-            self._autostart.close()
+    Raises:
+        OSError: the daemon closed the connection before it sent anything.
+        Unavailable: the peer is not regd, or has too many connections.
+    """
+    try:
+        await connection.ask("ping", {})
+    except BaseException as error:
+        connection.abort("it did not answer a ping")
+        if isinstance(error, Unavailable) and not connection.received:
+            raise ConnectionResetError("it closed the connection before the reply") from None
+        raise

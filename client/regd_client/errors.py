@@ -1,4 +1,4 @@
-"""The exceptions. Each is also the built-in exception that it resembles.
+"""The exceptions. Most are also a built-in exception.
 
 RegdError
 ├── NotFound     also a LookupError
@@ -8,7 +8,7 @@ RegdError
 ├── Timeout      also a TimeoutError
 └── Unavailable  also a ConnectionError
 
-Every other code of the daemon (`busy`, `storage_failed`, …) is a plain RegdError with that `code`.
+The daemon's other error codes (`busy`, `storage_failed`, …) raise a plain RegdError with that `code`.
 """
 
 from typing import Any
@@ -20,8 +20,8 @@ class RegdError(Exception):
     """An error of the registry.
 
     Attributes:
-        code: the error code of the protocol, "" if the error does not come from the daemon.
-        details: the further fields of the daemon's reply, such as `near` and `last` of `not_found`.
+        code: the daemon's error code; a few errors of the client have a code too, else it is "".
+        details: the other fields of the daemon's reply, such as `near` and `last` of `not_found`.
     """
 
     def __init__(self, message: str, code: str = "", details: dict[str, Any] | None = None) -> None:
@@ -31,19 +31,19 @@ class RegdError(Exception):
 
 
 class NotFound(RegdError, LookupError):
-    """No ready instance has that name, or there is nothing to deregister."""
+    """No ready instance has this name, or the registration to change does not exist."""
 
 
 class Conflict(RegdError):
-    """Another owner lives (`details["owner"]`), or the registration has another revision than expected."""
+    """A live owner holds the name (`details["owner"]`), or the registration is not at the expected revision."""
 
 
 class Denied(RegdError, PermissionError):
-    """This user may only read there, or the process belongs to another user."""
+    """This user may only read, or the process of `pid` belongs to another user."""
 
 
 class BadArgument(RegdError, ValueError):
-    """An argument has a wrong type or value; `details["field"]` says which argument."""
+    """An argument has the wrong type or an invalid value; `details["field"]` names the argument."""
 
 
 class Timeout(RegdError, TimeoutError):
@@ -51,7 +51,7 @@ class Timeout(RegdError, TimeoutError):
 
 
 class Unavailable(RegdError, ConnectionError):
-    """No daemon answers at the address, the connection broke before the reply, or the peer is not a regd."""
+    """No daemon answers at the address, the connection broke before the reply, or the peer is not regd."""
 
 
 _CLASSES: dict[str, type[RegdError]] = {
@@ -72,7 +72,7 @@ def from_reply(reply: dict[str, Any]) -> RegdError:
 
 
 def _printable(text: str) -> str:
-    """Escape control characters, with which a peer could move a terminal's cursor or forge a line of a log."""
+    """Escape control characters: a peer could use them to move a terminal's cursor or to forge a log line."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -1,4 +1,4 @@
-"""What the client needs of asyncio's event loop."""
+"""Helpers for asyncio's event loop."""
 
 import asyncio
 import time
@@ -16,7 +16,7 @@ def running_loop() -> asyncio.AbstractEventLoop:
     """Return the running event loop.
 
     Raises:
-        RegdError: no asyncio event loop runs here.
+        RegdError: no asyncio event loop is running.
     """
     try:
         return asyncio.get_running_loop()
@@ -28,18 +28,18 @@ def running_loop() -> asyncio.AbstractEventLoop:
 
 
 async def pause(seconds: float) -> None:
-    """Sleep, even if a test has stopped the clock that the event loop reads, as freezegun does."""
-    if isinstance(time.monotonic, BuiltinFunctionType):  # not replaced by a clock that may stand still
+    """Sleep, even if a test has stopped the event loop's clock, as freezegun does."""
+    if isinstance(time.monotonic, BuiltinFunctionType):  # not patched
         await asyncio.sleep(seconds)
     else:
         await asyncio.to_thread(time.sleep, seconds)
 
 
 async def wait_shared(task: "asyncio.Task[T]") -> T:
-    """Wait for a task that others wait for too. It goes on when this caller is cancelled.
+    """Wait for a task that is shared by several callers. Cancelling the caller does not cancel the task.
 
     Raises:
-        Unavailable: the task was cancelled, since the client was closed.
+        Unavailable: the task was cancelled because the client was closed.
     """
     try:
         return await asyncio.shield(task)
@@ -47,5 +47,5 @@ async def wait_shared(task: "asyncio.Task[T]") -> T:
         if task.cancelled():
             raise Unavailable("the client was closed meanwhile") from None
         raise
-    except RegdError as error:  # a copy for each caller: raising one exception twice would mix their tracebacks
+    except RegdError as error:  # raise a copy: raising the same object twice would mix the tracebacks
         raise type(error)(str(error), error.code, error.details) from error

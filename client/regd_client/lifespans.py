@@ -1,7 +1,7 @@
-"""Services under their servers: registered once the port is open, and withdrawn before the server closes it.
+"""Register a service once its server has opened the port, and withdraw it before the server closes the port.
 
-Servers run a service's start-up hook before they open the port, and its shutdown hook when they no longer
-listen. A name that is registered and withdrawn in these hooks is resolved while nobody listens.
+Servers run start-up hooks before they open the port, and shutdown hooks after they have closed it. If these hooks
+registered and withdrew the name, clients could resolve it while the port is closed.
 """
 
 import asyncio
@@ -12,8 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Generator, Mapping
 from dataclasses import replace
-from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from regd_client.arguments import RegistrationRequest, check_integer, check_seconds, check_text
 from regd_client.client import Client
@@ -41,24 +40,22 @@ __all__ = [
 
 BACKLOG = 128
 DRAIN_S = 0.1
-_PAUSE_S = 0.5  # the longest random pause between attempts to register
-_REGISTERING_S = 1.0  # to wait for the reply to a `register` in progress when the service is told to end
-_WARN_S = 10.0  # until the log says that no server has opened a port
-_POLL_S = (0.05, 1.0)  # the first and the longest pause between searches for a port that was opened elsewhere
-_WARN_ELSEWHERE_S = 1.0  # until the log says so under a server that may have opened its port elsewhere
-_ELSEWHERE = (
-    "granian",
-    "sanic",
-)  # servers that open their port outside of the event loop, or before the lifespan
+_PAUSE_S = 0.5  # maximum random pause between attempts to register
+_REGISTERING_S = 1.0  # to wait for the reply to a pending `register` when the service is withdrawn
+_WARN_S = 10.0  # until a warning that no server has opened a port
+_POLL_S = (0.05, 1.0)  # the first and the longest pause between searches for the open port
+# These servers open their port outside of the event loop, or before the lifespan, so the warning comes early.
+_UNSEEN_SERVERS = ("granian", "sanic")
+_WARN_UNSEEN_S = 1.0
 
 
 class ServiceLifecycle:
-    """One life of a service: from its start-up hook to the end of its shutdown hook, within `async with`.
+    """Registers a service when its server opens the port, and withdraws it at the end of the `async with`.
 
-    `request.port` is the port that the server will open, None for the first that any server opens. With `retry`,
-    registering is tried again and again; without, `registration` raises what is in the way. `logs_success`: a
-    registration that succeeds after all is logged; `regctl run` says so itself. With `ready`, the registration is
-    `starting` until the service says that it is ready.
+    `request.port` is the port that the server will open; None means the first port that any server opens. With
+    `retry`, a failed attempt to register is repeated; without, `registration` raises its error. `logs_success`
+    says whether a success after failures is logged; `regctl run` reports it itself. With `ready`, the
+    registration is `starting` until the service says that it is ready.
     """
 
     def __init__(
@@ -71,7 +68,7 @@ class ServiceLifecycle:
         self._ready = ready
         self._becoming_ready: asyncio.Task[bool] | None = None
         self._warned = False  # that no server has opened a port
-        self._trouble: type[RegdError] | None = None  # why the last attempt to register failed
+        self._error_kind: type[RegdError] | None = None  # of the last failed attempt to register
         self.logs_success = True
         self._hook = ListenHook(request.port, self.opened, self.withdraw)
         self._exit_stack = contextlib.ExitStack()
@@ -98,7 +95,7 @@ class ServiceLifecycle:
         return await asyncio.shield(self._becoming_ready)
 
     def opened(self, host: str, port: int) -> None:
-        """Start registering: the port is open. Only the first call counts."""
+        """Start registering. Call it once the port is open; later calls have no effect."""
         if self._registering is not None:
             return
         if self._request.host is not None:
@@ -125,7 +122,7 @@ class ServiceLifecycle:
         return "starting"
 
     async def _register(self, request: RegistrationRequest) -> Registration:
-        """Try until it succeeds: the service works meanwhile, and the owner of the name may leave."""
+        """Register. With `retry`, try until it succeeds, since another owner may release the name."""
         at = host_port(str(request.host), request.port or 0)
         while True:
             try:
@@ -135,20 +132,20 @@ class ServiceLifecycle:
                 if self._retry:
                     log.error("%s serves at %s, and cannot be registered: %s", self._name, at, error)
                 raise
-            except RegdError as trouble:
+            except RegdError as error:
                 if not self._retry:
                     raise
-                if self._trouble is not type(trouble):
-                    log.warning("%s serves at %s, not registered yet, still trying: %s", self._name, at, trouble)
-                self._trouble = type(trouble)
+                if self._error_kind is not type(error):
+                    log.warning("%s serves at %s, not registered yet, still trying: %s", self._name, at, error)
+                self._error_kind = type(error)
             else:
-                if self._trouble is not None and self.logs_success:
+                if self._error_kind is not None and self.logs_success:
                     log.warning("%s is registered now, at %s", self._name, registration.endpoint)
                 return registration
             await pause(random.uniform(0, _PAUSE_S))
 
     async def withdraw(self) -> None:
-        """Withdraw the name, and wait for callers that have just resolved it to connect. Idempotent."""
+        """Deregister the name, then wait, so that clients that have just resolved it can connect. Idempotent."""
         if self._withdrawing is None:
             self._withdrawing = asyncio.create_task(self._withdraw(), name="regd-client-withdraw")
         await asyncio.shield(self._withdrawing)
@@ -162,7 +159,7 @@ class ServiceLifecycle:
             self._becoming_ready.cancel()
             await asyncio.wait((self._becoming_ready,), timeout=_REGISTERING_S)
         if not task.done():
-            if not self._trouble:  # the reply is under way: what it registers must be withdrawn
+            if not self._error_kind:  # the daemon may have registered the name: wait for its reply
                 await asyncio.wait((task,), timeout=_REGISTERING_S)
             task.cancel()
             await asyncio.wait((task,))
@@ -170,12 +167,12 @@ class ServiceLifecycle:
             return
         try:
             await task.result().deregister()
-        except RegdError as trouble:
-            log.warning("left %s registered: %s", self._name, trouble)
+        except RegdError as error:
+            log.warning("left %s registered: %s", self._name, error)
         await pause(self._drain_s)
 
     async def _poll(self) -> None:
-        """Find a port that is not opened on this event loop."""
+        """Search for the open port, for a server that does not open it on this event loop."""
         pause_s, longest_s = _POLL_S
         while self._registering is None:
             await asyncio.sleep(pause_s)
@@ -184,7 +181,7 @@ class ServiceLifecycle:
             pause_s = min(2 * pause_s, longest_s)
 
     def warn_unopened(self, after_s: float) -> None:
-        """Log, once, that no server has opened a port."""
+        """Log once that no server has opened a port."""
         if not self._opened.done() and not self._warned:
             self._warned = True
             log.warning(
@@ -215,9 +212,9 @@ class ServiceLifecycle:
 
 
 class _Lifespan(contextlib.AbstractAsyncContextManager[None]):
-    """The context manager that a framework enters at start-up, and leaves at shutdown.
+    """The context manager that a framework enters at start-up and leaves at shutdown.
 
-    It is also an iterator that yields once, which aiohttp before 3.14 needs.
+    It is also an async iterator that yields once, for aiohttp before 3.14.
     """
 
     def __init__(self, lifecycle: contextlib.AbstractAsyncContextManager[ServiceLifecycle]) -> None:
@@ -226,10 +223,8 @@ class _Lifespan(contextlib.AbstractAsyncContextManager[None]):
     async def __aenter__(self) -> None:
         await self._lifecycle.__aenter__()
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._lifecycle.__aexit__(kind, error, trace)
+    async def __aexit__(self, *exc_info: Any) -> None:
+        await self._lifecycle.__aexit__(*exc_info)
 
     async def __aiter__(self) -> AsyncIterator[None]:
         async with self:
@@ -237,7 +232,7 @@ class _Lifespan(contextlib.AbstractAsyncContextManager[None]):
 
 
 class LifespanContext:
-    """The result of `lifespan`: a lifespan for a framework, or an `async with` around a server."""
+    """The result of `lifespan`: a framework calls it; around a server, use it with `async with`."""
 
     def __init__(self, request: RegistrationRequest, drain_s: float, ready: Ready | None = None) -> None:
         self._request = request
@@ -250,14 +245,14 @@ class LifespanContext:
         return f"<lifespan({self._request.name!r}{port})>"
 
     def __call__(self, app: object) -> _Lifespan:
-        """Return the lifespan of an application, as Starlette and aiohttp ask for it."""
+        """Return the lifespan of an application. Starlette and aiohttp call this."""
         return _Lifespan(self._lifecycle())
 
     @contextlib.asynccontextmanager
     async def _lifecycle(self) -> AsyncIterator[ServiceLifecycle]:
         async with ServiceLifecycle(self._request, self._drain_s, ready=self._ready) as service:
-            elsewhere = self._request.port is None and any(name in sys.modules for name in _ELSEWHERE)
-            after_s = _WARN_ELSEWHERE_S if elsewhere else _WARN_S
+            is_unseen = self._request.port is None and any(name in sys.modules for name in _UNSEEN_SERVERS)
+            after_s = _WARN_UNSEEN_S if is_unseen else _WARN_S
             warning = asyncio.get_running_loop().call_later(after_s, service.warn_unopened, after_s)
             try:
                 yield service
@@ -268,11 +263,9 @@ class LifespanContext:
         self._entered = self._lifecycle()
         return await self._entered.__aenter__()
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc_info: Any) -> None:
         assert self._entered is not None
-        await self._entered.__aexit__(kind, error, trace)
+        await self._entered.__aexit__(*exc_info)
 
 
 def lifespan(
@@ -292,30 +285,31 @@ def lifespan(
         async with regd_client.lifespan("gateway"):
             server = await asyncio.start_server(answer, "127.0.0.1", 0)
 
-    The service's server is the first that opens a TCP port on this event loop within the lifespan, or the one
-    that opens `port`. A server that opens its port elsewhere in this process, as granian and Sanic do, is found
-    by `port` alone.
+    With `port`, it registers the server that opens this port, else the first server that opens a TCP port on
+    this event loop within the lifespan. granian and Sanic do not open their port that way, so they need `port`.
 
-    Without a daemon, or while another owner has the name, the service works, and registering is tried again
-    until it succeeds. Before the server is told to end (SIGTERM, Ctrl-C), or closes its listener, the name is
-    withdrawn and `drain_s` passes, so that callers that have just resolved the name can still connect.
+    If no daemon answers, or another owner has the name, the service starts all the same, and the client tries
+    to register until it succeeds. Before the server receives SIGTERM or Ctrl-C, or closes its listener, the
+    client withdraws the name and waits `drain_s`, so that clients that have just resolved the name can still
+    connect.
 
     Args:
         name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
         port: the port that the server will open; by default the first port that any server opens.
-        host: the address at which others reach the service; by default where the server listens.
+        host: the address at which others reach the service; by default the server's address.
         instance: a name for this instance, if the service has several; `auto` for a number.
-        meta: labels, by which `resolve` can select.
+        meta: labels that `resolve` can filter by.
         drain_s: seconds between withdrawing the name and closing the port.
         ready: a function that returns an awaitable, such as a coroutine function, or an awaitable. It is awaited
             once the port is open. Until it returns, the service is registered as `starting` and nobody resolves
             it. A function that returns False or fails is called again 0.5 s later.
 
     Returns:
-        A lifespan for FastAPI, Starlette, aiohttp's `cleanup_ctx` and others, which is also an `async with`.
+        A lifespan for FastAPI, Starlette, aiohttp's `cleanup_ctx` and others. It is also an async context
+        manager.
 
     Raises:
-        BadArgument: an argument has a wrong type. What the daemon refuses is logged.
+        BadArgument: an argument has the wrong type. If the daemon refuses a value, the client logs that.
     """
     check_seconds("drain_s", drain_s)
     check_ready(ready)
@@ -333,11 +327,11 @@ def lifespan(
 
 
 class RegisteredSocket:
-    """A listening socket that is registered, from `listen`.
+    """A registered listening socket, from `listen`.
 
     Attributes:
         socket: the socket, for a server: `asyncio.start_server(answer, sock=registered.socket)`.
-        registration: its `Registration`.
+        registration: the `Registration`.
     """
 
     def __init__(self, sock: socket.socket, registration: Registration, stack: contextlib.AsyncExitStack) -> None:
@@ -356,11 +350,11 @@ class RegisteredSocket:
 
     @property
     def port(self) -> int:
-        """The port that the socket listens on."""
+        """The port of the socket."""
         return self.endpoint.port
 
     async def close(self) -> None:
-        """Withdraw the name, and `drain_s` later close the socket. Idempotent."""
+        """Withdraw the name, and close the socket `drain_s` later. Idempotent."""
         await self._stack.aclose()
 
 
@@ -392,9 +386,7 @@ class ListenContext:
         self._registered = await self._listen()
         return self._registered
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         assert self._registered is not None
         await self._registered.close()
 
@@ -459,31 +451,31 @@ def listen(
         async with regd_client.listen("runner") as listening:
             server = await asyncio.start_server(answer, sock=listening.socket)
 
-    No other process can take the port in between. From then on the system accepts connections, which wait for the
-    server. On leaving, and before a server on this event loop closes the socket, the name is withdrawn; `drain_s`
-    later the socket is closed.
+    No other process can take the port in between. The system accepts connections at once; they wait for the
+    server. At the end of the `async with`, or before a server on this event loop closes the socket, the client
+    withdraws the name. The socket is closed `drain_s` later.
 
     Args:
         name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
         port: 1 to 65535, or 0 for any free port. By default the port that this name and instance had last, if
             it is free, else one that the system gives to no other program, so that it can stay.
-        host: the IP address to listen at. For 0.0.0.0 and ::, the loopback address is registered.
+        host: the IP address to listen on. For 0.0.0.0 and ::, the loopback address is registered.
         instance: a name for this instance, if the service has several; `auto` for a number.
-        meta: labels, by which `resolve` can select.
+        meta: labels that `resolve` can filter by.
         backlog: connections that may wait to be accepted (listen(2)).
         drain_s: seconds between withdrawing the name and closing the socket.
-        timeout: seconds to register; by default 5 s to wait for a daemon.
+        timeout: seconds to register; by default it waits up to 5 s for a daemon.
 
     Returns:
-        A `ListenContext`, which gives a `RegisteredSocket` when it is awaited or entered.
+        A `ListenContext`; awaiting or entering it returns a `RegisteredSocket`.
 
     Raises:
         OSError: the port is in use, or not allowed.
-        Conflict: another owner has the name, and lives.
+        Conflict: a live owner holds the name.
         Denied: this user may not register.
         Unavailable: no daemon answers.
         Timeout: the daemon did not reply within `timeout`.
-        BadArgument: an argument has a wrong type or value.
+        BadArgument: an argument has the wrong type or an invalid value.
     """
     check_integer("port", port)
     check_text("host", host, required=True)

@@ -1,4 +1,4 @@
-"""A mirror: a local picture of some services, from which a name is resolved without a round trip."""
+"""A mirror: a local copy of some of the registry's instances, to resolve names without a round trip."""
 
 import asyncio
 from collections import deque
@@ -14,31 +14,32 @@ __all__ = ["Mirror"]
 
 
 class Mirror:
-    """A local picture of the services whose name fits a pattern. `mirror` and `Client.mirror` make one.
+    """A local copy of the instances that match a pattern, from `mirror` or `Client.mirror`.
 
         async with regd_client.mirror("worker*") as mirror:
             endpoint = mirror.resolve("worker")
-            everything = list(mirror)
+            endpoints = list(mirror)
 
-    `resolve` takes turns among the ready instances of a name. Iterating yields the endpoints of all ready
-    instances, in order of name and instance.
+    Iterating yields the endpoints of all ready instances, in order of name and instance.
 
-    While the daemon is away, answers come from the last picture, and their `stale_s` is the number of seconds
-    since the daemon went away. With `stale_s_max`, an older answer raises `Unavailable`. A daemon that hangs is
-    noticed within 15 s, and counts as away since it was last heard. A mirror that nobody keeps up to date counts
-    as away
-    too: after its `async with`, after the client was closed, in a forked child.
+    The mirror becomes stale when the connection to the daemon is lost. It then answers from its last copy, and
+    the endpoints' `stale_s` is the number of seconds since. With `stale_s_max`, it raises `Unavailable` once it
+    has been stale for longer. A hung daemon is detected within 15 s; the mirror is then stale since the daemon
+    was last heard. A mirror is also stale after its `async with`, after the client was closed, and in a forked
+    child.
     """
 
     def __init__(self, pattern: str, meta: Mapping[str, str] | None, stale_s_max: float | None) -> None:
         self._stale_s_max = stale_s_max
         self._watch = WatchState(pattern, meta, self._take, self._end)
-        self._synced = asyncio.Event()  # the first picture is complete, or the watch has ended
+        self._synced = asyncio.Event()  # the first copy is complete, or the watch has ended
         self._changes = 0
-        self._changed = asyncio.Event()  # a new one for each change
+        self._changed = asyncio.Event()  # replaced after each change
         self._names: dict[str, dict[str, Endpoint]] = {}  # the ready instances, by name and instance
-        self._queues: dict[str, deque[Endpoint]] = {}  # of names that were resolved; the next endpoint in front
-        self._served: dict[str, str] = {}  # the instance that was served last, of a queue that was dropped since
+        # For `resolve`: the endpoints of a name in the order in which they are returned next. A change of the
+        # name drops the queue; `_served` then has the instance that was returned last.
+        self._queues: dict[str, deque[Endpoint]] = {}
+        self._served: dict[str, str] = {}
 
     def __repr__(self) -> str:
         count = sum(map(len, self._names.values()))
@@ -47,21 +48,21 @@ class Mirror:
 
     @property
     def live(self) -> bool:
-        """Whether the picture is true now."""
+        """Whether the copy is up to date."""
         return self._watch.live
 
     @property
     def stale_s(self) -> float:
-        """Seconds since the daemon went away; 0.0 while it is there."""
+        """Seconds for which the copy may have been out of date; 0.0 while it is live."""
         return self._watch.stale_s
 
     @property
     def changes(self) -> int:
-        """The number of changes of the picture so far, for `changed`."""
+        """The number of changes so far, to pass to `changed`."""
         return self._changes
 
     async def changed(self, since: int | None = None, *, timeout: float | None = None) -> int:
-        """Wait for a change of the picture: a ready instance that came, went, or has another address or meta.
+        """Wait until a ready instance appears, disappears, or changes its address or labels.
 
             while True:
                 seen = mirror.changes
@@ -69,16 +70,16 @@ class Mirror:
                 await mirror.changed(seen)
 
         Args:
-            since: a value of `changes`; if the picture has changed after that, the call returns at once. By
-                default the next change counts.
-            timeout: seconds to wait; None for ever.
+            since: an earlier value of `changes`; the call returns at once if there were changes since. By
+                default it waits for the next change.
+            timeout: seconds to wait; by default without a limit.
 
         Returns:
-            `changes` as it is now.
+            The current value of `changes`.
 
         Raises:
-            Timeout: the picture did not change in time.
-            Unavailable: the mirror has ended, since its `async with` has, or the client was closed.
+            Timeout: nothing changed in time.
+            Unavailable: the mirror has ended: its `async with` was left, or the client was closed.
         """
         check_seconds("timeout", timeout)
         if since is None:
@@ -94,38 +95,38 @@ class Mirror:
         return self._changes
 
     def __iter__(self) -> Iterator[Endpoint]:
-        """Iterate over the endpoints of all ready instances, as they are now, in order of name and instance.
+        """Iterate over the current endpoints of all ready instances, in order of name and instance.
 
         Raises:
-            Unavailable: the picture is older than `stale_s_max`.
+            Unavailable: the copy is older than `stale_s_max`.
         """
         self._check_age()
         return iter([endpoint for name in sorted(self._names) for endpoint in self.resolve_all(name)])
 
     def resolve(self, name: str, *, meta: Mapping[str, str] | None = None) -> Endpoint:
-        """Return a ready instance, taking turns.
+        """Return the endpoint of a ready instance; successive calls rotate through the instances.
 
         Args:
             name: the service's name.
-            meta: labels that the instance must carry, all of them.
+            meta: labels; the instance must have all of them.
 
         Raises:
             NotFound: no ready instance has the name and the labels.
-            Unavailable: the picture is older than `stale_s_max`.
+            Unavailable: the copy is older than `stale_s_max`.
         """
         queue = self._queues.get(name)
         if queue is None:
             queue = self._make_queue(name)
         if meta:
             for endpoint in queue:
-                if _carries(endpoint, meta):
+                if _has_labels(endpoint, meta):
                     queue.remove(endpoint)
                     queue.append(endpoint)
-                    return endpoint if self._watch.live else self._aged(endpoint)
+                    return endpoint if self._watch.live else self._stale(endpoint)
         elif queue:
             endpoint = queue[0]
             queue.rotate(-1)
-            return endpoint if self._watch.live else self._aged(endpoint)
+            return endpoint if self._watch.live else self._stale(endpoint)
         self._check_age()
         raise NotFound(f"no ready instance of {name!r} in the mirror", "not_found", {"stale_s": self.stale_s})
 
@@ -134,16 +135,16 @@ class Mirror:
 
         Args:
             name: the service's name.
-            meta: only instances that have all of these labels.
+            meta: only instances with all of these labels.
 
         Raises:
-            Unavailable: the picture is older than `stale_s_max`.
+            Unavailable: the copy is older than `stale_s_max`.
         """
         self._check_age()
         instances = self._names.get(name, {})
         endpoints = [instances[instance] for instance in sorted(instances)]
-        matching = [endpoint for endpoint in endpoints if _carries(endpoint, meta or {})]
-        return matching if self.live else [self._aged(endpoint) for endpoint in matching]
+        matching = [endpoint for endpoint in endpoints if _has_labels(endpoint, meta or {})]
+        return matching if self.live else [self._stale(endpoint) for endpoint in matching]
 
     def _take(self, event: Event) -> None:
         if event.endpoint is None:
@@ -161,7 +162,7 @@ class Mirror:
         self._changed = asyncio.Event()
 
     def _apply(self, event: Event, endpoint: Endpoint) -> bool:
-        """Apply an event to the ready instances. Returns whether they have changed."""
+        """Apply an event to the ready instances, and return whether they have changed."""
         name, instance = endpoint.name, endpoint.instance
         previous = self._names.get(name, {}).get(instance)
         if event.kind != "down" and event.state == "ready":
@@ -190,6 +191,7 @@ class Mirror:
         return queue
 
     def _check_age(self) -> float:
+        """Return `stale_s`, or raise `Unavailable` if it exceeds `stale_s_max`."""
         age_s = self.stale_s
         if self._stale_s_max is not None and age_s > self._stale_s_max:
             raise Unavailable(
@@ -197,9 +199,9 @@ class Mirror:
             )
         return age_s
 
-    def _aged(self, endpoint: Endpoint) -> Endpoint:
+    def _stale(self, endpoint: Endpoint) -> Endpoint:
         return replace(endpoint, stale_s=self._check_age())
 
 
-def _carries(endpoint: Endpoint, meta: Mapping[str, str]) -> bool:
+def _has_labels(endpoint: Endpoint, meta: Mapping[str, str]) -> bool:
     return all(endpoint.meta.get(key) == value for key, value in meta.items())

@@ -1,4 +1,4 @@
-"""What the client returns: endpoints, events, and the types of the replies that it returns as dictionaries."""
+"""The client's data types: endpoints, events, and the replies that it returns as dictionaries."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,18 +30,18 @@ EventKind = Literal["up", "change", "down", "sync"]
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where an instance of a service listens.
+    """The address and labels of an instance of a service.
 
         endpoint = await regd_client.resolve("db")
         reader, writer = await asyncio.open_connection(*endpoint.address)
 
     Attributes:
         name: the service's name.
-        instance: the instance's name, "" for the instance without one.
+        instance: the instance's name; "" if it has none.
         host: an IP address or a host name.
         port: 1 to 65535.
-        meta: the registration's own labels.
-        stale_s: seconds since the daemon went away, for an endpoint from a mirror without a daemon; else 0.0.
+        meta: the labels.
+        stale_s: seconds for which the mirror that returned it has been stale; else 0.0.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Endpoint:
 
 
 def endpoint_of(fields: Mapping[str, Any]) -> Endpoint:
-    """Return the endpoint in a reply or event, with a copy of its meta: the fields may be shared."""
+    """Return the endpoint of a reply or event. Its `meta` is a copy, since callers may share the fields."""
     return Endpoint(fields["name"], fields["instance"], fields["host"], fields["port"], {**fields["meta"]})
 
 
@@ -75,10 +75,11 @@ class Event:
     """A change of a service, from a watch.
 
     Attributes:
-        kind: `up`, `change` or `down`; `sync`, once, after the events for all that was there at the beginning.
-        endpoint: the instance; for `down` as it last was, for `sync` None.
-        state: the instance's state: `starting`, `ready` or `draining`; for `sync` "".
-        reason: why the instance is gone, for `down`; else "".
+        kind: `up`, `change` or `down`; also `sync`, once, after the `up` events of the instances that existed
+            when the watch began.
+        endpoint: the instance; for `down`, its last endpoint; for `sync`, None.
+        state: `starting`, `ready` or `draining`; for `sync`, "".
+        reason: for `down`, why the instance ended; else "".
     """
 
     kind: EventKind
@@ -87,7 +88,7 @@ class Event:
     reason: str = ""
 
 
-# Replies. Their fields are described in PROTOCOL.md.
+# Replies. PROTOCOL.md describes their fields.
 
 
 class Instance(TypedDict):
@@ -108,7 +109,7 @@ class Instance(TypedDict):
 
 
 class Owner(TypedDict, total=False):
-    """What a registration lasts as long as: a connection, a process, a lease, or for good."""
+    """An owner of a registration: a connection, a process, a lease, or none (`static`)."""
 
     connection: str | None
     pid: int
@@ -118,7 +119,7 @@ class Owner(TypedDict, total=False):
 
 
 class Probe(TypedDict):
-    """The last attempt of the daemon to connect to an instance."""
+    """The daemon's last attempt to connect to an instance."""
 
     accepted: bool
     age_s: float
@@ -142,7 +143,7 @@ class WhyInstance(TypedDict):
 
 
 class Departure(TypedDict):
-    """An instance that is gone, as `why` returns it."""
+    """An instance that has ended, as `why` returns it."""
 
     instance: str
     reason: str
@@ -189,14 +190,14 @@ class History(TypedDict):
 
 
 class Host(TypedDict):
-    """The daemon's boot id and PID namespace, None where the system has none."""
+    """The daemon's boot id and PID namespace; None if the system does not provide them."""
 
     boot: str | None
     pid_namespace: str | None
 
 
 class Hello(TypedDict):
-    """The daemon that answers, as `hello` returns it."""
+    """The daemon's version, epoch, features and limits, as `hello` returns them."""
 
     server: str
     version: str
@@ -210,7 +211,7 @@ class Hello(TypedDict):
 
 
 class SlowStep(TypedDict):
-    """What held the daemon's event loop longest."""
+    """The step that blocked the daemon's event loop longest."""
 
     what: str
     took_s: float

@@ -1,8 +1,8 @@
-"""The registration of a server process without an event loop, which is withdrawn when the process is told to end.
+"""Registers a server process without an event loop, and withdraws the name when the process is told to end.
 
-It belongs to the process that owns the port, which may fork workers. So nothing stays behind in that process: no
-thread, and no connection if the daemon can see the process. asyncio and what gevent replaces must not be used
-here: a signal may be handled in gevent's hub.
+The process that owns the port may fork workers. So no thread stays in it, and no connection if the daemon can see
+the process. This module must not use asyncio, nor functions that gevent patches, because signal handlers may run
+in gevent's hub.
 """
 
 from __future__ import annotations
@@ -24,43 +24,41 @@ from regd_client.signals import ProcessSignals, set_handler
 
 __all__ = ["ProcessRegistration"]
 
-_WITHDRAW_S = 2.0  # for the daemon to reply, before the server is told to end all the same
-_RETRY_S = 1.0  # the same, in a later attempt to register
-_PAUSE_S = 1.0  # between attempts to register
+_REGISTER_S = 5.0  # for the first attempt to register
+_RETRY_S = 1.0  # for a later attempt
+_PAUSE_S = 1.0  # between attempts
+_WITHDRAW_S = 2.0  # for the daemon's reply; after that, the server gets the signal anyway
 
 
 class ProcessRegistration:
-    """A registration that lasts as long as this process."""
+    """A registration of this process."""
 
     def __init__(self, request: RegistrationRequest, drain_s: float) -> None:
         self._request = request
         self._drain_s = drain_s
-        self._address: tuple[object, object] = (None, None)  # as the daemon has it
-        self._binding: dict[str, Any] | None = None  # what it lasts as long as, once it is registered
+        self._address: tuple[object, object] = (None, None)  # host and port in the daemon's reply
+        self._binding: dict[str, Any] | None = None  # `pid` or `hold`, once the daemon has registered the name
         self._connection: BlockingConnection | None = None  # kept open if the daemon cannot see this process
-        self._logged: type[RegdError] | None = None  # the last error in the log
+        self._logged: type[RegdError] | None = None  # the kind of the last error in the log
         self._pid = os.getpid()
-        self._signals = ProcessSignals(self.withdraw)  # first: a server may be told to end while it still starts
+        self._signals = ProcessSignals(self.withdraw)  # before registering, which a signal may interrupt
 
     @property
     def _at(self) -> str:
         return protocol.host_port(self._request.host or "127.0.0.1", self._request.port or 0)
 
     def register(self) -> None:
-        """Register, now or as soon as possible.
+        """Register now; if that fails, try again every second.
 
         Raises:
             BadArgument: the daemon refuses an argument.
-            RegdError: registering failed and cannot be tried again: SIGALRM is in use, or this is not the main
+            RegdError: registering failed and cannot be retried: SIGALRM is in use, or this is not the main
                 thread.
         """
         try:
-            self._try(5.0, autostart=True)
-        except BadArgument:
-            self._signals.release()
-            raise
-        except RegdError as trouble:
-            if not self._try_later(trouble):
+            self._try(_REGISTER_S, autostart=True)
+        except RegdError as error:
+            if isinstance(error, BadArgument) or not self._try_later(error):
                 self._signals.release()
                 raise
         self._signals.begin()
@@ -99,16 +97,16 @@ class ProcessRegistration:
                 if not replicas.is_taken(reply):
                     break  # it has changed meanwhile: look again
 
-    def _try_later(self, trouble: RegdError) -> bool:
-        """Try again in a second, by SIGALRM. Returns whether that is possible."""
+    def _try_later(self, error: RegdError) -> bool:
+        """Schedule the next attempt, by SIGALRM. Returns False if the program uses SIGALRM itself."""
         if signal.getsignal(signal.SIGALRM) not in (signal.SIG_DFL, self._again):
             return False
         if not set_handler(signal.SIGALRM, self._again):
             return False
-        if self._logged is not type(trouble):
-            self._logged = type(trouble)
+        if self._logged is not type(error):
+            self._logged = type(error)
             log.warning(
-                "%s serves at %s, not registered yet, still trying: %s", self._request.name, self._at, trouble
+                "%s serves at %s, not registered yet, still trying: %s", self._request.name, self._at, error
             )
         signal.setitimer(signal.ITIMER_REAL, _PAUSE_S)
         return True
@@ -118,16 +116,14 @@ class ProcessRegistration:
             return
         try:
             self._try(_RETRY_S, autostart=False)
-        except RegdError as trouble:
-            self._try_later(trouble)
+        except RegdError as error:
+            self._try_later(error)
         else:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             log.warning("%s is registered now, at %s", self._request.name, self._at)
 
-    # Withdrawn.
-
     def withdraw(self) -> None:
-        """Withdraw the name, and wait so that callers that have just resolved it can connect."""
+        """Deregister the name, then wait, so that clients that have just resolved it can connect."""
         if signal.getsignal(signal.SIGALRM) == self._again:
             signal.setitimer(signal.ITIMER_REAL, 0.0)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -136,15 +132,15 @@ class ProcessRegistration:
         try:
             with self._connection or BlockingConnection(timeout_s=_WITHDRAW_S, autostart=False) as connection:
                 self._end(connection, self._binding)
-        except RegdError as trouble:
-            log.warning("left %s registered: %s", self._request.name, trouble)
+        except RegdError as error:
+            log.warning("left %s registered: %s", self._request.name, error)
         self._binding = self._connection = None
         _pause(self._drain_s)
 
     def _end(self, connection: BlockingConnection, binding: dict[str, Any]) -> None:
-        """End the registration, but not for another process that holds it, as a new server on the same socket."""
+        """End this process's hold. Another process may hold the registration too: a new server on the socket."""
         while (entry := self._current(connection)) is not None:
-            # A holder that registers as `draining` withdraws itself alone.
+            # If a holder registers as `draining`, the daemon removes only that holder.
             fields = {**self._request.fields, **binding, "state": "draining", "if": entry["rev"]}
             reply = connection.ask("register", **fields)
             if reply.get("ok"):
@@ -160,7 +156,7 @@ class ProcessRegistration:
         return {"name": self._request.name, "instance": self._request.instance or ""}
 
     def _current(self, connection: BlockingConnection) -> dict[str, Any] | None:
-        """Return what `why` says of the registration, None if it does not exist or has another address."""
+        """Return the entry of this registration in `why`; None if the name is free or has another address."""
         for entry in connection.ask("why", **self._key).get("instances", ()):
             if (entry["host"], entry["port"]) == self._address:
                 return dict(entry)
@@ -168,7 +164,7 @@ class ProcessRegistration:
 
 
 def _binding(connection: BlockingConnection) -> dict[str, Any]:
-    """Bind the registration to this process if the daemon can see it, else to the connection."""
+    """Return `pid` if the daemon can see this process, else `hold`, which binds to the connection."""
     host = protocol.own_host()
     is_shared = None not in host.values() and connection.ask("hello").get("host") == host
     return {"pid": os.getpid()} if is_shared else {"hold": True}
@@ -190,7 +186,7 @@ def _list(connection: BlockingConnection, name: str) -> list[dict[str, Any]]:
 
 
 def _pause(seconds: float) -> None:
-    """Sleep, also in a signal handler in gevent's hub, where gevent's own `time.sleep` must not be used."""
+    """Sleep without `time.sleep`: gevent's version cannot be used in a signal handler in gevent's hub."""
     if hasattr(signal, "sigtimedwait"):
         signal.sigtimedwait((), max(seconds, 0.0))
     else:

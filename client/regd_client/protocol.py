@@ -1,7 +1,7 @@
-"""The client's half of the protocol: addresses, requests to bytes, and lines from a daemon to dictionaries.
+"""The client side of the protocol: parse addresses, encode requests, decode and check replies and events.
 
-It is written apart from the daemon's half, and the transcripts in PROTOCOL.md hold both to the same text.
-`regctl` starts with this module, so it imports little.
+The daemon does not share this code; the transcripts in PROTOCOL.md test both sides. `regctl` imports this module
+at the start, so it imports little.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ __all__ = [
 ]
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:7343"
-LINE_BYTES_MAX = 65_536  # of a request; the daemon skips longer ones
-REPLY_BYTES_MAX = 4 * 1_048_576  # far beyond what the daemon promises: a longer line is another program's
-INSTANCES_MAX = 400_000  # in all pages, or in a snapshot: twice what the daemon registers
-PAGES_MAX = 10_000  # of one reply: three times as many as the daemon needs
+LINE_BYTES_MAX = 65_536  # of a request; the daemon rejects longer ones
+# The following limits are far above the daemon's own: a peer that exceeds them is another program.
+REPLY_BYTES_MAX = 4 * 1_048_576
+INSTANCES_MAX = 400_000  # in all pages of a reply, or in a snapshot
+PAGES_MAX = 10_000  # of one reply
 NOT_REGD = "not_regd"  # code of the error for a peer that does not speak the protocol
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")  # where regd listens
-_YES = ("1", "true", "yes", "on")  # values of REGD_AUTOSTART, in any case
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")  # the hosts on which regd listens
+_YES = ("1", "true", "yes", "on")  # values of REGD_AUTOSTART, in lower case
 _NO = ("", "0", "false", "no", "off")
-_warned: set[str] = set()  # values of REGD_AUTOSTART that were logged
+_warned: set[str] = set()  # values of REGD_AUTOSTART that have been logged
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
@@ -55,7 +56,7 @@ _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 class Address:
-    """Where a daemon listens: the `path` of a Unix socket, or `host` and `port`."""
+    """The address of a daemon: the `path` of a Unix socket, or `host` and `port`."""
 
     def __init__(self, host: str, port: int, path: str = "") -> None:
         self.host = host
@@ -101,8 +102,8 @@ def parse_address(text: str) -> Address:
 
 
 def _is_encodable(host: str) -> bool:
-    """Return whether the codec idna takes the host: if not, `getaddrinfo` raises UnicodeError."""
-    if host.isascii():  # the same rule without the codec, whose import takes a fifth of a command's time
+    """Return whether the idna codec can encode the host; otherwise `getaddrinfo` would raise UnicodeError."""
+    if host.isascii():  # the codec's rule for ASCII: importing the codec takes a fifth of a command's time
         *labels, last = host.split(".")
         return all(0 < len(label) < 64 for label in labels) and len(last) < 64
     try:
@@ -114,25 +115,25 @@ def _is_encodable(host: str) -> bool:
 
 def _bad_address(text: str) -> BadArgument:
     return BadArgument(
-        f"{text!r} is no address; write tcp://HOST:PORT, HOST:PORT or unix:///path",
+        f"{text!r} is not an address; write tcp://HOST:PORT, HOST:PORT or unix:///path",
         details={"field": "address"},
     )
 
 
 def find_address(address: str | None = None) -> Address:
-    """Return the daemon's address: `address`, else $REGD_ADDRESS, else tcp://127.0.0.1:7343."""
+    """Return the parsed `address`, or $REGD_ADDRESS, or tcp://127.0.0.1:7343."""
     return parse_address(address or os.environ.get("REGD_ADDRESS") or DEFAULT_ADDRESS)
 
 
 def autostart_wanted(address: Address) -> bool:
-    """Return whether a daemon may be started: $REGD_AUTOSTART says yes, and the address is on this machine.
+    """Return whether a daemon may be started: $REGD_AUTOSTART is on, and the address is on this machine.
 
-    A value that is neither yes nor no counts as no, and is logged once.
+    An invalid value means off, and is logged once.
     """
     value = os.environ.get("REGD_AUTOSTART", "")
     if value.lower() not in (*_YES, *_NO) and value not in _warned:
         _warned.add(value)
-        import logging  # it takes longer to import than many a command runs
+        import logging  # slow to import, and rarely needed
 
         logging.getLogger("regd_client").warning(
             "REGD_AUTOSTART is %r, which is neither yes nor no: no daemon is started; write 1 or 0", value
@@ -141,7 +142,7 @@ def autostart_wanted(address: Address) -> bool:
 
 
 def own_host() -> dict[str, str | None]:
-    """Return this machine's boot id and PID namespace, as the daemon's `hello` has its own."""
+    """Return this process's boot id and PID namespace, to compare with `host` in the daemon's `hello`."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()
@@ -154,10 +155,10 @@ def own_host() -> dict[str, str | None]:
 
 
 def encode_request(cmd: str, id: int | None, arguments: Mapping[str, Any]) -> bytes:
-    """Return a request as a line. Arguments that are None are left out.
+    """Encode a request as a line. Arguments that are None are left out.
 
     Raises:
-        BadArgument: an argument is no JSON value, or the line is too long to send.
+        BadArgument: an argument is not a JSON value, or the line is too long.
     """
     fields: dict[str, Any] = {"cmd": cmd}
     if id is not None:
@@ -165,7 +166,7 @@ def encode_request(cmd: str, id: int | None, arguments: Mapping[str, Any]) -> by
     fields |= {key: value for key, value in arguments.items() if value is not None}
     try:
         line = _encode(fields)
-        if "\\ud" in line:  # perhaps half of a surrogate pair, which the daemon refuses
+        if "\\ud" in line:  # maybe a lone surrogate, which the daemon refuses
             json.dumps(fields, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise BadArgument(f"{cmd} takes JSON values only: {error}") from None
@@ -181,26 +182,26 @@ def encode_request(cmd: str, id: int | None, arguments: Mapping[str, Any]) -> by
 
 
 def decode_line(line: bytes) -> dict[str, Any]:
-    """Decode a line from the daemon: an event, a refusal, or a reply, whose result `check_result` checks.
+    """Decode a line from the daemon, and check it. The result of a successful reply is left to `check_result`.
 
     Raises:
-        Unavailable: no regd sent it.
+        Unavailable: the line is not from regd.
     """
     try:
         fields = json.loads(line.decode())
         fault = replies.fault(fields)
     except (ValueError, RecursionError):
-        fault = "it is no JSON"
+        fault = "it is not JSON"
     if fault:
         raise not_a_reply(fault, line)
     return fields  # type: ignore[no-any-return]
 
 
 def check_result(cmd: str, arguments: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the reply to a command if it is a refusal or has the command's result.
+    """Return the reply to a command, after checking the result of a successful one.
 
     Raises:
-        Unavailable: no regd sent it.
+        Unavailable: the reply is not from regd.
     """
     if "ok" not in fields:
         raise not_a_reply("it is an event", str(fields["event"]))
@@ -216,23 +217,23 @@ def not_a_reply(why: str, line: bytes | str = "") -> Unavailable:
 
 
 def add_page(instances: list[Any], page: Mapping[str, Any], number: int) -> None:
-    """Add the instances of a page, the `number`th of a reply.
+    """Add the instances of page `number` of a reply.
 
     Raises:
-        Unavailable: there are more than a daemon registers, or further pages than it needs.
+        Unavailable: the reply has more instances or pages than a daemon can send.
     """
     instances += page["instances"]
     if len(instances) > INSTANCES_MAX or (number >= PAGES_MAX and "next" in page):
-        raise not_a_reply(f"to list: {len(instances)} instances in {number} pages, and no end")
+        raise not_a_reply(f"to list: {len(instances)} instances in {number} pages, without an end")
 
 
 def refusal(fields: dict[str, Any], address: Address) -> RegdError:
-    """Return the error for a reply without `ok`."""
+    """Return the error for a reply with `"ok": false`."""
     return refused(address, fields) if fields.get("error") == "shutting_down" else from_reply(fields)
 
 
 def refused(address: Address, fields: dict[str, Any]) -> Unavailable:
-    """Return the error for a daemon that closes the connection: `busy`, `shutting_down`, …"""
+    """Return the error for a daemon that refuses the connection itself: `busy`, `shutting_down`, …"""
     error = from_reply(fields)
     return Unavailable(str(unavailable(address, str(error))), error.code, error.details)
 
@@ -245,18 +246,18 @@ def unavailable(address: Address, why: str) -> Unavailable:
     )
 
 
-# Caches. A repeated resolve encodes its request once and decodes the same reply once: JSON is half of its
-# cost here. Both caches are keyed by the exact text, bounded in number, and hold no long text.
+# Caches for `resolve`, in which JSON takes half of the client's time: a request for the same name is encoded
+# once, and an equal reply is decoded once. The number and the length of the entries are limited.
 
-_CACHED_MAX = 1_024  # requests, and replies
-_NAME_CHARS_MAX = 253  # a longer name is refused by the daemon
-_CACHED_REPLY_BYTES_MAX = 1_024  # a longer reply is decoded every time
-_ID_DIGITS_MAX = 18  # far beyond the number of requests of a connection
-_OK = b'{"ok":true,"id":'  # how the daemon begins a reply
+_CACHED_MAX = 1_024  # requests, and as many replies
+_NAME_CHARS_MAX = 253  # the daemon refuses longer names
+_CACHED_REPLY_BYTES_MAX = 1_024  # longer replies are not cached
+_ID_DIGITS_MAX = 18  # far more than a connection has requests
+_OK = b'{"ok":true,"id":'  # the beginning of each successful reply
 
 
 def cached_request(cmd: str, id: int, arguments: Mapping[str, Any]) -> bytes:
-    """Return a request as `encode_request` does, from the cache if its only argument is a name."""
+    """Encode a request like `encode_request`, using the cache if its only argument is a name."""
     if len(arguments) == 1 and type(name := arguments.get("name")) is str and len(name) <= _NAME_CHARS_MAX:
         return _request_template(cmd, name) % id
     return encode_request(cmd, id, arguments)
@@ -269,7 +270,7 @@ def _request_template(cmd: str, name: str) -> bytes:
 
 
 def split_reply(line: bytes) -> tuple[int, bytes]:
-    """Return the id of a reply and the text behind it; (0, b"") if the line does not begin as the daemon's do."""
+    """Return the id of a successful reply and the text after it; (0, b"") for any other line."""
     if line.startswith(_OK):
         id, _, text = line[len(_OK) :].partition(b",")
         if id.isdigit() and len(id) <= _ID_DIGITS_MAX:
@@ -278,7 +279,7 @@ def split_reply(line: bytes) -> tuple[int, bytes]:
 
 
 def cached_reply(text: bytes) -> dict[str, Any]:
-    """Return the checked reply to a `resolve`, without its id. Callers share the dictionary: never change it."""
+    """Return the checked reply to a `resolve`, without its id. Callers share the dictionary: never modify it."""
     return _decode_cached(text) if len(text) <= _CACHED_REPLY_BYTES_MAX else _decode_resolve(text)
 
 

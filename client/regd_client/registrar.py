@@ -1,8 +1,7 @@
-"""The registrar of a client: it owns the client's registrations and watches, and restores them when the
-connection breaks.
+"""The registrar of a client owns its registrations and watches, and restores them after a reconnect.
 
-Commands for one name are sent one at a time, under a lock. Replies and `lost` events are handled in the daemon's
-order. So this is done in callbacks of the connection: tasks could run in another order.
+Commands for one name are sent one at a time, under a lock. Replies and `lost` events are handled in callbacks of
+the connection, in the order in which the daemon sent them; tasks could run in a different order.
 """
 
 import asyncio
@@ -27,11 +26,11 @@ from regd_client.watches import WatchState
 
 __all__ = ["Registrar"]
 
-_CLOSE_S = 0.2  # for a daemon that comes back just when the client is closed
+_CLOSE_S = 0.2  # to withdraw registrations when the client is closed while the daemon is away
 _WITHDRAW_PAUSE_S = (0.02, 0.5)  # the first and the longest pause between attempts to withdraw
-_RESTORE_PAUSE_S = (0.02, 0.5)  # the longest random pause before the first attempt to restore, and before others
-_RETRY_S = 1.0  # between attempts to register what the daemon refused
-_SILENT_S = 5.0  # a daemon that is silent for so long is pinged
+_RESTORE_PAUSE_S = (0.02, 0.5)  # maximum random pause before the first attempt to restore, and before later ones
+_RETRY_S = 1.0  # until the next attempt to restore what the daemon refused
+_SILENT_S = 5.0  # after so long without input, ping the daemon
 _REPLACED = "replaced by a newer registration of this process"
 
 T = TypeVar("T")
@@ -41,7 +40,7 @@ class Registrar:
     """The registrations and watches of a client.
 
     Attributes:
-        lingers: the registrar is closed, and keeps the connection open to withdraw registrations.
+        lingers: the registrar is closed, but keeps the connection open to withdraw registrations.
     """
 
     def __init__(self, connector: Connector) -> None:
@@ -52,12 +51,12 @@ class Registrar:
         self._watches: dict[WatchState, None] = {}
         self._locks: weakref.WeakValueDictionary[Key, asyncio.Lock] = weakref.WeakValueDictionary()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._keeping: asyncio.Task[None] | None = None  # restores all after a break
+        self._run_task: asyncio.Task[None] | None = None  # restores everything after a reconnect
         self._closed = False
-        self._idle = asyncio.Event()  # nothing is left to keep
+        self._idle = asyncio.Event()  # there are no registrations and watches
 
     def kept(self, name: str, instance: str | None) -> Registration | None:
-        """Return the caller's registration of that name, None if there is none."""
+        """Return the client's active registration of this name, or None."""
         registration = self._registrations.get((name, instance or ""))
         return registration if registration is not None and registration._kept else None
 
@@ -73,14 +72,17 @@ class Registrar:
     def _done(self, task: "asyncio.Task[Any]") -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # retrieved here, since perhaps no caller waits
+            task.exception()  # mark it as retrieved, since all callers may have been cancelled
 
     # Register.
 
     async def register(self, registration: Registration) -> Registration:
-        """Register, and keep the registration from then on. Returns an earlier registration of the same address.
+        """Register, and restore the registration after each reconnect.
 
-        A cancelled caller has registered nothing: what was registered all the same is withdrawn.
+        If the caller is cancelled, the registration is withdrawn.
+
+        Returns:
+            The registration, or the client's earlier registration of the same name and address.
         """
         registering = self._start(self._register(registration), "regd-client-register")
         registration._registering = registering
@@ -89,7 +91,7 @@ class Registrar:
         except asyncio.CancelledError:
             if registration._request.static:
                 registration._finish("given up")
-            elif not registering.cancelling():  # else the event loop ends
+            elif not registering.cancelling():  # if it is being cancelled too, the event loop is ending
                 self.withdraw(registration)
             raise
 
@@ -151,7 +153,7 @@ class Registrar:
     async def _send(
         self, connection: Connection, registration: Registration, on_reply: OnFields, **other: Any
     ) -> None:
-        """Send `register`, bound to the connection, and to the process if the daemon can see it."""
+        """Send `register`. If the daemon cannot see the process, bind to the connection alone."""
         binding = await self._binding(connection, registration)
         fields = registration._request.fields
         try:
@@ -163,7 +165,7 @@ class Registrar:
             await connection.ask("register", {**fields, "hold": True, **other}, on_reply)
 
     async def _binding(self, connection: Connection, registration: Registration) -> dict[str, Any]:
-        """Bind the registration to the connection, and to the process if the daemon can see it.
+        """Return the fields of `register` that bind it to the connection, and to this process if possible.
 
         A registration for another process is bound to that process alone.
         """
@@ -171,10 +173,10 @@ class Registrar:
         if request.static:
             return {}
         if connection.shares_processes is None:
-            theirs = (await connection.ask("hello", {}))["host"]
-            ours = protocol.own_host()
-            connection.shares_processes = None not in ours.values() and all(
-                theirs[key] == value for key, value in ours.items()
+            daemon_host = (await connection.ask("hello", {}))["host"]
+            own_host = protocol.own_host()
+            connection.shares_processes = None not in own_host.values() and all(
+                daemon_host[key] == value for key, value in own_host.items()
             )
         if not connection.shares_processes:
             return {"hold": True}
@@ -234,19 +236,24 @@ class Registrar:
     # Restore.
 
     async def _restore(self, connection: Connection) -> bool:
-        """Register and watch again what this connection does not know. Returns whether nothing is left to do."""
+        """Repeat the registrations and watches that are not on this connection.
+
+        Returns:
+            False if a registration must be retried later.
+        """
         missing = [
             registration
             for registration in self._registrations.values()
             if registration._kept and registration._connection is not connection
         ]
-        done = all(await asyncio.gather(*(self._restore_one(connection, each) for each in missing)))
+        work = [self._restore_registration(connection, registration) for registration in missing]
+        done = all(await asyncio.gather(*work))
         for state in list(self._watches):
             if state.source is not connection and not state.ended:
                 await self._send_watch(connection, state)
         return done
 
-    async def _restore_one(self, connection: Connection, registration: Registration) -> bool:
+    async def _restore_registration(self, connection: Connection, registration: Registration) -> bool:
         try:
             if registration._is_copy:
                 await self._restore_copy(connection, registration)
@@ -254,11 +261,11 @@ class Registrar:
             return await self._restore_same(connection, registration)
         except Unavailable:
             return False
-        except RegdError as trouble:
-            if registration._trouble != str(trouble):
+        except RegdError as error:
+            if registration._restore_error != str(error):
                 name = registration.endpoint.name
-                log.warning("could not register %s again, still trying: %s", name, trouble)
-            registration._trouble = str(trouble)
+                log.warning("could not register %s again, still trying: %s", name, error)
+            registration._restore_error = str(error)
             return False
 
     async def _restore_same(self, connection: Connection, registration: Registration) -> bool:
@@ -267,9 +274,8 @@ class Registrar:
                 return True
             newer = _newer(registration)
             if newer is not None and newer._where != registration._where:
-                self._lose(
-                    registration, _REPLACED, newer
-                )  # else the two would take the name from each other for ever
+                # If both were restored, they would take the name from each other again and again.
+                self._lose(registration, _REPLACED, newer)
                 return True
             try:
                 await self._send(
@@ -283,11 +289,11 @@ class Registrar:
         return True
 
     async def holder(self, registration: Registration, timeout_s: float | None = None) -> Connection:
-        """Wait until a connection holds the registration, and return the connection.
+        """Wait until the registration is on a usable connection, and return the connection.
 
         Raises:
-            NotFound: the registration has ended, or the name was taken.
-            Unavailable: no daemon comes back in time.
+            NotFound: the registration has ended, or another owner has the name.
+            Unavailable: the daemon did not come back in time.
         """
         try:
             async with asyncio.timeout(self._connector.timeout_s if timeout_s is None else timeout_s):
@@ -313,16 +319,14 @@ class Registrar:
             self._lose(registration, event["reason"])
 
     def _lose(self, registration: Registration, reason: str, newer: Registration | None = None) -> None:
-        """Mark a registration as lost. It is not restored: two owners would take the name from each other."""
+        """Mark a registration as lost, and do not restore it, so that two owners do not fight for the name."""
         if registration._kept:
             registration.lost_reason = reason
             registration.lost.set()
             more = ""
             if newer is not None and newer._where != registration._where:
-                ours, theirs = _text(registration), _text(newer)
-                more = (
-                    f": it was at {ours}, the newer one is at {theirs}; to keep both, give each its own instance="
-                )
+                old, new = _text(registration), _text(newer)
+                more = f": it was at {old}, the newer one is at {new}; to keep both, give each its own instance="
             log.warning("lost the registration of %s: %s%s", registration.endpoint.name, reason, more)
         self._finish(registration, reason)
 
@@ -338,7 +342,7 @@ class Registrar:
     # Withdraw.
 
     def withdraw(self, registration: Registration) -> "asyncio.Task[None]":
-        """End a registration, in a task that continues when no caller waits any more."""
+        """End a registration, in a task that continues even if the caller is cancelled."""
         if registration._withdrawing is None or registration._withdrawing.done():
             registration._withdrawn_at = time.monotonic()
             registration._withdrawing = self._start(self._withdraw(registration), "regd-client-withdraw")
@@ -349,7 +353,7 @@ class Registrar:
         if registration._registering is not None:
             await asyncio.wait((registration._registering,))
         pause_s, longest_s = _WITHDRAW_PAUSE_S
-        while registration._connection is not None and not registration._over:  # else it was never registered
+        while registration._connection is not None and not registration._over:  # None: it was never registered
             try:
                 await self._end(registration, await self._connector.connect())
                 break
@@ -369,15 +373,16 @@ class Registrar:
                 if holds or await self._claim(connection, registration):
                     await registration._end_on(connection)
             elif newer._connection is None:
-                raise Unavailable("this process is just registering it again")
+                raise Unavailable("this process is registering the name again")
 
     async def _claim(self, connection: Connection, registration: Registration) -> bool:
-        """Claim the entry that a restarted daemon keeps for its client, in order to end it.
+        """Claim the entry that a restarted daemon keeps for its client, so that this client can end it.
 
-        Returns whether there is such an entry. Any other ended with the connection that held it.
+        Returns:
+            Whether there was such an entry. Otherwise the registration has ended with its connection.
         """
         if registration._request.pid is not None:
-            return True  # it was not bound to a connection
+            return True  # it is not bound to a connection
         pid = (await self._binding(connection, registration)).get("pid")
         while (current := await registration._current(connection)) is not None and _is_unclaimed(current, pid):
             with contextlib.suppress(Conflict):
@@ -392,27 +397,19 @@ class Registrar:
 
     # Watch.
 
-    def watching(self, state: WatchState) -> "_Watching":
-        """Watch, over breaks, until the end of the `async with`."""
-        return _Watching(self, state)
-
     async def watch(self, state: WatchState) -> None:
-        """Watch from now on.
+        """Start a watch, which is resumed after each reconnect. Call `unwatch` in the end, even if this fails.
 
         Raises:
             RegdError: the daemon is away, or refuses the pattern.
         """
         connection = await self._connector.connect(patience=Patience.NONE)
-        try:
-            await self._send_watch(connection, state)
-        except BaseException:
-            self.unwatch(state)
-            raise
+        await self._send_watch(connection, state)
         self._watches[state] = None
         self._keep()
 
     def unwatch(self, state: WatchState) -> None:
-        """End a watch."""
+        """End a watch, or an attempt to start it."""
         self._watches.pop(state, None)
         if isinstance(state.source, Connection):
             state.source.unwatch(state.take)
@@ -426,37 +423,38 @@ class Registrar:
             state.pause()
             raise
 
-    # The task that keeps it all. It runs while there is something to keep.
+    # The background task, which runs while there are registrations or watches.
 
     @property
-    def _wanted(self) -> bool:
+    def _is_needed(self) -> bool:
         return bool(self._registrations or self._watches)
 
     def _keep(self) -> None:
-        if not self._wanted:
+        """Start the background task if it is needed, or wake it so that it ends."""
+        if not self._is_needed:
             self._idle.set()
-        elif not self._closed and (self._keeping is None or self._keeping.done()):
-            self._keeping = asyncio.create_task(self._run(), name="regd-client-keep")
-            _TASKS.add(self._keeping)
-            self._keeping.add_done_callback(self._stopped)
+        elif not self._closed and (self._run_task is None or self._run_task.done()):
+            self._run_task = asyncio.create_task(self._run(), name="regd-client-keep")
+            _TASKS.add(self._run_task)
+            self._run_task.add_done_callback(self._stopped)
 
     def _stopped(self, task: "asyncio.Task[None]") -> None:
         _TASKS.discard(task)
         if task.cancelled():
-            if self._keeping is task and self._connector.connection is not None:
-                self._connector.connection.abort("the event loop ended")  # nothing else will close it
+            if self._run_task is task and self._connector.connection is not None:
+                self._connector.connection.abort("the event loop ended")  # nothing else would close it
         elif (bug := task.exception()) is not None:
-            log.error("what was registered is not kept any more", exc_info=bug)
+            log.error("a bug in regd_client: it no longer restores registrations and watches", exc_info=bug)
 
     async def _run(self) -> None:
         logged = False
-        while self._wanted:
+        while self._is_needed:
             try:
                 connection = await self._connector.connect()
                 done = await self._restore(connection)
-            except RegdError as trouble:
+            except RegdError as error:
                 if not logged:
-                    log.warning("the registry is away, still trying: %s", trouble)
+                    log.warning("the registry is away, still trying: %s", error)
                     logged = True
                 await pause(random.uniform(0, _RESTORE_PAUSE_S[1]))
                 continue
@@ -465,11 +463,16 @@ class Registrar:
                 logged = False
             await self._until_break(connection, None if done else _RETRY_S)
             if not connection.usable:
-                await pause(random.uniform(0, _RESTORE_PAUSE_S[0]))  # not all clients of a daemon at once
+                await pause(
+                    random.uniform(0, _RESTORE_PAUSE_S[0])
+                )  # so that clients do not reconnect all at once
 
     async def _until_break(self, connection: Connection, retry_s: float | None) -> None:
-        """Wait until the connection breaks, nothing is to keep, or `retry_s` is over. Ping a silent daemon."""
-        while connection.usable and self._wanted:
+        """Wait until the connection breaks, the task is not needed, or `retry_s` has passed.
+
+        Meanwhile, ping a silent daemon.
+        """
+        while connection.usable and self._is_needed:
             self._idle.clear()
             silent_s = time.monotonic() - connection.heard_at
             idle = asyncio.ensure_future(self._idle.wait())
@@ -490,19 +493,19 @@ class Registrar:
     # Close.
 
     def stop(self) -> None:
-        """End the watches, and restore nothing any more."""
+        """End the watches, and stop the background task."""
         watches, self._watches = self._watches, {}
         for state in watches:
             state.end()
-        if self._keeping is not None:
-            task, self._keeping = self._keeping, None
+        if self._run_task is not None:
+            task, self._run_task = self._run_task, None
             task.cancel()
 
     async def close(self) -> None:
-        """End all registrations. What a restarted daemon keeps for its client is withdrawn first.
+        """End all registrations. They end with the connection, unless the daemon is away.
 
-        That takes 0.2 s at most. Then `lingers` is true: withdrawing continues until the daemon is back or the
-        event loop ends, and closes the connection.
+        In that case, withdraw them as soon as it is back. If that takes longer than 0.2 s, `lingers` becomes
+        True: a task continues until the daemon is back or the event loop ends, and then closes the connection.
         """
         self._closed = True
         withdrawing: dict[asyncio.Task[None], Registration] = {}
@@ -535,33 +538,15 @@ class Registrar:
             self._connector.end()
 
 
-class _Watching:
-    """An `async with` around a watch.
-
-    It is no generator: when it ends, an event loop closes all its generators at once, and a generator that waits
-    within another one would break.
-    """
-
-    def __init__(self, registrar: Registrar, state: WatchState) -> None:
-        self._registrar = registrar
-        self._state = state
-
-    async def __aenter__(self) -> None:
-        await self._registrar.watch(self._state)
-
-    async def __aexit__(self, *_: object) -> None:
-        self._registrar.unwatch(self._state)
-
-
-# An event loop refers to its tasks weakly.
+# References to running tasks, since an event loop has only weak references to them.
 _TASKS: set["asyncio.Task[None]"] = set()
 _LINGERING: set["asyncio.Task[None]"] = set()
-# By the daemon's address, name and instance: the last registration of this process, by any of its clients.
+# The last registration of this process, by any of its clients, by the daemon's address, name and instance.
 _NEWEST: weakref.WeakValueDictionary[tuple[str, ...], Registration] = weakref.WeakValueDictionary()
 
 
 def _newer(registration: Registration) -> Registration | None:
-    """Return the registration of the same name that this process has made, or is making, after this one."""
+    """Return a later registration of the same name by this process, finished or in progress; else None."""
     newest = _NEWEST.get(registration._place)
     return newest if newest is not None and newest is not registration and newest._kept else None
 
@@ -585,7 +570,7 @@ async def _list(connection: Connection, name: str) -> list[dict[str, Any]]:
 
 
 def _is_invisible(refusal: RegdError, pid: int) -> bool:
-    """Return whether the daemon refuses a process only because it cannot see or watch it."""
+    """Return whether the daemon refuses an existing process because it cannot see or watch it."""
     if refusal.code == "unsupported":
         return True
     if refusal.code != "bad_argument" or refusal.details.get("field") != "pid":
@@ -600,7 +585,7 @@ def _is_invisible(refusal: RegdError, pid: int) -> bool:
 
 
 def _is_unclaimed(entry: Mapping[str, Any], pid: int | None) -> bool:
-    """Return whether the entry has a holder that no client has claimed since the daemon's start: perhaps us."""
+    """Return whether the entry has a holder that no client has claimed since the daemon restarted."""
     return entry.get("more_owners", False) or any(
         owner.get("connection", "") is None and owner.get("pid") == pid for owner in entry["owners"]
     )

@@ -1,6 +1,6 @@
-"""A registration of this client: what the caller holds, and what is sent for it on the connection that holds it.
+"""A registration of this client, and the commands that update and end it.
 
-The registrar decides whether the registration still exists, and restores it after a break.
+The registrar decides whether the registration still exists, and restores it after a reconnect.
 """
 
 import asyncio
@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Coroutine, Generator, Mapping
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from regd_client.arguments import AUTO, RegistrationRequest, check_seconds, check_text, copy_meta
@@ -19,17 +18,17 @@ from regd_client.event_loop import running_loop, wait_shared
 from regd_client.logger import log
 from regd_client.models import Endpoint, Key, State, endpoint_of
 
-__all__ = ["Registration", "RegistrationContext", "StandaloneRegistration", "warn_not_awaited"]
+__all__ = ["Registration", "RegistrationContext", "warn_not_awaited"]
 
-_CLOSING_S = 1.0  # for a daemon that is stopping to close the connection
-_WITHDRAW_S = 2.0  # for the daemon to confirm that the registration ended
-_WITHDRAW_AWAY_S = 0.2  # the same, from when the connection broke: the daemon may be back in a moment
+_CLOSING_S = 1.0  # for a stopping daemon to close the connection
+_WITHDRAW_S = 2.0  # for the daemon to confirm the end of the registration
+_WITHDRAW_AWAY_S = 0.2  # the same if the connection is lost, counted from its loss
 
 T = TypeVar("T")
 
 
 class _Registrar(Protocol):
-    """The registrar of a client, as far as a registration uses it."""
+    """The methods of `Registrar` that a registration uses. Importing the class would be circular."""
 
     async def register(self, registration: "Registration") -> "Registration": ...
     async def holder(self, registration: "Registration", timeout_s: float | None) -> Connection: ...
@@ -37,7 +36,7 @@ class _Registrar(Protocol):
 
 
 class _Client(Protocol):
-    """The client of a registration, as far as the registration uses it."""
+    """The methods of `Client` that a registration uses."""
 
     @property
     def _registrar(self) -> _Registrar: ...
@@ -51,12 +50,14 @@ class Registration:
     """A registration of this client, from `register`.
 
     Attributes:
-        endpoint: where the service is registered.
-        lost: an `asyncio.Event`, set when another process or client took the name.
-        lost_reason: how the name was taken, "" before that.
+        endpoint: the registered address.
+        lost: an `asyncio.Event`, set when another process or client has taken the name.
+        lost_reason: why the registration was lost; "" until then.
     """
 
-    def __init__(self, client: _Client, request: RegistrationRequest, *, patient: bool = True) -> None:
+    def __init__(
+        self, client: _Client, request: RegistrationRequest, *, standalone: bool = False, patient: bool = True
+    ) -> None:
         self._client = client
         self._registrar = client._registrar
         self._pid = os.getpid()
@@ -64,19 +65,20 @@ class Registration:
         self.endpoint: Endpoint
         self.lost = asyncio.Event()
         self.lost_reason = ""
-        # The registrar's.
+        self._standalone = standalone  # the client was created for this registration, and is closed with it
+        # Used by the registrar.
         self._request = request
         self._key: Key = (request.name, request.instance or "")
         self._is_copy = request.instance == AUTO  # its instance is a number, which may change after a break
-        self._patient = patient  # wait for a daemon that is away, and log it
+        self._patient = patient  # wait for a daemon that is away, and log that
         self._began = time.monotonic()
         self._withdrawn_at = 0.0
         self._place: tuple[str, ...] = ()  # the daemon's address, name and instance
-        self._connection: Connection | None = None  # the last connection that held it
+        self._connection: Connection | None = None  # the connection on which it was registered last
         self._over = ""  # why it has ended
         self._registering: asyncio.Task[Registration] | None = None
         self._withdrawing: asyncio.Task[None] | None = None
-        self._trouble = ""  # why it could not be registered again
+        self._restore_error = ""  # why it could not be restored
         self._moved = asyncio.Event()  # `_connection` or `_over` has changed
 
     def __repr__(self) -> str:
@@ -98,18 +100,18 @@ class Registration:
 
     @property
     def _kept(self) -> bool:
-        """Whether the caller wants it and has it. A forked child does not: it is the parent's."""
+        """Whether it is neither ended, nor withdrawn, nor the parent's in a forked child."""
         return not self._over and self._withdrawing is None and self._pid == os.getpid()
 
     @property
     def _where(self) -> tuple[str, int | None]:
-        """Host and port, as the caller has given them."""
+        """The host and port that the caller passed."""
         return self._request.host or "127.0.0.1", self._request.port
 
     def _registered_on(self, connection: Connection, reply: Mapping[str, Any]) -> None:
-        """Take the reply to `register`."""
+        """Handle the reply to `register`."""
         self._connection = connection
-        self._trouble = ""
+        self._restore_error = ""
         self._rev = reply["rev"]
         self.endpoint = endpoint_of({**reply, "meta": self._request.meta or {}})
         self._moved.set()
@@ -118,12 +120,12 @@ class Registration:
         return self.endpoint.address == (reply["host"], reply["port"])
 
     def _finish(self, why: str) -> None:
-        """Mark the registration as ended. The first reason stays."""
+        """Mark the registration as ended. Idempotent: the first reason counts."""
         self._over = self._over or why
         self._moved.set()
 
-    def _altered(self, meta: dict[str, str] | None, state: State | None) -> None:
-        """Remember what is to be registered after a break."""
+    def _updated(self, meta: dict[str, str] | None, state: State | None) -> None:
+        """Use the new values when the registration is restored."""
         if meta is not None:
             self._request = replace(self._request, meta=meta)
             self.endpoint = replace(self.endpoint, meta={**meta})
@@ -137,29 +139,31 @@ class Registration:
         state: State | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Replace the labels, set the state, or both.
-
-        After a break, the call waits until the registration is restored.
+        """Replace the labels, set the state, or both. While disconnected, wait until the client is back.
 
             await registration.update({"zone": "b"}, state="ready")
 
         Args:
             meta: the new labels, which replace all previous ones; None leaves them as they are.
             state: `starting`, `ready` or `draining`; None leaves it as it is.
-            timeout: seconds for the whole call; by default 5 s to wait for a daemon.
+            timeout: seconds for the whole call; by default it waits up to 5 s for a daemon.
 
         Raises:
-            NotFound: the registration has ended, or the name was taken.
+            NotFound: the registration has ended, or another owner has the name.
             Unavailable: no daemon answers in time.
             Timeout: the daemon did not reply within `timeout`.
-            BadArgument: an argument has a wrong type or value.
+            BadArgument: an argument has the wrong type or an invalid value.
         """
         check_text("state", state)
-        await self._client._within(timeout, "update", self._update(copy_meta(meta), state, timeout))
+        try:
+            await self._client._within(timeout, "update", self._update(copy_meta(meta), state, timeout))
+        finally:
+            if self._standalone and self._request.static:
+                await self._client.close()
 
     async def _update(self, meta: dict[str, str] | None, state: State | None, timeout: float | None) -> None:
         def on_reply(reply: Mapping[str, Any]) -> None:
-            self._altered(meta, state)
+            self._updated(meta, state)
 
         static = self._request.static
         while True:
@@ -167,7 +171,7 @@ class Registration:
             try:
                 if await self._if_ours(connection, "update", on_reply, meta=meta, state=state):
                     return
-            except Unavailable:  # the connection broke, or the daemon is stopping; the update can be repeated
+            except Unavailable:  # the connection broke, or the daemon is stopping: repeat the update
                 await asyncio.wait((connection.closed,), timeout=_CLOSING_S)
                 if static or connection.usable:
                     raise
@@ -175,18 +179,25 @@ class Registration:
                 raise self._gone()
 
     async def deregister(self, *, timeout: float | None = None) -> None:
-        """End the registration: set it `draining`, and then remove it. Idempotent.
+        """End the registration: set it `draining`, then remove it. Idempotent.
 
-        What the daemon has not confirmed in time continues in the background while the event loop runs. If
-        another owner has taken the name, its registration stays.
+        If the daemon does not confirm in time, the client continues in the background while the event loop runs.
+        If another owner has taken the name, its registration stays.
 
         Args:
-            timeout: seconds to wait for the daemon's confirmation; by default 2 s, and 0.2 s without a daemon.
+            timeout: seconds to wait for the daemon's confirmation; by default 2 s, or 0.2 s without a daemon.
 
         Raises:
-            Unavailable: no daemon answers, for a static registration.
+            Unavailable: the registration is static, and no daemon answers.
             RegdError: the daemon refuses.
         """
+        try:
+            await self._deregister(timeout)
+        finally:
+            if self._standalone:
+                await self._client.close()
+
+    async def _deregister(self, timeout: float | None) -> None:
         check_seconds("timeout", timeout)
         if self._pid != os.getpid() or self._over:
             return
@@ -216,10 +227,8 @@ class Registration:
 
     def _gone(self) -> NotFound:
         """Return the error for a change of a registration that has ended."""
-        why = self._over or ("left" if self._withdrawing else "it is the parent process's")
+        why = self._over or ("it was deregistered" if self._withdrawing else "it belongs to the parent process")
         return NotFound(f"the registration of {self._key[0]!r} is over: {why}", "not_found")
-
-    # On the connection that holds it.
 
     async def _end_on(self, connection: Connection) -> None:
         if await self._if_ours(connection, "update", state="draining"):
@@ -228,7 +237,7 @@ class Registration:
     async def _if_ours(
         self, connection: Connection, cmd: str, on_reply: OnFields | None = None, **arguments: Any
     ) -> bool:
-        """Send a command if the registration still has our address. Returns whether it has."""
+        """Send a command if the daemon's entry is still ours, that is, has our address. Return whether it is."""
         name, instance = self._key
         while not self._over:
             condition = {"name": name, "instance": instance, **arguments, "if": self._rev}
@@ -246,7 +255,7 @@ class Registration:
         return False
 
     async def _current(self, connection: Connection) -> dict[str, Any] | None:
-        """Return what `why` says of the registration, None if it does not exist or has another address."""
+        """Return the entry of this registration in `why`; None if the name is free or has another address."""
         name, instance = self._key
         try:
             instances = (await connection.ask("why", {"name": name, "instance": instance}))["instances"]
@@ -256,40 +265,14 @@ class Registration:
 
 
 def warn_not_awaited(call: str, source: object) -> None:
-    """Warn of an awaitable that was never awaited, as Python does of a coroutine."""
+    """Warn of an awaitable that was never awaited, as Python does for coroutines."""
     warnings.warn(f"{call} was never awaited", RuntimeWarning, stacklevel=3, source=source)
-
-
-class StandaloneRegistration(Registration):
-    """A registration by the function `register`, with a client of its own."""
-
-    async def update(
-        self,
-        meta: Mapping[str, str] | None = None,
-        *,
-        state: State | None = None,
-        timeout: float | None = None,
-    ) -> None:
-        try:
-            await super().update(meta, state=state, timeout=timeout)
-        finally:
-            if self._request.static:
-                await self._client.close()
-
-    async def deregister(self, *, timeout: float | None = None) -> None:
-        try:
-            await super().deregister(timeout=timeout)
-        finally:
-            await self._client.close()
-
-    update.__doc__ = Registration.update.__doc__
-    deregister.__doc__ = Registration.deregister.__doc__
 
 
 class RegistrationContext(Coroutine[Any, Any, Registration]):
     """The result of `register`: `await` it for a `Registration`, or use it with `async with`.
 
-    `standalone`: the client was made for this registration, and is closed with it.
+    With `standalone`, the client was created for this registration, and is closed with it.
     """
 
     def __init__(
@@ -307,7 +290,7 @@ class RegistrationContext(Coroutine[Any, Any, Registration]):
         state = "awaited" if self._awaited else "not awaited yet"
         return f"<register({self._request.name!r}, {self._request.port}), {state}>"
 
-    # The methods of a coroutine: asyncio.create_task takes nothing else.
+    # The methods of a coroutine, since asyncio.create_task accepts no other awaitable.
 
     def __await__(self) -> Generator[Any, None, Registration]:
         self._awaited = True
@@ -341,22 +324,21 @@ class RegistrationContext(Coroutine[Any, Any, Registration]):
         self._registration = await self._register()
         return self._registration
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         assert self._registration is not None
         try:
             if not self._request.static:
                 await self._registration.deregister()
-        except RegdError as trouble:
-            log.warning("left %s registered: %s", self._registration.endpoint.name, trouble)
+        except RegdError as error:
+            log.warning("left %s registered: %s", self._registration.endpoint.name, error)
 
     async def _register(self) -> Registration:
         self._awaited = True
         running_loop()
         self._client._check_fork()
-        kind = StandaloneRegistration if self._standalone else Registration
-        registration = kind(self._client, self._request, patient=self._patient)
+        registration = Registration(
+            self._client, self._request, standalone=self._standalone, patient=self._patient
+        )
         close = self._standalone
         try:
             work = self._client._registrar.register(registration)

@@ -1,8 +1,7 @@
-"""The rules for everything a daemon sends: the members of each reply and event, and the form of each value.
+"""Validation of everything that a daemon sends: the members of each reply and event, and each value.
 
-Another program, perhaps a hostile one, may listen at the address, and what it sends may reach a shell, a
-terminal, or an address to connect to. So only values that these rules allow are used. Members that the rules do
-not know are kept and otherwise ignored.
+A different, perhaps hostile program may listen at the address, and its replies may end up in a shell, in a
+terminal or in a connect(). So the client uses only replies that pass these checks. Unknown members are allowed.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ _META_KEYS_MAX = 64
 _META_BYTES_MAX = 4_096
 _ID_CHARS_MAX = 64
 _WHOLE_MAX = 2**63 - 1
-_NUMBER_MAX = 1e18  # no figure of a registry is larger
-_TIME_MAX = 253_402_300_800  # Unix seconds, the end of the year 9999: the last that `time.localtime` takes
-_DEPTH_MAX = 8  # of members that the rules do not know
-_SHOWN_CHARS = 60  # of a value in an error message
+_NUMBER_MAX = 1e18  # far above any number that regd sends
+_TIME_MAX = 253_402_300_800  # Unix seconds: the end of the year 9999, the last that `time.localtime` accepts
+_DEPTH_MAX = 8  # of nesting, in unknown members
+_SHOWN_CHARS = 60  # of a value, in an error message
 
 
 # Values.
@@ -39,7 +38,7 @@ def _consists_of(text: str, characters: str) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    """Return whether it is a string that is safe in a terminal and a log. A lone surrogate is not printable."""
+    """Return whether the value is a string without control characters and lone surrogates."""
     return type(value) is str and value.isprintable()
 
 
@@ -68,7 +67,7 @@ def _is_time(value: object) -> bool:
 
 
 def is_name(value: object) -> bool:
-    """Return whether it is a service name."""
+    """Return whether the value is a service name."""
     return type(value) is str and len(value) <= _NAME_CHARS_MAX and all(map(_is_label, value.split(".")))
 
 
@@ -90,7 +89,7 @@ def _is_port(value: object) -> bool:
 
 
 def is_host(value: object) -> bool:
-    """Return whether it is an IP literal or a host name that can be called."""
+    """Return whether the value is an IP literal or a host name, and not a wildcard address."""
     if type(value) is not str or not 1 <= len(value) <= _NAME_CHARS_MAX:
         return False
     if ":" in value:
@@ -120,7 +119,7 @@ def _is_ipv6(text: str) -> bool:
         return False
     try:
         packed = socket.inet_pton(socket.AF_INET6, address)
-    except (OSError, ValueError):  # the latter for a NUL or a lone surrogate
+    except (OSError, ValueError):  # ValueError: a NUL or a lone surrogate
         return False
     return packed != bytes(16) and packed != bytes(10) + b"\xff\xff" + bytes(4)  # neither :: nor ::ffff:0.0.0.0
 
@@ -133,7 +132,7 @@ def _is_meta(value: object) -> bool:
     try:
         text = "".join([*value, *value.values()])
         return (len(text) if text.isascii() else len(text.encode())) <= _META_BYTES_MAX
-    except (TypeError, UnicodeEncodeError):  # something that is no string, half a surrogate pair
+    except (TypeError, UnicodeEncodeError):  # a value that is not a string; a lone surrogate
         return False
 
 
@@ -142,7 +141,7 @@ def _is_state(value: object) -> bool:
 
 
 def _is_key(value: object) -> bool:
-    """Return whether it is NAME or NAME/INSTANCE, the form of `next`."""
+    """Return whether the value is NAME or NAME/INSTANCE, the form of `next`."""
     if type(value) is not str:
         return False
     name, _, instance = value.partition("/")
@@ -154,11 +153,11 @@ def _is_id(value: object) -> bool:
 
 
 def _is_shallow(value: object, depth: int = _DEPTH_MAX) -> bool:
-    """Return whether it is nested at most `depth` levels deep, which `json.dumps` and `repr` can handle."""
+    """Return whether the value is nested at most `depth` levels deep: `json.dumps` and `repr` are recursive."""
     if type(value) is dict:
-        return depth > 0 and all(_is_shallow(each, depth - 1) for each in value.values())
+        return depth > 0 and all(_is_shallow(member, depth - 1) for member in value.values())
     if type(value) is list:
-        return depth > 0 and all(_is_shallow(each, depth - 1) for each in value)
+        return depth > 0 and all(_is_shallow(item, depth - 1) for item in value)
     return True
 
 
@@ -171,7 +170,7 @@ def _list_of(check: Check) -> Check:
 
 
 def _table_of(check: Check) -> Check:
-    """Return a check for an object whose keys are printable strings, and whose values pass `check`."""
+    """Return a check for an object with printable keys, and values that pass `check`."""
     return lambda value: type(value) is dict and all(map(_is_text, value)) and all(map(check, value.values()))
 
 
@@ -179,7 +178,7 @@ def _table_of(check: Check) -> Check:
 
 
 class Shape:
-    """The required and the optional members of an object."""
+    """The required and the optional members of an object, each with a check of its value."""
 
     def __init__(self, required: dict[str, Check], optional: dict[str, Check] | None = None) -> None:
         self.required = required
@@ -187,7 +186,7 @@ class Shape:
         self._known = required.keys() | self.optional.keys()
 
     def fault(self, fields: dict[str, Any]) -> str:
-        """Return what is wrong with an object, "" if it has this shape."""
+        """Return a description of the first error in an object; "" if it has this shape."""
         for name, check in self.required.items():
             if name not in fields:
                 return f"{name} is missing"
@@ -203,12 +202,12 @@ class Shape:
         return ""
 
     def __call__(self, value: object) -> bool:
-        """Return whether a member has this shape."""
+        """Return whether a value is an object of this shape, so that a shape can serve as a check."""
         return type(value) is dict and not self.fault(value)
 
 
 def _shown(value: object) -> str:
-    """Format a value for an error message. `repr` fails on deep nesting, so lists and objects are only named."""
+    """Format a value for an error message. Lists and objects are left out, since `repr` fails on deep nesting."""
     if type(value) is list or type(value) is dict:
         return "a list" if type(value) is list else "an object"
     return repr(value)[:_SHOWN_CHARS]
@@ -308,7 +307,7 @@ _RESULTS = {
         {
             "pid": _is_positive,
             "loop": _is_text,
-            "registry": _is_string,  # a path, which may hold anything
+            "registry": _is_string,  # a path may contain unprintable characters
             "log": _or_null(_is_string),
             "lag_s": _is_number,
             "lag_max_s": _is_number,
@@ -357,12 +356,12 @@ _EVENTS = {
 
 
 def fault(fields: object) -> str:
-    """Return what is wrong with a line from a daemon, "" if nothing is.
+    """Return a description of the first error in a line from a daemon; "" if it is valid.
 
-    `result_fault` checks the result of a reply with `ok`.
+    The result of a successful reply is not checked here; see `result_fault`.
     """
     if type(fields) is not dict:
-        return "it is no JSON object"
+        return "it is not a JSON object"
     if ("ok" in fields) is ("event" in fields):
         return "it has neither ok nor event" if "ok" not in fields else "it has both ok and event"
     if "event" in fields:
@@ -378,27 +377,30 @@ def fault(fields: object) -> str:
 
 
 def result_fault(cmd: str, arguments: Mapping[str, Any], reply: dict[str, Any]) -> str:
-    """Return what is wrong with a reply with `ok` to a command with these arguments, "" if nothing is."""
+    """Return a description of the first error in a successful reply to a command; "" if it is valid."""
     if cmd == "resolve" and arguments.get("all"):
-        found = _ALL.fault(reply)
-        return found or next(filter(None, (_other(arguments, each) for each in reply["instances"])), "")
-    found = _RESULTS.get(cmd, _NOTHING).fault(reply)
-    if not found and cmd in ("resolve", "register"):
-        return _other(arguments, reply)
+        error = _ALL.fault(reply)
+        if error:
+            return error
+        return next(filter(None, (_mismatch(arguments, instance) for instance in reply["instances"])), "")
+    error = _RESULTS.get(cmd, _NOTHING).fault(reply)
+    if not error and cmd in ("resolve", "register"):
+        return _mismatch(arguments, reply)
     after = arguments.get("after")
-    if not found and "next" in reply and after is not None and _key(reply["next"]) <= _key(after):
-        return f"next is {_shown(reply['next'])}, which is not behind {_shown(after)}"
-    return found
+    if not error and "next" in reply and after is not None and _key(reply["next"]) <= _key(after):
+        return f"next is {_shown(reply['next'])}, which does not follow {_shown(after)}"
+    return error
 
 
-def _other(arguments: Mapping[str, Any], instance: dict[str, Any]) -> str:
-    """Return what is wrong with an instance that was not asked for, "" if it was.
+def _mismatch(arguments: Mapping[str, Any], instance: dict[str, Any]) -> str:
+    """Return a description of the error if an instance is not the requested one; else "".
 
-    Its name becomes the name of environment variables, and a program may trust some, such as DOCKER_HOST.
+    `regctl` derives the names of environment variables from the name, and programs trust some, such as
+    DOCKER_HOST.
     """
-    for each in ("name", "instance"):
-        if arguments.get(each) not in (None, instance[each]):
-            return f"{each} is {_shown(instance[each])} instead of {_shown(arguments[each])}"
+    for field in ("name", "instance"):
+        if arguments.get(field) not in (None, instance[field]):
+            return f"{field} is {_shown(instance[field])} instead of {_shown(arguments[field])}"
     return ""
 
 

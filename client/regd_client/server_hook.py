@@ -1,8 +1,8 @@
-"""Hooks into an event loop: they notice when a server opens its port, and delay the closing of its listener.
+"""Hooks an event loop, to detect when a server opens its port, and to delay the closing of the port.
 
-asyncio's servers open their port with `loop.create_server`. Servers with an accept loop of their own, as
-Tornado, pass a listening socket to `loop.add_reader`. While there are hooks, both methods are replaced. A server
-that uses neither is found by its listening socket, if its port is known.
+Most asyncio servers open their port with `loop.create_server`. Servers with their own accept loop, such as
+Tornado, pass a listening socket to `loop.add_reader`. Both methods are replaced while a hook is installed. A
+server that uses neither can be found by its port, among the sockets of this process.
 """
 
 import asyncio
@@ -15,16 +15,16 @@ from typing import Any, NoReturn
 
 __all__ = ["ListenHook", "Withdraw", "addresses", "is_listener"]
 
-_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where a wildcard address is reached from this machine
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # a server on a wildcard address is reached at loopback
 
 Withdraw = Callable[[], Coroutine[Any, Any, None]]
 
 
 class ListenHook:
-    """Waits for the server that opens `port`, or for the first server with None.
+    """Detects the server that opens `port`; with None, the first server that opens any port.
 
-    `on_open` is called once, with the host and port at which the server is reached. Before the server closes its
-    listener, `withdraw` is awaited, while the listener still accepts connections.
+    `on_open` is called once, with the server's host and port. `withdraw` is awaited before the server closes its
+    listener, which accepts connections until then.
     """
 
     def __init__(self, port: int | None, on_open: Callable[[str, int], None], withdraw: Withdraw) -> None:
@@ -34,17 +34,17 @@ class ListenHook:
         self._used = False
 
     def matches(self, sockets: Iterable[Any]) -> bool:
-        """Return whether the hook waits for a server with these sockets."""
+        """Return whether this hook is still waiting, and these sockets have its port."""
         return not self._used and any(self._port in (None, port) for _, port in addresses(sockets))
 
     def open(self, sockets: Iterable[Any]) -> None:
-        """Take these sockets as the server's."""
+        """Report that the server with these sockets is open."""
         self._used = True
         host, port = next(address for address in addresses(sockets) if self._port in (None, address[1]))
         self._on_open(host, port)
 
     def find_open_port(self) -> bool:
-        """Look for a socket of this process that listens on the port. Returns whether there is one."""
+        """Search this process for a socket that listens on the port; if one does, report it and return True."""
         if self._port is None:
             return False
         with contextlib.ExitStack() as stack:
@@ -85,7 +85,7 @@ class _LoopPatch:
     ) -> asyncio.AbstractServer:
         hook = None
         if sock is not None and (hook := self._find([sock])) is not None:
-            # A copy for the server: a program that passes a socket to a server closes the socket itself, too.
+            # Give the server a copy: the program may close its own socket before `withdraw` has finished.
             sock = socket.socket(fileno=os.dup(sock.fileno()))
         try:
             server = await self._create_server(*args, sock=sock, **more)
@@ -169,10 +169,10 @@ def _copy(fd: int) -> socket.socket:
     """Return a socket with a duplicate of the descriptor.
 
     Raises:
-        OSError: the descriptor is no socket.
+        OSError: the descriptor is not a socket.
     """
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-        raise OSError(f"descriptor {fd} is no socket")
+        raise OSError(f"descriptor {fd} is not a socket")
     copied = os.dup(fd)
     try:
         return socket.socket(fileno=copied)
@@ -191,11 +191,11 @@ def _own_sockets() -> list[socket.socket]:
 
 
 def addresses(sockets: Iterable[Any]) -> list[tuple[str, int]]:
-    """Return where programs on this machine reach these sockets, IPv4 before IPv6, without Unix sockets."""
-    found: list[tuple[bool, str, int]] = []
+    """Return the hosts and ports at which this machine can reach TCP sockets, IPv4 before IPv6."""
+    rows: list[tuple[bool, str, int]] = []
     for sock in sockets:
         name = sock.getsockname()
-        if isinstance(name, tuple):
+        if isinstance(name, tuple):  # not a Unix socket
             host, port = str(name[0]), int(name[1])
-            found.append((":" in host, _LOOPBACK.get(host, host), port))
-    return [(host, port) for _, host, port in sorted(found)]
+            rows.append((":" in host, _LOOPBACK.get(host, host), port))
+    return [(host, port) for _, host, port in sorted(rows)]

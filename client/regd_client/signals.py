@@ -1,7 +1,7 @@
-"""The signals that end a server, held back until the names of its services are withdrawn.
+"""Delay SIGTERM and SIGINT until the names of a server's services are withdrawn.
 
-A server that is told to end refuses new connections at once, so the names must be withdrawn first. The program's
-handlers get the first signal afterwards. The second signal reaches them at once.
+A server that receives one of these signals refuses new connections at once, so its names must be withdrawn
+before. Then the program's own handlers are called. A second signal is not delayed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-if (
-    TYPE_CHECKING
-):  # a process without an event loop must not load asyncio, which loads ssl before gevent replaces it
+if TYPE_CHECKING:
+    # Not at run time: asyncio imports ssl, which gevent must patch first.
     import asyncio
 
     from regd_client.server_hook import Withdraw
@@ -29,23 +28,27 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @contextlib.contextmanager
 def held_until(withdraw: Withdraw) -> Iterator[None]:
-    """Hold the signals until `withdraw` has been awaited on this event loop. Only in the main thread."""
-    global _held
+    """Inside the `with`, await `withdraw` before the program's handlers get a signal. Main thread only."""
+    global _delayed
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    held = _held = _held or _LoopSignals()
-    held.withdraws.append(withdraw)
+    delayed = _delayed = _delayed or _LoopSignals()
+    delayed.withdraws.append(withdraw)
     try:
         yield
     finally:
-        held.withdraws.remove(withdraw)
-        if not held.withdraws:
-            held.release()
+        delayed.withdraws.remove(withdraw)
+        if not delayed.withdraws:
+            delayed.release()
 
 
 class _LoopSignals:
-    """Holds the signals of an event loop: those with a Python handler, and those that wake the loop."""
+    """Delays the signals of a program with an event loop.
+
+    A program handles signals with `signal.signal`, or with `loop.add_signal_handler`, which uses the wakeup file
+    descriptor. So this class replaces the handlers as well as the descriptor.
+    """
 
     def __init__(self) -> None:
         self.withdraws: list[Withdraw] = []
@@ -63,15 +66,15 @@ class _LoopSignals:
         self._run_forever = self._loop.run_forever
         vars(self._loop)["run_forever"] = self._run_again
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
-        self._replaced: set[int] = set()  # signals that got another handler meanwhile
+        self._replaced: set[int] = set()  # signals whose handler the program has replaced since
         for number in _SIGNALS:
             handler = signal.getsignal(number)
-            if callable(handler):  # else the signal is ignored, or ends the process
+            if callable(handler):  # not SIG_IGN or SIG_DFL
                 self._handlers[number] = handler
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Hold the first signal. The second restores the handlers here: the event loop may be blocked."""
+        """Hold the first signal. For the second, restore the handlers here, since the loop may be blocked."""
         self._waiting.append(number)
         running = self._loop.is_running()
         if running and len(self._waiting) == 1:
@@ -82,7 +85,7 @@ class _LoopSignals:
         self._restore()
 
     def _run_again(self) -> None:
-        """Run the event loop. uvloop sets another wakeup descriptor in every run."""
+        """Run the event loop, and replace its wakeup descriptor, which uvloop sets at the start of each run."""
         self._loop.call_soon(self._take_over)
         self._run_forever()
 
@@ -99,11 +102,11 @@ class _LoopSignals:
             self._task = self._loop.create_task(self._withdraw(), name="regd-client-signal")
 
     def _forward(self) -> None:
-        """Forward the signals that are not held to the event loop."""
-        with contextlib.suppress(OSError):  # nothing left to read, or the event loop is closed
+        """Forward the signals that are not held to the event loop's wakeup descriptor."""
+        with contextlib.suppress(OSError):  # there is nothing to read, or the event loop is closed
             for number in self._reader.recv(4_096):
-                held = number in self._handlers and number not in self._replaced
-                if not held and self._wakeup_fd >= 0:
+                is_held = number in self._handlers and number not in self._replaced
+                if not is_held and self._wakeup_fd >= 0:
                     os.write(self._wakeup_fd, bytes((number,)))
 
     async def _withdraw(self) -> None:
@@ -115,11 +118,11 @@ class _LoopSignals:
             self.release()
 
     def _restore(self) -> None:
-        """Restore the handlers, and raise the held signals. Reentrant: a signal may come at any point."""
+        """Restore the handlers, and raise the held signals. Reentrant: a signal may arrive at any point."""
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, handler)
-        # If the event loop was run again, the descriptor is another: uvloop closes that of the previous run.
+        # uvloop may have set a new descriptor in another run, and closed the old one.
         wakes = signal.set_wakeup_fd(-1)
         with contextlib.suppress(OSError, ValueError):
             signal.set_wakeup_fd(self._wakeup_fd if wakes == self._writer.fileno() else wakes)
@@ -127,12 +130,12 @@ class _LoopSignals:
             signal.raise_signal(self._waiting.pop(0))
 
     def release(self) -> None:
-        """Stop holding signals, and raise the held ones."""
-        global _held
+        """Stop delaying signals, and raise the held ones."""
+        global _delayed
         if self._released:
             return
         self._released = True
-        _held = None
+        _delayed = None
         self._loop.remove_reader(self._reader)
         vars(self._loop).pop("run_forever", None)
         try:
@@ -143,13 +146,13 @@ class _LoopSignals:
             self._writer.close()
 
 
-_held: _LoopSignals | None = None
+_delayed: _LoopSignals | None = None
 
 
 class ProcessSignals:
-    """Holds the signals of a process without an event loop: `withdraw` is called before the program's handlers.
+    """Delays the signals of a process without an event loop: calls `withdraw` before the program's handlers.
 
-    In a forked child nothing is held. A signal that comes before `begin` waits for it.
+    A signal that arrives before `begin` is held until then. In a forked child, signals are not delayed.
     """
 
     def __init__(self, withdraw: Callable[[], None]) -> None:
@@ -160,18 +163,17 @@ class ProcessSignals:
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
         for number in _SIGNALS:
             handler = signal.getsignal(number)
-            # Else the signal is ignored, or ends the process, or this is not the main thread.
-            if callable(handler) and set_handler(number, self._handle):
+            if callable(handler) and set_handler(number, self._handle):  # not SIG_IGN or SIG_DFL
                 self._handlers[number] = handler
 
     def begin(self) -> None:
-        """The name is registered, or will be: from now on a signal withdraws it."""
+        """Call this once the name is registered, or will be. From then on a signal withdraws it."""
         self._begun = True
         if self._held is not None:
             self._end(self._held, None)
 
     def release(self) -> None:
-        """Nothing was registered: stop holding signals, and raise the held one."""
+        """Call this if registering failed: stop delaying signals, and raise the held one."""
         self._begun = True
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._handle:
@@ -195,7 +197,7 @@ class ProcessSignals:
 
 
 def set_handler(number: int, handler: Callable[[int, FrameType | None], Any]) -> bool:
-    """Set the handler of a signal. Returns whether that is possible: only the main thread may."""
+    """Set the handler of a signal. Return False in another thread than the main one, which alone may do so."""
     try:
         signal.signal(number, handler)
     except ValueError:

@@ -1,6 +1,6 @@
-"""Watches: the daemon's events, folded into a picture that stays true across breaks and restarts.
+"""Watches: apply the daemon's events to a copy of the registry, across reconnects and restarts of the daemon.
 
-After a break the old picture stays until the new one is complete; the listener gets only the differences.
+After a reconnect the old copy stays in use until the new one is complete; the consumer gets only the differences.
 """
 
 import asyncio
@@ -15,16 +15,16 @@ from regd_client.models import Endpoint, Event, EventKind, Key, endpoint_of
 
 __all__ = ["EventQueue", "EventSource", "WatchState", "differences"]
 
-_COMPARED = ("host", "port", "meta", "state", "hold", "pid", "ttl")  # not the time and revision of a registration
+_COMPARED = ("host", "port", "meta", "state", "hold", "pid", "ttl")  # not the time and the revision
 
 
 def _is_changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Return whether an instance differs in anything that a listener is told."""
+    """Return whether an instance has changed, apart from its time and revision."""
     return any(old.get(name) != new.get(name) for name in _COMPARED)
 
 
 def differences(old: Mapping[Key, dict[str, Any]], new: Mapping[Key, dict[str, Any]]) -> list[Event]:
-    """Return the events that lead from one picture to another."""
+    """Return the events that lead from one copy to another."""
     events = []
     for key, fields in old.items():
         if key not in new:
@@ -38,11 +38,11 @@ def differences(old: Mapping[Key, dict[str, Any]], new: Mapping[Key, dict[str, A
 
 
 class EventSource(Protocol):
-    """The connection that brings a watch's events."""
+    """The connection that delivers a watch's events. Tests use other objects."""
 
     @property
     def usable(self) -> bool:
-        """Whether more events can come."""
+        """Whether more events can arrive."""
 
     @property
     def ended_at(self) -> float | None:
@@ -50,9 +50,14 @@ class EventSource(Protocol):
 
 
 class WatchState:
-    """One watch over any number of connections.
+    """The state of one watch, over any number of connections.
 
-    `on_event` is called with every event in order, `sync` only once; `on_end` when no more events come.
+    `on_event` is called with every event in order, but with `sync` only once; `on_end` when the watch has ended.
+
+    Attributes:
+        instances: the current copy, as of the last event; the fields are those of the protocol.
+        source: the connection that delivers the events, None while there is none.
+        ended: whether the watch has ended.
     """
 
     def __init__(
@@ -63,43 +68,46 @@ class WatchState:
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self.pattern = pattern
-        self.picture: dict[Key, dict[str, Any]] = {}
+        self.instances: dict[Key, dict[str, Any]] = {}
         self.source: EventSource | None = None
         self.ended = False
         self._arguments: dict[str, Any] = {"name": pattern, "meta": None if meta is None else dict(meta)}
         self._on_event = on_event
         self._on_end = on_end
-        self._is_true = False  # the picture, as long as `source` is usable
-        self._untrue_since = time.monotonic()
-        self._synced = False  # the listener has had `sync`
-        self._snapshot: dict[Key, dict[str, Any]] | None = {}  # the part of a new picture that has come
+        self._is_current = False  # `instances` is up to date, as long as `source` is usable
+        self._stale_from = time.monotonic()  # if not `_is_current`
+        self._synced = False  # `on_event` was called with `sync`
+        self._snapshot: dict[Key, dict[str, Any]] | None = {}  # the received part of a new copy
         self._epoch: str | None = None  # of `_rev`
         self._new_epoch: str | None = None  # of the connection
-        self._rev: int | None = None  # the revision up to which no event is missing
+        self._rev: int | None = None  # all events up to this revision have been received
 
     @property
     def live(self) -> bool:
-        """Whether the picture is true now."""
-        return self._is_true and self.source is not None and self.source.usable
+        """Whether the copy is up to date."""
+        return self._is_current and self.source is not None and self.source.usable
 
     @property
     def stale_s(self) -> float:
-        """Seconds for which the picture may have been untrue; 0.0 while it is live."""
+        """Seconds for which the copy may have been out of date; 0.0 while it is live."""
         return 0.0 if self.live else max(time.monotonic() - self._stale_since(), 1e-9)
 
     def _stale_since(self) -> float:
-        if not self._is_true:
-            return self._untrue_since
+        if not self._is_current:
+            return self._stale_from
         ended_at = None if self.source is None else self.source.ended_at
         return time.monotonic() if ended_at is None else ended_at
 
-    def _doubt(self) -> None:
-        self._untrue_since = self._stale_since()
-        self._is_true = False
+    def _mark_stale(self) -> None:
+        self._stale_from = self._stale_since()
+        self._is_current = False
 
-    def begin(self, source: EventSource) -> dict[str, Any]:
-        """Continue on a connection, and return the arguments of its `watch` request."""
-        self._doubt()
+    def begin(self, source: EventSource | None) -> dict[str, Any]:
+        """Start or resume the watch on a connection, and return the arguments of the `watch` request.
+
+        With None for the connection, `live` stays False.
+        """
+        self._mark_stale()
         self.source = source
         if self._rev is None:
             self._snapshot = {}
@@ -108,8 +116,8 @@ class WatchState:
         return {**self._arguments, "epoch": self._epoch, "since": self._rev}
 
     def pause(self) -> None:
-        """Leave the connection."""
-        self._doubt()
+        """Stop using the connection."""
+        self._mark_stale()
         self.source = None
 
     def end(self) -> None:
@@ -119,21 +127,21 @@ class WatchState:
         self._on_end()
 
     def take(self, fields: Mapping[str, Any]) -> None:
-        """Take what the daemon sends: first the reply to `watch`, then every event."""
+        """Handle the reply to `watch`, and then each event."""
         kind = fields.get("event")
         if kind is None:
             self._new_epoch = fields["epoch"]
             return
         if kind == "reset":
-            self._doubt()
+            self._mark_stale()
             self._snapshot = {}
             self._rev = None
         elif kind == "sync":
             self._complete(self._snapshot or {})
         elif kind == "progress":
-            self._is_true = True
+            self._is_current = True
         elif self._snapshot is not None:
-            self._fold(self._snapshot, fields)
+            self._apply(self._snapshot, fields)
         elif self._rev is None or fields["rev"] > self._rev:
             self._pass_on(fields)
         if self._snapshot is None:
@@ -141,10 +149,10 @@ class WatchState:
             self._epoch, self._rev = self._new_epoch, fields["rev"]
 
     def _complete(self, snapshot: dict[Key, dict[str, Any]]) -> None:
-        """Replace the picture by a complete snapshot, and pass on the differences."""
-        events = differences(self.picture, snapshot)
-        self.picture, self._snapshot = snapshot, None
-        self._is_true = True
+        """Replace the copy by a complete snapshot, and pass on the differences."""
+        events = differences(self.instances, snapshot)
+        self.instances, self._snapshot = snapshot, None
+        self._is_current = True
         for event in events:
             self._on_event(event)
         if not self._synced:
@@ -152,18 +160,18 @@ class WatchState:
             self._on_event(Event("sync"))
 
     @staticmethod
-    def _fold(picture: dict[Key, dict[str, Any]], fields: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Apply an event to a picture, and return the previous state of its instance."""
+    def _apply(instances: dict[Key, dict[str, Any]], fields: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Apply an event to a copy, and return the instance's previous fields."""
         key = (fields["name"], fields["instance"])
-        previous = picture.pop(key, None)
+        previous = instances.pop(key, None)
         if fields["event"] != "down":
-            picture[key] = dict(fields)
-            if len(picture) > protocol.INSTANCES_MAX:
+            instances[key] = dict(fields)
+            if len(instances) > protocol.INSTANCES_MAX:
                 raise protocol.not_a_reply(f"to watch: more than {protocol.INSTANCES_MAX} instances")
         return previous
 
     def _pass_on(self, fields: Mapping[str, Any]) -> None:
-        previous = self._fold(self.picture, fields)
+        previous = self._apply(self.instances, fields)
         if fields["event"] != "down":
             kind: EventKind = "change" if previous else "up"
             self._on_event(Event(kind, endpoint_of(fields), fields["state"]))
@@ -172,21 +180,21 @@ class WatchState:
 
 
 class EventQueue:
-    """The events between a watch and its listener, which may be slow.
+    """The queue between a watch and its consumer, which may be slow.
 
-    Beyond `events_max` events, the queue keeps for each instance only the difference from what the listener
-    knows.
+    With more than `events_max` events, it keeps at most one event for each instance: the difference between the
+    state that the consumer has seen and the current state.
     """
 
     def __init__(self, events_max: int = 10_000) -> None:
         self._events_max = events_max
         self._events: deque[Event] = deque()
-        self._taken: dict[Key, Event] = {}  # the picture that the listener has
+        self._seen: dict[Key, Event] = {}  # by instance, the last event that the consumer has received
         self._more = asyncio.Event()
         self._ended = False
 
     async def next(self) -> Event | None:
-        """Wait for an event. Returns None at the end."""
+        """Wait for an event, and return it; None at the end."""
         while not self._events:
             if self._ended:
                 return None
@@ -206,8 +214,8 @@ class EventQueue:
             self._shorten()
 
     def _shorten(self) -> None:
-        """Replace the events by those that lead to the same picture with one event for each instance."""
-        picture = dict(self._taken)
+        """Replace the queued events by at most one event for each instance that leads to the same state."""
+        current = dict(self._seen)
         last: dict[Key, Event] = {}
         synced = False
         for event in self._events:
@@ -216,14 +224,14 @@ class EventQueue:
                 key = _key(event.endpoint)
                 last[key] = event
                 if event.kind == "down":
-                    picture.pop(key, None)
+                    current.pop(key, None)
                 else:
-                    picture[key] = event
+                    current[key] = event
         self._events.clear()
         for key, event in last.items():
-            if key in picture:
-                self._events.append(replace(event, kind="change" if key in self._taken else "up"))
-            elif key in self._taken:
+            if key in current:
+                self._events.append(replace(event, kind="change" if key in self._seen else "up"))
+            elif key in self._seen:
                 self._events.append(event)
         if synced:
             self._events.append(Event("sync"))
@@ -237,9 +245,9 @@ class EventQueue:
         if event.endpoint is not None:
             key = _key(event.endpoint)
             if event.kind == "down":
-                self._taken.pop(key, None)
+                self._seen.pop(key, None)
             else:
-                self._taken[key] = event
+                self._seen[key] = event
         return event
 
 

@@ -1,4 +1,4 @@
-"""Command lines on argparse: one declaration of an argument serves parser, help, manual and completion."""
+"""Command-line arguments on top of argparse. Parser, help, manual and completion share one declaration each."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 
 from regd.cli.output import Output, complain, visible
 
-_WIDTH = 80  # where stdout is no terminal
+_WIDTH = 80  # of help, if stdout is not a terminal
 
 
 class UsageError(Exception):
-    """A command line that cannot be understood. `prog` is the program, with its command if that is known."""
+    """An invalid command line. `prog` is the program, followed by its command if that is known."""
 
     def __init__(self, prog: str, message: str) -> None:
         super().__init__(message)
@@ -22,10 +22,10 @@ class UsageError(Exception):
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Fills each paragraph, and leaves one that has line breaks as it is."""
+    """Wraps each paragraph, except those with line breaks of their own."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=_width() - 2)  # argparse would import shutil for the width
+        super().__init__(prog, width=_width() - 2)  # without it, argparse would import shutil, which is slow
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n\n".join(
@@ -42,7 +42,7 @@ def _width() -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that raises `UsageError` for a bad command line and never fails on a broken stdout."""
+    """An argparse parser that raises `UsageError` for an invalid command line and ignores a broken stdout."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
@@ -64,8 +64,8 @@ class Parser(argparse.ArgumentParser):
 class Parameter:
     """One argument of a command line.
 
-    `options` are those of `ArgumentParser.add_argument`. `completion` is what a shell offers in its place besides
-    `choices`: "service", "command", or "" for nothing.
+    `options` are those of `ArgumentParser.add_argument`. `completion` says which values shell completion offers
+    besides `choices`: "service" for names of services, "command" for commands, "" for none.
     """
 
     def __init__(self, name: str, doc: str, *, completion: str = "", **options: Any) -> None:
@@ -79,27 +79,27 @@ class Parameter:
         return self.name.startswith("-")
 
 
-# Types of values, for `type=`.
+# Parse values, for `type=`.
 
 
-def seconds(least: float, most: float) -> Callable[[str], float]:
-    """Return a type for a number of seconds from `least` to `most`."""
+def seconds(minimum: float, maximum: float) -> Callable[[str], float]:
+    """Return a function that parses a number of seconds from `minimum` to `maximum`."""
 
-    def read(text: str) -> float:
+    def parse(text: str) -> float:
         try:
             number = float(text)
         except ValueError:
             number = -1.0
-        if not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"must be {least:g} to {most:g} seconds, not {text!r}")
+        if not minimum <= number <= maximum:
+            raise argparse.ArgumentTypeError(f"must be {minimum:g} to {maximum:g} seconds, not {text!r}")
         return number
 
-    return read
+    return parse
 
 
-def integer(text: str, least: int, most: int) -> int | None:
-    """Return a decimal number from `least` to `most`, or None if the text is none."""
-    if not text.isascii() or not text.isdigit() or len(text) > len(str(most)):
+def integer(text: str, minimum: int, maximum: int) -> int | None:
+    """Parse a decimal integer from `minimum` to `maximum`. Return None if the text is anything else."""
+    if not text.isascii() or not text.isdigit() or len(text) > len(str(maximum)):
         return None
     number = int(text)
-    return number if least <= number <= most else None
+    return number if minimum <= number <= maximum else None

@@ -1,4 +1,4 @@
-"""A child process: start it, pass signals on to it and wait for its end; for `regctl run` and process 1."""
+"""Run a child process: start it, forward signals to it, and wait for it. Used by `regctl run` and process 1."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from typing import Protocol
 
 from regd.cli.output import complain
 
-CANNOT_RUN, NO_COMMAND = 126, 127  # exit statuses, as of a shell
+CANNOT_RUN, NO_COMMAND = 126, 127  # exit statuses, the same as a shell's
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 _STOPPING = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)  # job control, setpgid(2)
-# Not passed on: signals that cannot be caught, and those that this process causes itself.
+# Not forwarded: signals that cannot be caught, and those that this process causes itself.
 _OWN = {
     signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ,
     signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGSYS, signal.SIGTRAP,
 }  # fmt: skip
-_TO_LEADER = (signal.SIGHUP, signal.SIGCONT)  # when a terminal hangs up, sent to the session leader only
+_TO_LEADER = (signal.SIGHUP, signal.SIGCONT)  # if a terminal hangs up, only the session leader gets these
 _SI_KERNEL = 128  # sigaction(2): the terminal sent the signal, to the whole process group
 _LISTEN_FD = 3  # sd_listen_fds(3)
-_POLL_S = 0.01  # between two looks at whether the name is gone
-_LEAVE_S = 3.0  # for the name to be deregistered
-_DRAIN_S = 0.1  # from then to the signal: clients that have just resolved the name still connect
+_POLL_S = 0.01  # between checks whether the name is deregistered
+_DEREGISTER_S = 3.0  # for the name to be deregistered
+_DRAIN_S = 0.1  # from then until the signal, so that clients that have just resolved the name can connect
 
 
 class NotRun(Exception):
-    """The command is not started. `status` is the exit status of regctl, `error` the code for JSON."""
+    """The command was not started. `status` is regctl's exit status, `error` the error code for JSON."""
 
     def __init__(self, status: int, error: str, message: str) -> None:
         super().__init__(message)
@@ -41,18 +41,18 @@ class NotRun(Exception):
 
 
 class Name(Protocol):
-    """The name that is deregistered before the command receives a signal to end."""
+    """The command's registration, which ends before the command receives a signal to end."""
 
     def withdraw(self) -> bool:
-        """Begin to deregister it. Return False if that had begun before."""
+        """Start to deregister the name. Return False if that was started before."""
 
     def is_gone(self, within_s: float = 0.0) -> bool: ...
 
 
 def awaited_signals() -> set[int]:
-    """Return SIGCHLD and the signals to pass on: all but faults, as tini(1) does.
+    """Return SIGCHLD and the signals to forward: all except faults, as in tini(1).
 
-    Resets SIGCHLD to its default action, as timeout(1) does: where a parent ignores it, wait() finds no status.
+    Also reset SIGCHLD to its default action, as timeout(1) does: if the parent ignored it, wait() would fail.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return {signal.SIGCHLD, *(signal.valid_signals() - _OWN)}
@@ -67,20 +67,20 @@ def start(
 ) -> int:
     """Start a command with this signal mask and return its process id.
 
-    `listening` is passed as file descriptor 3, under `name`.
+    The command inherits the socket `listening` as file descriptor 3, with the name `name`.
 
-    Uses fork and exec, since subprocess cannot set $LISTEN_PID, which is the command's own process id.
+    This uses fork and exec, since subprocess cannot set $LISTEN_PID to the command's own process id.
 
     Raises:
         NotRun: the command cannot be run.
     """
-    reading, writing = os.pipe()  # closed by exec; holds the error number if that fails
+    reading, writing = os.pipe()  # exec closes it; if exec fails, the child writes the error number to it
     child = os.fork()
     if child == 0:
-        try:  # replace this process by the command, or write the error number
+        try:
             os.environ.update(environment)
             for variable in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"):
-                os.environ.pop(variable, None)  # meant for regctl
+                os.environ.pop(variable, None)  # these were meant for regctl
             if listening is not None:
                 if writing == _LISTEN_FD:
                     writing = os.dup(writing)
@@ -88,7 +88,7 @@ def start(
                 os.set_inheritable(_LISTEN_FD, True)
                 os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()), LISTEN_FDNAMES=name)
             for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
-                signal.signal(ignored, signal.SIG_DFL)  # Python ignores them, and exec keeps that
+                signal.signal(ignored, signal.SIG_DFL)  # Python ignores them, and so would the command
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.execvp(argv[0], argv)
         except (OSError, ValueError) as error:  # ValueError: a NUL byte in the environment
@@ -107,9 +107,9 @@ def start(
 
 
 def wait_and_forward(child: int, awaited: Collection[int], name: Name, report: Callable[[str], None]) -> int:
-    """Pass signals on until the command has ended, and return its wait status.
+    """Forward signals until the command has ended, and return its wait status.
 
-    The first signal to end is held back until 0.1 s after the name is gone. A second one ends the delay.
+    The first signal to end is delayed until 0.1 s after the name is deregistered. A second one ends the delay.
     """
     delayed = _DelayedSignal(child, name, report)
     while True:
@@ -125,7 +125,7 @@ def wait_and_forward(child: int, awaited: Collection[int], name: Name, report: C
         if received.si_signo in _ENDING and signal.getsignal(received.si_signo) != signal.SIG_IGN:
             delayed.send()
             if name.withdraw() and not from_terminal:
-                delayed.hold(received.si_signo)
+                delayed.set(received.si_signo)
                 continue
         if not from_terminal:
             _send(child, received.si_signo, report)
@@ -134,18 +134,18 @@ def wait_and_forward(child: int, awaited: Collection[int], name: Name, report: C
 
 
 class _DelayedSignal:
-    """The signal that is held back from the command, if any, and until when."""
+    """A signal for the command that is delayed until its name is deregistered."""
 
     def __init__(self, child: int, name: Name, report: Callable[[str], None]) -> None:
         self._child = child
         self._name = name
         self._report = report
         self._number: int | None = None
-        self._until = 0.0  # a time of time.monotonic
+        self._send_at = 0.0  # `time.monotonic`
 
-    def hold(self, number: int) -> None:
+    def set(self, number: int) -> None:
         self._number = number
-        self._until = time.monotonic() + _LEAVE_S
+        self._send_at = time.monotonic() + _DEREGISTER_S
 
     def send(self) -> None:
         """Send the signal now, if there is one."""
@@ -154,25 +154,25 @@ class _DelayedSignal:
             _send(self._child, number, self._report)
 
     def wait(self, awaited: Collection[int]) -> signal.struct_siginfo | None:
-        """Return the next signal received, or None if there is none yet; send the delayed one when it is due."""
+        """Wait for a signal and return it. While a signal is delayed, return None after 10 ms at most."""
         if self._number is None:
             return signal.sigwaitinfo(awaited)
         if self._name.is_gone():
-            self._until = min(self._until, time.monotonic() + _DRAIN_S)
-        if time.monotonic() >= self._until:
+            self._send_at = min(self._send_at, time.monotonic() + _DRAIN_S)
+        if time.monotonic() >= self._send_at:
             self.send()
         return signal.sigtimedwait(awaited, _POLL_S)
 
 
 def _is_from_terminal(received: signal.struct_siginfo, child: int) -> bool:
-    """Return whether the terminal has sent this signal to the child too."""
+    """Return whether the terminal sent this signal, so that the child has received it too."""
     if received.si_signo in _TO_LEADER and os.getsid(0) == os.getpid():
         return False
     return received.si_code == _SI_KERNEL and os.getpgid(child) == os.getpgrp()
 
 
 def _send(child: int, number: int, report: Callable[[str], None]) -> None:
-    """Send a signal to a child that is not reaped yet."""
+    """Send a signal to a child that has not been reaped yet."""
     try:
         os.kill(child, number)
     except PermissionError:
@@ -187,21 +187,21 @@ def _signal_name(number: int) -> str:
 
 
 def _stop(number: int) -> None:
-    """Take the default action of SIGTSTP, SIGTTIN or SIGTTOU: stop, unless the process group is orphaned."""
+    """Perform the default action of SIGTSTP, SIGTTIN or SIGTTOU: stop, unless the process group is orphaned."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
     os.kill(os.getpid(), number)  # returns when this process is resumed
     signal.pthread_sigmask(signal.SIG_BLOCK, {number})
 
 
 def exit_status(status: int) -> int:
-    """Return the exit status of a wait status; if a signal ended the command, end this process by the same."""
+    """Return the exit status for a wait status. If a signal ended the command, end this process by it too."""
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
         return code
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command has dumped core already
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no second core dump
     with contextlib.suppress(OSError):
         signal.signal(-code, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {-code})  # the parent may have blocked it
@@ -210,10 +210,10 @@ def exit_status(status: int) -> int:
 
 
 def run_as_init() -> int | None:
-    """Fork. Return None in the child; in this process, return its exit status once it has ended.
+    """Fork, and return None in the child. In the parent, return the child's exit status once it has ended.
 
-    Process 1 of a container has the duties of an init process: signals have no default action for it, and every
-    orphan becomes its child. So it passes signals on and reaps children, as dumb-init and tini do.
+    Process 1 of a container is its init process: signals have no default action for it, and every orphan becomes
+    its child. So the parent forwards signals and reaps children, as dumb-init and tini do.
     """
     awaited = awaited_signals()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
@@ -232,7 +232,7 @@ def run_as_init() -> int | None:
 
 
 def _reap(child: int) -> int | None:
-    """Reap all children that have ended, and return the exit status of `child` if it is one of them."""
+    """Reap all children that have ended. Return the exit status of `child` if it is one of them, else None."""
     while True:
         number, status = os.waitpid(-1, os.WNOHANG)
         if number == 0:

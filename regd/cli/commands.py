@@ -1,4 +1,4 @@
-"""The commands of `regctl` in one table; its parser, help, manual and completion are made from it."""
+"""The table of regctl's commands, from which its parser, help, manual and completion are generated."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _port(text: str) -> int | str:
 
 
 def _endpoint(text: str) -> tuple[str | None, int]:
-    """Read [HOST:]PORT; the host is None if only the port is there."""
+    """Parse [HOST:]PORT; without a host, return None for it."""
     host, colon, digits = text.rpartition(":")
     port = integer(digits, 1, 65_535)
     in_brackets = host.startswith("[") and host.endswith("]")
@@ -79,8 +79,8 @@ def _since(text: str) -> tuple[str, float]:
 class Subcommand:
     """A command of regctl.
 
-    `doc` is one sentence, `more` further sentences, `examples` are command lines for a shell. `runs`: the command
-    line ends with that of another program.
+    `doc` is one sentence, `more` has further sentences, `examples` are shell command lines. `runs` says whether
+    the arguments end with the command line of another program, as in `regctl run`.
     """
 
     def __init__(
@@ -361,7 +361,7 @@ ALIASES = {alias: name for name, command in COMMANDS.items() for alias in comman
 
 
 def unknown_command(word: str) -> str:
-    """Return the error message for a word that is no command."""
+    """Return the error message for an unknown command."""
     from difflib import get_close_matches
 
     near = get_close_matches(word, (*COMMANDS, *ALIASES), 1)
@@ -381,7 +381,7 @@ class _MainParser(Parser):
 
 
 def documents() -> str:
-    """Return the folder of the documents: the installed one, else the checkout, else ""."""
+    """Return the folder of the installed documents, or the checkout, or ""."""
     from importlib import metadata
     from pathlib import Path
 
@@ -394,9 +394,10 @@ def documents() -> str:
 
 
 def parser(argv: Sequence[str]) -> Parser:
-    """Return the parser of a command line.
+    """Return a parser for a command line.
 
-    It has the commands that the line names, or all of them for help and errors: building all takes 10 ms.
+    It has only the commands that occur in the line, since building all takes 10 ms; for help and errors, it has
+    all.
     """
     words = set(argv)
     commands = {name: command for name, command in COMMANDS.items() if words & {name, *command.aliases}}
@@ -427,15 +428,15 @@ def parser(argv: Sequence[str]) -> Parser:
 def _add_command_line(subparser: Parser) -> None:
     subparser.usage = f"{subparser.prog} NAME [OPTION ...] [--] COMMAND [ARGUMENT ...]"
     argv = subparser.add_argument("argv", nargs=argparse.PARSER, metavar="COMMAND", help="the command to run")
-    argv.required = False  # `read` has a message of its own
+    argv.required = False  # `read` reports it, with a better message
 
 
 def read(argv: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments of a command line; those of `run` have the command to run as `argv`.
+    """Return the arguments of a command line. For `run`, `argv` is the command to run.
 
     Raises:
-        UsageError: it cannot be understood.
-        SystemExit: help or version was asked for, and is printed.
+        UsageError: the command line is invalid.
+        SystemExit: after printing help or version.
     """
     main = parser(argv)
     arguments = vars(main.parse_args(argv))
@@ -458,7 +459,7 @@ def read(argv: Sequence[str]) -> dict[str, Any]:
 
 def _command_line(arguments: dict[str, Any]) -> list[str]:
     words = list(arguments["argv"] or ())
-    if words[:1] == ["--"]:  # Python 3.11 leaves it there
+    if words[:1] == ["--"]:  # Python 3.11 does not remove it
         del words[0]
     if words:
         return words
@@ -469,6 +470,6 @@ def _command_line(arguments: dict[str, Any]) -> list[str]:
 
 
 def print_help(*command: str) -> NoReturn:
-    """Print the help of regctl, or of one of its commands, and exit."""
+    """Print the help of regctl or of one of its commands, and exit."""
     parser(command).parse_args([*command, "--help"])
     raise AssertionError("--help exits")

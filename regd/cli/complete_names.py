@@ -1,4 +1,4 @@
-"""`regctl names`: the names of services for a shell that completes a line, at once or not at all."""
+"""`regctl names`: the names of services for shell completion, within 0.2 s or not at all."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import RegdError
 
 _ANSWER_S = 0.2
-_END_S = 0.5  # of this process, even if it hangs in a name server
+_END_S = 0.5  # after which SIGALRM ends the process, for example if a name server does not answer
 _LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
 
 
 def names(address: str | None, pattern: str | None) -> list[str] | None:
     """Return the matching names, sorted and without duplicates; None if no daemon answers in time.
 
-    Never returns a part of them: a shell would complete their common prefix as if there were no others.
+    It returns all names or none: from some of them, a shell would complete a prefix that the others do not share.
     """
     signal(SIGALRM, SIG_DFL)
     setitimer(ITIMER_REAL, _END_S)
@@ -25,28 +25,28 @@ def names(address: str | None, pattern: str | None) -> list[str] | None:
     try:
         with BlockingConnection(address, _ANSWER_S, autostart=False) as connection:
             return _all(connection, pattern, until)
-    except (RegdError, KeyError, TypeError, AttributeError):  # the last three: a reply that is not regd's
+    except (RegdError, KeyError, TypeError, AttributeError):  # the last three: the reply is not from regd
         return None
     finally:
         setitimer(ITIMER_REAL, 0.0)
 
 
 def _all(connection: BlockingConnection, pattern: str | None, until: float) -> list[str] | None:
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     after = None
     while True:
         reply = connection.ask("list", name=pattern, after=after)
         if not reply["ok"]:
-            return []  # an invalid pattern: no name begins so
-        found.update(dict.fromkeys(_name(entry) for entry in reply["instances"]))
+            return []  # the pattern is invalid, so no name matches
+        names.update(dict.fromkeys(_name(entry) for entry in reply["instances"]))
         after = reply.get("next")
         if after is None:
-            return [name for name in found if name]
+            return [name for name in names if name]
         if time.monotonic() > until:
             return None
 
 
 def _name(entry: dict[str, Any]) -> str:
-    """Return the name of an instance, or "" if a shell could misread it: the peer may be an impostor."""
+    """Return the name of an instance, or "" if it is unsafe in a shell, since the peer may not be regd."""
     name = entry["name"]
     return name if type(name) is str and _LETTERS.issuperset(name) and not name.startswith("-") else ""

@@ -1,7 +1,7 @@
-"""`regctl completion`: scripts with which bash, zsh and fish complete command lines of regctl.
+"""`regctl completion`: the completion scripts for bash, zsh and fish.
 
-A script contains the commands, aliases and options; it calls `regctl names` for the names of services. After the
-`--` of `regctl run`, the shell completes the command as usual.
+A script contains the commands, aliases and options, and calls `regctl names` for the names of services. After the
+`--` of `regctl run`, the shell completes the command line of the other program.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from regd.cli.commands import ALIASES, COMMANDS, COMMON
 
 _HELP = Parameter("--help", "show this help and exit", action="help")
 _VERSION = Parameter("--version", "show the version and exit", action="version")
-_EXITING = ("help", "version")  # actions after which a command line ends
+_EXITING = ("help", "version")  # actions after which no other argument makes sense
 _RUNNING = [name for name, command in COMMANDS.items() if command.runs]
 
 
@@ -24,19 +24,19 @@ def script(shell: str) -> str:
 
 
 def _template(shell: str) -> str:
-    """Return the template of a script, in which @NAMES@ stand for tables."""
+    """Return the template of a script, with placeholders of the form @NAME@."""
     return (resources.files(__package__) / f"completion.{shell}").read_text("utf-8")
 
 
 def values(parameter: Parameter) -> str:
-    """Return how many values a parameter has: "none", "one", or "many", up to the next option."""
+    """Return how many values a parameter takes: "none", "one", or "many" (all words up to the next option)."""
     if parameter.options.get("action") in ("store_true", *_EXITING):
         return "none"
     return "many" if parameter.options.get("nargs") in ("+", "*") else "one"
 
 
 def is_repeatable(parameter: Parameter) -> bool:
-    """Return whether an option is repeatable."""
+    """Return whether an option may occur more than once."""
     return parameter.options.get("action") in ("append", "extend")
 
 
@@ -45,14 +45,17 @@ def _options(command: str) -> list[Parameter]:
 
 
 def _offer(parameter: Parameter) -> str:
-    """Return what to offer for a parameter: words, "service" for names of services, or ""."""
+    """Return the completions for a parameter: words, or "service" for names of services, or "" for none."""
     if parameter.completion == "command":
         return " ".join(COMMANDS)
     return parameter.completion or " ".join(parameter.options.get("choices", ()))
 
 
 def _places(command: str) -> Iterator[tuple[str, str]]:
-    """Yield each option or number of an argument, `*` for any number, with what to offer there."""
+    """Yield the completions for each option and argument of a command.
+
+    A place is the name of an option, the position of an argument, or `*` for all further positions.
+    """
     number = 0
     for parameter in COMMANDS[command].parameters:
         if parameter.is_option:
@@ -64,7 +67,7 @@ def _places(command: str) -> Iterator[tuple[str, str]]:
 
 
 def _options_with_values() -> list[tuple[str, str, str]]:
-    """Return the options with values: the command or `*`, the option, and "one" or "many"."""
+    """Return the options with values as (command, option, "one" or "many"); the command `*` means all."""
     own = [
         (name, parameter.name, values(parameter))
         for name, command in COMMANDS.items()
@@ -102,7 +105,7 @@ def _bash() -> str:
 
 
 def _bash_options(parameters: Iterable[Parameter]) -> str:
-    """Return options as words; a repeatable one ends in `*`."""
+    """Return the options as one string; `*` follows a repeatable option."""
     return " ".join(parameter.name + "*" * is_repeatable(parameter) for parameter in parameters)
 
 

@@ -1,4 +1,4 @@
-"""Run in the background, and drop what the parent process has passed down: open files, blocked signals."""
+"""Run in the background, and drop what the process has inherited: open files and blocked signals."""
 
 import contextlib
 import os
@@ -6,12 +6,12 @@ import signal
 from collections.abc import Callable, Collection
 
 _STANDARD = (0, 1, 2)
-_FILES_MAX = 65_536  # closed one by one where the system does not list the open ones
+_FILES_MAX = 65_536  # to close one by one, if the system cannot list the open files
 _FOLDERS = ("/proc/self/fd", "/dev/fd")
 
 
 def close_inherited_files(keep: Collection[int]) -> None:
-    """Close all files from 3 up, except `keep`: the parent may wait for the end of a pipe."""
+    """Close all files from 3 up, except `keep`: another process may wait for the end of an inherited pipe."""
     numbers: Collection[int] = range(3, min(os.sysconf("SC_OPEN_MAX"), _FILES_MAX))
     for folder in _FOLDERS:
         with contextlib.suppress(OSError):
@@ -19,24 +19,27 @@ def close_inherited_files(keep: Collection[int]) -> None:
             break
     for number in numbers:
         if number not in _STANDARD and number not in keep:
-            with contextlib.suppress(OSError):  # the file that listed the others is closed already
+            with contextlib.suppress(OSError):  # already closed: `listdir` has listed its own descriptor, too
                 os.close(number)
 
 
 def fork_to_background(log: int) -> Callable[[], None]:
-    """Fork: the child runs on in its own session, and the parent exits once the child listens or has failed.
+    """Fork: the child continues in its own session, and the parent exits once the child listens or has failed.
 
-    Call it before any thread or event loop. Returns a function for the child to call once it listens: it
-    detaches from the terminal, with `log` in place of stderr, and lets the parent exit.
+    Call it before starting any thread or event loop.
+
+    Returns:
+        A function that the child calls once it listens. It detaches the child from the terminal, replaces stderr
+        by `log`, and lets the parent exit.
     """
     reading, writing = os.pipe()
     if os.fork():
         os.close(writing)
-        listens = os.read(reading, 1)  # empty: the child has ended
+        listens = os.read(reading, 1)  # empty if the child has ended
         os._exit(0 if listens else 1)
     os.close(reading)
     os.setsid()
-    os.chdir("/")  # so that the folder of the parent can be unmounted
+    os.chdir("/")  # so that the file system of the current folder can be unmounted
 
     def detach() -> None:
         null = os.open(os.devnull, os.O_RDWR)
@@ -52,5 +55,5 @@ def fork_to_background(log: int) -> Callable[[], None]:
 
 
 def unblock_signals() -> None:
-    """Unblock all signals: a parent that starts programs from a thread may have blocked them."""
+    """Unblock all signals, since the parent may have blocked them before it started this program."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

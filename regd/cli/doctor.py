@@ -11,10 +11,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import regd
-from regd.cli import local_probe
+from regd.cli import doctor_files, local_probe
+from regd.cli.findings import Finding
 from regd_client import protocol
 from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import BadArgument, RegdError, Unavailable
@@ -22,7 +23,6 @@ from regd_client.errors import BadArgument, RegdError, Unavailable
 ANSWER_S = 3.0  # the timeout of a request; a daemon answers within milliseconds
 _NEAR = 0.8  # the part of a limit from which its use is reported
 _LAG_S = 0.5  # the lag of the event loop from which it is reported
-_SPARE_BYTES = 1_048_576  # free space on the disk, besides that for the registry file
 _SERVICES_MAX = 256  # services that are tried, within _TRY_S
 _TRY_S = 3.0
 _SHOWN_MAX = 5  # services named in a finding
@@ -39,21 +39,6 @@ _GAUGES = {
     "processes": ("processes_max", "register fewer instances with `pid`; `hold` needs none"),
 }
 _UNUSED_NAME = "regd-doctor"  # for a `deregister` that changes nothing, even if the name exists
-
-
-class Finding(NamedTuple):
-    """The result of a check: what was found, and what to do, "" if nothing is wrong."""
-
-    check: str
-    found: str
-    do: str = ""
-
-    @property
-    def ok(self) -> bool:
-        return not self.do
-
-    def as_json(self) -> dict[str, Any]:
-        return {"check": self.check, "ok": self.ok, "found": self.found, "do": self.do}
 
 
 class _Daemon:
@@ -201,49 +186,13 @@ def _same_host(daemon: _Daemon) -> Iterator[Finding]:
         yield Finding("host", "the daemon runs in another container or on another machine", do)
 
 
-def _file(daemon: _Daemon) -> Iterator[Finding]:
+def _files(daemon: _Daemon) -> Iterator[Finding]:
     path = Path(daemon.stats["registry"])
     if not daemon.is_here:
         yield Finding("file", f"not checked: {path} is not in this container")
-        return
-    try:
-        yield from _room(path, daemon)
-        yield _content(path, daemon)
-    except PermissionError:
-        yield Finding("file", f"not checked: {path} belongs to another user")
-    except FileNotFoundError:
-        if path.parent.is_dir():
-            yield Finding("file", f"{path} is not written yet, since nothing has been registered")
-        else:
-            do = "create it again, as the user that runs regd; until then regd refuses all changes"
-            yield Finding("file", f"the folder {path.parent} is gone", do)
-
-
-def _room(path: Path, daemon: _Daemon) -> Iterator[Finding]:
-    """Check whether the file can be written; of another user's daemon, only the free space."""
-    disk = os.statvfs(path.parent)
-    size = path.stat().st_size if path.exists() else 0
-    if disk.f_bavail * disk.f_frsize < 2 * size + _SPARE_BYTES or (disk.f_files and not disk.f_favail):
-        yield Finding(
-            "file", f"the disk of {path.parent} is full", "free some space: regd rewrites the whole file"
-        )
-    if disk.f_flag & os.ST_RDONLY or not (
-        os.access(path.parent, os.W_OK) or not local_probe.is_ours(daemon.stats["pid"])
-    ):
-        yield Finding("file", f"{path.parent} cannot be written", "give the folder to the user that runs regd")
-
-
-def _content(path: Path, daemon: _Daemon) -> Finding:
-    current = daemon.number("rev")
-    if not path.exists() and current > 0 and path.parent.is_dir():
-        return Finding("file", f"{path} is gone", "change any registration: regd writes the file again")
-    rev = local_probe.revision(path)
-    if rev is None and daemon.number("commits") == 0:
-        return Finding("file", f"{path} was written by hand; regd rewrites it with the next change")
-    if rev is None or rev < current:
-        do = "make the disk writable, then change any registration; the log of regd has the reason"
-        return Finding("file", f"{path} is out of date: it has revision {rev}, the daemon {current:g}", do)
-    return Finding("file", f"{path} is up to date, at revision {rev}")
+    else:
+        is_ours = local_probe.is_ours(daemon.pid)
+        yield from doctor_files.examine(path, lambda: daemon.connection.ask("stats")["rev"], is_ours=is_ours)
 
 
 def _limits(daemon: _Daemon) -> Iterator[Finding]:
@@ -296,4 +245,4 @@ def _services(daemon: _Daemon) -> Iterator[Finding]:
         yield Finding("services", f"all {tried} services tried accept connections")
 
 
-_CHECKS = (_rights, _versions, _same_host, _file, _limits, _lag, _services)
+_CHECKS = (_rights, _versions, _same_host, _files, _limits, _lag, _services)

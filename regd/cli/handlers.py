@@ -1,6 +1,6 @@
-"""What each command of `regctl` does.
+"""The handlers of regctl's commands.
 
-Scripts call regctl often, so a module that only one command needs (asyncio, json, …) is imported by that command.
+Scripts call regctl often, so modules that only some commands need (asyncio, json, …) are imported when needed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from regd_client.errors import BadArgument, RegdError, Unavailable
 
 _STATUSES = {"not_found": NOT_FOUND, "timeout": NOT_FOUND, "bad_argument": USAGE, "shutting_down": NO_DAEMON}
 _INSTANCES_SHOWN = 5  # in an error message
-# Raised while a reply of an unexpected shape is handled: the peer may be another program.
+# Exceptions caused by a reply of an unexpected form, if the peer is another program.
 _MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
 
 
@@ -63,9 +63,9 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _misused(argv: Sequence[str], error: UsageError) -> int:
-    """Report a usage error, as JSON if --json is there: to stderr for `run`, whose stdout is its command's."""
+    """Report a usage error, as JSON with --json. For `run`, write to stderr: stdout belongs to its command."""
     own = argv[: argv.index("--")] if "--" in argv else argv
-    message = f"{error}"
+    message = str(error)
     if "--json" not in own:
         complain(f"{error.prog}: {message}")
     elif error.prog == "regctl run":
@@ -88,7 +88,7 @@ def _request(command: str, address: str | None, as_json: bool, arguments: dict[s
             return _refused(_with_instances(connection, command, arguments, reply), as_json)
     if command == "stats" and not (with_limits or as_json):
         reply.pop("limits", None)
-    printed = list(lines(command, reply))  # before the first is written: the reply may be malformed
+    printed = list(lines(command, reply))  # format all lines before writing the first: the reply may be malformed
     if as_json:
         say_json(reply)
     else:
@@ -100,7 +100,7 @@ def _request(command: str, address: str | None, as_json: bool, arguments: dict[s
 def _with_instances(
     connection: BlockingConnection, command: str, arguments: Mapping[str, Any], reply: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return a `not_found` reply whose message lists the instances that exist and how to choose one."""
+    """Add to the message of a `not_found` reply which instances exist and how to choose one."""
     instance = arguments.get("instance")
     if reply["error"] != "not_found" or (command in ("resolve", "why") and instance is None):
         return reply
@@ -135,13 +135,13 @@ def _top(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
 def _names(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
     from regd.cli.complete_names import names
 
-    found = names(address, arguments.get("name"))
-    if found is None:
+    matching = names(address, arguments.get("name"))
+    if matching is None:
         return NO_DAEMON
     if as_json:
-        say_json({"ok": True, "names": found})
+        say_json({"ok": True, "names": matching})
     else:
-        Output.write("".join(f"{name}\n" for name in found))
+        Output.write("".join(f"{name}\n" for name in matching))
     return 0
 
 
@@ -222,7 +222,7 @@ def _wait(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
 
 
 def _env(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
-    """Print the variables of all services, or none: a half-set environment is hard to notice."""
+    """Print the variables of all services, or none: an incomplete environment is hard to notice."""
     import shlex
 
     instances: list[dict[str, Any]] = []
@@ -239,7 +239,7 @@ def _env(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
             instances = [entry for entry in reply["instances"] if entry["state"] == "ready"]
     variables, hidden = environment_variables(instances)
     for key, value in variables.items():
-        if not value.isprintable():  # a line feed would begin another variable
+        if not value.isprintable():  # a line feed would start another variable
             raise ValueError(f"{key} is {value!r}")
     for name in hidden:
         complain(f"regctl: {visible(name)} is left out: another service has the same variables")
@@ -267,7 +267,7 @@ _HANDLERS: dict[str, Callable[[str | None, bool, dict[str, Any]], int]] = {
 
 
 def _code(error: RegdError) -> str:
-    """Return the error code of the protocol, or regctl's own if no daemon sent one."""
+    """Return the daemon's error code, or one of regctl's own if the error is not from the daemon."""
     if isinstance(error, Unavailable):
         return error.code or "unavailable"
     return error.code or ("bad_argument" if isinstance(error, BadArgument) else "refused")

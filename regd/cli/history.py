@@ -64,7 +64,11 @@ class _Follower:
         self._is_away = False
 
     def follow(self, address: str | None) -> dict[str, Any] | None:
-        """Print changes until the connection breaks or stdout is closed. Return a refusal of the daemon."""
+        """Print the changes of one connection. Return a refusal of the daemon, or None if stdout is broken.
+
+        Raises:
+            Unavailable: the connection broke.
+        """
         with (
             BlockingConnection(address, autostart=False) as watching,
             BlockingConnection(address, autostart=False) as asking,
@@ -76,6 +80,8 @@ class _Follower:
                 complain("regctl: the registry is back")
                 self._is_away = False
             for event in watching.events():
+                if "event" not in event:
+                    return event
                 is_new = event["event"] in ("sync", "progress") or event["rev"] > self._rev
                 refusal = self._print_new(asking) if is_new else None
                 if refusal is not None or Output.failure is not None:
@@ -97,13 +103,13 @@ class _Follower:
 
 
 def _follow(address: str | None, follower: _Follower) -> dict[str, Any] | None:
-    """Follow across restarts of the daemon, until stdout is closed. Return a refusal of the daemon."""
+    """Follow across restarts of the daemon, until stdout is broken. Return a refusal of the daemon."""
     while True:
         try:
             refusal = follower.follow(address)
-            if refusal is not None and refusal["error"] not in TRANSIENT:
+            if refusal is None or refusal["error"] not in TRANSIENT:
                 return refusal
-            follower.report_away("it is stopping" if refusal is None else refusal["message"])
+            follower.report_away(str(refusal["message"]))
         except Unavailable as error:
             if error.code == "not_regd":
                 raise

@@ -1,4 +1,4 @@
-"""Daemons and services of this machine, seen from outside: by /proc, sockets and the registry file."""
+"""Find daemons and services of this machine without asking a daemon: by /proc, sockets and the registry file."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from regd_client import protocol
 from regd_client.errors import BadArgument
 
 _ADDRESSES_MAX = 16
-_CONNECT_S = 0.25  # to loopback, which takes microseconds
+_CONNECT_S = 0.25  # to a loopback address, which normally takes microseconds
 _HEAD_BYTES = 4_096
 _MODULES = ("regd", "regd.cli.regd")
-_PYTHON_FLAGS = "-bBdEhiIOPqsSuvVx?"  # python(1): options of one letter without a value
+_PYTHON_FLAGS = "-bBdEhiIOPqsSuvVx?"  # python(1): one-letter options without a value
 _LONG_WITH_VALUE = ("--check-hash-based-pycs",)
 
 
 def addresses(other_than: protocol.Address) -> list[protocol.Address]:
-    """Return other addresses of daemons: the default, $REGD_ADDRESS, and those of running daemons."""
-    found: dict[str, protocol.Address] = {}
+    """Return further addresses of daemons: the default, $REGD_ADDRESS, and those of running daemons."""
+    others: dict[str, protocol.Address] = {}
     for text in (protocol.DEFAULT_ADDRESS, os.environ.get("REGD_ADDRESS", ""), *_from_command_lines()):
         try:
             address = protocol.parse_address(text)
         except BadArgument:
             continue
         if str(address) != str(other_than):
-            found.setdefault(str(address), address)
-    return list(found.values())[:_ADDRESSES_MAX]
+            others.setdefault(str(address), address)
+    return list(others.values())[:_ADDRESSES_MAX]
 
 
 def _from_command_lines() -> Iterator[str]:
-    """Yield the addresses in the command lines of running daemons, as far as they can be reached from here."""
+    """Yield the addresses in the command lines of running daemons that can be reached from here."""
     for pid, flags in daemons():
         yield from _addresses_in(flags, f"/proc/{pid}/cwd", tcp=not is_in_another_network(pid))
 
@@ -53,7 +53,7 @@ def daemons() -> Iterator[tuple[int, list[str]]]:
 
 
 def _flags(words: list[str]) -> list[str] | None:
-    """Return the flags in the command line of a daemon, None if the program is another.
+    """Return the flags in the command line of a daemon; None if it is another program's.
 
     A daemon is `regd …`, `python … -m regd …` or `python … /path/of/regd …`. A launcher such as `uv run`
     starts one of these as a child.
@@ -78,7 +78,7 @@ def _flags(words: list[str]) -> list[str] | None:
 
 
 def _addresses_in(flags: list[str], folder: str = "/", tcp: bool = True) -> Iterator[str]:
-    """Yield the addresses that flags name; `folder` is the daemon's current one."""
+    """Yield the addresses in a daemon's flags; `folder` is its current folder."""
     words = [part for word in flags for part in (word.split("=", 1) if word.startswith("--") else [word])]
     for flag, value in pairwise(words):
         if flag == "--port" and value != "0" and tcp:
@@ -91,11 +91,11 @@ def _addresses_in(flags: list[str], folder: str = "/", tcp: bool = True) -> Iter
 
 
 def is_in_another_network(pid: int) -> bool:
-    """Return whether a process is in another network namespace, as far as this user can see."""
+    """Return whether a process is in another network namespace; False if this user cannot see that."""
     try:
         return os.readlink(f"/proc/{pid}/ns/net") != os.readlink("/proc/self/ns/net")
     except OSError:
-        return False  # of another user, or it has ended
+        return False  # the process belongs to another user, or has ended
 
 
 def who(at: protocol.Address) -> str:
@@ -112,7 +112,7 @@ def is_ours(pid: int) -> bool:
 
 
 def revision(registry: Path) -> int | None:
-    """Return the revision in a registry file; None if there is none, as in a file written by hand.
+    """Return the revision in a registry file; None if it has none, for example if it was written by hand.
 
     Raises:
         OSError: the file cannot be read.
@@ -130,12 +130,12 @@ def revision(registry: Path) -> int | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host is an address of the loopback interface."""
+    """Return whether a host is a loopback address."""
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def accepts(host: str, port: int) -> bool:
-    """Return whether a program accepts a connection; the connection is closed at once."""
+    """Return whether a program accepts connections. The connection is closed at once."""
     try:
         with socket.create_connection((host, port), _CONNECT_S) as connection:
             return bool(connection.getsockname() != connection.getpeername())  # not connected to itself

@@ -1,6 +1,6 @@
-"""The daemon's log: stderr or a file, as text or JSON, written by a thread so that the loop never waits for it.
+"""The daemon's log: to stderr or a file, as text or JSON, in a thread, so that the event loop never waits.
 
-A log that cannot be written does not end the daemon, and takes bounded memory: lines are dropped and counted.
+If the log cannot be written, the daemon continues, drops lines and counts them, so that it uses bounded memory.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from typing import Any
 from regd.cli.output import visible
 
 _STDERR = 2
-_PENDING_BYTES_MAX = 4_194_304  # beyond, lines are dropped
-_CLOSE_S = 1.0  # for the last lines
+_PENDING_BYTES_MAX = 4_194_304  # beyond this, lines are dropped
+_CLOSE_S = 1.0  # to write the last lines
 _OPEN = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
 
 
@@ -28,7 +28,7 @@ class LogError(Exception):
 
 
 def write_line(fd: int, text: str) -> None:
-    """Write a line to a descriptor, or discard it if it cannot be written within a second."""
+    """Write a line to a descriptor, or discard it if that takes longer than a second."""
     with contextlib.suppress(OSError):
         poll = select.poll()
         poll.register(fd, select.POLLOUT)
@@ -37,7 +37,7 @@ def write_line(fd: int, text: str) -> None:
 
 
 class TextLines(logging.Formatter):
-    """Formats a record as lines of time, level and message, followed by the traceback of a bug."""
+    """Formats a record as lines of time, level and message, followed by the traceback if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
         head = f"{self.formatTime(record)} {record.levelname}"
@@ -47,7 +47,7 @@ class TextLines(logging.Formatter):
         return "\n".join(lines)
 
     def failure(self, message: str) -> str:
-        """Return the line that says why regd cannot start or continue."""
+        """Return the log line for an error that ends regd."""
         return f"regd: {message}"
 
 
@@ -67,7 +67,7 @@ class JsonLines(logging.Formatter):
         )
 
     def failure(self, message: str) -> str:
-        """Return the line that says why regd cannot start or continue."""
+        """Return the log line for an error that ends regd."""
         return self.format(logging.makeLogRecord({"levelname": "ERROR", "msg": "%s", "args": (message,)}))
 
 
@@ -82,10 +82,10 @@ def _rows(record: logging.LogRecord) -> Sequence[tuple[str, dict[str, Any]]]:
 
 
 def open_log(path: Path) -> int:
-    """Open a file for appending; a new one is readable by this user only.
+    """Open a file for appending. A new file is readable by this user only.
 
     Raises:
-        LogError: it cannot be opened.
+        LogError: the file cannot be opened.
     """
     try:
         return os.open(path, _OPEN, 0o600)
@@ -103,18 +103,18 @@ class LogOutput(logging.Handler):
         self.path = path
         self.fd = _STDERR if path is None else open_log(path)
         self._ready = threading.Condition()
-        # Bytes to write, and how many lines are lost if they cannot be written.
+        # Bytes to write, and the number of lines to count as dropped if they cannot be written.
         self._pending: deque[tuple[bytes, int]] = deque()
         self._pending_bytes = 0
         self._dropped = 0  # lines since the last note about dropped lines
         self._why = ""
-        self._torn = False  # the last line was written in part
+        self._is_line_open = False  # only a part of the last line was written
         self._closing = False
         self._thread: threading.Thread | None = None
 
     def start(self, level: str) -> None:
-        """Handle all log records of the program from now on. Call it after any fork: a child has no threads."""
-        # No format shows these, and finding them takes longer than the rest of a call.
+        """Handle all log records of the program from now on. Call it after forking: a child has no threads."""
+        # No log format uses these fields, and collecting them takes longer than the rest of a log call.
         for name in ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks"):
             setattr(logging, name, False)
         logging._srcfile = None  # as in the logging HOWTO, "Optimization"
@@ -125,7 +125,7 @@ class LogOutput(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             text = self.format(record)
-        except Exception:  # a bug in a message must not fail the request that logs it
+        except Exception:  # an invalid log message must not fail the request that logs it
             text = f"{record.levelname} a log message cannot be formatted"
         self._put(f"{text}\n".encode(errors="backslashreplace"))
 
@@ -159,7 +159,7 @@ class LogOutput(logging.Handler):
                 self._pending.clear()
             why = ""
             try:
-                self._write(b"\n" * self._torn + data)
+                self._write(b"\n" * self._is_line_open + data)
             except OSError as error:
                 why = error.strerror or "unknown error"
             with self._ready:
@@ -177,14 +177,15 @@ class LogOutput(logging.Handler):
                 poll.register(self.fd, select.POLLOUT)
                 poll.poll()
                 continue
-            self._torn = view[count - 1] != ord("\n") if count else self._torn
+            if count:
+                self._is_line_open = view[count - 1] != ord("\n")
             view = view[count:]
 
     def reopen(self) -> None:
-        """Reopen the file, for log rotation. stdout and stderr follow if they are the same file.
+        """Reopen the file, for log rotation. If stdout or stderr are the same file, reopen them too.
 
         Raises:
-            LogError: it cannot be opened; the old file stays in use.
+            LogError: the file cannot be opened; the old file stays in use.
         """
         if self.path is None:
             return
@@ -198,7 +199,7 @@ class LogOutput(logging.Handler):
             os.close(fd)
 
     def close(self) -> None:
-        """Write pending lines, for a second at most. Idempotent."""
+        """Write the pending lines, for a second at most. Idempotent."""
         thread, self._thread = self._thread, None
         if thread is not None:
             if self._dropped:
@@ -210,7 +211,7 @@ class LogOutput(logging.Handler):
         super().close()
 
     def fail(self, message: str) -> None:
-        """Report why regd cannot start or continue: in the log, and on stderr if that is another file."""
+        """Report an error that ends regd: in the log, and on stderr if that is a different file."""
         self.close()
         message = visible(message)
         write_line(self.fd, self.lines.failure(message))
@@ -219,7 +220,7 @@ class LogOutput(logging.Handler):
 
 
 def is_same_file(one: int, other: int) -> bool:
-    """Return whether two descriptors are the same file."""
+    """Return whether two descriptors refer to the same file."""
     try:
         return os.path.samestat(os.fstat(one), os.fstat(other))
     except OSError:

@@ -13,7 +13,7 @@ from regd.cli.commands import COMMANDS, COMMON, Subcommand
 _HELP = Parameter("--help", "show a help message and exit", action="help")
 _VERSION = Parameter("--version", "show the version and exit", action="version")
 _READ_BY_REGCTL = {
-    "REGD_ADDRESS": "The address of the daemon, unless `--address` is there. Default: tcp://127.0.0.1:7343.",
+    "REGD_ADDRESS": "The address of the daemon, unless `--address` is used. Default: tcp://127.0.0.1:7343.",
     "REGD_AUTOSTART": "With `1`, `true`, `yes` or `on`, regctl starts a daemon if none answers on this machine.",
 }
 _SET_BY_REGCTL = {
@@ -77,7 +77,7 @@ def _regd() -> Iterator[str]:
     yield from _head("regd", daemon.DOC)
     yield from (
         ".SH SYNOPSIS",
-        rf"\fBregd\fR {' '.join(_short(each) for each in daemon.FLAGS)}",
+        rf"\fBregd\fR {' '.join(map(_synopsis, daemon.FLAGS))}",
         ".SH DESCRIPTION",
         *_text(
             "Programs register the port on which they listen under a name; other programs resolve the name. regd "
@@ -122,7 +122,7 @@ def _head(name: str, doc: str) -> Iterator[str]:
 
 
 def _command(name: str, command: Subcommand) -> Iterator[str]:
-    words = [_short(each) for each in command.parameters]
+    words = list(map(_synopsis, command.parameters))
     if command.runs:
         words.append(r"\fB\-\-\fR \fICOMMAND\fR [\fIARGUMENT\fR ...]")
     yield rf".SS {name}"
@@ -134,8 +134,8 @@ def _command(name: str, command: Subcommand) -> Iterator[str]:
     yield from _described(command.parameters)
 
 
-def _short(parameter: Parameter) -> str:
-    """Return a parameter in the notation of a synopsis."""
+def _synopsis(parameter: Parameter) -> str:
+    """Return a parameter as in the SYNOPSIS section of a man page."""
     shown = _shown(parameter)
     nargs = parameter.options.get("nargs")
     if not parameter.is_option:
@@ -168,13 +168,13 @@ def _examples(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _text(text: str) -> Iterator[str]:
-    """Yield a text, with parts between backquotes in bold."""
+    """Yield a text as roff, with the parts between backquotes in bold."""
     parts = re.split("`([^`]*)`", text)
-    made = "".join(rf"\fB{_plain(part)}\fR" if at % 2 else _plain(part) for at, part in enumerate(parts))
-    yield rf"\&{made}" if made.startswith((".", "'")) else made
+    line = "".join(rf"\fB{_plain(part)}\fR" if at % 2 else _plain(part) for at, part in enumerate(parts))
+    yield rf"\&{line}" if line.startswith((".", "'")) else line
 
 
 def _plain(text: str) -> str:
-    r"""Return text with roff's special characters escaped, so that commands can be copied from the page."""
+    r"""Escape roff's special characters, so that commands can be copied from the page."""
     signs = {"\\": r"\e", "-": r"\-", "'": r"\(aq", "`": r"\(ga", "^": r"\(ha", "~": r"\(ti", '"': r"\(dq"}
-    return "".join(signs.get(each, each) for each in text)
+    return "".join(signs.get(letter, letter) for letter in text)

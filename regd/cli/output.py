@@ -1,7 +1,7 @@
-"""stdout and stderr of both commands, and the registry as text.
+"""Write to stdout and stderr, and format replies as text. Used by both commands.
 
-Writing never raises: what a command does, and its exit status, do not depend on whether its messages can be
-written. All text goes through `visible`, since peers choose names and labels, and the daemon may be an impostor.
+Writing never raises: a command does its work even if its messages cannot be written. All text goes through
+`visible`, since peers choose names and labels, and the peer may not be regd.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from typing import Any, TextIO
 
 from regd_client.protocol import host_port
 
-_HEADER = ("NAME", "INSTANCE", "ADDRESS", "STATE", "META")
-EMPTY = "-"  # a column without a value: programs that split at blanks would skip an empty one
+EMPTY = "-"  # for a column without a value, since programs that split at blanks would skip an empty one
 
 
 class Output:
-    """stdout. `failure` is the first error of a write; later text is discarded."""
+    """Writes to stdout. `failure` is the error that ended writing; text is discarded from then on."""
 
     failure: OSError | None = None
 
     @classmethod
     def write(cls, text: str, flush: bool = False) -> None:
-        """Write text; with `flush`, write the whole buffer."""
+        """Write text; with `flush`, also flush the buffer."""
         try:
             sys.stdout.write(text)
             if flush:
@@ -37,13 +36,13 @@ class Output:
 
 
 def finish(program: str) -> bool:
-    """Flush both streams. Return False, and say so on stderr, if stdout could not be written.
+    """Flush both streams. If stdout could not be written, report that on stderr and return False.
 
-    A pipe whose reader has closed it is no error.
+    It is not an error if the reader of a pipe has closed it.
     """
     Output.write("", flush=True)
     try:
-        sys.stderr.flush()  # written by the logging module
+        sys.stderr.flush()  # the logging module may have written to it
     except (OSError, ValueError):
         _discard(sys.stderr)
     if Output.failure is None or Output.failure.errno == errno.EPIPE:
@@ -58,21 +57,22 @@ def _discard(stream: TextIO) -> None:
     try:
         os.dup2(null, stream.fileno())
     except (OSError, ValueError):
-        return  # not a file: nothing flushes it
+        return  # it is not a file, so nothing is flushed at exit
     finally:
         os.close(null)
 
 
 def open_standard_streams() -> None:
-    """Open closed descriptors among 0, 1 and 2 on /dev/null, for child processes too. Call it first.
+    """Open /dev/null for each of the descriptors 0, 1 and 2 that is closed. Call it first.
 
-    Otherwise the next file or socket gets the number, and messages for stderr are written into it.
+    The descriptors are inheritable, so that child processes have them too.
+    Otherwise the next file or socket would get the number, and messages for stderr would be written to it.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is this
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # open(2) uses the lowest free number
     if sys.stdout is None:
         sys.stdout = os.fdopen(1, "w", errors="backslashreplace", closefd=False)
     if sys.stderr is None:
@@ -103,7 +103,7 @@ def complain(text: str) -> None:
 
 
 def visible(text: str) -> str:
-    """Escape control characters, which could move the cursor, set a colour or change the text's direction."""
+    """Escape control characters, which could move the cursor, set colours or change the direction of the text."""
     if text.isprintable():
         return text
     return "".join(
@@ -122,7 +122,8 @@ def lines(command: str, reply: dict[str, Any]) -> Iterable[str]:
         case "resolve" | "register":
             return [address_of(reply)]
         case "list":
-            return table(_HEADER, [_row(entry) for entry in reply["instances"]], "nothing is registered")
+            header = ("NAME", "INSTANCE", "ADDRESS", "STATE", "META")
+            return table(header, [_row(entry) for entry in reply["instances"]], "nothing is registered")
         case "ping":
             return ["regd answers"]
         case "stats":
@@ -139,7 +140,7 @@ def address_of(entry: Mapping[str, Any]) -> str:
 
 
 def event_line(event: Mapping[str, Any]) -> str:
-    """Return the line of `regctl watch` for an event of an instance; "" for other events."""
+    """Return the line that `regctl watch` prints for an event of an instance; "" for other events."""
     match event.get("event"):
         case "up" | "change" as kind:
             return "\t".join((kind, *_row(event)))
@@ -185,8 +186,8 @@ def _reasons(reply: dict[str, Any]) -> Iterable[str]:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["since"]))
         yield f"  since {since}, at revision {entry['rev']}"
         for owner in entry["owners"]:
-            held = ", ".join(f"{key} {value}" for key, value in owner.items())
-            yield "  static: has no owner" if owner.get("static") else f"  held by {held}"
+            owner_text = ", ".join(f"{key} {value}" for key, value in owner.items())
+            yield "  static: has no owner" if owner.get("static") else f"  held by {owner_text}"
         if probe := entry["probe"]:
             result = "accepted" if probe["accepted"] else probe["why"]
             yield f"  last probe {probe['age_s']:.1f} s ago: {result}"
@@ -214,9 +215,9 @@ def variable_prefix(name: str) -> str:
 
 
 def environment_variables(instances: Iterable[Mapping[str, Any]]) -> tuple[dict[str, str], list[str]]:
-    """Return PREFIX_HOST, PREFIX_PORT and PREFIX_ADDRESS of the first instance of each service.
+    """Return PREFIX_HOST, PREFIX_PORT and PREFIX_ADDRESS for the first instance of each service.
 
-    Also returns the names left out because an earlier service has the same prefix.
+    Also return the names that are left out because an earlier service has the same prefix.
     """
     variables: dict[str, str] = {}
     names: dict[str, str] = {}  # by prefix

@@ -1,7 +1,7 @@
-"""Which user listens on a port, and whether that is the command of `regctl run`.
+"""Find out whether a listening socket belongs to the command of `regctl run`.
 
-Any user of this machine can listen on the port before the command does. The kernel tells who listens: by netlink
-(sock_diag(7)), else in the table /proc/net/tcp.
+Any user of this machine could listen on the port before the command does. The kernel identifies the owner of the
+socket: by netlink (sock_diag(7)), else in the table /proc/net/tcp.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _LISTEN = 10  # TCP_LISTEN, 0A in the table
 _STATE_AT = _HEAD.size + 1
 _OWNER = struct.Struct("=II")  # uid and inode
 _OWNER_AT = _HEAD.size + 4 + 48 + 12  # in an inet_diag_msg: after sockid, expiry and two queue lengths
-_ANSWER_S = 1.0  # the kernel answers within the call
+_ANSWER_S = 1.0  # the kernel normally answers at once
 _ROOT = 0
-_OVERFLOW = 65_534  # the number of all users that a user namespace does not map
+_OVERFLOW = 65_534  # the uid that stands for every user that a user namespace does not map
 _ALL_USERS = 2**32 - 1
 
 
@@ -38,7 +38,7 @@ class Listener:
 
 
 def listener(host: str, port: int) -> Listener | None:
-    """Return the socket that accepts connections to 127.0.0.1 or ::1 on a port, None if there is none.
+    """Return the socket that accepts connections to a port of 127.0.0.1 or ::1; None if there is none.
 
     Raises:
         OSError: the kernel does not answer.
@@ -66,31 +66,31 @@ def _by_netlink(host: str, port: int) -> Listener | None:
 
 
 def _by_table(host: str, port: int) -> Listener | None:
-    """Read the text table (proc_net_tcp in the kernel's documentation)."""
-    found: dict[str, Listener] = {}
+    """Read the text table ("proc_net_tcp" in the kernel's documentation)."""
+    listeners: dict[str, Listener] = {}
     for name in ("tcp", "tcp6"):
         for row in Path("/proc/net", name).read_text("ascii").splitlines()[1:]:
             fields = row.split()
             if int(fields[3], 16) == _LISTEN:
-                found[fields[1]] = Listener(int(fields[7]), int(fields[9]))
+                listeners[fields[1]] = Listener(int(fields[7]), int(fields[9]))
     closest_first = ("::1", "::") if ":" in host else (host, f"::ffff:{host}", "0.0.0.0", "::")
     addresses = (_hex(address, port) for address in closest_first)
-    return next((found[address] for address in addresses if address in found), None)
+    return next((listeners[address] for address in addresses if address in listeners), None)
 
 
 def _hex(host: str, port: int) -> str:
-    """Return an address in the notation of the table: words of four bytes in native byte order."""
+    """Return an address in the format of the table: words of four bytes in native byte order."""
     packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
     words = struct.unpack(f"={len(packed) // 4}I", packed)
     return "".join(f"{word:08X}" for word in words) + f":{port:04X}"
 
 
 def is_of(command: int, at: Listener) -> bool:
-    """Return whether a socket may belong to a command, which is given as its process id.
+    """Return whether a socket may belong to a command; `command` is its process id.
 
-    It may if a process of the command has it open, or if its user is root, this user, or a user that a process of
-    the command runs as (`sudo`). The user is enough, because no process of the command has the socket of a
-    container's port or of a daemonized program open; and root and this user control the command anyway.
+    It may if a process of the command has it open, or if its owner is root, this user, or a user that a process
+    of the command runs as (`sudo`). The right owner is enough: the socket of a container's port or of a
+    daemonized program is not open in a process of the command, and root and this user control the command anyway.
     """
     trusted = {_ROOT, os.geteuid()}
     if at.uid != _OVERFLOW or _all_users_are_mapped():
@@ -110,7 +110,7 @@ def _all_users_are_mapped() -> bool:
 
 
 def _processes(command: int) -> Iterator[int]:
-    """Yield the process of the command and its descendants."""
+    """Yield the process ids of the command and its descendants."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -138,15 +138,15 @@ def _users(process: int) -> set[int]:
 
 
 def _inodes(process: int) -> set[int]:
-    """Return the inodes of a process's open sockets, as far as this user may see them."""
-    found: set[int] = set()
+    """Return the inodes of a process's open sockets; none if this user may not see them."""
+    inodes: set[int] = set()
     try:
         entries = os.listdir(f"/proc/{process}/fd")
     except OSError:
-        return found
+        return inodes
     for entry in entries:
         with contextlib.suppress(OSError):  # closed meanwhile
             target = os.readlink(f"/proc/{process}/fd/{entry}")
             if target.startswith("socket:["):
-                found.add(int(target[8:-1]))
-    return found
+                inodes.add(int(target[8:-1]))
+    return inodes

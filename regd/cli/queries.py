@@ -1,4 +1,4 @@
-"""Queries that take more than one request: all pages of a reply, and waiting for a service."""
+"""Queries that need more than one request: all pages of a reply, and waiting for a service."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from regd_client import protocol
 from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import Unavailable
 
-TRANSIENT = ("shutting_down", "busy")  # errors after which to try again
-_PAUSE_S = 0.1  # between two tries
+TRANSIENT = ("shutting_down", "busy")  # errors after which a command tries again
+_PAUSE_S = 0.1  # between two attempts
 _HTTP_PAUSE_S = 0.2  # the same, by HTTP
 _TRY_S_MIN = 0.5  # for an attempt by HTTP, even when the time is over
 
@@ -43,12 +43,12 @@ def ask(connection: BlockingConnection, command: str, arguments: dict[str, Any])
 
 
 def wait_for(address: str | None, name: str, until: float) -> dict[str, Any]:
-    """Wait until a service accepts connections, and return the reply to `resolve`. Waits for the daemon too.
+    """Wait until a service accepts connections, and return the reply to `resolve`. Wait for the daemon too.
 
-    `until` is a time of time.monotonic.
+    `until` is a value of `time.monotonic`.
 
     Raises:
-        Unavailable: no daemon answers by then, or it cannot be started on demand.
+        Unavailable: no daemon answers in time, or it cannot be started on demand.
     """
     while True:
         left_s = max(0.0, until - time.monotonic())

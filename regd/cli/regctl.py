@@ -1,4 +1,4 @@
-"""The command `regctl`: query and change the registry from a terminal or a script. This module is its process."""
+"""The entry point of `regctl`, the command that queries and changes the registry from a terminal or a script."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from regd.cli.commands import REFUSED
     from regd.cli.output import Output, finish, open_standard_streams
 
-    gc.freeze()  # modules stay until the end; collecting them in start-up and exit takes a quarter of the time
+    gc.freeze()  # modules live until exit; scanning them for garbage would take a quarter of the run time
     gc.enable()
     if argv is None and os.getpid() == 1:
         from regd.cli import child

@@ -1,4 +1,4 @@
-"""The command `regd`: flags, log, signals, and the life of the process."""
+"""The command `regd`: parses its flags, sets up the log and signals, and runs the daemon."""
 
 import argparse
 import asyncio
@@ -31,14 +31,15 @@ log = logging.getLogger("regd")
 
 _SWITCH_INTERVAL_S = 0.0005
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-# Just above the 256 KiB that asyncio allocates for each read: below it, each read is an mmap and a munmap. With
-# 1 MiB four times as much memory stays after a load of peers that do not read their replies.
+# Just above the 256 KiB that asyncio allocates for each read: with less, each read would cost an mmap and a
+# munmap. With 1 MiB, four times as much memory would remain allocated after many peers did not read their
+# replies.
 _LARGE_BYTES = 272 * 1_024
-_GC_THRESHOLD = 10_000  # objects between two collections: regd makes few cycles
+_GC_THRESHOLD = 10_000  # allocations between two collections; regd creates few cycles
 _OFF = "off"
 _MIB = 1_048_576
-# By default these end a process. A timer of the parent survives execve(2) and sends SIGALRM. Not every system
-# has all of them.
+# By default these signals end a process. SIGALRM may come from a timer of the parent, which survives execve(2).
+# Not every system has all of these signals.
 _IGNORED = (
     "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGPWR", "SIGSTKFLT",
     *(f"SIGRTMIN+{number}" for number in range(32)),
@@ -167,13 +168,13 @@ def _read(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon and return its exit status.
 
-    0: ended by a signal or --idle-exit. 1: cannot start or continue. 2: bad usage. A service manager's variables
-    are removed from the environment. A stdout or log that cannot be written does not end the daemon.
+    0: ended by a signal or --idle-exit. 1: cannot start or continue. 2: bad usage. The variables of a service
+    manager are removed from the environment. If stdout or the log cannot be written, the daemon continues.
     """
     open_standard_streams()
     Output.failure = None
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have characters that its encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # for paths that stdout's encoding cannot represent
     try:
         arguments = _read(argv)
     except UsageError as error:
@@ -194,7 +195,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         detach = fork_to_background(output.fd) if arguments.background else None
         unblock_signals()
         output.start(arguments.log_level)
-        logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of peers that disconnect
+        logging.getLogger("asyncio").setLevel(logging.ERROR)  # no warnings about peers that disconnect
         _return_free_memory()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_run(config, detach, output))
@@ -252,7 +253,7 @@ def _absolute(flag: str, path: Path | None) -> Path | None:
     """Return the absolute path of a flag's value.
 
     Raises:
-        StorageError: it names no file, or the current folder is gone.
+        StorageError: the value is not the path of a file, or the current folder has been deleted.
     """
     if path is None:
         return None
@@ -271,7 +272,7 @@ def _absolute(flag: str, path: Path | None) -> Path | None:
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return that of uvloop (the extra `fast`) if it is installed, or None for asyncio's own."""
+    """Return uvloop's loop factory if uvloop (the extra `fast`) is installed; None for asyncio's own loop."""
     try:
         import uvloop
     except ImportError:
@@ -280,9 +281,9 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 def _return_free_memory() -> None:
-    """Have malloc return large free blocks to the system (mallopt(3), glibc only).
+    """Make malloc return large free blocks to the system (mallopt(3), glibc only).
 
-    By default glibc raises both thresholds when large blocks are freed, and keeps more memory.
+    By default, glibc raises both thresholds when large blocks are freed, and then keeps more memory.
     """
     with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes
@@ -293,10 +294,10 @@ def _return_free_memory() -> None:
 
 
 def _freeze_survivors(phase: str, info: Mapping[str, int]) -> None:
-    """After a full garbage collection, exempt its survivors from the next.
+    """After a full garbage collection, exclude the surviving objects from the next one.
 
-    With 100,000 registrations a full collection takes 70 ms. Survivors are freed by reference counts: regd makes
-    no lasting cycles.
+    A full collection of 100,000 registrations takes 70 ms. Reference counting still frees these objects, since
+    regd creates no long-lived cycles.
     """
     if phase == "stop" and info["generation"] == 2:
         gc.freeze()
@@ -305,16 +306,16 @@ def _freeze_survivors(phase: str, info: Mapping[str, int]) -> None:
 async def _run(config: Config, detach: Callable[[], None] | None, output: LogOutput) -> None:
     ending = asyncio.Event()
     _handle_signals(ending, output)
-    # The storage thread competes with the loop, which releases the interpreter at every send and receive.
+    # The loop releases the interpreter at every send and receive, and must not wait long for the storage thread.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     clock = LoopClock()
     daemon = Daemon(replace(config, limits=fit_limits(config.limits)), clock=clock)
     gc.collect()
-    gc.disable()  # while the registry is loaded: all of it stays
+    gc.disable()  # while the registry is loaded, since it contains no garbage
     await daemon.start()
     gc.freeze()
     gc.callbacks.append(_freeze_survivors)
-    gc.set_threshold(_GC_THRESHOLD, *gc.get_threshold()[1:])  # the default costs a twentieth of all time
+    gc.set_threshold(_GC_THRESHOLD, *gc.get_threshold()[1:])  # the default threshold costs 5% of the CPU time
     gc.enable()
     watchdog = Watchdog(Notifier(os.environ), clock, watchdog_s(os.environ), lambda: daemon.status)
     try:
@@ -345,7 +346,7 @@ def _handle_signals(ending: asyncio.Event, output: LogOutput) -> None:
     had_terminal = not ignored and has_terminal()
 
     def hang_up() -> None:
-        # With --log, a SIGHUP while the terminal is there asks to reopen the log.
+        # With --log, a SIGHUP means to reopen the log, unless the terminal is gone.
         terminal_is_gone = had_terminal and (output.path is None or not has_terminal())
         if not terminal_is_gone:
             _reopen(output)
@@ -373,17 +374,17 @@ def _reopen(output: LogOutput) -> None:
 
 
 def _announce(addresses: Sequence[str]) -> None:
-    """Print the addresses in one write, as the reader of the first line may close the pipe."""
+    """Print the addresses in one write, since a reader may close the pipe after the first line."""
     Output.write("".join(f"listening {visible(address)}\n" for address in addresses), flush=True)
     if Output.failure is not None:
         log.warning("cannot write to stdout: %s; listening on %s", Output.failure.strerror, ", ".join(addresses))
 
 
 async def _until_end(ending: asyncio.Event, daemon: Daemon) -> None:
-    """Wait for a signal to end or for --idle-exit.
+    """Wait for a signal that ends the daemon, or for --idle-exit.
 
     Raises:
-        Exception: a bug in the daemon.
+        Exception: the daemon has failed, because of a bug.
     """
     failed = asyncio.ensure_future(daemon.failed())
     tasks = [asyncio.ensure_future(ending.wait()), asyncio.ensure_future(daemon.idled()), failed]

@@ -1,6 +1,6 @@
 """`regctl run`: run a command, and register it from when it accepts connections until it exits.
 
-The main thread waits for the command and passes signals on; the client registers the name in its own thread.
+The main thread forwards signals and waits for the command; the client registers the name in a background thread.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -16,8 +17,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from regd.cli.child import NotRun, awaited_signals, exit_status, start, wait_and_forward
@@ -36,29 +35,26 @@ from regd_client.ports import LastPorts
 from regd_client.protocol import host_port
 from regd_client.registration import Registration
 
-_PROBE_PAUSE_S = (0.01, 0.2)  # the first and the longest, between two probes of the port
+_PROBE_PAUSE_S = (0.01, 0.2)  # the first and the longest pause between two probes of the port
 _PROBE_S = 1.0  # the timeout of a probe
-_SILENT_S = 10.0  # without a listener, until a warning
+_SILENT_S = 10.0  # after so long without a listener, print a warning
 _HISTORY_S = 1.0  # for each reply about the port that the service had last
-_LEAVE_S = 3.0  # for the name to be deregistered
+_DEREGISTER_S = 3.0  # for the name to be deregistered
+
+Report = Callable[..., None]  # called with the name of an event, its text, and more fields for JSON
 
 
-@dataclass(frozen=True, slots=True)
-class _Reporter:
-    """Reports events on stderr, as stdout is the command's."""
-
-    as_json: bool
-
-    def report(self, event: str, text: str, **fields: object) -> None:
-        if self.as_json:
-            complain(json.dumps({"event": event, **fields, "message": text}))
-        else:
-            complain(f"regctl: {visible(text)}")
+def _report(as_json: bool, event: str, text: str, **fields: object) -> None:
+    """Report an event on stderr, since stdout belongs to the command."""
+    if as_json:
+        complain(json.dumps({"event": event, **fields, "message": text}))
+    else:
+        complain(f"regctl: {visible(text)}")
 
 
 def run(address: str | None, as_json: bool, arguments: Mapping[str, Any]) -> int:
-    """Run the command and return its exit status. If a signal ended the command, the same signal ends regctl."""
-    reporter = _Reporter(as_json)
+    """Run the command and return its exit status. If a signal ends the command, regctl ends by it too."""
+    report = functools.partial(_report, as_json)
     try:
         port = port_in(os.environ) if arguments["port"] is None else arguments["port"]
         environment = _environment(address, arguments)
@@ -66,11 +62,11 @@ def run(address: str | None, as_json: bool, arguments: Mapping[str, Any]) -> int
             port, last = None, _last_ports(arguments["name"], arguments["instance"])
         else:
             last = []
-        with reserved_port(port, last, arguments["socket"]) as (number, held):
+        with reserved_port(port, last, arguments["socket"]) as (number, reserved):
             environment["PORT"] = environment[RUN_PORT] = str(number)
-            return _run(arguments, reporter, environment, held)
+            return _run(arguments, report, environment, reserved)
     except NotRun as failure:
-        reporter.report("refused", str(failure), error=failure.error)
+        report("refused", str(failure), error=failure.error)
         return failure.status
 
 
@@ -80,7 +76,7 @@ def run(address: str | None, as_json: bool, arguments: Mapping[str, Any]) -> int
 def _environment(address: str | None, arguments: Mapping[str, Any]) -> dict[str, str]:
     """Wait for the services of --wait, and return their addresses as environment variables."""
     if address is not None:
-        os.environ["REGD_ADDRESS"] = address  # for the client, and for the command
+        os.environ["REGD_ADDRESS"] = address  # for the client and for the command
     _check(arguments)
     until = time.monotonic() + arguments["timeout"]
     instances = []
@@ -97,7 +93,7 @@ def _environment(address: str | None, arguments: Mapping[str, Any]) -> dict[str,
 
 
 def _check(arguments: Mapping[str, Any]) -> None:
-    """Have the daemon, if there is one, check name, instance and labels before the command starts."""
+    """Let the daemon check name, instance and labels before the command starts, if there is a daemon."""
     checked = {key: arguments[key] for key in ("name", "instance", "meta") if arguments[key] is not None}
     try:
         with BlockingConnection() as connection:
@@ -130,25 +126,25 @@ def _last_ports(name: str, instance: str | None) -> list[int]:
 
 
 def _run(
-    arguments: Mapping[str, Any], reporter: _Reporter, environment: dict[str, str], held: socket.socket | None
+    arguments: Mapping[str, Any], report: Report, environment: dict[str, str], reserved: socket.socket | None
 ) -> int:
     log = logging.getLogger("regd_client")
-    log.addHandler(_ClientMessages(reporter))
+    log.addHandler(_ClientMessages(report))
     log.setLevel(logging.INFO)
     awaited = awaited_signals()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)  # in the client's thread too
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)  # before the client starts its thread
     try:
-        listening = held if arguments["socket"] else None
+        listening = reserved if arguments["socket"] else None
         child = start(arguments["argv"], environment, listening, arguments["name"], mask)
         if listening is not None:
-            listening.close()  # the command has it now, and closes it
-        name = _Name(arguments, reporter, child, int(environment["PORT"]), _prober(arguments, environment, mask))
+            listening.close()  # the command has inherited it
+        name = _Name(arguments, report, child, int(environment["PORT"]), _prober(arguments, environment, mask))
         name.begin(accepts=listening is not None)
         try:
-            status = wait_and_forward(child, awaited, name, lambda text: reporter.report("refused", text))
+            status = wait_and_forward(child, awaited, name, functools.partial(report, "refused"))
         finally:
             name.withdraw()
-            name.is_gone(_LEAVE_S)
+            name.is_gone(_DEREGISTER_S)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return exit_status(status)
@@ -167,7 +163,7 @@ def _prober(
 
 
 class _Name:
-    """The registration of the command, kept by the client's thread.
+    """The command's registration, which the client keeps in its background thread.
 
     `prober` makes a probe for the command at a host and port; without it the command is ready once it accepts
     connections.
@@ -176,13 +172,13 @@ class _Name:
     def __init__(
         self,
         arguments: Mapping[str, Any],
-        reporter: _Reporter,
+        report: Report,
         child: int,
         port: int,
         prober: Callable[[str, int], Probe] | None = None,
     ) -> None:
         self._name = arguments["name"]
-        self._reporter = reporter
+        self._report = functools.partial(report, name=self._name)
         self._child = child
         self._port = port
         self._prober = prober
@@ -192,13 +188,13 @@ class _Name:
         self._task: concurrent.futures.Future[None]
 
     def begin(self, accepts: bool) -> None:
-        """Register the name as soon as the command accepts connections; `accepts`: it does already."""
+        """Register the name as soon as the command accepts connections; with `accepts`, at once."""
         self._task = self._thread.begin(self._keep(accepts))
 
     def withdraw(self) -> bool:
-        """Begin to deregister the name. Return False if that had begun before."""
+        """Start to deregister the name. Return False if that was started before."""
         first = not self._withdrawn.is_set()
-        self._thread.call(self._withdraw())
+        self._thread.call_function(self._withdrawn.set)
         return first
 
     def is_gone(self, within_s: float = 0.0) -> bool:
@@ -206,10 +202,8 @@ class _Name:
             self._task.result(within_s)
         return self._task.done()
 
-    async def _withdraw(self) -> None:
-        self._withdrawn.set()
-
     async def _keep(self, accepts: bool) -> None:
+        """Register the name, and deregister it after `withdraw`."""
         withdrawn = asyncio.ensure_future(self._withdrawn.wait())
         registered = asyncio.ensure_future(self._stay_registered(accepts, withdrawn))
         try:
@@ -220,10 +214,12 @@ class _Name:
             await asyncio.wait((registered,))
 
     async def _stay_registered(self, accepts: bool, withdrawn: asyncio.Future[Any]) -> None:
-        """Wait for the command to accept connections, then stay registered until `withdrawn`."""
+        """Wait until the command accepts connections, register it, and stay registered until `withdrawn`."""
         host = "127.0.0.1" if accepts else await self._accepting_host()
         request = RegistrationRequest(self._name, None, **self._arguments, pid=_bound_to(self._child))
-        ready = None if self._prober is None else partial(self._until_ready, self._prober(host, self._port))
+        ready = (
+            None if self._prober is None else functools.partial(self._until_ready, self._prober(host, self._port))
+        )
         async with ServiceLifecycle(request, drain_s=0.0, ready=ready) as service:
             service.logs_success = False
             service.opened(host, self._port)
@@ -255,7 +251,7 @@ class _Name:
         await until_ready(probe, lambda why: self._report("unready", f"{self._name} is not ready: {why}"))
 
     async def _accepting_host(self) -> str:
-        """Wait until the command accepts connections, and return the host at which it does."""
+        """Wait until the command accepts connections, and return the host on which it does."""
         pause_s, longest_pause_s = _PROBE_PAUSE_S
         warn_at = time.monotonic() + _SILENT_S
         previous, reported = "", ""
@@ -266,7 +262,9 @@ class _Name:
                     obstacle = self._obstacle(host)
                     if not obstacle:
                         return host
-            if obstacle and obstacle == previous != reported:  # twice in a row: not a listener about to close
+            if (
+                obstacle and obstacle == previous != reported
+            ):  # twice in a row, so the listener is not just closing
                 reported = obstacle
                 self._report("taken", f"{self._name} is not registered: {obstacle}")
             if not obstacle and time.monotonic() > warn_at:
@@ -283,38 +281,35 @@ class _Name:
         )
 
     def _obstacle(self, host: str) -> str:
-        """Return why the listener at this host does not count as the command's; "" if it does."""
+        """Return why the listener on this host is not considered the command's; "" if it is."""
         at = host_port(host, self._port)
         try:
-            found = listener(host, self._port)
+            listening = listener(host, self._port)
         except OSError as error:
             if sys.platform != "linux":
-                return ""  # no system call tells, and the daemon lets every user write
+                return ""  # there is no way to find out, and the daemon lets every user write
             return f"the kernel does not say who listens at {at} ({error}); use --socket"
-        if found is None:
+        if listening is None:
             return f"connections to {at} are accepted, but no socket of this machine listens there"
-        if is_of(self._child, found):
+        if is_of(self._child, listening):
             return ""
-        return f"user {found.uid} listens at {at}, not the command; stop that program, or use --socket"
-
-    def _report(self, event: str, text: str, **fields: object) -> None:
-        self._reporter.report(event, text, name=self._name, **fields)
+        return f"user {listening.uid} listens at {at}, not the command; stop that program, or use --socket"
 
 
 class _ClientMessages(logging.Handler):
-    """Reports the log messages of the client."""
+    """Reports the client's log messages."""
 
-    def __init__(self, reporter: _Reporter) -> None:
+    def __init__(self, report: Report) -> None:
         super().__init__(logging.INFO)
-        self._reporter = reporter
+        self._report = report
 
     def emit(self, record: logging.LogRecord) -> None:
         event = "trouble" if record.levelno >= logging.WARNING else "info"
-        self._reporter.report(event, record.getMessage())
+        self._report(event, record.getMessage())
 
 
 def _bound_to(child: int) -> int | None:
-    """Return the `pid` that ends the registration: the command's, unless it runs as another user."""
+    """Return the `pid` to bind the registration to: the command's, or None if it runs as another user."""
     try:
         return child if os.stat(f"/proc/{child}").st_uid == os.geteuid() else None
     except OSError:

@@ -1,4 +1,4 @@
-"""`regctl watch`: print every change, across restarts of the daemon, until Ctrl-C or until stdout is closed."""
+"""`regctl watch`: print every change, also after a restart of the daemon, until Ctrl-C or stdout is closed."""
 
 from __future__ import annotations
 
@@ -13,35 +13,28 @@ from regd_client.errors import Unavailable
 from regd_client.models import Event
 from regd_client.watches import WatchState
 
-PAUSE_S = 0.2  # between two tries
+PAUSE_S = 0.2  # between two attempts to connect
 _KINDS = ("up", "change", "down", "sync", "progress", "reset")
 
 
-class _Connected:
-    """The source of events, as WatchState sees it."""
-
-    usable = True
-    ended_at = None
-
-
 class _Printer:
-    """Prints the events of one watch over several connections; after a break, only what is different."""
+    """Prints the events of one watch over several connections; after a reconnect, only the differences."""
 
     def __init__(self, pattern: str | None, meta: Mapping[str, str] | None, as_json: bool) -> None:
-        self.synced = False  # all registrations of the beginning are printed
+        self.synced = False  # all registrations that existed at the start have been printed
         self._away = False
         self._as_json = as_json
-        self._event: dict[str, Any] = {}  # the one being handled
+        self._event: dict[str, Any] = {}  # the event that is being handled
         self._state = WatchState(pattern or "*", meta, self._print)
 
-    def follow(self, connection: BlockingConnection) -> dict[str, Any] | None:
-        """Print the events of one connection. Return a refusal of the daemon, or None if stdout is broken.
+    def print_events(self, connection: BlockingConnection) -> dict[str, Any] | None:
+        """Print the events of one connection. Return the daemon's error reply, or None if stdout is broken.
 
         Raises:
             Unavailable: the connection broke.
         """
         self._state.pause()
-        reply = connection.ask("watch", **self._state.begin(_Connected()))
+        reply = connection.ask("watch", **self._state.begin(None))
         if not reply["ok"]:
             return reply
         if self._away:
@@ -79,7 +72,7 @@ class _Printer:
         if event.kind == "down":
             fields = {**self._event, "name": key[0], "instance": key[1], "reason": event.reason}
         else:
-            fields = self._state.picture[key]
+            fields = self._state.instances[key]
         fields = {**fields, "event": event.kind}
         if self._as_json:
             say_json(fields)
@@ -88,7 +81,7 @@ class _Printer:
 
 
 def is_reader_gone(within_s: float) -> bool:
-    """Wait for the reader of stdout to close the pipe; return whether it has."""
+    """Wait for the reader of stdout to close the pipe, and return whether it has done so in time."""
     poll = select.poll()
     poll.register(1, 0)
     return bool(poll.poll(1_000 * within_s))
@@ -97,16 +90,16 @@ def is_reader_gone(within_s: float) -> bool:
 def watch(
     address: str | None, pattern: str | None, meta: Mapping[str, str] | None, as_json: bool
 ) -> dict[str, Any] | None:
-    """Watch until the daemon refuses, and return its refusal; None once stdout is closed.
+    """Watch until the daemon refuses, and return its error reply; return None once stdout is closed.
 
     Raises:
-        Unavailable: no daemon at the start, or another program has taken its address.
+        Unavailable: no daemon answers at the start, or another program listens at its address.
     """
     printer = _Printer(pattern, meta, as_json)
     while True:
         try:
             with BlockingConnection(address, autostart=not printer.synced) as connection:
-                refusal = printer.follow(connection)
+                refusal = printer.print_events(connection)
             if refusal is None or not printer.synced or refusal["error"] not in TRANSIENT:
                 return refusal
             printer.report_away(str(refusal["message"]))

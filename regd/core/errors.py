@@ -31,7 +31,7 @@ class Code(StrEnum):
     TIMEOUT = "timeout", "`wait` was not long enough; or an unfinished line (then closed)"
     BUSY = "busy", "beyond a limit; try again later"
     DENIED = "denied", "this peer may not do that"
-    STORAGE_FAILED = "storage_failed", "the registry file could not be written; the change is not in effect"
+    STORAGE_FAILED = "storage_failed", "the registry could not be written; the change is not in effect"
     UNSUPPORTED = "unsupported", "not on this system"
     SHUTTING_DOWN = "shutting_down", "the daemon is stopping; connect again in a moment"
     INTERNAL = "internal", "a bug in regd; its log says more"

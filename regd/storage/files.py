@@ -12,8 +12,9 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
+UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # folders cannot be synced: some FUSE and CIFS
 # If a parent folder cannot be synced for one of these reasons, regd created nothing in it.
-_NEVER_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL)
+_NEVER_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, *UNSUPPORTED)
 
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
@@ -62,7 +63,11 @@ class Files:
         self.make_folder(path.parent)
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o700)
-        self.sync_folder(path.parent)
+        try:
+            self.sync_folder(path.parent)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
         return True
 
     def names(self, folder: Path) -> list[str]:

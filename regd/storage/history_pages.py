@@ -1,5 +1,6 @@
 """Pages of the history, read from the journal's segments."""
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,9 @@ _SCAN_MAX = 2_000  # changes looked at for one page
 _PAGE_BYTES = 524_288  # of lines in one page
 _FIELDS = ("rev", "at", "op", "name", "instance", "host", "port", "state", "reason", "by")
 _CHANGE = re.compile(
-    rb'^\{"line":([0-9]+)(?:,"batch":[0-9]+)?,"rev":([0-9]+),"at":([0-9.e+-]+),"op":.*$', re.MULTILINE
+    rb'^\{"line":([0-9]{1,19})(?:,"batch":[0-9]+)?,"rev":([0-9]{1,19}),'
+    rb'"at":(-?[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?),"op":.*$',
+    re.MULTILINE,
 )
 
 
@@ -57,14 +60,21 @@ def page(files: Files, segments: Sequence[SegmentFile], query: Query) -> Page:
         if changes and (len(changes) == query.limit or size + len(line.data) > _PAGE_BYTES):
             return Page(changes if forward else changes[::-1], last)
         last = line.rev
-        if journal_lines.number_of(line.data) is None:
-            continue  # damaged, and covered by a checkpoint: else regd would not have started
-        change = json.loads(line.data)
-        if query.fits(change):
+        change = _fields(line.data)
+        if change is not None and query.fits(change):
             changes.append({field: change[field] for field in _FIELDS if field in change})
             size += len(line.data)
     more = next(lines, None) is not None
     return Page(changes if forward else changes[::-1], last if more else None)
+
+
+def _fields(line: bytes) -> dict[str, Any] | None:
+    """Return the fields of a change, None if its line is damaged. A checkpoint has what it said."""
+    with contextlib.suppress(ValueError, RecursionError):
+        if journal_lines.number_of(line) is not None:
+            fields: dict[str, Any] = json.loads(line)
+            return fields if "name" in fields and "instance" in fields else None
+    return None
 
 
 def _forward(files: Files, segments: Sequence[SegmentFile], query: Query) -> Iterator[_Line]:

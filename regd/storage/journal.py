@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from regd.storage import journal_lines
-from regd.storage.files import Files
+from regd.storage.files import UNSUPPORTED, Files
 from regd.storage.journal_lines import Damaged, Head
 from regd.storage.recovery import Segment
 
 _HEAD_BYTES = 262_144  # the head of a segment has at most so many
 _SEGMENTS_MAX = 256  # crashes, and a disk that fails now and then, leave many small ones
-_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
 @dataclass(slots=True)
@@ -61,14 +60,20 @@ class Journal:
             paths.append(self.path)
         segments = [self._segment(path) for path in paths]
         for segment, number in zip(segments, [*numbers, 0], strict=False):
-            with contextlib.suppress(Damaged):
+            head = None
+            with contextlib.suppress(Damaged):  # `recover` refuses it, or it is set aside
                 head = journal_lines.parse_head(segment.first)
-                print_ = files.print(segment.path)
-                line, rev, at = (head.line, head.rev, head.at) if head is not None else (number, 0, 0.0)
-                self.segments.append(SegmentFile(segment.path, line, rev, at, print_.size if print_ else 0))
+            print_ = files.print(segment.path)
+            line, rev, at = (head.line, head.rev, head.at) if head is not None else (number, 0, 0.0)
+            self.segments.append(SegmentFile(segment.path, line, rev, at, print_.size if print_ else 0))
+            if segment.path == self.path and print_ is not None:
+                self._inode = print_.inode
         return segments
 
     def _segment(self, path: Path) -> Segment:
+        found = self._files.print(path)
+        if found is not None and not found.is_regular:  # opening a pipe would wait for its other end
+            raise OSError(errno.EEXIST, "there is something else than a file in its place", str(path))
         first = self._files.read(path, _HEAD_BYTES).partition(b"\n")[0]
         return Segment(path, first, lambda: self._files.read(path))
 
@@ -87,23 +92,31 @@ class Journal:
         last.size = size
         self._fd, self._inode = fd, found.inode if found else None
 
+    def rewrite(self, size: int) -> None:
+        """Write the last segment again, of which the first `size` bytes count, and go on from there.
+
+        Lines of a killed daemon may be in the kernel's memory alone. Syncing the file would not help: if its sync
+        failed, the next one succeeds without those lines (fsync(2)).
+        """
+        last = self.segments[-1]
+        self._begin(last.line, last.rev, last.at, self._files.read(last.path)[:size])
+
     def begin_segment(self, head: Head) -> None:
         """Begin a new segment; lines of older ones that are not before its first line are void from now on."""
+        self._begin(head.line, head.rev, head.at, journal_lines.head(head))
+
+    def _begin(self, line: int, rev: int, at: float, data: bytes) -> None:
         files = self._files
         temporary = self.path.with_name(self.path.name + ".tmp")
-        data = journal_lines.head(head)
         fd = files.create(temporary)
         try:
             files.write(fd, data)
             files.sync(fd)
             found = files.print(fd)
             last = self.segments[-1] if self.segments else None
-            if last is not None and last.path == self.path:
-                if last.line < head.line and files.print(self.path) is not None:
-                    self._give_number(last)
-                else:  # it has no line that counts, or was removed
-                    with self._mutex:
-                        self.segments = self.segments[:-1]
+            if last is not None and last.path == self.path and last.line < line and files.print(self.path):
+                self._give_number(last)
+            self._inode = None  # a rename that fails may have taken effect
             files.rename(temporary, self.path)
             self.sync_folder()
         except BaseException:
@@ -115,8 +128,14 @@ class Journal:
             raise
         self.poison()
         self._fd, self._inode = fd, found.inode if found else None
+        void = [segment for segment in self.segments if segment.line >= line]
+        older = [segment for segment in self.segments if segment.line < line and segment.path != self.path]
         with self._mutex:
-            self.segments = [*self.segments, SegmentFile(self.path, head.line, head.rev, head.at, len(data))]
+            self.segments = [*older, SegmentFile(self.path, line, rev, at, len(data))]
+        for segment in void:
+            if segment.path != self.path:
+                with contextlib.suppress(OSError):
+                    files.remove(segment.path)
 
     def _give_number(self, segment: SegmentFile) -> None:
         """Give the current segment its lasting name. It has both names for a moment, so that it is never lost."""
@@ -173,6 +192,7 @@ class Journal:
         while any(f"{segment.path.name}.aside-{count}" in names for segment in self.segments):
             count += 1
         made = []
+        self._inode = None
         while self.segments:
             path = self.segments[-1].path
             made.append(path.with_name(f"{path.name}.aside-{count}"))
@@ -204,5 +224,5 @@ class Journal:
         try:
             self._files.sync_folder(self.path.parent)
         except OSError as error:
-            if error.errno not in _UNSUPPORTED:
+            if error.errno not in UNSUPPORTED:
                 raise

@@ -109,7 +109,7 @@ def change(number: int, change: Change, batch: int = 0) -> bytes:
     if change.reason:
         text += f',"reason":"{change.reason}"'
     if change.by is not None:
-        text += f',"by":{_encode(by_fields(change.by))}'
+        text += f',"by":{{{_by_members(change.by)}}}'
     if entry.meta:
         text += f',"meta":{_meta(entry.meta)}'
     if change.op is Op.CHANGE and change.before is not None and change.before.meta != entry.meta:
@@ -124,9 +124,14 @@ def _meta(meta: Mapping[str, str]) -> str:
     return "{" + ",".join([f"{_quoted(key)}:{_quoted(text)}" for key, text in meta.items()]) + "}"
 
 
-def by_fields(by: By) -> dict[str, object]:
+def _by_members(by: By) -> str:
     """Return what is known of who made a change."""
-    return {field: value for field, value in by._asdict().items() if value is not None}
+    members = [f'"pid":{by.pid}'] if by.pid is not None else []
+    if by.uid is not None:
+        members.append(f'"uid":{by.uid}')
+    if by.command is not None:
+        members.append(f'"command":{_quoted(by.command)}')
+    return ",".join(members)
 
 
 # Reading.
@@ -193,6 +198,8 @@ def parse(line: bytes, rev: int, ids: "count[int]") -> Start | Change:
         raise Damaged(str(error)) from None
     if op is not Op.KEEP:
         rev = _whole(fields.get("rev"), "rev")
+        if rev == 0:
+            raise Damaged('"rev" must be 1 or more')
     at, by, old_meta = _at(fields), _by(fields.get("by")), fields.get("old_meta")
     stored = {field: value for field, value in fields.items() if field not in _OF_CHANGE}
     try:

@@ -40,6 +40,7 @@ class Recovery:
     entries: list[Entry]
     rev: int
     keeps_journal: bool = False  # else it is set aside, if there is one
+    is_edited: bool = False  # the file is not as regd wrote it
     is_covered: bool = False  # the file has all changes, as regd wrote it
     line: int = 0  # the last line of the journal
     epoch: str = ""  # of that line
@@ -84,7 +85,7 @@ def recover(document: Document | None, segments: Sequence[Segment], file: Path, 
         Unreadable: the journal is damaged where changes could be lost, or is of a newer version.
     """
     entries, rev = ([], 0) if document is None else (document.entries, document.rev)
-    alone = Recovery(entries, rev, history_rev=rev)
+    alone = Recovery(entries, rev, history_rev=rev, is_edited=document is not None and document.edited)
     if document is None or document.position is None:
         if segments:
             what = "is missing" if document is None else "names no line of the journal"
@@ -253,6 +254,7 @@ def _replay(document: Document, found: _Found, history_max: int) -> Recovery:
         [],
         head.rev,
         keeps_journal=True,
+        is_edited=document.edited,
         line=found.next - 1,
         epoch=head.epoch,
         epochs=dict(head.epochs),
@@ -270,12 +272,12 @@ def _replay(document: Document, found: _Found, history_max: int) -> Recovery:
             elif (rev := journal_lines.rev_of(data)) is not None:
                 made.rev = made.history_rev = rev
             continue
-        line = _parsed(data, made.rev, ids)
+        line = _parsed(data, max(made.rev, document.rev, 1), ids)
         if isinstance(line, Start):
             made.start_epoch(line, number)
             continue
         if line.op is not Op.KEEP:
-            made.rev = line.rev
+            made.rev = max(made.rev, line.rev)
             made.history.append(line)
         if number > covered:
             _apply(state, line)

@@ -50,12 +50,15 @@ class Store:
         self._files = files = files or Files()
         self._limits = limits
         self._checkpoint = Checkpoint(self.path, files, warn)
-        self._journal = Journal(_journal_path(self.path), files)
+        self._journal = Journal(journal_path(self.path), files)
         self._lock_path = self.path.with_name(self.path.name + ".lock")
         self._lock: int | None = None
         self._lock_inode: int | None = None
+        self._had_lock = False  # else a daemon whose lock file was removed may still write to the last segment
         self._found = Recovery([], 0)
         self._start: Start | None = None  # of this daemon, while it is not on disk
+        self._sets_aside = False  # the journal that was found, before the next segment begins
+        self._rewrites: int | None = None  # so many bytes of the last segment found, before the next one begins
         self._unsaved: list[Change] = []  # in effect, and not on disk yet
         self._lost = False  # the journal was removed: the next checkpoint must come before the next segment
         self._rotates = False
@@ -82,7 +85,7 @@ class Store:
         """
         try:
             self.made_folder = self._files.make_folder(self.path.parent)
-            existed = self._files.print(self._lock_path) is not None
+            self._had_lock = self._files.print(self._lock_path) is not None
             self._take_lock()
         except OSError as error:
             raise StorageError(
@@ -94,10 +97,11 @@ class Store:
         except BaseException:
             self.close()
             raise
-        if not existed:  # a daemon whose lock file was removed may still write to the last segment
-            found.size = None
+        self._sets_aside, self._rewrites = not found.keeps_journal, found.size
         self._start = Start(self.epoch, found.keeps_journal and found.valid, found.rev, at)
         self.epochs = dict(found.epochs)
+        if self._start.valid and found.epoch:
+            self.epochs[found.epoch] = (found.rev, found.line)
         self._rev = self.rev_written = found.rev
         self._at = at
         self._position = self._checkpointed = Position(found.epoch, found.line)
@@ -111,8 +115,8 @@ class Store:
             segments = self._journal.find()
             document = None if data is None else _parse(self.path, data, at)
             return recover(document, segments, self.path, self._limits.history_changes_max)
-        except FileExistsError:
-            raise StorageError(f"{self.path} is not a regular file; name another with --registry") from None
+        except FileExistsError as error:
+            raise StorageError(f"{error.filename} is not a regular file; name another with --registry") from None
         except OSError as error:
             raise StorageError(
                 f"cannot read {path}: {error.strerror}; give this user read access to it"
@@ -151,16 +155,14 @@ class Store:
                 )
             for note in found.notes:
                 self._warn(note)
-            if journal.segments and not found.keeps_journal:
-                for path in journal.set_aside():
-                    self._warn(f"kept as {path}")
-            if found.is_covered and found.size is not None and journal.segments[-1].path == journal.path:
+            is_clean = found.is_covered and self._had_lock
+            if is_clean and found.size is not None and journal.segments[-1].path == journal.path:
                 journal.resume(found.size)
+                self._rewrites = None
                 self._write_start()
                 journal.sync_folder()  # the previous daemon may have been killed before it did that
                 self._checkpoint.check_writable()
             else:
-                # Lines that the file does not have may be in the kernel's memory alone: a sync may have failed.
                 self._begin_segment()
                 self._write_start()
                 self.checkpoint()
@@ -182,8 +184,6 @@ class Store:
             return
         number = self._position.line + 1
         self._journal.append(journal_lines.start(number, self._start))
-        if self._start.valid and self._position.epoch:
-            self.epochs[self._position.epoch] = (self._rev, self._position.line)
         self._position = Position(self.epoch, number)
         self._start = None
 
@@ -197,7 +197,7 @@ class Store:
     @property
     def needs_repair(self) -> bool:
         """Whether the disk may show what is not in effect, or lack what is. The next commit mends that."""
-        return self.has_unsaved or not self._journal.is_open
+        return self.has_unsaved or not self._journal.is_open or self._lock is None
 
     def commit(self, changes: Sequence[Change]) -> None:
         """Append changes to the journal, those of `apply_unsaved` first.
@@ -207,7 +207,7 @@ class Store:
             StorageError: another regd has taken over the registry; this one must end.
         """
         wanted = [change for change in (*self._unsaved, *changes) if not _changes_nothing(change)]
-        if not wanted and self._journal.is_open:
+        if not wanted and not self.needs_repair:
             return
         self._check_owner()
         self._ensure_segment()
@@ -272,7 +272,7 @@ class Store:
         if in_place is None:
             self._warn(f"{self._journal.path} was removed by another program; regd begins a new one")
             self._journal.forget_segment()
-            self._lost = True
+            self._lost, self._rewrites = True, None
         elif not in_place:
             self._is_taken_over = True
             raise StorageError(
@@ -306,6 +306,15 @@ class Store:
         self._rotates = False
 
     def _begin_segment(self) -> None:
+        """Begin a segment; the first one is a copy of the last that was found, if its lines count."""
+        if self._sets_aside and self._journal.segments:
+            for path in self._journal.set_aside():
+                self._warn(f"kept as {path}")
+        self._sets_aside = False
+        if self._rewrites is not None:
+            self._journal.rewrite(self._rewrites)
+            self._rewrites = None
+            return
         epochs = dict(list(self.epochs.items())[-_EPOCHS_MAX:])
         head = Head(self._position.line + 1, self._rev, self._position.epoch, epochs, self._at)
         self._journal.begin_segment(head)
@@ -362,11 +371,11 @@ def peek(path: Path, files: Files) -> Recovery:
     """
     data = Checkpoint(path, files, lambda line: None).read()
     document = None if data is None else parse(data, 0.0)
-    segments = Journal(_journal_path(path), files).find()
+    segments = Journal(journal_path(path), files).find()
     return recover(document, segments, path, DEFAULT.history_changes_max)
 
 
-def _journal_path(path: Path) -> Path:
+def journal_path(path: Path) -> Path:
     return path.with_name(f"{path.name.removesuffix('.json')}.journal")
 
 

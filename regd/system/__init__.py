@@ -1,4 +1,4 @@
-"""Doors to the operating system: listening sockets, peer credentials, processes, probes, service manager, clock.
+"""Wrappers of the operating system: sockets, peer credentials, processes, probes, systemd and the clock.
 
-Each module wraps one facility of the system. None of them knows connections, requests or the registry.
+Each module wraps one facility. None of them depends on connections, requests or the registry.
 """

@@ -1,6 +1,6 @@
-"""The only source of time. Tests use a clock that they move by hand.
+"""The daemon's only source of time, so that tests can replace it by a clock that they control.
 
-Deadlines are monotonic, so that a step of the wall clock has no effect; the wall clock is for display.
+Deadlines use monotonic time, which clock changes do not affect. Wall-clock time is for display only.
 """
 
 import asyncio
@@ -10,13 +10,13 @@ from typing import Protocol
 
 
 class Timer(Protocol):
-    """A call that is scheduled by `Clock.call_at`."""
+    """A call scheduled by `Clock.call_at`."""
 
     def cancel(self) -> None: ...
 
 
 class Clock(Protocol):
-    """Time, and calls at a time."""
+    """The current time, and timers."""
 
     def now(self) -> float:
         """Return monotonic seconds."""
@@ -34,7 +34,7 @@ class LoopClock:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
 
-    now = staticmethod(time.monotonic)  # as `loop.time()`, which uvloop updates only once per iteration
+    now = staticmethod(time.monotonic)  # not `loop.time()`, which uvloop updates only once per iteration
 
     def wall(self) -> float:
         return round(time.time(), 3)

@@ -1,6 +1,6 @@
 """Listening sockets: loopback TCP, a Unix socket, or sockets that were opened before regd started.
 
-Other addresses are refused: without authentication and TLS, regd is for this machine alone.
+Other addresses are refused: regd has no authentication and TLS, so only this machine may reach it.
 """
 
 import contextlib
@@ -14,16 +14,16 @@ from typing import NamedTuple
 
 from regd.storage.files import AlreadyLocked, Files
 
-_BACKLOG = 4_096  # the kernel may lower it; many clients may connect at once
+_BACKLOG = 4_096  # many clients may connect at once; the kernel may lower the value
 _PORT_TRIES = 32
 
 
 class ListenError(Exception):
-    """An address cannot be used. The text is one line: which address, why, what to do."""
+    """regd cannot listen on an address. The message is one line: which address, why, and what to do."""
 
 
 class InheritedSocket(NamedTuple):
-    """A socket that the parent process has opened: its file descriptor, and the name that the parent gave it."""
+    """A socket that the parent process has opened: its file descriptor, and its name in LISTEN_FDNAMES."""
 
     file: int
     name: str
@@ -31,7 +31,7 @@ class InheritedSocket(NamedTuple):
 
 @dataclass(slots=True)
 class Listeners:
-    """The listening sockets. `notes` are remarks for the log."""
+    """The listening sockets. `notes` has messages for the log."""
 
     sockets: list[socket.socket] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -66,29 +66,29 @@ class Listeners:
         raise ListenError("found no port that is free on 127.0.0.1 and ::1; name one with --port")
 
     def open_unix(self, path: Path, files: Files) -> None:
-        """Listen on a Unix socket that only this user may connect to. A socket that a crash left is replaced.
+        """Listen on a Unix socket that only this user may connect to. Replace the socket file of a crashed regd.
 
         Raises:
             ListenError: the path cannot be used.
         """
         try:
-            # Removing a stale socket must not race with another regd, so it is done under a lock.
+            # Take a lock, so that two daemons do not race to remove a stale socket.
             self._unix_lock = files.lock(path.with_name(path.name + ".lock"))
             self._clear(path)
             self.sockets.append(_unix(path))
-        except AlreadyLocked as held:
-            do = "name" if held.elsewhere else "stop that one, or name"
-            raise ListenError(f"{path} is in use by another regd{held}; {do} another with --unix") from None
+        except AlreadyLocked as error:
+            do = "name" if error.elsewhere else "stop that one, or name"
+            raise ListenError(f"{path} is in use by another regd{error}; {do} another with --unix") from None
         except OSError as error:
             why = error.strerror or str(error)  # a path that is too long has no errno
             raise ListenError(f"cannot listen on {path}: {why}; name another with --unix") from None
         self._unix = path
 
     def inherit(self, handed: Sequence[InheritedSocket | socket.socket]) -> None:
-        """Use sockets that listen already. The path of a Unix socket is not removed at the end.
+        """Use inherited sockets. `close` does not remove the file of a Unix socket.
 
         Raises:
-            ListenError: regd cannot listen on one of them.
+            ListenError: regd cannot use one of them.
         """
         for entry in handed:
             self.sockets.append(_inherited(entry) if isinstance(entry, InheritedSocket) else entry)
@@ -145,7 +145,7 @@ def _tcp(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
 
 def _unix(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
+    previous = os.umask(0o177)
     try:
         listener.bind(os.fspath(path))
         listener.listen(_BACKLOG)
@@ -153,7 +153,7 @@ def _unix(path: Path) -> socket.socket:
         listener.close()
         raise
     finally:
-        os.umask(before)
+        os.umask(previous)
     return listener
 
 
@@ -175,7 +175,7 @@ def _inherited(handed: InheritedSocket) -> socket.socket:
 
 
 def _fault(listener: socket.socket) -> str | None:
-    """Return why regd may not listen on a socket, and the fix in a .socket unit. None: it may."""
+    """Return why regd cannot use an inherited socket, and the fix in a .socket unit; None if it can."""
     if listener.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
         return "is neither TCP nor Unix; give ListenStream= an address of loopback, or a path"
     if listener.type != socket.SOCK_STREAM or listener.proto not in (0, socket.IPPROTO_TCP):

@@ -1,8 +1,8 @@
-"""Whether the peer of a Unix socket is in another network or pid namespace (namespaces(7)).
+"""Detect whether the peer of a Unix socket is in another network or pid namespace (namespaces(7)).
 
-Loopback addresses and process numbers of such a peer mean something else than here. A TCP peer is in this network
-namespace, since it has reached a loopback address; its pid namespace is unknown, so `hello` names the daemon's
-for the client to compare.
+There, loopback addresses and process ids have another meaning. A TCP peer is in the daemon's network namespace,
+since it has reached a loopback address. Its pid namespace is unknown, so `hello` returns the daemon's, for the
+client to compare.
 """
 
 import os
@@ -10,12 +10,12 @@ import socket
 import struct
 from dataclasses import dataclass
 
-_SO_NETNS_COOKIE = 71  # asm-generic/socket.h, since Linux 5.14; of the peer's socket: the peer's namespace
+_SO_NETNS_COOKIE = 71  # asm-generic/socket.h, since Linux 5.14; for a Unix socket, the peer's namespace
 
 
 @dataclass(frozen=True, slots=True)
 class Elsewhere:
-    """Which namespaces of a peer differ from this process's. False if the kernel does not tell."""
+    """Which namespaces of a peer differ from this process's. False also means unknown."""
 
     network: bool = False
     pid: bool = False
@@ -25,14 +25,14 @@ HERE = Elsewhere()
 
 
 def elsewhere(connection: socket.socket) -> Elsewhere:
-    """Ask the kernel about the peer of a connection."""
+    """Return which namespaces the peer of a connection does not share."""
     if connection.family != socket.AF_UNIX:
         return HERE
     return Elsewhere(network=_network(connection), pid=_pid(connection))
 
 
 def own_pid_namespace() -> str | None:
-    """Return what identifies this process's pid namespace, None if the system does not say."""
+    """Return an identifier of this process's pid namespace; None if the system does not provide it."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -41,8 +41,8 @@ def own_pid_namespace() -> str | None:
 
 def _network(connection: socket.socket) -> bool:
     try:
-        with socket.socket(socket.AF_UNIX) as ours:
-            return _cookie(connection) != _cookie(ours)
+        with socket.socket(socket.AF_UNIX) as own:
+            return _cookie(connection) != _cookie(own)
     except OSError:
         return False
 
@@ -56,7 +56,7 @@ def _pid(connection: socket.socket) -> bool:
     try:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         [pid, _, _] = struct.unpack("=iII", credentials)
-        # 0: the peer has no number in this pid namespace.
+        # 0: the peer has no process id in this namespace.
         return pid == 0 or os.readlink(f"/proc/{pid}/ns/pid") != os.readlink("/proc/self/ns/pid")
     except (OSError, AttributeError, struct.error):
         return False

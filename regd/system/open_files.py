@@ -1,4 +1,4 @@
-"""How many files this process may open (getrlimit(2)); each connection and each watched process takes one."""
+"""The limit of open files (getrlimit(2)). Each connection and each watched process needs one."""
 
 import logging
 import resource
@@ -10,20 +10,20 @@ from regd.system.listener import ListenError
 log = logging.getLogger("regd")
 
 _SPARE_FILES = 192  # for everything else: the registry, listening sockets, connections that are being refused
-_CONNECTIONS_MIN = 16  # fewer are of no use
+_CONNECTIONS_MIN = 16  # with fewer, regd does not start
 
 
 def fit_limits(limits: Limits) -> Limits:
-    """Raise the soft limit of open files as far as `limits` need, and return limits that fit what there is.
+    """Raise the soft limit of open files, and return `limits`, reduced if that limit is too low for them.
 
     Raises:
         ListenError: the process may open too few files.
     """
-    wanted = limits.connections_max + limits.processes_max + limits.probes_max + limits.readonly_probes_max
-    usable = raise_open_files(wanted)
-    if usable >= wanted:
+    needed = limits.connections_max + limits.processes_max + limits.probes_max + limits.readonly_probes_max
+    usable = raise_open_files(needed)
+    if usable >= needed:
         return limits
-    share = usable / wanted
+    share = usable / needed
     connections, files = int(limits.connections_max * share), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if connections < _CONNECTIONS_MIN:
         raise ListenError(
@@ -36,7 +36,7 @@ def fit_limits(limits: Limits) -> Limits:
         connections,
         limits.connections_max,
     )
-    # Read-only users keep the same share of the fewer connections.
+    # Reduce all limits by the same factor.
     return replace(
         limits,
         connections_max=connections,
@@ -47,13 +47,13 @@ def fit_limits(limits: Limits) -> Limits:
     )
 
 
-def raise_open_files(wanted: int) -> int:
-    """Raise the soft limit as far as it can be raised, and return how many of `wanted` files may be open then."""
+def raise_open_files(needed: int) -> int:
+    """Raise the soft limit, at most to the hard limit, and return how many of `needed` files it allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    need = wanted + _SPARE_FILES
-    if soft != resource.RLIM_INFINITY and soft < need:
-        soft = need if hard == resource.RLIM_INFINITY else min(need, hard)
+    total = needed + _SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < total:
+        soft = total if hard == resource.RLIM_INFINITY else min(total, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft == resource.RLIM_INFINITY:
-        return wanted
-    return max(1, min(wanted, soft - _SPARE_FILES))
+        return needed
+    return max(1, min(needed, soft - _SPARE_FILES))

@@ -1,9 +1,9 @@
-"""Which user is at the other end of a connection, and which users may write.
+"""Identify the user at the other end of a connection, and decide which users may write.
 
-A Unix socket tells its peer's user (unix(7), SO_PEERCRED). For a loopback TCP connection, netlink tells the owner
-of the peer's socket (sock_diag(7), linux/inet_diag.h) in constant time. Without netlink the text table
-/proc/net/tcp is read, which takes time in proportion to the number of sockets. In a user namespace, all users
-that are not mapped have the same number (user_namespaces(7)), which therefore identifies no user.
+For a Unix socket, the kernel returns the peer's user with SO_PEERCRED (unix(7)). For a loopback TCP connection,
+netlink returns the owner of the peer's socket in constant time (sock_diag(7), linux/inet_diag.h). Without
+netlink, regd reads the text table /proc/net/tcp, which takes time in proportion to the number of sockets. In a
+user namespace, all unmapped users have the same uid (user_namespaces(7)), which therefore identifies no user.
 """
 
 import errno
@@ -20,7 +20,7 @@ from regd.system.listener import ListenError
 log = logging.getLogger("regd")
 
 ROOT = 0
-ALL_USERS = 2**32 - 1  # the number of users; as a user it is invalid, and written as -1
+ALL_USERS = 2**32 - 1  # the number of uids; as a uid it is invalid (-1)
 
 _OVERFLOW_UID = 65_534  # the default of /proc/sys/kernel/overflowuid
 _LINUX = sys.platform == "linux"
@@ -30,24 +30,24 @@ _SOCK_DIAG_BY_FAMILY = 20
 _NLMSG_ERROR = 2
 _NLM_F_REQUEST = 1
 _TCP_LISTEN = 10
-_ANY = 0xFFFF_FFFF  # any state; and no cookie
+_ANY = 0xFFFF_FFFF  # as the states: all; as the cookie: none
 _HEAD = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
-_ASKED = struct.Struct("=BBBBI")  # inet_diag_req_v2: family, protocol, extensions, padding, states
-_PORTS = struct.Struct("!HH")  # inet_diag_sockid begins: source, destination, then both addresses in 16 bytes
-_REST = struct.Struct("=III")  # … and ends: interface, cookie
+_REQUEST = struct.Struct("=BBBBI")  # inet_diag_req_v2: family, protocol, extensions, padding, states
+_PORTS = struct.Struct("!HH")  # inet_diag_sockid starts with the source and the destination port; …
+_REST = struct.Struct("=III")  # … then come both addresses, of 16 bytes each, the interface and the cookie
 _STATE_AT = _HEAD.size + 1  # in an inet_diag_msg: family, state, timer, retransmissions, and the sockid
 _ID_AT = _HEAD.size + 4
 _ID_BYTES = _PORTS.size + 32  # the part that identifies a connection
 _OWNER = struct.Struct("=II")  # uid and inode
-_OWNER_AT = _ID_AT + _ID_BYTES + _REST.size + 12  # behind expiry and the two queues
-_ANSWER_S = 1.0  # the kernel answers within the call
+_OWNER_AT = _ID_AT + _ID_BYTES + _REST.size + 12  # 12: expiry and the lengths of two queues
+_ANSWER_S = 1.0  # the kernel normally answers at once
 
 End = tuple[str, int]  # an address and a port
 Ask = Callable[[End, End], int | None]
 
 
 def unmapped_uid() -> int | None:
-    """Return the number that all unmapped users have here; None if all users are mapped.
+    """Return the uid that all unmapped users have in this namespace; None if all users are mapped.
 
     Source: user_namespaces(7), "Unmapped user and group IDs".
     """
@@ -55,8 +55,7 @@ def unmapped_uid() -> int | None:
         with open(_UID_MAP, "rb") as file:
             mapped = sum(int(line.split()[2]) for line in file)
     except FileNotFoundError:
-        # A kernel without user namespaces, where all users are mapped; or there is no /proc, and nothing is
-        # known.
+        # Without user namespaces, all users are mapped. Without /proc, nothing is known.
         mapped = ALL_USERS if not _LINUX or os.path.isdir("/proc/self") else 0
     except (OSError, ValueError, IndexError):
         mapped = 0
@@ -72,19 +71,19 @@ def unmapped_uid() -> int | None:
 class PeerCredentials:
     """Identifies the users at the other ends of connections.
 
-    `allowed` are the users that may write, besides root and the daemon's own; with `anyone`, all users may.
+    Root, the daemon's own user and the users in `allowed` may write; with `anyone`, all users may.
     """
 
     def __init__(self, allowed: Collection[int] = (), *, anyone: bool = False) -> None:
-        self._unmapped: int | None = None  # the number of all users that are not mapped here
+        self._unmapped: int | None = None  # the uid of all unmapped users
         self._may_write = {ROOT, os.geteuid(), *allowed} - {ALL_USERS}
         self._anyone = anyone
-        self._tells_nobody = False  # the system identifies no TCP peers, and is not expected to
+        self._cannot_identify = False  # this is a system other than Linux, which does not identify TCP peers
         self._ask: Ask | None = None
         self._netlink: socket.socket | None = None
 
     def open(self, listeners: Sequence[socket.socket]) -> None:
-        """Find out which users are mapped, and how to ask the kernel, by asking it for one of `listeners`.
+        """Find out which users are mapped, and, by querying one of `listeners`, how to query the kernel.
 
         Raises:
             ListenError: on Linux, the kernel does not identify TCP peers, and not every user may write.
@@ -100,7 +99,7 @@ class PeerCredentials:
                 _UID_MAP,
             )
         tcp = [listener for listener in listeners if listener.family != socket.AF_UNIX]
-        if not tcp:  # a Unix socket tells its peer
+        if not tcp:
             return
         here: End = tcp[0].getsockname()[:2]
         try:
@@ -117,11 +116,9 @@ class PeerCredentials:
         if is_in_table(here):
             self._ask = by_table
         elif not _LINUX:
-            self._tells_nobody = True
+            self._cannot_identify = True
             if not self._anyone:
-                log.warning(
-                    "this system does not tell which user a connection is of: any user of this machine may write"
-                )
+                log.warning("this system cannot identify TCP peers: any user of this machine may write")
         elif not self._anyone:
             raise ListenError(
                 "cannot tell which user is at the other end of a TCP connection: this process has neither "
@@ -137,7 +134,7 @@ class PeerCredentials:
             self._netlink = None
 
     def uid_of(self, connection: socket.socket) -> int | None:
-        """Return the user at the other end, None if it is unknown."""
+        """Return the user at the other end; None if it is unknown."""
         if connection.family == socket.AF_UNIX:
             return self._known(_unix_uid(connection))
         if self._ask is None:
@@ -151,44 +148,44 @@ class PeerCredentials:
         return None if uid in (self._unmapped, ALL_USERS) else uid
 
     def is_gone(self, connection: socket.socket) -> bool:
-        """Whether no process has the other end open any more, as far as the system tells.
+        """Return whether no process has the other end open; False if that is unknown.
 
-        A TCP socket looks the same whether the peer has closed its socket or only its sending side. So the kernel
-        is asked for the peer's socket: if no process has it open, it has no inode, or does not exist.
+        From this end, a closed TCP socket looks like one whose peer has only stopped sending. So the method asks
+        the kernel for the peer's socket: if no process has it open, it has no inode, or does not exist.
         """
         if connection.fileno() < 0:
             return True
         poll = select.poll()
-        # POLLHUP and POLLERR are always reported: both sides are closed, or the connection is reset.
+        # poll() always reports POLLHUP (both sides are closed) and POLLERR (the connection was reset).
         poll.register(connection.fileno(), 0)
         if poll.poll(0):
             return True
         if connection.family == socket.AF_UNIX:
             return False
         try:
-            theirs, ours = connection.getpeername()[:2], connection.getsockname()[:2]
+            peer, own = connection.getpeername()[:2], connection.getsockname()[:2]
             if self._netlink is not None:
-                row = self._row(theirs, ours)
-                return not (is_connection(row, theirs, ours) and _OWNER.unpack_from(row, _OWNER_AT)[1])
-            return self._ask is by_table and by_table(theirs, ours) is None
+                row = self._row(peer, own)
+                return not (is_connection(row, peer, own) and _OWNER.unpack_from(row, _OWNER_AT)[1])
+            return self._ask is by_table and by_table(peer, own) is None
         except OSError:
             return False  # unknown
 
     def may_write(self, uid: int | None) -> bool:
-        """Whether this user may write. An unknown user may only read, unless the system identifies no peers."""
-        return self._anyone or uid in self._may_write or (uid is None and self._tells_nobody)
+        """Return whether this user may write. An unknown user may write only if no user can be identified."""
+        return self._anyone or uid in self._may_write or (uid is None and self._cannot_identify)
 
     # Netlink.
 
-    def _by_netlink(self, theirs: End, ours: End) -> int | None:
-        row = self._row(theirs, ours)
+    def _by_netlink(self, peer: End, own: End) -> int | None:
+        row = self._row(peer, own)
         # If there is no such connection, the answer is a listener on that port.
-        if not is_connection(row, theirs, ours):
+        if not is_connection(row, peer, own):
             return None
         return owner(row)
 
     def _row(self, source: End, destination: End) -> bytes:
-        """Return the kernel's reply about one socket; no bytes if it knows no such socket."""
+        """Return the kernel's reply about one socket; b"" if there is no such socket."""
         assert self._netlink is not None
         self._netlink.send(question(source, destination))
         while True:
@@ -214,13 +211,13 @@ def _id(source: End, destination: End) -> bytes:
 
 def question(source: End, destination: End) -> bytes:
     """Return the netlink message that asks for the TCP socket from `source` to `destination`."""
-    asked = _ASKED.pack(_family(source[0]), socket.IPPROTO_TCP, 0, 0, _ANY)
-    body = asked + _id(source, destination) + _REST.pack(0, _ANY, _ANY)
+    request = _REQUEST.pack(_family(source[0]), socket.IPPROTO_TCP, 0, 0, _ANY)
+    body = request + _id(source, destination) + _REST.pack(0, _ANY, _ANY)
     return _HEAD.pack(_HEAD.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0) + body
 
 
 def is_connection(row: bytes, source: End, destination: End) -> bool:
-    """Whether an answer is about this connection, also if the peer's address is written as ::ffff:127.0.0.1."""
+    """Return whether a netlink reply is about this connection, whose addresses may be IPv4-mapped IPv6 ones."""
     if len(row) < _OWNER_AT + _OWNER.size or row[_STATE_AT] == _TCP_LISTEN:
         return False
     answered = row[_ID_AT : _ID_AT + _ID_BYTES]
@@ -231,7 +228,7 @@ def is_connection(row: bytes, source: End, destination: End) -> bool:
 
 
 def owner(row: bytes) -> int | None:
-    """Return the owner of a socket. None without an inode: no process has it open, and the owner may be wrong."""
+    """Return the owner of a socket; None if no process has it open, since the owner is unreliable then."""
     if len(row) < _OWNER_AT + _OWNER.size:
         return None
     uid, inode = _OWNER.unpack_from(row, _OWNER_AT)
@@ -239,7 +236,7 @@ def owner(row: bytes) -> int | None:
 
 
 def _unix_uid(connection: socket.socket) -> int | None:
-    if not hasattr(socket, "SO_PEERCRED"):  # not Linux: the mode of the socket file keeps other users out
+    if not hasattr(socket, "SO_PEERCRED"):  # not Linux: the file mode of the socket excludes other users
         return os.geteuid()
     try:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
@@ -248,32 +245,32 @@ def _unix_uid(connection: socket.socket) -> int | None:
         return None
 
 
-# The text table (proc_net_tcp in the kernel's documentation).
+# The text table ("proc_net_tcp" in the kernel's documentation).
 
 _TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
 _UID_MAP = "/proc/self/uid_map"
 _OVERFLOW = "/proc/sys/kernel/overflowuid"
 
 
-def by_table(theirs: End, ours: End) -> int | None:
-    """Return the owner of the connection from `theirs` to `ours`; an IPv4-mapped one is in the second table."""
+def by_table(peer: End, own: End) -> int | None:
+    """Return the owner of the socket of `peer` that is connected to `own`; None if there is no such socket."""
     for table in _TABLES:
         rows = _rows(table)
         for mapped in ("", "::ffff:") if table == _TABLES[1] else ("",):
-            if mapped and _family(theirs[0]) == socket.AF_INET6:
+            if mapped and _family(peer[0]) == socket.AF_INET6:
                 continue
-            wanted = [_hex(mapped + host, port) for host, port in (theirs, ours)]
+            addresses = [_hex(mapped + host, port) for host, port in (peer, own)]
             for fields in rows:
-                if fields[1:3] == wanted and int(fields[3], 16) != _TCP_LISTEN:
+                if fields[1:3] == addresses and int(fields[3], 16) != _TCP_LISTEN:
                     return int(fields[7]) if int(fields[9]) else None
     return None
 
 
 def is_in_table(listener: End) -> bool:
-    """Whether the text tables can be read, and show this listening socket."""
-    wanted = _hex(*listener)
+    """Return whether the text tables can be read, and contain this listening socket."""
+    address = _hex(*listener)
     return any(
-        fields[1] == wanted and int(fields[3], 16) == _TCP_LISTEN for table in _TABLES for fields in _rows(table)
+        fields[1] == address and int(fields[3], 16) == _TCP_LISTEN for table in _TABLES for fields in _rows(table)
     )
 
 
@@ -286,7 +283,7 @@ def _rows(table: str) -> list[list[str]]:
 
 
 def _hex(host: str, port: int) -> str:
-    """Return an address as in the table: words of four bytes in the machine's byte order."""
+    """Return an address in the format of the table: words of four bytes in native byte order."""
     packed = socket.inet_pton(_family(host), host)
     words = struct.unpack(f"={len(packed) // 4}I", packed)
     return "".join(f"{word:08X}" for word in words) + f":{port:04X}"

@@ -1,7 +1,7 @@
-"""Probes: whether a loopback address accepts connections.
+"""Probes test whether a loopback address accepts connections.
 
-All callers that wait for an address share one probe, which connects again and again with growing pauses, as long
-as a caller waits. Addresses of other machines are never probed.
+All callers that wait for an address share one probe, which tries to connect with increasing pauses for as long as
+a caller waits. Addresses of other machines are never probed.
 """
 
 import asyncio
@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from regd.core.limits import Limits
 from regd.system.clock import Clock, Timer
 
-_PAUSE_S = (0.02, 0.5)  # the first and the longest between two attempts
+_PAUSE_S = (0.02, 0.5)  # the first and the longest pause between two attempts
 
 _REFUSED = "connection refused"
-# Errors of an address that this machine does not have, such as ::1.
+# Errors for an address that this machine does not have, for example ::1 without IPv6.
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENETUNREACH)
 
 Address = tuple[str, int]
 
 
 def may_probe(host: str) -> bool:
-    """Whether a host is a loopback address or `localhost`. Other hosts are never probed or looked up."""
+    """Return whether a host is a loopback address or `localhost`. Other hosts are never probed or looked up."""
     return bool(_targets(host))
 
 
@@ -46,11 +46,11 @@ def _targets(host: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """The result of one attempt to connect; `at` is in monotonic seconds."""
+    """The result of one attempt to connect."""
 
-    number: int  # counted over all attempts
-    at: float
-    why: str  # empty: the connection was accepted
+    number: int  # the number of the attempt, over all addresses
+    at: float  # monotonic seconds
+    why: str  # why the attempt failed; "" if the connection was accepted
 
     @property
     def accepted(self) -> bool:
@@ -58,23 +58,23 @@ class ProbeResult:
 
     @property
     def refused(self) -> bool:
-        """Whether certainly no process listens there."""
+        """Whether it is certain that no process listens there."""
         return self.why == _REFUSED
 
 
 class _Probe:
     def __init__(self) -> None:
-        self.wanted = 0
+        self.callers = 0
         self.pause_s = _PAUSE_S[0]
         self.task: asyncio.Task[None] | None = None
         self.timer: Timer | None = None
 
 
 class ProbeResults:
-    """The latest result for each address; the newest `most` are kept. `count` is the number of all attempts."""
+    """The last result for each address, for the last `addresses_max` addresses. `count` counts all attempts."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, addresses_max: int) -> None:
+        self._addresses_max = addresses_max
         self._last: dict[Address, ProbeResult] = {}
         self.count = 0
 
@@ -82,7 +82,7 @@ class ProbeResults:
         self.count += 1
         self._last.pop(address, None)
         result = self._last[address] = ProbeResult(self.count, at, why)
-        if len(self._last) > self._most:
+        if len(self._last) > self._addresses_max:
             del self._last[next(iter(self._last))]
         return result
 
@@ -91,7 +91,7 @@ class ProbeResults:
 
 
 class Probes:
-    """The running probes. After each attempt its result is added to `results`, and `probed` is called."""
+    """The running probes. After each attempt, the result is added to `results`, and `probed` is called."""
 
     def __init__(
         self, clock: Clock, limits: Limits, results: ProbeResults, probed: Callable[[Address], None]
@@ -101,25 +101,25 @@ class Probes:
         self._results = results
         self._probed = probed
         self._probes: dict[Address, _Probe] = {}
-        self._asked: dict[Address, list[Callable[[ProbeResult], None]]] = {}
-        self._queue: dict[Address, _Probe] = {}  # waiting for one of `probes_max`, in order
+        self._callbacks: dict[Address, list[Callable[[ProbeResult], None]]] = {}  # of `ask`
+        self._queue: dict[Address, _Probe] = {}  # in order, the probes beyond `probes_max`
         self._running = 0
 
     def want(self, address: Address) -> None:
-        """Probe an address until `unwant` was called as often as `want`."""
+        """Probe an address until `unwant` has been called as often as `want`."""
         probe = self._probes.setdefault(address, _Probe())
-        probe.wanted += 1
+        probe.callers += 1
         self.again(address)
 
     def unwant(self, address: Address) -> None:
         probe = self._probes[address]
-        probe.wanted -= 1
-        if not probe.wanted:
+        probe.callers -= 1
+        if not probe.callers:
             self._end(address)
 
-    def ask(self, address: Address, told: Callable[[ProbeResult], None]) -> None:
-        """Probe an address once, and call `told` with the result."""
-        self._asked.setdefault(address, []).append(told)
+    def ask(self, address: Address, on_result: Callable[[ProbeResult], None]) -> None:
+        """Probe an address once, and call `on_result` with the result."""
+        self._callbacks.setdefault(address, []).append(on_result)
         self.want(address)
 
     def _end(self, address: Address) -> None:
@@ -131,12 +131,12 @@ class Probes:
             probe.timer.cancel()
 
     def close(self) -> None:
-        self._asked.clear()
+        self._callbacks.clear()
         for address in list(self._probes):
             self._end(address)
 
     def again(self, address: Address) -> None:
-        """Probe a wanted address at once."""
+        """Probe an address now, if it is wanted."""
         probe = self._probes.get(address)
         if probe is not None and probe.task is None:
             if probe.timer is not None:
@@ -167,15 +167,15 @@ class Probes:
         probe.timer = self._clock.call_at(next_at, lambda: self._try_now(address, probe))
         probe.pause_s = min(2 * probe.pause_s, _PAUSE_S[1])
         self._probed(address)
-        for told in self._asked.pop(address, ()):
+        for on_result in self._callbacks.pop(address, ()):
             self.unwant(address)
-            told(result)
+            on_result(result)
 
 
 async def _connect(address: Address, timeout_s: float) -> str:
-    """Connect, and close at once. Return why that failed, or an empty string.
+    """Connect, and close the connection at once. Return why that failed; "" if it did not.
 
-    The result is "connection refused" only if every address that `host` stands for refused.
+    For a host with several addresses, the result is "connection refused" only if all of them refused.
     """
     reasons: list[str] = []
     for host in _targets(address[0]):
@@ -199,5 +199,5 @@ async def _connect(address: Address, timeout_s: float) -> str:
 
 
 def met_itself(probe: socket.socket) -> bool:
-    """Whether a socket is connected to itself: the kernel may assign it the port that it connects to."""
+    """Return whether a socket is connected to itself: the kernel may assign it the port that it connects to."""
     return bool(probe.getsockname()[:2] == probe.getpeername()[:2])

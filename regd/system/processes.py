@@ -1,7 +1,7 @@
-"""Processes: which process has a number now, and when it ends.
+"""Watch processes: identify the process with a given id, and notice when it ends.
 
-A pidfd (pidfd_open(2), Linux) refers to one process, even when its number is reused. The boot and the start time
-(proc_pid_stat(5), field 22) tell whether a stored number still means the same process.
+A pidfd (pidfd_open(2), Linux) refers to one process, even if its id is reused. The boot id and the start time
+(proc_pid_stat(5), field 22) show whether a stored process id still refers to the same process.
 """
 
 import asyncio
@@ -18,16 +18,16 @@ from regd.core.model import Process
 
 log = logging.getLogger("regd")
 
-# Errors of pidfd_open(2) for a number that no process has; EINVAL and ENOENT: it is a thread's.
+# Errors of pidfd_open(2) if there is no such process. EINVAL and ENOENT: the id is that of a thread.
 _NO_PROCESS = (errno.ESRCH, errno.EINVAL, errno.ENOENT)
-# Errors for a lack of resources. All others, such as EPERM of a container's seccomp filter, are permanent.
+# Errors for a lack of resources. All others, such as EPERM from a container's seccomp filter, are permanent.
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 _ROOT = 0
-_LOOKS = 256  # at unwatched processes, in one call of `retry`
+_CHECKS_MAX = 256  # of unwatched processes, in one call of `retry`
 
 
 def boot_id() -> str | None:
-    """Return the identifier of this boot (random(4)), None if the system does not tell."""
+    """Return the id of this boot (random(4)); None if the system does not provide it."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return file.read().strip()
@@ -43,24 +43,24 @@ class Processes:
         self._ended = ended
         self._boot: str | None = None  # None: no process can be identified
         self._files: dict[Process, int] = {}
-        self.unwatched: dict[Process, None] = {}  # that could not be watched; `retry` looks at them
-        self._found: list[Process] = []  # since the last `settle`
+        self.unwatched: dict[Process, None] = {}  # processes that cannot be watched; `retry` checks them
+        self._new: list[Process] = []  # processes that `find` has started to watch since the last `settle`
 
     def __len__(self) -> int:
         return len(self._files)
 
     def open(self) -> None:
-        """Find out whether /proc identifies processes. Until then none can be found."""
+        """Find out whether /proc identifies processes. Call it before `find`."""
         self._boot = boot_id() if _sees_own_namespace() else None
 
     def find(self, pid: int, uid: int | None = None) -> Process:
-        """Return the process that has this number, and watch it until `release` or a `settle` without it.
+        """Return the process with this id, and watch it until `release`, or until `settle` finds it unused.
 
-        With `uid`, the process must be that user's, unless the user is root.
+        With `uid`, the process must belong to that user, unless the user is root.
 
         Raises:
-            Refused: `bad_argument`, no process has this number; `denied`, it is another user's; `unsupported`,
-            the system does not let regd see or watch it; `busy`, too many processes are watched.
+            Refused: `bad_argument`: there is no such process. `denied`: it belongs to another user.
+                `unsupported`: regd cannot see or watch it. `busy`: too many processes are watched.
         """
         if self._boot is None or not hasattr(os, "pidfd_open"):
             raise _unseen(pid, "this system shows regd no processes")
@@ -84,12 +84,12 @@ class Processes:
             os.close(file)
             raise
         self._files[process] = file
-        self._found.append(process)
+        self._new.append(process)
         asyncio.get_running_loop().add_reader(file, self._end, process)
         return process
 
     def _identify(self, pid: int, file: int, uid: int | None) -> Process:
-        """Return the process of a pidfd, from what /proc says about its number."""
+        """Return the process of a pidfd, identified by means of /proc."""
         checks_user = uid is not None and uid != _ROOT
         try:
             process = Process(pid, f"{self._boot}/{_start_ticks(pid)}")
@@ -99,7 +99,7 @@ class Processes:
                 raise _no_process(pid) from None
             # /proc may be mounted with hidepid (proc(5)).
             raise _unseen(pid, f"/proc/{pid}: {error.strerror}") from None
-        if has_ended(file):  # the number may have been reused before it was read
+        if has_ended(file):  # its id may have been reused before /proc was read
             raise _no_process(pid)
         if checks_user and uid not in users:
             raise Refused(
@@ -119,7 +119,7 @@ class Processes:
     def watch(self, process: Process) -> bool:
         """Watch a stored process. Return False if it has ended.
 
-        A process that cannot be watched now becomes `unwatched`, and `retry` finds out when it ends.
+        A process that cannot be watched is added to `unwatched`, so that `retry` notices when it ends.
         """
         try:
             return self.find(process.pid) == process
@@ -127,23 +127,23 @@ class Processes:
             if refusal.code is Code.BAD_ARGUMENT or self._is_over(process):
                 return False
             if not self.unwatched:
-                log.warning("%s; looking at it now and then instead, and at others like it", refusal.message)
+                log.warning("%s; regd checks it, and others like it, at intervals instead", refusal.message)
             self.unwatched[process] = None
             return True
 
     def retry(self) -> list[Process]:
-        """Look at some of the unwatched processes, and return those that have ended."""
+        """Check some of the unwatched processes, and return those that have ended."""
         ended = []
-        for process in list(islice(self.unwatched, _LOOKS)):
+        for process in list(islice(self.unwatched, _CHECKS_MAX)):
             del self.unwatched[process]
             if self._is_over(process):
                 ended.append(process)
             else:
-                self.unwatched[process] = None  # behind the others
+                self.unwatched[process] = None  # at the end of the queue
         return ended
 
     def _is_over(self, process: Process) -> bool:
-        """Whether a process has certainly ended. If /proc does not show it: whether its number is free."""
+        """Return whether a process has certainly ended. Without /proc, check whether its id is in use."""
         try:
             if self._boot is not None:
                 return process.born != f"{self._boot}/{_start_ticks(process.pid)}"
@@ -153,11 +153,11 @@ class Processes:
         return not _is_in_use(process.pid)
 
     def settle(self, is_used: Callable[[Process], bool]) -> None:
-        """Release the processes found since the last call that hold nothing."""
-        for process in self._found:
+        """Release those processes that `find` has added since the last call and that are not used."""
+        for process in self._new:
             if not is_used(process):
                 self.release(process)
-        self._found.clear()
+        self._new.clear()
 
     def is_gone(self, process: Process) -> bool:
         """Ask the kernel whether a process has ended."""
@@ -167,7 +167,7 @@ class Processes:
         return file is None or has_ended(file)
 
     def release(self, process: Process) -> None:
-        """Watch a process no more. Idempotent."""
+        """Stop watching a process. Idempotent."""
         self.unwatched.pop(process, None)
         file = self._files.pop(process, None)
         if file is not None:
@@ -184,14 +184,14 @@ class Processes:
 
 
 def has_ended(file: int) -> bool:
-    """Whether the process of a pidfd has ended."""
+    """Return whether the process of a pidfd has ended."""
     poll = select.poll()
     poll.register(file, select.POLLIN)
     return bool(poll.poll(0))
 
 
 def _is_in_use(pid: int) -> bool:
-    """Whether any process has this number (kill(2): EPERM means that it exists)."""
+    """Return whether there is a process with this id (kill(2): EPERM means that there is)."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -202,7 +202,7 @@ def _is_in_use(pid: int) -> bool:
 
 
 def _sees_own_namespace() -> bool:
-    """Whether /proc is of this process's pid namespace (pid_namespaces(7))."""
+    """Return whether /proc belongs to this process's pid namespace (pid_namespaces(7))."""
     try:
         return os.readlink("/proc/self") == str(os.getpid())
     except OSError:
@@ -210,9 +210,9 @@ def _sees_own_namespace() -> bool:
 
 
 def _start_ticks(pid: int) -> str:
-    """Return when a process started, in clock ticks since boot. Raises OSError if /proc does not show it."""
+    """Return when a process started, in clock ticks since boot. Raise OSError if /proc does not show it."""
     with open(f"/proc/{pid}/stat", "rb") as file:
-        # The name may contain blanks and parentheses; the third field follows the last parenthesis.
+        # The second field, the name, may contain blanks and parentheses. The third follows the last parenthesis.
         fields = file.read().rpartition(b")")[2].split()
     if len(fields) < 20:
         raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
@@ -220,9 +220,9 @@ def _start_ticks(pid: int) -> str:
 
 
 def _uids(pid: int) -> tuple[int, ...]:
-    """Return the users that a process runs as: real, effective, saved, and for files (proc_pid_status(5)).
+    """Return the real, effective, saved and file-system uid of a process (proc_pid_status(5)).
 
-    Raises OSError if /proc does not show it.
+    Raise OSError if /proc does not show it.
     """
     with open(f"/proc/{pid}/status", "rb") as file:
         lines = [line for line in file if line.startswith(b"Uid:")]

@@ -1,8 +1,7 @@
-"""The interface of a service manager: inherited sockets (sd_listen_fds(3)), and notifications about readiness,
-liveness and stopping (sd_notify(3), sd_watchdog_enabled(3)).
+"""The interface to systemd: inherited sockets and notifications.
 
-The environment variables are systemd's; other service managers use the same. They are removed from the
-environment, since they are meant for this process alone.
+See sd_listen_fds(3), sd_notify(3) and sd_watchdog_enabled(3). Other service managers use the same interface. The
+environment variables are removed after reading, since they are meant for this process, not for its children.
 """
 
 import logging
@@ -18,15 +17,15 @@ log = logging.getLogger("regd")
 
 _FIRST_FILE = 3  # SD_LISTEN_FDS_START
 _COUNT = re.compile(r"[0-9]{1,5}")
-_PATIENCE_S = 1.0  # for a busy service manager to take a notification that is sent only once
+_SEND_S = 1.0  # for a busy service manager to accept a notification that is sent only once
 _STATUS_S = 10.0  # between two updates of the status
 
 
 def handed_over(environment: MutableMapping[str, str]) -> list[InheritedSocket]:
-    """Take the sockets that were opened for this process, and keep children from inheriting them.
+    """Return the sockets that the service manager passes, and make them non-inheritable.
 
     Raises:
-        ListenError: the environment is wrong about them.
+        ListenError: the environment variables are invalid.
     """
     environment.pop("LISTEN_PIDFDID", None)
     pid, count, names = (environment.pop(f"LISTEN_{name}", None) for name in ("PID", "FDS", "FDNAMES"))
@@ -52,7 +51,7 @@ def handed_over(environment: MutableMapping[str, str]) -> list[InheritedSocket]:
 
 
 def watchdog_s(environment: MutableMapping[str, str]) -> float | None:
-    """Take the watchdog's timeout; None if there is no watchdog."""
+    """Return the watchdog's timeout; None if there is no watchdog."""
     every_us, pid = (environment.pop(f"WATCHDOG_{name}", None) for name in ("USEC", "PID"))
     if every_us is None or (pid is not None and pid != str(os.getpid())):
         return None
@@ -63,7 +62,7 @@ def watchdog_s(environment: MutableMapping[str, str]) -> float | None:
 
 
 class Notifier:
-    """Sends notifications to the service manager, if it wants any.
+    """Sends notifications to the service manager, if NOTIFY_SOCKET is set.
 
     A failure to send is logged once, and has no other effect.
     """
@@ -75,17 +74,17 @@ class Notifier:
         if not self._address:
             return
         if self._address[0] not in "/@":
-            log.warning("cannot notify %a: it is no path and no @NAME", self._address)
+            log.warning("cannot notify %a: it is neither a path nor @NAME", self._address)
             return
-        # Kept open, so that the watchdog is fed even without free file descriptors.
+        # Keep the socket open, so that the watchdog works even when no file descriptor is free.
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     @property
-    def are_heard(self) -> bool:
+    def is_enabled(self) -> bool:
         return self._socket is not None
 
-    def tell(self, *lines: str, wait_s: float = 0.0) -> None:
-        """Send lines of the form KEY=VALUE. Blocks for at most `wait_s`."""
+    def send(self, *lines: str, wait_s: float = 0.0) -> None:
+        """Send lines of the form KEY=VALUE. Block for at most `wait_s`."""
         if self._socket is None:
             return
         address = f"\0{self._address[1:]}" if self._address[0] == "@" else self._address
@@ -107,46 +106,46 @@ class Notifier:
 
 
 class Watchdog:
-    """Notifies the service manager that the daemon is ready, alive, of its status, and that it stops.
+    """Notifies the service manager that the daemon is ready, is alive or stops, and of its status.
 
-    It runs in the event loop, so that a blocked loop is not reported alive.
+    It runs in the event loop, so that the notifications stop if the loop is blocked.
     """
 
     def __init__(
-        self, notices: Notifier, clock: Clock, watchdog_s: float | None, status: Callable[[], str]
+        self, notifier: Notifier, clock: Clock, watchdog_s: float | None, status: Callable[[], str]
     ) -> None:
-        self._notices = notices
+        self._notifier = notifier
         self._clock = clock
         self._status = status
-        self._told = ""
-        self._sign = () if watchdog_s is None else ("WATCHDOG=1",)
+        self._sent_status = ""
+        self._alive = () if watchdog_s is None else ("WATCHDOG=1",)
         self._every_s = _STATUS_S if watchdog_s is None else min(watchdog_s / 2, _STATUS_S)
         self._timer: Timer | None = None
 
     def start(self) -> None:
-        """Notify that the daemon is ready. Call it when everything is open."""
-        if self._notices.are_heard:
-            self._told = self._status()
-            self._notices.tell("READY=1", f"STATUS={self._told}", *self._sign, wait_s=_PATIENCE_S)
-            self._go_on()
+        """Notify that the daemon is ready. Call it once the daemon listens."""
+        if self._notifier.is_enabled:
+            self._sent_status = self._status()
+            self._notifier.send("READY=1", f"STATUS={self._sent_status}", *self._alive, wait_s=_SEND_S)
+            self._schedule()
 
-    def _go_on(self) -> None:
+    def _schedule(self) -> None:
         self._timer = self._clock.call_at(self._clock.now() + self._every_s, self._beat)
 
     def _beat(self) -> None:
-        lines = self._sign
+        lines = self._alive
         status = self._status()
-        if status != self._told:
-            self._told = status
+        if status != self._sent_status:
+            self._sent_status = status
             lines = (*lines, f"STATUS={status}")
         if lines:
-            self._notices.tell(*lines)
-        self._go_on()
+            self._notifier.send(*lines)
+        self._schedule()
 
     def stop(self) -> None:
-        """Notify that the daemon stops. Call it before anything is closed. Idempotent."""
+        """Notify that the daemon stops. Call it before closing anything. Idempotent."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-            self._notices.tell("STOPPING=1", "STATUS=stopping", wait_s=_PATIENCE_S)
-        self._notices.close()
+            self._notifier.send("STOPPING=1", "STATUS=stopping", wait_s=_SEND_S)
+        self._notifier.close()

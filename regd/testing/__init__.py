@@ -1,12 +1,11 @@
 """A registry for tests, and the pytest fixtures `regd` and `regd_in_process`.
 
-    with regd.testing.running() as registry:  # the daemon in a process of its own
+    with regd.testing.running() as registry:  # the daemon runs in another process
         ...
-    with regd.testing.in_process.running() as registry:  # in a thread of this process
+    with regd.testing.in_process.running() as registry:  # the daemon runs in a thread of this process
         ...
 
-The modules are imported when they are first used, because every run of pytest imports this one if regd is
-installed.
+If regd is installed, every pytest run imports this package, so its modules are imported only when first used.
 """
 
 from typing import TYPE_CHECKING

@@ -1,6 +1,7 @@
-"""The host process of the registries, as seen by the tests: started when first needed, ended with this process.
+"""Start and control the host process, in which the registries of a test run live.
 
-Requests and answers are lines on pipes, so that a test may patch sockets, time or files.
+It is started when first needed, and ends with this process. Requests and answers are lines on pipes, so that they
+work even if a test patches sockets, time or files.
 """
 
 import atexit
@@ -17,12 +18,12 @@ from typing import Any
 
 _ANSWER_S = 30.0  # an answer takes milliseconds, unless the machine is overloaded
 _END_S = 5.0
-_ANSWER = b'{"id": '  # begins each answer; other lines are error messages of Python
+_ANSWER = b'{"id": '  # the beginning of each answer; other lines are error messages of Python
 
-# The folder of this package, which follows the standard library in `sys.path`: regd needs nothing else.
+# The folder of the package regd, which the host adds to `sys.path`. It needs no other package.
 _FOLDER = str(Path(__file__).resolve().parents[2])
-# Ctrl-C is for pytest, which then ends this process. Without garbage collection and without ssl, which asyncio
-# does not need, the start is faster.
+# The host ignores Ctrl-C, which is meant for pytest. It starts faster without garbage collection, and without
+# ssl, which asyncio imports but does not need.
 _START = """
 import gc, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -35,7 +36,7 @@ main([int(parent) for parent in sys.argv[2:]])
 
 
 class HostError(RuntimeError):
-    """A registry cannot be started, or does not answer. The text is for people."""
+    """A registry cannot be started, or does not answer. The message says what to do."""
 
 
 class HostProcess:
@@ -46,9 +47,9 @@ class HostProcess:
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._rest = b""
-        self._said: list[str] = []  # lines that are no answers, such as the reason of its end
+        self._messages: list[str] = []  # lines that are not answers, such as a traceback
         self._open: set[int] = set()
-        self._process = _started()
+        self._process = _start_process()
 
     @property
     def is_used(self) -> bool:
@@ -70,10 +71,10 @@ class HostProcess:
         """Send a request, and return the answer.
 
         Raises:
-            HostError: the answer is an error, or there is none.
+            HostError: the answer is an error, or the process does not answer.
         """
         if self.owner != os.getpid():
-            raise HostError("regd: this registry is of the process that this one was forked from: ask there")
+            raise HostError("regd: this registry belongs to the parent process of this fork; use it there")
         with self._lock:
             number = next(self._numbers)
             self._send(json.dumps({"id": number, "do": do, **more}).encode() + b"\n")
@@ -100,10 +101,10 @@ class HostProcess:
             *lines, self._rest = self._rest.split(b"\n")
             for at, line in enumerate(lines):
                 if not line.startswith(_ANSWER):
-                    self._said.append(line.decode(errors="replace"))
+                    self._messages.append(line.decode(errors="replace"))
                     continue
                 answer: dict[str, Any] = json.loads(line)
-                # Drop an answer whose request was interrupted, by Ctrl-C or a timeout.
+                # An answer to an earlier request, which was interrupted by Ctrl-C or a timeout, is dropped.
                 if answer["id"] == number:
                     self._rest = b"\n".join((*lines[at + 1 :], self._rest))
                     return answer
@@ -126,7 +127,7 @@ class HostProcess:
     def _ended(self) -> HostError:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_S)
-        why = "\n".join([f"with status {self._process.returncode}", *self._said[-20:]])
+        why = "\n".join([f"with status {self._process.returncode}", *self._messages[-20:]])
         return HostError(f"regd: the process of the tests' registries ({self._process.pid}) has ended, {why}")
 
     def close(self) -> None:
@@ -144,21 +145,21 @@ class HostProcess:
         self._process.stdout.close()
 
     def forget(self) -> None:
-        """Close the pipes in a forked child, and leave the process to the parent."""
+        """In a forked child, close the pipes without ending the process, which belongs to the parent."""
         atexit.unregister(self.close)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
-        self._process.returncode = 0  # else Popen would warn that it still runs
+        self._process.returncode = 0  # so that Popen does not warn about a running process
 
 
-def _started() -> "subprocess.Popen[bytes]":
+def _start_process() -> "subprocess.Popen[bytes]":
     if not sys.executable:
         raise HostError("regd: cannot start a Python for the tests' registry: sys.executable does not name one")
     flags = ["-I", "-S"]  # ignore the environment and site-packages
     flags += ["-B"] if sys.dont_write_bytecode else []
     flags += ["-X", f"pycache_prefix={sys.pycache_prefix}"] if sys.pycache_prefix else []
-    parents = _parents()
+    parents = _parent_pidfds()
     try:
         return subprocess.Popen(
             [sys.executable, *flags, "-c", _START, _FOLDER, *map(str, parents)],
@@ -178,9 +179,9 @@ def _started() -> "subprocess.Popen[bytes]":
             os.close(parent)
 
 
-def _parents() -> list[int]:
-    """Return pidfds of the processes that the host must not outlive (Linux; elsewhere it ends with its stdin)."""
-    # A worker of pytest-xdist lives for some seconds after its controller was killed.
+def _parent_pidfds() -> list[int]:
+    """Return pidfds of the processes with which the host must end (Linux; elsewhere it ends with its stdin)."""
+    # A worker of pytest-xdist lives for some seconds after its controller has been killed.
     pids = [os.getpid(), *([os.getppid()] if "PYTEST_XDIST_WORKER" in os.environ else [])]
     pidfds: list[int] = []
     if hasattr(os, "pidfd_open"):
@@ -190,15 +191,15 @@ def _parents() -> list[int]:
     return pidfds
 
 
-_hosts: list[HostProcess] = []  # at most one of them is alive
+_hosts: list[HostProcess] = []  # at most one of them is running
 _starting = threading.Lock()
 
 
 def host() -> HostProcess:
-    """Return the host of this process. Start it if there is none.
+    """Return the host of this process. Start it if it is not running.
 
     Raises:
-        HostError: it cannot be started.
+        HostError: the host cannot be started.
     """
     with _starting:
         for process in _hosts[:]:
@@ -213,7 +214,7 @@ def host() -> HostProcess:
 
 
 def close_unused() -> None:
-    """End the host, unless a registry still runs there."""
+    """End the host, unless a registry is still open in it."""
     with _starting:
         for process in _hosts[:]:
             if not process.is_used:

@@ -1,9 +1,9 @@
-"""The host process: runs the daemons of a test run outside of the process of the tests.
+"""The host process, which runs the daemons of a test run.
 
-So a test that blocks the interpreter, freezes time, forbids sockets or forks disturbs no daemon, and no daemon
-logs into a test. Requests are lines of JSON on stdin, each with an answer on stdout. The process ends when stdin
-is closed, or one of the processes ends whose pidfds it was given, since a child of the tests may keep the pipe
-open.
+The daemons run in another process than the tests, so that a test that blocks the interpreter, freezes time,
+forbids sockets or forks does not affect them, and their logs do not mix with those of the test. Requests are
+lines of JSON on stdin, each with an answer on stdout. The host ends when its stdin is closed. Since a child of
+the tests may keep the pipe open, it also gets pidfds of its parents, and ends when one of these processes ends.
 """
 
 import asyncio
@@ -30,15 +30,15 @@ from regd.system.listener import ListenError
 from regd.system.open_files import fit_limits
 from regd.testing.memory import IN_MEMORY, MemoryFiles, excerpt
 
-_LOGGED_MAX = 50  # lines, of each daemon
+_LOG_LINES_MAX = 50  # of each daemon
 _numbers = itertools.count(1)  # of daemons
 
-_logs: "list[deque[str]]" = []  # of all running daemons
-_log: ContextVar["deque[str]"] = ContextVar("_log")  # of the daemon that logs
+_logs: "list[deque[str]]" = []  # the logs of all running daemons
+_log: ContextVar["deque[str]"] = ContextVar("_log")  # the log of the daemon that runs in this context
 
 
 class _Log(logging.Handler):
-    """Adds messages to the log of their daemon, by context; a message of the commit thread goes to all logs."""
+    """Adds each message to its daemon's log, or to all logs if it is from a storage thread."""
 
     def emit(self, record: logging.LogRecord) -> None:
         own = _log.get(None)
@@ -47,12 +47,12 @@ class _Log(logging.Handler):
 
 
 class HostedDaemon:
-    """A registry. It keeps its port and its file while it is stopped."""
+    """A registry. While it is stopped, it keeps its port and its file."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path or IN_MEMORY
         self._files = Files() if path else MemoryFiles()
-        self._log: deque[str] = deque(maxlen=_LOGGED_MAX)
+        self._log: deque[str] = deque(maxlen=_LOG_LINES_MAX)
         self._port = 0
         self._server: Daemon | None = None
         self._failing: asyncio.Task[None] | None = None
@@ -61,11 +61,11 @@ class HostedDaemon:
     async def start(self) -> dict[str, object]:
         """Start the daemon. Idempotent."""
         if self._server is None:
-            self._give_up_port()
-            # In a task, which has its own context.
+            self._release_port()
+            # In a task, since a task has its own context, in which `_log` is set.
             self._server = await asyncio.create_task(self._start())
             self._port = int(self._server.addresses[0].rpartition(":")[2])
-            self._failing = asyncio.create_task(_loudly(self._server))
+            self._failing = asyncio.create_task(_exit_on_failure(self._server))
             _logs.append(self._log)
         return {"address": self._server.addresses[0]}
 
@@ -83,11 +83,11 @@ class HostedDaemon:
             await self._server.stop()
             self._server = None
             _logs[:] = [log for log in _logs if log is not self._log]
-            self._keep_port()
+            self._reserve_port()
         return {}
 
-    def _keep_port(self) -> None:
-        """Bind without listening: connections are refused, and no other program is assigned the port."""
+    def _reserve_port(self) -> None:
+        """Bind without listening, so that connections are refused, and the kernel does not reassign the port."""
         for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
             with contextlib.suppress(OSError):
                 reserved = socket.socket(family, socket.SOCK_STREAM)
@@ -95,23 +95,23 @@ class HostedDaemon:
                 reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 reserved.bind((host, self._port))
 
-    def _give_up_port(self) -> None:
+    def _release_port(self) -> None:
         while self._reserved:
             self._reserved.pop().close()
 
     def show(self) -> dict[str, object]:
-        """Return the lines of the registry's file and the last lines of the log."""
+        """Return the lines of the registry file, and the last lines of the log."""
         running = self._server is not None
         return {"registry": excerpt(self._files, self._path), "log": list(self._log), "running": running}
 
     async def end(self) -> dict[str, object]:
         await self.stop()
-        self._give_up_port()
+        self._release_port()
         return {}
 
 
-async def _loudly(server: Daemon) -> None:
-    """End the process if the engine fails, as `regd` does."""
+async def _exit_on_failure(server: Daemon) -> None:
+    """End the process if the daemon fails because of a bug, as `regd` does."""
     try:
         await server.failed()
     except Exception:
@@ -119,8 +119,11 @@ async def _loudly(server: Daemon) -> None:
         os._exit(1)
 
 
-async def _carry_out(request: dict[str, Any], daemons: dict[int, HostedDaemon]) -> dict[str, object]:
-    """Carry out `open`, or `start`, `stop`, `show` or `end` with the number of a daemon. Return the answer."""
+async def _execute(request: dict[str, Any], daemons: dict[int, HostedDaemon]) -> dict[str, object]:
+    """Execute a request, and return the answer.
+
+    The requests are `open`, and `start`, `stop`, `show` and `end` with the number of a daemon.
+    """
     if request["do"] == "open":
         daemon = HostedDaemon(Path(request["path"]) if request["path"] else None)
         answer = await daemon.start()
@@ -147,7 +150,7 @@ async def _serve(parents: Sequence[int]) -> NoReturn:
         loop.add_reader(parent, os._exit, 0)
     requests = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(requests), sys.stdin)
-    # Not blocking: a test that stopped reading must not block the daemons.
+    # Write without blocking, so that a test that does not read cannot block the daemons.
     answers, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, sys.stdout)
     daemons: dict[int, HostedDaemon] = {}
     gc.freeze()
@@ -155,15 +158,15 @@ async def _serve(parents: Sequence[int]) -> NoReturn:
     while line := await requests.readline():
         request = json.loads(line)
         try:
-            answer = await _carry_out(request, daemons)
+            answer = await _execute(request, daemons)
         except (ListenError, StorageError, OSError) as error:
             answer = {"error": str(error)}
         answers.write(json.dumps({"id": request["id"], **answer}).encode() + b"\n")
-    os._exit(0)  # at once: there are no more requests
+    os._exit(0)  # without stopping the daemons: the test run is over
 
 
 def main(parents: Sequence[int]) -> NoReturn:
-    """Serve until stdin is closed, or a process of one of these pidfds ends."""
+    """Serve until stdin is closed, or one of the processes of these pidfds ends."""
     handler = _Log()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

@@ -1,4 +1,4 @@
-"""A registry in the caller's process: the real daemon in a thread, its file in memory, on a private Unix socket.
+"""A registry in the caller's process: the real daemon in a thread, with its file in memory, on a Unix socket.
 
     from regd.testing import in_process
 
@@ -7,10 +7,10 @@
         assert regd_client.blocking.resolve("db").port == 5432
         registry.kill("db")
 
-For unit tests: it is ready in a few milliseconds, and a test can simulate crashes and the passage of time. It
-changes nothing of the process except `REGD_ADDRESS` inside the `with`: no signal handler, no resource limit, and
-no setting of the garbage collector, the allocator, the interpreter or the logging. The daemon logs to the logger
-`regd`.
+It is meant for unit tests: it starts in a few milliseconds, and a test can simulate crashes and the passage of
+time. It changes no state of the process except `REGD_ADDRESS` inside the `with`: no signal handlers, no resource
+limits, and no settings of the garbage collector, the allocator, the interpreter or logging. The daemon logs to
+the logger `regd`.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ from regd_client.errors import Unavailable, from_reply
 log = logging.getLogger("regd")
 
 _BACKLOG = 4_096
-_FOLDER_BYTES_MAX = 70  # of the temporary folder's path: a socket's path has 107 at most, 103 on macOS
+_FOLDER_BYTES_MAX = 70  # of the temporary folder's path, since a socket's path has at most 103 bytes on macOS
 
 T = TypeVar("T")
 
@@ -48,18 +48,18 @@ T = TypeVar("T")
 class InProcessRegistry(Registry):
     """A registry in this process, created by `running`.
 
-    Any thread may call its methods, with or without an event loop. No call waits for time to pass.
+    Any thread may call its methods, with or without an event loop. No method sleeps.
     """
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        self._lock = threading.Lock()  # one call at a time
+        self._lock = threading.Lock()  # held during each call
         self._files = MemoryFiles()
         self._folder = tempfile.TemporaryDirectory(prefix="regd-", dir=_short_folder())
         self._socket = os.path.join(self._folder.name, "regd.sock")
         self._server: Daemon | None = None
         self._failure: Exception | None = None
-        self._watching: asyncio.Task[None] | None = None
+        self._failure_task: asyncio.Task[None] | None = None
         self._thread = _LoopThread()
         self._clock = _Clock(self._thread.loop)
         super().__init__(f"unix://{self._socket}", None)
@@ -74,7 +74,7 @@ class InProcessRegistry(Registry):
     def port(self) -> int:
         raise AttributeError(f"{self!r} has no port; use its address")
 
-    # What happens to registrations.
+    # Simulate the end of registrations.
 
     def kill(self, name: str, instance: str | None = None) -> None:
         """End a registration as if its process had been killed: `down` with the reason `process exited`.
@@ -83,9 +83,8 @@ class InProcessRegistry(Registry):
             registry.kill("db")
             regd_client.blocking.resolve("db")  # NotFound: its process exited
 
-        It may be registered by any client and with any options. Other registrations of the same client stay. The
-        client is not notified, as if its process had been killed. If it is alive, it registers again when it
-        reconnects, for example after `cut`.
+        It does not matter which client has registered it, and with which options. Other registrations of the
+        client stay. The client is not notified; it registers again when it reconnects, for example after `cut`.
 
         Raises:
             NotFound: there is no such registration.
@@ -96,7 +95,7 @@ class InProcessRegistry(Registry):
     def expire(self, name: str, instance: str | None = None) -> None:
         """End a registration as if its lease had not been renewed: `down` with the reason `ttl expired`.
 
-        Otherwise the same as `kill`. To let leases expire by themselves, use `advance`.
+        In all other respects it is the same as `kill`. To let leases expire by themselves, use `advance`.
 
         Raises:
             NotFound: there is no such registration.
@@ -120,16 +119,16 @@ class InProcessRegistry(Registry):
             fields = {"error": refused.code, "message": refused.message, **refused.details}
             raise from_reply(fields) from None
 
-    # What happens to the daemon.
+    # Control the daemon.
 
     def cut(self) -> None:
-        """Break every connection, which ends the registrations that connections hold.
+        """Break every connection, which ends the registrations that are bound to connections.
 
             async with regd_client.register("web", 8000) as registration:
-                registry.cut()  # it is registered again as soon as its client is back
+                registry.cut()  # it is registered again as soon as its client has reconnected
 
-        Clients reconnect, register again and resume their watches. When this returns, the registrations are gone,
-        unless their clients are back already.
+        Clients reconnect, register again and resume their watches. When this returns, the registrations have
+        ended, unless their clients have already reconnected.
         """
         self._call(self._cut())
 
@@ -144,7 +143,7 @@ class InProcessRegistry(Registry):
         await self._server.write(_change_nothing)  # returns after the ends of the registrations are committed
 
     def stop(self) -> None:
-        """Stop the daemon: connections end, and new ones are refused. It keeps the registrations. Idempotent."""
+        """Stop the daemon: connections end, and new ones are refused. It keeps its registrations. Idempotent."""
         self._call(self._stop())
 
     async def _stop(self) -> None:
@@ -162,7 +161,7 @@ class InProcessRegistry(Registry):
             server = Daemon(config, clock=self._clock, files=self._files)
             await server.start()
             self._server = server
-            self._watching = asyncio.create_task(self._watch_for_failure(server))
+            self._failure_task = asyncio.create_task(self._watch_for_failure(server))
 
     def _listener(self) -> socket.socket:
         """Return a listening socket. Its folder is private to this user, whatever the umask."""
@@ -179,7 +178,7 @@ class InProcessRegistry(Registry):
         return listener
 
     async def _watch_for_failure(self, server: Daemon) -> None:
-        """Stop the daemon after a bug in it, so that no client waits for a reply, and every later call fails."""
+        """If the daemon fails because of a bug, stop it, so that clients do not wait, and later calls fail."""
         try:
             await server.failed()
         except Exception as error:
@@ -188,12 +187,12 @@ class InProcessRegistry(Registry):
             await self._stop()
 
     def advance(self, seconds: float) -> None:
-        """Move the daemon's clock forward. Everything that is due in that time happens now, in order.
+        """Move the daemon's clock forward. Everything that is due by then happens now, in order.
 
-            registry.advance(60)  # leases that nobody has renewed for a minute have ended
+            registry.advance(60)  # leases that were not renewed for a minute have expired
 
         Leases expire, a `resolve` with `wait` times out, and registrations that no client has claimed since a
-        restart end. Only the daemon's time moves, not that of the process.
+        restart end. The clock of the process itself does not change.
 
         Raises:
             ValueError: `seconds` is negative.
@@ -205,30 +204,30 @@ class InProcessRegistry(Registry):
 
     async def _advance(self, seconds: float) -> None:
         server = self._running()
-        await server.write(_change_nothing)  # wait for a flush in flight, which would seem to take that long
+        await server.write(_change_nothing)  # wait for a pending flush, which would seem to take `seconds` longer
         self._clock.advance(seconds)
         await server.write(_change_nothing)
 
     # Inspect, and end.
 
     def described(self) -> str:
-        """Return the registrations, for people."""
+        """Return the registrations as text."""
         state = "" if self._server is not None else ", stopped"
         return "\n".join([f"{self!r}{state}:", *excerpt(self._files, IN_MEMORY)])
 
     def end(self) -> None:
         """End the daemon and its thread for good. Idempotent, and without effect in a forked child.
 
-        A client that still holds a registration is notified that it is lost, so that it does not register it at
+        A client that still has registrations receives `lost` for them, so that it does not register them with
         another daemon.
 
         Raises:
-            HostError: the daemon had failed.
+            HostError: the daemon has failed.
         """
         if self._pid != os.getpid() or not self._thread.is_alive:
             return
         if sys.is_finalizing():
-            return  # the `with` was never left, and threads no longer run
+            return  # the interpreter is exiting inside the `with`, and threads no longer run
         _LIVING.discard(self)
         with self._lock:
             try:
@@ -241,13 +240,13 @@ class InProcessRegistry(Registry):
 
     async def _leave(self) -> None:
         try:
-            # Not at the end of the program: the daemon cannot start a thread then.
+            # While the program exits, the daemon cannot start a thread, so it cannot write.
             if self._server is not None and threading.main_thread().is_alive():
                 await self._deregister_all(self._server)
         finally:
             await self._stop()
-            if self._watching is not None:
-                await self._watching
+            if self._failure_task is not None:
+                await self._failure_task
 
     @staticmethod
     async def _deregister_all(server: Daemon) -> None:
@@ -270,7 +269,7 @@ class InProcessRegistry(Registry):
         """Run a coroutine in the daemon's loop, and return its result."""
         try:
             if self._pid != os.getpid():
-                raise HostError("regd: this registry is of the process that this one was forked from: ask there")
+                raise HostError("regd: this registry belongs to the parent process of this fork; use it there")
             with self._lock:
                 if self._failure is not None:
                     raise HostError(f"regd: {self!r} has failed: {self._failure!r}") from self._failure
@@ -278,10 +277,10 @@ class InProcessRegistry(Registry):
                     raise HostError(f"regd: {self!r} has ended")
                 return self._thread.call(work)
         finally:
-            work.close()  # no effect unless it was never started
+            work.close()  # has no effect if it was started
 
     def _forget_in_child(self) -> None:
-        """Close the daemon's sockets in a forked child, so that peers notice when the daemon closes its own."""
+        """In a forked child, close the daemon's sockets, so that peers notice when the parent closes them."""
         server = self._server
         nowhere = os.open(os.devnull, os.O_RDWR)
         for own in server.sockets if server is not None else ():
@@ -298,8 +297,8 @@ def running() -> Iterator[InProcessRegistry]:
             registry.register("db", 5432)
             subprocess.run([sys.executable, "-m", "shop"], check=True)
 
-    Child processes find it too. Several may run at once, one `with` inside the other: `REGD_ADDRESS` names the
-    innermost, and each can be reached by its `address`.
+    Child processes find it too. Several registries may run at once, in nested `with` blocks: `REGD_ADDRESS` names
+    the innermost, and each has its `address`.
 
     Raises:
         HostError: at the end, if the daemon has failed.
@@ -314,7 +313,7 @@ def running() -> Iterator[InProcessRegistry]:
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """asyncio's own event loop, whatever the policy, with a clock that tests do not patch."""
+    """asyncio's own event loop, independent of the policy, with a clock that tests do not patch."""
 
     def time(self) -> float:
         return time.clock_gettime(time.CLOCK_MONOTONIC)
@@ -326,7 +325,7 @@ class _LoopThread:
     def __init__(self) -> None:
         self.loop = _Loop()
         self.loop.set_debug(False)  # PYTHONASYNCIODEBUG and `python -X dev` are meant for the caller's loops
-        # A daemon thread does not keep a program running that never left the `with`.
+        # A daemon thread, so that a program can exit inside the `with`.
         self._thread = threading.Thread(target=self._run, name="regd-in-process", daemon=True)
         self._thread.start()
 
@@ -365,7 +364,7 @@ class _Timer:
 
 
 class _Clock:
-    """The daemon's `Clock`: the loop's time plus what `advance` has added. Used in the loop's thread only."""
+    """The daemon's `Clock`: the loop's time plus the seconds passed to `advance`. For the loop's thread only."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -416,7 +415,7 @@ def _change_nothing(transaction: Transaction) -> bytes:
 
 
 def _short_folder() -> str | None:
-    """Return the folder for temporary folders: None, the system's, unless its path is too long for a socket."""
+    """Return a folder for temporary folders: None, the default, or /tmp if its path is too long for a socket."""
     return "/tmp" if len(os.fsencode(tempfile.gettempdir())) > _FOLDER_BYTES_MAX else None
 
 

@@ -1,4 +1,4 @@
-"""`MemoryFiles`: the storage's files in a dictionary. It raises the same errors as the file system."""
+"""`MemoryFiles`: an in-memory replacement of the storage's files, which raises the same errors as a disk."""
 
 import errno
 import itertools
@@ -18,14 +18,14 @@ _LINES_MAX = 200
 class _Kept:
     inode: int
     data: bytearray = field(default_factory=bytearray)
-    changes: int = 0  # in place of the time of modification
+    changes: int = 0  # instead of the modification time
 
     def print(self) -> Fingerprint:
         return Fingerprint(self.inode, len(self.data), self.changes, self.changes, is_regular=True)
 
 
 class MemoryFiles(Files):
-    """Files in memory. Other threads may read while one writes."""
+    """Files in memory. Other threads may read while one thread writes."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
@@ -98,8 +98,8 @@ class MemoryFiles(Files):
     def print(self, file: Path | int) -> Fingerprint | None:
         if isinstance(file, int):
             return self._kept(self._locks[file]).print() if file in self._locks else self._opened(file).print()
-        found = self._files.get(file)
-        return found.print() if found else None
+        kept = self._files.get(file)
+        return kept.print() if kept else None
 
     def obstacle(self, path: Path) -> str:
         return ""
@@ -134,7 +134,7 @@ class MemoryFiles(Files):
 
 
 def excerpt(files: Files, path: Path) -> list[str]:
-    """Return what a registry holds on disk, a line for each entry, or why it cannot be read."""
+    """Return what a registry has on disk, a line for each entry, or why it cannot be read."""
     try:
         lines = [line(entry).decode() for entry in peek(path, files).entries]
     except (OSError, Unreadable) as error:

@@ -1,6 +1,6 @@
-"""The pytest plugin: the fixtures `regd` and `regd_in_process`, and registries in the reports of failed tests.
+"""The pytest plugin: the fixtures `regd` and `regd_in_process`, and their contents in reports of failed tests.
 
-Every run of pytest loads it, so the modules that start a registry are imported when a test needs one.
+Every pytest run loads it, so it imports the modules that start a registry only when a test needs one.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 SCOPES = ("function", "class", "module", "package", "session", "run")
 STORAGES = ("memory", "tmp_path")
-_SHARED = "regd-shared"  # the plugin with the registry of scope `run`; its address in `workerinput`
-_running: "list[Registry]" = []  # the registries of fixtures in use
+_SHARED = "regd-shared"  # the name of the plugin for scope `run`, and the key of its registry in `workerinput`
+_running: "list[Registry]" = []  # the registries of active fixtures
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,19 +53,19 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start the process of the registries in the background, if a test will need it."""
+    """Start the host process in the background, if a test needs it."""
     config = session.config
     if config.getoption("collectonly") or config.getini("regd_scope") == "run":
         return
     if any(_wants(item) for item in session.items):
         from regd.testing.host_process import HostError, host
 
-        with contextlib.suppress(HostError):  # the fixture will report it
+        with contextlib.suppress(HostError):  # the fixture reports it
             host()
 
 
 def _wants(item: pytest.Item) -> bool:
-    """Whether a test uses this plugin's fixture `regd`, and not another fixture of that name."""
+    """Return whether a test uses this plugin's fixture `regd`, not another fixture of that name."""
     fixtures: dict[str, Any] = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
     innermost = fixtures.get("regd", ())[-1:]
     return any(getattr(fixture.func, "__module__", "") == __name__ for fixture in innermost)
@@ -78,13 +78,13 @@ def _scope(fixture_name: str, config: pytest.Config) -> "Any":
 
 @pytest.fixture(scope=_scope)
 def regd(request: pytest.FixtureRequest) -> "Iterator[Registry]":
-    """A private registry: a daemon on a free port, which this and every child process finds by REGD_ADDRESS."""
+    """A private registry: a daemon on a free port. This process and its children find it by REGD_ADDRESS."""
     from regd.testing.host_process import HostError
     from regd.testing.registry import found_by_children
 
     with contextlib.ExitStack() as stack:
         try:
-            registry = _opened(request, stack)
+            registry = _open_registry(request, stack)
         except HostError as error:
             pytest.fail(str(error), pytrace=False)
         stack.enter_context(found_by_children(registry))
@@ -106,7 +106,7 @@ def regd_in_process() -> "Iterator[InProcessRegistry]":
         _running.remove(registry)
 
 
-def _opened(request: pytest.FixtureRequest, stack: contextlib.ExitStack) -> "Registry":
+def _open_registry(request: pytest.FixtureRequest, stack: contextlib.ExitStack) -> "Registry":
     from regd.testing.registry import OwnRegistry, Registry
 
     config = request.config
@@ -123,7 +123,7 @@ def _opened(request: pytest.FixtureRequest, stack: contextlib.ExitStack) -> "Reg
 
 
 def _end_with_package(request: "Any") -> None:
-    """End the fixture with the package of the test. pytest would take the package that defines the fixture."""
+    """End the fixture with the test's package. By default, pytest uses the package that defines the fixture."""
     package = request._pyfuncitem.getparent(pytest.Package)
     if package is not None:
         package.addfinalizer(lambda: request._fixturedef.finish(request))
@@ -140,7 +140,7 @@ def _path(request: pytest.FixtureRequest) -> "Path | None":
 
 
 class _Shared:
-    """The registry of scope `run`, in the controller of pytest-xdist, or in the only process."""
+    """The plugin for scope `run`. It runs in the controller of pytest-xdist, or in the only process."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
@@ -153,7 +153,7 @@ class _Shared:
 
             path = None
             if self._config.getini("regd_storage") == "tmp_path":
-                # The private attribute is the only way outside of a test; pytest-xdist uses it too.
+                # Outside of a test, there is only this private attribute; pytest-xdist uses it too.
                 path = self._config._tmp_path_factory.mktemp("regd") / "registry.json"  # type: ignore[attr-defined]
             self._registry = OwnRegistry(path, shared=True)
         return self._registry
@@ -170,11 +170,11 @@ class _Shared:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Add the daemon's log to the report of a worker, which has no access to it."""
+        """Add the daemon's log to a worker's report, since the worker has no access to the log."""
         if hasattr(report, "node") and self._registry and any(title == "regd" for title, _ in report.sections):
             from regd.testing.host_process import HostError
 
-            with contextlib.suppress(HostError):  # the worker's own section reports that the process has ended
+            with contextlib.suppress(HostError):  # the worker has already reported that the host has ended
                 report.sections.append(("regd logged", self._registry.logged()))
 
     def pytest_unconfigure(self) -> None:
@@ -183,7 +183,7 @@ class _Shared:
             self._registry = None
 
 
-@pytest.hookimpl(hookwrapper=True)  # the form that older versions of pytest accept too
+@pytest.hookimpl(hookwrapper=True)  # not `wrapper=True`, which older versions of pytest do not support
 def pytest_runtest_makereport(item: pytest.Item) -> "Generator[None, Any, None]":
     """Add the registries of a failed test to its report."""
     report = (yield).get_result()
@@ -193,11 +193,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> "Generator[None, Any, None]"
 
 
 def _used_by(item: pytest.Item) -> "list[Registry]":
-    """Return the registries that a test uses, by these fixtures or by others whose value is a registry."""
+    """Return the registries that a test uses, from this plugin's fixtures and from others that return one."""
     from regd.testing.registry import Registry
 
     arguments = [value for value in getattr(item, "funcargs", {}).values() if isinstance(value, Registry)]
-    # After a failed set-up, or with `getfixturevalue`, `funcargs` lacks the registry.
+    # After a failed set-up, and with `getfixturevalue`, the registry is not in `funcargs`.
     named = getattr(getattr(item, "_request", None), "fixturenames", ())
     fixtures = {"regd", "regd_in_process"}.intersection(named)
     return [*dict.fromkeys([*arguments, *(_running if fixtures else ())])]

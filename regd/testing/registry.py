@@ -1,4 +1,4 @@
-"""A registry for tests: a private daemon on a free port, found by `REGD_ADDRESS`."""
+"""A registry for tests: a private daemon on a free port, with its address in `REGD_ADDRESS`."""
 
 import contextlib
 import json
@@ -16,19 +16,19 @@ VARIABLE = "REGD_ADDRESS"
 
 
 class Registry:
-    """A running registry. `address` is `tcp://127.0.0.1:PORT`, `path` its file, None in memory."""
+    """A registry for tests. `address` is `tcp://127.0.0.1:PORT`. `path` is its file, None if it is in memory."""
 
     def __init__(self, address: str, path: Path | None, *, shared: bool = False) -> None:
         self.address = address
         self.path = path
-        self.is_shared = shared  # by the whole test run, so that no test may stop it
+        self.is_shared = shared  # the whole test run uses it, so no test may stop it
 
     @property
     def port(self) -> int:
         return int(self.address.rpartition(":")[2])
 
     def instances(self, pattern: str = "*") -> list[dict[str, Any]]:
-        """Return what is registered, in order of name and instance, as `list` has it on the wire.
+        """Return all registrations in order of name and instance, as in the reply to `list`.
 
         `pattern` is a name, or a prefix followed by `*`.
 
@@ -57,14 +57,14 @@ class Registry:
         state: str | None = None,
         force: bool = False,
     ) -> Endpoint:
-        """Register a service without a holder. It stays until it is deregistered.
+        """Register a service that stays until it is deregistered.
 
             regd.register("db", 5432, meta={"role": "primary"})
 
-        `force` takes the name from a client that holds it. That client receives `lost`.
+        With `force`, the name is taken even from a live client, which receives `lost`.
 
         Raises:
-            Conflict: a client holds the name at another address.
+            Conflict: a live client has registered the name with another address.
             BadArgument: a value is not valid.
             Unavailable: the registry is stopped, or stopping.
         """
@@ -90,7 +90,7 @@ class Registry:
         state: str | None = None,
         instance: str | None = None,
     ) -> None:
-        """Replace the meta of a registration, set its state, or both, whichever client registered it.
+        """Replace the labels of a registration, set its state, or both, whichever client made it.
 
         Raises:
             NotFound: there is no such registration.
@@ -98,11 +98,11 @@ class Registry:
             Unavailable: the registry is stopped, or stopping.
         """
         with self._connection() as connection:
-            given = None if meta is None else dict(meta)
-            _ask(connection, "update", name=name, instance=instance, meta=given, state=state)
+            labels = None if meta is None else dict(meta)
+            _ask(connection, "update", name=name, instance=instance, meta=labels, state=state)
 
     def deregister(self, name: str, instance: str | None = None) -> None:
-        """End a registration, whichever client registered it. A client that holds it receives `lost`.
+        """End a registration, whichever client made it. A client that holds it receives `lost`.
 
         Raises:
             NotFound: there is no such registration.
@@ -119,7 +119,7 @@ class Registry:
         self._refuse()
 
     def start(self) -> None:
-        """Start the daemon again, on the same port, with the registrations that it kept. Idempotent."""
+        """Start the daemon again on the same port, with the registrations that it kept. Idempotent."""
         self._refuse()
 
     def restart(self) -> None:
@@ -134,7 +134,7 @@ class Registry:
             with regd.away():
                 assert mirror.resolve("db").stale_s > 0
 
-        Afterwards the registrations are back, and clients reconnect by themselves, as after any restart.
+        Afterwards the registrations are back, and clients reconnect, as after any restart.
         """
         self.stop()
         try:
@@ -149,11 +149,11 @@ class Registry:
         )
 
     def described(self) -> str:
-        """Return the registrations, for people, or why they cannot be read."""
+        """Return the registrations as text, or a line that says why they cannot be read."""
         try:
             return "\n".join([f"{self!r}:", *map(json.dumps, self.instances())])
         except RegdError as error:
-            return f"{self!r} cannot be asked: {error}"
+            return f"cannot read {self!r}: {error}"
 
     def __str__(self) -> str:
         return self.address
@@ -195,7 +195,7 @@ class OwnRegistry(Registry):
         try:
             shown = self._ask("show")
         except HostError as error:
-            return f"{self!r} cannot be asked: {error}"
+            return f"cannot read {self!r}: {error}"
         state = "" if shown["running"] else ", stopped"
         return "\n".join([f"{self!r}{state}:", *shown["registry"], "It logged:", *shown["log"]])
 
@@ -208,17 +208,14 @@ class OwnRegistry(Registry):
         return "\n".join(self._ask("show")["log"])
 
     def end(self) -> None:
-        """End the registry for good. It is no error if its process was killed.
-
-        Without effect in a forked child.
-        """
+        """End the registry for good. Without effect in a forked child, and after its process was killed."""
         if self._host.owner == os.getpid() and not self._host.was_killed:
             self._ask("end")
 
 
 @contextlib.contextmanager
 def running(path: str | os.PathLike[str] | None = None) -> Iterator[Registry]:
-    """Run a registry, in memory or in the file `path`. `REGD_ADDRESS` names it inside the `with`.
+    """Run a registry in memory, or in the file `path`. `REGD_ADDRESS` names it inside the `with`.
 
         with regd.testing.running() as registry:
             subprocess.run([sys.executable, "-m", "shop"], check=True)
@@ -239,7 +236,7 @@ def running(path: str | os.PathLike[str] | None = None) -> Iterator[Registry]:
 def found_by_children(registry: Registry) -> Iterator[Registry]:
     """Name a registry in `REGD_ADDRESS`, and restore the variable afterwards.
 
-    `REGD_AUTOSTART` is unset meanwhile: after a test has stopped its registry, no client may start another.
+    Unset `REGD_AUTOSTART` meanwhile, so that clients do not start a daemon while a test has stopped the registry.
     """
     previous = {name: os.environ.pop(name, None) for name in (VARIABLE, "REGD_AUTOSTART")}
     os.environ[VARIABLE] = registry.address

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import http.server
 import json
 import os
@@ -17,9 +18,14 @@ from typing import Any
 
 import pytest
 
-from regd.cli import doctor, local_probe
-from regd.cli.doctor import Finding, examine
+from regd.cli import doctor, doctor_files, local_probe
+from regd.cli.doctor import examine
+from regd.cli.findings import Finding
 from regd.core.limits import DEFAULT
+from regd.core.model import Change, Entry, Op, Reason, State
+from regd.storage import journal_lines
+from regd.storage.files import Files
+from regd.storage.recovery import Recovery
 from regd_client import protocol
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import WAIT_S, DaemonProcess, InLoop, environment
@@ -33,6 +39,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "DEFAULT_ADDRESS", "tcp://127.0.0.1:1")
     monkeypatch.setattr(local_probe, "daemons", lambda: iter(()))
     monkeypatch.setattr(doctor, "ANSWER_S", 10 * WAIT_S)  # a tenth of it for others
+    monkeypatch.setattr(doctor_files, "PAUSE_S", 0.02)
 
 
 def wrong(address: str) -> dict[str, Finding]:
@@ -53,7 +60,7 @@ def test_all_checks_pass(process: DaemonProcess) -> None:
         assert [finding.check for finding in found] == ["address", "daemon", "elsewhere", "rights", "version", "host", "file", "limits", "services"]  # fmt: skip
         assert all(finding.ok for finding in found), found
         assert found[0].found == f"{process.addresses[0]}, from --address"
-        assert f"{process.registry} is up to date, at revision 1" in found[6].found
+        assert f"{process.registry} and its journal are up to date, at revision 1" in found[6].found
         assert peer.ask("stats")["commits"] == 1  # it has changed nothing
 
 
@@ -339,29 +346,176 @@ async def test_missing_registry_folder(tmp_path: Path) -> None:
         assert "create it again" in found.do
 
 
-async def test_missing_or_outdated_registry_file(daemon: InLoop) -> None:
+async def registered(daemon: InLoop, *ports: int, checkpoint: bool = True) -> None:
+    """Register `db` at each port; `checkpoint`: have the changes in registry.json too."""
     peer = await daemon.peer()
-    await peer.ask(cmd="register", name="db", port=1, host="far.example")
-    before = daemon.registry.read_text()
-    await peer.ask(cmd="register", name="db", port=2, host="far.example")
+    for port in ports:
+        await peer.ask(cmd="register", name="db", port=port, host="far.example")
+    if checkpoint:
+        await asyncio.to_thread(daemon.server._store.checkpoint)
+    await peer.close()
+
+
+async def findings_of(daemon: InLoop, check: str) -> list[Finding]:
+    async with asyncio.timeout(2 * WAIT_S):
+        findings = await asyncio.to_thread(lambda: list(examine(f"127.0.0.1:{daemon.port}")))
+    return [finding for finding in findings if finding.check == check]
+
+
+async def test_file_that_lags_has_its_changes_in_the_journal(daemon: InLoop) -> None:
+    await registered(daemon, 1)
+    before = daemon.registry.read_bytes()
+    await registered(daemon, 2, checkpoint=False)
+    daemon.registry.write_bytes(before)  # older than the daemon, and as regd wrote it
     assert await wrong_of(daemon) == {}
-    daemon.registry.write_text(before)
-    assert "revision 1, the daemon 3" in (await wrong_of(daemon))["file"].found
-    daemon.registry.write_text("{}")
-    assert "revision None, the daemon 3" in (await wrong_of(daemon))["file"].found
+    [found] = await findings_of(daemon, "file")
+    assert found.found.endswith("and its journal are up to date, at revision 3")
+
+
+async def test_file_that_is_not_written_any_more(daemon: InLoop) -> None:
+    await registered(daemon, 1)
+    before = daemon.registry.read_bytes()
+    await registered(daemon, 2)
+    daemon.registry.write_bytes(before)
+    os.utime(daemon.registry, (1.0, 1.0))
+    found = (await wrong_of(daemon))["file"]
+    assert found.found == f"{daemon.registry} has not been written for a minute; the journal has later changes"
+
+
+async def test_missing_files(daemon: InLoop) -> None:
+    await registered(daemon, 1)
+    journal = daemon.registry.with_suffix(".journal")
+    moved = journal.rename(journal.with_name("moved"))
+    assert (await wrong_of(daemon))["journal"].found == f"{journal} is gone"
+    moved.rename(journal)
+    assert await wrong_of(daemon) == {}
     daemon.registry.unlink()
     assert (await wrong_of(daemon))["file"].found == f"{daemon.registry} is gone"
+
+
+async def test_files_that_lack_changes(daemon: InLoop) -> None:
+    await registered(daemon, 1)
+    journal = daemon.registry.with_suffix(".journal")
+    file, lines = daemon.registry.read_bytes(), journal.read_bytes()
+    await registered(daemon, 2)
+    daemon.registry.write_bytes(file)
+    journal.write_bytes(lines)
+    found = (await wrong_of(daemon))["file"]
+    assert found.found == f"out of date: {daemon.registry} and its journal have revision 1, regd 3"
 
 
 async def test_registry_written_by_hand_passes(tmp_path: Path) -> None:
     (path := tmp_path / "registry.json").write_text('{"runner": {"port": 5050, "host": "far.example"}}')
     async with InLoop(path) as daemon:
         assert await wrong_of(daemon) == {}
-        path.with_name("copy").write_bytes(path.read_bytes())
-        await (await daemon.peer()).ask(cmd="register", name="db", port=1, host="far.example")
-        assert await wrong_of(daemon) == {}
-        path.with_name("copy").replace(path)  # not what the daemon has written
-        assert "is out of date" in (await wrong_of(daemon))["file"].found
+
+
+async def test_edit_while_the_daemon_runs(daemon: InLoop) -> None:
+    await registered(daemon, 1)
+    daemon.registry.write_text(daemon.registry.read_text().replace('"port": 1', '"port": 7'))
+    found = (await wrong_of(daemon))["file"]
+    assert found.found == f"{daemon.registry} was edited by hand, and the edit is not in effect"
+    assert found.do.startswith("stop regd, edit the file, start regd")
+    daemon.registry.write_text("{nonsense")
+    found = (await wrong_of(daemon))["file"]
+    assert found.found.startswith(f"{daemon.registry}: line 1, column 2")
+    assert "its next start fails" in found.do
+    await registered(daemon, 3)  # what it says to do
+    assert await wrong_of(daemon) == {}
+    [kept] = await findings_of(daemon, "kept")
+    assert kept.ok
+    assert kept.found == (
+        f"1 file set aside in {daemon.registry.parent}: registry.json.aside-1; delete those that nobody needs"
+    )
+
+
+async def test_damaged_journal(daemon: InLoop) -> None:
+    """Its next start would be refused, unless the file has all changes of the damaged part."""
+    await registered(daemon, 1)
+    before = daemon.registry.read_bytes()
+    await registered(daemon, 2, 3, 4, checkpoint=False)
+    daemon.registry.write_bytes(before)
+    journal = daemon.registry.with_suffix(".journal")
+    lines = journal.read_bytes().split(b"\n")
+    lines[4] = lines[4].replace(b"db", b"bd")
+    with journal.open("r+b") as file:  # the same inode
+        file.write(b"\n".join(lines))
+    found = (await wrong_of(daemon))["journal"]
+    assert found.found.startswith(f"{journal}: line ")
+    assert "its next start fails" in found.do
+    await registered(daemon, 5)
+    found = (await wrong_of(daemon))["journal"]
+    assert "registry.json has what was lost" in found.found
+
+
+async def test_changes_that_are_not_in_effect(daemon: InLoop) -> None:
+    """A flush whose result is not known yet, or a segment that is not written any more."""
+    await registered(daemon, 1)
+    journal = daemon.registry.with_suffix(".journal")
+    whole = journal.read_bytes()
+    with journal.open("ab") as file:
+        file.write(b'{"line":9,"batch":1,"rev":9')
+    found = (await wrong_of(daemon))["journal"]
+    assert "ends in a batch that was not written whole" in found.found
+    change = Change(2, Op.DOWN, Entry("db", "", "far.example", 1, {}, State.READY, 2, 5.0), Reason.DEREGISTERED)
+    journal.write_bytes(whole + journal_lines.change(3, change, batch=1))
+    found = (await wrong_of(daemon))["journal"]
+    assert found.found == f"{journal} has revision 2 and regd 1: a write failed, or takes long"
+    assert "new segment" in found.do
+
+
+def test_segment_removed_meanwhile_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+
+    def peek(path: Path, files: Files) -> Recovery:
+        looks.append(path)
+        if len(looks) < 3:
+            raise FileNotFoundError(2, "gone")
+        return Recovery([], 7)
+
+    path = tmp_path / "registry.json"
+    path.write_text("{}")
+    path.with_suffix(".journal").touch()
+    monkeypatch.setattr(doctor_files, "peek", peek)
+    assert [finding.ok for finding in doctor_files.examine(path, lambda: 7, is_ours=True)] == [True]
+    assert len(looks) == 3
+    looks[:] = []
+    monkeypatch.setattr(doctor_files, "_LOOKS", 2)
+    [found] = doctor_files.examine(path, lambda: 7, is_ours=True)
+    assert "was removed while it was read" in found.found
+
+
+def test_many_files_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "registry.json"
+    for number in range(1, 8):
+        path.with_name(f"registry.journal.{number}.aside-1").touch()
+    path.with_name("registry.journal.9").touch()
+    path.with_name("registry.json.aside-1").touch()
+    [found] = [each for each in doctor_files.examine(path, lambda: 0, is_ours=True) if each.check == "kept"]
+    assert found.found.startswith(f"8 files set aside in {tmp_path}: registry.journal.1.aside-1, ")
+    assert found.found.endswith(" and 3 more; delete those that nobody needs")
+
+
+async def test_folder_that_cannot_be_synced(daemon: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Files, path: Path) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(Files, "sync_folder", refuse)
+    found = (await wrong_of(daemon))["folder"]
+    assert "cannot sync the folder" in found.found
+    assert "local disk" in found.do
+
+
+@pytest.mark.parametrize(("number", "found"), [(errno.EACCES, "not checked: "), (errno.EIO, "cannot be read")])
+async def test_files_that_cannot_be_read(
+    number: int, found: str, daemon: InLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Files, path: Path, most: int = -1) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Files, "read", refuse)
+    [finding] = await findings_of(daemon, "file")
+    assert found in finding.found
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")

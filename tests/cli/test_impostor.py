@@ -39,6 +39,17 @@ WHY = {
     "owners": [{"pid": 1}],
     "probe": {"accepted": False, "age_s": 1.0, "why": "refused"},
 }
+CHANGE = {
+    "rev": 1,
+    "at": 1790000000.0,
+    "op": "up",
+    "name": "db",
+    "instance": "1",
+    "host": "127.0.0.1",
+    "port": 5432,
+    "state": "ready",
+    "by": {"pid": 1, "uid": 1000, "command": "server"},
+}
 REPLIES: dict[str, dict[str, Any]] = {
     "list": {"ok": True, "epoch": "e", "rev": 1, "instances": [INSTANCE]},
     "resolve": {"ok": True, **INSTANCE},
@@ -47,6 +58,7 @@ REPLIES: dict[str, dict[str, Any]] = {
     "update": {"ok": True, "rev": 1},
     "watch": {"ok": True, "watch": 1, "epoch": "e", "rev": 1},
     "why": {"ok": True, "name": "db", "instances": [WHY], "departures": [{"instance": "1", "age_s": 1.0, "reason": "replaced"}]},
+    "history": {"ok": True, "changes": [CHANGE]},
     "hello": {"ok": True, "server": "regd", "version": "1", "epoch": "e", "rev": 1, "limits": {}, "host": {}},
     "stats": {
         "ok": True, "version": "1", "registry": "/none", "pid": 1, "uptime_s": 1.0, "epoch": "e", "rev": 1, "registrations": 1,
@@ -70,6 +82,7 @@ LINES = {
     "wait": ["wait", "db", "--timeout", "0"],
     "env": ["env", "db"],
     "why": ["why", "db"],
+    "history": ["history", "--since", "0"],
     "top": ["top"],
     "ping": ["ping"],
     "stats": ["stats", "--limits"],
@@ -254,7 +267,7 @@ def test_pages_without_an_end(
     with impostor(answer) as address:
         status, out, told = ran(address, *command)
     assert (status, out) == (3, "")
-    assert "no end" in told
+    assert "without an end" in told
     assert next(count) == 7
 
 
@@ -310,3 +323,24 @@ def test_formats_of_env(process: DaemonProcess, ran: Callable[..., tuple[int, st
         "",
     )
     assert shown["docker"] == (0, "DB_HOST=::1\nDB_PORT=5432\nDB_ADDRESS=[::1]:5432\n", "")
+
+
+@pytest.mark.parametrize("code", ["unsupported", "unknown_command"])
+@pytest.mark.parametrize("flags", [[], ["--follow"]], ids=["once", "follow"])
+def test_history_of_a_daemon_without_it(
+    code: str, flags: list[str], ran: Callable[..., tuple[int, str, str]]
+) -> None:
+    refusal = {"ok": False, "error": code, "message": "no command 'history'"}
+    host = {"boot": None, "pid_namespace": None}
+    hello = {**REPLIES["hello"], "protocol": 1, "features": [], "loop": "asyncio", "host": host}
+    with impostor(answers(history=refusal, hello=hello)) as address:
+        status, out, told = ran(address, "history", *flags)
+        assert (status, out, told) == (4, "", "regctl: no command 'history'\n")
+        status, out, told = ran(address, "history", "--json", *flags)
+        assert (status, json.loads(out), told) == (4, refusal, "")
+
+
+def test_pages_of_history_without_an_end(ran: Callable[..., tuple[int, str, str]]) -> None:
+    with impostor(answers(history={"ok": True, "changes": [], "next": 7})) as address:
+        status, out, told = ran(address, "history", "--since", "0")
+    assert (status in (3, 4), out, told.count("\n")) == (True, "", 1)

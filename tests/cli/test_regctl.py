@@ -447,7 +447,7 @@ def shell(process: DaemonProcess, script: str) -> "subprocess.CompletedProcess[s
 SAY = [
     "list", "list --json", "resolve db", "stats", "why db", "ping", "env db", "names", "help", "help run", "--help",
     "--version", "manual", "manual regd", "completion bash", "top", "top --json", "wait here --timeout 10", "doctor",
-    "watch", "register db 5432", "", "lst --json", "resolve nobody --json",
+    "watch", "history", "history --json", "history --follow", "register db 5432", "", "lst --json", "resolve nobody --json",
 ]  # fmt: skip
 
 
@@ -493,6 +493,8 @@ FAIL = {
     "env db nobody": 1,
     "top --address 127.0.0.1:1": 3,
     "watch --address 127.0.0.1:1": 3,
+    "history --since x": 2,
+    "history --follow --address 127.0.0.1:1": 3,
 }
 
 

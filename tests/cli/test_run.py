@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import pty
@@ -221,7 +222,7 @@ def test_socket_is_passed_as_by_systemd(process: DaemonProcess) -> None:
         (["web", "--wait", "db", "--timeout", "0", "--", "true"], 1, "db: waited 0 s: 'db' was never registered"),
         (["web", "--wait", "d b", "--", "true"], 2, "name must be"),
         (["web", "--address", "127.0.0.1:1", "--wait", "db", "--timeout", "0", "--", "true"], 3, "no regd at"),
-        (["web", "--address", "nonsense", "--", "true"], 2, "is no address"),
+        (["web", "--address", "nonsense", "--", "true"], 2, "is not an address"),
     ],
 )
 def test_exit_statuses(process: DaemonProcess, arguments: list[str], status: int, says: str) -> None:
@@ -617,7 +618,10 @@ def test_command_that_never_listens_is_reported(
     )
     try:
         name = run_module._Name(
-            {"name": "web", "instance": None, "meta": None}, run_module._Reporter(False), child.pid, 1
+            {"name": "web", "instance": None, "meta": None},
+            functools.partial(run_module._report, False),
+            child.pid,
+            1,
         )
         name.begin(accepts=False)
         shown = ""

@@ -181,7 +181,7 @@ def test_what_a_forked_child_leaves_is_the_parents(kind: str) -> None:
         if child == 0:
             try:
                 if isinstance(value, blocking.BlockingMirror):
-                    with pytest.raises(regd_client.Unavailable, match="forked"):
+                    with pytest.raises(regd_client.Unavailable, match="parent process of this fork"):
                         value.resolve("parent")
                 context.__exit__(None, None, None)
                 os._exit(0)
@@ -489,7 +489,7 @@ LATE = """if True:
 @pytest.mark.parametrize("how", ["atexit.register(late)", "kept = Late()"])
 def test_call_at_process_exit_is_silent_or_unavailable(how: str) -> None:
     done = run(LATE.replace("EARLIER", how), "-X", "dev", "-W", "error")
-    message = "this process is ending: regd_client.blocking can be used no more\n"
+    message = "this process is exiting; regd_client.blocking can no longer be used\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, 3 * message, "")
 
 

@@ -116,7 +116,7 @@ async def test_broken_connection_is_reported_and_replaced(daemon: InLoop) -> Non
         await asyncio.sleep(0)
         for connection in list(daemon.server.connections):
             connection.cut()
-        with pytest.raises(regd_client.Unavailable, match="broke before the answer"):
+        with pytest.raises(regd_client.Unavailable, match="broke before the reply"):
             await waiting
         await client.ping()
 

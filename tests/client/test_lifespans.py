@@ -283,7 +283,7 @@ async def test_server_that_opens_its_port_outside_the_loop(
     module: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, module, sys)
-    monkeypatch.setattr(lifespans_module, "_WARN_ELSEWHERE_S", 0.0)
+    monkeypatch.setattr(lifespans_module, "_WARN_UNSEEN_S", 0.0)
     async with regd_client.lifespan("web"):
         await until(lambda: 'name the port: lifespan("web", PORT)' in caplog.text)
 

@@ -45,7 +45,7 @@ def test_addresses(text: str, address: Address, shown: str) -> None:
     ],
 )
 def test_invalid_addresses(text: str) -> None:
-    with pytest.raises(ValueError, match="is no address"):
+    with pytest.raises(ValueError, match="is not an address"):
         parse_address(text)
 
 
@@ -56,7 +56,7 @@ def test_hosts_are_valid_idna(host: str) -> None:
     try:
         host.encode("idna")
     except UnicodeError:
-        with pytest.raises(ValueError, match="is no address"):
+        with pytest.raises(ValueError, match="is not an address"):
             parse_address(f"{host}:1")
     else:
         assert parse_address(f"{host}:1").host == host

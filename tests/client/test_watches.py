@@ -145,10 +145,10 @@ async def test_timeout_of_the_first_snapshot(monkeypatch: pytest.MonkeyPatch) ->
         await reader.read()
         writer.close()
 
-    monkeypatch.setattr(client_module, "_FIRST_PICTURE_S", 0.1)
+    monkeypatch.setattr(client_module, "_SYNC_S", 0.1)
     server = await asyncio.start_server(reticent, "127.0.0.1", 0)
     async with server, Client(f"127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
-        with pytest.raises(regd_client.Unavailable, match="too little"):
+        with pytest.raises(regd_client.Unavailable, match="did not send all instances"):
             async with client.mirror("*"):
                 pass
 
@@ -243,16 +243,45 @@ def test_slow_listener_gets_the_differences() -> None:
     assert hash(here) != hash(there)
 
 
-def test_revision_of_another_epoch_is_not_used() -> None:
-    """The connection breaks between the reply of a new daemon and the `reset` event."""
+def test_position_stays_in_its_epoch_until_an_event() -> None:
+    """The connection breaks between the reply of a new daemon and its first event: the old position is asked again."""
     told: list[Event] = []
     follow = WatchState("*", None, told.append)
     for line in ({"ok": True, "epoch": "one"}, up("a", 2), {"event": "sync", "rev": 2}):
         follow.take(line)
-    assert follow.begin(Source())["since"] == 2
+    assert position(follow) == ("one", 2)
     follow.take({"ok": True, "epoch": "two"})
-    assert "since" not in follow.begin(Source())
-    for line in ({"ok": True, "epoch": "three"}, up("a", 9), {"event": "sync", "rev": 9}):
+    assert position(follow) == ("one", 2)
+    reset = ({"ok": True, "epoch": "three"}, {"event": "reset", "rev": 9})
+    for line in reset:
         follow.take(line)
+    assert position(follow) == (None, None)
+    for line in (*reset, up("a", 9), {"event": "sync", "rev": 9}):
+        follow.take(line)
+    assert position(follow) == ("three", 9)
     assert [event.kind for event in told] == ["up", "sync"]
-    assert follow.picture["a", ""]["rev"] == 9
+    assert follow.instances["a", ""]["rev"] == 9
+
+
+def position(state: WatchState) -> tuple[str | None, int | None]:
+    """Return where a watch resumes."""
+    arguments = state.begin(Source())
+    return arguments.get("epoch"), arguments.get("since")
+
+
+def test_watch_resumed_in_a_new_epoch_gets_what_it_missed() -> None:
+    told: list[Event] = []
+    follow = WatchState("*", None, told.append)
+    for line in ({"ok": True, "epoch": "one"}, up("a", 2), {"event": "sync", "rev": 2}):
+        follow.take(line)
+    assert position(follow) == ("one", 2)
+    assert follow.stale_s > 0.0
+    for line in ({"ok": True, "epoch": "two"}, up("b", 3), {"event": "progress", "rev": 3}):
+        follow.take(line)
+    assert follow.live
+    assert [(event.kind, event.endpoint and event.endpoint.name) for event in told] == [
+        ("up", "a"),
+        ("sync", None),
+        ("up", "b"),
+    ]
+    assert position(follow) == ("two", 3)

@@ -1,7 +1,8 @@
 """Repeatedly kill a daemon under load with SIGKILL, on one registry: `python -m tests.long.crash`.
 
-After each kill the file must load, and each key must have its last acknowledged state or one requested later. When
-the kill happens is random: a seed repeats the requests, not the timing.
+After each kill the file and its journal must load, and each key must have its last acknowledged state or one requested
+later. Over all lives, `history` must have every acknowledged change exactly once, and resumed watchers must have the
+state that `list` shows. When the kill happens is random: a seed repeats the requests, not the timing.
 """
 
 import argparse
@@ -13,11 +14,14 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from regd.storage.files import Files
+from regd.storage.recovery import Recovery
+from regd.storage.store import peek
 from tests.long.victim import Victim
 from tests.support.daemon import WAIT_S, Peer
 
@@ -26,9 +30,10 @@ _WRITERS = 4
 _KEYS_EACH = 5
 _BURST_MAX = 12
 _LOAD_S_MAX = 0.3
-_STEPS_MAX = 250  # file operations since the daemon's start; some twenty commits
+_STEPS_MAX = 400  # file operations since the daemon's start; some hundred commits
 _START_S_MAX = 0.3  # including the start of the interpreter
 _FAIL_SHARE = 0.3
+_SELDOM = 0.2  # the share of the lives in which the second watcher resumes
 
 
 class Found(NamedTuple):
@@ -101,8 +106,13 @@ class Figures:
     acknowledged: int = 0
     failed: int = 0
     unanswered: int = 0
-    in_a_commit: int = 0  # a temporary file is left, or the file has unacknowledged changes
+    in_a_commit: int = 0  # the journal has a torn batch or unacknowledged changes
+    in_a_checkpoint: int = 0  # a temporary file is left
+    rotations: int = 0  # segments begun after the start of a daemon
     refused: int = 0  # second daemons
+    resumed: int = 0  # watches
+    missed: int = 0  # events that they got
+    in_history: int = 0  # changes
 
 
 class Writer(asyncio.Protocol):
@@ -151,8 +161,83 @@ class Writer(asyncio.Protocol):
             self.gone.set_result(None)
 
 
+class Fold:
+    """The state that the events of a watch add up to, over all lives of the daemon."""
+
+    def __init__(self) -> None:
+        self.epoch = ""
+        self.rev: int | None = None  # None before the first `sync`
+        self.state: dict[str, Found] = {}
+        self.last: tuple[int, str, str] | None = None  # revision, kind and name of the last event
+        self.is_valid = True  # else the disk does not know the epoch: its daemon could write nothing
+
+    @property
+    def position(self) -> dict[str, Any]:
+        return {} if self.rev is None else {"epoch": self.epoch, "since": self.rev}
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        kind, rev = event["event"], event["rev"]
+        if kind == "reset":
+            assert not self.is_valid, f"reset at {rev}, though {self.position} is on disk"
+            self.rev, self.last = None, None
+            self.state.clear()
+            return
+        if kind not in ("up", "change", "down"):
+            assert kind == "sync" or rev == self.rev, f"{kind} {rev} behind {self.rev}"
+            self.rev = rev
+            return
+        name = event["name"]
+        if self.rev is not None:
+            assert rev == self.rev + 1, f"revision {rev} behind {self.rev}"
+            assert (name in self.state) is (kind != "up"), f"{event}, and it had {self.state.get(name)}"
+            self.rev, self.last = rev, (rev, kind, name)
+        if kind == "down":
+            del self.state[name]
+        else:
+            self.state[name] = Found(event["port"], event["meta"]["mark"])
+
+
+class WatchConnection(asyncio.Protocol):
+    """A watch that resumes from the position of `fold`."""
+
+    def __init__(self, fold: Fold) -> None:
+        self.missed = 0  # events
+        self._fold = fold
+        self._epoch: str | None = None  # of this daemon, until the first event
+        self._rest = b""
+        loop = asyncio.get_running_loop()
+        self.caught_up: asyncio.Future[None] = loop.create_future()
+        self.gone: asyncio.Future[None] = loop.create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        if self._fold.rev is None:
+            self._fold.state.clear()
+        transport.write(json.dumps({"cmd": "watch", "name": "*", **self._fold.position}).encode() + b"\n")
+
+    def data_received(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        try:
+            for line in map(json.loads, lines):
+                if "ok" in line:
+                    self._epoch = line["epoch"]
+                    continue
+                self._fold.epoch, self._epoch = self._epoch or self._fold.epoch, None
+                self._fold.take(line)
+                self.missed += not self.caught_up.done()
+                if line["event"] in ("sync", "progress") and not self.caught_up.done():
+                    self.caught_up.set_result(None)
+        except BaseException as error:
+            self.gone.set_exception(error)
+            raise
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.gone.done():
+            self.gone.set_result(None)
+
+
 class Rounds:
-    """A registry, and what all writers know of it."""
+    """A registry, and what all writers and watchers know of it."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.registry = folder / "deep" / "registry.json"
@@ -163,6 +248,10 @@ class Rounds:
         self._rev = 0  # the highest acknowledged revision
         self._clean_since = 0  # a commit that was acknowledged began after this tick
         self._is_failing = False
+        self._watcher, self._seldom_watcher = Fold(), Fold()
+        self._changes: dict[int, tuple[str, str, int | None]] = {}  # acknowledged: op, name, port
+        self._history: list[Mapping[str, Any]] = []
+        self._segments: set[int] = set()  # the first lines of all that were found
 
     def run(self, kind: str) -> None:
         self._is_failing = kind == "repair"
@@ -171,7 +260,6 @@ class Rounds:
             "repair": f"0, {_FAIL_SHARE}, {self.random.randrange(2**32)}",
         }
         with Victim(self.registry, plan.get(kind, "")) as victim, Victim(self.registry) as other:
-            before = self._touched()
             victim.launch()
             if kind == "two":
                 other.launch()
@@ -180,40 +268,37 @@ class Rounds:
             else:
                 listening = victim.listens(), kind == "two" and other.listens()
                 if kind == "two":
-                    victim = self._the_one_of_two(victim, other, listening, before)
+                    victim = self._the_one_of_two(victim, other, listening)
                 if any(listening):
                     asyncio.run(self._load(victim, kind))
             victim.end(signal.SIGKILL)
         self._verify()
         self.figures.rounds += 1
 
-    def _the_one_of_two(
-        self, one: Victim, other: Victim, listening: tuple[bool, bool], before: tuple[object, ...] | None
-    ) -> Victim:
+    def _the_one_of_two(self, one: Victim, other: Victim, listening: tuple[bool, bool]) -> Victim:
         assert sum(listening) == 1, "of two daemons that start at once, exactly one must be refused"
         stays, goes = (one, other) if listening[0] else (other, one)
         status, errors = goes.end(0)
         assert status == 1
         assert "in use by another regd" in errors
-        assert before in (None, self._touched())
         self.figures.refused += 1
         return stays
-
-    def _touched(self) -> tuple[object, ...] | None:
-        if not self.registry.exists():
-            return None
-        status = self.registry.stat()
-        return (status.st_ino, status.st_mtime_ns, self.registry.read_bytes())
 
     # The load.
 
     async def _load(self, victim: Victim, kind: str) -> None:
         assert victim.process is not None
         loop = asyncio.get_running_loop()
-        writers = [Writer(self, keys) for keys in self._keys]
+        connections: list[Writer | WatchConnection] = []
         try:
-            await self._hold_against_list(victim.port)
-            for writer in writers:
+            connections.append(await self._resume(self._watcher, victim.port))
+            if self.random.random() < _SELDOM:
+                connections.append(await self._resume(self._seldom_watcher, victim.port))
+            await self._check_list(victim.port)
+            await self._check_history(victim.port)
+            for keys in self._keys:
+                writer = Writer(self, keys)
+                connections.append(writer)
                 await loop.create_connection(lambda writer=writer: writer, "127.0.0.1", victim.port)  # type: ignore[misc]
         except ConnectionError:
             assert kind == "step", "the daemon ended by itself"
@@ -221,22 +306,82 @@ class Rounds:
             await asyncio.sleep(self.random.uniform(0, _LOAD_S_MAX))
             victim.process.send_signal(signal.SIGKILL)
         async with asyncio.timeout(WAIT_S):
-            await asyncio.gather(*(writer.gone for writer in writers if writer.gone is not None))
+            await asyncio.gather(*(each.gone for each in connections if each.gone is not None))
 
-    async def _hold_against_list(self, port: int) -> None:
-        """Compare the daemon's `list` with the file's content."""
-        peer = Peer(*await asyncio.open_connection("127.0.0.1", port))
-        peer.send("list")
-        line = await peer.line()
-        await peer.close()
-        if not line.endswith(b"\n"):
+    async def _resume(self, fold: Fold, port: int) -> WatchConnection:
+        """Resume a watch, and compare it with the registry once it has caught up."""
+        watch = WatchConnection(fold)
+        resumes = fold.rev is not None
+        await asyncio.get_running_loop().create_connection(lambda: watch, "127.0.0.1", port)
+        async with asyncio.timeout(WAIT_S):
+            await asyncio.wait((watch.caught_up, watch.gone), return_when=asyncio.FIRST_COMPLETED)
+        if watch.gone.done():
+            await watch.gone  # raises what was wrong
+        if not watch.caught_up.done():
             raise ConnectionResetError
-        reply = json.loads(line)
-        listed = {
-            instance["name"]: Found(instance["port"], instance["meta"]["mark"]) for instance in reply["instances"]
-        }
-        assert listed == {key.name: key.acknowledged for key in self._all() if key.acknowledged}
-        assert reply["rev"] == self._rev
+        assert (fold.rev, fold.state) == (self._rev, self._acknowledged())
+        self.figures.resumed += resumes
+        self.figures.missed += watch.missed if resumes else 0
+        return watch
+
+    async def _replies(self, port: int, request: dict[str, Any], following: str) -> AsyncIterator[dict[str, Any]]:
+        """Yield the replies to a request, page by page. `following` is the argument that takes `next`."""
+        peer = Peer(*await asyncio.open_connection("127.0.0.1", port, limit=2**21))
+        try:
+            while True:
+                peer.send(request)
+                line = await peer.line()
+                if not line.endswith(b"\n"):
+                    raise ConnectionResetError
+                reply = json.loads(line)
+                yield reply
+                if "next" not in reply:
+                    return
+                request = request | {following: reply["next"]}
+        finally:
+            await peer.close()
+
+    async def _check_list(self, port: int) -> None:
+        """Compare the daemon's `list` with what the disk had."""
+        async for reply in self._replies(port, {"cmd": "list"}, "after"):
+            listed = {
+                instance["name"]: Found(instance["port"], instance["meta"]["mark"])
+                for instance in reply["instances"]
+            }
+            assert listed == self._acknowledged()
+            assert reply["rev"] == self._rev
+
+    async def _check_history(self, port: int) -> None:
+        """Check that the history since the last check has each revision once, and each acknowledged change."""
+        last = self._history[-1]["rev"] if self._history else 0
+        found: list[Mapping[str, Any]] = []
+        async for reply in self._replies(port, {"cmd": "history", "since": last, "limit": 1_000}, "since"):
+            found += reply["changes"]
+        assert [change["rev"] for change in found] == list(range(last + 1, self._rev + 1))
+        for change in found:
+            if (acknowledged := self._changes.pop(change["rev"], None)) is not None:
+                op, name, request_port = acknowledged
+                assert (change["op"], change["name"]) == (op, name), f"{change}, not {acknowledged}"
+                assert request_port in (None, change["port"]), f"{change}, not {acknowledged}"
+        assert not self._changes, f"acknowledged, and not in the history: {self._changes}"
+        self._history += found
+        self.figures.in_history += len(found)
+
+    async def check_all_of_history(self) -> None:
+        """Compare the history that is kept with what was seen of it in earlier lives."""
+        with Victim(self.registry) as victim:
+            victim.launch()
+            assert victim.listens()
+            self._rev = self._peek().rev
+            await self._resume(self._seldom_watcher, victim.port)
+            await self._check_history(victim.port)
+            kept: list[Mapping[str, Any]] = []
+            async for reply in self._replies(
+                victim.port, {"cmd": "history", "since": 0, "limit": 1_000}, "since"
+            ):
+                kept += reply["changes"]
+            assert kept == self._history[len(self._history) - len(kept) :]
+            victim.end(signal.SIGKILL)
 
     def ask(self, key: Key) -> Ask:
         self._tick += 1
@@ -260,6 +405,10 @@ class Rounds:
             self.figures.acknowledged += 1
             self._rev = max(self._rev, reply["rev"])
             self._clean_since = max(self._clean_since, ask.sent)
+            cmd = ask.request["cmd"]
+            op = {"register": "up", "update": "change", "deregister": "down"}[cmd]
+            assert reply["rev"] not in self._changes, f"{ask.request} and another have {reply}"
+            self._changes[reply["rev"]] = (op, ask.key.name, ask.request.get("port"))
         elif reply["error"] == "storage_failed":
             assert self._is_failing
             self.figures.failed += 1
@@ -269,23 +418,51 @@ class Rounds:
     def _all(self) -> list[Key]:
         return [key for keys in self._keys for key in keys]
 
+    def _acknowledged(self) -> dict[str, Found]:
+        return {key.name: key.acknowledged for key in self._all() if key.acknowledged}
+
+    def _peek(self) -> Recovery:
+        return peek(self.registry, Files())
+
     def _verify(self) -> None:
-        temporary = self.registry.with_name(self.registry.name + ".tmp")
-        was_in_a_commit = temporary.exists()
-        held: dict[str, Any] = json.loads(self.registry.read_bytes()) if self.registry.exists() else {}
-        rev = held.pop("$regd", {"rev": 0})["rev"]
-        assert rev >= self._rev, f"revision {rev} in the file, {self._rev} was acknowledged"
+        found = self._peek()
+        held = {entry.name: Found(entry.port, entry.meta["mark"]) for entry in found.entries}
+        assert found.rev >= self._rev, f"revision {found.rev} on disk, {self._rev} was acknowledged"
         assert held.keys() <= {key.name for key in self._all()}
+        was_in_a_commit = any("not written whole" in note for note in found.notes)
         for key in self._all():
-            fields = held.get(key.name)
-            state = Found(fields["port"], fields["meta"]["mark"]) if fields else None
+            state = held.get(key.name)
             may_be = key.may_be(self._clean_since, is_failing=self._is_failing)
-            assert state in may_be, f"{key.name} is {state} in the file; it may be {may_be}"
+            assert state in may_be, f"{key.name} is {state} on disk; it may be {may_be}"
             was_in_a_commit |= state != key.acknowledged
             self.figures.unanswered += sum(ask.answered is None for ask in key.open)
             key.acknowledged, key.open = state, []
-        self._rev = rev
+        self._rev = found.rev
+        for fold in (self._watcher, self._seldom_watcher):
+            self._verify_watcher(fold, found)
         self.figures.in_a_commit += was_in_a_commit
+        self.figures.in_a_checkpoint += self.registry.with_name(self.registry.name + ".tmp").exists()
+        self._count_rotations()
+
+    def _verify_watcher(self, fold: Fold, found: Recovery) -> None:
+        """Check that a watcher has nothing that the disk does not have."""
+        if fold.rev is None:
+            return
+        was_valid = fold.is_valid and not self._is_failing
+        fold.is_valid = fold.epoch == found.epoch or fold.epoch in found.epochs
+        assert fold.is_valid or not was_valid, f"the disk does not know the epoch of {fold.position}"
+        assert fold.rev <= found.rev, f"a watcher has revision {fold.rev}, the disk {found.rev}"
+        if fold.last is None or fold.last[0] <= found.history_rev:
+            return
+        rev, kind, name = fold.last
+        change = next(change for change in found.history if change.rev == rev)
+        assert (change.op, change.entry.name) == (kind, name), f"a watcher has {fold.last}, the disk {change}"
+
+    def _count_rotations(self) -> None:
+        heads = [path.read_bytes().partition(b"\n")[0] for path in self.registry.parent.glob("registry.journal*")]
+        lines = {json.loads(head)["line"] for head in heads if head.endswith(b"}")}
+        self.figures.rotations += max(len(lines - self._segments) - 1, 0)
+        self._segments |= lines
 
 
 def run(folder: Path, rounds: int, seed: int) -> Figures:
@@ -297,6 +474,7 @@ def run(folder: Path, rounds: int, seed: int) -> Figures:
             crashes.run(kind)
         except AssertionError as error:
             raise AssertionError(f"seed {seed}, round {count}, {kind}: {error}") from error
+    asyncio.run(crashes.check_all_of_history())
     return crashes.figures
 
 

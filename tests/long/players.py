@@ -18,7 +18,18 @@ from regd_client.client import Client
 from regd_client.errors import RegdError, Timeout, Unavailable
 from regd_client.mirrors import Mirror
 from regd_client.registration import Registration
-from tests.long.witnesses import Failure, Listener, Model, Record, Value, Watcher, digest, key_of, value_of
+from tests.long.witnesses import (
+    HISTORY,
+    Failure,
+    Listener,
+    Model,
+    Record,
+    Value,
+    Watcher,
+    digest,
+    key_of,
+    value_of,
+)
 from tests.support.daemon import WAIT_S, DaemonProcess, Peer
 
 GRACE_S = 4.0
@@ -32,13 +43,14 @@ FINE = ("conflict", "not_found", "shutting_down")  # errors that a write may get
 
 
 class SmallDaemon(DaemonProcess):
-    """A daemon with a short history and frequent `progress` events."""
+    """A daemon with a short history, small segments of the journal and frequent `progress` events."""
 
     def command(self, *flags: str) -> list[str]:
         program, dash_c, start, *rest = super().command(*flags)
         small = (
             "import dataclasses, regd.core.limits as of; "
-            "of.DEFAULT = dataclasses.replace(of.DEFAULT, history_changes_max=100, progress_s=2.0); "
+            f"of.DEFAULT = dataclasses.replace(of.DEFAULT, history_changes_max={HISTORY}, progress_s=2.0, "
+            "journal_segment_bytes_max=65_536); "
         )
         return [program, dash_c, small + start, *rest]
 
@@ -120,7 +132,7 @@ class Players:
             await asyncio.sleep(0.02)
 
     def want(self, key: str, *values: Value, sure: bool = False) -> None:
-        """Record the value that a key may have from now on; with `sure` it must have it, in the file, too."""
+        """Record the value that a key may have from now on; with `sure` it must have it, on disk too."""
         self.record.note(key, f"may be {values}{' for sure' if sure else ''}")
         self.model.may[key] = list(values)
         (self.model.sure.add if sure else self.model.sure.discard)(key)

@@ -1,13 +1,13 @@
 """Random clients of a daemon that is killed, suspended and disconnected. All must agree on its state afterwards.
 
 `python -m tests.long.soak [--minutes M] [--seed S]`, or `make soak`. Trouble alternates with quiet points. At a quiet
-point watchers, listeners, mirrors, `list`, the file and the model of the requests must be equal. If one differs, the
+point watchers, listeners, mirrors, `list`, the disk and the model of the requests must be equal. If one differs, the
 history of its subject is printed, and the exit status is 1.
 """
 
 import argparse
 import asyncio
-import json
+import contextlib
 import logging
 import random
 import signal
@@ -19,6 +19,10 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from regd.core.model import key_text
+from regd.storage.document import Unreadable
+from regd.storage.files import Files
+from regd.storage.store import peek
 from tests.long.players import PATIENCE_S, Players
 from tests.long.proxy import Proxy
 from tests.long.witnesses import Failure, Listener, Value, Watcher, endpoint_value, fitting, key_of, value_of
@@ -55,7 +59,7 @@ class Soak(Players):
         status, errors = await whole(self.daemon.end, number)
         if errors or status != (0 if number == signal.SIGTERM else -number):
             raise Failure("*", f"the daemon ended with {status}: {errors}")
-        self.check_file()
+        self.check_disk()
         if self.rng.random() < 0.3:
             self.proxy.cut()
             await self.stale(5.0)
@@ -100,20 +104,28 @@ class Soak(Players):
 
     # Agreement.
 
-    def file(self) -> tuple[int, dict[str, Value]]:
-        document = json.loads(self.daemon.registry.read_text())
-        rev = document.pop("$regd")["rev"]
-        return rev, {key: value_of(fields) for key, fields in document.items()}
+    def disk(self) -> tuple[int, dict[str, Value]]:
+        """Return the revision and the state that a start would find."""
+        while True:
+            # A running daemon may replace a file while it is read.
+            with contextlib.suppress(FileNotFoundError, Unreadable):
+                found = peek(self.daemon.registry, Files())
+                return found.rev, {
+                    key_text(entry.key): (entry.port, tuple(sorted(entry.meta.items())), str(entry.state))
+                    for entry in found.entries
+                }
+            if self.daemon.process is None:
+                raise Failure("*", "the files cannot be read")
 
-    def check_file(self) -> None:
-        """Check after a kill that the file has all acknowledged and all announced changes."""
-        rev, state = self.file()
+    def check_disk(self) -> None:
+        """Check after a kill that the disk has all acknowledged and all announced changes."""
+        rev, state = self.disk()
         for watcher in self.watchers:
             if watcher.rev is not None and watcher.rev > rev:
-                raise Failure(watcher.name, f"was told revision {watcher.rev}, the file is at {rev}")
+                raise Failure(watcher.name, f"was told revision {watcher.rev}, the disk is at {rev}")
         for key in self.model.sure:
             if state.get(key) not in self.model.may[key]:
-                raise Failure(key, f"the file has {state.get(key)}, it may be {self.model.may[key]}")
+                raise Failure(key, f"the disk has {state.get(key)}, it may be {self.model.may[key]}")
         self.model.settle(state)
 
     async def quiet(self) -> None:
@@ -146,9 +158,9 @@ class Soak(Players):
         there = {
             key_of(instance["name"], instance["instance"]): value_of(instance) for instance in reply["instances"]
         }
-        rev, in_file = self.file()
-        if (rev, in_file) != (reply["rev"], there):
-            return (f"the file is at {rev}: {differing(in_file, there)}", "*"), there
+        rev, on_disk = self.disk()
+        if (rev, on_disk) != (reply["rev"], there):
+            return (f"the disk is at {rev}: {differing(on_disk, there)}", "*"), there
         for key in there.keys() | self.model.may.keys():
             if there.get(key) not in (may := self.model.may.get(key, [None])):
                 return (f"{there.get(key)} is there, it may be {may}", key), there
@@ -170,7 +182,7 @@ class Soak(Players):
     async def empty(self) -> None:
         """Check that nothing is left after all clients have left."""
         static = {
-            key: value for key, value in self.file()[1].items() if value and key.startswith(("static.", "late"))
+            key: value for key, value in self.disk()[1].items() if value and key.startswith(("static.", "late"))
         }
         until = time.monotonic() + AGREE_S
         while True:

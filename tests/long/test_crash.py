@@ -12,4 +12,6 @@ def test_kill_9_loses_no_acknowledged_change(tmp_path: Path) -> None:
     figures = crash.run(tmp_path, rounds=repeats * len(crash.KINDS), seed=random.randrange(2**32))
     assert figures.rounds == 5 * repeats
     assert figures.acknowledged > 0
+    assert figures.in_history >= figures.acknowledged
+    assert figures.resumed > 0
     assert figures.refused == repeats

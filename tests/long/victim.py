@@ -11,11 +11,17 @@ from regd.server import daemon, engine
 from regd.storage.files import Files
 from tests.support.daemon import DaemonProcess, environment
 
-_STEPS_OF_A_START = 12  # which do not fail, since a daemon that cannot write at its start exits
+_SMALL = (
+    "import dataclasses, regd.core.limits as of; of.DEFAULT = dataclasses.replace("
+    "of.DEFAULT, journal_segment_bytes_max=16_384, checkpoint_interval_s=0.02, reply_bytes_max=100_000); "
+)
 
 
 class Victim(DaemonProcess):
-    """A daemon that will be killed. With a plan it has failing file operations."""
+    """A daemon that will be killed. It writes checkpoints often, and begins a segment after some 60 changes.
+
+    With a plan it has failing file operations.
+    """
 
     def __init__(self, registry: Path, plan: str = "") -> None:
         super().__init__(registry, "--port", "0")
@@ -23,9 +29,10 @@ class Victim(DaemonProcess):
 
     def command(self, *flags: str) -> list[str]:
         command = super().command(*flags)
+        at = command.index("-c") + 1
         if self._plan:
-            at = command.index("-c") + 1
             command[at] = f"from tests.long.victim import trouble; trouble({self._plan}); {command[at]}"
+        command[at] = _SMALL + command[at]  # before any other module takes the limits
         return command
 
     def launch(self) -> None:
@@ -43,7 +50,7 @@ class Victim(DaemonProcess):
 
 
 def trouble(kill_at: int, fail_share: float, seed: int) -> None:
-    """Called in the daemon's process: kill it at a file operation, or fail a share of its commits."""
+    """Called in the daemon's process: kill it at a file operation, or fail a share of its syncs."""
     vars(daemon)["Files"] = lambda: Troubled(kill_at, fail_share, seed)
     engine._REPAIR_AFTER_S = 0.01
 
@@ -63,7 +70,8 @@ class Troubled(Files):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _fail(self, share: float) -> None:
-        if self._count > _STEPS_OF_A_START and self._random.random() < share:
+        # The first operation makes the folder durable; without it the daemon would exit.
+        if self._count > 1 and self._random.random() < share:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def create(self, path: Path) -> int:
@@ -77,9 +85,31 @@ class Troubled(Files):
         self._fail(self._fail_share / 5)
         super().write(fd, data[half:])
 
+    def append(self, path: Path) -> int:
+        self._step()
+        return super().append(path)
+
+    def truncate(self, fd: int, size: int) -> None:
+        self._step()
+        super().truncate(fd, size)
+
     def sync(self, fd: int) -> None:
         self._step()
         super().sync(fd)
+
+    def sync_data(self, fd: int) -> None:
+        self._step()
+        self._fail(self._fail_share)
+        super().sync_data(fd)
+
+    def link(self, source: Path, target: Path) -> None:
+        self._step()
+        self._fail(self._fail_share / 5)
+        super().link(source, target)
+
+    def remove(self, path: Path) -> None:
+        self._step()
+        super().remove(path)
 
     def rename(self, source: Path, target: Path) -> None:
         self._step()

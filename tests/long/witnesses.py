@@ -11,6 +11,8 @@ from typing import Any
 from regd_client.models import Endpoint, Event
 
 Value = tuple[int, tuple[tuple[str, str], ...], str] | None  # port, meta, state; None if not registered
+HISTORY = 100  # changes that the daemon keeps for watchers
+_HISTORY_MIN = 50  # of these, after a restart: lines without a revision count as well
 _KEPT = 30_000  # lines of history
 _SHOWN = 60
 _LONG = re.compile(r"(.)\1{8,}")  # padding in values, not shown
@@ -66,7 +68,7 @@ class Model:
 
     def __init__(self) -> None:
         self.may: dict[str, list[Value]] = {}
-        self.sure: set[str] = set()  # keys that the file must have at any time, even after a kill
+        self.sure: set[str] = set()  # keys that the disk must have at any time, even after a kill
         self._doubt: set[str] = set()
         self._settled = 0
 
@@ -143,7 +145,6 @@ class Watcher:
         self.picture: dict[str, dict[str, Any]] = {}
         self.epoch = ""
         self._record = record
-        self._reset_due = False
         self._clear()
 
     def _clear(self) -> None:
@@ -157,20 +158,19 @@ class Watcher:
 
     def begin(self, epoch: str) -> None:
         """Take the reply to a watch from `position`."""
-        self._reset_due = self.rev is not None and epoch != self.epoch
         if self.rev is None:
             self._clear()
+        else:
+            self._record.figures["raw resumed, after a restart"] += epoch != self.epoch
         self.epoch = epoch
 
     def take(self, event: dict[str, Any]) -> None:
         kind, rev = event.pop("event"), event["rev"]
         self._record.figures[f"raw {kind}"] += 1
-        if self._reset_due and kind != "reset":
-            raise Failure(self.name, f"{kind}, not reset, in a new epoch")
         step = kind in ("up", "change", "down")
         if kind == "reset":
-            self._record.figures["raw reset, too slow"] += not self._reset_due
-            self._reset_due = False
+            if self.rev is not None and rev - self.rev < _HISTORY_MIN:
+                raise Failure(self.name, f"reset at {rev}, behind {self.rev}")
             self._clear()
         elif step:
             self._fold(kind, event)

@@ -1,13 +1,12 @@
 """A crash at every operation: the old or the new state loads, and nothing acknowledged is lost.
 
 A real store works on a real folder, through `Files` that reports to a model of a disk. The model says what a power
-cut after each operation may leave. Each of these states is written to another folder, and a new store opens it.
+cut after each operation may leave. A new store starts on each of these states, in memory.
 """
 
 import errno
 import itertools
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,10 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from regd.core.model import Change, Entry, Holder, Op, State, key_text
+from regd.storage import journal_lines
 from regd.storage.document import Document, parse
+from regd.storage.files import Files
 from regd.storage.recovery import Recovery
 from regd.storage.store import StorageError, Store, peek
-from tests.support.disk import Disk, DiskFiles, Killed, Moment, QuickFiles, Trouble, outcomes
+from regd.testing.memory import MemoryFiles
+from tests.support.disk import Choices, Disk, DiskFiles, Found, Killed, Moment, QuickFiles, Trouble, outcomes
 from tests.support.length import examples
 
 FILE = Path("deep/down/registry.json")
@@ -65,7 +67,9 @@ class Workload:
         self.files = DiskFiles(self.disk)
         self.path = self.root / FILE
         self.now = NOTHING  # what is in effect
+        self.saved = NOTHING  # the same without what is owed to the disk
         self.store: Store | None = None
+        self._starts = 0
         self._written = 0
         self._promise = Promise()
         self._since = 0
@@ -78,7 +82,7 @@ class Workload:
 
     def settle(self, state: Held) -> None:
         """From here on it is this state, and no other."""
-        self.now = state
+        self.now = self.saved = state
         self._promised(replace(self._promise, settled=state, asked=()))
 
     def ask(self, state: Held) -> None:
@@ -91,31 +95,32 @@ class Workload:
         """Open a store, as after a restart; what it serves from then on is as good as acknowledged."""
         if self.store is not None:
             self.store.close()
-        self.store = Store(self.path, lambda line: None, self.files)
+        self._starts += 1
+        self.store = Store(self.path, lambda line: None, self.files, epoch=f"e{self._starts}")
         opened = held(self.store.open(LOADED_AT))
         assert opened in (self._promise.settled, *self._promise.asked)
         self._forget_theirs()  # what another hand wrote is the registry now
         self.store.begin()
-        self.now = opened
+        self.now = self.saved = opened
         if self.store._journal.is_open:  # else a power cut may still take what was found
             self.settle(opened)
 
     def commit(self, changes: Sequence[Change], after: Held) -> None:
         assert self.store is not None
         if self.is_foreign:
-            self.ask(self.now)  # a checkpoint may come first
+            self.ask(self.saved)  # a checkpoint may come first
         self.ask(after)
         self.store.commit(changes)
-        self.now = after
+        self.now = self.saved = after
         if not self.is_foreign:
             self.settle(after)
 
     def checkpoint(self) -> None:
         assert self.store is not None
-        self.ask(self.now)
+        self.ask(self.saved)
         self.store.checkpoint()
         if self.store._journal.is_open:  # else a failed line may still be on disk
-            self.settle(self.now)
+            self._promised(replace(self._promise, settled=self.saved, asked=()))
 
     def confirm(self) -> None:
         """A request that changes nothing is answered `ok`."""
@@ -163,10 +168,10 @@ class Workload:
         if self.store is not None:
             self.store.close()
 
-    def promised(self) -> Iterator[tuple[Moment, Promise]]:
-        """Yield every moment with every promise that was in force at it."""
+    def promised(self, first: int) -> Iterator[tuple[Moment, Promise]]:
+        """Yield every moment from the first on with every promise that was in force at it."""
         for begin, end, promise in (*self.promises, (self._since, len(self.disk.moments), self._promise)):
-            for moment in self.disk.moments[begin:end]:
+            for moment in self.disk.moments[max(begin, first) : end]:
                 yield moment, promise
 
 
@@ -224,6 +229,16 @@ def kept(work: Workload) -> None:
         work.commit([Change(work.now.rev, Op.KEEP, entry)], work.now)
 
 
+def unsynced(work: Workload) -> None:
+    """A commit of a daemon that is killed before the sync: its line is in the kernel's memory alone."""
+    assert work.store is not None
+    [change], after = changed(work.now, ("unsynced", 1))
+    fd = work.store._journal._fd
+    if fd is not None:
+        work.ask(after)
+        work.files.write(fd, journal_lines.change(work.store._position.line + 1, change, 1))
+
+
 def repaired(work: Workload) -> None:
     work.commit([], work.now)
 
@@ -270,63 +285,77 @@ def run(root: Path, steps: Iterable[tuple[Step, Trouble | None, int]]) -> Worklo
 # What must hold after a crash.
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a start finds on what a crash left, and the contents of the files before and after it."""
+
+    opened: Held
+    registry: bytes | None  # the registry file that it found
+    before: frozenset[bytes]
+    after: frozenset[bytes]
+
+    def check(self, promise: Promise, did: str) -> None:
+        assert self.before.issuperset(promise.spared), f"after {did}: what another hand wrote is lost"
+        assert self.opened in (promise.settled, *promise.asked), f"after {did}"
+        assert self.after.issuperset(set(promise.spared) - {self.registry}), f"lost by a start after {did}"
+
+
 class Crashes:
-    """Opens what crashes leave, each state once: lives have much in common."""
+    """Starts on what crashes leave, on each state once: lives have much in common."""
 
-    def __init__(self, folder: Path) -> None:
-        self.states = 0
-        self._folder = folder
-        self._good: set[object] = set()
+    def __init__(self) -> None:
+        self._starts: dict[frozenset[Found], Start] = {}
+        self._outcomes: dict[Choices, list[Start]] = {}
+        self._good: set[tuple[Choices, Promise]] = set()
 
-    def check(self, work: Workload) -> None:
-        for moment, promise in work.promised():
+    def check(self, work: Workload, begin: int = 0) -> None:
+        """Check every moment from `begin` on."""
+        for moment, promise in work.promised(begin):
             choices = moment.choices()
-            if (choices, promise) in self._good:
-                continue
-            for left in outcomes(choices):
-                # Nobody reads what is left under the temporary name: one content stands for all.
-                left = {name: b"{" if name.endswith(".tmp") else data for name, data in left.items()}
-                state = (frozenset(left.items()), promise)
-                if state not in self._good:
-                    self.states += 1
-                    self._check(left, promise, moment.did)
-                    self._good.add(state)
-            self._good.add((choices, promise))
+            if (choices, promise) not in self._good:
+                if choices not in self._outcomes:
+                    states = {frozenset(left.items()) for left in outcomes(choices)}
+                    self._outcomes[choices] = [self._start(state, moment.did) for state in states]
+                for start in self._outcomes[choices]:
+                    start.check(promise, moment.did)
+                self._good.add((choices, promise))
 
-    def _check(self, left: Mapping[str, bytes | None], promise: Promise, did: str) -> None:
-        for name, data in sorted(left.items()):
-            if data is None:
-                (self._folder / name).mkdir()
-            else:
-                (self._folder / name).write_bytes(data)
-        try:
-            check_start(self._folder / FILE, promise, did)
-        finally:
-            for path in self._folder.iterdir():
-                shutil.rmtree(path)
+    def _start(self, state: frozenset[Found], did: str) -> Start:
+        if state not in self._starts:
+            try:
+                self._starts[state] = started(state)
+            except BaseException as error:
+                error.add_note(f"after {did}, with {sorted(state)}")
+                raise
+        return self._starts[state]
 
 
-def check_start(path: Path, promise: Promise, did: str) -> None:
+def started(left: Iterable[Found]) -> Start:
     """Start on what a crash left, and change something at once."""
-    assert missing(path.parent, promise.spared) == [], f"after {did}: what another hand wrote is lost"
-    theirs = path.read_bytes() if path.exists() else b""
-    store = Store(path, lambda line: None, QuickFiles())
+    files, path = MemoryFiles(), Path("/") / FILE
+    for name, data in sorted(left):
+        if data is None:
+            files.make_folder(Path("/") / name)
+        else:
+            fd = files.create(Path("/") / name)
+            files.write(fd, data)
+            files.close(fd)
+    before, registry = contents(files, path.parent), dict(left).get(str(FILE))
+    store = Store(path, lambda line: None, files, epoch="after")
     opened = held(store.open(LOADED_AT))
-    assert opened in (promise.settled, *promise.asked), f"after {did}"
     store.begin()
     changes, after = changed(opened, ("after", 1))
     store.commit(changes)
-    assert held(peek(path, QuickFiles())) == after
+    assert held(peek(path, files)) == after
     store.checkpoint()
     store.close()
-    assert held(parse(path.read_bytes(), LOADED_AT)) == after
-    assert missing(path.parent, [data for data in promise.spared if data != theirs]) == []
-    assert not [name for name in os.listdir(path.parent) if name.endswith(".tmp")]
+    assert held(parse(files.read(path), LOADED_AT)) == after
+    assert not [name for name in files.names(path.parent) if name.endswith(".tmp")]
+    return Start(opened, registry, before, contents(files, path.parent))
 
 
-def missing(folder: Path, spared: Iterable[bytes]) -> list[bytes]:
-    there = [path.read_bytes() for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
-    return [data for data in spared if data not in there]
+def contents(files: Files, folder: Path) -> frozenset[bytes]:
+    return frozenset(files.read(folder / name) for name in files.names(folder))
 
 
 A_LIFE: Mapping[str, Sequence[Step]] = {
@@ -339,6 +368,7 @@ A_LIFE: Mapping[str, Sequence[Step]] = {
     "a checkpoint that is old": [restarted, batch(("a", 1)), checkpointed, batch(("b", 2)), restarted],
     "another segment": [restarted, batch(("a", 1)), checkpointed, rotated, batch(("b", 2)), batch(("a", 0))],
     "segments and restarts": [restarted, batch(("a", 1)), rotated, batch(("b", 2)), restarted, batch(("b", 0))],
+    "a killed commit": [restarted, batch(("a", 1)), unsynced, restarted, batch(("b", 2))],
     "another hand": [restarted, batch(("a", 1)), hand("replaced"), batch(("b", 1)), checkpointed],
     "another hand twice": [restarted, hand("in place"), checkpointed, hand("in place"), batch(("b", 1))],
     "another hand that takes away": [restarted, batch(("a", 1)), hand("removed"), batch(("b", 1)), checkpointed],
@@ -348,8 +378,8 @@ A_LIFE: Mapping[str, Sequence[Step]] = {
 
 
 @pytest.fixture(scope="module")
-def crashes(tmp_path_factory: pytest.TempPathFactory) -> Crashes:
-    return Crashes(tmp_path_factory.mktemp("crashes"))
+def crashes() -> Crashes:
+    return Crashes()
 
 
 @pytest.mark.parametrize("steps", A_LIFE.values(), ids=A_LIFE)
@@ -369,9 +399,9 @@ def test_crash_at_every_operation_after_a_failure(
             (root := tmp_path / f"{troubled}-{due}").mkdir()
             plan = [(step, trouble if at == troubled else None, due) for at, step in enumerate(steps)]
             work = run(root, plan)
-            crashes.check(work)
             if not work.files.befell:
                 break
+            crashes.check(work, work.files.befell_at)
 
 
 NAMES = st.sampled_from(["a", "b", "c"])
@@ -386,7 +416,7 @@ STEPS = st.one_of(
 TROUBLED = st.tuples(STEPS, st.none() | st.sampled_from(Trouble), st.integers(0, 12))
 
 
-@settings(max_examples=examples(40), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(100), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(TROUBLED, min_size=1, max_size=8))
 def test_crash_in_a_random_history(crashes: Crashes, steps: list[tuple[Step, Trouble | None, int]]) -> None:
     with tempfile.TemporaryDirectory() as root:

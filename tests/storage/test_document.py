@@ -171,3 +171,18 @@ def test_truncated_file_is_refused(found: list[Entry], draw: st.DataObject) -> N
     cut = draw.draw(st.integers(0, len(data) - 2))
     with pytest.raises(Unreadable):
         parse(data[:cut], 0.0)
+
+
+def test_revision_limit_of_an_edited_file() -> None:
+    """A revision near the limit of 64 bits would leave no room for changes: regd could not load its own file."""
+    for data in (
+        b'{"$regd": {"format": 2, "rev": %d}, "a": {"port": 1}}',
+        b'{"a": {"port": 1, "rev": %d}}',
+    ):
+        assert parse(data % 2**62, 0.0).rev == 2**62
+        with pytest.raises(Unreadable, match=f"revision {2**62 + 1} is too large"):
+            parse(data % (2**62 + 1), 0.0)
+    document = parse(b'{"a": {"port": 1, "rev": %d}}' % 2**62, 0.0)
+    later = replace(document.entries[0], rev=2**62 + 1)
+    written = b"".join(chunks(2**62 + 1, Position("e", 2), [line(later)]))
+    assert parse(written, 0.0) == Document(2**62 + 1, [later], Position("e", 2))

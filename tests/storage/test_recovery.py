@@ -132,6 +132,25 @@ def test_damaged_head_of_a_segment() -> None:
     assert ports(found) == {"c": 1, "d": 1}
 
 
+@pytest.mark.parametrize("rev", [0, -1, 2**63])
+def test_revision_of_no_change_is_refused(rev: int) -> None:
+    with pytest.raises(Unreadable, match='"rev" must be'):
+        recovered(checkpoint(3), WHOLE + batch(4, up(rev, "c")))
+
+
+def test_revision_never_goes_back() -> None:
+    found = recovered(checkpoint(3), WHOLE + batch(4, up(1, "c")))
+    assert (found.rev, found.valid) == (2, False)
+
+
+def test_keep_of_an_entry_that_a_hand_removed_has_a_revision() -> None:
+    """Also behind a gap, where the revision of a line that has none is not known."""
+    kept = journal_lines.change(5, Change(3, Op.KEEP, entry("a", 1, 1)), 1)
+    following = journal_lines.head(Head(5, 0, "", {})) + kept
+    [found] = recovered(checkpoint(4, 0), WHOLE, following).entries
+    assert (found.name, found.rev) == ("a", 1)
+
+
 def test_newer_format_is_refused() -> None:
     newer = journal_lines._closed('{"format":2,"line":1')
     with pytest.raises(Unreadable, match="format 2 is of another version"):

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from regd.core.model import Change, Entry, Op, State
+from regd.storage import journal_lines
+from regd.storage.files import Files
 from regd.storage.store import StorageError, Store
 from tests.support.files import BROKEN, FULL, RecordedFiles
 
@@ -363,6 +365,18 @@ def test_folder_that_cannot_be_synced(shelf: Shelf) -> None:
     assert shelf.reopened() == {"a": 1}
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_first_start_where_no_folder_can_be_synced(tmp_path: Path, number: int) -> None:
+    files = RecordedFiles()
+    files.failing["sync_folder"] = number
+    store = Store(tmp_path / "new" / "folder" / "registry.json", print, files)
+    store.open(0.0)
+    store.begin()
+    store.commit([up(1, "a")])
+    store.checkpoint()
+    store.close()
+
+
 def test_obstacle_is_reported_at_the_start(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     shelf.store.close()
     monkeypatch.setattr(shelf.files, "obstacle", lambda path: "it is a mount point of its own")
@@ -371,3 +385,74 @@ def test_obstacle_is_reported_at_the_start(shelf: Shelf, monkeypatch: pytest.Mon
     with pytest.raises(StorageError, match=r"cannot replace .*registry\.json: it is a mount point"):
         store.begin()
     store.close()
+
+
+def test_journal_of_a_newer_version_is_set_aside_too(shelf: Shelf) -> None:
+    shelf.save(up(1, "a"))
+    shelf.store.close()
+    journal = shelf.path.with_name("registry.journal")
+    newer = journal_lines._closed('{"format":2,"line":1')
+    journal.write_bytes(newer)
+    shelf.path.write_text('{"mine": {"port": 9}}')
+    assert shelf.reopened() == {"mine": 9}
+    assert shelf.path.with_name("registry.journal.aside-1").read_bytes() == newer
+    assert shelf.reopened() == {"mine": 9}
+
+
+def test_mount_point_is_an_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "my registry.json"
+    path.write_text("{}")
+    assert Files().obstacle(path) == ""
+    mounts = f"36 35 98:0 / {tmp_path}/my\\040registry.json rw - ext4 /dev/sda rw\n"
+    monkeypatch.setattr(Path, "read_text", lambda path, **options: mounts)
+    assert "mount its folder instead" in Files().obstacle(path)
+
+
+def test_file_of_another_user_in_a_sticky_folder_is_an_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "registry.json"
+    path.write_text("{}")
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    assert Files().obstacle(path) == ""
+    tmp_path.chmod(0o1777)
+    assert "in a sticky folder" in Files().obstacle(path)
+
+
+def test_pid_written_by_hand_without_born_is_kept(shelf: Shelf) -> None:
+    shelf.store.close()
+    shelf.path.write_text('{"mine": {"port": 9, "pid": 4242}}')
+    assert shelf.reopened() == {"mine": 9}
+    assert json.loads(shelf.path.read_bytes())["mine"]["pid"] == 4242
+    assert shelf.reopened() == {"mine": 9}
+
+
+def test_torn_batch_behind_lines_that_count_is_cut_off(shelf: Shelf) -> None:
+    shelf.store.commit([up(1, "a")])
+    shelf.store.close()
+    journal = shelf.path.with_name("registry.journal")
+    with journal.open("ab") as file:
+        file.write(b'{"line":3,"batch":2,')
+    assert shelf.reopened() == {"a": 1}
+    assert all(journal_lines.number_of(line) for line in journal.read_bytes().splitlines()[1:])
+
+
+def test_journal_that_another_program_replaced_is_not_written(shelf: Shelf) -> None:
+    journal = shelf.path.with_name("registry.journal")
+    copy = journal.with_name("copy")
+    copy.write_bytes(journal.read_bytes())
+    copy.replace(journal)
+    before = journal.read_bytes()
+    with pytest.raises(StorageError, match="is not the file that this regd wrote"):
+        shelf.store.commit([up(1, "a")])
+    assert journal.read_bytes() == before
+
+
+def test_start_without_a_lock_file_writes_the_segment_again(shelf: Shelf) -> None:
+    """A daemon whose lock file was removed may still write to the old one."""
+    shelf.save(up(1, "a"))
+    shelf.store.close()
+    shelf.path.with_name("registry.json.lock").unlink()
+    before = shelf.path.with_name("registry.journal").stat().st_ino
+    assert shelf.reopened() == {"a": 1}
+    assert shelf.path.with_name("registry.journal").stat().st_ino != before

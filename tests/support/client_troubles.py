@@ -1,6 +1,7 @@
 """Producers of the messages of the client and of regctl. Each function causes one message and returns it."""
 
 import asyncio
+import functools
 import os
 import socket
 import sys
@@ -79,7 +80,7 @@ async def silence(scene: Scene) -> str:
         return await refused(Unavailable, asyncio.to_thread(ask))
 
 
-@says("no regd at … (the connection broke before the answer came; a change may have been made or not); …")
+@says("no regd at … (the connection broke before the reply; the change may or may not have been made); …")
 async def broken(scene: Scene) -> str:
     files = RecordedFiles()
     async with scene.daemon(files=files) as daemon, Client() as client:
@@ -106,7 +107,7 @@ async def no_regd(scene: Scene) -> str:
         return await scene.regctl("ping", status=3)
 
 
-@says("… is no address; write tcp://HOST:PORT, HOST:PORT or unix:///path")
+@says("… is not an address; write tcp://HOST:PORT, HOST:PORT or unix:///path")
 async def bad_address(scene: Scene) -> str:
     return await scene.regctl("ping", "--address", "localhost", status=2)
 
@@ -311,7 +312,7 @@ async def another_user_listens(scene: Scene) -> str:
 async def not_registered(scene: Scene, port: int, prober: Callable[[str, int], Probe] | None = None) -> str:
     """Return the message of `regctl run` about a command that does not listen on its port, or is not ready."""
     arguments = {"name": "web", "instance": None, "meta": None}
-    name = run_module._Name(arguments, run_module._Reporter(False), os.getpid(), port, prober)
+    name = run_module._Name(arguments, functools.partial(run_module._report, False), os.getpid(), port, prober)
     name.begin(accepts=False)
     message = ""
     while " is not " not in message or not message.endswith("\n"):

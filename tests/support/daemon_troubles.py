@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from regd.core.limits import DEFAULT
-from regd.storage.store import StorageError
+from regd.storage.store import StorageError, Store
 from regd.system import peer_credentials
 from regd.system.listener import ListenError
 from tests.support.daemon import InLoop
@@ -89,6 +89,16 @@ async def registry_does_not_parse(scene: Scene) -> str:
     return await scene.regd("--port", "0", status=1)
 
 
+@says(
+    "…: line …: …; restore the file, or move the journal away to go on from registry.json alone; nothing was changed"
+)
+async def journal_damaged(scene: Scene) -> str:
+    async with scene.daemon():
+        pass
+    scene.journal.write_bytes(b"damaged\n")
+    return await scene.regd("--port", "0", status=1)
+
+
 @says("… is not a regular file; name another with --registry")
 async def registry_is_a_folder(scene: Scene) -> str:
     scene.registry.mkdir()
@@ -119,7 +129,7 @@ async def bad_flag(scene: Scene) -> str:
 # The log.
 
 
-@says("the registry file could not be written (…); the change is not in effect")
+@says("the registry could not be written (…); the change is not in effect")
 async def disk_full(scene: Scene) -> str:
     files = RecordedFiles()
     async with scene.daemon(files=files):
@@ -128,6 +138,48 @@ async def disk_full(scene: Scene) -> str:
         files.failing.clear()
     await scene.logged("changes are refused until it can be written")
     return message
+
+
+@says("… is not the file that this regd wrote: another regd was started on this registry; this one ends, and …")
+async def taken_over(scene: Scene) -> str:
+    store = Store(scene.registry, lambda line: None)
+    store.open(0.0)
+    store.begin()
+    scene.journal.rename(scene.folder / "moved")
+    scene.journal.touch()
+    try:
+        with pytest.raises(StorageError) as caught:
+            store.check_kept()
+    finally:
+        store.close()
+    return str(caught.value)
+
+
+@says("… was removed by another program; regd begins a new one")
+async def journal_removed(scene: Scene) -> str:
+    async with scene.daemon() as daemon:
+        scene.journal.unlink()
+        assert (await (await daemon.peer()).ask(REGISTER))["ok"]
+    return await scene.logged("begins a new one")
+
+
+@says("… ends in a batch that was not written whole: cut off at byte …")
+async def torn_batch(scene: Scene) -> str:
+    async with scene.daemon():
+        pass
+    with scene.journal.open("ab") as file:
+        file.write(b'{"line":2,"batch":1,"rev":1')
+    async with scene.daemon():
+        return await scene.logged("not written whole")
+
+
+@says("… is missing, so the journal is set aside")
+async def file_missing(scene: Scene) -> str:
+    async with scene.daemon():
+        pass
+    scene.registry.unlink()
+    async with scene.daemon():
+        return await scene.logged("so the journal is set aside")
 
 
 @says(

@@ -49,6 +49,10 @@ class RecordedFiles(Files):
         self._tell("rename", f"{source.name} {target.name}")
         super().rename(source, target)
 
+    def link(self, source: Path, target: Path) -> None:
+        self._tell("link", f"{source.name} {target.name}")
+        super().link(source, target)
+
     def sync_folder(self, path: Path) -> None:
         self._tell("sync_folder")
         super().sync_folder(path)

@@ -28,6 +28,7 @@ class Scene:
     ) -> None:
         self.folder = folder
         self.registry = folder / "registry.json"
+        self.journal = folder / "registry.journal"
         self.patch = patch
         log.set_level("INFO", "regd")
         self._log = log

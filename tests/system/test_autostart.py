@@ -45,7 +45,7 @@ asyncio.run(main())
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Demand]:
     """A state folder and a Unix socket, set in this process's environment, too."""
-    monkeypatch.setattr(autostart, "_REST_S", 1_000.0)
+    monkeypatch.setattr(autostart, "_RETRY_S", 1_000.0)
     with demand(tmp_path) as here:
         for key, value in here.environment().items():
             if key.startswith(("REGD_", "XDG_")) or key == "HOME":
@@ -370,7 +370,7 @@ async def test_state_folder_cannot_be_created(here: Demand, tmp_path: Path) -> N
     (tmp_path / "state").touch()
     assert await error_message() == (
         f"regd at unix://{tmp_path}/s cannot be started: cannot use {here.folder}: Not a directory; "
-        "give its rights to this user, or name another folder in XDG_STATE_HOME"
+        "give this user write access, or name another folder in XDG_STATE_HOME"
     )
     status, out, errors = here.regctl("wait", "db", "--timeout", "1000")  # does not retry
     assert (status, out) == (3, "")
@@ -395,15 +395,15 @@ async def test_port_taken_on_one_address_family(here: Demand) -> None:
 
 
 async def test_client_package_without_daemon_reports_it(here: Demand, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autostart, "_package", lambda: None)
+    monkeypatch.setattr(autostart, "_package_folder", lambda: None)
     monkeypatch.setenv("PATH", str(here.place))
     assert (await error_message()).endswith(
-        "there is none to start: this Python has no package regd, and PATH no `regd`"
+        "this Python does not have the package regd, and PATH does not have `regd`"
     )
 
 
 def test_client_package_starts_regd_from_path(here: Demand, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autostart, "_package", lambda: None)
+    monkeypatch.setattr(autostart, "_package_folder", lambda: None)
     command = here.place / "bin" / "regd"
     command.parent.mkdir()
     command.write_text(f"#!/bin/sh\nexec '{sys.executable}' -m regd \"$@\"\n")
@@ -437,8 +437,7 @@ async def test_program_that_is_not_python_is_not_started_as_daemon(
         monkeypatch.setattr(sys, "executable", None)
         subject = "this program"
     assert (await error_message()).endswith(
-        f"there is none to start: {subject} is no Python interpreter, and PATH has no `regd`; install regd, or start "
-        "it yourself"
+        f"{subject} is not a Python interpreter, and PATH does not have `regd`; install regd, or start it yourself"
     )
     assert sorted(path.name for path in here.place.iterdir()) == ["app"]
 
@@ -484,7 +483,7 @@ async def test_autostart_without_a_home_creates_nothing(
     else:
         monkeypatch.setenv("HOME", home)
     assert (await error_message()).endswith(
-        "there is no folder for its registry: HOME is no absolute path, and this user has no home folder; set HOME "
+        "it has no folder for its registry: HOME is not an absolute path, and this user has no home folder; set HOME "
         "or XDG_STATE_HOME"
     )
     assert list(here.place.iterdir()) == []
@@ -501,7 +500,7 @@ def test_autostart_from_a_deleted_folder(here: Demand, path: str, monkeypatch: p
     try:
         monkeypatch.setenv("PATH", path)
         monkeypatch.setenv("PYTHONPATH", f"relative{os.pathsep}{here.environment()['PYTHONPATH']}")
-        assert autostart._environment()["PYTHONPATH"].count("relative") == 0
+        assert autostart._daemon_environment()["PYTHONPATH"].count("relative") == 0
         assert pid_of() in here.daemons()
     finally:
         os.chdir(original)

@@ -5,6 +5,7 @@ Uses real file systems where this user may mount one, and failing `Files` in a d
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -12,21 +13,34 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from regd.core.limits import DEFAULT
+from regd.storage.document import Unreadable
 from tests.support.daemon import WAIT_S, DaemonProcess, InLoop, Peer
 from tests.support.files import BROKEN, FULL, RecordedFiles
 from tests.support.polling import until
+from tests.support.stored import stored
 
-STEPS = ("create", "write", "sync", "rename", "sync_folder", "print")
+COMMIT_STEPS = ("write", "sync_data", "print")
+SEGMENT_STEPS = ("create", "write", "sync", "link", "rename", "sync_folder", "sync_data")
+CHECKPOINT_STEPS = ("create", "sync", "rename", "sync_folder")
 _FILE_SYSTEM_BYTES = 64 * 1_024
 
 
-def held(path: Path) -> set[str]:
-    """Return the names that the file holds; none where there is no file."""
+def held(path: Path) -> set[str] | None:
+    """Return the names that the disk holds; None if a file was replaced meanwhile."""
+    with contextlib.suppress(FileNotFoundError, Unreadable):
+        return set(stored(path))
+    return None
+
+
+def in_file(path: Path) -> set[str]:
+    """Return the names in the file, without the journal; none where there is no file."""
     return set(json.loads(path.read_bytes())) - {"$regd"} if path.exists() else set()
 
 
@@ -107,6 +121,12 @@ def fill(folder: Path) -> Path:
     return filler
 
 
+async def exhaust(peer: Peer) -> None:
+    """Write more than the rest of the journal's last page, which the file system has given to it already."""
+    reply = await peer.ask(cmd="register", name="large", port=1, meta={"k": "x" * 4_000})
+    assert reply["error"] == "storage_failed"
+
+
 async def test_full_disk(small: Path, peers: Callable[[DaemonProcess], Any]) -> None:
     with DaemonProcess(small / "registry.json") as daemon:
         daemon.start()
@@ -114,23 +134,27 @@ async def test_full_disk(small: Path, peers: Callable[[DaemonProcess], Any]) -> 
         assert (await peer.ask(cmd="register", name="old", port=1))["ok"]
         assert len(await watching(watcher)) == 1
         filler = fill(small)
+        await exhaust(peer)
         await all_are_refused(peer, "No space left")
-        assert not daemon.registry.with_name(
-            "registry.json.tmp"
-        ).exists()  # it would keep others from what is left
         daemon.end(signal.SIGKILL)
 
         daemon.start()  # on a disk that is full
         peer, watcher = await peers(daemon), await peers(daemon)
         assert [event["name"] for event in await watching(watcher)] == ["old"]
+        await exhaust(peer)
         await all_are_refused(peer, "No space left")
+        assert not any(
+            name.endswith(".tmp") for name in os.listdir(small)
+        )  # it would keep others from what is left
         filler.unlink()
         assert (await peer.ask(cmd="register", name="late", port=4))["rev"] == 2
         event = await watcher.reply()  # of what was refused it has heard nothing
         assert (event["event"], event["name"], event["rev"]) == ("up", "late", 2)
         assert held(daemon.registry) == {"old", "late"}
-        assert sorted(os.listdir(small)) == ["registry.json", "registry.json.lock"]
         assert daemon.end()[0] == 0
+        assert in_file(daemon.registry) == {"old", "late"}
+        names_left = {name.rstrip("0123456789") for name in os.listdir(small)}
+        assert names_left == {"registry.json", "registry.json.lock", "registry.journal", "registry.journal."}
 
 
 def idle() -> subprocess.Popen[bytes]:
@@ -149,6 +173,7 @@ async def test_process_that_dies_on_a_full_disk_is_removed_from_the_file_later(
             assert (await peer.ask(cmd="register", name="lease", port=1, ttl=1))["ok"]
             await watching(watcher)
             filler = fill(small)
+            await exhaust(peer)
             await holder.reset()
             process.kill()
         downs = [await watcher.reply() for _ in range(3)]
@@ -164,24 +189,32 @@ async def test_process_that_dies_on_a_full_disk_is_removed_from_the_file_later(
         daemon.end(signal.SIGKILL)
         daemon.start()
         reply = await (await peers(daemon)).ask("list")
-        assert (reply["instances"], reply["rev"]) == ([], 6)
+        # The refused change may be on disk as revision 4, so that the ends have later ones.
+        assert (reply["instances"], reply["rev"]) == ([], 7)
 
 
-async def test_disk_becomes_read_only(small: Path, peers: Callable[[DaemonProcess], Any]) -> None:
+async def test_read_only_folder_delays_the_file_alone(small: Path, peers: Callable[[DaemonProcess], Any]) -> None:
+    """The journal is open for writing, and stays so below the read-only mount."""
     with DaemonProcess(small / "registry.json") as daemon:
         daemon.start()
         peer, watcher = await peers(daemon), await peers(daemon)
         assert (await peer.ask(cmd="register", name="old", port=1))["ok"]
         await watching(watcher)
-        mount("--bind", str(small), str(small))  # the lock is open for writing, and stays so below this one
+        await until(lambda: in_file(daemon.registry) == {"old"})
+        mount("--bind", str(small), str(small))
         try:
             mount("-o", "remount,bind,ro", str(small))
-            await all_are_refused(peer, "Read-only")
+            assert (await peer.ask(cmd="register", name="late", port=4))["rev"] == 2
+            assert (await watcher.reply())["name"] == "late"
+            assert held(daemon.registry) == {"old", "late"}
+            await asyncio.sleep(1.1)  # the next checkpoint fails
+            assert in_file(daemon.registry) == {"old"}
         finally:
             unmount(small)
-        assert (await peer.ask(cmd="register", name="late", port=4))["rev"] == 2
-        assert (await watcher.reply())["name"] == "late"
-        assert held(daemon.registry) == {"old", "late"}
+        await until(lambda: in_file(daemon.registry) == {"old", "late"})  # nobody asks for anything
+        _, log = daemon.end()
+        assert log.count("Read-only file system; the journal has all changes") == 1
+        assert log.count("can be written again") == 1
 
 
 async def test_registry_folder_disappears_and_returns(
@@ -192,12 +225,13 @@ async def test_registry_folder_disappears_and_returns(
         peer, watcher = await peers(daemon), await peers(daemon)
         assert (await peer.ask(cmd="register", name="old", port=1))["ok"]
         await watching(watcher)
+        await until(lambda: in_file(daemon.registry) == {"old"})
         shutil.rmtree(daemon.registry.parent)
         await all_are_refused(peer, "No such file")
         # What is there already changes nothing, but is not in the file: nobody is told that it is.
         assert (await peer.ask(cmd="register", name="old", port=1))["error"] == "storage_failed"
         daemon.registry.parent.mkdir()
-        await until(lambda: held(daemon.registry) == {"old"})  # nobody asks for anything
+        await until(lambda: in_file(daemon.registry) == {"old"})  # nobody asks for anything
         assert (await peer.ask(cmd="register", name="late", port=4))["rev"] == 2
         assert (await watcher.reply())["name"] == "late"
         daemon.end(signal.SIGKILL)
@@ -205,29 +239,117 @@ async def test_registry_folder_disappears_and_returns(
         assert await names(await peers(daemon)) == {"old", "late"}
 
 
+async def test_file_that_is_a_mount_of_its_own_is_found_at_the_start(small: Path) -> None:
+    """As of a container with `-v registry.json:/…/registry.json`: the file could never be replaced."""
+    source, target = small / "source.json", small / "registry.json"
+    source.write_text('{"db": {"port": 5432}}')
+    target.write_text("")
+    mount("--bind", str(source), str(target))
+    try:
+        with DaemonProcess(target) as daemon, pytest.raises(AssertionError, match="mount its folder instead"):
+            daemon.start()
+        assert target.read_text() == '{"db": {"port": 5432}}'
+        assert "registry.journal" not in os.listdir(small)
+    finally:
+        unmount(target)
+
+
+async def test_pipe_in_place_of_the_file_holds_up_nobody(
+    tmp_path: Path, peers: Callable[[DaemonProcess], Any]
+) -> None:
+    with DaemonProcess(tmp_path / "registry.json") as daemon:
+        daemon.start()
+        peer = await peers(daemon)
+        await until(daemon.registry.exists)
+        daemon.registry.unlink()
+        os.mkfifo(daemon.registry)  # opening it would wait for a reader or writer
+        for port in range(1, 4):
+            assert (await peer.ask(cmd="register", name=f"n{port}", port=port))["ok"]
+            assert (await peer.ask("ping"))["ok"]
+            await asyncio.sleep(0.5)
+        daemon.registry.unlink()
+        await until(lambda: in_file(daemon.registry) == {"n1", "n2", "n3"})
+        status, log = daemon.end()
+        assert status == 0
+        assert log.count("there is something else than a file in its place; the journal has all changes") == 1
+
+
+@pytest.mark.parametrize("name", ["registry.json", "registry.journal", "registry.journal.1"])
+async def test_pipe_is_refused_at_the_start(tmp_path: Path, name: str) -> None:
+    with DaemonProcess(tmp_path / "registry.json") as daemon:
+        daemon.start()
+        daemon.end()
+        path = daemon.registry.with_name(name)
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        async with asyncio.timeout(WAIT_S):
+            with pytest.raises(AssertionError, match=f"{path} is not a regular file"):
+                await asyncio.to_thread(daemon.start)
+
+
+async def test_full_log_pipe_holds_up_nobody(tmp_path: Path, peers: Callable[[DaemonProcess], Any]) -> None:
+    """Nobody reads stderr, a pipe of 64 KiB."""
+    with DaemonProcess(tmp_path / "registry.json", "--log-level", "debug") as daemon:
+        daemon.start()
+        peer = await peers(daemon)
+        for count in range(20):
+            peer.send(*({"cmd": "register", "name": f"n{port}", "port": count + 1} for port in range(1, 51)))
+            for _ in range(50):
+                assert (await peer.reply())["ok"]
+        assert (await peer.ask("ping"))["ok"]
+        await until(lambda: len(in_file(daemon.registry)) == 50)
+        status, log = daemon.end()
+        assert status == 0
+        assert len(log) > 65_536
+
+
 # The faked door.
 
 
+async def poison(files: RecordedFiles, peer: Peer) -> None:
+    """Fail one sync, so that the next write begins a segment."""
+    files.failing["sync_data"] = BROKEN
+    assert (await peer.ask(cmd="deregister", name="old"))["error"] == "storage_failed"
+    files.failing.clear()
+
+
+async def repaired(daemon: InLoop) -> None:
+    """Let time pass until the daemon has repaired its disk, without a request."""
+    async with asyncio.timeout(WAIT_S):
+        while daemon.server._store.needs_repair:
+            daemon.clock.advance(1)
+            await asyncio.sleep(0.01)
+
+
 @pytest.mark.socket
-@pytest.mark.parametrize("number", [FULL, BROKEN])
-@pytest.mark.parametrize("step", STEPS)
-async def test_refused_write_is_not_applied_later(tmp_path: Path, step: str, number: int) -> None:
+@pytest.mark.parametrize("number", [FULL, BROKEN, errno.EDQUOT])
+@pytest.mark.parametrize(
+    ("is_poisoned", "step"),
+    [*((False, step) for step in COMMIT_STEPS), *((True, step) for step in SEGMENT_STEPS)],
+)
+async def test_refused_write_is_not_applied_later(
+    tmp_path: Path, is_poisoned: bool, step: str, number: int
+) -> None:
     files = RecordedFiles()
     path = tmp_path / "registry.json"
     async with InLoop(path, files=files) as daemon:
         peer, watcher = await daemon.peer(), await daemon.peer()
         assert (await peer.ask(cmd="register", name="old", port=1))["ok"]
         await watching(watcher)
+        if is_poisoned:
+            await poison(files, peer)
         files.failing[step] = number
         await all_are_refused(peer, os.strerror(number))
         daemon.clock.advance(5)
         assert await names(peer) == {"old"}
         files.failing.clear()
-        daemon.clock.advance(1)
-        await until(lambda: held(path) == {"old"})
-        assert json.loads(path.read_bytes())["old"] == {"port": 1}
+        await repaired(daemon)
+        assert held(path) == {"old"}
+        assert stored(path)["old"].port == 1
         assert (await peer.ask(cmd="register", name="late", port=4))["rev"] == 2
         assert (await watcher.reply())["name"] == "late"
+        assert held(path) == {"old", "late"}
+    assert in_file(path) == {"old", "late"}
     async with InLoop(path) as daemon:
         peer = await daemon.peer()
         assert await names(peer) == {"old", "late"}
@@ -235,8 +357,8 @@ async def test_refused_write_is_not_applied_later(tmp_path: Path, step: str, num
 
 
 @pytest.mark.socket
-@pytest.mark.parametrize("step", STEPS)
-async def test_holder_that_leaves_on_a_failed_disk_is_removed_from_the_file_later(
+@pytest.mark.parametrize("step", [*COMMIT_STEPS, *SEGMENT_STEPS[:-1]])
+async def test_holder_that_leaves_on_a_failed_disk_is_removed_from_the_disk_later(
     tmp_path: Path, step: str
 ) -> None:
     files = RecordedFiles()
@@ -245,21 +367,74 @@ async def test_holder_that_leaves_on_a_failed_disk_is_removed_from_the_file_late
         peer, holder, watcher = [await daemon.peer() for _ in range(3)]
         assert (await holder.ask(cmd="register", name="connection", port=1, hold=True))["ok"]
         assert (await peer.ask(cmd="register", name="lease", port=1, ttl=3))["ok"]
-        assert (await peer.ask(cmd="register", name="static", port=1))["ok"]
+        assert (await peer.ask(cmd="register", name="old", port=1))["ok"]
         await watching(watcher)
+        await poison(files, peer)
         files.failing[step] = BROKEN
         await holder.reset()
         assert (await watcher.reply())["reason"] == "connection closed"
         daemon.clock.advance(4)
         assert (await watcher.reply())["reason"] == "ttl expired"
-        assert await names(peer) == {"static"}
+        assert await names(peer) == {"old"}
         assert (await peer.ask(cmd="register", name="new", port=1))["error"] == "storage_failed"
         files.failing.clear()
-        daemon.clock.advance(1)
-        await until(lambda: held(path) == {"static"})  # nobody asks for anything
-        assert json.loads(path.read_bytes())["$regd"]["rev"] == 5
+        await repaired(daemon)
+        assert held(path) == {"old"}
+        last = (await peer.ask("list"))["rev"]
+    assert json.loads(path.read_bytes())["$regd"]["rev"] == last
     async with InLoop(path) as daemon:
-        assert await names(await daemon.peer()) == {"static"}
+        assert await names(await daemon.peer()) == {"old"}
+
+
+@pytest.mark.socket
+@pytest.mark.parametrize("step", CHECKPOINT_STEPS)
+async def test_failed_checkpoint_fails_no_request(
+    tmp_path: Path, step: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = RecordedFiles()
+    path = tmp_path / "registry.json"
+    async with InLoop(path, files=files) as daemon:
+        peer = await daemon.peer()
+        files.failing[step] = FULL
+        for port in range(1, 4):
+            assert (await peer.ask(cmd="register", name=f"n{port}", port=port))["ok"]
+            daemon.clock.advance(2)
+            await until(lambda: daemon.server._checkpointer._task is None)
+        assert held(path) == {"n1", "n2", "n3"}
+        assert sum("the journal has all changes" in line for line in caplog.messages) == 1
+        files.failing.clear()
+        daemon.clock.advance(2)
+        await until(lambda: in_file(path) == {"n1", "n2", "n3"})  # nobody asks for anything
+
+
+@pytest.mark.socket
+@pytest.mark.parametrize("step", SEGMENT_STEPS[:-1])
+async def test_failed_rotation_loses_nothing(tmp_path: Path, step: str) -> None:
+    """Requests meanwhile may be refused, but none with `ok` is lost, and none refused is in effect."""
+    files = RecordedFiles()
+    path = tmp_path / "registry.json"
+    limits = replace(DEFAULT, journal_segment_bytes_max=1)  # every checkpoint makes the next write rotate
+    async with InLoop(path, files=files, limits=limits) as daemon:
+        peer, watcher = await daemon.peer(), await daemon.peer()
+        await watching(watcher)
+        expected: set[str] = set()
+        for port in range(1, 13):
+            if port in (4, 9):
+                files.failing[step] = FULL
+            elif port in (7, 12):
+                files.failing.clear()
+                daemon.clock.advance(2)
+            if (await peer.ask(cmd="register", name=f"n{port}", port=port))["ok"]:
+                expected.add(f"n{port}")
+                assert (await watcher.reply())["name"] == f"n{port}"
+            daemon.clock.advance(2)
+            await until(lambda: daemon.server._checkpointer._task is None)
+            assert await names(peer) == expected
+            assert held(path) == expected
+        assert {"n1", "n2", "n3", "n7", "n8", "n12"} <= expected
+        assert sum(name.startswith("registry.journal.") for name in os.listdir(tmp_path)) > 2
+    async with InLoop(path) as daemon:
+        assert await names(await daemon.peer()) == expected
 
 
 @pytest.mark.socket

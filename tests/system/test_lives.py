@@ -1,5 +1,6 @@
 """Services that are killed, suspended or busy, and a suspended daemon."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import WAIT_S, DaemonProcess, environment
+from tests.support.polling import block_until
 
 SERVICE = """
 import asyncio, sys, time
@@ -93,10 +95,11 @@ def test_reused_pid_is_not_the_old_process(process: DaemonProcess) -> None:
         with BlockingConnection(process.addresses[0]) as peer:
             assert peer.ask("register", name="a", port=1, pid=other.pid)["ok"]
             assert peer.ask("register", name="b", port=1, pid=os.getpid())["ok"]
+        block_until(lambda: '"b"' in process.registry.read_text())
         process.end(signal.SIGKILL)
         text = process.registry.read_text()
         # Make the start time of the process of `a` an earlier one, as if its pid had been reused.
-        born = next(line for line in text.splitlines() if line.startswith('"a"')).split('"')[-2]
+        born = json.loads(text)["a"]["born"]
         process.registry.write_text(text.replace(born, born.rpartition("/")[0] + "/1"))
         process.start()
         with BlockingConnection(process.addresses[0]) as peer:
@@ -104,3 +107,33 @@ def test_reused_pid_is_not_the_old_process(process: DaemonProcess) -> None:
             assert peer.ask("resolve", name="a")["last"]["reason"] == "process exited"
             assert peer.ask("resolve", name="b")["ok"]
         other.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_times_and_reasons_survive_a_restart(process: DaemonProcess, number: signal.Signals) -> None:
+    def ages() -> tuple[float, float, float]:
+        """Return how long ago, in seconds, `here` was registered, and how long ago `gone` ended."""
+        with BlockingConnection(process.addresses[0]) as peer:
+            [here] = peer.ask("list", name="here")["instances"]
+            [reply] = peer.ask("why", name="here")["instances"]
+            last = peer.ask("resolve", name="gone")["last"]
+            [departure] = peer.ask("why", name="gone")["departures"]
+            assert (last["reason"], departure["reason"]) == ("deregistered", "deregistered")
+            assert abs(last["age_s"] - departure["age_s"]) < 1.0
+            assert reply["since"] == here["registered_at"]
+            return time.time() - here["registered_at"], here["registered_at"], last["age_s"]
+
+    with BlockingConnection(process.addresses[0]) as peer:
+        assert peer.ask("register", name="here", port=1)["ok"]
+        assert peer.ask("register", name="gone", port=1)["ok"]
+        assert peer.ask("deregister", name="gone")["ok"]
+    began = time.monotonic()
+    _, registered_at, _ = ages()
+    time.sleep(1.2)
+    process.end(number)
+    process.start()
+    age_s, registered_at_now, gone_s = ages()
+    passed = time.monotonic() - began
+    assert registered_at_now == registered_at
+    assert 1.2 <= age_s < passed + 1.0
+    assert 1.2 <= gone_s < passed + 1.0

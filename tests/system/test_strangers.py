@@ -25,6 +25,7 @@ from regd.protocol.messages import HTTP_REFUSAL
 from regd_client.blocking import BlockingConnection
 from tests.long.fuzz import oracle
 from tests.support.daemon import WAIT_S, DaemonProcess
+from tests.support.polling import block_until
 
 PAGE = Path(__file__).with_name("strangers.html")
 LOG_EVERY_S = 10.0
@@ -49,6 +50,7 @@ class Watched:
         self.began = time.monotonic()
         self.peer = BlockingConnection(daemon.addresses[0])
         assert self.peer.ask("register", name="db", port=5432)["ok"]
+        block_until(lambda: b'"db"' in daemon.registry.read_bytes())
         self.state = self.look()
 
     @property

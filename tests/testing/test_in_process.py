@@ -626,7 +626,7 @@ with in_process.running() as registry:
                 try:
                     registry.kill("db")
                 except HostError as error:
-                    assert "forked" in str(error)
+                    assert "of this fork" in str(error)
                 else:
                     raise AssertionError
                 registry.end()

@@ -391,7 +391,7 @@ def test_it(regd):
         try:
             assert len(os.listdir("/proc/self/fd")) == len(files) - 2  # without the pipes
             assert names(regd) == []
-            with pytest.raises(running.HostError, match="forked"):
+            with pytest.raises(running.HostError, match="of this fork"):
                 regd.restart()
             with running.running() as own:
                 assert own.port != regd.port

@@ -130,7 +130,7 @@ def test_killed_process_is_reported_and_replaced() -> None:
         os.kill(host().pid, signal.SIGKILL)
         with pytest.raises(HostError, match=r"has ended, with status -9"):
             registry.restart()
-        assert "cannot be asked" in registry.described()
+        assert "cannot read" in registry.described()
         with running() as other:
             assert names(other) == []
 

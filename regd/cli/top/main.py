@@ -1,4 +1,4 @@
-"""`regctl top`: choose the view, run it, and end it on signals."""
+"""`regctl top`: run the full-screen view or the plain one, and end it on signals."""
 
 from __future__ import annotations
 
@@ -27,48 +27,48 @@ def run(address: str | None, as_json: bool, arguments: Mapping[str, Any]) -> int
 
 
 async def _run(address: str | None, as_json: bool, pattern: str | None, interval_s: float) -> int:
-    feed = Source(address, pattern, ViewState(), interval_s)
-    async with feed.following():
+    source = Source(address, pattern, ViewState(), interval_s)
+    async with source.running():
         if as_json or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
-            plain.once(feed, as_json)
+            plain.once(source, as_json)
             return 0
-        return await _shown(feed)
+        return await _show_until_end(source)
 
 
-async def _shown(feed: Source) -> int:
-    """Show the view until the user quits or a signal ends it; the terminal is restored in both cases."""
-    ended_by = 0
-    showing = asyncio.ensure_future(_view(feed))
-    asking = asyncio.ensure_future(feed.ask())
+async def _show_until_end(source: Source) -> int:
+    """Show the view until the user quits or a signal arrives, and restore the terminal in both cases."""
+    signal_number = 0
+    view = asyncio.ensure_future(_show(source))
+    polling = asyncio.ensure_future(source.poll())
 
     def end(number: int) -> None:
-        nonlocal ended_by
-        ended_by = number
-        showing.cancel()
+        nonlocal signal_number
+        signal_number = number
+        view.cancel()
 
     for number in _END_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, end, number)
     try:
-        await asyncio.wait((showing, asking), return_when=asyncio.FIRST_COMPLETED)
-        if asking.done():
-            asking.result()  # it ends only by a bug: raise it
-        return showing.result()
+        await asyncio.wait((view, polling), return_when=asyncio.FIRST_COMPLETED)
+        if polling.done():
+            polling.result()  # it never ends, except by an exception
+        return view.result()
     except asyncio.CancelledError:
-        if not ended_by:
+        if not signal_number:
             raise
-        return 128 + ended_by
+        return 128 + signal_number
     finally:
-        asking.cancel()
-        showing.cancel()
-        await asyncio.wait((asking, showing))
+        polling.cancel()
+        view.cancel()
+        await asyncio.wait((polling, view))
 
 
-async def _view(feed: Source) -> int:
+async def _show(source: Source) -> int:
     """Show the full-screen view if the extra `top` is installed and stdin is a terminal, else a plain table."""
     if sys.stdin is None or not sys.stdin.isatty():
-        return await plain.show(feed, "")
+        return await plain.show(source, "")
     try:
         from regd.cli.top.screen import show
     except ImportError:
-        return await plain.show(feed, " for more: pip install prompt_toolkit")
-    return await show(feed)
+        return await plain.show(source, " for more: pip install prompt_toolkit")
+    return await show(source)

@@ -1,6 +1,6 @@
 """The data that `regctl top` shows: a table of the instances, and recent events.
 
-Pure: events and the time are arguments.
+Pure: it does no I/O, and reads no clock.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from regd.cli.output import address_of, instance_name, labels, visible
 
 Key = tuple[str, str]  # name and instance
 SORTS = ("name", "age", "state", "holders")
-NEW_S = 10.0  # how long an instance counts as new
+NEW_S = 10.0  # how long an instance is marked as new
 _EVENTS_MAX = 50
-_STATES = ("starting", "draining", "ready")  # in the order of the column: the unusual first
+_STATES = ("starting", "draining", "ready")  # the order when sorting by state
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One instance. Its texts have no control characters. `since` is in Unix seconds."""
+    """One instance. Its texts are free of control characters. `since` is in Unix seconds."""
 
     key: Key
     name: str
@@ -31,7 +31,7 @@ class Row:
     holders: str
     meta: str
     since: float
-    seen_at: float  # by the caller's `now`; -inf for instances of the first snapshot
+    seen_at: float  # on the same clock as `now` in `Table.take`; -inf for the first snapshot
 
     @property
     def words(self) -> str:
@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class RecentEvent:
-    """An event: its `kind` is "up", "change" or "down", `at` is by the caller's `now`."""
+    """An event for display. `kind` is "up", "change" or "down", `at` the time of `Table.take`."""
 
     kind: str
     who: str
@@ -50,11 +50,11 @@ class RecentEvent:
 
 
 def holders(fields: Mapping[str, Any]) -> str:
-    """Return the owners of an instance, in a short form."""
-    held = ["hold"] if fields.get("hold") else []
-    held += [f"pid {fields['pid']}"] if fields.get("pid") is not None else []
-    held += [f"ttl {fields['ttl']}s"] if fields.get("ttl") is not None else []
-    return visible(" ".join(held)) or "static"
+    """Return the owners of an instance as a short text."""
+    owners = ["hold"] if fields.get("hold") else []
+    owners += [f"pid {fields['pid']}"] if fields.get("pid") is not None else []
+    owners += [f"ttl {fields['ttl']}s"] if fields.get("ttl") is not None else []
+    return visible(" ".join(owners)) or "static"
 
 
 def named(name: str, instance: str) -> str:
@@ -62,10 +62,10 @@ def named(name: str, instance: str) -> str:
     return visible(instance_name(name, instance))
 
 
-def _row(fields: Mapping[str, Any], before: Row | None, now: float) -> Row:
+def _row(fields: Mapping[str, Any], previous: Row | None, now: float) -> Row:
     address = visible(address_of(fields))
     since = fields.get("registered_at")
-    known = before if before is not None and before.address == address else None
+    same = previous if previous is not None and previous.address == address else None
     return Row(
         key=(fields["name"], fields["instance"]),
         name=visible(fields["name"]),
@@ -74,21 +74,21 @@ def _row(fields: Mapping[str, Any], before: Row | None, now: float) -> Row:
         state=visible(fields["state"]),
         holders=holders(fields),
         meta=visible(labels(fields)),
-        # A restarted daemon counts ages from its own start, so keep an earlier time.
-        since=known.since if known else float(since) if isinstance(since, int | float) else 0.0,
-        seen_at=before.seen_at if before else now,
+        since=same.since if same else float(since) if isinstance(since, int | float) else 0.0,
+        seen_at=previous.seen_at if previous else now,
     )
 
 
 class Table:
-    """The instances by key, and the recent events, newest first."""
+    """The instances by key, and the recent events, the newest first."""
 
     def __init__(self) -> None:
         self.rows: dict[Key, Row] = {}
         self.events: deque[RecentEvent] = deque(maxlen=_EVENTS_MAX)
         self.synced = False  # the first snapshot is complete
         self._version = 0
-        self._counted = (0, 0)  # a version, and its number of services
+        # Caches: the number of services and the rows shown, each with the version or query that they belong to.
+        self._counted = (0, 0)
         self._shown: tuple[object, list[Row]] = (None, [])
 
     @property
@@ -98,22 +98,22 @@ class Table:
         return self._counted[1]
 
     def take(self, kind: str, key: Key, fields: Mapping[str, Any] | None, now: float, reason: str = "") -> None:
-        """Apply an event. `fields` are those of the instance, None for "down"; "sync" ends the first snapshot."""
+        """Apply an event at the time `now`. `fields` are the instance's, None for "down" and "sync"."""
         if kind == "sync":
             self.synced = True
             return
         self._version += 1
-        before = self.rows.pop(key, None)
+        previous = self.rows.pop(key, None)
         what = visible(reason)
         if fields is not None:
-            row = _row(fields, before, now if self.synced else float("-inf"))
+            row = _row(fields, previous, now if self.synced else float("-inf"))
             self.rows[key] = row
-            what = row.address if before is None else _changes(before, row)
+            what = row.address if previous is None else _difference(previous, row)
         if self.synced:
             self.events.appendleft(RecentEvent(kind, named(*key), what, now))
 
     def shown(self, sort: str, reverse: bool, words: str) -> list[Row]:
-        """Return the rows that contain all the words, sorted."""
+        """Return the rows that contain all of the words, sorted."""
         query = (self._version, sort, reverse, words)
         if self._shown[0] != query:
             filters = words.lower().split()
@@ -125,13 +125,13 @@ class Table:
         return self._shown[1]
 
 
-def _changes(before: Row, row: Row) -> str:
-    """Return the most important difference between two rows."""
+def _difference(previous: Row, row: Row) -> str:
+    """Return the most important difference between two rows of an instance."""
     for old, new in (
-        (before.state, row.state),
-        (before.address, row.address),
-        (before.holders, row.holders),
-        (before.meta, row.meta),
+        (previous.state, row.state),
+        (previous.address, row.address),
+        (previous.holders, row.holders),
+        (previous.meta, row.meta),
     ):
         if old != new:
             return f"{old or 'nothing'} → {new or 'nothing'}"

@@ -1,6 +1,6 @@
-"""Rates of requests and changes, from successive replies to `stats`.
+"""The rates of requests and changes, computed from successive replies to `stats`.
 
-The time is the daemon's uptime. A figure is None if the reply does not have it.
+The clock is the daemon's uptime. A figure is None if it is missing in the reply.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_SAMPLES = 6  # replies over which a rate is averaged
+_SAMPLES = 6  # the number of replies over which rates are averaged
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """The figures at the head of `regctl top`.
+    """The figures at the top of `regctl top`.
 
-    `requests` and `changes` are per second. The `stats` requests that regctl itself sends do not count.
+    `requests` and `changes` are per second. `stats` requests are left out, since regctl itself sends them.
     """
 
     requests: float | None = None
@@ -34,7 +34,7 @@ def _number(fields: Mapping[str, Any], name: str) -> float | None:
 
 
 class Rates:
-    """Computes figures from the last replies to `stats`."""
+    """Computes the figures from the last replies to `stats`."""
 
     def __init__(self) -> None:
         self.figures = Figures()
@@ -42,7 +42,7 @@ class Rates:
         self._epoch: object = None
 
     def take(self, stats: Mapping[str, Any]) -> None:
-        if stats.get("epoch") != self._epoch:  # the daemon was restarted, and its counters too
+        if stats.get("epoch") != self._epoch:  # the daemon was restarted, so its counters start at 0 again
             self._epoch = stats.get("epoch")
             self._samples.clear()
         uptime_s, requests = _number(stats, "uptime_s"), stats.get("requests")

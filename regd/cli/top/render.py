@@ -1,6 +1,6 @@
 """Render `regctl top` as lines of styled spans, for any width and height.
 
-Pure: the time is an argument. All text goes through `visible` here.
+Pure: it does no I/O, and reads no clock. It escapes all text with `visible`.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ Line = list[tuple[str, str]]  # style and text; the styles are those of `screen.
 _GAP = "  "
 _COLUMNS = ("NAME", "INSTANCE", "ADDRESS", "STATE", "AGE", "HELD BY", "META")
 _SORTED_BY = {"name": "NAME", "state": "STATE", "age": "AGE", "holders": "HELD BY"}
-_WIDTH_MIN = {"AGE": 4, "META": 4}  # of a column, whatever its content; others 8
-_LEAST = {"NAME": 12, "INSTANCE": 8, "STATE": 8, "AGE": 4, "HELD BY": 8, "META": 6}
-_MOST = {"NAME": 32, "INSTANCE": 16, "STATE": 9, "AGE": 4, "HELD BY": 22, "META": 9_000}
-_NAME_LEAST = 4  # beside a wide address
-_PRIORITY = ("NAME", "STATE", "AGE", "HELD BY", "INSTANCE", "META")  # the last are dropped first
+# Widths of columns. If the terminal has room, a column is as wide as its content, within its preferred minimum (8
+# if it is not listed) and its maximum; else it may shrink to `_WIDTH_MIN`.
+_WIDTH_PREFERRED = {"AGE": 4, "META": 4}
+_WIDTH_MIN = {"NAME": 12, "INSTANCE": 8, "STATE": 8, "AGE": 4, "HELD BY": 8, "META": 6}
+_WIDTH_MAX = {"NAME": 32, "INSTANCE": 16, "STATE": 9, "AGE": 4, "HELD BY": 22, "META": 9_000}
+_NAME_WIDTH_MIN = 4  # beside a wide address
+_PRIORITY = ("NAME", "STATE", "AGE", "HELD BY", "INSTANCE", "META")  # the last column is dropped first
 _MARKS = {"up": ("new", "+", "came"), "down": ("gone", "-", "left"), "change": ("warn", "~", "changed")}
-_NARROW = 60  # columns; below, NAME shows the instance too
-_WIDE = 10_000
+_NARROW = 60  # columns; in a narrower terminal, NAME includes the instance
+_WIDE = 10_000  # columns for output that is not cut
 _EVENT_LINES = 4
 _PANE_LINES = 10
 
 
 @dataclass(frozen=True, slots=True)
 class DaemonStatus:
-    """The daemon: its title, its figures, and for how long it has been away (0.0: it is connected)."""
+    """The title, the figures, and the seconds since the connection was lost (0.0: it is connected)."""
 
     title: str
     figures: Figures
@@ -45,7 +47,7 @@ class DaemonStatus:
 
 
 def cells(text: str) -> int:
-    """Return how many columns of a terminal a text takes."""
+    """Return the width of a text in terminal columns."""
     if text.isascii():
         return len(text)
     return sum(map(_cells, text))
@@ -58,7 +60,7 @@ def _cells(letter: str) -> int:
 
 
 def fitted(text: str, width: int) -> str:
-    """Return a text of exactly this many columns: truncated, or padded with blanks."""
+    """Truncate a text, or pad it with blanks, to exactly this width."""
     text = visible(text)
     used = cells(text)
     if used > width:
@@ -93,7 +95,7 @@ def lag(seconds: float | None) -> str:
 
 
 def cut(line: Line, width: int) -> Line:
-    """Return a line, truncated to the width."""
+    """Truncate a line to the width."""
     spans: Line = []
     for style, text in line:
         text = visible(text)
@@ -109,42 +111,42 @@ def cut(line: Line, width: int) -> Line:
 
 
 def frame(
-    content: Table, look: ViewState, daemon: DaemonStatus, size: tuple[int, int], now: float, wall: float
+    content: Table, view: ViewState, daemon: DaemonStatus, size: tuple[int, int], now: float, wall: float
 ) -> list[Line]:
-    """Return the lines of a terminal of this size, columns and lines.
+    """Return the lines for a terminal of this size (columns, rows).
 
-    `now` is the clock of the table's events, `wall` is in Unix seconds.
+    `now` is the time on the clock of the table's events, `wall` is the time in Unix seconds.
     """
     width, height = size
-    rows = content.shown(look.sort, look.reverse, look.words)
-    under = _under(content, look, height, width, now)
-    above = _above(content, look, daemon, len(rows), wall)[: max(1, height - 4)]
-    look.page = max(1, height - len(above) - len(under) - 2)  # the head of the table, and the keys
-    look.settle(rows)
-    lines = [*above, *table(rows, look, width, now, wall, away=daemon.away_s > 0)]
+    rows = content.shown(view.sort, view.reverse, view.words)
+    under = _under(content, view, height, width, now)
+    above = _above(content, view, daemon, len(rows), wall)[: max(1, height - 4)]
+    view.page = max(1, height - len(above) - len(under) - 2)  # 2: the header of the table, and the line of keys
+    view.settle(rows)
+    lines = [*above, *table(rows, view, width, now, wall, away=daemon.away_s > 0)]
     if not rows:
-        lines.append([("dim", _nothing(content, look))])
+        lines.append([("dim", _nothing(content, view))])
     lines += [[] for _ in range(height - len(under) - 1 - len(lines))]
-    lines = [*lines[: max(1, height - len(under) - 1)], *under, _keys(look)]
+    lines = [*lines[: max(1, height - len(under) - 1)], *under, _keys(view)]
     return [cut(line, width) for line in lines[-height:]] if height > 1 else [cut(lines[0], width)]
 
 
-def whole(content: Table, look: ViewState, daemon: DaemonStatus, now: float, wall: float) -> list[Line]:
-    """Return a frame with all rows at full width, for a pipe or file."""
-    rows = content.shown(look.sort, look.reverse, look.words)
-    look.page = max(1, len(rows))
-    lines = [*_above(content, look, daemon, len(rows), wall), *table(rows, look, _WIDE, now, wall)]
-    return lines if rows else [*lines, [("dim", _nothing(content, look))]]
+def whole(content: Table, view: ViewState, daemon: DaemonStatus, now: float, wall: float) -> list[Line]:
+    """Return a frame with all rows at full width, for a pipe or a file."""
+    rows = content.shown(view.sort, view.reverse, view.words)
+    view.page = max(1, len(rows))
+    lines = [*_above(content, view, daemon, len(rows), wall), *table(rows, view, _WIDE, now, wall)]
+    return lines if rows else [*lines, [("dim", _nothing(content, view))]]
 
 
-def _nothing(content: Table, look: ViewState) -> str:
-    return f"no instance matches {look.words!r}" if look.words and content.rows else "nothing is registered"
+def _nothing(content: Table, view: ViewState) -> str:
+    return f"no instance matches {view.words!r}" if view.words and content.rows else "nothing is registered"
 
 
-def _above(content: Table, look: ViewState, daemon: DaemonStatus, shown: int, wall: float) -> list[Line]:
+def _above(content: Table, view: ViewState, daemon: DaemonStatus, shown: int, wall: float) -> list[Line]:
     figures = daemon.figures
     instances = len(content.rows)
-    counted = f"{shown} of {instances}" if look.words else f"{instances}"
+    counted = f"{shown} of {instances}" if view.words else f"{instances}"
     counted += f" instance{'' if instances == 1 else 's'} of {_many(content.services, 'service')}"
     if daemon.away_s:
         since = time.strftime("%H:%M:%S", time.localtime(wall - daemon.away_s))
@@ -166,11 +168,11 @@ def _many(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def _keys(look: ViewState) -> Line:
-    if look.typing:
-        return [("key", "/"), ("", look.words + "_"), ("dim", "  Enter keeps it, Esc clears it")]
-    words: Line = [("warn", f"/{look.words}  ")] if look.words else []
-    order: Line = [("dim", f"by {look.sort}{', reversed' if look.reverse else ''}  ")]
+def _keys(view: ViewState) -> Line:
+    if view.typing:
+        return [("key", "/"), ("", view.words + "_"), ("dim", "  Enter keeps it, Esc clears it")]
+    words: Line = [("warn", f"/{view.words}  ")] if view.words else []
+    order: Line = [("dim", f"by {view.sort}{', reversed' if view.reverse else ''}  ")]
     keys = (("q", "quit"), ("s", "sort"), ("/", "filter"), ("w", "why"), ("?", "help"))
     return [*words, *(span for key, does in keys for span in (("key", key), ("", f" {does}  "))), *order]
 
@@ -179,22 +181,22 @@ def _keys(look: ViewState) -> Line:
 
 
 def table(
-    rows: Sequence[Row], look: ViewState, width: int, now: float, wall: float, away: bool = False
+    rows: Sequence[Row], view: ViewState, width: int, now: float, wall: float, away: bool = False
 ) -> list[Line]:
     """Return the header and the visible rows."""
-    seen = rows[look.first : look.first + look.page]
+    seen = rows[view.first : view.first + view.page]
     texts = [_texts(row, wall, width < _NARROW) for row in seen]
     widths = _widths(texts, width - 2)
-    head = [*_head(look, widths)]
+    head = [*_head(view, widths)]
     lines: list[Line] = [[("head", "  " + _GAP.join(head))]]
-    for row, each in zip(seen, texts, strict=True):
-        lines.append(_line(row, each, widths, row.key == look.selected, now, away))
+    for row, columns in zip(seen, texts, strict=True):
+        lines.append(_line(row, columns, widths, row.key == view.selected, now, away))
     return lines
 
 
-def _head(look: ViewState, widths: dict[str, int]) -> list[str]:
-    arrow = "▴" if look.reverse else "▾"
-    names = ((name, name + arrow if _SORTED_BY[look.sort] == name else name) for name in widths)
+def _head(view: ViewState, widths: dict[str, int]) -> list[str]:
+    arrow = "▴" if view.reverse else "▾"
+    names = ((name, name + arrow if _SORTED_BY[view.sort] == name else name) for name in widths)
     return [_aligned(name, text, widths[name]) for name, text in names]
 
 
@@ -216,35 +218,35 @@ def _widths(texts: Sequence[dict[str, str]], width: int) -> dict[str, int]:
     Users copy addresses, so that column is never truncated; it is dropped if it leaves no room for a name.
     """
     arrow = _SORTED_BY.values()
-    wanted = {
-        name: max(len(name) + (name in arrow), *(cells(each[name]) for each in texts), 0) for name in _COLUMNS
+    ideal = {name: max(len(name) + (name in arrow), *(cells(row[name]) for row in texts), 0) for name in _COLUMNS}
+    if not any(row["INSTANCE"] for row in texts):
+        del ideal["INSTANCE"]
+    if not any(row["META"] for row in texts):
+        del ideal["META"]
+    address = ideal.pop("ADDRESS")
+    ideal = {
+        name: min(max(size, _WIDTH_PREFERRED.get(name, 8)), _WIDTH_MAX[name]) for name, size in ideal.items()
     }
-    if not any(each["INSTANCE"] for each in texts):
-        del wanted["INSTANCE"]
-    if not any(each["META"] for each in texts):
-        del wanted["META"]
-    address = wanted.pop("ADDRESS")
-    wanted = {name: min(max(most, _WIDTH_MIN.get(name, 8)), _MOST[name]) for name, most in wanted.items()}
-    least = {name: min(most, _LEAST[name]) for name, most in wanted.items()}
-    kept: dict[str, int] = {}
+    minimum = {name: min(size, _WIDTH_MIN[name]) for name, size in ideal.items()}
+    widths: dict[str, int] = {}
     left = width
-    has_address = width >= address + len(_GAP) + _NAME_LEAST
+    has_address = width >= address + len(_GAP) + _NAME_WIDTH_MIN
     if has_address:
         left -= address + len(_GAP)
-        least["NAME"] = min(least["NAME"], left)
-    for name in (each for each in _PRIORITY if each in wanted):
-        if left < least[name] and kept:
+        minimum["NAME"] = min(minimum["NAME"], left)
+    for name in filter(ideal.__contains__, _PRIORITY):
+        if left < minimum[name] and widths:
             break
-        kept[name] = least[name]
-        left -= least[name] + len(_GAP)
+        widths[name] = minimum[name]
+        left -= minimum[name] + len(_GAP)
     left += len(_GAP)
-    for name in (each for each in _PRIORITY if each in kept):
-        more = max(0, min(wanted[name] - kept[name], left))
-        kept[name] += more
+    for name in widths:
+        more = max(0, min(ideal[name] - widths[name], left))
+        widths[name] += more
         left -= more
     if has_address:
-        kept["ADDRESS"] = address
-    return {name: kept[name] for name in _COLUMNS if name in kept}
+        widths["ADDRESS"] = address
+    return {name: widths[name] for name in _COLUMNS if name in widths}
 
 
 def _line(
@@ -266,19 +268,16 @@ def _line(
 # Below the table: recent events, or a pane.
 
 
-def _under(content: Table, look: ViewState, height: int, width: int, now: float) -> list[Line]:
-    if look.pane == "help":
+def _under(content: Table, view: ViewState, height: int, width: int, now: float) -> list[Line]:
+    if view.pane == "help":
         lines: list[Line] = [[("key", f"{keys:<9}"), ("", f"  {does}")] for keys, does in HELP]
         return [_rule("keys", width), *lines[: max(1, height - 6)]]
-    if look.pane == "why":
+    if view.pane == "why":
         most = max(1, min(_PANE_LINES, height - 8))
-        told = [("dim" if text.startswith(" ") else "", text) for text in look.why]
-        told = (
-            told
-            if len(told) <= most
-            else [*told[: most - 1], ("dim", f"  and {len(told) - most + 1} more lines")]
-        )
-        return [_rule("why", width), *([each] for each in told), *([] for _ in range(most - len(told)))]
+        lines = [[("dim" if text.startswith(" ") else "", text)] for text in view.why]
+        if len(lines) > most:
+            lines = [*lines[: most - 1], [("dim", f"  and {len(lines) - most + 1} more lines")]]
+        return [_rule("why", width), *lines, *([] for _ in range(most - len(lines)))]
     most = _EVENT_LINES if height >= 18 else 2 if height >= 12 else 0
     if most == 0:
         return []
@@ -293,6 +292,6 @@ def _rule(title: str, width: int) -> Line:
 def _event(event: RecentEvent, width: int, now: float) -> Line:
     style, mark, did = _MARKS[event.kind]
     begins, ends = f"{age(now - event.at):>4} ago  ", f": {event.what}" if event.what else ""
-    room = max(_NAME_LEAST, width - len(f"{mark}   {begins}{did}") - cells(ends))
+    room = max(_NAME_WIDTH_MIN, width - len(f"{mark}   {begins}{did}") - cells(ends))
     who = event.who if cells(event.who) <= room else fitted(event.who, room)
     return [(style, f"{mark} "), ("dim", begins), ("", who), (style, f"  {did}"), ("dim", ends)]

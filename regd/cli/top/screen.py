@@ -1,4 +1,4 @@
-"""The full-screen view of `regctl top`, with prompt_toolkit: it reads keys and sends only what has changed."""
+"""The full-screen view of `regctl top`, with prompt_toolkit, which redraws only what has changed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from prompt_toolkit.keys import Keys
 from prompt_toolkit.layout import FormattedTextControl, Layout, Window
 from prompt_toolkit.styles import Style
 
-from regd.cli.top.render import frame
-from regd.cli.top.source import Source
+from regd.cli.top.source import Source, frame_pause_s
 
 # The terminal's own colours, for light and dark backgrounds.
 _STYLE = Style.from_dict(
@@ -41,15 +40,13 @@ _NAMES = {
     Keys.Escape: "escape",
     Keys.ControlH: "backspace",
 }
-_PAUSE_S = 0.05  # between two frames, at least
-_IDLE = 4  # the pause is at least this many times the time of a frame
-_INTERRUPTED = 130  # the exit status
-_ESCAPE_S = 0.05  # after which an Esc is a key of its own
+_INTERRUPTED = 130  # the exit status after Ctrl-C
+_ESCAPE_S = 0.05  # after which an Esc is a key of its own, not the start of an escape sequence
 
 
 class _Screen:
-    def __init__(self, feed: Source) -> None:
-        self._feed = feed
+    def __init__(self, source: Source) -> None:
+        self._source = source
         body = FormattedTextControl(self._text, show_cursor=False)
         self.app: Application[int] = Application(
             layout=Layout(Window(body, wrap_lines=False, always_hide_cursor=True)),
@@ -58,14 +55,13 @@ class _Screen:
             full_screen=True,
         )
         self.app.ttimeoutlen = _ESCAPE_S
-        self._frame_s = 0.0  # the time that the last frame took
+        self._render_s = 0.0  # the time that rendering the last frame took
         self._due: asyncio.TimerHandle | None = None
 
     def changed(self) -> None:
         """Redraw soon."""
         if self._due is None:
-            pause_s = max(_PAUSE_S, _IDLE * self._frame_s)
-            self._due = asyncio.get_running_loop().call_later(pause_s, self._draw)
+            self._due = asyncio.get_running_loop().call_later(frame_pause_s(self._render_s), self._draw)
 
     def _draw(self) -> None:
         self._due = None
@@ -73,13 +69,12 @@ class _Screen:
 
     def _text(self) -> StyleAndTextTuples:
         rows, columns = self.app.output.get_size()
-        feed, began = self._feed, time.monotonic()
-        lines = frame(feed.picture, feed.look, feed.daemon, (columns, rows), began, time.time())
+        began = time.monotonic()
         spans: StyleAndTextTuples = []
-        for line in lines:
+        for line in self._source.frame(columns, rows):
             spans += [(f"class:{style}" if style else "", text) for style, text in line]
             spans.append(("", "\n"))
-        self._frame_s = time.monotonic() - began
+        self._render_s = time.monotonic() - began
         return spans[:-1]
 
     def _bindings(self) -> KeyBindings:
@@ -102,7 +97,7 @@ class _Screen:
         self._press(event.data)
 
     def _pasted(self, event: KeyPressEvent) -> None:
-        for letter in event.data if self._feed.look.typing else "":  # pasted text is no sequence of commands
+        for letter in event.data if self._source.view.typing else "":  # do not treat pasted text as commands
             self._press(letter)
 
     def _end(self, status: int) -> None:
@@ -110,18 +105,18 @@ class _Screen:
             self.app.exit(result=status)
 
     def _press(self, key: str) -> None:
-        look = self._feed.look
-        before = look.about, look.pane
-        rows = self._feed.picture.shown(look.sort, look.reverse, look.words)
-        if not look.press(key, rows):
+        view = self._source.view
+        previous = view.about, view.pane
+        rows = self._source.table.shown(view.sort, view.reverse, view.words)
+        if not view.press(key, rows):
             self._end(0)
-        if look.pane == "why" and before != (look.about, look.pane):
-            look.why = []
-            self._feed.ask_now()
+        if view.pane == "why" and previous != (view.about, view.pane):
+            view.why = []
+            self._source.refresh_why()
 
 
-async def show(feed: Source) -> int:
+async def show(source: Source) -> int:
     """Show the view until `q` or Ctrl-C, restore the terminal, and return the exit status."""
-    screen = _Screen(feed)
-    feed.changed = screen.changed
+    screen = _Screen(source)
+    source.changed = screen.changed
     return await screen.app.run_async()

@@ -1,6 +1,6 @@
-"""The state of the view of `regctl top`: order, filter, selection, pane; and what each key changes.
+"""The state of the view of `regctl top` (order, filter, selection, pane), and how keys change it.
 
-Pure: keys are given by name, rows as a list.
+Pure: it does no I/O.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ HELP = (
 
 
 class ViewState:
-    """What the user has chosen to see: the order, the filter, the selection.
+    """The user's choices: the order, the filter, the selection.
 
-    `page` is the number of visible rows, which the renderer sets.
+    The renderer sets `page`, the number of visible rows.
     """
 
     def __init__(self) -> None:
@@ -37,16 +37,19 @@ class ViewState:
         self.reverse = False
         self.words = ""
         self.typing = False  # a filter is being typed
-        self.pane = ""  # `why`, `help` or nothing
+        self.pane = ""  # "why", "help", or "" for none
         self.why: list[str] = []  # the reply to `why`, as lines
-        self.about: Key | None = None  # the instance of `why`, kept when the instance leaves
+        self.about: Key | None = None  # the instance that the pane `why` shows, even if it has ended
         self.selected: Key | None = None
         self.first = 0  # the first visible row
         self.page = 1
-        self._at = 0  # the row of the selection, or its last one
+        self._at = 0  # the row of the selected instance; its last row, if the instance has ended
 
     def settle(self, rows: Sequence[Row]) -> None:
-        """Keep selection and visible rows in range. The selection follows its instance, else keeps its row."""
+        """Keep the selection and the visible rows in range.
+
+        The selection follows its instance. If the instance has ended, the selection stays in its row.
+        """
         if self.selected is not None:
             self._at = next((at for at, row in enumerate(rows) if row.key == self.selected), self._at)
             self._at = max(0, min(self._at, len(rows) - 1))
@@ -55,7 +58,7 @@ class ViewState:
         self.first = max(0, min(self.first, len(rows) - self.page))
 
     def press(self, key: str, rows: Sequence[Row]) -> bool:
-        """Handle a key: a character, or a name such as "up". Return False to quit."""
+        """Handle a key: a character, or a name such as "up". Return False if the user quits."""
         if self.typing:
             self._type(key)
         elif key == "q":

@@ -17,11 +17,12 @@ CORPUS = Path(__file__).with_name("corpus")
 WORK = ROOT / "build" / "fuzz"
 INPUT_BYTES_MAX = 2_048
 ONE_S_MAX = 10  # per input
-TARGETS = ("reader", "decoder", "session", "loader")
+TARGETS = ("reader", "decoder", "session", "loader", "journal")
 HOW_TO_GET = "atheris is not installed: pip install 'atheris>=3' (Linux, CPython 3.11 to 3.14), or --group fuzz"
 _WORDS = ("true", "false", "null", "NaN", "Infinity", "1e999", "\\ud800", "\\u0000", "ready", "starting", "draining",
           "$regd", "format", "rev", "born", "holders", "quit", "\r", "\0", "* ", "127.0.0.1", "::1", "db", "kept",
-          "worker/1", "cache", "job", "{}", "[]", '":', '","', "}\n{", '{"cmd":"', '"id":', "POST / HTTP/1.1")  # fmt: skip
+          "worker/1", "cache", "job", "line", "batch", "epoch", "epochs", "valid", "keep", "down", "\n--\n",
+          ',"crc":"*"}\n', "{}", "[]", '":', '","', "}\n{", '{"cmd":"', '"id":', "POST / HTTP/1.1")  # fmt: skip
 
 
 def main() -> int:

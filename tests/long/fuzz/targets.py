@@ -5,19 +5,25 @@ session input is its plan, see `conversation.py`; the stream follows.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from regd.core.errors import Code, Refused
 from regd.core.limits import DEFAULT, Limits
-from regd.core.model import key_text
+from regd.core.model import Change, Entry, Op, State, key_text
 from regd.protocol import messages
 from regd.protocol.bare import Quit
 from regd.protocol.commands import Request
 from regd.protocol.messages import decode
 from regd.protocol.parser import Problem, RequestParser
 from regd.storage.document import Document, Position, Unreadable, chunks, line, parse
+from regd.storage.history_pages import Query
+from regd.storage.store import StorageError, Store, peek
+from regd.testing.memory import MemoryFiles
 from tests.long.fuzz import oracle
 from tests.long.fuzz.conversation import BEFORE, Conversation, is_a_line
 from tests.long.fuzz.oracle import Said
@@ -233,9 +239,94 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+# (e) The registry file and the journal.
+
+SEPARATOR = b"\n--\n"
+_PATH = Path("/r/registry.json")
+_OPEN_CRC = re.compile(rb'(.*),"crc":"\*"\}')
+_NUMBER_MAX = 2**62  # a damaged number that fits its checksum may leave no room for changes
+
+
+def journal(data: bytes) -> None:
+    """What a start finds is loaded or refused in one line. The next start finds what this one served.
+
+    The parts are the registry file, empty if there is none, and the segments, the oldest first. A line with
+    `"crc":"*"` at its end gets the right checksum.
+    """
+    registry, *segments = data.split(SEPARATOR)
+    files = MemoryFiles()
+    files.make_folder(_PATH.parent)
+    if registry:
+        _put(files, _PATH, registry)
+    for number, segment in enumerate(segments, 1):
+        name = "registry.journal" + f".{number}" * (number < len(segments))
+        _put(files, _PATH.with_name(name), _with_checksums(segment))
+    before = _contents(files)
+    store = Store(_PATH, _is_one_line, files, epoch="first")
+    try:
+        found = store.open(5.0)
+    except StorageError as error:
+        _is_one_line(str(error))
+        assert _contents(files) == before
+        return
+    entries, rev = {key_text(entry.key): line(entry) for entry in found.entries}, found.rev
+    assert len(entries) == len(found.entries)
+    if max(rev, found.line) >= _NUMBER_MAX:
+        store.close()
+        return
+    store.begin()
+    for query in (
+        Query(rev, 100),
+        Query(rev, 100, since=0),
+        Query(rev, 100, after=1.0),
+        Query(rev, 100, before=3),
+    ):
+        store.page(query)
+    store.close()
+    again = Store(_PATH, _is_one_line, files, epoch="second")
+    found = again.open(5.0)
+    assert {key_text(entry.key): line(entry) for entry in found.entries} == entries
+    assert found.rev >= rev
+    rev = found.rev
+    again.begin()
+    entry = Entry("after", "", "127.0.0.1", 1, {}, State.READY, rev + 1, 5.0)
+    again.commit([Change(rev + 1, Op.UP, entry)])
+    entries["after"] = line(entry)
+    recovered = peek(_PATH, files)
+    assert ({key_text(entry.key): line(entry) for entry in recovered.entries}, recovered.rev) == (
+        entries,
+        rev + 1,
+    )
+    again.close()
+
+
+def _with_checksums(segment: bytes) -> bytes:
+    lines = segment.split(b"\n")
+    for at, text in enumerate(lines):
+        if (found := _OPEN_CRC.fullmatch(text)) is not None:
+            lines[at] = b'%s,"crc":"%08x"}' % (found[1], crc32(found[1]))
+    return b"\n".join(lines)
+
+
+def _put(files: MemoryFiles, path: Path, data: bytes) -> None:
+    fd = files.create(path)
+    files.write(fd, data)
+    files.close(fd)
+
+
+def _contents(files: MemoryFiles) -> dict[str, bytes]:
+    return {name: files.read(_PATH.with_name(name)) for name in files.names(_PATH.parent) if ".lock" not in name}
+
+
+def _is_one_line(text: str) -> None:
+    assert text
+    assert text.isprintable()
+
+
 TARGETS: Mapping[str, Callable[[bytes], None]] = {
     "reader": reader,
     "decoder": decoder,
     "session": session,
     "loader": loader,
+    "journal": journal,
 }

@@ -17,7 +17,7 @@ from tests.long.fuzz import oracle
 from tests.long.fuzz.conversation import BEFORE, Conversation
 from tests.long.fuzz.run import CORPUS
 from tests.long.fuzz.run import TARGETS as NAMES
-from tests.long.fuzz.targets import TARGETS, decoder, loader, planned, reader, session
+from tests.long.fuzz.targets import SEPARATOR, TARGETS, decoder, journal, loader, planned, reader, session
 from tests.support.length import LONG, examples
 from tests.support.world import TIGHT, World, faked_system
 
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "eventfd"), reason="no eventfd, 
 
 KEPT = sorted(CORPUS.glob("*/*"))
 STRANGERS = [path.read_bytes()[1:] for path in KEPT if path.name.startswith("stranger-")]
+JOURNALS = [path.read_bytes() for path in KEPT if path.parent.name == "journal"]
 FILES = [path.read_bytes() for path in KEPT if path.parent.name == "loader"]
 
 
@@ -157,6 +158,20 @@ def test_any_session_leaves_only_requested_changes(data: bytes) -> None:
 @settings(within, max_examples=examples(500))
 def test_any_file_loads_or_is_refused(data: bytes) -> None:
     loader(data)
+
+
+parts = st.lists(
+    st.sampled_from([line for data in JOURNALS for line in data.splitlines(keepends=True)]), max_size=6
+).map(b"".join)
+journals = st.sampled_from(JOURNALS) | st.builds(
+    lambda data, more: SEPARATOR.join([data, *more]), st.sampled_from(JOURNALS), st.lists(parts, max_size=2)
+)
+
+
+@given(mutated(journals) | st.lists(parts, max_size=3).map(SEPARATOR.join))
+@settings(within, max_examples=examples(1_000))
+def test_any_journal_loads_or_is_refused(data: bytes) -> None:
+    journal(data)
 
 
 # Memory.
