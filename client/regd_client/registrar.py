@@ -201,7 +201,12 @@ class Registrar:
                     if replicas.is_taken(conflict.details):
                         continue
                     break  # it has changed meanwhile: look again
-                return
+                entries = await _list(connection, registration._key[0])
+                if not replicas.has_older_twin(entries, registration._where, instance):
+                    return
+                await registration._end_on(connection)
+                self._drop(registration)
+                break
 
     def _is_own(self, registration: Registration, instance: str) -> bool:
         """Return whether another copy of this process has a number, or is just trying it."""
@@ -219,7 +224,7 @@ class Registrar:
         previous = registration._key
 
         def on_reply(reply: Mapping[str, Any]) -> None:
-            del self._registrations[previous]
+            self._registrations.pop(previous, None)
             registration._registered_on(connection, reply)
             self._registrations[registration._key] = registration
             if registration._key != previous:

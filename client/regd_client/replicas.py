@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["is_number", "is_taken", "places"]
+__all__ = ["has_older_twin", "is_number", "is_taken", "places"]
 
 
 def is_number(instance: str) -> bool:
@@ -50,6 +50,19 @@ def places(
             yield str(number), 0
         elif _may_be_dead(entry) and entry.get("pid") not in own_pids:
             yield str(number), entry["rev"]
+
+
+def has_older_twin(entries: Iterable[Mapping[str, Any]], address: tuple[str, int | None], instance: str) -> bool:
+    """Return whether the address had another number already when it got this one.
+
+    Two workers of one server that start together get two numbers if a lower one becomes free between their looks.
+    """
+    revs = {
+        entry["instance"]: entry["rev"]
+        for entry in entries
+        if is_number(entry["instance"]) and (entry["host"], entry["port"]) == address
+    }
+    return instance in revs and min(revs.values()) < revs[instance]
 
 
 def _may_be_dead(entry: Mapping[str, Any]) -> bool:

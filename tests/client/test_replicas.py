@@ -6,7 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -62,6 +62,16 @@ def test_previous_number_comes_first_if_it_is_free() -> None:
     assert first(2, [entry("3", hold=True)], previous="3") == [("1", 0), ("2", 0)]
 
 
+def test_address_that_had_another_number_before() -> None:
+    def has_twin(*entries: dict[str, Any]) -> bool:
+        return replicas.has_older_twin(entries, ("127.0.0.1", 5), "1")
+
+    assert has_twin(entry("1", 5, rev=9), entry("2", 5, rev=8))
+    assert not has_twin(entry("1", 5, rev=9), entry("2", 5, rev=10))  # that one moves
+    assert not has_twin(entry("1", 5, rev=9), entry("2", 4, rev=8), entry("a", 5, rev=8))
+    assert not has_twin()  # it has ended meanwhile
+
+
 @pytest.mark.parametrize("more", [{"static": True}, {"force": True}])
 def test_auto_never_takes_from_the_living(more: dict[str, Any]) -> None:
     with pytest.raises(regd_client.BadArgument, match="no living owner") as refused:
@@ -111,6 +121,27 @@ async def test_workers_of_one_server_share_a_number(daemon: InLoop, client: Clie
         assert [worker.instance for worker in workers] == ["2", "2"]
         await workers[0].deregister()
         assert await numbers(client) == {"1": 1, "2": 2}
+
+
+async def test_workers_share_a_number_also_if_a_lower_one_becomes_free(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second has looked before the first is registered, and after the owner of the lower number has left."""
+    places = replicas.places
+    looks: Iterator[list[dict[str, Any]]] = iter([[]])
+    other = await client.register("web", 9, instance="1")
+    async with Client() as one, Client() as two:
+        first = await one.register("web", 2, instance="auto")
+        await other.deregister()
+        monkeypatch.setattr(replicas, "places", lambda entries, *more: places(next(looks, entries), *more))
+        second = await two.register("web", 2, instance="auto")
+        assert (first.instance, second.instance) == ("2", "2")
+        assert await numbers(client) == {"2": 2}
+        await first.deregister()
+        assert await numbers(client) == {"2": 2}
+        await second.update({"zone": "a"})
+        await second.deregister()
+        assert await numbers(client) == {}
 
 
 async def test_living_owners_keep_their_numbers(daemon: InLoop, client: Client) -> None:
