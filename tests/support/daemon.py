@@ -183,4 +183,5 @@ class DaemonProcess:
 def environment(**extra: str) -> dict[str, str]:
     """Return an environment for a child process: with the project's packages, without this one's REGD_ variables."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("REGD_")}
+    inherited.pop("PORT", None)  # `regctl run` would take it for its command
     return inherited | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "client")])} | extra
