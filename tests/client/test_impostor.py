@@ -178,14 +178,29 @@ class Impostor:
         self.says: dict[str, str] = {}
         self.pages: Iterator[str] = iter(())  # consecutive replies to `list`
         self.address = ""
+        self._transports: set[asyncio.WriteTransport] = set()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._transports.add(writer.transport)
         with contextlib.closing(writer.transport), contextlib.suppress(OSError):
             while line := await reader.readline():
                 fields = json.loads(line)
                 cmd = "resolve all" if fields.get("all") else fields["cmd"]
                 page = next(self.pages, None) if cmd == "list" else None
                 writer.write(with_id(page or self.says.get(cmd) or json.dumps(REPLIES[cmd]), fields["id"]))
+
+    async def cut(self) -> None:
+        """Close all connections.
+
+        asyncio finishes in tasks of its own what it has accepted. If the server is closed before that, the
+        connection is never closed (`_attach` fails).
+        """
+        for _ in range(5):
+            await asyncio.sleep(0)
+        for transport in self._transports:
+            transport.abort()
+        for _ in range(5):
+            await asyncio.sleep(0)
 
 
 @asynccontextmanager
@@ -195,8 +210,7 @@ async def impostor() -> AsyncIterator[Impostor]:
     async with server:
         impostor.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         yield impostor
-    for _ in range(5):
-        await asyncio.sleep(0)  # asyncio finishes in tasks of its own the connections that it has just accepted
+        await impostor.cut()
 
 
 async def leave(client: Client) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -133,6 +134,24 @@ async def test_loaded_process_of_an_earlier_boot_has_ended(
     monkeypatch.setattr(processes, "_start_ticks", failing(errno.ENOENT))
     async with InLoop(path) as daemon:
         assert (await (await daemon.peer()).ask(cmd="resolve", name="a"))["error"] == "not_found"
+
+
+async def test_pid_written_by_hand_is_that_process(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
+    """Such an entry has no `born`; it stays while the process lives, and the file gets the time of its start."""
+    path = tmp_path / "registry.json"
+    path.write_text(f'{{"a": {{"port": 1, "pid": {child.pid}}}, "gone": {{"port": 2, "pid": {2**22 + 1}}}}}')
+    async with InLoop(path) as daemon:
+        peer = await daemon.peer()
+        assert (await peer.ask(cmd="resolve", name="a"))["pid"] == child.pid
+        assert (await peer.ask(cmd="resolve", name="gone"))["error"] == "not_found"
+    assert json.loads(path.read_bytes())["a"]["born"]
+    async with InLoop(path) as daemon:
+        peer = await daemon.peer()
+        assert (await peer.ask(cmd="resolve", name="a"))["ok"]
+        child.kill()
+        child.wait()
+        daemon.clock.advance(0.5)
+        assert (await peer.ask(cmd="resolve", name="a"))["last"]["reason"] == "process exited"
 
 
 async def test_unwatched_processes_are_checked_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
