@@ -6,6 +6,7 @@ stopped by a signal meanwhile, wherever it is: also between the write of a batch
 
 import asyncio
 import contextlib
+import os
 import random
 import signal
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from regd.storage.files import Files
 from regd.storage.store import StorageError, Store
 from tests.support.daemon import WAIT_S, DaemonProcess, Peer
 from tests.support.length import LONG
+from tests.support.polling import until
 from tests.support.stored import stored
 
 ROUNDS = 10 if LONG else 3
@@ -39,6 +41,13 @@ async def write(daemon: DaemonProcess, prefix: str, acknowledged: set[str]) -> N
     await peer.close()
 
 
+async def stopped(daemon: DaemonProcess) -> None:
+    """Stop a daemon, and wait until it does nothing more."""
+    assert daemon.process is not None
+    daemon.process.send_signal(signal.SIGSTOP)
+    await asyncio.to_thread(os.waitid, os.P_PID, daemon.process.pid, os.WSTOPPED | os.WNOWAIT)
+
+
 async def ended(daemon: DaemonProcess) -> str:
     """Wait until a daemon ends by itself, and return its log."""
     assert daemon.process is not None
@@ -57,9 +66,10 @@ async def test_older_daemon_ends_and_nothing_acknowledged_is_missing(tmp_path: P
         with DaemonProcess(registry) as older, DaemonProcess(registry) as newer:
             await asyncio.to_thread(older.start)
             tasks = [asyncio.create_task(write(older, f"older{n}", of_older)) for n in range(_WRITERS)]
-            await asyncio.sleep(random.uniform(0.05, 0.3))
+            await until(of_older.__len__)
+            await asyncio.sleep(random.uniform(0, 0.2))
             assert older.process is not None
-            older.process.send_signal(signal.SIGSTOP)
+            await stopped(older)
             if way == "folder moved away":
                 folder.rename(moved)
             else:
@@ -70,11 +80,9 @@ async def test_older_daemon_ends_and_nothing_acknowledged_is_missing(tmp_path: P
             log = await ended(older)
             assert "another regd" in log.splitlines()[-1]
             assert "Traceback" not in log
-            await asyncio.sleep(0.1)
+            await until(of_newer.__len__)
             newer.end(signal.SIGKILL)
             await asyncio.gather(*tasks)
-        assert of_older
-        assert of_newer
         names = set(stored(registry))
         assert of_newer <= names
         if way == "folder moved away":
