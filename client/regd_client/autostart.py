@@ -1,4 +1,5 @@
-"""Starting a daemon on demand: with REGD_AUTOSTART=1, a client that finds no daemon on this machine starts one.
+"""Starting a daemon on demand: a client that finds no daemon for its project registry starts one, and with
+REGD_AUTOSTART=1 also at another address of this machine.
 
 However many clients ask at once, one starts the daemon: under a lock in the state folder it looks again, starts,
 and waits until the daemon listens; the others wait until they reach it. A daemon that is started twice all the
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-__all__ = ["IDLE_EXIT_S", "NOT_STARTED", "Autostart", "is_gone", "until_open"]
+__all__ = ["IDLE_EXIT_S", "LOG_MIB", "NOT_STARTED", "Autostart", "is_gone", "until_open"]
 
 IDLE_EXIT_S = 300  # longer than a restart of all services by hand
+LOG_MIB = 4  # then the log begins anew; the previous one is kept
 NOT_STARTED = "not_started"  # code of the error for a daemon that could not be started
 _DEFAULT_PORT = protocol.parse_address(protocol.DEFAULT_ADDRESS).port
 _PAUSE_S = (0.02, 0.05)  # between two looks: of the process that starts it, and of the others
@@ -103,8 +105,12 @@ class Autostart:
             raise Unavailable(failure, NOT_STARTED)
         if not self._base:  # no folder or file is made before there is a program
             self._base = self._program()
-            self._registry = os.path.join(self._folder(), _registry(self._address))
-            self._log = self._registry.removesuffix(".json") + ".log"
+            if self._address.project:
+                self._registry = os.path.join(self._address.project, "registry.json")
+                self._log = os.path.join(self._address.project, "regd.log")
+            else:
+                self._registry = os.path.join(self._folder(), _registry(self._address))
+                self._log = self._registry.removesuffix(".json") + ".log"
             self.why = f"another process is starting it; its log is {self._log}"
         try:
             return self._step()
@@ -112,11 +118,18 @@ class Autostart:
             if isinstance(error, Unavailable):
                 raise
             where = error.filename or self._registry
-            mend = "give its rights to this user, or name another folder in XDG_STATE_HOME"
+            other = (
+                "run `regctl init` in another folder"
+                if self._address.project
+                else "name another folder in XDG_STATE_HOME"
+            )
+            mend = f"give its rights to this user, or {other}"
             raise self._failed(f"cannot use {where}: {error.strerror}; {mend}") from None
 
     def _step(self) -> float:
         if self._lock is None:
+            if not self._address.project:  # one that was removed stays removed
+                os.makedirs(os.path.dirname(self._registry), mode=0o700, exist_ok=True)
             self._lock = _locked(self._registry + ".start")
             return _PAUSE_S[1] if self._lock is None else 0.0  # the previous owner may have started a daemon
         if self._process is None:
@@ -157,10 +170,12 @@ class Autostart:
         self.why = f"it is being started; its log is {self._log}"
 
     def _command(self) -> list[str]:
+        if self._address.project:
+            return [*self._base, "--project", self._address.project, "--background"]
         address = ["--port", str(self._address.port)]
         if self._address.path:
             address = ["--unix", self._address.path, "--port", "0"]
-        files = ["--registry", self._registry, "--log", self._log]
+        files = ["--registry", self._registry, "--log", self._log, "--log-mib", str(LOG_MIB)]
         return [*self._base, *address, *files, "--background", "--idle-exit", str(IDLE_EXIT_S)]
 
     def _program(self) -> list[str]:
@@ -240,7 +255,6 @@ def _registry(address: protocol.Address) -> str:
 
 def _locked(path: str) -> int | None:
     """Lock a file and return its descriptor, None if another process has locked it."""
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,11 +5,12 @@ It imports little, so that a command starts quickly.
 
 from __future__ import annotations
 
+import socket as socket_module
 import sys
 from collections.abc import Iterator
 
 # Bound here: a test that replaces them in their modules changes nothing here.
-from socket import AF_UNIX, SOCK_STREAM, getaddrinfo, socket
+from socket import AF_UNIX, SOCK_STREAM, SOL_SOCKET, getaddrinfo, socket
 from time import monotonic
 from types import TracebackType
 from typing import Any, Self
@@ -30,10 +31,9 @@ class BlockingConnection:
 
     Args:
         address: `tcp://HOST:PORT`, `HOST:PORT` or `unix:///path`; by default $REGD_ADDRESS, else
-            `tcp://127.0.0.1:7343`.
+            the project registry of the current folder, else `tcp://127.0.0.1:7343`.
         timeout_s: seconds for connecting, and for every reply.
-        autostart: start a daemon if none answers and REGD_AUTOSTART says so; False for a program that only
-            observes.
+        autostart: start a daemon on demand; False for a program that only observes.
 
     Raises:
         Unavailable: no daemon answers.
@@ -86,7 +86,8 @@ class BlockingConnection:
     def _connect(self, timeout_s: float) -> socket:
         make_socket, resolve = _unpatched()
         if self.address.path:
-            return _connected(make_socket(AF_UNIX, SOCK_STREAM), self.address.path, timeout_s)
+            with protocol.connectable(self.address.path) as path:
+                return _connected(make_socket(AF_UNIX, SOCK_STREAM), path, timeout_s)
         host, trouble = self.address.host, OSError("no address")
         # As bytes if it is ASCII: the codec idna encodes a string, and its import takes longer than all the rest.
         for family, *_, address in resolve(
@@ -114,6 +115,13 @@ class BlockingConnection:
             Unavailable: the connection broke, the reply took longer than `timeout_s`, or the peer is not a regd.
             BadArgument: an argument is no JSON value, or the request is too long.
         """
+        reply = self._ask(cmd, arguments)
+        if reply["ok"] or (part := protocol.unsupported_part(cmd, arguments, reply)) is None:
+            return reply
+        hello, described = self._ask("hello", {}), self._ask("help", {})
+        return protocol.unsupported(self.address, cmd, part, hello, described) or reply
+
+    def _ask(self, cmd: str, arguments: dict[str, Any]) -> dict[str, Any]:
         line = protocol.encode_request(cmd, None, arguments)
         wait = arguments.get("wait")
         timeout_s = self._timeout_s + (0.0 if wait is None else wait)
@@ -130,6 +138,17 @@ class BlockingConnection:
                 raise
             raise protocol.unavailable(self.address, error.strerror or str(error)) from error
         return protocol.check_result(cmd, arguments, fields)
+
+    @property
+    def peer_pid(self) -> int | None:
+        """The process that opened the daemon's Unix socket, as the kernel says (unix(7)); None if it does not."""
+        try:
+            credentials = self._socket.getsockopt(
+                SOL_SOCKET, socket_module.SO_PEERCRED, 12
+            )  # struct ucred: pid, uid, gid
+        except (OSError, AttributeError):
+            return None
+        return int.from_bytes(credentials[:4], sys.byteorder, signed=True) or None
 
     def events(self) -> Iterator[dict[str, Any]]:
         """Yield the events of a `watch`, for ever. The last may be a refusal, before the daemon closes.

@@ -86,7 +86,8 @@ class Connection(asyncio.BufferedProtocol):
         """
         loop = asyncio.get_running_loop()
         if address.path:
-            _, connection = await loop.create_unix_connection(lambda: cls(address, on_lost), address.path)
+            with protocol.connectable(address.path) as path:
+                _, connection = await loop.create_unix_connection(lambda: cls(address, on_lost), path)
         else:
             _, connection = await loop.create_connection(
                 lambda: cls(address, on_lost), address.host, address.port

@@ -13,7 +13,7 @@ from regd_client.connection import Connection, OnLost
 from regd_client.errors import Unavailable
 from regd_client.event_loop import pause, running_loop, wait_shared
 from regd_client.logger import log
-from regd_client.protocol import Address
+from regd_client.protocol import Address, AddressFinder
 
 if TYPE_CHECKING:
     from regd_client.autostart import Autostart
@@ -43,11 +43,11 @@ class Connector:
         on_lost: called with the event for a registration that a connection no longer holds.
     """
 
-    def __init__(self, address: str | None, timeout_s: float | None) -> None:
+    def __init__(self, addresses: AddressFinder, timeout_s: float | None) -> None:
         self.timeout_s = CONNECT_S if timeout_s is None else timeout_s
         self.connection: Connection | None = None
         self.on_lost: OnLost = lambda connection, event: None
-        self.address = address
+        self.addresses = addresses
         self._always_patient = timeout_s is not None
         self._connecting: asyncio.Task[Connection] | None = None
         self._callers: dict[asyncio.Future[None], Patience] = {}  # done when the connection was refused
@@ -97,11 +97,11 @@ class Connector:
 
     def unavailable(self) -> Unavailable:
         """Return the error for a daemon that cannot be reached."""
-        return protocol.unavailable(protocol.find_address(self.address), self._why)
+        return protocol.unavailable(self.addresses.find(), self._why)
 
     async def _connect(self) -> Connection:
         """Try until a daemon answers. The callers decide how long they wait."""
-        address = protocol.find_address(self.address)
+        address = self.addresses.find()
         pause_s, longest_s = _BACKOFF_S
         began = time.monotonic()
         on_demand = _OnDemand(address, began + _RESTART_S if self.connection is not None else began)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from regd_client import replies
+from regd_client import project, replies
 from regd_client.errors import BadArgument, RegdError, Unavailable, from_reply
+from regd_client.version import VERSION
 
 __all__ = [
     "DEFAULT_ADDRESS",
@@ -21,10 +23,12 @@ __all__ = [
     "NOT_REGD",
     "REPLY_BYTES_MAX",
     "Address",
+    "AddressFinder",
     "autostart_wanted",
     "cached_reply",
     "cached_request",
     "check_result",
+    "connectable",
     "decode_line",
     "encode_request",
     "find_address",
@@ -36,6 +40,8 @@ __all__ = [
     "refused",
     "split_reply",
     "unavailable",
+    "unsupported",
+    "unsupported_part",
 ]
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:7343"
@@ -47,7 +53,8 @@ NOT_REGD = "not_regd"  # code of the error for a peer that does not speak the pr
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")  # where regd listens
 _YES = ("1", "true", "yes", "on")  # values of REGD_AUTOSTART, in any case
 _NO = ("", "0", "false", "no", "off")
-_warned: set[str] = set()  # values of REGD_AUTOSTART that were logged
+_SOCKET_PATH_BYTES_MAX = 107  # sockaddr_un without its final NUL (unix(7))
+_warned: set[tuple[str, tuple[str, ...]]] = set()  # warnings that were logged, each once
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
@@ -55,12 +62,16 @@ _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 class Address:
-    """Where a daemon listens: the `path` of a Unix socket, or `host` and `port`."""
+    """Where a daemon listens: the `path` of a Unix socket, or `host` and `port`.
 
-    def __init__(self, host: str, port: int, path: str = "") -> None:
+    `project` is the folder of the project registry whose socket it is, "" if it was not found as one.
+    """
+
+    def __init__(self, host: str, port: int, path: str = "", project: str = "") -> None:
         self.host = host
         self.port = port
         self.path = path
+        self.project = project
 
     def __repr__(self) -> str:
         return f"<Address {self}>"
@@ -120,24 +131,78 @@ def _bad_address(text: str) -> BadArgument:
 
 
 def find_address(address: str | None = None) -> Address:
-    """Return the daemon's address: `address`, else $REGD_ADDRESS, else tcp://127.0.0.1:7343."""
-    return parse_address(address or os.environ.get("REGD_ADDRESS") or DEFAULT_ADDRESS)
+    """Return the daemon's address: `address`, else $REGD_ADDRESS, else the project registry of the current
+    folder, else tcp://127.0.0.1:7343.
+    """
+    if text := address or os.environ.get("REGD_ADDRESS"):
+        return parse_address(text)
+    found = project.search()
+    for ignored in found.ignored:
+        _warn_once("%s is ignored: %s", *ignored)
+    if found.folder is None:
+        return parse_address(DEFAULT_ADDRESS)
+    if "PYTEST_CURRENT_TEST" in os.environ:
+        _warn_once("a test uses the project registry %s; the fixture `registry` has a private one", found.folder)
+    return Address("", 0, project.socket_path(found.folder), found.folder)
+
+
+class AddressFinder:
+    """Finds the address for a client each time it connects: $REGD_ADDRESS may change, a project registry may not.
+
+    It is looked for once: a later `chdir` changes nothing.
+    """
+
+    def __init__(self, address: str | None) -> None:
+        self._address = address
+        self._found: Address | None = None
+
+    def find(self) -> Address:
+        """Return the address, as `find_address` does.
+
+        Raises:
+            BadArgument: `address` or $REGD_ADDRESS is no address.
+        """
+        if self._address or os.environ.get("REGD_ADDRESS"):
+            return find_address(self._address)
+        if self._found is None:
+            self._found = find_address()
+        return self._found
+
+
+@contextmanager
+def connectable(path: str) -> Iterator[str]:
+    """Yield a path for connecting to a Unix socket: one that is too long goes through its folder's descriptor."""
+    if len(os.fsencode(path)) <= _SOCKET_PATH_BYTES_MAX:
+        yield path
+        return
+    folder, name = os.path.split(path)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{name}"
+    finally:
+        os.close(descriptor)
 
 
 def autostart_wanted(address: Address) -> bool:
-    """Return whether a daemon may be started: $REGD_AUTOSTART says yes, and the address is on this machine.
+    """Return whether a daemon may be started: for a project registry unless $REGD_AUTOSTART says no, for another
+    address of this machine if $REGD_AUTOSTART says yes.
 
     A value that is neither yes nor no counts as no, and is logged once.
     """
     value = os.environ.get("REGD_AUTOSTART", "")
-    if value.lower() not in (*_YES, *_NO) and value not in _warned:
-        _warned.add(value)
+    if value.lower() not in (*_YES, *_NO):
+        _warn_once("REGD_AUTOSTART is %r, which is neither yes nor no: no daemon is started; write 1 or 0", value)
+    if address.project and not value:
+        return True
+    return value.lower() in _YES and (bool(address.path) or address.host in _LOOPBACK)
+
+
+def _warn_once(text: str, *values: str) -> None:
+    if (text, values) not in _warned:
+        _warned.add((text, values))
         import logging  # it takes longer to import than many a command runs
 
-        logging.getLogger("regd_client").warning(
-            "REGD_AUTOSTART is %r, which is neither yes nor no: no daemon is started; write 1 or 0", value
-        )
-    return value.lower() in _YES and (bool(address.path) or address.host in _LOOPBACK)
+        logging.getLogger("regd_client").warning(text, *values)
 
 
 def own_host() -> dict[str, str | None]:
@@ -239,10 +304,37 @@ def refused(address: Address, fields: dict[str, Any]) -> Unavailable:
 
 def unavailable(address: Address, why: str) -> Unavailable:
     """Return the error for an address at which no daemon answers."""
+    start = f"`regd --project {address.project}`" if address.project else "`regd`, or `python3 -m regd`"
     return Unavailable(
-        f"no regd at {address} ({why}); start one with `regd`, or `python3 -m regd`, "
-        "or name another address in REGD_ADDRESS"
+        f"no regd at {address} ({why}); start one with {start}, or name another address in REGD_ADDRESS"
     )
+
+
+# A daemon that is older than this client.
+
+
+def unsupported_part(cmd: str, arguments: Mapping[str, Any], refusal: Mapping[str, Any]) -> str | None:
+    """Return what an older daemon may lack to answer a request: the command, one of its arguments, or nothing."""
+    if refusal.get("error") == "unknown_command":
+        return cmd
+    field = refusal.get("field")
+    return field if refusal.get("error") == "bad_argument" and field in arguments else None
+
+
+def unsupported(
+    address: Address, cmd: str, part: str, hello: Mapping[str, Any], described: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Return the refusal to report if the daemon lacks that part of a request, else None.
+
+    `hello` and `described` are its replies to `hello` and `help`.
+    """
+    theirs = hello.get("version")
+    known = described.get("commands", {}).get(cmd)
+    if theirs == VERSION or (known is not None and (part == cmd or part in known["args"])):
+        return None
+    what = f"command {cmd}" if known is None else f"argument {part} of {cmd}"
+    message = f"regd {theirs} at {address} has no {what}, and this client is {VERSION}; restart that regd"
+    return {"ok": False, "error": "unsupported", "message": message}
 
 
 # Caches. A repeated resolve encodes its request once and decodes the same reply once: JSON is half of its

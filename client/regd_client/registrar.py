@@ -99,7 +99,7 @@ class Registrar:
             nonlocal result
             result = self._registered(registration, connection, reply)
 
-        registration._place = str(protocol.find_address(self._connector.address)), *registration._key
+        registration._place = str(self._connector.addresses.find()), *registration._key
         patience = Patience.LOGGED if registration._patient else Patience.NONE
         try:
             connection = await self._connector.connect(registration._request.timeout_s, patience)

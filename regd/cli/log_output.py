@@ -94,10 +94,15 @@ def open_log(path: Path) -> int:
 
 
 class LogOutput(logging.Handler):
-    """Writes the log to `path`, or to stderr. Opens the file at once; `start` starts the thread."""
+    """Writes the log to `path`, or to stderr. Opens the file at once; `start` starts the thread.
 
-    def __init__(self, path: Path | None, format: str) -> None:
+    When the file has `bytes_max` bytes, unless that is 0, it is renamed to `path` with `.1` behind it, and the
+    next begins.
+    """
+
+    def __init__(self, path: Path | None, format: str, bytes_max: int = 0) -> None:
         super().__init__()
+        self._bytes_max = bytes_max
         self.lines = FORMATS[format]()
         self.setFormatter(self.lines)
         self.path = path
@@ -159,6 +164,7 @@ class LogOutput(logging.Handler):
                 self._pending.clear()
             why = ""
             try:
+                self._rotate()
                 self._write(b"\n" * self._torn + data)
             except OSError as error:
                 why = error.strerror or "unknown error"
@@ -179,6 +185,13 @@ class LogOutput(logging.Handler):
                 continue
             self._torn = view[count - 1] != ord("\n") if count else self._torn
             view = view[count:]
+
+    def _rotate(self) -> None:
+        """Begin another file once this one is full. A file that cannot be renamed becomes larger."""
+        if self._bytes_max and self.path is not None and os.fstat(self.fd).st_size >= self._bytes_max:
+            with contextlib.suppress(OSError, LogError):
+                os.replace(self.path, f"{self.path}.1")
+                self.reopen()
 
     def reopen(self) -> None:
         """Reopen the file, for log rotation. stdout and stderr follow if they are the same file.

@@ -35,9 +35,10 @@ class Source:
         self.changed: Callable[[], None] = lambda: None
         self.stats: dict[str, Any] = {}
         self._interval_s = interval_s
-        self.address = str(protocol.find_address(address))
+        addresses = protocol.AddressFinder(address)
+        self.address = str(addresses.find())
         self._title = f"regd at {self.address.removeprefix('tcp://')}" + (f"  {pattern}" if pattern else "")
-        self._link = Connector(address, _CONNECT_S)
+        self._link = Connector(addresses, _CONNECT_S)
         self._keeper = Registrar(self._link)
         self._rates = Rates()
         self._complete = asyncio.Event()
