@@ -21,7 +21,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, TypeVar
 
-from regd_client import protocol
+from regd_client import project, protocol
 from regd_client.errors import RegdError, Unavailable
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class Autostart:
         if not self._base:  # no folder or file is made before there is a program
             self._base = self._program()
             if self._address.project:
+                self._check_project()
                 self._registry = os.path.join(self._address.project, "registry.json")
                 self._log = os.path.join(self._address.project, "regd.log")
             else:
@@ -125,6 +126,15 @@ class Autostart:
             )
             mend = f"give its rights to this user, or {other}"
             raise self._failed(f"cannot use {where}: {error.strerror}; {mend}") from None
+
+    def _check_project(self) -> None:
+        """Check that the folder was not removed, or replaced, since it was found."""
+        folder = self._address.project
+        why = project.fault(folder)
+        if why is None:
+            raise self._failed(f"{folder} was removed: run `regctl init` again")
+        if why:
+            raise self._failed(f"{folder} cannot be used: {why}; run `regctl init` again")
 
     def _step(self) -> float:
         if self._lock is None:

@@ -40,8 +40,10 @@ class BlockingConnection:
         BadArgument: the address has another form.
     """
 
-    def __init__(self, address: str | None = None, timeout_s: float = 5.0, *, autostart: bool = True) -> None:
-        self.address = protocol.find_address(address)
+    def __init__(
+        self, address: str | protocol.Address | None = None, timeout_s: float = 5.0, *, autostart: bool = True
+    ) -> None:
+        self.address = address if isinstance(address, protocol.Address) else protocol.find_address(address)
         self._rest = b""
         self._events: list[dict[str, Any]] = []  # that came before a reply
         self._timeout_s = timeout_s
@@ -118,7 +120,10 @@ class BlockingConnection:
         reply = self._ask(cmd, arguments)
         if reply["ok"] or (part := protocol.unsupported_part(cmd, arguments, reply)) is None:
             return reply
-        hello, described = self._ask("hello", {}), self._ask("help", {})
+        try:
+            hello, described = self._ask("hello", {}), self._ask("help", {})
+        except Unavailable:
+            return reply
         return protocol.unsupported(self.address, cmd, part, hello, described) or reply
 
     def _ask(self, cmd: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from regd_client.arguments import (
 )
 from regd_client.connection import Connection
 from regd_client.connector import Connector, Patience
-from regd_client.errors import NotFound, RegdError, Timeout, Unavailable, from_reply
+from regd_client.errors import NotFound, RegdError, Timeout, Unavailable
 from regd_client.event_loop import pause, running_loop
 from regd_client.mirrors import Mirror
 from regd_client.models import Endpoint, Event, Hello, History, Instance, State, Stats, Why, endpoint_of
@@ -584,12 +584,7 @@ class Client:
         try:
             return await connection.ask(cmd, arguments)
         except RegdError as error:
-            part = protocol.unsupported_part(cmd, arguments, {"error": error.code, **error.details})
-            if part is None:
-                raise
-            hello, described = await connection.ask("hello", {}), await connection.ask("help", {})
-            refusal = protocol.unsupported(connection.address, cmd, part, hello, described)
-            raise (error if refusal is None else from_reply(refusal)) from None
+            raise await connection.explained(error, cmd, arguments) from None
 
     def _check_fork(self) -> None:
         """Start afresh in a forked child: the connection, the registrations and the watches are the parent's."""

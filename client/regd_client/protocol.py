@@ -138,23 +138,27 @@ def find_address(address: str | None = None) -> Address:
         return parse_address(text)
     found = project.search()
     for ignored in found.ignored:
-        _warn_once("%s is ignored: %s", *ignored)
+        _warn_once("%s is ignored: %s; %s", *ignored, ignored.do)
     if found.folder is None:
         return parse_address(DEFAULT_ADDRESS)
-    if "PYTEST_CURRENT_TEST" in os.environ:
-        _warn_once("a test uses the project registry %s; the fixture `registry` has a private one", found.folder)
+    _warn_in_test(found.folder)
     return Address("", 0, project.socket_path(found.folder), found.folder)
+
+
+def _warn_in_test(folder: str) -> None:
+    if "PYTEST_CURRENT_TEST" in os.environ:
+        _warn_once("a test uses the project registry %s; the fixture `regd` has a private one", folder)
 
 
 class AddressFinder:
     """Finds the address for a client each time it connects: $REGD_ADDRESS may change, a project registry may not.
 
-    It is looked for once: a later `chdir` changes nothing.
+    The project registry is looked for once, when the client is made: a later `chdir` changes nothing.
     """
 
     def __init__(self, address: str | None) -> None:
         self._address = address
-        self._found: Address | None = None
+        self._found = None if address or os.environ.get("REGD_ADDRESS") else find_address()
 
     def find(self) -> Address:
         """Return the address, as `find_address` does.
@@ -166,6 +170,8 @@ class AddressFinder:
             return find_address(self._address)
         if self._found is None:
             self._found = find_address()
+        if self._found.project:
+            _warn_in_test(self._found.project)
         return self._found
 
 
@@ -304,7 +310,11 @@ def refused(address: Address, fields: dict[str, Any]) -> Unavailable:
 
 def unavailable(address: Address, why: str) -> Unavailable:
     """Return the error for an address at which no daemon answers."""
-    start = f"`regd --project {address.project}`" if address.project else "`regd`, or `python3 -m regd`"
+    start = "`regd`, or `python3 -m regd`"
+    if address.project:
+        start = f"`regd --project {address.project}`"
+        if not autostart_wanted(address):
+            start += f" (REGD_AUTOSTART={os.environ['REGD_AUTOSTART']} keeps this program from starting it)"
     return Unavailable(
         f"no regd at {address} ({why}); start one with {start}, or name another address in REGD_ADDRESS"
     )
@@ -328,9 +338,11 @@ def unsupported(
 
     `hello` and `described` are its replies to `hello` and `help`.
     """
-    theirs = hello.get("version")
-    known = described.get("commands", {}).get(cmd)
-    if theirs == VERSION or (known is not None and (part == cmd or part in known["args"])):
+    theirs, commands = hello.get("version"), described.get("commands")
+    if theirs in (None, VERSION) or commands is None:  # it is as new, or does not say what it knows
+        return None
+    known = commands.get(cmd)
+    if known is not None and (part == cmd or part in known["args"]):
         return None
     what = f"command {cmd}" if known is None else f"argument {part} of {cmd}"
     message = f"regd {theirs} at {address} has no {what}, and this client is {VERSION}; restart that regd"

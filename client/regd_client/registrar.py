@@ -143,11 +143,12 @@ class Registrar:
         """Send `register`, bound to the connection, and to the process if the daemon can see it."""
         binding = await self._binding(connection, registration)
         fields = registration._request.fields
+        arguments = {**fields, **binding, **other}
         try:
-            await connection.ask("register", {**fields, **binding, **other}, on_reply)
+            await connection.ask("register", arguments, on_reply)
         except RegdError as refusal:
             if "pid" not in binding or not _is_invisible(refusal, binding["pid"]):
-                raise
+                raise await connection.explained(refusal, "register", arguments) from None
             connection.shares_processes = False
             await connection.ask("register", {**fields, "hold": True, **other}, on_reply)
 
@@ -351,11 +352,12 @@ class Registrar:
         self._keep()
 
     async def _send_watch(self, connection: Connection, state: WatchState) -> None:
+        arguments = state.begin(connection)
         try:
-            await connection.ask("watch", state.begin(connection), state.take)
-        except RegdError:
+            await connection.ask("watch", arguments, state.take)
+        except RegdError as error:
             state.pause()
-            raise
+            raise await connection.explained(error, "watch", arguments) from None
 
     # The task that keeps it all. It runs while there is something to keep.
 

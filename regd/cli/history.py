@@ -9,6 +9,7 @@ from typing import Any
 from regd.cli.output import EMPTY, Output, address_of, complain, instance_name, say, say_json, table, visible
 from regd.cli.queries import TRANSIENT
 from regd.cli.watch import PAUSE_S, is_reader_gone
+from regd_client import protocol
 from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import Unavailable
 
@@ -23,7 +24,8 @@ def show(
     Raises:
         Unavailable: no daemon answers.
     """
-    with BlockingConnection(address) as connection:
+    at = protocol.find_address(address)  # once: another must not take its place while it is away
+    with BlockingConnection(at) as connection:
         rev = connection.ask("hello")["rev"] if follow else 0
         changes: list[dict[str, Any]] = []
         for page in _pages(connection, of, point):
@@ -36,7 +38,7 @@ def show(
     _print(changes, as_json)
     if not follow:
         return None
-    return _follow(address, _Follower(of, max(rev, changes[-1]["rev"] if changes else 0), as_json))
+    return _follow(at, _Follower(of, max(rev, changes[-1]["rev"] if changes else 0), as_json))
 
 
 def _pages(
@@ -63,11 +65,11 @@ class _Follower:
         self._as_json = as_json
         self._is_away = False
 
-    def follow(self, address: str | None) -> dict[str, Any] | None:
+    def follow(self, at: protocol.Address) -> dict[str, Any] | None:
         """Print changes until the connection breaks or stdout is closed. Return a refusal of the daemon."""
         with (
-            BlockingConnection(address, autostart=False) as watching,
-            BlockingConnection(address, autostart=False) as asking,
+            BlockingConnection(at, autostart=False) as watching,
+            BlockingConnection(at, autostart=False) as asking,
         ):
             reply = watching.ask("watch", name=self._of["name"])
             if not reply["ok"]:
@@ -96,11 +98,11 @@ class _Follower:
             self._is_away = True
 
 
-def _follow(address: str | None, follower: _Follower) -> dict[str, Any] | None:
+def _follow(at: protocol.Address, follower: _Follower) -> dict[str, Any] | None:
     """Follow across restarts of the daemon, until stdout is closed. Return a refusal of the daemon."""
     while True:
         try:
-            refusal = follower.follow(address)
+            refusal = follower.follow(at)
             if refusal is not None and refusal["error"] not in TRANSIENT:
                 return refusal
             follower.report_away("it is stopping" if refusal is None else refusal["message"])

@@ -96,8 +96,8 @@ def open_log(path: Path) -> int:
 class LogOutput(logging.Handler):
     """Writes the log to `path`, or to stderr. Opens the file at once; `start` starts the thread.
 
-    When the file has `bytes_max` bytes, unless that is 0, it is renamed to `path` with `.1` behind it, and the
-    next begins.
+    With `bytes_max`, a file that would become larger is renamed to `path` with `.1` behind it, and the next
+    begins.
     """
 
     def __init__(self, path: Path | None, format: str, bytes_max: int = 0) -> None:
@@ -116,6 +116,7 @@ class LogOutput(logging.Handler):
         self._torn = False  # the last line was written in part
         self._closing = False
         self._thread: threading.Thread | None = None
+        self._rotate(1)  # what a daemon writes that cannot start is written past the thread
 
     def start(self, level: str) -> None:
         """Handle all log records of the program from now on. Call it after any fork: a child has no threads."""
@@ -164,14 +165,22 @@ class LogOutput(logging.Handler):
                 self._pending.clear()
             why = ""
             try:
-                self._rotate()
-                self._write(b"\n" * self._torn + data)
+                self._write_whole_lines(b"\n" * self._torn + data)
             except OSError as error:
                 why = error.strerror or "unknown error"
             with self._ready:
                 self._pending_bytes -= size
                 if why:
                     self._dropped, self._why = self._dropped + count, why
+
+    def _write_whole_lines(self, data: bytes) -> None:
+        """Write lines to as many files as they need."""
+        while data:
+            end = data.rfind(b"\n", 0, self._bytes_max) + 1 if 0 < self._bytes_max < len(data) else 0
+            part = data[: end or len(data)]
+            self._rotate(len(part))
+            self._write(part)
+            data = data[len(part) :]
 
     def _write(self, data: bytes) -> None:
         view = memoryview(data)
@@ -186,9 +195,12 @@ class LogOutput(logging.Handler):
             self._torn = view[count - 1] != ord("\n") if count else self._torn
             view = view[count:]
 
-    def _rotate(self) -> None:
-        """Begin another file once this one is full. A file that cannot be renamed becomes larger."""
-        if self._bytes_max and self.path is not None and os.fstat(self.fd).st_size >= self._bytes_max:
+    def _rotate(self, count: int) -> None:
+        """Begin another file if so many bytes do not fit. A file that cannot be renamed becomes larger."""
+        if not self._bytes_max or self.path is None:
+            return
+        size = os.fstat(self.fd).st_size
+        if size and size + count > self._bytes_max:
             with contextlib.suppress(OSError, LogError):
                 os.replace(self.path, f"{self.path}.1")
                 self.reopen()

@@ -239,9 +239,8 @@ def _use_project(arguments: argparse.Namespace) -> None:
     """
     folder = Path(os.path.realpath(arguments.project))
     if (why := project.fault(str(folder))) != "":
-        raise UsageError(
-            "regd", f"--project {folder}: {why or 'there is no such folder: run `regctl init` first'}"
-        )
+        why = why or "there is no such folder"
+        raise UsageError("regd", f"--project {folder}: {why}; run `regctl init` in {folder.parent} first")
     for flag, value in (
         ("--port", arguments.port), ("--unix", arguments.unix), ("--registry", arguments.registry)
     ):  # fmt: skip

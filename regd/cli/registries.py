@@ -59,7 +59,7 @@ def where(address: str | None, as_json: bool) -> None:
                 "project": at.project or None,
                 "daemon": daemon,
                 "version": regd.__version__,
-                "ignored": [{"folder": folder, "why": why} for folder, why in found.ignored],
+                "ignored": [{**ignored._asdict(), "do": ignored.do} for ignored in found.ignored],
             }
         )
         return
@@ -101,7 +101,7 @@ def _others(address: str | None, source: str, found: project.Search) -> Iterator
             f"REGD_ADDRESS, which is {chosen}: --address comes first" if chosen else "REGD_ADDRESS: it is not set"
         )
     for ignored in found.ignored:
-        yield f"{ignored.folder}: {ignored.why}"
+        yield f"{ignored.folder}: {ignored.why}; {ignored.do}"
     if source != "project":
         first = _REASONS.get(source)
         yield f"{found.folder}: {first} comes first" if found.folder else "a project registry: there is none here"
@@ -112,7 +112,7 @@ def _others(address: str | None, source: str, found: project.Search) -> Iterator
 def _daemon(at: protocol.Address) -> dict[str, Any] | None:
     """Return the version and the process of the daemon at an address, None if none answers."""
     try:
-        with BlockingConnection(str(at), _ANSWER_S, autostart=False) as connection:
+        with BlockingConnection(at, _ANSWER_S, autostart=False) as connection:
             return {"version": connection.ask("hello")["version"], "pid": connection.ask("stats")["pid"]}
     except (RegdError, KeyError):
         return None
@@ -132,7 +132,7 @@ def stop(address: str | None, as_json: bool) -> None:
             "unsupported",
         )
     try:
-        connection = BlockingConnection(str(at), _ANSWER_S, autostart=False)
+        connection = BlockingConnection(at, _ANSWER_S, autostart=False)
     except Unavailable as error:
         if isinstance(error.__cause__, ConnectionRefusedError | FileNotFoundError):
             _say_stopped(at, None, as_json)
@@ -168,7 +168,9 @@ def _process(connection: BlockingConnection) -> int:
     pid = connection.peer_pid
     if pid is None:
         raise RegdError(
-            f"this system does not tell the process of a peer: end it with `kill {stated}`", "unsupported"
+            "the kernel does not say which process this regd is: it runs in another container, or this is not "
+            "Linux; end it where it was started",
+            "unsupported",
         )
     if pid != stated:
         raise RegdError(

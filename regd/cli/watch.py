@@ -8,6 +8,7 @@ from typing import Any
 
 from regd.cli.output import Output, complain, event_line, say, say_json, visible
 from regd.cli.queries import TRANSIENT
+from regd_client import protocol
 from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import Unavailable
 from regd_client.models import Event
@@ -103,9 +104,10 @@ def watch(
         Unavailable: no daemon at the start, or another program has taken its address.
     """
     printer = _Printer(pattern, meta, as_json)
+    at = protocol.find_address(address)  # once: another must not take its place while it is away
     while True:
         try:
-            with BlockingConnection(address, autostart=not printer.synced) as connection:
+            with BlockingConnection(at, autostart=not printer.synced) as connection:
                 refusal = printer.follow(connection)
             if refusal is None or not printer.synced or refusal["error"] not in TRANSIENT:
                 return refusal

@@ -287,7 +287,8 @@ class Daemon:
     def _exit_idle(self) -> None:
         # Called in the same loop iteration as `_unused_mark`, so that no peer is accepted in between.
         self._acceptor.stop()
-        log.info("nothing was registered and nobody connected for %g s: leaving", self._config.idle_exit_s)
+        unused = "nothing was registered" if self._config.project is None else "nothing had an owner"
+        log.info("%s and nobody connected for %g s: leaving", unused, self._config.idle_exit_s)
         self._ended.set()
 
     def _check_project(self) -> None:
@@ -460,6 +461,7 @@ class Daemon:
     async def stop(self) -> None:
         """Stop in order: commit and answer the writes that wait, then close everything. Idempotent."""
         # 1. Accept no more connections.
+        self._ended.set()
         if self._idle is not None:
             self._idle.close()
         self._acceptor.stop()
