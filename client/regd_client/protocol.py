@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -146,7 +147,8 @@ def find_address(address: str | None = None) -> Address:
 
 
 def _warn_in_test(folder: str) -> None:
-    if "PYTEST_CURRENT_TEST" in os.environ:
+    """Say it once, in the process of the tests: the programs that a test starts inherit the variable."""
+    if "PYTEST_CURRENT_TEST" in os.environ and "pytest" in sys.modules:
         _warn_once("a test uses the project registry %s; the fixture `regd` has a private one", folder)
 
 

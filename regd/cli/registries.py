@@ -164,7 +164,10 @@ def _process(connection: BlockingConnection) -> int:
     Raises:
         RegdError: the kernel does not say, or another process has opened the socket.
     """
-    stated = connection.ask("stats").get("pid")
+    reply = connection.ask("stats")
+    if not reply["ok"]:
+        raise protocol.refusal(reply, connection.address)
+    stated = reply.get("pid")
     pid = connection.peer_pid
     if pid is None:
         raise RegdError(
