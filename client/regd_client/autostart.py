@@ -226,7 +226,8 @@ class Autostart:
     def _last_line(self) -> str:
         with open(self._log, "rb") as log:
             size = os.fstat(log.fileno()).st_size
-            log.seek(max(self._log_from, size - _LOG_BYTES))
+            begin = self._log_from if self._log_from <= size else 0  # it may have begun anew
+            log.seek(max(begin, size - _LOG_BYTES))
             lines = log.read().decode(errors="replace").split("\n")
         return next((line.removeprefix("regd: ") for line in reversed(lines) if line.strip()), "")
 

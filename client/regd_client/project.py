@@ -130,8 +130,9 @@ def init(parent: str) -> tuple[str, str | None]:
     Raises:
         ProjectError: it cannot be made there.
     """
-    folder = os.path.join(os.path.realpath(parent), FOLDER)
+    folder = os.path.join(parent, FOLDER)
     try:
+        folder = os.path.join(os.path.realpath(parent), FOLDER)  # fails if the current folder was removed
         is_new = _make(folder)
         try:
             return folder, _init(folder)

@@ -291,6 +291,12 @@ def test_init_refuses_what_is_no_folder(kind: str, home: Path) -> None:
 def test_init_without_the_folder_or_its_rights_says_so(home: Path) -> None:
     with pytest.raises(project.ProjectError, match=r"cannot make .*: No such file or directory; run"):
         project.init(str(home / "missing"))
+    (home / "gone").mkdir()
+    os.chdir(home / "gone")
+    (home / "gone").rmdir()
+    with pytest.raises(project.ProjectError, match=r"cannot make .*: No such file or directory; run"):
+        project.init(".")
+    os.chdir(home)
     (home / "file").touch()
     with pytest.raises(project.ProjectError, match=r"cannot make .*: Not a directory; run"):
         project.init(str(home / "file"))

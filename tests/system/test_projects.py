@@ -64,6 +64,12 @@ def pid_here() -> int:
         return int(connection.ask("stats")["pid"])
 
 
+def remove(folder: Path) -> None:
+    """Remove a folder in which a daemon may be writing."""
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 # On demand.
 
 
@@ -155,7 +161,7 @@ def test_daemon_ends_when_its_folder_or_socket_is_removed(here: Project, removed
     elif removed == "moved":
         here.place.rename(here.place.with_name("store"))
     else:
-        shutil.rmtree(here.folder if removed == "folder" else here.place)
+        remove(here.folder if removed == "folder" else here.place)
     block_until(lambda: not here.daemons())
     assert not here.socket.exists()
     if removed == "socket":
@@ -168,7 +174,7 @@ def test_daemon_ends_when_its_folder_or_socket_is_removed(here: Project, removed
 async def test_client_of_a_removed_folder_makes_nothing_there(here: Project) -> None:
     async with regd_client.Client(connect_timeout_s=2.0) as client:
         await client.ping()
-        shutil.rmtree(here.folder)
+        remove(here.folder)
         block_until(lambda: not here.daemons())
         refusals = []
         for _ in range(2):  # the first request notices that the connection is broken
@@ -183,7 +189,7 @@ def test_old_daemon_leaves_a_new_registry_alone(here: Project) -> None:
     """The folder is removed and made again before the first daemon has noticed."""
     here.prints("register", "old", "1")
     first = here.daemons()
-    shutil.rmtree(here.folder)
+    remove(here.folder)
     assert here.prints("init") != ""
     here.prints("register", "new", "2")
     block_until(lambda: not here.daemons() & first)
@@ -609,6 +615,16 @@ def test_warning_of_a_test_that_uses_the_project(here: Project) -> None:
     assert done.stdout.count("a test uses the project registry") == 1, done.stdout
 
 
+def test_daemon_that_cannot_start_says_why_although_its_log_begins_anew(here: Project) -> None:
+    (here.folder / "regd.log").write_text("x" * (autostart.LOG_MIB * 2**20))
+    (here.folder / "registry.json").write_text("{")
+    for _ in range(2):
+        status, _, errors = here.regctl("list")
+        assert status == 3
+        assert f"{here.folder}/registry.json" in errors
+        assert "nothing was changed: correct the file" in errors
+
+
 # Trust, and other places.
 
 
@@ -645,12 +661,12 @@ def test_folder_that_came_with_a_repository_does_not_count(here: Project, tmp_pa
 
 def test_two_terminals_share_the_daemon(here: Project) -> None:
     """Each shell is a session of its own, and the end of the first one does not end the daemon."""
+    if shutil.which("script") is None:
+        pytest.skip("no script(1) on this machine")
     for command in ("register db 5432", "resolve db"):
         done = subprocess.run(
             ["script", "-qec", f"{sys.executable} -m regd.cli.regctl {command}", "/dev/null"], cwd=here.place, env=here.environment(), capture_output=True, text=True, timeout=SLOW_S, check=False,
         )  # fmt: skip
-        if shutil.which("script") is None:
-            pytest.skip("no script(1) on this machine")
         assert "127.0.0.1:5432" in done.stdout
     assert len(here.daemons()) == 1
     assert here.log.count("registrations at revision") == 1
