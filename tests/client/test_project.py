@@ -85,8 +85,10 @@ def test_search_includes_the_root_of_a_mount_and_ends_there(home: Path, monkeypa
     assert found(home / "mnt" / "work") == str(of_mount)
     shutil.rmtree(of_mount)
     assert found(home / "mnt" / "work") == str(home / ".regd")
-    monkeypatch.setattr(os, "stat", stat_as_if_mounted)
-    assert found(home / "mnt" / "work") is None
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stat_as_if_mounted)
+        result = found(home / "mnt" / "work")
+    assert result is None
 
 
 def test_search_from_a_deleted_folder_finds_nothing(home: Path) -> None:
