@@ -49,7 +49,7 @@ def where(address: str | None, as_json: bool) -> None:
     at = protocol.find_address(address)
     found = project.search()
     source = _source(address, at)
-    daemon = _daemon(at)
+    daemon, trouble = _daemon(at)
     if as_json:
         say_json(
             {
@@ -66,7 +66,9 @@ def where(address: str | None, as_json: bool) -> None:
     say(str(at))
     say(f"  why     {_REASONS[source].format(os.path.dirname(at.project))}")
     if daemon is not None:
-        say(f"  daemon  regd {daemon['version']}, process {daemon['pid']}")
+        say(f"  daemon  regd {daemon['version']}, process {daemon['pid'] or 'unknown'}")
+    elif trouble:
+        say(f"  daemon  none: {trouble}")
     else:
         demand = "; it is started when a program needs it" if protocol.autostart_wanted(at) else ""
         say(f"  daemon  none answers{demand}")
@@ -109,13 +111,25 @@ def _others(address: str | None, source: str, found: project.Search) -> Iterator
         yield f"{protocol.DEFAULT_ADDRESS}, the default"
 
 
-def _daemon(at: protocol.Address) -> dict[str, Any] | None:
-    """Return the version and the process of the daemon at an address, None if none answers."""
+def _daemon(at: protocol.Address) -> tuple[dict[str, Any] | None, str]:
+    """Return the version and the process of the daemon at an address; None and what is there instead, "" if
+    nobody listens.
+    """
+    replies = []
     try:
         with BlockingConnection(at, _ANSWER_S, autostart=False) as connection:
-            return {"version": connection.ask("hello")["version"], "pid": connection.ask("stats")["pid"]}
-    except (RegdError, KeyError):
-        return None
+            for cmd in ("hello", "stats"):
+                replies.append(connection.ask(cmd))
+                if not replies[-1]["ok"]:
+                    raise protocol.refusal(replies[-1], at)
+    except RegdError as error:
+        return None, "" if _is_nobody(error) else str(error)
+    hello, stats = replies
+    return {"version": hello["version"], "pid": stats.get("pid")}, ""
+
+
+def _is_nobody(error: RegdError) -> bool:
+    return isinstance(error.__cause__, ConnectionRefusedError | FileNotFoundError)
 
 
 def stop(address: str | None, as_json: bool) -> None:
@@ -134,7 +148,7 @@ def stop(address: str | None, as_json: bool) -> None:
     try:
         connection = BlockingConnection(at, _ANSWER_S, autostart=False)
     except Unavailable as error:
-        if isinstance(error.__cause__, ConnectionRefusedError | FileNotFoundError):
+        if _is_nobody(error):
             _say_stopped(at, None, as_json)
             return
         raise

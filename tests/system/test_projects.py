@@ -11,6 +11,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -346,6 +347,41 @@ def test_where_as_json(here: Project, tmp_path: Path) -> None:
     assert (answer["source"], answer["project"]) == ("default", None)
     assert [each["folder"] for each in answer["ignored"]] == [str(here.folder)]
     here.folder.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"220 mail\x1b[31m ready\r\n", "not a regd reply ("),
+        (b'{"ok":true,"version":7}\n', "not a regd reply ("),
+        (b'{"ok":false,"error":"busy","message":"full \\u001b[31m"}\n', "full \\x1b[31m"),
+        (b"", "the connection ended before the answer"),
+    ],
+)
+def test_where_and_stop_with_another_program_on_the_socket(here: Project, line: bytes, said: str) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(here.socket))
+        listener.listen()
+
+        def answer() -> None:
+            for _ in range(2):
+                peer, _ = listener.accept()
+                with peer:
+                    peer.recv(1_000)
+                    peer.sendall(line)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        out = here.prints("where")
+        assert said in out.splitlines()[2]
+        assert out.startswith(f"unix://{here.socket}\n")
+        assert "\x1b" not in out
+        status, out, errors = here.regctl("stop")
+        assert status in (3, 4)
+        assert (out, errors.count("\n")) == ("", 1)
+        assert "\x1b" not in errors
+        thread.join()
+    assert not here.daemons()
 
 
 def test_init_by_regctl(here: Project, tmp_path: Path) -> None:
