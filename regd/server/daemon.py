@@ -133,7 +133,8 @@ class Daemon:
         self._files = files or Files()
         self._listeners = Listeners()
         self._peers = peers or PeerCredentials(config.allowed_uids, anyone=config.allow_any_user)
-        self._store = Store(config.registry, log.warning, self._files, config.limits, epoch)
+        relocks = config.project is None
+        self._store = Store(config.registry, log.warning, self._files, config.limits, epoch, relocks=relocks)
         self._epoch = self._store.epoch
         self._checkpointer = Checkpointer(self._store, clock, config.limits.checkpoint_interval_s)
         self._registry = registry = Registry(limits=config.limits, claim_s=config.grace_s)

@@ -199,6 +199,18 @@ def test_old_daemon_leaves_a_new_registry_alone(here: Project) -> None:
     assert len(here.daemons()) == 1
 
 
+def test_connected_client_writes_nothing_into_a_new_registry(here: Project) -> None:
+    """The old daemon may serve its connections for a moment longer."""
+    with BlockingConnection(timeout_s=SLOW_S) as connection:
+        assert connection.ask("register", name="old", port=1, hold=True)["ok"]
+        remove(here.folder)
+        project.init(str(here.place))
+        with contextlib.suppress(regd_client.Unavailable):  # if the daemon has noticed already
+            assert not connection.ask("register", name="later", port=2)["ok"]
+    block_until(lambda: not here.daemons())
+    assert sorted(path.name for path in here.folder.iterdir()) == [".gitignore", "id"]
+
+
 def test_daemon_ends_when_idle_with_static_entries(here: Project) -> None:
     with serving(here, "--idle-exit", "1") as daemon:
         with BlockingConnection() as connection:
