@@ -1,7 +1,7 @@
-"""Project registries: the folder `.regd` of a checkout, with a registry for all programs that are started in it.
+"""Project registries: the folder `.regd`, with a registry for all programs that are started in its parent folder.
 
-Two checkouts, or two CI jobs, use the same names without meeting. The folder is trusted only if this user's
-`regctl init` made it at this place: one that came with a repository, or with a copied tree, does not count.
+With them, two checkouts or two CI jobs can use the same names. The folder is used only if this user's
+`regctl init` made it at this place. A folder that came with a repository or a copied tree is ignored.
 """
 
 from __future__ import annotations
@@ -20,32 +20,42 @@ _ID_BYTES_MAX = 8_192  # two numbers and a path
 _IGNORE = ".gitignore"
 _SOCKET = "regd.sock"
 _TRIED = "try.sock"
-_OWN = (_ID, f"{_ID}.new", _IGNORE, f"{_IGNORE}.new", _TRIED)  # written by `init`; all else is set aside
+_OWN = (
+    _ID,
+    f"{_ID}.new",
+    _IGNORE,
+    f"{_IGNORE}.new",
+    _TRIED,
+)  # written by `init`, which sets all other files aside
 _SET_ASIDE = "set-aside-"
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no socket, and no other file either
+_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+)  # errors of the disk, which do not mean that sockets are unsupported
 
 
 class Ignored(NamedTuple):
-    """A folder that looks like a project registry and is not used."""
+    """A folder named `.regd` that is not used, and why."""
 
     folder: str
     why: str
 
     @property
     def do(self) -> str:
-        """What to do about it."""
+        """How to resolve this."""
         return f"run `regctl init` in {os.path.dirname(self.folder)}, or remove it"
 
 
 class Search(NamedTuple):
-    """What a search for a project registry found: its folder, if any, and those that were passed over."""
+    """The result of a search: the folder of the project registry, or None, and the folders that were ignored."""
 
     folder: str | None
     ignored: tuple[Ignored, ...] = ()
 
 
 class ProjectError(Exception):
-    """A project registry cannot be made there. The message is one line: what happened, where, what to do."""
+    """A project registry cannot be created. The message is one line."""
 
 
 def socket_path(folder: str) -> str:
@@ -54,7 +64,7 @@ def socket_path(folder: str) -> str:
 
 
 def search(start: str | None = None) -> Search:
-    """Look for a project registry in a folder and its parents; by default in the current folder.
+    """Search a folder, by default the current one, and its parents for a project registry.
 
     The search ends at the home folder and at the root of a mount, both included.
     """
@@ -63,9 +73,8 @@ def search(start: str | None = None) -> Search:
         device = os.stat(at).st_dev
     except OSError:  # the current folder was removed
         return Search(None)
-    home = os.path.realpath(
-        os.path.expanduser("~")
-    )  # without HOME, as of a job of cron, from the password database
+    # Without HOME, for example in a cron job, `expanduser` uses the password database.
+    home = os.path.realpath(os.path.expanduser("~"))
     ignored: list[Ignored] = []
     while True:
         folder = os.path.join(at, FOLDER)
@@ -84,10 +93,10 @@ def search(start: str | None = None) -> Search:
 
 
 def fault(folder: str) -> str | None:
-    """Return why a folder is no project registry to use; "" if it is one, None if there is nothing."""
+    """Return why a folder cannot be used as a project registry; "" if it can, None if it does not exist."""
     try:
         found = os.lstat(folder)
-    except (FileNotFoundError, PermissionError):  # the latter: nobody can tell whether there is a folder
+    except (FileNotFoundError, PermissionError):  # without permission, it is unknown whether it exists
         return None
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
@@ -104,14 +113,15 @@ def fault(folder: str) -> str | None:
     except (OSError, ValueError):
         return f"its file `{_ID}` is not as `regctl init` writes it"
     inode, device, path = known
-    # The inode and one of the others: a move changes the path, and a restart may change the number of a device.
+    # The inode must match, and one of the others: moving the folder changes its path, and a reboot may change the
+    # number of the device.
     if inode != found.st_ino or (device != found.st_dev and path != folder):
         return "it was copied or moved from elsewhere"
     return ""
 
 
 def _read_id(folder: str) -> tuple[int, int, str]:
-    """Return the inode, the device and the path that a folder had when it was made."""
+    """Return the inode, the device and the path that a folder had when it was created."""
     file = os.open(os.path.join(folder, _ID), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         text = os.read(file, _ID_BYTES_MAX).decode("utf-8", "surrogateescape")
@@ -122,13 +132,14 @@ def _read_id(folder: str) -> tuple[int, int, str]:
 
 
 def init(parent: str) -> tuple[str, str | None]:
-    """Make the project registry of a folder.
+    """Create a project registry in a folder.
 
     Returns:
-        Its folder `.regd`, and the folder into which files that were there were moved, None if there were none.
+        The path of its folder `.regd`, and the folder into which existing files were moved, or None if there were
+        none.
 
     Raises:
-        ProjectError: it cannot be made there.
+        ProjectError: the registry cannot be created.
     """
     folder = os.path.join(parent, FOLDER)
     try:
@@ -147,7 +158,7 @@ def init(parent: str) -> tuple[str, str | None]:
 
 
 def _make(folder: str) -> bool:
-    """Make a folder that only this user may read. Returns whether it is new."""
+    """Create a folder that only this user can access. Return whether it is new."""
     try:
         os.mkdir(folder, 0o700)
     except FileExistsError:
@@ -167,12 +178,12 @@ def _make(folder: str) -> bool:
 
 
 def _init(folder: str) -> str | None:
-    """Write the files of a project registry, `id` last: from then on it counts."""
+    """Write the files of a project registry. `id` is the last, since the folder is used once it has that file."""
     import fcntl
 
     place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fcntl.flock(place, fcntl.LOCK_EX)  # of two that run at once, the second finds it made
+        fcntl.flock(place, fcntl.LOCK_EX)  # if two run at once, the second finds a complete folder
         if fault(folder) == "":
             return None
         _check_sockets(place, folder)
@@ -186,7 +197,7 @@ def _init(folder: str) -> str | None:
 
 
 def _remove(folder: str) -> None:
-    """Remove a folder that has just been made, with what `init` has written, so that no client warns of it."""
+    """Remove a new folder and the files of `init` after an error, so that no client warns about the folder."""
     for name in _OWN:
         with suppress(OSError):
             os.unlink(os.path.join(folder, name))
@@ -195,7 +206,7 @@ def _remove(folder: str) -> None:
 
 
 def _set_aside(folder: str) -> str | None:
-    """Move what is in a folder into a new one inside it, and return that; None if there is nothing."""
+    """Move the files in a folder into a new folder inside it, and return its path; None if there are none."""
     names = [
         entry.name
         for entry in os.scandir(folder)
@@ -213,15 +224,18 @@ def _set_aside(folder: str) -> str | None:
 
 
 def _check_sockets(place: int, folder: str) -> None:
-    """Raise if the file system has no Unix sockets, as some network and FUSE file systems.
+    """Check that the file system supports Unix sockets. Some network and FUSE file systems do not.
 
-    `place` is the folder's descriptor, through which a path is short enough for a socket.
+    `place` is a descriptor of the folder: a path through it is short enough for a socket address.
+
+    Raises:
+        ProjectError: it does not.
     """
     import socket
 
     short = f"/proc/self/fd/{place}" if os.path.isdir("/proc/self/fd") else folder
     with suppress(OSError):
-        os.unlink(_TRIED, dir_fd=place)  # of an `init` that was killed
+        os.unlink(_TRIED, dir_fd=place)  # left by an `init` that was killed
     try:
         with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as peer:
             listener.bind(f"{short}/{_TRIED}")
@@ -238,7 +252,7 @@ def _check_sockets(place: int, folder: str) -> None:
 
 
 def _write(folder: str, name: str, text: str) -> None:
-    """Write a file whole, or not at all."""
+    """Write a file atomically."""
     new = os.path.join(folder, f"{name}.new")
     file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:

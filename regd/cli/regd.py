@@ -233,10 +233,10 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _use_project(arguments: argparse.Namespace) -> None:
-    """Set the flags that --project stands for.
+    """Set the flags that --project implies.
 
     Raises:
-        UsageError: the folder is no project registry, or another flag says otherwise.
+        UsageError: the folder is not a project registry, or --project is used with a flag that it replaces.
     """
     folder = Path(os.path.realpath(arguments.project))
     if (why := project.fault(str(folder))) != "":

@@ -1,4 +1,4 @@
-"""`regctl init`, `where` and `stop`: which registry the current folder uses, and its daemon."""
+"""`regctl init`, `where` and `stop`: project registries and their daemons."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import RegdError, Unavailable
 
 _ANSWER_S = 2.0
-_END_S = 10.0  # for the daemon to end: it answers the writes that wait, and writes its registry
+_END_S = 10.0  # for the daemon to commit pending writes and exit
 
 
 def init(folder: str, as_json: bool) -> None:
-    """Make the project registry of a folder.
+    """Create a project registry in a folder.
 
     Raises:
-        RegdError: it cannot be made there.
+        RegdError: it cannot be created.
     """
     try:
         made, set_aside = project.init(folder)
@@ -41,10 +41,10 @@ def init(folder: str, as_json: bool) -> None:
 
 
 def where(address: str | None, as_json: bool) -> None:
-    """Say which registry is used, why, and which others were considered.
+    """Print which registry is used, why, and which others were considered.
 
     Raises:
-        BadArgument: the address, or the one in $REGD_ADDRESS, is no address.
+        BadArgument: `address` or $REGD_ADDRESS is not an address.
     """
     at = protocol.find_address(address)
     found = project.search()
@@ -94,7 +94,7 @@ def _source(address: str | None, at: protocol.Address) -> str:
 
 
 def _others(address: str | None, source: str, found: project.Search) -> Iterator[str]:
-    """Yield the registries that are not used, in the order in which they count, and why."""
+    """Yield a line for each registry that is not used, with the reason, in the order of precedence."""
     if source != "argument":
         yield "--address: it is not given"
     if source != "variable":
@@ -133,10 +133,12 @@ def _is_nobody(error: RegdError) -> bool:
 
 
 def stop(address: str | None, as_json: bool) -> None:
-    """End the daemon at a Unix socket. The kernel says which process that is: a peer could name any.
+    """Stop the daemon at a Unix socket.
+
+    The process id comes from the kernel, since a peer could claim any.
 
     Raises:
-        RegdError: it cannot be ended this way.
+        RegdError: the daemon cannot be stopped in this way.
     """
     at = protocol.find_address(address)
     if not at.path:
@@ -161,9 +163,9 @@ def stop(address: str | None, as_json: bool) -> None:
                 f"process {pid} cannot be watched ({error}): end it with `kill {pid}`", "unsupported"
             ) from None
         try:
-            connection.ask("ping")  # so the process of that number is still the daemon
+            connection.ask("ping")  # if it answers, the process id still belongs to the daemon
             signal.pidfd_send_signal(process, signal.SIGTERM)
-            connection.close()  # it would wait for this connection
+            connection.close()  # the daemon waits for open connections
             _wait(process, pid)
         except PermissionError:
             raise RegdError(f"process {pid} is of another user, who must end it", "denied") from None
@@ -173,10 +175,10 @@ def stop(address: str | None, as_json: bool) -> None:
 
 
 def _process(connection: BlockingConnection) -> int:
-    """Return the daemon's process, as the kernel says.
+    """Return the daemon's process id from the kernel.
 
     Raises:
-        RegdError: the kernel does not say, or another process has opened the socket.
+        RegdError: the kernel does not know it, or another process has opened the socket.
     """
     reply = connection.ask("stats")
     if not reply["ok"]:

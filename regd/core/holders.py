@@ -147,7 +147,7 @@ class HolderIndex:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing has a holder: all registrations are static."""
+        """True if no registration has a holder, that is, all are static."""
         return not (self._of_session or self._of_process or self._due)
 
     @property

@@ -53,7 +53,7 @@ log = logging.getLogger("regd")
 DEFAULT_GRACE_S = 30.0
 DEFAULT_PORT = 7343  # "REGD" on a phone's keys
 _GOODBYE_S = 2.0  # for peers to take the last replies, before their connections are cut
-_PROJECT_CHECK_S = 1.0  # between two looks at the socket of a project registry
+_PROJECT_CHECK_S = 1.0  # how often to check that the socket of a project registry exists
 
 
 def default_registry(environment: Mapping[str, str]) -> Path:
@@ -275,7 +275,8 @@ class Daemon:
     def _unused_mark(self) -> Hashable | None:
         """Return None while the daemon is in use, else a value that changes if it was used in between.
 
-        Static registrations of a project registry are on disk, and its clients start it again.
+        The daemon of a project registry may exit with static registrations: clients start it again, and it loads
+        them from disk.
         """
         if self.connections or self._acceptor.starting:
             return None
@@ -293,7 +294,7 @@ class Daemon:
         self._ended.set()
 
     def _check_project(self) -> None:
-        """End a project registry once its folder or socket is removed: no client finds it any more."""
+        """End the daemon once the socket of its project registry is removed: clients no longer find it."""
         if self._ended.is_set():
             return
         if self._listeners.is_in_place():
@@ -453,9 +454,9 @@ class Daemon:
         await asyncio.shield(self._engine_task)
 
     async def ended(self) -> None:
-        """Wait until the daemon is of no use: idle for `idle_exit_s`, or its project registry was removed.
+        """Wait until the daemon was idle for `idle_exit_s`, or its project registry was removed.
 
-        It then accepts no connections: stop it.
+        The daemon then accepts no connections: stop it.
         """
         await self._ended.wait()
 

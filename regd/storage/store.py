@@ -33,7 +33,8 @@ class StorageError(Exception):
 class Store:
     """`warn` is called with one line for people, in the thread that works.
 
-    Without `relocks`, the registry ends with its lock file: whoever removed it may have made another one there.
+    If the lock file is removed, the store locks it again. Without `relocks` it fails for good instead, since the
+    folder may by now belong to another registry.
     """
 
     def __init__(
