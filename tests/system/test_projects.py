@@ -640,6 +640,18 @@ def test_run_in_a_project(here: Project) -> None:
             run.wait(WAIT_S)
 
 
+async def test_ports_and_numbers_stay_in_a_project(here: Project) -> None:
+    """The history of the project's registry tells the ports, also to `regctl run` and after a new daemon."""
+    async with regd_client.listen("web") as first, regd_client.listen("web", instance="auto") as second:
+        ports = {"": first.port, "1": second.port}
+        assert second.endpoint.instance == "1"
+    await asyncio.to_thread(here.prints, "stop")
+    async with regd_client.listen("web", instance="auto") as copy:
+        assert (copy.endpoint.instance, copy.port) == ("1", ports["1"])
+    printed = await asyncio.to_thread(here.prints, "run", "web", "--", "sh", "-c", "echo $PORT")
+    assert int(printed) == ports[""]
+
+
 async def test_lifespan_and_blocking_client_in_a_project(here: Project) -> None:
     async with regd_client.listen("shop") as listening:
         assert (await regd_client.resolve("shop")).port == listening.endpoint.port
