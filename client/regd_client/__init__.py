@@ -11,6 +11,7 @@ command that needs only `regd_client.blocking_connection` starts quickly.
 from typing import TYPE_CHECKING
 
 from regd_client.errors import BadArgument, Conflict, Denied, NotFound, RegdError, Timeout, Unavailable
+from regd_client.version import VERSION
 
 if TYPE_CHECKING:
     from regd_client.api import deregister, mirror, register, resolve, resolve_all, watch
@@ -44,7 +45,7 @@ __all__ = [
     "watch",
 ]
 
-__version__ = "0.1.0"  # the daemon's: they are one distribution
+__version__ = VERSION
 
 # No module is called like one of these names: importing it would put the module in the function's place.
 _MODULES = {

@@ -1,6 +1,8 @@
-"""Start a daemon on demand: with REGD_AUTOSTART=1, a client that finds no daemon on this machine starts one.
+"""Start a daemon on demand: a client that finds no daemon starts one.
 
-If many clients start at once, a lock in the state folder lets one of them start the daemon; the others keep
+This happens for a project registry, and with REGD_AUTOSTART=1 for any other address on this machine.
+
+If many clients start at once, a lock beside the registry lets one of them start the daemon; the others keep
 trying to connect. Should two daemons be started after all, the second fails, since the port is taken or the
 registry locked.
 
@@ -21,7 +23,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, TypeVar
 
-from regd_client import protocol
+from regd_client import project, protocol
 from regd_client.errors import RegdError, Unavailable
 
 if TYPE_CHECKING:
@@ -29,9 +31,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-__all__ = ["IDLE_EXIT_S", "NOT_STARTED", "Autostart", "is_gone", "until_open"]
+__all__ = ["IDLE_EXIT_S", "LOG_MIB", "NOT_STARTED", "Autostart", "is_gone", "until_open"]
 
 IDLE_EXIT_S = 300  # longer than a manual restart of all services takes
+LOG_MIB = 4  # the largest size of the log; then it is rotated
 NOT_STARTED = "not_started"  # code of the error for a daemon that could not be started
 _DEFAULT_PORT = protocol.parse_address(protocol.DEFAULT_ADDRESS).port
 _PAUSE_S = (0.02, 0.05)  # between attempts to connect: in the process that starts the daemon, and in the others
@@ -109,8 +112,13 @@ class Autostart:
             raise Unavailable(failure, NOT_STARTED)
         if not self._program:  # find the program first: without it, create no folders and files
             self._program = self._find_program()
-            self._registry = os.path.join(self._folder(), _registry(self._address))
-            self._log = self._registry.removesuffix(".json") + ".log"
+            if self._address.project:
+                self._check_project()
+                self._registry = os.path.join(self._address.project, "registry.json")
+                self._log = os.path.join(self._address.project, "regd.log")
+            else:
+                self._registry = os.path.join(self._folder(), _registry(self._address))
+                self._log = self._registry.removesuffix(".json") + ".log"
             self.why = f"another process is starting it; its log is {self._log}"
         try:
             return self._step()
@@ -118,11 +126,31 @@ class Autostart:
             if isinstance(error, Unavailable):
                 raise
             path = error.filename or self._registry
-            advice = "give this user write access, or name another folder in XDG_STATE_HOME"
+            other = (
+                "run `regctl init` in another folder"
+                if self._address.project
+                else "name another folder in XDG_STATE_HOME"
+            )
+            advice = f"give this user write access, or {other}"
             raise self._failed(f"cannot use {path}: {error.strerror}; {advice}") from None
+
+    def _check_project(self) -> None:
+        """Check that the folder has not been removed or replaced since the search.
+
+        Raises:
+            Unavailable: it has; `code` is `not_started`.
+        """
+        folder = self._address.project
+        why = project.fault(folder)
+        if why is None:
+            raise self._failed(f"{folder} was removed: run `regctl init` again")
+        if why:
+            raise self._failed(f"{folder} cannot be used: {why}; run `regctl init` again")
 
     def _step(self) -> float:
         if self._lock is None:
+            if not self._address.project:  # do not make the folder of a project registry that was removed
+                os.makedirs(os.path.dirname(self._registry), mode=0o700, exist_ok=True)
             self._lock = _lock_file(self._registry + ".start")
             return _PAUSE_S[1] if self._lock is None else 0.0  # the previous owner may have started a daemon
         if self._process is None:
@@ -163,10 +191,12 @@ class Autostart:
         self.why = f"it is being started; its log is {self._log}"
 
     def _command(self) -> list[str]:
+        if self._address.project:
+            return [*self._program, "--project", self._address.project, "--background"]
         address = ["--port", str(self._address.port)]
         if self._address.path:
             address = ["--unix", self._address.path, "--port", "0"]
-        files = ["--registry", self._registry, "--log", self._log]
+        files = ["--registry", self._registry, "--log", self._log, "--log-mib", str(LOG_MIB)]
         return [*self._program, *address, *files, "--background", "--idle-exit", str(IDLE_EXIT_S)]
 
     def _find_program(self) -> list[str]:
@@ -209,7 +239,8 @@ class Autostart:
     def _last_line(self) -> str:
         with open(self._log, "rb") as log:
             size = os.fstat(log.fileno()).st_size
-            log.seek(max(self._log_from, size - _LOG_BYTES))
+            begin = self._log_from if self._log_from <= size else 0  # smaller after a rotation
+            log.seek(max(begin, size - _LOG_BYTES))
             lines = log.read().decode(errors="replace").split("\n")
         return next((line.removeprefix("regd: ") for line in reversed(lines) if line.strip()), "")
 
@@ -248,7 +279,6 @@ def _registry(address: protocol.Address) -> str:
 
 def _lock_file(path: str) -> int | None:
     """Lock a file and return its descriptor; None if another process has locked it."""
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

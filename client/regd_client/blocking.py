@@ -422,7 +422,7 @@ class Client:
 
     Args:
         address: `tcp://HOST:PORT`, `HOST:PORT` or `unix:///path`; by default $REGD_ADDRESS, which is read for
-            each new connection, else `tcp://127.0.0.1:7343`.
+            each new connection, else the project registry of the current folder, else `tcp://127.0.0.1:7343`.
         connect_timeout_s: seconds for which every call tries to connect. By default, `register` tries for 5 s,
             and the other calls fail at once if no daemon listens.
 

@@ -6,11 +6,12 @@ The module imports little, so that commands start quickly.
 from __future__ import annotations
 
 import contextlib
+import socket as socket_module
 import sys
 from collections.abc import Iterator
 
 # Bound here, so that a test that patches these names in their modules does not affect the client.
-from socket import AF_UNIX, SOCK_STREAM, getaddrinfo, socket
+from socket import AF_UNIX, SOCK_STREAM, SOL_SOCKET, getaddrinfo, socket
 from time import monotonic
 from typing import Any, Self
 
@@ -30,17 +31,19 @@ class BlockingConnection:
 
     Args:
         address: `tcp://HOST:PORT`, `HOST:PORT` or `unix:///path`; by default $REGD_ADDRESS, else
-            `tcp://127.0.0.1:7343`.
+            the project registry of the current folder, else `tcp://127.0.0.1:7343`.
         timeout_s: seconds to connect, and to wait for each reply.
-        autostart: if False, start no daemon even if REGD_AUTOSTART is set.
+        autostart: if False, never start a daemon.
 
     Raises:
         Unavailable: no daemon answers.
         BadArgument: the address has none of these forms.
     """
 
-    def __init__(self, address: str | None = None, timeout_s: float = 5.0, *, autostart: bool = True) -> None:
-        self.address = protocol.find_address(address)
+    def __init__(
+        self, address: str | protocol.Address | None = None, timeout_s: float = 5.0, *, autostart: bool = True
+    ) -> None:
+        self.address = address if isinstance(address, protocol.Address) else protocol.find_address(address)
         self._input = b""  # received, and not yet decoded
         self._events: list[dict[str, Any]] = []  # that arrived before a reply
         self._timeout_s = timeout_s
@@ -81,7 +84,8 @@ class BlockingConnection:
     def _connect(self, timeout_s: float) -> socket:
         make_socket, resolve = _unpatched()
         if self.address.path:
-            return _connect(make_socket(AF_UNIX, SOCK_STREAM), self.address.path, timeout_s)
+            with protocol.connectable(self.address.path) as path:
+                return _connect(make_socket(AF_UNIX, SOCK_STREAM), path, timeout_s)
         # Pass an ASCII host as bytes: a string would import the idna codec, which takes longer than all the rest.
         host = self.address.host
         last_error = OSError("no address")
@@ -110,6 +114,16 @@ class BlockingConnection:
             Unavailable: the connection broke, the reply took longer than `timeout_s`, or the peer is not regd.
             BadArgument: an argument is not a JSON value, or the request is too long.
         """
+        reply = self._ask(cmd, arguments)
+        if reply["ok"] or (part := protocol.unsupported_part(cmd, arguments, reply)) is None:
+            return reply
+        try:
+            hello, described = self._ask("hello", {}), self._ask("help", {})
+        except Unavailable:
+            return reply
+        return protocol.unsupported(self.address, cmd, part, hello, described) or reply
+
+    def _ask(self, cmd: str, arguments: dict[str, Any]) -> dict[str, Any]:
         line = protocol.encode_request(cmd, None, arguments)
         wait = arguments.get("wait")
         timeout_s = self._timeout_s + (0.0 if wait is None else wait)
@@ -122,6 +136,15 @@ class BlockingConnection:
                 if len(self._events) > _EVENTS_MAX:
                     raise protocol.not_a_reply(f"to {cmd}: only events")
         return protocol.check_result(cmd, arguments, fields)
+
+    @property
+    def peer_pid(self) -> int | None:
+        """The process that opened the daemon's Unix socket, from the kernel (unix(7)); None if it is unknown."""
+        try:  # struct ucred: pid, uid, gid
+            credentials = self._socket.getsockopt(SOL_SOCKET, socket_module.SO_PEERCRED, 12)
+        except (OSError, AttributeError):
+            return None
+        return int.from_bytes(credentials[:4], sys.byteorder, signed=True) or None
 
     def events(self) -> Iterator[dict[str, Any]]:
         """Yield the events of a `watch` without end. An error reply may come last, before the daemon closes.

@@ -25,7 +25,7 @@ from regd_client.errors import NotFound, RegdError, Timeout, Unavailable
 from regd_client.event_loop import pause, running_loop
 from regd_client.mirrors import Mirror
 from regd_client.models import Endpoint, Event, Hello, History, Instance, State, Stats, Why, endpoint_of
-from regd_client.protocol import NOT_REGD, find_address
+from regd_client.protocol import NOT_REGD, AddressFinder
 from regd_client.registrar import Registrar
 from regd_client.registration import RegistrationContext
 from regd_client.watches import EventQueue, WatchState
@@ -59,7 +59,7 @@ class Client:
 
     Args:
         address: `tcp://HOST:PORT`, `HOST:PORT` or `unix:///path`; by default $REGD_ADDRESS, which is read for
-            each new connection, else `tcp://127.0.0.1:7343`.
+            each new connection, else the project registry of the current folder, else `tcp://127.0.0.1:7343`.
         connect_timeout_s: seconds to try to connect.
 
     Raises:
@@ -70,17 +70,18 @@ class Client:
         check_text("address", address)
         check_seconds("connect_timeout_s", connect_timeout_s)
         self._address = address
+        self._addresses = AddressFinder(address)
         self._connect_timeout_s = connect_timeout_s
         self._reset()
 
     def _reset(self) -> None:
         self._pid = os.getpid()
-        self._connector = Connector(self._address, self._connect_timeout_s)
+        self._connector = Connector(self._addresses, self._connect_timeout_s)
         self._registrar = Registrar(self._connector)
 
     def __repr__(self) -> str:
         try:
-            address = str(find_address(self._address))
+            address = str(self._addresses.find())
         except RegdError:
             address = repr(self._address or os.environ.get("REGD_ADDRESS"))
         connected = self._pid == os.getpid() and self._connector.usable is not None
@@ -582,7 +583,11 @@ class Client:
     # The connection.
 
     async def _ask(self, cmd: str, **arguments: Any) -> dict[str, Any]:
-        return await (self._connector.usable or await self._connect()).ask(cmd, arguments)
+        connection = self._connector.usable or await self._connect()
+        try:
+            return await connection.ask(cmd, arguments)
+        except RegdError as error:
+            raise await connection.explained(error, cmd, arguments) from None
 
     def _check_fork(self) -> None:
         """In a forked child, drop the connection, registrations and watches: they belong to the parent."""

@@ -10,11 +10,11 @@ import socket
 import struct
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 from regd_client import protocol, replies
-from regd_client.errors import RegdError, Unavailable
+from regd_client.errors import RegdError, Unavailable, from_reply
 from regd_client.protocol import Address
 
 __all__ = ["Connection", "OnFields", "OnLost", "abort_all"]
@@ -86,7 +86,8 @@ class Connection(asyncio.BufferedProtocol):
         """
         loop = asyncio.get_running_loop()
         if address.path:
-            _, connection = await loop.create_unix_connection(lambda: cls(address, on_lost), address.path)
+            with protocol.connectable(address.path) as path:
+                _, connection = await loop.create_unix_connection(lambda: cls(address, on_lost), path)
         else:
             _, connection = await loop.create_connection(
                 lambda: cls(address, on_lost), address.host, address.port
@@ -126,6 +127,18 @@ class Connection(asyncio.BufferedProtocol):
         elif len(self._output) == 1:
             self._loop.call_soon(self._flush)
         return reply
+
+    async def explained(self, error: RegdError, cmd: str, arguments: Mapping[str, Any]) -> RegdError:
+        """Return the error to raise for a refused request: `unsupported` if the daemon is too old for it."""
+        part = protocol.unsupported_part(cmd, arguments, {"error": error.code, **error.details})
+        if part is None:
+            return error
+        try:
+            hello, described = await self.ask("hello", {}), await self.ask("help", {})
+        except RegdError:
+            return error
+        refusal = protocol.unsupported(self.address, cmd, part, hello, described)
+        return error if refusal is None else from_reply(refusal)
 
     def post(self, cmd: str, arguments: dict[str, Any]) -> None:
         """Send a request and ignore its reply."""

@@ -12,6 +12,7 @@ from regd_client.connection import Connection, OnLost
 from regd_client.errors import Unavailable
 from regd_client.event_loop import pause, running_loop, wait_shared
 from regd_client.logger import log
+from regd_client.protocol import AddressFinder
 
 __all__ = ["Connector", "Patience", "is_refused"]
 
@@ -38,11 +39,11 @@ class Connector:
         on_lost: called with each `lost` event of a connection.
     """
 
-    def __init__(self, address: str | None, timeout_s: float | None) -> None:
+    def __init__(self, addresses: AddressFinder, timeout_s: float | None) -> None:
         self.timeout_s = CONNECT_S if timeout_s is None else timeout_s
         self.connection: Connection | None = None
         self.on_lost: OnLost = lambda connection, event: None
-        self.address = address
+        self.addresses = addresses
         self._always_patient = timeout_s is not None
         self._connecting: asyncio.Task[Connection] | None = None
         # The waiting callers, each with a future that is done when the connection is refused.
@@ -93,11 +94,11 @@ class Connector:
 
     def unavailable(self) -> Unavailable:
         """Return the error for the last failed attempt."""
-        return protocol.unavailable(protocol.find_address(self.address), self._why)
+        return protocol.unavailable(self.addresses.find(), self._why)
 
     async def _connect(self) -> Connection:
         """Try until a daemon answers. The callers decide how long they wait."""
-        address = protocol.find_address(self.address)
+        address = self.addresses.find()
         pause_s, longest_s = _BACKOFF_S
         start_at = time.monotonic() + (_RESTART_S if self.connection is not None else 0.0)
         may_start = protocol.autostart_wanted(address)

@@ -36,6 +36,7 @@ class ProcessRegistration:
     def __init__(self, request: RegistrationRequest, drain_s: float) -> None:
         self._request = request
         self._drain_s = drain_s
+        self._address_finder = protocol.AddressFinder(None)
         self._address: tuple[object, object] = (None, None)  # host and port in the daemon's reply
         self._binding: dict[str, Any] | None = None  # `pid` or `hold`, once the daemon has registered the name
         self._connection: BlockingConnection | None = None  # kept open if the daemon cannot see this process
@@ -64,7 +65,7 @@ class ProcessRegistration:
         self._signals.begin()
 
     def _try(self, timeout_s: float, autostart: bool) -> None:
-        connection = BlockingConnection(timeout_s=timeout_s, autostart=autostart)
+        connection = BlockingConnection(self._address_finder.find(), timeout_s, autostart=autostart)
         try:
             binding = _binding(connection)
             reply = self._ask_to_register(connection, binding)
@@ -130,7 +131,9 @@ class ProcessRegistration:
         if self._binding is None:
             return
         try:
-            with self._connection or BlockingConnection(timeout_s=_WITHDRAW_S, autostart=False) as connection:
+            with self._connection or BlockingConnection(
+                self._address_finder.find(), _WITHDRAW_S, autostart=False
+            ) as connection:
                 self._end(connection, self._binding)
         except RegdError as error:
             log.warning("left %s registered: %s", self._request.name, error)

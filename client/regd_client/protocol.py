@@ -9,11 +9,14 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from regd_client import replies
+from regd_client import project, replies
 from regd_client.errors import BadArgument, RegdError, Unavailable, from_reply
+from regd_client.version import VERSION
 
 __all__ = [
     "DEFAULT_ADDRESS",
@@ -21,10 +24,12 @@ __all__ = [
     "NOT_REGD",
     "REPLY_BYTES_MAX",
     "Address",
+    "AddressFinder",
     "autostart_wanted",
     "cached_reply",
     "cached_request",
     "check_result",
+    "connectable",
     "decode_line",
     "encode_request",
     "find_address",
@@ -36,6 +41,8 @@ __all__ = [
     "refused",
     "split_reply",
     "unavailable",
+    "unsupported",
+    "unsupported_part",
 ]
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:7343"
@@ -48,7 +55,8 @@ NOT_REGD = "not_regd"  # code of the error for a peer that does not speak the pr
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")  # the hosts on which regd listens
 _YES = ("1", "true", "yes", "on")  # values of REGD_AUTOSTART, in lower case
 _NO = ("", "0", "false", "no", "off")
-_warned: set[str] = set()  # values of REGD_AUTOSTART that have been logged
+_SOCKET_PATH_BYTES_MAX = 107  # sockaddr_un without its final NUL (unix(7))
+_warned: set[tuple[str, tuple[str, ...]]] = set()  # warnings that have been logged, with their values
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
@@ -56,12 +64,16 @@ _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 class Address:
-    """The address of a daemon: the `path` of a Unix socket, or `host` and `port`."""
+    """The address of a daemon: the `path` of a Unix socket, or `host` and `port`.
 
-    def __init__(self, host: str, port: int, path: str = "") -> None:
+    `project` is the folder of the project registry at this address, or "" for every other address.
+    """
+
+    def __init__(self, host: str, port: int, path: str = "", project: str = "") -> None:
         self.host = host
         self.port = port
         self.path = path
+        self.project = project
 
     def __repr__(self) -> str:
         return f"<Address {self}>"
@@ -121,24 +133,96 @@ def _bad_address(text: str) -> BadArgument:
 
 
 def find_address(address: str | None = None) -> Address:
-    """Return the parsed `address`, or $REGD_ADDRESS, or tcp://127.0.0.1:7343."""
-    return parse_address(address or os.environ.get("REGD_ADDRESS") or DEFAULT_ADDRESS)
+    """Return the address of the daemon.
+
+    It is `address`, else $REGD_ADDRESS, else the project registry of the current folder, else
+    tcp://127.0.0.1:7343.
+    """
+    if text := address or os.environ.get("REGD_ADDRESS"):
+        return parse_address(text)
+    found = project.search()
+    for ignored in found.ignored:
+        _warn_once("%s is ignored: %s; %s", *ignored, ignored.do)
+    if found.folder is None:
+        return parse_address(DEFAULT_ADDRESS)
+    _warn_in_test(found.folder)
+    return Address("", 0, project.socket_path(found.folder), found.folder)
+
+
+def _warn_in_test(folder: str) -> None:
+    """Warn once that a test uses a project registry.
+
+    Only the process that runs the tests warns. The programs that a test starts inherit the variable too.
+    """
+    if "PYTEST_CURRENT_TEST" in os.environ and "pytest" in sys.modules:
+        _warn_once("a test uses the project registry %s; the fixture `regd` has a private one", folder)
+
+
+class AddressFinder:
+    """Finds the address of a client's daemon, for each new connection.
+
+    $REGD_ADDRESS is read each time. The project registry is searched once, when the client is made, so that a
+    later `chdir` changes nothing.
+    """
+
+    def __init__(self, address: str | None) -> None:
+        self._address = address
+        self._found = None if address or os.environ.get("REGD_ADDRESS") else find_address()
+
+    def find(self) -> Address:
+        """Return the address, as `find_address` does.
+
+        Raises:
+            BadArgument: `address` or $REGD_ADDRESS is not an address.
+        """
+        if self._address or os.environ.get("REGD_ADDRESS"):
+            return find_address(self._address)
+        if self._found is None:
+            self._found = find_address()
+        if self._found.project:
+            _warn_in_test(self._found.project)
+        return self._found
+
+
+@contextmanager
+def connectable(path: str) -> Iterator[str]:
+    """Yield a path with which to connect to a Unix socket.
+
+    If `path` is too long for a socket address, the result goes through a descriptor of its folder.
+    """
+    if len(os.fsencode(path)) <= _SOCKET_PATH_BYTES_MAX:
+        yield path
+        return
+    folder, name = os.path.split(path)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{name}"
+    finally:
+        os.close(descriptor)
 
 
 def autostart_wanted(address: Address) -> bool:
-    """Return whether a daemon may be started: $REGD_AUTOSTART is on, and the address is on this machine.
+    """Return whether a daemon may be started.
+
+    For a project registry, a client may start one unless $REGD_AUTOSTART is off. For another address,
+    $REGD_AUTOSTART must be on, and the address must be on this machine.
 
     An invalid value means off, and is logged once.
     """
     value = os.environ.get("REGD_AUTOSTART", "")
-    if value.lower() not in (*_YES, *_NO) and value not in _warned:
-        _warned.add(value)
+    if value.lower() not in (*_YES, *_NO):
+        _warn_once("REGD_AUTOSTART is %r, which is neither yes nor no: no daemon is started; write 1 or 0", value)
+    if address.project and not value:
+        return True
+    return value.lower() in _YES and (bool(address.path) or address.host in _LOOPBACK)
+
+
+def _warn_once(text: str, *values: str) -> None:
+    if (text, values) not in _warned:
+        _warned.add((text, values))
         import logging  # slow to import, and rarely needed
 
-        logging.getLogger("regd_client").warning(
-            "REGD_AUTOSTART is %r, which is neither yes nor no: no daemon is started; write 1 or 0", value
-        )
-    return value.lower() in _YES and (bool(address.path) or address.host in _LOOPBACK)
+        logging.getLogger("regd_client").warning(text, *values)
 
 
 def own_host() -> dict[str, str | None]:
@@ -240,10 +324,43 @@ def refused(address: Address, fields: dict[str, Any]) -> Unavailable:
 
 def unavailable(address: Address, why: str) -> Unavailable:
     """Return the error for an address at which no daemon answers."""
+    start = "`regd`, or `python3 -m regd`"
+    if address.project:
+        start = f"`regd --project {address.project}`"
+        if not autostart_wanted(address):
+            start += f" (REGD_AUTOSTART={os.environ['REGD_AUTOSTART']} keeps this program from starting it)"
     return Unavailable(
-        f"no regd at {address} ({why}); start one with `regd`, or `python3 -m regd`, "
-        "or name another address in REGD_ADDRESS"
+        f"no regd at {address} ({why}); start one with {start}, or name another address in REGD_ADDRESS"
     )
+
+
+# A daemon that is older than this client.
+
+
+def unsupported_part(cmd: str, arguments: Mapping[str, Any], refusal: Mapping[str, Any]) -> str | None:
+    """Return what an older daemon may not know of a refused request: the command, an argument, or None."""
+    if refusal.get("error") == "unknown_command":
+        return cmd
+    field = refusal.get("field")
+    return field if refusal.get("error") == "bad_argument" and field in arguments else None
+
+
+def unsupported(
+    address: Address, cmd: str, part: str, hello: Mapping[str, Any], described: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Return the error reply to report if the daemon does not know `part` of a request; None if it does.
+
+    `hello` and `described` are its replies to `hello` and `help`.
+    """
+    version, commands = hello.get("version"), described.get("commands")
+    if version in (None, VERSION) or commands is None:  # as new as this client, or it does not list its commands
+        return None
+    known = commands.get(cmd)
+    if known is not None and (part == cmd or part in known["args"]):
+        return None
+    what = f"command {cmd}" if known is None else f"argument {part} of {cmd}"
+    message = f"regd {version} at {address} has no {what}, and this client is {VERSION}; restart that regd"
+    return {"ok": False, "error": "unsupported", "message": message}
 
 
 # Caches for `resolve`, in which JSON takes half of the client's time: a request for the same name is encoded

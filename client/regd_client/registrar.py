@@ -102,7 +102,7 @@ class Registrar:
             nonlocal result
             result = self._registered(registration, connection, reply)
 
-        registration._place = str(protocol.find_address(self._connector.address)), *registration._key
+        registration._place = str(self._connector.addresses.find()), *registration._key
         patience = Patience.LOGGED if registration._patient else Patience.NONE
         try:
             connection = await self._connector.connect(registration._request.timeout_s, patience)
@@ -156,11 +156,12 @@ class Registrar:
         """Send `register`. If the daemon cannot see the process, bind to the connection alone."""
         binding = await self._binding(connection, registration)
         fields = registration._request.fields
+        arguments = {**fields, **binding, **other}
         try:
-            await connection.ask("register", {**fields, **binding, **other}, on_reply)
+            await connection.ask("register", arguments, on_reply)
         except RegdError as refusal:
             if "pid" not in binding or not _is_invisible(refusal, binding["pid"]):
-                raise
+                raise await connection.explained(refusal, "register", arguments) from None
             connection.shares_processes = False
             await connection.ask("register", {**fields, "hold": True, **other}, on_reply)
 
@@ -422,11 +423,12 @@ class Registrar:
         self._keep()
 
     async def _send_watch(self, connection: Connection, state: WatchState) -> None:
+        arguments = state.begin(connection)
         try:
-            await connection.ask("watch", state.begin(connection), state.take)
-        except RegdError:
+            await connection.ask("watch", arguments, state.take)
+        except RegdError as error:
             state.pause()
-            raise
+            raise await connection.explained(error, "watch", arguments) from None
 
     # The background task, which runs while there are registrations or watches.
 

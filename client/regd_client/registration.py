@@ -250,6 +250,8 @@ class Registration:
                 if current is None:
                     return False
                 self._rev = current["rev"]
+            except RegdError as error:
+                raise await connection.explained(error, cmd, condition) from None
             else:
                 return True
         return False

@@ -125,7 +125,8 @@ PAGES = ("regctl", "regd")
 COMMON = (
     Parameter(
         "--address",
-        "tcp://HOST:PORT, HOST:PORT or unix:///path (default: $REGD_ADDRESS, else tcp://127.0.0.1:7343)",
+        "tcp://HOST:PORT, HOST:PORT or unix:///path (default: $REGD_ADDRESS, else the project "
+        "registry, else tcp://127.0.0.1:7343)",
         default=argparse.SUPPRESS,
         metavar="ADDRESS",
     ),
@@ -327,6 +328,24 @@ COMMANDS = {
         "registry file, limits, lag, and services that accept no connection. Changes nothing. Exit status 1: a "
         "check failed.",
         examples=["regctl doctor"],
+    ),
+    "init": Subcommand(
+        "Make a registry for this folder, for all programs that are started in it and below.",
+        Parameter("folder", "the folder (default: the current one)", nargs="?", default=".", metavar="FOLDER"),
+        more="It is in the folder .regd, which git ignores, so that two checkouts can use the same names. Its "
+        "daemon is started when a program needs it. A copy of the folder elsewhere does not count until "
+        "`regctl init` is run there.",
+        examples=["regctl init", "regctl init ~/shop"],
+    ),
+    "where": Subcommand(
+        "Show which registry is used, and why.",
+        more="Starts no daemon.",
+        examples=["regctl where"],
+    ),
+    "stop": Subcommand(
+        "End the daemon of a project registry, or of another Unix socket.",
+        more="No registration ends: the next daemon has them.",
+        examples=["regctl stop"],
     ),
     "names": Subcommand(
         "Print the names of services, for completion in shells.",

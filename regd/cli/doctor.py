@@ -16,7 +16,7 @@ from typing import Any
 import regd
 from regd.cli import doctor_files, local_probe
 from regd.cli.findings import Finding
-from regd_client import protocol
+from regd_client import project, protocol
 from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import BadArgument, RegdError, Unavailable
 
@@ -65,7 +65,12 @@ def examine(address: str | None) -> Iterator[Finding]:
     except BadArgument as error:
         yield Finding("address", f"{source}: {error}", "write it in one of these forms")
         return
+    ignored_folders = () if source.startswith(("-", "$")) else project.search().ignored
+    if at.project:
+        source = f"the project registry of {os.path.dirname(at.project)}"
     yield Finding("address", f"{at}, from {source}")
+    for ignored in ignored_folders:
+        yield Finding("project", f"{ignored.folder} is ignored: {ignored.why}", ignored.do)
     with ExitStack() as stack:
         try:
             daemon, found = _reach(stack, at)
@@ -80,7 +85,7 @@ def examine(address: str | None) -> Iterator[Finding]:
 
 def _reach(stack: ExitStack, at: protocol.Address) -> tuple[_Daemon | None, Finding]:
     try:
-        connection = stack.enter_context(BlockingConnection(str(at), ANSWER_S, autostart=False))
+        connection = stack.enter_context(BlockingConnection(at, ANSWER_S, autostart=False))
     except Unavailable as error:
         return None, _not_connected(at, error.__cause__)
     try:
@@ -107,6 +112,8 @@ def _reach(stack: ExitStack, at: protocol.Address) -> tuple[_Daemon | None, Find
 
 def _not_connected(at: protocol.Address, why: BaseException | None) -> Finding:
     if isinstance(why, ConnectionRefusedError | FileNotFoundError):
+        if at.project and protocol.autostart_wanted(at):
+            return Finding("daemon", f"none runs at {at}; it is started when a program needs it")
         return Finding("daemon", f"no program listens at {at}", "start one with `regd`, or name another address")
     if isinstance(why, TimeoutError):
         return Finding("daemon", f"{at} accepts no connection within {ANSWER_S:g} s", "restart the regd there")
@@ -142,14 +149,18 @@ def _other_daemons(at: protocol.Address, daemon: _Daemon | None) -> Iterator[Fin
     for other, (address, registry) in others.items():
         found = f"{'another' if epoch else 'a'} regd answers at {address}: registry {registry}, epoch {other}"
         use = f"set REGD_ADDRESS={address} everywhere"
-        yield Finding("elsewhere", found, f"end one of the two, or {use}" if epoch else use)
+        if at.project:  # a project registry is meant to be one of several
+            use = ""
+        elif epoch:
+            use = f"end one of the two, or {use}"
+        yield Finding("elsewhere", found, use)
     beyond = [
         pid for pid, _ in local_probe.daemons() if pid not in seen and local_probe.is_in_another_network(pid)
     ]
     for pid in beyond:
         found = f"process {pid} is a regd in another network namespace: its 127.0.0.1 is not the one here"
         do = "start that regd with --unix PATH and set REGD_ADDRESS=unix://PATH, or start another regd here"
-        yield Finding("elsewhere", found, "" if epoch else do)
+        yield Finding("elsewhere", found, "" if epoch or at.project else do)
     if not others and not beyond:
         yield Finding("elsewhere", "no other regd found")
 

@@ -176,6 +176,27 @@ def _doctor(address: str | None, as_json: bool, arguments: dict[str, Any]) -> in
     return 0 if all_ok else 1
 
 
+def _init(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
+    from regd.cli import registries
+
+    registries.init(arguments["folder"], as_json)
+    return 0
+
+
+def _where(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
+    from regd.cli import registries
+
+    registries.where(address, as_json)
+    return 0
+
+
+def _stop(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
+    from regd.cli import registries
+
+    registries.stop(address, as_json)
+    return 0
+
+
 def _manual(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
     from regd.cli import manual
 
@@ -256,13 +277,16 @@ _HANDLERS: dict[str, Callable[[str | None, bool, dict[str, Any]], int]] = {
     "doctor": _doctor,
     "env": _env,
     "help": _help,
+    "init": _init,
     "history": _history,
     "manual": _manual,
     "names": _names,
     "run": _run,
+    "stop": _stop,
     "top": _top,
     "wait": _wait,
     "watch": _watch,
+    "where": _where,
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from regd.cli.output import EMPTY, Output, address_of, complain, instance_name, say, say_json, table, visible
 from regd.cli.queries import TRANSIENT
 from regd.cli.watch import PAUSE_S, is_reader_gone
+from regd_client import protocol
 from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import Unavailable
 
@@ -23,7 +24,8 @@ def show(
     Raises:
         Unavailable: no daemon answers.
     """
-    with BlockingConnection(address) as connection:
+    daemon = protocol.find_address(address)  # only once, so that every connection is to the same registry
+    with BlockingConnection(daemon) as connection:
         rev = connection.ask("hello")["rev"] if follow else 0
         changes: list[dict[str, Any]] = []
         for page in _pages(connection, of, point):
@@ -36,7 +38,7 @@ def show(
     _print(changes, as_json)
     if not follow:
         return None
-    return _follow(address, _Follower(of, max(rev, changes[-1]["rev"] if changes else 0), as_json))
+    return _follow(daemon, _Follower(of, max(rev, changes[-1]["rev"] if changes else 0), as_json))
 
 
 def _pages(
@@ -63,7 +65,7 @@ class _Follower:
         self._as_json = as_json
         self._is_away = False
 
-    def follow(self, address: str | None) -> dict[str, Any] | None:
+    def follow(self, address: protocol.Address) -> dict[str, Any] | None:
         """Print the changes of one connection. Return a refusal of the daemon, or None if stdout is broken.
 
         Raises:
@@ -102,7 +104,7 @@ class _Follower:
             self._is_away = True
 
 
-def _follow(address: str | None, follower: _Follower) -> dict[str, Any] | None:
+def _follow(address: protocol.Address, follower: _Follower) -> dict[str, Any] | None:
     """Follow across restarts of the daemon, until stdout is broken. Return a refusal of the daemon."""
     while True:
         try:

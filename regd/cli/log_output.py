@@ -94,10 +94,14 @@ def open_log(path: Path) -> int:
 
 
 class LogOutput(logging.Handler):
-    """Writes the log to `path`, or to stderr. Opens the file at once; `start` starts the thread."""
+    """Writes the log to `path`, or to stderr. Opens the file at once; `start` starts the thread.
 
-    def __init__(self, path: Path | None, format: str) -> None:
+    If `bytes_max` is not 0, the file is renamed to `PATH.1` before it would become larger, and a new one begins.
+    """
+
+    def __init__(self, path: Path | None, format: str, bytes_max: int = 0) -> None:
         super().__init__()
+        self._bytes_max = bytes_max
         self.lines = FORMATS[format]()
         self.setFormatter(self.lines)
         self.path = path
@@ -111,6 +115,7 @@ class LogOutput(logging.Handler):
         self._is_line_open = False  # only a part of the last line was written
         self._closing = False
         self._thread: threading.Thread | None = None
+        self._rotate(1)  # if the start fails, its error is written to the file without the thread
 
     def start(self, level: str) -> None:
         """Handle all log records of the program from now on. Call it after forking: a child has no threads."""
@@ -159,13 +164,22 @@ class LogOutput(logging.Handler):
                 self._pending.clear()
             why = ""
             try:
-                self._write(b"\n" * self._is_line_open + data)
+                self._write_whole_lines(b"\n" * self._is_line_open + data)
             except OSError as error:
                 why = error.strerror or "unknown error"
             with self._ready:
                 self._pending_bytes -= size
                 if why:
                     self._dropped, self._why = self._dropped + count, why
+
+    def _write_whole_lines(self, data: bytes) -> None:
+        """Write lines, and rotate the file between two lines where needed."""
+        while data:
+            end = data.rfind(b"\n", 0, self._bytes_max) + 1 if 0 < self._bytes_max < len(data) else 0
+            part = data[: end or len(data)]
+            self._rotate(len(part))
+            self._write(part)
+            data = data[len(part) :]
 
     def _write(self, data: bytes) -> None:
         view = memoryview(data)
@@ -180,6 +194,16 @@ class LogOutput(logging.Handler):
             if count:
                 self._is_line_open = view[count - 1] != ord("\n")
             view = view[count:]
+
+    def _rotate(self, count: int) -> None:
+        """Begin a new file if `count` more bytes do not fit. If the file cannot be renamed, it grows."""
+        if not self._bytes_max or self.path is None:
+            return
+        size = os.fstat(self.fd).st_size
+        if size and size + count > self._bytes_max:
+            with contextlib.suppress(OSError, LogError):
+                os.replace(self.path, f"{self.path}.1")
+                self.reopen()
 
     def reopen(self) -> None:
         """Reopen the file, for log rotation. If stdout or stderr are the same file, reopen them too.

@@ -13,8 +13,10 @@ from regd.cli.commands import COMMANDS, COMMON, Subcommand
 _HELP = Parameter("--help", "show a help message and exit", action="help")
 _VERSION = Parameter("--version", "show the version and exit", action="version")
 _READ_BY_REGCTL = {
-    "REGD_ADDRESS": "The address of the daemon, unless `--address` is used. Default: tcp://127.0.0.1:7343.",
-    "REGD_AUTOSTART": "With `1`, `true`, `yes` or `on`, regctl starts a daemon if none answers on this machine.",
+    "REGD_ADDRESS": "The address of the daemon, unless `--address` is used. Default: the project registry "
+    "of the current folder, else tcp://127.0.0.1:7343.",
+    "REGD_AUTOSTART": "With `1`, `true`, `yes` or `on`, regctl starts a daemon if none answers on this machine; "
+    "for a project registry it does so unless this is `0`, `false`, `no` or `off`.",
 }
 _SET_BY_REGCTL = {
     "PORT": "For the command of `regctl run`: the port to listen on.",

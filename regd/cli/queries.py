@@ -50,10 +50,11 @@ def wait_for(address: str | None, name: str, until: float) -> dict[str, Any]:
     Raises:
         Unavailable: no daemon answers in time, or it cannot be started on demand.
     """
+    daemon = protocol.find_address(address)
     while True:
         left_s = max(0.0, until - time.monotonic())
         try:
-            with BlockingConnection(address) as connection:
+            with BlockingConnection(daemon) as connection:
                 reply = connection.ask("resolve", name=name, wait=left_s)
             if reply.get("error") not in TRANSIENT or time.monotonic() >= until:
                 return reply

@@ -26,6 +26,8 @@ from regd.system.listener import InheritedSocket, ListenError
 from regd.system.open_files import fit_limits
 from regd.system.peer_credentials import ALL_USERS, unmapped_uid
 from regd.system.systemd import Notifier, Watchdog, handed_over, watchdog_s
+from regd_client import project
+from regd_client.autostart import IDLE_EXIT_S, LOG_MIB
 
 log = logging.getLogger("regd")
 
@@ -92,6 +94,14 @@ FLAGS = (
         metavar="PATH",
     ),
     Parameter(
+        "--project",
+        "serve a project registry, the folder .regd that regctl init made, on its socket alone, with registry "
+        "and log in it; exit after 300 s without connections and with static registrations only, or when the "
+        "folder is removed (default: none)",
+        type=Path,
+        metavar="FOLDER",
+    ),
+    Parameter(
         "--grace",
         "after a restart, how long registrations held by connections wait for their clients to reconnect "
         f"(default: {DEFAULT_GRACE_S:g})",
@@ -134,6 +144,12 @@ FLAGS = (
         metavar="PATH",
     ),
     Parameter(
+        "--log-mib",
+        "with --log: when the log has this size, in MiB, keep it as PATH.1 and begin anew (default: never)",
+        type=_mebibytes,
+        metavar="N",
+    ),
+    Parameter(
         "--background",
         "continue in the background, in a new session, once regd listens; needs --log",
         action="store_true",
@@ -160,7 +176,7 @@ def _read(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"regd {regd.__version__}")
     parser.add_parameters(FLAGS)
     arguments = parser.parse_args(argv)
-    if arguments.background and arguments.log is None:
+    if arguments.background and arguments.log is None and arguments.project is None:
         parser.error("--background needs --log: nothing else can report a later failure")
     return arguments
 
@@ -191,7 +207,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         config = _config(arguments)
         if arguments.background:
             close_inherited_files([item.file for item in config.inherited if isinstance(item, InheritedSocket)])
-        output = LogOutput(config.log, arguments.log_format)
+        output = LogOutput(config.log, arguments.log_format, (arguments.log_mib or 0) * _MIB)
         detach = fork_to_background(output.fd) if arguments.background else None
         unblock_signals()
         output.start(arguments.log_level)
@@ -216,7 +232,34 @@ def _serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _use_project(arguments: argparse.Namespace) -> None:
+    """Set the flags that --project implies.
+
+    Raises:
+        UsageError: the folder is not a project registry, or --project is used with a flag that it replaces.
+    """
+    folder = Path(os.path.realpath(arguments.project))
+    if (why := project.fault(str(folder))) != "":
+        why = why or "there is no such folder"
+        raise UsageError("regd", f"--project {folder}: {why}; run `regctl init` in {folder.parent} first")
+    for flag, value in (
+        ("--port", arguments.port), ("--unix", arguments.unix), ("--registry", arguments.registry)
+    ):  # fmt: skip
+        if value is not None:
+            raise UsageError("regd", f"{flag} {value}: a project registry has its own; leave the flag out")
+    arguments.project = folder
+    arguments.port, arguments.unix = _OFF, Path(project.socket_path(str(folder)))
+    arguments.registry = folder / "registry.json"
+    if arguments.idle_exit is None:
+        arguments.idle_exit = IDLE_EXIT_S
+    if arguments.background and arguments.log is None:
+        arguments.log = folder / "regd.log"
+        arguments.log_mib = arguments.log_mib or LOG_MIB
+
+
 def _config(arguments: argparse.Namespace) -> Config:
+    if arguments.project is not None:
+        _use_project(arguments)
     registry = _absolute("--registry", arguments.registry)
     unix = _absolute("--unix", arguments.unix)
     log_path = _absolute("--log", arguments.log)
@@ -244,6 +287,7 @@ def _config(arguments: argparse.Namespace) -> Config:
         allowed_uids=arguments.allow_uid,
         allow_any_user=arguments.allow_any_user,
         idle_exit_s=arguments.idle_exit,
+        project=arguments.project,
         log=log_path,
         limits=replace(DEFAULT, journal_bytes_max=arguments.history_mib * _MIB),
     )
@@ -381,13 +425,13 @@ def _announce(addresses: Sequence[str]) -> None:
 
 
 async def _until_end(ending: asyncio.Event, daemon: Daemon) -> None:
-    """Wait for a signal that ends the daemon, or for --idle-exit.
+    """Wait for a signal that ends the daemon, for --idle-exit, or until a project registry is removed.
 
     Raises:
         Exception: the daemon has failed, because of a bug.
     """
     failed = asyncio.ensure_future(daemon.failed())
-    tasks = [asyncio.ensure_future(ending.wait()), asyncio.ensure_future(daemon.idled()), failed]
+    tasks = [asyncio.ensure_future(ending.wait()), asyncio.ensure_future(daemon.ended()), failed]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if failed.done():

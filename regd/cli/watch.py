@@ -8,6 +8,7 @@ from typing import Any
 
 from regd.cli.output import Output, complain, event_line, say, say_json, visible
 from regd.cli.queries import TRANSIENT
+from regd_client import protocol
 from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import Unavailable
 from regd_client.models import Event
@@ -96,9 +97,10 @@ def watch(
         Unavailable: no daemon answers at the start, or another program listens at its address.
     """
     printer = _Printer(pattern, meta, as_json)
+    daemon = protocol.find_address(address)  # only once, so that every connection is to the same registry
     while True:
         try:
-            with BlockingConnection(address, autostart=not printer.synced) as connection:
+            with BlockingConnection(daemon, autostart=not printer.synced) as connection:
                 refusal = printer.print_events(connection)
             if refusal is None or not printer.synced or refusal["error"] not in TRANSIENT:
                 return refusal

@@ -146,6 +146,11 @@ class HolderIndex:
         return process in self._of_process
 
     @property
+    def is_empty(self) -> bool:
+        """True if no registration has a holder, that is, all are static."""
+        return not (self._of_session or self._of_process or self._due)
+
+    @property
     def processes(self) -> list[Process]:
         return list(self._of_process)
 

@@ -53,6 +53,7 @@ log = logging.getLogger("regd")
 DEFAULT_GRACE_S = 30.0
 DEFAULT_PORT = 7343  # "REGD" on a phone's keys
 _GOODBYE_S = 2.0  # for peers to take the last replies, before their connections are cut
+_PROJECT_CHECK_S = 1.0  # how often to check that the socket of a project registry exists
 
 
 def default_registry(environment: Mapping[str, str]) -> Path:
@@ -106,6 +107,7 @@ class Config:
     allowed_uids: Collection[int] = ()  # users that may write, besides root and the daemon's own
     allow_any_user: bool = False  # every user may write
     idle_exit_s: float | None = None  # exit after being unused for so long; None: never
+    project: Path | None = None  # the folder of a project registry: `unix` and `registry` are in it
     log: Path | None = None  # the log file, for `stats`; None: stderr
     limits: Limits = DEFAULT
 
@@ -131,7 +133,8 @@ class Daemon:
         self._files = files or Files()
         self._listeners = Listeners()
         self._peers = peers or PeerCredentials(config.allowed_uids, anyone=config.allow_any_user)
-        self._store = Store(config.registry, log.warning, self._files, config.limits, epoch)
+        relocks = config.project is None
+        self._store = Store(config.registry, log.warning, self._files, config.limits, epoch, relocks=relocks)
         self._epoch = self._store.epoch
         self._checkpointer = Checkpointer(self._store, clock, config.limits.checkpoint_interval_s)
         self._registry = registry = Registry(limits=config.limits, claim_s=config.grace_s)
@@ -153,7 +156,7 @@ class Daemon:
         self._history = HistoryReader(self._store, registry, clock)
         self._connections = self._build_connections()
         self._acceptor = Acceptor(self._connections.create)
-        self._idled = asyncio.Event()
+        self._ended = asyncio.Event()
         self._idle = self._build_idle_exit()
         self._engine_task: asyncio.Task[None] | None = None
 
@@ -270,8 +273,15 @@ class Daemon:
         }
 
     def _unused_mark(self) -> Hashable | None:
-        """Return None while the daemon is in use, else a value that changes if it was used in between."""
-        if len(self._registry) or self.connections or self._acceptor.starting:
+        """Return None while the daemon is in use, else a value that changes if it was used in between.
+
+        The daemon of a project registry may exit with static registrations: clients start it again, and it loads
+        them from disk.
+        """
+        if self.connections or self._acceptor.starting:
+            return None
+        registry = self._registry
+        if not registry.lifetimes.is_empty or (len(registry) and self._config.project is None):
             return None
         counters = self._counters
         return self._registry.rev, counters.connections_accepted, counters.connections_refused
@@ -279,8 +289,20 @@ class Daemon:
     def _exit_idle(self) -> None:
         # Called in the same loop iteration as `_unused_mark`, so that no peer is accepted in between.
         self._acceptor.stop()
-        log.info("nothing was registered and nobody connected for %g s: leaving", self._config.idle_exit_s)
-        self._idled.set()
+        unused = "nothing was registered" if self._config.project is None else "nothing had an owner"
+        log.info("%s and nobody connected for %g s: leaving", unused, self._config.idle_exit_s)
+        self._ended.set()
+
+    def _check_project(self) -> None:
+        """End the daemon once the socket of its project registry is removed: clients no longer find it."""
+        if self._ended.is_set():
+            return
+        if self._listeners.is_in_place():
+            self._clock.call_at(self._clock.now() + _PROJECT_CHECK_S, self._check_project)
+            return
+        log.warning("%s was removed: leaving", self._config.unix)
+        self._acceptor.stop()
+        self._ended.set()
 
     # What callers and tests look at.
 
@@ -403,6 +425,8 @@ class Daemon:
             self._acceptor.listen(listener)
         if self._idle is not None:
             self._idle.start()
+        if self._config.project is not None:
+            self._check_project()
         for note in self._listeners.notes:
             log.warning("%s", note)
         registry = self._registry
@@ -429,13 +453,17 @@ class Daemon:
         assert self._engine_task is not None
         await asyncio.shield(self._engine_task)
 
-    async def idled(self) -> None:
-        """Wait until the daemon was unused for `idle_exit_s`. It then accepts no connections: stop it."""
-        await self._idled.wait()
+    async def ended(self) -> None:
+        """Wait until the daemon was idle for `idle_exit_s`, or its project registry was removed.
+
+        The daemon then accepts no connections: stop it.
+        """
+        await self._ended.wait()
 
     async def stop(self) -> None:
         """Stop in order: commit and answer the writes that wait, then close everything. Idempotent."""
         # 1. Accept no more connections.
+        self._ended.set()
         if self._idle is not None:
             self._idle.close()
         self._acceptor.stop()

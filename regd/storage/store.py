@@ -31,7 +31,11 @@ class StorageError(Exception):
 
 
 class Store:
-    """`warn` is called with one line for people, in the thread that works."""
+    """`warn` is called with one line for people, in the thread that works.
+
+    If the lock file is removed, the store locks it again. Without `relocks` it fails for good instead, since the
+    folder may by now belong to another registry.
+    """
 
     def __init__(
         self,
@@ -40,7 +44,10 @@ class Store:
         files: Files | None = None,
         limits: Limits = DEFAULT,
         epoch: str | None = None,
+        *,
+        relocks: bool = True,
     ) -> None:
+        self._relocks = relocks
         self.path = Path(os.path.realpath(path))  # a rename must not replace a link by a file
         self.epoch = epoch or os.urandom(8).hex()
         self.epochs: dict[str, tuple[int, int]] = {}  # ended, with valid positions: the last revision and line
@@ -261,6 +268,9 @@ class Store:
         """
         found = self._files.print(self._lock_path)
         if found is None or found.inode != self._lock_inode:
+            if not self._relocks:
+                self._is_taken_over = True
+                raise StorageError(f"{self._lock_path} was removed: this regd ends, and writes nothing more")
             self._warn(f"{self._lock_path} was removed by another program; regd locks it again")
             if self._lock is not None:
                 self._files.unlock(self._lock)

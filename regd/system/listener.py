@@ -7,7 +7,7 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,8 @@ from regd.storage.files import AlreadyLocked, Files
 
 _BACKLOG = 4_096  # many clients may connect at once; the kernel may lower the value
 _PORT_TRIES = 32
+_UNIX_PATH_BYTES_MAX = 107  # sockaddr_un without its final NUL (unix(7))
+_DESCRIPTORS = "/proc/self/fd"
 
 
 class ListenError(Exception):
@@ -36,11 +38,19 @@ class Listeners:
     sockets: list[socket.socket] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _unix: Path | None = None
+    _unix_inode: int = 0
     _unix_lock: int | None = None
 
     @property
     def addresses(self) -> list[str]:
-        return [_address(listener) for listener in self.sockets]
+        return [_address(listener, self._unix) for listener in self.sockets]
+
+    def is_in_place(self) -> bool:
+        """Return whether the Unix socket that this process has opened is still at its path."""
+        try:
+            return self._unix is not None and os.stat(self._unix).st_ino == self._unix_inode
+        except OSError:
+            return False
 
     def open_tcp(self, port: int) -> None:
         """Listen on 127.0.0.1 and ::1, on the same port; 0 picks a port that is free on both.
@@ -76,6 +86,7 @@ class Listeners:
             self._unix_lock = files.lock(path.with_name(path.name + ".lock"))
             self._clear(path)
             self.sockets.append(_unix(path))
+            self._unix_inode = os.stat(path).st_ino
         except AlreadyLocked as error:
             do = "name" if error.elsewhere else "stop that one, or name"
             raise ListenError(f"{path} is in use by another regd{error}; {do} another with --unix") from None
@@ -99,9 +110,9 @@ class Listeners:
             if path.exists():
                 raise ListenError(f"{path} is there and is no socket; name another with --unix")
             return
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, _short(path) as short:
             try:
-                probe.connect(os.fspath(path))
+                probe.connect(short)
             except ConnectionRefusedError:
                 path.unlink()
                 return
@@ -112,7 +123,8 @@ class Listeners:
             listener.close()
         if self._unix is not None:
             with contextlib.suppress(OSError):
-                self._unix.unlink()
+                if self.is_in_place():  # else another regd may listen at this path now
+                    self._unix.unlink()
             self._unix = None
         if self._unix_lock is not None:
             files.unlock(self._unix_lock)
@@ -147,7 +159,8 @@ def _unix(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     previous = os.umask(0o177)
     try:
-        listener.bind(os.fspath(path))
+        with _short(path) as short:
+            listener.bind(short)
         listener.listen(_BACKLOG)
     except BaseException:
         listener.close()
@@ -155,6 +168,19 @@ def _unix(path: Path) -> socket.socket:
     finally:
         os.umask(previous)
     return listener
+
+
+@contextlib.contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """Yield a path that fits into a socket address: through a descriptor of its folder if `path` is too long."""
+    if len(os.fsencode(path)) <= _UNIX_PATH_BYTES_MAX or not os.path.isdir(_DESCRIPTORS):
+        yield os.fspath(path)
+        return
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"{_DESCRIPTORS}/{folder}/{path.name}"
+    finally:
+        os.close(folder)
 
 
 def _inherited(handed: InheritedSocket) -> socket.socket:
@@ -191,9 +217,10 @@ def _fault(listener: socket.socket) -> str | None:
     return None
 
 
-def _address(listener: socket.socket) -> str:
+def _address(listener: socket.socket, unix: Path | None) -> str:
+    """Return the address of a listener. `unix` is the path of the Unix socket that regd has opened itself."""
     name = listener.getsockname()
     if listener.family == socket.AF_UNIX:
-        return f"unix://{name}"
+        return f"unix://{unix or name}"  # the name may go through a descriptor
     host = f"[{name[0]}]" if listener.family == socket.AF_INET6 else name[0]
     return f"tcp://{host}:{name[1]}"

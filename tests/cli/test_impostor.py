@@ -88,6 +88,7 @@ LINES = {
     "stats": ["stats", "--limits"],
     "doctor": ["doctor"],
     "names": ["names"],
+    "where": ["where"],
     "run": ["run", "web", "--wait", "db", "--timeout", "0", "--", "true"],
 }
 ODD: tuple[Any, ...] = (None, 7, -1.5, 1e300, True, "text", [], [7], {}, {"a": {"b": [None]}})
@@ -170,7 +171,8 @@ def ran(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 
 
 def test_every_command_with_a_request_is_covered() -> None:
-    assert set(LINES) == set(COMMANDS) - {"completion", "help", "manual"}
+    # `stop` sends requests only over Unix sockets (tests/system/test_projects.py).
+    assert set(LINES) == set(COMMANDS) - {"completion", "help", "init", "manual", "stop"}
 
 
 IN_PROCESS = [command for command in LINES if command not in ("run", "top")]
@@ -227,6 +229,9 @@ def test_malformed_refusals_and_lines(
             assert told.count("\n") == bool(told), told
             if command == "names":  # says nothing, whatever is wrong
                 assert (status in (0, 3), told) == (True, "")
+            elif command == "where":  # reports what listens there instead of a daemon
+                assert (status, told) == (0, "")
+                assert ('"daemon": null' if flags else "  daemon  none: ") in out
             else:
                 assert status in (1, 2, 3, 4)
                 assert out or told

@@ -78,7 +78,7 @@ async def idling(tmp_path: Path) -> AsyncIterator[InLoop]:
 
 async def ends(daemon: InLoop, within_s: float) -> bool:
     """Advance time, and return whether the daemon wants to exit."""
-    idled = asyncio.ensure_future(daemon.server.idled())
+    idled = asyncio.ensure_future(daemon.server.ended())
     daemon.clock.advance(within_s)
     for _ in range(3):
         await asyncio.sleep(0)

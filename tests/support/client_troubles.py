@@ -1,18 +1,21 @@
 """Producers of the messages of the client and of regctl. Each function causes one message and returns it."""
 
 import asyncio
+import errno
 import functools
 import os
 import socket
 import sys
 from collections.abc import Callable
 
+import pytest
+
 import regd_client
 from regd.cli import run as run_module
 from regd.cli import run_readiness
 from regd.cli.port_owner import Listener
 from regd.cli.run_readiness import Probe, command_probe
-from regd_client import BadArgument, Client, Conflict, NotFound, Timeout, Unavailable, protocol
+from regd_client import BadArgument, Client, Conflict, NotFound, Timeout, Unavailable, project, protocol
 from regd_client import lifespans as lifespans_module
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import WAIT_S, InLoop
@@ -350,6 +353,68 @@ async def neither_yes_nor_no(scene: Scene) -> str:
     scene.patch.setenv("REGD_AUTOSTART", "maybe")
     protocol.autostart_wanted(protocol.Address("127.0.0.1", 1))
     return await scene.logged("REGD_AUTOSTART")
+
+
+def in_a_project(scene: Scene) -> None:
+    """Make a project registry in the scene's folder, and make that the current one."""
+    for name in ("REGD_ADDRESS", "REGD_AUTOSTART"):
+        scene.patch.delenv(name, raising=False)
+    scene.patch.setenv("HOME", str(scene.folder))
+    scene.patch.chdir(scene.folder)
+    scene.patch.setattr(protocol, "_warned", set())
+    project.init(str(scene.folder))
+
+
+@says(
+    "no regd at … (No such file or directory); start one with … (REGD_AUTOSTART=… keeps this program from starting it), …"
+)
+async def may_not_start(scene: Scene) -> str:
+    in_a_project(scene)
+    scene.patch.setenv("REGD_AUTOSTART", "0")
+    scene.patch.delenv("PYTEST_CURRENT_TEST")
+    return await scene.regctl("ping", status=3)
+
+
+@says("… is ignored: …; run … in …, or remove it")
+async def ignored(scene: Scene) -> str:
+    in_a_project(scene)
+    (scene.folder / ".regd").chmod(0o755)
+    protocol.find_address()
+    return await scene.logged("is ignored")
+
+
+@says("a test uses the project registry …; the fixture … has a private one")
+async def warned_test(scene: Scene) -> str:
+    in_a_project(scene)
+    protocol.find_address()
+    return await scene.logged("a test uses")
+
+
+@says("regd … at … has no …, and this client is …; restart that regd")
+async def older_daemon(scene: Scene) -> str:
+    scene.patch.setattr(protocol, "VERSION", "9.0.0")
+    async with scene.daemon(), Client() as client:
+        return await refused(regd_client.RegdError, client._ask("preview"))
+
+
+@says(
+    "… is on a file system without Unix sockets (…); use a checkout on a local disk, or run … and set REGD_ADDRESS"
+)
+async def no_sockets(scene: Scene) -> str:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    with scene.patch.context() as patch:
+        patch.setattr(socket.socket, "bind", refuse)
+        with pytest.raises(project.ProjectError) as caught:
+            project.init(str(scene.folder))
+    return str(caught.value)
+
+
+@says("regctl stop works over Unix sockets only, not for …: …")
+async def stop_over_tcp(scene: Scene) -> str:
+    scene.at(1)
+    return await scene.regctl("stop", status=4)
 
 
 @says("name the command, after …")

@@ -240,7 +240,7 @@ async def test_client_during_shutdown_gets_a_new_daemon(here: Demand, tmp_path: 
 
     async with InLoop(tmp_path / "registry.json", unix=tmp_path / "s", idle_exit_s=80.0) as stopping:
         stopping.clock.advance(90.0)
-        await stopping.server.idled()
+        await stopping.server.ended()
         async with asyncio.timeout(SLOW_S):
             tasks = [asyncio.create_task(async_pid()), asyncio.create_task(asyncio.to_thread(pid_of))]
             until_s = time.monotonic() + 0.05

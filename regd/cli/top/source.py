@@ -42,9 +42,10 @@ class Source:
         self.changed: Callable[[], None] = lambda: None
         self.stats: dict[str, Any] = {}
         self._interval_s = interval_s
-        self.address = str(protocol.find_address(address))
+        addresses = protocol.AddressFinder(address)
+        self.address = str(addresses.find())
         self._title = f"regd at {self.address.removeprefix('tcp://')}" + (f"  {pattern}" if pattern else "")
-        self._connector = Connector(address, _CONNECT_S)
+        self._connector = Connector(addresses, _CONNECT_S)
         self._registrar = Registrar(self._connector)
         self._rates = Rates()
         self._complete = asyncio.Event()
