@@ -28,11 +28,22 @@ pytestmark = pytest.mark.skipif(
     not (BIN / "honcho").exists(), reason="honcho is not installed; it is in the group `dev`"
 )
 
+SLOW_END = """
+import os, signal, socket, time
+received = []
+signal.signal(signal.SIGTERM, lambda *_: received.append(1))
+listening = socket.create_server(("127.0.0.1", int(os.environ["PORT"])))
+while not received:
+    time.sleep(0.01)
+time.sleep(1)
+print(len(received), "SIGTERM", flush=True)
+"""
+
 
 class Honcho:
     """`honcho start` in a folder, as the leader of a process group."""
 
-    def __init__(self, process: "subprocess.Popen[str]", output: Path) -> None:
+    def __init__(self, process: "subprocess.Popen[bytes]", output: Path) -> None:
         self.process = process
         self._output = output
 
@@ -105,6 +116,10 @@ def instances(peer: BlockingConnection) -> list[dict[str, Any]]:
     return listed
 
 
+def ports_by_name(peer: BlockingConnection) -> set[tuple[str, int]]:
+    return {(instance["name"], instance["port"]) for instance in instances(peer)}
+
+
 def are_ready(peer: BlockingConnection, count: int) -> bool:
     return [instance["state"] for instance in instances(peer)] == ["ready"] * count
 
@@ -117,9 +132,9 @@ def test_page_runs_under_honcho(process: DaemonProcess, peer: BlockingConnection
         block_until(lambda: are_ready(peer, 4), START_S)
         before = instances(peer)
         assert [(each["name"], each["instance"]) for each in before] == ALL
-        ports = {each["port"] for each in before}
-        assert len(ports) == 4
-        assert not ports & set(range(5_000, 5_400)), "honcho's PORT was taken for the user's"
+        ports = ports_by_name(peer)
+        assert len({port for _, port in ports}) == 4
+        assert not any(5_000 <= port < 5_400 for _, port in ports), "honcho's PORT was taken for the user's"
 
         # Order: the shops began once price accepted connections.
         [price] = [each["port"] for each in before if each["name"] == "price"]
@@ -146,10 +161,10 @@ def test_page_runs_under_honcho(process: DaemonProcess, peer: BlockingConnection
         block_until(lambda: instances(peer) == [])
         assert not [text for _, text in manager.lines() if "Traceback" in text or "sending SIGKILL" in text]
 
-    # The ports stay.
+    # The ports stay. Copies that start together may get each other's numbers.
     with honcho(tmp_path, procfile(), *command(), REGD_ADDRESS=process.addresses[0]):
         block_until(lambda: are_ready(peer, 4), START_S)
-        assert [each["port"] for each in instances(peer)] == [each["port"] for each in before]
+        assert ports_by_name(peer) == ports
 
 
 @pytest.mark.parametrize(("end", "status"), [("exec false", 1), ("exit 7", 7), ("kill -9 $$", 137)])
@@ -163,6 +178,22 @@ def test_one_service_that_ends_ends_all(
         block_until(lambda: instances(peer) == [])
         assert ("system", f"fails.1 stopped (rc={status})") in manager.lines()
         assert not [text for _, text in manager.lines() if "Traceback" in text or "sending SIGKILL" in text]
+
+
+def test_command_receives_the_signal_of_honcho_once(
+    process: DaemonProcess, peer: BlockingConnection, tmp_path: Path
+) -> None:
+    """honcho sends it to the process group; a second one would interrupt the command's cleanup."""
+    (tmp_path / "slow_end.py").write_text(SLOW_END)
+    lines = "price: regctl run price -- python3 slow_end.py\n"
+    with honcho(tmp_path, lines, REGD_ADDRESS=process.addresses[0]) as manager:
+        block_until(lambda: are_ready(peer, 1), START_S)
+        manager.process.terminate()
+        block_until(lambda: instances(peer) == [])
+        assert manager.process.wait(WAIT_S) == 143
+        assert [
+            text for name, text in manager.lines() if name == "price.1" and not text.startswith("regctl")
+        ] == ["1 SIGTERM"]
 
 
 def test_sigterm_ends_services_that_still_wait(process: DaemonProcess, tmp_path: Path) -> None:
