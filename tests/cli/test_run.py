@@ -607,18 +607,34 @@ def test_events_of_run_as_json(process: DaemonProcess) -> None:
     assert (json.loads(done.stderr)["event"], json.loads(done.stderr)["error"]) == ("refused", "cannot_run")
 
 
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [
+        ("50000", "($PORT)\n"),
+        (
+            "--bind=:5000",
+            "($PORT), not 5000, with which a shell replaced $PORT; use sh -c '… \"$PORT\"' in single quotes\n",
+        ),
+    ],
+)
 def test_command_that_never_listens_is_reported(
-    process: DaemonProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    argument: str,
+    hint: str,
+    process: DaemonProcess,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("REGD_ADDRESS", process.addresses[0])
     monkeypatch.setattr(run_module, "_SILENT_S", 0.0)
+    monkeypatch.setenv("PORT", "5000")  # as honcho does
     os.mkfifo(tmp_path / "end")
     child = subprocess.Popen(
         ["sh", "-c", f"read x < {tmp_path / 'end'}"],
     )
     try:
         name = run_module._Name(
-            {"name": "web", "instance": None, "meta": None},
+            {"name": "web", "instance": None, "meta": None, "argv": ["server", argument]},
             functools.partial(run_module._report, False),
             child.pid,
             1,
@@ -630,7 +646,8 @@ def test_command_that_never_listens_is_reported(
             nonlocal shown
             shown += capfd.readouterr().err
             return (
-                "nothing has accepted connections at 127.0.0.1:1 for 0 s; the command must listen on port 1 ($PORT)"
+                "nothing has accepted connections at 127.0.0.1:1 for 0 s; the command must listen on port 1 "
+                + hint
                 in shown
             )
 
