@@ -308,6 +308,32 @@ def test_name_is_deregistered_before_a_signal_is_passed_on(process: DaemonProces
         command.end(3)
 
 
+# Says how many SIGINT it has received when it is told to end.
+COUNT = """
+import os, signal, socket
+received = []
+signal.signal(signal.SIGINT, lambda *_: received.append(1))
+listening = socket.create_server(("127.0.0.1", int(os.environ["PORT"])))
+input()
+print(len(received))
+"""
+
+
+@pytest.mark.parametrize(("sender", "count"), [("overmind", 1), ("another", 2)])
+def test_signal_of_a_process_manager_to_the_group_is_not_passed_on(
+    sender: str, count: int, process: DaemonProcess, peer: BlockingConnection
+) -> None:
+    with running(process, "web", "--", sys.executable, "-c", COUNT) as command:
+        assert "is registered" in command.told()
+        send = f"kill -INT -{command.process.pid}; read"  # a process manager is still there afterwards
+        with subprocess.Popen([sender, "-c", send], executable="/bin/bash", stdin=subprocess.PIPE) as manager:
+            block_until(lambda: names(peer) == [])
+            time.sleep(0.5)  # regctl forwards a signal after 0.1 s
+            command.type("")
+            assert command.line() == str(count)
+            manager.communicate(timeout=WAIT_S)
+
+
 def test_signal_before_the_registration(process: DaemonProcess) -> None:
     with running(process, "web", "--", *PROGRAM) as command:
         command.line()
