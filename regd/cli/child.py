@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Protocol
 
 from regd.cli.output import complain
@@ -24,6 +25,7 @@ _OWN = {
     signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGSYS, signal.SIGTRAP,
 }  # fmt: skip
 _TO_LEADER = (signal.SIGHUP, signal.SIGCONT)  # if a terminal hangs up, only the session leader gets these
+_GROUP_MANAGERS = (b"honcho", b"overmind")  # they signal the process group of each line of a Procfile
 _SI_KERNEL = 128  # sigaction(2): the terminal sent the signal, to the whole process group
 _LISTEN_FD = 3  # sd_listen_fds(3)
 _POLL_S = 0.01  # between checks whether the name is deregistered
@@ -110,6 +112,7 @@ def wait_and_forward(child: int, awaited: Collection[int], name: Name, report: C
     """Forward signals until the command has ended, and return its wait status.
 
     The first signal to end is delayed until 0.1 s after the name is deregistered. A second one ends the delay.
+    A signal that was sent to the whole process group is not forwarded.
     """
     delayed = _DelayedSignal(child, name, report)
     while True:
@@ -121,13 +124,13 @@ def wait_and_forward(child: int, awaited: Collection[int], name: Name, report: C
             if number == child:
                 return status
             continue
-        from_terminal = _is_from_terminal(received, child)
+        is_shared = _is_from_terminal(received, child) or _is_from_manager(received, child)
         if received.si_signo in _ENDING and signal.getsignal(received.si_signo) != signal.SIG_IGN:
             delayed.send()
-            if name.withdraw() and not from_terminal:
+            if name.withdraw() and not is_shared:
                 delayed.set(received.si_signo)
                 continue
-        if not from_terminal:
+        if not is_shared:
             _send(child, received.si_signo, report)
         if received.si_signo in _STOPPING:
             _stop(received.si_signo)
@@ -169,6 +172,20 @@ def _is_from_terminal(received: signal.struct_siginfo, child: int) -> bool:
     if received.si_signo in _TO_LEADER and os.getsid(0) == os.getpid():
         return False
     return received.si_code == _SI_KERNEL and os.getpgid(child) == os.getpgrp()
+
+
+def _is_from_manager(received: signal.struct_siginfo, child: int) -> bool:
+    """Return whether a process manager sent this signal to the process group, and so to the child too.
+
+    A second one would interrupt the command's cleanup; uvicorn takes a second SIGINT as an order to end at once.
+    """
+    try:
+        words = Path(f"/proc/{received.si_pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    program = words[: 3 if b"python" in os.path.basename(words[0]) else 1]  # python honcho, python -m honcho
+    is_manager = any(os.path.basename(word) in _GROUP_MANAGERS for word in program)
+    return is_manager and os.getpgid(child) == os.getpgrp()
 
 
 def _send(child: int, number: int, report: Callable[[str], None]) -> None:

@@ -12,6 +12,7 @@ import functools
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -182,6 +183,7 @@ class _Name:
         self._child = child
         self._port = port
         self._prober = prober
+        self._argv = arguments.get("argv", ())
         self._arguments = {key: arguments[key] for key in ("instance", "meta") if arguments[key] is not None}
         self._thread = client_thread()
         self._withdrawn = asyncio.Event()
@@ -275,10 +277,14 @@ class _Name:
             pause_s = min(1.5 * pause_s, longest_pause_s)
 
     def _silence(self) -> str:
-        return (
+        text = (
             f"nothing has accepted connections at {host_port('127.0.0.1', self._port)} for {_SILENT_S:g} s; "
             f"the command must listen on port {self._port} ($PORT)"
         )
+        outer = os.environ.get("PORT", "")  # a process manager's
+        if outer and any(outer in re.findall("[0-9]+", argument) for argument in self._argv):
+            text += f", not {outer}, with which a shell replaced $PORT; use sh -c '… \"$PORT\"' in single quotes"
+        return text
 
     def _obstacle(self, host: str) -> str:
         """Return why the listener on this host is not considered the command's; "" if it is."""

@@ -308,6 +308,32 @@ def test_name_is_deregistered_before_a_signal_is_passed_on(process: DaemonProces
         command.end(3)
 
 
+# Says how many SIGINT it has received when it is told to end.
+COUNT = """
+import os, signal, socket
+received = []
+signal.signal(signal.SIGINT, lambda *_: received.append(1))
+listening = socket.create_server(("127.0.0.1", int(os.environ["PORT"])))
+input()
+print(len(received))
+"""
+
+
+@pytest.mark.parametrize(("sender", "count"), [("overmind", 1), ("another", 2)])
+def test_signal_of_a_process_manager_to_the_group_is_not_passed_on(
+    sender: str, count: int, process: DaemonProcess, peer: BlockingConnection
+) -> None:
+    with running(process, "web", "--", sys.executable, "-c", COUNT) as command:
+        assert "is registered" in command.told()
+        send = f"kill -INT -{command.process.pid}; read"  # a process manager is still there afterwards
+        with subprocess.Popen([sender, "-c", send], executable="/bin/bash", stdin=subprocess.PIPE) as manager:
+            block_until(lambda: names(peer) == [])
+            time.sleep(0.5)  # regctl forwards a signal after 0.1 s
+            command.type("")
+            assert command.line() == str(count)
+            manager.communicate(timeout=WAIT_S)
+
+
 def test_signal_before_the_registration(process: DaemonProcess) -> None:
     with running(process, "web", "--", *PROGRAM) as command:
         command.line()
@@ -607,18 +633,34 @@ def test_events_of_run_as_json(process: DaemonProcess) -> None:
     assert (json.loads(done.stderr)["event"], json.loads(done.stderr)["error"]) == ("refused", "cannot_run")
 
 
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [
+        ("50000", "($PORT)\n"),
+        (
+            "--bind=:5000",
+            "($PORT), not 5000, with which a shell replaced $PORT; use sh -c '… \"$PORT\"' in single quotes\n",
+        ),
+    ],
+)
 def test_command_that_never_listens_is_reported(
-    process: DaemonProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    argument: str,
+    hint: str,
+    process: DaemonProcess,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("REGD_ADDRESS", process.addresses[0])
     monkeypatch.setattr(run_module, "_SILENT_S", 0.0)
+    monkeypatch.setenv("PORT", "5000")  # as honcho does
     os.mkfifo(tmp_path / "end")
     child = subprocess.Popen(
         ["sh", "-c", f"read x < {tmp_path / 'end'}"],
     )
     try:
         name = run_module._Name(
-            {"name": "web", "instance": None, "meta": None},
+            {"name": "web", "instance": None, "meta": None, "argv": ["server", argument]},
             functools.partial(run_module._report, False),
             child.pid,
             1,
@@ -630,7 +672,8 @@ def test_command_that_never_listens_is_reported(
             nonlocal shown
             shown += capfd.readouterr().err
             return (
-                "nothing has accepted connections at 127.0.0.1:1 for 0 s; the command must listen on port 1 ($PORT)"
+                "nothing has accepted connections at 127.0.0.1:1 for 0 s; the command must listen on port 1 "
+                + hint
                 in shown
             )
 
