@@ -261,8 +261,8 @@ async def test_daemon_without_history(relay: Relay, client: Client, monkeypatch:
 
 async def test_timeout_bounds_both_requests(relay: Relay) -> None:
     relay.flowing.clear()
-    with pytest.raises(regd_client.Timeout, match=r"listen was not answered within 0\.05 s"):
-        await regd_client.listen("web", timeout=0.05)
+    with pytest.raises(regd_client.Timeout, match="listen was not answered within 1 s"):
+        await regd_client.listen("web", timeout=1)
 
 
 async def test_invalid_name_is_refused_by_register(client: Client) -> None:

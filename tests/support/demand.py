@@ -46,6 +46,11 @@ class Demand:
         """The logs of all daemons in this folder."""
         return "".join(path.read_text() for path in sorted(self.place.rglob("registry*.log")))
 
+    @property
+    def starts(self) -> int:
+        """How many daemons have listened. A daemon says so before it can be reached, unlike the lines of its log."""
+        return self.log.count(f"listening {self.address}\n")
+
     def daemons(self) -> set[int]:
         """Return the pids of the daemons in this folder, including those that are starting."""
         pids = set()

@@ -21,6 +21,7 @@ class Project(Demand):
         self.home = home
         self.folder = Path(project.init(str(parent))[0])
         self.socket = self.folder / "regd.sock"
+        self.address = f"unix://{self.socket}"
 
     def environment(self, **extra: str) -> dict[str, str]:
         return environment(HOME=str(self.home), **extra)
