@@ -60,6 +60,13 @@ def states(peer: BlockingConnection) -> list[str]:
     return [instance["state"] for instance in peer.ask("list")["instances"]]
 
 
+def set_status(path: Path, status: str) -> None:
+    """Replace the file at once: the service may be reading it."""
+    new = path.with_suffix(".new")
+    new.write_text(status)
+    new.replace(path)
+
+
 def is_starting(service: Running, peer: BlockingConnection) -> None:
     """Wait until the service is registered as starting, and nobody resolves it."""
     assert service.line() == "listens"
@@ -70,10 +77,10 @@ def is_starting(service: Running, peer: BlockingConnection) -> None:
 
 @pytest.mark.parametrize("not_ready", ["503", "302", "404"])
 def test_ready_http(process: DaemonProcess, peer: BlockingConnection, status: Path, not_ready: str) -> None:
-    status.write_text(not_ready)
+    set_status(status, not_ready)
     with running(process, "web", "--ready-http", "/healthz", "--", *command(status)) as service:
         is_starting(service, peer)
-        status.write_text("204")
+        set_status(status, "204")
         assert service.told() == "regctl: web is ready"
         assert states(peer) == ["ready"]
         service.end()
@@ -86,7 +93,7 @@ def test_ready_command_gets_the_port_and_nothing_of_it_is_printed(
     ready = f'echo out; echo err >&2; test "$PORT" -gt 0 && grep -q 200 {status}'
     with running(process, "web", "--ready-command", ready, "--", *command(status)) as service:
         is_starting(service, peer)
-        status.write_text("200")
+        set_status(status, "200")
         assert service.told() == "regctl: web is ready"
         assert states(peer) == ["ready"]
         service.end(3)
@@ -122,7 +129,7 @@ def test_it_stays_starting_over_a_restart_of_the_daemon(process: DaemonProcess, 
         assert service.told() == "regctl: the registry is back"
         with BlockingConnection(process.addresses[0]) as peer:
             assert states(peer) == ["starting"]
-            status.write_text("200")
+            set_status(status, "200")
             assert service.told() == "regctl: web is ready"
             assert states(peer) == ["ready"]
         service.end()
