@@ -1,4 +1,4 @@
-"""The committed registry: what the file holds, and what readers see.
+"""The committed registry: what is on disk, and what readers see.
 
 A registration has three states:
 
@@ -16,7 +16,7 @@ If a flush fails, the transaction is dropped, and nobody has seen any of it. Onl
 applied all the same, since a holder that is presumed dead never comes back. `HolderGone` is such an end, on its
 way from the mark to a transaction.
 
-Two things are neither pending nor in the file: a lease's deadline, which `HolderIndex.renew` moves at once, and
+Two things are neither pending nor on disk: a lease's deadline, which `HolderIndex.renew` moves at once, and
 `last_holder`, which a transaction counts up even if it is dropped. An `Entry` is never altered: a change replaces
 it.
 """

@@ -1,7 +1,7 @@
 """The pending state: the registry as it will be once the batch of writes in preparation is committed.
 
 Each write of the batch is evaluated against the committed state and the writes before it. The changes then go to
-the file, and from there to `Registry.apply`.
+the journal, and once they are on disk to `Registry.apply`.
 """
 
 from collections import Counter

@@ -32,10 +32,9 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command. A command that `writes` is answered once the change is in the file.
+    """A command. A command that `writes` is answered once the change is in the journal on disk.
 
-    A `guarded` command is only for users who may write. A command that `parks` may be answered after later
-    requests.
+    A `guarded` command is only for users who may write.
     """
 
     doc: str
@@ -43,7 +42,6 @@ class Command:
     arguments: Mapping[str, Argument]
     writes: bool = False
     guarded: bool = False
-    parks: bool = False
     # Computed from `arguments`, so that checking a request takes time for the arguments that it has.
     checks: Mapping[str, Callable[[object], Any]] = field(init=False)
     required: tuple[str, ...] = field(init=False)
@@ -177,7 +175,6 @@ COMMANDS: Mapping[str, Command] = {
             "all": Argument(FLAG, "all instances in one reply"),
             "wait": Argument(WAIT, "wait up to so long for one that accepts connections"),
         },
-        parks=True,
     ),
     "list": Command(
         "List registrations of any state, in order of name and instance, in pages.",

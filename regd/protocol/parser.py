@@ -8,8 +8,8 @@ The first rule that applies to a line decides:
 2. It is an HTTP request line: fatal, and answered in HTTP.
 3. It is a bare line (`bare.py`): a request.
 4. It begins with a letter and is printable: a mistyped bare line. It is fatal if no valid request came before,
-since a client of another protocol begins with a line of that protocol. 5. Any other line is of another protocol:
-fatal.
+   since a client of another protocol begins with a line of that protocol.
+5. Any other line is of another protocol: fatal.
 """
 
 import re

@@ -39,7 +39,7 @@ class Caller(NamedTuple):
 
 
 class Handlers:
-    """The handlers of all commands but `watch` and `unwatch`, which belong to a connection."""
+    """The handlers of all commands but `watch` and `unwatch`, which belong to a connection, and `history`."""
 
     def __init__(
         self,
@@ -231,7 +231,7 @@ class Handlers:
             request.id, self._explainer.why(request.arguments["name"], request.arguments.get("instance"))
         )
 
-    # Writes. Their replies are sent once the file holds the changes.
+    # Writes. Their replies are sent once the journal has the changes on disk.
 
     def _register(self, transaction: Transaction, request: Request, caller: Caller) -> bytes:
         given = request.arguments
