@@ -288,7 +288,7 @@ def lifespan(
     With `port`, it registers the server that opens this port, else the first server that opens a TCP port on
     this event loop within the lifespan. granian and Sanic do not open their port that way, so they need `port`.
 
-    If no daemon answers, or another owner has the name, the service starts all the same, and the client tries
+    If no daemon answers, or another owner has the name, the service starts anyway, and the client tries
     to register until it succeeds. Before the server receives SIGTERM or Ctrl-C, or closes its listener, the
     client withdraws the name and waits `drain_s`, so that clients that have just resolved the name can still
     connect.

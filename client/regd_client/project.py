@@ -20,19 +20,11 @@ _ID_BYTES_MAX = 8_192  # two numbers and a path
 _IGNORE = ".gitignore"
 _SOCKET = "regd.sock"
 _TRIED = "try.sock"
-_OWN = (
-    _ID,
-    f"{_ID}.new",
-    _IGNORE,
-    f"{_IGNORE}.new",
-    _TRIED,
-)  # written by `init`, which sets all other files aside
+# Files that `init` writes. It sets all others aside.
+_OWN = (_ID, f"{_ID}.new", _IGNORE, f"{_IGNORE}.new", _TRIED)
 _SET_ASIDE = "set-aside-"
-_DISK = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-)  # errors of the disk, which do not mean that sockets are unsupported
+# Errors of the disk. They do not mean that the file system has no sockets.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Ignored(NamedTuple):
@@ -178,7 +170,10 @@ def _make(folder: str) -> bool:
 
 
 def _init(folder: str) -> str | None:
-    """Write the files of a project registry. `id` is the last, since the folder is used once it has that file."""
+    """Write the files of a project registry, and return the folder into which existing files were moved, if any.
+
+    The file `id` is written last, because clients use the folder as soon as it exists.
+    """
     import fcntl
 
     place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -30,7 +30,7 @@ _REWRITE = "change any registration: regd writes it again; its log has the reaso
 def examine(path: Path, revision: Callable[[], int], *, is_ours: bool) -> Iterator[Finding]:
     """Yield the findings about a registry file, its journal and its folder. Nothing is changed.
 
-    `revision` asks the daemon for its revision; `is_ours`: the daemon runs as this user.
+    `revision` is called to ask the daemon for its revision. `is_ours` is true if the daemon runs as this user.
     """
     try:
         yield from _room(path, is_ours=is_ours)

@@ -58,7 +58,7 @@ async def _get(host: str, port: int, path: str) -> tuple[int, str]:
 
 
 async def _status(reader: asyncio.StreamReader) -> tuple[int, str]:
-    """Return the status and the reason of the final response; 1xx are before that."""
+    """Return the status code and the reason of the final response, skipping interim (1xx) responses."""
     left = _HEAD_BYTES_MAX
     while True:
         line = await _line(reader, left)

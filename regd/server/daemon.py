@@ -404,7 +404,10 @@ class Daemon:
         self._info.open()
 
     def _identified(self, entry: Entry) -> Entry:
-        """Return an entry whose processes can be told apart from later ones with the same numbers."""
+        """Return the entry with the start time of each process whose pid was written into the file by hand.
+
+        So a later process with the same pid is not mistaken for it. A process that cannot be seen stays as it is.
+        """
         if all(holder.process is None or holder.process.born for holder in entry.holders):
             return entry
         identify = self._reaper.processes.identify

@@ -77,7 +77,7 @@ class Dispatcher:
         self._watch_count = 0
         self.watches: dict[int, Watch] = {}
         self.pending: dict[PendingResolve, Request] = {}
-        self.holds = False  # a request had `hold`: the end of the connection ends registrations
+        self.holds = False  # whether any request had `hold`, so that registrations end with this connection
 
     def answer(self, request: Request) -> bytes | None:
         """Carry out a request. Returns None if the reply comes later, or the request was deferred."""
@@ -278,7 +278,7 @@ def _wait_bytes(request: Request) -> int:
 
 
 def _denied(uid: int | None) -> Refused:
-    """Return the refusal of a write by a user who may only read. Most such users want a registry of their own."""
+    """Return the error for a write by a read-only user. It suggests that the user runs another registry."""
     own = "run a regd of your own, `regd --port off --unix PATH`, and set REGD_ADDRESS=unix://PATH"
     if uid is None:
         return Refused(

@@ -122,7 +122,7 @@ class Watches:
             watch.cursor = since[1]
             watch.tail = "progress"
         else:
-            watch.cursor = -1  # not in the history: `reset`
+            watch.cursor = -1  # the history never has this revision, so that the peer gets `reset`
         same_pattern = self._watches.setdefault(pattern, set())
         if not same_pattern and not watch.exact:
             self._lengths[len(pattern)] += 1

@@ -31,7 +31,7 @@ class SegmentFile:
 
 
 class Journal:
-    """`segments` has the oldest first; the last one is written to while `is_open`."""
+    """The segments of the journal, the oldest first. While `is_open`, lines are appended to the last one."""
 
     def __init__(self, path: Path, files: Files) -> None:
         self.path = path

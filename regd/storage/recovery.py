@@ -108,7 +108,7 @@ def recover(document: Document | None, segments: Sequence[Segment], file: Path, 
 class _Found:
     """The lines that are needed, without a gap, and what is known of those before."""
 
-    head: Head  # of the segment that begins with the first line
+    head: Head  # of the segment in which `lines` begin; a guess if they begin behind a gap
     lines: list[bytes] = field(default_factory=list)
     size: int | None = None
     notes: list[str] = field(default_factory=list)

@@ -193,7 +193,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> "Generator[None, Any, None]"
 
 
 def _used_by(item: pytest.Item) -> "list[Registry]":
-    """Return the registries that a test uses, from this plugin's fixtures and from others that return one."""
+    """Return the registries of a test: those of this plugin's fixtures, and those that other fixtures return."""
     from regd.testing.registry import Registry
 
     arguments = [value for value in getattr(item, "funcargs", {}).values() if isinstance(value, Registry)]
