@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import itertools
 import os
-import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from typing import Any, Self, TypeVar, cast
@@ -22,7 +21,7 @@ from regd_client.arguments import (
 from regd_client.connection import Connection
 from regd_client.connector import Connector, Patience
 from regd_client.errors import NotFound, RegdError, Timeout, Unavailable
-from regd_client.event_loop import pause, running_loop
+from regd_client.event_loop import pause, random_s, running_loop
 from regd_client.mirrors import Mirror
 from regd_client.models import Endpoint, Event, Hello, History, Instance, State, Stats, Why, endpoint_of
 from regd_client.protocol import NOT_REGD, AddressFinder
@@ -416,7 +415,7 @@ class Client:
                     raise
                 name = arguments["name"]
                 raise Unavailable(f"the daemon did not answer while waiting {wait:g} s for {name!r}") from None
-            await pause(random.uniform(0, _PAUSE_S))
+            await pause(random_s(0, _PAUSE_S))
 
     async def resolve_all(
         self, name: str, *, meta: Mapping[str, str] | None = None, timeout: float | None = None

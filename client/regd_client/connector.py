@@ -3,14 +3,13 @@
 import asyncio
 import errno
 import os
-import random
 import time
 from enum import Enum
 
 from regd_client import autostart, protocol
 from regd_client.connection import Connection, OnLost
 from regd_client.errors import Unavailable
-from regd_client.event_loop import pause, running_loop, wait_shared
+from regd_client.event_loop import pause, random_s, running_loop, wait_shared
 from regd_client.logger import log
 from regd_client.protocol import AddressFinder
 
@@ -106,7 +105,7 @@ class Connector:
         logged = False
         try:
             while True:
-                wait_s = pause_s * random.uniform(0.5, 1.0)
+                wait_s = random_s(pause_s / 2, pause_s)
                 callers = list(self._callers)  # a later caller gets the result of the next attempt
                 try:
                     connection = await self._open(address, ping=may_start)

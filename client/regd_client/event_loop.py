@@ -1,13 +1,16 @@
 """Helpers for asyncio's event loop."""
 
 import asyncio
+import random
 import time
 from types import BuiltinFunctionType
 from typing import TypeVar
 
 from regd_client.errors import RegdError, Unavailable
 
-__all__ = ["pause", "running_loop", "wait_shared"]
+__all__ = ["pause", "random_s", "running_loop", "wait_shared"]
+
+_random = random.SystemRandom()  # a program that has seeded `random` keeps its sequence
 
 T = TypeVar("T")
 
@@ -33,6 +36,11 @@ async def pause(seconds: float) -> None:
         await asyncio.sleep(seconds)
     else:
         await asyncio.to_thread(time.sleep, seconds)
+
+
+def random_s(least_s: float, most_s: float) -> float:
+    """Return a random time in seconds, so that clients do not all try again at the same moment."""
+    return _random.uniform(least_s, most_s)
 
 
 async def wait_shared(task: "asyncio.Task[T]") -> T:

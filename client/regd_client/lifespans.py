@@ -6,7 +6,6 @@ registered and withdrew the name, clients could resolve it while the port is clo
 
 import asyncio
 import contextlib
-import random
 import socket
 import sys
 import time
@@ -18,7 +17,7 @@ from regd_client.arguments import RegistrationRequest, check_integer, check_seco
 from regd_client.client import Client
 from regd_client.connector import Patience
 from regd_client.errors import BadArgument, RegdError, Unavailable
-from regd_client.event_loop import pause, running_loop
+from regd_client.event_loop import pause, random_s, running_loop
 from regd_client.logger import log
 from regd_client.models import Endpoint, State
 from regd_client.ports import LastPorts, listening_socket, listening_socket_at_one
@@ -142,7 +141,7 @@ class ServiceLifecycle:
                 if self._error_kind is not None and self.logs_success:
                     log.warning("%s is registered now, at %s", self._name, registration.endpoint)
                 return registration
-            await pause(random.uniform(0, _PAUSE_S))
+            await pause(random_s(0, _PAUSE_S))
 
     async def withdraw(self) -> None:
         """Deregister the name, then wait, so that clients that have just resolved it can connect. Idempotent."""

@@ -30,7 +30,7 @@ _PORT_MIN = 10_000  # below are the usual ports of well-known servers
 _TRIES = 100
 _RANGE = "/proc/sys/net/ipv4/ip_local_port_range"
 _IANA_RANGE = (49_152, 65_535)  # RFC 6335, section 6
-_random = random.Random()  # a program may have seeded the module's own
+_random = random.SystemRandom()  # a program that has seeded `random` keeps its sequence
 
 
 class LastPorts:

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import itertools
 import os
-import random
 import time
 import weakref
 from collections.abc import Coroutine, Mapping
@@ -18,7 +17,7 @@ from regd_client import protocol, replicas
 from regd_client.connection import Connection, OnFields
 from regd_client.connector import Connector, Patience
 from regd_client.errors import Conflict, RegdError, Unavailable
-from regd_client.event_loop import pause, wait_shared
+from regd_client.event_loop import pause, random_s, wait_shared
 from regd_client.logger import log
 from regd_client.models import Key
 from regd_client.registration import Registration
@@ -364,7 +363,7 @@ class Registrar:
                 await self._end(registration, await self._connector.connect())
                 break
             except Unavailable:
-                await pause(random.uniform(0, pause_s))
+                await pause(random_s(0, pause_s))
                 pause_s = min(2 * pause_s, longest_s)
             except RegdError:
                 self._drop(registration)
@@ -463,16 +462,14 @@ class Registrar:
                 if not logged:
                     log.warning("the registry is away, still trying: %s", error)
                     logged = True
-                await pause(random.uniform(0, _RESTORE_PAUSE_S[1]))
+                await pause(random_s(0, _RESTORE_PAUSE_S[1]))
                 continue
             if logged:
                 log.warning("the registry is back")
                 logged = False
             await self._until_break(connection, None if done else _RETRY_S)
             if not connection.usable:
-                await pause(
-                    random.uniform(0, _RESTORE_PAUSE_S[0])
-                )  # so that clients do not reconnect all at once
+                await pause(random_s(0, _RESTORE_PAUSE_S[0]))  # so that clients do not reconnect all at once
 
     async def _until_break(self, connection: Connection, retry_s: float | None) -> None:
         """Wait until the connection breaks, the task is not needed, or `retry_s` has passed.
@@ -517,6 +514,7 @@ class Registrar:
         self._closed = True
         withdrawing: dict[asyncio.Task[None], Registration] = {}
         try:
+            await self._check_connection()
             for registration in list(self._registrations.values()):
                 connection = registration._connection
                 if connection is not None and (registration._withdrawing is not None or not connection.usable):
@@ -535,6 +533,14 @@ class Registrar:
                 lingering = asyncio.create_task(self._linger(rest), name="regd-client-linger")
                 _LINGERING.add(lingering)
                 lingering.add_done_callback(_LINGERING.discard)
+
+    async def _check_connection(self) -> None:
+        """Find out whether the connection has broken: a restarted daemon would keep what it held."""
+        connection = self._connector.connection
+        if connection is not None and connection.usable and self._registrations:
+            with contextlib.suppress(RegdError, TimeoutError):
+                async with asyncio.timeout(_CLOSE_S):
+                    await connection.ask("ping", {})
 
     async def _linger(self, withdrawing: Mapping["asyncio.Task[None]", Registration]) -> None:
         try:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
@@ -20,20 +21,36 @@ class Relay:
         self.cut_at: Callable[[dict[str, Any]], bool] = lambda request: False
         self._open: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._server: asyncio.Server | None = None
+        self._cuts = 0
+        self._listener: socket.socket | None = None
 
-    async def accept(self) -> None:
-        """Accept connections. After `refuse`, on the same port as before."""
-        self._server = await asyncio.start_server(self._relay, "127.0.0.1", self.port)
-        self.port = self._server.sockets[0].getsockname()[1]
+    def accept(self) -> None:
+        """Accept connections. After `refuse`, on the same port as before.
+
+        A server of asyncio would not do: if it is closed at once after it has accepted a connection, nobody ever
+        closes that connection.
+        """
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        self._listener.setblocking(False)
+        self.port = self._listener.getsockname()[1]
+        asyncio.get_running_loop().add_reader(self._listener, self._accept, self._listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(BlockingIOError):
+            task = asyncio.create_task(self._relay(listener.accept()[0], self._cuts))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     def refuse(self) -> None:
         """Refuse new connections."""
-        assert self._server is not None
-        self._server.close()
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
 
     def cut(self) -> None:
         """Break all connections, on both sides."""
+        self._cuts += 1
         for writer in self._open:
             writer.transport.abort()
 
@@ -42,7 +59,7 @@ class Relay:
         return sum(request["cmd"] == cmd for request in self.requests)
 
     async def __aenter__(self) -> Self:
-        await self.accept()
+        self.accept()
         return self
 
     async def __aexit__(
@@ -50,21 +67,19 @@ class Relay:
     ) -> None:
         self.refuse()
         self.cut()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks)
 
-    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
+    async def _relay(self, accepted: socket.socket, cuts: int) -> None:
+        """Forward a connection until it ends on either side. It was accepted after so many `cuts`."""
+        reader, writer = await asyncio.open_connection(sock=accepted)
         with contextlib.suppress(OSError):
             daemon_reader, daemon_writer = await asyncio.open_connection("127.0.0.1", self.to)
             ends = {writer, daemon_writer}
             self._open |= ends
             replies = asyncio.create_task(self._forward_replies(daemon_reader, writer))
             try:
-                await self._forward_requests(reader, daemon_writer)
+                if cuts == self._cuts:
+                    await self._forward_requests(reader, daemon_writer)
             finally:
                 replies.cancel()
                 for end in ends:

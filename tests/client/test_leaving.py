@@ -36,7 +36,7 @@ async def stopped(relay: Relay, daemon: InLoop) -> AsyncIterator[None]:
     daemon.server = InLoop(daemon.registry, epoch="another").server
     await daemon.server.start()
     relay.to = daemon.port
-    await relay.accept()
+    relay.accept()
 
 
 async def gone(client: Client, name: str) -> None:

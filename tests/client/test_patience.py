@@ -224,7 +224,7 @@ async def test_broken_log_handler_changes_nothing(
         relay.refuse()
         relay.cut()
         await until(lambda: kept._connection is not None and not kept._connection.usable)
-        await relay.accept()
+        relay.accept()
         client._connector.timeout_s = WAIT_S
         await kept.update({"k": "v"})
         assert (await other.resolve("b")).meta == {"k": "v"}
@@ -264,7 +264,7 @@ async def test_reconnected_older_client_spares_the_newer_registration(relay: Rel
         # The two clients reach one daemon at two addresses. Give the newer registration the older one's address.
         second = await two.register("shop", 8001)
         _NEWEST[first._place] = second
-        await relay.accept()
+        relay.accept()
         async with asyncio.timeout(WAIT_S):
             await first.lost.wait()
         assert first.lost_reason == REPLACED

@@ -60,7 +60,7 @@ async def test_entry_of_a_process_returns_in_an_empty_registry(
         daemon.server = InLoop(daemon.registry.with_name("other.json")).server
         await daemon.server.start()
         relay.to = daemon.port
-        await relay.accept()
+        relay.accept()
         await registration.update({"zone": "a"})  # waits until it is registered again
         assert await shown(client, "a") == [(child.pid, None)]
 
@@ -104,7 +104,7 @@ async def test_late_withdrawal_spares_a_new_entry_of_a_process(
         # The two clients reach one daemon at two addresses. Give the newer registration the older one's address.
         _NEWEST[left._place] = await client.register("a", 1, pid=child.pid)
         relay.to = daemon.port
-        await relay.accept()
+        relay.accept()
         await until(lambda: not _LINGERING)
         assert await shown(client, "a") == [(child.pid, None)]
 

@@ -115,7 +115,7 @@ async def test_ready_is_awaited_without_a_daemon(relay: Relay) -> None:
     relay.refuse()
     async with regd_client.lifespan("web", ready=ready, drain_s=0) as service, await server():
         await event.wait()
-        await relay.accept()
+        relay.accept()
         assert await service.ready()
     assert [request["state"] for request in relay.requests if "state" in request][:2] == ["starting", "ready"]
 
@@ -128,7 +128,7 @@ async def test_ready_is_said_after_a_break(relay: Relay, client: Client) -> None
         relay.cut()
         event.set()
         await asyncio.sleep(0.05)
-        await relay.accept()
+        relay.accept()
         assert await service.ready()
         async with Client() as other:
             assert await states(other) == ["ready"]

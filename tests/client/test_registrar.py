@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -328,7 +329,20 @@ async def test_update_without_a_daemon_fails_in_time(relay: Relay) -> None:
         relay.cut()
         with pytest.raises(regd_client.Unavailable):
             await registration.update({"v": "2"})
-        await relay.accept()
+        relay.accept()
         await until(lambda: registration._connection is not None and registration._connection.usable)
         await registration.update({"v": "3"})
         assert registration.endpoint.meta == {"v": "3"}
+
+
+async def test_a_seeded_program_keeps_its_random_numbers(relay: Relay) -> None:
+    before = random.getstate()
+    async with Client() as client:
+        registration = await client.register("a", 1)
+        relay.refuse()
+        relay.cut()
+        with pytest.raises(regd_client.Unavailable):
+            await Client(connect_timeout_s=0.05).ping()
+        relay.accept()
+        await until(lambda: registration._connection is not None and registration._connection.usable)
+    assert random.getstate() == before

@@ -197,7 +197,7 @@ async def test_copy_whose_number_is_taken_during_a_break_gets_another(
     while (await peer.ask(cmd="list", name="web"))["instances"]:
         await asyncio.sleep(0)
     await peer.ask(cmd="register", name="web", port=9, instance="1", hold=True)
-    await relay.accept()
+    relay.accept()
     await until(lambda: copy.endpoint.instance == "2")
     assert await numbers(client) == {"1": 9, "2": 1}
     assert copy.instance == "2"
@@ -271,7 +271,7 @@ async def test_copy_keeps_its_number_over_a_restart_of_the_daemon(
     relay.to = daemon.port
     async with Client(f"tcp://127.0.0.1:{daemon.port}") as other:
         assert (await other.register("web", 3, instance="auto")).instance == "3"
-        await relay.accept()
+        relay.accept()
         await until(lambda: all(copy._connection is client._connector.usable for copy in copies))
         assert [copy.instance for copy in copies] == ["1", "2"]
         assert await numbers(other) == {"1": 1, "2": 2, "3": 3}

@@ -82,7 +82,7 @@ async def test_second_break_during_the_recovery(relay: Relay, daemon: InLoop) ->
         with pytest.raises(regd_client.Unavailable):
             two.resolve("w")
         relay.cut_at = lambda said: False
-        await relay.accept()
+        relay.accept()
         await until(lambda: one.live and two.live)
 
 
