@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from regd_client import registrar
 from tests.support.daemon import DaemonProcess, InLoop
 from tests.support.length import LONG, examples
+from tests.support.polling import block_until
 
 collect_ignore = ["sample"]  # a project of its own, which system/test_sample.py runs
 os.environ.pop("REGD_AUTOSTART", None)  # no test starts a daemon of whoever runs the tests
@@ -52,6 +54,13 @@ def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.Abstrac
         return {name: uvloop.new_event_loop}
     assert name == "asyncio", f"REGD_TEST_LOOP={name}: asyncio or uvloop"
     return {name: asyncio.new_event_loop}
+
+
+@pytest.fixture(autouse=True)
+def no_client_goes_on() -> Iterator[None]:
+    """Fail a test that leaves a client at work, in a thread: it would disturb the tests after it."""
+    yield
+    block_until(lambda: not registrar._TASKS and not registrar._LINGERING)
 
 
 @pytest.fixture

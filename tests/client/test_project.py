@@ -463,8 +463,8 @@ def test_fixture_is_never_confused_by_a_project(
     home: Path, caplog: pytest.LogCaptureFixture, regd: object
 ) -> None:
     made(home)
-    blocking.register("db", 5432)
-    assert blocking.resolve("db").port == 5432
+    with blocking.register("db", 5432):
+        assert blocking.resolve("db").port == 5432
     assert names(home / ".regd") == [".gitignore", "id"]
     assert not caplog.messages
 
