@@ -133,6 +133,7 @@ async def test_full_disk(small: Path, peers: Callable[[DaemonProcess], Any]) -> 
         peer, watcher = await peers(daemon), await peers(daemon)
         assert (await peer.ask(cmd="register", name="old", port=1))["ok"]
         assert len(await watching(watcher)) == 1
+        await until(lambda: in_file(daemon.registry) == {"old"})  # a later checkpoint would free a page
         filler = fill(small)
         await exhaust(peer)
         await all_are_refused(peer, "No space left")
@@ -170,8 +171,10 @@ async def test_process_that_dies_on_a_full_disk_is_removed_from_the_file_later(
         with idle() as process:
             assert (await peer.ask(cmd="register", name="process", port=1, pid=process.pid))["ok"]
             assert (await holder.ask(cmd="register", name="connection", port=1, hold=True))["ok"]
-            assert (await peer.ask(cmd="register", name="lease", port=1, ttl=1))["ok"]
+            assert (await peer.ask(cmd="register", name="lease", port=1, ttl=3))["ok"]
             await watching(watcher)
+            await until(lambda: in_file(daemon.registry) == {"process", "connection", "lease"})
+            assert (await peer.ask(cmd="renew", name="lease"))["ok"]
             filler = fill(small)
             await exhaust(peer)
             await holder.reset()
