@@ -72,6 +72,7 @@ class Workload:
         self._starts = 0
         self._written = 0
         self._promise = Promise()
+        self._hidden: tuple[Held, ...] = ()  # asked and refused, before another hand wrote the file
         self._since = 0
 
     def _promised(self, promise: Promise, *, from_next: bool = False) -> None:
@@ -83,11 +84,20 @@ class Workload:
     def settle(self, state: Held) -> None:
         """From here on it is this state, and no other."""
         self.now = self.saved = state
+        self._hidden = ()
         self._promised(replace(self._promise, settled=state, asked=()))
 
     def ask(self, state: Held) -> None:
         """From here on it may be this state too."""
         self._promised(replace(self._promise, asked=(*self._promise.asked, state)))
+
+    def ask_to_replace_theirs(self) -> None:
+        """From here on a checkpoint may take the place of what another hand wrote.
+
+        Lines that were refused before may still be in the journal, and fit that checkpoint.
+        """
+        for state in (self.saved, *self._hidden):
+            self.ask(state)
 
     # What may happen.
 
@@ -108,7 +118,7 @@ class Workload:
     def commit(self, changes: Sequence[Change], after: Held) -> None:
         assert self.store is not None
         if self.is_foreign:
-            self.ask(self.saved)  # a checkpoint may come first
+            self.ask_to_replace_theirs()  # a checkpoint may come first
         self.ask(after)
         self.store.commit(changes)
         self.now = self.saved = after
@@ -117,9 +127,10 @@ class Workload:
 
     def checkpoint(self) -> None:
         assert self.store is not None
-        self.ask(self.saved)
+        self.ask_to_replace_theirs()
         self.store.checkpoint()
         if self.store._journal.is_open:  # else a failed line may still be on disk
+            self._hidden = ()
             self._promised(replace(self._promise, settled=self.saved, asked=()))
 
     def confirm(self) -> None:
@@ -144,6 +155,7 @@ class Workload:
         if not self.path.parent.is_dir():
             return
         self._forget_theirs()
+        self._hidden += self._promise.asked
         if how == "removed":
             self.path.unlink(missing_ok=True)
             self._promised(Promise(spared=self._promise.spared), from_next=True)
@@ -373,6 +385,7 @@ A_LIFE: Mapping[str, Sequence[Step]] = {
     "another hand twice": [restarted, hand("in place"), checkpointed, hand("in place"), batch(("b", 1))],
     "another hand that takes away": [restarted, batch(("a", 1)), hand("removed"), batch(("b", 1)), checkpointed],
     "another hand, and an ok for what was there": [restarted, batch(("a", 1)), hand("in place"), batch(("a", 1))],
+    "a failure, then another hand": [restarted, batch(("a", 1)), hand("in place"), batch(("a", 0)), checkpointed],
     "an end on a failing disk": [restarted, batch(("a", 1)), owed(("a", 0)), repaired],
 }
 
