@@ -31,9 +31,27 @@ from tests.support.polling import block_until
 REGCTL = [sys.executable, "-m", "regd.cli.regctl"]
 START_S = 30.0  # for a server, on a busy machine
 
+# Reads a line, and handles signals meanwhile. A signal just before a read would not interrupt it.
+LINE = """
+import os, select, signal, socket, sys
+
+woken, waker = socket.socketpair()
+waker.setblocking(False)
+signal.set_wakeup_fd(waker.fileno())
+
+def line():
+    text = b""
+    while not text.endswith(b"\\n"):
+        if 0 not in select.select([0, woken], [], [])[0]:
+            woken.recv(100)
+        elif byte := os.read(0, 1):
+            text += byte
+        else:
+            break
+    return text.decode()
+"""
 # Says its number and port, waits for a line before it listens, and then says what it is told by signals and lines.
-COMMAND = """
-import os, signal, socket, sys
+COMMAND = f"""{LINE}
 from regd_client import blocking
 
 def heard(number, frame):
@@ -41,15 +59,15 @@ def heard(number, frame):
         found = str(blocking.resolve("web", instance=os.environ.get("INSTANCE")))
     except LookupError:
         found = "nobody"
-    os.write(1, f"{signal.Signals(number).name} {found}\\n".encode())  # print may be what was interrupted
+    os.write(1, (signal.Signals(number).name + " " + found + "\\n").encode())  # print may be what was interrupted
 
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
     signal.signal(number, heard)
 print(os.getpid(), os.environ["PORT"], flush=True)
-host = sys.stdin.readline().strip()
+host = line().strip()
 listening = socket.create_server((host, int(os.environ["PORT"])), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
 print("listens", flush=True)
-sys.exit(int(sys.stdin.readline()))
+sys.exit(int(line()))
 """
 PROGRAM = [sys.executable, "-c", COMMAND]
 
@@ -409,17 +427,15 @@ def test_hangup_reaches_the_command(process: DaemonProcess, tmp_path: Path) -> N
 
 
 # Says its name and each signal that it gets, and ends at a line.
-LISTENER = """
-import os, signal, sys
-
+LISTENER = f"""{LINE}
 def heard(number, frame):
     os.write(1, b"%d\\n" % number)  # print is not reentrant, and another signal may come meanwhile
 
-own = {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ}
-for number in signal.valid_signals() - own:
+own = (signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ)
+for number in signal.valid_signals().difference(own):
     signal.signal(number, heard)
 print("waits", flush=True)
-sys.stdin.readline()
+line()
 """
 PASSED_ON = [
     signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGCONT, signal.SIGWINCH,
