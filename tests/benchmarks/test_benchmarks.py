@@ -38,6 +38,7 @@ def bench(programs: Path, tmp_path: Path) -> Bench:
 
 
 @needs_compiler
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", [Regd, Redis])
 @pytest.mark.parametrize(("work", "depth"), [("read", 1), ("read", 8), ("write", 1)])
 def test_server_replies_are_correct(bench: Bench, kind: type[Server], work: str, depth: int) -> None:

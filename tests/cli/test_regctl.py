@@ -498,6 +498,7 @@ FAIL = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.sample(5)
 @pytest.mark.parametrize("stderr", ["2>&9", "2>/dev/full", "2>&-", "2>&- >&-", "2>&- >&- <&-", "2>&- >&9"])
 @pytest.mark.parametrize("line", FAIL)

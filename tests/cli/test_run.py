@@ -226,6 +226,7 @@ def test_socket_is_passed_as_by_systemd(process: DaemonProcess) -> None:
 # Exit statuses.
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [

@@ -153,6 +153,7 @@ async def owners(client: Client) -> list[int]:
     return [owner["pid"] for owner in instance["owners"]]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("server", SERVERS)
 async def test_every_resolved_server_answers(server: str, process: DaemonProcess) -> None:

@@ -401,6 +401,7 @@ def test_crash_at_every_operation(tmp_path: Path, crashes: Crashes, steps: Seque
     crashes.check(run(root, [(step, None, 0) for step in steps]))
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("trouble", Trouble)
 @pytest.mark.parametrize("steps", A_LIFE.values(), ids=A_LIFE)
 def test_crash_at_every_operation_after_a_failure(

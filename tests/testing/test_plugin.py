@@ -234,6 +234,7 @@ def test_that_passes(regd):
 """
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("flags", [(), ("-n", "1")], ids=["alone", "worker"])
 @pytest.mark.parametrize("scope", ["function", "session", "run"])
 def test_failing_test_shows_its_registry(tmp_path: Path, scope: str, flags: tuple[str, ...]) -> None:
