@@ -306,7 +306,7 @@ class Client:
         """
         check_service(name, instance)
         self._check_fork()
-        own = self._registrar.kept(name, instance)
+        own = self._registrar.active(name, instance)
         if own is not None:
             await own.deregister(timeout=timeout)
         else:
@@ -344,7 +344,7 @@ class Client:
         check_text("state", state)
         meta = copy_meta(meta)
         self._check_fork()
-        own = self._registrar.kept(name, instance)
+        own = self._registrar.active(name, instance)
         if own is not None:
             await own.update(meta, state=state, timeout=timeout)
         else:

@@ -54,10 +54,10 @@ class Registrar:
         self._closed = False
         self._idle = asyncio.Event()  # there are no registrations and watches
 
-    def kept(self, name: str, instance: str | None) -> Registration | None:
+    def active(self, name: str, instance: str | None) -> Registration | None:
         """Return the client's active registration of this name, or None."""
         registration = self._registrations.get((name, instance or ""))
-        return registration if registration is not None and registration._kept else None
+        return registration if registration is not None and registration._is_active else None
 
     def _lock(self, key: Key) -> asyncio.Lock:
         return self._locks.setdefault(key, asyncio.Lock())
@@ -101,7 +101,7 @@ class Registrar:
             nonlocal result
             result = self._registered(registration, connection, reply)
 
-        registration._place = str(self._connector.addresses.find()), *registration._key
+        registration._global_key = str(self._connector.addresses.find()), *registration._key
         patience = Patience.LOGGED if registration._patient else Patience.NONE
         try:
             connection = await self._connector.connect(registration._request.timeout_s, patience)
@@ -119,16 +119,16 @@ class Registrar:
         self, connection: Connection, registration: Registration, on_reply: OnFields, **other: Any
     ) -> None:
         async with self._lock(registration._key):
-            if registration._kept:
-                earlier = _NEWEST.get(registration._place)
-                _NEWEST[registration._place] = registration
+            if registration._is_active:
+                earlier = _NEWEST.get(registration._global_key)
+                _NEWEST[registration._global_key] = registration
                 try:
                     await self._send(connection, registration, on_reply, **other)
                 except RegdError:
-                    if earlier is not None and earlier._kept:
-                        _NEWEST[registration._place] = earlier
+                    if earlier is not None and earlier._is_active:
+                        _NEWEST[registration._global_key] = earlier
                     else:
-                        _NEWEST.pop(registration._place, None)
+                        _NEWEST.pop(registration._global_key, None)
                     raise
 
     def _registered(
@@ -136,17 +136,17 @@ class Registrar:
     ) -> Registration:
         static = registration._request.static
         earlier = self._registrations.get(registration._key)
-        if earlier is not None and earlier._kept and not static and earlier._is_at(reply):
+        if earlier is not None and earlier._is_active and not static and earlier._is_at(reply):
             earlier._request = registration._request
             earlier._registered_on(connection, reply)
-            _NEWEST[earlier._place] = earlier
+            _NEWEST[earlier._global_key] = earlier
             return earlier
         if earlier is not None:
             self._lose(earlier, _REPLACED, registration)
         registration._registered_on(connection, reply)
         if not static:
             self._registrations[registration._key] = registration
-            self._keep()
+            self._update_task()
         return registration
 
     async def _send(
@@ -189,9 +189,9 @@ class Registrar:
     ) -> None:
         """Register under the lowest number that no living owner holds; under `previous` if it is free."""
         own_pids = (os.getpid(), registration._request.pid)
-        while registration._kept:
+        while registration._is_active:
             entries = await _list(connection, registration._key[0])
-            for instance, rev in replicas.places(entries, registration._where, own_pids, previous):
+            for instance, rev in replicas.places(entries, registration._requested_address, own_pids, previous):
                 if self._is_own(registration, instance):
                     continue
                 registration._take_instance(instance)
@@ -202,7 +202,7 @@ class Registrar:
                         continue
                     break  # it has changed meanwhile: look again
                 entries = await _list(connection, registration._key[0])
-                if not replicas.has_older_twin(entries, registration._where, instance):
+                if not replicas.has_older_twin(entries, registration._requested_address, instance):
                     return
                 await registration._end_on(connection)
                 self._drop(registration)
@@ -210,13 +210,13 @@ class Registrar:
 
     def _is_own(self, registration: Registration, instance: str) -> bool:
         """Return whether another copy of this process has a number, or is just trying it."""
-        newest = _NEWEST.get((*registration._place[:-1], instance))
+        newest = _NEWEST.get((*registration._global_key[:-1], instance))
         return (
             newest is not None
             and newest is not registration
-            and newest._kept
+            and newest._is_active
             and newest._key[1] == instance
-            and newest._where != registration._where
+            and newest._requested_address != registration._requested_address
         )
 
     async def _restore_copy(self, connection: Connection, registration: Registration) -> None:
@@ -228,7 +228,7 @@ class Registrar:
             registration._registered_on(connection, reply)
             self._registrations[registration._key] = registration
             if registration._key != previous:
-                _NEWEST.pop((*registration._place[:-1], previous[1]), None)
+                _NEWEST.pop((*registration._global_key[:-1], previous[1]), None)
                 name, number = registration._key
                 log.warning("%s has instance %s now: instance %s was taken meanwhile", name, number, previous[1])
 
@@ -249,7 +249,7 @@ class Registrar:
         missing = [
             registration
             for registration in self._registrations.values()
-            if registration._kept and registration._connection is not connection
+            if registration._is_active and registration._connection is not connection
         ]
         work = [self._restore_registration(connection, registration) for registration in missing]
         done = all(await asyncio.gather(*work))
@@ -275,10 +275,10 @@ class Registrar:
 
     async def _restore_same(self, connection: Connection, registration: Registration) -> bool:
         async with self._lock(registration._key):
-            if not registration._kept or registration._connection is connection:
+            if not registration._is_active or registration._connection is connection:
                 return True
             newer = _newer(registration)
-            if newer is not None and newer._where != registration._where:
+            if newer is not None and newer._requested_address != registration._requested_address:
                 # If both were restored, they would take the name from each other again and again.
                 self._lose(registration, _REPLACED, newer)
                 return True
@@ -302,12 +302,14 @@ class Registrar:
         """
         try:
             async with asyncio.timeout(self._connector.timeout_s if timeout_s is None else timeout_s):
-                while registration._kept and not (registration._connection and registration._connection.usable):
+                while registration._is_active and not (
+                    registration._connection and registration._connection.usable
+                ):
                     registration._moved.clear()
                     await registration._moved.wait()
         except TimeoutError:
             raise self._connector.unavailable() from None
-        if not registration._kept or registration._connection is None:
+        if not registration._is_active or registration._connection is None:
             raise registration._gone()
         return registration._connection
 
@@ -325,11 +327,11 @@ class Registrar:
 
     def _lose(self, registration: Registration, reason: str, newer: Registration | None = None) -> None:
         """Mark a registration as lost, and do not restore it, so that two owners do not fight for the name."""
-        if registration._kept:
+        if registration._is_active:
             registration.lost_reason = reason
             registration.lost.set()
             more = ""
-            if newer is not None and newer._where != registration._where:
+            if newer is not None and newer._requested_address != registration._requested_address:
                 old, new = _text(registration), _text(newer)
                 more = f": it was at {old}, the newer one is at {new}; to keep both, give each its own instance="
             log.warning("lost the registration of %s: %s%s", registration.endpoint.name, reason, more)
@@ -342,7 +344,7 @@ class Registrar:
     def _drop(self, registration: Registration) -> None:
         if self._registrations.get(registration._key) is registration:
             del self._registrations[registration._key]
-            self._keep()
+            self._update_task()
 
     # Withdraw.
 
@@ -411,7 +413,7 @@ class Registrar:
         connection = await self._connector.connect(patience=Patience.NONE)
         await self._send_watch(connection, state)
         self._watches[state] = None
-        self._keep()
+        self._update_task()
 
     def unwatch(self, state: WatchState) -> None:
         """End a watch, or an attempt to start it."""
@@ -419,7 +421,7 @@ class Registrar:
         if isinstance(state.source, Connection):
             state.source.unwatch(state.take)
         state.end()
-        self._keep()
+        self._update_task()
 
     async def _send_watch(self, connection: Connection, state: WatchState) -> None:
         arguments = state.begin(connection)
@@ -435,7 +437,7 @@ class Registrar:
     def _is_needed(self) -> bool:
         return bool(self._registrations or self._watches)
 
-    def _keep(self) -> None:
+    def _update_task(self) -> None:
         """Start the background task if it is needed, or wake it so that it ends."""
         if not self._is_needed:
             self._idle.set()
@@ -560,12 +562,12 @@ _NEWEST: weakref.WeakValueDictionary[tuple[str, ...], Registration] = weakref.We
 
 def _newer(registration: Registration) -> Registration | None:
     """Return a later registration of the same name by this process, finished or in progress; else None."""
-    newest = _NEWEST.get(registration._place)
-    return newest if newest is not None and newest is not registration and newest._kept else None
+    newest = _NEWEST.get(registration._global_key)
+    return newest if newest is not None and newest is not registration and newest._is_active else None
 
 
 def _text(registration: Registration) -> str:
-    host, port = registration._where
+    host, port = registration._requested_address
     return protocol.host_port(host, port or 0)
 
 

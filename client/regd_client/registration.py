@@ -73,7 +73,7 @@ class Registration:
         self._patient = patient  # wait for a daemon that is away, and log that
         self._began = time.monotonic()
         self._withdrawn_at = 0.0
-        self._place: tuple[str, ...] = ()  # the daemon's address, name and instance
+        self._global_key: tuple[str, ...] = ()  # the daemon's address, name and instance
         self._connection: Connection | None = None  # the connection on which it was registered last
         self._over = ""  # why it has ended
         self._registering: asyncio.Task[Registration] | None = None
@@ -96,15 +96,15 @@ class Registration:
         """Give a copy its number."""
         self._request = replace(self._request, instance=instance)
         self._key = (self._key[0], instance)
-        self._place = (*self._place[:-1], instance)
+        self._global_key = (*self._global_key[:-1], instance)
 
     @property
-    def _kept(self) -> bool:
+    def _is_active(self) -> bool:
         """Whether it is neither ended, nor withdrawn, nor the parent's in a forked child."""
         return not self._over and self._withdrawing is None and self._pid == os.getpid()
 
     @property
-    def _where(self) -> tuple[str, int | None]:
+    def _requested_address(self) -> tuple[str, int | None]:
         """The host and port that the caller passed."""
         return self._request.host or "127.0.0.1", self._request.port
 

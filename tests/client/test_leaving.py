@@ -280,6 +280,6 @@ async def test_register_again_after_a_cancelled_register(relay: Relay, other: Cl
             registration = await client.register("a", 1)
             await asyncio.gather(cancelled, return_exceptions=True)
             await client.ping()
-            assert registration._kept
+            assert registration._is_active
             assert (await other.resolve("a")).port == 1
             await registration.deregister()

@@ -263,7 +263,7 @@ async def test_reconnected_older_client_spares_the_newer_registration(relay: Rel
         await until(lambda: first._connection is not None and not first._connection.usable)
         # The two clients reach one daemon at two addresses. Give the newer registration the older one's address.
         second = await two.register("shop", 8001)
-        _NEWEST[first._place] = second
+        _NEWEST[first._global_key] = second
         relay.accept()
         async with asyncio.timeout(WAIT_S):
             await first.lost.wait()

@@ -102,7 +102,7 @@ async def test_late_withdrawal_spares_a_new_entry_of_a_process(
     await daemon.server.start()
     async with Client(f"127.0.0.1:{daemon.port}") as client:
         # The two clients reach one daemon at two addresses. Give the newer registration the older one's address.
-        _NEWEST[left._place] = await client.register("a", 1, pid=child.pid)
+        _NEWEST[left._global_key] = await client.register("a", 1, pid=child.pid)
         relay.to = daemon.port
         relay.accept()
         await until(lambda: not _LINGERING)

@@ -722,7 +722,7 @@ async def test_name_taken_during_a_restart_is_lost(registry: Registry) -> None:
             pass
         async with Client() as other:
             await outcome(other, "register", name="a", port=2, hold=True, force=True)  # the owner's process lives
-            client._registrar._keep()
+            client._registrar._update_task()
             async with asyncio.timeout(WAIT_S):
                 await registration.lost.wait()
             assert (await other.resolve("a")).port == 2
