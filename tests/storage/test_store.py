@@ -282,6 +282,19 @@ def test_touch_leaves_no_copy(shelf: Shelf) -> None:
     assert shelf.warned == []
 
 
+def test_failing_checkpoints_make_one_copy(shelf: Shelf) -> None:
+    shelf.save(up(1, "a"))
+    shelf.path.write_text("{}")
+    shelf.files.failing["rename"] = BROKEN
+    for rev in range(2, 5):
+        with pytest.raises(OSError):
+            shelf.save(up(rev, f"a{rev}"))
+    shelf.files.failing.clear()
+    shelf.store.checkpoint()
+    assert [name for name in os.listdir(shelf.path.parent) if "aside" in name] == ["registry.json.aside-1"]
+    assert shelf.held() == {"$regd": 4, "a": 1, "a2": 1, "a3": 1, "a4": 1}
+
+
 def test_copies_of_edits_are_few(shelf: Shelf) -> None:
     for rev in range(1, 12):
         shelf.path.write_text(f'{{"mine": {{"port": {rev}}}}}')
