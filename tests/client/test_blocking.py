@@ -17,7 +17,7 @@ import pytest
 import regd_client
 from regd_client import blocking, process_registration, protocol
 from regd_client.blocking import client_thread
-from tests.support.daemon import WAIT_S, DaemonProcess, environment
+from tests.support.daemon import QUIET_ASYNCIO, WAIT_S, DaemonProcess, environment
 from tests.support.polling import block_until
 from tests.support.registries import comparable
 
@@ -34,7 +34,7 @@ def instances() -> list[dict[str, object]]:
 
 def run(program: str, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *flags, "-c", program],
+        [sys.executable, *flags, "-c", QUIET_ASYNCIO + program],
         env=environment(REGD_ADDRESS=os.environ["REGD_ADDRESS"]), capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip
 

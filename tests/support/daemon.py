@@ -22,6 +22,8 @@ from tests.support.clock import HandClock
 
 ROOT = Path(__file__).resolve().parents[2]
 EPOCH = "5eed5eed5eed5eed"
+# For a program in development mode: on a busy machine asyncio would warn of slow callbacks.
+QUIET_ASYNCIO = "import logging; logging.getLogger('asyncio').setLevel(logging.ERROR)\n"
 WAIT_S = 15.0  # for a step that takes milliseconds on an idle machine
 
 

@@ -22,7 +22,7 @@ from regd.testing import HostError, Registry, in_process, running
 from regd.testing.in_process import InProcessRegistry
 from regd_client import Client, blocking
 from regd_client.blocking import BlockingConnection
-from tests.support.daemon import WAIT_S
+from tests.support.daemon import QUIET_ASYNCIO, WAIT_S
 from tests.support.polling import until
 from tests.testing.suites import Suite, clean
 
@@ -67,7 +67,7 @@ async def events(client: Client) -> AsyncIterator[Callable[[], Any]]:
 
 def python(program: str, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *flags, "-c", program], env=clean(**variables), capture_output=True, text=True, timeout=60, check=False,
+        [sys.executable, *flags, "-c", QUIET_ASYNCIO + program], env=clean(**variables), capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
 
 
