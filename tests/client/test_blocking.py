@@ -33,8 +33,9 @@ def instances() -> list[dict[str, object]]:
 
 
 def run(program: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    quiet = QUIET_ASYNCIO if "dev" in flags else ""
     return subprocess.run(
-        [sys.executable, *flags, "-c", QUIET_ASYNCIO + program],
+        [sys.executable, *flags, "-c", quiet + program],
         env=environment(REGD_ADDRESS=os.environ["REGD_ADDRESS"]), capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip
 

@@ -66,8 +66,9 @@ async def events(client: Client) -> AsyncIterator[Callable[[], Any]]:
 
 
 def python(program: str, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    quiet = QUIET_ASYNCIO if "dev" in flags else ""
     return subprocess.run(
-        [sys.executable, *flags, "-c", QUIET_ASYNCIO + program], env=clean(**variables), capture_output=True, text=True, timeout=60, check=False,
+        [sys.executable, *flags, "-c", quiet + program], env=clean(**variables), capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
 
 
