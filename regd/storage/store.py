@@ -216,24 +216,14 @@ class Store:
         wanted = [change for change in (*self._unsaved, *changes) if not _changes_nothing(change)]
         if not wanted and not self.needs_repair:
             return
-        self._check_owner()
-        self._ensure_segment()
         if not wanted:
+            self._ensure_segment()
             return
-        first, journal = self._position.line + 1, self._journal
-        lines = [
-            journal_lines.change(number, change, len(wanted) if number == first else 0)
-            for number, change in enumerate(wanted, first)
-        ]
-        self.rev_written = max(self.rev_written, wanted[-1].rev)
-        journal.append(b"".join(lines))
-        try:
-            self._check_owner()
-        except BaseException:
-            journal.poison()  # the lines are on disk, and do not count
-            raise
-        if not journal.is_open:
-            raise FileNotFoundError(errno.ENOENT, "the journal was removed", str(journal.path))
+        self._append(wanted)
+        if not self._journal.is_open:  # it was removed: the lines count in another segment
+            self._append(wanted)
+        if not self._journal.is_open:
+            raise FileNotFoundError(errno.ENOENT, "the journal was removed", str(self._journal.path))
         self._unsaved.clear()
         with self._mutex:
             self._at = wanted[-1].at
@@ -241,6 +231,22 @@ class Store:
             self._position = Position(self._position.epoch, self._position.line + len(wanted))
             for change in wanted:
                 self._changed[change.entry.key] = None if change.op is Op.DOWN else change.entry
+
+    def _append(self, changes: Sequence[Change]) -> None:
+        """Append changes to the journal, and see that it is still the one at its path."""
+        self._ensure_segment()
+        first, journal = self._position.line + 1, self._journal
+        lines = [
+            journal_lines.change(number, change, len(changes) if number == first else 0)
+            for number, change in enumerate(changes, first)
+        ]
+        self.rev_written = max(self.rev_written, changes[-1].rev)
+        journal.append(b"".join(lines))
+        try:
+            self._check_owner()
+        except BaseException:
+            journal.poison()  # the lines are on disk, and do not count
+            raise
 
     def apply_unsaved(self, changes: Sequence[Change]) -> None:
         """Record changes that are in effect although they are not on disk. The next commit writes them first."""
@@ -274,7 +280,7 @@ class Store:
             self._warn(f"{self._lock_path} was removed by another program; regd locks it again")
             if self._lock is not None:
                 self._files.unlock(self._lock)
-                self._lock = None
+                self._lock = self._lock_inode = None  # another file may get that number now
             self._is_taken_over = True  # unless the lock is free
             self._take_lock()
             self._is_taken_over = False
@@ -291,7 +297,10 @@ class Store:
             )
 
     def _ensure_segment(self) -> None:
-        """Have a segment that may be written to."""
+        """Have a segment that may be written to. Names in the folder change only while it is this daemon's."""
+        if self._journal.is_open and not self._rotates and self._lock is not None:
+            return
+        self._check_owner()
         if self._journal.is_open:
             if self._rotates:
                 self._rotate()

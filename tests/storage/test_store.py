@@ -354,6 +354,22 @@ def test_second_daemon_in_a_folder_made_again(shelf: Shelf) -> None:
     assert shelf.reopened() == {"b": 1}
 
 
+def test_daemon_that_could_not_lock_again_leaves_the_journal_of_the_next_one_alone(shelf: Shelf) -> None:
+    shelf.path.with_name("registry.json.lock").unlink()
+    shelf.files.failing["lock"] = errno.ENOSPC
+    with pytest.raises(OSError, match="No space"):
+        shelf.store.commit([up(1, "a")])
+    shelf.files.failing.clear()
+    other = shelf.again()
+    other.open(0.0)
+    other.begin()
+    before = {path.name: path.read_bytes() for path in shelf.path.parent.iterdir()}
+    with pytest.raises(StorageError, match="in use"):
+        shelf.store.commit([up(1, "b")])
+    assert {path.name: path.read_bytes() for path in shelf.path.parent.iterdir()} == before
+    other.close()
+
+
 def test_removed_lock_file_is_locked_again(shelf: Shelf) -> None:
     shelf.path.with_name("registry.json.lock").unlink()
     shelf.store.commit([up(1, "a")])

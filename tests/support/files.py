@@ -49,6 +49,10 @@ class RecordedFiles(Files):
         self._tell("rename", f"{source.name} {target.name}")
         super().rename(source, target)
 
+    def lock(self, path: Path) -> int:
+        self._tell("lock", path.name)
+        return super().lock(path)
+
     def link(self, source: Path, target: Path) -> None:
         self._tell("link", f"{source.name} {target.name}")
         super().link(source, target)
