@@ -108,6 +108,11 @@ class RequestParser:
         if last and not self._closed:
             self._more(last)
 
+    def parse_single(self, data: bytes) -> Request | Problem | None:
+        """Parse bytes that are exactly one JSON line, while nothing is kept. Returns None if they are not."""
+        is_line = data.startswith(b"{") and data.endswith(b"}\n") and data.find(b"\n") == len(data) - 1
+        return self._json(data[:-1]) if is_line and len(data) <= self._limits.line_bytes_max else None
+
     def end(self) -> None:
         """The peer sends no more: an unfinished line is complete."""
         if self._rest and not self._closed:
@@ -191,12 +196,15 @@ class RequestParser:
                 self.close()
             return line
         self._waiting_bytes -= len(line) + _LINE_OVERHEAD_BYTES
+        return self._json(line) if line.startswith(b"{") else self._text(line)
+
+    def _json(self, line: bytes) -> Request | Problem:
         try:
-            item = decode(line) if line.startswith(b"{") else self._text(line)
+            request = decode(line)
         except Refused as refusal:
             return Problem(refusal.bare())
-        self.valid = self.valid or isinstance(item, Request)
-        return item
+        self.valid = True
+        return request
 
     def _text(self, line: bytes) -> Item:
         text = _TEXT.fullmatch(line)
@@ -205,13 +213,15 @@ class RequestParser:
             self.close()
             return _foreign(line, http)
         try:
-            return understand(text[1].decode())
+            item = understand(text[1].decode())
         except Refused as refusal:
             if self.valid:
-                raise
+                return Problem(refusal.bare())
             self.close()
             refusal.message += " (closed: no valid request came before)"
             return Problem(refusal.bare(), fatal=True, seen=line[:_SEEN_BYTES])
+        self.valid = self.valid or isinstance(item, Request)
+        return item
 
 
 def _foreign(line: bytes | bytearray, http: bool) -> Problem:

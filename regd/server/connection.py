@@ -202,6 +202,11 @@ class Connection(asyncio.Protocol):
                 self._transport.write(reply)
                 return
             self._fast_path_ok = False
+            if self._share.scheduler.has_time and not self._scheduled:
+                item = self._parser.parse_single(data)
+                if item is not None:
+                    self._answer_single(item)
+                    return
         if self._conversation.state is ConversationState.ENDED:
             return
         self._conversation.receive(data)
@@ -257,12 +262,28 @@ class Connection(asyncio.Protocol):
             self.schedule()
             self._update_flow()
 
+    def _answer_single(self, item: Request | Problem) -> None:
+        """Answer a request that came alone, as most do. It needs none of the queues of `_work`."""
+        began = self._connections.clock.now()
+        reply = self._answer(item)
+        if reply is not None:
+            self._transport.write(reply)
+        if not self._conversation.in_flight:  # a write that waits for its commit changes nothing here
+            self._update_flow()
+        self._share.scheduler.spent(self._took(item, began) - began)
+
+    def _answer(self, item: Request | Problem) -> bytes | None:
+        return self._dispatcher.answer(item) if isinstance(item, Request) else self._answer_problem(item)
+
+    def _took(self, item: Request | Problem, began: float) -> float:
+        """Record how long an answer held the event loop. Return the time now."""
+        return self._connections.monitor.took(item.cmd if isinstance(item, Request) else "a bad line", began)
+
     def _work(self) -> None:
         """Answer requests until there are no more, one has to wait, or the time slice is used up."""
         conversation = self._conversation
         replies = conversation.take_replies()
         size = 0
-        monitor = self._connections.monitor
         began = now = self._connections.clock.now()
         for _ in range(_SLICE):
             item = None if self._paused else conversation.next()
@@ -270,8 +291,8 @@ class Connection(asyncio.Protocol):
                 if conversation.has_unsplit and not self._paused:
                     self.schedule(busy=True)
                 break
-            reply = self._dispatcher.answer(item) if isinstance(item, Request) else self._answer_problem(item)
-            now = monitor.took(item.cmd if isinstance(item, Request) else "a bad line", now)
+            reply = self._answer(item)
+            now = self._took(item, now)
             if conversation.is_deferred:
                 break
             if reply is not None:
@@ -301,6 +322,15 @@ class Connection(asyncio.Protocol):
             events.bad_line(self.address, self._caller.uid, problem.refusal)
         line = self._dispatcher.error(problem.refusal)
         return problem.reply or line
+
+    def send_late_replies(self) -> None:
+        """Send the replies to committed writes: at once, unless more writes or other requests wait."""
+        conversation = self._conversation
+        if conversation.in_flight or self._scheduled or not conversation.is_caught_up or self._has_ended:
+            self.schedule()
+            return
+        self._transport.write(b"".join(conversation.take_replies()))
+        self._update_flow()
 
     def schedule(self, busy: bool = False) -> None:
         """Have `run` called in a later iteration of the event loop."""

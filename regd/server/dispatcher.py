@@ -46,6 +46,8 @@ class Requester(Watcher, Peer, Protocol):
 
     def schedule(self, busy: bool = False) -> None: ...
 
+    def send_late_replies(self) -> None: ...
+
 
 class Dispatcher:
     __slots__ = (
@@ -170,7 +172,7 @@ class Dispatcher:
                 services.handlers.explain(request, outcome)
                 outcome = self.error(outcome, request.id)
             self._conversation.committed(outcome)
-            self._requester.schedule()
+            self._requester.send_late_replies()
 
         return done
 

@@ -26,7 +26,7 @@ class FairScheduler:
     def __init__(self, fresh_s: float = FRESH_S, busy_s: float = BUSY_S) -> None:
         self._fresh_s = fresh_s
         self._busy_s = busy_s
-        self._spent_s = 0.0  # in this iteration, as far as the scheduler notices iterations
+        self._spent_s = 0.0  # in this iteration, and in some before if they took little
         self._fresh: deque[Worker] = deque()
         self._busy: deque[Worker] = deque()
         self._next = NextIteration(self._run)
@@ -39,6 +39,8 @@ class FairScheduler:
     def spent(self, seconds: float) -> None:
         """Count the time that a worker has used."""
         self._spent_s += seconds
+        if self._spent_s > self._fresh_s / 4:
+            self._next.request()  # to begin anew in the next iteration
 
     def schedule(self, worker: Worker, busy: bool) -> None:
         """Run a worker in a later iteration; a `busy` one after those that are not."""

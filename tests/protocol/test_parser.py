@@ -411,3 +411,41 @@ def test_any_bytes_in_any_chunks(pieces: list[bytes], cut: int) -> None:
     whole = said([data], end=True, limits=limits)
     assert said([data[at : at + cut] for at in range(0, len(data), cut)], end=True, limits=limits) == whole
     assert not any(line.endswith("!") for line in whole[:-1])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"cmd":"ping"}',
+        b'{"cmd":"register","name":"a","port":1,"meta":{"a":"b"}}',
+        b'{"cmd":"help"',
+        b'{"cmd":"ping"}\r',
+        b'{"cmd":"ping"} ',
+        b' {"cmd":"ping"}',
+        b'{"cmd":"ping"}}',
+        b'{"cmd":"ping"}\n{"cmd":"ping"}',
+        b'{"cmd":"none"}',
+        b'{"id":{}}',
+        b"{}",
+        b"ping",
+        b"}",
+        b"",
+        b"{" + b" " * MOST + b"}",
+    ],
+)
+def test_single_line_is_parsed_like_any_other(line: bytes) -> None:
+    single, parser = RequestParser(), RequestParser()
+    item = single.parse_single(line + b"\n")
+    assert single.parse_single(line) is None
+    parser.receive(line + b"\n")
+    if item is None:
+        assert single.empty
+        return
+    usual = parser.next()
+    assert parser.next() is None
+    assert parser.valid is single.valid
+    if isinstance(item, Problem):
+        assert isinstance(usual, Problem)
+        assert (item.refusal.code, item.refusal.message) == (usual.refusal.code, usual.refusal.message)
+    else:
+        assert item == usual

@@ -327,14 +327,13 @@ async def test_committed_reply_is_not_overtaken(daemon: InLoop, monkeypatch: pyt
     """The commit ends and the next bytes arrive in one loop iteration: replies stay in order, `quit` loses none."""
     peer = await daemon.peer()
     [connection] = [connection for connection in daemon.server.connections if connection.address]
-    schedule, to_come = Connection.schedule, [b""]
+    send_late, to_come = Connection.send_late_replies, [b""]
 
-    def scheduled(self: Connection, busy: bool = False) -> None:
-        schedule(self, busy)
-        if to_come and self._conversation._replies:  # the commit's reply is not sent yet
-            self.data_received(to_come.pop())
+    def send(self: Connection) -> None:
+        self.data_received(to_come.pop())  # the commit's reply is not sent yet
+        send_late(self)
 
-    monkeypatch.setattr(Connection, "schedule", scheduled)
+    monkeypatch.setattr(Connection, "send_late_replies", send)
     for request, count in ((b'{"cmd":"ping","id":2}\n', 2), (b"quit\n", 1)):
         to_come[:] = [request]
         connection.data_received(b'{"cmd":"register","name":"a","port":1,"id":1}\n')
