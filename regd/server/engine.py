@@ -9,8 +9,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVarTuple
+from typing import NamedTuple
 
 from regd.core.errors import Code, Refused
 from regd.core.holders import HolderGone
@@ -19,6 +18,7 @@ from regd.core.model import By, Change, Holder, Process, Reason
 from regd.core.registry import Registry
 from regd.core.transaction import ENDS_MAX, OwnershipLost, Transaction
 from regd.server.counters import Counters
+from regd.server.disk_thread import DiskThread
 from regd.server.loop_monitor import LoopMonitor
 from regd.server.stalls import Stalls
 from regd.storage.store import Store
@@ -31,8 +31,6 @@ Write = Callable[[Transaction], bytes]
 
 Done = Callable[[bytes | Refused], None]
 """Is called once, with the reply or refusal, after the flush."""
-
-_Arguments = TypeVarTuple("_Arguments")
 
 
 class _Submitted(NamedTuple):
@@ -91,7 +89,7 @@ class Engine:
         self._repair_due = False
         self._repair = False  # commit, even without a change
         self._complained_at: float | None = None  # when a failing disk was last logged; None while it works
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="regd-commit")
+        self._thread = DiskThread("regd-commit")
 
     def submit(self, write: Write, done: Done, by: By | None = None) -> None:
         """Queue a write of a peer; `done` is called later, in the order of submission.
@@ -136,7 +134,7 @@ class Engine:
             if self._store.needs_repair:
                 await self._commit([])
         finally:
-            self._thread.shutdown()
+            self._thread.close()
 
     def _next_batch(self) -> list[_Submitted | HolderGone]:
         batch: list[_Submitted | HolderGone] = []
@@ -185,7 +183,7 @@ class Engine:
         dones = [each.done for each in batch if not isinstance(each, HolderGone)]
         for count, (done, outcome) in enumerate(zip(dones, outcomes, strict=True), 1):
             done(failure or outcome)
-            if count % _SLICE == 0:
+            if count % _SLICE == 0 or self._clock.now() > self._turn + _TURN_S:
                 await self._yield_to_loop()
         self._pulse.took("batch", self._turn)
         return len(batch)
@@ -211,7 +209,8 @@ class Engine:
                 outcomes.append(refusal.bare())
             if count % _SLICE == 0 or self._clock.now() > self._turn + _TURN_S:
                 await self._yield_to_loop()
-        await self._end(transaction, adjacent)
+        if adjacent:
+            await self._end(transaction, adjacent)
         return outcomes
 
     async def _end(self, transaction: Transaction, endings: Sequence[HolderGone]) -> None:
@@ -251,7 +250,7 @@ class Engine:
         if all(isinstance(outcome, Refused) for outcome in outcomes):
             return None
         try:
-            await self._in_thread(self._store.check_kept)
+            await self._thread.call(self._store.check_kept)
         except OSError as error:
             self._tally.commits_failed += 1
             return self._failed(error)
@@ -261,7 +260,7 @@ class Engine:
         self._pulse.took("batch", self._turn)
         self._stalls.flush_began()
         try:
-            await self._in_thread(self._store.commit, changes)
+            await self._thread.call(self._store.commit, changes)
         except OSError as error:
             self._tally.commits_failed += 1
             return self._failed(error)
@@ -274,11 +273,6 @@ class Engine:
             self._complained_at = None
             log.warning("%s can be written again", self._store.path)
         return None
-
-    def _in_thread(
-        self, function: Callable[[*_Arguments], None], *arguments: *_Arguments
-    ) -> "asyncio.Future[None]":
-        return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     def _failed(self, error: OSError) -> Refused:
         now = self._clock.now()

@@ -86,6 +86,16 @@ class _NoListeners:
         pass
 
 
+class _NoThread:
+    """In place of the engine's thread: calls are made in the loop's own thread, after some iterations."""
+
+    def call(self, function: Callable[..., None], *arguments: Any) -> "asyncio.Future[None]":
+        return asyncio.get_running_loop().run_in_executor(None, function, *arguments)
+
+    def close(self) -> None:
+        pass
+
+
 class World:
     """A daemon with its loop, disk and clock. `connect` opens a connection to it."""
 
@@ -101,6 +111,7 @@ class World:
         async def start() -> Daemon:
             server = Daemon(config, clock=self.clock, files=self.files, epoch=EPOCH, peers=peers)
             server._listeners = _NoListeners()  # type: ignore[assignment]
+            server._engine._thread = _NoThread()  # type: ignore[assignment]
             await server.start()
             return server
 
