@@ -35,13 +35,20 @@ class Instances:
             self.entries[0] = entry
             return
         if not self.entries:
-            self.entries = [entry]  # a list of exactly one element: most names have one instance
+            self.append(entry)
             return
         at = bisect_left(self.entries, entry.instance, key=_instance)
         if at < len(self.entries) and self.entries[at].instance == entry.instance:
             self.entries[at] = entry
         else:
             self.entries.insert(at, entry)
+
+    def append(self, entry: Entry) -> None:
+        """Add an entry that comes after all others."""
+        if self.entries:
+            self.entries.append(entry)
+        else:
+            self.entries = [entry]  # a list of exactly one element: most names have one instance
 
     def remove(self, instance: str) -> None:
         del self.entries[bisect_left(self.entries, instance, key=_instance)]

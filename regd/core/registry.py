@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from operator import attrgetter
 
 from regd.core.history import History
 from regd.core.holders import HolderGone, HolderIndex
@@ -100,8 +101,14 @@ class Registry:
             if change.op is Op.DOWN:
                 age_s = max(wall - change.at, 0.0)
                 self._departed(change.entry.name, Departure(change.entry.instance, change.reason, now - age_s))
-        for entry in sorted(entries, key=lambda entry: entry.key):
-            self._set(entry)
+        in_order = sorted(entries, key=attrgetter("name", "instance"))
+        self._count = len(in_order)
+        self.weight_bytes = sum(entry.weight_bytes for entry in in_order)
+        for entry in in_order:
+            if (service := self._services.get(entry.name)) is None:
+                service = self._services[entry.name] = Instances()
+                self._names.append(entry.name)
+            service.append(entry)
             if entry.holders:
                 self.lifetimes.move(None, entry, now)
                 self.last_holder = max(self.last_holder, *(holder.id for holder in entry.holders))

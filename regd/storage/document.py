@@ -123,7 +123,7 @@ def parse(data: bytes, registered_at: float) -> Document:
         Unreadable: it is no registry, or has fields that regd would lose.
     """
     text = _text(data)
-    # Checking for a duplicate key takes longer than decoding. A file as regd wrote it has none.
+    # Checks take longer than decoding. A file as regd wrote it has no duplicate key, and only valid values.
     edited = _is_edited(data)
     decoder = _decoder if edited else _fast_decoder
     head: _Head | None = None
@@ -135,8 +135,10 @@ def parse(data: bytes, registered_at: float) -> Document:
                 raise _DuplicateKey(key)
             if key == _HEAD:
                 head = _head(fields)
-            else:
+            elif edited or not _is_plain(fields):
                 entries[key] = _member(key, fields, registered_at, ids)
+            else:
+                entries[key] = _plain(key, fields, registered_at)
     except json.JSONDecodeError as error:
         raise Unreadable(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
     except Invalid as error:
@@ -304,6 +306,26 @@ def _member(key: str, fields: object, registered_at: float, ids: "count[int]") -
     return entry(name, instance, fields, 0, registered_at, ids)
 
 
+def _is_plain(fields: object) -> bool:
+    """Whether a member is of a ready, static entry: so are most, and each of their fields is one value."""
+    return type(fields) is dict and "port" in fields and _PLAIN.issuperset(fields)
+
+
+def _plain(key: str, fields: Mapping[str, Any], registered_at: float) -> Entry:
+    """Return the entry of a plain member as regd wrote it. Its values were checked before they were written."""
+    name, _, instance = key.partition("/")
+    return Entry(
+        name,
+        instance,
+        fields.get("host", DEFAULT_HOST),
+        fields["port"],
+        fields.get("meta", {}),
+        State.READY,
+        fields.get("rev", 0),
+        fields.get("registered_at", registered_at),
+    )
+
+
 def entry(
     name: object, instance: object, fields: Mapping[str, Any], rev: int, registered_at: float, ids: "count[int]"
 ) -> Entry:
@@ -401,6 +423,7 @@ _CHECKS: Mapping[str, Callable[[object], Any]] = {
     "rev": lambda value: model.check_whole(value, 1, _WHOLE_MAX),
     "registered_at": _check_time,
 }
+_PLAIN = frozenset(("port", "host", "meta", "rev", "registered_at"))
 _CONDITIONS: Mapping[str, Callable[[object], Any]] = {
     "hold": model.check_flag,
     "pid": lambda value: model.check_whole(value, 1, 2**31 - 1),

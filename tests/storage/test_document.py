@@ -186,3 +186,19 @@ def test_revision_limit_of_an_edited_file() -> None:
     later = replace(document.entries[0], rev=2**62 + 1)
     written = b"".join(chunks(2**62 + 1, Position("e", 2), [line(later)]))
     assert parse(written, 0.0) == Document(2**62 + 1, [later], Position("e", 2))
+
+
+@pytest.mark.parametrize(
+    ("member", "why"),
+    [
+        (b'"a": {}', '"port" is missing'),
+        (b'"a": {"rev": 1}', '"port" is missing'),
+        (b'"a": 5', "must be an object"),
+        (b'"a": {"port": 1, "color": "red"}', "unknown field"),
+        (b'"a": {"port": 1, "state": "gone"}', '"state" must be one of'),
+    ],
+)
+def test_file_of_a_newer_regd_is_refused(member: bytes, why: str) -> None:
+    """Its checksum is right, and its values are not checked again; what this regd would lose is still noticed."""
+    with pytest.raises(Unreadable, match=why):
+        parse(b"".join(chunks(1, POSITION, [member])), 5.0)
