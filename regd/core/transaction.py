@@ -311,10 +311,8 @@ class Transaction:
         limits = self._registry.limits
         if before is None and self._count >= limits.registrations_max:
             raise Refused(Code.BUSY, f"the registry is full: {limits.registrations_max} registrations")
-        freed = before.weight_bytes if before else 0
-        if wanted.weight_bytes > freed and (
-            self._weight_bytes + wanted.weight_bytes - freed > limits.registry_bytes_max
-        ):
+        added = wanted.weight_bytes - (before.weight_bytes if before else 0)
+        if added > 0 and self._weight_bytes + added > limits.registry_bytes_max:
             raise Refused(Code.BUSY, f"the registry is full: {limits.registry_bytes_max} bytes")
 
     def _add(self, op: Op, entry: Entry, before: Entry | None, reason: str = "") -> Entry:
