@@ -40,6 +40,13 @@ def _port(text: str) -> int | str:
     return port
 
 
+def _priority(text: str) -> int:
+    priority = integer(text, 0, 65_535)
+    if priority is None:
+        raise argparse.ArgumentTypeError(f"must be 0 to 65535, not {text!r}")
+    return priority
+
+
 def _endpoint(text: str) -> tuple[str | None, int]:
     """Parse [HOST:]PORT; without a host, return None for it."""
     host, colon, digits = text.rpartition(":")
@@ -104,6 +111,11 @@ def _labels(doc: str) -> Parameter:
     return Parameter("--meta", f"{doc}; repeatable", type=_label, action="append", metavar="KEY=VALUE")
 
 
+def _preference(default: str) -> Parameter:
+    doc = f"0 to 65535: the ready instances with the lowest number are resolved{default}"
+    return Parameter("--priority", doc, type=_priority, metavar="N")
+
+
 def _timeout(doc: str) -> Parameter:
     return Parameter("--timeout", f"{doc} (default: 30)", type=seconds(0, 3_600), default=30.0, metavar="SECONDS")
 
@@ -143,9 +155,11 @@ COMMANDS = {
         "List registrations.", PATTERN, FILTER, examples=["regctl list", "regctl list 'work*'"], aliases=["ls"]
     ),
     "resolve": Subcommand(
-        "Print the address of a ready instance.",
+        "Print the address of a ready instance, of the best priority.",
         NAME,
-        Parameter("--all", "print the addresses of all ready instances", action="store_true"),
+        Parameter(
+            "--all", "print the addresses of all ready instances, the best priority first", action="store_true"
+        ),
         ANY_INSTANCE,
         FILTER,
         examples=["curl http://$(regctl resolve web)/"],
@@ -163,6 +177,7 @@ COMMANDS = {
         INSTANCE,
         _labels("a label"),
         Parameter("--state", "starting, ready or draining (default: ready)", choices=STATES, metavar="STATE"),
+        _preference(" (default: 0)"),
         Parameter("--ttl", "expire unless registered again within this time", type=_ttl, metavar="SECONDS"),
         Parameter("--pid", "end the registration when this process exits", type=int, metavar="PID"),
         Parameter("--force", "replace a registration whose owner is alive", action="store_true"),
@@ -172,12 +187,17 @@ COMMANDS = {
         "End a registration.", NAME, INSTANCE, examples=["regctl deregister db"], aliases=["rm"]
     ),
     "update": Subcommand(
-        "Change the state or the labels of a registration.",
+        "Change the state, the labels or the priority of a registration.",
         NAME,
         INSTANCE,
         Parameter("--state", "starting, ready or draining", choices=STATES, metavar="STATE"),
         _labels("a label; all previous labels are removed"),
-        examples=["regctl update db --state starting", "regctl update db --meta zone=a --meta role=primary"],
+        _preference(""),
+        examples=[
+            "regctl update db --state starting",
+            "regctl update db --meta zone=a --meta role=primary",
+            "regctl update db --instance 2 --priority 10",
+        ],
     ),
     "drain": Subcommand(
         "Set the state of a registration to draining: it stays registered and is no longer resolved.",
@@ -238,6 +258,7 @@ COMMANDS = {
             metavar="INSTANCE",
         ),
         _labels("a label"),
+        _preference(" (default: 0)"),
         Parameter(
             "--ready-http",
             "the command is ready, and resolved, once it answers a GET request for this path with 2xx",

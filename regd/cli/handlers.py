@@ -18,6 +18,7 @@ from regd.cli.output import (
     complain,
     environment_variables,
     lines,
+    priority_of,
     say,
     say_json,
     visible,
@@ -257,7 +258,8 @@ def _env(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
             reply = ask(connection, "list", {})
             if not reply["ok"]:
                 return _refused(reply, as_json)
-            instances = [entry for entry in reply["instances"] if entry["state"] == "ready"]
+            ready = [entry for entry in reply["instances"] if entry["state"] == "ready"]
+            instances = sorted(ready, key=lambda entry: (entry["name"], priority_of(entry)))
     variables, hidden = environment_variables(instances)
     for key, value in variables.items():
         if not value.isprintable():  # a line feed would start another variable

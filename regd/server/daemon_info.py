@@ -15,7 +15,7 @@ from regd.system.namespaces import own_pid_namespace
 from regd.system.processes import boot_id
 
 PROTOCOL = 1
-FEATURES = ("if", "force", "state", "hold", "pid", "ttl", "watch", "wait", "why", "history")
+FEATURES = ("if", "force", "state", "hold", "pid", "ttl", "watch", "wait", "why", "history", "priority")
 
 
 class DaemonInfo:
