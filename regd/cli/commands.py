@@ -14,6 +14,7 @@ from regd.cli.output import visible
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _COUNT_MAX = 36_500  # of each unit: a hundred years of days
 DOC = "Query and change the service registry of this machine."
+HTTP_PORT, DNS_PORT = 7_380, 7_353  # of `regctl serve`
 NOT_FOUND, USAGE, NO_DAEMON, REFUSED = 1, 2, 3, 4  # exit statuses
 STATUSES = {
     0: "done",
@@ -69,6 +70,15 @@ def _path(text: str) -> str:
 def _ttl(text: str) -> float:
     ttl_s = seconds(1, 86_400)(text)
     return int(ttl_s) if ttl_s.is_integer() else ttl_s
+
+
+def _port_or_off(text: str) -> int | None:
+    if text == "off":
+        return None
+    port = integer(text, 0, 65_535)
+    if port is None:
+        raise argparse.ArgumentTypeError(f"must be 0 to 65535, or off, not {text!r}")
+    return port
 
 
 def _since(text: str) -> tuple[str, float]:
@@ -337,6 +347,26 @@ COMMANDS = {
         "not a terminal, or with --json, regctl prints one frame and exits.",
         examples=["regctl top", "regctl top 'work*'", "regctl top --json | jq .stats.lag_s"],
     ),
+    "serve": Subcommand(
+        "Serve the registry over HTTP and DNS, on this machine only, until Ctrl-C.",
+        Parameter(
+            "--http",
+            f"the port for HTTP; 0: a free one (default: {HTTP_PORT})",
+            type=_port_or_off,
+            default=HTTP_PORT,
+            metavar="PORT|off",
+        ),
+        Parameter(
+            "--dns",
+            f"the port for DNS, with UDP and TCP; 0: a free one (default: {DNS_PORT})",
+            type=_port_or_off,
+            default=DNS_PORT,
+            metavar="PORT|off",
+        ),
+        more="Reads the registry and never writes. Prints a line for each address once all are open. Needs the "
+        "extra `serve`: pip install 'regd[serve]'. Runs without a daemon too, and finds it when it starts.",
+        examples=["regctl serve", "regctl serve --http 8000 --dns off"],
+    ),
     "ping": Subcommand("Check whether a daemon answers.", examples=["regctl ping"]),
     "stats": Subcommand(
         "Show the daemon's counters.",
@@ -489,6 +519,9 @@ def read(argv: Sequence[str]) -> dict[str, Any]:
         arguments["argv"] = _command_line(arguments)
         if arguments["ready_http"] is not None and arguments["ready_command"] is not None:
             raise UsageError("regctl run", "give --ready-http or --ready-command, not both")
+    elif arguments["command"] == "serve":
+        if arguments["http"] is None and arguments["dns"] is None:
+            raise UsageError("regctl serve", "give a port to --http or to --dns: both are off")
     elif arguments["command"] == "register":
         host, arguments["port"] = arguments["port"]
         if host is not None and arguments["host"] is not None:

@@ -133,6 +133,20 @@ def _top(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
     return top.run(address, as_json, arguments)
 
 
+def _serve(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
+    try:
+        from regd.gateways.listeners import ListenError
+        from regd.gateways.serve import serve
+    except ModuleNotFoundError as error:
+        message = f"{error.name} is missing, which is in the extra `serve`: pip install 'regd[serve]'"
+        return _refused({"ok": False, "error": "bad_argument", "message": message}, as_json)
+    try:
+        serve(address, arguments["http"], arguments["dns"], lambda line: say(line, flush=True))
+    except ListenError as error:
+        return _refused({"ok": False, "error": "refused", "message": str(error)}, as_json)
+    return 0
+
+
 def _names(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
     from regd.cli.complete_names import names
 
@@ -283,6 +297,7 @@ _HANDLERS: dict[str, Callable[[str | None, bool, dict[str, Any]], int]] = {
     "history": _history,
     "manual": _manual,
     "names": _names,
+    "serve": _serve,
     "run": _run,
     "stop": _stop,
     "top": _top,

@@ -202,7 +202,7 @@ def instances(id: str | int | None, result: Mapping[str, object], entries: Itera
 
 
 _HTTP_TEXT = b"""\
-This is regd, a service registry. It does not speak HTTP.
+This is regd, a service registry. This port does not speak HTTP: start `regctl serve` for that.
 It takes one JSON object a line, or a bare line such as: help
 From a shell: regctl list, or: printf 'help\\nquit\\n' | nc HOST PORT
 """
