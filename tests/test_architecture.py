@@ -23,9 +23,19 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "regd/cli": (
-        {"regd", "regd.cli", "regd.core", "regd.server", "regd.system", "regd.storage", "regd_client"},
+        {
+            "regd",
+            "regd.cli",
+            "regd.core",
+            "regd.gateways",
+            "regd.server",
+            "regd.storage",
+            "regd.system",
+            "regd_client",
+        },
         set(),
     ),
+    "regd/gateways": ({"regd.gateways", "regd.system", "regd_client"}, set()),
     "regd/testing": (
         {"regd.core", "regd.server", "regd.system", "regd.storage", "regd.testing", "regd_client"},
         set(),
@@ -38,6 +48,11 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
 THIRD_PARTY = {
     "regd/cli/regd.py": ("uvloop",),
     "regd/cli/top/screen.py": ("prompt_toolkit",),
+    "regd/gateways/dns_messages.py": ("dns",),
+    "regd/gateways/guard.py": ("starlette",),
+    "regd/gateways/http_server.py": ("h11", "uvicorn"),
+    "regd/gateways/metrics.py": ("prometheus_client",),
+    "regd/gateways/routes.py": ("starlette",),
     "regd/testing/plugin.py": ("pytest",),
     "services/gateway.py": ("starlette",),
 }

@@ -24,6 +24,7 @@ def register(
     instance: str | None = None,
     meta: Mapping[str, str] | None = None,
     state: State | None = None,
+    priority: int | None = None,
     static: bool = False,
     force: bool = False,
     pid: int | None = None,
@@ -45,6 +46,8 @@ def register(
             live owner holds; `Registration.instance` is that number.
         meta: labels that `resolve` can filter by.
         state: `starting` (not ready yet), `ready` or `draining` (about to stop); by default `ready`.
+        priority: 0 to 65535, lower is preferred: others resolve this instance only while no ready instance has a
+            lower one; by default 0.
         static: keep the registration after the connection and the process end, until it is deregistered.
         force: take the name even if its owner is alive.
         pid: the process to bind the registration to, instead of this one. If the daemon cannot see the
@@ -62,7 +65,7 @@ def register(
         BadArgument: an argument has the wrong type or an invalid value.
     """
     check_integer("port", port, required=True)
-    request = RegistrationRequest(name, port, host, instance, meta, state, static, force, pid, timeout)
+    request = RegistrationRequest(name, port, host, instance, meta, state, priority, static, force, pid, timeout)
     return RegistrationContext(Client(), request, standalone=True)
 
 
@@ -95,7 +98,7 @@ async def resolve(
     wait: float | None = None,
     timeout: float | None = None,
 ) -> Endpoint:
-    """Return the endpoint of a ready instance; successive calls rotate through the matching instances.
+    """Return the endpoint of a ready instance of the best priority; successive calls rotate through them.
 
         endpoint = await regd_client.resolve("db", wait=10)
         reader, writer = await asyncio.open_connection(*endpoint.address)
@@ -109,7 +112,7 @@ async def resolve(
         timeout: seconds for the whole call.
 
     Returns:
-        An `Endpoint`: `name`, `instance`, `host`, `port`, `meta`, `address`, `url()`.
+        An `Endpoint`: `name`, `instance`, `host`, `port`, `meta`, `priority`, `address`, `url()`.
 
     Raises:
         NotFound: no ready instance matches; `details["near"]` may have similar names.
@@ -124,7 +127,7 @@ async def resolve(
 async def resolve_all(
     name: str, *, meta: Mapping[str, str] | None = None, timeout: float | None = None
 ) -> list[Endpoint]:
-    """Return the endpoints of all ready instances, in order of instance; [] if there are none.
+    """Return the endpoints of all ready instances, in order of priority and instance; [] if there are none.
 
         for endpoint in await regd_client.resolve_all("worker"):
             print(endpoint)

@@ -93,6 +93,7 @@ class RegistrationRequest:
     instance: str | None = None
     meta: Mapping[str, str] | None = None
     state: Literal["starting", "ready", "draining"] | None = None
+    priority: int | None = None
     static: bool = False
     force: bool = False
     pid: int | None = None
@@ -103,6 +104,7 @@ class RegistrationRequest:
         check_integer("port", self.port)
         check_text("host", self.host)
         check_text("state", self.state)
+        check_integer("priority", self.priority)
         check_integer("pid", self.pid)
         object.__setattr__(self, "meta", copy_meta(self.meta))
         check_flag("static", self.static)
@@ -128,5 +130,6 @@ class RegistrationRequest:
             "instance": self.instance,
             "meta": self.meta,
             "state": self.state,
+            "priority": self.priority,
             "force": self.force or None,
         }

@@ -213,15 +213,17 @@ class BlockingRegistration:
         meta: Mapping[str, str] | None = None,
         *,
         state: State | None = None,
+        priority: int | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Replace the labels, set the state, or both. While disconnected, wait until the client is back.
+        """Replace the labels, or set the state or priority. While disconnected, wait until the client is back.
 
             registration.update({"zone": "b"}, state="ready")
 
         Args:
             meta: the new labels, which replace all previous ones; None leaves them as they are.
             state: `starting`, `ready` or `draining`; None leaves it as it is.
+            priority: 0 to 65535, lower is preferred; None leaves it as it is.
             timeout: seconds for the whole call; by default it waits up to 5 s for a daemon.
 
         Raises:
@@ -230,7 +232,7 @@ class BlockingRegistration:
             Timeout: the daemon did not reply within `timeout`.
             BadArgument: an argument has the wrong type or an invalid value.
         """
-        self._thread.call(self._registration.update(meta, state=state, timeout=timeout))
+        self._thread.call(self._registration.update(meta, state=state, priority=priority, timeout=timeout))
 
     def deregister(self, *, timeout: float | None = None) -> None:
         """End the registration: set it `draining`, then remove it. Idempotent.
@@ -378,7 +380,7 @@ class BlockingMirror:
         return self._thread.call_function(lambda: iter(self._mirror))
 
     def resolve(self, name: str, *, meta: Mapping[str, str] | None = None) -> Endpoint:
-        """Return the endpoint of a ready instance; successive calls rotate through the instances.
+        """Return the endpoint of a ready instance of the best priority; successive calls rotate through them.
 
             endpoint = mirror.resolve("worker", meta={"zone": "a"})
 
@@ -393,7 +395,7 @@ class BlockingMirror:
         return self._thread.call_function(lambda: self._mirror.resolve(name, meta=meta))
 
     def resolve_all(self, name: str, *, meta: Mapping[str, str] | None = None) -> list[Endpoint]:
-        """Return all ready instances in order of instance; [] if there are none.
+        """Return all ready instances in order of priority and instance; [] if there are none.
 
             for endpoint in mirror.resolve_all("worker"):
                 print(endpoint)
@@ -584,6 +586,7 @@ class Client:
         instance: str | None = None,
         meta: Mapping[str, str] | None = None,
         state: State | None = None,
+        priority: int | None = None,
         static: bool = False,
         force: bool = False,
         pid: int | None = None,
@@ -603,6 +606,8 @@ class Client:
             instance: a name for this instance, if the service has several; `auto` for a number.
             meta: labels that `resolve` can filter by.
             state: `starting` (not ready yet), `ready` or `draining` (about to stop); by default `ready`.
+            priority: 0 to 65535, lower is preferred: others resolve this instance only while no ready instance
+                has a lower one; by default 0.
             static: keep the registration after the connection and the process end, until it is deregistered.
             force: take the name even if its owner is alive.
             pid: the process to bind the registration to, instead of this one. If the daemon cannot see the
@@ -624,6 +629,7 @@ class Client:
             instance=instance,
             meta=meta,
             state=state,
+            priority=priority,
             static=static,
             force=force,
             pid=pid,
@@ -657,10 +663,11 @@ class Client:
         meta: Mapping[str, str] | None = None,
         *,
         state: State | None = None,
+        priority: int | None = None,
         instance: str | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Replace the labels of a registration, set its state, or both, whichever client made it.
+        """Replace the labels of a registration, or set its state or priority, whichever client made it.
 
             client.update("worker", state="draining", instance="1")
 
@@ -668,6 +675,7 @@ class Client:
             name: the service's name.
             meta: the new labels, which replace all previous ones; None leaves them as they are.
             state: `starting`, `ready` or `draining`; None leaves it as it is.
+            priority: 0 to 65535, lower is preferred; None leaves it as it is.
             instance: the instance's name; by default the instance without a name.
             timeout: seconds for the whole call.
 
@@ -679,7 +687,8 @@ class Client:
             BadArgument: an argument has the wrong type or an invalid value.
         """
         thread, client = self._thread_and_client
-        thread.call(client.update(name, meta, state=state, instance=instance, timeout=timeout))
+        work = client.update(name, meta, state=state, priority=priority, instance=instance, timeout=timeout)
+        thread.call(work)
 
     def resolve(
         self,
@@ -690,7 +699,7 @@ class Client:
         wait: float | None = None,
         timeout: float | None = None,
     ) -> Endpoint:
-        """Return the endpoint of a ready instance; successive calls rotate through the matching instances.
+        """Return the endpoint of a ready instance of the best priority; successive calls rotate through them.
 
             endpoint = client.resolve("db", wait=10)
             sock = socket.create_connection(endpoint.address)
@@ -715,7 +724,7 @@ class Client:
     def resolve_all(
         self, name: str, *, meta: Mapping[str, str] | None = None, timeout: float | None = None
     ) -> list[Endpoint]:
-        """Return the endpoints of all ready instances, in order of instance; [] if there are none.
+        """Return the endpoints of all ready instances, in order of priority and instance; [] if there are none.
 
             for endpoint in client.resolve_all("worker"):
                 print(endpoint)
@@ -822,6 +831,7 @@ def register(
     instance: str | None = None,
     meta: Mapping[str, str] | None = None,
     state: State | None = None,
+    priority: int | None = None,
     static: bool = False,
     force: bool = False,
     pid: int | None = None,
@@ -841,6 +851,8 @@ def register(
         instance: a name for this instance, if the service has several; `auto` for a number.
         meta: labels that `resolve` can filter by.
         state: `starting` (not ready yet), `ready` or `draining` (about to stop); by default `ready`.
+        priority: 0 to 65535, lower is preferred: others resolve this instance only while no ready instance has a
+            lower one; by default 0.
         static: keep the registration after the process ends, until it is deregistered.
         force: take the name even if its owner is alive.
         pid: the process to bind the registration to, instead of this one. If the daemon cannot see the
@@ -864,6 +876,7 @@ def register(
         instance=instance,
         meta=meta,
         state=state,
+        priority=priority,
         static=static,
         force=force,
         pid=pid,
@@ -879,6 +892,7 @@ def register_process(
     host: str | None = None,
     instance: str | None = None,
     meta: Mapping[str, str] | None = None,
+    priority: int | None = None,
     drain_s: float = 0.1,
 ) -> None:
     """Register a server whose port is open, until this process ends.
@@ -897,6 +911,8 @@ def register_process(
         host: the address at which others reach the service; by default 127.0.0.1.
         instance: a name for this instance, if the service has several; `auto` for a number.
         meta: labels that `resolve` can filter by.
+        priority: 0 to 65535, lower is preferred: others resolve this instance only while no ready instance has a
+            lower one; by default 0.
         drain_s: seconds between withdrawing the name and calling the program's signal handler.
 
     Raises:
@@ -907,7 +923,7 @@ def register_process(
     from regd_client.process_registration import ProcessRegistration
 
     check_integer("port", port, required=True)
-    request = RegistrationRequest(name, port, host=host, instance=instance, meta=meta)
+    request = RegistrationRequest(name, port, host=host, instance=instance, meta=meta, priority=priority)
     ProcessRegistration(request, drain_s).register()
 
 
@@ -918,6 +934,7 @@ def listen(
     host: str = "127.0.0.1",
     instance: str | None = None,
     meta: Mapping[str, str] | None = None,
+    priority: int | None = None,
     timeout: float | None = None,
 ) -> BlockingSocket:
     """Open a listening socket and register it. No other process can take the port in between.
@@ -932,6 +949,8 @@ def listen(
         host: the IP address to listen on. For 0.0.0.0 and ::, the loopback address is registered.
         instance: a name for this instance, if the service has several; `auto` for a number.
         meta: labels that `resolve` can filter by.
+        priority: 0 to 65535, lower is preferred: others resolve this instance only while no ready instance has a
+            lower one; by default 0.
         timeout: seconds to register; by default it waits up to 5 s for a daemon.
 
     Raises:
@@ -946,7 +965,9 @@ def listen(
     from regd_client import lifespans
 
     async def listen() -> lifespans.RegisteredSocket:
-        return await lifespans.listen(name, port, host=host, instance=instance, meta=meta, timeout=timeout)
+        return await lifespans.listen(
+            name, port, host=host, instance=instance, meta=meta, priority=priority, timeout=timeout
+        )
 
     return BlockingSocket(thread.call(listen()), thread)
 
@@ -982,7 +1003,7 @@ def resolve(
     wait: float | None = None,
     timeout: float | None = None,
 ) -> Endpoint:
-    """Return the endpoint of a ready instance; successive calls rotate through the matching instances.
+    """Return the endpoint of a ready instance of the best priority; successive calls rotate through them.
 
         endpoint = regd_client.blocking.resolve("db", wait=10)
         sock = socket.create_connection(endpoint.address)
@@ -996,7 +1017,7 @@ def resolve(
         timeout: seconds for the whole call.
 
     Returns:
-        An `Endpoint`: `name`, `instance`, `host`, `port`, `meta`, `address`, `url()`.
+        An `Endpoint`: `name`, `instance`, `host`, `port`, `meta`, `priority`, `address`, `url()`.
 
     Raises:
         NotFound: no ready instance matches; `details["near"]` may have similar names.
@@ -1013,7 +1034,7 @@ def resolve(
 def resolve_all(
     name: str, *, meta: Mapping[str, str] | None = None, timeout: float | None = None
 ) -> list[Endpoint]:
-    """Return the endpoints of all ready instances, in order of instance; [] if there are none.
+    """Return the endpoints of all ready instances, in order of priority and instance; [] if there are none.
 
         for endpoint in regd_client.blocking.resolve_all("worker"):
             print(endpoint)

@@ -247,6 +247,7 @@ class Client:
         instance: str | None = None,
         meta: Mapping[str, str] | None = None,
         state: State | None = None,
+        priority: int | None = None,
         static: bool = False,
         force: bool = False,
         pid: int | None = None,
@@ -268,6 +269,8 @@ class Client:
                 no live owner holds; `Registration.instance` is that number.
             meta: labels that `resolve` can filter by.
             state: `starting` (not ready yet), `ready` or `draining` (about to stop); by default `ready`.
+            priority: 0 to 65535, lower is preferred: others resolve this instance only while no ready instance
+                has a lower one; by default 0.
             static: keep the registration after the connection and the process end, until it is deregistered.
             force: take the name even if its owner is alive.
             pid: the process to bind the registration to, instead of this one. If the daemon cannot see the
@@ -284,7 +287,7 @@ class Client:
         check_integer("port", port, required=True)
         return RegistrationContext(
             self,
-            RegistrationRequest(name, port, host, instance, meta, state, static, force, pid, timeout),
+            RegistrationRequest(name, port, host, instance, meta, state, priority, static, force, pid, timeout),
         )
 
     async def deregister(self, name: str, instance: str | None = None, *, timeout: float | None = None) -> None:
@@ -319,10 +322,11 @@ class Client:
         meta: Mapping[str, str] | None = None,
         *,
         state: State | None = None,
+        priority: int | None = None,
         instance: str | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Replace the labels of a registration, set its state, or both, whichever client made it.
+        """Replace the labels of a registration, or set its state or priority, whichever client made it.
 
             await client.update("worker", state="draining", instance="1")
 
@@ -330,6 +334,7 @@ class Client:
             name: the service's name.
             meta: the new labels, which replace all previous ones; None leaves them as they are.
             state: `starting`, `ready` or `draining`; None leaves it as it is.
+            priority: 0 to 65535, lower is preferred; None leaves it as it is.
             instance: the instance's name; by default the instance without a name.
             timeout: seconds for the whole call.
 
@@ -342,13 +347,14 @@ class Client:
         """
         check_service(name, instance)
         check_text("state", state)
+        check_integer("priority", priority)
         meta = copy_meta(meta)
         self._check_fork()
         own = self._registrar.active(name, instance)
         if own is not None:
-            await own.update(meta, state=state, timeout=timeout)
+            await own.update(meta, state=state, priority=priority, timeout=timeout)
         else:
-            work = self._ask("update", name=name, instance=instance, meta=meta, state=state)
+            work = self._ask("update", name=name, instance=instance, meta=meta, state=state, priority=priority)
             await self._within(timeout, "update", work)
 
     async def resolve(
@@ -360,7 +366,7 @@ class Client:
         wait: float | None = None,
         timeout: float | None = None,
     ) -> Endpoint:
-        """Return the endpoint of a ready instance; successive calls rotate through the matching instances.
+        """Return the endpoint of a ready instance of the best priority; successive calls rotate through them.
 
             endpoint = await client.resolve("db", wait=10)
             reader, writer = await asyncio.open_connection(*endpoint.address)
@@ -420,7 +426,7 @@ class Client:
     async def resolve_all(
         self, name: str, *, meta: Mapping[str, str] | None = None, timeout: float | None = None
     ) -> list[Endpoint]:
-        """Return the endpoints of all ready instances, in order of instance; [] if there are none.
+        """Return the endpoints of all ready instances, in order of priority and instance; [] if there are none.
 
             for endpoint in await client.resolve_all("worker"):
                 print(endpoint)
@@ -446,7 +452,8 @@ class Client:
         if not reply.get("more"):
             return [endpoint_of(fields) for fields in reply["instances"]]
         instances = await self._instances(name, meta)
-        return [endpoint_of(fields) for fields in instances if fields["state"] == "ready"]
+        endpoints = [endpoint_of(fields) for fields in instances if fields["state"] == "ready"]
+        return sorted(endpoints, key=lambda endpoint: endpoint.priority)  # they are in order of instance
 
     async def instances(
         self, pattern: str = "*", *, meta: Mapping[str, str] | None = None, timeout: float | None = None

@@ -274,6 +274,7 @@ def lifespan(
     host: str | None = None,
     instance: str | None = None,
     meta: Mapping[str, str] | None = None,
+    priority: int | None = None,
     drain_s: float = DRAIN_S,
     ready: Ready | None = None,
 ) -> LifespanContext:
@@ -298,6 +299,8 @@ def lifespan(
         host: the address at which others reach the service; by default the server's address.
         instance: a name for this instance, if the service has several; `auto` for a number.
         meta: labels that `resolve` can filter by.
+        priority: 0 to 65535, lower is preferred: others resolve this instance only while no ready instance has a
+            lower one; by default 0.
         drain_s: seconds between withdrawing the name and closing the port.
         ready: a function that returns an awaitable, such as a coroutine function, or an awaitable. It is awaited
             once the port is open. Until it returns, the service is registered as `starting` and nobody resolves
@@ -319,7 +322,8 @@ def lifespan(
             name,
             name,
         )
-    return LifespanContext(RegistrationRequest(name, port, host, instance, meta), drain_s, ready)
+    request = RegistrationRequest(name, port, host, instance, meta, priority=priority)
+    return LifespanContext(request, drain_s, ready)
 
 
 # listen.
@@ -441,6 +445,7 @@ def listen(
     host: str = "127.0.0.1",
     instance: str | None = None,
     meta: Mapping[str, str] | None = None,
+    priority: int | None = None,
     backlog: int = BACKLOG,
     drain_s: float = DRAIN_S,
     timeout: float | None = None,
@@ -461,6 +466,8 @@ def listen(
         host: the IP address to listen on. For 0.0.0.0 and ::, the loopback address is registered.
         instance: a name for this instance, if the service has several; `auto` for a number.
         meta: labels that `resolve` can filter by.
+        priority: 0 to 65535, lower is preferred: others resolve this instance only while no ready instance has a
+            lower one; by default 0.
         backlog: connections that may wait to be accepted (listen(2)).
         drain_s: seconds between withdrawing the name and closing the socket.
         timeout: seconds to register; by default it waits up to 5 s for a daemon.
@@ -480,5 +487,5 @@ def listen(
     check_text("host", host, required=True)
     check_integer("backlog", backlog, required=True)
     check_seconds("drain_s", drain_s)
-    request = RegistrationRequest(name, port, host, instance, meta, timeout_s=timeout)
+    request = RegistrationRequest(name, port, host, instance, meta, priority=priority, timeout_s=timeout)
     return ListenContext(request, backlog, drain_s)

@@ -4,6 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import groupby
 
 from regd_client.arguments import check_seconds
 from regd_client.errors import NotFound, Timeout, Unavailable
@@ -36,10 +37,11 @@ class Mirror:
         self._changes = 0
         self._changed = asyncio.Event()  # replaced after each change
         self._names: dict[str, dict[str, Endpoint]] = {}  # the ready instances, by name and instance
-        # For `resolve`: the endpoints of a name in the order in which they are returned next. A change of the
-        # name drops the queue; `_served` then has the instance that was returned last.
-        self._queues: dict[str, deque[Endpoint]] = {}
-        self._served: dict[str, str] = {}
+        # For `resolve`: the endpoints of a name in the order in which they are returned next, in a queue for each
+        # priority, the best first. A change of the name drops its queues; `_served` then has, by priority, the
+        # instances that were returned last.
+        self._queues: dict[str, list[deque[Endpoint]]] = {}
+        self._served: dict[str, dict[int, str]] = {}
 
     def __repr__(self) -> str:
         count = sum(map(len, self._names.values()))
@@ -62,7 +64,7 @@ class Mirror:
         return self._changes
 
     async def changed(self, since: int | None = None, *, timeout: float | None = None) -> int:
-        """Wait until a ready instance appears, disappears, or changes its address or labels.
+        """Wait until a ready instance appears, disappears, or changes its address, labels or priority.
 
             while True:
                 seen = mirror.changes
@@ -101,10 +103,10 @@ class Mirror:
             Unavailable: the copy is older than `stale_s_max`.
         """
         self._check_age()
-        return iter([endpoint for name in sorted(self._names) for endpoint in self.resolve_all(name)])
+        return iter([endpoint for name in sorted(self._names) for endpoint in self._ready(name)])
 
     def resolve(self, name: str, *, meta: Mapping[str, str] | None = None) -> Endpoint:
-        """Return the endpoint of a ready instance; successive calls rotate through the instances.
+        """Return the endpoint of a ready instance of the best priority; successive calls rotate through them.
 
         Args:
             name: the service's name.
@@ -114,24 +116,25 @@ class Mirror:
             NotFound: no ready instance has the name and the labels.
             Unavailable: the copy is older than `stale_s_max`.
         """
-        queue = self._queues.get(name)
-        if queue is None:
-            queue = self._make_queue(name)
+        queues = self._queues.get(name)
+        if queues is None:
+            queues = self._make_queues(name)
         if meta:
-            for endpoint in queue:
-                if _has_labels(endpoint, meta):
-                    queue.remove(endpoint)
-                    queue.append(endpoint)
-                    return endpoint if self._watch.live else self._stale(endpoint)
-        elif queue:
-            endpoint = queue[0]
-            queue.rotate(-1)
+            for queue in queues:
+                for endpoint in queue:
+                    if _has_labels(endpoint, meta):
+                        queue.remove(endpoint)
+                        queue.append(endpoint)
+                        return endpoint if self._watch.live else self._stale(endpoint)
+        elif queues:
+            endpoint = queues[0][0]
+            queues[0].rotate(-1)
             return endpoint if self._watch.live else self._stale(endpoint)
         self._check_age()
         raise NotFound(f"no ready instance of {name!r} in the mirror", "not_found", {"stale_s": self.stale_s})
 
     def resolve_all(self, name: str, *, meta: Mapping[str, str] | None = None) -> list[Endpoint]:
-        """Return all ready instances in order of instance; [] if there are none.
+        """Return all ready instances in order of priority and instance; [] if there are none.
 
         Args:
             name: the service's name.
@@ -141,10 +144,14 @@ class Mirror:
             Unavailable: the copy is older than `stale_s_max`.
         """
         self._check_age()
+        matching = [endpoint for endpoint in self._ready(name) if _has_labels(endpoint, meta or {})]
+        return sorted(matching, key=_priority)
+
+    def _ready(self, name: str) -> list[Endpoint]:
+        """Return all ready instances of a name in order of instance."""
         instances = self._names.get(name, {})
         endpoints = [instances[instance] for instance in sorted(instances)]
-        matching = [endpoint for endpoint in endpoints if _has_labels(endpoint, meta or {})]
-        return matching if self.live else [self._stale(endpoint) for endpoint in matching]
+        return endpoints if self.live else [self._stale(endpoint) for endpoint in endpoints]
 
     def _take(self, event: Event) -> None:
         if event.endpoint is None:
@@ -173,22 +180,25 @@ class Mirror:
             changed = True
         else:
             return False
-        queue = self._queues.pop(name, None)
+        queues = self._queues.pop(name, None)
         if not self._names[name]:
             del self._names[name]
             self._served.pop(name, None)
-        elif queue:
-            self._served[name] = queue[-1].instance
+        elif queues:
+            self._served[name] = {queue[-1].priority: queue[-1].instance for queue in queues}
         return changed
 
-    def _make_queue(self, name: str) -> deque[Endpoint]:
+    def _make_queues(self, name: str) -> list[deque[Endpoint]]:
         instances = self._names.get(name, {})
-        queue = deque(instances[instance] for instance in sorted(instances))
-        if queue:
-            self._queues[name] = queue
-            served = self._served.pop(name, None)
-            queue.rotate(0 if served is None else -sum(endpoint.instance <= served for endpoint in queue))
-        return queue
+        ranked = sorted(instances.values(), key=lambda endpoint: (endpoint.priority, endpoint.instance))
+        queues = [deque(endpoints) for _, endpoints in groupby(ranked, _priority)]
+        served = self._served.pop(name, {})
+        for queue in queues:
+            last = served.get(queue[0].priority)
+            queue.rotate(0 if last is None else -sum(endpoint.instance <= last for endpoint in queue))
+        if queues:
+            self._queues[name] = queues
+        return queues
 
     def _check_age(self) -> float:
         """Return `stale_s`, or raise `Unavailable` if it exceeds `stale_s_max`."""
@@ -201,6 +211,10 @@ class Mirror:
 
     def _stale(self, endpoint: Endpoint) -> Endpoint:
         return replace(endpoint, stale_s=self._check_age())
+
+
+def _priority(endpoint: Endpoint) -> int:
+    return endpoint.priority
 
 
 def _has_labels(endpoint: Endpoint, meta: Mapping[str, str]) -> bool:

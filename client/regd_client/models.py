@@ -42,6 +42,7 @@ class Endpoint:
         port: 1 to 65535.
         meta: the labels.
         stale_s: seconds for which the mirror that returned it has been stale; else 0.0.
+        priority: 0 to 65535; lower is preferred.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Endpoint:
     port: int
     meta: Mapping[str, str] = field(hash=False)
     stale_s: float = field(default=0.0, compare=False)
+    priority: int = 0
 
     @property
     def address(self) -> tuple[str, int]:
@@ -67,7 +69,14 @@ class Endpoint:
 
 def endpoint_of(fields: Mapping[str, Any]) -> Endpoint:
     """Return the endpoint of a reply or event. Its `meta` is a copy, since callers may share the fields."""
-    return Endpoint(fields["name"], fields["instance"], fields["host"], fields["port"], {**fields["meta"]})
+    return Endpoint(
+        fields["name"],
+        fields["instance"],
+        fields["host"],
+        fields["port"],
+        {**fields["meta"]},
+        priority=fields.get("priority", 0),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +147,7 @@ class WhyInstance(TypedDict):
     since: float
     owners: list[Owner]
     probe: Probe | None
+    priority: NotRequired[int]
     more_owners: NotRequired[bool]
     meta: NotRequired[dict[str, str]]
 
@@ -178,6 +188,7 @@ class PastChange(TypedDict):
     host: str
     port: int
     state: State
+    priority: NotRequired[int]
     reason: NotRequired[str]
     by: NotRequired[ChangedBy]
 

@@ -11,7 +11,14 @@ from collections.abc import Coroutine, Generator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
-from regd_client.arguments import AUTO, RegistrationRequest, check_seconds, check_text, copy_meta
+from regd_client.arguments import (
+    AUTO,
+    RegistrationRequest,
+    check_integer,
+    check_seconds,
+    check_text,
+    copy_meta,
+)
 from regd_client.connection import Connection, OnFields
 from regd_client.errors import Conflict, NotFound, RegdError, Unavailable
 from regd_client.event_loop import running_loop, wait_shared
@@ -113,7 +120,8 @@ class Registration:
         self._connection = connection
         self._restore_error = ""
         self._rev = reply["rev"]
-        self.endpoint = endpoint_of({**reply, "meta": self._request.meta or {}})
+        request = self._request
+        self.endpoint = endpoint_of({**reply, "meta": request.meta or {}, "priority": request.priority or 0})
         self._moved.set()
 
     def _is_at(self, reply: Mapping[str, Any]) -> bool:
@@ -124,28 +132,33 @@ class Registration:
         self._over = self._over or why
         self._moved.set()
 
-    def _updated(self, meta: dict[str, str] | None, state: State | None) -> None:
+    def _updated(self, meta: dict[str, str] | None, state: State | None, priority: int | None) -> None:
         """Use the new values when the registration is restored."""
         if meta is not None:
             self._request = replace(self._request, meta=meta)
             self.endpoint = replace(self.endpoint, meta={**meta})
         if state is not None:
             self._request = replace(self._request, state=state)
+        if priority is not None:
+            self._request = replace(self._request, priority=priority)
+            self.endpoint = replace(self.endpoint, priority=priority)
 
     async def update(
         self,
         meta: Mapping[str, str] | None = None,
         *,
         state: State | None = None,
+        priority: int | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Replace the labels, set the state, or both. While disconnected, wait until the client is back.
+        """Replace the labels, or set the state or priority. While disconnected, wait until the client is back.
 
             await registration.update({"zone": "b"}, state="ready")
 
         Args:
             meta: the new labels, which replace all previous ones; None leaves them as they are.
             state: `starting`, `ready` or `draining`; None leaves it as it is.
+            priority: 0 to 65535, lower is preferred; None leaves it as it is.
             timeout: seconds for the whole call; by default it waits up to 5 s for a daemon.
 
         Raises:
@@ -155,21 +168,27 @@ class Registration:
             BadArgument: an argument has the wrong type or an invalid value.
         """
         check_text("state", state)
+        check_integer("priority", priority)
         try:
-            await self._client._within(timeout, "update", self._update(copy_meta(meta), state, timeout))
+            work = self._update(copy_meta(meta), state, priority, timeout)
+            await self._client._within(timeout, "update", work)
         finally:
             if self._standalone and self._request.static:
                 await self._client.close()
 
-    async def _update(self, meta: dict[str, str] | None, state: State | None, timeout: float | None) -> None:
+    async def _update(
+        self, meta: dict[str, str] | None, state: State | None, priority: int | None, timeout: float | None
+    ) -> None:
+        arguments = {"meta": meta, "state": state, "priority": priority}
+
         def on_reply(reply: Mapping[str, Any]) -> None:
-            self._updated(meta, state)
+            self._updated(meta, state, priority)
 
         static = self._request.static
         while True:
             connection = await (self._client._connect() if static else self._registrar.holder(self, timeout))
             try:
-                if await self._if_ours(connection, "update", on_reply, meta=meta, state=state):
+                if await self._if_ours(connection, "update", on_reply, **arguments):
                     return
             except Unavailable:  # the connection broke, or the daemon is stopping: repeat the update
                 await asyncio.wait((connection.closed,), timeout=_CLOSING_S)

@@ -62,6 +62,10 @@ def _is_number(value: object) -> bool:
     return (type(value) is int or type(value) is float) and -_NUMBER_MAX < value < _NUMBER_MAX
 
 
+def _is_priority(value: object) -> bool:
+    return type(value) is int and 0 <= value <= 65_535
+
+
 def _is_time(value: object) -> bool:
     return (type(value) is int or type(value) is float) and 0 <= value < _TIME_MAX
 
@@ -217,7 +221,7 @@ _ENDPOINT: dict[str, Check] = {"name": is_name, "instance": _is_instance, "host"
 _HELD: dict[str, Check] = {"hold": _is_flag, "pid": _is_positive, "ttl": _is_number}
 _INSTANCE = Shape(
     {**_ENDPOINT, "meta": _is_meta, "state": _is_state, "rev": _is_whole},
-    {"registered_at": _is_time, "priority": _is_whole, **_HELD},
+    {"registered_at": _is_time, "priority": _is_priority, **_HELD},
 )
 _OWNER = Shape(
     {},
@@ -243,11 +247,12 @@ _KNOWN = Shape(
         "owners": _list_of(_OWNER),
         "probe": lambda value: value is None or _PROBE(value) or _REFUSING(value),
     },
-    {"more_owners": _is_flag, "meta": _is_meta},
+    {"priority": _is_priority, "more_owners": _is_flag, "meta": _is_meta},
 )
 _PAST_CHANGE = Shape(
     {**_ENDPOINT, "rev": _is_whole, "at": _is_time, "op": _is_text, "state": _is_state},
     {
+        "priority": _is_priority,
         "reason": _is_text,
         "by": Shape({}, {"pid": _is_positive, "uid": _is_whole, "command": _is_text}),
     },

@@ -15,7 +15,7 @@ from regd_client.models import Endpoint, Event, EventKind, Key, endpoint_of
 
 __all__ = ["EventQueue", "EventSource", "WatchState", "differences"]
 
-_COMPARED = ("host", "port", "meta", "state", "hold", "pid", "ttl")  # not the time and the revision
+_COMPARED = ("host", "port", "meta", "state", "priority", "hold", "pid", "ttl")  # not the time and the revision
 
 
 def _is_changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from regd.cli.output import visible
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _COUNT_MAX = 36_500  # of each unit: a hundred years of days
 DOC = "Query and change the service registry of this machine."
+HTTP_PORT, DNS_PORT = 7_380, 7_353  # of `regctl serve`
 NOT_FOUND, USAGE, NO_DAEMON, REFUSED = 1, 2, 3, 4  # exit statuses
 STATUSES = {
     0: "done",
@@ -40,6 +41,13 @@ def _port(text: str) -> int | str:
     return port
 
 
+def _priority(text: str) -> int:
+    priority = integer(text, 0, 65_535)
+    if priority is None:
+        raise argparse.ArgumentTypeError(f"must be 0 to 65535, not {text!r}")
+    return priority
+
+
 def _endpoint(text: str) -> tuple[str | None, int]:
     """Parse [HOST:]PORT; without a host, return None for it."""
     host, colon, digits = text.rpartition(":")
@@ -62,6 +70,15 @@ def _path(text: str) -> str:
 def _ttl(text: str) -> float:
     ttl_s = seconds(1, 86_400)(text)
     return int(ttl_s) if ttl_s.is_integer() else ttl_s
+
+
+def _port_or_off(text: str) -> int | None:
+    if text == "off":
+        return None
+    port = integer(text, 0, 65_535)
+    if port is None:
+        raise argparse.ArgumentTypeError(f"must be 0 to 65535, or off, not {text!r}")
+    return port
 
 
 def _since(text: str) -> tuple[str, float]:
@@ -104,6 +121,11 @@ def _labels(doc: str) -> Parameter:
     return Parameter("--meta", f"{doc}; repeatable", type=_label, action="append", metavar="KEY=VALUE")
 
 
+def _preference(default: str) -> Parameter:
+    doc = f"0 to 65535: the ready instances with the lowest number are resolved{default}"
+    return Parameter("--priority", doc, type=_priority, metavar="N")
+
+
 def _timeout(doc: str) -> Parameter:
     return Parameter("--timeout", f"{doc} (default: 30)", type=seconds(0, 3_600), default=30.0, metavar="SECONDS")
 
@@ -143,9 +165,11 @@ COMMANDS = {
         "List registrations.", PATTERN, FILTER, examples=["regctl list", "regctl list 'work*'"], aliases=["ls"]
     ),
     "resolve": Subcommand(
-        "Print the address of a ready instance.",
+        "Print the address of a ready instance, of the best priority.",
         NAME,
-        Parameter("--all", "print the addresses of all ready instances", action="store_true"),
+        Parameter(
+            "--all", "print the addresses of all ready instances, the best priority first", action="store_true"
+        ),
         ANY_INSTANCE,
         FILTER,
         examples=["curl http://$(regctl resolve web)/"],
@@ -163,6 +187,7 @@ COMMANDS = {
         INSTANCE,
         _labels("a label"),
         Parameter("--state", "starting, ready or draining (default: ready)", choices=STATES, metavar="STATE"),
+        _preference(" (default: 0)"),
         Parameter("--ttl", "expire unless registered again within this time", type=_ttl, metavar="SECONDS"),
         Parameter("--pid", "end the registration when this process exits", type=int, metavar="PID"),
         Parameter("--force", "replace a registration whose owner is alive", action="store_true"),
@@ -172,12 +197,17 @@ COMMANDS = {
         "End a registration.", NAME, INSTANCE, examples=["regctl deregister db"], aliases=["rm"]
     ),
     "update": Subcommand(
-        "Change the state or the labels of a registration.",
+        "Change the state, the labels or the priority of a registration.",
         NAME,
         INSTANCE,
         Parameter("--state", "starting, ready or draining", choices=STATES, metavar="STATE"),
         _labels("a label; all previous labels are removed"),
-        examples=["regctl update db --state starting", "regctl update db --meta zone=a --meta role=primary"],
+        _preference(""),
+        examples=[
+            "regctl update db --state starting",
+            "regctl update db --meta zone=a --meta role=primary",
+            "regctl update db --instance 2 --priority 10",
+        ],
     ),
     "drain": Subcommand(
         "Set the state of a registration to draining: it stays registered and is no longer resolved.",
@@ -238,6 +268,7 @@ COMMANDS = {
             metavar="INSTANCE",
         ),
         _labels("a label"),
+        _preference(" (default: 0)"),
         Parameter(
             "--ready-http",
             "the command is ready, and resolved, once it answers a GET request for this path with 2xx",
@@ -315,6 +346,26 @@ COMMANDS = {
         "(prompt_toolkit) adds selection, filter and `why`; without it the view is a plain table. If stdout is "
         "not a terminal, or with --json, regctl prints one frame and exits.",
         examples=["regctl top", "regctl top 'work*'", "regctl top --json | jq .stats.lag_s"],
+    ),
+    "serve": Subcommand(
+        "Serve the registry over HTTP and DNS, on this machine only, until Ctrl-C.",
+        Parameter(
+            "--http",
+            f"the port for HTTP; 0: a free one (default: {HTTP_PORT})",
+            type=_port_or_off,
+            default=HTTP_PORT,
+            metavar="PORT|off",
+        ),
+        Parameter(
+            "--dns",
+            f"the port for DNS, with UDP and TCP; 0: a free one (default: {DNS_PORT})",
+            type=_port_or_off,
+            default=DNS_PORT,
+            metavar="PORT|off",
+        ),
+        more="Reads the registry and never writes. Prints a line for each address once all are open. Needs the "
+        "extra `serve`: pip install 'regd[serve]'. Runs without a daemon too, and finds it when it starts.",
+        examples=["regctl serve", "regctl serve --http 8000 --dns off"],
     ),
     "ping": Subcommand("Check whether a daemon answers.", examples=["regctl ping"]),
     "stats": Subcommand(
@@ -468,6 +519,9 @@ def read(argv: Sequence[str]) -> dict[str, Any]:
         arguments["argv"] = _command_line(arguments)
         if arguments["ready_http"] is not None and arguments["ready_command"] is not None:
             raise UsageError("regctl run", "give --ready-http or --ready-command, not both")
+    elif arguments["command"] == "serve":
+        if arguments["http"] is None and arguments["dns"] is None:
+            raise UsageError("regctl serve", "give a port to --http or to --dns: both are off")
     elif arguments["command"] == "register":
         host, arguments["port"] = arguments["port"]
         if host is not None and arguments["host"] is not None:

@@ -18,6 +18,7 @@ from regd.cli.output import (
     complain,
     environment_variables,
     lines,
+    priority_of,
     say,
     say_json,
     visible,
@@ -130,6 +131,20 @@ def _top(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
     from regd.cli.top import main as top
 
     return top.run(address, as_json, arguments)
+
+
+def _serve(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
+    try:
+        from regd.gateways.listeners import ListenError
+        from regd.gateways.serve import serve
+    except ModuleNotFoundError as error:
+        message = f"{error.name} is missing, which is in the extra `serve`: pip install 'regd[serve]'"
+        return _refused({"ok": False, "error": "bad_argument", "message": message}, as_json)
+    try:
+        serve(address, arguments["http"], arguments["dns"], lambda line: say(line, flush=True))
+    except ListenError as error:
+        return _refused({"ok": False, "error": "refused", "message": str(error)}, as_json)
+    return 0
 
 
 def _names(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
@@ -257,7 +272,8 @@ def _env(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
             reply = ask(connection, "list", {})
             if not reply["ok"]:
                 return _refused(reply, as_json)
-            instances = [entry for entry in reply["instances"] if entry["state"] == "ready"]
+            ready = [entry for entry in reply["instances"] if entry["state"] == "ready"]
+            instances = sorted(ready, key=lambda entry: (entry["name"], priority_of(entry)))
     variables, hidden = environment_variables(instances)
     for key, value in variables.items():
         if not value.isprintable():  # a line feed would start another variable
@@ -281,6 +297,7 @@ _HANDLERS: dict[str, Callable[[str | None, bool, dict[str, Any]], int]] = {
     "history": _history,
     "manual": _manual,
     "names": _names,
+    "serve": _serve,
     "run": _run,
     "stop": _stop,
     "top": _top,

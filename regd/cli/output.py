@@ -122,8 +122,7 @@ def lines(command: str, reply: dict[str, Any]) -> Iterable[str]:
         case "resolve" | "register":
             return [address_of(reply)]
         case "list":
-            header = ("NAME", "INSTANCE", "ADDRESS", "STATE", "META")
-            return table(header, [_row(entry) for entry in reply["instances"]], "nothing is registered")
+            return _list(reply["instances"])
         case "ping":
             return ["regd answers"]
         case "stats":
@@ -139,11 +138,17 @@ def address_of(entry: Mapping[str, Any]) -> str:
     return host_port(entry["host"], entry["port"])
 
 
+def priority_of(entry: Mapping[str, Any]) -> int:
+    """Return the priority of an instance, which replies leave out if it is 0."""
+    return int(entry.get("priority", 0))
+
+
 def event_line(event: Mapping[str, Any]) -> str:
     """Return the line that `regctl watch` prints for an event of an instance; "" for other events."""
     match event.get("event"):
         case "up" | "change" as kind:
-            return "\t".join((kind, *_row(event)))
+            priority = (str(priority_of(event)),) if priority_of(event) else ()
+            return "\t".join((kind, *_row(event), *priority))
         case "down":
             return "\t".join(("down", event["name"], event["instance"] or EMPTY, event["reason"]))
         case _:
@@ -158,6 +163,16 @@ def labels(entry: Mapping[str, Any]) -> str:
 def instance_name(name: str, instance: str) -> str:
     """Return NAME/INSTANCE, or NAME if the instance has no name."""
     return f"{name}/{instance}" if instance else name
+
+
+def _list(entries: list[dict[str, Any]]) -> Iterable[str]:
+    """Return a table of instances. It has their priorities, as the last column, if any is not 0."""
+    header: tuple[str, ...] = ("NAME", "INSTANCE", "ADDRESS", "STATE", "META")
+    rows = [_row(entry) for entry in entries]
+    if any(map(priority_of, entries)):
+        header = (*header, "PRIORITY")
+        rows = [(*row, str(priority_of(entry))) for row, entry in zip(rows, entries, strict=True)]
+    return table(header, rows, "nothing is registered")
 
 
 def _row(entry: Mapping[str, Any]) -> tuple[str, ...]:
@@ -182,7 +197,9 @@ def table(header: tuple[str, ...] | None, rows: list[tuple[str, ...]], nothing: 
 def _reasons(reply: dict[str, Any]) -> Iterable[str]:
     for entry in reply["instances"]:
         name = instance_name(reply["name"], entry["instance"])
-        yield f"{name} at {address_of(entry)}: {entry['state']}" + ("" if entry["alive"] else ", and gone")
+        priority = f", priority {priority_of(entry)}" if priority_of(entry) else ""
+        gone = "" if entry["alive"] else ", and gone"
+        yield f"{name} at {address_of(entry)}: {entry['state']}{priority}{gone}"
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["since"]))
         yield f"  since {since}, at revision {entry['rev']}"
         for owner in entry["owners"]:

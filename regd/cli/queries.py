@@ -6,6 +6,7 @@ import itertools
 import time
 from typing import Any
 
+from regd.cli.output import priority_of
 from regd_client import protocol
 from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import Unavailable
@@ -27,7 +28,8 @@ def ask(connection: BlockingConnection, command: str, arguments: dict[str, Any])
         listed = ask(connection, "list", {"name": arguments["name"], "meta": arguments.get("meta")})
         if not listed["ok"]:
             return listed
-        reply["instances"] = [entry for entry in listed["instances"] if entry["state"] == "ready"]
+        ready = [entry for entry in listed["instances"] if entry["state"] == "ready"]
+        reply["instances"] = sorted(ready, key=priority_of)  # they are in order of instance
     if "next" not in reply:
         return reply
     page = reply

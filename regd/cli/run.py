@@ -184,7 +184,8 @@ class _Name:
         self._port = port
         self._prober = prober
         self._argv = arguments.get("argv", ())
-        self._arguments = {key: arguments[key] for key in ("instance", "meta") if arguments[key] is not None}
+        given = ("instance", "meta", "priority")
+        self._arguments = {key: arguments[key] for key in given if arguments.get(key) is not None}
         self._thread = client_thread()
         self._withdrawn = asyncio.Event()
         self._task: concurrent.futures.Future[None]

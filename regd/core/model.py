@@ -99,6 +99,7 @@ class Entry:
     rev: int
     registered_at: float
     holders: tuple[Holder, ...] = ()
+    priority: int = 0  # lower is preferred, as in RFC 2782
     # Caches of values that follow from the fields above, computed when first needed; None and 0 until then.
     # `encoded` is written by `protocol.messages` alone.
     encoded: bytes | None = field(default=None, init=False, compare=False, repr=False)
@@ -125,6 +126,8 @@ class Entry:
     def looks_like(self, other: "Entry") -> bool:
         """Whether peers cannot tell this entry from `other`, which has the same key. Then nothing changed."""
         if (self.meta, self.state, self.host, self.port) != (other.meta, other.state, other.host, other.port):
+            return False
+        if self.priority != other.priority:
             return False
         if self.holders == other.holders:
             return True
@@ -261,6 +264,10 @@ def check_whole(value: object, least: int, most: int) -> int:
 
 def check_port(value: object) -> int:
     return check_whole(value, 1, 65_535)
+
+
+def check_priority(value: object) -> int:
+    return check_whole(value, 0, 65_535)
 
 
 def check_seconds(value: object, least: float, most: float) -> float:

@@ -31,7 +31,7 @@ from operator import attrgetter
 
 from regd.core.history import History
 from regd.core.holders import HolderGone, HolderIndex
-from regd.core.instances import Instances, Search
+from regd.core.instances import Instances, Place, Search
 from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Change, Entry, Key, Op, Process, State
 from regd.core.suggestions import nearest
@@ -199,14 +199,9 @@ class Registry:
         return self.is_ready(entry) and entry.carries(meta)
 
     def is_sole_ready(self, entry: Entry) -> bool:
-        """True if the entry is its name's only instance and is ready."""
+        """True if the entry is ready, and no other instance of its name has its priority or a better one."""
         service = self._services.get(entry.name)
-        return (
-            service is not None
-            and len(service.entries) == 1
-            and service.entries[0] is entry
-            and self.is_ready(entry)
-        )
+        return service is not None and service.is_sole_best(entry) and self.is_ready(entry)
 
     def instances_of(self, name: str) -> Iterator[Entry]:
         """Return the instances of a name, in order, whatever their state."""
@@ -216,9 +211,11 @@ class Registry:
     # Resolve.
 
     def search(self, name: str, instance: str | None, meta: Mapping[str, str], most: int) -> Search:
-        """Return a search for up to `most` ready instances that carry `meta`, in order of instance."""
-        entries = self._instances(name, instance)
-        return Search(entries, 0, most, partial(self._fits, meta))
+        """Return a search for up to `most` ready instances that carry `meta`.
+
+        The best priority comes first, then it is in order of instance.
+        """
+        return Search(self._instances(name, instance), most, partial(self._fits, meta))
 
     def search_in_turn(
         self,
@@ -226,21 +223,18 @@ class Registry:
         instance: str | None,
         meta: Mapping[str, str],
         most: int,
-        after: str | None = None,
+        after: Place | None = None,
         *,
         readonly: bool = False,
     ) -> Search:
-        """Return the same search in round-robin order: from the instance behind the one served last, or `after`.
+        """Return the same search in round-robin order: of each priority from behind the instance served last.
 
-        `mark_served` moves the position. `readonly`: the position of users who may only read, who move no other.
+        With `after`, it goes on where another search ended. `mark_served` moves the position. `readonly`: the
+        position of users who may only read, who move no other.
         """
         entries = self._instances(name, instance)
-        start = 0
-        if len(entries) > 1:
-            start = self._services[name].behind(
-                self._last_served(name, meta, readonly) if after is None else after
-            )
-        return Search(entries, start, most, partial(self._fits, meta))
+        turn = self._last_served(name, meta, readonly) if len(entries) > 1 else None
+        return Search(entries, most, partial(self._fits, meta), turn, after)
 
     def mark_served(self, entry: Entry, meta: Mapping[str, str], *, readonly: bool = False) -> None:
         """Move the round-robin position to `entry`, a result of `search_in_turn`."""
@@ -248,7 +242,8 @@ class Registry:
         if service is None or len(service.entries) == 1:
             return
         if not meta and not readonly:
-            service.served = entry.instance
+            if not service.is_sole_best(entry):  # its reply may come from a cache, which moves no position
+                service.served = entry.instance
             return
         # By hash: filters may share a position, and each takes only a number of memory.
         key = (entry.name, hash(frozenset(meta.items())))
@@ -268,11 +263,12 @@ class Registry:
         return served.get((name, hash(frozenset(meta.items()))), service.served)
 
     def _instances(self, name: str, instance: str | None) -> list[Entry]:
+        """Return the instances of a name, ranked, or only the one that is named."""
         service = self._services.get(name)
         if service is None:
             return []
         if instance is None:
-            return service.entries
+            return service.ranked
         entry = service.get(instance)
         return [entry] if entry is not None else []
 

@@ -115,6 +115,7 @@ class Transaction:
         *,
         meta: Mapping[str, str] | None = None,
         state: State | None = None,
+        priority: int | None = None,
         holders: tuple[Holder, ...] | None = None,
         registered_at: float | None = None,
     ) -> Entry:
@@ -129,6 +130,7 @@ class Transaction:
             self.rev + 1,
             entry.registered_at if registered_at is None else registered_at,
             entry.holders if holders is None else holders,
+            entry.priority if priority is None else priority,
         )
 
     def _with_known_holders(self, wanted: Entry) -> Entry:
@@ -170,8 +172,10 @@ class Transaction:
         return self._set(before, wanted, tuple(new if each is old else each for each in before.holders))
 
     def _set(self, before: Entry, wanted: Entry, holders: tuple[Holder, ...]) -> Entry:
-        """Give an entry the meta and state of `wanted`, and these holders."""
-        after = self._next(before, meta=wanted.meta, state=wanted.state, holders=holders)
+        """Give an entry the meta, state and priority of `wanted`, and these holders."""
+        after = self._next(
+            before, meta=wanted.meta, state=wanted.state, priority=wanted.priority, holders=holders
+        )
         self._check_room(after, before)
         return self._alter(before, after)
 
@@ -236,9 +240,10 @@ class Transaction:
         state: State | None,
         if_rev: int | None = None,
         *,
+        priority: int | None = None,
         session: int | None = None,
     ) -> Entry:
-        """Replace `meta` as a whole, set `state`, or both, and return the new entry.
+        """Replace `meta` as a whole, set `state` and `priority`, and return the new entry. None keeps a value.
 
         `draining` by one of several holders withdraws that holder and leaves the state as it is.
 
@@ -254,7 +259,7 @@ class Transaction:
             state, holders = None, _withdrawn(before, own)
         elif state is not None:
             holders = tuple(replace(each, withdrawn=each.id not in own and each.withdrawn) for each in holders)
-        after = self._next(before, meta=meta, state=state, holders=holders)
+        after = self._next(before, meta=meta, state=state, priority=priority, holders=holders)
         self._check_room(after, before)
         return self._alter(before, after)
 

@@ -101,6 +101,7 @@ NAME = ArgType("name", model.check_name)
 PATTERN = ArgType("name or prefix*", model.check_pattern)
 INSTANCE = ArgType("instance", model.check_instance)
 PORT = ArgType("port 1-65535", model.check_port)
+PRIORITY = ArgType("0-65535", model.check_priority)
 HOST = ArgType("IP address or host name", model.check_host)
 META = ArgType("object of strings", model.check_meta)
 STATE = ArgType("starting, ready or draining", model.check_state)
@@ -149,6 +150,7 @@ COMMANDS: Mapping[str, Command] = {
             "instance": _ONE,
             "meta": Argument(META, "labels; none when left out"),
             "state": Argument(STATE, "only `ready` is resolved, and the default"),
+            "priority": Argument(PRIORITY, "lower is preferred; 0 when left out"),
             "hold": Argument(FLAG, "end it with this connection"),
             "pid": Argument(PID, "end it with this process"),
             "ttl": Argument(TTL, "end it when it is not renewed for so long"),
@@ -166,13 +168,14 @@ COMMANDS: Mapping[str, Command] = {
         guarded=True,
     ),
     "resolve": Command(
-        "Return a `ready` instance, in turn; with `all`, all of them; with `wait`, once one accepts connections.",
+        "Return a `ready` instance of the best priority, in turn; with `all`, all `ready` ones; "
+        "with `wait`, once one accepts connections.",
         "the fields of the instance; with `all`: `instances` `rev`, and `more` if there are more",
         {
             "name": _OF_NAME,
             "instance": Argument(INSTANCE, "only this one; any when left out"),
             "meta": Argument(META, "only instances that have all of it"),
-            "all": Argument(FLAG, "all instances in one reply"),
+            "all": Argument(FLAG, "all instances in one reply, the best priority first"),
             "wait": Argument(WAIT, "wait up to so long for one that accepts connections"),
         },
     ),
@@ -187,13 +190,14 @@ COMMANDS: Mapping[str, Command] = {
         },
     ),
     "update": Command(
-        "Replace `meta`, set `state`, or both, of a registration.",
+        "Replace the `meta` of a registration, or set its `state` or `priority`.",
         "`rev`",
         {
             "name": _OF_NAME,
             "instance": _ONE,
             "meta": Argument(META, "labels, which replace all present ones"),
             "state": Argument(STATE, "only `ready` is resolved"),
+            "priority": Argument(PRIORITY, "lower is preferred"),
             "if": _IF,
         },
         writes=True,

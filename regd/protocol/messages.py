@@ -139,7 +139,7 @@ def _flat(entry: Entry) -> bytes:
     if entry.encoded is None:
         # An f-string is three times as fast as `json`. Only `meta` can hold characters that JSON must escape.
         meta = ",".join([f"{_quoted(key)}:{_quoted(text)}" for key, text in entry.meta.items()])
-        more = ""
+        more = "" if entry.priority == 0 else f',"priority":{entry.priority}'
         if entry.holders:
             more += ',"hold":true' if entry.hold else ""
             more += "" if entry.pid is None else f',"pid":{entry.pid}'
@@ -202,7 +202,7 @@ def instances(id: str | int | None, result: Mapping[str, object], entries: Itera
 
 
 _HTTP_TEXT = b"""\
-This is regd, a service registry. It does not speak HTTP.
+This is regd, a service registry. This port does not speak HTTP: start `regctl serve` for that.
 It takes one JSON object a line, or a bare line such as: help
 From a shell: regctl list, or: printf 'help\\nquit\\n' | nc HOST PORT
 """

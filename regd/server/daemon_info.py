@@ -15,7 +15,7 @@ from regd.system.namespaces import own_pid_namespace
 from regd.system.processes import boot_id
 
 PROTOCOL = 1
-FEATURES = ("if", "force", "state", "hold", "pid", "ttl", "watch", "wait", "why", "history")
+FEATURES = ("if", "force", "state", "hold", "pid", "ttl", "watch", "wait", "why", "history", "priority")
 
 
 class DaemonInfo:
@@ -47,10 +47,12 @@ class DaemonInfo:
         self._boot: str | None = None
         self._pid_namespace: str | None = None
         self._started = 0.0  # monotonic seconds
+        self._started_at = 0.0  # Unix seconds
 
     def open(self) -> None:
         """Record when the daemon started, in which event loop, boot and pid namespace."""
         self._started = self._clock.now()
+        self._started_at = self._clock.wall()
         self._loop = type(asyncio.get_running_loop()).__module__.partition(".")[0]  # asyncio or uvloop
         self._boot = boot_id()
         self._pid_namespace = own_pid_namespace()
@@ -85,6 +87,7 @@ class DaemonInfo:
             "loop": self._loop,
             "registry": str(self._path),
             "log": None if self._log is None else str(self._log),
+            "started_at": self._started_at,
             "uptime_s": round(self._clock.now() - self._started, 3),
             "epoch": self._epoch,
             "rev": registry.rev,

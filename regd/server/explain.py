@@ -159,6 +159,7 @@ class Explainer:
             "host": entry.host,
             "port": entry.port,
             "state": entry.state,
+            **({"priority": entry.priority} if entry.priority else {}),
             "alive": self._registry.lifetimes.is_alive(entry),
             "rev": entry.rev,
             "since": entry.registered_at,

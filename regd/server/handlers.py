@@ -254,7 +254,16 @@ class Handlers:
             process = None if pid is None else self._find(pid, caller)
             holders = (Holder(0, caller.session, hold, process, ttl_s),)
         wanted = Entry(
-            name, instance, host, given["port"], meta, state, rev=0, registered_at=0.0, holders=holders
+            name,
+            instance,
+            host,
+            given["port"],
+            meta,
+            state,
+            rev=0,
+            registered_at=0.0,
+            holders=holders,
+            priority=given.get("priority", 0),
         )
         try:
             entry, replaced = transaction.register(
@@ -280,10 +289,12 @@ class Handlers:
 
     def _update(self, transaction: Transaction, request: Request, caller: Caller) -> bytes:
         given = request.arguments
-        meta, state = given.get("meta"), given.get("state")
-        if meta is None and state is None:
-            raise Refused(Code.BAD_ARGUMENT, "update needs meta, state or both", field="meta")
-        entry = transaction.update(_key(given), meta, state, given.get("if"), session=caller.session)
+        meta, state, priority = given.get("meta"), given.get("state"), given.get("priority")
+        if meta is None and state is None and priority is None:
+            raise Refused(Code.BAD_ARGUMENT, "update needs meta, state or priority", field="meta")
+        entry = transaction.update(
+            _key(given), meta, state, given.get("if"), priority=priority, session=caller.session
+        )
         return messages.ok(request.id, {"rev": entry.rev})
 
 

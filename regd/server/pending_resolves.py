@@ -1,14 +1,15 @@
 """Pending resolves: requests with `wait`, answered once an instance is ready and accepts connections.
 
 A pending resolve is evaluated when anything about its name changes, and when an instance was probed. The answer
-is the first instance in round-robin order that accepts. A later one is taken once those before it are known not
-to accept, or have not answered the probe for `_GRACE_S`.
+is the first instance in round-robin order that accepts, of the best priority that has one. A later one is taken
+once those before it are known not to accept, or have not answered the probe for `_GRACE_S`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 
 from regd.core.errors import Code, Refused
-from regd.core.instances import Search
+from regd.core.instances import Place, Search
 from regd.core.limits import Limits
 from regd.core.model import Change, Entry
 from regd.core.registry import Registry
@@ -24,6 +25,11 @@ _SLICE_S = 0.002
 
 def _ignore(entry: Entry | None) -> None:
     pass
+
+
+def _ranked(entries: Sequence[Entry]) -> list[Entry]:
+    """Return entries with the best priority first. A search that went around may have found it last."""
+    return sorted(entries, key=attrgetter("priority"))
 
 
 class PendingResolve:
@@ -63,7 +69,7 @@ class PendingResolve:
         self.done = done
         self.addresses: dict[Address, None] = {}  # that are probed for it, in round-robin order
         self.search: Search | None = None  # that takes more than one time slice
-        self.after: str | None = None  # none up to this instance accepts: of very many the next ones are probed
+        self.after: Place | None = None  # none up to this place accepts: of very many the next ones are probed
         self.grace_timer: Timer | None = None
         self.is_over = False
 
@@ -148,10 +154,11 @@ class PendingResolves:
         """Answer, or probe the instances that could become the answer."""
         if wait.is_over:
             return
-        entries = self._candidates(wait)
-        if entries is None:
+        search = self._search(wait)
+        if search is None:
             self._to_evaluate.add_first(wait)  # so that no other search has to be kept meanwhile
             return
+        entries = _ranked(search.found)
         self._probe(wait, [(entry.host, entry.port) for entry in entries if may_probe(entry.host)])
         undecided = False
         for entry in entries:
@@ -166,12 +173,12 @@ class PendingResolves:
                 return
             undecided = undecided or accepts is None
         if not undecided and len(entries) == self._limits.probed_instances_max:
-            wait.after = entries[-1].instance
+            wait.after = search.place
         if wait.once and not undecided:
             self._end(wait, None)
 
-    def _candidates(self, wait: PendingResolve) -> list[Entry] | None:
-        """Return the instances to probe, in round-robin order; None while the search is not complete."""
+    def _search(self, wait: PendingResolve) -> Search | None:
+        """Return the search for the instances to probe; None while it is not complete."""
         if wait.search is None:
             most = self._limits.probed_instances_max
             wait.search = self._registry.search_in_turn(
@@ -181,7 +188,7 @@ class PendingResolves:
         if not search.go_on(self._limits.search_step_max):
             return None
         wait.search = None
-        return search.found
+        return search
 
     def _accepts(self, wait: PendingResolve, address: Address) -> bool | None:
         """Return whether an address accepts connections, None while that is not known."""
@@ -197,9 +204,9 @@ class PendingResolves:
     def _take_any(self, wait: PendingResolve) -> None:
         """Answer with any instance that accepts: those before it have not answered in time."""
         wait.grace_timer = None
-        entries = self._candidates(wait)
+        search = self._search(wait)
         wait.search = None
-        for entry in entries or ():
+        for entry in _ranked(search.found) if search is not None else ():
             if not wait.is_over and self._accepts(wait, (entry.host, entry.port)):
                 self._end(wait, entry)
 

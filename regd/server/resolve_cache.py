@@ -1,4 +1,4 @@
-"""Cached replies to plain `resolve` requests, for names that have one instance.
+"""Cached replies to plain `resolve` requests, for names with one instance, or with one of the best priority.
 
 A cached reply is invalidated as soon as its name changes: a change is committed, or a holder is marked gone. So a
 cached reply is always what the registry would answer.

@@ -69,6 +69,8 @@ def line(entry: Entry) -> bytes:
         fields += f', "meta": {{{meta}}}'
     if entry.state is not State.READY:
         fields += f', "state": "{entry.state}"'
+    if entry.priority:
+        fields += f', "priority": {entry.priority}'
     if entry.holders and (fields_of_holders := conditions(entry)):
         fields += f", {_encode(fields_of_holders)[1:-1]}"
     return f'{fields}, "rev": {entry.rev}, "registered_at": {entry.registered_at!r}}}'.encode()
@@ -358,6 +360,7 @@ def entry(
         values.get("rev", rev),
         values.get("registered_at", registered_at),
         holders,
+        values.get("priority", 0),
     )
 
 
@@ -420,6 +423,7 @@ _CHECKS: Mapping[str, Callable[[object], Any]] = {
     "host": model.check_host,
     "meta": model.check_meta,
     "state": model.check_state,
+    "priority": model.check_priority,
     "rev": lambda value: model.check_whole(value, 1, _WHOLE_MAX),
     "registered_at": _check_time,
 }

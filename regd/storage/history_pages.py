@@ -14,7 +14,7 @@ from regd.storage.journal import SegmentFile
 
 _SCAN_MAX = 2_000  # changes looked at for one page
 _PAGE_BYTES = 524_288  # of lines in one page
-_FIELDS = ("rev", "at", "op", "name", "instance", "host", "port", "state", "reason", "by")
+_FIELDS = ("rev", "at", "op", "name", "instance", "host", "port", "state", "priority", "reason", "by")
 _CHANGE = re.compile(
     rb'^\{"line":([0-9]{1,19})(?:,"batch":[0-9]+)?,"rev":([0-9]{1,19}),'
     rb'"at":(-?[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?),"op":.*$',

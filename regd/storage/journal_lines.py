@@ -106,6 +106,8 @@ def change(number: int, change: Change, batch: int = 0) -> bytes:
         f',"at":{change.at!r},"op":"{change.op}","name":"{entry.name}","instance":"{entry.instance}",'
         f'"host":"{entry.host}","port":{entry.port},"state":"{entry.state}"'
     )
+    if entry.priority:
+        text += f',"priority":{entry.priority}'
     if change.reason:
         text += f',"reason":"{change.reason}"'
     if change.by is not None:

@@ -137,12 +137,32 @@ class PeerCredentials:
         """Return the user at the other end; None if it is unknown."""
         if connection.family == socket.AF_UNIX:
             return self._known(_unix_uid(connection))
+        try:
+            return self.uid_of_tcp_peer(connection.getpeername()[:2], connection.getsockname()[:2])
+        except OSError:
+            return None  # the peer has closed the connection
+
+    def uid_of_tcp_peer(self, peer: End, own: End) -> int | None:
+        """Return the user whose socket at `peer` is connected to the one at `own`; None if it is unknown."""
         if self._ask is None:
             return None
         try:
-            return self._known(self._ask(connection.getpeername()[:2], connection.getsockname()[:2]))
+            return self._known(self._ask(peer, own))
         except OSError:
-            return None  # the peer has closed the connection
+            return None
+
+    def uid_of_udp_peer(self, peer: End, own: End) -> int | None:
+        """Return the user whose socket at `peer` gets datagrams from `own`; None if it is unknown.
+
+        The kernel looks a UDP socket up as it does for a datagram from `source` to `destination`.
+        """
+        if self._netlink is None:
+            return None
+        try:
+            row = self._row(own, peer, socket.IPPROTO_UDP)
+        except OSError:
+            return None
+        return self._known(owner(row)) if has_source_port(row, peer[1]) else None
 
     def _known(self, uid: int | None) -> int | None:
         return None if uid in (self._unmapped, ALL_USERS) else uid
@@ -184,10 +204,10 @@ class PeerCredentials:
             return None
         return owner(row)
 
-    def _row(self, source: End, destination: End) -> bytes:
+    def _row(self, source: End, destination: End, protocol: int = socket.IPPROTO_TCP) -> bytes:
         """Return the kernel's reply about one socket; b"" if there is no such socket."""
         assert self._netlink is not None
-        self._netlink.send(question(source, destination))
+        self._netlink.send(question(source, destination, protocol))
         while True:
             answer = self._netlink.recv(8_192)
             length, kind, *_ = _HEAD.unpack_from(answer)
@@ -209,9 +229,9 @@ def _id(source: End, destination: End) -> bytes:
     return _PORTS.pack(source[1], destination[1]) + b"".join(packed)
 
 
-def question(source: End, destination: End) -> bytes:
-    """Return the netlink message that asks for the TCP socket from `source` to `destination`."""
-    request = _REQUEST.pack(_family(source[0]), socket.IPPROTO_TCP, 0, 0, _ANY)
+def question(source: End, destination: End, protocol: int = socket.IPPROTO_TCP) -> bytes:
+    """Return the netlink message that asks for the socket from `source` to `destination`."""
+    request = _REQUEST.pack(_family(source[0]), protocol, 0, 0, _ANY)
     body = request + _id(source, destination) + _REST.pack(0, _ANY, _ANY)
     return _HEAD.pack(_HEAD.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0) + body
 
@@ -225,6 +245,11 @@ def is_connection(row: bytes, source: End, destination: End) -> bool:
     if _family(source[0]) == socket.AF_INET:
         ids.append(_id(*((f"::ffff:{host}", port) for host, port in (source, destination))))
     return answered in ids
+
+
+def has_source_port(row: bytes, port: int) -> bool:
+    """Return whether a netlink reply is about a socket that is bound to this port."""
+    return len(row) >= _OWNER_AT + _OWNER.size and _PORTS.unpack_from(row, _ID_AT)[0] == port
 
 
 def owner(row: bytes) -> int | None:

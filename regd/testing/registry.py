@@ -55,6 +55,7 @@ class Registry:
         instance: str | None = None,
         meta: Mapping[str, str] | None = None,
         state: str | None = None,
+        priority: int | None = None,
         force: bool = False,
     ) -> Endpoint:
         """Register a service that stays until it is deregistered.
@@ -78,9 +79,10 @@ class Registry:
                 instance=instance,
                 meta=None if meta is None else dict(meta),
                 state=state,
+                priority=priority,
                 force=force,
             )
-        return endpoint_of({**reply, "meta": dict(meta or {})})
+        return endpoint_of({**reply, "meta": dict(meta or {}), "priority": priority or 0})
 
     def update(
         self,
@@ -88,18 +90,20 @@ class Registry:
         meta: Mapping[str, str] | None = None,
         *,
         state: str | None = None,
+        priority: int | None = None,
         instance: str | None = None,
     ) -> None:
-        """Replace the labels of a registration, set its state, or both, whichever client made it.
+        """Replace the labels of a registration, or set its state or priority, whichever client made it.
 
         Raises:
             NotFound: there is no such registration.
-            BadArgument: a value is not valid, or both are missing.
+            BadArgument: a value is not valid, or all three are missing.
             Unavailable: the registry is stopped, or stopping.
         """
         with self._connection() as connection:
             labels = None if meta is None else dict(meta)
-            _ask(connection, "update", name=name, instance=instance, meta=labels, state=state)
+            fields = {"meta": labels, "state": state, "priority": priority}
+            _ask(connection, "update", name=name, instance=instance, **fields)
 
     def deregister(self, name: str, instance: str | None = None) -> None:
         """End a registration, whichever client made it. A client that holds it receives `lost`.

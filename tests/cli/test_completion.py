@@ -96,7 +96,7 @@ def completed(shell: str, env: dict[str, str], *lines: str) -> list[list[str]]:
 ALL = {"bash": bash, "zsh": zsh, "fish": fish}
 COMMON_OPTIONS = ["--address", "--help", "--json"]
 RUN_OPTIONS = [
-    "--instance", "--meta", "--port", "--ready-command", "--ready-http", "--socket", "--timeout", "--wait",
+    "--instance", "--meta", "--port", "--priority", "--ready-command", "--ready-http", "--socket", "--timeout", "--wait",
 ]  # fmt: skip
 CASES = {
     "regctl re": ["register", "resolve"],

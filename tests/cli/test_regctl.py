@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from regd.cli.output import event_line
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import DaemonProcess, environment
 
@@ -535,3 +536,42 @@ def test_nothing_is_written_into_a_reused_descriptor(closed: str, peopled: Daemo
     assert stats["bad_protocol"] == 0
     assert not stats["errors"].get("bad_request")
     assert not stats["errors"].get("bad_json")
+
+
+def test_priority(regctl: Run) -> None:
+    regctl("register", "db", "1", "--instance", "a")
+    assert [line.split("\t") for line in regctl("list")[1].splitlines()] == [
+        ["db", "a", "127.0.0.1:1", "ready", "-"]
+    ]
+    regctl("register", "db", "2", "--instance", "b", "--priority", "10", "--meta", "zone=x")
+    regctl("register", "db", "3", "--instance", "c", "--priority", "65535")
+    assert [line.split("\t") for line in regctl("list")[1].splitlines()] == [
+        ["db", "a", "127.0.0.1:1", "ready", "-", "0"],
+        ["db", "b", "127.0.0.1:2", "ready", "zone=x", "10"],
+        ["db", "c", "127.0.0.1:3", "ready", "-", "65535"],
+    ]
+    assert [regctl("resolve", "db")[1] for _ in range(2)] == ["127.0.0.1:1\n"] * 2
+    assert regctl("resolve", "db", "--meta", "zone=x")[1] == "127.0.0.1:2\n"
+    assert regctl("update", "db", "--instance", "a", "--priority", "20")[0] == 0
+    assert regctl("resolve", "db")[1] == "127.0.0.1:2\n"
+    assert regctl("resolve", "db", "--all")[1].split() == ["127.0.0.1:2", "127.0.0.1:1", "127.0.0.1:3"]
+    assert "DB_PORT=2" in regctl("env")[1].splitlines()
+    assert "db/a at 127.0.0.1:1: ready, priority 20" in regctl("why", "db")[1].splitlines()
+    regctl("drain", "db", "--instance", "b")
+    assert "DB_PORT=1" in regctl("env")[1].splitlines()
+    regctl("update", "db", "--instance", "a", "--priority", "0")
+    assert "db/a at 127.0.0.1:1: ready" in regctl("why", "db")[1].splitlines()
+
+
+@pytest.mark.parametrize("value", ["-1", "65536", "1.5", "x", "", "٣", "1_0", "999999"])
+@pytest.mark.parametrize("command", [["register", "db", "1"], ["update", "db"], ["run", "db"]])
+def test_other_priorities_are_usage_errors(command: list[str], value: str, regctl: Run) -> None:
+    status, _, errors = regctl(*command, f"--priority={value}", *(["--", "true"] if command[0] == "run" else []))
+    assert status == 2
+    assert f"must be 0 to 65535, not {value!r}" in errors
+
+
+def test_event_line_has_the_priority_unless_it_is_0() -> None:
+    entry = {"name": "db", "instance": "", "host": "::1", "port": 1, "state": "ready", "meta": {}}
+    assert event_line({"event": "up", **entry}) == "up\tdb\t-\t[::1]:1\tready\t-"
+    assert event_line({"event": "change", **entry, "priority": 7}) == "change\tdb\t-\t[::1]:1\tready\t-\t7"

@@ -146,6 +146,12 @@ def test_free_port_is_reserved_and_registered_once_the_command_accepts(
         assert peer.ask("why", name="web")["departures"][0]["reason"] in ("deregistered", "process exited")
 
 
+def test_priority_of_the_command(process: DaemonProcess, peer: BlockingConnection) -> None:
+    with running(process, "web", "--socket", "--priority", "7", "--", "cat") as run:
+        assert "web is registered at" in run.told()
+        assert peer.ask("resolve", name="web")["priority"] == 7
+
+
 def test_port_of_the_command(process: DaemonProcess, peer: BlockingConnection) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

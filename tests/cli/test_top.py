@@ -219,6 +219,23 @@ def test_panes() -> None:
     assert press(ViewState(), picture(), "w", "j", "G", "enter", "escape", "pagedown")
 
 
+def test_priority_is_shown_where_it_is_not_0() -> None:
+    made = picture(fields("db", "1"), fields("db", "2", priority=10))
+    assert drawn(made, size=(80, 14))[3:6] == [
+        "  NAME▾     INSTANCE  ADDRESS       STATE     PRIORITY   AGE  HELD BY",
+        "  db        1         127.0.0.1:80  ready                 0s  static",
+        "  db        2         127.0.0.1:80  ready           10    0s  static",
+    ]
+    assert "PRIORITY" not in drawn(made, size=(50, 14))[3]
+    take(made, fields("db", "2"), 5.0)
+    assert made.events[0].what == "priority 10 → 0"
+    assert "PRIORITY" not in drawn(made)[3]
+    take(made, fields("db", "2", priority=65_535), 6.0)
+    assert made.events[0].what == "priority 0 → 65535"
+    take(made, fields("db", "2", priority=1, state="draining"), 7.0)
+    assert made.events[0].what == "ready → draining"
+
+
 # Frames.
 
 

@@ -105,7 +105,9 @@ async def test_ping_hello_and_stats(client: Client) -> None:
     await client.ping()
     hello, stats = await client.hello(), await client.stats()
     assert (hello["server"], hello["protocol"], hello["rev"]) == ("regd", 1, 0)
-    assert hello["features"] == ["if", "force", "state", "hold", "pid", "ttl", "watch", "wait", "why", "history"]
+    assert {"if", "force", "state", "hold", "pid", "ttl", "watch", "wait", "why", "history", "priority"} == {
+        *hello["features"]
+    }
     assert set(hello) == {"ok", "id", "server", "version", "protocol", "epoch", "rev", "features", "limits", "host", "loop"}  # fmt: skip
     assert hello["limits"]["reply_instances_max"] == stats["limits"]["reply_instances_max"] == 1_000
     assert {"ping": 1, "hello": 1}.items() <= stats["requests"].items()

@@ -3,15 +3,19 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regd.core.instances import Instances, Search
+from regd.core.instances import Instances, Place, Search
 from regd.core.limits import Limits
 from regd.core.model import Entry, State
 from regd.core.registry import Registry
 from regd.core.transaction import Transaction
 
 
-def entry(instance: str, port: int = 1, **meta: str) -> Entry:
-    return Entry("w", instance, "127.0.0.1", port, meta, State.READY, 0, 0.0)
+def entry(instance: str, port: int = 1, priority: int = 0, **meta: str) -> Entry:
+    return Entry("w", instance, "127.0.0.1", port, meta, State.READY, 0, 0.0, priority=priority)
+
+
+def rank(entry: Entry) -> tuple[int, str]:
+    return entry.priority, entry.instance
 
 
 def registry_of(*entries: Entry, limits: Limits | None = None) -> Registry:
@@ -19,35 +23,64 @@ def registry_of(*entries: Entry, limits: Limits | None = None) -> Registry:
 
 
 instances = st.text(alphabet="abz01", max_size=3)
+priorities = st.sampled_from([0, 0, 0, 1, 7, 65_535])
 
 
-@given(st.lists(st.tuples(instances, st.booleans())), instances)
-def test_service_behaves_like_an_ordered_dict(steps: list[tuple[str, bool]], asked: str) -> None:
+@given(st.lists(st.tuples(st.sampled_from(["", "a", "b1", "z"]), st.none() | priorities)), instances)
+def test_service_behaves_like_an_ordered_dict(steps: list[tuple[str, int | None]], asked: str) -> None:
     service, model = Instances(), dict[str, Entry]()
-    for count, (instance, stays) in enumerate(steps):
-        if stays:
-            model[instance] = entry(instance, count + 1)
+    for count, (instance, priority) in enumerate(steps):
+        if priority is not None:
+            model[instance] = entry(instance, count + 1, priority)
             service.set(model[instance])
         elif instance in model:
             del model[instance]
             service.remove(instance)
-    assert service.entries == [model[key] for key in sorted(model)]
+        assert service.entries == [model[key] for key in sorted(model)]
+        assert service.ranked == sorted(model.values(), key=rank)
+        assert (service.ranked is service.entries) is (len({each.priority for each in model.values()}) <= 1)
     assert service.get(asked) == model.get(asked)
     assert service.behind(asked) == sum(key <= asked for key in model)
 
 
-@given(st.lists(st.booleans()), st.integers(0, 9), st.integers(1, 9), st.integers(1, 9))
-def test_sliced_search_equals_one_search(fits: list[bool], start: int, most: int, looks: int) -> None:
-    entries = [entry(f"{n:03}", port=1 + yes) for n, yes in enumerate(fits)]
-    start = min(start, len(entries))
-    search = Search(entries, start, most, lambda each: each.port == 2)
+def in_turn(entries: list[Entry], turn: str | None, after: Entry | None = None) -> list[Entry]:
+    """Return the order of a search: by priority, then from behind `turn` on; cyclic behind `after`."""
+
+    def place(entry: Entry) -> tuple[int, bool, str]:
+        return entry.priority, turn is not None and entry.instance <= turn, entry.instance
+
+    ordered = sorted(entries, key=place)
+    if after is None:
+        return ordered
+    return sorted(ordered, key=lambda entry: place(entry) <= place(after))
+
+
+@given(
+    st.dictionaries(instances, st.tuples(priorities, st.booleans())),
+    st.none() | instances,
+    st.none() | st.tuples(instances, priorities),
+    st.integers(1, 9),
+    st.integers(1, 9),
+)
+def test_sliced_search_equals_one_search(
+    spread: dict[str, tuple[int, bool]],
+    turn: str | None,
+    behind: tuple[str, int] | None,
+    most: int,
+    looks: int,
+) -> None:
+    known = [entry(instance, 1 + fits, priority) for instance, (priority, fits) in spread.items()]
+    entries = sorted(known, key=rank)
+    after = entry(behind[0], priority=behind[1]) if behind else None
+    search = Search(entries, most, lambda each: each.port == 2, turn, Place(turn, after) if after else None)
     turns = 1
     while not search.go_on(looks):
         entries.clear()  # what happens between two slices changes nothing
         turns += 1
-    around = [*range(start, len(fits)), *range(start)]
-    assert [entry.instance for entry in search.found] == [f"{n:03}" for n in around if fits[n]][:most]
-    assert turns <= max(1, -(-len(fits) // looks))
+    assert search.found == [each for each in in_turn(known, turn, after) if each.port == 2][:most]
+    assert turns <= max(1, -(-len(known) // looks))
+    if search.found:
+        assert search.place == Place(turn, search.found[-1])
 
 
 def served(registry: Registry, **meta: str) -> str:
@@ -55,6 +88,39 @@ def served(registry: Registry, **meta: str) -> str:
     assert search.go_on(1_000)
     registry.mark_served(search.found[0], meta)
     return search.found[0].instance
+
+
+def test_round_robin_is_among_the_best_priority() -> None:
+    registry = registry_of(entry("a", priority=5), entry("b"), entry("c", priority=1), entry("d"))
+    assert [served(registry) for _ in range(4)] == ["b", "d", "b", "d"]
+
+
+def test_next_priority_is_used_while_the_best_is_not_ready() -> None:
+    registry = registry_of(*(entry(f"{n}", priority=n // 2) for n in range(4)))
+    assert [served(registry), served(registry), served(registry)] == ["0", "1", "0"]
+    transaction = Transaction(registry, 0.0)
+    transaction.update(("w", "0"), None, State.DRAINING)
+    registry.apply(transaction.changes, 0.0)
+    assert [served(registry), served(registry)] == ["1", "1"]
+    transaction = Transaction(registry, 0.0)
+    transaction.deregister(("w", "1"))
+    registry.apply(transaction.changes, 0.0)
+    assert [served(registry) for _ in range(3)] == ["2", "3", "2"]
+    transaction = Transaction(registry, 0.0)
+    transaction.update(("w", "0"), None, State.READY)
+    registry.apply(transaction.changes, 0.0)
+    assert [served(registry) for _ in range(3)] == ["0", "0", "0"]
+
+
+def test_best_priority_is_that_of_the_instances_with_the_labels() -> None:
+    registry = registry_of(
+        entry("a"),
+        entry("b", priority=1, zone="x"),
+        entry("c", priority=1, zone="x"),
+        entry("d", priority=2, zone="x"),
+    )
+    assert [served(registry, zone="x") for _ in range(3)] == ["b", "c", "b"]
+    assert served(registry) == "a"
 
 
 def test_each_filter_has_its_own_round_robin_position() -> None:

@@ -23,8 +23,9 @@ def wanted(
     host: str = "127.0.0.1",
     meta: Mapping[str, str] | None = None,
     state: State = State.READY,
+    priority: int = 0,
 ) -> Entry:
-    return Entry(name, instance, host, port, meta or {}, state, 0, 0.0)
+    return Entry(name, instance, host, port, meta or {}, state, 0, 0.0, priority=priority)
 
 
 def land(registry: Registry, *entries: Entry, now: float = 0.0) -> list[Change]:
@@ -69,6 +70,7 @@ names = st.sampled_from(["a", "a-b", "a.b", "ab", "b"])
 instances = st.sampled_from(["", "-", "1", "z"])
 metas = st.sampled_from([{}, {"zone": "a"}, {"zone": "b", "x": "y"}])
 states = st.sampled_from(list(State))
+priorities = st.sampled_from([0, 0, 1, 65_535])
 
 
 class Histories(RuleBasedStateMachine):
@@ -78,17 +80,21 @@ class Histories(RuleBasedStateMachine):
         super().__init__()
         self.registry = Registry()
         self.transaction = Transaction(self.registry, 5.0)
-        self.model: dict[Key, tuple[str, int, Mapping[str, str], State]] = {}
+        self.model: dict[Key, tuple[str, int, Mapping[str, str], State, int]] = {}
         self.drafted = dict(self.model)
         self.folded: dict[Key, Entry] = {}
         self.rev = 0
 
-    @rule(name=names, instance=instances, port=st.integers(1, 2), meta=metas, state=states)
-    def register(self, name: str, instance: str, port: int, meta: Mapping[str, str], state: State) -> None:
-        entry, replaced = self.transaction.register(wanted(name, instance, port, meta=meta, state=state))
+    @rule(name=names, instance=instances, port=st.integers(1, 2), meta=metas, state=states, priority=priorities)
+    def register(
+        self, name: str, instance: str, port: int, meta: Mapping[str, str], state: State, priority: int
+    ) -> None:
+        entry, replaced = self.transaction.register(
+            wanted(name, instance, port, meta=meta, state=state, priority=priority)
+        )
         before = self.drafted.get((name, instance))
         assert replaced is (before is not None and before[1] != port)
-        self.drafted[name, instance] = (entry.host, port, meta, state)
+        self.drafted[name, instance] = (entry.host, port, meta, state, priority)
 
     @rule(name=names, instance=instances)
     def deregister(self, name: str, instance: str) -> None:
@@ -100,12 +106,21 @@ class Histories(RuleBasedStateMachine):
                 self.transaction.deregister((name, instance))
             assert refusal.value.code is Code.NOT_FOUND
 
-    @rule(name=names, instance=instances, meta=metas, state=st.none() | states)
-    def update(self, name: str, instance: str, meta: Mapping[str, str], state: State | None) -> None:
+    @rule(
+        name=names,
+        instance=instances,
+        meta=metas,
+        state=st.none() | states,
+        priority=st.none() | priorities,
+    )
+    def update(
+        self, name: str, instance: str, meta: Mapping[str, str], state: State | None, priority: int | None
+    ) -> None:
         if (name, instance) in self.drafted:
-            self.transaction.update((name, instance), meta, state)
-            host, port, _, before = self.drafted[name, instance]
-            self.drafted[name, instance] = (host, port, meta, state or before)
+            self.transaction.update((name, instance), meta, state, priority=priority)
+            host, port, _, before, previous = self.drafted[name, instance]
+            new = previous if priority is None else priority
+            self.drafted[name, instance] = (host, port, meta, state or before, new)
 
     @rule()
     def land(self) -> None:
@@ -125,7 +140,7 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def state_is_the_model(self) -> None:
         entries = listed(self.registry)
-        assert {e.key: (e.host, e.port, e.meta, e.state) for e in entries} == self.model
+        assert {e.key: (e.host, e.port, e.meta, e.state, e.priority) for e in entries} == self.model
         assert [e.key for e in entries] == sorted(self.model)
         assert self.registry.rev == self.rev
         assert self.registry.weight_bytes == sum(e.weight_bytes for e in entries)
@@ -137,9 +152,30 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def resolve_takes_turns_among_the_ready(self) -> None:
         for name in {name for name, _ in self.model}:
-            ready = {key for key, value in self.model.items() if key[0] == name and value[3] is State.READY}
-            seen = [resolve(self.registry, name) for _ in ready]
-            assert {entry.key for entry in seen if entry} == ready
+            ready = {
+                key: value[4] for key, value in self.model.items() if key[0] == name and value[3] is State.READY
+            }
+            best = {key for key, priority in ready.items() if priority == min(ready.values())}
+            seen = [resolve(self.registry, name) for _ in best or (None,)]
+            assert {entry.key for entry in seen if entry} == best
+
+    @invariant()
+    def sole_ready_entries_are_resolved_every_time(self) -> None:
+        for entry in listed(self.registry):
+            if self.registry.is_sole_ready(entry):
+                assert [resolve(self.registry, entry.name) for _ in range(3)] == [entry] * 3
+
+    @invariant()
+    def a_filter_has_its_own_best_priority(self) -> None:
+        for name in {name for name, _ in self.model}:
+            fits = {
+                key: value[4]
+                for key, value in self.model.items()
+                if key[0] == name and value[3] is State.READY and value[2].get("zone") == "b"
+            }
+            best = {key for key, priority in fits.items() if priority == min(fits.values())}
+            seen = [resolve(self.registry, name, {"zone": "b"}) for _ in best or (None,)]
+            assert {entry.key for entry in seen if entry} == best
 
 
 Histories.TestCase.settings = settings(max_examples=examples(150), stateful_step_count=40, deadline=None)
@@ -151,6 +187,46 @@ def test_round_robin_is_even_and_in_order() -> None:
     land(registry, *(wanted(instance=str(n)) for n in range(3)))
     seen = [resolve(registry, "db") for _ in range(6)]
     assert [entry.instance for entry in seen if entry] == ["0", "1", "2", "0", "1", "2"]
+
+
+@pytest.mark.parametrize("priorities", [(0, 0), (3, 3), (0, 1), (1, 0), (0, 0, 1), (0, 1, 1)])
+def test_one_entry_is_the_sole_ready_of_its_name(priorities: tuple[int, ...]) -> None:
+    registry = Registry()
+    land(registry, *(wanted(instance=str(n), priority=each) for n, each in enumerate(priorities)))
+    best = min(priorities)
+    for entry in registry.instances_of("db"):
+        is_sole = entry.priority == best and priorities.count(best) == 1
+        assert registry.is_sole_ready(entry) is is_sole
+
+
+def test_a_standby_is_not_the_sole_ready_while_the_primary_starts() -> None:
+    registry = Registry()
+    land(registry, wanted(instance="a", state=State.STARTING), wanted(instance="b", priority=1))
+    assert not any(registry.is_sole_ready(entry) for entry in registry.instances_of("db"))
+
+
+def test_another_priority_at_the_same_address_is_one_change() -> None:
+    registry = Registry()
+    land(registry, wanted(priority=1))
+    [change] = land(registry, wanted(priority=2))
+    assert (change.op, change.rev, change.entry.priority, change.before and change.before.priority) == (
+        Op.CHANGE, 2, 2, 1,
+    )  # fmt: skip
+    assert land(registry, wanted(priority=2)) == []
+    [change] = land(registry, wanted())
+    assert (change.op, change.entry.priority) == (Op.CHANGE, 0)
+
+
+def test_update_sets_what_it_names() -> None:
+    registry = Registry()
+    land(registry, wanted(meta={"a": "b"}, state=State.STARTING, priority=1))
+    transaction = Transaction(registry, 9.0)
+    entry = transaction.update(("db", ""), None, None, priority=7)
+    assert (entry.meta, entry.state, entry.priority, entry.rev) == ({"a": "b"}, State.STARTING, 7, 2)
+    entry = transaction.update(("db", ""), {}, State.READY)
+    assert (entry.meta, entry.state, entry.priority, entry.rev) == ({}, State.READY, 7, 3)
+    assert transaction.update(("db", ""), None, None, priority=7) is entry
+    assert transaction.update(("db", ""), None, None, priority=0).priority == 0
 
 
 def test_round_robin_among_matching_instances() -> None:

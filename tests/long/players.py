@@ -184,12 +184,13 @@ class Players:
             value: Value = None
         else:
             port, meta, state = rng.randint(1, 9), rng.choice(ZONES), rng.choice(STATES)
-            request |= {"meta": meta, "state": state}
+            priority = rng.choice((0, 0, 1, 65_535))
+            request |= {"meta": meta, "state": state, "priority": priority}
             if known is not None and rng.random() < 0.5:
                 request["cmd"], port = "update", known[0]
             else:
                 request |= {"port": port, "force": rng.random() < 0.2}
-            value = (port, tuple(sorted(meta.items())), state)
+            value = (port, tuple(sorted(meta.items())), state, priority)
         if rng.random() < 0.3:
             request["if"] = rng.choice(revs[-2:])
         return request, value
@@ -213,7 +214,7 @@ class Players:
 
     async def holder(self, key: str, port: int | None, ever: bool = False) -> None:
         """Hold a name by connection, register again when it breaks, and leave by closing it, or never."""
-        value: Value = (7, (), "ready")
+        value: Value = (7, (), "ready", 0)
         self.want(key, None)
         while True:
             async with self.step(0.5):
@@ -243,10 +244,10 @@ class Players:
         self.want(key, None)
         while True:
             async with self.step(0.5):
-                self.want(key, None, (8, (), "ready"))
+                self.want(key, None, (8, (), "ready", 0))
                 if not (await self.insist(cmd="register", name=key, port=8, ttl=TTL_S))["ok"]:
                     continue
-                self.want(key, (8, (), "ready"), sure=True)
+                self.want(key, (8, (), "ready", 0), sure=True)
             left = self.rng.randint(1, 30)
             while left > 0 or not self.going.is_set():
                 left -= 1
@@ -264,11 +265,11 @@ class Players:
         while True:
             async with self.step(0.5):
                 with started() as process:  # ends with this process
-                    self.want(key, None, (9, (), "ready"))
+                    self.want(key, None, (9, (), "ready", 0))
                     reply = await self.insist(cmd="register", name=key, port=9, pid=process.pid)
                     if not reply["ok"]:
                         raise Failure(key, f"{reply}")
-                    self.want(key, (9, (), "ready"), sure=True)
+                    self.want(key, (9, (), "ready", 0), sure=True)
                     await asyncio.sleep(self.rng.uniform(0, 1.0))
                     self.want(key, None)
                     process.kill()
@@ -290,7 +291,7 @@ class Players:
             stack.push_async_callback(client.close)
             while True:
                 async with self.step(0.5):
-                    value: Value = (self.rng.randint(20, 29), (), "ready")
+                    value: Value = (self.rng.randint(20, 29), (), "ready", 0)
                     assert value is not None
                     self.want(key, None, value)  # unanswered, so the entry may exist, and its process lives
                     try:
@@ -325,7 +326,7 @@ class Players:
     async def _update(self, made: Registration, key: str, old: Value, firm: bool) -> Value:
         meta = self.rng.choice(ZONES)
         assert old is not None
-        new: Value = (old[0], tuple(sorted(meta.items())), "ready")
+        new: Value = (old[0], tuple(sorted(meta.items())), "ready", 0)
         self.want(key, old, new, sure=firm)
         try:
             await made.update(meta)
@@ -340,7 +341,7 @@ class Players:
 
     async def _rob(self, made: Registration, key: str) -> None:
         """Take a name over by force: its owner must be notified and must not take it back."""
-        mine: Value = (66, (), "ready")
+        mine: Value = (66, (), "ready", 0)
         await self.insist(cmd="register", name=key, port=66, ttl=60, force=True)
         try:
             async with asyncio.timeout(PATIENCE_S):
@@ -441,7 +442,7 @@ class Players:
         while True:
             for port in (1, open_port):
                 async with self.step(1.0):
-                    value: Value = (port, (), "ready")
+                    value: Value = (port, (), "ready", 0)
                     self.want("late", *self.model.may["late"], value)
                     await self.insist(cmd="register", name="late", port=port)
                     self.want("late", value, sure=True)

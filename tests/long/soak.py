@@ -111,7 +111,12 @@ class Soak(Players):
             with contextlib.suppress(FileNotFoundError, Unreadable):
                 found = peek(self.daemon.registry, Files())
                 return found.rev, {
-                    key_text(entry.key): (entry.port, tuple(sorted(entry.meta.items())), str(entry.state))
+                    key_text(entry.key): (
+                        entry.port,
+                        tuple(sorted(entry.meta.items())),
+                        str(entry.state),
+                        entry.priority,
+                    )
                     for entry in found.entries
                 }
             if self.daemon.process is None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from regd_client.models import Endpoint, Event
 
-Value = tuple[int, tuple[tuple[str, str], ...], str] | None  # port, meta, state; None if not registered
+# Port, meta, state and priority; None if not registered.
+Value = tuple[int, tuple[tuple[str, str], ...], str, int] | None
 HISTORY = 100  # changes that the daemon keeps for watchers
 _HISTORY_MIN = 50  # of these, after a restart: lines without a revision count as well
 _KEPT = 30_000  # lines of history
@@ -111,11 +112,12 @@ def value_of(fields: dict[str, Any] | None) -> Value:
     """Return the value of an instance from the wire or the file."""
     if fields is None:
         return None
-    return fields["port"], tuple(sorted(fields.get("meta", {}).items())), fields.get("state", "ready")
+    meta = tuple(sorted(fields.get("meta", {}).items()))
+    return fields["port"], meta, fields.get("state", "ready"), fields.get("priority", 0)
 
 
 def endpoint_value(found: Endpoint, state: str = "ready") -> Value:
-    return found.port, tuple(sorted(found.meta.items())), state
+    return found.port, tuple(sorted(found.meta.items())), state, found.priority
 
 
 def fitting(pattern: str, meta: dict[str, str], state: dict[str, Value]) -> dict[str, Value]:

@@ -58,6 +58,7 @@ class Known:
     port: int
     meta: dict[str, str]
     state: str
+    priority: int
     holds: list[Hold] = field(default_factory=list)
 
 
@@ -97,6 +98,7 @@ class Watcher:
 keys = st.sampled_from([("a", ""), ("a", "1"), ("b", "")])
 sessions = st.integers(0, 2)
 pids = st.integers(1, 3)
+priorities = st.sampled_from([0, 0, 1, 300])
 zones: st.SearchStrategy[dict[str, str]] = st.sampled_from([{}, {"zone": "a"}])
 
 
@@ -140,6 +142,7 @@ class Histories(RuleBasedStateMachine):
         player=sessions,
         port=st.integers(1, 2),
         meta=zones,
+        priority=priorities,
         hold=st.booleans(),
         pid=st.none() | pids,
         ttl=st.none() | st.sampled_from([5.0, 20.0]),
@@ -151,6 +154,7 @@ class Histories(RuleBasedStateMachine):
         player: int,
         port: int,
         meta: dict[str, str],
+        priority: int,
         hold: bool,
         pid: int | None,
         ttl: float | None,
@@ -162,7 +166,7 @@ class Histories(RuleBasedStateMachine):
         known = self.model.get(key)
         conflict = False
         if known is None:
-            self.model[key] = Known(port, meta, "ready", [wish] if conditional else [])
+            self.model[key] = Known(port, meta, "ready", priority, [wish] if conditional else [])
         elif known.port == port:
             same = [holder for holder in known.holds if holder.who == wish.who]
             claimed = [holder for holder in known.holds if hold and holder.unclaimed and holder.pid == pid]
@@ -171,7 +175,7 @@ class Histories(RuleBasedStateMachine):
                 holder for holder in known.holds if all(holder is not one for one in old)
             ]  # the two may be equal
             known.holds = [*others, wish] if conditional else []
-            known.meta, known.state = meta, "ready"
+            known.meta, known.state, known.priority = meta, "ready", priority
         else:
             rivals = [
                 holder
@@ -185,10 +189,10 @@ class Histories(RuleBasedStateMachine):
             ]
             conflict = bool(rivals) and not force
             if not conflict:
-                self.model[key] = Known(port, meta, "ready", [wish] if conditional else [])
+                self.model[key] = Known(port, meta, "ready", priority, [wish] if conditional else [])
         transaction = Transaction(self.registry, 5.0)
         holders = (Holder(0, session, hold, self.process(pid) if pid else None, ttl),) if conditional else ()
-        new = Entry(*key, "127.0.0.1", port, meta, State.READY, 0, 0.0, holders)
+        new = Entry(*key, "127.0.0.1", port, meta, State.READY, 0, 0.0, holders, priority)
         try:
             transaction.register(new, session=session, force=force)
         except OwnerConflict:
@@ -221,17 +225,20 @@ class Histories(RuleBasedStateMachine):
             }
         self.land(transaction)
 
-    @rule(key=keys, player=sessions, state=st.sampled_from(["ready", "draining"]))
-    def update(self, key: Key, player: int, state: str) -> None:
+    @rule(
+        key=keys, player=sessions, state=st.sampled_from(["ready", "draining"]), priority=st.none() | priorities
+    )
+    def update(self, key: Key, player: int, state: str, priority: int | None) -> None:
         session = self.open[player]
         transaction = Transaction(self.registry, 5.0)
         known = self.model.get(key)
         try:
-            transaction.update(key, None, State(state), session=session)
+            transaction.update(key, None, State(state), priority=priority, session=session)
         except Refused:
             assert known is None
             return
         assert known is not None
+        known.priority = known.priority if priority is None else priority
         own = [holder for holder in known.holds if holder.session == session]
         others = [holder for holder in known.holds if holder.session != session and not holder.withdrawn]
         if state == "draining" and own and others:
@@ -330,6 +337,7 @@ class Histories(RuleBasedStateMachine):
         for entry in entries:
             known = self.model[entry.key]
             assert (entry.port, entry.meta, entry.state) == (known.port, known.meta, known.state)
+            assert entry.priority == known.priority
             held = [
                 (
                     holder.session,
@@ -348,10 +356,29 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def ready_entries_are_resolved(self) -> None:
         for name in ("a", "b"):
-            ready = {key for key, known in self.model.items() if key[0] == name and known.state == "ready"}
+            ready = [(known.priority, key) for key, known in self.model.items() if known.state == "ready"]
+            ready = sorted((priority, key) for priority, key in ready if key[0] == name)
             search = self.registry.search(name, None, {}, 1_000)
             assert search.go_on(1_000)
-            assert {entry.key for entry in search.found} == ready
+            assert [(entry.priority, entry.key) for entry in search.found] == ready
+
+    @invariant()
+    def resolve_goes_around_among_the_best(self) -> None:
+        for name, meta in (("a", {}), ("a", {"zone": "a"}), ("b", {})):
+            fits = {
+                key: known.priority
+                for key, known in self.model.items()
+                if key[0] == name and known.state == "ready" and meta.items() <= known.meta.items()
+            }
+            best = sorted(key for key, priority in fits.items() if priority == min(fits.values()))
+            seen = []
+            for _ in range(2 * len(best)):
+                search = self.registry.search_in_turn(name, None, meta, 1)
+                assert search.go_on(1_000)
+                self.registry.mark_served(search.found[0], meta)
+                seen.append(search.found[0].key)
+            assert sorted(seen[: len(best)]) == sorted(seen[len(best) :]) == best
+            assert seen[: len(best)] == seen[len(best) :]
 
     @invariant()
     def next_deadline_is_the_nearest_of_the_model(self) -> None:

@@ -114,6 +114,103 @@ def test_two_instances_alternate_until_one_is_removed(twins: Twins) -> None:
     twins.cache_reply()
 
 
+def test_primary_is_cached_beside_its_standby(twins: Twins) -> None:
+    twins.cache_reply()
+    standby = line("register", name="db", port=2, instance="2", priority=1)
+    twins.writer.send(standby)
+    assert ports(twins.poll()) == [1]
+    twins.cache_reply()
+    twins.writer.send(line("update", name="db", state="draining"))
+    assert ports(twins.poll()) == [1, 2]
+    count = twins.cache.count
+    assert ports(twins.poll(5)) == [2]
+    assert twins.cache.count == count  # the primary comes back without a change of the standby
+    twins.writer.send(line("update", name="db", state="ready"))
+    assert ports(twins.poll()) == [2, 1]
+    twins.cache_reply()
+    twins.writer.send(line("deregister", name="db"))
+    assert ports(twins.poll()) == [1, 2]
+    twins.cache_reply()
+
+
+def test_cached_replies_leave_round_robin_where_uncached_ones_do(twins: Twins) -> None:
+    twins.write(line("register", name="db", port=2, instance="2", priority=1))
+    twins.cache_reply()
+    twins.ask(line("resolve", name="db", instance="2"))  # moves the position
+    assert ports(twins.poll(3)) == [1]
+    twins.write(line("update", name="db", instance="2", priority=0))
+    assert ports(twins.poll(4)) in ([1, 2, 1, 2], [2, 1, 2, 1])
+
+
+PRIORITIES: dict[str, tuple[list[bytes], list[Any]]] = {
+    "a better instance": (
+        [line("update", name="db", priority=2), line("register", name="db", port=2, instance="2", priority=1)],
+        [1, 2],
+    ),
+    "better by update": (
+        [line("register", name="db", port=2, instance="2", priority=1), line("update", name="db", priority=2)],
+        [1, 2],
+    ),
+    "better by register": (
+        [
+            line("register", name="db", port=2, instance="2", priority=3),
+            line("register", name="db", port=1, priority=4),
+        ],
+        [1, 2],
+    ),
+    "worse, and better again": (
+        [
+            line("register", name="db", port=2, instance="2", priority=1),
+            line("update", name="db", priority=2),
+            line("update", name="db", priority=0),
+        ],
+        [1, 2, 1],
+    ),
+    "another standby": (
+        [
+            line("register", name="db", port=2, instance="2", priority=1),
+            line("register", name="db", port=3, instance="3", priority=65_535),
+        ],
+        [1],
+    ),
+}
+
+
+@pytest.mark.parametrize(("requests", "expected"), PRIORITIES.values(), ids=PRIORITIES)
+def test_change_of_priority_is_visible_at_once(twins: Twins, requests: list[bytes], expected: list[Any]) -> None:
+    twins.cache_reply()
+    replies = []
+    for request in requests:
+        twins.writer.send(request)
+        replies += twins.poll()
+        twins.cache_reply()
+    assert ports(replies) == expected
+
+
+def test_equal_priorities_alternate(twins: Twins) -> None:
+    twins.write(line("register", name="db", port=2, instance="2", priority=1))
+    twins.cache_reply()
+    twins.writer.send(line("update", name="db", priority=1))
+    assert ports(twins.poll())[-4:] in ([1, 2, 1, 2], [2, 1, 2, 1])
+    twins.writer.send(line("update", name="db", instance="2", priority=0))
+    assert ports(twins.poll())[-1] == 2
+    twins.cache_reply()
+
+
+@pytest.mark.parametrize("end", [Wire.reset, Wire.end])
+def test_standby_is_resolved_as_soon_as_the_primary_is_dead(twins: Twins, end: Callable[[Wire], object]) -> None:
+    twins.write(line("deregister", name="db"), line("register", name="db", port=2, instance="2", priority=7))
+    primary = twins.connect()
+    primary.send(line("register", name="db", port=1, hold=True))
+    twins.settle()
+    primary.received()
+    twins.cache_reply()
+    primary.for_each(end)
+    assert ports(twins.poll(10)) in ([2], [1, 2])
+    assert ports(twins.poll(2)) == [2]
+    twins.cache_reply()
+
+
 def test_name_with_two_instances_is_not_cached(twins: Twins) -> None:
     """Not even while only one of them is ready."""
     twins.write(line("register", name="db", port=2, instance="2", state="draining"))
@@ -474,14 +571,22 @@ class Histories(RuleBasedStateMachine):
         port=st.integers(1, 2),
         held=st.sampled_from([{}, {}, {"hold": True}, {"pid": 4242}, {"ttl": 2}, {"hold": True, "ttl": 2}]),
         state=st.sampled_from(["ready", "ready", "ready", "draining"]),
+        priority=st.sampled_from([0, 0, 1]),
         force=st.booleans(),
     )
     def register(
-        self, player: int, name: str, instance: str, port: int, held: dict[str, Any], state: str, force: bool
+        self,
+        player: int,
+        name: str,
+        instance: str,
+        port: int,
+        held: dict[str, Any],
+        state: str,
+        priority: int,
+        force: bool,
     ) -> None:
-        self.players[player].send(
-            line("register", name=name, instance=instance, port=port, state=state, force=force, **held)
-        )
+        rest = {"state": state, "priority": priority, "force": force, **held}
+        self.players[player].send(line("register", name=name, instance=instance, port=port, **rest))
 
     @rule(player=players, name=names, instance=st.sampled_from(["", "", "x"]))
     def deregister(self, player: int, name: str, instance: str) -> None:
@@ -490,6 +595,10 @@ class Histories(RuleBasedStateMachine):
     @rule(player=players, name=names, state=st.sampled_from(["ready", "draining"]), k=st.integers(1, 2))
     def update(self, player: int, name: str, state: str, k: int) -> None:
         self.players[player].send(line("update", name=name, state=state, meta={"k": str(k)}))
+
+    @rule(player=players, name=names, instance=st.sampled_from(["", "x"]), priority=st.integers(0, 1))
+    def prefer(self, player: int, name: str, instance: str, priority: int) -> None:
+        self.players[player].send(line("update", name=name, instance=instance, priority=priority))
 
     @rule(player=players, name=names)
     def ask(self, player: int, name: str) -> None:
@@ -538,9 +647,12 @@ class Histories(RuleBasedStateMachine):
         registry = self.twins.worlds[0].services.engine._registry
         for request, reply in self.twins.cache.known.items():
             name = json.loads(request)["name"]
-            [entry] = registry.instances_of(name)
+            instances = list(registry.instances_of(name))
+            best = min(entry.priority for entry in instances)
+            [entry] = [entry for entry in instances if entry.priority == best]
             assert registry.is_ready(entry)
             cached = json.loads(reply)
+            assert (cached["instance"], cached.get("priority", 0)) == (entry.instance, entry.priority)
             assert (cached["port"], cached["meta"], cached["rev"]) == (entry.port, entry.meta, entry.rev)
 
 

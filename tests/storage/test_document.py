@@ -34,6 +34,7 @@ entries = st.builds(
     rev=st.just(9),
     registered_at=st.just(5.0),
     holders=st.lists(holders, max_size=3).map(tuple),
+    priority=st.sampled_from([0, 0, 1, 65_535]),
 )
 
 
@@ -96,6 +97,13 @@ def test_handwritten_file_round_trips() -> None:
     assert parse(whole(document.rev, document.entries), 5.0).entries == document.entries
 
 
+def test_priority_is_left_out_if_it_is_0() -> None:
+    entry = Entry("a", "", "127.0.0.1", 1, {}, State.READY, 9, 5.0)
+    assert "priority" not in line(entry).decode()
+    assert '"priority": 3, ' in line(replace(entry, priority=3)).decode()
+    assert parse(b'{"a": {"port": 1, "priority": 0}}', 5.0).entries[0].priority == 0
+
+
 def test_empty_registry() -> None:
     assert parse(b"{}", 0.0) == Document(0, [], edited=True)
     assert parse(b'{"$regd": {"format": 1, "rev": 7}}', 0.0) == Document(7, [], edited=True)
@@ -130,6 +138,9 @@ def test_empty_registry() -> None:
         (b'{"a": {"port": 1, "meta": {"k": 1}}}', '"meta" must'),
         (b'{"a": {"port": 1, "meta": {"k": "\\ud800"}}}', "surrogate"),
         (b'{"a": {"port": 1, "state": "up"}}', '"state" must'),
+        (b'{"a": {"port": 1, "priority": -1}}', '"priority" must be 0 to 65535'),
+        (b'{"a": {"port": 1, "priority": 65536}}', '"priority" must be 0 to 65535'),
+        (b'{"a": {"port": 1, "priority": true}}', '"priority" must be a whole number'),
         (b'{"a": {"port": 1, "ttl": 0}}', '"ttl" must'),
         (b'{"a": {"port": 1, "pid": 0}}', '"pid" must'),
         (b'{"a": {"port": 1, "hold": 1}}', '"hold" must'),

@@ -1,6 +1,7 @@
 """Pages of the history, read from segments in memory."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,8 @@ def test_change_has_the_documented_fields(written: Written) -> None:
             "by": {"pid": 7, "uid": 0, "command": "db"},
         }
     ]
+    written.batch(Change(11, Op.UP, replace(entry, rev=11, priority=3), at=101.5))
+    assert written.page(1).changes[0]["priority"] == 3
     assert "reason" not in written.page(before=2).changes[0]
     assert "by" not in written.page(before=2).changes[0]
 

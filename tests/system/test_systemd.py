@@ -336,20 +336,37 @@ def analyze(*arguments: str, **variables: str) -> str:
 
 @pytest.mark.parametrize(("folder", "manager"), [(UNITS, "--system"), (UNITS / "user", "--user")])
 def test_units_are_valid(tmp_path: Path, folder: Path, manager: str) -> None:
-    for name in ("regd.service", "regd.socket"):
+    names = ("regd.service", "regd.socket", "regd-serve.service")
+    for name in names:
         text = (folder / name).read_text()
         # systemd-analyze ignores ExecSearchPath=, and regd need not be installed on this machine.
         text = text.replace("ExecStart=regd ", f"ExecStart={sys.executable} -m regd ")
+        text = text.replace("ExecStart=regctl ", f"ExecStart={sys.executable} -m regd.cli.regctl ")
         (tmp_path / name).write_text(text)
-    units = [str(tmp_path / name) for name in ("regd.service", "regd.socket")]
+    units = [str(tmp_path / name) for name in names]
     output = analyze("verify", manager, *units, XDG_RUNTIME_DIR=str(tmp_path), HOME=str(tmp_path))
     assert not [line for line in output.splitlines() if "regd" in line], output
 
 
-@pytest.mark.parametrize(("unit", "exposure_max"), [("regd.service", 20), ("user/regd.service", 70)])
+@pytest.mark.parametrize(
+    ("unit", "exposure_max"),
+    [
+        ("regd.service", 20),
+        ("regd-serve.service", 20),
+        ("user/regd.service", 70),
+        ("user/regd-serve.service", 70),
+    ],
+)
 def test_units_are_hardened(unit: str, exposure_max: int) -> None:
     """The exposure level is out of 100. Most sandboxing of a user manager needs a user namespace, which hides uids."""
     analyze("security", "--offline=true", f"--threshold={exposure_max}", str(UNITS / unit))
+
+
+def test_units_of_the_gateway_start_it_as_a_user_who_may_only_read() -> None:
+    for folder in (UNITS, UNITS / "user"):
+        assert "ExecStart=regctl serve $REGD_SERVE_FLAGS" in (folder / "regd-serve.service").read_text()
+    users = [line for line in (UNITS / "regd-serve.service").read_text().splitlines() if "User=" in line]
+    assert users == ["DynamicUser=yes", "User=regd-serve"]
 
 
 def test_units_start_the_installed_command() -> None:

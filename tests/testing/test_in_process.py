@@ -95,6 +95,21 @@ def test_registrations_of_others(either: Registry) -> None:
     assert names(either) == ["web"]
 
 
+def test_priorities(either: Registry) -> None:
+    primary = either.register("db", 5432, instance="1")
+    standby = either.register("db", 5433, instance="2", priority=9)
+    assert (primary.priority, standby.priority) == (0, 9)
+    assert [blocking.resolve("db") for _ in range(3)] == [primary] * 3
+    assert [instance.get("priority") for instance in either.instances()] == [None, 9]
+    either.update("db", priority=10, instance="1")
+    assert [blocking.resolve("db") for _ in range(3)] == [standby] * 3
+    with either.away():
+        pass
+    assert [instance.get("priority") for instance in either.instances()] == [10, 9]
+    with pytest.raises(regd_client.BadArgument):
+        either.update("db", instance="1")
+
+
 async def test_somebody_takes_a_name(either: Registry) -> None:
     async with regd_client.register("web", 80) as registration:
         with pytest.raises(regd_client.Conflict):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from regd.cli.output import address_of, instance_name, labels, visible
+from regd.cli.output import address_of, instance_name, labels, priority_of, visible
 
 Key = tuple[str, str]  # name and instance
 SORTS = ("name", "age", "state", "holders")
@@ -28,6 +28,7 @@ class Row:
     instance: str
     address: str
     state: str
+    priority: str  # "" for 0
     holders: str
     meta: str
     since: float
@@ -36,7 +37,8 @@ class Row:
     @property
     def words(self) -> str:
         """The text that a filter searches."""
-        return " ".join((self.name, self.instance, self.address, self.state, self.holders, self.meta)).lower()
+        texts = (self.name, self.instance, self.address, self.state, self.priority, self.holders, self.meta)
+        return " ".join(texts).lower()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ def _row(fields: Mapping[str, Any], previous: Row | None, now: float) -> Row:
         instance=visible(fields["instance"]),
         address=address,
         state=visible(fields["state"]),
+        priority=str(priority_of(fields) or ""),
         holders=holders(fields),
         meta=visible(labels(fields)),
         since=same.since if same else float(since) if isinstance(since, int | float) else 0.0,
@@ -135,6 +138,8 @@ def _difference(previous: Row, row: Row) -> str:
     ):
         if old != new:
             return f"{old or 'nothing'} → {new or 'nothing'}"
+    if previous.priority != row.priority:
+        return f"priority {previous.priority or 0} → {row.priority or 0}"
     return "again"
 
 

@@ -18,15 +18,31 @@ from regd.cli.top.view_state import HELP, ViewState
 Line = list[tuple[str, str]]  # style and text; the styles are those of `screen.py`
 
 _GAP = "  "
-_COLUMNS = ("NAME", "INSTANCE", "ADDRESS", "STATE", "AGE", "HELD BY", "META")
+_COLUMNS = ("NAME", "INSTANCE", "ADDRESS", "STATE", "PRIORITY", "AGE", "HELD BY", "META")
 _SORTED_BY = {"name": "NAME", "state": "STATE", "age": "AGE", "holders": "HELD BY"}
 # Widths of columns. If the terminal has room, a column is as wide as its content, within its preferred minimum (8
 # if it is not listed) and its maximum; else it may shrink to `_WIDTH_MIN`.
 _WIDTH_PREFERRED = {"AGE": 4, "META": 4}
-_WIDTH_MIN = {"NAME": 12, "INSTANCE": 8, "STATE": 8, "AGE": 4, "HELD BY": 8, "META": 6}
-_WIDTH_MAX = {"NAME": 32, "INSTANCE": 16, "STATE": 9, "AGE": 4, "HELD BY": 22, "META": 9_000}
+_WIDTH_MIN = {"NAME": 12, "INSTANCE": 8, "STATE": 8, "PRIORITY": 8, "AGE": 4, "HELD BY": 8, "META": 6}
+_WIDTH_MAX = {
+    "NAME": 32,
+    "INSTANCE": 16,
+    "STATE": 9,
+    "PRIORITY": 8,
+    "AGE": 4,
+    "HELD BY": 22,
+    "META": 9_000,
+}
 _NAME_WIDTH_MIN = 4  # beside a wide address
-_PRIORITY = ("NAME", "STATE", "AGE", "HELD BY", "INSTANCE", "META")  # the last column is dropped first
+_BY_WEIGHT = (
+    "NAME",
+    "STATE",
+    "AGE",
+    "HELD BY",
+    "INSTANCE",
+    "PRIORITY",
+    "META",
+)  # the last column is dropped first
 _MARKS = {"up": ("new", "+", "came"), "down": ("gone", "-", "left"), "change": ("warn", "~", "changed")}
 _NARROW = 60  # columns; in a narrower terminal, NAME includes the instance
 _WIDE = 10_000  # columns for output that is not cut
@@ -201,14 +217,15 @@ def _head(view: ViewState, widths: dict[str, int]) -> list[str]:
 
 
 def _aligned(column: str, text: str, width: int) -> str:
-    if column == "AGE":
+    if column in ("AGE", "PRIORITY"):
         return text.rjust(width)
     return fitted(text, width)
 
 
 def _texts(row: Row, wall: float, narrow: bool) -> dict[str, str]:
     name, instance = (named(*row.key), "") if narrow else (row.name, row.instance)
-    shown = (name, instance, row.address, row.state, age(wall - row.since), row.holders, row.meta)
+    since = age(wall - row.since)
+    shown = (name, instance, row.address, row.state, row.priority, since, row.holders, row.meta)
     return dict(zip(_COLUMNS, shown, strict=True))
 
 
@@ -219,10 +236,9 @@ def _widths(texts: Sequence[dict[str, str]], width: int) -> dict[str, int]:
     """
     arrow = _SORTED_BY.values()
     ideal = {name: max(len(name) + (name in arrow), *(cells(row[name]) for row in texts), 0) for name in _COLUMNS}
-    if not any(row["INSTANCE"] for row in texts):
-        del ideal["INSTANCE"]
-    if not any(row["META"] for row in texts):
-        del ideal["META"]
+    for name in ("INSTANCE", "PRIORITY", "META"):
+        if not any(row[name] for row in texts):
+            del ideal[name]
     address = ideal.pop("ADDRESS")
     ideal = {
         name: min(max(size, _WIDTH_PREFERRED.get(name, 8)), _WIDTH_MAX[name]) for name, size in ideal.items()
@@ -234,7 +250,7 @@ def _widths(texts: Sequence[dict[str, str]], width: int) -> dict[str, int]:
     if has_address:
         left -= address + len(_GAP)
         minimum["NAME"] = min(minimum["NAME"], left)
-    for name in filter(ideal.__contains__, _PRIORITY):
+    for name in filter(ideal.__contains__, _BY_WEIGHT):
         if left < minimum[name] and widths:
             break
         widths[name] = minimum[name]

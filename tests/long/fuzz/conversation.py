@@ -208,6 +208,7 @@ class Conversation:
         entries = listed(self.registry)
         assert {entry.key: _shown(entry) for entry in entries} == {
             key: {name: fields[name] for name in ("host", "port", "meta", "state", "rev")}
+            | {"priority": fields.get("priority", 0)}
             for key, fields in there.items()
         }
 
@@ -217,8 +218,8 @@ class Conversation:
         found = peek(REGISTRY, self.world.files)
         assert found.rev >= self.registry.rev  # a refused batch may be there until the next change
         if found.rev == self.registry.rev:
-            assert {entry.key: entry.port for entry in found.entries} == {
-                entry.key: entry.port for entry in listed(self.registry)
+            assert {entry.key: (entry.port, entry.priority) for entry in found.entries} == {
+                entry.key: (entry.port, entry.priority) for entry in listed(self.registry)
             }
 
     def _tidy_up(self) -> None:
@@ -270,6 +271,7 @@ def _shown(entry: Entry) -> dict[str, object]:
         "meta": entry.meta,
         "state": str(entry.state),
         "rev": entry.rev,
+        "priority": entry.priority,
     }
 
 
@@ -332,12 +334,13 @@ def _explains(said: Said, change: Change) -> bool:
             entry.state,
             "draining",
         )  # draining by one of several holders withdraws that holder
-        return change.op is Op.CHANGE and arguments.get("meta", entry.meta) == entry.meta and same_state
+        same = arguments.get("meta", entry.meta) == entry.meta and same_state
+        return change.op is Op.CHANGE and same and arguments.get("priority", entry.priority) == entry.priority
     address = (arguments.get("host", "127.0.0.1"), arguments.get("port")) == (entry.host, entry.port)
     if change.reason == Reason.REPLACED:
         return said.cmd == "register" and not address
     same = arguments.get("meta", {}) == entry.meta and arguments.get("state", "ready") == entry.state
-    return said.cmd == "register" and address and same
+    return said.cmd == "register" and address and same and arguments.get("priority", 0) == entry.priority
 
 
 def is_a_line(sent: bytes) -> dict[str, Any]:

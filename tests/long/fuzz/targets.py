@@ -224,6 +224,7 @@ def _loads_again(data: bytes, document: Document) -> None:
         assert type(fields["port"]) is int
         assert (entry.port, entry.meta) == (fields["port"], fields.get("meta", {}))
         assert (entry.host, entry.state) == (fields.get("host", "127.0.0.1"), fields.get("state", "ready"))
+        assert entry.priority == fields.get("priority", 0)
         assert oracle.CHECKS["name"](entry.name)
         assert oracle.CHECKS["host"](entry.host) is not False
         assert oracle.CHECKS["meta"](entry.meta)

@@ -59,6 +59,7 @@ values: dict[str, st.SearchStrategy[object]] = {
     "instance": instances,
     "meta": st.sampled_from([{}, {"zone": "a"}]) | st.dictionaries(texts, texts, max_size=2),
     "state": st.sampled_from(["starting", "ready", "draining"]),
+    "priority": st.sampled_from([0, 1, 65_535]),
     "hold": st.booleans(),
     "force": st.booleans(),
     "all": st.booleans(),

@@ -1,0 +1,1 @@
+"""`regctl serve`: the registry over HTTP and DNS, read-only, from a process of its own (the extra `serve`)."""

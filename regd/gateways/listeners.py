@@ -1,0 +1,86 @@
+"""The sockets of the gateway, on the loopback addresses only."""
+
+import errno
+import socket
+from collections.abc import Sequence
+
+__all__ = ["ListenError", "bind_loopback", "bound_addresses"]
+
+_HOSTS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
+_BACKLOG = 1_024
+_PORT_TRIES = 32  # until a free port is free on all
+
+
+class ListenError(Exception):
+    """The gateway cannot listen on a port. The message is one line."""
+
+
+def bind_loopback(port: int, types: Sequence[socket.SocketKind], option: str) -> list[socket.socket]:
+    """Return sockets of each type that are bound to one port on 127.0.0.1 and ::1; those of TCP listen.
+
+    Args:
+        port: 0 picks one that is free on all.
+        types: `SOCK_STREAM`, `SOCK_DGRAM`.
+        option: which option of the command names the port, for the message.
+
+    Raises:
+        ListenError: the port is taken.
+    """
+    for _ in range(1 if port else _PORT_TRIES):
+        try:
+            return _bind_all(port, types)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE and not port:
+                continue
+            why = "is taken by another program" if error.errno == errno.EADDRINUSE else f"cannot be used: {error}"
+            raise ListenError(
+                f"port {port} {why}; name another with {option}, or turn it off: {option} off"
+            ) from None
+    raise ListenError(f"found no port that is free on 127.0.0.1 and ::1; name one with {option}")
+
+
+def _bind_all(port: int, types: Sequence[socket.SocketKind]) -> list[socket.socket]:
+    sockets: list[socket.socket] = []
+    try:
+        for family, host in _HOSTS:
+            for type in types:
+                try:
+                    sockets.append(_bind(family, host, port, type))
+                except OSError as error:
+                    if family == socket.AF_INET6 and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                        continue  # a machine without ::1
+                    raise
+                port = sockets[0].getsockname()[1]
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
+def _bind(family: socket.AddressFamily, host: str, port: int, type: socket.SocketKind) -> socket.socket:
+    # With the protocol named, asyncio turns Nagle's algorithm off: with it, a response takes 40 ms.
+    sock = socket.socket(family, type, socket.IPPROTO_TCP if type == socket.SOCK_STREAM else socket.IPPROTO_UDP)
+    try:
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if type == socket.SOCK_STREAM:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        if type == socket.SOCK_STREAM:
+            sock.listen(_BACKLOG)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def bound_addresses(scheme: str, sockets: Sequence[socket.socket]) -> list[str]:
+    """Return the URL of each address, once."""
+    names = [sock.getsockname() for sock in sockets]
+    urls = [
+        f"{scheme}://[{name[0]}]:{name[1]}" if ":" in name[0] else f"{scheme}://{name[0]}:{name[1]}"
+        for name in names
+    ]
+    return list(dict.fromkeys(urls))

@@ -1,0 +1,72 @@
+"""The state from which DNS answers: which names are registered, and their instances."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from regd.gateways.discovery import best_instances
+
+__all__ = ["NameIndex", "is_own_name"]
+
+Instance = Mapping[str, Any]
+
+
+def is_own_name(name: str) -> bool:
+    """Return whether a name is the zone's own, so that a service of that name is not in DNS."""
+    labels = name.split(".")
+    return name == "ns" or labels[-1] == "addr" or is_service_prefix(labels)
+
+
+def is_service_prefix(labels: list[str] | tuple[str, ...]) -> bool:
+    """Return whether the labels begin with `_SERVICE._tcp`, as the names of SRV records do (RFC 2782)."""
+    return len(labels) >= 2 and labels[0].startswith("_") and labels[1] == "_tcp"
+
+
+class NameIndex:
+    """The registered names and their instances, by name."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, dict[str, Instance]] = {}
+        self._below: Counter[str] = Counter()  # by name, how many registered names end with .NAME
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether an instance of the name is registered, in any state."""
+        return name in self._names
+
+    def has_names_below(self, name: str) -> bool:
+        """Return whether a registered name ends with .NAME."""
+        return name in self._below
+
+    def best(self, name: str) -> list[Instance]:
+        """Return the ready instances of the best priority."""
+        return best_instances(self._names.get(name, {}).values())
+
+    def put(self, instance: Instance) -> None:
+        """Add an instance, or replace it."""
+        name = instance["name"]
+        if is_own_name(name):
+            return
+        if name not in self._names:
+            self._names[name] = {}
+            self._below.update(_ends(name))
+        self._names[name][instance["instance"]] = instance
+
+    def remove(self, name: str, instance: str) -> None:
+        """Remove an instance if it is there."""
+        instances = self._names.get(name, {})
+        if instances.pop(instance, None) is not None and not instances:
+            del self._names[name]
+            for end in _ends(name):
+                self._below[end] -= 1
+                if not self._below[end]:
+                    del self._below[end]
+
+
+def _ends(name: str) -> Iterator[str]:
+    """Yield the names above a name: `shop.web` and `web` for `eu.shop.web`."""
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name

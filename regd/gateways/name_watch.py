@@ -1,0 +1,72 @@
+"""Keeps the state for DNS up to date, by a watch that goes on across restarts of the daemon."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+from regd.gateways.name_index import NameIndex
+from regd_client.connector import Connector
+from regd_client.errors import RegdError
+from regd_client.models import Event
+from regd_client.protocol import AddressFinder
+from regd_client.registrar import Registrar
+from regd_client.watches import WatchState
+
+__all__ = ["STALE_S_MAX", "NameWatch"]
+
+STALE_S_MAX = 60.0  # how long DNS answers from the last known state: a restart of the daemon takes a second
+_PAUSE_S = 0.5  # between two attempts to start the watch
+
+
+class NameWatch:
+    """A watch of all names. Its connection also keeps a daemon that was started on demand from exiting.
+
+    Args:
+        address: of the daemon; None for the default.
+        on_change: called after every change of the state.
+    """
+
+    def __init__(self, address: str | None, on_change: Callable[[], None] = lambda: None) -> None:
+        self._index = NameIndex()
+        self._on_change = on_change
+        self._is_complete = False
+        self._watch = WatchState("*", None, self._take)
+        self._connector = Connector(AddressFinder(address), None)
+        self._registrar = Registrar(self._connector)
+        self._starting: asyncio.Task[None] | None = None
+
+    def state(self) -> NameIndex | None:
+        """Return the current state; None if it is not complete yet, or too old."""
+        return self._index if self._is_complete and self._watch.stale_s <= STALE_S_MAX else None
+
+    def start(self) -> None:
+        """Follow the registry, from when a daemon answers."""
+        self._starting = asyncio.create_task(self._start(), name="regd-gateway-watch")
+
+    async def close(self) -> None:
+        """End the watch, and close its connection. Idempotent."""
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
+        self._registrar.unwatch(self._watch)
+        self._registrar.stop()
+        await self._connector.close()
+
+    async def _start(self) -> None:
+        """Start the watch, as soon as a daemon answers. The registrar resumes it from then on."""
+        while True:
+            with contextlib.suppress(RegdError):
+                await self._registrar.watch(self._watch)
+                return
+            await asyncio.sleep(_PAUSE_S)
+
+    def _take(self, event: Event) -> None:
+        if event.endpoint is None:
+            self._is_complete = True
+        else:
+            key = (event.endpoint.name, event.endpoint.instance)
+            if event.kind == "down":
+                self._index.remove(*key)
+            else:
+                self._index.put(self._watch.instances[key])
+        self._on_change()

@@ -1,0 +1,300 @@
+"""The HTTP application: the paths of the gateway and their answers."""
+
+import asyncio
+import contextlib
+import itertools
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from regd.gateways import discovery, metrics
+from regd.gateways.daemon_connections import Daemon, DaemonConnection
+from regd.gateways.guard import Guard, host_name
+from regd.gateways.queries import (
+    COMMANDS,
+    TARGETS,
+    TRAEFIK,
+    BadQuery,
+    Body,
+    failure,
+    parse_own_query,
+    parse_query,
+)
+from regd.gateways.readers import Readers
+from regd.gateways.stream import COMMENT, EventEncoder, parse_position
+from regd_client import protocol
+from regd_client.errors import RegdError
+
+__all__ = ["Gateway"]
+
+STREAMS_MAX = 256
+WAITS_MAX = 256
+SILENCE_S = 15.0  # until a comment is sent on a stream
+_SILENCES_MAX = 5  # the daemon sends `progress` every 30 s: after 75 s it hangs
+_READ_AHEAD_BYTES = 65_536  # of a watch; with the output buffer of the HTTP connection, far less than 256 KiB
+_EVENT_STREAM = "text/event-stream"
+
+Instances = list[dict[str, Any]]
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class Gateway:
+    """The HTTP application for one daemon, with its guard."""
+
+    def __init__(self, daemon: Daemon, readers: Readers) -> None:
+        self._daemon = daemon
+        self._stopping = asyncio.Event()
+        self._streams = 0
+        self._waits = 0
+        commands = [cmd for cmd in COMMANDS if cmd != "watch"]
+        routes = [
+            *(Route(f"/v1/{cmd}", self._command(cmd), methods=["GET"]) for cmd in commands),
+            Route("/v1/watch", _Endpoint(self._watch)),
+            Route("/v1/prometheus/targets", self._targets, methods=["GET"]),
+            Route("/v1/traefik", self._traefik, methods=["GET"]),
+            Route("/healthz", self._health, methods=["GET"]),
+            Route("/metrics", self._metrics, methods=["GET"]),
+        ]
+        self._router = Router(routes, redirect_slashes=False)
+        self._guarded = Guard(self._dispatch, readers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._guarded(scope, receive, send)
+
+    def stop(self) -> None:
+        """End the streams and the requests that wait, as complete responses."""
+        self._stopping.set()
+
+    async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = next(value for name, value in scope["headers"] if name == b"host")
+        name = host_name(host.strip())
+        app: ASGIApp = self._router
+        if name.endswith(".localhost"):
+            app = await self._redirect(name, scope)
+        await app(scope, receive, send)
+
+    # Commands.
+
+    def _command(self, cmd: str) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            try:
+                arguments = parse_query(request.scope["query_string"], COMMANDS[cmd])
+            except BadQuery as error:
+                return _bad_query(error)
+            if type(arguments.get("wait")) is float:
+                return await self._wait(cmd, arguments, request.receive)
+            return _json(await self._daemon.ask(cmd, arguments))
+
+        return answer
+
+    async def _wait(self, cmd: str, arguments: dict[str, Any], receive: Receive) -> Response:
+        """Ask on a connection of its own, and close it as soon as the client is gone."""
+        if self._waits >= WAITS_MAX:
+            return _json(failure("busy", f"{self._waits} requests wait; try again later"))
+        self._waits += 1
+        try:
+            asking = asyncio.ensure_future(self._daemon.ask_alone(cmd, arguments, arguments["wait"]))
+            if await self._ended_early(asking, receive):
+                return _json(failure("shutting_down", "the gateway is stopping, or the client has gone"))
+            return _json(asking.result())
+        finally:
+            self._waits -= 1
+
+    async def _ended_early(self, work: asyncio.Future[Any], receive: Receive) -> bool:
+        """Wait for `work`; cancel it, and return True, if the client disconnects or the gateway stops before."""
+        ends = [asyncio.ensure_future(_disconnected(receive)), asyncio.ensure_future(self._stopping.wait())]
+        try:
+            await asyncio.wait((work, *ends), return_when=asyncio.FIRST_COMPLETED)
+            return not work.done()
+        finally:
+            for task in (work, *ends):
+                task.cancel()
+            await asyncio.gather(work, *ends, return_exceptions=True)
+
+    # The event stream.
+
+    async def _watch(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope)
+        try:
+            arguments = parse_query(scope["query_string"], COMMANDS["watch"])
+        except BadQuery as error:
+            await _bad_query(error)(scope, receive, send)
+            return
+        if "last-event-id" in request.headers:
+            for name in ("epoch", "since"):
+                arguments.pop(name, None)
+            arguments |= parse_position(request.headers["last-event-id"]) or {}
+        if scope["method"] == "HEAD":
+            await Response(media_type=_EVENT_STREAM)(scope, receive, send)
+        elif self._streams >= STREAMS_MAX:
+            await _json(failure("busy", f"{self._streams} streams are open; try again later"))(
+                scope, receive, send
+            )
+        else:
+            self._streams += 1
+            try:
+                await self._stream(arguments, scope, receive, send)
+            finally:
+                self._streams -= 1
+
+    async def _stream(self, arguments: dict[str, Any], scope: Scope, receive: Receive, send: Send) -> None:
+        asked = self._daemon.asked_alone("watch", arguments, read_ahead_bytes=_READ_AHEAD_BYTES)
+        async with asked as (body, connection):
+            if body.status != 200:
+                await _json(body)(scope, receive, send)
+                return
+            encoder = EventEncoder(json.loads(body.line), resumes="since" in arguments)
+            headers = [(b"content-type", _EVENT_STREAM.encode())]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            forwarding = asyncio.ensure_future(_forward(connection, encoder, send))
+            await self._ended_early(forwarding, receive)
+            await send({"type": "http.response.body", "body": b""})
+
+    # Service discovery, metrics, health.
+
+    async def _targets(self, request: Request) -> Response:
+        try:
+            arguments = parse_own_query(request.scope["query_string"], TARGETS)
+        except BadQuery as error:
+            return _bad_query(error)
+        every = bool(arguments.pop("all", False))
+        parts: list[str] = []
+        try:
+            async for page in self._pages(arguments):  # encoded by page: the list of 10,000 takes 70 ms
+                parts += map(_encode, discovery.prometheus_targets(page, every=every))
+        except _ListFailed as error:
+            return _json(error.body)
+        return _json(Body(200, f"[{','.join(parts)}]\n".encode()))
+
+    async def _traefik(self, request: Request) -> Response:
+        try:
+            arguments = parse_own_query(request.scope["query_string"], TRAEFIK)
+        except BadQuery as error:
+            return _bad_query(error)
+        try:
+            instances = [instance async for page in self._pages(arguments) for instance in page]
+        except _ListFailed as error:
+            return _json(error.body)
+        return _json(Body(200, _encode(discovery.traefik_configuration(instances)).encode() + b"\n"))
+
+    async def _pages(self, arguments: dict[str, Any]) -> AsyncIterator[Instances]:
+        """Yield the instances of each page of `list`.
+
+        Raises:
+            _ListFailed: a page cannot be read. Prometheus and Traefik keep what they have on an error, and would
+                drop what a part of the list does not have.
+        """
+        after: dict[str, Any] = {}
+        instances: Instances = []
+        for number in itertools.count(1):
+            body = await self._daemon.ask("list", {**arguments, **after})
+            if body.status != 200:
+                raise _ListFailed(body if body.status == 400 else body._replace(status=503))
+            try:
+                page = protocol.check_result("list", after, protocol.decode_line(body.line))
+                protocol.add_page(instances, page, number)
+            except RegdError as error:
+                raise _ListFailed(failure("unavailable", str(error))) from None
+            yield page["instances"]
+            if "next" not in page:
+                return
+            after = {"after": page["next"]}
+
+    async def _health(self, request: Request) -> Response:
+        body = await self._daemon.ask("ping", {})
+        return PlainTextResponse("ok\n") if body.status == 200 else PlainTextResponse(f"{body.message}\n", 503)
+
+    async def _metrics(self, request: Request) -> Response:
+        body = await self._daemon.ask("stats", {})
+        stats = _checked("stats", {}, body)
+        content_type, text = metrics.render(stats, request.headers.get("accept", ""))
+        return Response(text, headers={"Content-Type": content_type})
+
+    # Named URLs.
+
+    async def _redirect(self, named_host: str, scope: Scope) -> Response:
+        """Redirect http://NAME.localhost:7380/… to where NAME listens."""
+        path = scope["raw_path"].decode("ascii")
+        if not path.startswith("/"):
+            return PlainTextResponse("the target must be a path\n", 400)
+        if scope["query_string"]:
+            path += "?" + scope["query_string"].decode("ascii")
+        arguments = {"name": named_host.removesuffix(".localhost")}
+        body = await self._daemon.ask("resolve", arguments)
+        instance = _checked("resolve", arguments, body)
+        if instance is None:
+            status = 503 if body.status == 200 else body.status
+            message = "the daemon's reply is not valid" if body.status == 200 else body.message
+            return PlainTextResponse(f"{message}\n", status)
+        return Response(status_code=307, headers={"Location": discovery.location(instance, named_host, path)})
+
+
+class _ListFailed(Exception):
+    """A list that cannot be read to its end; `body` is the answer."""
+
+    def __init__(self, body: Body) -> None:
+        super().__init__(body)
+        self.body = body
+
+
+class _Endpoint:
+    """An ASGI application from a method; starlette would take the method itself for a function of a request."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+
+async def _forward(connection: DaemonConnection, encoder: EventEncoder, send: Send) -> None:
+    """Send the events of a watch until the daemon closes it; read no further while the client does not read."""
+    await _send_part(send, encoder.head())
+    silences = 0
+    with contextlib.suppress(OSError, ValueError):  # the daemon's end; another program's input
+        while silences < _SILENCES_MAX:
+            try:
+                async with asyncio.timeout(SILENCE_S):
+                    data = await connection.read()
+            except TimeoutError:
+                silences += 1
+                await _send_part(send, COMMENT)
+                continue
+            if not data:
+                return
+            silences = 0
+            if events := encoder.encode(data):
+                await _send_part(send, events)
+
+
+async def _send_part(send: Send, part: bytes) -> None:
+    await send({"type": "http.response.body", "body": part, "more_body": True})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _checked(cmd: str, arguments: Mapping[str, Any], body: Body) -> dict[str, Any] | None:
+    """Return the checked reply to a command; None if it is a refusal, or not from regd."""
+    if body.status != 200:
+        return None
+    try:
+        return protocol.check_result(cmd, arguments, protocol.decode_line(body.line))
+    except RegdError:
+        return None
+
+
+def _json(body: Body) -> Response:
+    headers = {"Retry-After": "1"} if body.status == 503 else None
+    return Response(body.line, body.status, headers, media_type="application/json")
+
+
+def _bad_query(error: BadQuery) -> Response:
+    return _json(failure("bad_argument", str(error), field=error.field))

@@ -1,0 +1,83 @@
+"""`regctl serve`: its sockets, start, and the order of its end."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable
+
+from regd.gateways.daemon_connections import Daemon
+from regd.gateways.dns_server import AnswerCache, DnsServer
+from regd.gateways.http_server import HttpServer
+from regd.gateways.listeners import bind_loopback, bound_addresses
+from regd.gateways.name_watch import NameWatch
+from regd.gateways.readers import Readers
+from regd.gateways.routes import Gateway
+from regd_client.protocol import find_address
+
+__all__ = ["serve"]
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def serve(address: str | None, http_port: int | None, dns_port: int | None, say: Callable[[str], None]) -> None:
+    """Serve HTTP and DNS until SIGTERM or Ctrl-C.
+
+    Args:
+        address: of the daemon; None for the default.
+        http_port, dns_port: 0 picks a free port, None turns the server off.
+        say: called with a line for each address, once all sockets listen.
+
+    Raises:
+        ListenError: a port is taken. No socket stays open.
+        BadArgument: the address is invalid.
+    """
+    asyncio.run(_serve(address, http_port, dns_port, say))
+
+
+async def _serve(
+    address: str | None, http_port: int | None, dns_port: int | None, say: Callable[[str], None]
+) -> None:
+    stopping = asyncio.Event()
+    for number in _SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    daemon = Daemon(find_address(address))
+    async with contextlib.AsyncExitStack() as stack:
+        http = _bound(stack, http_port, (socket.SOCK_STREAM,), "--http")
+        dns = _bound(stack, dns_port, (socket.SOCK_DGRAM, socket.SOCK_STREAM), "--dns")
+        readers = Readers(restricted=bool(daemon.address.path))
+        stack.callback(readers.close)
+        readers.open([sock for sock in (*http, *dns) if sock.type == socket.SOCK_STREAM])
+        server = HttpServer(Gateway(daemon, readers))
+        names = NameWatch(address, lambda: cache.clear())
+        cache = AnswerCache(names.state)
+        dns_server = DnsServer(cache, readers)
+        serving = asyncio.create_task(server.serve(http)) if http else None
+        try:
+            names.start()
+            await dns_server.start(dns)
+            for line in (*bound_addresses("http", http), *bound_addresses("dns", dns)):
+                say(f"listening {line}")
+            await _until(stopping, serving)
+        finally:
+            server.should_exit = True
+            # At once: each may wait for a peer, and the process ends within two seconds.
+            await asyncio.gather(*([serving] if serving else []), names.close(), dns_server.close())
+            daemon.close()
+
+
+def _bound(
+    stack: contextlib.AsyncExitStack, port: int | None, types: tuple[socket.SocketKind, ...], option: str
+) -> list[socket.socket]:
+    """Bind the sockets of a server, which `stack` closes."""
+    sockets = [] if port is None else bind_loopback(port, types, option)
+    for sock in sockets:
+        stack.callback(sock.close)
+    return sockets
+
+
+async def _until(stopping: asyncio.Event, serving: "asyncio.Task[None] | None") -> None:
+    """Wait for a signal. If the HTTP server ends before, it has failed."""
+    waiting = asyncio.create_task(stopping.wait())
+    await asyncio.wait({waiting} | ({serving} if serving else set()), return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()

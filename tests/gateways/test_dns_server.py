@@ -1,0 +1,191 @@
+"""The DNS server on real sockets: UDP, TCP, its limits, and the cache of answers."""
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import AsyncIterator
+from typing import Any
+
+import dns.asyncquery
+import dns.message
+import dns.rcode
+import pytest
+
+from regd.gateways import dns_server
+from regd.gateways.dns_server import AnswerCache, DnsServer
+from regd.gateways.name_index import NameIndex
+from regd.gateways.readers import Readers
+from tests.support.daemon import WAIT_S
+
+QUERY = dns.message.make_query("web.regd.internal", "A")
+
+
+def instance(port: int, **more: Any) -> dict[str, Any]:
+    return {
+        "name": "web",
+        "instance": str(port),
+        "host": "127.0.0.1",
+        "port": port,
+        "meta": {},
+        "state": "ready",
+        **more,
+    }
+
+
+@contextlib.asynccontextmanager
+async def serving(index: NameIndex | None) -> AsyncIterator[int]:
+    tcp = socket.create_server(("127.0.0.1", 0))
+    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    port: int = tcp.getsockname()[1]
+    udp.bind(("127.0.0.1", port))
+    udp.setblocking(False)
+    server = DnsServer(AnswerCache(lambda: index), Readers(restricted=False))
+    await server.start([udp, tcp])
+    try:
+        yield port
+    finally:
+        await server.close()
+
+
+@pytest.fixture
+async def port() -> AsyncIterator[int]:
+    index = NameIndex()
+    for number in range(100):
+        index.put(instance(5_061 + number))
+    async with serving(index) as port:
+        yield port
+
+
+async def connect(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    return await asyncio.open_connection("127.0.0.1", port)
+
+
+async def read_message(reader: asyncio.StreamReader) -> dns.message.Message:
+    async with asyncio.timeout(WAIT_S):
+        (length,) = struct.unpack("!H", await reader.readexactly(2))
+        return dns.message.from_wire(await reader.readexactly(length))
+
+
+async def test_udp_and_tcp(port: int) -> None:
+    for query in (dns.asyncquery.udp, dns.asyncquery.tcp):
+        response = await query(QUERY, "127.0.0.1", port=port, timeout=WAIT_S)
+        assert [rrset.to_text() for rrset in response.answer] == ["web.regd.internal. 0 IN A 127.0.0.1"]
+
+
+async def test_large_answer_comes_by_tcp(port: int) -> None:
+    query = dns.message.make_query("web.regd.internal", "SRV")
+    response, by_tcp = await dns.asyncquery.udp_with_fallback(query, "127.0.0.1", port=port, timeout=WAIT_S)
+    assert by_tcp
+    assert len(response.answer[0]) == 100
+
+
+async def test_without_a_state_servfail() -> None:
+    async with serving(None) as port:
+        response = await dns.asyncquery.udp(QUERY, "127.0.0.1", port=port, timeout=WAIT_S)
+    assert response.rcode() == dns.rcode.SERVFAIL
+
+
+async def test_pipelined_queries_are_answered_in_order(port: int) -> None:
+    reader, writer = await connect(port)
+    for number in range(1_000):
+        wire = dns.message.make_query("web.regd.internal", "A", id=number).to_wire()
+        writer.write(struct.pack("!H", len(wire)) + wire)
+    assert [(await read_message(reader)).id for _ in range(1_000)] == list(range(1_000))
+    writer.close()
+
+
+async def test_message_byte_by_byte(port: int) -> None:
+    reader, writer = await connect(port)
+    wire = QUERY.to_wire()
+    for byte in struct.pack("!H", len(wire)) + wire:
+        writer.write(bytes([byte]))
+        await asyncio.sleep(0)
+    assert (await read_message(reader)).answer
+    writer.close()
+
+
+@pytest.mark.parametrize("data", [b"", b"\0", b"\0\0", b"\0\5abc", b"\xff\xffabc"])
+async def test_connection_without_a_whole_message_is_closed(
+    port: int, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dns_server, "IDLE_S", 0.05)
+    reader, writer = await connect(port)
+    writer.write(data)
+    async with asyncio.timeout(WAIT_S):
+        assert await reader.read() == b""
+    writer.close()
+
+
+async def test_connections_are_limited(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dns_server, "CONNECTIONS_MAX", 2)
+    wire = QUERY.to_wire()
+    streams = []
+    for _ in range(2):
+        reader, writer = await connect(port)
+        writer.write(struct.pack("!H", len(wire)) + wire)
+        await read_message(reader)
+        streams.append(writer)
+    reader, writer = await connect(port)
+    with contextlib.suppress(ConnectionError):
+        assert await reader.read() == b""
+    for each in (*streams, writer):
+        each.close()
+
+
+async def test_junk_gets_no_answer_and_ends_nothing(port: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+        udp.connect(("127.0.0.1", port))
+        for junk in (b"", b"x", b"x" * 11, b"\xff" * 60_000):
+            udp.send(junk)
+    response = await dns.asyncquery.udp(QUERY, "127.0.0.1", port=port, timeout=WAIT_S)
+    assert response.answer
+
+
+# The cache.
+
+
+class Counting:
+    """A state that counts how often it is read, and a clock."""
+
+    def __init__(self) -> None:
+        self.index = NameIndex()
+        self.reads = 0
+        self.now = 0.0
+        self.cache = AnswerCache(self.state, lambda: self.now)
+
+    def state(self) -> NameIndex:
+        self.reads += 1
+        return self.index
+
+    def ask(self, id: int, name: str = "web", tcp: bool = False) -> dns.message.Message:
+        answer = self.cache.answer(dns.message.make_query(f"{name}.regd.internal", "A", id=id).to_wire(), tcp=tcp)
+        assert answer is not None
+        return dns.message.from_wire(answer)
+
+
+def test_equal_queries_are_answered_once_in_a_second() -> None:
+    scene = Counting()
+    assert [scene.ask(id).id for id in (1, 2, 3)] == [1, 2, 3]
+    assert scene.reads == 1
+    scene.ask(4, tcp=True)
+    scene.ask(5, "WEB")
+    assert scene.reads == 3  # another protocol, another case
+    scene.now = 1.0
+    scene.ask(6)
+    assert scene.reads == 4
+
+
+def test_change_empties_the_cache() -> None:
+    scene = Counting()
+    assert not scene.ask(1).answer
+    scene.index.put(instance(1))
+    scene.cache.clear()
+    assert scene.ask(2).answer
+
+
+def test_cache_is_bounded() -> None:
+    scene = Counting()
+    for number in range(3_000):
+        scene.ask(1, f"n{number}")
+    assert len(scene.cache._answers) <= 1_024

@@ -1,0 +1,230 @@
+"""The HTTP server on real sockets, in the test's loop: headers of every response, limits, bad input, shutdown."""
+
+import asyncio
+import contextlib
+import random
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from regd.gateways import guard, http_server
+from regd.gateways.daemon_connections import Daemon
+from regd.gateways.guard import HEAD_BYTES_MAX
+from regd.gateways.http_server import HttpServer
+from regd.gateways.readers import Readers
+from regd.gateways.routes import Gateway
+from regd_client.protocol import parse_address
+from tests.support.daemon import WAIT_S
+from tests.support.polling import until
+from tests.support.registries import Registry, running
+
+pytestmark = pytest.mark.socket
+
+
+class Site:
+    def __init__(self, registry: Registry, server: HttpServer, port: int, serving: "asyncio.Task[None]") -> None:
+        self.registry = registry
+        self.server = server
+        self.port = port
+        self.serving = serving
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection("127.0.0.1", self.port)
+
+    async def send(self, data: bytes) -> bytes:
+        """Send bytes, and return all that comes until the server closes the connection."""
+        reader, writer = await self.connect()
+        writer.write(data)
+        try:
+            async with asyncio.timeout(WAIT_S):
+                return await reader.read()
+        finally:
+            writer.close()
+
+    async def get(self, path: str, *headers: str, method: str = "GET") -> bytes:
+        lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close", *headers, "", ""]
+        return await self.send("\r\n".join(lines).encode())
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    async with running(tmp_path) as registry:
+        daemon = Daemon(parse_address(registry.address))
+        server = HttpServer(Gateway(daemon, Readers(restricted=False)))
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            serving = asyncio.create_task(server.serve([listener]))
+            yield Site(registry, server, listener.getsockname()[1], serving)
+            server.should_exit = True
+            await serving
+        daemon.close()
+
+
+def status(response: bytes) -> int:
+    return int(response.split(b" ", 2)[1])
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        (b"GET /v1/list HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 200),
+        (b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 404),
+        (b"POST /v1/list HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 405),
+        (b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 405),
+        (b"GET /v1/list HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n", 400),
+        (b"GET /v1/list HTTP/1.0\r\n\r\n", 400),
+        (b"GET /v1/list HTTP/1.1\r\n\r\n", 400),
+        (b"GET /v1/list HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n", 400),
+        (b"GET http://evil.example/v1/list HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 404),
+        (b"GET /v1/list\xff HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"GET /v1/list%0d%0aX:1 HTTP/1.1\r\nHost: a.localhost\r\nConnection: close\r\n\r\n", 404),
+        (b"GET /v1/list?" + b"a" * HEAD_BYTES_MAX + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * HEAD_BYTES_MAX, 400),
+        (b"GET /v1/watch HTTP/1.1\r\nHost: localhost\r\nLast-Event-ID: " + b"x" * 65_536 + b"\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 50 + b"\r\n\r\n", 400),
+        (b'{"cmd":"list"}\n\n', 400),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+    ],
+)  # fmt: skip
+async def test_every_response_has_the_headers(site: Site, request_: bytes, code: int) -> None:
+    response = await site.send(request_)
+    head = response.partition(b"\r\n\r\n")[0].decode().lower()
+    assert status(response) == code
+    for name, value in guard.HEADERS:
+        assert head.count(f"\r\n{name.lower()}: {value.lower()}") == 1, name
+    assert "\r\nserver:" not in head
+    assert "\r\nset-cookie:" not in head
+    assert "\r\naccess-control" not in head
+
+
+async def test_head_has_no_body(site: Site) -> None:
+    response = await site.get("/v1/hello", method="HEAD")
+    assert response.endswith(b"\r\n\r\n")
+    assert b"content-length: 0" not in response
+
+
+async def test_request_byte_by_byte(site: Site) -> None:
+    reader, writer = await site.connect()
+    for byte in b"GET /healthz HTTP/1.1\r\nHost: [::1]:7380\r\nConnection: close\r\n\r\n":
+        writer.write(bytes([byte]))
+        await asyncio.sleep(0)
+    assert (await reader.read()).endswith(b"ok\n")
+    writer.close()
+
+
+async def test_pipelined_requests(site: Site) -> None:
+    one = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    response = await site.send(one * 3 + one.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+    assert response.count(b"HTTP/1.1 200 OK") == 4
+
+
+async def test_websocket_upgrade_gets_no_handshake(site: Site) -> None:
+    response = await site.get(
+        "/v1/hello", "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==", "Origin: http://evil.example",
+    )  # fmt: skip
+    assert status(response) == 403
+
+
+async def test_idle_connections_and_late_requests_are_closed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "IDLE_S", 0.0)
+    streams = [await site.connect() for _ in range(300)]
+    beginnings = (
+        b"",
+        b"G",
+        b"GET / HTTP/1.1\r\nHost: local",
+        b"GET / HTTP/1.1\r\nContent-Length: 5\r\nHost: localhost\r\n\r\nab",
+    )
+    for number, (_, writer) in enumerate(streams):
+        writer.write(beginnings[number % len(beginnings)])
+    async with asyncio.timeout(WAIT_S):
+        for reader, writer in streams:
+            with contextlib.suppress(ConnectionError):
+                assert b" 200 " not in await reader.read()
+            writer.close()
+    monkeypatch.undo()
+    assert status(await site.get("/healthz")) == 200
+
+
+async def test_connections_are_limited(site: Site) -> None:
+    site.server.config.limit_concurrency = 2
+    streams = [await site.connect() for _ in range(2)]
+    await until(lambda: len(site.server.server_state.connections) == 2)
+    assert status(await site.get("/healthz")) == 503
+    for _, writer in streams:
+        writer.close()
+    async with asyncio.timeout(WAIT_S):
+        while status(await site.get("/healthz")) != 200:
+            await asyncio.sleep(0.01)
+
+
+async def test_stop_ends_streams_and_waits_as_complete_responses(site: Site) -> None:
+    requests = [
+        asyncio.create_task(site.send(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()))
+        for path in ("/v1/watch", "/v1/resolve?name=late&wait=60")
+    ]
+    async with site.registry.client() as client, asyncio.timeout(WAIT_S):
+        while (stats := await client.stats())["watches"] != 1 or stats["waiting"] != 1:
+            await asyncio.sleep(0.001)
+    idle_reader, idle_writer = await site.connect()
+    site.server.should_exit = True
+    async with asyncio.timeout(2):
+        stream, wait = await asyncio.gather(*requests)
+        await site.serving
+        assert await idle_reader.read() == b""
+    assert stream.endswith(b"\r\n0\r\n\r\n")
+    assert status(wait) == 503
+    idle_writer.close()
+
+
+async def test_reader_that_stops_costs_little(site: Site) -> None:
+    reader, writer = await site.connect()
+    writer.write(b"GET /v1/watch HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    await reader.readuntil(b"event: sync")
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    async with site.registry.client() as client:
+        await client.register("a", 1, static=True)
+        for number in range(300):
+            await client.update("a", {"text": f"{number}" + "x" * 4_000})
+    (connection,) = site.server.server_state.connections
+    assert connection.transport.get_write_buffer_size() < 256 * 1_024
+    writer.transport.abort()
+
+
+REQUESTS = [
+    b"GET /v1/list?name=a*&limit=3 HTTP/1.1\r\nHost: localhost:7380\r\nAccept: */*\r\n\r\n",
+    b"GET /v1/watch HTTP/1.1\r\nHost: [::1]\r\nLast-Event-ID: 5eed-1\r\n\r\n",
+    b"GET /v1/resolve?name=a&wait=0 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET /a?b HTTP/1.1\r\nHost: web.localhost\r\nSec-Fetch-Site: none\r\nContent-Length: 3\r\n\r\nabc",
+]
+PIECES = [
+    b"\0", b"\r\n", b"\n", b" ", b"%", b"%00", b"%0d%0a", b"%ff", b"/", b"//", b"?", b"&", b"=", b"HTTP/2", b"\xff",
+    b"Transfer-Encoding: chunked\r\n", b"Content-Length: 1\r\n", b"Host: evil.example\r\n", b"POST", b"[", b"{", b"\xc0\x80",
+]  # fmt: skip
+
+
+async def test_any_bytes_end_nothing(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    rng = random.Random(17)
+    for number in range(200):
+        data = rng.choice(REQUESTS)
+        for _ in range(rng.randint(1, 4)):
+            start = rng.randrange(len(data))
+            data = data[:start] + rng.choice(PIECES) + data[start + rng.randrange(6) :]
+        reader, writer = await site.connect()
+        writer.write(data)
+        if number % 2:
+            writer.write_eof()
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            async with asyncio.timeout(0.02):
+                response = await reader.read(65_536)
+                assert response == b"" or response.startswith(b"HTTP/1.1 ")
+                assert not response.startswith(b"HTTP/1.1 500")
+        writer.transport.abort()
+    assert status(await site.get("/healthz")) == 200
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+    async with asyncio.timeout(WAIT_S), site.registry.client() as client:
+        while (await client.stats())["watches"]:
+            await asyncio.sleep(0.01)

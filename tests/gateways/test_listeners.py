@@ -1,0 +1,44 @@
+"""The sockets of the gateway: one port on both loopback addresses, or none."""
+
+import asyncio
+import socket
+
+import pytest
+
+from regd.gateways.listeners import ListenError, bind_loopback, bound_addresses
+
+BOTH = (socket.SOCK_DGRAM, socket.SOCK_STREAM)
+
+
+def test_one_port_for_both_families_and_protocols() -> None:
+    sockets = bind_loopback(0, BOTH, "--dns")
+    [port] = {sock.getsockname()[1] for sock in sockets}
+    assert [(sock.getsockname()[0], sock.type) for sock in sockets] == [
+        ("127.0.0.1", socket.SOCK_DGRAM),
+        ("127.0.0.1", socket.SOCK_STREAM),
+        ("::1", socket.SOCK_DGRAM),
+        ("::1", socket.SOCK_STREAM),
+    ]
+    assert bound_addresses("dns", sockets) == [f"dns://127.0.0.1:{port}", f"dns://[::1]:{port}"]
+    with pytest.raises(ListenError, match=f"port {port} is taken"):
+        bind_loopback(port, BOTH, "--dns")
+    for sock in sockets:
+        sock.close()
+    for sock in bind_loopback(port, BOTH, "--dns"):  # nothing stays open
+        sock.close()
+
+
+async def test_connections_send_without_delay() -> None:
+    [four, six] = bind_loopback(0, (socket.SOCK_STREAM,), "--http")
+    six.close()
+    found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accepted = writer.get_extra_info("socket")
+        found.set_result(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    async with await asyncio.start_server(accept, sock=four):
+        _, writer = await asyncio.open_connection(*four.getsockname())
+        assert await found
+        writer.close()
