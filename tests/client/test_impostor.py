@@ -93,6 +93,16 @@ REFUSAL: dict[str, Any] = {
     "owner": {"pid": 1},
     "rev": 3,
 }
+CHANGE: dict[str, Any] = {
+    **ENDPOINT,
+    "rev": 7,
+    "at": 1_790_000_000.5,
+    "op": "down",
+    "state": "ready",
+    "priority": 10,
+    "reason": "replaced",
+    "by": {"pid": 12, "uid": 1_000, "command": "server"},
+}
 REPLIES: dict[str, dict[str, Any]] = {
     "ping": {"ok": True},
     "hello": {"ok": True, **HELLO},
@@ -109,6 +119,7 @@ REPLIES: dict[str, dict[str, Any]] = {
         "instances": [KNOWN],
         "departures": [{"instance": "1", "reason": "replaced", "age_s": 0.5}],
     },
+    "history": {"ok": True, "changes": [CHANGE], "next": 6},
     "stats": {"ok": True, **STATS},
     "watch": {"ok": True, "watch": 1, "epoch": "e", "rev": 7},
     "unwatch": {"ok": True},
@@ -232,6 +243,7 @@ CALLS: dict[str, list[Callable[[Client], Awaitable[object]]]] = {
     "list": [lambda client: client.instances()],
     "update": [lambda client: client.update("db", {}), leave],
     "why": [lambda client: client.why("db")],
+    "history": [lambda client: client.history("db", since=1)],
     "stats": [Client.stats],
     "watch": [mirror],
 }
@@ -395,6 +407,7 @@ def test_required_members_of_a_reply(cmd: str) -> None:
         "loop",
         "lag_s",
         "slowest",
+        "next",
     }
     if cmd in ("hello", "renew"):
         optional -= {"loop", "ttl"}
