@@ -139,7 +139,7 @@ def _serve(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int
         from regd.gateways.listeners import ListenError, ports_to_try
         from regd.gateways.serve import serve
     except ModuleNotFoundError as error:
-        message = f"{error.name} is missing, which is in the extra `serve`: pip install 'regd[serve]'"
+        message = f"regctl serve needs the extra `serve`, and {error.name} is missing: pip install 'regd[serve]'"
         return _refused({"ok": False, "error": "bad_argument", "message": message}, as_json)
     project = find_address(address).project
     http, dns = (

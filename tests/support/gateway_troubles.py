@@ -26,7 +26,7 @@ def refusal(method: str, **headers: str) -> str:
     return found.message
 
 
-@says("… is missing, which is in the extra …: …")
+@says("regctl serve needs the extra …, and … is missing: …")
 async def no_extra(scene: Scene) -> str:
     start = "import sys; sys.modules['dns'] = None; from regd.cli.regctl import main; raise SystemExit(main())"
     return await scene.shell("regctl", f"""'{sys.executable}' -c "{start}" serve""", status=2)
