@@ -70,6 +70,7 @@ STATS: dict[str, Any] = {
     "loop": "asyncio",
     "registry": "/r.json",
     "log": None,
+    "started_at": 1_790_000_000.5,
     "uptime_s": 1.5,
     "epoch": "e",
     "rev": 7,
@@ -408,6 +409,7 @@ def test_required_members_of_a_reply(cmd: str) -> None:
         "lag_s",
         "slowest",
         "next",
+        "started_at",
     }
     if cmd in ("hello", "renew"):
         optional -= {"loop", "ttl"}
