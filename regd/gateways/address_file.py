@@ -17,6 +17,7 @@ __all__ = ["AddressFile", "read_addresses"]
 _NAME = "serve"
 _BYTES_MAX = 1_024
 _ADDRESS = re.compile(r"(http|dns)://(127\.0\.0\.1|\[::1\]):[1-9][0-9]{0,4}")
+_TRIES = 5  # while other programs look at the file or remove it
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
@@ -76,7 +77,7 @@ class AddressFile:
 
 def _open_locked(path: str) -> int | None:
     """Return the file, locked; None if another gateway has it."""
-    while True:
+    for _ in range(_TRIES):
         file = os.open(path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,7 +91,8 @@ def _open_locked(path: str) -> int | None:
             raise
         os.close(file)
         if is_taken:
-            return None
+            break
+    return None
 
 
 def _is_at(path: str, file: int) -> bool:
