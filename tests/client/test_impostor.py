@@ -301,6 +301,19 @@ def test_blocking_connection_raises_only_documented_errors(
                     json.dumps(reply)
 
 
+@pytest.mark.parametrize(
+    ("member", "value"),
+    [
+        ("rev", -1), ("at", "now"), ("op", 7), ("name", "DB"), ("instance", None), ("host", ""), ("port", 0), ("state", "up"),
+        ("priority", 65_536), ("reason", ["replaced"]), ("by", {"uid": "root"}),
+    ],
+)  # fmt: skip
+def test_change_with_a_value_of_another_form(member: str, value: object) -> None:
+    assert replies.result_fault("history", {}, REPLIES["history"]) == ""
+    wrong = put(REPLIES["history"], ("changes", 0, member), value)
+    assert replies.result_fault("history", {}, wrong) != ""
+
+
 async def test_endless_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Full pages end at the limit of instances, empty pages at the limit of pages."""
     monkeypatch.setattr(protocol, "INSTANCES_MAX", 5)
