@@ -392,10 +392,12 @@ def test_daemon_on_demand_does_not_exit_while_the_gateway_runs(
 ) -> None:
     with project_registry(tmp_path, tmp_path / "other") as other, idle_daemon(here) as daemon:
         command = [sys.executable, "-m", "regd.cli.regctl", "serve", *flags]
+        connection = BlockingConnection(here.address, autostart=False)  # until the gateway has its own
         with subprocess.Popen(command, cwd=here.place, env=here.environment(), stdout=subprocess.PIPE) as running:
             try:
                 assert running.stdout is not None
                 assert running.stdout.readline()
+                connection.close()
                 with idle_daemon(other) as later:
                     assert later.wait(WAIT_S) == 0  # so much time has passed
                 assert daemon.poll() is None
