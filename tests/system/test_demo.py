@@ -22,11 +22,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def end(process: "subprocess.Popen[str]") -> None:
+    """End `make run` if the test has failed. It ends its three programs, which are in sessions of their own."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate(timeout=30)
+
+
 BARE = str(Path(sys.base_prefix) / "bin" / "python3")  # most likely without any package
 
 
 @pytest.mark.parametrize(("number", "python"), [(signal.SIGINT, BARE), (signal.SIGTERM, sys.executable)])
-def test_make_run(tmp_path: Path, number: signal.Signals, python: str) -> None:
+def test_make_run(tmp_path: Path, number: signal.Signals, python: str, request: pytest.FixtureRequest) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -54,6 +61,7 @@ def test_make_run(tmp_path: Path, number: signal.Signals, python: str) -> None:
         text=True,
         start_new_session=True,
     )
+    request.addfinalizer(lambda: end(process))
     assert process.stdout is not None
     output = ""
 
