@@ -26,7 +26,8 @@ def end(process: "subprocess.Popen[str]") -> None:
     """End `make run` if the test has failed. It ends its three programs, which are in sessions of their own."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
-        process.communicate(timeout=30)
+    with process:  # waits, and closes the pipe
+        pass
 
 
 BARE = str(Path(sys.base_prefix) / "bin" / "python3")  # most likely without any package
