@@ -1,6 +1,7 @@
 """The example of `make run`: the daemon, the runner and the caller as three processes.
 
-Runs until Ctrl-C or SIGTERM, and then stops all three. $PORT is the daemon's port (default 7343).
+Runs until Ctrl-C or SIGTERM, and then stops all of them. $PORT is the daemon's port (default 7343). If the extra
+`serve` is installed, a fourth process shows the registry in a browser.
 """
 
 import contextlib
@@ -27,7 +28,9 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def running(*command: str, ready: Callable[[str], bool]) -> Iterator[subprocess.Popen[str]]:
+def running(
+    *command: str, ready: Callable[[str], bool], show: Callable[[str], None] = say
+) -> Iterator[subprocess.Popen[str]]:
     """Run a Python program during the block, which begins when `ready` accepts a line of its output."""
     process = subprocess.Popen(
         [sys.executable, *command],
@@ -38,15 +41,15 @@ def running(*command: str, ready: Callable[[str], bool]) -> Iterator[subprocess.
     )
     seen = threading.Event()
 
-    def show() -> None:
+    def read() -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            say(f"  {line.rstrip()}")
+            show(f"  {line.rstrip()}")
             if ready(line):
                 seen.set()
         seen.set()  # the program has ended
 
-    thread = threading.Thread(target=show, daemon=True)
+    thread = threading.Thread(target=read, daemon=True)
     thread.start()
     try:
         if not seen.wait(READY_WITHIN_S) or process.poll() is not None:
@@ -72,6 +75,19 @@ def registry_with(name: str) -> str:
     return text
 
 
+@contextlib.contextmanager
+def page() -> Iterator[str]:
+    """Serve the registry over HTTP during the block, and return the URL; "" without the extra `serve`."""
+    has_extra = [sys.executable, "-c", "import regd.gateways.serve"]
+    if subprocess.run(has_extra, env=ENVIRONMENT, stderr=subprocess.DEVNULL, check=False).returncode:
+        yield ""
+        return
+    lines: list[str] = []
+    command = ["-m", "regd.cli.regctl", "serve", "--http", "0", "--dns", "off"]
+    with running(*command, ready=lambda line: "listening" in line, show=lines.append):
+        yield lines[0].split()[-1]
+
+
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -92,12 +108,14 @@ def main() -> None:
             say(f"3. The registration, in {os.path.relpath(REGISTRY)}:")
             say("".join(f"  {line}\n" for line in registry_with("runner").splitlines()).rstrip())
             say("4. The caller finds the runner by its name, and calls it:")
-            with running(str(HERE / "caller.py"), ready=lambda line: "got" in line):
+            with running(str(HERE / "caller.py"), ready=lambda line: "got" in line), page() as url:
                 say("5. Your turn, in another terminal:")
                 say(f"  printf 'resolve runner\\nquit\\n' | nc 127.0.0.1 {PORT}")
                 say(f"  printf 'list\\nquit\\n' | nc 127.0.0.1 {PORT}")
                 say(f"  kill -9 {runner.pid}   # regd removes its name, and the caller gets an event")
                 say(f"  REGD_ADDRESS=127.0.0.1:{PORT} PYTHONPATH=client python3 services/runner.py 5051")
+                if url:
+                    say(f"  {url}/   # the registry, in a browser")
                 say("Ctrl-C ends all of this.")
                 signal.pause()
 

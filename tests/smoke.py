@@ -31,7 +31,7 @@ def main() -> None:
         pages = commands.parent / "share" / "doc" / "regd"
         assert run("regctl", "help").endswith(f"\nDocuments: {pages.resolve()}\n")
         for document in pages.rglob("*.md"):
-            for link in re.findall(r"\]\(([^)#:]+)", document.read_text()):
+            for link in re.findall(r"\]\((?!https?:)([^)#:]+)", document.read_text()):
                 assert (document.parent / link).exists(), f"{document}: {link}"
         assert {"README.md", "client/SERVERS.md", "regd/TROUBLESHOOTING.md", "regd/cli/README.md"} <= {
             page.relative_to(pages).as_posix() for page in pages.rglob("*.md")
@@ -42,8 +42,14 @@ def main() -> None:
         assert re.findall(r"\]\((?!https?:)[^)]*\)", description) == []
         code = "import regd_client, pathlib; print(pathlib.Path(regd_client.__file__).with_name('py.typed').exists(), regd_client.Client.__name__)"
         assert run("python", "-c", code) == "True Client\n"
-        code = "import regd, pathlib; print(sorted(each.name for each in pathlib.Path(*regd.__path__, 'systemd').rglob('regd.*')))"
-        assert run("python", "-c", code) == "['regd.service', 'regd.service', 'regd.socket', 'regd.socket']\n"
+        code = "import regd, pathlib; print(sorted(each.name for each in pathlib.Path(*regd.__path__, 'systemd').rglob('regd*')))"
+        units = ["regd-serve.service", "regd.service", "regd.socket"]
+        assert run("python", "-c", code) == f"{sorted(2 * units)}\n"
+        done = subprocess.run(
+            [commands / "regctl", "serve"], cwd=folder, env=plain, capture_output=True, text=True, check=False, timeout=30,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert "pip install 'regd[serve]'" in done.stderr
         daemon = subprocess.Popen(
             [commands / "regd", "--port", "0", "--registry", "registry.json", "--log-level", "warning"],
             cwd=folder, env=plain, stdout=subprocess.PIPE, text=True,

@@ -1,23 +1,28 @@
 """COMING_FROM.md: regd's side of each part is run against a new daemon."""
 
 import contextlib
+import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, environment
+from tests.support.polling import block_until
 
 PAGE = ROOT / "client" / "COMING_FROM.md"
 PARTS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.DOTALL | re.MULTILINE))
 TASKS = ("register", "wait", "find", "list", "watch", "health", "drain", "deregister", "in tests")
 BACKGROUND = ("regctl run", "regctl watch")  # commands that run until they get a signal
+OWN = ("regctl ", "curl ", "dig ")  # beginnings of commands that ask regd
 COMMAND_S = 40.0  # most timeouts on the page are 30 s
 COMMANDS = {
     "regctl": f'exec "{sys.executable}" -m regd.cli.regctl "$@"',
@@ -29,7 +34,8 @@ COMMANDS = {
 def commands_of(part: str) -> list[str]:
     """Return regd's commands of the table, row after row."""
     rows = re.findall(r"^\| .* \| .* \| (.*) \|$", PARTS[part], re.MULTILINE)
-    return [code for row in rows for code in re.findall(r"`([^`]+)`", row) if "regctl " in code]
+    codes = [code for row in rows for code in re.findall(r"`([^`]+)`", row)]
+    return [code for code in codes if "regctl " in code or code.startswith(OWN)]
 
 
 class Shell:
@@ -81,12 +87,30 @@ def shell(process: DaemonProcess, tmp_path: Path) -> Iterator[Shell]:
     shell.end()
 
 
+def has_records(shell: Shell, dig: str) -> bool:
+    return re.search(r"\sIN\s+SRV\s+0 1 ", shell.run(dig)) is not None
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_table(part: str, shell: Shell) -> None:
     lines = commands_of(part)
     assert len(lines) >= 7
+    ports: dict[str, str] = {}
     for line in lines:
-        if line.startswith("regctl watch"):
+        for default, port in ports.items():
+            line = line.replace(default, port)
+        if line == "regctl serve":
+            output = shell.begin(f"{line} --http 0 --dns 0").stdout
+            assert output is not None
+            numbers = [output.readline().strip().rpartition(":")[2] for _ in range(4)]
+            ports = {"7380": numbers[0], "7353": numbers[2]}
+        elif shutil.which(line.split()[0]) is None and line.startswith(("curl ", "dig ")):
+            continue  # not on this machine
+        elif line.startswith("curl "):
+            assert json.loads(shell.run(line.replace("curl ", "curl -sS ")))["instances"]
+        elif line.startswith("dig "):
+            block_until(partial(has_records, shell, line))  # DNS follows the registry by a watch
+        elif line.startswith("regctl watch"):
             output = shell.begin(line).stdout
             assert output is not None
             assert output.readline().startswith("up\t"), line

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from regd.cli import commands, regd
-from tests.support import client_troubles, daemon_troubles
+from tests.support import client_troubles, daemon_troubles, gateway_troubles
 from tests.support.daemon import ROOT
 from tests.support.documents import fits
 from tests.support.scenes import Scene
@@ -14,7 +14,8 @@ from tests.support.scenes import Scene
 PAGE = ROOT / "regd" / "TROUBLESHOOTING.md"
 ENTRIES = re.findall(r"^### `([^\n]*)`\n\n(.*?)(?=^#|\Z)", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 HEADINGS = [heading for heading, _ in ENTRIES]
-PRODUCERS = daemon_troubles.says | client_troubles.says
+ALL_PRODUCERS = (daemon_troubles.says, client_troubles.says, gateway_troubles.says)
+PRODUCERS = {heading: produce for says in ALL_PRODUCERS for heading, produce in says.items()}
 FLAG = re.compile(r"(?<![a-z-])--[a-z-]+")
 LINES_MAX = 5
 FIXED_MIN = 10  # fixed characters of a heading; fewer would match other messages
@@ -23,7 +24,7 @@ FIXED_MIN = 10  # fixed characters of a heading; fewer would match other message
 def test_every_heading_has_a_producer_and_every_producer_a_heading() -> None:
     assert len(set(HEADINGS)) == len(HEADINGS) == PAGE.read_text().count("\n### ")
     assert set(HEADINGS) ^ set(PRODUCERS) == set()
-    assert not set(daemon_troubles.says) & set(client_troubles.says)
+    assert len(PRODUCERS) == sum(map(len, ALL_PRODUCERS))
 
 
 @pytest.mark.parametrize("heading", HEADINGS)

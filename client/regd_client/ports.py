@@ -104,11 +104,11 @@ def ephemeral_range() -> tuple[int, int]:
     return first, last
 
 
-def free_ports() -> list[int]:
+def free_ports(chooser: random.Random = _random) -> list[int]:
     """Return ports outside the ephemeral range, in random order, for a caller to try; [] if it leaves none."""
     first, last = ephemeral_range()
     ports = [*range(_PORT_MIN, first), *range(max(last + 1, _PORT_MIN), 65_536)]
-    return _random.sample(ports, min(_TRIES, len(ports)))
+    return chooser.sample(ports, min(_TRIES, len(ports)))
 
 
 def bind_alone(sock: socket.socket, address: tuple[str, int]) -> None:

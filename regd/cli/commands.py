@@ -72,9 +72,9 @@ def _ttl(text: str) -> float:
     return int(ttl_s) if ttl_s.is_integer() else ttl_s
 
 
-def _port_or_off(text: str) -> int | None:
+def _port_or_off(text: str) -> int | str:
     if text == "off":
-        return None
+        return text
     port = integer(text, 0, 65_535)
     if port is None:
         raise argparse.ArgumentTypeError(f"must be 0 to 65535, or off, not {text!r}")
@@ -351,20 +351,20 @@ COMMANDS = {
         "Serve the registry over HTTP and DNS, on this machine only, until Ctrl-C.",
         Parameter(
             "--http",
-            f"the port for HTTP; 0: a free one (default: {HTTP_PORT})",
+            f"the port for HTTP; 0: a free one, as in a project without this option (default: {HTTP_PORT})",
             type=_port_or_off,
-            default=HTTP_PORT,
             metavar="PORT|off",
         ),
         Parameter(
             "--dns",
-            f"the port for DNS, with UDP and TCP; 0: a free one (default: {DNS_PORT})",
+            f"the port for DNS, with UDP and TCP; 0: a free one, as in a project without this option "
+            f"(default: {DNS_PORT})",
             type=_port_or_off,
-            default=DNS_PORT,
             metavar="PORT|off",
         ),
         more="Reads the registry and never writes. Prints a line for each address once all are open. Needs the "
-        "extra `serve`: pip install 'regd[serve]'. Runs without a daemon too, and finds it when it starts.",
+        "extra `serve`: pip install 'regd[serve]'. Runs without a daemon too, and finds it when it starts. In a "
+        "project its ports stay the same as long as no other program takes them; `regctl where` shows them.",
         examples=["regctl serve", "regctl serve --http 8000 --dns off"],
     ),
     "ping": Subcommand("Check whether a daemon answers.", examples=["regctl ping"]),
@@ -520,7 +520,7 @@ def read(argv: Sequence[str]) -> dict[str, Any]:
         if arguments["ready_http"] is not None and arguments["ready_command"] is not None:
             raise UsageError("regctl run", "give --ready-http or --ready-command, not both")
     elif arguments["command"] == "serve":
-        if arguments["http"] is None and arguments["dns"] is None:
+        if arguments["http"] == arguments["dns"] == "off":
             raise UsageError("regctl serve", "give a port to --http or to --dns: both are off")
     elif arguments["command"] == "register":
         host, arguments["port"] = arguments["port"]

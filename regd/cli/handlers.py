@@ -26,6 +26,7 @@ from regd.cli.output import (
 from regd.cli.queries import ask, wait_for, wait_for_http
 from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import BadArgument, RegdError, Unavailable
+from regd_client.protocol import find_address
 
 _STATUSES = {"not_found": NOT_FOUND, "timeout": NOT_FOUND, "bad_argument": USAGE, "shutting_down": NO_DAEMON}
 _INSTANCES_SHOWN = 5  # in an error message
@@ -135,13 +136,18 @@ def _top(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
 
 def _serve(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
     try:
-        from regd.gateways.listeners import ListenError
+        from regd.gateways.listeners import ListenError, ports_to_try
         from regd.gateways.serve import serve
     except ModuleNotFoundError as error:
-        message = f"{error.name} is missing, which is in the extra `serve`: pip install 'regd[serve]'"
+        message = f"regctl serve needs the extra `serve`, and {error.name} is missing: pip install 'regd[serve]'"
         return _refused({"ok": False, "error": "bad_argument", "message": message}, as_json)
+    project = find_address(address).project
+    http, dns = (
+        ports_to_try(arguments[name], default, project)
+        for name, default in (("http", commands.HTTP_PORT), ("dns", commands.DNS_PORT))
+    )
     try:
-        serve(address, arguments["http"], arguments["dns"], lambda line: say(line, flush=True))
+        serve(address, http, dns, lambda line: say(line, flush=True))
     except ListenError as error:
         return _refused({"ok": False, "error": "refused", "message": str(error)}, as_json)
     return 0

@@ -6,7 +6,18 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from regd.cli.output import EMPTY, Output, address_of, complain, instance_name, say, say_json, table, visible
+from regd.cli.output import (
+    EMPTY,
+    Output,
+    address_of,
+    complain,
+    instance_name,
+    priority_of,
+    say,
+    say_json,
+    table,
+    visible,
+)
 from regd.cli.queries import TRANSIENT
 from regd.cli.watch import PAUSE_S, is_reader_gone
 from regd_client import protocol
@@ -132,8 +143,21 @@ def _print(changes: list[dict[str, Any]], as_json: bool, header: tuple[str, ...]
 def _row(change: Mapping[str, Any]) -> tuple[str, ...]:
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(change["at"]))
     name = instance_name(change["name"], change["instance"])
-    columns = (when, change["op"], name, address_of(change), change.get("reason", ""), _who(change.get("by", {})))
+    columns = (when, change["op"], name, address_of(change), _why(change), _who(change.get("by", {})))
     return tuple(visible(column) or EMPTY for column in columns)
+
+
+def _why(change: Mapping[str, Any]) -> str:
+    """Return the reason of a `down`, else the state and the priority that the instance has from then on.
+
+    An `up` is usually `ready`, and a priority usually 0: these are left out.
+    """
+    if change["op"] == "down":
+        return str(change.get("reason", ""))
+    parts = [change["state"]] if change["op"] == "change" or change["state"] != "ready" else []
+    if priority_of(change):
+        parts.append(f"priority {priority_of(change)}")
+    return ", ".join(parts)
 
 
 def _who(by: Mapping[str, Any]) -> str:

@@ -35,6 +35,10 @@ _SIGNALS_OF_REGD = {
     "started by nohup(1).",
     "SIGUSR1, SIGUSR2, SIGALRM, SIGPWR": "Ignored, with a line in the log; so are real-time signals.",
 }
+_FILES_OF_REGCTL = {
+    ".regd": "The registry of a project, which `regctl init` makes: `registry.json`, its journal, its log.",
+    ".regd/serve": "The addresses of the project's `regctl serve`, one per line.",
+}
 _FILES = {
     "share/doc/regd": "The documents of regd, below the installation prefix; `regctl help` prints the path.",
 }
@@ -65,7 +69,7 @@ def _regctl() -> Iterator[str]:
     for name, command in COMMANDS.items():
         yield from _command(name, command)
     yield from (".SH ENVIRONMENT", *_terms(_READ_BY_REGCTL | _SET_BY_REGCTL))
-    yield from (".SH FILES", *_terms(_FILES))
+    yield from (".SH FILES", *_terms(_FILES_OF_REGCTL | _FILES))
     yield from (".SH EXIT STATUS", *_terms(commands.STATUSES | _RUN | _SIGNALS))
     yield ".PP"
     yield from _text("Otherwise `run` exits with the status of its command, or by the signal that ended it.")

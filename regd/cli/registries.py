@@ -10,6 +10,7 @@ from typing import Any
 
 import regd
 from regd.cli.output import complain, say, say_json, visible
+from regd.gateways.address_file import read_addresses
 from regd_client import project, protocol
 from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import RegdError, Unavailable
@@ -50,6 +51,7 @@ def where(address: str | None, as_json: bool) -> None:
     found = project.search()
     source = _source(address, at)
     daemon, trouble = _daemon(at)
+    serving = read_addresses(at.project) if at.project else []
     if as_json:
         say_json(
             {
@@ -58,6 +60,7 @@ def where(address: str | None, as_json: bool) -> None:
                 "source": source,
                 "project": at.project or None,
                 "daemon": daemon,
+                **({"serve": serving} if serving else {}),
                 "version": regd.__version__,
                 "ignored": [{**ignored._asdict(), "do": ignored.do} for ignored in found.ignored],
             }
@@ -72,6 +75,8 @@ def where(address: str | None, as_json: bool) -> None:
     else:
         demand = "; it is started when a program needs it" if protocol.autostart_wanted(at) else ""
         say(f"  daemon  none answers{demand}")
+    for url in serving:
+        say(f"  serve   {url}")
     say(f"  regctl  {regd.__version__}")
     for line in _others(address, source, found):
         say(f"  not     {line}")

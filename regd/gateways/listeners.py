@@ -1,10 +1,14 @@
 """The sockets of the gateway, on the loopback addresses only."""
 
+import contextlib
 import errno
+import random
 import socket
 from collections.abc import Sequence
 
-__all__ = ["ListenError", "bind_loopback", "bound_addresses"]
+from regd_client.ports import free_ports
+
+__all__ = ["ListenError", "bind_at_one", "bind_loopback", "bound_addresses", "ports_to_try"]
 
 _HOSTS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 _BACKLOG = 1_024
@@ -13,6 +17,36 @@ _PORT_TRIES = 32  # until a free port is free on all
 
 class ListenError(Exception):
     """The gateway cannot listen on a port. The message is one line."""
+
+
+def ports_to_try(option: int | str | None, default: int, project: str) -> list[int]:
+    """Return the ports to try in turn for a server; [] if it is turned off.
+
+    The order of a project's ports is fixed by its path. So it has the same port at every start, unless another
+    program has taken it, and bookmarks stay valid.
+
+    Args:
+        option: the value of the option: a port, "off", or None if it is not given.
+        default: the port where there is no project.
+        project: the folder of the project registry, or "".
+    """
+    if option == "off":
+        return []
+    if isinstance(option, int):
+        return [option]
+    return [*free_ports(random.Random(f"{project} {default}")), 0] if project else [default]
+
+
+def bind_at_one(ports: Sequence[int], types: Sequence[socket.SocketKind], option: str) -> list[socket.socket]:
+    """Return sockets that are bound to the first of these ports that is free, as `bind_loopback` does.
+
+    Raises:
+        ListenError: none of them is free.
+    """
+    for port in ports[:-1]:
+        with contextlib.suppress(ListenError):
+            return bind_loopback(port, types, option)
+    return bind_loopback(ports[-1], types, option)
 
 
 def bind_loopback(port: int, types: Sequence[socket.SocketKind], option: str) -> list[socket.socket]:

@@ -1,10 +1,11 @@
 """Keeps the state for DNS up to date, by a watch that goes on across restarts of the daemon."""
 
 import asyncio
-import contextlib
+import logging
 from collections.abc import Callable
 
 from regd.gateways.name_index import NameIndex
+from regd_client.autostart import NOT_STARTED
 from regd_client.connector import Connector
 from regd_client.errors import RegdError
 from regd_client.models import Event
@@ -14,16 +15,22 @@ from regd_client.watches import WatchState
 
 __all__ = ["STALE_S_MAX", "NameWatch"]
 
+log = logging.getLogger("regd.gateways")
 STALE_S_MAX = 60.0  # how long DNS answers from the last known state: a restart of the daemon takes a second
 _PAUSE_S = 0.5  # between two attempts to start the watch
 
 
 class NameWatch:
-    """A watch of all names. Its connection also keeps a daemon that was started on demand from exiting.
+    """A watch of all names.
+
+    It also starts a daemon where one is started on demand, and its connection keeps that daemon from exiting.
 
     Args:
         address: of the daemon; None for the default.
         on_change: called after every change of the state.
+
+    Attributes:
+        first_attempt: set once a daemon has answered, or did not at the first attempt.
     """
 
     def __init__(self, address: str | None, on_change: Callable[[], None] = lambda: None) -> None:
@@ -34,6 +41,8 @@ class NameWatch:
         self._connector = Connector(AddressFinder(address), None)
         self._registrar = Registrar(self._connector)
         self._starting: asyncio.Task[None] | None = None
+        self._reported = ""
+        self.first_attempt = asyncio.Event()
 
     def state(self) -> NameIndex | None:
         """Return the current state; None if it is not complete yet, or too old."""
@@ -55,10 +64,20 @@ class NameWatch:
     async def _start(self) -> None:
         """Start the watch, as soon as a daemon answers. The registrar resumes it from then on."""
         while True:
-            with contextlib.suppress(RegdError):
+            try:
                 await self._registrar.watch(self._watch)
                 return
+            except RegdError as error:
+                self._report(error)
+            finally:
+                self.first_attempt.set()
             await asyncio.sleep(_PAUSE_S)
+
+    def _report(self, error: RegdError) -> None:
+        """Log why a daemon cannot be started. That none runs, and that it is not started, is no error."""
+        if error.code == NOT_STARTED and str(error) != self._reported:
+            self._reported = str(error)
+            log.warning("%s", error)
 
     def _take(self, event: Event) -> None:
         if event.endpoint is None:

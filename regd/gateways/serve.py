@@ -2,49 +2,55 @@
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 
+from regd.gateways.address_file import AddressFile
 from regd.gateways.daemon_connections import Daemon
 from regd.gateways.dns_server import AnswerCache, DnsServer
 from regd.gateways.http_server import HttpServer
-from regd.gateways.listeners import bind_loopback, bound_addresses
+from regd.gateways.listeners import bind_at_one, bound_addresses
 from regd.gateways.name_watch import NameWatch
 from regd.gateways.readers import Readers
 from regd.gateways.routes import Gateway
-from regd_client.protocol import find_address
+from regd_client.protocol import autostart_wanted, find_address
 
 __all__ = ["serve"]
 
+log = logging.getLogger("regd.gateways")
+_FILE_CHECK_S = 1.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def serve(address: str | None, http_port: int | None, dns_port: int | None, say: Callable[[str], None]) -> None:
+def serve(
+    address: str | None, http_ports: Sequence[int], dns_ports: Sequence[int], say: Callable[[str], None]
+) -> None:
     """Serve HTTP and DNS until SIGTERM or Ctrl-C.
 
     Args:
         address: of the daemon; None for the default.
-        http_port, dns_port: 0 picks a free port, None turns the server off.
+        http_ports, dns_ports: the first that is free is used, 0 picks a free one; without any the server is off.
         say: called with a line for each address, once all sockets listen.
 
     Raises:
         ListenError: a port is taken. No socket stays open.
         BadArgument: the address is invalid.
     """
-    asyncio.run(_serve(address, http_port, dns_port, say))
+    asyncio.run(_serve(address, http_ports, dns_ports, say))
 
 
 async def _serve(
-    address: str | None, http_port: int | None, dns_port: int | None, say: Callable[[str], None]
+    address: str | None, http_ports: Sequence[int], dns_ports: Sequence[int], say: Callable[[str], None]
 ) -> None:
     stopping = asyncio.Event()
     for number in _SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     daemon = Daemon(find_address(address))
     async with contextlib.AsyncExitStack() as stack:
-        http = _bound(stack, http_port, (socket.SOCK_STREAM,), "--http")
-        dns = _bound(stack, dns_port, (socket.SOCK_DGRAM, socket.SOCK_STREAM), "--dns")
+        http = _bound(stack, http_ports, (socket.SOCK_STREAM,), "--http")
+        dns = _bound(stack, dns_ports, (socket.SOCK_DGRAM, socket.SOCK_STREAM), "--dns")
         readers = Readers(restricted=bool(daemon.address.path))
         stack.callback(readers.close)
         readers.open([sock for sock in (*http, *dns) if sock.type == socket.SOCK_STREAM])
@@ -56,9 +62,15 @@ async def _serve(
         try:
             names.start()
             await dns_server.start(dns)
-            for line in (*bound_addresses("http", http), *bound_addresses("dns", dns)):
-                say(f"listening {line}")
-            await _until(stopping, serving)
+            if autostart_wanted(daemon.address):
+                await _first_of(stopping.wait(), names.first_attempt.wait())  # the first requests find a daemon
+            if not stopping.is_set():
+                addresses = [*bound_addresses("http", http), *bound_addresses("dns", dns)]
+                if daemon.address.project:
+                    _name_addresses(stack, daemon.address.project, addresses)
+                for line in addresses:
+                    say(f"listening {line}")
+            await _first_of(stopping.wait(), *([serving] if serving else []))  # if the server ends, it has failed
         finally:
             server.should_exit = True
             # At once: each may wait for a peer, and the process ends within two seconds.
@@ -67,17 +79,36 @@ async def _serve(
 
 
 def _bound(
-    stack: contextlib.AsyncExitStack, port: int | None, types: tuple[socket.SocketKind, ...], option: str
+    stack: contextlib.AsyncExitStack, ports: Sequence[int], types: tuple[socket.SocketKind, ...], option: str
 ) -> list[socket.socket]:
     """Bind the sockets of a server, which `stack` closes."""
-    sockets = [] if port is None else bind_loopback(port, types, option)
+    sockets = bind_at_one(ports, types, option) if ports else []
     for sock in sockets:
         stack.callback(sock.close)
     return sockets
 
 
-async def _until(stopping: asyncio.Event, serving: "asyncio.Task[None] | None") -> None:
-    """Wait for a signal. If the HTTP server ends before, it has failed."""
-    waiting = asyncio.create_task(stopping.wait())
-    await asyncio.wait({waiting} | ({serving} if serving else set()), return_when=asyncio.FIRST_COMPLETED)
-    waiting.cancel()
+def _name_addresses(stack: contextlib.AsyncExitStack, folder: str, addresses: Sequence[str]) -> None:
+    """Keep the addresses in the file of the project, until `stack` is closed."""
+    file = AddressFile(folder)
+    stack.callback(file.close)
+    if why := file.write(addresses):
+        log.warning("%s", why)
+    keeping = asyncio.create_task(_keep(file, addresses), name="regd-gateway-address-file")
+    stack.callback(keeping.cancel)
+
+
+async def _keep(file: AddressFile, addresses: Sequence[str]) -> None:
+    """Write the file again if it was removed, and as soon as another gateway of the project has ended."""
+    while True:
+        await asyncio.sleep(_FILE_CHECK_S)
+        file.write(addresses)
+
+
+async def _first_of(*waiting: Awaitable[object]) -> None:
+    """Wait until one of these has ended. Those that were passed as coroutines are cancelled."""
+    tasks = {asyncio.ensure_future(each): each for each in waiting}
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task, each in tasks.items():
+        if task is not each:
+            task.cancel()

@@ -74,6 +74,29 @@ def test_columns(history: Run, process: DaemonProcess) -> None:
     assert history("nobody") == (0, "", "")
 
 
+def test_states_and_priorities(history: Run, process: DaemonProcess) -> None:
+    """Rows of one service differ in what has changed; a new instance that is ready and has priority 0 needs no word."""
+    with BlockingConnection(process.addresses[0]) as peer:
+        for request in (
+            {"cmd": "register", "port": 1},
+            {"cmd": "update", "state": "draining"},
+            {"cmd": "update", "priority": 10, "state": "ready"},
+            {"cmd": "update", "priority": 0},
+            {"cmd": "register", "port": 2, "state": "starting", "priority": 7},
+            {"cmd": "deregister"},
+        ):
+            assert peer.ask(request.pop("cmd"), name="db", **request)["ok"]  # type: ignore[arg-type]
+    assert [tuple(line.split("\t")[1:5:3]) for line in history("db")[1].splitlines()] == [
+        ("up", "-"),
+        ("change", "draining"),
+        ("change", "ready, priority 10"),
+        ("change", "ready"),
+        ("down", "replaced"),
+        ("up", "starting, priority 7"),
+        ("down", "deregistered"),
+    ]
+
+
 @pytest.mark.parametrize(("name", "rows"), [("db", 2), ("nobody", 1)])
 def test_table_of_a_terminal(name: str, rows: int, process: DaemonProcess) -> None:
     register(process, "db", 1)

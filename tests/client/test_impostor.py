@@ -70,6 +70,7 @@ STATS: dict[str, Any] = {
     "loop": "asyncio",
     "registry": "/r.json",
     "log": None,
+    "started_at": 1_790_000_000.5,
     "uptime_s": 1.5,
     "epoch": "e",
     "rev": 7,
@@ -93,6 +94,16 @@ REFUSAL: dict[str, Any] = {
     "owner": {"pid": 1},
     "rev": 3,
 }
+CHANGE: dict[str, Any] = {
+    **ENDPOINT,
+    "rev": 7,
+    "at": 1_790_000_000.5,
+    "op": "down",
+    "state": "ready",
+    "priority": 10,
+    "reason": "replaced",
+    "by": {"pid": 12, "uid": 1_000, "command": "server"},
+}
 REPLIES: dict[str, dict[str, Any]] = {
     "ping": {"ok": True},
     "hello": {"ok": True, **HELLO},
@@ -109,6 +120,7 @@ REPLIES: dict[str, dict[str, Any]] = {
         "instances": [KNOWN],
         "departures": [{"instance": "1", "reason": "replaced", "age_s": 0.5}],
     },
+    "history": {"ok": True, "changes": [CHANGE], "next": 6},
     "stats": {"ok": True, **STATS},
     "watch": {"ok": True, "watch": 1, "epoch": "e", "rev": 7},
     "unwatch": {"ok": True},
@@ -232,6 +244,7 @@ CALLS: dict[str, list[Callable[[Client], Awaitable[object]]]] = {
     "list": [lambda client: client.instances()],
     "update": [lambda client: client.update("db", {}), leave],
     "why": [lambda client: client.why("db")],
+    "history": [lambda client: client.history("db", since=1)],
     "stats": [Client.stats],
     "watch": [mirror],
 }
@@ -286,6 +299,19 @@ def test_blocking_connection_raises_only_documented_errors(
                     assert type(reply["ok"]) is bool
                     assert not reply["ok"] or replies.result_fault(cmd, arguments, reply) == ""
                     json.dumps(reply)
+
+
+@pytest.mark.parametrize(
+    ("member", "value"),
+    [
+        ("rev", -1), ("at", "now"), ("op", 7), ("name", "DB"), ("instance", None), ("host", ""), ("port", 0), ("state", "up"),
+        ("priority", 65_536), ("reason", ["replaced"]), ("by", {"uid": "root"}),
+    ],
+)  # fmt: skip
+def test_change_with_a_value_of_another_form(member: str, value: object) -> None:
+    assert replies.result_fault("history", {}, REPLIES["history"]) == ""
+    wrong = put(REPLIES["history"], ("changes", 0, member), value)
+    assert replies.result_fault("history", {}, wrong) != ""
 
 
 async def test_endless_pages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,6 +421,8 @@ def test_required_members_of_a_reply(cmd: str) -> None:
         "loop",
         "lag_s",
         "slowest",
+        "next",
+        "started_at",
     }
     if cmd in ("hello", "renew"):
         optional -= {"loop", "ttl"}

@@ -1,11 +1,14 @@
 """`make run` in a fresh checkout prints what the README shows and leaves no process behind."""
 
+import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -19,8 +22,19 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_make_run(tmp_path: Path, number: signal.Signals) -> None:
+def end(process: "subprocess.Popen[str]") -> None:
+    """End `make run` if the test has failed. It ends its three programs, which are in sessions of their own."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+    with process:  # waits, and closes the pipe
+        pass
+
+
+BARE = str(Path(sys.base_prefix) / "bin" / "python3")  # most likely without any package
+
+
+@pytest.mark.parametrize(("number", "python"), [(signal.SIGINT, BARE), (signal.SIGTERM, sys.executable)])
+def test_make_run(tmp_path: Path, number: signal.Signals, python: str, request: pytest.FixtureRequest) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -38,6 +52,7 @@ def test_make_run(tmp_path: Path, number: signal.Signals) -> None:
         "HOME": str(tmp_path),
         "PORT": str(free_port()),
         "PYTHONUNBUFFERED": "1",
+        "PYTHON": python,
     }
     process = subprocess.Popen(
         ["make", "-s", "run"],
@@ -47,6 +62,7 @@ def test_make_run(tmp_path: Path, number: signal.Signals) -> None:
         text=True,
         start_new_session=True,
     )
+    request.addfinalizer(lambda: end(process))
     assert process.stdout is not None
     output = ""
 
@@ -58,6 +74,13 @@ def test_make_run(tmp_path: Path, number: signal.Signals) -> None:
             output += line
 
     read_until("Ctrl-C ends")
+    urls = re.findall(r"^  (http://127\.0\.0\.1:\d+)/   # the registry, in a browser\n", output, re.MULTILINE)
+    extra = [python, "-c", "import dns, prometheus_client, starlette, uvicorn"]
+    has_extra = subprocess.run(extra, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    assert len(urls) == has_extra
+    for url in urls:
+        with urllib.request.urlopen(f"{url}/v1/resolve?name=runner", timeout=30) as response:
+            assert json.load(response)["port"] == 5050
     # As the output suggests: kill the runner and start it on another port. The caller sees both at once.
     os.kill(int(output.partition("kill -9 ")[2].split()[0]), signal.SIGKILL)
     read_until("runner at 127.0.0.1:5050 is down")
@@ -82,6 +105,10 @@ def test_make_run(tmp_path: Path, number: signal.Signals) -> None:
         "nc 127.0.0.1",
     ):
         assert words in output
+    for url in urls:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
+    assert ("7380" in output, output.count("http://")) == (False, len(urls))
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", 5050))
     with pytest.raises(ConnectionRefusedError):

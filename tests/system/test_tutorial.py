@@ -4,11 +4,12 @@ import contextlib
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,17 @@ from tests.support.daemon import ROOT
 from tests.support.documents import fits
 
 TUTORIAL = ROOT / "services" / "TUTORIAL.md"
-STEP = re.compile(r"^```(\w+)(?: terminal (\d))?\n(.*?)^```|Ctrl-C in terminal (\d)", re.MULTILINE | re.DOTALL)
+STEP = re.compile(
+    r"^```(\w+)(?: terminal (\d))?(?: with (\w+))?\n(.*?)^```|Ctrl-C in terminal (\d)", re.MULTILINE | re.DOTALL
+)
 PROMPT = "~> "
 STEP_S = 120.0  # for one command; the slowest is the installation
+DEFAULT_PORTS = ("7343", "7380", "7353", "9090")
+FLAGS = {
+    "regd": "--port {0}",
+    "regctl serve": "--http {1} --dns {2}",
+    "prometheus": "--web.listen-address 127.0.0.1:{3}",
+}
 
 
 class Terminal:
@@ -51,7 +60,8 @@ class Terminal:
         """Wait until the last command has printed these lines, in order, with any lines between them."""
 
         def has_lines(output: str) -> bool:
-            lines = iter(output.splitlines())
+            # What a program in the background prints may be behind the prompt.
+            lines = (line.rpartition(PROMPT)[2] for line in output.splitlines())
             return all(any(fits(pattern, line) for line in lines) for pattern in expected.splitlines())
 
         self._until(has_lines, expected)
@@ -81,11 +91,27 @@ class Terminal:
         os.close(self._file)
 
 
+def free_ports(*defaults: str) -> dict[str, str]:
+    """Return a free port for each default port, at which a program may run already."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in defaults]
+        return {default: str(probe.getsockname()[1]) for default, probe in zip(defaults, probes, strict=True)}
+
+
+def with_ports(text: str, ports: Mapping[str, str]) -> str:
+    """Replace the default ports in a line or an output, and add them to the commands that use them."""
+    for default, port in ports.items():
+        text = text.replace(default, port)
+    for command, flags in FLAGS.items():
+        text = re.sub(rf"^{command}\b", f"{command} {flags.format(*ports.values())}", text)
+    return text
+
+
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_tutorial(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])  # a daemon may already run on the default port
+    ports = free_ports(*DEFAULT_PORTS)
+    port = ports["7343"]
     (tmp_path / "regd").symlink_to(ROOT)
     inherited = {
         key: value for key, value in os.environ.items() if not key.startswith(("REGD_", "PYTHON", "VIRTUAL"))
@@ -95,22 +121,24 @@ def test_tutorial(tmp_path: Path) -> None:
     terminals: dict[str, Terminal] = {}
     last, steps = "", 0
     try:
-        for kind, number, text, interrupted in STEP.findall(TUTORIAL.read_text()):
+        for kind, number, needed, text, interrupted in STEP.findall(TUTORIAL.read_text()):
             steps += 1
+            if needed and shutil.which(needed) is None:
+                continue
             if interrupted:
                 terminals[interrupted].press_ctrl_c()
-            elif kind == "python":
-                (tmp_path / "shop" / text.partition("\n")[0].removeprefix("# ")).write_text(text)
+            elif kind in ("python", "yaml"):
+                name = text.partition("\n")[0].removeprefix("# ")
+                (tmp_path / "shop" / name).write_text(with_ports(text, ports))
             elif kind == "text":
-                terminals[number or last].sees(text.replace("7343", port))
+                terminals[number or last].sees(with_ports(text, ports))
             else:
                 last = number
                 if number not in terminals:
                     terminals[number] = Terminal(tmp_path, environment)
                 for line in text.splitlines():
-                    is_daemon = line.startswith("regd --registry")
-                    terminals[number].type(f"{line} --port {port}" if is_daemon else line)
+                    terminals[number].type(with_ports(line, ports))
     finally:
         for terminal in terminals.values():
             terminal.end()
-    assert steps > 20
+    assert steps > 35

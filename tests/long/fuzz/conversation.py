@@ -276,7 +276,7 @@ def _shown(entry: Entry) -> dict[str, object]:
 
 
 # Errors that depend on the daemon's state, or on several arguments of a valid request.
-_LATER = {"update", "watch", "renew", "register"}
+_LATER = {"update", "watch", "renew", "register", "history"}
 _OF_THE_LINE = {Code.BAD_JSON, Code.BAD_REQUEST, Code.UNKNOWN_COMMAND, Code.TOO_LARGE}
 
 

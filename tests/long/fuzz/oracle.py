@@ -120,16 +120,15 @@ def _bare(word: str, *given: str) -> Said:
             return Said(QUIT, ends=True)
         case "help", ():
             return Said(REQUEST, "help", arguments={"short": True})
-        case (("ping" | "stats" | "list" | "watch"), ()):
+        case (("ping" | "stats" | "list" | "watch" | "history"), ()):
             return Said(REQUEST, cmd, arguments={})
         case (("list" | "watch"), (name,)) if _pattern(name):
             return Said(REQUEST, cmd, arguments={"name": name})
-        case (("resolve" | "deregister" | "why"), (name,)) if _name(name):
+        case (("resolve" | "deregister" | "why" | "history"), (name,)) if _name(name):
             return Said(REQUEST, cmd, arguments={"name": name})
         case "register", (name, address):
             return _registration(name, address)
-    known = ("quit", "help", "ping", "stats", "list", "watch", "resolve", "deregister", "why", "register")
-    return Said("bad_argument" if cmd in known else "unknown_command")
+    return Said("bad_argument" if cmd in BARE else "unknown_command")
 
 
 def _registration(name: str, address: str) -> Said:
@@ -253,9 +252,13 @@ COMMANDS: dict[str, tuple[set[str], set[str]]] = {
     "watch": (set(), {"name", "meta", "epoch", "since"}),
     "unwatch": ({"watch"}, set()),
     "why": ({"name"}, {"instance"}),
+    "history": (set(), {"name", "instance", "since", "before", "age_s", "limit"}),
     "stats": (set(), set()),
 }
 
+BARE = (
+    "quit", "help", "ping", "stats", "list", "watch", "resolve", "deregister", "why", "history", "register",
+)  # fmt: skip
 _LOWER = "abcdefghijklmnopqrstuvwxyz0123456789_"
 
 
@@ -265,6 +268,12 @@ def _is_whole(value: object, least: float = -math.inf, most: float = math.inf) -
 
 def _is_seconds(value: object, least: float, most: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_age(value: object) -> bool | None:
+    if not _is_seconds(value, 0, math.inf):
+        return False
+    return _is_seconds(value, 0, 1e9) or None  # the contract names no limit
 
 
 def _name(value: object) -> bool:
@@ -344,6 +353,8 @@ CHECKS: dict[str, Callable[[Any], bool | None]] = {
     "wait": lambda value: _is_seconds(value, 0, 3_600),
     "if": lambda value: _is_whole(value, 0, 2**63 - 1),
     "since": lambda value: _is_whole(value, 0, 2**63 - 1),
+    "before": lambda value: _is_whole(value, 0, 2**63 - 1),
+    "age_s": _is_age,
     "watch": lambda value: _is_whole(value, 1, 2**63 - 1),
     "limit": lambda value: _is_whole(value, 1, 1_000),
     "topic": lambda value: isinstance(value, str) and value in COMMANDS,

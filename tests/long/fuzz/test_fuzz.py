@@ -68,6 +68,8 @@ values: dict[str, st.SearchStrategy[object]] = {
     "wait": st.sampled_from([0, 0.5, 30]),
     "if": st.integers(0, 9),
     "since": st.integers(6, 12),
+    "before": st.integers(6, 12),
+    "age_s": st.sampled_from([0, 0.5, 60]),
     "watch": st.integers(1, 4),
     "limit": st.integers(1, 4),
     "topic": st.sampled_from(sorted(oracle.COMMANDS)),
@@ -102,7 +104,8 @@ def requests(draw: st.DrawFn) -> bytes:
 
 words = st.sampled_from(
     [b"help", b"ping", b"list", b"watch", b"resolve db", b"watch w*", b"quit", b"", b"\r\0", b"stats", b"LIST d*",
-     b"register db 5061", b"Register db [::1]:1", b"register a localhost:2", b"deregister db", b"why db", b"pong",
+     b"register db 5061", b"Register db [::1]:1", b"register a localhost:2", b"deregister db", b"why db", b"history", b"pong",
+     b"history db",
      b"resolve", b"register db", b"hello", b"REGISTER /db HTTP/1.1", b"GET / HTTP/1.0"]
 )  # fmt: skip
 ends = st.sampled_from([b"\n", b"\n", b"\n", b"\r\n", b"\r\0\r\n", b"\r\0\n", b" \n", b""])
