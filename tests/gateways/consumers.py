@@ -74,8 +74,8 @@ def program(*command: str, log: Path) -> Iterator[None]:
     ):
         try:
             yield
-        except BaseException:
-            print(log.read_text(errors="replace")[-4_000:])
+        except Exception as error:
+            error.add_note(log.read_text(errors="replace")[-4_000:])
             raise
         finally:
             running.kill()
