@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from regd_client import blocking
+from tests.gateways.test_serve import serving
 from tests.support.daemon import ROOT, WAIT_S, environment
 
 PAGE = ROOT / "regd" / "gateways" / "README.md"
@@ -95,6 +96,22 @@ def example(name: str, folder: Path, replace: Mapping[str, str]) -> Path:
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def machine(address: str, folder: Path) -> Iterator[tuple[str, ...]]:
+    """Run a gateway that is the resolver of a network of its own, and yield what runs a command there."""
+    namespaces = ("unshare", "--mount", "--net", "--")
+    if shutil.which("ip") is None or shutil.which("nsenter") is None:
+        pytest.skip("no ip or nsenter on this machine")
+    if subprocess.run([*namespaces, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no namespaces here: only root may make them")
+    (folder / "resolv.conf").write_text("nameserver 127.0.0.1\n")
+    start = 'ip link set lo up && mount --bind "$0" /etc/resolv.conf && exec "$@"'
+    before = (*namespaces, "sh", "-c", start, str(folder / "resolv.conf"))
+    with serving("--http", "0", "--dns", "53", address=address, before=before) as running:
+        assert running.lines(4)[2] == "listening dns://127.0.0.1:53"
+        yield ("nsenter", "--mount", "--net", "--target", str(running.process.pid), "--")
 
 
 class _Service(http.server.BaseHTTPRequestHandler):

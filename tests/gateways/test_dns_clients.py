@@ -1,7 +1,6 @@
 """DNS with real programs: dig, kdig, dnsmasq, unbound, and `getaddrinfo` of glibc and musl."""
 
 import contextlib
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,8 +10,7 @@ from typing import Any
 import pytest
 
 from regd_client import blocking
-from tests.gateways.consumers import FOLLOW_S, Site, example, find_tool, free_port, program, run
-from tests.gateways.test_serve import serving
+from tests.gateways.consumers import FOLLOW_S, Site, example, find_tool, free_port, machine, program, run
 from tests.support.daemon import DaemonProcess
 from tests.support.polling import block_until
 
@@ -259,22 +257,6 @@ for name in sys.argv[1:]:
         infos = []
     print(name, *(info[4][0] for info in infos))
 """
-
-
-@contextlib.contextmanager
-def machine(address: str, folder: Path) -> Iterator[tuple[str, ...]]:
-    """Run a gateway that is the resolver of a network of its own, and yield what runs a command there."""
-    namespaces = ("unshare", "--mount", "--net", "--")
-    if shutil.which("ip") is None or shutil.which("nsenter") is None:
-        pytest.skip("no ip or nsenter on this machine")
-    if subprocess.run([*namespaces, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("no namespaces here: only root may make them")
-    (folder / "resolv.conf").write_text("nameserver 127.0.0.1\n")
-    start = 'ip link set lo up && mount --bind "$0" /etc/resolv.conf && exec "$@"'
-    before = (*namespaces, "sh", "-c", start, str(folder / "resolv.conf"))
-    with serving("--http", "0", "--dns", "53", address=address, before=before) as running:
-        assert running.lines(4)[2] == "listening dns://127.0.0.1:53"
-        yield ("nsenter", "--mount", "--net", "--target", str(running.process.pid), "--")
 
 
 @pytest.mark.parametrize("library", ["glibc", "musl"])

@@ -5,13 +5,14 @@ import http.client
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.gateways.consumers import FOLLOW_S, Site, example, find_tool, free_port, program, services
-from tests.support.daemon import WAIT_S
+from tests.gateways.consumers import FOLLOW_S, Site, example, find_tool, free_port, machine, program, services
+from tests.support.daemon import WAIT_S, DaemonProcess, environment
 from tests.support.polling import block_until
 
 
@@ -137,3 +138,31 @@ def test_traefik_passes_requests_on(site: Site, tmp_path: Path) -> None:
     path = example("traefik.yml", tmp_path, ports)
     with program(find_tool("traefik"), f"--configFile={path}", log=tmp_path / "traefik.log"):
         follow(site, port, "worker.localhost")
+
+
+CADDY = """
+import sys
+
+from regd_client import blocking
+from tests.gateways import consumers, test_proxies
+
+with blocking.Client(sys.argv[1]) as client:
+    test_proxies.follow(consumers.Site(client, 0, 0), 8080)
+"""
+
+
+def test_caddy_passes_requests_on(tmp_path: Path) -> None:
+    """Caddy asks the resolver of this machine, so it runs where the gateway is that resolver."""
+    caddy, path = find_tool("caddy"), example("Caddyfile", tmp_path, {})
+    unix = f"{tmp_path}/regd.sock"
+    with (
+        machine(f"unix://{unix}", tmp_path) as inside,
+        DaemonProcess(tmp_path / "registry.json", "--unix", unix, before=inside) as process,
+    ):
+        process.start()
+        command = (*inside, caddy, "run", "--adapter", "caddyfile", "--config", str(path))
+        with program(*command, log=tmp_path / "caddy.log"):
+            subprocess.run(
+                [*inside, sys.executable, "-c", CADDY, f"unix://{unix}"],
+                env=environment(), timeout=7 * FOLLOW_S, check=True,
+            )  # fmt: skip
