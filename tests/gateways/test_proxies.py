@@ -164,5 +164,5 @@ def test_caddy_passes_requests_on(tmp_path: Path) -> None:
         with program(*command, log=tmp_path / "caddy.log"):
             subprocess.run(
                 [*inside, sys.executable, "-c", CADDY, f"unix://{unix}"],
-                env=environment(), timeout=7 * FOLLOW_S, check=True,
+                env=environment(), timeout=3 * FOLLOW_S, check=True,
             )  # fmt: skip
