@@ -106,9 +106,13 @@ def machine(address: str, folder: Path) -> Iterator[tuple[str, ...]]:
         pytest.skip("no ip or nsenter on this machine")
     if subprocess.run([*namespaces, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no namespaces here: only root may make them")
-    (folder / "resolv.conf").write_text("nameserver 127.0.0.1\n")
-    start = 'ip link set lo up && mount --bind "$0" /etc/resolv.conf && exec "$@"'
-    before = (*namespaces, "sh", "-c", start, str(folder / "resolv.conf"))
+    start = "ip link set lo up"
+    for name, text in (("resolv.conf", "nameserver 127.0.0.1\n"), ("nsswitch.conf", "hosts: files dns\n")):
+        if not Path("/etc", name).exists():
+            pytest.skip(f"no /etc/{name} on this machine")
+        (folder / name).write_text(text)
+        start += f" && mount --bind '{folder / name}' /etc/{name}"
+    before = (*namespaces, "sh", "-c", f'{start} && exec "$@"', "sh")
     with serving("--http", "0", "--dns", "53", address=address, before=before) as running:
         assert running.lines(4)[2] == "listening dns://127.0.0.1:53"
         yield ("nsenter", "--mount", "--net", "--target", str(running.process.pid), "--")
