@@ -12,6 +12,9 @@ __all__ = ["ListenError", "bind_at_one", "bind_loopback", "bound_addresses", "po
 
 _HOSTS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 _BACKLOG = 1_024
+# Of datagrams that wait, as far as the system permits; by default some 270 queries fit. A proxy asks for the
+# addresses of all targets at once: nginx sends 400 queries for 200 instances, and waits 5 s for what is lost.
+_RECEIVE_BYTES = 1_048_576
 _PORT_TRIES = 32  # until a free port is free on all
 
 
@@ -100,6 +103,9 @@ def _bind(family: socket.AddressFamily, host: str, port: int, type: socket.Socke
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if type == socket.SOCK_STREAM:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        else:
+            with contextlib.suppress(OSError):  # it works with less
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
         sock.bind((host, port))
         if type == socket.SOCK_STREAM:
             sock.listen(_BACKLOG)

@@ -28,6 +28,15 @@ def test_one_port_for_both_families_and_protocols() -> None:
         sock.close()
 
 
+def test_400_queries_at_once_are_not_lost() -> None:
+    """nginx sends as many for 200 instances, and waits 5 s for what is lost."""
+    for sock in bind_loopback(0, (socket.SOCK_DGRAM,), "--dns"):
+        with sock, socket.socket(sock.family, socket.SOCK_DGRAM) as client:
+            for _ in range(400):
+                client.sendto(b"x" * 60, sock.getsockname())
+            assert [len(sock.recv(100)) for _ in range(400)] == [60] * 400
+
+
 async def test_connections_send_without_delay() -> None:
     [four, six] = bind_loopback(0, (socket.SOCK_STREAM,), "--http")
     six.close()

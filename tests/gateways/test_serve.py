@@ -9,7 +9,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import dns.message
@@ -24,12 +24,12 @@ STOP_S = 2.0
 
 
 class Serving:
-    """A process of `regctl serve` on free ports."""
+    """A process of `regctl serve` on free ports. `before` is the command line to run it under, such as `unshare`."""
 
-    def __init__(self, *flags: str, address: str, hide: str = "pass") -> None:
+    def __init__(self, *flags: str, address: str, hide: str = "pass", before: Sequence[str] = ()) -> None:
         start = f"import sys; {hide}; from regd.cli.regctl import main; raise SystemExit(main())"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", start, "serve", *flags],
+            [*before, sys.executable, "-c", start, "serve", *flags],
             env=environment(REGD_ADDRESS=address), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -47,8 +47,8 @@ class Serving:
 
 
 @contextlib.contextmanager
-def serving(*flags: str, address: str, hide: str = "pass") -> Iterator[Serving]:
-    running = Serving(*flags, address=address, hide=hide)
+def serving(*flags: str, address: str, hide: str = "pass", before: Sequence[str] = ()) -> Iterator[Serving]:
+    running = Serving(*flags, address=address, hide=hide, before=before)
     with running.process:
         try:
             yield running
