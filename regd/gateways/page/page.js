@@ -3,6 +3,8 @@
 // Whatever is registered is text: it reaches the document through `textContent` only.
 
 const SHOWN_MAX = 10_000;
+const FIRST_ROWS = 200; // in the first frame; each of the next has twice as many
+const BODY_ROWS = 100; // of a `tbody`: those out of sight cost no layout
 const MARK_MS = 4_000; // how long a row that was added, changed or removed is marked
 const RETRY_MS = 1_000;
 const POLL_MS = 2_000; // of the daemon's figures
@@ -52,11 +54,18 @@ function duration(seconds) {
 const two = (number) => String(number).padStart(2, "0");
 const clock = (date) => [date.getHours(), date.getMinutes(), date.getSeconds()].map(two).join(":");
 const day = (date) => [date.getFullYear(), date.getMonth() + 1, date.getDate()].map(two).join("-");
+const MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
 const dateAndTime = (date) => `${day(date)} ${clock(date)}`;
 
-function timeElement(unixSeconds, text) {
+/** The time for a narrow column: without the day if it is today, else without the seconds. */
+function shortTime(date) {
+  if (day(date) === day(new Date())) return clock(date);
+  return `${MONTHS[date.getMonth()]} ${date.getDate()} ${clock(date).slice(0, 5)}`;
+}
+
+function timeElement(unixSeconds, format) {
   const date = new Date(unixSeconds * 1000);
-  const element = make("time", "", text ?? dateAndTime(date));
+  const element = make("time", "", format(date));
   if (Number.isFinite(date.getTime())) element.dateTime = date.toISOString();
   element.title = dateAndTime(date);
   return element;
@@ -126,6 +135,8 @@ const changed = new Set(); // rows that are not drawn yet
 let shown = []; // the rows in the table, in its order
 let shownOf = 0; // the rows that match the filter
 let drawAll = true;
+let isStale = false; // the rows may not be the first ones
+let rowsMax = FIRST_ROWS;
 let words = [];
 let order = { column: "name", descending: false };
 let currentRow = null; // the one that Tab reaches
@@ -178,7 +189,10 @@ class Row {
   }
 
   drawAge(now) {
-    if (!this.gone) setText(this.time, duration(now / 1000 - this.data.registered_at));
+    const age = duration(now / 1000 - this.data.registered_at);
+    if (this.gone || age === this.age) return;
+    this.age = age;
+    this.time.textContent = age;
   }
 
   create() {
@@ -250,11 +264,17 @@ function schedule() {
 }
 
 function draw() {
-  if (drawAll || changed.size > 500 || shownOf > SHOWN_MAX) drawTable();
-  else for (const row of changed) place(row);
-  drawAll = false;
+  if (drawAll || changed.size > BODY_ROWS) {
+    drawTable();
+  } else if (shownOf > shown.length) {
+    const now = Date.now();
+    for (const row of changed) if (row.isPlaced) row.draw(now);
+    isStale ||= changed.size > 0; // to choose the first rows is too much work for every change
+  } else {
+    for (const row of changed) place(row);
+  }
   changed.clear();
-  if (!shown.includes(currentRow)) setCurrent(shown[0] ?? null);
+  if (!currentRow?.isPlaced) setCurrent(shown[0] ?? null);
   drawCounts();
   drawHistory();
 }
@@ -263,22 +283,38 @@ function drawTable() {
   const matching = [...rows.values()].filter((row) => row.matches()).sort(compare);
   shownOf = matching.length;
   for (const row of shown) row.isPlaced = false;
-  shown = matching.slice(0, SHOWN_MAX);
+  shown = matching.slice(0, rowsMax);
   const now = Date.now();
-  const elements = [];
   for (const row of shown) {
     row.isPlaced = true;
     if (!row.element || changed.has(row)) row.draw(now);
-    elements.push(row.element);
-    if (row.details) elements.push(row.details);
   }
-  arrange($("services").tBodies[0], elements);
+  const focused = document.activeElement;
+  arrangeBodies(shown);
+  if (focused !== document.activeElement && focused.isConnected) focused.focus({ preventScroll: true });
+  drawAll = shownOf > rowsMax && rowsMax < SHOWN_MAX;
+  isStale = false;
+  if (!drawAll) return;
+  rowsMax = Math.min(2 * rowsMax, SHOWN_MAX);
+  schedule();
+}
+
+function arrangeBodies(all) {
+  const table = $("services");
+  const count = Math.max(1, Math.ceil(all.length / BODY_ROWS));
+  while (table.tBodies.length > count) table.tBodies[count].remove();
+  while (table.tBodies.length < count) table.createTBody().setAttribute("role", "rowgroup");
+  [...table.tBodies].forEach((body, index) => {
+    const part = all.slice(index * BODY_ROWS, (index + 1) * BODY_ROWS);
+    arrange(body, part.flatMap((row) => (row.details ? [row.element, row.details] : [row.element])));
+  });
 }
 
 /** Make these elements the children of a parent, moving as few as possible: a moved one loses the focus. */
 function arrange(parent, elements) {
-  const wanted = new Set(elements);
-  for (const child of [...parent.children]) if (!wanted.has(child)) child.remove();
+  const unwanted = new Set(parent.children);
+  for (const element of elements) unwanted.delete(element);
+  for (const element of unwanted) element.remove();
   let next = parent.firstElementChild;
   for (const element of elements) {
     if (element === next) next = next.nextElementSibling;
@@ -312,7 +348,8 @@ function place(row) {
     else high = middle;
   }
   row.draw(Date.now());
-  $("services").tBodies[0].insertBefore(row.element, shown[low]?.element ?? null);
+  if (low < shown.length) shown[low].element.before(row.element);
+  else [...$("services").tBodies].at(-1).append(row.element);
   if (row.details) row.element.after(row.details);
   shown.splice(low, 0, row);
   shownOf += 1;
@@ -322,7 +359,7 @@ function place(row) {
 function drawCounts() {
   let leaving = 0;
   for (const row of marked.keys()) if (row.gone) leaving += 1;
-  const all = rows.size - leaving;
+  const all = rows.size - leaving; // registered
   const number = (count) => count.toLocaleString("en");
   const isFiltered = words.length > 0;
   setText($("count"), !isSynced ? "" : isFiltered ? `${number(shownOf)} of ${number(all)}` : number(all));
@@ -347,6 +384,9 @@ function tick() {
     schedule();
   }
   for (const row of shown) row.drawAge(now);
+  if (!isStale) return;
+  drawAll = true;
+  schedule();
 }
 
 // The keyboard: Tab reaches one row, the arrow keys the others, / the filter.
@@ -410,14 +450,14 @@ function detailsOf(data, why) {
   };
   const [entry] = why.instances;
   if (entry) {
-    for (const owner of entry.owners) add("Held by", ownerText(owner));
-    if (entry.more_owners) add("", "and more");
+    add("Address", visible(hostPort(entry.host, entry.port)));
+    add("Held by", ...entry.owners.map(ownerText), ...(entry.more_owners ? ["and more"] : []));
     if (!entry.alive) add("", "The holder is gone; waiting for it to come back.");
     const named = new URL(location.href);
     named.hash = "";
     named.hostname = `${data.name}.localhost`;
     if (named.hostname === `${data.name}.localhost`) add("Named URL", link(named.href, named.href));
-    add("Registered", timeElement(entry.since), `revision ${entry.rev}`);
+    add("Registered", make("span", "", timeElement(entry.since, dateAndTime), `, revision ${entry.rev}`));
     add("Last probe", probeText(entry.probe));
   }
   const labels = Object.entries(data.meta);
@@ -525,10 +565,8 @@ function byText({ by }) {
 }
 
 function changeRow(change) {
-  const { op, name, instance, host, port, state, reason } = change;
-  const date = new Date(change.at * 1000);
-  const isToday = day(date) === day(new Date());
-  const what = op === "down" ? reason : op === "up" && state === "ready" ? "registered" : stateText(change);
+  const { op, name, instance, host, port, reason } = change;
+  const what = op === "down" ? reason : stateText(change);
   const row = make("tr");
   const add = (className, ...content) => {
     const cell = make("td", className, ...content);
@@ -536,7 +574,7 @@ function changeRow(change) {
     row.append(cell);
   };
   row.setAttribute("role", "row");
-  add("time", timeElement(change.at, isToday ? clock(date) : undefined));
+  add("time", timeElement(change.at, shortTime));
   add("op", make("span", op === "up" || op === "down" ? op : "change", visible(op)), ` ${visible(what ?? "")}`);
   add("name", ...nameNodes(name, instance));
   add("address", visible(hostPort(host, port)));
@@ -742,16 +780,15 @@ function orderBy(column) {
 document.querySelector("#services thead").addEventListener("click", ({ target }) => {
   if (target.dataset.column) orderBy(target.dataset.column);
 });
-const body = $("services").tBodies[0];
-body.addEventListener("click", ({ target }) => {
+$("services").addEventListener("click", ({ target }) => {
   const row = rowOf.get(target.closest("tr"));
   if (row && !target.closest("a") && document.getSelection().isCollapsed) toggleDetails(row);
 });
-body.addEventListener("focusin", ({ target }) => {
+$("services").addEventListener("focusin", ({ target }) => {
   const row = rowOf.get(target.closest("tr"));
   if (row) setCurrent(row);
 });
-body.addEventListener("keydown", moveFocus);
+$("services").addEventListener("keydown", moveFocus);
 document.addEventListener("keydown", (event) => {
   if (event.key !== "/" || event.ctrlKey || event.metaKey || event.altKey || event.target === $("filter")) return;
   event.preventDefault();
@@ -768,7 +805,7 @@ document.addEventListener("visibilitychange", () => {
   openStream();
   poll();
 });
-setInterval(tick, 500);
+setInterval(tick, 1_000);
 setInterval(poll, POLL_MS);
 readHash();
 openStream();
