@@ -167,6 +167,7 @@ class Row {
   /** Bring the elements in line with the data; the first time, create them. */
   draw(now) {
     if (!this.element) this.create();
+    if (marked.has(this)) this.element.dataset.mark = this.kind;
     const { data } = this;
     this.button.replaceChildren(...nameNodes(data.name, data.instance));
     this.button.title = fullName(data.name, data.instance);
@@ -595,7 +596,6 @@ let problem = "";
 let retryTimer = 0;
 
 function openStream() {
-  clearTimeout(retryTimer);
   if (source || document.hidden) return;
   let url = "/v1/watch";
   if (position) {
@@ -614,16 +614,20 @@ function closeStream() {
   snapshot = null;
 }
 
-async function streamEnded() {
+function streamEnded() {
   closeStream();
-  retryTimer = setTimeout(openStream, RETRY_MS);
-  lose();
-  await poll();
-}
-
-function lose() {
   lostAt ||= Date.now();
   drawConnection();
+  retry();
+}
+
+/** Open the stream again as soon as the daemon answers. */
+async function retry() {
+  clearTimeout(retryTimer);
+  const [answers] = await Promise.all([poll(), new Promise((done) => setTimeout(done, RETRY_MS))]);
+  if (source || document.hidden) return;
+  if (answers) openStream();
+  else retryTimer = setTimeout(retry, RETRY_MS);
 }
 
 function take({ type, data, lastEventId }) {
@@ -698,8 +702,8 @@ function remove(row, reason) {
 let samples = []; // [uptime, requests] of the last replies
 let samplesEpoch = "";
 
+/** Read the figures. Return whether the daemon answers. */
 async function poll() {
-  if (document.hidden) return;
   try {
     drawFigures(await ask("/v1/stats"));
     isAnswering = true;
@@ -707,9 +711,10 @@ async function poll() {
   } catch (error) {
     isAnswering = false;
     problem = error.message;
-    if (isSynced) lostAt ||= Date.now();
+    if (!document.hidden) lostAt ||= Date.now();
   }
   drawConnection();
+  return isAnswering;
 }
 
 function drawFigures(stats) {
@@ -729,15 +734,17 @@ function drawFigures(stats) {
 }
 
 function drawConnection() {
-  const state = isLive && isAnswering ? "live" : lostAt ? "away" : "connecting";
-  const since = lostAt ? clock(new Date(lostAt)) : "";
-  const last = isSynced ? `Disconnected since ${since}. This is the last known state.` : "Not connected.";
-  const text = { live: "Live", connecting: "Connecting", away: isAnswering ? "Reconnecting" : `${last} ${visible(problem)}` };
-  const element = $("connection");
-  element.dataset.state = state;
-  setText(element, text[state]);
-  document.body.classList.toggle("away", state === "away" && !isAnswering);
-  document.title = state === "away" && !isAnswering ? "regd (disconnected)" : "regd";
+  const isAway = !isAnswering;
+  const state = isAway ? "away" : isLive ? "live" : "connecting";
+  const texts = { away: "Disconnected", live: "Live", connecting: isSynced ? "Reconnecting" : "Connecting" };
+  $("connection").dataset.state = state;
+  setText($("connection"), texts[state]);
+  document.body.classList.toggle("away", isAway);
+  document.title = isAway ? "regd (disconnected)" : "regd";
+  $("notice").hidden = !isAway;
+  const since = clock(new Date(lostAt));
+  const head = isSynced ? `Disconnected since ${since}. This is the last known state.` : "Not connected yet.";
+  if (isAway) setText($("notice"), `${head} ${visible(problem)}`);
 }
 
 // Filter and order, which are kept in the URL.
@@ -800,13 +807,14 @@ window.addEventListener("hashchange", readHash);
 document.addEventListener("visibilitychange", () => {
   if (document.hidden) {
     closeStream();
-    return;
+    lostAt = 0;
+  } else {
+    openStream();
+    poll();
   }
-  openStream();
-  poll();
 });
 setInterval(tick, 1_000);
-setInterval(poll, POLL_MS);
+setInterval(() => source && poll(), POLL_MS); // without a stream, `retry` asks
 readHash();
 openStream();
 poll();
