@@ -221,7 +221,6 @@ class Row {
 
   mark(kind) {
     this.kind = kind;
-    if (this.element) this.element.dataset.mark = kind;
     marked.set(this, Date.now() + MARK_MS);
   }
 }
@@ -575,6 +574,7 @@ function changeRow(change) {
     row.append(cell);
   };
   row.setAttribute("role", "row");
+  row.dataset.rev = change.rev;
   add("time", timeElement(change.at, shortTime));
   add("op", make("span", op === "up" || op === "down" ? op : "change", visible(op)), ` ${visible(what ?? "")}`);
   add("name", ...nameNodes(name, instance));
