@@ -22,7 +22,7 @@ from tests.support.polling import block_until
 
 __all__ = ["WITHIN_S", "Chromium", "JavaScriptError", "Page", "find_chromium"]
 
-WITHIN_S = 12.0  # for a step of the browser on a busy machine
+WITHIN_S = 60.0  # for a step of the browser on a busy machine
 _FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--remote-debugging-pipe",
@@ -135,7 +135,9 @@ class Page:
 
     def go(self, url: str) -> None:
         self.call("Page.navigate", url=url)
-        block_until(lambda: self.run("document.readyState === 'complete' && location.href !== 'about:blank'"), WITHIN_S)
+        block_until(
+            lambda: self.run("document.readyState === 'complete' && location.href !== 'about:blank'"), WITHIN_S
+        )
 
     def close(self) -> None:
         self._browser.call("Target.closeTarget", targetId=self._target_id)
@@ -157,7 +159,9 @@ class Page:
         try:
             block_until(lambda: self.run(expression), WITHIN_S)
         except AssertionError:
-            raise AssertionError(f"still false: {expression}\n{self.run('document.body.innerText')[:2_000]}") from None
+            raise AssertionError(
+                f"still false: {expression}\n{self.run('document.body.innerText')[:2_000]}"
+            ) from None
 
     def press(self, key: str, text: str = "") -> None:
         """Press a key and release it."""

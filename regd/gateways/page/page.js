@@ -4,7 +4,8 @@
 
 const SHOWN_MAX = 10_000;
 const FIRST_ROWS = 200; // in the first frame; each of the next has twice as many
-const BODY_ROWS = 100; // of a `tbody`: those out of sight cost no layout
+const BODY_ROWS = 100; // of a `tbody`
+const MANY_ROWS = 300; // then those out of sight are left out of the layout, and of what a screen reader sees
 const MARK_MS = 4_000; // how long a row that was added, changed or removed is marked
 const RETRY_MS = 1_000;
 const POLL_MS = 2_000; // of the daemon's figures
@@ -301,6 +302,7 @@ function drawTable() {
 
 function arrangeBodies(all) {
   const table = $("services");
+  table.classList.toggle("many", all.length > MANY_ROWS);
   const count = Math.max(1, Math.ceil(all.length / BODY_ROWS));
   while (table.tBodies.length > count) table.tBodies[count].remove();
   while (table.tBodies.length < count) table.createTBody().setAttribute("role", "rowgroup");
@@ -545,6 +547,7 @@ function drawHistory() {
   const kept = new Set(changes);
   for (const change of historyRows.keys()) if (!kept.has(change)) historyRows.delete(change);
   arrange($("history").tBodies[0], elements);
+  $("history").classList.toggle("many", elements.length > MANY_ROWS);
   $("history").hidden = elements.length === 0;
   $("no-history").hidden = elements.length > 0;
   $("older").hidden = !historyIsOpen || history.size === 0 || history.size >= HISTORY_MAX;
