@@ -10,6 +10,7 @@ const MARK_MS = 4_000; // how long a row that was added, changed or removed is m
 const RETRY_MS = 1_000;
 const POLL_MS = 2_000; // of the daemon's figures
 const ASK_MS = 4_000; // the gateway itself answers within 2 s
+const SILENCE_MS = 45_000; // the stream has an event every 30 s
 const HISTORY_MS = 1_000; // between two reads of the history
 const HISTORY_PAGE = 100;
 const HISTORY_MAX = 1_000;
@@ -118,10 +119,8 @@ async function ask(path) {
     response = await fetch(path, { signal: AbortSignal.timeout(ASK_MS) });
   } catch (error) {
     if (error.name !== "TimeoutError") throw new Error(`regctl serve does not answer at ${location.host}.`);
-    throw new Error(
-      `No answer from ${location.host}. A browser opens six connections to a host: ` +
-        "if this page is open in six windows, close one.",
-    );
+    const why = "A browser opens six connections to a host: if this page is open in six windows, close one.";
+    throw Object.assign(new Error(`No answer from ${location.host}. ${why}`), { isTimeout: true });
   }
   const reply = await response.json();
   if (!response.ok) throw new Error(reply.message);
@@ -235,8 +234,9 @@ function compareKeys(a, b) {
   const byName = compareText(a.data.name, b.data.name);
   if (byName) return byName;
   const [one, other] = [a.data.instance, b.data.instance];
-  if (DIGITS.test(one) && DIGITS.test(other) && one.length !== other.length) return one.length - other.length;
-  return compareText(one, other);
+  const [isNumber, isOther] = [DIGITS.test(one), DIGITS.test(other)];
+  if (isNumber !== isOther) return isNumber ? -1 : 1;
+  return (isNumber && one.length - other.length) || compareText(one, other); // 9 before 10
 }
 
 const COMPARE = {
@@ -265,16 +265,18 @@ function schedule() {
 }
 
 function draw() {
+  const focused = document.activeElement;
   if (drawAll || changed.size > BODY_ROWS) {
     drawTable();
   } else if (shownOf > shown.length) {
     const now = Date.now();
     for (const row of changed) if (row.isPlaced) row.draw(now);
     isStale ||= changed.size > 0; // to choose the first rows is too much work for every change
-  } else {
-    for (const row of changed) place(row);
+  } else if (changed.size) {
+    drawChanged();
   }
   changed.clear();
+  if (focused !== document.activeElement && focused.isConnected) focused.focus({ preventScroll: true });
   if (!currentRow?.isPlaced) setCurrent(shown[0] ?? null);
   drawCounts();
   drawHistory();
@@ -290,9 +292,7 @@ function drawTable() {
     row.isPlaced = true;
     if (!row.element || changed.has(row)) row.draw(now);
   }
-  const focused = document.activeElement;
   arrangeBodies(shown);
-  if (focused !== document.activeElement && focused.isConnected) focused.focus({ preventScroll: true });
   drawAll = shownOf > rowsMax && rowsMax < SHOWN_MAX;
   isStale = false;
   if (!drawAll) return;
@@ -324,38 +324,41 @@ function arrange(parent, elements) {
   }
 }
 
-/** Draw one row and put it where it belongs. */
-function place(row) {
-  if (row.isPlaced) {
-    const old = shown.indexOf(row);
-    const fits =
-      rows.get(keyOf(row.data)) === row && row.matches() &&
-      (old === 0 || compare(shown[old - 1], row) <= 0) &&
-      (old === shown.length - 1 || compare(row, shown[old + 1]) <= 0);
-    if (fits) {
+/** Draw the changed rows and put each where it belongs. */
+function drawChanged() {
+  shown = shown.filter((row) => !changed.has(row)); // the others are in order
+  for (const row of changed) {
+    if (rows.get(keyOf(row.data)) === row && row.matches()) {
       row.draw(Date.now());
-      return;
+      insert(row);
+    } else if (row.isPlaced) {
+      row.element.remove();
+      row.details?.remove();
+      row.isPlaced = false;
     }
-    shown.splice(old, 1);
-    shownOf -= 1;
-    row.isPlaced = false;
-    row.element.remove();
-    row.details?.remove();
   }
-  if (rows.get(keyOf(row.data)) !== row || !row.matches()) return;
+  shownOf = shown.length;
+}
+
+function insert(row) {
   let [low, high] = [0, shown.length];
   while (low < high) {
     const middle = (low + high) >> 1;
     if (compare(shown[middle], row) < 0) low = middle + 1;
     else high = middle;
   }
-  row.draw(Date.now());
-  if (low < shown.length) shown[low].element.before(row.element);
+  const next = shown[low]?.element ?? null;
+  shown.splice(low, 0, row);
+  if (row.isPlaced && elementAfter(row) === next) return;
+  if (next) next.before(row.element);
   else [...$("services").tBodies].at(-1).append(row.element);
   if (row.details) row.element.after(row.details);
-  shown.splice(low, 0, row);
-  shownOf += 1;
   row.isPlaced = true;
+}
+
+function elementAfter(row) {
+  const last = row.details ?? row.element;
+  return last.nextElementSibling ?? last.parentElement.nextElementSibling?.firstElementChild ?? null;
 }
 
 function drawCounts() {
@@ -425,6 +428,7 @@ async function toggleDetails(row) {
     return;
   }
   const cell = make("td");
+  cell.colSpan = 6;
   cell.setAttribute("role", "cell");
   row.details = make("tr", "details", cell);
   row.details.setAttribute("role", "row");
@@ -528,6 +532,8 @@ async function readOlder() {
   $("older").disabled = true;
   try {
     await readHistory(`limit=${HISTORY_PAGE}&before=${Math.min(...history.keys())}`);
+  } catch {
+    // The notice says that the daemon is away.
   } finally {
     $("older").disabled = false;
   }
@@ -596,7 +602,8 @@ let isLive = false;
 let isAnswering = true;
 let lostAt = 0;
 let problem = "";
-let retryTimer = 0;
+let isRetrying = false;
+let eventAt = 0; // when the last event came
 
 function openStream() {
   if (source || document.hidden) return;
@@ -626,15 +633,18 @@ function streamEnded() {
 
 /** Open the stream again as soon as the daemon answers. */
 async function retry() {
-  clearTimeout(retryTimer);
-  const [answers] = await Promise.all([poll(), new Promise((done) => setTimeout(done, RETRY_MS))]);
-  if (source || document.hidden) return;
-  if (answers) openStream();
-  else retryTimer = setTimeout(retry, RETRY_MS);
+  if (isRetrying) return;
+  isRetrying = true;
+  while (!source && !document.hidden) {
+    const [answers] = await Promise.all([poll(), new Promise((done) => setTimeout(done, RETRY_MS))]);
+    if (answers) openStream();
+  }
+  isRetrying = false;
 }
 
 function take({ type, data, lastEventId }) {
   const fields = JSON.parse(data);
+  eventAt = Date.now();
   if (lastEventId || type === "reset") position = lastEventId;
   if (type === "reset") {
     snapshot = new Map();
@@ -643,7 +653,8 @@ function take({ type, data, lastEventId }) {
     if (snapshot) takeSnapshot();
     becomeLive();
   } else if (snapshot) {
-    snapshot.set(keyOf(fields), fields);
+    if (type === "down") snapshot.delete(keyOf(fields));
+    else snapshot.set(keyOf(fields), fields);
   } else {
     takeChange(type, fields);
   }
@@ -712,6 +723,8 @@ async function poll() {
     isAnswering = true;
     if (isLive) lostAt = 0;
   } catch (error) {
+    // With six streams open, a browser asks nothing else of this host; the stream shows that the daemon is there.
+    if (error.isTimeout && isLive && Date.now() - eventAt < SILENCE_MS) return true;
     isAnswering = false;
     problem = error.message;
     if (!document.hidden) lostAt ||= Date.now();
