@@ -44,6 +44,8 @@ def main() -> None:
         assert run("python", "-c", code) == "True Client\n"
         code = "import regd, pathlib; print(sorted(each.name for each in pathlib.Path(*regd.__path__, 'systemd').rglob('regd.*')))"
         assert run("python", "-c", code) == "['regd.service', 'regd.service', 'regd.socket', 'regd.socket']\n"
+        code = "import regd, pathlib; print(sorted(each.name for each in pathlib.Path(*regd.__path__, 'gateways', 'page').iterdir()))"
+        assert run("python", "-c", code) == "['index.html', 'page.css', 'page.js']\n"
         daemon = subprocess.Popen(
             [commands / "regd", "--port", "0", "--registry", "registry.json", "--log-level", "warning"],
             cwd=folder, env=plain, stdout=subprocess.PIPE, text=True,

@@ -3,7 +3,7 @@
 // Whatever is registered is text: it reaches the document through `textContent` only.
 
 const SHOWN_MAX = 10_000;
-const FIRST_ROWS = 200; // in the first frame; each of the next has twice as many
+const FIRST_ROWS = 200; // in the first frame; each of the next has four times as many
 const BODY_ROWS = 100; // of a `tbody`
 const MANY_ROWS = 300; // then those out of sight are left out of the layout, and of what a screen reader sees
 const MARK_MS = 4_000; // how long a row that was added, changed or removed is marked
@@ -296,7 +296,7 @@ function drawTable() {
   drawAll = shownOf > rowsMax && rowsMax < SHOWN_MAX;
   isStale = false;
   if (!drawAll) return;
-  rowsMax = Math.min(2 * rowsMax, SHOWN_MAX);
+  rowsMax = Math.min(4 * rowsMax, SHOWN_MAX);
   schedule();
 }
 
