@@ -140,6 +140,13 @@ def test_page_is_live(browser: Chromium, site: Site) -> None:
         assert page.run(REVISIONS) == [6, 5, 4, 3, 2, 1]
         page.wait("document.querySelector('#registrations').textContent === '3'")
         assert page.complaints() == []
+        page.run("globalThis.fetch = () => Promise.reject(new Error('refused'))")  # the stream alone
+        site.client.deregister("shop")
+        page.wait(f"{REVISIONS}[0] === 7")
+        change = (
+            "[...document.querySelectorAll('#history tbody tr:first-child td')].map((cell) => cell.textContent)"
+        )
+        assert page.run(change)[1:] == ["down deregistered", "shop", "127.0.0.1:8000", ""]
 
 
 def test_page_survives_the_daemon_and_the_gateway(browser: Chromium, process: DaemonProcess) -> None:
@@ -271,7 +278,8 @@ def test_hostile_texts_are_shown_as_text(browser: Chromium, site: Site) -> None:
             page.call(
                 "Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False
             )
-            assert page.run("document.documentElement.scrollWidth") <= width
+            for table in ("document.documentElement", "document.querySelector('#services')"):
+                assert page.run(f"{table}.scrollWidth - {table}.clientWidth") <= 0, (table, width)
             assert (
                 page.run(
                     "Math.max(...[...document.querySelectorAll('#services, #services th, #services td')].map((cell) => cell.getBoundingClientRect().right))"
@@ -311,6 +319,7 @@ def test_keyboard_and_screen_reader(browser: Chromium, site: Site) -> None:
         assert roles.count("table") == 2
         assert roles.count("columnheader") == 6 + 5
         assert roles.count("rowheader") == 3
+        assert roles.count("cell") == 3 * 5 + 1 + 3 * 5
         assert roles.count("row") == 1 + 3 + 1 + 1 + 3  # with the heads, the details and the history
         names = [
             node["name"]["value"] for node in tree if not node["ignored"] and node["role"]["value"] == "rowheader"

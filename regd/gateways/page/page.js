@@ -79,8 +79,8 @@ const keyOf = (fields) => `${fields.name}/${fields.instance}`; // a name has no 
 
 function heldBy(fields) {
   const owners = [];
-  if (fields.hold) owners.push("connection");
   if (fields.pid !== undefined) owners.push(`pid ${fields.pid}`);
+  if (fields.hold) owners.push("connection");
   if (fields.ttl !== undefined) owners.push(`ttl ${fields.ttl} s`);
   return owners.join(", ") || "static";
 }
