@@ -31,7 +31,7 @@ def main() -> None:
         pages = commands.parent / "share" / "doc" / "regd"
         assert run("regctl", "help").endswith(f"\nDocuments: {pages.resolve()}\n")
         for document in pages.rglob("*.md"):
-            for link in re.findall(r"\]\(([^)#:]+)", document.read_text()):
+            for link in re.findall(r"\]\(([^)#:]+)[)#]", document.read_text()):
                 assert (document.parent / link).exists(), f"{document}: {link}"
         assert {"README.md", "client/SERVERS.md", "regd/TROUBLESHOOTING.md", "regd/cli/README.md"} <= {
             page.relative_to(pages).as_posix() for page in pages.rglob("*.md")

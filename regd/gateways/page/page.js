@@ -366,6 +366,7 @@ function drawCounts() {
   for (const row of marked.keys()) if (row.gone) leaving += 1;
   const all = rows.size - leaving; // registered
   const number = (count) => count.toLocaleString("en");
+  setText($("registrations"), number(all));
   const isFiltered = words.length > 0;
   setText($("count"), !isSynced ? "" : isFiltered ? `${number(shownOf)} of ${number(all)}` : number(all));
   $("empty").hidden = shown.length > 0 || !isSynced;
@@ -740,7 +741,6 @@ function drawFigures(stats) {
   samples = [...samples.slice(-5), [stats.uptime_s, requests]];
   const [first, last] = [samples[0], samples[samples.length - 1]];
   const rate = last[0] > first[0] ? (last[1] - first[1]) / (last[0] - first[0]) : 0;
-  setText($("registrations"), stats.registrations.toLocaleString("en"));
   setText($("requests"), rate < 9.95 ? rate.toFixed(1) : Math.round(rate).toLocaleString("en"));
   setText($("lag"), `${(stats.lag_s * 1000).toFixed(1)} ms`);
   setText($("uptime"), duration(stats.uptime_s));
