@@ -140,9 +140,18 @@ def test_page_is_live(browser: Chromium, site: Site) -> None:
         assert page.run(REVISIONS) == [6, 5, 4, 3, 2, 1]
         page.wait("document.querySelector('#registrations').textContent === '3'")
         assert page.complaints() == []
+        page.run("location.hash = 'filter=shop'")
+        page.wait(f"{NAMES}.length === 1")
+        site.client.update("worker", state="draining", instance="9")  # out of sight
+        site.register("shop", 8_001, instance="2")
+        page.wait(shows("shop/2"))
+        assert page.run("document.querySelector('#count').textContent") == "2 of 4"
+        page.run("location.hash = ''")
+        page.wait(f"{NAMES}.length === 4")
+        assert page.run(states) == ["ready", "ready", "draining, priority 3", "ready"]
         page.run("globalThis.fetch = () => Promise.reject(new Error('refused'))")  # the stream alone
         site.client.deregister("shop")
-        page.wait(f"{REVISIONS}[0] === 7")
+        page.wait(f"{REVISIONS}[0] === 9")
         change = (
             "[...document.querySelectorAll('#history tbody tr:first-child td')].map((cell) => cell.textContent)"
         )

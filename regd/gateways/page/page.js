@@ -148,10 +148,12 @@ class Row {
     this.details = null;
     this.gone = ""; // the reason why it ended
     this.isPlaced = false;
+    this.isDrawn = false; // as the data is now
   }
 
   set(data) {
     this.data = data;
+    this.isDrawn = false;
     this.gone = "";
     this.held = heldBy(data);
     this.meta = Object.entries(data.meta).map(([key, value]) => `${key}=${value}`);
@@ -167,6 +169,7 @@ class Row {
   /** Bring the elements in line with the data; the first time, create them. */
   draw(now) {
     if (!this.element) this.create();
+    this.isDrawn = true;
     if (marked.has(this)) this.element.dataset.mark = this.kind;
     const { data } = this;
     this.button.replaceChildren(...nameNodes(data.name, data.instance));
@@ -290,7 +293,7 @@ function drawTable() {
   const now = Date.now();
   for (const row of shown) {
     row.isPlaced = true;
-    if (!row.element || changed.has(row)) row.draw(now);
+    if (!row.isDrawn) row.draw(now);
   }
   arrangeBodies(shown);
   drawAll = shownOf > rowsMax && rowsMax < SHOWN_MAX;
@@ -707,6 +710,7 @@ function upsert(key, fields) {
 
 function remove(row, reason) {
   row.gone = reason || "gone";
+  row.isDrawn = false;
   row.mark("removed");
   changed.add(row);
   if (row.details) drawDetails(row);
