@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import json
+import random
 import signal
 import socket
 import threading
@@ -65,8 +66,11 @@ class Site:
         """Send requests at once, and return the replies."""
         lines = "".join(json.dumps(request) + "\n" for request in requests)
         with socket.create_connection(("127.0.0.1", self.process.port)) as peer, peer.makefile("rb") as file:
-            threading.Thread(target=peer.sendall, args=(lines.encode(),)).start()
-            return [json.loads(file.readline()) for _ in requests]
+            sending = threading.Thread(target=peer.sendall, args=(lines.encode(),))
+            sending.start()
+            replies = [json.loads(file.readline()) for _ in requests]
+            sending.join()
+            return replies
 
 
 @pytest.fixture
@@ -251,6 +255,32 @@ def test_ten_thousand_rows(browser: Chromium, site: Site) -> None:
             == "Addressdescending"
         )
         assert page.complaints() == []
+
+
+def test_changed_rows_keep_the_order(browser: Chromium, site: Site) -> None:
+    rng = random.Random(17)
+    metas: dict[int, dict[str, str]] = {}
+
+    def change(count: int, cmd: str) -> None:
+        numbers = range(count) if cmd == "register" else [rng.randrange(30) for _ in range(count)]
+        requests: list[dict[str, Any]] = []
+        for number in numbers:
+            metas[number] = {"n": rng.choice("0123"), "zone": rng.choice("ab")}
+            requests.append({"cmd": cmd, "name": "web", "instance": str(number), "meta": metas[number]})
+        if cmd == "register":
+            requests = [{**request, "port": 8_000} for request in requests]
+        assert all(reply["ok"] for reply in site.ask_all(requests))
+
+    change(30, "register")
+    with browser.page(f"{site.url}#filter=zone%3Da&order=meta") as page:
+        for count in (0, 1, 2, 20, 40, 3, 1):
+            change(count, "update")
+            matching = [number for number in metas if metas[number]["zone"] == "a"]
+            expected = [
+                f"web/{number}" for number in sorted(matching, key=lambda number: (metas[number]["n"], number))
+            ]
+            page.wait(f"JSON.stringify({NAMES}) === {json.dumps(json.dumps(expected, separators=(',', ':')))}")
+            page.wait(f"document.querySelector('#count').textContent === '{len(expected)} of 30'")
 
 
 HOSTILE = {
