@@ -233,6 +233,9 @@ def test_ten_thousand_rows(browser: Chromium, site: Site) -> None:
             "document.querySelector('#more').textContent.startsWith('These are the first 10,000 of 10,001.')"
         )
         assert page.run("getComputedStyle(document.querySelector('#more')).display") != "none"
+        page.run("document.querySelector('#older').click()")
+        page.wait(f"{REVISIONS}.length === 200")
+        assert page.run(REVISIONS) == list(range(count, count - 200, -1))
         page.run("document.querySelector('#filter').focus()")
         page.call("Input.insertText", text="WEB/1000 127.0")
         page.wait(f"{NAMES}.length === 2")
