@@ -809,7 +809,8 @@ document.querySelector("#services thead").addEventListener("click", ({ target })
 });
 $("services").addEventListener("click", ({ target }) => {
   const row = rowOf.get(target.closest("tr"));
-  if (row && !target.closest("a") && document.getSelection().isCollapsed) toggleDetails(row);
+  const selects = !target.closest("button") && !document.getSelection().isCollapsed; // a text, to copy it
+  if (row && !target.closest("a") && !selects) toggleDetails(row);
 });
 $("services").addEventListener("focusin", ({ target }) => {
   const row = rowOf.get(target.closest("tr"));
