@@ -135,9 +135,7 @@ class Page:
 
     def go(self, url: str) -> None:
         self.call("Page.navigate", url=url)
-        block_until(
-            lambda: self.run("document.readyState === 'complete' && location.href !== 'about:blank'"), WITHIN_S
-        )
+        self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def close(self) -> None:
         self._browser.call("Target.closeTarget", targetId=self._target_id)
@@ -155,13 +153,23 @@ class Page:
         return result["result"].get("value")
 
     def wait(self, expression: str) -> None:
-        """Wait until an expression is true."""
+        """Wait until an expression is true. It may throw before, while another document is loaded."""
+        last: object = None
+
+        def is_true() -> bool:
+            nonlocal last
+            try:
+                last = self.run(expression)
+            except JavaScriptError as error:
+                last = error
+                return False
+            return bool(last)
+
         try:
-            block_until(lambda: self.run(expression), WITHIN_S)
+            block_until(is_true, WITHIN_S)
         except AssertionError:
-            raise AssertionError(
-                f"still false: {expression}\n{self.run('document.body.innerText')[:2_000]}"
-            ) from None
+            text = self.run("document.body?.innerText")
+            raise AssertionError(f"still {last}: {expression}\n{text[:2_000]}") from None
 
     def press(self, key: str, text: str = "") -> None:
         """Press a key and release it."""
