@@ -14,7 +14,7 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 PAGES = "share/doc/regd"  # below the prefix of the installation
 MAN = "share/man/man1"
-RELATIVE_LINK = re.compile(r"\[([^\]]+)\]\(([^)#:]+)(?:#[^)]*)?\)")
+RELATIVE_LINK = re.compile(r"!?\[([^\]]+)\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
 def linked_from(page: Path) -> Iterator[Path]:

@@ -50,6 +50,8 @@ def main() -> None:
         )  # fmt: skip
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
         assert "pip install 'regd[serve]'" in done.stderr
+        code = "import regd, pathlib; print(sorted(each.name for each in pathlib.Path(*regd.__path__, 'gateways', 'page').iterdir()))"
+        assert run("python", "-c", code) == "['index.html', 'page.css', 'page.js']\n"
         daemon = subprocess.Popen(
             [commands / "regd", "--port", "0", "--registry", "registry.json", "--log-level", "warning"],
             cwd=folder, env=plain, stdout=subprocess.PIPE, text=True,

@@ -52,6 +52,7 @@ THIRD_PARTY = {
     "regd/gateways/guard.py": ("starlette",),
     "regd/gateways/http_server.py": ("h11", "uvicorn"),
     "regd/gateways/metrics.py": ("prometheus_client",),
+    "regd/gateways/page_files.py": ("starlette",),
     "regd/gateways/routes.py": ("starlette",),
     "regd/testing/plugin.py": ("pytest",),
     "services/gateway.py": ("starlette",),

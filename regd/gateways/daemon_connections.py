@@ -6,6 +6,7 @@ that waits, and every watch, has a connection of its own.
 
 import asyncio
 import contextlib
+import os
 import socket
 import struct
 from collections import deque
@@ -24,6 +25,11 @@ _LINE_BYTES_MAX = 2 * 1_048_576  # of a reply; the daemon's own limit is half of
 _READ_BYTES = 65_536
 _TOO_LATE = f"no reply within {REPLY_S:g} s"
 _RESET = struct.pack("ii", 1, 0)  # struct linger: close with a reset
+
+
+def _reason(error: OSError) -> str:
+    """Return the system's message: asyncio's own names the call and its arguments."""
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
 
 
 class DaemonConnection:
@@ -154,7 +160,7 @@ class Daemon:
             self.close()  # a late reply would be taken for that of the next request
             return self.unavailable(_TOO_LATE)
         except OSError as error:
-            return self.unavailable(error.strerror or str(error))
+            return self.unavailable(_reason(error))
 
     async def _ask(self, request: bytes) -> bytes:
         """Ask, and once more if the connection broke: the daemon may have been restarted meanwhile."""
@@ -184,7 +190,7 @@ class Daemon:
         except TimeoutError:
             body = self.unavailable(_TOO_LATE)
         except OSError as error:
-            body = self.unavailable(error.strerror or str(error))
+            body = self.unavailable(_reason(error))
         except BaseException:
             connection.abort()
             raise

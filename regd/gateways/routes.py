@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from regd.gateways import discovery, metrics
 from regd.gateways.daemon_connections import Daemon, DaemonConnection
 from regd.gateways.guard import Guard, host_name
+from regd.gateways.page_files import page_routes
 from regd.gateways.queries import (
     COMMANDS,
     TARGETS,
@@ -59,6 +60,7 @@ class Gateway:
             Route("/v1/traefik", self._traefik, methods=["GET"]),
             Route("/healthz", self._health, methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),
+            *page_routes(),
         ]
         self._router = Router(routes, redirect_slashes=False)
         self._guarded = Guard(self._dispatch, readers)

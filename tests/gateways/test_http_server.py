@@ -136,7 +136,7 @@ async def test_idle_connections_and_late_requests_are_closed(site: Site, monkeyp
         b"",
         b"G",
         b"GET / HTTP/1.1\r\nHost: local",
-        b"GET / HTTP/1.1\r\nContent-Length: 5\r\nHost: localhost\r\n\r\nab",
+        b"GET /nowhere HTTP/1.1\r\nContent-Length: 5\r\nHost: localhost\r\n\r\nab",
     )
     for number, (_, writer) in enumerate(streams):
         writer.write(beginnings[number % len(beginnings)])

@@ -85,7 +85,7 @@ async def test_body_is_the_reply(scene: Scene, path: str, request_: dict[str, An
 @pytest.mark.parametrize(
     ("path", "status"),
     [
-        ("/v1/list/", 404), ("/v1", 404), ("/", 404), ("/v1/register?name=a&port=1", 404), ("//evil.example", 404),
+        ("/v1/list/", 404), ("/v1", 404), ("/index.html", 404), ("/page", 404), ("/page.js/", 404), ("/v1/register?name=a&port=1", 404), ("//evil.example", 404),
         ("/v1/ping", 404), ("/v1/../v1/list", 404), ("http://localhost/v1/list", 404), ("/V1/list", 404),
         ("/v1/list?name=a&name=a", 400), ("/v1/list?meta=a", 400), ("/v1/list?cmd=register", 400),
         ("/v1/list?name=%ff", 400), ("/v1/resolve?name=a&wait=61", 400), ("/v1/prometheus/targets?after=a", 400),
