@@ -30,8 +30,12 @@ from regd.gateways.stream import COMMENT, EventEncoder, parse_position
 from regd_client import protocol
 from regd_client.errors import RegdError
 
-__all__ = ["Gateway"]
+__all__ = ["INPUT_ENDED", "STREAM_PATH", "Gateway"]
 
+STREAM_PATH = "/v1/watch"
+# In the `state` of a request: an event, set when the client closes the connection or its sending side. Waits and
+# streams end then, because most such clients are gone; short requests are answered.
+INPUT_ENDED = "input_ended"
 STREAMS_MAX = 256
 WAITS_MAX = 256
 SILENCE_S = 15.0  # until a comment is sent on a stream
@@ -54,7 +58,7 @@ class Gateway:
         commands = [cmd for cmd in COMMANDS if cmd != "watch"]
         routes = [
             *(Route(f"/v1/{cmd}", self._command(cmd), methods=["GET"]) for cmd in commands),
-            Route("/v1/watch", _Endpoint(self._watch)),
+            Route(STREAM_PATH, _Endpoint(self._watch)),
             Route("/v1/prometheus/targets", self._targets, methods=["GET"]),
             Route("/v1/traefik", self._traefik, methods=["GET"]),
             Route("/healthz", self._health, methods=["GET"]),
@@ -87,27 +91,29 @@ class Gateway:
             except BadQuery as error:
                 return _bad_query(error)
             if type(arguments.get("wait")) is float:
-                return await self._wait(cmd, arguments, request.receive)
+                return await self._wait(cmd, arguments, request.scope)
             return _json(await self._daemon.ask(cmd, arguments))
 
         return answer
 
-    async def _wait(self, cmd: str, arguments: dict[str, Any], receive: Receive) -> Response:
+    async def _wait(self, cmd: str, arguments: dict[str, Any], scope: Scope) -> Response:
         """Ask on a connection of its own, and close it as soon as the client is gone."""
         if self._waits >= WAITS_MAX:
             return _json(failure("busy", f"{self._waits} requests wait; try again later"))
         self._waits += 1
         try:
             asking = asyncio.ensure_future(self._daemon.ask_alone(cmd, arguments, arguments["wait"]))
-            if await self._ended_early(asking, receive):
-                return _json(failure("shutting_down", "the gateway is stopping, or the client has gone"))
+            if await self._ended_early(asking, scope):
+                return _json(
+                    failure("shutting_down", "the gateway is stopping, or the client has closed its sending side")
+                )
             return _json(asking.result())
         finally:
             self._waits -= 1
 
-    async def _ended_early(self, work: asyncio.Future[Any], receive: Receive) -> bool:
+    async def _ended_early(self, work: asyncio.Future[Any], scope: Scope) -> bool:
         """Wait for `work`; cancel it, and return True, if the client disconnects or the gateway stops before."""
-        ends = [asyncio.ensure_future(_disconnected(receive)), asyncio.ensure_future(self._stopping.wait())]
+        ends = [asyncio.ensure_future(event.wait()) for event in (scope["state"][INPUT_ENDED], self._stopping)]
         try:
             await asyncio.wait((work, *ends), return_when=asyncio.FIRST_COMPLETED)
             return not work.done()
@@ -152,7 +158,7 @@ class Gateway:
             headers = [(b"content-type", _EVENT_STREAM.encode())]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             forwarding = asyncio.ensure_future(_forward(connection, encoder, send))
-            await self._ended_early(forwarding, receive)
+            await self._ended_early(forwarding, scope)
             await send({"type": "http.response.body", "body": b""})
 
     # Service discovery, metrics, health.
@@ -274,11 +280,6 @@ async def _forward(connection: DaemonConnection, encoder: EventEncoder, send: Se
 
 async def _send_part(send: Send, part: bytes) -> None:
     await send({"type": "http.response.body", "body": part, "more_body": True})
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _checked(cmd: str, arguments: Mapping[str, Any], body: Body) -> dict[str, Any] | None:

@@ -150,7 +150,7 @@ async def test_idle_connections_and_late_requests_are_closed(site: Site, monkeyp
 
 
 async def test_connections_are_limited(site: Site) -> None:
-    site.server.config.limit_concurrency = 2
+    site.server.config.limit_concurrency = 3
     streams = [await site.connect() for _ in range(2)]
     await until(lambda: len(site.server.server_state.connections) == 2)
     assert status(await site.get("/healthz")) == 503
