@@ -17,7 +17,7 @@ from regd.gateways.routes import INPUT_ENDED, STREAM_PATH, Gateway
 __all__ = ["HttpServer"]
 
 CONNECTIONS_MAX = 1_024
-_ACCEPTED_MAX = 2 * CONNECTIONS_MAX  # those between the two get a response: 503
+ACCEPTED_MAX = 2 * CONNECTIONS_MAX  # those between the two get a response: 503
 IDLE_S = 10.0  # for a whole request, and between two; and for a client that does not read
 UNREAD_BYTES_MAX = 64 * 1_048_576  # of all replies
 _STOP_S = 1  # for the responses in progress
@@ -32,7 +32,7 @@ class _Protocol(H11Protocol):
         super().connection_made(transport)
         self._input_ended = asyncio.Event()
         self.app_state = {INPUT_ENDED: self._input_ended}
-        if len(self.connections) > _ACCEPTED_MAX:
+        if len(self.connections) > ACCEPTED_MAX:
             transport.abort()
 
     def data_received(self, data: bytes) -> None:

@@ -7,16 +7,19 @@ import socket
 from collections.abc import Callable
 
 from regd.gateways.daemon_connections import Daemon
-from regd.gateways.dns_server import AnswerCache, DnsServer
-from regd.gateways.http_server import HttpServer
+from regd.gateways.dns_server import CONNECTIONS_MAX, AnswerCache, DnsServer
+from regd.gateways.http_server import ACCEPTED_MAX, HttpServer
 from regd.gateways.listeners import bind_loopback, bound_addresses
 from regd.gateways.name_watch import NameWatch
 from regd.gateways.readers import Readers
-from regd.gateways.routes import Gateway
+from regd.gateways.routes import STREAMS_MAX, WAITS_MAX, Gateway
+from regd.system.open_files import raise_open_files
 from regd_client.protocol import find_address
 
 __all__ = ["serve"]
 
+# The connections of both servers, and those to the daemon of streams, waits and all else.
+_FILES_MAX = ACCEPTED_MAX + CONNECTIONS_MAX + STREAMS_MAX + WAITS_MAX + 16
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -38,6 +41,7 @@ def serve(address: str | None, http_port: int | None, dns_port: int | None, say:
 async def _serve(
     address: str | None, http_port: int | None, dns_port: int | None, say: Callable[[str], None]
 ) -> None:
+    raise_open_files(_FILES_MAX)
     stopping = asyncio.Event()
     for number in _SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
