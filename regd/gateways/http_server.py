@@ -21,8 +21,12 @@ ACCEPTED_MAX = 2 * CONNECTIONS_MAX  # those between the two get a response: 503
 IDLE_S = 10.0  # for a whole request, and between two; and for a client that does not read
 UNREAD_BYTES_MAX = 64 * 1_048_576  # of all replies
 _STOP_S = 1  # for the responses in progress
-_LINGER_S = 0.8  # for clients that read slowly, within _STOP_S
-_INCOMPLETE: tuple[object, ...] = (h11.IDLE, h11.SEND_BODY)  # states of a client whose request is not whole
+_LINGER_S = 0.5  # for clients that read slowly, within _STOP_S
+_INCOMPLETE: tuple[object, ...] = (
+    h11.IDLE,
+    h11.SEND_BODY,
+    h11.ERROR,
+)  # states of a client without a whole request
 
 
 class _Protocol(H11Protocol):
@@ -36,9 +40,10 @@ class _Protocol(H11Protocol):
             transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        # In parts, because h11 limits a head only until it is complete.
+        # In parts, because h11 limits a head only until it is complete. After an error the rest is ignored: a
+        # connection closed with unread input is reset, and the response lost.
         for start in range(0, len(data), guard.HEAD_BYTES_MAX):
-            if not self.transport.is_closing():
+            if not self.transport.is_closing() and self.conn.their_state is not h11.ERROR:
                 super().data_received(data[start : start + guard.HEAD_BYTES_MAX])
 
     def handle_events(self) -> None:
@@ -83,9 +88,11 @@ class _Protocol(H11Protocol):
             "Connection": "close",
         }
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        if self.cycle is None or self.cycle.response_complete:  # else these bytes would end up in a response
+        if self.cycle is None or self.cycle.response_complete:
             self.transport.write(f"HTTP/1.1 400 Bad Request\r\n{head}\r\n".encode() + body)
-        self.transport.close()
+            self.transport.write_eof()
+        else:  # these bytes would end up in a response
+            self.transport.close()
 
 
 class _Since:

@@ -38,7 +38,7 @@ REPLIES: list[dict[str, Any]] = [
     {"ok": False, "error": "busy"},
     {"ok": False, "error": ["busy"], "message": 1},
 ]
-odd = some.sampled_from(
+odd: some.SearchStrategy[Any] = some.sampled_from(
     [None, True, -1, 0, 1e999, 2**70, "", "a\r\nb", "\ud800", "🦀", [], {}, [[]], {"a": 1}, [INSTANCE]]
 )
 
