@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from regd.gateways.dns_messages import refuse, respond
+from regd.gateways.listeners import BACKLOG
 from regd.gateways.name_index import NameIndex
 from regd.gateways.readers import Readers
 
@@ -80,7 +81,7 @@ class DnsServer:
                 )
                 self._datagrams.append(transport)
             else:
-                self._servers.append(await asyncio.start_server(self._accept, sock=sock))
+                self._servers.append(await asyncio.start_server(self._accept, sock=sock, backlog=BACKLOG))
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._connections) >= CONNECTIONS_MAX:

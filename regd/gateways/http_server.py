@@ -12,12 +12,12 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from regd.gateways import guard
+from regd.gateways.listeners import BACKLOG
 from regd.gateways.routes import INPUT_ENDED, STREAM_PATH, Gateway
 
 __all__ = ["HttpServer"]
 
 CONNECTIONS_MAX = 1_024
-ACCEPTED_MAX = 2 * CONNECTIONS_MAX  # those between the two get a response: 503
 IDLE_S = 10.0  # for a whole request, and between two; and for a client that does not read
 UNREAD_BYTES_MAX = 64 * 1_048_576  # of all replies
 _STOP_S = 1  # for the responses in progress
@@ -36,8 +36,8 @@ class _Protocol(H11Protocol):
         super().connection_made(transport)
         self._input_ended = asyncio.Event()
         self.app_state = {INPUT_ENDED: self._input_ended}
-        if len(self.connections) > ACCEPTED_MAX:
-            transport.abort()
+        if self.limit_concurrency is not None and len(self.connections) > 2 * self.limit_concurrency:
+            transport.abort()  # between the two numbers, the response is 503
 
     def data_received(self, data: bytes) -> None:
         # In parts, because h11 limits a head only until it is complete. After an error the rest is ignored: a
@@ -117,7 +117,7 @@ class _Since:
 class HttpServer(uvicorn.Server):
     """uvicorn, without its signal handlers: they raise the signal again, and the process would end with 143."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, connections_max: int = CONNECTIONS_MAX) -> None:
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are about requests of any peer
         super().__init__(
             uvicorn.Config(
@@ -132,7 +132,8 @@ class HttpServer(uvicorn.Server):
                 proxy_headers=False,
                 headers=guard.HEADERS,
                 h11_max_incomplete_event_size=guard.HEAD_BYTES_MAX,
-                limit_concurrency=CONNECTIONS_MAX + 1,  # that number and more get 503
+                backlog=BACKLOG,
+                limit_concurrency=connections_max + 1,  # that number and more get 503
                 timeout_keep_alive=int(IDLE_S),
                 timeout_graceful_shutdown=_STOP_S,
             )

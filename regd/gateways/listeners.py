@@ -4,10 +4,10 @@ import errno
 import socket
 from collections.abc import Sequence
 
-__all__ = ["ListenError", "bind_loopback", "bound_addresses"]
+__all__ = ["BACKLOG", "ListenError", "bind_loopback", "bound_addresses"]
 
 _HOSTS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
-_BACKLOG = 1_024
+BACKLOG = 128  # connections that wait for `accept`; asyncio accepts all of them at once
 _PORT_TRIES = 32  # until a free port is free on all
 
 
@@ -68,7 +68,7 @@ def _bind(family: socket.AddressFamily, host: str, port: int, type: socket.Socke
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
         if type == socket.SOCK_STREAM:
-            sock.listen(_BACKLOG)
+            sock.listen(BACKLOG)
         sock.setblocking(False)
     except BaseException:
         sock.close()

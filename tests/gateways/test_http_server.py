@@ -383,17 +383,15 @@ async def test_connection_in_use_stays_and_idle_one_is_closed(site: Site) -> Non
     writer.close()
 
 
-async def test_connections_beyond_those_that_get_503_are_closed(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(http_server, "ACCEPTED_MAX", 3)
-    streams = [await site.connect() for _ in range(3)]
-    await until(lambda: len(site.server._connections()) == 3)
+async def test_connections_beyond_those_that_get_503_are_closed(site: Site) -> None:
+    site.server.config.limit_concurrency = 1
+    streams = [await site.connect() for _ in range(2)]
+    await until(lambda: len(site.server._connections()) == 2)
     reader, writer = await site.connect()
     async with asyncio.timeout(WAIT_S):
         with contextlib.suppress(ConnectionError):
             assert await reader.read() == b""
-    assert len(site.server._connections()) == 3
+    assert len(site.server._connections()) == 2
     for _, each in (*streams, (reader, writer)):
         each.close()
 
