@@ -90,6 +90,8 @@ def test_apex() -> None:
         ("nobody.regd.internal", "A", dns.rcode.NXDOMAIN),
         ("team.regd.internal", "A", dns.rcode.NOERROR),
         ("web.regd.internal", "TXT", dns.rcode.NOERROR),
+        ("web.regd.internal", "TYPE65280", dns.rcode.NOERROR),
+        ("nobody.regd.internal", "HTTPS", dns.rcode.NXDOMAIN),
         (r"api\.team.regd.internal", "A", dns.rcode.NXDOMAIN),
         (r"\000\255.regd.internal", "A", dns.rcode.NXDOMAIN),
     ],

@@ -23,6 +23,7 @@ from tests.support.daemon import WAIT_S
 from tests.support.polling import until
 
 QUERY = dns.message.make_query("web.regd.internal", "A")
+HOSTS = ["127.0.0.1", "::1"]
 
 
 def instance(port: int, **more: Any) -> dict[str, Any]:
@@ -117,12 +118,11 @@ async def test_connection_without_a_whole_message_is_closed(
     writer.close()
 
 
-async def test_connections_are_limited(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dns_server, "CONNECTIONS_MAX", 2)
+async def test_connections_are_limited(port: int) -> None:
     wire = QUERY.to_wire()
     streams = []
-    for _ in range(2):
-        reader, writer = await connect(port)
+    for number in range(dns_server.CONNECTIONS_MAX):
+        reader, writer = await asyncio.open_connection(HOSTS[number % 2], port)
         writer.write(struct.pack("!H", len(wire)) + wire)
         await read_message(reader)
         streams.append(writer)
@@ -131,6 +131,15 @@ async def test_connections_are_limited(port: int, monkeypatch: pytest.MonkeyPatc
         assert await reader.read() == b""
     for each in (*streams, writer):
         each.close()
+    async with asyncio.timeout(WAIT_S):  # as soon as others have gone, there is room
+        has_room = False
+        while not has_room:
+            reader, writer = await connect(port)
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                writer.write(struct.pack("!H", len(wire)) + wire)
+                await read_message(reader)
+                has_room = True
+            writer.close()
 
 
 async def test_junk_gets_no_answer_and_ends_nothing(port: int) -> None:
@@ -140,9 +149,6 @@ async def test_junk_gets_no_answer_and_ends_nothing(port: int) -> None:
             udp.send(junk)
     response = await dns.asyncquery.udp(QUERY, "127.0.0.1", port=port, timeout=WAIT_S)
     assert response.answer
-
-
-HOSTS = ["127.0.0.1", "::1"]
 
 
 async def test_answers_go_to_the_peer_that_asked(port: int) -> None:

@@ -89,6 +89,21 @@ def status(response: bytes) -> int:
         (b"GET / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 400),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 50 + b"\r\n\r\n", 400),
         (b'{"cmd":"list"}\n\n', 400),
+        (b"GET /v1/list HTTP/1.1\r\nHost:\r\nConnection: close\r\n\r\n", 400),
+        (b"GET /v1/list HTTP/1.1\r\nHost: a@localhost\r\nConnection: close\r\n\r\n", 400),
+        (b"GET /v1/list HTTP/1.1\r\nHost: localhost evil.example\r\nConnection: close\r\n\r\n", 400),
+        (b"GET /v1/list HTTP/1.1\r\nHost: 127.0.0.1.evil.example\r\nConnection: close\r\n\r\n", 400),
+        (b"GET /v1/list?" + b"a=&" * 5_000 + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 400),
+        (b"GET /v1/\xc0\xaf HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"GET /v1/%c0%af%ff HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 404),
+        (b"GET /v1/list%00 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 404),
+        (b"GET //evil.example/.. HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 404),
+        (b"GET /v1/list HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n"
+         b"Connection: close\r\n\r\n0\r\n\r\n", 200),
+        (b"GET /v1/hello HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, close\r\nUpgrade: h2c\r\n\r\n", 200),
+        (b"CONNECT localhost:22 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 405),
+        *((f"{method} /v1/list HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode(), 405)
+          for method in ("PUT", "DELETE", "PATCH", "TRACE", "PROPFIND", "get", "REGISTER")),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
     ],
 )  # fmt: skip

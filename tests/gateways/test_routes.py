@@ -183,6 +183,31 @@ async def test_targets_and_traefik_take_all_pages(scene: Scene) -> None:
     assert (await get(scene.app, "/v1/traefik?name=none")).body == b"{}\n"
 
 
+async def test_hostile_labels_are_data_everywhere(scene: Scene) -> None:
+    meta = {'"\\\n</script>\u202e': "a\r\nb", "metrics": "/m\r\nX: 1", "scheme": "http\n", "🦀": "\0"}
+    await scene.register("web", 5061, meta=meta)
+    listed = json.loads((await get(scene.app, "/v1/list")).body)
+    assert listed["instances"][0]["meta"] == meta
+    response = await get(scene.app, "/v1/prometheus/targets")
+    assert response.body.isascii()
+    assert response.body.count(b"\n") == 1
+    (group,) = json.loads(response.body)
+    assert group["labels"]["__metrics_path__"] == meta["metrics"]
+    assert "__scheme__" not in group["labels"]
+    assert all(name.isascii() and name.replace("_", "a").isalnum() for name in group["labels"])
+    assert b"script" not in (await get(scene.app, "/metrics")).body
+    assert b"http://127.0.0.1:5061" in (await get(scene.app, "/v1/traefik")).body
+    location = (await get(scene.app, "/", host="web.localhost")).headers["location"]
+    assert location == "http://web.localhost:5061/"
+    exchange = Exchange(scene.app, "/v1/watch")
+    await exchange.message()
+    body = await exchange.body_until("event: sync")
+    assert body.isascii()
+    assert body.count("event: ") == 3
+    exchange.disconnect()
+    await exchange.task
+
+
 async def test_page_that_fails_makes_the_whole_list_fail(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
     ask = scene.daemon.ask
