@@ -2,20 +2,23 @@
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from regd.gateways import routes
+from regd.gateways import daemon_connections, routes
 from regd.gateways.daemon_connections import Daemon
 from regd.gateways.queries import failure
 from regd.gateways.readers import Readers
 from regd.gateways.routes import Gateway
+from regd.gateways.stream import EventEncoder
 from regd_client.protocol import parse_address
 from tests.gateways.asgi import Exchange, get
 from tests.support.daemon import WAIT_S, Peer
+from tests.support.polling import until
 from tests.support.registries import Registry, running
 
 pytestmark = pytest.mark.socket
@@ -181,6 +184,62 @@ async def test_targets_and_traefik_take_all_pages(scene: Scene) -> None:
     traefik = json.loads((await get(scene.app, "/v1/traefik")).body)
     assert len(traefik["http"]["services"]["web"]["loadBalancer"]["servers"]) == count
     assert (await get(scene.app, "/v1/traefik?name=none")).body == b"{}\n"
+
+
+async def test_whole_lists_are_limited(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    await scene.register("a", 1)
+    ask, reading, most = scene.daemon.ask, 0, 0
+
+    async def count(cmd: str, arguments: Any) -> Any:
+        nonlocal reading, most
+        reading += 1
+        most = max(most, reading)
+        try:
+            return await ask(cmd, arguments)
+        finally:
+            reading -= 1
+
+    monkeypatch.setattr(scene.daemon, "ask", count)
+    paths = ["/v1/prometheus/targets?all=true", "/v1/traefik"] * 10
+    assert {response.status for response in await asyncio.gather(*(get(scene.app, path) for path in paths))} == {
+        200
+    }
+    assert most == routes.LISTS_MAX
+    for _ in range(routes.LISTS_MAX):
+        await scene.app._lists.acquire()
+    monkeypatch.setattr(daemon_connections, "REPLY_S", 0.01)
+    for path in paths[:2]:
+        response = await get(scene.app, path)
+        assert (response.status, json.loads(response.body)["error"]) == (503, "busy")
+        assert response.headers["retry-after"] == "1"
+
+
+async def test_streams_share_the_event_loop(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many streams with something to send, a few are encoded in an iteration of the event loop."""
+    iteration = 0
+    encoded: Counter[int] = Counter()
+    encode = EventEncoder.encode
+
+    async def count_iterations() -> None:
+        nonlocal iteration
+        while True:
+            iteration += 1
+            await asyncio.sleep(0)
+
+    def count(self: EventEncoder, data: bytes) -> bytes:
+        encoded[iteration] += 1
+        return encode(self, data)
+
+    monkeypatch.setattr(EventEncoder, "encode", count)
+    counting = asyncio.create_task(count_iterations())
+    streams = [Exchange(scene.app, "/v1/watch") for _ in range(50)]
+    await scene.gauge("watches", 50)
+    await scene.register("a", 1)
+    await until(lambda: all(stream._messages.qsize() >= 4 for stream in streams))
+    counting.cancel()
+    assert max(encoded.values()) <= routes._STEPS_MAX
+    scene.app.stop()
+    await asyncio.gather(*(stream.task for stream in streams))
 
 
 async def test_hostile_labels_are_data_everywhere(scene: Scene) -> None:
