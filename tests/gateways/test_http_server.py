@@ -84,6 +84,7 @@ def status(response: bytes) -> int:
         (b"GET /v1/list%0d%0aX:1 HTTP/1.1\r\nHost: a.localhost\r\nConnection: close\r\n\r\n", 404),
         (b"GET /v1/list?" + b"a" * HEAD_BYTES_MAX + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * HEAD_BYTES_MAX, 400),
+        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 20_000 + b"\r\n\r\n", 400),
         (b"GET /v1/watch HTTP/1.1\r\nHost: localhost\r\nLast-Event-ID: " + b"x" * 65_536 + b"\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 400),
@@ -362,19 +363,21 @@ async def test_next_request_waits_until_the_reply_is_read(site: Site, large: Lar
     writer.transport.abort()
 
 
-async def test_stream_waits_for_its_reader(site: Site) -> None:
+async def test_stream_waits_for_its_reader(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "UNREAD_BYTES_MAX", 0)
     reader, writer = await site.connect()
     writer.write(b"GET /v1/watch HTTP/1.1\r\nHost: localhost\r\n\r\n")
     await reader.readuntil(b"event: sync")
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
     (connection,) = site.server._connections()
-    connection.transport.pause_reading()
-    monkey = connection.transport
+    connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_096)
+    async with site.registry.client() as client:
+        await client.register("a", 1, static=True)
+        while not connection.transport.get_write_buffer_size():
+            await client.update("a", {"text": "x" * 4_000, "time": str(time.monotonic())})
+    site.server._drop_unread(time.monotonic())
+    site.server._drop_unread(time.monotonic() + 2 * http_server.IDLE_S)
     assert connection.is_in_stream
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(http_server, "UNREAD_BYTES_MAX", 0)
-        patch.setattr(type(monkey), "get_write_buffer_size", lambda self: 100_000)
-        site.server._drop_unread(time.monotonic())
-        site.server._drop_unread(time.monotonic() + 2 * http_server.IDLE_S)
     assert not connection.transport.is_closing()
     writer.transport.abort()
 
