@@ -157,6 +157,42 @@ def test_additional_section_is_dropped_first() -> None:
     assert (len(response.answer[0]), response.additional, response.flags & dns.flags.TC) == (40, [], 0)
 
 
+def test_every_size_is_used_to_its_last_byte() -> None:
+    def respond_within(payload: int) -> dns.message.Message:
+        wire = dns.message.make_query("many.regd.internal", "SRV", use_edns=0, payload=payload).to_wire()
+        response = respond(wire, INDEX, random.Random(1), tcp=False)
+        assert response is not None
+        assert len(response) <= payload
+        sizes.add(len(response))
+        return dns.message.from_wire(response)
+
+    sizes: set[int] = set()
+    whole = respond_within(65_507)
+    (size,) = sizes
+    assert respond_within(size).additional
+    bare = respond_within(size - 1)
+    assert (len(bare.answer[0]), bare.additional) == (40, [])
+    size = min(sizes)
+    assert respond_within(size).answer
+    assert respond_within(size - 1).flags & dns.flags.TC
+    assert len(whole.additional) == 40
+
+
+def test_tcp_response_is_full() -> None:
+    record = (
+        2 + 10 + 6 + 1 + 38 + len(b"\4addr\4regd\10internal\0")
+    )  # the pointer, the type to the length, the data
+    gaps = set()
+    for length in range(1, 62):
+        for edns in (-1, 0):
+            name = f"_{'x' * length}._tcp.six.regd.internal"
+            wire = dns.message.make_query(name, "SRV", use_edns=edns).to_wire()
+            response = respond(wire, INDEX, random.Random(1), tcp=True)
+            assert response is not None
+            gaps.add(TCP_BYTES_MAX - len(response))
+    assert (min(gaps), max(gaps) < record) == (0, True)
+
+
 @pytest.mark.parametrize(("name", "least"), [("six", 750), ("named", 200)])
 def test_tcp_response_has_as_many_records_as_fit(name: str, least: int) -> None:
     response = ask(f"{name}.regd.internal", "SRV", tcp=True)
