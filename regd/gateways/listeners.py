@@ -8,6 +8,7 @@ __all__ = ["BACKLOG", "ListenError", "bind_loopback", "bound_addresses"]
 
 _HOSTS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 BACKLOG = 128  # connections that wait for `accept`; asyncio accepts all of them at once
+_UNSENT_BYTES = 131_072  # of a connection, in the kernel, which would keep 4 MB for a client that does not read
 _PORT_TRIES = 32  # until a free port is free on all
 
 
@@ -66,6 +67,7 @@ def _bind(family: socket.AddressFamily, host: str, port: int, type: socket.Socke
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if type == socket.SOCK_STREAM:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNSENT_BYTES)  # connections inherit it
         sock.bind((host, port))
         if type == socket.SOCK_STREAM:
             sock.listen(BACKLOG)

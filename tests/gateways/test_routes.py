@@ -2,16 +2,18 @@
 
 import asyncio
 import json
+import random
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, quote, urlencode
 
 import pytest
 
 from regd.gateways import daemon_connections, routes
 from regd.gateways.daemon_connections import Daemon
-from regd.gateways.queries import failure
+from regd.gateways.queries import COMMANDS, body_of, failure, parse_query
 from regd.gateways.readers import Readers
 from regd.gateways.routes import Gateway
 from regd.gateways.stream import EventEncoder
@@ -83,6 +85,45 @@ async def test_body_is_the_reply(scene: Scene, path: str, request_: dict[str, An
     )
     assert response.status == expected
     assert response.headers["content-type"] == "application/json"
+
+
+VALUES: dict[str, list[str]] = {
+    "name": ["db", "web", "wbe", "w*", "*", "A", "", "a b", "\u202e", "x" * 300],
+    "instance": ["", "2", "a/b"],
+    "after": ["db", "web/2", "none", "/"],
+    "limit": ["0", "1", "1000", "1001", "-1", "1.5", "x", "99999999999999999999"],
+    "since": ["0", "3", "-1", "9223372036854775807"],
+    "before": ["3", "0"],
+    "age_s": ["60", "0.5", "-1", "nan", "1e9"],
+    "all": ["true", "false", "1"],
+    "topic": ["list", "nothing"],
+    "meta": ["zone=a", "zone=", "zone=b"],
+    "nmae": ["db"],
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_body_of_any_query_is_the_reply(scene: Scene, seed: int) -> None:
+    rng = random.Random(seed)
+    await scene.register("db", 5432)
+    await scene.register("web", 5061, meta={"zone": "a", "text": "\u202e</script>\n\\"})
+    await scene.register("web", 5062, instance="2", state="draining", priority=7)
+    for _ in range(60):
+        cmd = rng.choice([cmd for cmd in COMMANDS if cmd not in ("watch", "stats")])
+        names = rng.sample(sorted(VALUES), rng.randint(0, 3)) + sorted(
+            rng.sample(sorted(COMMANDS[cmd]), len(COMMANDS[cmd]) // 2)
+        )
+        query = urlencode({name: rng.choice(VALUES[name]) for name in names if name in VALUES}, quote_via=quote)
+        arguments = parse_query(query.encode(), COMMANDS[cmd])
+        if cmd == "resolve":
+            arguments["all"] = True  # of one, the daemon picks each in turn
+            query = urlencode(
+                {"all": "true", **{k: v for k, v in parse_qsl(query, keep_blank_values=True) if k != "all"}}
+            )
+        scene.peer.send({"cmd": cmd, **arguments})
+        response = await get(scene.app, f"/v1/{cmd}?{query}")
+        assert response.body == await scene.peer.line(), query
+        assert response.status == body_of(response.body).status
 
 
 @pytest.mark.parametrize(

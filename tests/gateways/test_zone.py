@@ -206,3 +206,17 @@ def test_index_after_any_changes_equals_a_new_one(changes: list[tuple[str, str, 
         for each in ("a", "b.a", "c.b.a", "c", "none"):
             assert index.best(each) == new.best(each)
     assert vars(index) == vars(new)
+
+
+def test_best_instances_follow_every_change() -> None:
+    index = index_of(instance("a", "1", priority=1), instance("a", "2", priority=1))
+    assert [each["instance"] for each in index.best("a")] == ["1", "2"]
+    index.remove("a", "1")
+    assert [each["instance"] for each in index.best("a")] == ["2"]
+    index.put(instance("a", "3"))
+    assert [each["instance"] for each in index.best("a")] == ["3"]
+    index.put(instance("a", "3", state="draining"))
+    assert [each["instance"] for each in index.best("a")] == ["2"]
+    index.remove("a", "3")
+    index.remove("a", "2")
+    assert index.best("a") == []
