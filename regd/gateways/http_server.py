@@ -22,11 +22,8 @@ IDLE_S = 10.0  # for a whole request, and between two; and for a client that doe
 UNREAD_BYTES_MAX = 64 * 1_048_576  # of all replies
 _STOP_S = 1  # for the responses in progress
 _LINGER_S = 0.5  # for clients that read slowly, within _STOP_S
-_INCOMPLETE: tuple[object, ...] = (
-    h11.IDLE,
-    h11.SEND_BODY,
-    h11.ERROR,
-)  # states of a client without a whole request
+# States of a client whose request is not whole, or not valid.
+_INCOMPLETE: tuple[object, ...] = (h11.IDLE, h11.SEND_BODY, h11.ERROR)
 
 
 class _Protocol(H11Protocol):
