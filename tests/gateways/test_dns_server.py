@@ -128,6 +128,7 @@ async def test_connections_are_limited(port: int) -> None:
         streams.append(writer)
     reader, writer = await connect(port)
     with contextlib.suppress(ConnectionError):
+        writer.write(struct.pack("!H", len(wire)) + wire)
         assert await reader.read() == b""
     for each in (*streams, writer):
         each.close()
