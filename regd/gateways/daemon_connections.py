@@ -175,7 +175,7 @@ class Daemon:
             async with asyncio.timeout(REPLY_S):
                 return body_of(await self._ask(request))
         except TimeoutError:
-            self.close()  # a late reply would be taken for that of the next request
+            self.close()  # requests would pile up on a connection that hangs
             return self.unavailable(_TOO_LATE)
         except OSError as error:
             return self.unavailable(error.strerror or str(error))

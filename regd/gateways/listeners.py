@@ -8,7 +8,7 @@ __all__ = ["BACKLOG", "ListenError", "bind_loopback", "bound_addresses"]
 
 _HOSTS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 BACKLOG = 128  # connections that wait for `accept`; asyncio accepts all of them at once
-_UNSENT_BYTES = 131_072  # of a connection, in the kernel, which would keep 4 MB for a client that does not read
+_UNSENT_BYTES = 262_144  # of a connection, in the kernel, which would keep 4 MB for a client that does not read
 _PORT_TRIES = 32  # until a free port is free on all
 
 

@@ -87,6 +87,8 @@ async def test_silent_daemon_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> 
         for body in [await daemon.ask("ping", {}), await daemon.ask_alone("ping", {}, 0.0)]:
             assert body.status == 503
             assert "no reply within" in body.message
+        assert daemon._pipeline is not None
+        assert daemon._pipeline.broken  # the next request does not wait behind this one
         assert requests == [b'{"cmd":"ping"}\n'] * 2
         daemon.close()
 
