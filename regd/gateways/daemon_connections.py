@@ -18,11 +18,12 @@ from regd_client import protocol
 from regd_client.errors import BadArgument
 from regd_client.protocol import Address, connectable
 
-__all__ = ["Daemon", "DaemonConnection"]
+__all__ = ["Daemon", "DaemonConnection", "slot"]
 
 REPLY_S = 2.0  # to connect and to get the reply, in addition to `wait`
 _LINE_BYTES_MAX = 2 * 1_048_576  # of a reply; the daemon's own limit is half of it
-_READ_BYTES = 65_536
+_READ_BYTES = 16_384  # of a watch, at once: some 60 events
+REQUESTS_MAX = 64  # in flight on the shared connection: the daemon reads no more of one
 _TOO_LATE = f"no reply within {REPLY_S:g} s"
 _RESET = struct.pack("ii", 1, 0)  # struct linger: close with a reset
 
@@ -30,6 +31,21 @@ _RESET = struct.pack("ii", 1, 0)  # struct linger: close with a reset
 def _reason(error: OSError) -> str:
     """Return the system's message: asyncio's own names the call and its arguments."""
     return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+
+
+@contextlib.asynccontextmanager
+async def slot(slots: asyncio.Semaphore) -> AsyncIterator[None]:
+    """Hold one of `slots` during the block.
+
+    Raises:
+        TimeoutError: none is free within `REPLY_S`.
+    """
+    async with asyncio.timeout(REPLY_S):
+        await slots.acquire()
+    try:
+        yield
+    finally:
+        slots.release()
 
 
 class DaemonConnection:
@@ -146,18 +162,26 @@ class Daemon:
         self.address = address
         self._pipeline: _Pipeline | None = None
         self._connecting = asyncio.Lock()
+        self._slots = asyncio.Semaphore(REQUESTS_MAX)
 
     async def ask(self, cmd: str, arguments: Mapping[str, Any]) -> Body:
-        """Ask on the shared connection."""
+        """Ask on the shared connection; `busy` if its other requests take too long."""
         try:
             request = protocol.encode_request(cmd, None, arguments)
         except BadArgument as error:
             return failure("bad_argument", str(error))
         try:
+            async with slot(self._slots):
+                return await self._ask_in_time(request)
+        except TimeoutError:
+            return failure("busy", "too many requests wait for the daemon; try again later")
+
+    async def _ask_in_time(self, request: bytes) -> Body:
+        try:
             async with asyncio.timeout(REPLY_S):
                 return body_of(await self._ask(request))
         except TimeoutError:
-            self.close()  # a late reply would be taken for that of the next request
+            self.close()  # requests would pile up on a connection that hangs
             return self.unavailable(_TOO_LATE)
         except OSError as error:
             return self.unavailable(_reason(error))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from regd.gateways.dns_messages import refuse, respond
+from regd.gateways.listeners import BACKLOG
 from regd.gateways.name_index import NameIndex
 from regd.gateways.readers import Readers
 
@@ -80,7 +81,7 @@ class DnsServer:
                 )
                 self._datagrams.append(transport)
             else:
-                self._servers.append(await asyncio.start_server(self._accept, sock=sock))
+                self._servers.append(await asyncio.start_server(self._accept, sock=sock, backlog=BACKLOG))
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._connections) >= CONNECTIONS_MAX:
@@ -91,25 +92,34 @@ class DnsServer:
         task.add_done_callback(self._connections.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer the messages of a connection in order, each after its length (RFC 7766)."""
-        peer, own = writer.get_extra_info("peername"), writer.get_extra_info("sockname")
-        may_read = self._readers.may_read_by_tcp(peer, own)
         try:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):  # an OSError on a timeout, too
-                while True:
-                    async with asyncio.timeout(IDLE_S):
-                        length = int.from_bytes(await reader.readexactly(2))
-                        query = await reader.readexactly(length)
-                    answer = self._cache.answer(query, tcp=True) if may_read else refuse(query)
-                    if answer is not None:
-                        writer.write(len(answer).to_bytes(2) + answer)
-                        async with asyncio.timeout(IDLE_S):
-                            await writer.drain()
-                    await asyncio.sleep(0)  # a client that sends many at once does not delay the others
+                await self._answer_all(reader, writer)
             writer.close()
+            with contextlib.suppress(OSError):
+                async with asyncio.timeout(IDLE_S):
+                    await writer.wait_closed()  # until the client has read the answers
         finally:
-            if not writer.is_closing():
-                writer.transport.abort()
+            writer.transport.abort()
+
+    async def _answer_all(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer the messages of a connection in order, each after its length (RFC 7766).
+
+        Raises:
+            OSError, IncompleteReadError: the connection ended, or the client is too slow.
+        """
+        peer, own = writer.get_extra_info("peername"), writer.get_extra_info("sockname")
+        may_read = self._readers.may_read_by_tcp(peer, own)
+        while True:
+            async with asyncio.timeout(IDLE_S):
+                length = int.from_bytes(await reader.readexactly(2))
+                query = await reader.readexactly(length)
+            answer = self._cache.answer(query, tcp=True) if may_read else refuse(query)
+            if answer is not None:
+                writer.write(len(answer).to_bytes(2) + answer)
+                async with asyncio.timeout(IDLE_S):
+                    await writer.drain()
+            await asyncio.sleep(0)  # a client that sends many at once does not delay the others
 
     async def close(self) -> None:
         """Close the sockets and the connections."""

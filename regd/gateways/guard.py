@@ -92,7 +92,8 @@ class Guard:
             return
         body = f"{refusal.message}\n".encode()
         headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(body))]
-        headers.append((b"connection", b"close"))
+        if refusal.status == 400:
+            headers.append((b"connection", b"close"))
         if refusal.status == 405:
             headers.append((b"allow", ", ".join(_METHODS).encode()))
         await send({"type": "http.response.start", "status": refusal.status, "headers": headers})

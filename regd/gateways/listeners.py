@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 from regd_client.ports import free_ports
 
-__all__ = ["ListenError", "bind_at_one", "bind_loopback", "bound_addresses", "ports_to_try"]
+__all__ = ["BACKLOG", "ListenError", "bind_at_one", "bind_loopback", "bound_addresses", "ports_to_try"]
 
 _HOSTS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
-_BACKLOG = 1_024
+BACKLOG = 128  # connections that wait for `accept`; asyncio accepts all of them at once
+_UNSENT_BYTES = 262_144  # of a connection, in the kernel, which would keep 4 MB for a client that does not read
 # Of datagrams that wait, as far as the system permits; by default some 270 queries fit. A proxy asks for the
 # addresses of all targets at once: nginx sends 400 queries for 200 instances, and waits 5 s for what is lost.
 _RECEIVE_BYTES = 1_048_576
@@ -103,12 +104,13 @@ def _bind(family: socket.AddressFamily, host: str, port: int, type: socket.Socke
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if type == socket.SOCK_STREAM:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNSENT_BYTES)  # connections inherit it
         else:
             with contextlib.suppress(OSError):  # it works with less
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
         sock.bind((host, port))
         if type == socket.SOCK_STREAM:
-            sock.listen(_BACKLOG)
+            sock.listen(BACKLOG)
         sock.setblocking(False)
     except BaseException:
         sock.close()

@@ -28,6 +28,7 @@ class NameIndex:
     def __init__(self) -> None:
         self._names: dict[str, dict[str, Instance]] = {}
         self._below: Counter[str] = Counter()  # by name, how many registered names end with .NAME
+        self._best: dict[str, list[Instance]] = {}  # of names that were asked for, until their next change
 
     def __len__(self) -> int:
         return len(self._names)
@@ -42,7 +43,11 @@ class NameIndex:
 
     def best(self, name: str) -> list[Instance]:
         """Return the ready instances of the best priority."""
-        return best_instances(self._names.get(name, {}).values())
+        if name not in self._names:
+            return []
+        if name not in self._best:
+            self._best[name] = best_instances(self._names[name].values())
+        return self._best[name]
 
     def put(self, instance: Instance) -> None:
         """Add an instance, or replace it."""
@@ -53,10 +58,12 @@ class NameIndex:
             self._names[name] = {}
             self._below.update(_ends(name))
         self._names[name][instance["instance"]] = instance
+        self._best.pop(name, None)
 
     def remove(self, name: str, instance: str) -> None:
         """Remove an instance if it is there."""
         instances = self._names.get(name, {})
+        self._best.pop(name, None)
         if instances.pop(instance, None) is not None and not instances:
             del self._names[name]
             for end in _ends(name):

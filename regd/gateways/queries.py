@@ -12,6 +12,7 @@ from urllib.parse import unquote_to_bytes
 
 __all__ = [
     "COMMANDS",
+    "NOT_REGD",
     "TARGETS",
     "TRAEFIK",
     "WAIT_S_MAX",
@@ -160,15 +161,18 @@ def body_of(line: bytes) -> Body:
     if line.startswith(_OK):
         return Body(200, line)
     try:
-        code = json.loads(line)["error"]
-        return Body(_STATUSES.get(code, _OTHER_STATUS), line)
+        fields = json.loads(line)
+        if isinstance(fields["message"], str):
+            return Body(_STATUSES.get(fields["error"], _OTHER_STATUS), line)
     except (ValueError, LookupError, TypeError, RecursionError):
-        return failure(
-            "unavailable", "the program at the daemon's address is not regd; see which one listens there"
-        )
+        pass
+    return NOT_REGD
 
 
 def failure(code: str, message: str, **details: object) -> Body:
     """Return an answer of the gateway's own, in the form of the daemon's refusals."""
     fields = {"ok": False, "error": code, "message": message, **details}
     return Body(_STATUSES[code], json.dumps(fields, separators=(",", ":")).encode() + b"\n")
+
+
+NOT_REGD = failure("unavailable", "the program at the daemon's address is not regd; see which one listens there")

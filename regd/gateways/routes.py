@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.requests import Request
@@ -13,11 +13,12 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from regd.gateways import discovery, metrics
-from regd.gateways.daemon_connections import Daemon, DaemonConnection
+from regd.gateways.daemon_connections import Daemon, DaemonConnection, slot
 from regd.gateways.guard import Guard, host_name
 from regd.gateways.page_files import page_routes
 from regd.gateways.queries import (
     COMMANDS,
+    NOT_REGD,
     TARGETS,
     TRAEFIK,
     BadQuery,
@@ -31,10 +32,17 @@ from regd.gateways.stream import COMMENT, EventEncoder, parse_position
 from regd_client import protocol
 from regd_client.errors import RegdError
 
-__all__ = ["Gateway"]
+__all__ = ["INPUT_ENDED", "STREAM_PATH", "Gateway"]
 
+STREAM_PATH = "/v1/watch"
+# In the `state` of a request: an event, set when the client closes the connection or its sending side. Waits and
+# streams end then, because most such clients are gone; short requests are answered.
+INPUT_ENDED = "input_ended"
 STREAMS_MAX = 256
 WAITS_MAX = 256
+LISTS_MAX = 2  # whole lists in work: 3 MB each for 10,000 targets
+_PAGE = 500  # instances of a whole list in a page: some 8 ms of work
+_STEPS_MAX = 8  # parts of streams encoded in an iteration of the event loop: some 3 ms
 SILENCE_S = 15.0  # until a comment is sent on a stream
 _SILENCES_MAX = 5  # the daemon sends `progress` every 30 s: after 75 s it hangs
 _READ_AHEAD_BYTES = 65_536  # of a watch; with the output buffer of the HTTP connection, far less than 256 KiB
@@ -52,10 +60,12 @@ class Gateway:
         self._stopping = asyncio.Event()
         self._streams = 0
         self._waits = 0
+        self._lists = asyncio.Semaphore(LISTS_MAX)
+        self._steps = asyncio.Semaphore(_STEPS_MAX)
         commands = [cmd for cmd in COMMANDS if cmd != "watch"]
         routes = [
             *(Route(f"/v1/{cmd}", self._command(cmd), methods=["GET"]) for cmd in commands),
-            Route("/v1/watch", _Endpoint(self._watch)),
+            Route(STREAM_PATH, _Endpoint(self._watch)),
             Route("/v1/prometheus/targets", self._targets, methods=["GET"]),
             Route("/v1/traefik", self._traefik, methods=["GET"]),
             Route("/healthz", self._health, methods=["GET"]),
@@ -89,27 +99,29 @@ class Gateway:
             except BadQuery as error:
                 return _bad_query(error)
             if type(arguments.get("wait")) is float:
-                return await self._wait(cmd, arguments, request.receive)
+                return await self._wait(cmd, arguments, request.scope)
             return _json(await self._daemon.ask(cmd, arguments))
 
         return answer
 
-    async def _wait(self, cmd: str, arguments: dict[str, Any], receive: Receive) -> Response:
+    async def _wait(self, cmd: str, arguments: dict[str, Any], scope: Scope) -> Response:
         """Ask on a connection of its own, and close it as soon as the client is gone."""
         if self._waits >= WAITS_MAX:
             return _json(failure("busy", f"{self._waits} requests wait; try again later"))
         self._waits += 1
         try:
             asking = asyncio.ensure_future(self._daemon.ask_alone(cmd, arguments, arguments["wait"]))
-            if await self._ended_early(asking, receive):
-                return _json(failure("shutting_down", "the gateway is stopping, or the client has gone"))
+            if await self._ended_early(asking, scope):
+                return _json(
+                    failure("shutting_down", "the gateway is stopping, or the client has closed its sending side")
+                )
             return _json(asking.result())
         finally:
             self._waits -= 1
 
-    async def _ended_early(self, work: asyncio.Future[Any], receive: Receive) -> bool:
+    async def _ended_early(self, work: asyncio.Future[Any], scope: Scope) -> bool:
         """Wait for `work`; cancel it, and return True, if the client disconnects or the gateway stops before."""
-        ends = [asyncio.ensure_future(_disconnected(receive)), asyncio.ensure_future(self._stopping.wait())]
+        ends = [asyncio.ensure_future(event.wait()) for event in (scope["state"][INPUT_ENDED], self._stopping)]
         try:
             await asyncio.wait((work, *ends), return_when=asyncio.FIRST_COMPLETED)
             return not work.done()
@@ -150,12 +162,39 @@ class Gateway:
             if body.status != 200:
                 await _json(body)(scope, receive, send)
                 return
-            encoder = EventEncoder(json.loads(body.line), resumes="since" in arguments)
+            try:
+                reply = protocol.check_result("watch", arguments, protocol.decode_line(body.line))
+                encoder = EventEncoder(reply, resumes="since" in arguments)
+            except (RegdError, ValueError):
+                await _json(NOT_REGD)(scope, receive, send)
+                return
             headers = [(b"content-type", _EVENT_STREAM.encode())]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
-            forwarding = asyncio.ensure_future(_forward(connection, encoder, send))
-            await self._ended_early(forwarding, receive)
+            forwarding = asyncio.ensure_future(self._forward(connection, encoder, send))
+            await self._ended_early(forwarding, scope)
             await send({"type": "http.response.body", "body": b""})
+
+    async def _forward(self, connection: DaemonConnection, encoder: EventEncoder, send: Send) -> None:
+        """Send the events of a watch until the daemon closes it; read no further while the client does not."""
+        await _send_part(send, encoder.head())
+        silences = 0
+        with contextlib.suppress(OSError, ValueError):  # the daemon's end; another program's input
+            while silences < _SILENCES_MAX:
+                try:
+                    async with asyncio.timeout(SILENCE_S):
+                        data = await connection.read()
+                except TimeoutError:
+                    silences += 1
+                    await _send_part(send, COMMENT)
+                    continue
+                if not data:
+                    return
+                silences = 0
+                async with self._steps:
+                    events = encoder.encode(data)
+                    await asyncio.sleep(0)  # many snapshots at once would hold up all others
+                if events:
+                    await _send_part(send, events)
 
     # Service discovery, metrics, health.
 
@@ -165,47 +204,53 @@ class Gateway:
         except BadQuery as error:
             return _bad_query(error)
         every = bool(arguments.pop("all", False))
-        parts: list[str] = []
-        try:
-            async for page in self._pages(arguments):  # encoded by page: the list of 10,000 takes 70 ms
-                parts += map(_encode, discovery.prometheus_targets(page, every=every))
-        except _ListFailed as error:
-            return _json(error.body)
-        return _json(Body(200, f"[{','.join(parts)}]\n".encode()))
+        groups: list[str] = []
+
+        def take(page: Instances) -> None:
+            groups.extend(map(_encode, discovery.prometheus_targets(page, every=every)))
+
+        if refusal := await self._read_list(arguments, take):
+            return _json(refusal)
+        return _json(Body(200, f"[{','.join(groups)}]\n".encode()))
 
     async def _traefik(self, request: Request) -> Response:
         try:
             arguments = parse_own_query(request.scope["query_string"], TRAEFIK)
         except BadQuery as error:
             return _bad_query(error)
-        try:
-            instances = [instance async for page in self._pages(arguments) for instance in page]
-        except _ListFailed as error:
-            return _json(error.body)
+        instances: Instances = []
+        if refusal := await self._read_list(arguments, instances.extend):
+            return _json(refusal)
         return _json(Body(200, _encode(discovery.traefik_configuration(instances)).encode() + b"\n"))
 
-    async def _pages(self, arguments: dict[str, Any]) -> AsyncIterator[Instances]:
-        """Yield the instances of each page of `list`.
+    async def _read_list(self, arguments: dict[str, Any], take: Callable[[Instances], None]) -> Body | None:
+        """Call `take` with the instances of each page of `list`. Return None, or the answer if a page fails.
 
-        Raises:
-            _ListFailed: a page cannot be read. Prometheus and Traefik keep what they have on an error, and would
-                drop what a part of the list does not have.
+        Prometheus and Traefik keep what they have on an error, and would drop what a part of it lacks.
         """
+        try:
+            async with slot(self._lists):
+                return await self._read_pages(arguments, take)
+        except TimeoutError:
+            return failure("busy", "too many other requests read whole lists; try again later")
+
+    async def _read_pages(self, arguments: dict[str, Any], take: Callable[[Instances], None]) -> Body | None:
         after: dict[str, Any] = {}
         instances: Instances = []
         for number in itertools.count(1):
-            body = await self._daemon.ask("list", {**arguments, **after})
+            body = await self._daemon.ask("list", {**arguments, **after, "limit": _PAGE})
             if body.status != 200:
-                raise _ListFailed(body if body.status == 400 else body._replace(status=503))
+                return body if body.status == 400 else body._replace(status=503)
             try:
                 page = protocol.check_result("list", after, protocol.decode_line(body.line))
                 protocol.add_page(instances, page, number)
             except RegdError as error:
-                raise _ListFailed(failure("unavailable", str(error))) from None
-            yield page["instances"]
+                return failure("unavailable", str(error))
+            take(page["instances"])
             if "next" not in page:
-                return
+                return None
             after = {"after": page["next"]}
+        return None
 
     async def _health(self, request: Request) -> Response:
         body = await self._daemon.ask("ping", {})
@@ -230,18 +275,9 @@ class Gateway:
         body = await self._daemon.ask("resolve", arguments)
         instance = _checked("resolve", arguments, body)
         if instance is None:
-            status = 503 if body.status == 200 else body.status
-            message = "the daemon's reply is not valid" if body.status == 200 else body.message
-            return PlainTextResponse(f"{message}\n", status)
+            refusal = NOT_REGD if body.status == 200 else body
+            return PlainTextResponse(f"{refusal.message}\n", refusal.status)
         return Response(status_code=307, headers={"Location": discovery.location(instance, named_host, path)})
-
-
-class _ListFailed(Exception):
-    """A list that cannot be read to its end; `body` is the answer."""
-
-    def __init__(self, body: Body) -> None:
-        super().__init__(body)
-        self.body = body
 
 
 class _Endpoint:
@@ -254,33 +290,8 @@ class _Endpoint:
         await self._app(scope, receive, send)
 
 
-async def _forward(connection: DaemonConnection, encoder: EventEncoder, send: Send) -> None:
-    """Send the events of a watch until the daemon closes it; read no further while the client does not read."""
-    await _send_part(send, encoder.head())
-    silences = 0
-    with contextlib.suppress(OSError, ValueError):  # the daemon's end; another program's input
-        while silences < _SILENCES_MAX:
-            try:
-                async with asyncio.timeout(SILENCE_S):
-                    data = await connection.read()
-            except TimeoutError:
-                silences += 1
-                await _send_part(send, COMMENT)
-                continue
-            if not data:
-                return
-            silences = 0
-            if events := encoder.encode(data):
-                await _send_part(send, events)
-
-
 async def _send_part(send: Send, part: bytes) -> None:
     await send({"type": "http.response.body", "body": part, "more_body": True})
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _checked(cmd: str, arguments: Mapping[str, Any], body: Body) -> dict[str, Any] | None:

@@ -7,20 +7,26 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 
+from regd.gateways import dns_server, http_server
 from regd.gateways.address_file import AddressFile
 from regd.gateways.daemon_connections import Daemon
 from regd.gateways.dns_server import AnswerCache, DnsServer
 from regd.gateways.http_server import HttpServer
-from regd.gateways.listeners import bind_at_one, bound_addresses
+from regd.gateways.listeners import BACKLOG, ListenError, bind_at_one, bound_addresses
 from regd.gateways.name_watch import NameWatch
 from regd.gateways.readers import Readers
 from regd.gateways.routes import Gateway
+from regd.system.open_files import raise_open_files
 from regd_client.protocol import autostart_wanted, find_address
 
 __all__ = ["serve"]
 
 log = logging.getLogger("regd.gateways")
 _FILE_CHECK_S = 1.0
+_FILES_PER_CONNECTION = 3  # of HTTP: one that is refused, and one to the daemon
+# Those of DNS, those that are accepted at once and closed, those to the daemon, the sockets that listen.
+_OTHER_FILES = dns_server.CONNECTIONS_MAX + 4 * BACKLOG + 16
+_CONNECTIONS_MIN = 16
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -35,7 +41,7 @@ def serve(
         say: called with a line for each address, once all sockets listen.
 
     Raises:
-        ListenError: a port is taken. No socket stays open.
+        ListenError: a port is taken, or the process may open too few files. No socket stays open.
         BadArgument: the address is invalid.
     """
     asyncio.run(_serve(address, http_ports, dns_ports, say))
@@ -44,6 +50,7 @@ def serve(
 async def _serve(
     address: str | None, http_ports: Sequence[int], dns_ports: Sequence[int], say: Callable[[str], None]
 ) -> None:
+    connections_max = _connections_max()
     stopping = asyncio.Event()
     for number in _SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
@@ -54,14 +61,14 @@ async def _serve(
         readers = Readers(restricted=bool(daemon.address.path))
         stack.callback(readers.close)
         readers.open([sock for sock in (*http, *dns) if sock.type == socket.SOCK_STREAM])
-        server = HttpServer(Gateway(daemon, readers))
+        server = HttpServer(Gateway(daemon, readers), connections_max)
         names = NameWatch(address, lambda: cache.clear())
         cache = AnswerCache(names.state)
-        dns_server = DnsServer(cache, readers)
+        resolver = DnsServer(cache, readers)
         serving = asyncio.create_task(server.serve(http)) if http else None
         try:
             names.start()
-            await dns_server.start(dns)
+            await resolver.start(dns)
             if autostart_wanted(daemon.address):
                 await _first_of(stopping.wait(), names.first_attempt.wait())  # the first requests find a daemon
             if not stopping.is_set():
@@ -74,8 +81,23 @@ async def _serve(
         finally:
             server.should_exit = True
             # At once: each may wait for a peer, and the process ends within two seconds.
-            await asyncio.gather(*([serving] if serving else []), names.close(), dns_server.close())
+            await asyncio.gather(*([serving] if serving else []), names.close(), resolver.close())
             daemon.close()
+
+
+def _connections_max() -> int:
+    """Return how many HTTP connections this process has files for.
+
+    If files ran out, asyncio would try, and log, to accept a connection a thousand times a second.
+    """
+    files = raise_open_files(_FILES_PER_CONNECTION * http_server.CONNECTIONS_MAX + _OTHER_FILES)
+    connections_max = (files - _OTHER_FILES) // _FILES_PER_CONNECTION
+    if connections_max < _CONNECTIONS_MIN:
+        raise ListenError(
+            "this process may open too few files; "
+            "raise the limit to 1024 or more (ulimit -Hn; LimitNOFILE= in a unit)"
+        )
+    return connections_max
 
 
 def _bound(

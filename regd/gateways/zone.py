@@ -5,6 +5,7 @@ does not exist (NXDOMAIN). Registered names always exist: NXDOMAIN for AAAA woul
 there is no A either (RFC 8020).
 """
 
+import functools
 import ipaddress
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -132,6 +133,7 @@ def _address_record(owner: str, address: IpAddress) -> Record:
     return Record(owner, "A" if address.version == 4 else "AAAA", str(address))
 
 
+@functools.lru_cache(4_096)
 def _address(host: str) -> IpAddress | None:
     """Return the address of a host; None if the host is a name."""
     if host == "localhost":

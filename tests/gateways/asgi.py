@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from starlette.types import ASGIApp, Message
 
+from regd.gateways.routes import INPUT_ENDED
 from tests.support.daemon import WAIT_S
 
 
@@ -19,6 +20,7 @@ class Exchange:
 
     def __init__(self, app: ASGIApp, path: str, method: str = "GET", **headers: str) -> None:
         raw_path, _, query = path.partition("?")
+        self._gone = asyncio.Event()
         headers = {"host": "localhost:7380", **{name.replace("_", "-"): value for name, value in headers.items()}}
         scope: dict[str, Any] = {
             "type": "http",
@@ -28,9 +30,9 @@ class Exchange:
             "path": raw_path,
             "raw_path": raw_path.encode(),
             "query_string": query.encode(),
+            "state": {INPUT_ENDED: self._gone},
             "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
         }
-        self._gone = asyncio.Event()
         self._asked = False
         self._messages: asyncio.Queue[Message] = asyncio.Queue()
         self.task = asyncio.ensure_future(app(scope, self._receive, self._messages.put))

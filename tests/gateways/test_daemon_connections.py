@@ -11,6 +11,7 @@ from regd.gateways import daemon_connections
 from regd.gateways.daemon_connections import Daemon
 from regd_client.protocol import parse_address
 from tests.support.daemon import WAIT_S, InLoop
+from tests.support.polling import until
 from tests.support.registries import Registry, running
 
 pytestmark = pytest.mark.socket
@@ -86,7 +87,40 @@ async def test_silent_daemon_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> 
         for body in [await daemon.ask("ping", {}), await daemon.ask_alone("ping", {}, 0.0)]:
             assert body.status == 503
             assert "no reply within" in body.message
+        assert (
+            daemon._pipeline is None or daemon._pipeline.broken
+        )  # the next request does not wait behind this one
         assert set(requests) <= {b'{"cmd":"ping"}\n'}  # on a busy machine the time is over before they arrive
+        daemon.close()
+
+
+async def test_requests_in_flight_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon_connections, "REQUESTS_MAX", 2)
+    requests: list[bytes] = []
+    answering = asyncio.Event()
+
+    async def read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            requests.append(line)
+            await answering.wait()
+            writer.write(b'{"ok":true}\n')
+        writer.close()
+
+    async with await asyncio.start_server(read, "127.0.0.1", 0) as server:
+        daemon = Daemon(parse_address(f"127.0.0.1:{server.sockets[0].getsockname()[1]}"))
+        asked = [asyncio.create_task(daemon.ask("ping", {})) for _ in range(5)]
+        await until(lambda: requests)
+        assert daemon._slots.locked()
+        assert daemon._pipeline is not None
+        assert len(daemon._pipeline._replies) == 2
+        with monkeypatch.context() as patch:
+            patch.setattr(daemon_connections, "REPLY_S", 0.01)
+            body = await daemon.ask("ping", {})
+        assert (body.status, json.loads(body.line)["error"]) == (503, "busy")
+        assert not any(task.done() for task in asked)  # they keep their connection
+        answering.set()
+        async with asyncio.timeout(WAIT_S):
+            assert {body.status for body in await asyncio.gather(*asked)} == {200}
         daemon.close()
 
 

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
+from regd.gateways import zone
 from regd.gateways.dns_messages import TCP_BYTES_MAX, respond
 from regd.gateways.name_index import NameIndex
 
@@ -89,6 +90,8 @@ def test_apex() -> None:
         ("nobody.regd.internal", "A", dns.rcode.NXDOMAIN),
         ("team.regd.internal", "A", dns.rcode.NOERROR),
         ("web.regd.internal", "TXT", dns.rcode.NOERROR),
+        ("web.regd.internal", "TYPE65280", dns.rcode.NOERROR),
+        ("nobody.regd.internal", "HTTPS", dns.rcode.NXDOMAIN),
         (r"api\.team.regd.internal", "A", dns.rcode.NXDOMAIN),
         (r"\000\255.regd.internal", "A", dns.rcode.NXDOMAIN),
     ],
@@ -152,6 +155,42 @@ def test_udp_response_fits(name: str, payload: int | None) -> None:
 def test_additional_section_is_dropped_first() -> None:
     response = ask("many.regd.internal", "SRV", use_edns=0, payload=3_000)
     assert (len(response.answer[0]), response.additional, response.flags & dns.flags.TC) == (40, [], 0)
+
+
+def test_every_size_is_used_to_its_last_byte() -> None:
+    def respond_within(payload: int) -> dns.message.Message:
+        wire = dns.message.make_query("many.regd.internal", "SRV", use_edns=0, payload=payload).to_wire()
+        response = respond(wire, INDEX, random.Random(1), tcp=False)
+        assert response is not None
+        assert len(response) <= payload
+        sizes.add(len(response))
+        return dns.message.from_wire(response)
+
+    sizes: set[int] = set()
+    whole = respond_within(65_507)
+    (size,) = sizes
+    assert respond_within(size).additional
+    bare = respond_within(size - 1)
+    assert (len(bare.answer[0]), bare.additional) == (40, [])
+    size = min(sizes)
+    assert respond_within(size).answer
+    assert respond_within(size - 1).flags & dns.flags.TC
+    assert len(whole.additional) == 40
+
+
+def test_tcp_response_is_full() -> None:
+    record = (
+        2 + 10 + 6 + 1 + 38 + len(b"\4addr\4regd\10internal\0")
+    )  # the pointer, the type to the length, the data
+    gaps = set()
+    for length in range(1, 62):
+        for edns in (-1, 0):
+            name = f"_{'x' * length}._tcp.six.regd.internal"
+            wire = dns.message.make_query(name, "SRV", use_edns=edns).to_wire()
+            response = respond(wire, INDEX, random.Random(1), tcp=True)
+            assert response is not None
+            gaps.add(TCP_BYTES_MAX - len(response))
+    assert (min(gaps), max(gaps) < record) == (0, True)
 
 
 @pytest.mark.parametrize(("name", "least"), [("six", 750), ("named", 200)])
@@ -220,6 +259,8 @@ OPT = b"\0\0\x29\2\0\0\0\0\0\0\0"
         b"\0\7\1\0\0\1\0\0\0\0\0\0\x40" + b"a" * 64 + b"\0\0\1\0\1",
         b"\0\7\1\0\0\1\0\0\0\0\0\0" + (b"\x3f" + b"a" * 63) * 4 + b"\0\0\1\0\1",
         b"\0\7\1\0\0\1\0\0\0\0\0\2" + QUESTION + OPT + OPT,
+        # Longer than any query: dnspython would take half a second for 4,000 records with long names.
+        b"\0\7\1\0\0\1\0\0\0\0\0\1" + QUESTION + OPT[:-2] + struct.pack("!H", 1_200) + b"\0\x0c\4\xac" + bytes(1_196),
     ],
 )  # fmt: skip
 def test_formerr(wire: bytes) -> None:
@@ -239,3 +280,41 @@ def test_any_bytes_give_a_message_or_nothing(edits: list[tuple[int, bytes]], tcp
     if response is not None:
         dns.message.from_wire(response)
         assert len(response) <= 65_535
+
+
+@given(
+    some.lists(
+        some.tuples(
+            some.sampled_from(["127.0.0.1", "10.0.0.1", "::1", "localhost", "fe80::1%eth0", "db.example", "DB"]),
+            some.integers(1, 65_535),
+            some.sampled_from([0, 0, 0, 7, 65_535]),
+        ),
+        max_size=6,
+    ),
+    some.sampled_from(["A", "AAAA", "SRV", "ANY", "TXT", "SOA"]),
+    some.sampled_from(["web", "WEB", "_x._tcp.web", "eu", "", "ns", "7f000001-1.addr", "nobody"]),
+    some.sampled_from([None, 0, 1_232]),
+)
+def test_message_has_the_records_of_the_zone(
+    endpoints: list[tuple[str, int, int]], type: str, name: str, payload: int | None
+) -> None:
+    """The bytes are the project's own; dnspython must read in them what the zone answers."""
+    instances = [
+        instance("web", port, host=host, priority=priority, instance=str(number))
+        for number, (host, port, priority) in enumerate(endpoints)
+    ]
+    index = index_of(*instances, instance("api.eu", 1))
+    edns: dict[str, Any] = {} if payload is None else {"use_edns": 0, "payload": payload}
+    response = ask(f"{name}.regd.internal".lstrip("."), type, tcp=True, index=index, **edns)
+    answer = zone.lookup(name.lower().split(".") if name else [], type, index, random.Random(2))
+    question = response.question[0].name.to_text()
+    assert question == f"{name}.regd.internal.".lstrip(".")
+    assert texts(response.answer) == sorted(
+        f"{record.owner or question} 0 IN {record.type} {record.data}" for record in answer.records
+    )
+    assert texts(response.additional) == sorted(
+        f"{record.owner}. 0 IN {record.type} {record.data}" for record in answer.additional
+    )
+    assert texts(response.authority) == ([] if answer.records else [f"{zone.ORIGIN}. 0 IN SOA {zone.SOA.data}"])
+    assert (response.rcode() == dns.rcode.NXDOMAIN) == (not answer.exists)
+    assert response.edns == (-1 if payload is None else 0)

@@ -2,23 +2,28 @@
 
 import asyncio
 import contextlib
+import random
 import socket
 import struct
 from collections.abc import AsyncIterator
 from typing import Any
 
 import dns.asyncquery
+import dns.flags
 import dns.message
 import dns.rcode
 import pytest
 
 from regd.gateways import dns_server
 from regd.gateways.dns_server import AnswerCache, DnsServer
+from regd.gateways.listeners import bind_loopback
 from regd.gateways.name_index import NameIndex
 from regd.gateways.readers import Readers
 from tests.support.daemon import WAIT_S
+from tests.support.polling import until
 
 QUERY = dns.message.make_query("web.regd.internal", "A")
+HOSTS = ["127.0.0.1", "::1"]
 
 
 def instance(port: int, **more: Any) -> dict[str, Any]:
@@ -35,15 +40,11 @@ def instance(port: int, **more: Any) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def serving(index: NameIndex | None) -> AsyncIterator[int]:
-    tcp = socket.create_server(("127.0.0.1", 0))
-    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    port: int = tcp.getsockname()[1]
-    udp.bind(("127.0.0.1", port))
-    udp.setblocking(False)
+    sockets = bind_loopback(0, (socket.SOCK_DGRAM, socket.SOCK_STREAM), "--dns")
     server = DnsServer(AnswerCache(lambda: index), Readers(restricted=False))
-    await server.start([udp, tcp])
+    await server.start(sockets)
     try:
-        yield port
+        yield sockets[0].getsockname()[1]
     finally:
         await server.close()
 
@@ -117,20 +118,29 @@ async def test_connection_without_a_whole_message_is_closed(
     writer.close()
 
 
-async def test_connections_are_limited(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dns_server, "CONNECTIONS_MAX", 2)
+async def test_connections_are_limited(port: int) -> None:
     wire = QUERY.to_wire()
     streams = []
-    for _ in range(2):
-        reader, writer = await connect(port)
+    for number in range(dns_server.CONNECTIONS_MAX):
+        reader, writer = await asyncio.open_connection(HOSTS[number % 2], port)
         writer.write(struct.pack("!H", len(wire)) + wire)
         await read_message(reader)
         streams.append(writer)
     reader, writer = await connect(port)
     with contextlib.suppress(ConnectionError):
+        writer.write(struct.pack("!H", len(wire)) + wire)
         assert await reader.read() == b""
     for each in (*streams, writer):
         each.close()
+    async with asyncio.timeout(WAIT_S):  # as soon as others have gone, there is room
+        has_room = False
+        while not has_room:
+            reader, writer = await connect(port)
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                writer.write(struct.pack("!H", len(wire)) + wire)
+                await read_message(reader)
+                has_room = True
+            writer.close()
 
 
 async def test_junk_gets_no_answer_and_ends_nothing(port: int) -> None:
@@ -140,6 +150,110 @@ async def test_junk_gets_no_answer_and_ends_nothing(port: int) -> None:
             udp.send(junk)
     response = await dns.asyncquery.udp(QUERY, "127.0.0.1", port=port, timeout=WAIT_S)
     assert response.answer
+
+
+async def test_answers_go_to_the_peer_that_asked(port: int) -> None:
+    """Many peers share the sockets of both families; each gets the answers to its own questions, and no other."""
+
+    async def ask(number: int) -> None:
+        host, name = HOSTS[number % 2], f"n{number}.regd.internal"
+        ids = [number, number + 1_000]
+        answers: list[tuple[bytes, Any]] = []
+        with socket.socket((socket.AF_INET, socket.AF_INET6)[number % 2], socket.SOCK_DGRAM) as udp:
+            udp.setblocking(False)
+            for id in ids:
+                udp.sendto(dns.message.make_query(name, "A", id=id).to_wire(), (host, port))
+            while len(answers) < 2:
+                await asyncio.sleep(0)
+                with contextlib.suppress(BlockingIOError):
+                    answers.append(udp.recvfrom(512))
+            with pytest.raises(BlockingIOError):
+                udp.recv(1)
+        messages = [dns.message.from_wire(wire) for wire, _ in answers]
+        assert [message.id for message in messages] == ids
+        assert {message.question[0].name.to_text() for message in messages} == {name + "."}
+        assert {peer[:2] for _, peer in answers} == {(host, port)}
+
+    async with asyncio.timeout(WAIT_S):
+        await asyncio.gather(*map(ask, range(60)))
+
+
+@pytest.mark.parametrize("host", HOSTS)
+async def test_largest_datagram_arrives(host: str) -> None:
+    index = NameIndex()
+    for number in range(1_001):
+        index.put(instance(10_000 + number, host=host))
+    query = dns.message.make_query("web.regd.internal", "SRV", use_edns=0, payload=65_535)
+    async with serving(index) as port:
+        udp = await dns.asyncquery.udp(query, host, port=port, timeout=WAIT_S)
+        tcp = await dns.asyncquery.tcp(query, host, port=port, timeout=WAIT_S)
+    assert len(tcp.answer[0]) >= 800
+    if host == "127.0.0.1":
+        assert (len(udp.answer[0]), udp.flags & dns.flags.TC) == (1_000, 0)
+        assert len(tcp.answer[0]) == 1_000
+    else:  # 1,000 do not fit
+        assert (udp.answer, udp.flags & dns.flags.TC) == ([], dns.flags.TC)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+async def test_half_closed_client_gets_all_answers(port: int, host: str) -> None:
+    reader, writer = await asyncio.open_connection(host, port)
+    wire = QUERY.to_wire()
+    writer.write((struct.pack("!H", len(wire)) + wire) * 20 + b"\0\0" + struct.pack("!H", len(wire)) + wire[:5])
+    writer.write_eof()
+    for _ in range(20):
+        assert (await read_message(reader)).answer
+    assert await reader.read() == b""
+    writer.close()
+
+
+@pytest.mark.parametrize("half_closes", [True, False])
+async def test_tcp_client_that_does_not_read_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, half_closes: bool
+) -> None:
+    monkeypatch.setattr(dns_server, "IDLE_S", 0.1)
+    index = NameIndex()
+    for number in range(800):
+        index.put(instance(10_000 + number))
+    query = dns.message.make_query("web.regd.internal", "SRV").to_wire()
+    transports: list[asyncio.WriteTransport] = []
+    accept = DnsServer._accept
+
+    def keep(self: DnsServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        transports.append(writer.transport)
+        accept(self, reader, writer)
+
+    monkeypatch.setattr(DnsServer, "_accept", keep)
+    async with serving(index) as port:
+        _, writer = await connect(port)
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write((struct.pack("!H", len(query)) + query) * 200)  # 8 MB of answers
+        if half_closes:
+            writer.write_eof()
+        await until(lambda: transports and transports[0].get_write_buffer_size())
+        await until(lambda: not transports[0].get_write_buffer_size() and transports[0].is_closing())
+        writer.transport.abort()
+
+
+async def test_any_bytes_by_tcp_end_nothing(port: int, caplog: pytest.LogCaptureFixture) -> None:
+    rng = random.Random(7)
+    wire = QUERY.to_wire()
+    for number in range(150):
+        data = b"".join(struct.pack("!H", len(wire)) + wire for _ in range(3))
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(data))
+            data = data[:at] + rng.randbytes(rng.randint(0, 3)) + data[at + rng.randint(0, 3) :]
+        reader, writer = await asyncio.open_connection(HOSTS[number % 2], port)
+        writer.write(data)
+        writer.write_eof()
+        async with asyncio.timeout(WAIT_S):
+            answers = await reader.read()
+        while answers:
+            length = int.from_bytes(answers[:2])
+            dns.message.from_wire(answers[2 : 2 + length])
+            answers = answers[2 + length :]
+        writer.close()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 # The cache.

@@ -4,10 +4,13 @@ import asyncio
 import contextlib
 import random
 import socket
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import h11
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from regd.gateways import guard, http_server
 from regd.gateways.daemon_connections import Daemon
@@ -81,11 +84,27 @@ def status(response: bytes) -> int:
         (b"GET /v1/list%0d%0aX:1 HTTP/1.1\r\nHost: a.localhost\r\nConnection: close\r\n\r\n", 404),
         (b"GET /v1/list?" + b"a" * HEAD_BYTES_MAX + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * HEAD_BYTES_MAX, 400),
+        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 20_000 + b"\r\n\r\n", 400),
         (b"GET /v1/watch HTTP/1.1\r\nHost: localhost\r\nLast-Event-ID: " + b"x" * 65_536 + b"\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 400),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 50 + b"\r\n\r\n", 400),
         (b'{"cmd":"list"}\n\n', 400),
+        (b"GET /v1/list HTTP/1.1\r\nHost:\r\nConnection: close\r\n\r\n", 400),
+        (b"GET /v1/list HTTP/1.1\r\nHost: a@localhost\r\nConnection: close\r\n\r\n", 400),
+        (b"GET /v1/list HTTP/1.1\r\nHost: localhost evil.example\r\nConnection: close\r\n\r\n", 400),
+        (b"GET /v1/list HTTP/1.1\r\nHost: 127.0.0.1.evil.example\r\nConnection: close\r\n\r\n", 400),
+        (b"GET /v1/list?" + b"a=&" * 5_000 + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 400),
+        (b"GET /v1/\xc0\xaf HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"GET /v1/%c0%af%ff HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 404),
+        (b"GET /v1/list%00 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 404),
+        (b"GET //evil.example/.. HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 404),
+        (b"GET /v1/list HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n"
+         b"Connection: close\r\n\r\n0\r\n\r\n", 200),
+        (b"GET /v1/hello HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, close\r\nUpgrade: h2c\r\n\r\n", 200),
+        (b"CONNECT localhost:22 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 405),
+        *((f"{method} /v1/list HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode(), 405)
+          for method in ("PUT", "DELETE", "PATCH", "TRACE", "PROPFIND", "get", "REGISTER")),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
     ],
 )  # fmt: skip
@@ -150,9 +169,9 @@ async def test_idle_connections_and_late_requests_are_closed(site: Site, monkeyp
 
 
 async def test_connections_are_limited(site: Site) -> None:
-    site.server.config.limit_concurrency = 2
+    site.server.config.limit_concurrency = 3
     streams = [await site.connect() for _ in range(2)]
-    await until(lambda: len(site.server.server_state.connections) == 2)
+    await until(lambda: len(site.server._connections()) == 2)
     assert status(await site.get("/healthz")) == 503
     for _, writer in streams:
         writer.close()
@@ -189,9 +208,262 @@ async def test_reader_that_stops_costs_little(site: Site) -> None:
         await client.register("a", 1, static=True)
         for number in range(300):
             await client.update("a", {"text": f"{number}" + "x" * 4_000})
-    (connection,) = site.server.server_state.connections
+    (connection,) = site.server._connections()
     assert connection.transport.get_write_buffer_size() < 256 * 1_024
     writer.transport.abort()
+
+
+# Clients that close their sending side.
+
+HALF_CLOSED = {
+    "/healthz": (200, b"ok\n"),
+    "/v1/list": (200, b"}\n"),
+    "/nowhere": (404, b"Not Found"),
+    "/v1/resolve?name=late&wait=60": (503, b"}\n"),
+    "/v1/watch": (200, b"\r\n0\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("path", HALF_CLOSED)
+async def test_half_closed_client_gets_its_reply(site: Site, path: str) -> None:
+    reader, writer = await site.connect()
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    writer.write_eof()
+    async with asyncio.timeout(WAIT_S):
+        response = await reader.read()
+    code, end = HALF_CLOSED[path]
+    assert (status(response), response.endswith(end)) == (code, True)
+    writer.close()
+    await until(lambda: not site.server._connections() and not site.server.server_state.tasks)
+    async with site.registry.client() as client, asyncio.timeout(WAIT_S):
+        while (stats := await client.stats())["watches"] or stats["waiting"]:
+            await asyncio.sleep(0.001)
+
+
+async def test_half_closed_client_gets_all_pipelined_replies(site: Site) -> None:
+    reader, writer = await site.connect()
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5)
+    writer.write_eof()
+    async with asyncio.timeout(WAIT_S):
+        assert (await reader.read()).count(b"HTTP/1.1 200 OK") == 5
+    writer.close()
+
+
+@pytest.mark.parametrize("data", [b"", b"GET / HTT", b"GET / HTTP/1.1\r\nHost: localhost\r\n"])
+async def test_end_within_a_head_closes(site: Site, data: bytes) -> None:
+    reader, writer = await site.connect()
+    writer.write(data)
+    writer.write_eof()
+    async with asyncio.timeout(WAIT_S):
+        assert await reader.read() == b""
+    writer.close()
+
+
+# Clients that do not read.
+
+LARGE = b"x" * 8_388_608  # more than the kernel keeps of a connection
+
+
+class LargeReplies:
+    """An application whose every reply is `LARGE`; it counts the requests."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.requests += 1
+        headers = [(b"content-length", b"%d" % len(LARGE))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": LARGE})
+
+
+@pytest.fixture
+async def large(site: Site) -> LargeReplies:
+    assert status(await site.get("/healthz")) == 200  # from then on, it has loaded its application
+    site.server.config.loaded_app = app = LargeReplies()
+    return app
+
+
+async def ask_and_not_read(site: Site, count: int = 1) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Send requests, and return when the first reply waits for its reader."""
+    known = site.server._connections()
+    reader, writer = await site.connect()
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * count)
+    await until(
+        lambda: any(
+            each.transport.get_write_buffer_size() for each in site.server._connections() if each not in known
+        )
+    )
+    return reader, writer
+
+
+async def rest(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int:
+    writer.transport.resume_reading()  # type: ignore[attr-defined]
+    writer.write_eof()
+    async with asyncio.timeout(WAIT_S):
+        return len(await reader.read())
+
+
+async def test_client_that_does_not_read_is_dropped(site: Site, large: LargeReplies) -> None:
+    _, writer = await ask_and_not_read(site)
+    now = time.monotonic()
+    site.server._drop_unread(now)
+    site.server._drop_unread(now + http_server.IDLE_S - 1)
+    assert len(site.server._connections()) == 1
+    site.server._drop_unread(now + http_server.IDLE_S + 1)
+    await until(lambda: not site.server._connections())
+    writer.transport.abort()
+
+
+async def test_client_that_reads_slowly_stays(site: Site, large: LargeReplies) -> None:
+    reader, writer = await ask_and_not_read(site)
+    (connection,) = site.server._connections()
+    now = time.monotonic()
+    for _ in range(3):
+        site.server._drop_unread(now)
+        now += http_server.IDLE_S + 1
+        size = connection.transport.get_write_buffer_size()
+        writer.transport.resume_reading()  # type: ignore[attr-defined]
+        while connection.transport.get_write_buffer_size() == size:
+            await reader.read(65_536)
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        site.server._drop_unread(now)
+    assert not connection.transport.is_closing()
+    await rest(reader, writer)
+    writer.close()
+
+
+async def test_unread_replies_are_limited_in_all(
+    site: Site, large: LargeReplies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = [await ask_and_not_read(site) for _ in range(4)]
+    now = time.monotonic()
+    site.server._drop_unread(now)
+    assert len(site.server._connections()) == 4
+    monkeypatch.setattr(http_server, "UNREAD_BYTES_MAX", len(LARGE) // 8)
+    await until(lambda: len(site.server._connections()) == 1)  # one alone may leave more
+    lengths = await asyncio.gather(*(rest(*each) for each in streams), return_exceptions=True)
+    assert sum(isinstance(length, int) and length > len(LARGE) for length in lengths) == 1
+    for _, writer in streams:
+        writer.transport.abort()
+
+
+async def test_next_request_waits_until_the_reply_is_read(site: Site, large: LargeReplies) -> None:
+    reader, writer = await ask_and_not_read(site, count=5)
+    writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    (connection,) = site.server._connections()
+    await until(lambda: connection.flow.read_paused)
+    assert large.requests == 1
+    writer.transport.resume_reading()  # type: ignore[attr-defined]
+    async with asyncio.timeout(WAIT_S):
+        response = await reader.read()
+    assert response.count(b"HTTP/1.1 200 OK") == large.requests == 6
+    assert len(response) > 6 * len(LARGE)
+    writer.transport.abort()
+
+
+async def test_stream_waits_for_its_reader(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "UNREAD_BYTES_MAX", 0)
+    reader, writer = await site.connect()
+    writer.write(b"GET /v1/watch HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    await reader.readuntil(b"event: sync")
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    (connection,) = site.server._connections()
+    connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_096)
+    async with site.registry.client() as client:
+        await client.register("a", 1, static=True)
+        while not connection.transport.get_write_buffer_size():
+            await client.update("a", {"text": "x" * 4_000, "time": str(time.monotonic())})
+    site.server._drop_unread(time.monotonic())
+    site.server._drop_unread(time.monotonic() + 2 * http_server.IDLE_S)
+    assert connection.is_in_stream
+    assert not connection.transport.is_closing()
+    writer.transport.abort()
+
+
+async def test_connection_in_use_stays_and_idle_one_is_closed(site: Site) -> None:
+    reader, writer = await site.connect()
+    request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    now = time.monotonic()
+    for _ in range(3):
+        writer.write(request)
+        await reader.readuntil(b"\r\n\r\nok\n")
+        (connection,) = site.server._connections()
+        while connection.conn.their_state is not h11.IDLE:
+            await asyncio.sleep(0)
+        now += http_server.IDLE_S + 1
+        site.server._close_incomplete(now)
+        assert not connection.transport.is_closing()
+    site.server._close_incomplete(now + http_server.IDLE_S + 1)
+    async with asyncio.timeout(WAIT_S):
+        assert await reader.read() == b""
+    writer.close()
+
+
+async def test_connections_beyond_those_that_get_503_are_closed(site: Site) -> None:
+    site.server.config.limit_concurrency = 1
+    streams = [await site.connect() for _ in range(2)]
+    await until(lambda: len(site.server._connections()) == 2)
+    reader, writer = await site.connect()
+    async with asyncio.timeout(WAIT_S):
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read() == b""
+    assert len(site.server._connections()) == 2
+    for _, each in (*streams, (reader, writer)):
+        each.close()
+
+
+async def test_head_of_nearly_the_limit_passes(site: Site) -> None:
+    assert status(await site.get("/healthz", "X: " + "y" * (HEAD_BYTES_MAX - 200))) == 200
+
+
+@pytest.mark.parametrize(
+    ("beginning", "code"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20000000\r\n\r\n", 405),
+    ],
+)  # fmt: skip
+async def test_client_that_sends_on_gets_the_response(site: Site, beginning: bytes, code: int) -> None:
+    """The response is not lost in a reset of the connection."""
+    reader, writer = await site.connect()
+    writer.write(beginning)
+    for _ in range(200):
+        writer.write(b"x" * 100_000)
+        await writer.drain()
+    async with asyncio.timeout(WAIT_S):
+        assert status(await reader.readuntil(b"\r\n\r\n")) == code
+    writer.transport.abort()
+
+
+async def test_client_that_sends_on_without_end_is_closed(site: Site) -> None:
+    reader, writer = await site.connect()
+    writer.write(b"\r\n\0\r\n\r\n")
+    assert status(await reader.read()) == 400  # the end: the server has closed its sending side
+    (connection,) = site.server._connections()
+    writer.write(b"x" * 100_000)
+    now = time.monotonic()
+    site.server._close_incomplete(now)
+    assert not connection.transport.is_closing()
+    site.server._close_incomplete(now + http_server.IDLE_S + 1)
+    assert connection.transport.is_closing()
+    writer.transport.abort()
+
+
+async def test_stop_drops_clients_that_do_not_read(
+    site: Site, large: LargeReplies, caplog: pytest.LogCaptureFixture
+) -> None:
+    streams = [await ask_and_not_read(site, count=2) for _ in range(3)]
+    site.server.should_exit = True
+    async with asyncio.timeout(WAIT_S):
+        await site.serving
+    assert not site.server.server_state.tasks
+    assert not site.server._connections()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+    for _, writer in streams:
+        writer.transport.abort()
 
 
 REQUESTS = [

@@ -45,6 +45,7 @@ async def test_connections_send_without_delay() -> None:
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         accepted = writer.get_extra_info("socket")
         found.set_result(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= 2 * 262_144
         writer.close()
 
     async with await asyncio.start_server(accept, sock=four):

@@ -2,20 +2,25 @@
 
 import asyncio
 import json
+import random
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, quote, urlencode
 
 import pytest
 
-from regd.gateways import routes
+from regd.gateways import daemon_connections, routes
 from regd.gateways.daemon_connections import Daemon
-from regd.gateways.queries import failure
+from regd.gateways.queries import COMMANDS, body_of, failure, parse_query
 from regd.gateways.readers import Readers
 from regd.gateways.routes import Gateway
+from regd.gateways.stream import EventEncoder
 from regd_client.protocol import parse_address
 from tests.gateways.asgi import Exchange, get
 from tests.support.daemon import WAIT_S, Peer
+from tests.support.polling import until
 from tests.support.registries import Registry, running
 
 pytestmark = pytest.mark.socket
@@ -80,6 +85,45 @@ async def test_body_is_the_reply(scene: Scene, path: str, request_: dict[str, An
     )
     assert response.status == expected
     assert response.headers["content-type"] == "application/json"
+
+
+VALUES: dict[str, list[str]] = {
+    "name": ["db", "web", "wbe", "w*", "*", "A", "", "a b", "\u202e", "x" * 300],
+    "instance": ["", "2", "a/b"],
+    "after": ["db", "web/2", "none", "/"],
+    "limit": ["0", "1", "1000", "1001", "-1", "1.5", "x", "99999999999999999999"],
+    "since": ["0", "3", "-1", "9223372036854775807"],
+    "before": ["3", "0"],
+    "age_s": ["60", "0.5", "-1", "nan", "1e9"],
+    "all": ["true", "false", "1"],
+    "topic": ["list", "nothing"],
+    "meta": ["zone=a", "zone=", "zone=b"],
+    "nmae": ["db"],
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_body_of_any_query_is_the_reply(scene: Scene, seed: int) -> None:
+    rng = random.Random(seed)
+    await scene.register("db", 5432)
+    await scene.register("web", 5061, meta={"zone": "a", "text": "\u202e</script>\n\\"})
+    await scene.register("web", 5062, instance="2", state="draining", priority=7)
+    for _ in range(60):
+        cmd = rng.choice([cmd for cmd in COMMANDS if cmd not in ("watch", "stats")])
+        names = rng.sample(sorted(VALUES), rng.randint(0, 3)) + sorted(
+            rng.sample(sorted(COMMANDS[cmd]), len(COMMANDS[cmd]) // 2)
+        )
+        query = urlencode({name: rng.choice(VALUES[name]) for name in names if name in VALUES}, quote_via=quote)
+        arguments = parse_query(query.encode(), COMMANDS[cmd])
+        if cmd == "resolve":
+            arguments["all"] = True  # of one, the daemon picks each in turn
+            query = urlencode(
+                {"all": "true", **{k: v for k, v in parse_qsl(query, keep_blank_values=True) if k != "all"}}
+            )
+        scene.peer.send({"cmd": cmd, **arguments})
+        response = await get(scene.app, f"/v1/{cmd}?{query}")
+        assert response.body == await scene.peer.line(), query
+        assert response.status == body_of(response.body).status
 
 
 @pytest.mark.parametrize(
@@ -181,6 +225,87 @@ async def test_targets_and_traefik_take_all_pages(scene: Scene) -> None:
     traefik = json.loads((await get(scene.app, "/v1/traefik")).body)
     assert len(traefik["http"]["services"]["web"]["loadBalancer"]["servers"]) == count
     assert (await get(scene.app, "/v1/traefik?name=none")).body == b"{}\n"
+
+
+async def test_whole_lists_are_limited(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    await scene.register("a", 1)
+    ask, reading, most = scene.daemon.ask, 0, 0
+
+    async def count(cmd: str, arguments: Any) -> Any:
+        nonlocal reading, most
+        reading += 1
+        most = max(most, reading)
+        try:
+            return await ask(cmd, arguments)
+        finally:
+            reading -= 1
+
+    monkeypatch.setattr(scene.daemon, "ask", count)
+    paths = ["/v1/prometheus/targets?all=true", "/v1/traefik"] * 10
+    assert {response.status for response in await asyncio.gather(*(get(scene.app, path) for path in paths))} == {
+        200
+    }
+    assert most == routes.LISTS_MAX
+    for _ in range(routes.LISTS_MAX):
+        await scene.app._lists.acquire()
+    monkeypatch.setattr(daemon_connections, "REPLY_S", 0.01)
+    for path in paths[:2]:
+        response = await get(scene.app, path)
+        assert (response.status, json.loads(response.body)["error"]) == (503, "busy")
+        assert response.headers["retry-after"] == "1"
+
+
+async def test_streams_share_the_event_loop(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many streams with something to send, a few are encoded in an iteration of the event loop."""
+    iteration = 0
+    encoded: Counter[int] = Counter()
+    encode = EventEncoder.encode
+
+    async def count_iterations() -> None:
+        nonlocal iteration
+        while True:
+            iteration += 1
+            await asyncio.sleep(0)
+
+    def count(self: EventEncoder, data: bytes) -> bytes:
+        encoded[iteration] += 1
+        return encode(self, data)
+
+    monkeypatch.setattr(EventEncoder, "encode", count)
+    counting = asyncio.create_task(count_iterations())
+    streams = [Exchange(scene.app, "/v1/watch") for _ in range(50)]
+    await scene.gauge("watches", 50)
+    await scene.register("a", 1)
+    await until(lambda: all(stream._messages.qsize() >= 4 for stream in streams))
+    counting.cancel()
+    assert max(encoded.values()) <= routes._STEPS_MAX
+    scene.app.stop()
+    await asyncio.gather(*(stream.task for stream in streams))
+
+
+async def test_hostile_labels_are_data_everywhere(scene: Scene) -> None:
+    meta = {'"\\\n</script>\u202e': "a\r\nb", "metrics": "/m\r\nX: 1", "scheme": "http\n", "🦀": "\0"}
+    await scene.register("web", 5061, meta=meta)
+    listed = json.loads((await get(scene.app, "/v1/list")).body)
+    assert listed["instances"][0]["meta"] == meta
+    response = await get(scene.app, "/v1/prometheus/targets")
+    assert response.body.isascii()
+    assert response.body.count(b"\n") == 1
+    (group,) = json.loads(response.body)
+    assert group["labels"]["__metrics_path__"] == meta["metrics"]
+    assert "__scheme__" not in group["labels"]
+    assert all(name.isascii() and name.replace("_", "a").isalnum() for name in group["labels"])
+    assert b"script" not in (await get(scene.app, "/metrics")).body
+    assert b"http://127.0.0.1:5061" in (await get(scene.app, "/v1/traefik")).body
+    location = (await get(scene.app, "/", host="web.localhost")).headers["location"]
+    assert location == "http://web.localhost:5061/"
+    exchange = Exchange(scene.app, "/v1/watch")
+    await exchange.message()
+    body = await exchange.body_until("event: sync")
+    assert body.isascii()
+    assert body.count("event: ") == 3
+    exchange.disconnect()
+    await exchange.task
 
 
 async def test_page_that_fails_makes_the_whole_list_fail(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

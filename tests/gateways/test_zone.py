@@ -194,7 +194,7 @@ def test_every_name_is_one_of_three(labels: list[str], names: set[str]) -> None:
     )
 )
 def test_index_after_any_changes_equals_a_new_one(changes: list[tuple[str, str, bool]]) -> None:
-    index, expected = NameIndex(), {}
+    index, new, expected = NameIndex(), NameIndex(), {}
     for name, key, is_up in changes:
         if is_up:
             index.put(instance(name, key))
@@ -202,4 +202,21 @@ def test_index_after_any_changes_equals_a_new_one(changes: list[tuple[str, str, 
         else:
             index.remove(name, key)
             expected.pop((name, key), None)
-    assert vars(index) == vars(index_of(*expected.values()))
+        new = index_of(*expected.values())
+        for each in ("a", "b.a", "c.b.a", "c", "none"):
+            assert index.best(each) == new.best(each)
+    assert vars(index) == vars(new)
+
+
+def test_best_instances_follow_every_change() -> None:
+    index = index_of(instance("a", "1", priority=1), instance("a", "2", priority=1))
+    assert [each["instance"] for each in index.best("a")] == ["1", "2"]
+    index.remove("a", "1")
+    assert [each["instance"] for each in index.best("a")] == ["2"]
+    index.put(instance("a", "3"))
+    assert [each["instance"] for each in index.best("a")] == ["3"]
+    index.put(instance("a", "3", state="draining"))
+    assert [each["instance"] for each in index.best("a")] == ["2"]
+    index.remove("a", "3")
+    index.remove("a", "2")
+    assert index.best("a") == []

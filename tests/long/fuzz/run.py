@@ -17,7 +17,7 @@ CORPUS = Path(__file__).with_name("corpus")
 WORK = ROOT / "build" / "fuzz"
 INPUT_BYTES_MAX = 2_048
 ONE_S_MAX = 10  # per input
-TARGETS = ("reader", "decoder", "session", "loader", "journal")
+TARGETS = ("reader", "decoder", "session", "loader", "journal", "dns", "query", "events")
 HOW_TO_GET = "atheris is not installed: pip install 'atheris>=3' (Linux, CPython 3.11 to 3.14), or --group fuzz"
 _WORDS = ("true", "false", "null", "NaN", "Infinity", "1e999", "\\ud800", "\\u0000", "ready", "starting", "draining",
           "$regd", "format", "rev", "born", "holders", "quit", "\r", "\0", "* ", "127.0.0.1", "::1", "db", "kept",

@@ -24,7 +24,7 @@ from regd.storage.document import Document, Position, Unreadable, chunks, line, 
 from regd.storage.history_pages import Query
 from regd.storage.store import StorageError, Store, peek
 from regd.testing.memory import MemoryFiles
-from tests.long.fuzz import oracle
+from tests.long.fuzz import gateways, oracle
 from tests.long.fuzz.conversation import BEFORE, Conversation, is_a_line
 from tests.long.fuzz.oracle import Said
 from tests.support.world import World, faked_system
@@ -330,4 +330,7 @@ TARGETS: Mapping[str, Callable[[bytes], None]] = {
     "session": session,
     "loader": loader,
     "journal": journal,
+    "dns": gateways.dns_message,
+    "query": gateways.query,
+    "events": gateways.events,
 }
