@@ -40,7 +40,7 @@ _TOUCHED_MAX = 1_000  # names, one by one
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class ListPage:
     """A part of a list, in order of keys; the next part starts behind `after`, None at the end."""
 
     entries: list[Entry]
@@ -73,7 +73,7 @@ class Registry:
         claim_s: float = 0.0,
     ) -> None:
         self.limits = limits
-        self.lifetimes = HolderIndex(claim_s)
+        self.holders = HolderIndex(claim_s)
         self.last_holder = 0  # the highest holder id in use
         self.weight_bytes = 0
         self._count = 0
@@ -110,7 +110,7 @@ class Registry:
                 self._names.append(entry.name)
             service.append(entry)
             if entry.holders:
-                self.lifetimes.move(None, entry, now)
+                self.holders.move(None, entry, now)
                 self.last_holder = max(self.last_holder, *(holder.id for holder in entry.holders))
 
     def __len__(self) -> int:
@@ -142,12 +142,12 @@ class Registry:
                 self._remove(entry)
                 self._departed(entry.name, Departure(entry.instance, change.reason, now))
             if entry.holders or (before is not None and before.holders):
-                free |= self.lifetimes.move(before, after, now)
+                free |= self.holders.move(before, after, now)
             self.on_entry_changed(entry.name)
             if change.op is not Op.KEEP:
                 self.rev = change.rev
                 self.history.add(change)
-        return {process for process in free if not self.lifetimes.knows(process)}
+        return {process for process in free if not self.holders.knows(process)}
 
     def _set(self, entry: Entry, before: Entry | None = None) -> None:
         service = self._services.get(entry.name)
@@ -168,18 +168,18 @@ class Registry:
 
     def mark_dead(self, ending: HolderGone) -> None:
         """Stop resolving what only this holder held. A transaction must end its registrations."""
-        self.lifetimes.mark(ending)
+        self.holders.mark(ending)
         self._touch(ending)
 
     def expire(self, now: float, most: int) -> list[HolderGone]:
         """Mark up to `most` holders dead whose time is over, and return them."""
-        endings = self.lifetimes.expire(now, most)
+        endings = self.holders.expire(now, most)
         for ending in endings:
             self._touch(ending)
         return endings
 
     def _touch(self, ending: HolderGone) -> None:
-        keys = self.lifetimes.held_by(ending)
+        keys = self.holders.held_by(ending)
         if len(keys) > _TOUCHED_MAX:
             self.on_any_changed()
             return
@@ -193,7 +193,7 @@ class Registry:
             self._departures.popitem(last=False)
 
     def is_ready(self, entry: Entry) -> bool:
-        return entry.state is State.READY and self.lifetimes.is_alive(entry)
+        return entry.state is State.READY and self.holders.is_alive(entry)
 
     def _fits(self, meta: Mapping[str, str], entry: Entry) -> bool:
         return self.is_ready(entry) and entry.carries(meta)
@@ -274,7 +274,7 @@ class Registry:
 
     # List.
 
-    def page(self, pattern: str, meta: Mapping[str, str], after: Key | None, limit: int) -> Page:
+    def page(self, pattern: str, meta: Mapping[str, str], after: Key | None, limit: int) -> ListPage:
         """List up to `limit` entries behind `after` whose name fits `pattern` and that carry `meta`.
 
         At most `list_scan_max` entries are looked at. So a page may be short, or even empty, and have an `after`.
@@ -284,15 +284,15 @@ class Registry:
         last: Key | None = None
         for count, entry in enumerate(self._behind(prefix, after)):
             if not (entry.name.startswith(prefix) if any_end else entry.name == prefix):
-                return Page(found, None)
+                return ListPage(found, None)
             if count == self.limits.list_scan_max:
-                return Page(found, last)
+                return ListPage(found, last)
             if not meta or entry.carries(meta):
                 if len(found) == limit:
-                    return Page(found, found[-1].key)
+                    return ListPage(found, found[-1].key)
                 found.append(entry)
             last = entry.key
-        return Page(found, None)
+        return ListPage(found, None)
 
     def _behind(self, prefix: str, after: Key | None) -> Iterator[Entry]:
         """Return the entries of names from `prefix` on, in order, without those up to and including `after`."""
@@ -323,7 +323,7 @@ class Registry:
         An instance that is presumed dead has left.
         """
         for entry in islice(self.instances_of(name), self.limits.near_candidates_max):
-            reason = self.lifetimes.death(entry)
+            reason = self.holders.death(entry)
             if reason is not None:
                 return Departure(entry.instance, reason, now)
         departures = self._departures.get(name)

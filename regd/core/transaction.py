@@ -149,7 +149,7 @@ class Transaction:
         return replace(holder, id=self._registry.last_holder)
 
     def _check_held(self, owner: Owner, most: int, who: str) -> None:
-        if self._registry.lifetimes.held_count(owner) + self._newly_held[owner] >= most:
+        if self._registry.holders.held_count(owner) + self._newly_held[owner] >= most:
             raise Refused(Code.BUSY, f"{who} holds {most} registrations already; deregister some")
 
     def _join(self, wanted: Entry, before: Entry, session: int | None) -> Entry:
@@ -198,7 +198,7 @@ class Transaction:
         for holder in rivals:
             if holder.withdrawn or (holder.unclaimed and holder.process is None):
                 continue
-            if self._registry.lifetimes.gone(holder) is not None or self._is_gone(holder):
+            if self._registry.holders.gone(holder) is not None or self._is_gone(holder):
                 continue
             raise OwnerConflict(before, holder)
 
@@ -280,7 +280,7 @@ class Transaction:
                 return processes[holder.process]
             return ids.get(holder.id)
 
-        held_by = self._registry.lifetimes.held_by
+        held_by = self._registry.holders.held_by
         for key in chain(chain.from_iterable(map(held_by, endings)), self._held.copy()):
             if len(self.changes) >= ENDS_MAX:
                 self.unfinished.update(dict.fromkeys(endings))

@@ -139,7 +139,7 @@ class Daemon:
         self._checkpointer = Checkpointer(self._store, clock, config.limits.checkpoint_interval_s)
         self._registry = registry = Registry(limits=config.limits, claim_s=config.grace_s)
         self._counters = Counters()
-        self._pulse = LoopMonitor(clock)
+        self._monitor = LoopMonitor(clock)
         self._findings = ProbeResults(config.limits.departures_max)
         self._sessions = Sessions()
         self._events = EventLog(clock, self._sessions.address_of)
@@ -147,7 +147,7 @@ class Daemon:
         self._replies = replies = ResolveCache(remembers=not self._events.logs_requests)
         registry.on_entry_changed, registry.on_any_changed = replies.invalidate, replies.invalidate_all
         self._shares = self._build_shares()
-        self._stalls = Stalls(clock, registry.lifetimes)
+        self._stalls = Stalls(clock, registry.holders)
         self._engine = self._build_engine()
         self._reaper = self._build_reaper()
         self._info = DaemonInfo(
@@ -166,12 +166,12 @@ class Daemon:
         """Return what users who may write share, and what users who may only read share."""
 
         def build(limits: Limits, scheduler: FairScheduler, slow_max: float, *, readonly: bool = False) -> Share:
-            registry, clock, pulse = self._registry, self._clock, self._pulse
+            registry, clock, monitor = self._registry, self._clock, self._monitor
             return Share(
                 scheduler=scheduler,
-                watches=Watches(registry, clock, limits, pulse),
+                watches=Watches(registry, clock, limits, monitor),
                 pending_resolves=PendingResolves(
-                    registry, clock, limits, pulse, self._findings, readonly=readonly
+                    registry, clock, limits, monitor, self._findings, readonly=readonly
                 ),
                 input=BufferQuota(limits.input_bytes_total_max),
                 output=BufferQuota(limits.output_bytes_total_max),
@@ -197,7 +197,7 @@ class Daemon:
             self._store,
             self._clock,
             self._counters,
-            self._pulse,
+            self._monitor,
             self._config.limits,
             self._stalls,
             is_gone=self._is_gone,
@@ -240,7 +240,7 @@ class Daemon:
             cache=self._replies,
             credentials=self._peers,
             clock=self._clock,
-            monitor=self._pulse,
+            monitor=self._monitor,
         )
 
     def _build_idle_exit(self) -> IdleExit | None:
@@ -269,7 +269,7 @@ class Daemon:
             "watches": sum(len(share.watches) for share in self._shares),
             "waiting": self.parked,
             "processes": len(self._reaper.processes),
-            **self._pulse.described(),
+            **self._monitor.described(),
         }
 
     def _unused_mark(self) -> Hashable | None:
@@ -281,7 +281,7 @@ class Daemon:
         if self.connections or self._acceptor.starting:
             return None
         registry = self._registry
-        if not registry.lifetimes.is_empty or (len(registry) and self._config.project is None):
+        if not registry.holders.is_empty or (len(registry) and self._config.project is None):
             return None
         counters = self._counters
         return self._registry.rev, counters.connections_accepted, counters.connections_refused
@@ -422,7 +422,7 @@ class Daemon:
     def _serve(self) -> None:
         self._stalls.start()
         self._reaper.start()
-        self._pulse.start()
+        self._monitor.start()
         self._engine_task = asyncio.create_task(self._engine.run(), name="regd-engine")
         for listener in self._listeners.sockets:
             self._acceptor.listen(listener)
@@ -483,7 +483,7 @@ class Daemon:
             share.pending_resolves.close()
         self._connections.half_closed.close()
         self._reaper.close()
-        self._pulse.close()
+        self._monitor.close()
         self._events.close()
         self._history.close()
         # 4. Give up the addresses and the lock.

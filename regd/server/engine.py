@@ -62,8 +62,8 @@ class Engine:
         registry: Registry,
         store: Store,
         clock: Clock,
-        tally: Counters,
-        pulse: LoopMonitor,
+        counters: Counters,
+        monitor: LoopMonitor,
         limits: Limits,
         stalls: Stalls,
         is_gone: Callable[[Holder], bool],
@@ -74,8 +74,8 @@ class Engine:
         self._registry = registry
         self._store = store
         self._clock = clock
-        self._tally = tally
-        self._pulse = pulse
+        self._counters = counters
+        self._monitor = monitor
         self._limits = limits
         self._stalls = stalls
         self._is_gone = is_gone
@@ -177,15 +177,15 @@ class Engine:
         self._waiting.extendleft(reversed(transaction.unfinished))
         for ending in endings:
             if ending not in transaction.unfinished:
-                self._registry.lifetimes.settle(ending)
-        self._tally.changes += len(transaction.changes)
-        self._settled(transaction.lost, {each for each in free if not self._registry.lifetimes.knows(each)})
+                self._registry.holders.settle(ending)
+        self._counters.changes += len(transaction.changes)
+        self._settled(transaction.lost, {each for each in free if not self._registry.holders.knows(each)})
         dones = [each.done for each in batch if not isinstance(each, HolderGone)]
         for count, (done, outcome) in enumerate(zip(dones, outcomes, strict=True), 1):
             done(failure or outcome)
             if count % _SLICE == 0 or self._clock.now() > self._turn + _TURN_S:
                 await self._yield_to_loop()
-        self._pulse.took("batch", self._turn)
+        self._monitor.took("batch", self._turn)
         return len(batch)
 
     async def _evaluate(
@@ -221,7 +221,7 @@ class Engine:
 
     async def _yield_to_loop(self) -> None:
         """Let the event loop serve others."""
-        self._pulse.took("batch", self._turn)
+        self._monitor.took("batch", self._turn)
         await asyncio.sleep(0)
         self._turn = self._clock.now()
 
@@ -252,22 +252,22 @@ class Engine:
         try:
             await self._thread.call(self._store.check_kept)
         except OSError as error:
-            self._tally.commits_failed += 1
+            self._counters.commits_failed += 1
             return self._failed(error)
         return None
 
     async def _commit(self, changes: Sequence[Change]) -> Refused | None:
-        self._pulse.took("batch", self._turn)
+        self._monitor.took("batch", self._turn)
         self._stalls.flush_began()
         try:
             await self._thread.call(self._store.commit, changes)
         except OSError as error:
-            self._tally.commits_failed += 1
+            self._counters.commits_failed += 1
             return self._failed(error)
         finally:
             self._stalls.flush_ended()
             self._turn = self._clock.now()
-        self._tally.commits += 1
+        self._counters.commits += 1
         self._committed()
         if self._complained_at is not None:
             self._complained_at = None

@@ -160,7 +160,7 @@ class Explainer:
             "port": entry.port,
             "state": entry.state,
             **({"priority": entry.priority} if entry.priority else {}),
-            "alive": self._registry.lifetimes.is_alive(entry),
+            "alive": self._registry.holders.is_alive(entry),
             "rev": entry.rev,
             "since": entry.registered_at,
             "owners": [self._owner(holder) for holder in entry.holders[:_OWNERS_MAX]] or [{"static": True}],

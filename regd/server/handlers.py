@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from regd.core.errors import Code, Refused
 from regd.core.instances import Search
 from regd.core.model import DEFAULT_HOST, By, Entry, Holder, Key, Process, State, key_text
-from regd.core.registry import Page, Registry
+from regd.core.registry import ListPage, Registry
 from regd.core.transaction import OwnerConflict, Transaction
 from regd.protocol import messages
 from regd.protocol.bare import USAGES
@@ -178,7 +178,7 @@ class Handlers:
             return self._listed(request, page, self.position())
         return self._list_slowly(request)
 
-    def _page(self, request: Request) -> Page:
+    def _page(self, request: Request) -> ListPage:
         given = request.arguments
         return self._registry.page(
             given.get("name", "*"),
@@ -194,7 +194,7 @@ class Handlers:
         yield from self._encode(page.entries)
         yield self._listed(request, page, position)
 
-    def _listed(self, request: Request, page: Page, position: dict[str, object]) -> bytes:
+    def _listed(self, request: Request, page: ListPage, position: dict[str, object]) -> bytes:
         """Return the reply with a page of the registry at a position."""
         entries, after, result = page.entries, page.after, position
         room = self._limits.reply_bytes_max - len(messages.ok(request.id, result)) - _AROUND_BYTES
@@ -213,7 +213,7 @@ class Handlers:
         given = request.arguments
         name, key = given["name"], _key(given)
         entry = self._registry.get(key)
-        if entry is None or not self._registry.lifetimes.is_alive(entry):
+        if entry is None or not self._registry.holders.is_alive(entry):
             message = f"no registration of {key_text(key)!r} any more: register again"
             raise Refused(Code.NOT_FOUND, message, **self._explainer.hints(name))
         leases = [(holder, holder.ttl_s) for holder in entry.holders if holder.ttl_s is not None]
@@ -223,7 +223,7 @@ class Handlers:
         granted, now = 0.0, self._stalls.now()
         for holder, ttl_s in own or leases:
             granted = given.get("ttl", ttl_s)
-            self._registry.lifetimes.renew(key, holder, now, granted)
+            self._registry.holders.renew(key, holder, now, granted)
         return messages.ok(request.id, {"ttl": messages.seconds(granted)})
 
     def _why(self, request: Request, caller: Caller) -> bytes:

@@ -66,18 +66,18 @@ class Reaper:
         """After a batch: release processes that hold nothing, and run the timer while there are deadlines."""
         for process in free:
             self.processes.release(process)
-        self.processes.settle(self._registry.lifetimes.knows)
+        self.processes.settle(self._registry.holders.knows)
         self._beat_on()
 
     def _beat_on(self) -> None:
-        wanted = self._registry.lifetimes.next_deadline() is not None or self.processes.unwatched
+        wanted = self._registry.holders.next_deadline() is not None or self.processes.unwatched
         if wanted and not self._beating and not self._closed:
             self._beating = True
             self._clock.call_at(self._next(), self._beat)
 
     def start(self) -> None:
         """Watch the processes of loaded registrations; those that have ended are gone at once."""
-        for process in self._registry.lifetimes.processes:
+        for process in self._registry.holders.processes:
             if not self.processes.watch(process):
                 self._process_ended(process)
         self.settled(set())
@@ -90,7 +90,7 @@ class Reaper:
         now = self._clock.now()
         if self._stalls.time_stands_still:  # no deadline comes nearer
             return now + _STALLED_LOOK_S
-        deadline = self._registry.lifetimes.next_deadline()
+        deadline = self._registry.holders.next_deadline()
         return now + LOOK_S if deadline is None else max(now, min(now + LOOK_S, deadline))
 
     def _beat(self) -> None:
@@ -107,7 +107,7 @@ class Reaper:
     # Unclaimed registrations whose process is alive.
 
     def _probe_unclaimed(self) -> None:
-        unclaimed = self._registry.lifetimes.unclaimed
+        unclaimed = self._registry.holders.unclaimed
         for _ in range(min(_SLICE, len(unclaimed))):
             if self._probing >= self._probing_max:
                 return
@@ -127,7 +127,7 @@ class Reaper:
     def _probed(self, key: Key, holder_id: int, result: ProbeResult) -> None:
         self._probing -= 1
         if not result.refused:  # accepted, or no answer: the process may be blocked
-            self._registry.lifetimes.wait_on(key, holder_id, self._stalls.now() + _PROBE_EVERY_S)
+            self._registry.holders.wait_on(key, holder_id, self._stalls.now() + _PROBE_EVERY_S)
         elif self._entry_held_by(key, holder_id) is not None:
             self._end(HolderGone(Reason.CLOSED, holder=(key, holder_id)))
         self._probe_unclaimed()

@@ -23,9 +23,9 @@ class Stalls:
     one flush follows another.
     """
 
-    def __init__(self, clock: Clock, lifetimes: HolderIndex) -> None:
+    def __init__(self, clock: Clock, holders: HolderIndex) -> None:
         self._clock = clock
-        self._lifetimes = lifetimes
+        self._holders = holders
         self._looked_at = clock.now()
         self._flushing_since: float | None = None
 
@@ -42,8 +42,8 @@ class Stalls:
         elif self._flushing_since is not None:
             lost_s = now - max(self._looked_at, self._flushing_since + _LATE_S)
         self._looked_at = now
-        if lost_s > 0 and self._lifetimes.next_deadline() is not None:
-            self._lifetimes.prolong(lost_s)
+        if lost_s > 0 and self._holders.next_deadline() is not None:
+            self._holders.prolong(lost_s)
             if lost_s > _LOG_FROM_S:
                 log.info("could not receive renewals for %.1f s: added to every ttl and to the grace", lost_s)
         return now

@@ -38,7 +38,7 @@ class Query:
         return self.name in (None, change["name"]) and self.instance in (None, change["instance"])
 
 
-class Page(NamedTuple):
+class HistoryPage(NamedTuple):
     """Changes, oldest first, and where the next page begins: None at the end."""
 
     changes: list[dict[str, Any]]
@@ -50,7 +50,7 @@ class _Line(NamedTuple):
     data: bytes
 
 
-def page(files: Files, segments: Sequence[SegmentFile], query: Query) -> Page:
+def page(files: Files, segments: Sequence[SegmentFile], query: Query) -> HistoryPage:
     """Return the oldest changes after a point, or the latest ones, oldest first."""
     forward = query.since is not None or query.after is not None
     lines = (_forward if forward else _backward)(files, segments, query)
@@ -58,14 +58,14 @@ def page(files: Files, segments: Sequence[SegmentFile], query: Query) -> Page:
     size, last = 0, 0
     for line in islice(lines, _SCAN_MAX):
         if changes and (len(changes) == query.limit or size + len(line.data) > _PAGE_BYTES):
-            return Page(changes if forward else changes[::-1], last)
+            return HistoryPage(changes if forward else changes[::-1], last)
         last = line.rev
         change = _fields(line.data)
         if change is not None and query.fits(change):
             changes.append({field: change[field] for field in _FIELDS if field in change})
             size += len(line.data)
     more = next(lines, None) is not None
-    return Page(changes if forward else changes[::-1], last if more else None)
+    return HistoryPage(changes if forward else changes[::-1], last if more else None)
 
 
 def _fields(line: bytes) -> dict[str, Any] | None:

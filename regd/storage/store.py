@@ -17,7 +17,7 @@ from regd.storage import history_pages, journal_lines
 from regd.storage.checkpoint import Checkpoint
 from regd.storage.document import Document, Position, Unreadable, line, parse
 from regd.storage.files import AlreadyLocked, Files
-from regd.storage.history_pages import Page, Query
+from regd.storage.history_pages import HistoryPage, Query
 from regd.storage.journal import Journal
 from regd.storage.journal_lines import Head, Start
 from regd.storage.recovery import Recovery, recover
@@ -365,7 +365,7 @@ class Store:
 
     # History.
 
-    def page(self, query: Query) -> Page:
+    def page(self, query: Query) -> HistoryPage:
         """Return a page of the history on disk.
 
         Raises:

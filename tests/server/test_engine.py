@@ -36,7 +36,7 @@ class Bench:
     def __init__(self, folder: Path, limits: Limits = DEFAULT) -> None:
         self.files = RecordedFiles()
         self.clock = HandClock()
-        self.tally = Counters()
+        self.counters = Counters()
         self.path = folder / "registry.json"
         self.store = Store(self.path, print, self.files)
         self.store.open(0.0)
@@ -46,10 +46,10 @@ class Bench:
             self.registry,
             self.store,
             self.clock,
-            self.tally,
+            self.counters,
             LoopMonitor(self.clock),
             limits,
-            Stalls(self.clock, self.registry.lifetimes),
+            Stalls(self.clock, self.registry.holders),
             is_gone=lambda holder: False,
             committed=lambda: None,
             landed=lambda changes: None,
@@ -106,7 +106,7 @@ async def test_what_arrives_during_a_flush_is_the_next_one(tmp_path: Path) -> No
     bench.files.gate.set()
     await bench.until(501)
     assert bench.outcomes == list(range(1, 502))
-    assert bench.tally.commits == 2
+    assert bench.counters.commits == 2
     await bench.close()
 
 
@@ -162,7 +162,7 @@ async def test_what_changes_nothing_needs_no_disk(tmp_path: Path) -> None:
     bench.submit(register("a"), register("a", 2, if_rev=7))
     await bench.until(3)
     assert bench.outcomes == [1, 1, Code.CONFLICT]
-    assert bench.tally.commits == 1
+    assert bench.counters.commits == 1
     await bench.close()
 
 
@@ -302,7 +302,7 @@ async def test_an_end_of_very_many_is_several_batches(
 
     bench.submit(*(held(f"n{n}") for n in range(10)))
     await bench.until(10)
-    commits = bench.tally.commits
+    commits = bench.counters.commits
     ending = HolderGone(Reason.CLOSED, session=7)
     bench.registry.mark_dead(ending)
     assert not any(
@@ -319,9 +319,9 @@ async def test_an_end_of_very_many_is_several_batches(
             )
     bench.files.failing.clear()
     await bench.close()
-    assert fails or bench.tally.commits == commits + 3
+    assert fails or bench.counters.commits == commits + 3
     assert fails or bench.registry.rev == 20
-    assert not bench.registry.lifetimes._gone_sessions
+    assert not bench.registry.holders._gone_sessions
     assert bench.held() == set()
 
 

@@ -190,13 +190,13 @@ async def test_loop_lag_is_reported(daemon: InLoop) -> None:
 
 def test_slowest_step_is_reported_by_name() -> None:
     clock = HandClock()
-    pulse = LoopMonitor(clock)
+    monitor = LoopMonitor(clock)
     for what, took_s in (("list", 0.002), ("watch", 0.005), ("ping", 0.001)):
         began = clock.now()
         clock.advance(took_s)
-        assert pulse.took(what, began) == clock.now()
+        assert monitor.took(what, began) == clock.now()
     clock.advance(3)
-    slowest = pulse.described()["slowest"]
+    slowest = monitor.described()["slowest"]
     assert slowest == {"what": "watch", "took_s": 0.005, "age_s": 3.001}
 
 

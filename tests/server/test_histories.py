@@ -126,7 +126,7 @@ class Histories(RuleBasedStateMachine):
         transaction = Transaction(self.registry, 5.0)
         list(transaction.end(ending))
         self.land(transaction)
-        self.registry.lifetimes.settle(ending)
+        self.registry.holders.settle(ending)
 
     def model_end(self, gone: Any) -> None:
         """Remove holders from the model, and the registrations whose last holder is removed."""
@@ -256,7 +256,7 @@ class Histories(RuleBasedStateMachine):
         if entry is not None:
             for holder in entry.holders:
                 if holder.ttl_s is not None:
-                    self.registry.lifetimes.renew(key, holder, self.now, holder.ttl_s)
+                    self.registry.holders.renew(key, holder, self.now, holder.ttl_s)
             for hold in self.model[key].holds:
                 hold.due = self.now + hold.ttl if hold.ttl else float("inf")
 
@@ -284,21 +284,21 @@ class Histories(RuleBasedStateMachine):
             if holder.pid is not None and not refused:
                 holder.claim = self.now + GRACE_S
         self.model_end(lambda each: each.due <= self.now or each.claim <= self.now)
-        lifetimes = self.registry.lifetimes
+        holders = self.registry.holders
         for ending in self.registry.expire(self.now, 1_000):
             self.end(ending)
-        while lifetimes.unclaimed:
-            key, holder_id = lifetimes.unclaimed.popleft()
+        while holders.unclaimed:
+            key, holder_id = holders.unclaimed.popleft()
             if refused:
                 self.end(HolderGone(Reason.CLOSED, holder=(key, holder_id)))
             else:
-                lifetimes.wait_on(key, holder_id, self.now + GRACE_S)
+                holders.wait_on(key, holder_id, self.now + GRACE_S)
 
     @rule()
     def stall(self) -> None:
         """Suspend the daemon. The time is added to every deadline."""
         self.now += 100.0
-        self.registry.lifetimes.prolong(100.0)
+        self.registry.holders.prolong(100.0)
         for known in self.model.values():
             for holder in known.holds:
                 holder.due += 100.0
@@ -384,21 +384,21 @@ class Histories(RuleBasedStateMachine):
     def next_deadline_is_the_nearest_of_the_model(self) -> None:
         due = [min(holder.due, holder.claim) for known in self.model.values() for holder in known.holds]
         nearest = min(due, default=float("inf"))
-        assert (self.registry.lifetimes.next_deadline() or float("inf")) == pytest.approx(nearest)
+        assert (self.registry.holders.next_deadline() or float("inf")) == pytest.approx(nearest)
 
     @invariant()
     def ended_holders_are_forgotten(self) -> None:
-        lifetimes = self.registry.lifetimes
+        index = self.registry.holders
         holders = [
             holder for entry in self.registry.page("*", {}, None, 1_000).entries for holder in entry.holders
         ]
-        assert set(lifetimes._of_session) == {
+        assert set(index._of_session) == {
             holder.session for holder in holders if holder.hold and holder.session is not None
         }
-        assert set(lifetimes.processes) == {holder.process for holder in holders if holder.process is not None}
-        assert {holder_id for holder_id, _ in lifetimes._due} <= {holder.id for holder in holders}
-        assert lifetimes._awaits_probe == {holder.id for holder in holders if holder.unclaimed and holder.process}
-        assert not lifetimes._gone_holders
+        assert set(index.processes) == {holder.process for holder in holders if holder.process is not None}
+        assert {holder_id for holder_id, _ in index._due} <= {holder.id for holder in holders}
+        assert index._awaits_probe == {holder.id for holder in holders if holder.unclaimed and holder.process}
+        assert not index._gone_holders
 
 
 Histories.TestCase.settings = settings(max_examples=examples(300), stateful_step_count=50, deadline=None)

@@ -249,7 +249,7 @@ ENDINGS: dict[str, tuple[bytes, Callable[[Twins, Pair], object], str]] = {
 
 
 def _exit(world: World) -> None:
-    for process in world.services.engine._registry.lifetimes.processes:
+    for process in world.services.engine._registry.holders.processes:
         world.services.reaper._process_ended(process)
 
 
@@ -423,7 +423,7 @@ def test_registry_notifies_of_each_name_whose_reply_changes() -> None:
         registry.mark_dead(ending)
         assert notified == [("held", 0)]
         assert apply(lambda transaction, ending=ending: transaction.end(ending)) == [("held", 0)]  # type: ignore[misc]
-        registry.lifetimes.settle(ending)
+        registry.holders.settle(ending)
     apply(lambda transaction: transaction.register(entry("held", holders=(holder,)), session=7))
     notified.clear()
     assert registry.expire(4.9, 10) == []

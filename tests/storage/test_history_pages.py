@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from regd.core.model import By, Change, Entry, Op, Reason, State
 from regd.storage import history_pages, journal_lines
-from regd.storage.history_pages import Page, Query, page
+from regd.storage.history_pages import HistoryPage, Query, page
 from regd.storage.journal import Journal
 from regd.storage.journal_lines import Head, Start
 from regd.testing.memory import MemoryFiles
@@ -67,7 +67,7 @@ class Written:
     def rotate(self) -> None:
         self.journal.begin_segment(Head(self.line + 1, self.rev, "e", {}, self.rev * 10.0))
 
-    def page(self, limit: int = 100, **query: Any) -> Page:
+    def page(self, limit: int = 100, **query: Any) -> HistoryPage:
         rev = query.pop("rev", self.rev)
         return page(self.files, self.journal.segments, Query(rev=rev, limit=limit, **query))
 
@@ -80,7 +80,7 @@ class Written:
         self.files.close(fd)
 
 
-def revs(found: Page) -> list[int]:
+def revs(found: HistoryPage) -> list[int]:
     return [change["rev"] for change in found.changes]
 
 

@@ -231,11 +231,11 @@ class Conversation:
         world.settle()
         world.pass_time(TIGHT.progress_s + 2)
         assert self.friend.lost
-        lifetimes = self.registry.lifetimes
+        holders = self.registry.holders
         for table in (
             self.registry._services, self.registry._names, connections.open, world.services.reaper.processes._files,
-            lifetimes._of_session, lifetimes._of_process, lifetimes._due, lifetimes._awaits_probe, lifetimes.unclaimed,
-            lifetimes._gone_sessions, lifetimes._gone_processes, lifetimes._gone_holders,
+            holders._of_session, holders._of_process, holders._due, holders._awaits_probe, holders.unclaimed,
+            holders._gone_sessions, holders._gone_processes, holders._gone_holders,
             world.timers,
         ):  # fmt: skip
             assert not table, table
