@@ -226,7 +226,9 @@ HALF_CLOSED = {
 
 
 @pytest.mark.parametrize("path", HALF_CLOSED)
+@pytest.mark.usefixtures("without_ticks")
 async def test_half_closed_client_gets_its_reply(site: Site, path: str) -> None:
+    site.server.config.timeout_keep_alive = 3_600
     reader, writer = await site.connect()
     writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     writer.write_eof()
