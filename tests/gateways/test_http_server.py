@@ -366,6 +366,8 @@ async def test_next_request_waits_until_the_reply_is_read(site: Site, large: Lar
     writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     (connection,) = site.server._connections()
     await until(lambda: connection.flow.read_paused)
+    for _ in range(10):  # a request that was read would have begun
+        await asyncio.sleep(0)
     assert large.requests == 1
     writer.transport.resume_reading()  # type: ignore[attr-defined]
     async with asyncio.timeout(WAIT_S):
