@@ -10,6 +10,7 @@ from pathlib import Path
 
 import h11
 import pytest
+import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from regd.gateways import guard, http_server
@@ -225,7 +226,9 @@ HALF_CLOSED = {
 
 
 @pytest.mark.parametrize("path", HALF_CLOSED)
+@pytest.mark.usefixtures("without_ticks")
 async def test_half_closed_client_gets_its_reply(site: Site, path: str) -> None:
+    site.server.config.timeout_keep_alive = 3_600
     reader, writer = await site.connect()
     writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     writer.write_eof()
@@ -260,6 +263,13 @@ async def test_end_within_a_head_closes(site: Site, data: bytes) -> None:
 
 
 # Clients that do not read.
+
+
+@pytest.fixture
+def without_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test enforces the limits itself, at times of its own."""
+    monkeypatch.setattr(HttpServer, "on_tick", uvicorn.Server.on_tick)
+
 
 LARGE = b"x" * 8_388_608  # more than the kernel keeps of a connection
 
@@ -305,6 +315,7 @@ async def rest(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> in
         return len(await reader.read())
 
 
+@pytest.mark.usefixtures("without_ticks")
 async def test_client_that_does_not_read_is_dropped(site: Site, large: LargeReplies) -> None:
     _, writer = await ask_and_not_read(site)
     now = time.monotonic()
@@ -316,6 +327,7 @@ async def test_client_that_does_not_read_is_dropped(site: Site, large: LargeRepl
     writer.transport.abort()
 
 
+@pytest.mark.usefixtures("without_ticks")
 async def test_client_that_reads_slowly_stays(site: Site, large: LargeReplies) -> None:
     reader, writer = await ask_and_not_read(site)
     (connection,) = site.server._connections()
@@ -354,6 +366,8 @@ async def test_next_request_waits_until_the_reply_is_read(site: Site, large: Lar
     writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     (connection,) = site.server._connections()
     await until(lambda: connection.flow.read_paused)
+    for _ in range(10):  # a request that was read would have begun
+        await asyncio.sleep(0)
     assert large.requests == 1
     writer.transport.resume_reading()  # type: ignore[attr-defined]
     async with asyncio.timeout(WAIT_S):
@@ -363,6 +377,7 @@ async def test_next_request_waits_until_the_reply_is_read(site: Site, large: Lar
     writer.transport.abort()
 
 
+@pytest.mark.usefixtures("without_ticks")
 async def test_stream_waits_for_its_reader(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "UNREAD_BYTES_MAX", 0)
     reader, writer = await site.connect()
@@ -382,6 +397,7 @@ async def test_stream_waits_for_its_reader(site: Site, monkeypatch: pytest.Monke
     writer.transport.abort()
 
 
+@pytest.mark.usefixtures("without_ticks")
 async def test_connection_in_use_stays_and_idle_one_is_closed(site: Site) -> None:
     reader, writer = await site.connect()
     request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -438,6 +454,7 @@ async def test_client_that_sends_on_gets_the_response(site: Site, beginning: byt
     writer.transport.abort()
 
 
+@pytest.mark.usefixtures("without_ticks")
 async def test_client_that_sends_on_without_end_is_closed(site: Site) -> None:
     reader, writer = await site.connect()
     writer.write(b"\r\n\0\r\n\r\n")

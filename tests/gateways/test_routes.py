@@ -407,6 +407,7 @@ async def test_streams_are_limited(scene: Scene, monkeypatch: pytest.MonkeyPatch
     assert (await get(scene.app, "/v1/watch")).status == 503
     exchange.disconnect()
     await exchange.task
+    await scene.gauge("watches", 0)
     exchange = Exchange(scene.app, "/v1/watch")
     await scene.gauge("watches", 1)
     exchange.disconnect()
