@@ -323,7 +323,9 @@ async def not_registered(scene: Scene, port: int, prober: Callable[[str, int], P
         message += scene.stderr()
     assert name.withdraw()
     assert await asyncio.to_thread(name.is_gone, WAIT_S)
-    return message.splitlines()[-1].removeprefix("regctl: ")
+    # "… is registered" may come before or after it.
+    [line] = [line for line in message.splitlines() if " is not " in line]
+    return line.removeprefix("regctl: ")
 
 
 @says("… is left out: another service has the same variables")
