@@ -19,7 +19,7 @@ class Instances:
     """The instances of one name.
 
     `entries` are in order of instance; `ranked` are the same, the best priority first, then in order of instance.
-    `served` is the one resolved last; round-robin goes on behind it.
+    `served` is the name of the instance resolved last; the next `resolve` begins after it.
     """
 
     __slots__ = ("entries", "ranked", "served")
@@ -93,7 +93,7 @@ class Instances:
 
 
 class Place(NamedTuple):
-    """Where another search goes on: behind `entry`, in the order that one with this `turn` has."""
+    """Where the next search begins: after `entry`, in the order of a search with this `turn`."""
 
     turn: str | None
     entry: Entry
@@ -149,7 +149,7 @@ class Search:
 
     @property
     def place(self) -> Place:
-        """Where another search goes on behind the last entry found."""
+        """Where the next search begins: after the last entry found."""
         return Place(self._turn, self.found[-1])
 
     def _begin_behind(self, entry: Entry) -> None:

@@ -229,8 +229,8 @@ class Registry:
     ) -> Search:
         """Return the same search in round-robin order: of each priority from behind the instance served last.
 
-        With `after`, it goes on where another search ended. `mark_served` moves the position. `readonly`: the
-        position of users who may only read, who move no other.
+        With `after`, it begins where another search ended. `mark_served` moves the round-robin position. With
+        `readonly`, it uses the position of users who may only read, so that they do not move the other one.
         """
         entries = self._instances(name, instance)
         turn = self._last_served(name, meta, readonly) if len(entries) > 1 else None

@@ -93,7 +93,7 @@ class _Protocol(H11Protocol):
 
 
 class _Since:
-    """Since when each connection has had its value."""
+    """Remembers since when the value of each connection is unchanged."""
 
     def __init__(self) -> None:
         self._values: dict[_Protocol, tuple[object, float]] = {}
@@ -177,7 +177,7 @@ class HttpServer(uvicorn.Server):
         await super().shutdown(sockets)
 
     def _abort(self) -> None:
-        """Drop the clients that still do not read, and those whose request the daemon does not answer."""
+        """Drop the connections that are left: their client does not read, or the daemon does not answer."""
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # no errors of the application
         for connection in self._connections():
             connection.transport.abort()

@@ -47,7 +47,7 @@ _LABELLED_COUNTERS = (
 
 
 def families(stats: Mapping[str, Any] | None) -> Iterator[Metric]:
-    """Yield the metric families for a reply to `stats`; for None, that the daemon does not answer.
+    """Yield the metric families for a reply to `stats`. If there is no reply, yield only `regd_up` with 0.
 
     A field that the daemon does not send has no metric.
     """

@@ -1,4 +1,4 @@
-"""Keeps the state for DNS up to date, by a watch that goes on across restarts of the daemon."""
+"""Keeps the state for DNS up to date, with a watch that resumes after a restart of the daemon."""
 
 import asyncio
 import logging

@@ -43,7 +43,7 @@ class Readers:
             self._credentials.close()
 
     def may_read_by_tcp(self, peer: End | None, own: End | None) -> bool:
-        """Return whether the user whose socket at `peer` is connected to `own` may read. None: it is closed."""
+        """Return whether the user at the other end may read. An address is None if the connection is closed."""
         if self._credentials is None:
             return True
         if peer is None or own is None:

@@ -49,7 +49,7 @@ class EventEncoder:
         self._rest = b""  # an incomplete line
 
     def head(self) -> bytes:
-        """Return the beginning of the stream. Unless it resumes, it tells the reader to forget everything."""
+        """Return the beginning of the stream: a stream that does not resume begins with `reset`."""
         return _RETRY if self._has_positions else _RETRY + _event("reset", "", b"{}")
 
     def encode(self, data: bytes) -> bytes:

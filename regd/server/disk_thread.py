@@ -1,4 +1,4 @@
-"""A thread for calls that wait for the disk, one after another. The event loop goes on meanwhile.
+"""A thread that makes calls which wait for the disk, one at a time, while the event loop runs.
 
 `loop.run_in_executor` does the same for any call, and takes 30 µs longer: a tenth of a commit.
 """

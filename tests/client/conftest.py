@@ -1,11 +1,17 @@
-"""Fixture for the tests of the client: a relay in front of the daemon, at the address in REGD_ADDRESS."""
+"""Fixtures for the tests of the client: a relay in front of the daemon, or a whole registry with two clients.
+
+Each is at the address in REGD_ADDRESS.
+"""
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
+from regd_client import Client
 from tests.client.relay import Relay
 from tests.support.daemon import InLoop
+from tests.support.registries import Registry, running
 
 
 @pytest.fixture
@@ -13,3 +19,21 @@ async def relay(daemon: InLoop, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     async with Relay(daemon.port) as relay:
         monkeypatch.setenv("REGD_ADDRESS", f"tcp://127.0.0.1:{relay.port}")
         yield relay
+
+
+@pytest.fixture
+async def registry(tmp_path: Path) -> AsyncIterator[Registry]:
+    async with running(tmp_path) as registry:
+        yield registry
+
+
+@pytest.fixture
+async def client(registry: Registry) -> AsyncIterator[Client]:
+    async with Client() as client:
+        yield client
+
+
+@pytest.fixture
+async def other(registry: Registry) -> AsyncIterator[Client]:
+    async with Client() as client:
+        yield client

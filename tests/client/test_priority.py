@@ -1,7 +1,6 @@
 """Priorities in the client: registering and changing them, and mirrors that resolve by the daemon's rule."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +20,7 @@ from regd_client.watches import differences
 from tests.support.daemon import DaemonProcess, InLoop
 from tests.support.length import examples
 from tests.support.polling import until
-from tests.support.registries import Registry, running
-
-
-@pytest.fixture
-async def registry(tmp_path: Path) -> AsyncIterator[Registry]:
-    async with running(tmp_path) as registry:
-        yield registry
-
-
-@pytest.fixture
-async def client(registry: Registry) -> AsyncIterator[Client]:
-    async with Client() as client:
-        yield client
-
-
-@pytest.fixture
-async def other(registry: Registry) -> AsyncIterator[Client]:
-    async with Client() as client:
-        yield client
+from tests.support.registries import Registry
 
 
 async def listed(client: Client, name: str = "w") -> dict[str, int | None]:

@@ -5,7 +5,6 @@ import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,27 +13,9 @@ import regd_client
 from regd_client.client import Client
 from tests.support.daemon import WAIT_S
 from tests.support.polling import until
-from tests.support.registries import Registry, comparable, outcome, running
+from tests.support.registries import Registry, comparable, outcome
 
 pytestmark = pytest.mark.socket
-
-
-@pytest.fixture
-async def registry(tmp_path: Path) -> AsyncIterator[Registry]:
-    async with running(tmp_path) as registry:
-        yield registry
-
-
-@pytest.fixture
-async def client(registry: Registry) -> AsyncIterator[Client]:
-    async with Client() as client:
-        yield client
-
-
-@pytest.fixture
-async def other(registry: Registry) -> AsyncIterator[Client]:
-    async with Client() as client:
-        yield client
 
 
 class WireEvents:
