@@ -92,6 +92,16 @@ class WatchState:
         """Seconds for which the copy may have been out of date; 0.0 while it is live."""
         return 0.0 if self.live else max(time.monotonic() - self._stale_since(), 1e-9)
 
+    @property
+    def epoch(self) -> str | None:
+        """The daemon's epoch as of the last event."""
+        return self._epoch
+
+    @property
+    def rev(self) -> int:
+        """The revision up to which all events have been received; 0 before the first copy is complete."""
+        return self._rev or 0
+
     def _stale_since(self) -> float:
         if not self._is_current:
             return self._stale_from

@@ -24,6 +24,7 @@ def key_text(key: Key) -> str:
 
 
 DEFAULT_HOST = "127.0.0.1"
+MACHINE = "regd.machine"  # the label of an instance of another machine, which a bridge registers
 # Measured on CPython 3.11: an entry in all tables, with a cached reply; a holder in its tables; two strings in a
 # dictionary.
 _ENTRY_BYTES = 1_024
@@ -145,6 +146,11 @@ class Entry:
                 size += _PAIR_BYTES + 3 * (_written(key) + _written(value))
             self._weight_bytes = size
         return self._weight_bytes
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether this is an instance of another machine. It gives way to a local one of the same key."""
+        return MACHINE in self.meta
 
     def carries(self, meta: Mapping[str, str]) -> bool:
         """Whether the entry has all of `meta`."""

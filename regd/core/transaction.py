@@ -97,7 +97,7 @@ class Transaction:
         if (before.host, before.port) == (wanted.host, wanted.port):
             return self._join(wanted, before, session), False
         rivals = [holder for holder in before.holders if not self._is_mine(holder, wanted, session)]
-        if not force:
+        if not force and (wanted.is_elsewhere or not before.is_elsewhere):
             self._check_rivals(rivals, before)
         self._check_room(wanted, before)
         wanted = self._with_known_holders(wanted)

@@ -52,7 +52,7 @@ def decode(line: bytes) -> Request:
         Refused: `bad_json`, `bad_request`, `unknown_command` or `bad_argument`. Where the line had a usable
             `id`, it is in the refusal's details, for the reply.
     """
-    fields = _parse(line)
+    fields = parse_object(line)
     given = "id" in fields
     id = fields.pop("id", None)
     if type(id) is str:
@@ -71,7 +71,12 @@ def decode(line: bytes) -> Request:
         raise
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def parse_object(line: bytes) -> dict[str, Any]:
+    """Parse a JSON object, strictly.
+
+    Raises:
+        Refused: `bad_json`.
+    """
     try:
         text = line.decode("utf-8").lstrip(
             _BLANKS

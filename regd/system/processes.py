@@ -92,7 +92,7 @@ class Processes:
         """Return the process of a pidfd, identified by means of /proc."""
         checks_user = uid is not None and uid != _ROOT
         try:
-            process = Process(pid, f"{self._boot}/{_start_ticks(pid)}")
+            process = Process(pid, f"{self._boot}/{start_ticks(pid)}")
             users = _uids(pid) if checks_user else ()
         except OSError as error:
             if has_ended(file):
@@ -146,7 +146,7 @@ class Processes:
         """Return whether a process has certainly ended. Without /proc, check whether its id is in use."""
         try:
             if self._boot is not None:
-                return process.born != f"{self._boot}/{_start_ticks(process.pid)}"
+                return process.born != f"{self._boot}/{start_ticks(process.pid)}"
         except OSError:
             if process.born.rpartition("/")[0] != self._boot:
                 return True
@@ -209,7 +209,7 @@ def _sees_own_namespace() -> bool:
         return False
 
 
-def _start_ticks(pid: int) -> str:
+def start_ticks(pid: int) -> str:
     """Return when a process started, in clock ticks since boot. Raise OSError if /proc does not show it."""
     with open(f"/proc/{pid}/stat", "rb") as file:
         # The second field, the name, may contain blanks and parentheses. The third follows the last parenthesis.

@@ -285,6 +285,25 @@ async def test_conflict(daemon: InLoop, spawn: Callable[[], subprocess.Popen[byt
     assert (await two.ask(cmd="register", name="a", port=6))["replaced"]
 
 
+async def test_instance_of_another_machine_gives_way_to_a_local_one(daemon: InLoop) -> None:
+    bridge, other, service = await daemon.peer(), await daemon.peer(), await daemon.peer()
+    arrival: dict[str, Any] = {
+        "cmd": "register",
+        "name": "a",
+        "instance": "b",
+        "hold": True,
+        "meta": {"regd.machine": "b"},
+    }
+    assert (await bridge.ask({**arrival, "port": 1}))["ok"]
+    # One of another machine does not replace another one.
+    assert (await other.ask({**arrival, "port": 2}))["error"] == "conflict"
+    local = {"cmd": "register", "name": "a", "instance": "b", "port": 3, "hold": True}
+    assert (await service.ask(local))["replaced"]
+    assert (await bridge.reply())["event"] == "lost"
+    assert (await bridge.ask({**arrival, "port": 1}))["error"] == "conflict"
+    assert (await service.ask(cmd="resolve", name="a"))["port"] == 3
+
+
 async def test_owner_that_the_kernel_reports_dead_is_dead(
     daemon: InLoop, spawn: Callable[[], subprocess.Popen[bytes]]
 ) -> None:

@@ -74,7 +74,7 @@ async def test_results_of_pidfd_open(
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EPERM])
-@pytest.mark.parametrize("part", ["_start_ticks", "_uids"])
+@pytest.mark.parametrize("part", ["start_ticks", "_uids"])
 async def test_hidden_process_is_unsupported_and_ended_process_is_refused(
     part: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, child: subprocess.Popen[bytes]
 ) -> None:
@@ -114,7 +114,7 @@ async def test_loaded_hidden_process_lives_until_its_pid_is_free(
     async with InLoop(path) as first:
         await (await first.peer()).ask(cmd="register", name="a", port=1, pid=child.pid)
         await first.server.stop()
-    monkeypatch.setattr(processes, "_start_ticks", failing(errno.ENOENT))
+    monkeypatch.setattr(processes, "start_ticks", failing(errno.ENOENT))
     async with InLoop(path) as second:
         peer = await second.peer()
         second.clock.advance(5)
@@ -131,7 +131,7 @@ async def test_loaded_process_of_an_earlier_boot_has_ended(
 ) -> None:
     path = tmp_path / "registry.json"
     path.write_text(f'{{"a": {{"port": 1, "pid": {os.getpid()}, "born": "another-boot/1"}}}}')
-    monkeypatch.setattr(processes, "_start_ticks", failing(errno.ENOENT))
+    monkeypatch.setattr(processes, "start_ticks", failing(errno.ENOENT))
     async with InLoop(path) as daemon:
         assert (await (await daemon.peer()).ask(cmd="resolve", name="a"))["error"] == "not_found"
 

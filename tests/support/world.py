@@ -175,7 +175,7 @@ async def _connect(address: probes.Address, timeout_s: float) -> str:
 
 _FAKES: tuple[tuple[Any, str, object], ...] = (
     (os, "pidfd_open", _pidfd_open),
-    (processes, "_start_ticks", str),
+    (processes, "start_ticks", str),
     (processes, "boot_id", lambda: "boot"),
     (probes, "_connect", _connect),
     (half_closed, "CHECK_S", 900.0),  # every conversation with a wait advances time by an hour
