@@ -1,0 +1,1 @@
+"""`regctl bridge`: the registries of many machines, connected through etcd (the extra `etcd`)."""

@@ -1,0 +1,85 @@
+"""What the client takes and returns. Keys and values are bytes, and a lease is a number (0: none)."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = [
+    "Delete",
+    "EventBatch",
+    "KeyEvent",
+    "Operation",
+    "Picture",
+    "Put",
+    "Record",
+    "Tls",
+    "User",
+    "key_range",
+]
+
+
+class Record(NamedTuple):
+    """What is stored at a key."""
+
+    value: bytes
+    mod_revision: int  # of the last put
+    lease: int
+
+
+class Picture(NamedTuple):
+    """All keys of a prefix at one revision, in order."""
+
+    revision: int
+    records: dict[bytes, Record]
+
+
+class Put(NamedTuple):
+    """Store a value. With a lease, the key is deleted when the lease ends."""
+
+    key: bytes
+    value: bytes
+    lease: int = 0
+
+
+class Delete(NamedTuple):
+    """Delete a key, if it exists."""
+
+    key: bytes
+
+
+Operation = Put | Delete
+
+
+class KeyEvent(NamedTuple):
+    """A change of a key."""
+
+    key: bytes
+    revision: int
+    record: Record | None  # None if it was deleted
+
+
+class EventBatch(NamedTuple):
+    """Changes in order, each revision whole. A watch after `revision` continues with the next ones."""
+
+    revision: int  # of the last change
+    events: list[KeyEvent]
+
+
+class Tls(NamedTuple):
+    """Files in PEM format. They are read at every connect, so renewed certificates are used without a restart."""
+
+    cacert: Path | None = None  # None: the authorities that come with grpc
+    cert: Path | None = None  # of this client; with `key`, or neither
+    key: Path | None = None
+
+
+class User(NamedTuple):
+    """A user of etcd."""
+
+    name: str
+    password: str
+
+
+def key_range(prefix: bytes) -> tuple[bytes, bytes]:
+    """Return `key` and `range_end` of a request for all keys with a prefix. An end of "\\0" is none."""
+    stem = prefix.rstrip(b"\xff")
+    return prefix or b"\0", stem[:-1] + bytes([stem[-1] + 1]) if stem else b"\0"

@@ -1,0 +1,309 @@
+"""TLS with client certificates, users and roles, tokens, with a real etcd."""
+
+import asyncio
+import json
+import subprocess
+import time
+from base64 import urlsafe_b64decode
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from regd.bridge.etcd.client import Etcd
+from regd.bridge.etcd.errors import EtcdRefused, EtcdUnavailable
+from regd.bridge.etcd.model import Tls, User
+from tests.bridge.etcd.conftest import PATIENT_S
+from tests.support.etcd import EtcdCluster, cluster, need
+from tests.support.followers import following
+from tests.support.polling import until
+
+ROOT = User("root", "root-secret")
+WRITER = User("machine-a", "secret-of-a")
+READER = User("reader", "secret-of-readers")
+
+
+# TLS.
+
+
+class Authority:
+    """A certificate authority, and the certificates that it has issued."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir()
+        self.cert = folder / "ca.crt"
+        self._key = folder / "ca.key"
+        self._openssl("req", "-x509", "-subj", "/CN=authority", "-out", self.cert, "-keyout", self._key)
+
+    def _openssl(self, command: str, *arguments: str | Path) -> None:
+        key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
+        done = subprocess.run(
+            [need("openssl"), command, *key, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=PATIENT_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+
+    def issue(self, name: str, address: str = "IP:127.0.0.1") -> Tls:
+        """Issue a certificate for a server at an address, or a client."""
+        cert, key = self._folder / f"{name}.crt", self._folder / f"{name}.key"
+        self._openssl(
+            "req", "-x509", "-CA", self.cert, "-CAkey", self._key, "-subj", f"/CN={name}",
+            "-addext", f"subjectAltName={address}", "-out", cert, "-keyout", key,
+        )  # fmt: skip
+        return Tls(self.cert, cert, key)
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("tls") / "authority")
+
+
+@pytest.fixture(scope="module")
+def tls_server(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdCluster]:
+    own = authority.issue("server")
+    options = (
+        "--client-cert-auth", "--trusted-ca-file", str(own.cacert), "--cert-file", str(own.cert), "--key-file", str(own.key)
+    )  # fmt: skip
+    with cluster(tmp_path_factory.mktemp("etcd"), options=options, scheme="https") as running:
+        yield running
+
+
+async def test_client_certificate(tls_server: EtcdCluster, authority: Authority, prefix: bytes) -> None:
+    tls = authority.issue("client")
+    async with Etcd(tls_server.addresses, tls, deadline_s=PATIENT_S) as etcd, etcd.lease(10) as lease:
+        revision = await etcd.put(prefix, b"", lease.id)
+        async with following(etcd, prefix, revision) as follower:
+            await follower.until_revision(await etcd.delete(prefix))
+
+
+async def refusal(etcd: Etcd) -> str:
+    """Return why a cluster is not reached."""
+    etcd._calls.repeat_s = 0.0
+    with pytest.raises(EtcdUnavailable) as caught:
+        async with etcd:
+            await etcd.put(b"/", b"")
+    assert not caught.value.may_have_effect
+    return str(caught.value)
+
+
+async def test_tls_that_does_not_fit(tls_server: EtcdCluster, authority: Authority, tmp_path: Path) -> None:
+    stranger = Authority(tmp_path / "stranger")
+    ours = authority.issue("client")
+    assert "CERTIFICATE_VERIFY_FAILED" in await refusal(Etcd(tls_server.addresses, Tls(stranger.cert)))
+    for tls in (None, Tls(authority.cert), Tls(authority.cert, *stranger.issue("client")[1:])):
+        assert "cannot connect to etcd at 127.0.0.1:" in await refusal(Etcd(tls_server.addresses, tls))
+    missing = tmp_path / "missing"
+    assert f"cannot read {missing}: No such file" in await refusal(Etcd(tls_server.addresses, Tls(missing)))
+    async with Etcd(tls_server.addresses, ours, deadline_s=PATIENT_S) as etcd:
+        await etcd.put(b"/", b"")
+
+
+@pytest.mark.long
+async def test_server_with_the_certificate_of_another_host(authority: Authority, tmp_path: Path) -> None:
+    own = authority.issue("elsewhere", "DNS:elsewhere.example")
+    options = ("--cert-file", str(own.cert), "--key-file", str(own.key))
+    with cluster(tmp_path, options=options, scheme="https") as server:
+        assert "127.0.0.1" in await refusal(Etcd(server.addresses, Tls(authority.cert)))
+
+
+async def test_renewed_certificates_are_used(
+    tls_server: EtcdCluster, authority: Authority, tmp_path: Path
+) -> None:
+    mine = Tls(authority.cert, tmp_path / "mine.crt", tmp_path / "mine.key")
+    assert mine.cert is not None
+    assert mine.key is not None
+    async with Etcd(tls_server.addresses, mine, deadline_s=PATIENT_S) as etcd:
+        etcd._calls.repeat_s = 0.0
+        with pytest.raises(EtcdUnavailable, match="cannot read"):
+            await etcd.put(b"/", b"")
+        issued = authority.issue("mine")
+        assert issued.cert is not None
+        assert issued.key is not None
+        issued.key.rename(mine.key)
+        issued.cert.rename(mine.cert)
+        await etcd.put(b"/", b"")
+
+
+# Users and roles.
+
+
+def enable_authentication(server: EtcdCluster) -> None:
+    """Make users: root, one that may write /a/ and read /, and one that may read /."""
+    server.ctl("role", "add", "reader")
+    server.ctl("role", "grant-permission", "reader", "--prefix=true", "read", "/")
+    server.ctl("role", "add", "writer")
+    server.ctl("role", "grant-permission", "writer", "--prefix=true", "readwrite", "/a/")
+    for user, roles in [(ROOT, ["root"]), (WRITER, ["reader", "writer"]), (READER, ["reader"])]:
+        server.ctl("user", "add", user.name, "--interactive=false", input=user.password)
+        for role in roles:
+            server.ctl("user", "grant-role", user.name, role)
+    server.ctl("auth", "enable")
+
+
+def as_root(server: EtcdCluster, *arguments: str, input: str | None = None) -> str:
+    return server.ctl(*arguments, options=["--user", f"{ROOT.name}:{ROOT.password}"], input=input)
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdCluster]:
+    """A member with users. Its tokens expire after a second without a call."""
+    options = ("--bcrypt-cost", "4", "--auth-token-ttl", "1")
+    with cluster(tmp_path_factory.mktemp("etcd"), options=options) as running:
+        enable_authentication(running)
+        yield running
+
+
+async def test_roles(guarded: EtcdCluster) -> None:
+    async with (
+        Etcd(guarded.addresses, user=WRITER, deadline_s=PATIENT_S) as writer,
+        Etcd(guarded.addresses, user=READER, deadline_s=PATIENT_S) as reader,
+        writer.lease(10) as lease,
+    ):
+        revision = await writer.put(b"/a/x", b"1", lease.id)
+        assert (await writer.claim(b"/a/claim", b"", lease.id)).lease == lease.id
+        assert set((await reader.read(b"/a/")).records) == {b"/a/x", b"/a/claim"}
+        async with following(reader, b"/a/", revision) as follower:
+            await follower.until_revision(await writer.delete(b"/a/x"))
+        for call in (writer.put(b"/b/x", b""), reader.put(b"/a/x", b""), reader.read(b"")):
+            with pytest.raises(EtcdRefused, match="permission denied"):
+                await call
+        async with following(reader, b"", revision) as follower:
+            await until(lambda: follower.error)
+        assert isinstance(follower.error, EtcdRefused)
+        await reader.read(b"/a/")
+
+
+async def test_wrong_user_or_password(guarded: EtcdCluster) -> None:
+    for user in (User("nobody", "x"), User(WRITER.name, "wrong")):
+        async with Etcd(guarded.addresses, user=user, deadline_s=PATIENT_S) as etcd:
+            with pytest.raises(EtcdRefused, match=f"authentication failed.*{user.name}"):
+                await etcd.read(b"/a/")
+            async with following(etcd, b"/a/", 1) as follower:
+                await until(lambda: follower.error)
+            assert isinstance(follower.error, EtcdRefused)
+    async with Etcd(guarded.addresses, deadline_s=PATIENT_S) as etcd:
+        with pytest.raises(EtcdRefused, match="user name is empty"):
+            await etcd.read(b"/a/")
+
+
+async def test_user_without_authentication_in_etcd(server: EtcdCluster, prefix: bytes) -> None:
+    async with Etcd(server.addresses, user=WRITER, deadline_s=PATIENT_S) as etcd:
+        await etcd.put(prefix, b"")
+
+
+@pytest.mark.long
+async def test_authentication_that_is_enabled_later(tmp_path: Path) -> None:
+    with cluster(tmp_path, options=("--bcrypt-cost", "4")) as server:
+        async with Etcd(server.addresses, user=WRITER, deadline_s=PATIENT_S) as etcd, etcd.lease(10) as lease:
+            await etcd.put(b"/a/x", b"", lease.id)
+            await asyncio.to_thread(enable_authentication, server)
+            revision = await etcd.put(b"/a/x", b"2", lease.id)
+            async with following(etcd, b"/a/", revision - 1) as follower:
+                await follower.until_revision(revision)
+
+
+def expired_tokens(server: EtcdCluster) -> int:
+    return server.members[0].log.read_text().count("deleted a simple token")
+
+
+@pytest.mark.parametrize("first_use", ["call", "watch"])
+async def test_expired_token(guarded: EtcdCluster, first_use: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with Etcd(guarded.addresses, user=WRITER, deadline_s=PATIENT_S) as etcd:
+        revision = await etcd.put(b"/a/x", b"")
+        expired = expired_tokens(guarded)
+        await until(lambda: expired_tokens(guarded) > expired)
+        if first_use == "call":
+            await etcd.put(b"/a/x", b"")
+        async with following(etcd, b"/a/", revision - 1) as follower:
+            await follower.until_revision(revision)
+    assert not [record for record in caplog.records if record.name == "regd.bridge"]
+
+
+@pytest.mark.long
+async def test_watch_and_lease_outlive_the_token(guarded: EtcdCluster) -> None:
+    async with Etcd(guarded.addresses, user=WRITER, deadline_s=PATIENT_S) as etcd, etcd.lease(2) as lease:
+        revision = await etcd.put(b"/a/x", b"", lease.id)
+        async with following(etcd, b"/a/", revision) as follower:
+            for _ in range(3):
+                expired = expired_tokens(guarded)
+                await until(lambda expired=expired: expired_tokens(guarded) > expired)  # type: ignore[misc]
+                await follower.until_revision(await etcd.put(b"/a/x", b"", lease.id))
+        assert not lease.lost.is_set()
+
+
+async def test_tokens_that_a_restart_makes_invalid(tmp_path: Path) -> None:
+    with cluster(tmp_path, options=("--bcrypt-cost", "4")) as server:
+        enable_authentication(server)
+        async with Etcd(server.addresses, user=WRITER, deadline_s=PATIENT_S) as etcd, etcd.lease(10) as lease:
+            revision = await etcd.put(b"/a/x", b"", lease.id)
+            async with following(etcd, b"/a/", revision) as follower:
+                server.members[0].kill()
+                await asyncio.to_thread(server.start)
+                await follower.until_revision(await etcd.put(b"/a/y", b"", lease.id))
+            assert not lease.lost.is_set()
+
+
+@pytest.mark.long
+async def test_password_that_is_changed(tmp_path: Path) -> None:
+    with cluster(tmp_path, options=("--bcrypt-cost", "4")) as server:
+        enable_authentication(server)
+        async with Etcd(server.addresses, user=WRITER, deadline_s=PATIENT_S) as etcd:
+            await etcd.put(b"/a/x", b"")
+            as_root(server, "user", "passwd", WRITER.name, "--interactive=false", input="new")
+            with pytest.raises(EtcdRefused, match="authentication failed"):
+                await etcd.put(b"/a/x", b"")
+            as_root(server, "user", "passwd", WRITER.name, "--interactive=false", input=WRITER.password)
+            await etcd.put(b"/a/x", b"")
+
+
+# Tokens of the kind `jwt`, which say when they expire and for which revision of users and roles they are.
+
+
+@pytest.fixture(scope="module")
+def jwt_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdCluster]:
+    folder = tmp_path_factory.mktemp("jwt")
+    private, public = folder / "private.pem", folder / "public.pem"
+    for arguments in (
+        ["genrsa", "-out", str(private), "2048"],
+        ["rsa", "-in", str(private), "-pubout", "-out", str(public)],
+    ):
+        subprocess.run([need("openssl"), *arguments], check=True, capture_output=True, timeout=PATIENT_S)
+    kind = f"jwt,pub-key={public},priv-key={private},sign-method=RS256,ttl=1s"
+    with cluster(folder, options=("--bcrypt-cost", "4", "--auth-token", kind)) as running:
+        enable_authentication(running)
+        yield running
+
+
+def expires_at(token: str) -> float:
+    claims = token.split(".")[1]
+    return float(json.loads(urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))["exp"])
+
+
+@pytest.mark.parametrize("first_use", ["call", "watch"])
+@pytest.mark.sample(2)
+async def test_expired_jwt(jwt_server: EtcdCluster, first_use: str) -> None:
+    async with Etcd(jwt_server.addresses, user=WRITER, deadline_s=PATIENT_S) as etcd:
+        revision = await etcd.put(b"/a/x", b"")
+        token = etcd._calls._token
+        await until(lambda: time.time() > expires_at(token) + 1)
+        if first_use == "call":
+            await etcd.put(b"/a/x", b"")
+        async with following(etcd, b"/a/", revision - 1) as follower:
+            await follower.until_revision(revision)
+        assert etcd._calls._token != token
+
+
+@pytest.mark.parametrize("first_use", ["call", "watch"])
+@pytest.mark.sample(2)
+async def test_jwt_from_before_a_change_of_roles(jwt_server: EtcdCluster, first_use: str) -> None:
+    async with Etcd(jwt_server.addresses, user=WRITER, deadline_s=PATIENT_S) as etcd:
+        revision = await etcd.put(b"/a/x", b"")
+        as_root(jwt_server, "user", "add", f"another-{first_use}", "--interactive=false", input="x")
+        if first_use == "call":
+            await etcd.put(b"/a/x", b"")
+        async with following(etcd, b"/a/", revision - 1) as follower:
+            await follower.until_revision(revision)

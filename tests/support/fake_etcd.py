@@ -1,0 +1,63 @@
+"""An etcd of one dictionary, for tests that decide when it answers and what it refuses."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import cast
+
+from regd.bridge.etcd.client import Etcd
+from regd.bridge.etcd.errors import EtcdConflict
+from regd.bridge.etcd.model import KeyEvent, Operation, Picture, Put, Record
+
+
+class FakeEtcd:
+    """Attributes:
+    trouble: errors to raise, one for each of the next commits; with True, after the commit took effect.
+    on_event: called with each change, as a watch would tell it.
+    """
+
+    def __init__(self) -> None:
+        self.revision = 1
+        self.records: dict[bytes, Record] = {}
+        self.trouble: list[tuple[Exception, bool]] = []
+        self.on_event: Callable[[KeyEvent], None] = lambda event: None
+        self.commits = 0
+
+    def as_etcd(self) -> Etcd:
+        return cast(Etcd, self)
+
+    async def read(self, prefix: bytes) -> Picture:
+        records = {key: record for key, record in self.records.items() if key.startswith(prefix)}
+        return Picture(self.revision, records)
+
+    async def commit(self, operations: Iterable[Operation], only_if: Mapping[bytes, int] | None = None) -> int:
+        error, has_effect = self.trouble.pop(0) if self.trouble else (None, True)
+        if error is not None and not has_effect:
+            raise error
+        for key, revision in (only_if or {}).items():
+            if self.revision_of(key) != revision:
+                raise EtcdConflict(f"{key!r} has changed")
+        self.apply(operations)
+        self.commits += 1
+        if error is not None:
+            raise error
+        return self.revision
+
+    def revision_of(self, key: bytes) -> int:
+        record = self.records.get(key)
+        return 0 if record is None else record.mod_revision
+
+    def apply(self, operations: Iterable[Operation]) -> None:
+        """Change keys, at one revision."""
+        self.revision += 1
+        for operation in operations:
+            if isinstance(operation, Put):
+                record = Record(operation.value, self.revision, operation.lease)
+                self.records[operation.key] = record
+                self.on_event(KeyEvent(operation.key, self.revision, record))
+            elif self.records.pop(operation.key, None) is not None:
+                self.on_event(KeyEvent(operation.key, self.revision, None))
+
+    async def claim(self, key: bytes, value: bytes, lease: int) -> Record:
+        record = self.records.get(key)
+        if record is None or record.lease == lease:
+            self.apply([Put(key, value, lease)])
+        return self.records[key]
