@@ -6,10 +6,14 @@ VENV := .venv
 WORKERS ?= 3
 PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: run test lint suite uvloop bench crash soak fuzz siege health memory wheel clean
+.PHONY: run cluster test lint suite uvloop bench crash soak soak-cluster bridge-figures fuzz siege health memory wheel clean
 
 run:
 	PYTHONPATH=.:client exec $(PYTHON) services/demo.py
+
+# Two machines on this one, connected through etcd, which must be installed.
+cluster: $(VENV)/ready
+	exec $(VENV)/bin/python services/cluster.py
 
 test: lint suite uvloop
 
@@ -41,6 +45,14 @@ crash: $(VENV)/ready
 # Random clients, restarts and cut connections for ten minutes: every watcher must have the daemon's state.
 soak: $(VENV)/ready
 	PYTHONPATH=.:client $(VENV)/bin/python -m tests.long.soak
+
+# Three machines with bridges over etcd, with a random history and disturbances, for ten minutes.
+soak-cluster: $(VENV)/ready
+	PYTHONPATH=.:client $(VENV)/bin/python -m tests.long.cluster
+
+# The figures of the bridge, in five minutes. WHAT="latency size" measures only these.
+bridge-figures: $(VENV)/ready
+	PYTHONPATH=.:client $(VENV)/bin/python -m tests.long.bridge_figures $(WHAT)
 
 # Coverage-guided fuzzing, a minute for each target.
 fuzz: $(VENV)/ready

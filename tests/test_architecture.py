@@ -25,6 +25,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "regd/cli": (
         {
             "regd",
+            "regd.bridge",
             "regd.cli",
             "regd.core",
             "regd.gateways",
@@ -33,6 +34,12 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
             "regd.system",
             "regd_client",
         },
+        set(),
+    ),
+    "regd/bridge/etcd": ({"regd.bridge"}, set()),
+    "regd/bridge/etcd/stubs": ({"regd.bridge"}, set()),
+    "regd/bridge": (
+        {"regd", "regd.bridge", "regd.core", "regd.gateways", "regd.protocol", "regd.system", "regd_client"},
         set(),
     ),
     "regd/gateways": ({"regd.gateways", "regd.system", "regd_client"}, set()),
@@ -46,6 +53,12 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
 }
 # Third-party modules, and the files that may import them: an extra, or the framework of an example.
 THIRD_PARTY = {
+    "regd/bridge/metrics.py": ("prometheus_client",),
+    "regd/bridge/etcd/calls.py": ("google",),
+    "regd/bridge/etcd/member.py": ("google", "grpc"),
+    "regd/bridge/etcd/methods.py": ("google",),
+    "regd/bridge/etcd/stubs/kv_pb2.py": ("google",),
+    "regd/bridge/etcd/stubs/rpc_pb2.py": ("google",),
     "regd/cli/regd.py": ("uvloop",),
     "regd/cli/top/screen.py": ("prompt_toolkit",),
     "regd/gateways/dns_messages.py": ("dns",),

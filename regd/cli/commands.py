@@ -15,6 +15,7 @@ _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _COUNT_MAX = 36_500  # of each unit: a hundred years of days
 DOC = "Query and change the service registry of this machine."
 HTTP_PORT, DNS_PORT = 7_380, 7_353  # of `regctl serve`
+BRIDGE_PREFIX = "/regd/v1/default/"
 NOT_FOUND, USAGE, NO_DAEMON, REFUSED = 1, 2, 3, 4  # exit statuses
 STATUSES = {
     0: "done",
@@ -79,6 +80,14 @@ def _port_or_off(text: str) -> int | str:
     if port is None:
         raise argparse.ArgumentTypeError(f"must be 0 to 65535, or off, not {text!r}")
     return port
+
+
+def _endpoints(text: str) -> tuple[str, ...]:
+    """Parse HOST:PORT,HOST:PORT."""
+    for part in text.split(","):
+        if _endpoint(part)[0] is None:
+            raise argparse.ArgumentTypeError(f"must be HOST:PORT, or several with commas between, not {text!r}")
+    return tuple(text.split(","))
 
 
 def _since(text: str) -> tuple[str, float]:
@@ -367,6 +376,64 @@ COMMANDS = {
         "project its ports stay the same as long as no other program takes them; `regctl where` shows them.",
         examples=["regctl serve", "regctl serve --http 8000 --dns off"],
     ),
+    "bridge": Subcommand(
+        "Share registrations with the daemons of other machines, through etcd, until Ctrl-C.",
+        Parameter(
+            "--etcd",
+            "the members of etcd, with commas between",
+            type=_endpoints,
+            metavar="HOST:PORT[,HOST:PORT...]",
+        ),
+        Parameter(
+            "--advertise",
+            "the address of this machine for others, at which services are published that were registered on "
+            "loopback (default: none, they are not published)",
+            metavar="ADDRESS",
+        ),
+        Parameter(
+            "--machine",
+            "the name of this machine, 1 to 20 of a-z 0-9 - _ (default: the host name)",
+            metavar="NAME",
+        ),
+        Parameter(
+            "--prefix",
+            f"what the keys in etcd begin with (default: {BRIDGE_PREFIX})",
+            default=BRIDGE_PREFIX,
+            metavar="PREFIX",
+        ),
+        Parameter(
+            "--stale-s",
+            "how long other machines' instances stay while etcd is away, and this machine's while the daemon is "
+            "(default: 60)",
+            type=seconds(1, 86_400),
+            default=60.0,
+            metavar="SECONDS",
+        ),
+        Parameter(
+            "--compare-s",
+            "between two comparisons of everything with etcd and the daemon (default: 60)",
+            type=seconds(1, 86_400),
+            default=60.0,
+            metavar="SECONDS",
+        ),
+        Parameter("--cacert", "use TLS; etcd's certificate is signed by this authority", metavar="FILE"),
+        Parameter("--cert", "the certificate of this client", metavar="FILE"),
+        Parameter("--key", "the private key of this client", metavar="FILE"),
+        Parameter("--user", "authenticate as this user of etcd", metavar="NAME"),
+        Parameter("--password-file", "the file with the password, on one line", metavar="FILE"),
+        Parameter(
+            "--status",
+            "show the state of the running bridge: peers, lease, lag, what is not published and why",
+            action="store_true",
+        ),
+        more="Runs without a daemon and without etcd too, and finds them when they start. SIGTERM and Ctrl-C "
+        "withdraw this machine's instances elsewhere, and others' here. Needs the extra `etcd`: "
+        "pip install 'regd[etcd]'.",
+        examples=[
+            "regctl bridge --etcd 10.0.0.1:2379,10.0.0.2:2379 --advertise 10.0.0.7",
+            "regctl bridge --status",
+        ],
+    ),
     "ping": Subcommand("Check whether a daemon answers.", examples=["regctl ping"]),
     "stats": Subcommand(
         "Show the daemon's counters.",
@@ -522,12 +589,28 @@ def read(argv: Sequence[str]) -> dict[str, Any]:
     elif arguments["command"] == "serve":
         if arguments["http"] == arguments["dns"] == "off":
             raise UsageError("regctl serve", "give a port to --http or to --dns: both are off")
+    elif arguments["command"] == "bridge":
+        _check_bridge(arguments)
     elif arguments["command"] == "register":
         host, arguments["port"] = arguments["port"]
         if host is not None and arguments["host"] is not None:
             raise UsageError("regctl register", "give the host once: as HOST:PORT, or as --host")
         arguments["host"] = host or arguments["host"]
     return arguments
+
+
+def _check_bridge(arguments: dict[str, Any]) -> None:
+    if arguments["status"]:
+        return
+    problem = ""
+    if arguments["etcd"] is None:
+        problem = "name the members of etcd: --etcd HOST:PORT,HOST:PORT"
+    elif (arguments["cert"] is None) != (arguments["key"] is None):
+        problem = "give --cert and --key, or neither"
+    elif (arguments["user"] is None) != (arguments["password_file"] is None):
+        problem = "give --user and --password-file, or neither"
+    if problem:
+        raise UsageError("regctl bridge", problem)
 
 
 def _command_line(arguments: dict[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import regd
-from regd.cli import doctor_files, local_probe
+from regd.cli import bridge, doctor_files, local_probe
 from regd.cli.findings import Finding
 from regd_client import project, protocol
 from regd_client.blocking_connection import BlockingConnection
@@ -256,4 +256,34 @@ def _services(daemon: _Daemon) -> Iterator[Finding]:
         yield Finding("services", f"all {tried} services tried accept connections")
 
 
-_CHECKS = (_rights, _versions, _same_host, _files, _limits, _lag, _services)
+def _bridge(daemon: _Daemon) -> Iterator[Finding]:
+    """Look at the bridge to other machines, if there is one."""
+    if not daemon.is_here or daemon.is_in_another_network:
+        return
+    try:
+        status = bridge.fetch_status(daemon.connection)
+    except Unavailable as error:
+        yield Finding("bridge", str(error), "see the log of `regctl bridge`, and restart it")
+        return
+    if status is None:
+        return
+    etcd, differences = status["etcd"], status["counts"]["differences"]
+    if etcd["refuses"]:
+        yield Finding(
+            "bridge", f"etcd refuses {etcd['refuses'][0]}", "change the user, its roles or the certificates"
+        )
+    elif not etcd["connected"]:
+        do = "start etcd, or name its members with --etcd"
+        yield Finding("bridge", f"etcd has not answered for {etcd['silent_s']:.0f} s", do)
+    elif differences:
+        do = "this is a bug in regd; please report the lines with `differences` in the log of `regctl bridge`"
+        yield Finding("bridge", f"it found {differences} differences, and repaired them", do)
+    else:
+        found = f"machine {status['machine']} publishes {status['published']} instances, and has "
+        found += f"{status['foreign']['count']} of {status['peers_count']} other machines"
+        if status["not_published_count"]:
+            found += f"; {status['not_published_count']} are not published, see `regctl bridge --status`"
+        yield Finding("bridge", found)
+
+
+_CHECKS = (_rights, _versions, _same_host, _files, _limits, _lag, _services, _bridge)

@@ -153,6 +153,19 @@ def _serve(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int
     return 0
 
 
+def _bridge(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
+    from regd.cli import bridge
+
+    if arguments["status"]:
+        return bridge.status(address, as_json)
+    try:
+        bridge.run(address, arguments)
+    except bridge.CannotStart as error:
+        code = "bad_argument" if error.is_usage else "refused"
+        return _refused({"ok": False, "error": code, "message": str(error)}, as_json)
+    return 0
+
+
 def _names(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
     from regd.cli.complete_names import names
 
@@ -295,6 +308,7 @@ def _env(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
 
 
 _HANDLERS: dict[str, Callable[[str | None, bool, dict[str, Any]], int]] = {
+    "bridge": _bridge,
     "completion": _completion,
     "doctor": _doctor,
     "env": _env,

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from regd_client.protocol import host_port
 
+_MACHINE = "regd.machine"  # the label of an instance that a bridge has registered
 EMPTY = "-"  # for a column without a value, since programs that split at blanks would skip an empty one
 
 
@@ -166,12 +167,19 @@ def instance_name(name: str, instance: str) -> str:
 
 
 def _list(entries: list[dict[str, Any]]) -> Iterable[str]:
-    """Return a table of instances. It has their priorities, as the last column, if any is not 0."""
+    """Return a table of instances.
+
+    It has a column of their priorities if any is not 0, and one of their machines if any is of another machine.
+    """
     header: tuple[str, ...] = ("NAME", "INSTANCE", "ADDRESS", "STATE", "META")
     rows = [_row(entry) for entry in entries]
     if any(map(priority_of, entries)):
         header = (*header, "PRIORITY")
         rows = [(*row, str(priority_of(entry))) for row, entry in zip(rows, entries, strict=True)]
+    if any(_MACHINE in entry["meta"] for entry in entries):
+        header = (*header, "MACHINE")
+        machines = [visible(entry["meta"].get(_MACHINE, "")) or EMPTY for entry in entries]
+        rows = [(*row, machine) for row, machine in zip(rows, machines, strict=True)]
     return table(header, rows, "nothing is registered")
 
 

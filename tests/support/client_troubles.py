@@ -11,6 +11,9 @@ from collections.abc import Callable
 import pytest
 
 import regd_client
+from regd.bridge.claim import Claim, ClaimRefusal
+from regd.bridge.etcd.model import Put
+from regd.bridge.local import Local, LocalRefusal
 from regd.cli import run as run_module
 from regd.cli import run_readiness
 from regd.cli.port_owner import Listener
@@ -19,6 +22,7 @@ from regd_client import BadArgument, Client, Conflict, NotFound, Timeout, Unavai
 from regd_client import lifespans as lifespans_module
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import WAIT_S, InLoop
+from tests.support.fake_etcd import FakeEtcd
 from tests.support.files import FULL, RecordedFiles
 from tests.support.polling import until
 from tests.support.scenes import Producers, Scene, refused
@@ -31,6 +35,29 @@ def unused_port() -> socket.socket:
     reserved = socket.socket()
     reserved.bind(("127.0.0.1", 0))
     return reserved
+
+
+# Many machines.
+
+
+@says("a bridge on host … (process …) has the machine name …; end it, or choose another name with --machine")
+async def machine_name_is_taken(scene: Scene) -> str:
+    etcd, claim = FakeEtcd(), Claim("/", "a")
+    etcd.apply([Put(claim.key, b'{"host":"other","pid":7}', 5)])
+    with pytest.raises(ClaimRefusal) as caught:
+        await claim.make(etcd.as_etcd(), 1)
+    return str(caught.value)
+
+
+@says("another bridge serves the daemon at …: …; end it first")
+async def second_bridge(scene: Scene) -> str:
+    async with InLoop(scene.folder / "registry.json") as daemon:
+        await (await daemon.peer()).ask(cmd="register", name="regd.bridge", port=1, hold=True)
+        local = Local(f"127.0.0.1:{daemon.port}", {"port": 2}, lambda key: None)
+        with pytest.raises(LocalRefusal) as caught:
+            await local.run(lambda session: asyncio.sleep(0))
+        await local.close()
+    return str(caught.value)
 
 
 # No daemon answers.

@@ -336,7 +336,7 @@ def analyze(*arguments: str, **variables: str) -> str:
 
 @pytest.mark.parametrize(("folder", "manager"), [(UNITS, "--system"), (UNITS / "user", "--user")])
 def test_units_are_valid(tmp_path: Path, folder: Path, manager: str) -> None:
-    names = ("regd.service", "regd.socket", "regd-serve.service")
+    names = ("regd.service", "regd.socket", "regd-serve.service", "regd-bridge.service")
     for name in names:
         text = (folder / name).read_text()
         # systemd-analyze ignores ExecSearchPath=, and regd need not be installed on this machine.
@@ -353,8 +353,10 @@ def test_units_are_valid(tmp_path: Path, folder: Path, manager: str) -> None:
     [
         ("regd.service", 20),
         ("regd-serve.service", 20),
+        ("regd-bridge.service", 25),
         ("user/regd.service", 70),
         ("user/regd-serve.service", 70),
+        ("user/regd-bridge.service", 70),
     ],
 )
 def test_units_are_hardened(unit: str, exposure_max: int) -> None:
@@ -367,6 +369,16 @@ def test_units_of_the_gateway_start_it_as_a_user_who_may_only_read() -> None:
         assert "ExecStart=regctl serve $REGD_SERVE_FLAGS" in (folder / "regd-serve.service").read_text()
     users = [line for line in (UNITS / "regd-serve.service").read_text().splitlines() if "User=" in line]
     assert users == ["DynamicUser=yes", "User=regd-serve"]
+
+
+def test_units_of_the_bridge_start_it_as_the_user_of_the_daemon() -> None:
+    for folder in (UNITS, UNITS / "user"):
+        assert "ExecStart=regctl bridge $REGD_BRIDGE_FLAGS" in (folder / "regd-bridge.service").read_text()
+    of_daemon, of_bridge = (
+        [line for line in (UNITS / name).read_text().splitlines() if line.startswith(("User=", "DynamicUser="))]
+        for name in ("regd.service", "regd-bridge.service")
+    )
+    assert of_bridge == of_daemon
 
 
 def test_units_start_the_installed_command() -> None:

@@ -1,0 +1,257 @@
+"""What the bridge publishes: the instances of the local daemon that other machines can reach, as keys of etcd."""
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import NoReturn
+
+from regd.bridge import records
+from regd.bridge.claim import Claim
+from regd.bridge.etcd.client import Etcd
+from regd.bridge.etcd.errors import EtcdConflict, EtcdUnavailable
+from regd.bridge.etcd.model import Delete, KeyEvent, Picture, Put, Record
+from regd.bridge.local import Local
+from regd.bridge.reachability import Reachability
+from regd.bridge.reconcile import difference
+from regd.bridge.records import Place
+from regd.core.errors import Invalid
+from regd_client.event_loop import random_s
+from regd_client.models import Key
+
+__all__ = ["Publisher"]
+
+log = logging.getLogger("regd.bridge")
+
+_COMMIT_MAX = 100  # keys in one transaction
+_PAUSE_S = 0.5  # at most, before another attempt to claim
+
+Leased = tuple[bytes, int]  # a value and its lease
+
+
+class Publisher:
+    """Keeps the keys of this machine equal to the instances that are published.
+
+    Args:
+        prefix: of all keys.
+        machine: the name of this machine.
+        advertise: the address of services on loopback for other machines; None if there is none.
+        local: the daemon's registrations. Its changes are to be passed on to `changed`.
+
+    Attributes:
+        is_active: whether it has a claim, and publishes.
+        reasons: why an instance is not published, by name and instance.
+        commits: the number of transactions.
+        lag_s, lag_max_s: from a change to its commit, the last one and the longest.
+    """
+
+    def __init__(self, prefix: str, machine: str, advertise: str | None, local: Local) -> None:
+        self._prefix = prefix
+        self._machine = machine
+        self._advertise = advertise
+        self._local = local
+        self._reachability = None if advertise is None else Reachability(advertise, self._mark_instances)
+        self._actual: dict[bytes, Leased] = {}
+        self._revisions: dict[bytes, int] = {}  # up to which `_actual` is known to be true
+        self._dirty: dict[bytes, None] = {}
+        self._dirty_at = 0.0
+        self._wake = asyncio.Event()
+        self._is_withdrawn = False
+        self._fence: dict[bytes, int] = {}  # the claim and its revision, on which each commit depends
+        self._put_claim: Callable[[], Awaitable[int]] | None = None
+        self.is_active = False
+        self.reasons: dict[Key, str] = {}
+        self.commits = 0
+        self.lag_s = self.lag_max_s = 0.0
+
+    @property
+    def count(self) -> int:
+        """How many keys this machine has in etcd."""
+        return len(self._actual)
+
+    # What is wanted.
+
+    def changed(self, key: Key | None) -> None:
+        """Look at an instance again, which has changed; None: at all."""
+        if key is None:
+            self._mark_all()
+            return
+        instance = self._local.instances.get(key)
+        if instance is not None and records.is_arrival(instance) and self._key(key) not in self._actual:
+            return
+        if self._reachability is not None:
+            self._reachability.again(key)
+        self._mark_instances([key])
+
+    def withdraw(self, is_withdrawn: bool) -> bool:
+        """Publish nothing while the daemon is away for too long, else all. Return whether that is new."""
+        if is_withdrawn == self._is_withdrawn:
+            return False
+        self._is_withdrawn = is_withdrawn
+        self._mark_all()
+        return True
+
+    def _key(self, key: Key) -> bytes:
+        return records.key_of(self._prefix, Place(self._machine, *key))
+
+    def _mark_instances(self, keys: Iterable[Key]) -> None:
+        self._mark(map(self._key, keys))
+
+    def _mark(self, keys: Iterable[bytes]) -> None:
+        if not self._dirty:
+            self._dirty_at = time.monotonic()
+        self._dirty.update(dict.fromkeys(keys))
+        if self._local.is_complete:
+            self._wake.set()
+
+    def _mark_all(self) -> None:
+        self._mark([*self._actual, *map(self._key, [*self._local.instances, *self.reasons])])
+
+    def wanted(self, key: bytes) -> bytes | None:
+        """Return the value that a key should have; None: it should not exist. Note the reason."""
+        try:
+            _, *rest = records.place_of(self._prefix, key)
+        except Invalid:
+            return None
+        of = (rest[0], rest[1])
+        instance = self._local.instances.get(of)
+        if instance is None or records.is_arrival(instance) or of[0] == records.BRIDGE:
+            self._forget(of)
+            return None
+        host = instance["host"]
+        reason = records.reason_not_to_publish(instance, self._machine)
+        if reason or not records.is_loopback(host):
+            self._forget(of)
+        elif self._advertise is None or self._reachability is None:
+            reason = "it is registered on loopback, and the bridge has no --advertise"
+        else:
+            host = self._advertise
+            reason = self._reachability.reason(of, instance["port"])
+        if reason:
+            self.reasons[of] = reason
+            return None
+        self.reasons.pop(of, None)
+        return None if self._is_withdrawn else records.value_of(instance, host, self._local.epoch)
+
+    def _forget(self, key: Key) -> None:
+        self.reasons.pop(key, None)
+        if self._reachability is not None:
+            self._reachability.forget(key)
+
+    # What is in etcd.
+
+    def seen(self, event: KeyEvent) -> None:
+        """Take an event of the watch, and repair what another hand has done to a key of this machine."""
+        if event.revision <= self._revisions.get(event.key, 0):
+            return
+        self._note(event.key, event.record, event.revision)
+        self._mark([event.key])
+
+    def _note(self, key: bytes, record: Record | None, revision: int) -> None:
+        if record is None:
+            self._actual.pop(key, None)
+            self._revisions.pop(key, None)
+        else:
+            self._actual[key] = (record.value, record.lease)
+            self._revisions[key] = revision
+
+    def repair(self, own: Mapping[bytes, Record], revision: int) -> None:
+        """Take what etcd has of this machine, except where a later commit is known."""
+        for key in dict.fromkeys([*own, *self._actual]):
+            if self._revisions.get(key, 0) < revision:
+                record = own.get(key)
+                self._note(key, record, revision if record is None else record.mod_revision)
+        self._mark_all()
+
+    def replace(self, own: Mapping[bytes, Record], revision: int) -> None:
+        """Take what etcd has of this machine, its claim aside."""
+        self._actual = {key: (record.value, record.lease) for key, record in own.items()}
+        self._revisions = dict.fromkeys(own, revision)
+        self._mark_all()
+
+    def differences(self, own: Mapping[bytes, Record]) -> set[str]:
+        """Return in which keys etcd differs from what is known here, or should be there."""
+        there = {key: record.value for key, record in own.items()}
+        known = {key: value for key, (value, _) in self._actual.items()}
+        wanted = {}
+        for of in self._local.instances:
+            key = self._key(of)
+            if (value := self.wanted(key)) is not None:
+                wanted[key] = value
+        found = [*difference(known, there), *difference(wanted, there)]
+        return {f"{key!r} {old!r:.300} {new!r:.300}" for key, old, new in found if key not in self._dirty}
+
+    async def run(self, etcd: Etcd, lease: int, claim: Claim) -> NoReturn:
+        """Publish, with a lease.
+
+        Raises:
+            ClaimRefusal: another bridge has the machine's name.
+            LeaseNotFound: the lease has ended.
+            EtcdError: etcd refuses.
+        """
+        self._put_claim = functools.partial(claim.make, etcd, lease)
+        while True:
+            try:
+                self._fence = {claim.key: await claim.make(etcd, lease)}
+                picture = await etcd.read(records.machine_prefix(self._prefix, self._machine))
+                self.replace(own_records(picture, claim.key), picture.revision)
+                self.is_active = True
+                await self._publish(etcd, lease)
+            except (EtcdUnavailable, EtcdConflict):
+                await asyncio.sleep(random_s(0, _PAUSE_S))
+            finally:
+                self.is_active = False
+
+    async def mark(self) -> int:
+        """Put the claim again. When the watch shows that revision, it has shown all changes before.
+
+        Raises:
+            EtcdError: etcd is away, or refuses.
+        """
+        assert self._put_claim is not None, "not active"
+        revision = await self._put_claim()
+        for key, before in self._fence.items():
+            self._fence[key] = max(revision, before)
+        return revision
+
+    async def _publish(self, etcd: Etcd, lease: int) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            keys, since = self._dirty, self._dirty_at
+            self._dirty = {}
+            wanted = {key: (value, lease) for key in keys if (value := self.wanted(key)) is not None}
+            actions = difference(wanted, self._actual, keys)
+            for start in range(0, len(actions), _COMMIT_MAX):
+                part = actions[start : start + _COMMIT_MAX]
+                operations = [
+                    Delete(action.key) if action.new is None else Put(action.key, *action.new) for action in part
+                ]
+                revision = await etcd.commit(operations, only_if=self._fence)
+                self.commits += 1
+                for action in part:
+                    self._acknowledge(action.key, action.new, revision)
+            if actions:
+                self.lag_s = time.monotonic() - since
+                self.lag_max_s = max(self.lag_s, self.lag_max_s)
+
+    def _acknowledge(self, key: bytes, new: Leased | None, revision: int) -> None:
+        if self._revisions.get(key, 0) >= revision:
+            return  # the watch was quicker
+        if new is None:
+            self._actual.pop(key, None)
+            self._revisions.pop(key, None)
+        else:
+            self._actual[key] = new
+            self._revisions[key] = revision
+
+    async def close(self) -> None:
+        """End trying whether services are reachable."""
+        if self._reachability is not None:
+            await self._reachability.close()
+
+
+def own_records(picture: Picture, claim_key: bytes) -> dict[bytes, Record]:
+    """Return the records of a picture without the machine's claim."""
+    return {key: record for key, record in picture.records.items() if key != claim_key}

@@ -1,0 +1,120 @@
+"""Which services of this machine accept connections at the address that other machines use.
+
+A service that was registered on loopback may listen there only. So the bridge connects to it, and tries again
+with back-off for as long as it is registered.
+"""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Iterable
+
+from regd.system.probes import met_itself
+from regd_client.event_loop import random_s
+from regd_client.models import Key
+from regd_client.protocol import host_port
+
+__all__ = ["Reachability"]
+
+_PAUSE_S = (0.1, 30.0)  # the first and the longest pause between two attempts
+_CONNECT_S = 2.0  # for one attempt
+_CONNECTS_MAX = 64  # at a time
+_REFUSED = "connection refused"
+
+
+class _Port:
+    def __init__(self) -> None:
+        self.keys: set[Key] = set()
+        self.why = "it has not been tried yet"  # why it is unreachable; "" if it accepts connections
+        self.task: asyncio.Task[None] | None = None
+
+
+class Reachability:
+    """The results for the ports of local services.
+
+    Args:
+        host: the address of this machine for others.
+        on_result: called with the services at a port when its result has changed.
+    """
+
+    def __init__(self, host: str, on_result: Callable[[Iterable[Key]], None]) -> None:
+        self._host = host
+        self._on_result = on_result
+        self._ports: dict[int, _Port] = {}
+        self._port_of: dict[Key, int] = {}
+        self._connecting = asyncio.Semaphore(_CONNECTS_MAX)
+
+    def reason(self, key: Key, port: int) -> str:
+        """Return why a service is not reachable at a port, "" if it is. From then on, the port is tried."""
+        if self._port_of.get(key) != port:
+            self.forget(key)
+            self._port_of[key] = port
+            self._ports.setdefault(port, _Port()).keys.add(key)
+            self._try(port)
+        why = self._ports[port].why
+        return why and f"it accepts no connection at {host_port(self._host, port)}: {why}"
+
+    def again(self, key: Key) -> None:
+        """Try the port of a service again: the service has changed. Until the result, the last one counts."""
+        if key in self._port_of:
+            self._try(self._port_of[key])
+
+    def forget(self, key: Key) -> None:
+        """End trying a service's port, unless another service has it too. Idempotent."""
+        number = self._port_of.pop(key, None)
+        if number is None:
+            return
+        port = self._ports[number]
+        port.keys.remove(key)
+        if not port.keys:
+            if port.task is not None:
+                port.task.cancel()
+            del self._ports[number]
+
+    def _try(self, number: int) -> None:
+        port = self._ports[number]
+        if port.task is not None:
+            port.task.cancel()
+        port.task = asyncio.create_task(self._until_accepted(number, port), name="regd-bridge-probe")
+
+    async def _until_accepted(self, number: int, port: _Port) -> None:
+        pause_s, longest_s = _PAUSE_S
+        while True:
+            async with self._connecting:
+                why = await _connect(self._host, number)
+            if not port.why and why != _REFUSED:
+                why = ""  # a service that is blocked does not answer, and still listens
+            if why != port.why:
+                port.why = why
+                self._on_result(tuple(port.keys))
+            if not why:
+                return
+            await asyncio.sleep(random_s(pause_s / 2, pause_s))
+            pause_s = min(2 * pause_s, longest_s)
+
+    async def close(self) -> None:
+        """End all attempts."""
+        tasks = [port.task for port in self._ports.values() if port.task is not None]
+        self._ports.clear()
+        self._port_of.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _connect(host: str, port: int) -> str:
+    """Connect, and close the connection at once. Return why that failed; "" if it did not."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(_CONNECT_S):
+            [(family, _, _, _, address), *_] = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
+                probe.setblocking(False)
+                await loop.sock_connect(probe, address)
+                return _REFUSED if met_itself(probe) else ""
+    except TimeoutError:
+        return "no answer"
+    except ConnectionRefusedError:
+        return _REFUSED
+    except OSError as error:
+        return (error.strerror or str(error)).lower()

@@ -1,0 +1,200 @@
+"""`regctl bridge`: start a bridge, or show the state of the one that runs."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from regd.cli.output import EMPTY, complain, instance_name, say, say_json, table, visible
+from regd_client.blocking_connection import BlockingConnection
+from regd_client.errors import Unavailable
+
+_ANSWER_S = 3.0  # for the status
+_STATUS_BYTES_MAX = 16 * 1_048_576
+_SHOWN_MAX = 20  # instances that are not published
+
+
+class CannotStart(Exception):
+    """The bridge cannot start. `is_usage`: because of an option, or a missing extra."""
+
+    def __init__(self, message: str, *, is_usage: bool) -> None:
+        super().__init__(message)
+        self.is_usage = is_usage
+
+
+def run(address: str | None, arguments: Mapping[str, Any]) -> None:
+    """Run a bridge until SIGTERM or Ctrl-C.
+
+    Raises:
+        CannotStart: an option is wrong, the extra is missing, or another bridge is in the way.
+    """
+    try:
+        from regd.bridge.bridge import BridgeError, bridge
+    except ModuleNotFoundError as error:
+        message = f"{error.name} is missing, which is in the extra `etcd`: pip install 'regd[etcd]'"
+        raise CannotStart(message, is_usage=True) from None
+    from regd.cli.log_output import LogOutput
+
+    options = _options(address, arguments)
+    log = LogOutput(None, "text")
+    log.start("info")
+    try:
+        bridge(options, lambda line: say(line, flush=True))
+    except BridgeError as error:
+        raise CannotStart(str(error), is_usage=False) from None
+    finally:
+        log.close()
+
+
+def _options(address: str | None, arguments: Mapping[str, Any]) -> Any:
+    """Return the options of the bridge, checked.
+
+    Raises:
+        CannotStart: one is invalid.
+    """
+    from regd.bridge import records
+    from regd.bridge.bridge import Options
+    from regd.bridge.etcd.model import Tls
+    from regd.core.errors import Invalid
+    from regd.core.model import check_host
+
+    given = arguments["machine"]
+    checks: dict[str, Callable[[], Any]] = {
+        "--machine": lambda: records.check_machine(_host_name() if given is None else given),
+        "--prefix": lambda: records.check_prefix(arguments["prefix"]),
+        "--advertise": lambda: arguments["advertise"] and check_host(arguments["advertise"]),
+    }
+    values = {}
+    for option, check in checks.items():
+        try:
+            values[option] = check()
+        except Invalid as error:
+            hint = "" if option != "--machine" or given is not None else " (the host name is no such name)"
+            raise CannotStart(f"{option} {error}{hint}", is_usage=True) from None
+    files = [_readable(option, arguments[option.strip("-")]) for option in ("--cacert", "--cert", "--key")]
+    return Options(
+        endpoints=arguments["etcd"],
+        machine=values["--machine"],
+        advertise=values["--advertise"],
+        prefix=values["--prefix"],
+        address=address,
+        tls=Tls(*files) if any(files) else None,
+        user=_user(arguments),
+        stale_s=arguments["stale_s"],
+        compare_s=arguments["compare_s"],
+    )
+
+
+def _host_name() -> str:
+    return socket.gethostname().partition(".")[0].lower()
+
+
+def _readable(option: str, name: str | None) -> Path | None:
+    if name is not None:
+        _read(option, name)
+    return None if name is None else Path(name)
+
+
+def _read(option: str, name: str) -> str:
+    try:
+        return Path(name).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise CannotStart(f"cannot read {name}: {why}; name another file with {option}", is_usage=False) from None
+
+
+def _user(arguments: Mapping[str, Any]) -> Any:
+    from regd.bridge.etcd.model import User
+
+    if arguments["user"] is None:
+        return None
+    password = _read("--password-file", arguments["password_file"]).partition("\n")[0].rstrip("\r")
+    return User(arguments["user"], password)
+
+
+# The status.
+
+
+def status(address: str | None, as_json: bool) -> int:
+    """Print the state of the bridge that serves the daemon, and return the exit status."""
+    from regd.cli.commands import NOT_FOUND
+
+    with BlockingConnection(address) as connection:
+        fields = fetch_status(connection)
+    if fields is None:
+        message = "no bridge is registered with this daemon; start one with `regctl bridge --etcd HOST:PORT`"
+        if as_json:
+            say_json({"ok": False, "error": "not_found", "message": message})
+        else:
+            complain(f"regctl: {message}")
+        return NOT_FOUND
+    if as_json:
+        say_json({"ok": True, **fields})
+    else:
+        for line in list(_lines(fields)):
+            say(line)
+    return 0
+
+
+def fetch_status(connection: BlockingConnection) -> dict[str, Any] | None:
+    """Return the status of the bridge that is registered with a daemon; None if there is none.
+
+    Raises:
+        Unavailable: it does not answer, or is another program.
+    """
+    import http.client
+    import json
+
+    reply = connection.ask("resolve", name="regd.bridge", instance="")
+    if not reply["ok"]:
+        return None
+    peer = http.client.HTTPConnection(reply["host"], reply["port"], timeout=_ANSWER_S)
+    try:
+        peer.request("GET", "/status")
+        response = peer.getresponse()
+        body = response.read(_STATUS_BYTES_MAX)
+        if response.status != 200:
+            raise ValueError(body.decode(errors="replace").strip()[:200])
+        fields = json.loads(body)
+        if type(fields) is not dict:
+            raise ValueError("its status is no object")
+        return fields
+    except (OSError, ValueError, http.client.HTTPException, RecursionError) as error:
+        raise Unavailable(f"the bridge at port {reply['port']} does not tell its status: {error}") from None
+    finally:
+        peer.close()
+
+
+def _lines(fields: Mapping[str, Any]) -> Iterator[str]:
+    etcd, daemon, foreign, lag = (fields[name] for name in ("etcd", "daemon", "foreign", "lag"))
+    yield f"machine {fields['machine']}, prefix {fields['prefix']}, address {fields['advertise'] or EMPTY}"
+    if etcd["connected"]:
+        yield f"etcd at {etcd['member']}, lease {etcd['lease'] or EMPTY}, {etcd['lease_remaining_s']:.0f} s left"
+    else:
+        yield f"etcd is away, since {etcd['silent_s']:.0f} s"
+    for refusal in etcd["refuses"]:
+        yield f"etcd refuses {refusal}"
+    if daemon["connected"]:
+        yield f"daemon at {daemon['address']}, revision {daemon['rev']}"
+    else:
+        yield f"daemon at {daemon['address']} is away, since {daemon['stale_s']:.0f} s"
+    yield f"published {fields['published']}, not published {fields['not_published_count']}"
+    for entry in fields["not_published"][:_SHOWN_MAX]:
+        yield f"  {instance_name(entry['name'], entry['instance'])}: {entry['why']}"
+    if fields["not_published_count"] > _SHOWN_MAX:
+        yield f"  and {fields['not_published_count'] - _SHOWN_MAX} more: see `regctl bridge --status --json`"
+    stale = f", as of {foreign['stale_s']:.0f} s ago" if foreign["stale_s"] else ""
+    yield f"from other machines {foreign['count']}{stale}"
+    for what in ("refused", "shadowed", "ignored"):
+        if foreign[what]:
+            yield f"  {what} {foreign[what]}"
+    yield f"lag: publish {lag['publish_s']:.3f} s, register {lag['register_s']:.3f} s"
+    yield f"differences repaired {fields['counts']['differences']}"
+    rows: list[tuple[str, ...]] = [
+        (visible(peer["machine"]), visible(peer["host"]) or EMPTY, str(peer["instances"]))
+        for peer in fields["peers"]
+    ]
+    if rows:
+        yield from table(("MACHINE", "HOST", "INSTANCES"), rows, "")

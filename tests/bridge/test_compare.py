@@ -1,0 +1,79 @@
+"""The comparison of everything finds what the bridge has missed, and repairs it."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+
+from regd.bridge.bridge import Bridge, Options
+from tests.support.daemon import InLoop
+from tests.support.etcd import EtcdCluster
+from tests.support.polling import until
+
+KEY = "/regd/v1/default/b/web/"
+VALUE = '{"host":"10.0.0.9","port":80}'
+
+
+@contextlib.asynccontextmanager
+async def running(daemon: InLoop, etcd: EtcdCluster) -> AsyncIterator[Bridge]:
+    bridge = Bridge(Options(tuple(etcd.addresses), "a", address=f"127.0.0.1:{daemon.port}"))
+    task = asyncio.create_task(bridge.run(lambda line: None))
+    try:
+        await until(lambda: bridge._local.session and bridge._publisher.is_active and bridge._foreign.is_current)
+        yield bridge
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_nothing_to_repair(daemon: InLoop, etcd: EtcdCluster) -> None:
+    peer = await daemon.peer()
+    await peer.ask(cmd="register", name="db", host="10.0.0.7", port=1)
+    await asyncio.to_thread(etcd.ctl, "put", KEY, VALUE)
+    async with running(daemon, etcd) as bridge:
+        await until(lambda: bridge._publisher.count == 1 and ("web", "b") in bridge._local.instances)
+        assert await bridge.compare() == 0
+        assert bridge.status()["counts"]["comparisons"] == 1
+
+
+async def test_what_was_missed_is_repaired(
+    daemon: InLoop, etcd: EtcdCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("regd.bridge.bridge._SURE_S", 0.1)
+    peer = await daemon.peer()
+    await peer.ask(cmd="register", name="db", host="10.0.0.7", port=1)
+    async with running(daemon, etcd) as bridge:
+        await until(lambda: bridge._publisher.count == 1)
+        # A lost event: another machine's key.
+        with monkeypatch.context() as patch:
+            patch.setattr(bridge._foreign, "apply", lambda event: None)
+            await asyncio.to_thread(etcd.ctl, "put", KEY, VALUE)
+            await bridge._catch_up()
+        assert await bridge.compare() == 1
+        await until(lambda: ("web", "b") in bridge._local.instances)
+        assert await bridge.compare() == 0
+        # A lost event: the end of this machine's own key.
+        with monkeypatch.context() as patch:
+            patch.setattr(bridge._publisher, "seen", lambda event: None)
+            await asyncio.to_thread(etcd.ctl, "del", "/regd/v1/default/a/db/")
+            await bridge._catch_up()
+        assert await bridge.compare() > 0
+        await until(lambda: "db" in etcd.ctl("get", "--prefix", "/regd/v1/default/a/", "--keys-only"))
+        assert await bridge.compare() == 0
+        # A change of the daemon that was not looked at.
+        with monkeypatch.context() as patch:
+            patch.setattr(bridge._local, "_on_change", lambda key: None)
+            await peer.ask(cmd="register", name="late", host="10.0.0.7", port=1)
+            await until(lambda: ("late", "") in bridge._local.instances)
+        assert await bridge.compare() > 0
+        await until(lambda: bridge._publisher.count == 2)
+        assert await bridge.compare() == 0
+    assert caplog.text.count("differences between what is and what should be") == 3
+
+
+async def test_no_comparison_while_something_is_away(daemon: InLoop, etcd: EtcdCluster) -> None:
+    async with running(daemon, etcd) as bridge:
+        bridge._foreign.withdraw()
+        assert await bridge.compare() == 0
+        assert bridge.status()["counts"]["comparisons"] == 0

@@ -1,0 +1,319 @@
+"""What comes in, with a daemon in the test's loop: the daemon has the fold of etcd's keys, whatever happens."""
+
+import asyncio
+import contextlib
+import json
+import random
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regd.bridge.etcd.model import KeyEvent, Record
+from regd.bridge.foreign import Foreign
+from regd.bridge.local import Local, LocalRefusal, Session
+from regd.bridge.records import Place, arrival, arrival_key, key_of, published
+from regd.core.limits import DEFAULT, Limits
+from regd_client.models import Key
+from tests.support.daemon import WAIT_S, InLoop, Peer
+from tests.support.polling import until
+
+PREFIX = "/regd/v1/default/"
+Arrivals = dict[Key, dict[str, Any]]
+
+
+class Incoming:
+    """The incoming half of a bridge, fed by hand."""
+
+    def __init__(self, address: str, arrivals_max: int) -> None:
+        own = {"port": 9, "meta": {"regd.publish": "no"}}
+        self.local = Local(address, own, lambda key: self.foreign.changed(key))
+        self.foreign = Foreign(PREFIX, "a", self.local, loopback=False, arrivals_max=arrivals_max)
+        self.records: dict[bytes, Record] = {}
+        self.revision = 1
+
+    def put(self, place: Place, port: int = 80, **fields: Any) -> None:
+        value = json.dumps({"host": "10.0.0.7", "port": port, **fields}).encode()
+        self.revision += 1
+        key = key_of(PREFIX, place)
+        self.records[key] = Record(value, self.revision, 1)
+        self.foreign.apply(KeyEvent(key, self.revision, self.records[key]))
+
+    def delete(self, place: Place) -> None:
+        self.revision += 1
+        key = key_of(PREFIX, place)
+        if self.records.pop(key, None) is not None:
+            self.foreign.apply(KeyEvent(key, self.revision, None))
+
+    def wanted(self) -> Arrivals:
+        fold = {}
+        for key, record in self.records.items():
+            place = Place(*key.decode().removeprefix(PREFIX).split("/"))
+            fold[arrival_key(place)] = arrival(place, published(record.value), loopback=False)
+        return fold
+
+    def actual(self) -> Arrivals:
+        names = ("host", "port", "meta", "state")
+        return {
+            key: {**{name: instance[name] for name in names}, "priority": instance.get("priority", 0)}
+            for key, instance in self.local.instances.items()
+            if "regd.machine" in instance["meta"]
+        }
+
+
+@contextlib.asynccontextmanager
+async def incoming(daemon: InLoop | str, arrivals_max: int = 50_000) -> AsyncIterator[Incoming]:
+    made = Incoming(daemon if isinstance(daemon, str) else f"127.0.0.1:{daemon.port}", arrivals_max)
+    running = asyncio.create_task(made.local.run(made.foreign.run))
+    try:
+        yield made
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await made.local.close()
+
+
+@contextlib.asynccontextmanager
+async def limited(registry: Path, **limits: int) -> AsyncIterator[InLoop]:
+    changed: Limits = replace(DEFAULT, **limits)
+    async with InLoop(registry, limits=changed) as daemon:
+        yield daemon
+
+
+async def test_the_daemon_has_the_fold_of_the_keys(daemon: InLoop) -> None:
+    async with incoming(daemon) as bridge:
+        bridge.put(Place("b", "web", ""))
+        bridge.put(Place("b", "web", "1"), meta={"x": "y"}, state="draining", priority=65_500)
+        bridge.put(Place("c", "cache", "x" * 63))
+        await until(lambda: bridge.local.session)
+        assert bridge.actual() == {}  # nothing is known yet
+        bridge.foreign.replace(bridge.records)
+        await until(lambda: bridge.actual() == bridge.wanted())
+        assert len(bridge.actual()) == 3
+        bridge.put(Place("b", "web", ""), port=81)  # another address
+        bridge.put(Place("b", "web", "1"))  # other labels, state and priority
+        bridge.delete(Place("c", "cache", "x" * 63))
+        await until(lambda: bridge.actual() == bridge.wanted())
+    peer = await daemon.peer()
+    async with asyncio.timeout(WAIT_S):
+        while (await peer.ask(cmd="list"))["instances"]:  # all ended with their connection
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_a_random_history(daemon: InLoop, seed: int) -> None:
+    rng = random.Random(seed)
+    places = [Place(m, name, instance) for m in "bc" for name in ("web", "db") for instance in ("", "1", "2")]
+    peer = await daemon.peer()
+    async with incoming(daemon) as bridge:
+        bridge.foreign.replace({})
+        for _ in range(150):
+            place = rng.choice(places)
+            name, instance = arrival_key(place)
+            match rng.randrange(9):
+                case 0 | 1 | 2 | 3:
+                    bridge.put(place, rng.randrange(1, 4), meta=rng.choice([{}, {"x": "1"}]))
+                case 4:
+                    bridge.delete(place)
+                case 5:
+                    await peer.ask(cmd="deregister", name=name, instance=instance)
+                case 6:
+                    await peer.ask(cmd="update", name=name, instance=instance, meta={"y": "2"})
+                case 7:
+                    bridge.foreign.withdraw()
+                    await asyncio.sleep(0)
+                    bridge.foreign.replace(bridge.records)
+                case 8 if bridge.local.session is not None:
+                    rng.choice(bridge.local.session._connections).abort("cut by the test")
+            if rng.random() < 0.3:
+                await asyncio.sleep(0.002)
+        await until(lambda: bridge.actual() == bridge.wanted() and bridge.local.session)
+        assert bridge.local.session is not None
+        listed = await bridge.local.session.list_all()
+        assert bridge.foreign.unregistered(listed) == set()
+        assert bridge.local.differences(listed) == set()
+        assert bridge.foreign.differences(bridge.records) == set()
+
+
+async def register(peer: Peer, port: int, **fields: Any) -> dict[str, Any]:
+    return await peer.ask(cmd="register", name="web", instance="b", port=port, **fields)
+
+
+@pytest.mark.parametrize("fields", [{}, {"hold": True}])
+async def test_a_local_registration_is_never_touched(daemon: InLoop, fields: dict[str, Any]) -> None:
+    service = await daemon.peer()
+    async with incoming(daemon) as bridge:
+        bridge.foreign.replace({})
+        await until(lambda: bridge.local.session)
+        local = await register(service, 1, **fields)
+        bridge.put(Place("b", "web", ""))
+        bridge.put(Place("b", "other", ""))
+        await until(lambda: ("other", "b") in bridge.actual())
+        assert bridge.foreign.shadowed == {("web", "b")}
+        assert (await service.ask(cmd="resolve", name="web"))["rev"] == local["rev"]
+        await service.ask(cmd="deregister", name="web", instance="b")
+        await until(lambda: ("web", "b") in bridge.actual())
+        assert bridge.foreign.shadowed == set()
+        # It takes the name from what came in, and keeps it.
+        assert (await register(service, 2, **fields))["replaced"]
+        bridge.put(Place("b", "web", ""), port=81)
+        bridge.put(Place("b", "other", ""), port=81)
+        await until(lambda: bridge.actual().get(("other", "b"), {}).get("port") == 81)
+        assert (await service.ask(cmd="resolve", name="web"))["port"] == 2
+        bridge.delete(Place("b", "web", ""))
+        await until(lambda: not bridge.foreign.shadowed)
+        assert (await service.ask(cmd="resolve", name="web"))["port"] == 2
+
+
+async def test_a_local_registration_at_the_very_address(daemon: InLoop) -> None:
+    service = await daemon.peer()
+    async with incoming(daemon) as bridge:
+        bridge.put(Place("b", "web", ""))
+        bridge.foreign.replace(bridge.records)
+        await until(lambda: ("web", "b") in bridge.actual())
+        await register(service, 80, host="10.0.0.7", hold=True)
+        await until(lambda: bridge.local.session and ("web", "b") not in bridge.local.session.held)
+        owners = (await service.ask(cmd="why", name="web"))["instances"][0]["owners"]
+        assert len(owners) == 1
+        await service.close()
+        await until(lambda: ("web", "b") in bridge.actual())
+
+
+async def test_a_local_registration_that_comes_at_the_same_time(
+    daemon: InLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = await daemon.peer()
+    register_arrival = Session.register
+
+    async def register_late(session: Session, key: Key, fields: Any, if_rev: int) -> int:
+        if not bridge.foreign.refused and key == ("web", "b"):
+            await service.ask(cmd="register", name="web", instance="b", port=1)
+        return await register_arrival(session, key, fields, if_rev)
+
+    monkeypatch.setattr(Session, "register", register_late)
+    async with incoming(daemon) as bridge:
+        bridge.foreign.replace({})
+        await until(lambda: bridge.local.session)
+        bridge.put(Place("b", "web", ""))
+        await until(lambda: bridge.foreign.shadowed == {("web", "b")})
+        assert (await service.ask(cmd="resolve", name="web"))["port"] == 1
+
+
+async def test_what_is_held_is_claimed_after_a_restart_of_the_daemon(tmp_path: Path) -> None:
+    unix, registry = tmp_path / "regd.sock", tmp_path / "registry.json"
+    async with incoming(f"unix://{unix}") as bridge:
+        bridge.put(Place("b", "web", ""))
+        bridge.foreign.replace(bridge.records)
+        async with InLoop(registry, unix=unix):
+            await until(lambda: bridge.actual() == bridge.wanted())
+        await until(lambda: bridge.local.session is None)
+        async with InLoop(registry, unix=unix, epoch="another") as daemon:
+            await until(lambda: bridge.local.session and bridge.local.session.held)
+            daemon.clock.advance(31)  # the end of the time to claim
+            bridge.put(Place("b", "mark", ""))
+            await until(lambda: ("mark", "b") in bridge.actual())
+            assert bridge.actual() == bridge.wanted()
+
+
+async def test_many_instances_over_several_connections(tmp_path: Path) -> None:
+    async with limited(tmp_path / "registry.json", held_max=10) as daemon, incoming(daemon) as bridge:
+        for number in range(35):
+            bridge.put(Place("b", "web", str(number)))
+        bridge.foreign.replace(bridge.records)
+        await until(lambda: bridge.actual() == bridge.wanted())
+        assert bridge.local.session is not None
+        assert len(bridge.local.session._connections) == 4  # the first one holds the bridge itself
+        for number in range(35):
+            bridge.put(Place("b", "web", str(number)), port=81)
+        await until(lambda: bridge.actual() == bridge.wanted())
+        for number in range(30):
+            bridge.delete(Place("b", "web", str(number)))
+        for number in range(30):
+            bridge.put(Place("c", "web", str(number)))
+        await until(lambda: bridge.actual() == bridge.wanted())
+        assert len(bridge.local.session._connections) == 4
+        # When one breaks, all begin again.
+        bridge.local.session._connections[2].abort("cut by the test")
+        await until(lambda: bridge.local.session is None)
+        await until(lambda: bridge.local.session and bridge.actual() == bridge.wanted())
+
+
+async def test_more_than_can_be_registered(daemon: InLoop, caplog: pytest.LogCaptureFixture) -> None:
+    async with incoming(daemon, arrivals_max=5) as bridge:
+        bridge.foreign.replace({})
+        for number in range(4):
+            bridge.put(Place("c", "web", str(number)))
+            bridge.put(Place("d", "web", str(number)))
+        machines = ["c"] * 4 + ["d"]
+        await until(lambda: [fields["meta"]["regd.machine"] for fields in in_order(bridge)] == machines)
+        bridge.put(Place("b", "web", "0"))  # an earlier machine takes the place of a later one
+        bridge.put(Place("d", "web", "3"), port=81)
+        await until(lambda: [fields["meta"]["regd.machine"] for fields in in_order(bridge)] == ["b"] + ["c"] * 4)
+        bridge.delete(Place("b", "web", "0"))
+        bridge.delete(Place("c", "web", "1"))
+        bridge.delete(Place("c", "web", "2"))
+        machines = ["c", "c", "d", "d", "d"]
+        await until(lambda: [fields["meta"]["regd.machine"] for fields in in_order(bridge)] == machines)
+        bridge.delete(Place("c", "web", "0"))
+        await until(lambda: bridge.actual() == bridge.wanted())
+        assert bridge.foreign.machines() == {"c": 1, "d": 4}
+    assert caplog.text.count("instances too many") == 1
+
+
+def in_order(bridge: Incoming) -> list[dict[str, Any]]:
+    return [fields for _, fields in sorted(bridge.actual().items(), key=lambda item: item[0][1])]
+
+
+async def test_a_daemon_that_refuses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with limited(tmp_path / "registry.json", registrations_max=3) as daemon, incoming(daemon) as bridge:
+        for number in range(6):
+            bridge.put(Place("b", "web", str(number)))
+        bridge.foreign.replace(bridge.records)
+        await until(lambda: len(bridge.foreign.refused) == 4)
+        assert len(bridge.actual()) == 2
+        for number in range(6):
+            bridge.delete(Place("b", "web", str(number)))
+        await until(lambda: not bridge.foreign.refused and not bridge.actual())
+    assert caplog.text.count("the daemon refuses") == 1
+
+
+async def test_nothing_is_applied_twice(daemon: InLoop) -> None:
+    async with incoming(daemon) as bridge:
+        bridge.put(Place("b", "web", ""))
+        bridge.foreign.replace(bridge.records)
+        await until(lambda: bridge.actual() == bridge.wanted())
+        requests = bridge.foreign.requests
+        bridge.foreign.replace(bridge.records)
+        old = KeyEvent(key_of(PREFIX, Place("b", "web", "")), bridge.revision - 1, None)
+        bridge.foreign.apply(old)
+        bridge.put(Place("b", "mark", ""))
+        await until(lambda: bridge.actual() == bridge.wanted())
+        assert bridge.foreign.requests == requests + 1
+
+
+async def test_a_key_that_no_longer_parses_is_withdrawn(daemon: InLoop, caplog: pytest.LogCaptureFixture) -> None:
+    async with incoming(daemon) as bridge:
+        bridge.put(Place("b", "web", ""))
+        bridge.foreign.replace(bridge.records)
+        await until(lambda: bridge.actual())
+        for _ in range(3):
+            bridge.put(Place("b", "web", ""), host="127.0.0.1")
+        await until(lambda: not bridge.actual())
+        bridge.foreign.replace(bridge.records)
+        assert list(bridge.foreign.ignored.values()) == ["host 127.0.0.1 is not an address of another machine"]
+        bridge.put(Place("b", "web", ""))
+        await until(lambda: bridge.actual() == bridge.wanted())
+        assert bridge.foreign.ignored == {}
+    assert caplog.text.count("ignored the key") == 1
+
+
+async def test_two_bridges_at_one_daemon(daemon: InLoop) -> None:
+    async with incoming(daemon) as bridge:
+        await until(lambda: bridge.local.session)
+        second = Incoming(f"127.0.0.1:{daemon.port}", 10)
+        second.local._bridge = {"port": 10}
+        with pytest.raises(LocalRefusal, match="another bridge serves the daemon"):
+            await second.local.run(second.foreign.run)
+        await second.local.close()
