@@ -1,0 +1,169 @@
+"""The example of `make cluster`: two machines on this one, with a daemon, a bridge and a runner each.
+
+The caller is on machine b. It needs etcd, which it starts on a free port, and the extra `etcd`. Both machines
+have the address 127.0.0.1. Runs until Ctrl-C or SIGTERM, and then stops everything.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+HERE = Path(__file__).resolve().parent
+PATH = os.pathsep.join([str(HERE.parent), str(HERE.parent / "client")])
+READY_WITHIN_S = 30.0
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+REGCTL = ("-m", "regd.cli.regctl")
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def environment(address: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": PATH, "REGD_ADDRESS": address}
+
+
+@contextlib.contextmanager
+def running(
+    label: str, *command: str, ready: Callable[[str], bool], address: str = "", shown: bool = True
+) -> Iterator[subprocess.Popen[str]]:
+    """Run a program during the block, which begins when `ready` accepts a line of its output."""
+    process = subprocess.Popen(
+        command,
+        env=environment(address),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # Ctrl-C reaches this program alone, which stops the others in order
+    )
+    seen = threading.Event()
+
+    def show() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if shown:
+                say(f"  {label}: {line.rstrip()}")
+            if ready(line):
+                seen.set()
+        seen.set()  # the program has ended
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        if not seen.wait(READY_WITHIN_S) or process.poll() is not None:
+            raise SystemExit(f"{label} did not start; its output is above")
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        thread.join(1)
+
+
+@contextlib.contextmanager
+def etcd(folder: Path) -> Iterator[str]:
+    """Run a member of etcd, and yield its address."""
+    program = shutil.which("etcd")
+    if program is None:
+        raise SystemExit("etcd is not installed: apt install etcd-server")
+    client, peer = f"127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}"
+    command = [
+        program, "--data-dir", str(folder / "etcd"), "--listen-client-urls", f"http://{client}",
+        "--advertise-client-urls", f"http://{client}", "--listen-peer-urls", peer,
+        "--initial-advertise-peer-urls", peer, "--initial-cluster", f"default={peer}",
+    ]  # fmt: skip
+    with running("etcd", *command, ready=lambda line: "ready to serve client requests" in line, shown=False):
+        yield client
+
+
+@contextlib.contextmanager
+def machine(name: str, port: int, etcd_address: str, folder: Path) -> Iterator[tuple[str, list[int]]]:
+    """Run a daemon, a bridge and a runner. Yield the daemon's address, and the processes."""
+    address = f"tcp://127.0.0.1:{free_port()}"
+    daemon = ["-m", "regd", "--log-level", "warning", "--port", address.rpartition(":")[2]]
+    daemon += ["--registry", str(folder / name / "registry.json")]
+    bridge = [*REGCTL, "bridge", "--etcd", etcd_address, "--machine", name, "--advertise", "127.0.0.1"]
+    runner = [str(HERE / "runner.py"), str(port)]
+    with (
+        running(f"{name} regd", sys.executable, *daemon, ready=lambda line: "listening" in line) as one,
+        running(
+            f"{name} bridge",
+            sys.executable,
+            *bridge,
+            address=address,
+            ready=lambda line: "connected to the daemon" in line,
+        ) as two,
+        running(
+            f"{name} runner",
+            sys.executable,
+            *runner,
+            address=address,
+            ready=lambda line: "registered" in line,
+        ) as three,
+    ):
+        yield address, [one.pid, two.pid, three.pid]
+
+
+def leave(number: int, frame: FrameType | None) -> None:
+    for each in ENDS:
+        signal.signal(each, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    for each in ENDS:
+        signal.signal(each, leave)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        say("1. etcd, and two machines with a daemon, a bridge and a runner each:")
+        with (
+            etcd(folder) as etcd_address,
+            machine("a", free_port(), etcd_address, folder) as (_, pids),
+            machine("b", free_port(), etcd_address, folder) as (address_b, _),
+        ):
+            say("2. The runner on b becomes a spare: its priority is worse than that of another machine's, 100.")
+            regctl(address_b, "update", "runner", "--priority", "200")
+            say("3. The caller on b asks its own daemon for runner, and calls the one on a:")
+            caller = [sys.executable, str(HERE / "caller.py")]
+            with running("b", *caller, address=address_b, ready=lambda line: "got" in line):
+                say("4. What b has:")
+                say(regctl(address_b, "list").rstrip())
+                say("5. Your turn, in another terminal:")
+                say(f"  kill -9 {pids[2]}   # the runner on a: the caller goes on with the one on b at once")
+                words = " ".join(map(str, pids))
+                say(f"  kill -9 {words}   # the whole machine a: within 10 s, when its lease has ended")
+                command = f"PYTHONPATH={PATH} {sys.executable} -m regd.cli.regctl bridge --status"
+                say(f"  REGD_ADDRESS={address_b} {command}")
+                say("Ctrl-C ends all of this.")
+                signal.pause()
+
+
+def regctl(address: str, *words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *REGCTL, *words], env=environment(address), capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        say("Ended: caller, machines, etcd.")
