@@ -103,3 +103,11 @@ def at_least(rounds: Rounds, what: str, least: float, to: str, row: str) -> list
         return []
     measured = ratio(rounds, what, to, "a_second")
     return [Goal(f"{row}: {what}", f"{measured} × {to}", f"≥ {least:g} × {to}", measured.middle >= least)]
+
+
+def at_most(rounds: Rounds, what: str, most: float, to: str, title: str, key: str) -> list[Goal]:
+    """Return the target of a time in proportion to another server's; empty if one of the two was left out."""
+    if what not in rounds or to not in rounds:
+        return []
+    measured = ratio(rounds, what, to, key)
+    return [Goal(title, f"{measured} × {to}", f"≤ {most:g} × {to}", measured.middle <= most)]
