@@ -1,4 +1,4 @@
-"""The decisions of the registry. No asyncio, clock, socket, file, JSON or logger in here.
+"""The rules of the registry, as functions of values.
 
-Time and randomness come in as arguments; values come out: entries, changes, refusals.
+This package uses no clock, socket, file or logger. The caller passes the time in, so that tests can choose it.
 """

@@ -1,6 +1,6 @@
-"""The error codes that a peer can see, and the exceptions of the core.
+"""The error codes of the protocol, and the exceptions that carry them.
 
-Codes are part of the protocol; messages are for people.
+Clients may rely on the codes. The messages are for people and may change.
 """
 
 from enum import StrEnum
@@ -8,7 +8,7 @@ from typing import Self
 
 
 class Code(StrEnum):
-    """The error codes. The text of each is the one in PROTOCOL.md."""
+    """The error codes. `meaning` is the text in PROTOCOL.md."""
 
     meaning: str
 
@@ -38,9 +38,9 @@ class Code(StrEnum):
 
 
 class Refused(Exception):
-    """A request is refused with an error.
+    """A request is refused.
 
-    `message` is one sentence for a person; `details` are further fields of the reply.
+    `code`, `message` (one sentence for people) and `details` (further fields) become the error reply.
     """
 
     def __init__(self, code: Code, message: str, **details: object) -> None:
@@ -49,11 +49,11 @@ class Refused(Exception):
         self.message = message
         self.details = details
 
-    def bare(self) -> Self:
-        """Return this exception without its traceback, which would keep the objects of the request alive."""
+    def without_traceback(self) -> Self:
+        """Remove the traceback, which would keep the objects of the request alive, and return the exception."""
         self.__traceback__ = self.__context__ = None
         return self
 
 
 class Invalid(ValueError):
-    """A value breaks a rule of the model. The text completes a sentence that begins with the argument's name."""
+    """A value is not valid. The message continues the argument's name: "must be 1 to 65535"."""

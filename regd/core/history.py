@@ -1,8 +1,8 @@
-"""The latest changes, bounded in count and bytes, for watchers.
+"""The latest changes, bounded in number and bytes, from which watches are served.
 
-A watcher is a revision in this history. If the changes after that revision are gone, it starts again with a
-snapshot. The history survives restarts, and so do positions in it: each life of the daemon is an epoch, and a
-position is valid up to the last revision that its epoch left on disk.
+The position of a watch is a revision. If the history no longer has the changes after it, the watch begins again
+with a snapshot. Positions survive restarts: each run of the daemon is an epoch, and a position of an earlier
+epoch is valid up to the last revision that this epoch left on disk.
 """
 
 from bisect import bisect_right
@@ -13,13 +13,18 @@ from operator import attrgetter
 from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Change
 
-_CHANGE_BYTES = 256  # of a change itself, besides its entries
+_CHANGE_BYTES = 256  # the memory of a change without its entries
 
 
 class History:
-    """All changes after a revision, up to the present one.
+    """The changes after some revision, without a gap.
 
-    `changes` are those of earlier epochs, all after `rev`; `epochs` are those epochs, with their last revisions.
+    Args:
+        rev: the revision before the first change.
+        limits: how many changes and bytes are kept.
+        changes: changes of earlier epochs, in order, all after `rev`.
+        epoch: the present epoch.
+        epochs: the earlier epochs whose positions are valid, each with its last revision.
     """
 
     def __init__(
@@ -34,7 +39,7 @@ class History:
         self._limits = limits
         self._changes: list[Change] = []
         self._weights: list[int] = []  # of each change
-        self._start = 0  # the changes before are dropped; their places are freed now and then
+        self._start = 0  # the index of the first change that is kept; `add` deletes those before it in bulk
         self._before = rev  # the revision before the first change that is kept
         self._last = rev
         self._epoch = epoch
@@ -50,8 +55,10 @@ class History:
         return islice(self._changes, self._start, None)
 
     def add(self, change: Change) -> None:
-        before = change.before
-        weight = _CHANGE_BYTES + change.entry.weight_bytes + (before.weight_bytes if before is not None else 0)
+        """Append a change, and drop the oldest ones beyond the limits."""
+        previous = change.previous
+        weight = _CHANGE_BYTES + change.entry.weight_bytes
+        weight += previous.weight_bytes if previous is not None else 0
         self._changes.append(change)
         self._weights.append(weight)
         self._last = change.rev
@@ -70,18 +77,18 @@ class History:
             del self._weights[: self._start]
             self._start = 0
 
-    def knows(self, rev: int) -> bool:
-        """Whether every change after a revision is still here."""
+    def has_all_after(self, rev: int) -> bool:
+        """Whether the history has all changes after a revision. False for a revision of the future."""
         return self._before <= rev <= self._last
 
-    def reaches(self, epoch: str, rev: int) -> bool:
-        """Whether a watcher that saw a revision in an epoch can go on from there."""
+    def can_resume(self, epoch: str, rev: int) -> bool:
+        """Whether a watch can resume after this revision of this epoch."""
         last = self._last if epoch == self._epoch else self._epochs.get(epoch, -1)
-        return rev <= last and self.knows(rev)
+        return rev <= last and self.has_all_after(rev)
 
     def since(self, rev: int, most: int) -> list[Change]:
-        """Return up to `most` changes after a revision, for which `knows` must be true."""
-        # Revisions that a failing disk took are missing, so that a revision is not an index.
+        """Return up to `most` changes after a revision. `has_all_after` must be true for it."""
+        # The index cannot be computed: there are gaps between revisions, since a failing disk uses some up.
         at = bisect_right(self._changes, rev, self._start, key=_REV)
         return self._changes[at : at + most]
 

@@ -1,8 +1,10 @@
-"""The holders of committed registrations: what each one holds, its deadlines, and the marks of gone holders.
+"""The holders of committed registrations: what they hold, their deadlines, and which of them are gone.
 
-`HolderGone` says which holder is gone; a transaction turns that into changes. In between, the holder is marked,
-and its registrations are no longer resolved. The index has no timer: the caller passes `now` and asks
-`next_deadline`.
+The end of a holder takes effect in two steps. It is marked as gone, so that its registrations are no longer
+resolved. Later a transaction ends the registrations, and the mark is removed once that is committed. `HolderGone`
+carries an end from the first step to the second.
+
+There is no timer in here: the caller passes the time, and calls `expire` when `next_deadline` has passed.
 """
 
 from collections import defaultdict, deque
@@ -15,7 +17,10 @@ from regd.core.model import Entry, Holder, Key, Process, Reason
 
 @dataclass(frozen=True, slots=True)
 class HolderGone:
-    """A connection, a process or a single holder is gone. Exactly one of the three is set."""
+    """The end of a connection, a process or a single holder. Exactly one of the three is set.
+
+    `holder` is the key of its registration and its id.
+    """
 
     reason: Reason
     session: int | None = None
@@ -23,36 +28,40 @@ class HolderGone:
     holder: tuple[Key, int] | None = None
 
 
-# The two kinds of deadline: of a lease, and of a loaded `hold` that must be claimed.
-_CLAUSES = (Reason.EXPIRED, Reason.CLOSED)
-_STEPS = 256  # outdated records that `next_deadline` removes at a time
+# The two kinds of deadline, named by the reason of the end: a lease expires, and a loaded `hold` was not claimed.
+_DEADLINES = (Reason.EXPIRED, Reason.CLOSED)
+_STEPS = 256  # outdated records that one call of `next_deadline` removes at most
 
 Record = tuple[float, int, Reason, Key]
+"""A deadline in a heap: when, the holder's id, its kind, and the key of the registration."""
 
 
 class HolderIndex:
-    """The holders of all committed entries. `claim_s` is how long a loaded `hold` waits for its client.
+    """The holders of all committed entries.
 
-    A loaded `hold` that has a process too waits longer: whenever its address is to be probed, its key and id are
-    added to `unclaimed`.
+    Args:
+        claim_s: the seconds that a client has to claim a loaded `hold`.
 
-    Deadlines are stored without the time that `prolong` has added, so that `prolong` need not touch them.
+    Attributes:
+        unclaimed: loaded `hold`s that have a process and were not claimed in time, each as a key and a holder id.
+            They do not end by themselves: the caller probes their addresses, and either ends them or calls
+            `probe_at`.
     """
 
     def __init__(self, claim_s: float) -> None:
         self.unclaimed: deque[tuple[Key, int]] = deque()
         self._claim_s = claim_s
-        self._prolonged_s = 0.0
-        # In order of registration, which is the order in which registrations end.
+        self._prolonged_s = 0.0  # is not in the stored deadlines, so that `prolong` need not change them
+        # Dictionaries instead of sets, since registrations end in the order in which they were made.
         self._of_session: defaultdict[int, dict[Key, None]] = defaultdict(dict)
         self._of_process: defaultdict[Process, dict[Key, None]] = defaultdict(dict)
         self._due: dict[tuple[int, Reason], float] = {}  # the current deadlines, by holder
-        # Heaps of deadlines, some outdated. A heap with too many outdated records becomes `_shrinking`, whose
-        # current records move to the other heap, a few at a time.
+        # Heaps of deadlines. A renewal leaves an outdated record behind. A heap with too many of them becomes
+        # `_shrinking`, and its current records move to the other heap, a few at a time.
         self._queue: list[Record] = []
         self._shrinking: list[Record] = []
-        self._awaits_probe: set[int] = set()  # unclaimed holders that have a process
-        # The marks of gone sessions, processes and holders (by id) whose end is not committed yet.
+        self._awaits_probe: set[int] = set()  # the ids of unclaimed holders that have a process
+        # Marks: the sessions, processes and holders (by id) that are gone, and whose end is not committed yet.
         self._gone_sessions: set[int] = set()
         self._gone_processes: set[Process] = set()
         self._gone_holders: dict[int, Reason] = {}
@@ -60,7 +69,7 @@ class HolderIndex:
     # Committed changes.
 
     def move(self, before: Entry | None, after: Entry | None, now: float) -> set[Process]:
-        """Apply a change, and return the processes that no longer hold anything."""
+        """Record a committed change of an entry. Return the processes that have lost their last registration."""
         old = before.holders if before else ()
         new = after.holders if after else ()
         if old == new:
@@ -88,10 +97,10 @@ class HolderIndex:
             if holder.process is not None:
                 self._awaits_probe.add(holder.id)
 
-    def _push(self, key: Key, holder_id: int, clause: Reason, deadline: float) -> None:
+    def _push(self, key: Key, holder_id: int, kind: Reason, deadline: float) -> None:
         deadline -= self._prolonged_s
-        self._due[holder_id, clause] = deadline
-        heappush(self._queue, (deadline, holder_id, clause, key))
+        self._due[holder_id, kind] = deadline
+        heappush(self._queue, (deadline, holder_id, kind, key))
         self._shrink(4)
 
     def _shrink(self, most: int) -> None:
@@ -107,8 +116,8 @@ class HolderIndex:
         return self._due.get(record[1:3]) == record[0]
 
     def _drop(self, holder_id: int) -> None:
-        for clause in _CLAUSES:
-            self._due.pop((holder_id, clause), None)
+        for kind in _DEADLINES:
+            self._due.pop((holder_id, kind), None)
         self._awaits_probe.discard(holder_id)
 
     def _leave(self, key: Key, old: Iterable[Holder], new: Iterable[Holder]) -> set[Process]:
@@ -129,7 +138,7 @@ class HolderIndex:
         return free
 
     def held_by(self, ending: HolderGone) -> Collection[Key]:
-        """Return the keys of the registrations that a gone holder held."""
+        """Return the keys of the registrations that a gone connection, process or holder has."""
         if ending.session is not None:
             return self._of_session.get(ending.session, ())
         if ending.process is not None:
@@ -142,12 +151,13 @@ class HolderIndex:
             return len(self._of_process.get(owner, ()))
         return len(self._of_session.get(owner, ())) if owner is not None else 0
 
-    def knows(self, process: Process) -> bool:
+    def has_process(self, process: Process) -> bool:
+        """Whether a process holds a registration."""
         return process in self._of_process
 
     @property
     def is_empty(self) -> bool:
-        """True if no registration has a holder, that is, all are static."""
+        """Whether all registrations are static."""
         return not (self._of_session or self._of_process or self._due)
 
     @property
@@ -157,18 +167,19 @@ class HolderIndex:
     # Time.
 
     def renew(self, key: Key, holder: Holder, now: float, ttl_s: float) -> None:
-        """Renew a lease for `ttl_s` from now."""
+        """Renew a lease: it ends `ttl_s` seconds after `now`. Does nothing if the holder has no lease."""
         if (holder.id, Reason.EXPIRED) in self._due:
             self._push(key, holder.id, Reason.EXPIRED, now + ttl_s)
 
     def prolong(self, seconds: float) -> None:
-        """Move every deadline, by time in which the daemon could receive no renewal and no claim."""
+        """Move every deadline by the time in which the daemon could receive no renewal and no claim."""
         self._prolonged_s += seconds
 
     def next_deadline(self) -> float | None:
-        """Return when to call `expire` next, None if there is no deadline.
+        """Return when to call `expire` next; None if there is no deadline.
 
-        With many outdated records the time may be too early; `expire` then removes more of them.
+        If there are many outdated records, the time may be too early. Then `expire` returns nothing, but removes
+        outdated records.
         """
         self._shrink(_STEPS)
         for queue in (self._queue, self._shrinking):
@@ -180,13 +191,13 @@ class HolderIndex:
         return queue[0][0] + self._prolonged_s if queue else None
 
     def _first(self) -> list[Record]:
-        """Return the heap with the earliest deadline; an empty one if there is none."""
+        """Return the heap with the earliest deadline, or an empty heap."""
         if self._shrinking and (not self._queue or self._shrinking[0] < self._queue[0]):
             return self._shrinking
         return self._queue
 
     def expire(self, now: float, most: int) -> list[HolderGone]:
-        """Mark up to `most` holders gone whose deadline has passed, and return them, each once.
+        """Mark holders as gone whose deadline has passed, and return their ends. Look at up to `most` deadlines.
 
         An unclaimed holder that has a process is added to `unclaimed` instead.
         """
@@ -196,26 +207,26 @@ class HolderIndex:
             if not queue or queue[0][0] + self._prolonged_s > now:
                 break
             record = heappop(queue)
-            _, holder_id, clause, key = record
+            _, holder_id, kind, key = record
             if not self._is_current(record):
                 continue
-            del self._due[holder_id, clause]
-            if clause is Reason.CLOSED and holder_id in self._awaits_probe:
+            del self._due[holder_id, kind]
+            if kind is Reason.CLOSED and holder_id in self._awaits_probe:
                 self.unclaimed.append((key, holder_id))
             elif holder_id not in self._gone_holders:
-                self._gone_holders[holder_id] = clause
-                endings.append(HolderGone(clause, holder=(key, holder_id)))
+                self._gone_holders[holder_id] = kind
+                endings.append(HolderGone(kind, holder=(key, holder_id)))
         return endings
 
-    def wait_on(self, key: Key, holder_id: int, deadline: float) -> None:
-        """Have an unclaimed holder probed again at `deadline`. Does nothing once its client has claimed it."""
+    def probe_at(self, key: Key, holder_id: int, deadline: float) -> None:
+        """Add an unclaimed holder to `unclaimed` again at `deadline`, unless its client claims it before."""
         if holder_id in self._awaits_probe:
             self._push(key, holder_id, Reason.CLOSED, deadline)
 
     # Marks.
 
     def mark(self, ending: HolderGone) -> None:
-        """Mark a holder gone."""
+        """Mark a connection, process or holder as gone."""
         if ending.session is not None:
             self._gone_sessions.add(ending.session)
         if ending.process is not None:
@@ -223,8 +234,8 @@ class HolderIndex:
         if ending.holder is not None:
             self._gone_holders[ending.holder[1]] = ending.reason
 
-    def settle(self, ending: HolderGone) -> None:
-        """Remove the mark of a holder whose end is committed."""
+    def unmark(self, ending: HolderGone) -> None:
+        """Remove a mark, since the end is committed."""
         if ending.session is not None:
             self._gone_sessions.discard(ending.session)
         if ending.process is not None:
@@ -232,8 +243,8 @@ class HolderIndex:
         if ending.holder is not None:
             self._gone_holders.pop(ending.holder[1], None)
 
-    def gone(self, holder: Holder) -> Reason | None:
-        """Return why a holder is marked gone, None if it is not."""
+    def gone_reason(self, holder: Holder) -> Reason | None:
+        """Return why a holder is marked as gone; None if it is not."""
         if holder.process is not None and holder.process in self._gone_processes:
             return Reason.EXITED
         if holder.hold and holder.session is not None and holder.session in self._gone_sessions:
@@ -241,13 +252,15 @@ class HolderIndex:
         return self._gone_holders.get(holder.id)
 
     def is_alive(self, entry: Entry) -> bool:
-        """Whether an entry is static, or has a holder that is neither withdrawn nor marked gone."""
+        """Whether an entry is static, or has a holder that is neither withdrawn nor marked as gone."""
         if not entry.holders:
             return True
-        return any(not holder.withdrawn and self.gone(holder) is None for holder in entry.holders)
+        return any(not holder.withdrawn and self.gone_reason(holder) is None for holder in entry.holders)
 
-    def death(self, entry: Entry) -> Reason | None:
-        """Return why an entry is presumed dead, None while it is alive."""
+    def death_reason(self, entry: Entry) -> Reason | None:
+        """Return why an entry is no longer resolved although its end is not committed; None if it is alive."""
         if self.is_alive(entry):
             return None
-        return next((reason for holder in entry.holders if (reason := self.gone(holder)) is not None), None)
+        return next(
+            (reason for holder in entry.holders if (reason := self.gone_reason(holder)) is not None), None
+        )

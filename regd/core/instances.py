@@ -1,6 +1,6 @@
-"""The instances of one name, and a search among them that can be done in steps.
+"""The instances of one name, and a search among them.
 
-A name may have a hundred thousand instances, so nothing here looks at all of them at once.
+A name may have a hundred thousand instances. So a search is done in steps, with other work in between.
 """
 
 from bisect import bisect_left, bisect_right
@@ -18,19 +18,21 @@ _rank = attrgetter("priority", "instance")
 class Instances:
     """The instances of one name.
 
-    `entries` are in order of instance; `ranked` are the same, the best priority first, then in order of instance.
-    `served` is the name of the instance resolved last; the next `resolve` begins after it.
+    Attributes:
+        entries: in order of instance.
+        ranked: in order of priority, the best first, then of instance.
+        served: the round-robin position: the instance that was resolved last. It may have ended since.
     """
 
     __slots__ = ("entries", "ranked", "served")
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
-        self.ranked = self.entries  # the very same list as long as all instances have one priority
+        self.ranked = self.entries  # the same list object, unless there are several priorities
         self.served: str | None = None
 
     def get(self, instance: str) -> Entry | None:
-        if len(self.entries) == 1:  # as of most names
+        if len(self.entries) == 1:  # the usual case
             entry = self.entries[0]
             return entry if entry.instance == instance else None
         at = bisect_left(self.entries, instance, key=_instance)
@@ -62,9 +64,9 @@ class Instances:
         self._share()
 
     def append(self, entry: Entry) -> None:
-        """Add an entry that comes after all others."""
+        """Add an entry whose instance is after all others in order."""
         if not self.entries:
-            self.ranked = self.entries = [entry]  # a list of exactly one element: most names have one instance
+            self.ranked = self.entries = [entry]  # a literal: with `append`, the list would reserve more memory
         elif self.ranked is self.entries and self.entries[0].priority == entry.priority:
             self.entries.append(entry)
         else:
@@ -78,7 +80,7 @@ class Instances:
         self._share()
 
     def _share(self) -> None:
-        """Drop the second list if one is enough."""
+        """Drop the second list if all instances have one priority."""
         if self.ranked and self.ranked[0].priority == self.ranked[-1].priority:
             self.ranked = self.entries
 
@@ -87,25 +89,31 @@ class Instances:
         ranked = self.ranked
         return ranked[0] is entry and (len(ranked) == 1 or ranked[1].priority != entry.priority)
 
-    def behind(self, instance: str | None) -> int:
-        """Return the index of the first instance behind `instance`, which need not exist; None is before all."""
-        return 0 if instance is None else bisect_right(self.entries, instance, key=_instance)
+    def index_after(self, instance: str) -> int:
+        """Return the index in `entries` of the first instance after `instance`, which need not exist."""
+        return bisect_right(self.entries, instance, key=_instance)
 
 
-class Place(NamedTuple):
-    """Where the next search begins: after `entry`, in the order of a search with this `turn`."""
+class SearchPosition(NamedTuple):
+    """A position in a search: after `entry`, in the order that the search had with `served`."""
 
-    turn: str | None
+    served: str | None
     entry: Entry
 
 
 class Search:
-    """A search for up to `most` entries that fit, once around. `found` are those so far.
+    """A search that looks at each instance of a name once, in steps. It sees the entries as of its first step.
 
-    `entries` are ranked as in `Instances`: the best priority comes first. Within a priority the search begins
-    behind the instance `turn`, which need not exist; None is before all. With `after`, it begins there instead.
+    Args:
+        entries: the instances, as in `Instances.ranked`. The search goes from the best priority to the worst.
+        most: how many entries to find.
+        fits: whether an entry is wanted.
+        served: the round-robin position. Each priority is searched from the instance after it to the last, then
+            from the first to it. None: from the first to the last.
+        after: begin here, and search what comes before it last.
 
-    It sees the entries as they were at its first step.
+    Attributes:
+        found: the entries found so far.
     """
 
     __slots__ = (
@@ -118,7 +126,7 @@ class Search:
         "_left",
         "_most",
         "_rest",
-        "_turn",
+        "_served",
         "found",
     )
 
@@ -127,71 +135,71 @@ class Search:
         entries: list[Entry],
         most: int,
         fits: Callable[[Entry], bool],
-        turn: str | None = None,
-        after: Place | None = None,
+        served: str | None = None,
+        after: SearchPosition | None = None,
     ) -> None:
         self._entries = entries
         self._copied = False
         self._left = len(entries)
         self._most = most
         self._fits = fits
-        self._turn = turn
+        self._served = served
         self.found: list[Entry] = []
-        # The present range of indices, and the range that follows it within the same priority, which ends at
-        # `_high`.
+        # The range of indices that is searched now, from `_at` to `_end`. `_rest` is the range that follows it in
+        # the same priority, which ends at `_high`.
         self._at = self._end = self._high = 0
         self._rest = (0, 0)
         if after is not None:
-            self._turn = after.turn
-            self._begin_behind(after.entry)
+            self._served = after.served
+            self._begin_after(after.entry)
         elif entries:
             self._begin_priority(0)
 
     @property
-    def place(self) -> Place:
-        """Where the next search begins: after the last entry found."""
-        return Place(self._turn, self.found[-1])
+    def position(self) -> SearchPosition:
+        """The position after the last entry found, for another search."""
+        return SearchPosition(self._served, self.found[-1])
 
-    def _begin_behind(self, entry: Entry) -> None:
+    def _begin_after(self, entry: Entry) -> None:
         low = bisect_left(self._entries, entry.priority, key=_priority)
         self._high = bisect_right(self._entries, entry.priority, low, key=_priority)
         self._at = bisect_right(self._entries, entry.instance, low, self._high, key=_instance)
-        turn = low
-        if self._turn is not None:
-            turn = bisect_right(self._entries, self._turn, low, self._high, key=_instance)
-        if self._turn is None or entry.instance > self._turn:
-            self._end, self._rest = self._high, (low, turn)
+        first = low
+        if self._served is not None:
+            first = bisect_right(self._entries, self._served, low, self._high, key=_instance)
+        if self._served is None or entry.instance > self._served:
+            self._end, self._rest = self._high, (low, first)
         else:
-            self._end, self._rest = turn, (turn, turn)
+            self._end, self._rest = first, (first, first)
 
     def _begin_priority(self, low: int) -> None:
-        """Begin with the priority whose entries begin at index `low`, behind its turn."""
+        """Search the priority whose entries begin at index `low`."""
         entries = self._entries
         high = len(entries)
         if high - low > 1 and entries[low].priority != entries[-1].priority:
             high = bisect_right(entries, entries[low].priority, low, key=_priority)
-        at = low if self._turn is None else bisect_right(entries, self._turn, low, high, key=_instance)
+        at = low if self._served is None else bisect_right(entries, self._served, low, high, key=_instance)
         self._at, self._end, self._rest, self._high = at, high, (low, at), high
 
     def _next_range(self) -> None:
-        """Go on before the turn of this priority, or else with the next priority."""
+        """Continue with the rest of this priority, or else with the next priority."""
         (start, end), self._rest = self._rest, (0, 0)
         if start < end:
             self._at, self._end = start, end
         else:
             self._begin_priority(self._high if self._high < len(self._entries) else 0)
 
-    def go_on(self, looks: int) -> bool:
-        """Look at up to `looks` more entries. Return whether the search is complete."""
-        if looks > self._left:
-            looks = self._left
-        self._left -= looks
-        while looks:
+    def step(self, count: int) -> bool:
+        """Look at up to `count` more entries. Return whether the search is complete."""
+        if count > self._left:
+            count = self._left
+        self._left -= count
+        while count:
             while self._at == self._end:
                 self._next_range()
             start = self._at
-            self._at = self._end if self._end - start < looks else start + looks
-            looks -= self._at - start
+            self._at = self._end if self._end - start < count else start + count
+            count -= self._at - start
             for at in range(start, self._at):
                 entry = self._entries[at]
                 if self._fits(entry):

@@ -1,7 +1,6 @@
-"""Every limit of the daemon in one table: value, why, what happens beyond it, which error, what it costs.
+"""The table of all limits: value, reason, effect beyond it, error code and memory.
 
-The daemon reads its limits from a `Limits`, `hello` and `stats` show them, and the table in DESIGN.md is held
-against this one by a test.
+`hello` and `stats` show the limits in use. A test compares the table in DESIGN.md with this one.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -9,13 +8,13 @@ from typing import Any, Self
 
 
 def _row(value: float, why: str, beyond: str, error: str = "", *, each_bytes: int = 0) -> Any:
-    """`each_bytes` is the memory that one of so many takes at most; 0 where another row counts it."""
+    """Return a row. `each_bytes` is the most memory that one unit takes; 0 if another row counts it."""
     return field(default=value, metadata={"why": why, "beyond": beyond, "error": error, "each_bytes": each_bytes})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The limits in use. A name ends with its unit; a name without a unit is a count."""
+    """The limits in use. A name ends with its unit; without a unit, the limit is a number of things."""
 
     line_bytes_max: int = _row(
         65_536, "16 times the largest meta; Redis takes the same", "line skipped to its end", "too_large"
@@ -33,17 +32,17 @@ class Limits:
         each_bytes=6_144,
     )
     readonly_connections_max: int = _row(
-        2_560, "of these, of users who may only read: they leave room", "closed", "busy"
+        2_560, "connections of users who may only read; the others remain for writers", "closed", "busy"
     )
     requests_in_flight_max: int = _row(
-        64, "per connection; fills a commit, no more", "connection is not read until replies are out"
+        64, "per connection; enough to fill a commit", "connection is not read until replies are out"
     )
     writes_waiting_max: int = _row(
         16_384, "of all connections; some 256 connections at their own limit", "request refused", "busy"
     )
     pending_bytes_max: int = _row(
         134_217_728,
-        "requests that wait for the disk, are parked or watch",
+        "requests that wait for the disk or an instance, and watches",
         "request refused",
         "busy",
         each_bytes=1,
@@ -59,7 +58,7 @@ class Limits:
         each_bytes=1,
     )
     readonly_output_bytes_total_max: int = _row(
-        16_777_216, "`output_bytes_total_max` of users who may only read", "the largest are cut", each_bytes=1
+        16_777_216, "`output_bytes_total_max` of users who may only read", "the largest are dropped", each_bytes=1
     )
     readonly_watches_total_max: int = _row(
         16_384, "`watches_total_max` of users who may only read", "request refused", "busy"
@@ -81,35 +80,43 @@ class Limits:
         16_384, "unsent, per connection; the kernel holds more", "connection is not read until all is sent"
     )
     output_bytes_total_max: int = _row(
-        67_108_864, "unsent, of connections beyond output_bytes_max", "the largest are cut", each_bytes=1
+        67_108_864, "unsent, of connections beyond output_bytes_max", "the largest are dropped", each_bytes=1
     )
     input_bytes_total_max: int = _row(
         67_108_864, "unfinished or unanswered lines in all", "the largest are closed", "busy", each_bytes=1
     )
-    reply_instances_max: int = _row(1_000, "a page that people and loops can take", "`next` or `more`")
+    reply_instances_max: int = _row(1_000, "a page that is quick to encode and to read", "`next` or `more`")
     reply_bytes_max: int = _row(1_048_576, "a reply is one write", "`next` or `more`")
-    list_scan_max: int = _row(2_000, "looked at for one page; keeps the loop free", "`next`")
+    list_scan_max: int = _row(2_000, "entries looked at for one page; keeps the event loop free", "`next`")
     search_step_max: int = _row(
         2_000, "instances looked at in one loop iteration", "the search continues in a later one"
     )
     round_robin_filters_max: int = _row(
-        4_096, "round-robin positions, by `meta` asked for", "round robin starts again", each_bytes=512
+        4_096,
+        "round-robin positions, one for each `meta` filter of a name",
+        "round robin starts again",
+        each_bytes=512,
     )
-    near_candidates_max: int = _row(128, "looked at for near misses", "the rest is not looked at")
-    near_names_max: int = _row(3, "more is no hint", "the rest is not named")
+    near_candidates_max: int = _row(128, "names compared with a misspelled one", "the rest is not compared")
+    near_names_max: int = _row(3, "more would not help", "the rest is not named")
     departures_max: int = _row(
-        1_024, "names that left, for `last` and `why`", "the oldest is forgotten", each_bytes=3_072
+        1_024,
+        "names whose departures are kept, for `last` and `why`",
+        "the oldest is forgotten",
+        each_bytes=3_072,
     )
-    departures_kept: int = _row(8, "of each name, for `why`", "the oldest is forgotten")
-    held_max: int = _row(10_000, "per connection, with `hold`", "request refused", "busy")
+    departures_kept: int = _row(8, "departures of each name, for `why`", "the oldest is forgotten")
+    held_max: int = _row(10_000, "registrations per connection, with `hold`", "request refused", "busy")
     process_held_max: int = _row(
-        10_000, "per process, with `pid`; its end is that many changes", "request refused", "busy"
+        10_000, "registrations per process, with `pid`; its end changes all of them", "request refused", "busy"
     )
     holders_max: int = _row(256, "of one registration; the workers of one server", "request refused", "busy")
     processes_max: int = _row(
         8_192, "`pid`s watched; each is an open file", "request refused", "busy", each_bytes=2_048
     )
-    history_changes_max: int = _row(16_384, "what a watcher may miss and resume", "`reset` and a snapshot")
+    history_changes_max: int = _row(
+        16_384, "changes that a watch may miss and still resume", "`reset` and a snapshot"
+    )
     history_bytes_max: int = _row(67_108_864, "the same, in bytes", "`reset` and a snapshot", each_bytes=1)
     journal_segment_bytes_max: int = _row(
         8_388_608, "replayed in two seconds at most", "the next checkpoint begins another segment"
@@ -127,7 +134,7 @@ class Limits:
     probed_instances_max: int = _row(64, "of one name for one `wait`, at a time", "the rest waits")
     probe_s_max: float = _row(1.0, "for one attempt to connect", "counts as no answer")
     progress_s: float = _row(30.0, "between two `progress` events", "")
-    registrations_max: int = _row(200_000, "ten times a large machine", "request refused", "busy")
+    registrations_max: int = _row(200_000, "ten times what a large machine runs", "request refused", "busy")
     registry_bytes_max: int = _row(
         536_870_912, "as kept in memory, by estimate", "request refused", "busy", each_bytes=1
     )
@@ -137,21 +144,21 @@ class Limits:
     host_chars_max: int = _row(253, "as in DNS", "request refused", "bad_argument")
     meta_keys_max: int = _row(64, "labels, not a database", "request refused", "bad_argument")
     meta_bytes_max: int = _row(4_096, "keys and values, as UTF-8", "request refused", "bad_argument")
-    ttl_s_min: float = _row(1.0, "less is a load, not a lease", "request refused", "bad_argument")
+    ttl_s_min: float = _row(1.0, "more frequent renewals would be a load", "request refused", "bad_argument")
     ttl_s_max: float = _row(86_400.0, "a day", "request refused", "bad_argument")
     close_linger_s_max: float = _row(
-        1.0, "input discarded so that a reset does not eat the last line", "connection cut"
+        1.0, "input discarded so that a reset does not destroy the last reply", "connection dropped"
     )
 
-    def of_readers(self) -> Self:
-        """Return the limits of users who may only read: each row `readonly_X` in place of row `X`."""
+    def for_readonly_users(self) -> Self:
+        """Return the limits of users who may only read: `readonly_X` replaces `X`."""
         names = {row.name for row in fields(self)}
         own = {name: getattr(self, f"readonly_{name}") for name in names if f"readonly_{name}" in names}
         return replace(self, **own)
 
     @property
     def memory_bytes(self) -> int:
-        """What peers can cost at most: the sum over the table."""
+        """The most memory that clients can make regd use: the sum over the table."""
         return sum(int(getattr(self, row.name)) * row.metadata["each_bytes"] for row in fields(self))
 
     def values(self) -> dict[str, float]:

@@ -1,6 +1,7 @@
-"""The types of the registry: `Entry`, `Holder`, `Change`, and the rules for their values.
+"""The types of the registry, `Entry`, `Holder` and `Change`, and the rules for their values.
 
-The `check_` functions take any value, as JSON or a file gives it, and return it or raise `Invalid`.
+The `check_` functions take any value, for example one from JSON. They return it if it is valid, else they raise
+`Invalid`.
 """
 
 import ipaddress
@@ -14,22 +15,22 @@ from typing import NamedTuple
 from regd.core.errors import Invalid
 from regd.core.limits import DEFAULT
 
-Key = tuple[str, str]  # (name, instance): identifies a registration; lists are in this order
+Key = tuple[str, str]
+"""(name, instance). It identifies a registration, and lists are in order of it."""
 
 
 def key_text(key: Key) -> str:
-    """Return a key as text, as in the file and in `next`: NAME, or NAME/INSTANCE."""
+    """Return a key as NAME or NAME/INSTANCE, the form in `registry.json` and in `next` of a reply."""
     name, instance = key
     return f"{name}/{instance}" if instance else name
 
 
 DEFAULT_HOST = "127.0.0.1"
-MACHINE = "regd.machine"  # the label of an instance of another machine, which a bridge registers
-# Measured on CPython 3.11: an entry in all tables, with a cached reply; a holder in its tables; two strings in a
-# dictionary.
-_ENTRY_BYTES = 1_024
-_HOLDER_BYTES = 512
-_PAIR_BYTES = 192
+MACHINE = "regd.machine"  # the label that a bridge gives to instances of other machines: the machine's name
+# Memory, measured on CPython 3.11.
+_ENTRY_BYTES = 1_024  # an entry, with its places in all tables and its cached reply
+_HOLDER_BYTES = 512  # a holder, with its places in all tables
+_PAIR_BYTES = 192  # a key and a value of `meta`, without their text
 
 
 class State(StrEnum):
@@ -41,9 +42,10 @@ class State(StrEnum):
 
 
 class Process(NamedTuple):
-    """A process, told apart from a later process with the same number.
+    """A process, identified by its number and the time of its start, since numbers are reused.
 
-    `born` is the boot and the start time, as text that is only compared.
+    `born` is the id of the boot and the start time in clock ticks, as one text that is only compared. It is empty
+    if only the number is known.
     """
 
     pid: int
@@ -52,11 +54,16 @@ class Process(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """An owner that keeps a registration alive: while its connection is open (`hold`), its process runs and its
-    lease is renewed (`ttl_s`), as far as it has them.
+    """One owner of a registration, and the conditions under which it keeps the registration alive.
 
-    `session` is the connection that registered. It is None in a loaded holder: if that has `hold`, it waits to be
-    claimed by its client. A withdrawn holder is still known, but no longer keeps the registration alive.
+    It may have several conditions, which must all be true: its connection is open (`hold`), its process runs
+    (`process`), and its lease was renewed in the last `ttl_s` seconds.
+
+    Attributes:
+        id: a number that no other holder of the registry has.
+        session: the connection that registered, None for a holder that was loaded at a start. Such a `hold` is
+            unclaimed until its client registers again.
+        withdrawn: it no longer keeps the registration alive, but can still deregister.
     """
 
     id: int
@@ -74,21 +81,25 @@ class Holder:
 
     @property
     def unclaimed(self) -> bool:
-        """Whether this is a loaded `hold` whose client has not reconnected."""
+        """Whether this is a loaded `hold` that its client has not claimed since the start."""
         return self.hold and self.session is None
 
     def is_claimed_by(self, other: "Holder") -> bool:
-        """Whether `other` may be the client of this unclaimed holder."""
+        """Whether registering with `other` claims this holder."""
         return self.unclaimed and other.hold and self.process == other.process
 
 
 @dataclass(slots=True)
 class Entry:
-    """A registration, as of revision `rev`. It is never altered: a change makes another entry.
+    """A registration as of revision `rev`. A change creates a new entry and never modifies an old one.
 
-    It is not `frozen`, which would make a registration half as expensive again; a test looks at the source
-    instead. `registered_at` is in Unix seconds, for display only. An entry without holders is static: it stays
-    until it is deregistered.
+    The class is not `frozen`, because that would make a `register` 50% slower; a test checks the source code
+    instead.
+
+    Attributes:
+        registered_at: Unix seconds, for display.
+        holders: its owners. Without any, the registration is static: it stays until it is deregistered.
+        priority: lower is preferred, as in RFC 2782.
     """
 
     name: str
@@ -100,9 +111,9 @@ class Entry:
     rev: int
     registered_at: float
     holders: tuple[Holder, ...] = ()
-    priority: int = 0  # lower is preferred, as in RFC 2782
-    # Caches of values that follow from the fields above, computed when first needed; None and 0 until then.
-    # `encoded` is written by `protocol.messages` alone.
+    priority: int = 0
+    # Caches of values that are computed from the fields above, and are None and 0 until then. Only
+    # `protocol.messages` sets `encoded`.
     encoded: bytes | None = field(default=None, init=False, compare=False, repr=False)
     _weight_bytes: int = field(default=0, init=False, compare=False, repr=False)
 
@@ -125,7 +136,7 @@ class Entry:
         return next((holder.ttl_s for holder in self.holders if holder.ttl_s is not None), None)
 
     def looks_like(self, other: "Entry") -> bool:
-        """Whether peers cannot tell this entry from `other`, which has the same key. Then nothing changed."""
+        """Whether clients see no difference from `other`, which has the same key. Then there is no event."""
         if (self.meta, self.state, self.host, self.port) != (other.meta, other.state, other.host, other.port):
             return False
         if self.priority != other.priority:
@@ -136,8 +147,9 @@ class Entry:
 
     @property
     def weight_bytes(self) -> int:
-        """The memory that the entry counts against `registry_bytes_max`: its objects, and its texts three times,
-        for itself, the file's line and the cached reply.
+        """The memory of the entry by estimate, for `registry_bytes_max`.
+
+        Texts count three times: in the entry, in its line of `registry.json`, and in its cached reply.
         """
         if not self._weight_bytes:
             size = _ENTRY_BYTES + _HOLDER_BYTES * len(self.holders)
@@ -148,12 +160,12 @@ class Entry:
         return self._weight_bytes
 
     @property
-    def is_elsewhere(self) -> bool:
-        """Whether this is an instance of another machine. It gives way to a local one of the same key."""
+    def is_remote(self) -> bool:
+        """Whether this is an instance of another machine. A local instance of the same key replaces it."""
         return MACHINE in self.meta
 
     def carries(self, meta: Mapping[str, str]) -> bool:
-        """Whether the entry has all of `meta`."""
+        """Whether the entry has all of these labels."""
         if not meta:
             return True
         own = self.meta
@@ -166,7 +178,7 @@ class Op(StrEnum):
     UP = "up"
     CHANGE = "change"
     DOWN = "down"
-    KEEP = "keep"  # other holders, nothing that peers see: no revision, no event
+    KEEP = "keep"  # other holders, but nothing that clients see: without a revision and an event
 
 
 class Reason(StrEnum):
@@ -177,11 +189,11 @@ class Reason(StrEnum):
     EXITED = "process exited"
     EXPIRED = "ttl expired"
     REPLACED = "replaced"
-    FILTERED = "filtered"  # for one watch: the instance is up, but no longer has the `meta` that is watched
+    FILTERED = "filtered"  # only in events: the instance is up, but no longer has the labels of the watch
 
 
 class By(NamedTuple):
-    """Who made a change, as far as the system told at that moment."""
+    """The client that made a change. None: the operating system did not say."""
 
     pid: int | None = None
     uid: int | None = None
@@ -189,23 +201,26 @@ class By(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A change of the registry, as the core emits it, the store writes it and watchers receive it.
+    """A change of one registration.
 
-    `entry` is the new entry, for `down` the last one. `before` is the entry that it replaces or ends. `at` is in
-    Unix seconds.
+    Attributes:
+        entry: the new entry; for `down`, the entry that ends.
+        reason: why it ends; "" if it does not.
+        previous: the entry before the change; None for `up`.
+        at: Unix seconds.
     """
 
     rev: int
     op: Op
     entry: Entry
     reason: str = ""
-    before: Entry | None = None
+    previous: Entry | None = None
     at: float = 0.0
     by: By | None = None
 
 
 def _written(text: str) -> int:
-    """Estimate the length of a text as ASCII JSON: six bytes a character if any of them needs an escape."""
+    """Return the length of a text as ASCII JSON, by estimate: six bytes a character if one needs an escape."""
     return len(text) if text.isascii() and text.isprintable() else 6 * len(text)
 
 
@@ -220,8 +235,8 @@ _PREFIX = re.compile(rf"[a-z0-9_.-]{{0,{DEFAULT.name_chars_max}}}\*")
 _INSTANCE = re.compile(rf"[A-Za-z0-9._-]{{0,{DEFAULT.instance_chars_max}}}")
 _HOST_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _HOST = re.compile(rf"{_HOST_LABEL}(?:\.{_HOST_LABEL})*")
-_SCOPE = re.compile(r"[0-9A-Za-z_.-]{1,15}")  # ipaddress takes anything there, line feeds too
-# A last label like 1 or 0x7f makes a host name a number to those who connect ("ends in a number", WHATWG URL).
+_SCOPE = re.compile(r"[0-9A-Za-z_.-]{1,15}")  # the interface in fe80::1%eth0; `ipaddress` accepts any text there
+# With a last label such as 1 or 0x7f, programs take a host name for an address ("ends in a number", WHATWG URL).
 _NUMBER = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 
 
@@ -261,7 +276,7 @@ def check_instance(value: object) -> str:
 
 
 def check_whole(value: object, least: int, most: int) -> int:
-    if type(value) is not int:  # a bool is an int to isinstance, not to us
+    if type(value) is not int:  # `isinstance` would accept a bool
         raise Invalid("must be a whole number")
     if not least <= value <= most:
         raise Invalid(f"must be {least} to {most}")
@@ -304,7 +319,7 @@ def check_host(value: object) -> str:
             raise Invalid("must be an IP address (IPv6 without brackets) or a host name") from None
         return host
     if isinstance(address, ipaddress.IPv6Address) and not _SCOPE.fullmatch(address.scope_id or "0"):
-        raise Invalid("must name an interface behind the %, as in fe80::1%eth0")
+        raise Invalid("must name an interface after the %, as in fe80::1%eth0")
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     if address.is_unspecified or (mapped is not None and mapped.is_unspecified):
         raise Invalid(f"is nothing to call: {host} means every address here; give one, such as 127.0.0.1")
@@ -318,11 +333,11 @@ def check_meta(value: object) -> dict[str, str]:
         raise Invalid(f"must have at most {DEFAULT.meta_keys_max} keys")
     for key, text in value.items():
         if type(key) is not str or type(text) is not str:
-            raise Invalid(f"must be an object of strings; the value of {key!r} is none")
+            raise Invalid(f"must be an object of strings; the value of {key!r} is not a string")
     try:
         size = _meta_bytes(value)
     except UnicodeEncodeError:
-        raise Invalid("must be text; half a surrogate pair is none") from None
+        raise Invalid("must be text; it contains half of a surrogate pair") from None
     if size > DEFAULT.meta_bytes_max:
         raise Invalid(f"must be at most {DEFAULT.meta_bytes_max} bytes, keys and values together")
     return value

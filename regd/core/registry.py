@@ -1,24 +1,21 @@
 """The committed registry: what is on disk, and what readers see.
 
-A registration has three states:
+A registration has up to three states at once:
 
-| state         | kept in                 | written by                            | read by            |
-| ------------- | ----------------------- | ------------------------------------- | ------------------ |
-| committed     | `Registry`,             | `Registry.load`, at start;            | every read, and    |
-|               | its `HolderIndex`       | `Registry.apply`, after a flush       | `watch` afterwards |
-| pending       | `Transaction`,          | the engine, with each write of a      | later writes of    |
-|               | one at a time           | batch, before the flush               | the same batch     |
-| presumed dead | marks in `HolderIndex`, | `mark_dead` and `expire`, as soon as  | `resolve`, `why`,  |
-|               | as well as committed    | a holder is gone; `settle`, once that | conflict checks    |
-|               |                         | is committed                          |                    |
+| state         | kept in                | set by                                   | read by               |
+| ------------- | ---------------------- | ---------------------------------------- | --------------------- |
+| committed     | `Registry` and its     | `Registry.load` at the start;            | every read; watches   |
+|               | `HolderIndex`          | `Registry.apply` after a commit          |                       |
+| uncommitted   | `Transaction`          | the writes of a batch                    | later writes of the   |
+|               |                        |                                          | same batch            |
+| presumed dead | marks in `HolderIndex` | `mark_dead` and `expire`, when a holder  | `resolve`, `why`,     |
+|               |                        | is gone, until that is committed         | conflict checks       |
 
-If a flush fails, the transaction is dropped, and nobody has seen any of it. Only the ends of gone holders are
-applied all the same, since a holder that is presumed dead never comes back. `HolderGone` is such an end, on its
-way from the mark to a transaction.
+If a commit fails, its transaction is dropped, and no client has seen its changes. The ends of holders are the
+only exception: they take effect although they are not on disk, since a holder that is gone cannot come back.
 
-Two things are neither pending nor on disk: a lease's deadline, which `HolderIndex.renew` moves at once, and
-`last_holder`, which a transaction counts up even if it is dropped. An `Entry` is never altered: a change replaces
-it.
+Two values change without a commit, and are not on disk: the deadline of a lease, which `HolderIndex.renew` sets,
+and `last_holder`, which a transaction increases even if it is dropped.
 """
 
 from bisect import bisect_left, insort
@@ -31,17 +28,17 @@ from operator import attrgetter
 
 from regd.core.history import History
 from regd.core.holders import HolderGone, HolderIndex
-from regd.core.instances import Instances, Place, Search
+from regd.core.instances import Instances, Search, SearchPosition
 from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Change, Entry, Key, Op, Process, State
 from regd.core.suggestions import nearest
 
-_TOUCHED_MAX = 1_000  # names, one by one
+_INVALIDATED_MAX = 1_000  # names that one end reports one by one; for more, `on_any_changed` is called instead
 
 
 @dataclass(frozen=True, slots=True)
 class ListPage:
-    """A part of a list, in order of keys; the next part starts behind `after`, None at the end."""
+    """A page of a list, in order of keys. The next page begins after the key `after`; None: this is the last."""
 
     entries: list[Entry]
     after: Key | None
@@ -49,18 +46,29 @@ class ListPage:
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """The end of an instance, kept for `last` and `why`."""
+    """The end of an instance, kept for the field `last` of `not_found`, and for `why`."""
 
     instance: str
     reason: str
-    at: float  # monotonic seconds, as `now`
+    at: float  # monotonic seconds
 
 
 class Registry:
-    """The committed registrations. `claim_s` is how long a loaded `hold` waits for its client.
+    """The committed registrations, their holders and their history.
 
-    `on_entry_changed` is called with a name when replies about that name may have changed, `on_any_changed` when
-    replies about many names may have.
+    Args:
+        entries: stored registrations, as for `load`.
+        rev: their revision.
+        limits: the limits in use.
+        now: monotonic seconds.
+        claim_s: the seconds that a client has to claim a loaded `hold`.
+
+    Attributes:
+        rev: the revision of the last change.
+        holders: the `HolderIndex` of the registrations.
+        history: the recent changes.
+        on_entry_changed: is called with a name whenever a reply about that name may have changed.
+        on_any_changed: is called whenever replies about many names may have changed.
     """
 
     def __init__(
@@ -79,9 +87,9 @@ class Registry:
         self._count = 0
         self._services: dict[str, Instances] = {}
         self._names: list[str] = []  # in order
-        self._served: OrderedDict[tuple[str, int], str] = (
-            OrderedDict()
-        )  # the instance served last, by name and filter
+        # The round-robin positions of `meta` filters, and those of users who may only read: the instance that was
+        # resolved last, by name and hash of the filter.
+        self._served: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._served_readonly: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._departures: OrderedDict[str, deque[Departure]] = OrderedDict()
         self.on_entry_changed: Callable[[str], None] = lambda name: None
@@ -91,16 +99,23 @@ class Registry:
     def load(
         self, entries: Iterable[Entry], rev: int, now: float, history: History | None = None, wall: float = 0.0
     ) -> None:
-        """Fill an empty registry with stored entries, as of revision `rev`, and its history.
+        """Fill an empty registry with what is stored.
 
-        `wall` is the time `now` in Unix seconds: departures of earlier lives have that.
+        Args:
+            entries: the stored entries, in any order.
+            rev: their revision.
+            now: monotonic seconds.
+            history: the recent changes; without it, watches cannot resume.
+            wall: the time `now` in Unix seconds, from which the age of earlier departures is computed.
         """
         self.rev = rev
         self.history = History(rev, self.limits) if history is None else history
         for change in self.history:
             if change.op is Op.DOWN:
                 age_s = max(wall - change.at, 0.0)
-                self._departed(change.entry.name, Departure(change.entry.instance, change.reason, now - age_s))
+                self._add_departure(
+                    change.entry.name, Departure(change.entry.instance, change.reason, now - age_s)
+                )
         in_order = sorted(entries, key=attrgetter("name", "instance"))
         self._count = len(in_order)
         self.weight_bytes = sum(entry.weight_bytes for entry in in_order)
@@ -117,45 +132,47 @@ class Registry:
         return self._count
 
     def get(self, key: Key) -> Entry | None:
+        """Return the entry of a key, None if it is not registered."""
         name, instance = key
         service = self._services.get(name)
         return service.get(instance) if service is not None else None
 
     def keys(self) -> list[Key]:
         """Return the keys of all entries, in order."""
-        return [entry.key for entry in self._behind("", None)]
+        return [entry.key for entry in self._entries_after("", None)]
 
     def apply(self, changes: Iterable[Change], now: float) -> set[Process]:
-        """Make committed changes visible to readers, in their order.
+        """Make committed changes visible to readers, in order. `now` is in monotonic seconds.
 
-        Returns the processes that no longer hold anything.
+        Returns:
+            The processes that held a registration and no longer do.
         """
         free: set[Process] = set()
         for change in changes:
-            entry, before = change.entry, change.before
-            if before is not None:
-                self.weight_bytes -= before.weight_bytes
+            entry, previous = change.entry, change.previous
+            if previous is not None:
+                self.weight_bytes -= previous.weight_bytes
             after = None if change.op is Op.DOWN else entry
             if after is not None:
-                self._set(after, before)
+                self._set(after, previous)
             else:
                 self._remove(entry)
-                self._departed(entry.name, Departure(entry.instance, change.reason, now))
-            if entry.holders or (before is not None and before.holders):
-                free |= self.holders.move(before, after, now)
+                self._add_departure(entry.name, Departure(entry.instance, change.reason, now))
+            if entry.holders or (previous is not None and previous.holders):
+                free |= self.holders.move(previous, after, now)
             self.on_entry_changed(entry.name)
             if change.op is not Op.KEEP:
                 self.rev = change.rev
                 self.history.add(change)
-        return {process for process in free if not self.holders.knows(process)}
+        return {process for process in free if not self.holders.has_process(process)}
 
-    def _set(self, entry: Entry, before: Entry | None = None) -> None:
+    def _set(self, entry: Entry, previous: Entry | None) -> None:
         service = self._services.get(entry.name)
         if service is None:
             service = self._services[entry.name] = Instances()
             insort(self._names, entry.name)
         service.set(entry)
-        self._count += before is None
+        self._count += previous is None
         self.weight_bytes += entry.weight_bytes
 
     def _remove(self, entry: Entry) -> None:
@@ -167,85 +184,96 @@ class Registry:
             del self._names[bisect_left(self._names, entry.name)]
 
     def mark_dead(self, ending: HolderGone) -> None:
-        """Stop resolving what only this holder held. A transaction must end its registrations."""
+        """Mark a holder as gone. Registrations without another holder are no longer resolved.
+
+        The caller must pass `ending` to `Transaction.end` soon, which ends them.
+        """
         self.holders.mark(ending)
-        self._touch(ending)
+        self._invalidate(ending)
 
     def expire(self, now: float, most: int) -> list[HolderGone]:
-        """Mark up to `most` holders dead whose time is over, and return them."""
+        """Mark holders as gone whose deadline has passed, and return their ends, as `HolderIndex.expire` does."""
         endings = self.holders.expire(now, most)
         for ending in endings:
-            self._touch(ending)
+            self._invalidate(ending)
         return endings
 
-    def _touch(self, ending: HolderGone) -> None:
+    def _invalidate(self, ending: HolderGone) -> None:
         keys = self.holders.held_by(ending)
-        if len(keys) > _TOUCHED_MAX:
+        if len(keys) > _INVALIDATED_MAX:
             self.on_any_changed()
             return
         for name, _ in keys:
             self.on_entry_changed(name)
 
-    def _departed(self, name: str, departure: Departure) -> None:
+    def _add_departure(self, name: str, departure: Departure) -> None:
         self._departures.setdefault(name, deque(maxlen=self.limits.departures_kept)).append(departure)
         self._departures.move_to_end(name)
         if len(self._departures) > self.limits.departures_max:
             self._departures.popitem(last=False)
 
     def is_ready(self, entry: Entry) -> bool:
+        """Whether an entry is resolved: its state is `ready`, and it is alive."""
         return entry.state is State.READY and self.holders.is_alive(entry)
 
-    def _fits(self, meta: Mapping[str, str], entry: Entry) -> bool:
+    def _matches(self, meta: Mapping[str, str], entry: Entry) -> bool:
         return self.is_ready(entry) and entry.carries(meta)
 
     def is_sole_ready(self, entry: Entry) -> bool:
-        """True if the entry is ready, and no other instance of its name has its priority or a better one."""
+        """Whether an entry is ready, and no other instance of its name has its priority or a better one."""
         service = self._services.get(entry.name)
         return service is not None and service.is_sole_best(entry) and self.is_ready(entry)
 
     def instances_of(self, name: str) -> Iterator[Entry]:
-        """Return the instances of a name, in order, whatever their state."""
+        """Return the instances of a name in order, including those that are not ready."""
         service = self._services.get(name)
         return iter(service.entries) if service is not None else iter(())
 
     # Resolve.
 
     def search(self, name: str, instance: str | None, meta: Mapping[str, str], most: int) -> Search:
-        """Return a search for up to `most` ready instances that carry `meta`.
+        """Return a search for up to `most` ready instances with the labels `meta`.
 
-        The best priority comes first, then it is in order of instance.
+        It finds the best priority first, and within a priority goes in order of instance. `instance` restricts it
+        to one instance.
         """
-        return Search(self._instances(name, instance), most, partial(self._fits, meta))
+        return Search(self._instances(name, instance), most, partial(self._matches, meta))
 
-    def search_in_turn(
+    def search_round_robin(
         self,
         name: str,
         instance: str | None,
         meta: Mapping[str, str],
         most: int,
-        after: Place | None = None,
+        after: SearchPosition | None = None,
         *,
         readonly: bool = False,
     ) -> Search:
-        """Return the same search in round-robin order: of each priority from behind the instance served last.
+        """Return such a search in round-robin order: within a priority, it begins after the instance served last.
 
-        With `after`, it begins where another search ended. `mark_served` moves the round-robin position. With
-        `readonly`, it uses the position of users who may only read, so that they do not move the other one.
+        The search does not move the round-robin position; `mark_served` does.
+
+        Args:
+            after: begin where another search has ended.
+            readonly: use the position of users who may only read. They have their own, so that they cannot
+                influence which instances other users get.
         """
         entries = self._instances(name, instance)
         turn = self._last_served(name, meta, readonly) if len(entries) > 1 else None
-        return Search(entries, most, partial(self._fits, meta), turn, after)
+        return Search(entries, most, partial(self._matches, meta), turn, after)
 
     def mark_served(self, entry: Entry, meta: Mapping[str, str], *, readonly: bool = False) -> None:
-        """Move the round-robin position to `entry`, a result of `search_in_turn`."""
+        """Move the round-robin position to `entry`, which a client got from `search_round_robin`."""
         service = self._services.get(entry.name)
         if service is None or len(service.entries) == 1:
             return
         if not meta and not readonly:
-            if not service.is_sole_best(entry):  # its reply may come from a cache, which moves no position
+            if not service.is_sole_best(
+                entry
+            ):  # if it is, its reply may be cached, and the cache moves no position
                 service.served = entry.instance
             return
-        # By hash: filters may share a position, and each takes only a number of memory.
+        # The hash takes less memory than the filter. If two filters have one hash, they share a position.
         key = (entry.name, hash(frozenset(meta.items())))
         served = self._served_readonly if readonly else self._served
         served[key] = entry.instance
@@ -263,7 +291,7 @@ class Registry:
         return served.get((name, hash(frozenset(meta.items()))), service.served)
 
     def _instances(self, name: str, instance: str | None) -> list[Entry]:
-        """Return the instances of a name, ranked, or only the one that is named."""
+        """Return the instances of a name, as in `Instances.ranked`, or only the instance `instance`."""
         service = self._services.get(name)
         if service is None:
             return []
@@ -275,14 +303,15 @@ class Registry:
     # List.
 
     def page(self, pattern: str, meta: Mapping[str, str], after: Key | None, limit: int) -> ListPage:
-        """List up to `limit` entries behind `after` whose name fits `pattern` and that carry `meta`.
+        """Return up to `limit` entries after the key `after`, with the labels `meta`.
 
-        At most `list_scan_max` entries are looked at. So a page may be short, or even empty, and have an `after`.
+        `pattern` is a name, or a prefix followed by `*`. At most `list_scan_max` entries are looked at, so a page
+        may have few entries, or none, although it is not the last.
         """
         prefix, any_end = (pattern[:-1], True) if pattern.endswith("*") else (pattern, False)
         found: list[Entry] = []
         last: Key | None = None
-        for count, entry in enumerate(self._behind(prefix, after)):
+        for count, entry in enumerate(self._entries_after(prefix, after)):
             if not (entry.name.startswith(prefix) if any_end else entry.name == prefix):
                 return ListPage(found, None)
             if count == self.limits.list_scan_max:
@@ -294,16 +323,16 @@ class Registry:
             last = entry.key
         return ListPage(found, None)
 
-    def _behind(self, prefix: str, after: Key | None) -> Iterator[Entry]:
-        """Return the entries of names from `prefix` on, in order, without those up to and including `after`."""
+    def _entries_after(self, prefix: str, after: Key | None) -> Iterator[Entry]:
+        """Yield the entries with a name from `prefix` on and a key after `after`, in order of keys."""
         name, instance = after if after is not None and after[0] >= prefix else (prefix, None)
         at = bisect_left(self._names, name)
         if instance is not None and name in self._services:
             service = self._services[name]
-            yield from islice(service.entries, service.behind(instance), None)
+            yield from islice(service.entries, service.index_after(instance), None)
             at += 1
-        for each in islice(self._names, at, None):
-            yield from self._services[each].entries
+        for name in islice(self._names, at, None):
+            yield from self._services[name].entries
 
     # Explain.
 
@@ -318,17 +347,17 @@ class Registry:
         return nearest(name, around, self.limits.near_names_max)
 
     def last(self, name: str, now: float) -> Departure | None:
-        """Return the latest departure of a name, None if none is remembered.
+        """Return the latest departure of a name, None if none is kept.
 
-        An instance that is presumed dead has left.
+        An instance that is presumed dead counts as departed now.
         """
         for entry in islice(self.instances_of(name), self.limits.near_candidates_max):
-            reason = self.holders.death(entry)
+            reason = self.holders.death_reason(entry)
             if reason is not None:
                 return Departure(entry.instance, reason, now)
         departures = self._departures.get(name)
         return departures[-1] if departures else None
 
     def departures(self, name: str) -> list[Departure]:
-        """Return the remembered departures of a name, the newest first."""
+        """Return the departures of a name that are kept, the latest first."""
         return list(reversed(self._departures.get(name, ())))

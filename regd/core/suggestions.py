@@ -1,10 +1,10 @@
-"""Similar names, for did-you-mean hints."""
+"""Find names similar to a misspelled one."""
 
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 from itertools import takewhile
 
-_MIDDLE_MAX = 24  # characters that differ in the middle; names with more are not similar, and slow to compare
+_MIDDLE_MAX = 24  # characters between the common ends; longer middles are slow to compare, and not similar
 
 
 def nearest(name: str, candidates: Iterable[str], most: int) -> list[str]:
@@ -22,7 +22,7 @@ def nearest(name: str, candidates: Iterable[str], most: int) -> list[str]:
 
 
 def _likeness(one: str, two: str) -> float:
-    """Return the similarity, 0.0 to 1.0, in bounded time: only what lies between common ends is compared."""
+    """Return the similarity, 0.0 to 1.0, in bounded time: only the part between the common ends is compared."""
     start = _common(one, two)
     end = _common(one[start:][::-1], two[start:][::-1])
     middle, other = one[start : len(one) - end], two[start : len(two) - end]

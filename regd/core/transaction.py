@@ -1,7 +1,7 @@
-"""The pending state: the registry as it will be once the batch of writes in preparation is committed.
+"""Evaluate a batch of writes. The result is a list of changes to commit.
 
-Each write of the batch is evaluated against the committed state and the writes before it. The changes then go to
-the journal, and once they are on disk to `Registry.apply`.
+Each write sees the committed registry and the earlier writes of its batch. `Store.commit` writes the changes to
+the journal, and `Registry.apply` then makes them visible.
 """
 
 from collections import Counter
@@ -14,14 +14,17 @@ from regd.core.holders import HolderGone
 from regd.core.model import By, Change, Entry, Holder, Key, Op, Process, Reason, State
 from regd.core.registry import Registry
 
-ENDS_MAX = 10_000  # changes in one transaction, after which `end` leaves the rest to the next transaction
+ENDS_MAX = 10_000  # changes in one transaction; `end` leaves the rest to the next one
 
 Owner = int | Process | None
-"""A connection, by its session, or a process; None: the connection of an unclaimed hold."""
+"""What holds a registration: a session, a process, or None for a `hold` that its client has not claimed yet."""
 
 
 class OwnerConflict(Exception):
-    """Another owner is alive. The caller describes the owner to the peer."""
+    """The name is held by `owner`, which is alive. `entry` is its registration.
+
+    It is not a `Refused`, because its message needs what only the server knows about the owner.
+    """
 
     def __init__(self, entry: Entry, owner: Holder) -> None:
         super().__init__(entry.name)
@@ -31,7 +34,7 @@ class OwnerConflict(Exception):
 
 @dataclass(frozen=True, slots=True)
 class OwnershipLost:
-    """A session lost a registration that it held: somebody else replaced or deregistered it."""
+    """A session lost a registration that it held, because another client replaced or deregistered it."""
 
     session: int
     rev: int
@@ -39,23 +42,34 @@ class OwnershipLost:
     reason: Reason
 
 
-def _nobody(holder: Holder) -> bool:
+def _never_gone(holder: Holder) -> bool:
     return False
 
 
 class Transaction:
-    """The changes of one batch of writes. A refused write leaves no change.
+    """One batch of writes. `changes` is its result; a write that is refused adds no change.
 
-    `at` is the wall clock in Unix seconds, for display. `is_gone` asks the operating system whether a holder is
-    gone, before a conflict with a living owner is reported. Revisions begin behind `rev_written`, if that is more
-    than the registry's. `by` is set to who makes the changes that follow.
+    Args:
+        registry: the committed state. Only `last_holder` is changed, to assign ids.
+        at: the time of the changes, in Unix seconds, for display.
+        is_gone: asks the operating system whether a holder is gone, before `OwnerConflict` is raised for it: the
+            daemon may not have noticed its end yet.
+        rev_written: the highest revision that may be on disk. New revisions are above it, and above
+            `registry.rev`.
+
+    Attributes:
+        changes: the changes in order.
+        lost: the registrations that sessions have lost to other clients.
+        by: the origin of the changes that follow, recorded in each; the caller sets it.
+        rev: the revision of the last change.
+        unfinished: the arguments of `end` that another transaction must finish, because this one is full.
     """
 
     def __init__(
         self,
         registry: Registry,
         at: float,
-        is_gone: Callable[[Holder], bool] = _nobody,
+        is_gone: Callable[[Holder], bool] = _never_gone,
         *,
         rev_written: int = 0,
     ) -> None:
@@ -74,42 +88,53 @@ class Transaction:
         self.unfinished: dict[HolderGone, None] = {}
 
     def get(self, key: Key) -> Entry | None:
-        """Return an entry as of the pending state."""
+        """Return the entry of a key, with the changes of this transaction; None if there is none."""
         return self._pending[key] if key in self._pending else self._registry.get(key)
 
     def register(
-        self, wanted: Entry, if_rev: int | None = None, *, session: int | None = None, force: bool = False
+        self, entry: Entry, if_rev: int | None = None, *, session: int | None = None, force: bool = False
     ) -> tuple[Entry, bool]:
-        """Register `wanted`, which has one holder or none.
+        """Register an instance, or change its registration.
 
-        The entry's `rev` and `registered_at` and the holder's id are assigned here, whatever `wanted` has.
-        `session` is the connection of the peer. Returns the new entry, and whether it replaced another address.
+        Registering the same address again adds a holder, or updates the conditions of the same holder. Another
+        address replaces the registration, unless another owner of it is alive.
+
+        Args:
+            entry: the registration, with one holder or none. Its `rev` and `registered_at` and the holder's `id`
+                are ignored and assigned here.
+            if_rev: the revision that the registration must have; 0 means that there must be none.
+            session: the connection that sent the request.
+            force: replace the registration even if another owner is alive.
+
+        Returns:
+            The new entry, and whether it replaced a registration at another address.
 
         Raises:
-            OwnerConflict: another owner is alive.
-            Refused: `conflict`, the entry is not at revision `if_rev`; `busy`, a limit is reached.
+            OwnerConflict: another owner is alive, and `force` is false.
+            Refused: `conflict`, the registration is not at revision `if_rev`; `busy`, a limit is reached.
         """
-        before = self.get(wanted.key)
-        self._check_if(before, if_rev, wanted.key)
-        if before is None:
-            self._check_room(wanted, None)
-            return self._put(self._with_known_holders(wanted)), False
-        if (before.host, before.port) == (wanted.host, wanted.port):
-            return self._join(wanted, before, session), False
-        rivals = [holder for holder in before.holders if not self._is_mine(holder, wanted, session)]
-        if not force and (wanted.is_elsewhere or not before.is_elsewhere):
-            self._check_rivals(rivals, before)
-        self._check_room(wanted, before)
-        wanted = self._with_known_holders(wanted)
-        self._add(Op.DOWN, before, before, Reason.REPLACED)
-        self._tell(before, (each for each in before.holders if each.session != session), Reason.REPLACED)
-        return self._put(wanted), True
+        previous = self.get(entry.key)
+        self._check_revision(previous, if_rev, entry.key)
+        if previous is None:
+            self._check_capacity(entry, None)
+            return self._insert(self._with_holder_ids(entry)), False
+        if (previous.host, previous.port) == (entry.host, entry.port):
+            return self._join(entry, previous, session), False
+        rivals = [holder for holder in previous.holders if not self._is_same_owner(holder, entry, session)]
+        if not force and (entry.is_remote or not previous.is_remote):
+            self._check_owners(rivals, previous)
+        self._check_capacity(entry, previous)
+        entry = self._with_holder_ids(entry)
+        self._add(Op.DOWN, previous, previous, Reason.REPLACED)
+        others = [each for each in previous.holders if each.session != session]
+        self._report_lost(previous, others, Reason.REPLACED)
+        return self._insert(entry), True
 
-    def _put(self, wanted: Entry) -> Entry:
-        """Add an entry whose key is not registered."""
-        return self._add(Op.UP, self._next(wanted, registered_at=self._at), None)
+    def _insert(self, entry: Entry) -> Entry:
+        """Add an entry. Its key must not be registered."""
+        return self._add(Op.UP, self._next_revision(entry, registered_at=self._at), None)
 
-    def _next(
+    def _next_revision(
         self,
         entry: Entry,
         *,
@@ -119,7 +144,7 @@ class Transaction:
         holders: tuple[Holder, ...] | None = None,
         registered_at: float | None = None,
     ) -> Entry:
-        """Return a copy of an entry at the next revision, with these contents; None keeps what it has."""
+        """Return a copy of an entry at the next revision. None keeps the entry's value."""
         return Entry(  # `dataclasses.replace` takes three times as long
             entry.name,
             entry.instance,
@@ -133,13 +158,17 @@ class Transaction:
             entry.priority if priority is None else priority,
         )
 
-    def _with_known_holders(self, wanted: Entry) -> Entry:
-        if not wanted.holders:
-            return wanted
-        return replace(wanted, holders=tuple(self._known(holder, wanted.key) for holder in wanted.holders))
+    def _with_holder_ids(self, entry: Entry) -> Entry:
+        if not entry.holders:
+            return entry
+        return replace(entry, holders=tuple(self._with_id(holder, entry.key) for holder in entry.holders))
 
-    def _known(self, holder: Holder, key: Key) -> Holder:
-        """Return a holder with its id, if its connection and its process may hold one more registration."""
+    def _with_id(self, holder: Holder, key: Key) -> Holder:
+        """Return a holder with a new id.
+
+        Raises:
+            Refused: `busy`, its connection or its process holds as many registrations as it may.
+        """
         limits, owners = self._registry.limits, _owners(self.get(key))
         if holder.hold and holder.session not in owners:
             self._check_held(holder.session, limits.held_max, "this connection")
@@ -152,86 +181,98 @@ class Transaction:
         if self._registry.holders.held_count(owner) + self._newly_held[owner] >= most:
             raise Refused(Code.BUSY, f"{who} holds {most} registrations already; deregister some")
 
-    def _join(self, wanted: Entry, before: Entry, session: int | None) -> Entry:
-        """Register at the address that `before` has: add a holder, or update the same holder."""
-        if not wanted.holders:
-            return self._set(before, wanted, ())
-        [wish] = wanted.holders
-        old = next((each for each in before.holders if each.is_same(wish)), None)
-        old = old or next((each for each in before.holders if each.is_claimed_by(wish)), None)
-        others = [each for each in before.holders if each is not old and not each.withdrawn]
-        if wanted.state is State.DRAINING and old is not None and others:
-            return self._alter(before, self._next(before, holders=_withdrawn(before, {old.id})))
-        if old is not None and replace(old, id=0) == wish and old.ttl_s is None:
-            return self._set(before, wanted, before.holders)
-        if old is None and len(before.holders) >= self._registry.limits.holders_max:
-            raise Refused(Code.BUSY, f"{wanted.name!r} has {len(before.holders)} holders already")
-        new = self._known(wish, wanted.key)
-        if old is None:
-            return self._set(before, wanted, (*before.holders, new))
-        return self._set(before, wanted, tuple(new if each is old else each for each in before.holders))
+    def _join(self, entry: Entry, previous: Entry, session: int | None) -> Entry:
+        """Register again at the same address: add a holder, or update the same holder."""
+        if not entry.holders:
+            return self._set(previous, entry, ())
+        [requested] = entry.holders
+        known = next((each for each in previous.holders if each.is_same(requested)), None)
+        known = known or next((each for each in previous.holders if each.is_claimed_by(requested)), None)
+        others = [each for each in previous.holders if each is not known and not each.withdrawn]
+        if entry.state is State.DRAINING and known is not None and others:
+            return self._replace(previous, self._next_revision(previous, holders=_withdraw(previous, {known.id})))
+        # A lease is excepted, since registering again renews it: a new holder gets a new deadline.
+        if known is not None and replace(known, id=0) == requested and known.ttl_s is None:
+            return self._set(previous, entry, previous.holders)
+        if known is None and len(previous.holders) >= self._registry.limits.holders_max:
+            raise Refused(Code.BUSY, f"{entry.name!r} has {len(previous.holders)} holders already")
+        new = self._with_id(requested, entry.key)
+        if known is None:
+            return self._set(previous, entry, (*previous.holders, new))
+        return self._set(previous, entry, tuple(new if each is known else each for each in previous.holders))
 
-    def _set(self, before: Entry, wanted: Entry, holders: tuple[Holder, ...]) -> Entry:
-        """Give an entry the meta, state and priority of `wanted`, and these holders."""
-        after = self._next(
-            before, meta=wanted.meta, state=wanted.state, priority=wanted.priority, holders=holders
+    def _set(self, previous: Entry, entry: Entry, holders: tuple[Holder, ...]) -> Entry:
+        """Give the previous entry the meta, state and priority of `entry`, and these holders."""
+        after = self._next_revision(
+            previous, meta=entry.meta, state=entry.state, priority=entry.priority, holders=holders
         )
-        self._check_room(after, before)
-        return self._alter(before, after)
+        self._check_capacity(after, previous)
+        return self._replace(previous, after)
 
-    def _alter(self, before: Entry, after: Entry) -> Entry:
-        """Replace `before` by `after`, its copy at the next revision, if they differ. Return the new entry."""
-        if not after.looks_like(before):
-            return self._add(Op.CHANGE, after, before)
-        if after.holders != before.holders:
-            return self._add(Op.KEEP, replace(after, rev=before.rev), before)
-        return before
+    def _replace(self, previous: Entry, after: Entry) -> Entry:
+        """Replace an entry by its copy at the next revision, if they differ. Return the entry in effect.
+
+        A change that peers cannot see, of the holders alone, takes no revision.
+        """
+        if not after.looks_like(previous):
+            return self._add(Op.CHANGE, after, previous)
+        if after.holders != previous.holders:
+            return self._add(Op.KEEP, replace(after, rev=previous.rev), previous)
+        return previous
 
     @staticmethod
-    def _is_mine(holder: Holder, wanted: Entry, session: int | None) -> bool:
+    def _is_same_owner(holder: Holder, entry: Entry, session: int | None) -> bool:
         if session is not None and holder.session == session:
             return True
-        return holder.process is not None and any(holder.process == wish.process for wish in wanted.holders)
+        return holder.process is not None and any(holder.process == other.process for other in entry.holders)
 
-    def _check_rivals(self, rivals: Iterable[Holder], before: Entry) -> None:
-        """Refuse if another owner is alive. An unclaimed hold counts as dead, unless its process is alive."""
+    def _check_owners(self, rivals: Iterable[Holder], previous: Entry) -> None:
+        """Raise `OwnerConflict` if one of `rivals` is alive.
+
+        An unclaimed hold counts as dead, unless it has a process that is alive.
+        """
         for holder in rivals:
             if holder.withdrawn or (holder.unclaimed and holder.process is None):
                 continue
-            if self._registry.holders.gone(holder) is not None or self._is_gone(holder):
+            if self._registry.holders.gone_reason(holder) is not None or self._is_gone(holder):
                 continue
-            raise OwnerConflict(before, holder)
+            raise OwnerConflict(previous, holder)
 
-    def _tell(self, entry: Entry, holders: Iterable[Holder], reason: Reason) -> None:
+    def _report_lost(self, entry: Entry, holders: Iterable[Holder], reason: Reason) -> None:
         for session in {holder.session for holder in holders if holder.session is not None}:
             self.lost.append(OwnershipLost(session, self.rev, entry, reason))
 
     def deregister(self, key: Key, if_rev: int | None = None, *, session: int | None = None) -> int:
-        """End a registration, or only the hold of `session` if that is one of several holders.
+        """End a registration. If `session` is one of several holders, end only its hold.
 
-        Returns the number of registrations that ended.
+        Args:
+            if_rev: the revision that the registration must have.
+            session: the connection that sent the request.
+
+        Returns:
+            How many registrations have ended: 1, or 0 if there are other holders.
 
         Raises:
-            Refused: `not_found`; `conflict`, the entry is not at revision `if_rev`.
+            Refused: `not_found`; `conflict`, the registration is not at revision `if_rev`.
         """
-        before = self._must(key)
-        self._check_if(before, if_rev, key)
-        others = tuple(each for each in before.holders if session is None or each.session != session)
-        if len(others) < len(before.holders) and any(not holder.withdrawn for holder in others):
-            self._alter(before, self._next(before, holders=others))
+        previous = self._require(key)
+        self._check_revision(previous, if_rev, key)
+        others = tuple(each for each in previous.holders if session is None or each.session != session)
+        if len(others) < len(previous.holders) and any(not holder.withdrawn for holder in others):
+            self._replace(previous, self._next_revision(previous, holders=others))
             return 0
-        self._add(Op.DOWN, before, before, Reason.DEREGISTERED)
-        self._tell(before, others, Reason.DEREGISTERED)
+        self._add(Op.DOWN, previous, previous, Reason.DEREGISTERED)
+        self._report_lost(previous, others, Reason.DEREGISTERED)
         return 1
 
     def drop(self, key: Key, reason: Reason) -> None:
-        """End a registration for `reason`, whatever its holders. They are not notified.
+        """End a registration for a reason, without regard to its holders, which are not notified.
 
         Raises:
             Refused: `not_found`.
         """
-        before = self._must(key)
-        self._add(Op.DOWN, before, before, reason)
+        previous = self._require(key)
+        self._add(Op.DOWN, previous, previous, reason)
 
     def update(
         self,
@@ -243,31 +284,36 @@ class Transaction:
         priority: int | None = None,
         session: int | None = None,
     ) -> Entry:
-        """Replace `meta` as a whole, set `state` and `priority`, and return the new entry. None keeps a value.
+        """Change a registration, and return the new entry. None keeps a value; `meta` is replaced as a whole.
 
-        `draining` by one of several holders withdraws that holder and leaves the state as it is.
+        If one of several holders sets `draining`, that holder is withdrawn, and the state stays as it is.
+
+        Args:
+            if_rev: the revision that the registration must have.
+            session: the connection that sent the request.
 
         Raises:
-            Refused: `not_found`; `conflict`, the entry is not at revision `if_rev`; `busy`, the registry is full.
+            Refused: `not_found`; `conflict`, the registration is not at revision `if_rev`; `busy`, the registry
+                is full.
         """
-        before = self._must(key)
-        self._check_if(before, if_rev, key)
-        own = {each.id for each in before.holders if session is not None and each.session == session}
-        others = any(each.id not in own and not each.withdrawn for each in before.holders)
-        holders = before.holders
+        previous = self._require(key)
+        self._check_revision(previous, if_rev, key)
+        own = {each.id for each in previous.holders if session is not None and each.session == session}
+        others = any(each.id not in own and not each.withdrawn for each in previous.holders)
+        holders = previous.holders
         if state is State.DRAINING and own and others:
-            state, holders = None, _withdrawn(before, own)
+            state, holders = None, _withdraw(previous, own)
         elif state is not None:
             holders = tuple(replace(each, withdrawn=each.id not in own and each.withdrawn) for each in holders)
-        after = self._next(before, meta=meta, state=state, priority=priority, holders=holders)
-        self._check_room(after, before)
-        return self._alter(before, after)
+        after = self._next_revision(previous, meta=meta, state=state, priority=priority, holders=holders)
+        self._check_capacity(after, previous)
+        return self._replace(previous, after)
 
     def end(self, *endings: HolderGone) -> Iterator[None]:
-        """Remove gone holders from the registrations that they held, and end those that have no other holder.
+        """Remove gone holders from their registrations, and end the registrations that have no other holder.
 
-        Yields before each registration. After `ENDS_MAX` changes the rest is left to another transaction, and the
-        endings are `unfinished`.
+        A generator: it yields before each registration, so that the caller can interleave other work. If the
+        transaction has `ENDS_MAX` changes, it stops and adds the endings to `unfinished`.
         """
         sessions = {each.session: each.reason for each in endings if each.session is not None}
         processes = {each.process: each.reason for each in endings if each.process is not None}
@@ -286,19 +332,19 @@ class Transaction:
                 self.unfinished.update(dict.fromkeys(endings))
                 return
             yield  # a key may come twice; the second time there is nothing left to do
-            before = self.get(key)
-            if before is None:
+            previous = self.get(key)
+            if previous is None:
                 continue
-            kept = tuple(holder for holder in before.holders if reason(holder) is None)
-            if len(kept) == len(before.holders):
+            kept = tuple(holder for holder in previous.holders if reason(holder) is None)
+            if len(kept) == len(previous.holders):
                 continue
             if any(not holder.withdrawn for holder in kept):
-                self._alter(before, self._next(before, holders=kept))
+                self._replace(previous, self._next_revision(previous, holders=kept))
             else:
-                last = [why for holder in before.holders if (why := reason(holder)) and not holder.withdrawn]
-                self._add(Op.DOWN, before, before, last[-1] if last else Reason.CLOSED)
+                last = [why for holder in previous.holders if (why := reason(holder)) and not holder.withdrawn]
+                self._add(Op.DOWN, previous, previous, last[-1] if last else Reason.CLOSED)
 
-    def _must(self, key: Key) -> Entry:
+    def _require(self, key: Key) -> Entry:
         entry = self.get(key)
         if entry is None:
             name, instance = key
@@ -306,50 +352,53 @@ class Transaction:
             raise Refused(Code.NOT_FOUND, f"no registration of {which}")
         return entry
 
-    def _check_if(self, before: Entry | None, if_rev: int | None, key: Key) -> None:
-        rev = before.rev if before else 0
+    def _check_revision(self, previous: Entry | None, if_rev: int | None, key: Key) -> None:
+        rev = previous.rev if previous else 0
         if if_rev is not None and if_rev != rev:
-            now = f"is at revision {rev}" if before else "does not exist"
+            now = f"is at revision {rev}" if previous else "does not exist"
             raise Refused(Code.CONFLICT, f"the registration of {key[0]!r} {now}, and `if` says {if_rev}", rev=rev)
 
-    def _check_room(self, wanted: Entry, before: Entry | None) -> None:
+    def _check_capacity(self, entry: Entry, previous: Entry | None) -> None:
         limits = self._registry.limits
-        if before is None and self._count >= limits.registrations_max:
+        if previous is None and self._count >= limits.registrations_max:
             raise Refused(Code.BUSY, f"the registry is full: {limits.registrations_max} registrations")
-        added = wanted.weight_bytes - (before.weight_bytes if before else 0)
+        added = entry.weight_bytes - (previous.weight_bytes if previous else 0)
         if added > 0 and self._weight_bytes + added > limits.registry_bytes_max:
             raise Refused(Code.BUSY, f"the registry is full: {limits.registry_bytes_max} bytes")
 
-    def _add(self, op: Op, entry: Entry, before: Entry | None, reason: str = "") -> Entry:
-        """Add a change to `before`, the pending entry of this key; for `down`, `entry` is `before`."""
+    def _add(self, op: Op, entry: Entry, previous: Entry | None, reason: str = "") -> Entry:
+        """Append a change of the present entry of a key. For `down`, `entry` is the entry that ends."""
         key = entry.key
         after = None if op is Op.DOWN else entry
-        self._count += (after is not None) - (before is not None)
+        self._count += (after is not None) - (previous is not None)
         self._weight_bytes += after.weight_bytes if after else 0
-        self._weight_bytes -= before.weight_bytes if before else 0
+        self._weight_bytes -= previous.weight_bytes if previous else 0
         self._pending[key] = after
         if after is not None and after.holders:
             self._held[key] = None
-        if (before is not None and before.holders) or (after is not None and after.holders):
-            self._count_held(before, after)
+        if (previous is not None and previous.holders) or (after is not None and after.holders):
+            self._count_held(previous, after)
         self.rev += op is not Op.KEEP
-        self.changes.append(Change(self.rev, op, entry, reason, before, self._at, self.by))
+        self.changes.append(Change(self.rev, op, entry, reason, previous, self._at, self.by))
         return entry
 
-    def _count_held(self, before: Entry | None, after: Entry | None) -> None:
-        old, new = _owners(before), _owners(after)
+    def _count_held(self, previous: Entry | None, after: Entry | None) -> None:
+        old, new = _owners(previous), _owners(after)
         if old != new:
             self._newly_held.update(new - old)
             self._newly_held.subtract(old - new)
 
 
-def _withdrawn(entry: Entry, ids: Collection[int]) -> tuple[Holder, ...]:
-    """Return the holders of an entry, those with these ids withdrawn. They stay, so that they can deregister."""
+def _withdraw(entry: Entry, ids: Collection[int]) -> tuple[Holder, ...]:
+    """Return the holders of an entry, and mark those with these ids as withdrawn.
+
+    A withdrawn holder stays in the entry, so that it can still deregister.
+    """
     return tuple(replace(each, withdrawn=True) if each.id in ids else each for each in entry.holders)
 
 
 def _owners(entry: Entry | None) -> set[Owner]:
-    """Return the connections and processes that hold an entry."""
+    """Return the owners of an entry: the sessions and processes of its holders."""
     owners: set[Owner] = set()
     for holder in entry.holders if entry is not None else ():
         if holder.hold:

@@ -202,7 +202,7 @@ class RequestParser:
         try:
             request = decode(line)
         except Refused as refusal:
-            return Problem(refusal.bare())
+            return Problem(refusal.without_traceback())
         self.valid = True
         return request
 
@@ -216,10 +216,10 @@ class RequestParser:
             item = understand(text[1].decode())
         except Refused as refusal:
             if self.valid:
-                return Problem(refusal.bare())
+                return Problem(refusal.without_traceback())
             self.close()
             refusal.message += " (closed: no valid request came before)"
-            return Problem(refusal.bare(), fatal=True, seen=line[:_SEEN_BYTES])
+            return Problem(refusal.without_traceback(), fatal=True, seen=line[:_SEEN_BYTES])
         self.valid = self.valid or isinstance(item, Request)
         return item
 

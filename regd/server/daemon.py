@@ -180,7 +180,7 @@ class Daemon:
             )
 
         limits = self._config.limits
-        readonly = limits.of_readers()
+        readonly = limits.for_readonly_users()
         return (
             build(limits, FairScheduler(), math.inf),
             build(

@@ -177,9 +177,9 @@ class Engine:
         self._waiting.extendleft(reversed(transaction.unfinished))
         for ending in endings:
             if ending not in transaction.unfinished:
-                self._registry.holders.settle(ending)
+                self._registry.holders.unmark(ending)
         self._counters.changes += len(transaction.changes)
-        self._settled(transaction.lost, {each for each in free if not self._registry.holders.knows(each)})
+        self._settled(transaction.lost, {each for each in free if not self._registry.holders.has_process(each)})
         dones = [each.done for each in batch if not isinstance(each, HolderGone)]
         for count, (done, outcome) in enumerate(zip(dones, outcomes, strict=True), 1):
             done(failure or outcome)
@@ -206,7 +206,7 @@ class Engine:
             try:
                 outcomes.append(each.write(transaction))
             except Refused as refusal:
-                outcomes.append(refusal.bare())
+                outcomes.append(refusal.without_traceback())
             if count % _SLICE == 0 or self._clock.now() > self._turn + _TURN_S:
                 await self._yield_to_loop()
         if adjacent:

@@ -91,8 +91,8 @@ class Explainer:
 
     def _some_ready(self, name: str, instance: str | None, meta: Mapping[str, str], most: int) -> list[Entry]:
         """Return up to `most` ready instances, of those that one step of a search looks at."""
-        search = self._registry.search_in_turn(name, instance, meta, most)
-        search.go_on(self._registry.limits.search_step_max)
+        search = self._registry.search_round_robin(name, instance, meta, most)
+        search.step(self._registry.limits.search_step_max)
         return search.found
 
     def conflict(self, conflict: OwnerConflict) -> Refused:

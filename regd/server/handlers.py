@@ -102,7 +102,7 @@ class Handlers:
             raise self._explainer.timeout(request.arguments)
         if request.arguments.get("all"):
             search = self._search(request, readonly=False)
-            search.go_on(self._limits.search_step_max)
+            search.step(self._limits.search_step_max)
             return self._resolved(request, search.found or [entry], self._registry.rev, readonly=False)
         return messages.resolved(request.id, entry)
 
@@ -125,7 +125,7 @@ class Handlers:
 
     def _resolve(self, request: Request, caller: Caller) -> bytes | IncrementalReply:
         search = self._search(request, caller.is_readonly)
-        if search.go_on(self._limits.search_step_max) and len(search.found) <= _ENCODED_MAX:
+        if search.step(self._limits.search_step_max) and len(search.found) <= _ENCODED_MAX:
             return self._resolved(request, search.found, self._registry.rev, caller.is_readonly)
         return self._resolve_slowly(request, caller.is_readonly)
 
@@ -134,13 +134,13 @@ class Handlers:
         name, instance, meta = given["name"], given.get("instance"), given.get("meta", {})
         if given.get("all"):
             return self._registry.search(name, instance, meta, self._limits.reply_instances_max + 1)
-        return self._registry.search_in_turn(name, instance, meta, 1, readonly=readonly)
+        return self._registry.search_round_robin(name, instance, meta, 1, readonly=readonly)
 
     def _resolve_slowly(self, request: Request, readonly: bool) -> IncrementalReply:
         """Search again: nothing is kept for a reply that waits for a slot."""
         yield None
         search, rev = self._search(request, readonly), self._registry.rev
-        while not search.go_on(self._limits.search_step_max):
+        while not search.step(self._limits.search_step_max):
             yield None
         yield from self._encode(search.found)
         yield self._resolved(request, search.found, rev, readonly)

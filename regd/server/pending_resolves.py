@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 
 from regd.core.errors import Code, Refused
-from regd.core.instances import Place, Search
+from regd.core.instances import Search, SearchPosition
 from regd.core.limits import Limits
 from regd.core.model import Change, Entry
 from regd.core.registry import Registry
@@ -69,7 +69,7 @@ class PendingResolve:
         self.done = done
         self.addresses: dict[Address, None] = {}  # that are probed for it, in round-robin order
         self.search: Search | None = None  # that takes more than one time slice
-        self.after: Place | None = None  # none up to this place accepts: of very many the next ones are probed
+        self.after: SearchPosition | None = None  # none up to here accepts: of very many the next ones are probed
         self.grace_timer: Timer | None = None
         self.is_over = False
 
@@ -173,7 +173,7 @@ class PendingResolves:
                 return
             undecided = undecided or accepts is None
         if not undecided and len(entries) == self._limits.probed_instances_max:
-            wait.after = search.place
+            wait.after = search.position
         if wait.once and not undecided:
             self._end(wait, None)
 
@@ -181,11 +181,11 @@ class PendingResolves:
         """Return the search for the instances to probe; None while it is not complete."""
         if wait.search is None:
             most = self._limits.probed_instances_max
-            wait.search = self._registry.search_in_turn(
+            wait.search = self._registry.search_round_robin(
                 wait.name, wait.instance, wait.meta, most, wait.after, readonly=self._readonly
             )
         search = wait.search
-        if not search.go_on(self._limits.search_step_max):
+        if not search.step(self._limits.search_step_max):
             return None
         wait.search = None
         return search

@@ -66,7 +66,7 @@ class Reaper:
         """After a batch: release processes that hold nothing, and run the timer while there are deadlines."""
         for process in free:
             self.processes.release(process)
-        self.processes.settle(self._registry.holders.knows)
+        self.processes.release_unused(self._registry.holders.has_process)
         self._beat_on()
 
     def _beat_on(self) -> None:
@@ -127,7 +127,7 @@ class Reaper:
     def _probed(self, key: Key, holder_id: int, result: ProbeResult) -> None:
         self._probing -= 1
         if not result.refused:  # accepted, or no answer: the process may be blocked
-            self._registry.holders.wait_on(key, holder_id, self._stalls.now() + _PROBE_EVERY_S)
+            self._registry.holders.probe_at(key, holder_id, self._stalls.now() + _PROBE_EVERY_S)
         elif self._entry_held_by(key, holder_id) is not None:
             self._end(HolderGone(Reason.CLOSED, holder=(key, holder_id)))
         self._probe_unclaimed()

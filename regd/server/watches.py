@@ -74,7 +74,7 @@ class Watch:
 
     def line(self, change: Change) -> bytes | None:
         """Return the event of a change, None if the change does not concern this watch."""
-        before, entry = change.before, change.entry
+        before, entry = change.previous, change.entry
         if not (entry.name == self.pattern if self.exact else entry.name.startswith(self.prefix)):
             return None
         matched = before is not None and before.carries(self.meta)
@@ -118,7 +118,7 @@ class Watches:
         watch = Watch(watcher, number, pattern, meta, self._registry.rev)
         if since is None:
             self._begin_snapshot(watch)
-        elif self._registry.history.reaches(*since):
+        elif self._registry.history.can_resume(*since):
             watch.cursor = since[1]
             watch.tail = "progress"
         else:
@@ -201,7 +201,7 @@ class Watches:
         if watch.phase is _Phase.SNAPSHOT:
             return self._next_page(watch)
         history = self._registry.history
-        if not history.knows(watch.cursor):
+        if not history.has_all_after(watch.cursor):
             self._begin_snapshot(watch)
             return messages.event("reset", self._registry.rev, watch=watch.number)
         lines: list[bytes] = []

@@ -114,8 +114,8 @@ def change(number: int, change: Change, batch: int = 0) -> bytes:
         text += f',"by":{{{_by_members(change.by)}}}'
     if entry.meta:
         text += f',"meta":{_meta(entry.meta)}'
-    if change.op is Op.CHANGE and change.before is not None and change.before.meta != entry.meta:
-        text += f',"old_meta":{_meta(change.before.meta)}'
+    if change.op is Op.CHANGE and change.previous is not None and change.previous.meta != entry.meta:
+        text += f',"old_meta":{_meta(change.previous.meta)}'
     if change.op is not Op.DOWN and entry.holders:
         conditions = _encode(document.conditions(entry))[1:-1]
         text += f",{conditions}" if conditions else ""

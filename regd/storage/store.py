@@ -409,4 +409,4 @@ def _parse(path: Path, data: bytes, at: float) -> Document:
 
 def _changes_nothing(change: Change) -> bool:
     """Whether a change is only of what is not stored, such as the connection of a holder."""
-    return change.op is Op.KEEP and change.before is not None and line(change.entry) == line(change.before)
+    return change.op is Op.KEEP and change.previous is not None and line(change.entry) == line(change.previous)

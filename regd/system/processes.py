@@ -44,7 +44,7 @@ class Processes:
         self._boot: str | None = None  # None: no process can be identified
         self._files: dict[Process, int] = {}
         self.unwatched: dict[Process, None] = {}  # processes that cannot be watched; `retry` checks them
-        self._new: list[Process] = []  # processes that `find` has started to watch since the last `settle`
+        self._new: list[Process] = []  # watched by `find` since the last `release_unused`
 
     def __len__(self) -> int:
         return len(self._files)
@@ -54,7 +54,7 @@ class Processes:
         self._boot = boot_id() if _sees_own_namespace() else None
 
     def find(self, pid: int, uid: int | None = None) -> Process:
-        """Return the process with this id, and watch it until `release`, or until `settle` finds it unused.
+        """Return the process with this id, and watch it until `release`, or `release_unused` if it is not used.
 
         With `uid`, the process must belong to that user, unless the user is root.
 
@@ -152,8 +152,8 @@ class Processes:
                 return True
         return not _is_in_use(process.pid)
 
-    def settle(self, is_used: Callable[[Process], bool]) -> None:
-        """Release those processes that `find` has added since the last call and that are not used."""
+    def release_unused(self, is_used: Callable[[Process], bool]) -> None:
+        """Release the processes that `find` has watched since the last call, unless they are used."""
         for process in self._new:
             if not is_used(process):
                 self.release(process)

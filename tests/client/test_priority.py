@@ -209,7 +209,7 @@ def test_mirror_resolves_by_the_rule_of_the_daemon(steps: list[Any]) -> None:
             for _ in range(step):
                 around(mirror, {}, 1)
         search = registry.search("w", None, {}, 10)
-        assert search.go_on(DEFAULT.search_step_max)
+        assert search.step(DEFAULT.search_step_max)
         assert mirror.resolve_all("w") == [endpoint_of(fields(entry)) for entry in search.found]
         best = around(mirror, {})
         assert around(mirror, {}) == best  # each of them once, in the same order
@@ -226,8 +226,8 @@ def around(mirror: Mirror, meta: dict[str, str], count: int | None = None) -> li
 def around_daemon(registry: CoreRegistry, meta: dict[str, str]) -> list[Endpoint]:
     found: list[Endpoint] = []
     for _ in range(4):
-        search = registry.search_in_turn("w", None, meta, 1)
-        assert search.go_on(DEFAULT.search_step_max)
+        search = registry.search_round_robin("w", None, meta, 1)
+        assert search.step(DEFAULT.search_step_max)
         for entry in search.found:
             registry.mark_served(entry, meta)
             found.append(endpoint_of(fields(entry)))

@@ -1,4 +1,4 @@
-"""Deadlines are exact, can be prolonged together, and are checked a bounded number at a time."""
+"""Deadlines of leases: exact after renewals, prolonged together, and handled in bounded time and memory."""
 
 import heapq
 
@@ -14,7 +14,7 @@ def leased(n: int, ttl_s: float) -> Entry:
 
 
 def ended(holders: HolderIndex, now: float) -> list[Key]:
-    """Expire as the daemon does: as often as there is something to say by now."""
+    """Expire all leases that end by `now`, in as many calls as the daemon makes."""
     keys = []
     while (deadline := holders.next_deadline()) is not None and deadline <= now:
         keys += [ending.holder[0] for ending in holders.expire(now, 256) if ending.holder]
@@ -51,7 +51,7 @@ def test_prolong_moves_existing_deadlines_only() -> None:
 
 
 def test_one_pass_drops_a_bounded_number_of_outdated_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """200,000 renewed leases must not hold the loop in the moment in which they would have ended."""
+    """200,000 renewed leases must not hold the event loop at the time of their first deadlines."""
     holders = HolderIndex(30.0)
     entries = [leased(n, 5.0) for n in range(5_000)]
     for entry in entries:
@@ -66,18 +66,18 @@ def test_one_pass_drops_a_bounded_number_of_outdated_deadlines(monkeypatch: pyte
         return heapq.heappop(queue)
 
     monkeypatch.setattr(module, "heappop", pop)
-    looks = 0
+    calls = 0
     while (deadline := holders.next_deadline()) is not None and deadline < 6.0:
         assert holders.expire(5.0, 256) == []
         assert taken <= 3 * 256
         taken = 0
-        looks += 1
-    assert looks > 5
+        calls += 1
+    assert calls > 5
     assert holders.next_deadline() == 6.0
 
 
 def test_outdated_deadlines_use_little_memory() -> None:
-    """A day long each, and renewed or given up at once."""
+    """Each lease lasts a day, and is renewed and then ended at once."""
     holders = HolderIndex(30.0)
     kept = leased(0, 86_400.0)
     holders.move(None, kept, 0.0)

@@ -1,9 +1,9 @@
-"""A search among many instances in slices finds what one search finds."""
+"""A search in steps finds the same instances as a search in one step."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regd.core.instances import Instances, Place, Search
+from regd.core.instances import Instances, Search, SearchPosition
 from regd.core.limits import Limits
 from regd.core.model import Entry, State
 from regd.core.registry import Registry
@@ -27,7 +27,7 @@ priorities = st.sampled_from([0, 0, 0, 1, 7, 65_535])
 
 
 @given(st.lists(st.tuples(st.sampled_from(["", "a", "b1", "z"]), st.none() | priorities)), instances)
-def test_service_behaves_like_an_ordered_dict(steps: list[tuple[str, int | None]], asked: str) -> None:
+def test_instances_behave_like_a_sorted_dict(steps: list[tuple[str, int | None]], asked: str) -> None:
     service, model = Instances(), dict[str, Entry]()
     for count, (instance, priority) in enumerate(steps):
         if priority is not None:
@@ -40,19 +40,22 @@ def test_service_behaves_like_an_ordered_dict(steps: list[tuple[str, int | None]
         assert service.ranked == sorted(model.values(), key=rank)
         assert (service.ranked is service.entries) is (len({each.priority for each in model.values()}) <= 1)
     assert service.get(asked) == model.get(asked)
-    assert service.behind(asked) == sum(key <= asked for key in model)
+    assert service.index_after(asked) == sum(key <= asked for key in model)
 
 
-def in_turn(entries: list[Entry], turn: str | None, after: Entry | None = None) -> list[Entry]:
-    """Return the order of a search: by priority, then from behind `turn` on; cyclic behind `after`."""
+def search_order(entries: list[Entry], served: str | None, after: Entry | None = None) -> list[Entry]:
+    """Return entries in the order of a search: by priority, then from the instance after `served` on.
 
-    def place(entry: Entry) -> tuple[int, bool, str]:
-        return entry.priority, turn is not None and entry.instance <= turn, entry.instance
+    With `after`, the search begins after that entry, and continues at the beginning.
+    """
 
-    ordered = sorted(entries, key=place)
+    def key(entry: Entry) -> tuple[int, bool, str]:
+        return entry.priority, served is not None and entry.instance <= served, entry.instance
+
+    ordered = sorted(entries, key=key)
     if after is None:
         return ordered
-    return sorted(ordered, key=lambda entry: place(entry) <= place(after))
+    return sorted(ordered, key=lambda entry: key(entry) <= key(after))
 
 
 @given(
@@ -62,54 +65,56 @@ def in_turn(entries: list[Entry], turn: str | None, after: Entry | None = None) 
     st.integers(1, 9),
     st.integers(1, 9),
 )
-def test_sliced_search_equals_one_search(
+def test_search_in_steps_equals_a_single_step(
     spread: dict[str, tuple[int, bool]],
-    turn: str | None,
-    behind: tuple[str, int] | None,
+    served: str | None,
+    begin: tuple[str, int] | None,
     most: int,
-    looks: int,
+    count: int,
 ) -> None:
     known = [entry(instance, 1 + fits, priority) for instance, (priority, fits) in spread.items()]
     entries = sorted(known, key=rank)
-    after = entry(behind[0], priority=behind[1]) if behind else None
-    search = Search(entries, most, lambda each: each.port == 2, turn, Place(turn, after) if after else None)
-    turns = 1
-    while not search.go_on(looks):
-        entries.clear()  # what happens between two slices changes nothing
-        turns += 1
-    assert search.found == [each for each in in_turn(known, turn, after) if each.port == 2][:most]
-    assert turns <= max(1, -(-len(known) // looks))
+    after = entry(begin[0], priority=begin[1]) if begin else None
+    search = Search(
+        entries, most, lambda each: each.port == 2, served, SearchPosition(served, after) if after else None
+    )
+    steps = 1
+    while not search.step(count):
+        entries.clear()  # changes between two steps have no effect
+        steps += 1
+    assert search.found == [each for each in search_order(known, served, after) if each.port == 2][:most]
+    assert steps <= max(1, -(-len(known) // count))
     if search.found:
-        assert search.place == Place(turn, search.found[-1])
+        assert search.position == SearchPosition(served, search.found[-1])
 
 
-def served(registry: Registry, **meta: str) -> str:
-    search = registry.search_in_turn("w", None, meta, 1)
-    assert search.go_on(1_000)
+def resolved(registry: Registry, **meta: str) -> str:
+    search = registry.search_round_robin("w", None, meta, 1)
+    assert search.step(1_000)
     registry.mark_served(search.found[0], meta)
     return search.found[0].instance
 
 
 def test_round_robin_is_among_the_best_priority() -> None:
     registry = registry_of(entry("a", priority=5), entry("b"), entry("c", priority=1), entry("d"))
-    assert [served(registry) for _ in range(4)] == ["b", "d", "b", "d"]
+    assert [resolved(registry) for _ in range(4)] == ["b", "d", "b", "d"]
 
 
 def test_next_priority_is_used_while_the_best_is_not_ready() -> None:
     registry = registry_of(*(entry(f"{n}", priority=n // 2) for n in range(4)))
-    assert [served(registry), served(registry), served(registry)] == ["0", "1", "0"]
+    assert [resolved(registry), resolved(registry), resolved(registry)] == ["0", "1", "0"]
     transaction = Transaction(registry, 0.0)
     transaction.update(("w", "0"), None, State.DRAINING)
     registry.apply(transaction.changes, 0.0)
-    assert [served(registry), served(registry)] == ["1", "1"]
+    assert [resolved(registry), resolved(registry)] == ["1", "1"]
     transaction = Transaction(registry, 0.0)
     transaction.deregister(("w", "1"))
     registry.apply(transaction.changes, 0.0)
-    assert [served(registry) for _ in range(3)] == ["2", "3", "2"]
+    assert [resolved(registry) for _ in range(3)] == ["2", "3", "2"]
     transaction = Transaction(registry, 0.0)
     transaction.update(("w", "0"), None, State.READY)
     registry.apply(transaction.changes, 0.0)
-    assert [served(registry) for _ in range(3)] == ["0", "0", "0"]
+    assert [resolved(registry) for _ in range(3)] == ["0", "0", "0"]
 
 
 def test_best_priority_is_that_of_the_instances_with_the_labels() -> None:
@@ -119,8 +124,8 @@ def test_best_priority_is_that_of_the_instances_with_the_labels() -> None:
         entry("c", priority=1, zone="x"),
         entry("d", priority=2, zone="x"),
     )
-    assert [served(registry, zone="x") for _ in range(3)] == ["b", "c", "b"]
-    assert served(registry) == "a"
+    assert [resolved(registry, zone="x") for _ in range(3)] == ["b", "c", "b"]
+    assert resolved(registry) == "a"
 
 
 def test_each_filter_has_its_own_round_robin_position() -> None:
@@ -128,8 +133,8 @@ def test_each_filter_has_its_own_round_robin_position() -> None:
     seen: dict[str, list[str]] = {"a": [], "b": [], "": []}
     for _ in range(12):
         for zone, got in seen.items():
-            got.append(served(registry, **({"zone": zone} if zone else {})))
-            served(registry, n="3")
+            got.append(resolved(registry, **({"zone": zone} if zone else {})))
+            resolved(registry, n="3")
     for zone, among in (("a", "024"), ("b", "135"), ("", "012345")):
         got = seen[zone]
         assert got == got[: len(among)] * (12 // len(among))
@@ -138,12 +143,12 @@ def test_each_filter_has_its_own_round_robin_position() -> None:
 
 def test_round_robin_continues_when_instances_change() -> None:
     registry = registry_of(*(entry(f"{n}") for n in (1, 2, 3)))
-    assert [served(registry), served(registry)] == ["1", "2"]
+    assert [resolved(registry), resolved(registry)] == ["1", "2"]
     transaction = Transaction(registry, 0.0)
     transaction.deregister(("w", "2"))
     transaction.register(entry("4"))
     registry.apply(transaction.changes, 0.0)
-    assert [served(registry) for _ in range(3)] == ["3", "4", "1"]
+    assert [resolved(registry) for _ in range(3)] == ["3", "4", "1"]
 
 
 def test_round_robin_positions_are_kept_for_a_bounded_number_of_filters() -> None:
@@ -151,5 +156,5 @@ def test_round_robin_positions_are_kept_for_a_bounded_number_of_filters() -> Non
     entries = [Entry("w", f"{n}", "127.0.0.1", 1, meta, State.READY, 0, 0.0) for n in range(3)]
     registry = registry_of(*entries, limits=Limits(round_robin_filters_max=10))
     for m in range(50):
-        served(registry, **{f"k{m}": "v"})
+        resolved(registry, **{f"k{m}": "v"})
     assert len(registry._served) == 10

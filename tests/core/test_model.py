@@ -1,4 +1,4 @@
-"""The rules of section "Names" in PROTOCOL: each at its limit, below and above."""
+"""The rules of the section "Names and values" in PROTOCOL.md: values at each limit, and beyond it."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The registry equals a plain dictionary, and its changes, folded, equal its list."""
+"""The registry behaves like a plain dictionary, and its changes, applied one by one, give its list."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,7 +28,7 @@ def wanted(
     return Entry(name, instance, host, port, meta or {}, state, 0, 0.0, priority=priority)
 
 
-def land(registry: Registry, *entries: Entry, now: float = 0.0) -> list[Change]:
+def commit(registry: Registry, *entries: Entry, now: float = 0.0) -> list[Change]:
     transaction = Transaction(registry, at=5.0)
     for entry in entries:
         transaction.register(entry)
@@ -50,14 +50,15 @@ def listed(
 
 
 def resolve(registry: Registry, name: str, meta: Mapping[str, str] | None = None) -> Entry | None:
-    search = registry.search_in_turn(name, None, meta or {}, 1)
-    assert search.go_on(DEFAULT.search_step_max)
+    search = registry.search_round_robin(name, None, meta or {}, 1)
+    assert search.step(DEFAULT.search_step_max)
     for entry in search.found:
         registry.mark_served(entry, meta or {})
     return search.found[0] if search.found else None
 
 
 def fold(state: dict[Key, Entry], changes: list[Change]) -> None:
+    """Apply changes to a state, as a watcher would."""
     for change in changes:
         if change.op is Op.DOWN:
             assert state.pop(change.entry.key) == change.entry
@@ -74,14 +75,17 @@ priorities = st.sampled_from([0, 0, 1, 65_535])
 
 
 class Histories(RuleBasedStateMachine):
-    """Random batches, of which some are never landed; a model in a plain dictionary beside them."""
+    """Random batches, some of which are dropped, compared with a plain dictionary.
+
+    `model` is the committed state, and `pending` the state with the changes of the transaction.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.registry = Registry()
         self.transaction = Transaction(self.registry, 5.0)
         self.model: dict[Key, tuple[str, int, Mapping[str, str], State, int]] = {}
-        self.drafted = dict(self.model)
+        self.pending = dict(self.model)
         self.folded: dict[Key, Entry] = {}
         self.rev = 0
 
@@ -92,15 +96,15 @@ class Histories(RuleBasedStateMachine):
         entry, replaced = self.transaction.register(
             wanted(name, instance, port, meta=meta, state=state, priority=priority)
         )
-        before = self.drafted.get((name, instance))
+        before = self.pending.get((name, instance))
         assert replaced is (before is not None and before[1] != port)
-        self.drafted[name, instance] = (entry.host, port, meta, state, priority)
+        self.pending[name, instance] = (entry.host, port, meta, state, priority)
 
     @rule(name=names, instance=instances)
     def deregister(self, name: str, instance: str) -> None:
-        if (name, instance) in self.drafted:
+        if (name, instance) in self.pending:
             self.transaction.deregister((name, instance))
-            del self.drafted[name, instance]
+            del self.pending[name, instance]
         else:
             with pytest.raises(Refused) as refusal:
                 self.transaction.deregister((name, instance))
@@ -116,26 +120,26 @@ class Histories(RuleBasedStateMachine):
     def update(
         self, name: str, instance: str, meta: Mapping[str, str], state: State | None, priority: int | None
     ) -> None:
-        if (name, instance) in self.drafted:
+        if (name, instance) in self.pending:
             self.transaction.update((name, instance), meta, state, priority=priority)
-            host, port, _, before, previous = self.drafted[name, instance]
+            host, port, _, before, previous = self.pending[name, instance]
             new = previous if priority is None else priority
-            self.drafted[name, instance] = (host, port, meta, state or before, new)
+            self.pending[name, instance] = (host, port, meta, state or before, new)
 
     @rule()
-    def land(self) -> None:
+    def commit(self) -> None:
         changes = self.transaction.changes
         assert [change.rev for change in changes] == list(range(self.rev + 1, self.rev + 1 + len(changes)))
         self.rev += len(changes)
         self.registry.apply(changes, 0.0)
         fold(self.folded, changes)
-        self.model = dict(self.drafted)
+        self.model = dict(self.pending)
         self.transaction = Transaction(self.registry, 5.0)
 
     @rule()
-    def forget(self) -> None:
+    def drop(self) -> None:
         self.transaction = Transaction(self.registry, 5.0)
-        self.drafted = dict(self.model)
+        self.pending = dict(self.model)
 
     @invariant()
     def state_is_the_model(self) -> None:
@@ -150,7 +154,7 @@ class Histories(RuleBasedStateMachine):
         assert [self.folded[key] for key in sorted(self.folded)] == listed(self.registry, limit=2)
 
     @invariant()
-    def resolve_takes_turns_among_the_ready(self) -> None:
+    def resolve_goes_around_the_best_ready_instances(self) -> None:
         for name in {name for name, _ in self.model}:
             ready = {
                 key: value[4] for key, value in self.model.items() if key[0] == name and value[3] is State.READY
@@ -184,42 +188,42 @@ TestHistories = Histories.TestCase
 
 def test_round_robin_is_even_and_in_order() -> None:
     registry = Registry()
-    land(registry, *(wanted(instance=str(n)) for n in range(3)))
+    commit(registry, *(wanted(instance=str(n)) for n in range(3)))
     seen = [resolve(registry, "db") for _ in range(6)]
     assert [entry.instance for entry in seen if entry] == ["0", "1", "2", "0", "1", "2"]
 
 
 @pytest.mark.parametrize("priorities", [(0, 0), (3, 3), (0, 1), (1, 0), (0, 0, 1), (0, 1, 1)])
-def test_one_entry_is_the_sole_ready_of_its_name(priorities: tuple[int, ...]) -> None:
+def test_sole_ready_entry_has_the_best_priority_alone(priorities: tuple[int, ...]) -> None:
     registry = Registry()
-    land(registry, *(wanted(instance=str(n), priority=each) for n, each in enumerate(priorities)))
+    commit(registry, *(wanted(instance=str(n), priority=each) for n, each in enumerate(priorities)))
     best = min(priorities)
     for entry in registry.instances_of("db"):
         is_sole = entry.priority == best and priorities.count(best) == 1
         assert registry.is_sole_ready(entry) is is_sole
 
 
-def test_a_standby_is_not_the_sole_ready_while_the_primary_starts() -> None:
+def test_standby_is_not_the_sole_ready_entry_while_the_primary_starts() -> None:
     registry = Registry()
-    land(registry, wanted(instance="a", state=State.STARTING), wanted(instance="b", priority=1))
+    commit(registry, wanted(instance="a", state=State.STARTING), wanted(instance="b", priority=1))
     assert not any(registry.is_sole_ready(entry) for entry in registry.instances_of("db"))
 
 
 def test_another_priority_at_the_same_address_is_one_change() -> None:
     registry = Registry()
-    land(registry, wanted(priority=1))
-    [change] = land(registry, wanted(priority=2))
-    assert (change.op, change.rev, change.entry.priority, change.before and change.before.priority) == (
+    commit(registry, wanted(priority=1))
+    [change] = commit(registry, wanted(priority=2))
+    assert (change.op, change.rev, change.entry.priority, change.previous and change.previous.priority) == (
         Op.CHANGE, 2, 2, 1,
     )  # fmt: skip
-    assert land(registry, wanted(priority=2)) == []
-    [change] = land(registry, wanted())
+    assert commit(registry, wanted(priority=2)) == []
+    [change] = commit(registry, wanted())
     assert (change.op, change.entry.priority) == (Op.CHANGE, 0)
 
 
-def test_update_sets_what_it_names() -> None:
+def test_update_keeps_values_that_are_none() -> None:
     registry = Registry()
-    land(registry, wanted(meta={"a": "b"}, state=State.STARTING, priority=1))
+    commit(registry, wanted(meta={"a": "b"}, state=State.STARTING, priority=1))
     transaction = Transaction(registry, 9.0)
     entry = transaction.update(("db", ""), None, None, priority=7)
     assert (entry.meta, entry.state, entry.priority, entry.rev) == ({"a": "b"}, State.STARTING, 7, 2)
@@ -231,7 +235,7 @@ def test_update_sets_what_it_names() -> None:
 
 def test_round_robin_among_matching_instances() -> None:
     registry = Registry()
-    land(registry, *(wanted(instance=str(n), meta={"zone": "ab"[n % 2]}) for n in range(4)))
+    commit(registry, *(wanted(instance=str(n), meta={"zone": "ab"[n % 2]}) for n in range(4)))
     seen = [resolve(registry, "db", {"zone": "b"}) for _ in range(4)]
     assert [entry.instance for entry in seen if entry] == ["1", "3", "1", "3"]
     assert resolve(registry, "db", {"zone": "c"}) is None
@@ -239,7 +243,7 @@ def test_round_robin_among_matching_instances() -> None:
 
 def test_unknown_name_keeps_no_state() -> None:
     registry = Registry()
-    land(registry, wanted())
+    commit(registry, wanted())
     for n in range(1_000):
         assert resolve(registry, f"x{n}") is None
         assert resolve(registry, f"x{n}", {"zone": "b"}) is None
@@ -248,15 +252,15 @@ def test_unknown_name_keeps_no_state() -> None:
 
 def test_same_registration_again_is_no_change() -> None:
     registry = Registry()
-    land(registry, wanted(meta={"a": "b"}))
-    assert land(registry, wanted(meta={"a": "b"})) == []
+    commit(registry, wanted(meta={"a": "b"}))
+    assert commit(registry, wanted(meta={"a": "b"})) == []
     assert registry.rev == 1
 
 
 def test_new_address_gives_down_and_up() -> None:
     registry = Registry()
-    land(registry, wanted(port=1))
-    changes = land(registry, wanted(port=2))
+    commit(registry, wanted(port=1))
+    changes = commit(registry, wanted(port=2))
     assert [(c.rev, c.op, c.entry.port, c.reason) for c in changes] == [
         (2, Op.DOWN, 1, "replaced"),
         (3, Op.UP, 2, ""),
@@ -265,7 +269,7 @@ def test_new_address_gives_down_and_up() -> None:
 
 def test_meta_change_keeps_the_registration_time() -> None:
     registry = Registry()
-    land(registry, wanted())
+    commit(registry, wanted())
     transaction = Transaction(registry, at=99.0)
     entry, _ = transaction.register(wanted(meta={"a": "b"}))
     assert (entry.registered_at, entry.rev) == (5.0, 2)
@@ -278,7 +282,7 @@ def test_meta_change_keeps_the_registration_time() -> None:
 def test_register_with_if(if_rev: int, there: bool, fits: bool) -> None:
     registry = Registry()
     if there:
-        land(registry, wanted())
+        commit(registry, wanted())
     transaction = Transaction(registry, 0.0)
     if fits:
         transaction.register(wanted(port=2), if_rev)
@@ -301,7 +305,7 @@ def test_conditions_apply_within_a_batch() -> None:
 @pytest.mark.parametrize("count", [2, 3])
 def test_registrations_are_limited(count: int) -> None:
     registry = Registry(limits=Limits(registrations_max=3))
-    land(registry, *(wanted(f"n{n}") for n in range(count)))
+    commit(registry, *(wanted(f"n{n}") for n in range(count)))
     transaction = Transaction(registry, 0.0)
     if count < 3:
         transaction.register(wanted("one-more"))
@@ -316,7 +320,7 @@ def test_registrations_are_limited(count: int) -> None:
 def test_total_bytes_are_limited() -> None:
     entry = wanted(meta={"k": "v" * 100})
     registry = Registry(limits=Limits(registry_bytes_max=entry.weight_bytes))
-    land(registry, entry)
+    commit(registry, entry)
     with pytest.raises(Refused) as refusal:
         Transaction(registry, 0.0).update(entry.key, {"k": "v" * 101}, None)
     assert refusal.value.code is Code.BUSY
@@ -339,7 +343,7 @@ def test_pages_list_every_entry_once(keys: set[Key], limit: int, scan: int, patt
 
 def test_entry_present_throughout_is_listed_once() -> None:
     registry = Registry()
-    land(registry, *(wanted(f"n{n:02}") for n in range(10)))
+    commit(registry, *(wanted(f"n{n:02}") for n in range(10)))
     first = registry.page("*", {}, None, 5)
     transaction = Transaction(registry, 0.0)
     transaction.deregister(("n04", ""))
@@ -358,14 +362,14 @@ def test_entry_present_throughout_is_listed_once() -> None:
 )
 def test_suggestions_for_misspelled_names(asked: str, near: str | None) -> None:
     registry = Registry()
-    land(registry, *(wanted(name) for name in ("db", "runner", "worker", "cache")))
+    commit(registry, *(wanted(name) for name in ("db", "runner", "worker", "cache")))
     assert registry.near(asked)[:1] == ([near] if near else [])
 
 
 def test_departures_are_kept_up_to_a_limit() -> None:
     registry = Registry(limits=Limits(departures_max=2))
     for n in range(3):
-        land(registry, wanted(f"n{n}"))
+        commit(registry, wanted(f"n{n}"))
         transaction = Transaction(registry, 0.0)
         transaction.deregister((f"n{n}", ""))
         registry.apply(transaction.changes, now=float(n))
@@ -402,7 +406,7 @@ def test_batch_reuses_capacity_that_it_freed() -> None:
 def test_conflict_rechecks_the_owner_first() -> None:
     registry = Registry()
     owner = Holder(0, 1, hold=True)
-    land(registry, replace(wanted(), holders=(owner,)))
+    commit(registry, replace(wanted(), holders=(owner,)))
     rival = replace(wanted(port=2), holders=(replace(owner, session=2),))
     with pytest.raises(OwnerConflict):
         Transaction(registry, 0.0).register(rival, session=2)

@@ -77,7 +77,7 @@ class Watcher:
         self.rev = registry.rev
 
     def follow(self, registry: Registry) -> None:
-        if not registry.history.knows(self.rev):
+        if not registry.history.has_all_after(self.rev):
             self.reset(registry)
         for change in registry.history.since(self.rev, 1_000):
             assert change.rev == self.rev + 1
@@ -126,7 +126,7 @@ class Histories(RuleBasedStateMachine):
         transaction = Transaction(self.registry, 5.0)
         list(transaction.end(ending))
         self.land(transaction)
-        self.registry.holders.settle(ending)
+        self.registry.holders.unmark(ending)
 
     def model_end(self, gone: Any) -> None:
         """Remove holders from the model, and the registrations whose last holder is removed."""
@@ -292,7 +292,7 @@ class Histories(RuleBasedStateMachine):
             if refused:
                 self.end(HolderGone(Reason.CLOSED, holder=(key, holder_id)))
             else:
-                holders.wait_on(key, holder_id, self.now + GRACE_S)
+                holders.probe_at(key, holder_id, self.now + GRACE_S)
 
     @rule()
     def stall(self) -> None:
@@ -359,7 +359,7 @@ class Histories(RuleBasedStateMachine):
             ready = [(known.priority, key) for key, known in self.model.items() if known.state == "ready"]
             ready = sorted((priority, key) for priority, key in ready if key[0] == name)
             search = self.registry.search(name, None, {}, 1_000)
-            assert search.go_on(1_000)
+            assert search.step(1_000)
             assert [(entry.priority, entry.key) for entry in search.found] == ready
 
     @invariant()
@@ -373,8 +373,8 @@ class Histories(RuleBasedStateMachine):
             best = sorted(key for key, priority in fits.items() if priority == min(fits.values()))
             seen = []
             for _ in range(2 * len(best)):
-                search = self.registry.search_in_turn(name, None, meta, 1)
-                assert search.go_on(1_000)
+                search = self.registry.search_round_robin(name, None, meta, 1)
+                assert search.step(1_000)
                 self.registry.mark_served(search.found[0], meta)
                 seen.append(search.found[0].key)
             assert sorted(seen[: len(best)]) == sorted(seen[len(best) :]) == best

@@ -427,8 +427,8 @@ def test_readonly_resolves_do_not_advance_the_round_robin_of_writers() -> None:
     registry = Registry(entries, 1, Limits(readonly_round_robin_filters_max=2, round_robin_filters_max=2))
 
     def resolve(*, readonly: bool, **meta: str) -> str:
-        search = registry.search_in_turn("a", None, meta, 1, readonly=readonly)
-        assert search.go_on(10)
+        search = registry.search_round_robin("a", None, meta, 1, readonly=readonly)
+        assert search.step(10)
         registry.mark_served(search.found[0], meta, readonly=readonly)
         return search.found[0].instance
 
@@ -437,8 +437,8 @@ def test_readonly_resolves_do_not_advance_the_round_robin_of_writers() -> None:
         assert [own for own, _ in replies] == ["0", "1", "2"], meta
         assert sorted(own for _, own in replies) == ["0", "1", "2"], meta
     for n in range(10):
-        search = registry.search_in_turn("a", None, {"k": "v"}, 1, readonly=True)
-        search.go_on(10)
+        search = registry.search_round_robin("a", None, {"k": "v"}, 1, readonly=True)
+        search.step(10)
         registry.mark_served(search.found[0], {"k": "v", "n": str(n)}, readonly=True)
     assert len(registry._served_readonly) == 2
     assert resolve(readonly=False, k="v") == "0"
@@ -716,7 +716,7 @@ def test_history(limits: Limits, kept: int) -> None:
     for rev in range(1, 9):
         history.add(change(rev))
     assert len(history) == kept
-    assert (history.knows(8 - kept), history.knows(7 - kept)) == (True, False)
+    assert (history.has_all_after(8 - kept), history.has_all_after(7 - kept)) == (True, False)
 
 
 def test_history_bytes() -> None:

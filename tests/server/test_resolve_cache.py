@@ -394,7 +394,7 @@ def test_registry_notifies_of_each_name_whose_reply_changes() -> None:
 
     def ready_count(name: str) -> int:
         search = registry.search(name, None, {}, 10)
-        assert search.go_on(10)
+        assert search.step(10)
         return len(search.found)
 
     registry.on_entry_changed = lambda name: notified.append((name, ready_count(name)))
@@ -423,7 +423,7 @@ def test_registry_notifies_of_each_name_whose_reply_changes() -> None:
         registry.mark_dead(ending)
         assert notified == [("held", 0)]
         assert apply(lambda transaction, ending=ending: transaction.end(ending)) == [("held", 0)]  # type: ignore[misc]
-        registry.holders.settle(ending)
+        registry.holders.unmark(ending)
     apply(lambda transaction: transaction.register(entry("held", holders=(holder,)), session=7))
     notified.clear()
     assert registry.expire(4.9, 10) == []
@@ -433,7 +433,7 @@ def test_registry_notifies_of_each_name_whose_reply_changes() -> None:
 
 
 def test_many_deaths_at_once_clear_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regd.core.registry._TOUCHED_MAX", 2)
+    monkeypatch.setattr("regd.core.registry._INVALIDATED_MAX", 2)
     registry, replies = Registry(), ResolveCache()
     registry.on_entry_changed, registry.on_any_changed = replies.invalidate, replies.invalidate_all
     transaction = Transaction(registry, 0.0)

@@ -311,7 +311,7 @@ def _explain(changes: list[Change], asked: list[Said]) -> None:
 
 
 def _is_an_end(change: Change) -> bool:
-    before = change.before
+    before = change.previous
     if change.op is Op.CHANGE and before is not None and len(change.entry.holders) < len(before.holders):
         return True
     if change.op is not Op.DOWN or change.reason not in _CONDITIONS:
