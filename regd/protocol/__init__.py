@@ -1,1 +1,1 @@
-"""Bytes to messages and back. No asyncio, clock, socket, logger, registry or storage in here."""
+"""The wire format: bytes to requests, and results to bytes. Without sockets, so that tests need none."""

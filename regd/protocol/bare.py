@@ -1,7 +1,7 @@
-"""Bare lines, for people with telnet or nc: a command and its main arguments, without JSON.
+"""Bare lines: a command and its main arguments without JSON, for people with telnet or nc.
 
-`FORMS` is the table of bare lines. `parser.py` recognizes HTTP request lines first, since a web page may choose
-any method for its request, such as `REGISTER`.
+`FORMS` is the table of them. The caller must have ruled out an HTTP request line, since a web page can choose the
+method of its request, for example `REGISTER`.
 """
 
 import re
@@ -13,7 +13,7 @@ from regd.protocol.commands import COMMANDS, Request, check, nearest_word
 
 
 class Quit:
-    """The line `quit`: send the replies that are due, then close."""
+    """The line `quit`: close the connection after all replies were sent."""
 
 
 Arguments = Mapping[str, object]
@@ -21,10 +21,17 @@ Arguments = Mapping[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """The form of a bare line. `takes` has the names of its arguments; the first `needs` of them are required."""
+    """The form of a bare line.
 
-    takes: tuple[str, ...] = ()
-    needs: int = 0
+    Attributes:
+        names: the arguments that it takes, in order.
+        required: how many of them it needs.
+        arguments: turns the words after the command into arguments.
+        usage: the arguments as `help` shows them.
+    """
+
+    names: tuple[str, ...] = ()
+    required: int = 0
     arguments: Callable[[Sequence[str]], Arguments] = lambda words: {"name": words[0]} if words else {}
     usage: str = ""
 
@@ -63,27 +70,28 @@ FORMS: Mapping[str, Form] = {
 USAGES = [f"{word} {form.usage}".rstrip() for word, form in FORMS.items()]
 
 
-def understand(line: str) -> Request | Quit:
+def parse_bare_line(line: str) -> Request | Quit:
     """Parse a bare line; the command may be in upper or lower case.
 
     Raises:
         Refused: `unknown_command`, or `bad_argument` with `field`.
     """
-    word, *given = line.split()
-    cmd = word.lower()
+    command, *words = line.split()
+    cmd = command.lower()
     form = FORMS.get(cmd)
     if form is None:
-        raise _unknown(word)
-    if len(given) < form.needs:
-        missing = form.takes[len(given)]
+        raise _unknown(command)
+    if len(words) < form.required:
+        missing = form.names[len(words)]
         raise Refused(Code.BAD_ARGUMENT, f"{cmd} needs {missing}: {cmd} {form.usage}", field=missing)
-    if len(given) > len(form.takes):
-        extra = given[len(form.takes)][:64]
-        takes = f"write {cmd} {form.usage}" if form.takes else f"{cmd} takes none"
-        raise Refused(Code.BAD_ARGUMENT, f"{cmd} has no argument {extra!r}; {takes}", field=extra)
+    if len(words) > len(form.names):
+        extra = words[len(form.names)][:64]
+        hint = f"write {cmd} {form.usage}" if form.names else f"{cmd} takes none"
+        raise Refused(Code.BAD_ARGUMENT, f"{cmd} has no argument {extra!r}; {hint}", field=extra)
     if cmd == "quit":
         return Quit()
-    arguments = form.arguments(given)
+    arguments = form.arguments(words)
+    # `short` is not an argument of the JSON command: it asks for the help text for people.
     return Request(cmd, None, arguments) if "short" in arguments else check(cmd, None, arguments)
 
 

@@ -1,4 +1,7 @@
-"""`COMMANDS`, the table of commands, on which the decoder, did-you-mean hints, `help` and PROTOCOL.md rest."""
+"""`COMMANDS`, the table of commands.
+
+Requests are checked against it, suggestions and `help` come from it, and a test compares it with PROTOCOL.md.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,14 +13,14 @@ from regd.core.errors import Code, Invalid, Refused
 from regd.core.limits import DEFAULT
 from regd.core.model import Key
 
-# Measured on CPython 3.11: a waiting request; two strings in a dictionary. A character takes up to 4 bytes.
-_KEPT_BYTES = 1_024
-_PAIR_BYTES = 192
+# Memory, measured on CPython 3.11. A character of a text takes up to 4 bytes.
+_REQUEST_BYTES = 1_024  # a waiting request
+_PAIR_BYTES = 192  # a key and a value in a dictionary, without their text
 
 
 @dataclass(frozen=True, slots=True)
 class ArgType:
-    """The type of an argument: its name in `help`, and the check that returns the value or raises `Invalid`."""
+    """The type of an argument: its name in `help`, and a check that returns a valid value or raises `Invalid`."""
 
     word: str
     check: Callable[[object], Any]
@@ -25,6 +28,8 @@ class ArgType:
 
 @dataclass(frozen=True, slots=True)
 class Argument:
+    """An argument of a command. `doc` is its line in `help`."""
+
     kind: ArgType
     doc: str
     required: bool = False
@@ -32,9 +37,17 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command. A command that `writes` is answered once the change is in the journal on disk.
+    """A command.
 
-    A `guarded` command is only for users who may write.
+    Attributes:
+        doc: what it does, for `help`.
+        result: the fields of its reply, for `help`.
+        arguments: its arguments by name.
+        writes: it is answered once its changes are committed.
+        guarded: only users who may write may use it.
+        checks: the check of each argument. With `required`, it is computed from `arguments`, so that checking a
+            request takes time only for the arguments that it has.
+        required: the names of the required arguments.
     """
 
     doc: str
@@ -42,7 +55,6 @@ class Command:
     arguments: Mapping[str, Argument]
     writes: bool = False
     guarded: bool = False
-    # Computed from `arguments`, so that checking a request takes time for the arguments that it has.
     checks: Mapping[str, Callable[[object], Any]] = field(init=False)
     required: tuple[str, ...] = field(init=False)
 
@@ -62,8 +74,8 @@ class Request(NamedTuple):
 
     @property
     def weight_bytes(self) -> int:
-        """The memory that the request takes while it waits, by estimate."""
-        size = _KEPT_BYTES
+        """The memory of the waiting request, by estimate."""
+        size = _REQUEST_BYTES
         for value in self.arguments.values():
             if type(value) is dict:
                 size += _PAIR_BYTES * len(value) + 4 * len("".join([*value, *value.values()]))
@@ -73,7 +85,7 @@ class Request(NamedTuple):
 
 
 def _check_key(value: object) -> Key:
-    """Check a place in a list, as `next` of a reply gave it: NAME or NAME/INSTANCE."""
+    """Check a position in a list, from `next` of a reply: NAME or NAME/INSTANCE."""
     if type(value) is not str:
         raise Invalid("must be a string, as `next` gave it")
     name, _, instance = value.partition("/")
@@ -95,7 +107,7 @@ def _check_epoch(value: object) -> str:
 
 
 _AGE_S_MAX = 3_153_600_000.0  # a hundred years
-_REVISION_MAX = 2**63 - 1  # what 64-bit readers of the file and the wire can hold
+_REVISION_MAX = 2**63 - 1  # programs in other languages may read it into 64 bits
 
 NAME = ArgType("name", model.check_name)
 PATTERN = ArgType("name or prefix*", model.check_pattern)
@@ -250,12 +262,12 @@ COMMANDS: Mapping[str, Command] = {
 
 
 def nearest_word(word: str, words: Mapping[str, object]) -> list[str]:
-    """Return the word that is most similar to `word`, if any is similar."""
+    """Return the most similar of `words`; an empty list if none is similar."""
     return get_close_matches(word[:64], words, n=1)
 
 
-def check(cmd: str, id: str | int | None, given: Mapping[str, object]) -> Request:
-    """Check a command and its arguments against the table.
+def check(cmd: str, id: str | int | None, arguments: Mapping[str, object]) -> Request:
+    """Return the request for a command and its arguments, if they are valid.
 
     Raises:
         Refused: `unknown_command`, or `bad_argument` with `field`.
@@ -268,11 +280,11 @@ def check(cmd: str, id: str | int | None, given: Mapping[str, object]) -> Reques
     checked: dict[str, Any] = {}
     name = ""
     try:
-        for name, value in given.items():
-            rule = command.checks.get(name)
-            if rule is None:
+        for name, value in arguments.items():
+            check_value = command.checks.get(name)
+            if check_value is None:
                 raise _unknown_argument(cmd, command, name)
-            checked[name] = rule(value)
+            checked[name] = check_value(value)
     except Invalid as error:
         raise Refused(Code.BAD_ARGUMENT, f"{name} {error}", field=name) from None
     for name in command.required:
@@ -292,8 +304,8 @@ def _unknown_argument(cmd: str, command: Command, name: str) -> Refused:
     return Refused(Code.BAD_ARGUMENT, f"{cmd} has no argument {name[:64]!r}; {hint}", field=name[:64], near=near)
 
 
-def described(topic: str | None = None) -> dict[str, object]:
-    """Return the table as `help` shows it: all commands, or one."""
+def describe_commands(topic: str | None = None) -> dict[str, object]:
+    """Return the field `commands` of the reply to `help`: all commands, or only `topic`."""
     return {
         name: {
             "doc": command.doc,

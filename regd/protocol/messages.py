@@ -1,7 +1,7 @@
-"""JSON lines to requests; replies and events to JSON lines.
+"""Decode requests from JSON lines, and encode replies and events.
 
-The decoder is total: it returns a `Request` or raises `Refused`. It refuses what the standard `json` accepts:
-duplicate keys, NaN, infinities, lone surrogates.
+For any bytes, `decode` returns a `Request` or raises `Refused`, and nothing else. It is stricter than `json`,
+which accepts duplicate keys, NaN, infinities and lone surrogates.
 """
 
 import json
@@ -17,18 +17,18 @@ from regd.protocol.commands import Request, check
 
 
 class _NotStrict(ValueError):
-    """`json` accepts it, and regd does not."""
+    """Text that `json` accepts and regd does not."""
 
 
-def strict_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+def _strict_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
         raise _NotStrict("duplicate key in an object")
-    return made
+    return members
 
 
 def _no_constant(word: str) -> NoReturn:
-    raise _NotStrict(f"{word} is no JSON")
+    raise _NotStrict(f"{word} is not JSON")
 
 
 def _finite(digits: str) -> float:
@@ -39,26 +39,25 @@ def _finite(digits: str) -> float:
 
 
 _BLANKS = " \t\r\n"
-_decoder = json.JSONDecoder(object_pairs_hook=strict_pairs, parse_constant=_no_constant, parse_float=_finite)
-_encode = json.JSONEncoder(
-    separators=(",", ":"), allow_nan=False
-).encode  # ASCII, so that no control sequence reaches a terminal
+_decoder = json.JSONDecoder(object_pairs_hook=_strict_pairs, parse_constant=_no_constant, parse_float=_finite)
+# The output is ASCII, so that no control sequence reaches a terminal.
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 def decode(line: bytes) -> Request:
     """Turn a line that begins with `{` into a request.
 
     Raises:
-        Refused: `bad_json`, `bad_request`, `unknown_command` or `bad_argument`. Where the line had a usable
-            `id`, it is in the refusal's details, for the reply.
+        Refused: `bad_json`, `bad_request`, `unknown_command` or `bad_argument`. If the line has a valid `id`, it
+            is in `details`, so that the reply has it too.
     """
     fields = parse_object(line)
-    given = "id" in fields
+    has_id = "id" in fields
     id = fields.pop("id", None)
     if type(id) is str:
         if len(id) > DEFAULT.id_chars_max:
             raise Refused(Code.BAD_REQUEST, f"id must be at most {DEFAULT.id_chars_max} characters")
-    elif given and type(id) is not int:
+    elif has_id and type(id) is not int:
         raise Refused(Code.BAD_REQUEST, "id must be a string or a whole number")
     try:
         cmd = fields.pop("cmd", None)
@@ -72,15 +71,13 @@ def decode(line: bytes) -> Request:
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
-    """Parse a JSON object, strictly.
+    """Parse a line that is one JSON object.
 
     Raises:
         Refused: `bad_json`.
     """
     try:
-        text = line.decode("utf-8").lstrip(
-            _BLANKS
-        )  # before json sees it: json.loads(bytes) lets surrogates through
+        text = line.decode("utf-8").lstrip(_BLANKS)  # not `json.loads(line)`, which accepts encoded surrogates
         fields, end = _decoder.raw_decode(text)
         if end != len(text) and text[end:].strip(_BLANKS):
             raise json.JSONDecodeError("Extra data", text, end)
@@ -89,22 +86,22 @@ def parse_object(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise Refused(Code.BAD_JSON, f"not UTF-8 at byte {error.start + 1}") from None
     except UnicodeEncodeError:
-        raise Refused(Code.BAD_JSON, "half a surrogate pair is no text") from None
+        raise Refused(Code.BAD_JSON, "it contains half of a surrogate pair") from None
     except json.JSONDecodeError as error:
         raise Refused(Code.BAD_JSON, f"not JSON at character {error.pos + 1}: {error.msg}") from None
     except _NotStrict as error:
         raise Refused(Code.BAD_JSON, str(error)) from None
     except RecursionError:
         raise Refused(Code.BAD_JSON, "nested too deeply") from None
-    except ValueError:  # an integer of more digits than Python takes
+    except ValueError:  # an integer with more digits than Python converts
         raise Refused(Code.BAD_JSON, "a number is too large") from None
-    if type(fields) is not dict:  # pragma: no branch - a line that begins with `{` cannot be another thing
+    if type(fields) is not dict:  # pragma: no branch - the callers pass lines that begin with `{`
         raise Refused(Code.BAD_JSON, "not a JSON object")
     return fields
 
 
 def _encode_utf8(fields: object) -> None:
-    """Raise on a lone surrogate. Only a line with a \\u escape can have one."""
+    """Raise `UnicodeEncodeError` for a lone surrogate. Only a line with a \\u escape can have one."""
     json.dumps(fields, ensure_ascii=False).encode("utf-8")
 
 
@@ -112,14 +109,16 @@ def _encode_utf8(fields: object) -> None:
 
 
 def ok(id: str | int | None, result: Mapping[str, object]) -> bytes:
+    """Return an `ok` reply with the fields of `result`."""
     head: dict[str, object] = {"ok": True} if id is None else {"ok": True, "id": id}
     return _encode({**head, **result}).encode() + b"\n"
 
 
 def error(refusal: Refused, id: str | int | None = None) -> bytes:
+    """Return an error reply. An id in the refusal's details comes before `id`."""
     fields: dict[str, object] = {"ok": False}
     details = dict(refusal.details)
-    id = details.pop("id", id)  # type: ignore[assignment]  # put there by `decode`, which has checked it
+    id = details.pop("id", id)  # type: ignore[assignment]  # `decode` has checked it
     if id is not None:
         fields["id"] = id
     fields |= {"error": refusal.code, "message": refusal.message, **details}
@@ -127,12 +126,12 @@ def error(refusal: Refused, id: str | int | None = None) -> bytes:
 
 
 def seconds(value: float) -> float | int:
-    """Return 10 for 10.0, and 0.5 for 0.5."""
+    """Return a whole number as an int, for a shorter text: 10 for 10.0."""
     return int(value) if value.is_integer() else value
 
 
-def joined(host: str, port: int) -> str:
-    """Return HOST:PORT, an IPv6 address in brackets."""
+def host_port(host: str, port: int) -> str:
+    """Return HOST:PORT, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -140,9 +139,9 @@ _OK = b'{"ok":true,'
 
 
 def _flat(entry: Entry) -> bytes:
-    """Return the reply with one instance, without an id. It is cached in the entry."""
+    """Return the reply to `resolve` without an id, and cache it in the entry."""
     if entry.encoded is None:
-        # An f-string is three times as fast as `json`. Only `meta` can hold characters that JSON must escape.
+        # An f-string is three times as fast as `json`. Only `meta` can contain characters that JSON must escape.
         meta = ",".join([f"{_quoted(key)}:{_quoted(text)}" for key, text in entry.meta.items()])
         more = "" if entry.priority == 0 else f',"priority":{entry.priority}'
         if entry.holders:
@@ -158,8 +157,8 @@ def _flat(entry: Entry) -> bytes:
 
 
 def resolved(id: str | int | None, entry: Entry) -> bytes:
-    """Return the reply with one instance."""
-    return identified(id, _flat(entry))
+    """Return the reply to `resolve` of one instance."""
+    return add_id(id, _flat(entry))
 
 
 def registered(id: str | int | None, entry: Entry, replaced: bool) -> bytes:
@@ -175,23 +174,23 @@ def _id(id: str | int | None) -> str:
     return "" if id is None else f',"id":{_encode(id)}'
 
 
-def with_id(id: bytes, reply: bytes) -> bytes:
-    """Return an `ok` reply without an id, with this id, which is JSON."""
+def add_encoded_id(id: bytes, reply: bytes) -> bytes:
+    """Add an id, which is JSON already, to an `ok` reply without one."""
     return b'{"ok":true,"id":' + id + b"," + reply[len(_OK) :]
 
 
-def identified(id: str | int | None, reply: bytes) -> bytes:
-    """Return an `ok` reply without an id, with this id, if any."""
-    return reply if id is None else with_id(_encode(id).encode(), reply)
+def add_id(id: str | int | None, reply: bytes) -> bytes:
+    """Add an id, if it is not None, to an `ok` reply without one."""
+    return reply if id is None else add_encoded_id(_encode(id).encode(), reply)
 
 
 def instance(entry: Entry) -> bytes:
-    """Return an entry as a JSON object."""
+    """Return the JSON object of an instance."""
     return b"{" + _flat(entry)[len(_OK) : -1]
 
 
-def fitting(entries: Sequence[Entry], bytes_max: int) -> int:
-    """Return how many of the entries fit into `bytes_max`, at least one."""
+def count_fitting(entries: Sequence[Entry], bytes_max: int) -> int:
+    """Return how many of the entries, from the first on, fit into `bytes_max`; at least one."""
     size = 0
     for count, entry in enumerate(entries):
         size += len(_flat(entry)) - len(_OK) + 1  # with the comma
@@ -201,7 +200,7 @@ def fitting(entries: Sequence[Entry], bytes_max: int) -> int:
 
 
 def instances(id: str | int | None, result: Mapping[str, object], entries: Iterable[Entry]) -> bytes:
-    """Return a reply with the fields of `result` and then `instances`."""
+    """Return an `ok` reply with the fields of `result`, and `instances`."""
     head = ok(id, result)
     return head[:-2] + b',"instances":[' + b",".join(map(instance, entries)) + b"]}\n"
 
@@ -212,7 +211,8 @@ It takes one JSON object a line, or a bare line such as: help
 From a shell: regctl list, or: printf 'help\\nquit\\n' | nc HOST PORT
 """
 
-# The reply to an HTTP request. It echoes nothing of the request, and no header lets a web page read it.
+# The reply to an HTTP request. It repeats nothing of the request, and has no CORS header, so a web page cannot
+# read it.
 HTTP_REFUSAL = (
     b"HTTP/1.1 400 Bad Request\r\n"
     b"Connection: close\r\n"
@@ -227,11 +227,12 @@ HTTP_REFUSAL = (
 
 
 def changed(watch: int, op: str, entry: Entry) -> bytes:
-    """Return an `up` or `change` event, with the whole instance and its revision."""
+    """Return an `up` or `change` event."""
     return b'{"event":"%s","watch":%d,' % (op.encode(), watch) + _flat(entry)[len(_OK) :]
 
 
 def down(watch: int, rev: int, entry: Entry, reason: str) -> bytes:
+    """Return a `down` event."""
     return (
         f'{{"event":"down","watch":{watch},"name":"{entry.name}","instance":"{entry.instance}",'
         f'"reason":"{reason}","rev":{rev}}}\n'
@@ -239,4 +240,5 @@ def down(watch: int, rev: int, entry: Entry, reason: str) -> bytes:
 
 
 def event(kind: str, rev: int, **fields: object) -> bytes:
+    """Return any other event."""
     return _encode({"event": kind, **fields, "rev": rev}).encode() + b"\n"

@@ -198,7 +198,7 @@ class Connection(asyncio.Protocol):
             else:
                 cache.count += 1
             if reply is not None:
-                self._parser.valid = True
+                self._parser.had_valid_request = True
                 self._transport.write(reply)
                 return
             self._fast_path_ok = False

@@ -65,7 +65,7 @@ class Conversation:
 
     def next(self) -> Request | Problem | None:
         """Return what to answer now; None if there is nothing or it must wait. Call again while `has_unsplit`."""
-        if self._unsplit and not self.parser.pending:
+        if self._unsplit and not self.parser.has_lines:
             self._split()
         if self.state is not ConversationState.OPEN:
             return None
@@ -147,7 +147,7 @@ class Conversation:
     @property
     def has_input(self) -> bool:
         """Whether there may be something for `next`, or the end of the input has to be handled."""
-        return bool(self._unsplit) or self._deferred is not None or self.parser.pending or self.input_ended
+        return bool(self._unsplit) or self._deferred is not None or self.parser.has_lines or self.input_ended
 
     @property
     def has_unsplit(self) -> bool:
@@ -157,12 +157,12 @@ class Conversation:
     @property
     def is_within_line(self) -> bool:
         """Whether the peer has begun a line and not ended it."""
-        return self.parser.unfinished and not self._unsplit
+        return self.parser.has_partial_line and not self._unsplit
 
     @property
     def is_caught_up(self) -> bool:
         """Whether all input was answered, or submitted: the next byte begins a line that can be answered now."""
-        is_empty = self.parser.empty and not self._unsplit and not self.input_ended
+        is_empty = self.parser.is_empty and not self._unsplit and not self.input_ended
         return self.state is ConversationState.OPEN and self._deferred is None and is_empty
 
     @property
@@ -180,7 +180,7 @@ class Conversation:
         """Whether to read on. A blocked peer is read, up to a line, so that its end is noticed."""
         if self.state is ConversationState.BLOCKED:
             return self.waiting_bytes < self._limits.line_bytes_max
-        return self._deferred is None and not (self.parser.pending or self._unsplit)
+        return self._deferred is None and not (self.parser.has_lines or self._unsplit)
 
     @property
     def is_drained(self) -> bool:

@@ -39,10 +39,14 @@ def _changes(changes: Sequence[Change], peer_of: PeerOf) -> Iterator[Row]:
         if op is Op.UP:
             terms = _terms(entry, peer_of)
             holder = ", ".join(f"{what} {value}" for what, value in terms.items()) or "static"
-            text = f"up {key_text(entry.key)} at {messages.joined(entry.host, entry.port)}, rev {rev}, {holder}"
+            text = (
+                f"up {key_text(entry.key)} at {messages.host_port(entry.host, entry.port)}, rev {rev}, {holder}"
+            )
             yield text, _fields(op, entry, rev) | terms
         elif op is Op.DOWN:
-            text = f"down {key_text(entry.key)} at {messages.joined(entry.host, entry.port)}, rev {rev}: {reason}"
+            text = (
+                f"down {key_text(entry.key)} at {messages.host_port(entry.host, entry.port)}, rev {rev}: {reason}"
+            )
             yield text, _fields(op, entry, rev) | {"reason": str(reason)}
 
 
@@ -127,7 +131,9 @@ class EventLog:
 def _refusal(peer: str, uid: int | None, request: Request, refusal: Refused, left_out: int) -> Message:
     given = request.arguments
     key = key_text((given["name"], given.get("instance", "")))
-    address = f" at {messages.joined(given.get('host', '127.0.0.1'), given['port'])}" if "port" in given else ""
+    address = (
+        f" at {messages.host_port(given.get('host', '127.0.0.1'), given['port'])}" if "port" in given else ""
+    )
     why = refusal.message.partition("; ")[0]
     more = f" ({left_out} more left out)" if left_out else ""
     fields = {

@@ -84,7 +84,7 @@ class Explainer:
         """Return the addresses of ready instances that did not accept the last probe, and why."""
         name, instance, meta = arguments["name"], arguments.get("instance"), arguments.get("meta", {})
         return [
-            f"{messages.joined(entry.host, entry.port)} ({result.why})"
+            f"{messages.host_port(entry.host, entry.port)} ({result.why})"
             for entry in self._some_ready(name, instance, meta, _INSTANCES_MAX)
             if (result := self._probe_results.last((entry.host, entry.port))) is not None and result.why
         ]
@@ -101,8 +101,8 @@ class Explainer:
         who = [f"{what} {value}" for what, value in owner.items() if value is not None]
         return Refused(
             Code.CONFLICT,
-            f"{key_text(entry.key)!r} is at {messages.joined(entry.host, entry.port)}, held by {', '.join(who)}; "
-            "stop that one, take another name or instance, or take over with force",
+            f"{key_text(entry.key)!r} is at {messages.host_port(entry.host, entry.port)}, "
+            f"held by {', '.join(who)}; stop that one, take another name or instance, or take over with force",
             owner=owner,
             rev=entry.rev,
         )

@@ -10,7 +10,7 @@ from regd.core.registry import ListPage, Registry
 from regd.core.transaction import OwnerConflict, Transaction
 from regd.protocol import messages
 from regd.protocol.bare import USAGES
-from regd.protocol.commands import Request, described
+from regd.protocol.commands import Request, describe_commands
 from regd.server.daemon_info import DaemonInfo
 from regd.server.engine import Write
 from regd.server.explain import Explainer
@@ -120,8 +120,8 @@ class Handlers:
             return messages.ok(None, {"bare": USAGES, "more": '{"cmd":"help"}'})
         topic = request.arguments.get("topic")
         if topic not in self._helps:
-            self._helps[topic] = messages.ok(None, {"commands": described(topic)})
-        return messages.identified(request.id, self._helps[topic])
+            self._helps[topic] = messages.ok(None, {"commands": describe_commands(topic)})
+        return messages.add_id(request.id, self._helps[topic])
 
     def _resolve(self, request: Request, caller: Caller) -> bytes | IncrementalReply:
         search = self._search(request, caller.is_readonly)
@@ -167,7 +167,7 @@ class Handlers:
         shown = found[: self._limits.reply_instances_max]
         result: dict[str, object] = {"rev": rev}
         room = self._limits.reply_bytes_max - len(messages.ok(request.id, result)) - _AROUND_BYTES
-        shown = shown[: messages.fitting(shown, room)]
+        shown = shown[: messages.count_fitting(shown, room)]
         if len(shown) < len(found):
             result["more"] = True
         return messages.instances(request.id, result, shown)
@@ -198,7 +198,7 @@ class Handlers:
         """Return the reply with a page of the registry at a position."""
         entries, after, result = page.entries, page.after, position
         room = self._limits.reply_bytes_max - len(messages.ok(request.id, result)) - _AROUND_BYTES
-        fit = messages.fitting(entries, room)
+        fit = messages.count_fitting(entries, room)
         if fit < len(entries):
             entries, after = entries[:fit], entries[fit - 1].key
         if after is not None:

@@ -54,7 +54,7 @@ class ResolveCache:
         if reply is None or (before and behind):  # two ids are an error
             return None
         id = before or behind
-        return messages.with_id(id, reply) if id else reply
+        return messages.add_encoded_id(id, reply) if id else reply
 
     def put(self, entry: Entry) -> None:
         """Cache the reply for an entry's name, until it is invalidated."""

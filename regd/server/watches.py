@@ -230,7 +230,7 @@ class Watches:
     def _next_page(self, watch: Watch) -> bytes:
         """Return a page of the current state. Changes since the first page follow from the history."""
         page = self._registry.page(watch.pattern, watch.meta, watch.after, _SLICE)
-        fit = messages.fitting(page.entries, _SLICE_BYTES)
+        fit = messages.count_fitting(page.entries, _SLICE_BYTES)
         shown = page.entries[:fit]
         watch.after = page.after if fit == len(page.entries) else shown[-1].key
         if watch.after is None:

@@ -1,9 +1,9 @@
-"""The table of commands: hints, `help`, and the arguments that each command takes."""
+"""The table of commands: suggestions, `help`, and the arguments of each command."""
 
 import pytest
 
 from regd.core.errors import Code, Refused
-from regd.protocol.commands import COMMANDS, check, described
+from regd.protocol.commands import COMMANDS, check, describe_commands
 
 
 @pytest.mark.parametrize(
@@ -38,10 +38,10 @@ def test_refusals_say_what_to_do(
 
 
 def test_help_lists_every_command_and_argument() -> None:
-    assert described().keys() == COMMANDS.keys()
-    assert list(described("resolve")) == ["resolve"]
+    assert describe_commands().keys() == COMMANDS.keys()
+    assert list(describe_commands("resolve")) == ["resolve"]
     for name, command in COMMANDS.items():
-        shown = described()[name]
+        shown = describe_commands()[name]
         assert isinstance(shown, dict)
         assert shown["args"].keys() == command.arguments.keys()
         assert "\n" not in shown["doc"]

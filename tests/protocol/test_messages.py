@@ -1,4 +1,4 @@
-"""Replies: compact ASCII on one line, with the fields of an entry."""
+"""Replies: one line of compact ASCII, with the fields of an instance."""
 
 import json
 
@@ -29,7 +29,7 @@ def entry(**fields: object) -> Entry:
     st.none() | st.integers() | st.text(st.characters(exclude_categories=["Cs"]), max_size=64),
     st.dictionaries(texts, texts, max_size=3),
 )
-def test_instance_in_all_three_replies(id: str | int | None, meta: dict[str, str]) -> None:
+def test_instance_in_replies_to_resolve_and_list(id: str | int | None, meta: dict[str, str]) -> None:
     one = entry(meta=meta)
     fields = {
         "name": "db",
@@ -66,6 +66,6 @@ def test_error_has_code_message_and_details() -> None:
 @pytest.mark.parametrize(("size", "fits"), [(10, 1), (400, 3), (10_000, 5)])
 def test_reply_size_is_bounded(size: int, fits: int) -> None:
     entries = [entry(instance=str(n)) for n in range(5)]
-    assert messages.fitting(entries, size) == fits
+    assert messages.count_fitting(entries, size) == fits
     around = len(messages.instances(None, {}, []))
     assert fits == 1 or len(messages.instances(None, {}, entries[:fits])) <= size + around

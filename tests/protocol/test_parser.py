@@ -1,5 +1,7 @@
-"""Every rule of section "Lines" in PROTOCOL, with input that follows it and input that breaks it: whole, byte by byte,
-and with trailing data. Any bytes give requests and problems only.
+"""The parser of requests, on the rules of the section "Lines" in PROTOCOL.md.
+
+Each rule has input that follows it and input that breaks it. The parser gets the input whole and byte by byte, alone
+and with another request after it.
 """
 
 import json
@@ -18,11 +20,11 @@ from regd.protocol.parser import Problem, RequestParser
 from tests.support.length import examples
 
 MOST = DEFAULT.line_bytes_max
-NEXT = b'{"cmd":"ping","id":"next"}\n'  # trailing data: does the session go on behind the case?
+NEXT = b'{"cmd":"ping","id":"next"}\n'  # sent after a case, to see whether the connection stays open
 
 
-def said(chunks: Iterable[bytes], end: bool = False, limits: Limits = DEFAULT) -> list[str]:
-    """Feed chunks, and return in a word each what came out."""
+def parsed(chunks: Iterable[bytes], end: bool = False, limits: Limits = DEFAULT) -> list[str]:
+    """Parse chunks, and return a word for each item. `!` marks a fatal problem."""
     reader = RequestParser(limits)
     items: list[str] = []
 
@@ -44,17 +46,17 @@ def said(chunks: Iterable[bytes], end: bool = False, limits: Limits = DEFAULT) -
     if end:
         reader.end()
         drain()
-    assert reader.unfinished or reader.waiting_bytes <= 1  # a carriage return, perhaps
+    assert reader.has_partial_line or reader.waiting_bytes <= 1  # a carriage return may be kept
     return items
 
 
 def padded(size: int, begin: bytes = b'{"cmd":"ping","id":"', end: bytes = b'"}') -> bytes:
-    """A line of that many bytes; it parses, though its id may be too long."""
+    """Return a JSON line of `size` bytes. Its id may be too long."""
     return begin + b"x" * (size - len(begin) - len(end)) + end
 
 
 CASES: dict[str, tuple[bytes, list[str]]] = {
-    # What is understood.
+    # Requests.
     "a request": (b'{"cmd":"ping"}\n', ["ping"]),
     "a return before the line feed": (b'{"cmd":"ping"}\r\n', ["ping"]),
     "blanks around": (b' \t{"cmd":"ping"} \t\n', ["ping"]),
@@ -68,7 +70,7 @@ CASES: dict[str, tuple[bytes, list[str]]] = {
         rb'{"cmd":"register","name":"a","port":1,"meta":{"k":"\ud83d\ude00"}}' + b"\n",
         ["register"],
     ),
-    # Bare words.
+    # Bare lines.
     "help": (b"help\n", ["help"]),
     "ping": (b"ping\r\n", ["ping"]),
     "list": (b" list \n", ["list"]),
@@ -87,15 +89,15 @@ CASES: dict[str, tuple[bytes, list[str]]] = {
     "the longest bare line": (b"list" + b" " * 508 + b"\n", ["list"]),
     "the longest bare line, through telnet": (b"list" + b" " * 508 + b"\r\0\r\n", ["list"]),
     "quit": (b"quit\n", ["quit"]),
-    # telnet, fed from a pipe, sends a carriage return as CR NUL.
+    # telnet that reads from a pipe sends a carriage return as CR NUL.
     "a word through telnet": (b"list\r\0\r\n", ["list"]),
     "a name through telnet": (b"resolve db \r\0\r\n", ["resolve"]),
     "a request through telnet": (b'{"cmd":"ping"}\r\0\r\n', ["ping"]),
     "the longest line through telnet": (padded(MOST) + b"\r\0\r\n", ["bad_request"]),
     "empty lines through telnet": (b"\r\0\r\n\r\0\n \r\0\r\n", []),
-    # Begins with { and goes wrong: the session goes on.
+    # A line that begins with { and is not valid: the connection stays open.
     "no JSON": (b"{\n", ["bad_json"]),
-    "more behind it": (b'{"cmd":"ping"} {}\n', ["bad_json"]),
+    "two objects": (b'{"cmd":"ping"} {}\n', ["bad_json"]),
     "duplicate key": (b'{"cmd":"ping","cmd":"ping"}\n', ["bad_json"]),
     "duplicate key inside": (b'{"cmd":"register","name":"a","port":1,"meta":{"k":"1","k":"2"}}\n', ["bad_json"]),
     "NaN": (b'{"cmd":"ping","id":NaN}\n', ["bad_json"]),
@@ -109,7 +111,7 @@ CASES: dict[str, tuple[bytes, list[str]]] = {
     "a NUL": (b'{"cmd":"ping"\0}\n', ["bad_json"]),
     "absurd nesting": (b'{"a":' * 12_000 + b"\n", ["bad_json"]),
     "absurd nesting of lists": (b'{"a":' + b"[" * 60_000 + b"\n", ["bad_json"]),
-    # Parsed, and not usable.
+    # Valid JSON, but not a valid request.
     "no cmd": (b"{}\n", ["bad_request"]),
     "cmd of another type": (b'{"cmd":1}\n', ["bad_request"]),
     "cmd null": (b'{"cmd":null}\n', ["bad_request"]),
@@ -125,15 +127,15 @@ CASES: dict[str, tuple[bytes, list[str]]] = {
     "a boolean as a number": (b'{"cmd":"register","name":"a","port":true}\n', ["bad_argument"]),
     "out of range": (b'{"cmd":"register","name":"a","port":0}\n', ["bad_argument"]),
     "null": (b'{"cmd":"register","name":"a","port":1,"host":null}\n', ["bad_argument"]),
-    # Too long: skipped to its end.
+    # A line that is too long: skipped to its end.
     "too long": (padded(MOST + 1) + b"\n", ["too_large"]),
     "too long, with a return": (padded(MOST + 1) + b"\r\n", ["too_large"]),
     "far too long": (padded(5 * MOST) + b"\n", ["too_large"]),
     "two too long": ((padded(MOST + 1) + b"\n") * 2, ["too_large", "too_large"]),
 }
 
-# The guard: the rows of the contract's table behind the first, with what a line gets that is the first of its
-# connection. Behind a valid request only mistyped lines differ: they do not end it.
+# Lines that are not JSON, with their error if they are the first line of a connection. After a valid request, only
+# mistyped lines are treated differently: the connection stays open.
 
 HTTP: dict[str, bytes] = {
     "POST": b"POST / HTTP/1.1\r\nHost: 127.0.0.1:7343\r\n\r\n",
@@ -182,7 +184,7 @@ STRANGERS: dict[str, bytes] = {
     "random": b"\x00\xff\x80",
     "a NUL": b"\0",
     "a NUL too many": b"\r\0\0",
-    "a NUL behind a word": b"list\0",
+    "a NUL after a word": b"list\0",
     "a word that is not ASCII": "häng\n".encode(),
     "an escape": b"ping\x1b[31m\n",
     "a return within": b"resolve\rdb\n",
@@ -193,7 +195,7 @@ STRANGERS: dict[str, bytes] = {
     "too long": b"x" * 513 + b"\n",
     "far too long": b"x" * (MOST + 1) + b"\n",
     "a word and too many blanks": b"list" + b" " * 600 + b"\n",
-    "a word and blanks without end": b"resolve" + b" " * (MOST + 9),
+    "a word and a line of blanks": b"resolve" + b" " * (MOST + 9),
     "a long target, and no HTTP": b"GET /" + b"x" * 600 + b"\n",
     "HTTP that is too long": b"GET /" + b"x" * MOST + b" HTTP/1.1\r\n",
     "HTTP with a target that is not ASCII": "GET /ä HTTP/1.1\r\n".encode(),
@@ -211,15 +213,15 @@ def one_by_one(data: bytes) -> list[bytes]:
 
 @pytest.mark.parametrize(("data", "expected"), CASES.values(), ids=CASES)
 def test_lines(data: bytes, expected: list[str]) -> None:
-    assert said([data]) == expected
-    assert said([data + NEXT]) == [*expected, "ping#next"]
-    assert said([NEXT + data + NEXT]) == ["ping#next", *expected, "ping#next"]
+    assert parsed([data]) == expected
+    assert parsed([data + NEXT]) == [*expected, "ping#next"]
+    assert parsed([NEXT + data + NEXT]) == ["ping#next", *expected, "ping#next"]
 
 
 @pytest.mark.parametrize(("data", "expected"), CASES.values(), ids=CASES)
 def test_lines_byte_by_byte(data: bytes, expected: list[str]) -> None:
-    assert said(one_by_one(data + NEXT)) == [*expected, "ping#next"]
-    assert said([data[:9], data[9:] + NEXT]) == [*expected, "ping#next"]
+    assert parsed(one_by_one(data + NEXT)) == [*expected, "ping#next"]
+    assert parsed([data[:9], data[9:] + NEXT]) == [*expected, "ping#next"]
 
 
 guard = pytest.mark.parametrize(
@@ -229,25 +231,25 @@ guard = pytest.mark.parametrize(
 
 @guard
 def test_guard_against_other_protocols(data: bytes, first: str, later: str) -> None:
-    """Whatever is the end: nothing behind it is looked at, however the bytes come."""
+    """After a fatal problem all further bytes are ignored, however the bytes are divided into chunks."""
     ends = b"" if data.endswith(b"\n") else b"\n"
-    assert said([data + ends + NEXT]) == [first]
-    assert said([data + ends, NEXT, b"\n" + NEXT]) == [first]
-    assert said(one_by_one(data + ends + NEXT)) == [first]
-    behind = [] if later.endswith("!") else ["ping#next"]
-    assert said([NEXT + data + ends, NEXT]) == ["ping#next", later, *behind]
-    assert said(one_by_one(NEXT + data + ends + NEXT)) == ["ping#next", later, *behind]
-    assert said([data.rstrip(b"\n")], end=True) == [first]
+    assert parsed([data + ends + NEXT]) == [first]
+    assert parsed([data + ends, NEXT, b"\n" + NEXT]) == [first]
+    assert parsed(one_by_one(data + ends + NEXT)) == [first]
+    following = [] if later.endswith("!") else ["ping#next"]
+    assert parsed([NEXT + data + ends, NEXT]) == ["ping#next", later, *following]
+    assert parsed(one_by_one(NEXT + data + ends + NEXT)) == ["ping#next", later, *following]
+    assert parsed([data.rstrip(b"\n")], end=True) == [first]
 
 
 @pytest.mark.parametrize("before", [b"{\n", b'{"cmd":"pin"}\n', b"\n", b'{"cmd":"ping","id":[]}\n'])
 def test_unknown_word_after_any_line_is_refused(before: bytes) -> None:
-    assert said([before + b"pong\n" + NEXT])[-1] == "unknown_command!"
+    assert parsed([before + b"pong\n" + NEXT])[-1] == "unknown_command!"
 
 
 @pytest.mark.parametrize("data", [b"\x16\x03", b"ping\0", "ä".encode(), b"x" * 516, b"[" * 516, b"list\r\n\x16"])
 def test_other_protocols_are_recognized_without_a_line_feed(data: bytes) -> None:
-    assert said([data])[-1] == "bad_request!"
+    assert parsed([data])[-1] == "bad_request!"
 
 
 @pytest.mark.parametrize(
@@ -265,8 +267,8 @@ def test_other_protocols_are_recognized_without_a_line_feed(data: bytes) -> None
         b"[",
     ],
 )
-def test_possible_start_of_a_line_is_awaited(data: bytes) -> None:
-    assert said([data]) == []
+def test_beginning_of_a_valid_line_gives_nothing(data: bytes) -> None:
+    assert parsed([data]) == []
 
 
 @pytest.mark.parametrize(
@@ -281,7 +283,7 @@ def test_possible_start_of_a_line_is_awaited(data: bytes) -> None:
     ],
 )
 def test_end_of_input_ends_a_line(data: bytes, expected: list[str]) -> None:
-    assert said([data], end=True) == expected
+    assert parsed([data], end=True) == expected
 
 
 @pytest.mark.parametrize(
@@ -297,7 +299,7 @@ def test_end_of_input_ends_a_line(data: bytes, expected: list[str]) -> None:
         (b"register db [::1]:5432", {"name": "db", "port": 5432, "host": "::1"}),
     ],
 )
-def test_plain_line_requests(line: bytes, arguments: dict[str, object]) -> None:
+def test_bare_line_becomes_a_request(line: bytes, arguments: dict[str, object]) -> None:
     reader = RequestParser()
     reader.receive(line + b"\n")
     item = reader.next()
@@ -350,12 +352,12 @@ def test_endless_line_is_discarded_as_it_arrives() -> None:
     for _ in range(1_000):
         reader.receive(b"{" * 10_000)
         assert reader.waiting_bytes <= MOST + 3
-    assert reader.unfinished
+    assert reader.has_partial_line
 
 
 @pytest.mark.parametrize("word", [b"resolve", b"watch", b"list", b"ping"])
 def test_run_of_blanks_parses_in_linear_time(word: bytes) -> None:
-    """Found by the fuzzer's seeds: the square of it, most of a minute for one chunk of 64 KiB."""
+    """It took quadratic time: most of a minute for one chunk of 64 KiB."""
     began = time.process_time()
     for blank in (b" ", b"\t", b"\r", b"\r\0"):
         for size, times in ((50_000, 1), (500, 1_000)):
@@ -366,7 +368,7 @@ def test_run_of_blanks_parses_in_linear_time(word: bytes) -> None:
     assert time.process_time() - began < 1.0
 
 
-def test_short_lines_count_with_their_overhead() -> None:
+def test_memory_of_short_lines_includes_their_objects() -> None:
     reader = RequestParser()
     reader.receive(b"{\n" * 1_000)
     assert reader.waiting_bytes >= 50 * 1_000
@@ -405,11 +407,11 @@ streams = st.lists(
 @example([b"{" * 57, b"\r\0", b"\r\0", b"\n"], 1)
 @settings(max_examples=examples(400), deadline=None)
 def test_any_bytes_in_any_chunks(pieces: list[bytes], cut: int) -> None:
-    """Nothing else comes out, and where the chunks are cut makes no difference."""
+    """Any bytes give requests and problems, the same for any division into chunks. Only the last can be fatal."""
     data = b"".join(pieces)
     limits = Limits(line_bytes_max=60)
-    whole = said([data], end=True, limits=limits)
-    assert said([data[at : at + cut] for at in range(0, len(data), cut)], end=True, limits=limits) == whole
+    whole = parsed([data], end=True, limits=limits)
+    assert parsed([data[at : at + cut] for at in range(0, len(data), cut)], end=True, limits=limits) == whole
     assert not any(line.endswith("!") for line in whole[:-1])
 
 
@@ -439,11 +441,11 @@ def test_single_line_is_parsed_like_any_other(line: bytes) -> None:
     assert single.parse_single(line) is None
     parser.receive(line + b"\n")
     if item is None:
-        assert single.empty
+        assert single.is_empty
         return
     usual = parser.next()
     assert parser.next() is None
-    assert parser.valid is single.valid
+    assert parser.had_valid_request is single.had_valid_request
     if isinstance(item, Problem):
         assert isinstance(usual, Problem)
         assert (item.refusal.code, item.refusal.message) == (usual.refusal.code, usual.refusal.message)

@@ -160,7 +160,7 @@ def test_unfinished_line_is_not_caught_up(peer: Executor) -> None:
 
 def test_received_bytes_are_split_into_lines_by_next_alone(peer: Executor) -> None:
     peer.conversation.receive(read(1) + read(2)[:-5])
-    assert (peer.conversation.parser.pending, peer.conversation.has_input) == (False, True)
+    assert (peer.conversation.parser.has_lines, peer.conversation.has_input) == (False, True)
     assert (peer.conversation.wants_input, peer.conversation.is_caught_up) == (False, False)
     assert peer.conversation.waiting_bytes == len(read(1) + read(2)[:-5])
     assert peer.work() == [1]

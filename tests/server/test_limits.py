@@ -272,7 +272,7 @@ async def test_readonly_input_is_split_in_its_time_slice(running: Running) -> No
         reader.send(b"ping\n" * 100 + b'{"cmd":"ping"}')
         reader.writer.write_eof()
         await until(lambda: connection._conversation.input_ended or not connection._transport.is_reading())
-        assert not connection._conversation.parser.pending
+        assert not connection._conversation.parser.has_lines
         waits = cast(ManualScheduler, scheduler).waiting
         while waits or connection in daemon.server.connections:
             if waits:

@@ -83,8 +83,8 @@ def _items(pieces: Any, limits: Limits) -> list[object]:
         assert source.waiting_bytes <= limits.line_bytes_max + _AROUND
     source.end()
     if _drain(source, items):
-        assert not source.pending
-        assert not source.unfinished
+        assert not source.has_lines
+        assert not source.has_partial_line
         assert source.waiting_bytes == 0
     return items
 
@@ -105,8 +105,8 @@ def _drain(source: RequestParser, items: list[object]) -> bool:
         assert not item.reply or oracle.is_http_refusal(item.reply)
         items.append((code, item.fatal, item.refusal.details.get("id")))
         if item.fatal:
-            assert not source.pending
-            assert not source.unfinished
+            assert not source.has_lines
+            assert not source.has_partial_line
             assert source.waiting_bytes == 0
             return False
     return True
