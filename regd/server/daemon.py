@@ -387,7 +387,7 @@ class Daemon:
         # 2. The registry: lock it, read it, and create it if it is missing.
         now, wall = self._clock.now(), self._clock.wall()
         found = self._store.open(wall)
-        if self._store.made_folder:
+        if self._store.created_folder:
             log.info("made the folder %s, which was not there", self._store.path.parent)
         # What the system tells of itself, and of processes whose number was written into the file by hand.
         self._reaper.processes.open()

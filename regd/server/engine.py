@@ -250,7 +250,7 @@ class Engine:
         if all(isinstance(outcome, Refused) for outcome in outcomes):
             return None
         try:
-            await self._thread.call(self._store.check_kept)
+            await self._thread.call(self._store.ensure_saved)
         except OSError as error:
             self._counters.commits_failed += 1
             return self._failed(error)

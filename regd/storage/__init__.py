@@ -1,1 +1,1 @@
-"""Entries to `registry.json` and back. No asyncio in here, and nothing of the protocol."""
+"""The registry on disk: the journal, and its checkpoint `registry.json`. Blocking, so it runs in threads."""

@@ -1,7 +1,7 @@
-"""The checkpoint of the journal: the readable file `registry.json`, replaced as a whole.
+"""`Checkpoint`: the file `registry.json`, which is replaced as a whole.
 
-Temporary file, fsync, rename, fsync of the folder: there is a whole file at any moment. A file that another
-program changed is copied before it is replaced.
+A new file is written under a temporary name, synced and renamed, and then the folder is synced. So there is a
+complete file at any moment. If another program has changed the file, it is copied before it is replaced.
 """
 
 import contextlib
@@ -11,69 +11,84 @@ from pathlib import Path
 from zlib import crc32
 
 from regd.core.model import Entry, Key, key_text
-from regd.storage.document import Position, chunks, line
+from regd.storage.document import Position, entry_line, file_chunks
 from regd.storage.files import Files, Fingerprint
 from regd.storage.line_blocks import LineBlocks
 
-_COPIES_MAX = 5  # of files that other programs changed
+_COPIES_MAX = 5  # copies of changed files that are kept
 
 
 class Checkpoint:
-    """The file of a running daemon. `warn` is called with one line for people, in the thread that writes."""
+    """The file of a running daemon.
+
+    Args:
+        path: the path of the file.
+        files: the file system.
+        warn: is called with a message for the log, in the thread that writes.
+    """
 
     def __init__(self, path: Path, files: Files, warn: Callable[[str], None]) -> None:
         self.path = path
         self._files = files
         self._warn = warn
         self._temporary = path.with_name(path.name + ".tmp")
-        self._lines = LineBlocks()  # as in the file that is written next
-        self._print: Fingerprint | None = None  # of the file as last read or written here
-        self._crc = 0  # of all of its bytes
+        self._lines = LineBlocks()  # the lines of the next file
+        # The file when it was last read or written here, and the CRC-32 of its bytes.
+        self._fingerprint: Fingerprint | None = None
+        self._crc = 0
 
     @property
     def exists(self) -> bool:
-        """Whether there was a file when it was last read or written here."""
-        return self._print is not None
+        """Whether the file existed when it was last read or written here."""
+        return self._fingerprint is not None
 
     def read(self) -> bytes | None:
-        """Return the file's contents, None if there is none.
+        """Return the file's contents; None if the file does not exist.
 
         Raises:
-            IsADirectoryError: there is something else than a file in its place.
+            FileExistsError: there is a folder or a device in its place.
         """
-        self._print = self._files.print(self.path)
-        if self._print is None:
+        self._fingerprint = self._files.fingerprint(self.path)
+        if self._fingerprint is None:
             return None
-        self._check_regular(self._print)
+        self._check_regular(self._fingerprint)
         data = self._files.read(self.path)
         self._crc = crc32(data)
         return data
 
     def is_edited(self) -> bool:
-        """Whether another program changed or removed the file since it was last read or written here."""
-        return self._files.print(self.path) != self._print
+        """Whether another program has changed or removed the file since it was last read or written here."""
+        return self._files.fingerprint(self.path) != self._fingerprint
 
     def write(
         self, changed: Mapping[Key, Entry | None], rev: int, position: Position, sync_folder: Callable[[], None]
     ) -> None:
-        """Replace the file by the state at a position. `changed` has the entries that changed; None: it ended.
+        """Replace the file by the state at a position of the journal. If this fails, the next call includes its
+        changes.
 
-        If it fails, the next call writes the changes of this one too.
+        Args:
+            changed: the entries that have changed since the last call; None for an entry that has ended.
+            rev: the revision at the position.
+            position: the line of the journal up to which the file will have all changes.
+            sync_folder: makes the names in the folder durable.
+
+        Raises:
+            OSError: the file could not be written.
         """
         for key, entry in changed.items():
             if entry is None:
                 self._lines.remove(key_text(key))
             else:
-                self._lines.set(key_text(key), line(entry))
+                self._lines.set(key_text(key), entry_line(entry))
         files, crc = self._files, 0
         fd = files.create(self._temporary)
         try:
             try:
-                for chunk in chunks(rev, position, list(self._lines)):
+                for chunk in file_chunks(rev, position, list(self._lines)):
                     files.write(fd, chunk)
                     crc = crc32(chunk, crc)
                 files.sync(fd)
-                ours = files.print(fd)
+                ours = files.fingerprint(fd)
             finally:
                 files.close(fd)
             if self.is_edited():
@@ -84,10 +99,10 @@ class Checkpoint:
                 files.remove(self._temporary)
             raise
         self._crc = crc
-        # Renaming changes the time of change.
-        renamed = files.print(self.path)
+        # The rename has changed `ctime_ns`. If the other fields differ, another program was faster.
+        renamed = files.fingerprint(self.path)
         is_ours = renamed is not None and ours is not None and renamed[:3] == ours[:3]
-        self._print = renamed if is_ours else ours
+        self._fingerprint = renamed if is_ours else ours
         sync_folder()
 
     def check_writable(self) -> None:
@@ -96,16 +111,16 @@ class Checkpoint:
         self._files.remove(self._temporary)
 
     def _copy_edit(self, sync_folder: Callable[[], None]) -> None:
-        """Copy a file that another program changed. It is not renamed, so that there is a file at any moment."""
+        """Copy a file that another program has changed. Renaming it instead would leave no file for a moment."""
         files = self._files
-        found = files.print(self.path)
+        found = files.fingerprint(self.path)
         if found is None:
             self._warn(f"{self.path} was removed by another program; regd writes it again")
             return
         self._check_regular(found)
         data = files.read(self.path)
         if crc32(data) == self._crc:
-            self._print = found  # it was only touched
+            self._fingerprint = found  # it was only touched
             return
         numbers = [
             int(name[len(prefix) :])
@@ -120,12 +135,12 @@ class Checkpoint:
                 files.sync(fd)
             finally:
                 files.close(fd)
-            sync_folder()  # else a crash may keep the following rename and lose the copy
+            sync_folder()  # otherwise a crash could keep the following rename, and lose the copy
         except BaseException:
             with contextlib.suppress(OSError):
                 files.remove(copy)
             raise
-        self._print = found  # even if this checkpoint fails, there is a copy of it
+        self._fingerprint = found  # the file needs no second copy, even if this checkpoint fails
         for number in sorted(numbers)[: max(len(numbers) + 1 - _COPIES_MAX, 0)]:
             with contextlib.suppress(OSError):
                 files.remove(self.path.with_name(f"{self.path.name}.aside-{number}"))
@@ -136,4 +151,4 @@ class Checkpoint:
 
     def _check_regular(self, found: Fingerprint) -> None:
         if not found.is_regular:
-            raise OSError(errno.EEXIST, "there is something else than a file in its place", str(self.path))
+            raise OSError(errno.EEXIST, "it is not a regular file", str(self.path))

@@ -1,8 +1,7 @@
-"""The format of `registry.json`: entries to lines, a file's bytes to entries.
+"""The format of `registry.json`: encode entries, and parse a file.
 
-The file is the readable checkpoint of the journal. One entry per line, defaults left out, so that `grep` and
-`diff` are useful. Reading is strict: fields that regd does not know are refused, since the next checkpoint would
-lose them.
+Each entry is one line, without the fields that have their default, so that `grep` and `diff` are useful. Unknown
+fields are refused, since the next checkpoint would lose them.
 """
 
 import json
@@ -21,21 +20,21 @@ from regd.core.model import DEFAULT_HOST, Entry, Holder, Process, State, key_tex
 
 FORMAT = 2
 _HEAD = "$regd"
-_REV_MAX = 2**62  # in a file that was edited by hand: room for as many changes again, in 64 bits
+_EDIT_REV_MAX = 2**62  # the largest revision in a file edited by hand; later ones must fit into 64 bits too
 _BETWEEN, _END = b",\n", b"\n}\n"
-_CHUNK_BYTES = 262_144  # a join keeps the interpreter lock, a write releases it
-_WHOLE_MAX = 2**63 - 1
+_CHUNK_BYTES = 262_144  # joining a chunk holds the interpreter lock, and writing it releases the lock
+_INTEGER_MAX = 2**63 - 1
 _WRITTEN_HEAD = re.compile(rb'\{\n"\$regd": \{[^\n{}]*"crc": "([0-9a-f]{8})"\},?\n')
 _encode = json.JSONEncoder(allow_nan=False).encode
 
 
 class Unreadable(Exception):
-    """The bytes are no registry. The text says where, and what is wrong there."""
+    """The bytes are not a registry. The text says where the error is, and what it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A place in the journal: a line, and the epoch that it belongs to."""
+    """A position in the journal: the number of a line, and its epoch."""
 
     epoch: str
     line: int
@@ -45,8 +44,11 @@ class Position:
 class Document:
     """The contents of a registry file.
 
-    `position` is the line of the journal up to which the file has all changes, None if it names none. `edited`:
-    the file is not as regd wrote it.
+    Attributes:
+        rev: its revision.
+        entries: its registrations, in order of the file.
+        position: the line of the journal up to which the file has all changes; None if the file does not say.
+        edited: the file was written or edited by hand.
     """
 
     rev: int
@@ -58,9 +60,9 @@ class Document:
 # Writing.
 
 
-def line(entry: Entry) -> bytes:
-    """Return an entry's line, without the comma and line feed between lines."""
-    # An f-string is three times as fast as `json`. Only `meta` can hold characters that JSON must escape.
+def entry_line(entry: Entry) -> bytes:
+    """Return an entry as a line, without the comma and the line feed that separate lines."""
+    # An f-string is three times as fast as `json`. Only `meta` can contain characters that JSON must escape.
     fields = f'"{key_text(entry.key)}": {{"port": {entry.port}'
     if entry.host != DEFAULT_HOST:
         fields += f', "host": "{entry.host}"'
@@ -77,7 +79,7 @@ def line(entry: Entry) -> bytes:
 
 
 def conditions(entry: Entry) -> dict[str, object]:
-    """Return the fields that say how long an entry lives; none for a static one."""
+    """Return the stored fields of an entry's holders. A static entry has none."""
     holders = [_conditions(holder) for holder in entry.holders if not holder.withdrawn]
     if len(holders) > 1:
         return {"holders": holders}
@@ -90,15 +92,15 @@ def _conditions(holder: Holder) -> dict[str, object]:
         fields["hold"] = True
     if holder.process is not None:
         fields["pid"] = holder.process.pid
-        if holder.process.born:  # a file edited by hand may have the number alone
+        if holder.process.born:  # a file edited by hand may lack it
             fields["born"] = holder.process.born
     if holder.ttl_s is not None:
         fields["ttl"] = int(holder.ttl_s) if holder.ttl_s.is_integer() else holder.ttl_s
     return fields
 
 
-def chunks(rev: int, position: Position, blocks: Sequence[bytes]) -> Iterator[bytes]:
-    """Yield the whole file in pieces. Each of `blocks` is some lines that are joined already."""
+def file_chunks(rev: int, position: Position, blocks: Sequence[bytes]) -> Iterator[bytes]:
+    """Yield the whole file in chunks. `blocks` are its lines, already joined in blocks."""
     crc = 0
     for block in blocks:
         crc = crc32(block, crc32(_BETWEEN, crc) if crc else 0)
@@ -119,13 +121,18 @@ def chunks(rev: int, position: Position, blocks: Sequence[bytes]) -> Iterator[by
 
 
 def parse(data: bytes, registered_at: float) -> Document:
-    """Parse a registry file. An entry whose time of registration was left out gets `registered_at`.
+    """Parse a registry file.
+
+    Args:
+        data: the contents of the file.
+        registered_at: the time of registration of entries that do not have one, in Unix seconds.
 
     Raises:
-        Unreadable: it is no registry, or has fields that regd would lose.
+        Unreadable: the file is not a registry, or has fields that regd would lose.
     """
     text = _text(data)
-    # Checks take longer than decoding. A file as regd wrote it has no duplicate key, and only valid values.
+    # Checks take longer than decoding. In a file that regd has written, all keys are different and all values
+    # valid.
     edited = _is_edited(data)
     decoder = _decoder if edited else _fast_decoder
     head: _Head | None = None
@@ -144,14 +151,14 @@ def parse(data: bytes, registered_at: float) -> Document:
     except json.JSONDecodeError as error:
         raise Unreadable(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
     except Invalid as error:
-        raise Unreadable(f"{_place(text, key)}: {error}") from None
-    except _DuplicateKey as twice:
-        first = text.find(twice.quoted)
-        at = text.find(twice.quoted, first + 1)
-        raise Unreadable(f"line {_line_of(text, at)}: duplicate key {twice.quoted}") from None
+        raise Unreadable(f"{_where(text, key)}: {error}") from None
+    except _DuplicateKey as error:
+        first = text.find(error.quoted)
+        at = text.find(error.quoted, first + 1)
+        raise Unreadable(f"line {_line_of(text, at)}: duplicate key {error.quoted}") from None
     except RecursionError:
         raise Unreadable(f"line {_line_of(text, _depth_end(text))}: nested too deeply") from None
-    except ValueError:  # an integer of more digits than Python takes
+    except ValueError:  # an integer with more digits than Python converts
         digits = re.search(r"[0-9]{4000}", text)
         raise Unreadable(
             f"line {_line_of(text, digits.start() if digits else 0)}: a number is too large"
@@ -160,26 +167,28 @@ def parse(data: bytes, registered_at: float) -> Document:
 
 
 def _document(head: "_Head", entries: Mapping[str, Entry], edited: bool) -> Document:
-    # `if: 0` means "only if it is not registered", so entries of a file without a revision are at revision 1. The
-    # head of a file that was edited by hand may follow its entries.
+    # Entries without a revision get the file's, or 1: a request with `if` 0 means that there is no registration.
+    # This is done last, since in a file edited by hand, the head may come after the entries.
     rev = max(head.rev, 1 if entries else 0, *(entry.rev for entry in entries.values()))
-    if edited and rev > _REV_MAX:
-        raise Unreadable(f"revision {rev} is too large; regd takes up to {_REV_MAX} from a file edited by hand")
+    if edited and rev > _EDIT_REV_MAX:
+        raise Unreadable(
+            f"revision {rev} is too large; regd takes up to {_EDIT_REV_MAX} from a file edited by hand"
+        )
     with_rev = [entry if entry.rev else replace(entry, rev=rev) for entry in entries.values()]
     return Document(rev, with_rev, head.position, edited)
 
 
 def _is_edited(data: bytes) -> bool:
-    """Whether the file is not as regd wrote it: the checksum in its head is of all lines after the head."""
+    """Whether a file was written or edited by hand: the checksum in its first lines is missing or wrong."""
     head = _WRITTEN_HEAD.match(data)
     return head is None or crc32(memoryview(data)[head.end() :]) != int(head[1], 16)
 
 
 def _members(text: str, decoder: json.JSONDecoder) -> Iterator[tuple[str, Any]]:
-    """Yield the members of a JSON object one by one, which takes half the memory of decoding all of it."""
+    """Yield the members of a JSON object one by one, which takes half the memory of decoding it as a whole."""
     at = _skip(text, 0)
     if text[at : at + 1] != "{":
-        json.loads(text)  # raises if it is no JSON
+        json.loads(text)  # if it is not JSON, this says where
         raise Unreadable("line 1: a registry is a JSON object, such as {}")
     at = _skip(text, at + 1)
     more = text[at : at + 1] != "}"
@@ -187,7 +196,7 @@ def _members(text: str, decoder: json.JSONDecoder) -> Iterator[tuple[str, Any]]:
         key, at = _key(text, at)
         value, at = decoder.raw_decode(text, at)
         yield key, value
-        while (plain := _NEXT_KEY.match(text, at)) is not None:  # as regd writes it
+        while (plain := _NEXT_KEY.match(text, at)) is not None:  # the usual case
             value, at = decoder.raw_decode(text, plain.end())
             yield plain[1], value
         at = _skip(text, at)
@@ -213,7 +222,7 @@ def _key(text: str, at: int) -> tuple[str, int]:
 
 
 def _skip(text: str, at: int) -> int:
-    """Return the offset behind the white space at `at`."""
+    """Return the offset after the white space at `at`."""
     return _BLANKS.match(text, at).end()  # type: ignore[union-attr]  # it matches the empty string
 
 
@@ -240,7 +249,7 @@ def _line_of(text: str, at: int) -> int:
 
 
 def _depth_end(text: str) -> int:
-    """Return the offset at which more than 100 brackets are open."""
+    """Return the offset at which more than 100 brackets are open, for a message."""
     depth = 0
     for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{\]}]', text):
         if found[0] in "[{":
@@ -253,11 +262,11 @@ def _depth_end(text: str) -> int:
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+    members = dict(pairs)
+    if len(members) != len(pairs):
         seen: set[str] = set()
         raise _DuplicateKey(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
-    return made
+    return members
 
 
 _decoder = json.JSONDecoder(object_pairs_hook=_pairs)
@@ -266,7 +275,7 @@ _NEXT_KEY = re.compile(r',\n"([^"\\\x00-\x1f]*)": ')
 _BLANKS = re.compile(r"[ \t\r\n]*")
 
 
-def _place(text: str, key: str) -> str:
+def _where(text: str, key: str) -> str:
     quoted = json.dumps(key)
     at = text.find(quoted)
     return f"line {_line_of(text, at)}, {quoted}" if at >= 0 else f"entry {quoted}"
@@ -289,32 +298,33 @@ def _head(fields: object) -> _Head:
     if fields.keys() - {"format", "rev", "epoch", "line", "crc"} or not (
         type(rev) is type(line) is int
         and type(epoch) is type(crc) is str
-        and 0 <= rev <= _WHOLE_MAX
-        and 0 <= line <= _WHOLE_MAX
+        and 0 <= rev <= _INTEGER_MAX
+        and 0 <= line <= _INTEGER_MAX
     ):
         raise Unreadable(
-            f'"{_HEAD}" must be as regd writes it, or {{"format": {FORMAT}, "rev": N}}, N from 0 to {_REV_MAX}'
+            f'"{_HEAD}" must be as regd writes it, or {{"format": {FORMAT}, "rev": N}}, '
+            f"N from 0 to {_EDIT_REV_MAX}"
         )
     return _Head(rev, Position(epoch, line) if epoch else None)
 
 
 def _member(key: str, fields: object, registered_at: float, ids: "count[int]") -> Entry:
-    """Return the entry that a member of the file describes. Its `rev` is 0 if it was left out."""
+    """Return the entry of a member of the file. Its `rev` is 0 if the member has none."""
     name, slash, instance = key.partition("/")
     if slash and not instance:
         raise Invalid("an instance must follow the /")
     if type(fields) is not dict:
         raise Invalid('must be an object, such as {"port": 5050}')
-    return entry(name, instance, fields, 0, registered_at, ids)
+    return parse_entry(name, instance, fields, 0, registered_at, ids)
 
 
 def _is_plain(fields: object) -> bool:
-    """Whether a member is of a ready, static entry: so are most, and each of their fields is one value."""
+    """Whether a member is a ready, static entry, for which `_plain` is faster than `_member`. Most are."""
     return type(fields) is dict and "port" in fields and _PLAIN.issuperset(fields)
 
 
 def _plain(key: str, fields: Mapping[str, Any], registered_at: float) -> Entry:
-    """Return the entry of a plain member as regd wrote it. Its values were checked before they were written."""
+    """Return the entry of a member for which `_is_plain` is true, without checks: regd has written it."""
     name, _, instance = key.partition("/")
     return Entry(
         name,
@@ -328,13 +338,19 @@ def _plain(key: str, fields: Mapping[str, Any], registered_at: float) -> Entry:
     )
 
 
-def entry(
+def parse_entry(
     name: object, instance: object, fields: Mapping[str, Any], rev: int, registered_at: float, ids: "count[int]"
 ) -> Entry:
-    """Return an entry from the fields that are stored; `rev` and `registered_at` are for what they lack.
+    """Return an entry from its stored fields.
+
+    Args:
+        fields: the fields, without the name and the instance.
+        rev: the revision if the fields have none.
+        registered_at: the time of registration if the fields have none, in Unix seconds.
+        ids: the source of the holders' ids.
 
     Raises:
-        Invalid: they are not as regd stores them.
+        Invalid: a field is unknown, missing or not valid.
     """
     checked_name = _named("the name", model.check_name, name)
     checked_instance = _named("the instance", model.check_instance, instance) if instance != "" else ""
@@ -365,7 +381,7 @@ def entry(
 
 
 def _holders(fields: Mapping[str, object], ids: "count[int]") -> tuple[Holder, ...]:
-    """Return the holders, from the fields of a member that peers do not see."""
+    """Return the holders that these fields of an entry describe. They are unclaimed."""
     conditions = {field: value for field, value in fields.items() if field in _CONDITIONS}
     several: list[object] = [conditions]
     if "holders" in fields:
@@ -379,7 +395,7 @@ def _holders(fields: Mapping[str, object], ids: "count[int]") -> tuple[Holder, .
 
 
 def _holder(fields: object, ids: "count[int]") -> Holder | None:
-    """Return an unclaimed holder; None if it has no condition."""
+    """Return an unclaimed holder; None if no condition is set."""
     if type(fields) is not dict:
         raise Invalid('a holder must be an object, such as {"pid": 4242}')
     values: dict[str, Any] = {}
@@ -399,7 +415,7 @@ def _unknown(field: str) -> Invalid:
 
 
 def checked_meta(value: object) -> dict[str, str]:
-    """Return stored `meta`, or raise `Invalid`."""
+    """Return stored `meta` if it is valid, else raise `Invalid`."""
     meta: dict[str, str] = _named("meta", model.check_meta, value)
     return meta
 
@@ -407,7 +423,7 @@ def checked_meta(value: object) -> dict[str, str]:
 def _check_time(value: object) -> float:
     if type(value) is not int and type(value) is not float:
         raise Invalid("must be a number of Unix seconds")
-    if not 0 <= value < 1e12:  # infinities and NaN as well
+    if not 0 <= value < 1e12:  # false for infinities and NaN too
         raise Invalid("must be in Unix seconds")
     return value
 
@@ -424,7 +440,7 @@ _CHECKS: Mapping[str, Callable[[object], Any]] = {
     "meta": model.check_meta,
     "state": model.check_state,
     "priority": model.check_priority,
-    "rev": lambda value: model.check_whole(value, 1, _WHOLE_MAX),
+    "rev": lambda value: model.check_whole(value, 1, _INTEGER_MAX),
     "registered_at": _check_time,
 }
 _PLAIN = frozenset(("port", "host", "meta", "rev", "registered_at"))

@@ -1,6 +1,7 @@
-"""The storage's only access to files; tests replace it by one that records, fails or keeps files in memory.
+"""`Files`: the only access of the storage to the file system.
 
-One method is one system call where possible. The caller decides when something must be durable.
+Tests replace it by a class that records calls, fails, or keeps files in memory. Where possible, a method is one
+system call. The caller decides what must be durable, and when.
 """
 
 import contextlib
@@ -12,29 +13,28 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # folders cannot be synced: some FUSE and CIFS
-# If a parent folder cannot be synced for one of these reasons, regd created nothing in it.
-_NEVER_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, *UNSUPPORTED)
-
-
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-_HOLDER_BYTES = 512
+# Errors of fsync(2) on a folder if the file system cannot sync folders: some FUSE and CIFS.
+UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+# Errors with which a parent folder need not be synced, since regd cannot have created anything in it.
+_CANNOT_CREATE = (errno.EACCES, errno.EPERM, errno.EROFS, *UNSUPPORTED)
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # errors of link(2) that `rename` avoids
+_LOCK_BYTES_MAX = 512  # read from a lock file
 
 
 class Fingerprint(NamedTuple):
-    """What tells whether a file is still the one that regd wrote."""
+    """The properties of a file that show whether another program has changed or replaced it."""
 
     inode: int
     size: int
     mtime_ns: int
-    ctime_ns: int  # no program can set it back
+    ctime_ns: int  # unlike `mtime_ns`, programs cannot set it
     is_regular: bool
 
 
 class AlreadyLocked(Exception):
-    """Another process has the lock. The text names it, as far as that is known, or is empty.
+    """Another process has the lock. The text describes it, or is empty if nothing is known about it.
 
-    `elsewhere`: that process runs on another machine or in another container, so its number means nothing here.
+    `elsewhere`: it runs on another machine or in another container, so its number means nothing here.
     """
 
     def __init__(self, who: str = "", *, elsewhere: bool = False) -> None:
@@ -46,18 +46,16 @@ class Files:
     """The files of the operating system. Every method may raise `OSError`."""
 
     def make_folder(self, path: Path) -> bool:
-        """Create a folder and its missing parents, and make them durable: a file is no safer than its folder.
+        """Create a folder and its missing parents durably. Return whether it was missing.
 
-        An existing folder is synced too, since a process may have been killed between creating and syncing it.
-
-        Returns:
-            Whether the folder was missing.
+        The parent of an existing folder is synced too, since an earlier process may have been killed before it
+        did so.
         """
         if path.is_dir():
             try:
                 self.sync_folder(path.parent)
             except OSError as error:
-                if error.errno not in _NEVER_OURS:
+                if error.errno not in _CANNOT_CREATE:
                     raise
             return False
         self.make_folder(path.parent)
@@ -71,6 +69,7 @@ class Files:
         return True
 
     def names(self, folder: Path) -> list[str]:
+        """Return the names in a folder, in any order."""
         return os.listdir(folder)
 
     def read(self, path: Path, most: int = -1) -> bytes:
@@ -79,7 +78,7 @@ class Files:
             return file.read(most) or b""
 
     def create(self, path: Path) -> int:
-        """Create a file for writing that only this user may read. A file that a crash left there is replaced."""
+        """Create a file that only this user can read, and open it for writing. Replace an existing file."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             return os.open(path, flags, 0o600)
@@ -88,22 +87,24 @@ class Files:
             return os.open(path, flags, 0o600)
 
     def append(self, path: Path) -> int:
-        """Open a file for writing at its end."""
+        """Open an existing file for writing at its end."""
         return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
 
     def truncate(self, fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
     def write(self, fd: int, data: bytes) -> None:
+        """Write all of `data`."""
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
 
     def sync(self, fd: int) -> None:
+        """Make the file's data and metadata durable."""
         os.fsync(fd)
 
     def sync_data(self, fd: int) -> None:
-        """Make what was written durable. The time of change, for one, need not be."""
+        """Make the file's data durable, but not all metadata, such as the modification time (fdatasync(2))."""
         _sync_data(fd)
 
     def close(self, fd: int) -> None:
@@ -113,7 +114,7 @@ class Files:
         os.replace(source, target)
 
     def link(self, source: Path, target: Path) -> None:
-        """Give a file a second name. Where the file system has none, rename it."""
+        """Give a file a second name. If the file system does not support that, rename it."""
         try:
             os.link(source, target, follow_symlinks=False)
         except OSError as error:
@@ -122,6 +123,7 @@ class Files:
             os.rename(source, target)
 
     def sync_folder(self, path: Path) -> None:
+        """Make the names in a folder durable."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
@@ -131,8 +133,8 @@ class Files:
     def remove(self, path: Path) -> None:
         os.unlink(path)
 
-    def print(self, file: Path | int) -> Fingerprint | None:
-        """Return the fingerprint of a path or an open file, None if there is no file."""
+    def fingerprint(self, file: Path | int) -> Fingerprint | None:
+        """Return the fingerprint of the file at a path, or of an open file; None if it does not exist."""
         try:
             found = os.stat(file)
         except FileNotFoundError:
@@ -141,7 +143,7 @@ class Files:
         return Fingerprint(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, is_regular)
 
     def obstacle(self, path: Path) -> str:
-        """Return why this user cannot replace an existing file, as far as that shows; "" if nothing does."""
+        """Return a reason why this user cannot replace a file, and what to do; "" if none is found."""
         with contextlib.suppress(OSError):
             mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
             if any(_unescaped(line.split(" ")[4]) == str(path) for line in mounts):
@@ -152,7 +154,10 @@ class Files:
         return ""
 
     def lock(self, path: Path) -> int:
-        """Lock a file until `unlock` or the end of this process, and return what `unlock` takes.
+        """Create a file if it does not exist, and lock it until `unlock` or the end of this process.
+
+        Returns:
+            The descriptor for `unlock`.
 
         Raises:
             AlreadyLocked: another process has the lock.
@@ -162,11 +167,11 @@ class Files:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(OSError):  # the text is only for messages, and may fail on a full disk
                 os.ftruncate(fd, 0)
-                os.write(fd, f"{os.getpid()}\n{' '.join(_place())} {os.uname().nodename}\n".encode())
+                os.write(fd, f"{os.getpid()}\n{' '.join(_boot_and_namespace())} {os.uname().nodename}\n".encode())
         except BlockingIOError:
-            text = os.read(fd, _HOLDER_BYTES).decode(errors="replace")
+            text = os.read(fd, _LOCK_BYTES_MAX).decode(errors="replace")
             os.close(fd)
-            raise _held(text) from None
+            raise _already_locked(text) from None
         except BaseException:
             os.close(fd)
             raise
@@ -180,12 +185,15 @@ _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
 def _unescaped(text: str) -> str:
-    """Return a path of /proc/self/mountinfo, which has blanks and the like as octal numbers (proc(5))."""
+    """Decode a path in /proc/self/mountinfo, in which blanks and some other characters are octal (proc(5))."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 
-def _place() -> list[str]:
-    """Return the boot and the pid namespace: process numbers mean the same only where both are equal."""
+def _boot_and_namespace() -> list[str]:
+    """Return the boot and the pid namespace of this process.
+
+    Only for processes that have both in common, a process number means the same process.
+    """
     boot, namespace = os.uname().nodename, "-"
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -194,12 +202,12 @@ def _place() -> list[str]:
     return [boot, namespace]
 
 
-def _held(text: str) -> AlreadyLocked:
-    """Return the exception, from what the holder of the lock wrote into the lock file."""
+def _already_locked(text: str) -> AlreadyLocked:
+    """Return the exception for a lock file with this text, which the process with the lock has written."""
     pid, _, rest = text.partition("\n")
-    words, place = rest.split(), _place()
-    if len(words) == 3 and words[:2] != place:
-        host = "".join(each for each in words[2] if each.isprintable())
-        where = f"on the machine {host}" if words[0] != place[0] else f"in another container, {host}"
+    words, own = rest.split(), _boot_and_namespace()
+    if len(words) == 3 and words[:2] != own:
+        host = "".join(char for char in words[2] if char.isprintable())
+        where = f"on the machine {host}" if words[0] != own[0] else f"in another container, {host}"
         return AlreadyLocked(f" {where}", elsewhere=True)
     return AlreadyLocked(f" (process {pid})" if pid.isdecimal() and len(pid) <= 10 else "")

@@ -1,4 +1,4 @@
-"""Pages of the history, read from the journal's segments."""
+"""Read pages of the history from the segments of the journal."""
 
 import contextlib
 import json
@@ -12,8 +12,8 @@ from regd.storage import journal_lines
 from regd.storage.files import Files
 from regd.storage.journal import SegmentFile
 
-_SCAN_MAX = 2_000  # changes looked at for one page
-_PAGE_BYTES = 524_288  # of lines in one page
+_SCAN_MAX = 2_000  # changes that are looked at for one page
+_PAGE_BYTES_MAX = 524_288  # lines in one page
 _FIELDS = ("rev", "at", "op", "name", "instance", "host", "port", "state", "priority", "reason", "by")
 _CHANGE = re.compile(
     rb'^\{"line":([0-9]{1,19})(?:,"batch":[0-9]+)?,"rev":([0-9]{1,19}),'
@@ -24,9 +24,19 @@ _CHANGE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What to look for. At most one of `since` and `before` (revisions) and `after` (Unix seconds) is given."""
+    """The changes that a page is to have. At most one of `since`, `after` and `before` is not None.
 
-    rev: int  # the current revision: later changes are not in effect yet
+    Attributes:
+        rev: the current revision; later changes in the journal are not in effect yet.
+        limit: the most changes in the page.
+        name: only changes of this name.
+        instance: only changes of this instance.
+        since: only changes after this revision, the oldest first.
+        after: only changes after this time in Unix seconds, the oldest first.
+        before: only changes before this revision, the latest first.
+    """
+
+    rev: int
     limit: int
     name: str | None = None
     instance: str | None = None
@@ -39,7 +49,7 @@ class Query:
 
 
 class HistoryPage(NamedTuple):
-    """Changes, oldest first, and where the next page begins: None at the end."""
+    """Changes, the oldest first, and the revision from which the next page continues; None: no more."""
 
     changes: list[dict[str, Any]]
     next: int | None
@@ -51,13 +61,13 @@ class _Line(NamedTuple):
 
 
 def page(files: Files, segments: Sequence[SegmentFile], query: Query) -> HistoryPage:
-    """Return the oldest changes after a point, or the latest ones, oldest first."""
+    """Return the page for a query. Without `since`, `after` and `before`, it has the latest changes."""
     forward = query.since is not None or query.after is not None
     lines = (_forward if forward else _backward)(files, segments, query)
     changes: list[dict[str, Any]] = []
     size, last = 0, 0
     for line in islice(lines, _SCAN_MAX):
-        if changes and (len(changes) == query.limit or size + len(line.data) > _PAGE_BYTES):
+        if changes and (len(changes) == query.limit or size + len(line.data) > _PAGE_BYTES_MAX):
             return HistoryPage(changes if forward else changes[::-1], last)
         last = line.rev
         change = _fields(line.data)
@@ -69,7 +79,7 @@ def page(files: Files, segments: Sequence[SegmentFile], query: Query) -> History
 
 
 def _fields(line: bytes) -> dict[str, Any] | None:
-    """Return the fields of a change, None if its line is damaged. A checkpoint has what it said."""
+    """Decode a change; None if its line is damaged. A page leaves such a change out."""
     with contextlib.suppress(ValueError, RecursionError):
         if journal_lines.number_of(line) is not None:
             fields: dict[str, Any] = json.loads(line)
@@ -78,7 +88,7 @@ def _fields(line: bytes) -> dict[str, Any] | None:
 
 
 def _forward(files: Files, segments: Sequence[SegmentFile], query: Query) -> Iterator[_Line]:
-    """Yield the changes after a point, the oldest first."""
+    """Yield the changes after `since` or `after`, the oldest first."""
     point: float
     if query.since is not None:
         point, index = query.since, _last_with([segment.rev for segment in segments], query.since)
@@ -98,7 +108,7 @@ def _forward(files: Files, segments: Sequence[SegmentFile], query: Query) -> Ite
 
 
 def _backward(files: Files, segments: Sequence[SegmentFile], query: Query) -> Iterator[_Line]:
-    """Yield the changes before a revision, the latest first."""
+    """Yield the changes before `before`, the latest first."""
     before = query.rev + 1 if query.before is None else min(query.before, query.rev + 1)
     for at in reversed(range(len(segments))):
         if segments[at].rev + 1 >= before:
@@ -114,15 +124,15 @@ def _backward(files: Files, segments: Sequence[SegmentFile], query: Query) -> It
 
 
 def _last_with(points: Sequence[float], point: float) -> int:
-    """Return the index of the last segment that began before a point, 0 if none did."""
+    """Return the index of the last segment that began at or before a point; 0 if none did."""
     return max((index for index, began in enumerate(points) if began <= point), default=0)
 
 
 def _read(files: Files, segments: Sequence[SegmentFile], index: int) -> tuple[bytes, float]:
-    """Return a segment's contents, and the number of the line from which on its lines are void."""
+    """Return a segment's contents, and the number from which on its lines are void. Empty if it was deleted."""
     segment = segments[index]
     end = segments[index + 1].line if index + 1 < len(segments) else float("inf")
-    for _ in range(2):  # it may be renamed meanwhile
+    for _ in range(2):  # it may be renamed while it is opened
         try:
             data = files.read(segment.path)
         except FileNotFoundError:
@@ -134,7 +144,7 @@ def _read(files: Files, segments: Sequence[SegmentFile], index: int) -> tuple[by
 
 
 def _offset(data: bytes, is_after: Callable[[re.Match[bytes]], bool]) -> int:
-    """Return the offset of the first change for which `is_after` is true; it is true for all that follow."""
+    """Return the offset of the first change for which `is_after` is true, by binary search."""
     low, high = 0, len(data)
     while low < high:
         start = data.rfind(b"\n", low, (low + high) // 2) + 1 or low

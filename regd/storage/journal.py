@@ -1,6 +1,7 @@
-"""The journal's files: `registry.journal`, which is written, and older segments, `registry.journal.N`.
+"""`Journal`: the files of the journal. Lines are appended to the last segment, `registry.journal`.
 
-N is the number of a segment's first line. A segment that a write or sync has failed on is never written again.
+Older segments are `registry.journal.N`, where N is the number of the first line. After a failed write or sync, a
+segment is never written again: fsync(2) reports an error only once, so a later sync would prove nothing.
 """
 
 import contextlib
@@ -15,42 +16,64 @@ from regd.storage.files import UNSUPPORTED, Files
 from regd.storage.journal_lines import Damaged, Head
 from regd.storage.recovery import Segment
 
-_HEAD_BYTES = 262_144  # the head of a segment has at most so many
-_SEGMENTS_MAX = 256  # crashes, and a disk that fails now and then, leave many small ones
+_HEAD_BYTES_MAX = 262_144  # the length of a segment's first line
+_SEGMENTS_MAX = 256  # `journal_bytes_max` is not enough: crashes and a failing disk leave many small segments
 
 
 @dataclass(slots=True)
 class SegmentFile:
-    """A segment on disk. Its lines are from `line` on, and their revisions are above `rev`."""
+    """A segment on disk.
+
+    Attributes:
+        path: its present path.
+        line: the number of its first line.
+        rev: the revision before that line.
+        at: when it began, in Unix seconds.
+        size: its length in bytes.
+    """
 
     path: Path
     line: int
     rev: int
-    at: float  # Unix seconds: when it began
+    at: float
     size: int
 
 
 class Journal:
-    """The segments of the journal, the oldest first. While `is_open`, lines are appended to the last one."""
+    """The segments of the journal on disk.
+
+    At first no segment is open. `resume`, `rewrite` and `begin_segment` open one, to which `append` writes;
+    `close` and a failure close it.
+
+    Attributes:
+        path: the path of the last segment.
+        segments: the segments, the oldest first.
+    """
 
     def __init__(self, path: Path, files: Files) -> None:
         self.path = path
         self.segments: list[SegmentFile] = []
         self._files = files
         self._fd: int | None = None
-        self._inode: int | None = None  # of the segment that is or was written to
-        self._mutex = threading.Lock()  # for `segments`, which the thread that writes checkpoints shortens
+        self._inode: int | None = None  # of the segment that this daemon wrote last
+        self._mutex = threading.Lock()  # guards `segments`: `drop_old` runs in the thread that writes checkpoints
 
     @property
     def is_open(self) -> bool:
+        """Whether `append` can write."""
         return self._fd is not None
 
     @property
     def size(self) -> int:
+        """The length of the last segment in bytes."""
         return self.segments[-1].size if self.segments else 0
 
     def find(self) -> list[Segment]:
-        """Return the segments on disk, oldest first."""
+        """Find the segments on disk, and return them, the oldest first.
+
+        Raises:
+            FileExistsError: there is a folder or a device in the place of a segment.
+        """
         files, folder = self._files, self.path.parent
         older = re.compile(re.escape(self.path.name) + r"\.([1-9][0-9]{0,18})")
         names = files.names(folder)
@@ -61,31 +84,31 @@ class Journal:
         segments = [self._segment(path) for path in paths]
         for segment, number in zip(segments, [*numbers, 0], strict=False):
             head = None
-            with contextlib.suppress(Damaged):  # `recover` refuses it, or it is set aside
+            with contextlib.suppress(Damaged):  # the caller refuses such a segment, or sets it aside
                 head = journal_lines.parse_head(segment.first)
-            print_ = files.print(segment.path)
+            fingerprint = files.fingerprint(segment.path)
             line, rev, at = (head.line, head.rev, head.at) if head is not None else (number, 0, 0.0)
-            self.segments.append(SegmentFile(segment.path, line, rev, at, print_.size if print_ else 0))
-            if segment.path == self.path and print_ is not None:
-                self._inode = print_.inode
+            self.segments.append(SegmentFile(segment.path, line, rev, at, fingerprint.size if fingerprint else 0))
+            if segment.path == self.path and fingerprint is not None:
+                self._inode = fingerprint.inode
         return segments
 
     def _segment(self, path: Path) -> Segment:
-        found = self._files.print(path)
+        found = self._files.fingerprint(path)
         if found is not None and not found.is_regular:  # opening a pipe would wait for its other end
-            raise OSError(errno.EEXIST, "there is something else than a file in its place", str(path))
-        first = self._files.read(path, _HEAD_BYTES).partition(b"\n")[0]
+            raise OSError(errno.EEXIST, "it is not a regular file", str(path))
+        first = self._files.read(path, _HEAD_BYTES_MAX).partition(b"\n")[0]
         return Segment(path, first, lambda: self._files.read(path))
 
     def resume(self, size: int) -> None:
-        """Go on writing to the last segment, of which the first `size` bytes count."""
+        """Open the last segment to append to it, and cut off what is after its first `size` bytes."""
         files, last = self._files, self.segments[-1]
         fd = files.append(self.path)
         try:
             if last.size > size:
                 files.truncate(fd, size)
                 files.sync(fd)
-            found = files.print(fd)
+            found = files.fingerprint(fd)
         except BaseException:
             files.close(fd)
             raise
@@ -93,16 +116,16 @@ class Journal:
         self._fd, self._inode = fd, found.inode if found else None
 
     def rewrite(self, size: int) -> None:
-        """Write the last segment again, of which the first `size` bytes count, and go on from there.
+        """Replace the last segment by a copy of its first `size` bytes, and open the copy.
 
-        Lines of a killed daemon may be in the kernel's memory alone. Syncing the file would not help: if its sync
-        failed, the next one succeeds without those lines (fsync(2)).
+        The lines of a killed daemon may be only in the kernel's memory. Syncing the file would not help: if an
+        earlier sync has failed, the next one succeeds although those lines are not on disk (fsync(2)).
         """
         last = self.segments[-1]
         self._begin(last.line, last.rev, last.at, self._files.read(last.path)[:size])
 
     def begin_segment(self, head: Head) -> None:
-        """Begin a new segment; lines of older ones that are not before its first line are void from now on."""
+        """Begin a new segment and open it. Lines of older segments from `head.line` on are void from now on."""
         self._begin(head.line, head.rev, head.at, journal_lines.head(head))
 
     def _begin(self, line: int, rev: int, at: float, data: bytes) -> None:
@@ -112,11 +135,11 @@ class Journal:
         try:
             files.write(fd, data)
             files.sync(fd)
-            found = files.print(fd)
+            found = files.fingerprint(fd)
             last = self.segments[-1] if self.segments else None
-            if last is not None and last.path == self.path and last.line < line and files.print(self.path):
-                self._give_number(last)
-            self._inode = None  # a rename that fails may have taken effect
+            if last is not None and last.path == self.path and last.line < line and files.fingerprint(self.path):
+                self._rename_current(last)
+            self._inode = None  # even if the rename fails, it may have taken effect
             files.rename(temporary, self.path)
             self.sync_folder()
         except BaseException:
@@ -124,9 +147,9 @@ class Journal:
             with contextlib.suppress(OSError):
                 files.remove(temporary)
             if self._inode is None:
-                self.poison()
+                self.close()
             raise
-        self.poison()
+        self.close()
         self._fd, self._inode = fd, found.inode if found else None
         void = [segment for segment in self.segments if segment.line >= line]
         older = [segment for segment in self.segments if segment.line < line and segment.path != self.path]
@@ -137,72 +160,77 @@ class Journal:
                 with contextlib.suppress(OSError):
                     files.remove(segment.path)
 
-    def _give_number(self, segment: SegmentFile) -> None:
-        """Give the current segment its lasting name. It has both names for a moment, so that it is never lost."""
+    def _rename_current(self, segment: SegmentFile) -> None:
+        """Rename the last segment to `registry.journal.N`. In between it has both names, so it is never lost."""
         files, path = self._files, self.path.with_name(f"{self.path.name}.{segment.line}")
-        if files.print(path) is not None:  # from an attempt that failed
+        if files.fingerprint(path) is not None:  # left by an attempt that failed
             files.remove(path)
-        self._inode = None  # from here on the segment is not written any more
+        self._inode = None  # if a step fails, `_begin` closes the segment
         files.link(self.path, path)
         segment.path = path
         self.sync_folder()
 
     def append(self, data: bytes) -> None:
-        """Write lines and make them durable.
+        """Append lines, and make them durable.
 
         Raises:
-            OSError: the lines do not count, once another segment has begun at their first line.
+            OSError: they may be on disk or not, and the segment is closed. The caller must begin another segment
+                at the number of the first of these lines, which makes them void.
         """
         assert self._fd is not None
         try:
             self._files.write(self._fd, data)
             self._files.sync_data(self._fd)
         except BaseException:
-            self.poison()
+            self.close()
             raise
         self.segments[-1].size += len(data)
 
-    def poison(self) -> None:
-        """Never write to the current segment again. Idempotent."""
+    def close(self) -> None:
+        """Close the open segment, which is never written again. Idempotent."""
         if self._fd is not None:
             fd, self._fd = self._fd, None
             with contextlib.suppress(OSError):
                 self._files.close(fd)
 
-    close = poison
-
     def is_in_place(self) -> bool | None:
-        """Whether the segment that is written to is still at its path; None if there is no file at all."""
+        """Whether the file at `path` is the segment that this daemon wrote last; None if there is no file.
+
+        True if it has written none.
+        """
         if self._inode is None:
             return True
-        found = self._files.print(self.path)
+        found = self._files.fingerprint(self.path)
         return None if found is None else found.inode == self._inode
 
     def forget_segment(self) -> None:
-        """Go on without the segment that was written to: it was removed."""
-        self.poison()
+        """Close the last segment and remove it from `segments`, since another program has removed its file."""
+        self.close()
         self._inode = None
         with self._mutex:
             self.segments = self.segments[:-1]
 
     def set_aside(self) -> list[Path]:
-        """Rename all segments, so that a new journal can begin. Return their new paths."""
+        """Rename all segments to names with `.aside-`, so that a new journal can begin. Return the new paths."""
         names = set(self._files.names(self.path.parent))
         count = 1
         while any(f"{segment.path.name}.aside-{count}" in names for segment in self.segments):
             count += 1
-        made = []
+        renamed = []
         self._inode = None
         while self.segments:
             path = self.segments[-1].path
-            made.append(path.with_name(f"{path.name}.aside-{count}"))
-            self._files.rename(path, made[-1])
+            renamed.append(path.with_name(f"{path.name}.aside-{count}"))
+            self._files.rename(path, renamed[-1])
             self.segments.pop()
         self.sync_folder()
-        return made
+        return renamed
 
     def drop_old(self, covered: int, bytes_max: int) -> None:
-        """Delete the oldest segments beyond `bytes_max` or of too many, but none with a line after `covered`."""
+        """Delete the oldest segments while all have more than `bytes_max` bytes, or there are too many.
+
+        A segment with a line after `covered`, the position of the checkpoint on disk, is never deleted.
+        """
         with self._mutex:
             segments = self.segments
             total = sum(segment.size for segment in segments)
@@ -220,7 +248,7 @@ class Journal:
                 self._files.remove(segment.path)
 
     def sync_folder(self) -> None:
-        """Make names in the folder durable, where the file system can do that: some FUSE and CIFS cannot."""
+        """Make the names in the folder durable, if the file system supports that."""
         try:
             self._files.sync_folder(self.path.parent)
         except OSError as error:

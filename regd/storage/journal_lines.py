@@ -1,8 +1,8 @@
-"""The lines of the journal: changes to bytes and back. Pure: no file is touched here.
+"""The format of the journal: encode and decode its lines.
 
-A segment begins with its head, and has one change a line. Every line ends with `crc`, the CRC-32 of all before
-it, so that a line is whole or known to be damaged. A batch is written at once: its first line says how many lines
-it has, and after a crash all of them count or none.
+The first line of a segment is its head. Each further line is a change, or the start of a daemon. A line ends with
+`crc`, the CRC-32 of all before it, so that damage is detected. The first line of a batch says how many lines it
+has, so that after a crash either all of them count or none.
 """
 
 import json
@@ -26,49 +26,62 @@ _CRC_CHARS = len(',"crc":"00000000"}')
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 Epochs = Mapping[str, tuple[int, int]]
-"""The ended epochs whose positions are still valid: the last revision and the last line of each."""
+"""The ended epochs whose positions are valid, each with its last revision and last line."""
 
 
 class Damaged(Exception):
-    """A line that fits its checksum is no line of this format. The text says what is wrong."""
+    """A line has the right checksum, but not the right format. The text says what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The first line of a segment.
+    """The head of a segment: the state before its first line.
 
-    `line` is the number of the line that follows; from there on, lines of older segments are void. `rev` is the
-    revision before it, and `epoch` the epoch of the line before it, "" if there is none.
+    Attributes:
+        line: the number of its first line. Lines of older segments from this number on are void.
+        rev: the revision before that line.
+        epoch: the epoch of the line before; "" if there is none.
+        epochs: the ended epochs whose positions are valid.
+        at: when the segment began, in Unix seconds.
+        is_guess: the head is missing or damaged, and only `line` is known.
     """
 
     line: int
     rev: int
     epoch: str
     epochs: Epochs
-    at: float = 0.0  # Unix seconds: when the segment began
-    is_guess: bool = False  # the head is missing or damaged
+    at: float = 0.0
+    is_guess: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The line that a daemon writes when it starts. `valid`: positions of earlier epochs stay valid."""
+    """The line that a daemon writes when it starts, which begins its epoch.
+
+    Attributes:
+        epoch: the epoch of the following lines.
+        valid: positions of earlier epochs stay valid.
+        rev: the revision at the start.
+        at: Unix seconds.
+    """
 
     epoch: str
     valid: bool
     rev: int
-    at: float  # Unix seconds
+    at: float
 
 
 # Writing.
 
 
-def _closed(text: str) -> bytes:
-    """Return a line with its checksum and its end. `text` lacks the closing brace."""
+def _finish(text: str) -> bytes:
+    """Return a line with its checksum and line feed. `text` is a JSON object without its closing brace."""
     data = text.encode("ascii")
     return b'%s,"crc":"%08x"}\n' % (data, crc32(data))
 
 
 def head(head: Head) -> bytes:
+    """Return the first line of a segment."""
     epochs = {epoch: list(ended) for epoch, ended in head.epochs.items()}
     fields = {
         "format": FORMAT,
@@ -78,10 +91,11 @@ def head(head: Head) -> bytes:
         "epoch": head.epoch,
         "epochs": epochs,
     }
-    return _closed(_encode(fields)[:-1])
+    return _finish(_encode(fields)[:-1])
 
 
 def start(number: int, start: Start) -> bytes:
+    """Return line `number`, the start of a daemon. It is a batch of its own."""
     fields = {
         "line": number,
         "batch": 1,
@@ -90,11 +104,11 @@ def start(number: int, start: Start) -> bytes:
         "epoch": start.epoch,
         "valid": start.valid,
     }
-    return _closed(_encode(fields)[:-1])
+    return _finish(_encode(fields)[:-1])
 
 
 def change(number: int, change: Change, batch: int = 0) -> bytes:
-    """Return the line of a change. `batch` is the number of lines if it is the first of a batch, else 0."""
+    """Return line `number`, a change. If it is the first of a batch, `batch` is the number of lines, else 0."""
     entry = change.entry
     # An f-string is three times as fast as `json`.
     text = f'{{"line":{number}'
@@ -119,7 +133,7 @@ def change(number: int, change: Change, batch: int = 0) -> bytes:
     if change.op is not Op.DOWN and entry.holders:
         conditions = _encode(document.conditions(entry))[1:-1]
         text += f",{conditions}" if conditions else ""
-    return _closed(f'{text},"registered_at":{entry.registered_at!r}')
+    return _finish(f'{text},"registered_at":{entry.registered_at!r}')
 
 
 def _meta(meta: Mapping[str, str]) -> str:
@@ -127,7 +141,7 @@ def _meta(meta: Mapping[str, str]) -> str:
 
 
 def _by_members(by: By) -> str:
-    """Return what is known of who made a change."""
+    """Return the members of the JSON object `by`, without those that are not known."""
     members = [f'"pid":{by.pid}'] if by.pid is not None else []
     if by.uid is not None:
         members.append(f'"uid":{by.uid}')
@@ -140,9 +154,11 @@ def _by_members(by: By) -> str:
 
 
 def number_of(line: bytes) -> tuple[int, int] | None:
-    """Return a line's number and the length of the batch that it begins, 0 if it begins none.
+    """Check a line, without its line feed.
 
-    Returns None for a damaged line. `line` is without its line feed.
+    Returns:
+        Its number, and how many lines the batch has that it begins; 0 if it is not the first of a batch. None if
+        the line is damaged.
     """
     found = _LINE.fullmatch(line)
     if found is None or crc32(line[:-_CRC_CHARS]) != int(found[3], 16):
@@ -151,10 +167,10 @@ def number_of(line: bytes) -> tuple[int, int] | None:
 
 
 def parse_head(line: bytes) -> Head | None:
-    """Return the head of a segment, None if it is damaged.
+    """Decode the first line of a segment; return None if its checksum is wrong.
 
     Raises:
-        Damaged: it is of a newer format, or is not as regd writes it.
+        Damaged: the line belongs to a newer format, or is not as regd writes it.
     """
     found = _HEAD.fullmatch(line)
     if found is None or crc32(line[:-_CRC_CHARS]) != int(found[2], 16):
@@ -169,53 +185,56 @@ def parse_head(line: bytes) -> Head | None:
     for epoch, last in epochs.items():
         if type(last) is not list or len(last) != 2:
             raise Damaged('"epochs" must have a revision and a line for each')
-        ended[epoch] = (_whole(last[0], "epochs"), _whole(last[1], "epochs"))
-    number, rev = _whole(fields.get("line"), "line"), _whole(fields.get("rev"), "rev")
+        ended[epoch] = (_integer(last[0], "epochs"), _integer(last[1], "epochs"))
+    number, rev = _integer(fields.get("line"), "line"), _integer(fields.get("rev"), "rev")
     return Head(number, rev, _epoch(fields), ended, _at(fields))
 
 
 def rev_of(line: bytes) -> int | None:
-    """Return the revision of a line; None if it has none."""
+    """Return the revision of a line without decoding it; None if it has no revision."""
     found = _REV.match(line)
     return int(found[1]) if found is not None else None
 
 
 def parse(line: bytes, rev: int, ids: "count[int]") -> Start | Change:
-    """Return what a line says that fits its checksum. `rev` is the revision before it.
+    """Decode a line whose checksum is right.
 
-    A `keep` gets that revision, since its line has none.
+    Args:
+        line: the line without its line feed.
+        rev: the revision before it, which a `keep` gets, since its line has none.
+        ids: the source of the holders' ids.
 
     Raises:
-        Damaged: it is not as regd writes it.
+        Damaged: the line is not as regd writes it.
     """
     fields = _fields(line)
     if "epoch" in fields:
         if type(fields.get("valid")) is not bool:
             raise Damaged('"valid" must be true or false')
-        return Start(_epoch(fields), fields["valid"], _whole(fields.get("rev"), "rev"), _at(fields))
+        return Start(_epoch(fields), fields["valid"], _integer(fields.get("rev"), "rev"), _at(fields))
     try:
         op = Op(fields.get("op", ""))
         reason = Reason(fields["reason"]) if "reason" in fields else ""
     except ValueError as error:
         raise Damaged(str(error)) from None
     if op is not Op.KEEP:
-        rev = _whole(fields.get("rev"), "rev")
+        rev = _integer(fields.get("rev"), "rev")
         if rev == 0:
             raise Damaged('"rev" must be 1 or more')
     at, by, old_meta = _at(fields), _by(fields.get("by")), fields.get("old_meta")
-    stored = {field: value for field, value in fields.items() if field not in _OF_CHANGE}
+    stored = {field: value for field, value in fields.items() if field not in _CHANGE_FIELDS}
     try:
         name, instance = fields.get("name"), fields.get("instance")
-        entry = document.entry(name, instance, stored, rev, 0.0, ids)
-        before = None if op is Op.UP else entry
+        entry = document.parse_entry(name, instance, stored, rev, 0.0, ids)
+        previous = None if op is Op.UP else entry  # of the previous entry, only `meta` is stored
         if old_meta is not None:
-            before = replace(entry, meta=document.checked_meta(old_meta))
-        return Change(rev, op, entry, reason, before, at, by)
+            previous = replace(entry, meta=document.checked_meta(old_meta))
+        return Change(rev, op, entry, reason, previous, at, by)
     except Invalid as error:
         raise Damaged(str(error)) from None
 
 
-_OF_CHANGE = frozenset(
+_CHANGE_FIELDS = frozenset(
     ("line", "batch", "rev", "at", "op", "name", "instance", "reason", "by", "old_meta", "crc")
 )
 
@@ -225,11 +244,11 @@ def _fields(line: bytes) -> dict[str, Any]:
         fields = json.loads(line.decode("ascii"))
     except (ValueError, RecursionError) as error:
         raise Damaged(str(error)) from None
-    assert type(fields) is dict  # it begins with a brace
+    assert type(fields) is dict  # the checks of `number_of` and `parse_head` include the first brace
     return fields
 
 
-def _whole(value: object, field: str) -> int:
+def _integer(value: object, field: str) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
         raise Damaged(f'"{field}" must be a whole number')
     return value
@@ -237,7 +256,7 @@ def _whole(value: object, field: str) -> int:
 
 def _at(fields: Mapping[str, object]) -> float:
     at = fields.get("at")
-    if (type(at) is not float and type(at) is not int) or not abs(at) < 1e12:  # infinities and NaN as well
+    if (type(at) is not float and type(at) is not int) or not abs(at) < 1e12:  # false for infinities and NaN too
         raise Damaged('"at" must be a number of Unix seconds')
     return at
 

@@ -1,56 +1,53 @@
-"""The lines of the registry file, in order of their first write, joined in blocks.
+"""`LineBlocks`: the lines of `registry.json` in memory, joined in blocks.
 
-From one commit to the next most of a large file is unchanged: only blocks with a changed line are split and
-joined again. A line holds no line feed.
+Between two checkpoints, most lines of a large file stay the same. So a checkpoint joins only the blocks in which
+a line has changed. Lines are in the order in which they were first set, and contain no line feed.
 """
 
 from collections.abc import Iterator
 
-_BLOCK = 64  # lines
+_BLOCK_LINES = 64
 _BETWEEN = b",\n"
-_SPARSE = 4  # if less than one in so many places is used, the blocks are filled anew
+_SPARSE = 4  # if less than one in so many places is used, the blocks are rebuilt
 
 
 class _Block:
-    """The lines of a block, either `joined` as in the file or `apart` in a list. An empty block is apart."""
+    """Some lines, either `joined` as in the file, or `separate` in a list. An empty block is separate."""
 
-    __slots__ = ("apart", "joined", "keys")
+    __slots__ = ("joined", "keys", "separate")
 
     def __init__(self) -> None:
         self.keys: list[str] = []
         self.joined = b""
-        self.apart: list[bytes] | None = []
+        self.separate: list[bytes] | None = []
 
     def lines(self) -> list[bytes]:
-        if self.apart is None:
-            self.apart = self.joined.split(_BETWEEN)
+        if self.separate is None:
+            self.separate = self.joined.split(_BETWEEN)
             self.joined = b""
-        return self.apart
+        return self.separate
 
     def join(self) -> bytes:
-        if self.apart:
-            self.joined = _BETWEEN.join(self.apart)
-            self.apart = None
+        if self.separate:
+            self.joined = _BETWEEN.join(self.separate)
+            self.separate = None
         return self.joined
 
 
 class LineBlocks:
-    """Lines by the key of their entry. Iterating yields the blocks, joined."""
+    """Lines by key. Iterating joins the blocks that have changed, and yields all blocks as bytes."""
 
     def __init__(self) -> None:
         self._block: dict[str, _Block] = {}  # the block of each key
         self._blocks: list[_Block] = []
 
-    def get(self, key: str) -> bytes | None:
-        block = self._block.get(key)
-        return None if block is None else block.lines()[block.keys.index(key)]
-
     def set(self, key: str, line: bytes) -> None:
+        """Replace the line of a key in its place, or append it."""
         block = self._block.get(key)
         if block is not None:
             block.lines()[block.keys.index(key)] = line
             return
-        if not self._blocks or len(self._blocks[-1].keys) >= _BLOCK:
+        if not self._blocks or len(self._blocks[-1].keys) >= _BLOCK_LINES:
             if self._blocks:
                 self._blocks[-1].join()
             self._blocks.append(_Block())
@@ -65,10 +62,10 @@ class LineBlocks:
             return
         at = block.keys.index(key)
         del block.lines()[at], block.keys[at]
-        if len(self._blocks) > _SPARSE and len(self._block) * _SPARSE < len(self._blocks) * _BLOCK:
-            self._fill_anew()
+        if len(self._blocks) > _SPARSE and len(self._block) * _SPARSE < len(self._blocks) * _BLOCK_LINES:
+            self._rebuild()
 
-    def _fill_anew(self) -> None:
+    def _rebuild(self) -> None:
         blocks, self._blocks = self._blocks, []
         self._block.clear()
         for block in blocks:

@@ -1,10 +1,11 @@
-"""What a start finds: the registry file and the segments of the journal, to the state that they hold. Pure.
+"""Compute the state at a start from `registry.json` and the segments of the journal. Nothing is written.
 
-The file is a checkpoint: its position says up to which line of the journal it has all changes. The lines after it
-are applied. A line sets or removes its entry, whatever was there before, so that edits by hand stay.
+The file is a checkpoint: its position is the line of the journal up to which it has all changes. The later lines
+are applied to it. A line sets or removes its entry, whether the entry exists or not, so edits by hand of other
+entries stay.
 
-Damage is judged by what could be lost. The last batch may be torn: nobody had an answer to it. Damage before the
-position costs history alone. Any other damage is refused, for a person to look at.
+Damage is tolerated where no change can be lost. The last batch may be torn, since no client got a reply to it.
+Damage before the position costs only history. Any other damage is refused, so that a person decides what to do.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +24,7 @@ _NEXT_STEP = "restore the file, or move the journal away to go on from registry.
 
 
 class Segment(NamedTuple):
-    """A file of the journal, as it was found: its first line, and a function that reads all of it.
-
-    The last segment is the one that was written to.
-    """
+    """A file of the journal on disk: its first line, and a function that reads all of it."""
 
     path: Path
     first: bytes
@@ -35,90 +33,115 @@ class Segment(NamedTuple):
 
 @dataclass
 class Recovery:
-    """The state at the start, and what to do before anything is written."""
+    """The state at a start, and what `Store` must do before it writes.
+
+    Attributes:
+        entries: the registrations.
+        rev: their revision.
+        keeps_journal: the journal belongs to the file. Otherwise it is set aside, if it exists.
+        is_edited: the file was edited by hand.
+        is_covered: the file has all changes, and was not edited.
+        line: the number of the last line of the journal.
+        epoch: the epoch of that line.
+        epochs: the ended epochs whose positions are valid, each with its last revision and line.
+        history: the latest changes, without a gap.
+        history_rev: the revision before the first of them.
+        size: the bytes of the last segment that count, without a torn batch; None if a new segment must begin.
+        valid: positions of earlier epochs stay valid.
+        notes: messages for the log.
+    """
 
     entries: list[Entry]
     rev: int
-    keeps_journal: bool = False  # else it is set aside, if there is one
-    is_edited: bool = False  # the file is not as regd wrote it
-    is_covered: bool = False  # the file has all changes, as regd wrote it
-    line: int = 0  # the last line of the journal
-    epoch: str = ""  # of that line
-    epochs: dict[str, tuple[int, int]] = field(default_factory=dict)  # ended, with valid positions
-    history: list[Change] = field(default_factory=list)  # the latest changes, without a gap, for watchers
-    history_rev: int = 0  # the revision before the first of them
-    size: int | None = None  # of the last segment, without a torn batch; None: begin a new segment
-    valid: bool = False  # the positions of earlier epochs
-    notes: list[str] = field(default_factory=list)  # for the log
+    keeps_journal: bool = False
+    is_edited: bool = False
+    is_covered: bool = False
+    line: int = 0
+    epoch: str = ""
+    epochs: dict[str, tuple[int, int]] = field(default_factory=dict)
+    history: list[Change] = field(default_factory=list)
+    history_rev: int = 0
+    size: int | None = None
+    valid: bool = False
+    notes: list[str] = field(default_factory=list)
 
     def start_epoch(self, start: Start, number: int) -> None:
-        """Begin an epoch at a line."""
+        """Begin the epoch of the start that is recorded in line `number`."""
         if not start.valid:
             self.rev = max(self.rev, start.rev)
-            self.break_history()
+            self.clear_history()
         elif self.epoch:
             self.epochs[self.epoch] = (self.rev, number - 1)
         self.epoch = start.epoch
 
-    def break_history(self) -> None:
-        """Let history begin here."""
+    def clear_history(self) -> None:
+        """Make history begin at the present revision. Earlier positions are no longer valid."""
         self.epochs.clear()
         self.history.clear()
         self.history_rev = self.rev
 
 
 class _Batch(NamedTuple):
-    """A whole batch of lines."""
+    """A complete batch of lines in a segment."""
 
-    first: int
+    first: int  # the number of its first line in the journal
     lines: list[bytes]
-    line: int  # where it begins in the segment, counted from 0
-    end: int  # the offset behind the last line
+    line: int  # the index of its first line in the segment
+    end: int  # the offset of the end of its last line
 
 
 def recover(document: Document | None, segments: Sequence[Segment], file: Path, history_max: int) -> Recovery:
-    """Return the state that a registry file and its journal hold.
+    """Return the state that a registry file and its journal contain.
 
-    `document` is None if there is no file. `history_max` is how many of the latest lines are wanted as history.
+    Args:
+        document: the contents of the file, None if it does not exist.
+        segments: the segments of the journal, the oldest first.
+        file: the path of the file, for messages.
+        history_max: how many of the latest lines to return as history.
 
     Raises:
-        Unreadable: the journal is damaged where changes could be lost, or is of a newer version.
+        Unreadable: the journal is damaged where changes could be lost, or belongs to a newer version of regd.
     """
     entries, rev = ([], 0) if document is None else (document.entries, document.rev)
-    alone = Recovery(entries, rev, history_rev=rev, is_edited=document is not None and document.edited)
+    from_file = Recovery(entries, rev, history_rev=rev, is_edited=document is not None and document.edited)
     if document is None or document.position is None:
         if segments:
             what = "is missing" if document is None else "names no line of the journal"
-            alone.notes.append(f"{file} {what}, so the journal is set aside")
-        return alone
+            from_file.notes.append(f"{file} {what}, so the journal is set aside")
+        return from_file
     if not segments:
-        alone.notes.append(f"the journal of {file} is missing; the file counts as it is")
-        return alone
-    found = _read(document.position, segments, history_max)
-    if found is None:
-        alone.notes.append(f"the journal beside {file} does not have the line that it names, and is set aside")
-        return alone
-    return _replay(document, found, history_max)
+        from_file.notes.append(f"the journal of {file} is missing; the file counts as it is")
+        return from_file
+    journal = _read(document.position, segments, history_max)
+    if journal is None:
+        note = f"the journal beside {file} does not have the line that the file names, so it is set aside"
+        from_file.notes.append(note)
+        return from_file
+    return _replay(document, journal, history_max)
 
 
 # Reading.
 
 
 @dataclass
-class _Found:
-    """The lines that are needed, without a gap, and what is known of those before."""
+class _JournalLines:
+    """The latest lines of the journal, without a gap, as far back as they are needed."""
 
-    head: Head  # of the segment in which `lines` begin; a guess if they begin behind a gap
+    head: Head  # the state before the first line; a guess if there is a gap before it
     lines: list[bytes] = field(default_factory=list)
-    size: int | None = None
+    size: int | None = None  # the bytes of the last segment that count
     notes: list[str] = field(default_factory=list)
 
     @property
     def next(self) -> int:
+        """The number of the line after the last one."""
         return self.head.line + len(self.lines)
 
     def add(self, segment: Segment, data: bytes, following: Head | None, covered: int) -> None:
-        """Add the whole batches of a segment. From the first line of the following segment on, lines are void."""
+        """Add the complete batches of a segment, up to the first line of the following segment.
+
+        `covered` is the last line that the file has.
+        """
         self.size = data.find(b"\n") + 1
         for batch in _batches(data):
             if following is not None and batch.first >= following.line:
@@ -126,20 +149,20 @@ class _Found:
             if batch.first != self.next:
                 _check_gap(segment, batch.line, self, batch.first, covered)
                 self.notes = _notes_of_gap(segment, self)
-                self.head, self.lines = _guess(batch.first), []
+                self.head, self.lines = _head_after_gap(batch.first), []
             self.lines += batch.lines
             self.size = batch.end
 
 
-def _read(position: Position, segments: Sequence[Segment], history_max: int) -> _Found | None:
-    """Return the lines from the position on, and some before it. None if they do not have the position."""
+def _read(position: Position, segments: Sequence[Segment], history_max: int) -> _JournalLines | None:
+    """Return the lines after a position, and earlier ones for history. None if the journal lacks the position."""
     heads = [_head_of(segment) for segment in segments]
     last, data = heads[-1], segments[-1].read()
     if last is None:
         raise _unreadable(segments[-1], 0, "is damaged")
-    found: _Found | None = None
+    journal: _JournalLines | None = None
     for index in range(
-        _first_wanted(heads, position.line, last.line + data.count(b"\n"), history_max), len(heads)
+        _first_needed(heads, position.line, last.line + data.count(b"\n"), history_max), len(heads)
     ):
         segment, head = segments[index], heads[index]
         following = heads[index + 1] if head is not last else None
@@ -147,23 +170,23 @@ def _read(position: Position, segments: Sequence[Segment], history_max: int) -> 
             if following is None or following.line > position.line + 1:
                 raise _unreadable(segment, 0, "is damaged")
             continue
-        if found is None or found.next != head.line:
-            _check_gap(segment, 0, found, head.line, position.line)
-            found = _Found(head, notes=_notes_of_gap(segment, found))
-        found.add(segment, data if head is last else segment.read(), following, position.line)
-    assert found is not None  # the last head is not None
-    if found.size is not None and found.size < len(data):
-        note = f"{segments[-1].path} ends in a batch that was not written whole: cut off at byte {found.size}"
-        found.notes.append(note)
-        if position.line >= found.next:
-            return _Found(_guess(position.line + 1), notes=found.notes)
-    if not found.head.line - 1 <= position.line < found.next:
+        if journal is None or journal.next != head.line:
+            _check_gap(segment, 0, journal, head.line, position.line)
+            journal = _JournalLines(head, notes=_notes_of_gap(segment, journal))
+        journal.add(segment, data if head is last else segment.read(), following, position.line)
+    assert journal is not None  # the last head is not None
+    if journal.size is not None and journal.size < len(data):
+        note = f"{segments[-1].path} ends in a batch that was not written whole: cut off at byte {journal.size}"
+        journal.notes.append(note)
+        if position.line >= journal.next:
+            return _JournalLines(_head_after_gap(position.line + 1), notes=journal.notes)
+    if not journal.head.line - 1 <= position.line < journal.next:
         return None
-    return found if _epoch_at(found, position.line) in ("", position.epoch) else None
+    return journal if _epoch_at(journal, position.line) in ("", position.epoch) else None
 
 
-def _guess(line: int) -> Head:
-    """Return a head for the lines behind a gap: no revision or epoch is known there."""
+def _head_after_gap(line: int) -> Head:
+    """Return a head for the lines after a gap. Their epoch and the revision before them are not known."""
     return Head(line, 0, "", {}, is_guess=True)
 
 
@@ -175,8 +198,8 @@ def _head_of(segment: Segment) -> Head | None:
         raise _unreadable(segment, 0, str(error)) from None
 
 
-def _first_wanted(heads: Sequence[Head | None], covered: int, newest: int, history_max: int) -> int:
-    """Return the index of the first segment to read. `newest` is about the last line of all."""
+def _first_needed(heads: Sequence[Head | None], covered: int, newest: int, history_max: int) -> int:
+    """Return the index of the first segment to read. `newest` is about the number of the last line."""
     for index in range(len(heads) - 1, 0, -1):
         head = heads[index]
         if head is not None and head.line <= covered + 1 and newest - head.line >= history_max:
@@ -185,9 +208,9 @@ def _first_wanted(heads: Sequence[Head | None], covered: int, newest: int, histo
 
 
 def _batches(data: bytes) -> Iterator[_Batch]:
-    """Yield the whole batches of a segment; what is damaged is left out."""
+    """Yield the complete batches of a segment. Damaged lines, and batches with such lines, are left out."""
     lines = data.split(b"\n")
-    del lines[-1]  # behind the last line feed: nothing, or a torn line
+    del lines[-1]  # empty, or a torn line
     numbers = [journal_lines.number_of(line) for line in lines]
     index, offset = 1, len(lines[0]) + 1 if lines else 0
     while index < len(lines):
@@ -203,16 +226,17 @@ def _batches(data: bytes) -> Iterator[_Batch]:
         index += taken
 
 
-def _check_gap(segment: Segment, index: int, found: _Found | None, first: int, covered: int) -> None:
-    """Raise if lines before `first` are missing that the file does not cover."""
-    if found is not None and (first > covered + 1 or first < found.next):
-        raise _unreadable(segment, index, f"line {found.next} of the journal should be here, not line {first}")
+def _check_gap(segment: Segment, index: int, journal: _JournalLines | None, first: int, covered: int) -> None:
+    """Raise `Unreadable` if there is a gap before line `first`, and the file lacks a change in it."""
+    if journal is not None and (first > covered + 1 or first < journal.next):
+        raise _unreadable(segment, index, f"line {journal.next} of the journal should be here, not line {first}")
 
 
-def _notes_of_gap(segment: Segment, found: _Found | None) -> list[str]:
-    if found is None:
+def _notes_of_gap(segment: Segment, journal: _JournalLines | None) -> list[str]:
+    if journal is None:
         return []
-    return [*found.notes, f"{segment.path} is damaged, and {_FILE} has what was lost; history begins behind it"]
+    note = f"{segment.path} is damaged, and {_FILE} has what was lost; history begins after the damage"
+    return [*journal.notes, note]
 
 
 def _unreadable(segment: Segment, index: int, what: str) -> Unreadable:
@@ -222,83 +246,83 @@ def _unreadable(segment: Segment, index: int, what: str) -> Unreadable:
 # Replay.
 
 
-def _epoch_at(found: _Found, line: int) -> str:
-    """Return the epoch of a line, or of the line before the first one; "" if it is not known."""
-    epoch = found.head.epoch
-    for data in found.lines[: max(line + 1 - found.head.line, 0)]:
-        if (start := _start(data)) is not None:
+def _epoch_at(journal: _JournalLines, line: int) -> str:
+    """Return the epoch of a line, which may be the one before the first; "" if the epoch is not known."""
+    epoch = journal.head.epoch
+    for data in journal.lines[: max(line + 1 - journal.head.line, 0)]:
+        if (start := _parse_start(data)) is not None:
             epoch = start.epoch
     return epoch
 
 
-def _start(data: bytes) -> Start | None:
-    """Return what a line says if a daemon wrote it at its start."""
+def _parse_start(data: bytes) -> Start | None:
+    """Parse a line if it is the one that a daemon writes at its start, else return None."""
     if b'"epoch":"' not in data:
         return None
-    line = _parsed(data, 0, count(1))
+    line = _parse(data, 0, count(1))
     return line if isinstance(line, Start) else None
 
 
-def _parsed(data: bytes, rev: int, ids: "count[int]") -> Start | Change:
+def _parse(data: bytes, rev: int, ids: "count[int]") -> Start | Change:
     try:
         return journal_lines.parse(data, rev, ids)
     except Damaged as error:
         raise Unreadable(f"the journal: {error} in {data[:80]!r}; {_NEXT_STEP}") from None
 
 
-def _replay(document: Document, found: _Found, history_max: int) -> Recovery:
-    """Apply the lines after the position, and collect the latest as history."""
+def _replay(document: Document, journal: _JournalLines, history_max: int) -> Recovery:
+    """Apply the lines after the position to the document, and collect the latest lines as history."""
     assert document.position is not None
-    head, covered = found.head, document.position.line
-    made = Recovery(
+    head, covered = journal.head, document.position.line
+    recovery = Recovery(
         [],
         head.rev,
         keeps_journal=True,
         is_edited=document.edited,
-        line=found.next - 1,
+        line=journal.next - 1,
         epoch=head.epoch,
         epochs=dict(head.epochs),
         history_rev=head.rev,
-        size=found.size,
-        notes=found.notes,
+        size=journal.size,
+        notes=journal.notes,
     )
     state: dict[Key, Entry] = {entry.key: entry for entry in document.entries}
     ids = count(max((holder.id for entry in document.entries for holder in entry.holders), default=0) + 1)
-    wanted = min(found.next - history_max, covered + 1)  # the first line that must be read
-    for number, data in enumerate(found.lines, head.line):
-        if number < wanted:
-            if (start := _start(data)) is not None:
-                made.start_epoch(start, number)
+    first_parsed = min(journal.next - history_max, covered + 1)  # of earlier lines, only the revision is read
+    for number, data in enumerate(journal.lines, head.line):
+        if number < first_parsed:
+            if (start := _parse_start(data)) is not None:
+                recovery.start_epoch(start, number)
             elif (rev := journal_lines.rev_of(data)) is not None:
-                made.rev = made.history_rev = rev
+                recovery.rev = recovery.history_rev = rev
             continue
-        line = _parsed(data, max(made.rev, document.rev, 1), ids)
+        line = _parse(data, max(recovery.rev, document.rev, 1), ids)
         if isinstance(line, Start):
-            made.start_epoch(line, number)
+            recovery.start_epoch(line, number)
             continue
         if line.op is not Op.KEEP:
-            made.rev = max(made.rev, line.rev)
-            made.history.append(line)
+            recovery.rev = max(recovery.rev, line.rev)
+            recovery.history.append(line)
         if number > covered:
             _apply(state, line)
-    if head.is_guess and made.history:  # it has no revision: what came before the first change is not known
-        made.history_rev = made.history.pop(0).rev
-    last_rev = made.history[-1].rev if made.history else made.history_rev
-    made.rev = max(made.rev, document.rev)
-    made.valid = not document.edited and made.rev == last_rev
-    if not made.valid:  # watchers do not know of edits, nor of changes that the journal lacks
-        made.break_history()
-    made.epoch = made.epoch or document.position.epoch
-    made.is_covered = covered == made.line and not document.edited
-    made.entries = list(state.values())
-    return made
+    if head.is_guess and recovery.history:  # the revision before the first change is not known
+        recovery.history_rev = recovery.history.pop(0).rev
+    last_rev = recovery.history[-1].rev if recovery.history else recovery.history_rev
+    recovery.rev = max(recovery.rev, document.rev)
+    recovery.valid = not document.edited and recovery.rev == last_rev
+    if not recovery.valid:  # the history lacks an edit, or a change that only the file has
+        recovery.clear_history()
+    recovery.epoch = recovery.epoch or document.position.epoch
+    recovery.is_covered = covered == recovery.line and not document.edited
+    recovery.entries = list(state.values())
+    return recovery
 
 
 def _apply(state: dict[Key, Entry], change: Change) -> None:
     entry = change.entry
     if change.op is Op.DOWN:
         state.pop(entry.key, None)
-    elif change.op is Op.KEEP and (before := state.get(entry.key)) is not None:
-        state[entry.key] = replace(entry, rev=before.rev)
+    elif change.op is Op.KEEP and (previous := state.get(entry.key)) is not None:
+        state[entry.key] = replace(entry, rev=previous.rev)
     else:
         state[entry.key] = entry

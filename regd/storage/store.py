@@ -1,8 +1,9 @@
-"""The registry on disk: the journal, to which every change is appended, and its checkpoint `registry.json`.
+"""`Store`: the registry on disk. It appends every change to the journal, and writes `registry.json` as
+checkpoint.
 
-When `commit` returns, the journal holds the changes on disk. When it raises, they are not in effect: before the
-next commit a new segment makes their lines void. `commit` blocks: the engine calls it in a thread, one call at a
-time. `checkpoint` and `page` may be called in other threads meanwhile.
+A change that is "in effect" is one that readers see. Usually that is the same as committed. But the end of a
+holder takes effect even while the disk fails, and a line of a failed commit may be on disk without being in
+effect.
 """
 
 import errno
@@ -15,26 +16,48 @@ from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Change, Entry, Key, Op
 from regd.storage import history_pages, journal_lines
 from regd.storage.checkpoint import Checkpoint
-from regd.storage.document import Document, Position, Unreadable, line, parse
+from regd.storage.document import Document, Position, Unreadable, entry_line, parse
 from regd.storage.files import AlreadyLocked, Files
 from regd.storage.history_pages import HistoryPage, Query
 from regd.storage.journal import Journal
 from regd.storage.journal_lines import Head, Start
 from regd.storage.recovery import Recovery, recover
 
-_EPOCHS_MAX = 1_000  # restarts that watchers can resume over
+_EPOCHS_MAX = 1_000  # ended epochs whose positions are kept, so that watches can resume after so many restarts
 _NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class StorageError(Exception):
-    """The registry cannot be used. The text is one line: what happened, where, what to do."""
+    """The registry cannot be used. The message is one line: what happened, where, and what to do."""
 
 
 class Store:
-    """`warn` is called with one line for people, in the thread that works.
+    """The journal and `registry.json` of one daemon.
 
-    If the lock file is removed, the store locks it again. Without `relocks` it fails for good instead, since the
-    folder may by now belong to another registry.
+    Call `open`, then `begin`, then the other methods. All of them block. `commit`, `apply_unsaved` and
+    `ensure_saved` must not overlap; `checkpoint` and `page` may be called in other threads at the same time.
+
+        store = Store(path, print)
+        recovery = store.open(time.time())
+        store.begin()
+        store.commit([Change(...)])
+        store.close()
+
+    Args:
+        path: the path of `registry.json`. The journal and the lock file are beside it.
+        warn: is called with a message for the log, in the thread of the call that has something to report.
+        files: the file system; tests pass another one.
+        limits: the limits in use.
+        epoch: the epoch of this daemon; by default a random one.
+        relocks: if the lock file is removed, lock it again. If false, `commit` raises `StorageError` instead,
+            since the folder may belong to another registry by now.
+
+    Attributes:
+        path: the real path of `registry.json`.
+        epoch: the epoch of this daemon.
+        epochs: the ended epochs whose positions are valid, each with its last revision and line.
+        created_folder: `open` has created the folder.
+        rev_written: the highest revision that may be on disk, in effect or not.
     """
 
     def __init__(
@@ -48,11 +71,11 @@ class Store:
         relocks: bool = True,
     ) -> None:
         self._relocks = relocks
-        self.path = Path(os.path.realpath(path))  # a rename must not replace a link by a file
+        self.path = Path(os.path.realpath(path))  # so that a rename does not replace a symbolic link
         self.epoch = epoch or os.urandom(8).hex()
-        self.epochs: dict[str, tuple[int, int]] = {}  # ended, with valid positions: the last revision and line
-        self.made_folder = False  # by `open`
-        self.rev_written = 0  # the highest revision that may be on disk, in effect or not
+        self.epochs: dict[str, tuple[int, int]] = {}
+        self.created_folder = False
+        self.rev_written = 0
         self._warn = warn
         self._files = files = files or Files()
         self._limits = limits
@@ -61,38 +84,48 @@ class Store:
         self._lock_path = self.path.with_name(self.path.name + ".lock")
         self._lock: int | None = None
         self._lock_inode: int | None = None
-        self._had_lock = False  # else a daemon whose lock file was removed may still write to the last segment
-        self._found = Recovery([], 0)
-        self._start: Start | None = None  # of this daemon, while it is not on disk
-        self._sets_aside = False  # the journal that was found, before the next segment begins
-        self._rewrites: int | None = None  # so many bytes of the last segment found, before the next one begins
-        self._unsaved: list[Change] = []  # in effect, and not on disk yet
-        self._lost = False  # the journal was removed: the next checkpoint must come before the next segment
-        self._rotates = False
-        self._is_taken_over = False  # by another daemon: nothing is written any more
-        # What the journal holds on disk. `_mutex` guards what the checkpoint takes.
+        # The lock file existed before `open`. If it did not, another daemon, whose lock file was removed, may
+        # still write to the last segment.
+        self._had_lock = False
+        self._recovery = Recovery([], 0)
+        self._start: Start | None = None  # the line that begins this epoch, until it is on disk
+        self._unsaved: list[Change] = []  # changes in effect that the journal does not have yet
+        # What to do before the next segment begins: set aside the journal that was found; or copy so many bytes
+        # of its last segment; or write a checkpoint first, since the journal was removed.
+        self._must_set_aside = False
+        self._rewrite_bytes: int | None = None
+        self._journal_lost = False
+        self._must_rotate = False  # the next commit begins another segment, because the present one is large
+        self._is_taken_over = False  # another daemon has the registry, so nothing is written any more
+        self._checkpointing = threading.Lock()  # held while a checkpoint is written
+        # What the journal has on disk. `_mutex` guards the fields that `checkpoint` reads in another thread.
         self._mutex = threading.Lock()
-        self._checkpointing = threading.Lock()
         self._rev = 0
-        self._at = 0.0  # Unix seconds: of the last change
+        self._at = 0.0  # the time of the last change, in Unix seconds
         self._position = Position("", 0)
         self._checkpointed = Position("", 0)
-        self._changed: dict[Key, Entry | None] = {}  # since the last checkpoint; at first all entries
-        self._owes_checkpoint = False
+        self._changed: dict[Key, Entry | None] = {}  # entries changed since the last checkpoint; at first all
+        self._owes_checkpoint = False  # the last checkpoint has failed
 
     # Start.
 
     def open(self, at: float) -> Recovery:
-        """Lock and read the registry, and change nothing. A missing file is an empty registry.
+        """Create the folder, lock the registry and read it. A missing file is an empty registry.
 
-        `at` is the time in Unix seconds.
+        Except for the folder and the lock file, nothing is written.
+
+        Args:
+            at: the present time, in Unix seconds.
+
+        Returns:
+            The state of the registry.
 
         Raises:
-            StorageError: another regd has locked it, or it cannot be read.
+            StorageError: another regd has locked the registry, or it cannot be read.
         """
         try:
-            self.made_folder = self._files.make_folder(self.path.parent)
-            self._had_lock = self._files.print(self._lock_path) is not None
+            self.created_folder = self._files.make_folder(self.path.parent)
+            self._had_lock = self._files.fingerprint(self._lock_path) is not None
             self._take_lock()
         except OSError as error:
             raise StorageError(
@@ -100,11 +133,11 @@ class Store:
                 "give its rights to this user, or name another file with --registry"
             ) from error
         try:
-            self._found = found = self._load(at)
+            self._recovery = found = self._load(at)
         except BaseException:
             self.close()
             raise
-        self._sets_aside, self._rewrites = not found.keeps_journal, found.size
+        self._must_set_aside, self._rewrite_bytes = not found.keeps_journal, found.size
         self._start = Start(self.epoch, found.keeps_journal and found.valid, found.rev, at)
         self.epochs = dict(found.epochs)
         if self._start.valid and found.epoch:
@@ -143,17 +176,19 @@ class Store:
                 f"{self.path} is in use by another regd{held}; stop that one, or name another file "
                 "with --registry"
             ) from None
-        found = self._files.print(self._lock)
+        found = self._files.fingerprint(self._lock)
         self._lock_inode = found.inode if found else None
 
     def begin(self) -> None:
-        """Make the registry ready for changes: cut off a torn batch, write the start of this epoch, and the file
-        if it has no place in the journal.
+        """Prepare for commits: write the start of this epoch, and unless the last stop was clean, a checkpoint.
+
+        If the file exists and the disk is full or fails, that is only a warning: the daemon can serve reads, and
+        the next commit tries again.
 
         Raises:
-            StorageError: it cannot be written. For an existing file a full disk is only a warning: reads go on.
+            StorageError: the registry cannot be written.
         """
-        exists, found, journal = self._checkpoint.exists, self._found, self._journal
+        exists, found, journal = self._checkpoint.exists, self._recovery, self._journal
         self._changed = {entry.key: entry for entry in found.entries}
         try:
             if exists and (obstacle := self._files.obstacle(self.path)):
@@ -165,16 +200,16 @@ class Store:
             is_clean = found.is_covered and self._had_lock
             if is_clean and found.size is not None and journal.segments[-1].path == journal.path:
                 journal.resume(found.size)
-                self._rewrites = None
+                self._rewrite_bytes = None
                 self._write_start()
-                journal.sync_folder()  # the previous daemon may have been killed before it did that
+                journal.sync_folder()  # the previous daemon may have been killed before it did
                 self._checkpoint.check_writable()
             else:
                 self._begin_segment()
                 self._write_start()
                 self.checkpoint()
         except OSError as error:
-            journal.poison()
+            journal.close()
             if exists and error.errno not in _NO_RIGHTS:
                 self._warn(f"cannot write in {self.path.parent}: {error.strerror}")
                 return
@@ -183,7 +218,7 @@ class Store:
                 "or name another file with --registry"
             ) from error
         finally:
-            self._found = Recovery([], 0)  # its lists are the caller's now
+            self._recovery = Recovery([], 0)  # frees the memory of its lists
 
     def _write_start(self) -> None:
         """Append the line that begins this daemon's epoch, if it is not on disk yet."""
@@ -198,42 +233,46 @@ class Store:
 
     @property
     def has_unsaved(self) -> bool:
-        """Whether changes are in effect that the journal does not have yet."""
+        """Whether there are changes in effect that the journal does not have."""
         return bool(self._unsaved)
 
     @property
     def needs_repair(self) -> bool:
-        """Whether the disk may show what is not in effect, or lack what is. The next commit mends that."""
+        """Whether the disk may differ from what is in effect. A commit repairs that, even one without changes."""
         return self.has_unsaved or not self._journal.is_open or self._lock is None
 
     def commit(self, changes: Sequence[Change]) -> None:
-        """Append changes to the journal, those of `apply_unsaved` first.
+        """Append changes to the journal as one batch, after the changes of `apply_unsaved`.
+
+        When it returns, the changes are on disk. When it raises, they are not in effect, although their lines may
+        be on
+        disk: the next commit begins a segment that makes them void.
 
         Raises:
-            OSError: they could not be written, and are not in effect.
+            OSError: the changes could not be written.
             StorageError: another regd has taken over the registry; this one must end.
         """
-        wanted = [change for change in (*self._unsaved, *changes) if not _changes_nothing(change)]
-        if not wanted and not self.needs_repair:
+        stored = [change for change in (*self._unsaved, *changes) if not _changes_nothing(change)]
+        if not stored and not self.needs_repair:
             return
-        if not wanted:
+        if not stored:
             self._ensure_segment()
             return
-        self._append(wanted)
-        if not self._journal.is_open:  # it was removed: the lines count in another segment
-            self._append(wanted)
+        self._append(stored)
+        if not self._journal.is_open:  # it was removed while the lines were written
+            self._append(stored)
         if not self._journal.is_open:
             raise FileNotFoundError(errno.ENOENT, "the journal was removed", str(self._journal.path))
         self._unsaved.clear()
         with self._mutex:
-            self._at = wanted[-1].at
-            self._rev = max(self._rev, *(change.rev for change in wanted if change.op is not Op.KEEP), 0)
-            self._position = Position(self._position.epoch, self._position.line + len(wanted))
-            for change in wanted:
+            self._at = stored[-1].at
+            self._rev = max(self._rev, *(change.rev for change in stored if change.op is not Op.KEEP), 0)
+            self._position = Position(self._position.epoch, self._position.line + len(stored))
+            for change in stored:
                 self._changed[change.entry.key] = None if change.op is Op.DOWN else change.entry
 
     def _append(self, changes: Sequence[Change]) -> None:
-        """Append changes to the journal, and see that it is still the one at its path."""
+        """Append changes to the journal, and then check that this daemon still owns it."""
         self._ensure_segment()
         first, journal = self._position.line + 1, self._journal
         lines = [
@@ -245,20 +284,22 @@ class Store:
         try:
             self._check_owner()
         except BaseException:
-            journal.poison()  # the lines are on disk, and do not count
+            journal.close()  # the lines are on disk, but not in effect
             raise
 
     def apply_unsaved(self, changes: Sequence[Change]) -> None:
-        """Record changes that are in effect although they are not on disk. The next commit writes them first."""
+        """Record changes that are in effect, but not on disk. The next commit writes them first."""
         self._unsaved += changes
 
-    def check_kept(self) -> None:
-        """Make sure that the registry on disk has what is in effect, before a repeated request gets its `ok`.
+    def ensure_saved(self) -> None:
+        """Ensure that the disk has everything that is in effect. If another program has edited the file, write it
+        again.
 
-        Another program may have edited the file: then it is written again.
+        Call it before `ok` is sent for a request that changes nothing, since that promises the same as a commit.
 
         Raises:
-            OSError: it could not be written.
+            OSError: the registry could not be written.
+            StorageError: another regd has taken over the registry; this one must end.
         """
         self._check_owner()
         if not self._journal.is_open:
@@ -267,12 +308,14 @@ class Store:
             self.checkpoint()
 
     def _check_owner(self) -> None:
-        """Check that the lock and the journal at their paths are still those of this daemon.
+        """Check that the lock file and the journal at their paths are those of this daemon.
+
+        If the lock file was removed, lock it again. If the journal was removed, close it.
 
         Raises:
-            StorageError: another regd has taken over.
+            StorageError: another regd has taken over the registry.
         """
-        found = self._files.print(self._lock_path)
+        found = self._files.fingerprint(self._lock_path)
         if found is None or found.inode != self._lock_inode:
             if not self._relocks:
                 self._is_taken_over = True
@@ -280,15 +323,15 @@ class Store:
             self._warn(f"{self._lock_path} was removed by another program; regd locks it again")
             if self._lock is not None:
                 self._files.unlock(self._lock)
-                self._lock = self._lock_inode = None  # another file may get that number now
-            self._is_taken_over = True  # unless the lock is free
+                self._lock = self._lock_inode = None  # the kernel may use the number for another file
+            self._is_taken_over = True  # unless `_take_lock` succeeds
             self._take_lock()
             self._is_taken_over = False
         in_place = self._journal.is_in_place()
         if in_place is None:
             self._warn(f"{self._journal.path} was removed by another program; regd begins a new one")
             self._journal.forget_segment()
-            self._lost, self._rewrites = True, None
+            self._journal_lost, self._rewrite_bytes = True, None
         elif not in_place:
             self._is_taken_over = True
             raise StorageError(
@@ -297,42 +340,42 @@ class Store:
             )
 
     def _ensure_segment(self) -> None:
-        """Have a segment that may be written to. Names in the folder change only while it is this daemon's."""
-        if self._journal.is_open and not self._rotates and self._lock is not None:
+        """Open a segment for writing, if none is open or another one is due."""
+        if self._journal.is_open and not self._must_rotate and self._lock is not None:
             return
         self._check_owner()
         if self._journal.is_open:
-            if self._rotates:
+            if self._must_rotate:
                 self._rotate()
             return
-        lost = self._lost
-        if lost:
-            self.checkpoint()  # first of all, since the journal no longer has what it had
+        was_lost = self._journal_lost
+        if was_lost:
+            self.checkpoint()  # before all else, since the changes that only the journal had are not on disk
         self._begin_segment()
-        self._lost = False
+        self._journal_lost = False
         self._write_start()
-        if not lost:
+        if not was_lost:
             self.checkpoint()
 
     def _rotate(self) -> None:
-        """Begin another segment. If that fails, the present one becomes larger."""
+        """Begin another segment. If that fails, continue with the present one."""
         try:
             self._begin_segment()
         except OSError as error:
             if not self._journal.is_open:
                 raise
             self._warn(f"cannot begin another segment of {self._journal.path}: {error.strerror}")
-        self._rotates = False
+        self._must_rotate = False
 
     def _begin_segment(self) -> None:
-        """Begin a segment; the first one is a copy of the last that was found, if its lines count."""
-        if self._sets_aside and self._journal.segments:
+        """Begin a segment. After a crash, the first one is a copy of the last segment."""
+        if self._must_set_aside and self._journal.segments:
             for path in self._journal.set_aside():
                 self._warn(f"kept as {path}")
-        self._sets_aside = False
-        if self._rewrites is not None:
-            self._journal.rewrite(self._rewrites)
-            self._rewrites = None
+        self._must_set_aside = False
+        if self._rewrite_bytes is not None:
+            self._journal.rewrite(self._rewrite_bytes)
+            self._rewrite_bytes = None
             return
         epochs = dict(list(self.epochs.items())[-_EPOCHS_MAX:])
         head = Head(self._position.line + 1, self._rev, self._position.epoch, epochs, self._at)
@@ -342,17 +385,18 @@ class Store:
 
     @property
     def needs_checkpoint(self) -> bool:
+        """Whether the journal has changes that `registry.json` lacks."""
         return not self._is_taken_over and (self._position != self._checkpointed or self._owes_checkpoint)
 
     def checkpoint(self) -> None:
-        """Write the registry file as of now, and delete journal segments that are not kept any more.
+        """Write the present state to `registry.json`, and delete the oldest segments beyond the limits.
 
         Raises:
-            OSError: it could not be written; the journal has all changes.
+            OSError: the file could not be written. The journal still has all changes.
         """
         with self._checkpointing:
-            lock = self._files.print(self._lock_path)
-            if lock is None or lock.inode != self._lock_inode:  # the next commit finds out what has happened
+            lock = self._files.fingerprint(self._lock_path)
+            if lock is None or lock.inode != self._lock_inode:  # the next commit finds out why
                 raise FileNotFoundError(errno.ENOENT, "the lock file was removed", str(self._lock_path))
             with self._mutex:
                 changed, self._changed = self._changed, {}
@@ -360,21 +404,21 @@ class Store:
                 self._owes_checkpoint = True
             self._checkpoint.write(changed, rev, position, self._journal.sync_folder)
             self._checkpointed, self._owes_checkpoint = position, False
-            self._rotates = self._journal.size >= self._limits.journal_segment_bytes_max
+            self._must_rotate = self._journal.size >= self._limits.journal_segment_bytes_max
             self._journal.drop_old(position.line, self._limits.journal_bytes_max)
 
     # History.
 
     def page(self, query: Query) -> HistoryPage:
-        """Return a page of the history on disk.
+        """Return a page of the history from the journal.
 
         Raises:
-            OSError: it could not be read.
+            OSError: the journal could not be read.
         """
         return history_pages.page(self._files, self._journal.segments, query)
 
     def close(self) -> None:
-        """Close the journal, and release the lock. Idempotent."""
+        """Close the journal and release the lock. Idempotent."""
         self._journal.close()
         if self._lock is not None:
             self._files.unlock(self._lock)
@@ -382,10 +426,12 @@ class Store:
 
 
 def peek(path: Path, files: Files) -> Recovery:
-    """Return what a registry holds, without locking it.
+    """Return the state of a registry on disk without locking it.
+
+    A running daemon may write meanwhile, so the result may be old, or the call may fail.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the registry cannot be read.
         Unreadable: it is damaged.
     """
     data = Checkpoint(path, files, lambda line: None).read()
@@ -395,6 +441,7 @@ def peek(path: Path, files: Files) -> Recovery:
 
 
 def journal_path(path: Path) -> Path:
+    """Return the path of the journal of a registry file."""
     return path.with_name(f"{path.name.removesuffix('.json')}.journal")
 
 
@@ -408,5 +455,9 @@ def _parse(path: Path, data: bytes, at: float) -> Document:
 
 
 def _changes_nothing(change: Change) -> bool:
-    """Whether a change is only of what is not stored, such as the connection of a holder."""
-    return change.op is Op.KEEP and change.previous is not None and line(change.entry) == line(change.previous)
+    """Whether a change alters only what is not stored, for example the session of a holder."""
+    return (
+        change.op is Op.KEEP
+        and change.previous is not None
+        and entry_line(change.entry) == entry_line(change.previous)
+    )

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from regd.storage.document import Unreadable, line
+from regd.storage.document import Unreadable, entry_line
 from regd.storage.files import AlreadyLocked, Files, Fingerprint
 from regd.storage.store import peek
 
@@ -20,7 +20,7 @@ class _Kept:
     data: bytearray = field(default_factory=bytearray)
     changes: int = 0  # instead of the modification time
 
-    def print(self) -> Fingerprint:
+    def fingerprint(self) -> Fingerprint:
         return Fingerprint(self.inode, len(self.data), self.changes, self.changes, is_regular=True)
 
 
@@ -95,11 +95,15 @@ class MemoryFiles(Files):
         self._kept(path)
         del self._files[path]
 
-    def print(self, file: Path | int) -> Fingerprint | None:
+    def fingerprint(self, file: Path | int) -> Fingerprint | None:
         if isinstance(file, int):
-            return self._kept(self._locks[file]).print() if file in self._locks else self._opened(file).print()
+            return (
+                self._kept(self._locks[file]).fingerprint()
+                if file in self._locks
+                else self._opened(file).fingerprint()
+            )
         kept = self._files.get(file)
-        return kept.print() if kept else None
+        return kept.fingerprint() if kept else None
 
     def obstacle(self, path: Path) -> str:
         return ""
@@ -136,7 +140,7 @@ class MemoryFiles(Files):
 def excerpt(files: Files, path: Path) -> list[str]:
     """Return what a registry has on disk, a line for each entry, or why it cannot be read."""
     try:
-        lines = [line(entry).decode() for entry in peek(path, files).entries]
+        lines = [entry_line(entry).decode() for entry in peek(path, files).entries]
     except (OSError, Unreadable) as error:
         return [f"cannot read {path}: {error}"]
     if len(lines) > _LINES_MAX:

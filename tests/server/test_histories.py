@@ -21,7 +21,7 @@ from regd.core.registry import Registry
 from regd.core.transaction import OwnerConflict, Transaction
 from regd.protocol import messages
 from regd.server.watches import Watch
-from regd.storage.document import Position, chunks, line, parse
+from regd.storage.document import Position, entry_line, file_chunks, parse
 from tests.support.length import examples
 
 GRACE_S = 30.0
@@ -307,7 +307,7 @@ class Histories(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         entries = self.registry.page("*", {}, None, 1_000).entries
-        written = b"".join(chunks(self.registry.rev, Position("epoch", 1), [*map(line, entries)]))
+        written = b"".join(file_chunks(self.registry.rev, Position("epoch", 1), [*map(entry_line, entries)]))
         document = parse(written, 5.0)
         assert document.rev >= self.registry.rev
         self.registry = Registry(document.entries, document.rev, LIMITS, now=self.now, claim_s=GRACE_S)

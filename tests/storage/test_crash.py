@@ -137,7 +137,7 @@ class Workload:
         """A request that changes nothing is answered `ok`."""
         assert self.store is not None
         self.ask(self.now)
-        self.store.check_kept()
+        self.store.ensure_saved()
         self.settle(self.now)
 
     @property
@@ -262,7 +262,7 @@ def checkpointed(work: Workload) -> None:
 def rotated(work: Workload) -> None:
     """The next commit begins another segment, as after a checkpoint of a large one."""
     assert work.store is not None
-    work.store._rotates = True
+    work.store._must_rotate = True
 
 
 def restarted(work: Workload) -> None:

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from regd.core.model import Entry, Holder, Process, State
-from regd.storage.document import Document, Position, Unreadable, chunks, line, parse
+from regd.storage.document import Document, Position, Unreadable, entry_line, file_chunks, parse
 from tests.support.length import examples
 
 POSITION = Position("5eed5eed5eed5eed", 57)
@@ -48,7 +48,7 @@ def numbered(found: list[Entry]) -> list[Entry]:
 
 
 def whole(rev: int, found: list[Entry]) -> bytes:
-    return b"".join(chunks(rev, POSITION, [line(entry) for entry in found]))
+    return b"".join(file_chunks(rev, POSITION, [entry_line(entry) for entry in found]))
 
 
 @given(st.lists(entries, unique_by=lambda entry: entry.key))
@@ -99,8 +99,8 @@ def test_handwritten_file_round_trips() -> None:
 
 def test_priority_is_left_out_if_it_is_0() -> None:
     entry = Entry("a", "", "127.0.0.1", 1, {}, State.READY, 9, 5.0)
-    assert "priority" not in line(entry).decode()
-    assert '"priority": 3, ' in line(replace(entry, priority=3)).decode()
+    assert "priority" not in entry_line(entry).decode()
+    assert '"priority": 3, ' in entry_line(replace(entry, priority=3)).decode()
     assert parse(b'{"a": {"port": 1, "priority": 0}}', 5.0).entries[0].priority == 0
 
 
@@ -195,7 +195,7 @@ def test_revision_limit_of_an_edited_file() -> None:
             parse(data % (2**62 + 1), 0.0)
     document = parse(b'{"a": {"port": 1, "rev": %d}}' % 2**62, 0.0)
     later = replace(document.entries[0], rev=2**62 + 1)
-    written = b"".join(chunks(2**62 + 1, Position("e", 2), [line(later)]))
+    written = b"".join(file_chunks(2**62 + 1, Position("e", 2), [entry_line(later)]))
     assert parse(written, 0.0) == Document(2**62 + 1, [later], Position("e", 2))
 
 
@@ -212,4 +212,4 @@ def test_revision_limit_of_an_edited_file() -> None:
 def test_file_of_a_newer_regd_is_refused(member: bytes, why: str) -> None:
     """Its checksum is right, and its values are not checked again; what this regd would lose is still noticed."""
     with pytest.raises(Unreadable, match=why):
-        parse(b"".join(chunks(1, POSITION, [member])), 5.0)
+        parse(b"".join(file_chunks(1, POSITION, [member])), 5.0)

@@ -90,9 +90,9 @@ class FailingFiles(MemoryFiles):
         self._fail("sync_folder")
         super().sync_folder(path)
 
-    def print(self, file: Path | int) -> Fingerprint | None:
-        self._fail("print")
-        return super().print(file)
+    def fingerprint(self, file: Path | int) -> Fingerprint | None:
+        self._fail("fingerprint")
+        return super().fingerprint(file)
 
 
 class Disk:
@@ -188,7 +188,7 @@ def test_failure_at_each_step(work: str, lasting: bool, error: int) -> None:
         if not files.befell:
             break
         failures.add(files.befell.split(" ")[0])
-    assert failures >= {"write", "print"} | (
+    assert failures >= {"write", "fingerprint"} | (
         {"sync_data"} if work in ("append", "rotate") else {"sync", "rename"}
     )
 

@@ -236,7 +236,7 @@ def test_work_for_a_page_is_bounded(written: Written, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("forward", [True, False])
 def test_page_is_bounded_in_bytes(written: Written, monkeypatch: pytest.MonkeyPatch, forward: bool) -> None:
-    monkeypatch.setattr(history_pages, "_PAGE_BYTES", 400)
+    monkeypatch.setattr(history_pages, "_PAGE_BYTES_MAX", 400)
     assert 1 <= len(written.page(since=0).changes) < 4
     assert joined(written, 100, forward=forward) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
 

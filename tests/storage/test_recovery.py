@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from regd.core.model import Change, Entry, Op, State
 from regd.storage import journal_lines
-from regd.storage.document import Document, Position, Unreadable, chunks, line, parse
+from regd.storage.document import Document, Position, Unreadable, entry_line, file_chunks, parse
 from regd.storage.journal_lines import Head, Start
 from regd.storage.recovery import Recovery, Segment, recover
 from tests.support.length import examples
@@ -105,7 +105,7 @@ def test_damage_before_the_position_costs_history_alone() -> None:
     found = recovered(checkpoint(4, 3, entry("b", 1, 2), entry("c", 1, 3)), broken + LAST)
     assert ports(found) == {"b": 1, "c": 1, "d": 1}
     assert [change.rev for change in found.history] == [4, 5]
-    assert "history begins behind it" in found.notes[0]
+    assert "history begins after the damage" in found.notes[0]
     assert found.epochs == {}
 
 
@@ -152,7 +152,7 @@ def test_keep_of_an_entry_that_a_hand_removed_has_a_revision() -> None:
 
 
 def test_newer_format_is_refused() -> None:
-    newer = journal_lines._closed('{"format":2,"line":1')
+    newer = journal_lines._finish('{"format":2,"line":1')
     with pytest.raises(Unreadable, match="format 2 is of another version"):
         recovered(checkpoint(0), newer)
 
@@ -175,7 +175,7 @@ def test_missing_journal_is_a_warning() -> None:
 
 def test_edit_by_hand_counts_and_later_lines_apply_on_top() -> None:
     position = Position("e1", 3)
-    data = b"".join(chunks(2, position, [line(entry("a", 1, 1)), line(entry("b", 1, 2))]))
+    data = b"".join(file_chunks(2, position, [entry_line(entry("a", 1, 1)), entry_line(entry("b", 1, 2))]))
     edited = parse(data.replace(b'"b": {"port": 1,', b'"b": {"port": 7,'), 0.0)
     found = recovered(edited, WHOLE + LAST)
     assert ports(found) == {"b": 7, "c": 1, "d": 1}

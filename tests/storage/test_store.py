@@ -118,7 +118,7 @@ def test_failed_commit_is_void_and_the_next_begins_a_segment(shelf: Shelf, step:
     assert shelf.reopened() == {"a": 1, "c": 1}
 
 
-@pytest.mark.parametrize("step", ["create", "write", "sync", "rename", "print", "sync_folder"])
+@pytest.mark.parametrize("step", ["create", "write", "sync", "rename", "fingerprint", "sync_folder"])
 @pytest.mark.parametrize("number", [FULL, BROKEN, errno.EDQUOT])
 def test_failed_checkpoint_loses_nothing_and_the_next_succeeds(shelf: Shelf, step: str, number: int) -> None:
     shelf.save(up(1, "a"))
@@ -317,7 +317,7 @@ def test_edit_that_keeps_size_and_mtime_is_noticed(shelf: Shelf) -> None:
 def test_line_removed_by_hand_is_back_before_a_repeated_ok(shelf: Shelf) -> None:
     shelf.save(up(1, "a"))
     shelf.path.write_text("{}")
-    shelf.store.check_kept()
+    shelf.store.ensure_saved()
     assert shelf.held() == {"$regd": 1, "a": 1}
     assert shelf.reopened() == {"a": 1}
 
@@ -334,7 +334,7 @@ def test_second_daemon_after_the_lock_file_was_removed(shelf: Shelf) -> None:
     with pytest.raises(StorageError, match="another regd"):
         shelf.store.commit([up(2, "c")])
     with pytest.raises(StorageError, match="another regd"):
-        shelf.store.check_kept()
+        shelf.store.ensure_saved()
     assert {path.name: path.read_bytes() for path in shelf.path.parent.iterdir()} == before
     other.commit([up(3, "d")])
     other.close()
@@ -420,7 +420,7 @@ def test_journal_of_a_newer_version_is_set_aside_too(shelf: Shelf) -> None:
     shelf.save(up(1, "a"))
     shelf.store.close()
     journal = shelf.path.with_name("registry.journal")
-    newer = journal_lines._closed('{"format":2,"line":1')
+    newer = journal_lines._finish('{"format":2,"line":1')
     journal.write_bytes(newer)
     shelf.path.write_text('{"mine": {"port": 9}}')
     assert shelf.reopened() == {"mine": 9}

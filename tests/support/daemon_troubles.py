@@ -149,7 +149,7 @@ async def taken_over(scene: Scene) -> str:
     scene.journal.touch()
     try:
         with pytest.raises(StorageError) as caught:
-            store.check_kept()
+            store.ensure_saved()
     finally:
         store.close()
     return str(caught.value)

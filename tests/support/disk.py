@@ -319,10 +319,10 @@ class DiskFiles(Files):
         if trouble:
             self._fail()
 
-    def print(self, file: Path | int) -> Fingerprint | None:
+    def fingerprint(self, file: Path | int) -> Fingerprint | None:
         if self._befalls():
             self._fail()
-        return super().print(file)
+        return super().fingerprint(file)
 
 
 class QuickFiles(Files):

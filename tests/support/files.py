@@ -61,10 +61,10 @@ class RecordedFiles(Files):
         self._tell("sync_folder")
         super().sync_folder(path)
 
-    def print(self, file: Path | int) -> Fingerprint | None:
-        if "print" in self.failing:
-            self._tell("print")
-        return super().print(file)
+    def fingerprint(self, file: Path | int) -> Fingerprint | None:
+        if "fingerprint" in self.failing:
+            self._tell("fingerprint")
+        return super().fingerprint(file)
 
 
 FULL = errno.ENOSPC

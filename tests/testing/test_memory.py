@@ -27,8 +27,8 @@ OPERATIONS = [
     "sync",
     "close",
     "remove",
-    "print",
-    "print open",
+    "fingerprint",
+    "fingerprint of an open file",
 ]
 
 
@@ -56,8 +56,8 @@ class Shelf:
             "sync": lambda: files.sync(fd),
             "close": lambda: files.close(fd) or self._open.remove(fd),  # type: ignore[func-returns-value]
             "remove": lambda: files.remove(path),
-            "print": lambda: size(files.print(path)),
-            "print open": lambda: size(files.print(fd)),
+            "fingerprint": lambda: size(files.fingerprint(path)),
+            "fingerprint of an open file": lambda: size(files.fingerprint(fd)),
         }
         try:
             return table[operation]()
@@ -101,10 +101,10 @@ def test_fingerprint_changes_with_every_write(tmp_path: Path, make: Callable[[],
     for data in (b"a", b"a", b"b"):
         fd = files.create(tmp_path / "new")
         files.write(fd, data)
-        written = files.print(fd)
+        written = files.fingerprint(fd)
         files.close(fd)
         files.rename(tmp_path / "new", tmp_path / "file")
-        renamed = files.print(tmp_path / "file")
+        renamed = files.fingerprint(tmp_path / "file")
         assert renamed is not None
         assert written is not None
         assert renamed[:3] == written[:3]  # a rename changes only the time of change

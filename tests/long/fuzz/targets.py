@@ -20,7 +20,7 @@ from regd.protocol.bare import Quit
 from regd.protocol.commands import Request
 from regd.protocol.messages import decode
 from regd.protocol.parser import Problem, RequestParser
-from regd.storage.document import Document, Position, Unreadable, chunks, line, parse
+from regd.storage.document import Document, Position, Unreadable, entry_line, file_chunks, parse
 from regd.storage.history_pages import Query
 from regd.storage.store import StorageError, Store, peek
 from regd.testing.memory import MemoryFiles
@@ -229,7 +229,7 @@ def _loads_again(data: bytes, document: Document) -> None:
         assert oracle.CHECKS["host"](entry.host) is not False
         assert oracle.CHECKS["meta"](entry.meta)
     position = document.position or Position("epoch", 1)
-    written = b"".join(chunks(document.rev, position, [*map(line, document.entries)]))
+    written = b"".join(file_chunks(document.rev, position, [*map(entry_line, document.entries)]))
     assert written.isascii()
     assert written.count(b"\n") == len(document.entries) + 3
     assert parse(written, 5.0) == replace(document, position=position, edited=False)
@@ -270,7 +270,7 @@ def journal(data: bytes) -> None:
         _is_one_line(str(error))
         assert _contents(files) == before
         return
-    entries, rev = {key_text(entry.key): line(entry) for entry in found.entries}, found.rev
+    entries, rev = {key_text(entry.key): entry_line(entry) for entry in found.entries}, found.rev
     assert len(entries) == len(found.entries)
     if max(rev, found.line) >= _NUMBER_MAX:
         store.close()
@@ -286,15 +286,15 @@ def journal(data: bytes) -> None:
     store.close()
     again = Store(_PATH, _is_one_line, files, epoch="second")
     found = again.open(5.0)
-    assert {key_text(entry.key): line(entry) for entry in found.entries} == entries
+    assert {key_text(entry.key): entry_line(entry) for entry in found.entries} == entries
     assert found.rev >= rev
     rev = found.rev
     again.begin()
     entry = Entry("after", "", "127.0.0.1", 1, {}, State.READY, rev + 1, 5.0)
     again.commit([Change(rev + 1, Op.UP, entry)])
-    entries["after"] = line(entry)
+    entries["after"] = entry_line(entry)
     recovered = peek(_PATH, files)
-    assert ({key_text(entry.key): line(entry) for entry in recovered.entries}, recovered.rev) == (
+    assert ({key_text(entry.key): entry_line(entry) for entry in recovered.entries}, recovered.rev) == (
         entries,
         rev + 1,
     )
