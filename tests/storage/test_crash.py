@@ -1,7 +1,8 @@
-"""A crash at every operation: the old or the new state loads, and nothing acknowledged is lost.
+"""A crash after every operation: a start finds the old or the new state, and no acknowledged change is lost.
 
-A real store works on a real folder, through `Files` that reports to a model of a disk. The model says what a power
-cut after each operation may leave. A new store starts on each of these states, in memory.
+A store works on a real folder, and its `Files` reports each operation to a model of a disk. The model computes
+every state of the disk that a power cut after an operation may leave. A new store starts on each of these states,
+in memory.
 """
 
 import errno
@@ -32,32 +33,38 @@ FILE = Path("deep/down/registry.json")
 LOADED_AT = 0.0
 
 
-class Held(NamedTuple):
-    """What a registry says."""
+class Contents(NamedTuple):
+    """The contents of a registry: its revision, and the names and ports of its entries."""
 
     rev: int = 0
     ports: frozenset[tuple[str, int]] = frozenset()
 
 
-NOTHING = Held()
+EMPTY = Contents()
 
 
-def held(document: Document | Recovery) -> Held:
-    return Held(document.rev, frozenset((key_text(entry.key), entry.port) for entry in document.entries))
+def state_of(document: Document | Recovery) -> Contents:
+    return Contents(document.rev, frozenset((key_text(entry.key), entry.port) for entry in document.entries))
 
 
 @dataclass(frozen=True)
 class Promise:
-    """What a crash may leave at one moment, and what another hand wrote that must be somewhere."""
+    """What a start after a crash may find.
 
-    settled: Held = NOTHING
-    asked: tuple[Held, ...] = ()
-    spared: tuple[bytes, ...] = ()
+    Attributes:
+        committed: the state of the last acknowledged change.
+        possible: other states, of changes that were not acknowledged.
+        foreign: files that other programs have written; each must still be somewhere.
+    """
+
+    committed: Contents = EMPTY
+    possible: tuple[Contents, ...] = ()
+    foreign: tuple[bytes, ...] = ()
 
 
 @dataclass
 class Workload:
-    """A store and its disk; `promises` has what was promised from which moment until which."""
+    """A store and its disk. `promises` has each promise with the range of moments at which it holds."""
 
     root: Path
     promises: list[tuple[int, int, Promise]] = field(default_factory=list)
@@ -66,134 +73,136 @@ class Workload:
         self.disk = Disk(self.root)
         self.files = DiskFiles(self.disk)
         self.path = self.root / FILE
-        self.now = NOTHING  # what is in effect
-        self.saved = NOTHING  # the same without what is owed to the disk
+        self.now = EMPTY  # the state in effect
+        self.saved = EMPTY  # the same without changes that are not on disk
         self.store: Store | None = None
         self._starts = 0
         self._written = 0
         self._promise = Promise()
-        self._hidden: tuple[Held, ...] = ()  # asked and refused, before another hand wrote the file
+        self._hidden: tuple[Contents, ...] = ()  # possible states before another program wrote the file
         self._since = 0
 
     def _promised(self, promise: Promise, *, from_next: bool = False) -> None:
-        """Both the last promise and this one hold now, between two operations; but not with `from_next`."""
+        """Replace the promise. At the present moment both hold; with `from_next`, only the old one does."""
         now = len(self.disk.moments)
         self.promises.append((self._since, now, self._promise))
         self._promise, self._since = promise, now if from_next else now - 1
 
-    def settle(self, state: Held) -> None:
-        """From here on it is this state, and no other."""
+    def set_committed(self, state: Contents) -> None:
+        """From now on only this state may be found."""
         self.now = self.saved = state
         self._hidden = ()
-        self._promised(replace(self._promise, settled=state, asked=()))
+        self._promised(replace(self._promise, committed=state, possible=()))
 
-    def ask(self, state: Held) -> None:
-        """From here on it may be this state too."""
-        self._promised(replace(self._promise, asked=(*self._promise.asked, state)))
+    def allow(self, state: Contents) -> None:
+        """From now on this state may be found too."""
+        self._promised(replace(self._promise, possible=(*self._promise.possible, state)))
 
-    def ask_to_replace_theirs(self) -> None:
-        """From here on a checkpoint may take the place of what another hand wrote.
+    def allow_overwrite(self) -> None:
+        """From now on a checkpoint may replace the file that another program wrote.
 
-        Lines that were refused before may still be in the journal, and fit that checkpoint.
+        Lines of failed commits may still be in the journal, after the position of that checkpoint.
         """
         for state in (self.saved, *self._hidden):
-            self.ask(state)
+            self.allow(state)
 
-    # What may happen.
+    # Operations.
 
     def start(self) -> None:
-        """Open a store, as after a restart; what it serves from then on is as good as acknowledged."""
+        """Open a store, as after a restart. Clients see its state, so the state counts as acknowledged."""
         if self.store is not None:
             self.store.close()
         self._starts += 1
         self.store = Store(self.path, lambda line: None, self.files, epoch=f"e{self._starts}")
-        opened = held(self.store.open(LOADED_AT))
-        assert opened in (self._promise.settled, *self._promise.asked)
-        self._forget_theirs()  # what another hand wrote is the registry now
+        opened = state_of(self.store.open(LOADED_AT))
+        assert opened in (self._promise.committed, *self._promise.possible)
+        self._forget_present_file()  # a file of another program is the registry now
         self.store.begin()
         self.now = self.saved = opened
-        if self.store._journal.is_open:  # else a power cut may still take what was found
-            self.settle(opened)
+        if self.store._journal.is_open:  # otherwise the state that was found may not be durable
+            self.set_committed(opened)
 
-    def commit(self, changes: Sequence[Change], after: Held) -> None:
+    def commit(self, changes: Sequence[Change], after: Contents) -> None:
         assert self.store is not None
-        if self.is_foreign:
-            self.ask_to_replace_theirs()  # a checkpoint may come first
-        self.ask(after)
+        if self.is_edited:
+            self.allow_overwrite()  # a checkpoint may come first
+        self.allow(after)
         self.store.commit(changes)
         self.now = self.saved = after
-        if not self.is_foreign:
-            self.settle(after)
+        if not self.is_edited:
+            self.set_committed(after)
 
     def checkpoint(self) -> None:
         assert self.store is not None
-        self.ask_to_replace_theirs()
+        self.allow_overwrite()
         self.store.checkpoint()
         if self.store._journal.is_open:  # else a failed line may still be on disk
             self._hidden = ()
-            self._promised(replace(self._promise, settled=self.saved, asked=()))
+            self._promised(replace(self._promise, committed=self.saved, possible=()))
 
     def confirm(self) -> None:
-        """A request that changes nothing is answered `ok`."""
+        """Answer `ok` to a request that changes nothing."""
         assert self.store is not None
-        self.ask(self.now)
+        self.allow(self.now)
         self.store.ensure_saved()
-        self.settle(self.now)
+        self.set_committed(self.now)
 
     @property
-    def is_foreign(self) -> bool:
-        """Whether the file is of another hand, or missing: that is what a start would find."""
+    def is_edited(self) -> bool:
+        """Whether another program wrote or removed the file, so that a start finds that instead."""
         return not self.path.exists() or self.path.read_bytes().startswith(b'{"theirs"')
 
-    def owe(self, changes: Sequence[Change], after: Held) -> None:
+    def apply_unsaved(self, changes: Sequence[Change], after: Contents) -> None:
         assert self.store is not None
         self.store.apply_unsaved(changes)
         self.now = after
 
-    def hand(self, how: str) -> None:
-        """Another hand puts a registry of its own in the place, or none."""
+    def edit(self, how: str) -> None:
+        """Write or remove the file, as another program."""
         if not self.path.parent.is_dir():
             return
-        self._forget_theirs()
-        self._hidden += self._promise.asked
+        self._forget_present_file()
+        self._hidden += self._promise.possible
         if how == "removed":
             self.path.unlink(missing_ok=True)
-            self._promised(Promise(spared=self._promise.spared), from_next=True)
+            self._promised(Promise(foreign=self._promise.foreign), from_next=True)
             self.disk.put(self.path, None)
             return
         self._written += 1
         data = b'{"theirs": {"port": %d}}' % self._written + b" " * self._written
         target = self.path if how == "in place" else self.path.with_name("their.new")
         target.write_bytes(data)
-        os.utime(target, ns=(self._written, self._written))  # two edits in one tick are not told apart
+        # Distinct times, since two edits in one clock tick could not be distinguished.
+        os.utime(target, ns=(self._written, self._written))
         target.replace(self.path)
-        theirs = Held(1, frozenset([("theirs", self._written)]))
-        self._promised(Promise(theirs, (), (*self._promise.spared, data)), from_next=True)
+        theirs = Contents(1, frozenset([("theirs", self._written)]))
+        self._promised(Promise(theirs, (), (*self._promise.foreign, data)), from_next=True)
         self.disk.put(self.path, data)
 
-    def _forget_theirs(self) -> None:
+    def _forget_present_file(self) -> None:
+        """No longer require a copy of the file that another program has written, if it is the present one."""
         there = self.path.read_bytes() if self.path.exists() else None
-        spared = tuple(data for data in self._promise.spared if data != there)
-        self._promised(replace(self._promise, spared=spared))
+        foreign = tuple(data for data in self._promise.foreign if data != there)
+        self._promised(replace(self._promise, foreign=foreign))
 
     def close(self) -> None:
         if self.store is not None:
             self.store.close()
 
     def promised(self, first: int) -> Iterator[tuple[Moment, Promise]]:
-        """Yield every moment from the first on with every promise that was in force at it."""
+        """Yield each moment from `first` on with each promise that holds at it."""
         for begin, end, promise in (*self.promises, (self._since, len(self.disk.moments), self._promise)):
             for moment in self.disk.moments[max(begin, first) : end]:
                 yield moment, promise
 
 
-# What a store is asked for.
+# Steps of a scenario.
 
 Step = Callable[[Workload], None]
 
 
-def changed(state: Held, *wanted: tuple[str, int]) -> tuple[list[Change], Held]:
-    """Return the changes that give these names these ports, 0 for none, and the state behind them."""
+def changed(state: Contents, *wanted: tuple[str, int]) -> tuple[list[Change], Contents]:
+    """Return the changes that give these names these ports, and the state after them. Port 0 removes a name."""
     rev, ports = state.rev, dict(state.ports)
     changes = []
     for name, port in wanted:
@@ -205,11 +214,11 @@ def changed(state: Held, *wanted: tuple[str, int]) -> tuple[list[Change], Held]:
         changes.append(Change(rev, op, Entry(name, "", "127.0.0.1", port or before, {}, State.READY, rev, 0.0)))
         ports[name] = port
         ports = {name: port for name, port in ports.items() if port}
-    return changes, Held(rev, frozenset(ports.items()))
+    return changes, Contents(rev, frozenset(ports.items()))
 
 
 def batch(*wanted: tuple[str, int]) -> Step:
-    """As the engine does it."""
+    """Commit a batch as the engine does."""
 
     def step(work: Workload) -> None:
         changes, after = changed(work.now, *wanted)
@@ -222,32 +231,32 @@ def batch(*wanted: tuple[str, int]) -> Step:
     return step
 
 
-def owed(*wanted: tuple[str, int]) -> Step:
+def unsaved(*wanted: tuple[str, int]) -> Step:
     def step(work: Workload) -> None:
         assert work.store is not None
-        # As the engine does it: above the revisions of lines that may be on disk.
-        state = Held(max(work.now.rev, work.store.rev_written), work.now.ports)
+        # As in the engine, the revisions are above those of lines that may be on disk.
+        state = Contents(max(work.now.rev, work.store.rev_written), work.now.ports)
         changes, after = changed(state, *wanted)
         if changes:
-            work.owe(changes, after)
+            work.apply_unsaved(changes, after)
 
     return step
 
 
 def kept(work: Workload) -> None:
-    """Other holders: the file's line changes, no revision, and here nothing that is looked at."""
+    """Commit a change of holders: the line of the file changes, but not the revision or the port."""
     for name, port in sorted(work.now.ports)[:1]:
         entry = Entry(name, "", "127.0.0.1", port, {}, State.READY, 1, 0.0, (Holder(1, None, hold=True),))
         work.commit([Change(work.now.rev, Op.KEEP, entry)], work.now)
 
 
 def unsynced(work: Workload) -> None:
-    """A commit of a daemon that is killed before the sync: its line is in the kernel's memory alone."""
+    """Write a line like a daemon that is killed before the sync: the line is only in the kernel's memory."""
     assert work.store is not None
     [change], after = changed(work.now, ("unsynced", 1))
     fd = work.store._journal._fd
     if fd is not None:
-        work.ask(after)
+        work.allow(after)
         work.files.write(fd, journal_lines.change(work.store._position.line + 1, change, 1))
 
 
@@ -260,7 +269,7 @@ def checkpointed(work: Workload) -> None:
 
 
 def rotated(work: Workload) -> None:
-    """The next commit begins another segment, as after a checkpoint of a large one."""
+    """Make the next commit begin another segment, as after a checkpoint of a large one."""
     assert work.store is not None
     work.store._must_rotate = True
 
@@ -269,12 +278,12 @@ def restarted(work: Workload) -> None:
     work.start()
 
 
-def hand(how: str) -> Step:
-    return partial(Workload.hand, how=how)
+def edit(how: str) -> Step:
+    return partial(Workload.edit, how=how)
 
 
 def run(root: Path, steps: Iterable[tuple[Step, Trouble | None, int]]) -> Workload:
-    """Do the steps, each with the trouble that befalls its operation of that number."""
+    """Run steps. In each, the operation with the given number fails in the given way."""
     work = Workload(root)
     try:
         for step, trouble, due in steps:
@@ -294,26 +303,26 @@ def run(root: Path, steps: Iterable[tuple[Step, Trouble | None, int]]) -> Worklo
     return work
 
 
-# What must hold after a crash.
+# Starts after a crash.
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a start finds on what a crash left, and the contents of the files before and after it."""
+    """A start on a state of the disk, and the contents of all files before and after it."""
 
-    opened: Held
+    opened: Contents
     registry: bytes | None  # the registry file that it found
     before: frozenset[bytes]
     after: frozenset[bytes]
 
     def check(self, promise: Promise, did: str) -> None:
-        assert self.before.issuperset(promise.spared), f"after {did}: what another hand wrote is lost"
-        assert self.opened in (promise.settled, *promise.asked), f"after {did}"
-        assert self.after.issuperset(set(promise.spared) - {self.registry}), f"lost by a start after {did}"
+        assert self.before.issuperset(promise.foreign), f"after {did}: a file of another program is lost"
+        assert self.opened in (promise.committed, *promise.possible), f"after {did}"
+        assert self.after.issuperset(set(promise.foreign) - {self.registry}), f"lost by a start after {did}"
 
 
 class Crashes:
-    """Starts on what crashes leave, on each state once: lives have much in common."""
+    """Starts on states of the disk, each state once, since the scenarios have many states in common."""
 
     def __init__(self) -> None:
         self._starts: dict[frozenset[Found], Start] = {}
@@ -343,7 +352,7 @@ class Crashes:
 
 
 def started(left: Iterable[Found]) -> Start:
-    """Start on what a crash left, and change something at once."""
+    """Start on a state of the disk, and commit a change."""
     files, path = MemoryFiles(), Path("/") / FILE
     for name, data in sorted(left):
         if data is None:
@@ -354,14 +363,14 @@ def started(left: Iterable[Found]) -> Start:
             files.close(fd)
     before, registry = contents(files, path.parent), dict(left).get(str(FILE))
     store = Store(path, lambda line: None, files, epoch="after")
-    opened = held(store.open(LOADED_AT))
+    opened = state_of(store.open(LOADED_AT))
     store.begin()
     changes, after = changed(opened, ("after", 1))
     store.commit(changes)
-    assert held(peek(path, files)) == after
+    assert state_of(peek(path, files)) == after
     store.checkpoint()
     store.close()
-    assert held(parse(files.read(path), LOADED_AT)) == after
+    assert state_of(parse(files.read(path), LOADED_AT)) == after
     assert not [name for name in files.names(path.parent) if name.endswith(".tmp")]
     return Start(opened, registry, before, contents(files, path.parent))
 
@@ -370,23 +379,23 @@ def contents(files: Files, folder: Path) -> frozenset[bytes]:
     return frozenset(files.read(folder / name) for name in files.names(folder))
 
 
-A_LIFE: Mapping[str, Sequence[Step]] = {
+SCENARIOS: Mapping[str, Sequence[Step]] = {
     "the first start": [restarted, batch(("a", 1))],
     "changes": [restarted, batch(("a", 1), ("b", 2)), batch(("a", 3), ("b", 0)), batch(("a", 3))],
     "other holders": [restarted, batch(("a", 1)), kept, kept],
-    "a change that is none": [restarted, batch(("a", 1)), batch(("b", 2)), batch(("a", 1)), batch(("b", 2))],
+    "a repeated registration": [restarted, batch(("a", 1)), batch(("b", 2)), batch(("a", 1)), batch(("b", 2))],
     "a restart": [restarted, batch(("a", 1)), restarted, batch(("a", 1)), batch(("a", 0))],
     "checkpoints": [restarted, batch(("a", 1)), checkpointed, batch(("b", 2)), checkpointed, restarted],
     "a checkpoint that is old": [restarted, batch(("a", 1)), checkpointed, batch(("b", 2)), restarted],
     "another segment": [restarted, batch(("a", 1)), checkpointed, rotated, batch(("b", 2)), batch(("a", 0))],
     "segments and restarts": [restarted, batch(("a", 1)), rotated, batch(("b", 2)), restarted, batch(("b", 0))],
     "a killed commit": [restarted, batch(("a", 1)), unsynced, restarted, batch(("b", 2))],
-    "another hand": [restarted, batch(("a", 1)), hand("replaced"), batch(("b", 1)), checkpointed],
-    "another hand twice": [restarted, hand("in place"), checkpointed, hand("in place"), batch(("b", 1))],
-    "another hand that takes away": [restarted, batch(("a", 1)), hand("removed"), batch(("b", 1)), checkpointed],
-    "another hand, and an ok for what was there": [restarted, batch(("a", 1)), hand("in place"), batch(("a", 1))],
-    "a failure, then another hand": [restarted, batch(("a", 1)), hand("in place"), batch(("a", 0)), checkpointed],
-    "an end on a failing disk": [restarted, batch(("a", 1)), owed(("a", 0)), repaired],
+    "an edit": [restarted, batch(("a", 1)), edit("replaced"), batch(("b", 1)), checkpointed],
+    "two edits": [restarted, edit("in place"), checkpointed, edit("in place"), batch(("b", 1))],
+    "a removed file": [restarted, batch(("a", 1)), edit("removed"), batch(("b", 1)), checkpointed],
+    "an edit, and a repeated registration": [restarted, batch(("a", 1)), edit("in place"), batch(("a", 1))],
+    "an edit, and a later change": [restarted, batch(("a", 1)), edit("in place"), batch(("a", 0)), checkpointed],
+    "an end on a failing disk": [restarted, batch(("a", 1)), unsaved(("a", 0)), repaired],
 }
 
 
@@ -395,7 +404,7 @@ def crashes() -> Crashes:
     return Crashes()
 
 
-@pytest.mark.parametrize("steps", A_LIFE.values(), ids=A_LIFE)
+@pytest.mark.parametrize("steps", SCENARIOS.values(), ids=SCENARIOS)
 def test_crash_at_every_operation(tmp_path: Path, crashes: Crashes, steps: Sequence[Step]) -> None:
     (root := tmp_path / "disk").mkdir()
     crashes.check(run(root, [(step, None, 0) for step in steps]))
@@ -403,11 +412,11 @@ def test_crash_at_every_operation(tmp_path: Path, crashes: Crashes, steps: Seque
 
 @pytest.mark.sample(5)
 @pytest.mark.parametrize("trouble", Trouble)
-@pytest.mark.parametrize("steps", A_LIFE.values(), ids=A_LIFE)
+@pytest.mark.parametrize("steps", SCENARIOS.values(), ids=SCENARIOS)
 def test_crash_at_every_operation_after_a_failure(
     tmp_path: Path, crashes: Crashes, steps: Sequence[Step], trouble: Trouble
 ) -> None:
-    """And the daemon goes on from there: with a repair, and after it was killed with a start."""
+    """The daemon continues after the failure: it repairs the disk, or starts again if it was killed."""
     for troubled in range(len(steps)):
         for due in itertools.count():
             (root := tmp_path / f"{troubled}-{due}").mkdir()
@@ -423,9 +432,9 @@ WANTED = st.lists(st.tuples(NAMES, st.integers(0, 3)), min_size=1, max_size=4)
 STEPS = st.one_of(
     WANTED.map(lambda wanted: batch(*wanted)),
     WANTED.map(lambda wanted: batch(*wanted)),
-    WANTED.map(lambda wanted: owed(*wanted)),
+    WANTED.map(lambda wanted: unsaved(*wanted)),
     st.sampled_from([kept, repaired, checkpointed, rotated, restarted]),
-    st.sampled_from([checkpointed, restarted, hand("in place"), hand("replaced"), hand("removed")]),
+    st.sampled_from([checkpointed, restarted, edit("in place"), edit("replaced"), edit("removed")]),
 )
 TROUBLED = st.tuples(STEPS, st.none() | st.sampled_from(Trouble), st.integers(0, 12))
 
@@ -439,7 +448,7 @@ def test_crash_in_a_random_history(crashes: Crashes, steps: list[tuple[Step, Tro
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EINVAL])
 def test_unsyncable_parent_folder_does_not_stop_the_start(tmp_path: Path, number: int) -> None:
-    """As where it is of root, or a read-only file system that knows no such thing."""
+    """The parent may belong to root, or be on a read-only file system, or on one that cannot sync folders."""
 
     class Above(QuickFiles):
         def sync_folder(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""load(write(x)) = x; other files are refused with the position of the error."""
+"""A written file loads to the same entries, and any other file is refused with the position of the error."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,6 @@ from regd.core.model import Entry, Holder, Process, State
 from regd.storage.document import Document, Position, Unreadable, entry_line, file_chunks, parse
 from tests.support.length import examples
 
-POSITION = Position("5eed5eed5eed5eed", 57)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=10)
 labels = st.from_regex(r"[a-z0-9_]{1,3}", fullmatch=True)
 holders = st.builds(
@@ -42,7 +41,7 @@ POSITION = Position("5eed5eed5eed5eed", 57)
 
 
 def numbered(found: list[Entry]) -> list[Entry]:
-    """The same entries, their holders numbered as a loader does it."""
+    """Return entries with the ids of holders that `parse` assigns."""
     ids = count(1)
     return [replace(e, holders=tuple(replace(holder, id=next(ids)) for holder in e.holders)) for e in found]
 
@@ -92,7 +91,7 @@ def test_handwritten_file(text: str) -> None:
 
 
 def test_handwritten_file_round_trips() -> None:
-    """Found by the fuzzer: a process without `born` was written as one that no regd takes."""
+    """A process without `born`, which only a person writes, was once written in a form that `parse` refuses."""
     document = parse(b'{"runner": {"port": 5050, "pid": 7}}', 5.0)
     assert parse(whole(document.rev, document.entries), 5.0).entries == document.entries
 
@@ -153,7 +152,7 @@ def test_empty_registry() -> None:
         (b'{"a": {"port": ' + b"9" * 5_000 + b"}}", ""),
     ],
 )
-def test_other_files_are_refused(data: bytes, says: str) -> None:
+def test_invalid_file_is_refused_with_the_position(data: bytes, says: str) -> None:
     with pytest.raises(Unreadable) as refusal:
         parse(data, 0.0)
     assert says in str(refusal.value)
@@ -185,7 +184,7 @@ def test_truncated_file_is_refused(found: list[Entry], draw: st.DataObject) -> N
 
 
 def test_revision_limit_of_an_edited_file() -> None:
-    """A revision near the limit of 64 bits would leave no room for changes: regd could not load its own file."""
+    """After an edit with a revision near the limit of 64 bits, regd could not load its own next file."""
     for data in (
         b'{"$regd": {"format": 2, "rev": %d}, "a": {"port": 1}}',
         b'{"a": {"port": 1, "rev": %d}}',
@@ -210,6 +209,6 @@ def test_revision_limit_of_an_edited_file() -> None:
     ],
 )
 def test_file_of_a_newer_regd_is_refused(member: bytes, why: str) -> None:
-    """Its checksum is right, and its values are not checked again; what this regd would lose is still noticed."""
+    """If the checksum is right, most values are not checked. But fields that regd would lose are detected."""
     with pytest.raises(Unreadable, match=why):
         parse(b"".join(file_chunks(1, POSITION, [member])), 5.0)

@@ -1,7 +1,7 @@
 """A disk that fails at any operation, with every errno of a full or broken disk.
 
-What was acknowledged is never lost, what failed is not in effect, and a segment on which a write or sync failed is
-never written again. `test_crash.py` has the same with power cuts.
+No acknowledged change is lost, no failed change is in effect, and after a failed write or sync, a segment is
+never written again. `test_crash.py` tests the same with power cuts.
 """
 
 import errno
@@ -24,7 +24,7 @@ ERRORS = [errno.ENOSPC, errno.EIO, errno.EDQUOT]
 
 
 class FailingFiles(MemoryFiles):
-    """Fails the operation number `due`, and with `lasting` all that follow. Half of a failed write is written."""
+    """Fails operation number `due`; with `lasting`, all later ones too. A failed write writes half its bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class FailingFiles(MemoryFiles):
 
 
 class Disk:
-    """A store on a disk that fails; `acknowledged` is what its `commit` confirmed."""
+    """A store on a disk that fails. `acknowledged` has the ports of the registrations that were committed."""
 
     def __init__(self, limits: Limits) -> None:
         self.files = FailingFiles()
@@ -165,7 +165,7 @@ WORK: dict[str, tuple[Limits, Callable[[Disk], object]]] = {
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=errno.errorcode.get)
-@pytest.mark.parametrize("lasting", [False, True], ids=["once", "until it is mended"])
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "until it is repaired"])
 @pytest.mark.parametrize("work", WORK)
 def test_failure_at_each_step(work: str, lasting: bool, error: int) -> None:
     limits, does = WORK[work]
@@ -194,10 +194,10 @@ def test_failure_at_each_step(work: str, lasting: bool, error: int) -> None:
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=errno.errorcode.get)
-@pytest.mark.parametrize("lasting", [False, True], ids=["once", "until it is mended"])
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "until it is repaired"])
 @pytest.mark.parametrize("was", ["stopped", "killed", "torn"])
 def test_failure_at_each_step_of_a_start(was: str, lasting: bool, error: int) -> None:
-    """A full disk stops no start: what was acknowledged is served, and the next commit begins a segment."""
+    """A start succeeds on a full disk: the acknowledged state is served, and the next commit begins a segment."""
     for due in itertools.count():
         disk = Disk(Limits())
         files = disk.files
@@ -227,7 +227,7 @@ def test_failure_at_each_step_of_a_start(was: str, lasting: bool, error: int) ->
 
 @pytest.mark.parametrize("error", ERRORS, ids=errno.errorcode.get)
 def test_journal_is_set_aside_even_if_the_disk_fails_at_the_start(error: int) -> None:
-    """Renamed, never deleted: by the start, or before the first segment is begun."""
+    """The journal is renamed, at the start or before the first segment begins, and never deleted."""
     disk = Disk(Limits(journal_segment_bytes_max=1))
     disk.commit("a")
     disk.checkpoint()

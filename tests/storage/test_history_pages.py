@@ -27,7 +27,7 @@ def up(rev: int, name: str, instance: str = "") -> Change:
 
 
 class Written:
-    """A journal in memory, as a store writes it; `changes` is what it was given."""
+    """A journal in memory, as a store writes it. `changes` are the changes in it."""
 
     def __init__(self) -> None:
         self.files = MemoryFiles()
@@ -60,7 +60,7 @@ class Written:
         self.batch(*[up(self.rev + at, *name.split("/")) for at, name in enumerate(names, 1)])
 
     def fail(self) -> None:
-        """Leave a line that does not count, and begin another segment."""
+        """Write a line of a failed commit, and begin another segment, which makes that line void."""
         self.journal.append(journal_lines.change(self.line + 1, up(self.rev + 1, "failed"), 1))
         self.rotate()
 
@@ -86,19 +86,19 @@ def revs(found: HistoryPage) -> list[int]:
 
 @pytest.fixture
 def written() -> Written:
-    """Nine changes, three in each of three segments; a line that does not count in the second."""
-    made = Written()
-    made.start()
-    made.add("a", "b")
-    made.keep()
-    made.add("a/1")
-    made.rotate()
-    made.add("b")
-    made.add("a", "c")
-    made.fail()
-    made.start()
-    made.add("a", "b", "c")
-    return made
+    """Nine changes in three segments of three. The second also has a void line."""
+    journal = Written()
+    journal.start()
+    journal.add("a", "b")
+    journal.keep()
+    journal.add("a/1")
+    journal.rotate()
+    journal.add("b")
+    journal.add("a", "c")
+    journal.fail()
+    journal.start()
+    journal.add("a", "b", "c")
+    return journal
 
 
 def test_empty_journal(written: Written) -> None:
@@ -188,7 +188,7 @@ def test_segment_that_begins_between_two_pages(written: Written) -> None:
 
 
 def test_segment_that_is_renamed_or_deleted_before_it_is_read(written: Written) -> None:
-    """The list of segments is taken first, and a checkpoint may delete one before it is read."""
+    """A checkpoint may delete a segment after the list of segments was taken."""
     segments = list(written.journal.segments)
     query = Query(rev=9, limit=100)
     written.files.remove(segments[0].path)
@@ -226,7 +226,7 @@ def test_damaged_number_does_not_stop_a_page(written: Written, damaged: bytes) -
 
 @pytest.mark.parametrize("forward", [True, False])
 def test_work_for_a_page_is_bounded(written: Written, monkeypatch: pytest.MonkeyPatch, forward: bool) -> None:
-    """With a filter a page may be empty, and still have a next one."""
+    """With a filter, a page may be empty and not be the last."""
     monkeypatch.setattr(history_pages, "_SCAN_MAX", 2)
     position: dict[str, Any] = {"since": 3} if forward else {"before": 5}
     reply = written.page(name="none", **position)

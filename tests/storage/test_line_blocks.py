@@ -1,4 +1,4 @@
-"""After any changes the lines are those of a dictionary, in its order."""
+"""`LineBlocks` behaves like a dictionary in order of insertion."""
 
 import random
 
@@ -20,7 +20,7 @@ def test_lines_equal_those_of_a_dict(seed: int, monkeypatch: pytest.MonkeyPatch)
     for step in range(2_000):
         key = f"n{chance.randrange(60)}"
         what = chance.random()
-        growing = step % 500 < 250  # and shrinking: blocks that are nearly empty are filled anew
+        growing = step % 500 < 250  # then it shrinks, so that blocks are rebuilt
         if what < (0.6 if growing else 0.15):
             line = b"%d" % chance.randrange(1_000)
             lines.set(key, line)

@@ -1,4 +1,4 @@
-"""The file and the journal together are the state: over random lives of a store, with edits by hand between them."""
+"""The file and the journal give the state, over random runs of a store with edits of the file between them."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ LIFE = st.tuples(st.lists(BATCH | st.just("checkpoint"), max_size=6), st.boolean
 def test_checkpoint_and_journal_are_the_state(
     lives: list[tuple[list[list[tuple[str, int]] | str], bool, list[tuple[str, int]]]], segment_bytes: int
 ) -> None:
-    """A line that is after the checkpoint wins over an edit of its entry; an edit wins over the lines before."""
+    """An edit of an entry counts, unless the journal has a later change of that entry than the checkpoint."""
     files = MemoryFiles()
     files.make_folder(PATH.parent)
     limits = Limits(journal_segment_bytes_max=segment_bytes)
@@ -59,7 +59,7 @@ def test_checkpoint_and_journal_are_the_state(
 
 
 def _edit(files: MemoryFiles, edit: list[tuple[str, int]]) -> None:
-    """Give entries of the file a port, or remove them, as a person would."""
+    """Edit the file as a person would: give entries a port, or remove them."""
     document = json.loads(files.read(PATH))
     for name, port in edit:
         document.pop(name, None)

@@ -1,4 +1,4 @@
-"""What a start finds, and what it makes of it: values and bytes, no files."""
+"""The state that a file and a journal give, computed from bytes in memory."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -143,8 +143,8 @@ def test_revision_never_goes_back() -> None:
     assert (found.rev, found.valid) == (2, False)
 
 
-def test_keep_of_an_entry_that_a_hand_removed_has_a_revision() -> None:
-    """Also behind a gap, where the revision of a line that has none is not known."""
+def test_keep_of_an_entry_removed_by_hand_has_a_revision() -> None:
+    """Even after a gap, where the revision before the line is not known."""
     kept = journal_lines.change(5, Change(3, Op.KEEP, entry("a", 1, 1)), 1)
     following = journal_lines.head(Head(5, 0, "", {})) + kept
     [found] = recovered(checkpoint(4, 0), WHOLE, following).entries
@@ -208,7 +208,7 @@ Batches = Sequence[Sequence[tuple[str, int]]]
 def test_checkpoint_and_journal_are_the_state(
     lives: list[tuple[Batches, dict[str, int] | None]], draw: st.DataObject
 ) -> None:
-    """For any point of the checkpoint, and with edits by hand between two lives."""
+    """For any position of the checkpoint, and with edits by hand between two runs."""
     journal, number, rev = HEAD, 1, 0
     state: dict[str, int] = {}
     for life, (batches, edit) in enumerate(lives):

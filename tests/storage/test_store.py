@@ -1,4 +1,4 @@
-"""The steps of a commit, what a failure at each step leaves, and the lock."""
+"""The steps of a commit and a checkpoint, their failures, edits by other programs, and the lock."""
 
 import errno
 import json
@@ -25,7 +25,7 @@ def down(rev: int, name: str) -> Change:
 
 
 class Shelf:
-    """A store, its door, and what it warned of."""
+    """A store, its recorded files, and its warnings."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "deep" / "registry.json"
@@ -44,7 +44,7 @@ class Shelf:
         self.store.checkpoint()
 
     def reopened(self) -> dict[str, int]:
-        """What the next daemon serves."""
+        """Restart the store, and return its entries."""
         self.store.close()
         self.store = self.again()
         found = self.store.open(0.0)
@@ -52,7 +52,7 @@ class Shelf:
         return {entry.name: entry.port for entry in found.entries}
 
     def held(self) -> dict[str, int]:
-        """What another process would read."""
+        """Return the contents of `registry.json`."""
         data = json.loads(self.path.read_bytes())
         return {key: value.get("port", value.get("rev")) for key, value in data.items()}
 
@@ -172,7 +172,7 @@ def test_second_store_is_refused(shelf: Shelf) -> None:
 def test_lock_holder_elsewhere_is_not_named_by_pid(
     shelf: Shelf, written: Callable[[str, str], str], says: str
 ) -> None:
-    """The lock of a folder on NFS, or of a volume of two containers: the number is of no process here."""
+    """If the folder is on NFS or shared by containers, the number is that of no process here."""
     lock = shelf.path.with_name("registry.json.lock")
     pid, boot, space, host = lock.read_text().split()
     assert (int(pid), host) == (os.getpid(), os.uname().nodename)
@@ -248,7 +248,7 @@ def test_damaged_registry_is_left_unchanged(tmp_path: Path, data: bytes) -> None
     assert path.read_bytes() == data
     assert path.stat().st_mtime_ns == before.st_mtime_ns
     path.write_bytes(b"{}")
-    store.open(0.0)  # the lock was given back
+    store.open(0.0)  # the lock was released
     store.close()
 
 
@@ -295,7 +295,7 @@ def test_failing_checkpoints_make_one_copy(shelf: Shelf) -> None:
     assert shelf.held() == {"$regd": 4, "a": 1, "a2": 1, "a3": 1, "a4": 1}
 
 
-def test_copies_of_edits_are_few(shelf: Shelf) -> None:
+def test_number_of_copies_of_edits_is_limited(shelf: Shelf) -> None:
     for rev in range(1, 12):
         shelf.path.write_text(f'{{"mine": {{"port": {rev}}}}}')
         shelf.save(up(rev, "a"))
@@ -314,7 +314,7 @@ def test_edit_that_keeps_size_and_mtime_is_noticed(shelf: Shelf) -> None:
     assert shelf.path.with_name("registry.json.aside-1").read_text() == theirs
 
 
-def test_line_removed_by_hand_is_back_before_a_repeated_ok(shelf: Shelf) -> None:
+def test_line_removed_by_hand_is_written_again_before_a_repeated_ok(shelf: Shelf) -> None:
     shelf.save(up(1, "a"))
     shelf.path.write_text("{}")
     shelf.store.ensure_saved()
@@ -323,7 +323,7 @@ def test_line_removed_by_hand_is_back_before_a_repeated_ok(shelf: Shelf) -> None
 
 
 def test_second_daemon_after_the_lock_file_was_removed(shelf: Shelf) -> None:
-    """The older one ends, and writes nothing."""
+    """The first daemon ends, and writes nothing more."""
     shelf.store.commit([up(1, "a")])
     shelf.path.with_name("registry.json.lock").unlink()
     other = shelf.again()
@@ -354,7 +354,7 @@ def test_second_daemon_in_a_folder_made_again(shelf: Shelf) -> None:
     assert shelf.reopened() == {"b": 1}
 
 
-def test_daemon_that_could_not_lock_again_leaves_the_journal_of_the_next_one_alone(shelf: Shelf) -> None:
+def test_daemon_that_cannot_lock_again_does_not_touch_the_journal_of_the_next(shelf: Shelf) -> None:
     shelf.path.with_name("registry.json.lock").unlink()
     shelf.files.failing["lock"] = errno.ENOSPC
     with pytest.raises(OSError, match="No space"):
@@ -378,7 +378,7 @@ def test_removed_lock_file_is_locked_again(shelf: Shelf) -> None:
         shelf.again().open(0.0)
 
 
-def test_removed_journal_is_begun_again_after_a_checkpoint(shelf: Shelf) -> None:
+def test_removed_journal_is_replaced_after_a_checkpoint(shelf: Shelf) -> None:
     shelf.store.commit([up(1, "a")])
     shelf.path.with_name("registry.journal").unlink()
     shelf.files.told.clear()
@@ -456,7 +456,7 @@ def test_pid_written_by_hand_without_born_is_kept(shelf: Shelf) -> None:
     assert shelf.reopened() == {"mine": 9}
 
 
-def test_torn_batch_behind_lines_that_count_is_cut_off(shelf: Shelf) -> None:
+def test_torn_batch_is_cut_off_at_the_start(shelf: Shelf) -> None:
     shelf.store.commit([up(1, "a")])
     shelf.store.close()
     journal = shelf.path.with_name("registry.journal")
