@@ -25,7 +25,7 @@ from regd.system.clock import LoopClock
 from regd.system.listener import InheritedSocket, ListenError
 from regd.system.open_files import fit_limits
 from regd.system.peer_credentials import ALL_USERS, unmapped_uid
-from regd.system.systemd import Notifier, Watchdog, handed_over, watchdog_s
+from regd.system.systemd import Notifier, Watchdog, take_inherited_sockets, watchdog_s
 from regd_client import project
 from regd_client.autostart import IDLE_EXIT_S, LOG_MIB
 
@@ -263,7 +263,7 @@ def _config(arguments: argparse.Namespace) -> Config:
     registry = _absolute("--registry", arguments.registry)
     unix = _absolute("--unix", arguments.unix)
     log_path = _absolute("--log", arguments.log)
-    inherited = handed_over(os.environ)
+    inherited = take_inherited_sockets(os.environ)
     for flag, value in (("--port", arguments.port), ("--unix", arguments.unix)):
         if inherited and value is not None:
             raise UsageError(

@@ -140,7 +140,7 @@ class PendingResolves:
         if not self._count:
             return
         for change in changes:
-            self.probes.again((change.entry.host, change.entry.port))
+            self.probes.probe_now((change.entry.host, change.entry.port))
         for name in {change.entry.name for change in changes}:
             for wait in self._by_name.get(name, ()):
                 wait.search = wait.after = None
@@ -216,7 +216,7 @@ class PendingResolves:
         for address in wait.addresses:
             if address not in previous:
                 self._by_address.setdefault(address, {})[wait] = None
-                self.probes.want(address)
+                self.probes.acquire(address)
         for address in previous:
             if address not in wait.addresses:
                 self._stop_probing(wait, address)
@@ -226,7 +226,7 @@ class PendingResolves:
         del waits[wait]
         if not waits:
             del self._by_address[address]
-        self.probes.unwant(address)
+        self.probes.release(address)
 
     def _end(self, wait: PendingResolve, entry: Entry | None) -> None:
         if wait.is_over:

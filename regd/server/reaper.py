@@ -115,7 +115,7 @@ class Reaper:
             entry = self._entry_held_by(key, holder_id)
             if entry is not None and may_probe(entry.host):  # else it stays as long as its process
                 self._probing += 1
-                self._probes.ask((entry.host, entry.port), partial(self._probed, key, holder_id))
+                self._probes.probe_once((entry.host, entry.port), partial(self._probed, key, holder_id))
 
     def _entry_held_by(self, key: Key, holder_id: int) -> Entry | None:
         """Return the entry of a holder, None once the holder was claimed or has ended."""

@@ -1,6 +1,7 @@
-"""The daemon's only source of time, so that tests can replace it by a clock that they control.
+"""`Clock`: the daemon's only source of time. Tests replace it by a clock that they control.
 
-Deadlines use monotonic time, which clock changes do not affect. Wall-clock time is for display only.
+Deadlines use monotonic time, which is not affected by changes of the system clock. Wall-clock time is for
+display.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
-"""Listening sockets: loopback TCP, a Unix socket, or sockets that were opened before regd started.
+"""Listening sockets: loopback TCP, a Unix socket, or sockets inherited from the process that started regd.
 
-Other addresses are refused: regd has no authentication and TLS, so only this machine may reach it.
+Other addresses are refused, since regd has neither authentication nor TLS: only this machine may connect.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ class ListenError(Exception):
 
 
 class InheritedSocket(NamedTuple):
-    """A socket that the parent process has opened: its file descriptor, and its name in LISTEN_FDNAMES."""
+    """A socket that the parent process has opened: its file descriptor, and its name from LISTEN_FDNAMES."""
 
     file: int
     name: str
@@ -33,7 +33,12 @@ class InheritedSocket(NamedTuple):
 
 @dataclass(slots=True)
 class Listeners:
-    """The listening sockets. `notes` has messages for the log."""
+    """The listening sockets of a daemon. Call the `open_` methods or `inherit`, and in the end `close`.
+
+    Attributes:
+        sockets: the sockets; `open_tcp` adds one for each address family.
+        notes: messages for the log.
+    """
 
     sockets: list[socket.socket] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -43,6 +48,7 @@ class Listeners:
 
     @property
     def addresses(self) -> list[str]:
+        """The addresses of the sockets, in the form that clients take."""
         return [_address(listener, self._unix) for listener in self.sockets]
 
     def is_in_place(self) -> bool:
@@ -53,7 +59,9 @@ class Listeners:
             return False
 
     def open_tcp(self, port: int) -> None:
-        """Listen on 127.0.0.1 and ::1, on the same port; 0 picks a port that is free on both.
+        """Listen on 127.0.0.1 and ::1. Port 0 picks a port that is free on both.
+
+        If this machine has no ::1, listen on 127.0.0.1 only, and add a note.
 
         Raises:
             ListenError: the port cannot be used.
@@ -76,13 +84,14 @@ class Listeners:
         raise ListenError("found no port that is free on 127.0.0.1 and ::1; name one with --port")
 
     def open_unix(self, path: Path, files: Files) -> None:
-        """Listen on a Unix socket that only this user may connect to. Replace the socket file of a crashed regd.
+        """Listen on a Unix socket to which only this user can connect. Replace the socket of a regd that has
+        crashed.
 
         Raises:
             ListenError: the path cannot be used.
         """
         try:
-            # Take a lock, so that two daemons do not race to remove a stale socket.
+            # The lock prevents that two daemons replace a stale socket at the same time.
             self._unix_lock = files.lock(path.with_name(path.name + ".lock"))
             self._clear(path)
             self.sockets.append(_unix(path))
@@ -91,24 +100,29 @@ class Listeners:
             do = "name" if error.elsewhere else "stop that one, or name"
             raise ListenError(f"{path} is in use by another regd{error}; {do} another with --unix") from None
         except OSError as error:
-            why = error.strerror or str(error)  # a path that is too long has no errno
+            why = error.strerror or str(error)  # the error for a path that is too long has no errno
             raise ListenError(f"cannot listen on {path}: {why}; name another with --unix") from None
         self._unix = path
 
-    def inherit(self, handed: Sequence[InheritedSocket | socket.socket]) -> None:
+    def inherit(self, inherited: Sequence[InheritedSocket | socket.socket]) -> None:
         """Use inherited sockets. `close` does not remove the file of a Unix socket.
 
         Raises:
             ListenError: regd cannot use one of them.
         """
-        for entry in handed:
-            self.sockets.append(_inherited(entry) if isinstance(entry, InheritedSocket) else entry)
+        for each in inherited:
+            self.sockets.append(_open_inherited(each) if isinstance(each, InheritedSocket) else each)
 
     @staticmethod
     def _clear(path: Path) -> None:
+        """Remove the socket file of a process that no longer listens.
+
+        Raises:
+            ListenError: a program listens on it, or the file is not a socket.
+        """
         if not path.is_socket():
             if path.exists():
-                raise ListenError(f"{path} is there and is no socket; name another with --unix")
+                raise ListenError(f"{path} exists and is not a socket; name another with --unix")
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, _short(path) as short:
             try:
@@ -119,11 +133,12 @@ class Listeners:
         raise ListenError(f"{path} is in use by another program; name another with --unix")
 
     def close(self, files: Files) -> None:
+        """Close the sockets, remove the Unix socket that `open_unix` has created, and release its lock."""
         for listener in self.sockets:
             listener.close()
         if self._unix is not None:
             with contextlib.suppress(OSError):
-                if self.is_in_place():  # else another regd may listen at this path now
+                if self.is_in_place():  # otherwise another regd may listen on this path
                     self._unix.unlink()
             self._unix = None
         if self._unix_lock is not None:
@@ -172,7 +187,7 @@ def _unix(path: Path) -> socket.socket:
 
 @contextlib.contextmanager
 def _short(path: Path) -> Iterator[str]:
-    """Yield a path that fits into a socket address: through a descriptor of its folder if `path` is too long."""
+    """Yield a path that fits into a socket address, if need be through a descriptor of its folder."""
     if len(os.fsencode(path)) <= _UNIX_PATH_BYTES_MAX or not os.path.isdir(_DESCRIPTORS):
         yield os.fspath(path)
         return
@@ -183,12 +198,13 @@ def _short(path: Path) -> Iterator[str]:
         os.close(folder)
 
 
-def _inherited(handed: InheritedSocket) -> socket.socket:
-    what = f"the inherited socket {handed.file} ({handed.name!a})"
+def _open_inherited(inherited: InheritedSocket) -> socket.socket:
+    what = f"the inherited socket {inherited.file} ({inherited.name!a})"
     try:
-        listener = socket.socket(fileno=handed.file)
+        listener = socket.socket(fileno=inherited.file)
     except OSError as error:
-        raise ListenError(f"{what} cannot be used: {error.strerror}; correct what starts regd") from None
+        do = "correct the program that starts regd"
+        raise ListenError(f"{what} cannot be used: {error.strerror}; {do}") from None
     try:
         fault = _fault(listener)
         if fault is not None:
@@ -201,26 +217,27 @@ def _inherited(handed: InheritedSocket) -> socket.socket:
 
 
 def _fault(listener: socket.socket) -> str | None:
-    """Return why regd cannot use an inherited socket, and the fix in a .socket unit; None if it can."""
+    """Return why regd cannot use an inherited socket, and how to correct the .socket unit; None if it can."""
     if listener.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
         return "is neither TCP nor Unix; give ListenStream= an address of loopback, or a path"
     if listener.type != socket.SOCK_STREAM or listener.proto not in (0, socket.IPPROTO_TCP):
-        return "is no TCP and no Unix stream socket; use ListenStream="
+        return "is neither a TCP nor a Unix stream socket; use ListenStream="
     if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         return "does not listen; use ListenStream= and Accept=no"
     name = listener.getsockname()
     if listener.family == socket.AF_UNIX:
         if isinstance(name, bytes) or not os.path.isabs(name):
-            return "has no path that a client could be given; use ListenStream=/PATH"
+            return "has no path by which clients can reach it; use ListenStream=/PATH"
     elif not (name[0] == "::1" or name[0].startswith("127.")):
-        return f"listens on {name[0]}, and regd on loopback alone; use ListenStream=127.0.0.1:{name[1]}"
+        do = f"use ListenStream=127.0.0.1:{name[1]}"
+        return f"listens on {name[0]}, but regd takes loopback addresses only; {do}"
     return None
 
 
 def _address(listener: socket.socket, unix: Path | None) -> str:
-    """Return the address of a listener. `unix` is the path of the Unix socket that regd has opened itself."""
+    """Return the address of a listener. `unix` is the path of a Unix socket that `open_unix` has opened."""
     name = listener.getsockname()
     if listener.family == socket.AF_UNIX:
-        return f"unix://{unix or name}"  # the name may go through a descriptor
+        return f"unix://{unix or name}"  # its name may contain the number of a descriptor
     host = f"[{name[0]}]" if listener.family == socket.AF_INET6 else name[0]
     return f"tcp://{host}:{name[1]}"

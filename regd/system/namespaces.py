@@ -15,7 +15,7 @@ _SO_NETNS_COOKIE = 71  # asm-generic/socket.h, since Linux 5.14; for a Unix sock
 
 @dataclass(frozen=True, slots=True)
 class Elsewhere:
-    """Which namespaces of a peer differ from this process's. False also means unknown."""
+    """Which namespaces of a peer differ from those of this process. False may also mean that it is unknown."""
 
     network: bool = False
     pid: bool = False
@@ -25,7 +25,7 @@ HERE = Elsewhere()
 
 
 def elsewhere(connection: socket.socket) -> Elsewhere:
-    """Return which namespaces the peer of a connection does not share."""
+    """Return which namespaces of the peer differ from those of this process."""
     if connection.family != socket.AF_UNIX:
         return HERE
     return Elsewhere(network=_network(connection), pid=_pid(connection))

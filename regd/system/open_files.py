@@ -9,8 +9,8 @@ from regd.system.listener import ListenError
 
 log = logging.getLogger("regd")
 
-_SPARE_FILES = 192  # for everything else: the registry, listening sockets, connections that are being refused
-_CONNECTIONS_MIN = 16  # with fewer, regd does not start
+_SPARE_FILES = 192  # for the registry, listening sockets, connections that are refused and the like
+_CONNECTIONS_MIN = 16  # regd does not start if it can serve fewer
 
 
 def fit_limits(limits: Limits) -> Limits:
@@ -36,7 +36,7 @@ def fit_limits(limits: Limits) -> Limits:
         connections,
         limits.connections_max,
     )
-    # Reduce all limits by the same factor.
+    # All limits are reduced by the same factor.
     return replace(
         limits,
         connections_max=connections,
@@ -48,7 +48,14 @@ def fit_limits(limits: Limits) -> Limits:
 
 
 def raise_open_files(needed: int) -> int:
-    """Raise the soft limit, at most to the hard limit, and return how many of `needed` files it allows."""
+    """Raise the soft limit of open files, at most to the hard limit.
+
+    Args:
+        needed: how many files are needed, besides a reserve.
+
+    Returns:
+        How many of them the limit allows.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     total = needed + _SPARE_FILES
     if soft != resource.RLIM_INFINITY and soft < total:

@@ -1,6 +1,6 @@
-"""The process at the other end of a Unix socket: its number, its user and its command (unix(7), SO_PEERCRED).
+"""Identify the process at the other end of a Unix socket (unix(7), SO_PEERCRED).
 
-It is asked for when the connection is accepted. Later the number may belong to another process.
+Call it when the connection is accepted: later, its process number may belong to another process.
 """
 
 import socket
@@ -13,7 +13,7 @@ _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
 
 def peer_process(connection: socket.socket) -> By | None:
-    """Return the peer of a Unix socket, None where the system does not tell."""
+    """Return the number, user and program name of the peer; None if the system does not provide them."""
     if connection.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
         return None
     try:
@@ -21,7 +21,7 @@ def peer_process(connection: socket.socket) -> By | None:
         pid, uid, _ = _CREDENTIALS.unpack(data)
     except (OSError, struct.error):
         return None
-    # 0: the peer has no number in this pid namespace.
+    # 0: the process is in another pid namespace, and has no number in this one.
     return By(pid=pid or None, uid=uid, command=_command(pid) if pid else None)
 
 

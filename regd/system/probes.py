@@ -1,7 +1,7 @@
-"""Probes test whether a loopback address accepts connections.
+"""Probe loopback addresses: try to connect until an address accepts connections.
 
-All callers that wait for an address share one probe, which tries to connect with increasing pauses for as long as
-a caller waits. Addresses of other machines are never probed.
+All requests that wait for an address share one probe. It repeats its attempts, with increasing pauses, until no
+request waits any more. Addresses of other machines are never probed.
 """
 
 import asyncio
@@ -64,14 +64,14 @@ class ProbeResult:
 
 class _Probe:
     def __init__(self) -> None:
-        self.callers = 0
+        self.waiters = 0
         self.pause_s = _PAUSE_S[0]
         self.task: asyncio.Task[None] | None = None
         self.timer: Timer | None = None
 
 
 class ProbeResults:
-    """The last result for each address, for the last `addresses_max` addresses. `count` counts all attempts."""
+    """The last result for each of up to `addresses_max` addresses. `count` is the number of all attempts."""
 
     def __init__(self, addresses_max: int) -> None:
         self._addresses_max = addresses_max
@@ -91,7 +91,7 @@ class ProbeResults:
 
 
 class Probes:
-    """The running probes. After each attempt, the result is added to `results`, and `probed` is called."""
+    """The running probes. After each attempt, its result is added to `results`, and `probed` is called."""
 
     def __init__(
         self, clock: Clock, limits: Limits, results: ProbeResults, probed: Callable[[Address], None]
@@ -101,26 +101,27 @@ class Probes:
         self._results = results
         self._probed = probed
         self._probes: dict[Address, _Probe] = {}
-        self._callbacks: dict[Address, list[Callable[[ProbeResult], None]]] = {}  # of `ask`
-        self._queue: dict[Address, _Probe] = {}  # in order, the probes beyond `probes_max`
+        self._callbacks: dict[Address, list[Callable[[ProbeResult], None]]] = {}  # of `probe_once`
+        self._queue: dict[Address, _Probe] = {}  # probes beyond `probes_max`, in order
         self._running = 0
 
-    def want(self, address: Address) -> None:
-        """Probe an address until `unwant` has been called as often as `want`."""
+    def acquire(self, address: Address) -> None:
+        """Probe an address repeatedly, until `release` was called as often as `acquire`."""
         probe = self._probes.setdefault(address, _Probe())
-        probe.callers += 1
-        self.again(address)
+        probe.waiters += 1
+        self.probe_now(address)
 
-    def unwant(self, address: Address) -> None:
+    def release(self, address: Address) -> None:
+        """Undo one call of `acquire`."""
         probe = self._probes[address]
-        probe.callers -= 1
-        if not probe.callers:
+        probe.waiters -= 1
+        if not probe.waiters:
             self._end(address)
 
-    def ask(self, address: Address, on_result: Callable[[ProbeResult], None]) -> None:
+    def probe_once(self, address: Address, on_result: Callable[[ProbeResult], None]) -> None:
         """Probe an address once, and call `on_result` with the result."""
         self._callbacks.setdefault(address, []).append(on_result)
-        self.want(address)
+        self.acquire(address)
 
     def _end(self, address: Address) -> None:
         probe = self._probes.pop(address)
@@ -135,8 +136,8 @@ class Probes:
         for address in list(self._probes):
             self._end(address)
 
-    def again(self, address: Address) -> None:
-        """Probe an address now, if it is wanted."""
+    def probe_now(self, address: Address) -> None:
+        """Make an attempt now, and begin again with short pauses. Does nothing if the address is not probed."""
         probe = self._probes.get(address)
         if probe is not None and probe.task is None:
             if probe.timer is not None:
@@ -168,14 +169,14 @@ class Probes:
         probe.pause_s = min(2 * probe.pause_s, _PAUSE_S[1])
         self._probed(address)
         for on_result in self._callbacks.pop(address, ()):
-            self.unwant(address)
+            self.release(address)
             on_result(result)
 
 
 async def _connect(address: Address, timeout_s: float) -> str:
-    """Connect, and close the connection at once. Return why that failed; "" if it did not.
+    """Connect and disconnect. Return why connecting failed; "" if it succeeded.
 
-    For a host with several addresses, the result is "connection refused" only if all of them refused.
+    If a host has several addresses, the result is "connection refused" only if all of them refuse.
     """
     reasons: list[str] = []
     for host in _targets(address[0]):

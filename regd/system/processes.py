@@ -43,14 +43,14 @@ class Processes:
         self._ended = ended
         self._boot: str | None = None  # None: no process can be identified
         self._files: dict[Process, int] = {}
-        self.unwatched: dict[Process, None] = {}  # processes that cannot be watched; `retry` checks them
+        self.unwatched: dict[Process, None] = {}  # `retry` checks these, since they cannot be watched
         self._new: list[Process] = []  # watched by `find` since the last `release_unused`
 
     def __len__(self) -> int:
         return len(self._files)
 
     def open(self) -> None:
-        """Find out whether /proc identifies processes. Call it before `find`."""
+        """Find out whether /proc can identify processes. Call it before `find`."""
         self._boot = boot_id() if _sees_own_namespace() else None
 
     def find(self, pid: int, uid: int | None = None) -> Process:
@@ -63,7 +63,7 @@ class Processes:
                 `unsupported`: regd cannot see or watch it. `busy`: too many processes are watched.
         """
         if self._boot is None or not hasattr(os, "pidfd_open"):
-            raise _unseen(pid, "this system shows regd no processes")
+            raise _unsupported(pid, "this system shows regd no processes")
         try:
             file = os.pidfd_open(pid)
         except OSError as error:
@@ -72,7 +72,7 @@ class Processes:
             if error.errno in _NO_ROOM:
                 why = f"process {pid} cannot be watched now: {error.strerror}; try again later"
                 raise Refused(Code.BUSY, why) from None
-            raise _unseen(pid, error.strerror or "unknown error") from None
+            raise _unsupported(pid, error.strerror or "unknown error") from None
         try:
             process = self._identify(pid, file, uid)
             if process in self._files:
@@ -98,7 +98,7 @@ class Processes:
             if has_ended(file):
                 raise _no_process(pid) from None
             # /proc may be mounted with hidepid (proc(5)).
-            raise _unseen(pid, f"/proc/{pid}: {error.strerror}") from None
+            raise _unsupported(pid, f"/proc/{pid}: {error.strerror}") from None
         if has_ended(file):  # its id may have been reused before /proc was read
             raise _no_process(pid)
         if checks_user and uid not in users:
@@ -108,7 +108,7 @@ class Processes:
         return process
 
     def identify(self, process: Process) -> Process:
-        """Return the process that has this number now, where only the number is known: it was written by hand."""
+        """Fill in `born` if only the number of a process is known, as from a file edited by hand."""
         if process.born:
             return process
         try:
@@ -124,7 +124,7 @@ class Processes:
         try:
             return self.find(process.pid) == process
         except Refused as refusal:
-            if refusal.code is Code.BAD_ARGUMENT or self._is_over(process):
+            if refusal.code is Code.BAD_ARGUMENT or self._has_certainly_ended(process):
                 return False
             if not self.unwatched:
                 log.warning("%s; regd checks it, and others like it, at intervals instead", refusal.message)
@@ -132,18 +132,18 @@ class Processes:
             return True
 
     def retry(self) -> list[Process]:
-        """Check some of the unwatched processes, and return those that have ended."""
+        """Check up to 256 of the unwatched processes, and return those that have ended."""
         ended = []
         for process in list(islice(self.unwatched, _CHECKS_MAX)):
             del self.unwatched[process]
-            if self._is_over(process):
+            if self._has_certainly_ended(process):
                 ended.append(process)
             else:
                 self.unwatched[process] = None  # at the end of the queue
         return ended
 
-    def _is_over(self, process: Process) -> bool:
-        """Return whether a process has certainly ended. Without /proc, check whether its id is in use."""
+    def _has_certainly_ended(self, process: Process) -> bool:
+        """Return whether it is certain that a process has ended. Without /proc, only see if its id is in use."""
         try:
             if self._boot is not None:
                 return process.born != f"{self._boot}/{start_ticks(process.pid)}"
@@ -160,9 +160,9 @@ class Processes:
         self._new.clear()
 
     def is_gone(self, process: Process) -> bool:
-        """Ask the kernel whether a process has ended."""
+        """Return whether a process has ended, according to the kernel."""
         if process in self.unwatched:
-            return self._is_over(process)
+            return self._has_certainly_ended(process)
         file = self._files.get(process)
         return file is None or has_ended(file)
 
@@ -235,5 +235,5 @@ def _no_process(pid: int) -> Refused:
     return Refused(Code.BAD_ARGUMENT, f"pid {pid}: there is no such process", field="pid")
 
 
-def _unseen(pid: int, why: str) -> Refused:
+def _unsupported(pid: int, why: str) -> Refused:
     return Refused(Code.UNSUPPORTED, f"regd cannot watch process {pid}: {why}; use hold or ttl", field="pid")

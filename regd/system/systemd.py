@@ -16,47 +16,48 @@ from regd.system.listener import InheritedSocket, ListenError
 log = logging.getLogger("regd")
 
 _FIRST_FILE = 3  # SD_LISTEN_FDS_START
+_CORRECT = "correct the program that starts regd"
 _COUNT = re.compile(r"[0-9]{1,5}")
-_SEND_S = 1.0  # for a busy service manager to accept a notification that is sent only once
+_SEND_S = 1.0  # how long to wait for a busy service manager, for a notification that is sent only once
 _STATUS_S = 10.0  # between two updates of the status
 
 
-def handed_over(environment: MutableMapping[str, str]) -> list[InheritedSocket]:
-    """Return the sockets that the service manager passes, and make them non-inheritable.
+def take_inherited_sockets(environment: MutableMapping[str, str]) -> list[InheritedSocket]:
+    """Return the sockets that the service manager has passed, and make them non-inheritable.
+
+    An empty list if there are none, or if they are meant for another process.
 
     Raises:
-        ListenError: the environment variables are invalid.
+        ListenError: the environment variables do not describe open sockets.
     """
     environment.pop("LISTEN_PIDFDID", None)
     pid, count, names = (environment.pop(f"LISTEN_{name}", None) for name in ("PID", "FDS", "FDNAMES"))
     if pid != str(os.getpid()) or count in (None, "0"):
         return []
     if not _COUNT.fullmatch(count):
-        raise ListenError(f"LISTEN_FDS is {count!a}, not the number of sockets; correct what starts regd")
+        raise ListenError(f"LISTEN_FDS is {count!a}, not the number of sockets; {_CORRECT}")
     named = ["unknown"] * int(count) if names is None else names.split(":")
     if len(named) != int(count):
-        raise ListenError(
-            f"LISTEN_FDS is {count}, and LISTEN_FDNAMES has {len(named)} names; correct what starts regd"
-        )
-    handed = [InheritedSocket(file, name) for file, name in enumerate(named, _FIRST_FILE)]
-    for inherited in handed:
+        raise ListenError(f"LISTEN_FDS is {count}, and LISTEN_FDNAMES has {len(named)} names; {_CORRECT}")
+    sockets = [InheritedSocket(file, name) for file, name in enumerate(named, _FIRST_FILE)]
+    for each in sockets:
         try:
-            os.set_inheritable(inherited.file, False)
+            os.set_inheritable(each.file, False)
         except OSError as error:
             raise ListenError(
-                f"LISTEN_FDS is {count}, and file {inherited.file} is not there ({error.strerror}); "
-                "correct what starts regd"
+                f"LISTEN_FDS is {count}, but file descriptor {each.file} is not open ({error.strerror}); "
+                f"{_CORRECT}"
             ) from None
-    return handed
+    return sockets
 
 
 def watchdog_s(environment: MutableMapping[str, str]) -> float | None:
-    """Return the watchdog's timeout; None if there is no watchdog."""
+    """Return the watchdog's timeout in seconds; None if there is no watchdog."""
     every_us, pid = (environment.pop(f"WATCHDOG_{name}", None) for name in ("USEC", "PID"))
     if every_us is None or (pid is not None and pid != str(os.getpid())):
         return None
     if not every_us.isascii() or not every_us.isdigit() or not 0 < len(every_us.lstrip("0")) <= 20:
-        log.warning("WATCHDOG_USEC is %a, no number of microseconds; there is no watchdog", every_us)
+        log.warning("WATCHDOG_USEC is %a, not a number of microseconds; the watchdog is off", every_us)
         return None
     return int(every_us) / 1e6
 

@@ -1,6 +1,6 @@
-"""Start and control the host process, in which the registries of a test run live.
+"""Start and control the host process, which runs the registries of a test run.
 
-It is started when first needed, and ends with this process. Requests and answers are lines on pipes, so that they
+It starts when it is first needed, and ends with this process. Requests and answers are lines on pipes, so they
 work even if a test patches sockets, time or files.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 _ANSWER_S = 30.0  # an answer takes milliseconds, unless the machine is overloaded
 _END_S = 5.0
-_ANSWER = b'{"id": '  # the beginning of each answer; other lines are error messages of Python
+_ANSWER = b'{"id": '  # the beginning of each answer; any other line is an error message of Python
 
 # The folder of the package regd, which the host adds to `sys.path`. It needs no other package.
 _FOLDER = str(Path(__file__).resolve().parents[2])
@@ -53,6 +53,7 @@ class HostProcess:
 
     @property
     def is_used(self) -> bool:
+        """Whether a registry is open in the process."""
         return bool(self._open)
 
     @property
@@ -145,7 +146,7 @@ class HostProcess:
         self._process.stdout.close()
 
     def forget(self) -> None:
-        """In a forked child, close the pipes without ending the process, which belongs to the parent."""
+        """Close the pipes in a forked child. The process does not end, since it belongs to the parent."""
         atexit.unregister(self.close)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
@@ -223,7 +224,7 @@ def close_unused() -> None:
 
 
 def _forget_all() -> None:
-    """In a forked child, forget the parent's host."""
+    """Forget the parent's host, in a forked child."""
     global _starting
     _starting = threading.Lock()  # another thread may have held it
     while _hosts:

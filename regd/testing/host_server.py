@@ -1,9 +1,11 @@
 """The host process, which runs the daemons of a test run.
 
-The daemons run in another process than the tests, so that a test that blocks the interpreter, freezes time,
-forbids sockets or forks does not affect them, and their logs do not mix with those of the test. Requests are
-lines of JSON on stdin, each with an answer on stdout. The host ends when its stdin is closed. Since a child of
-the tests may keep the pipe open, it also gets pidfds of its parents, and ends when one of these processes ends.
+It is a process of its own, so that a test that blocks the interpreter, freezes time, forbids sockets or forks
+does not affect the daemons, and their logs do not mix with the test's. A request is a line of JSON on stdin, its
+answer a line on stdout.
+
+The host ends when stdin is closed. Since a child of the tests may keep the pipe open, it also gets pidfds of its
+parents, and ends when one of them ends.
 """
 
 import asyncio
@@ -47,7 +49,7 @@ class _Log(logging.Handler):
 
 
 class HostedDaemon:
-    """A registry. While it is stopped, it keeps its port and its file."""
+    """The daemon of one registry. While it is stopped, its port and its files are kept."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path or IN_MEMORY
@@ -62,7 +64,7 @@ class HostedDaemon:
         """Start the daemon. Idempotent."""
         if self._server is None:
             self._release_port()
-            # In a task, since a task has its own context, in which `_log` is set.
+            # A task has a context of its own, in which `_start` sets `_log`.
             self._server = await asyncio.create_task(self._start())
             self._port = int(self._server.addresses[0].rpartition(":")[2])
             self._failing = asyncio.create_task(_exit_on_failure(self._server))
@@ -105,6 +107,7 @@ class HostedDaemon:
         return {"registry": excerpt(self._files, self._path), "log": list(self._log), "running": running}
 
     async def end(self) -> dict[str, object]:
+        """Stop the daemon, and release its port."""
         await self.stop()
         self._release_port()
         return {}

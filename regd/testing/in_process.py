@@ -8,9 +8,8 @@
         registry.kill("db")
 
 It is meant for unit tests: it starts in a few milliseconds, and a test can simulate crashes and the passage of
-time. It changes no state of the process except `REGD_ADDRESS` inside the `with`: no signal handlers, no resource
-limits, and no settings of the garbage collector, the allocator, the interpreter or logging. The daemon logs to
-the logger `regd`.
+time. Of the state of the process, it changes only the environment variables `REGD_ADDRESS` and `REGD_AUTOSTART`,
+for the time of the `with`. The daemon logs to the logger `regd`.
 """
 
 import asyncio
@@ -83,8 +82,12 @@ class InProcessRegistry(Registry):
             registry.kill("db")
             regd_client.blocking.resolve("db")  # NotFound: its process exited
 
-        It does not matter which client has registered it, and with which options. Other registrations of the
-        client stay. The client is not notified; it registers again when it reconnects, for example after `cut`.
+        It does not matter which client made the registration, or with which options. The client keeps its other
+        registrations. It is not notified, and registers again when it reconnects, for example after `cut`.
+
+        Args:
+            name: the service's name.
+            instance: the name of the instance; by default "".
 
         Raises:
             NotFound: there is no such registration.
@@ -95,7 +98,11 @@ class InProcessRegistry(Registry):
     def expire(self, name: str, instance: str | None = None) -> None:
         """End a registration as if its lease had not been renewed: `down` with the reason `ttl expired`.
 
-        In all other respects it is the same as `kill`. To let leases expire by themselves, use `advance`.
+        Apart from the reason, it is the same as `kill`. To make leases expire by themselves, use `advance`.
+
+        Args:
+            name: the service's name.
+            instance: the name of the instance; by default "".
 
         Raises:
             NotFound: there is no such registration.
@@ -122,7 +129,7 @@ class InProcessRegistry(Registry):
     # Control the daemon.
 
     def cut(self) -> None:
-        """Break every connection, which ends the registrations that are bound to connections.
+        """Break all connections, which ends the registrations that depend on them.
 
             async with regd_client.register("web", 8000) as registration:
                 registry.cut()  # it is registered again as soon as its client has reconnected
@@ -143,7 +150,7 @@ class InProcessRegistry(Registry):
         await self._server.write(_change_nothing)  # returns after the ends of the registrations are committed
 
     def stop(self) -> None:
-        """Stop the daemon: connections end, and new ones are refused. It keeps its registrations. Idempotent."""
+        """Stop the daemon. Connections end, and new ones are refused. Registrations are kept. Idempotent."""
         self._call(self._stop())
 
     async def _stop(self) -> None:
@@ -152,7 +159,7 @@ class InProcessRegistry(Registry):
             await server.stop()
 
     def start(self) -> None:
-        """Start the daemon at the same address, with the registrations that it kept. Idempotent."""
+        """Start the daemon again at the same address, with the same registrations. Idempotent."""
         self._call(self._start())
 
     async def _start(self) -> None:
@@ -187,12 +194,15 @@ class InProcessRegistry(Registry):
             await self._stop()
 
     def advance(self, seconds: float) -> None:
-        """Move the daemon's clock forward. Everything that is due by then happens now, in order.
+        """Move the daemon's clock forward. Everything that is due by then happens at once, in order.
 
             registry.advance(60)  # leases that were not renewed for a minute have expired
 
         Leases expire, a `resolve` with `wait` times out, and registrations that no client has claimed since a
         restart end. The clock of the process itself does not change.
+
+        Args:
+            seconds: 0 or more.
 
         Raises:
             ValueError: `seconds` is negative.
@@ -204,7 +214,9 @@ class InProcessRegistry(Registry):
 
     async def _advance(self, seconds: float) -> None:
         server = self._running()
-        await server.write(_change_nothing)  # wait for a pending flush, which would seem to take `seconds` longer
+        await server.write(
+            _change_nothing
+        )  # wait for the present flush, which otherwise seems to take `seconds` longer
         self._clock.advance(seconds)
         await server.write(_change_nothing)
 
@@ -291,17 +303,17 @@ class InProcessRegistry(Registry):
 
 @contextlib.contextmanager
 def running() -> Iterator[InProcessRegistry]:
-    """Run a registry in this process. `REGD_ADDRESS` names it inside the `with`.
+    """Run a registry in this process. Inside the `with`, `REGD_ADDRESS` has its address.
 
         with regd.testing.in_process.running() as registry:
             registry.register("db", 5432)
             subprocess.run([sys.executable, "-m", "shop"], check=True)
 
-    Child processes find it too. Several registries may run at once, in nested `with` blocks: `REGD_ADDRESS` names
-    the innermost, and each has its `address`.
+    Child processes find it too. In nested `with` blocks, several registries run at once: `REGD_ADDRESS` has the
+    address of the innermost, and each has an attribute `address`.
 
     Raises:
-        HostError: at the end, if the daemon has failed.
+        HostError: the daemon has failed. It is raised at the end of the `with`.
         OSError: no socket or temporary folder can be created.
     """
     registry = InProcessRegistry()

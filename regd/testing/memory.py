@@ -1,4 +1,4 @@
-"""`MemoryFiles`: an in-memory replacement of the storage's files, which raises the same errors as a disk."""
+"""`MemoryFiles`: an in-memory replacement of `Files`, which raises the same errors as a disk."""
 
 import errno
 import itertools
@@ -11,14 +11,14 @@ from regd.storage.files import AlreadyLocked, Files, Fingerprint
 from regd.storage.store import peek
 
 IN_MEMORY = Path("/in-memory/registry.json")  # the path of a registry in `MemoryFiles`
-_LINES_MAX = 200
+_LINES_MAX = 200  # in an excerpt
 
 
 @dataclass(slots=True)
 class _Kept:
     inode: int
     data: bytearray = field(default_factory=bytearray)
-    changes: int = 0  # instead of the modification time
+    changes: int = 0  # stands for the modification time
 
     def fingerprint(self) -> Fingerprint:
         return Fingerprint(self.inode, len(self.data), self.changes, self.changes, is_regular=True)
@@ -138,7 +138,7 @@ class MemoryFiles(Files):
 
 
 def excerpt(files: Files, path: Path) -> list[str]:
-    """Return what a registry has on disk, a line for each entry, or why it cannot be read."""
+    """Return the stored entries of a registry as lines of text, or a line that says why they cannot be read."""
     try:
         lines = [entry_line(entry).decode() for entry in peek(path, files).entries]
     except (OSError, Unreadable) as error:

@@ -1,4 +1,4 @@
-"""A registry for tests: a private daemon on a free port, with its address in `REGD_ADDRESS`."""
+"""`running` runs a registry for tests, and `Registry` is what a test can do with it."""
 
 import contextlib
 import json
@@ -16,21 +16,37 @@ VARIABLE = "REGD_ADDRESS"
 
 
 class Registry:
-    """A registry for tests. `address` is `tcp://127.0.0.1:PORT`. `path` is its file, None if it is in memory."""
+    """A registry for tests: the real daemon, private to the test run.
+
+    The fixture `regd` and `regd.testing.running` create it. Any thread may call its methods, with or without an
+    event loop.
+
+    Attributes:
+        address: the daemon's address, `tcp://127.0.0.1:PORT`.
+        path: the `pathlib.Path` of `registry.json`; None if the registry is in memory.
+        port: the port of `address`.
+        is_shared: the whole test run uses the registry (`regd_scope = run`), so no test may stop it.
+    """
 
     def __init__(self, address: str, path: Path | None, *, shared: bool = False) -> None:
         self.address = address
         self.path = path
-        self.is_shared = shared  # the whole test run uses it, so no test may stop it
+        self.is_shared = shared
 
     @property
     def port(self) -> int:
         return int(self.address.rpartition(":")[2])
 
     def instances(self, pattern: str = "*") -> list[dict[str, Any]]:
-        """Return all registrations in order of name and instance, as in the reply to `list`.
+        """Return the registrations, in order of name and instance.
 
-        `pattern` is a name, or a prefix followed by `*`.
+            regd.instances("work*")[0]["port"]
+
+        Args:
+            pattern: a name, or a prefix followed by `*`; by default all names.
+
+        Returns:
+            A dict for each registration, with the fields that the reply to `list` has.
 
         Raises:
             Unavailable: the registry is stopped, or stopping.
@@ -62,7 +78,18 @@ class Registry:
 
             regd.register("db", 5432, meta={"role": "primary"})
 
-        With `force`, the name is taken even from a live client, which receives `lost`.
+        Args:
+            name: the service's name.
+            port: 1 to 65535.
+            host: the address that clients connect to; by default 127.0.0.1.
+            instance: the name of the instance; by default "".
+            meta: labels; by default none.
+            state: `starting`, `ready` (the default) or `draining`.
+            priority: 0 (the default) to 65535, lower is preferred.
+            force: take the name even from a live client, which receives `lost`.
+
+        Returns:
+            The registered endpoint.
 
         Raises:
             Conflict: a live client has registered the name with another address.
@@ -93,11 +120,18 @@ class Registry:
         priority: int | None = None,
         instance: str | None = None,
     ) -> None:
-        """Replace the labels of a registration, or set its state or priority, whichever client made it.
+        """Change a registration, whichever client made it.
+
+        Args:
+            name: the service's name.
+            meta: the new labels, which replace all previous ones; None leaves them as they are.
+            state: `starting`, `ready` or `draining`; None leaves it as it is.
+            priority: 0 to 65535; None leaves it as it is.
+            instance: the name of the instance; by default "".
 
         Raises:
             NotFound: there is no such registration.
-            BadArgument: a value is not valid, or all three are missing.
+            BadArgument: a value is not valid, or `meta`, `state` and `priority` are all None.
             Unavailable: the registry is stopped, or stopping.
         """
         with self._connection() as connection:
@@ -106,7 +140,11 @@ class Registry:
             _ask(connection, "update", name=name, instance=instance, **fields)
 
     def deregister(self, name: str, instance: str | None = None) -> None:
-        """End a registration, whichever client made it. A client that holds it receives `lost`.
+        """End a registration, whichever client made it. The clients that hold it receive `lost`.
+
+        Args:
+            name: the service's name.
+            instance: the name of the instance; by default "".
 
         Raises:
             NotFound: there is no such registration.
@@ -119,15 +157,27 @@ class Registry:
         return BlockingConnection(self.address, autostart=False)
 
     def stop(self) -> None:
-        """Stop the daemon. It keeps its port and the registrations. Idempotent."""
+        """Stop the daemon. Connections end, and new ones are refused. Registrations are kept. Idempotent.
+
+        Raises:
+            HostError: the registry is shared by the whole test run.
+        """
         self._refuse()
 
     def start(self) -> None:
-        """Start the daemon again on the same port, with the registrations that it kept. Idempotent."""
+        """Start the daemon again at the same address, with the same registrations. Idempotent.
+
+        Raises:
+            HostError: the registry is shared by the whole test run, or the daemon cannot be started.
+        """
         self._refuse()
 
     def restart(self) -> None:
-        """Stop the daemon, and start it again on the same port, with the registrations that it kept."""
+        """Stop the daemon and start it again at the same address, with the same registrations.
+
+        Raises:
+            HostError: the registry is shared by the whole test run, or the daemon cannot be started.
+        """
         self.stop()
         self.start()
 
@@ -138,7 +188,10 @@ class Registry:
             with regd.away():
                 assert mirror.resolve("db").stale_s > 0
 
-        Afterwards the registrations are back, and clients reconnect, as after any restart.
+        Afterwards the daemon has the same registrations, and clients reconnect.
+
+        Raises:
+            HostError: the registry is shared by the whole test run, or the daemon cannot be started.
         """
         self.stop()
         try:
@@ -219,11 +272,15 @@ class OwnRegistry(Registry):
 
 @contextlib.contextmanager
 def running(path: str | os.PathLike[str] | None = None) -> Iterator[Registry]:
-    """Run a registry in memory, or in the file `path`. `REGD_ADDRESS` names it inside the `with`.
+    """Run a registry. Inside the `with`, `REGD_ADDRESS` has its address, so this process and its children find
+    it.
 
         with regd.testing.running() as registry:
             subprocess.run([sys.executable, "-m", "shop"], check=True)
             print(registry.instances())
+
+    Args:
+        path: the file in which the registry is kept; an existing one is loaded. By default it is kept in memory.
 
     Raises:
         HostError: the registry cannot be started.
@@ -238,9 +295,9 @@ def running(path: str | os.PathLike[str] | None = None) -> Iterator[Registry]:
 
 @contextlib.contextmanager
 def found_by_children(registry: Registry) -> Iterator[Registry]:
-    """Name a registry in `REGD_ADDRESS`, and restore the variable afterwards.
+    """Set `REGD_ADDRESS` to the address of a registry, and restore the variable afterwards.
 
-    Unset `REGD_AUTOSTART` meanwhile, so that clients do not start a daemon while a test has stopped the registry.
+    `REGD_AUTOSTART` is unset, so that clients do not start a daemon while a test has stopped the registry.
     """
     previous = {name: os.environ.pop(name, None) for name in (VARIABLE, "REGD_AUTOSTART")}
     os.environ[VARIABLE] = registry.address

@@ -80,7 +80,7 @@ async def test_unix_socket_left_by_a_crash_is_replaced(tmp_path: Path) -> None:
 async def test_file_in_place_of_the_unix_socket_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "s"
     path.write_text("mine")
-    with pytest.raises(ListenError, match="is no socket"):
+    with pytest.raises(ListenError, match="is not a socket"):
         await Daemon(Config(registry=tmp_path / "registry.json", port=0, unix=path)).start()
     assert path.read_text() == "mine"
     assert not (tmp_path / "registry.json").exists()

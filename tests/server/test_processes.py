@@ -159,7 +159,7 @@ async def test_unwatched_processes_are_checked_in_slices(monkeypatch: pytest.Mon
     seen = Processes(DEFAULT, lambda process: None)
     known = [Process(pid, "x/1") for pid in range(600)]
     seen.unwatched = dict.fromkeys(known)
-    monkeypatch.setattr(seen, "_is_over", looks.append)
+    monkeypatch.setattr(seen, "_has_certainly_ended", looks.append)
     for most in (256, 512, 768):
         seen.retry()
         assert len(looks) == most

@@ -13,7 +13,7 @@ import pytest
 from regd.server.daemon import Config, Daemon
 from regd.system import systemd
 from regd.system.listener import InheritedSocket, ListenError
-from regd.system.systemd import Notifier, Watchdog, handed_over, watchdog_s
+from regd.system.systemd import Notifier, Watchdog, take_inherited_sockets, watchdog_s
 from tests.support.clock import HandClock
 from tests.support.daemon import WAIT_S, Peer
 
@@ -42,7 +42,7 @@ def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
 )
 def test_inherited_sockets(listener: socket.socket, environment: dict[str, str], name: str) -> None:
     environment["PATH"] = "/bin"
-    assert handed_over(environment) == [InheritedSocket(listener.fileno(), name)]
+    assert take_inherited_sockets(environment) == [InheritedSocket(listener.fileno(), name)]
     assert environment == {"PATH": "/bin"}
     assert not listener.get_inheritable()
 
@@ -60,7 +60,7 @@ def test_inherited_sockets(listener: socket.socket, environment: dict[str, str],
     ],
 )
 def test_variables_for_another_process_are_ignored(listener: socket.socket, environment: dict[str, str]) -> None:
-    assert handed_over(environment) == []
+    assert take_inherited_sockets(environment) == []
     assert environment == {}
     assert listener.get_inheritable()
 
@@ -74,7 +74,7 @@ def test_variables_for_another_process_are_ignored(listener: socket.socket, envi
         ("1\n", None, r"LISTEN_FDS is '1\\n'"),
         ("٣", None, "LISTEN_FDS is "),
         ("9" * 6, None, "LISTEN_FDS is "),
-        ("99999", None, "is not there"),
+        ("99999", None, "is not open"),
         ("1", "a:b", "LISTEN_FDNAMES has 2 names"),
     ],
 )
@@ -86,7 +86,7 @@ def test_invalid_variables_are_an_error(
     if names is not None:
         environment["LISTEN_FDNAMES"] = names
     with pytest.raises(ListenError, match=says) as refused:
-        handed_over(environment)
+        take_inherited_sockets(environment)
     assert "\n" not in str(refused.value)
     assert environment == {}
 
@@ -190,12 +190,12 @@ V4, V6 = socket.AF_INET, socket.AF_INET6
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("any", "listens on 0.0.0.0, and regd on loopback alone"),
-        ("any6", "listens on ::, and regd on loopback alone"),
-        ("mapped", "listens on ::ffff:127.0.0.1, and regd on loopback alone"),
-        ("udp", "is no TCP and no Unix stream socket"),
-        ("datagram", "is no TCP and no Unix stream socket"),
-        ("packets", "is no TCP and no Unix stream socket"),
+        ("any", "listens on 0.0.0.0, but regd takes loopback addresses only"),
+        ("any6", "listens on ::, but regd takes loopback addresses only"),
+        ("mapped", "listens on ::ffff:127.0.0.1, but regd takes loopback addresses only"),
+        ("udp", "is neither a TCP nor a Unix stream socket"),
+        ("datagram", "is neither a TCP nor a Unix stream socket"),
+        ("packets", "is neither a TCP nor a Unix stream socket"),
         ("connected", "does not listen"),
         ("bound", "does not listen"),
         ("abstract", "has no path"),
@@ -398,4 +398,4 @@ def test_invalid_watchdog_interval_logs_one_line(text: str, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING):
         assert watchdog_s({"WATCHDOG_USEC": text}) is None
     [message] = caplog.messages
-    assert "no number of microseconds" in message
+    assert "not a number of microseconds" in message

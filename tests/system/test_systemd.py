@@ -194,9 +194,9 @@ def run_activated(command: list[str], sock: socket.socket, pid: str = "$$") -> t
 @pytest.mark.parametrize(
     ("kind", "host", "says"),
     [
-        (socket.SOCK_STREAM, "0.0.0.0", "listens on 0.0.0.0, and regd on loopback alone"),
-        (socket.SOCK_STREAM, "::", "listens on ::, and regd on loopback alone"),
-        (socket.SOCK_DGRAM, "127.0.0.1", "is no TCP and no Unix stream socket"),
+        (socket.SOCK_STREAM, "0.0.0.0", "listens on 0.0.0.0, but regd takes loopback addresses only"),
+        (socket.SOCK_STREAM, "::", "listens on ::, but regd takes loopback addresses only"),
+        (socket.SOCK_DGRAM, "127.0.0.1", "is neither a TCP nor a Unix stream socket"),
     ],
 )
 def test_unusable_activation_socket_is_one_line(
