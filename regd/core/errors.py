@@ -18,7 +18,7 @@ class Code(StrEnum):
         member.meaning = meaning
         return member
 
-    BAD_JSON = "bad_json", "the line begins with `{` but is no JSON object that regd takes"
+    BAD_JSON = "bad_json", "the line begins with `{` but is not a JSON object that regd accepts"
     BAD_REQUEST = "bad_request", "no usable `cmd` or `id`, or not this protocol at all (then closed)"
     UNKNOWN_COMMAND = "unknown_command", "no command of that name; `near` may name one"
     BAD_ARGUMENT = (
@@ -27,12 +27,12 @@ class Code(StrEnum):
     )
     TOO_LARGE = "too_large", "the line is longer than `line_bytes_max`; it was skipped"
     NOT_FOUND = "not_found", "no `ready` instance, or nothing to deregister, update or renew"
-    CONFLICT = "conflict", "another owner lives (`owner`), or `if` names another revision than `rev`"
+    CONFLICT = "conflict", "another owner is alive (`owner`), or `if` names another revision than `rev`"
     TIMEOUT = "timeout", "`wait` was not long enough; or an unfinished line (then closed)"
     BUSY = "busy", "beyond a limit; try again later"
-    DENIED = "denied", "this peer may not do that"
+    DENIED = "denied", "this client may not do that"
     STORAGE_FAILED = "storage_failed", "the registry could not be written; the change is not in effect"
-    UNSUPPORTED = "unsupported", "not on this system"
+    UNSUPPORTED = "unsupported", "not supported on this system"
     SHUTTING_DOWN = "shutting_down", "the daemon is stopping; connect again in a moment"
     INTERNAL = "internal", "a bug in regd; its log says more"
 

@@ -30,7 +30,7 @@ class HolderGone:
 
 # The two kinds of deadline, named by the reason of the end: a lease expires, and a loaded `hold` was not claimed.
 _DEADLINES = (Reason.EXPIRED, Reason.CLOSED)
-_STEPS = 256  # outdated records that one call of `next_deadline` removes at most
+_STEPS = 256  # the most outdated records that one call of `next_deadline` removes
 
 Record = tuple[float, int, Reason, Key]
 """A deadline in a heap: when, the holder's id, its kind, and the key of the registration."""

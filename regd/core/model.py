@@ -28,8 +28,8 @@ def key_text(key: Key) -> str:
 DEFAULT_HOST = "127.0.0.1"
 MACHINE = "regd.machine"  # the label that a bridge gives to instances of other machines: the machine's name
 # Memory, measured on CPython 3.11.
-_ENTRY_BYTES = 1_024  # an entry, with its places in all tables and its cached reply
-_HOLDER_BYTES = 512  # a holder, with its places in all tables
+_ENTRY_BYTES = 1_024  # an entry, its cached reply, and what refers to it in all tables
+_HOLDER_BYTES = 512  # a holder, and what refers to it in all tables
 _PAIR_BYTES = 192  # a key and a value of `meta`, without their text
 
 

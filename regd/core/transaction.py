@@ -76,7 +76,7 @@ class Transaction:
         self._registry = registry
         self._at = at
         self._is_gone = is_gone
-        self._pending: dict[Key, Entry | None] = {}  # None: ended in this batch
+        self._uncommitted: dict[Key, Entry | None] = {}  # None: ended in this batch
         self._held: dict[Key, None] = {}  # entries that have holders, in order of change
         self._newly_held: Counter[Owner] = Counter()  # registrations that an owner gains in this batch
         self._count = len(registry)
@@ -89,7 +89,7 @@ class Transaction:
 
     def get(self, key: Key) -> Entry | None:
         """Return the entry of a key, with the changes of this transaction; None if there is none."""
-        return self._pending[key] if key in self._pending else self._registry.get(key)
+        return self._uncommitted[key] if key in self._uncommitted else self._registry.get(key)
 
     def register(
         self, entry: Entry, if_rev: int | None = None, *, session: int | None = None, force: bool = False
@@ -212,7 +212,7 @@ class Transaction:
     def _replace(self, previous: Entry, after: Entry) -> Entry:
         """Replace an entry by its copy at the next revision, if they differ. Return the entry in effect.
 
-        A change that peers cannot see, of the holders alone, takes no revision.
+        A change that clients cannot see, of the holders alone, takes no revision.
         """
         if not after.looks_like(previous):
             return self._add(Op.CHANGE, after, previous)
@@ -373,7 +373,7 @@ class Transaction:
         self._count += (after is not None) - (previous is not None)
         self._weight_bytes += after.weight_bytes if after else 0
         self._weight_bytes -= previous.weight_bytes if previous else 0
-        self._pending[key] = after
+        self._uncommitted[key] = after
         if after is not None and after.holders:
             self._held[key] = None
         if (previous is not None and previous.holders) or (after is not None and after.holders):

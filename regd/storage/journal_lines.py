@@ -108,7 +108,10 @@ def start(number: int, start: Start) -> bytes:
 
 
 def change(number: int, change: Change, batch: int = 0) -> bytes:
-    """Return line `number`, a change. If it is the first of a batch, `batch` is the number of lines, else 0."""
+    """Return line `number`, a change.
+
+    `batch` is the number of lines in the batch for its first line, and 0 for the others.
+    """
     entry = change.entry
     # An f-string is three times as fast as `json`.
     text = f'{{"line":{number}'

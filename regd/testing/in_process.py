@@ -292,7 +292,7 @@ class InProcessRegistry(Registry):
             work.close()  # has no effect if it was started
 
     def _forget_in_child(self) -> None:
-        """In a forked child, close the daemon's sockets, so that peers notice when the parent closes them."""
+        """In a forked child, close the daemon's sockets, so that clients notice when the parent closes them."""
         server = self._server
         nowhere = os.open(os.devnull, os.O_RDWR)
         for own in server.sockets if server is not None else ():

@@ -58,7 +58,7 @@ def resolve(registry: Registry, name: str, meta: Mapping[str, str] | None = None
 
 
 def fold(state: dict[Key, Entry], changes: list[Change]) -> None:
-    """Apply changes to a state, as a watcher would."""
+    """Apply changes to a state, as a client does with the events of a watch."""
     for change in changes:
         if change.op is Op.DOWN:
             assert state.pop(change.entry.key) == change.entry
@@ -77,7 +77,7 @@ priorities = st.sampled_from([0, 0, 1, 65_535])
 class Histories(RuleBasedStateMachine):
     """Random batches, some of which are dropped, compared with a plain dictionary.
 
-    `model` is the committed state, and `pending` the state with the changes of the transaction.
+    `model` is the committed state, and `uncommitted` the state with the changes of the transaction.
     """
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class Histories(RuleBasedStateMachine):
         self.registry = Registry()
         self.transaction = Transaction(self.registry, 5.0)
         self.model: dict[Key, tuple[str, int, Mapping[str, str], State, int]] = {}
-        self.pending = dict(self.model)
+        self.uncommitted = dict(self.model)
         self.folded: dict[Key, Entry] = {}
         self.rev = 0
 
@@ -96,15 +96,15 @@ class Histories(RuleBasedStateMachine):
         entry, replaced = self.transaction.register(
             wanted(name, instance, port, meta=meta, state=state, priority=priority)
         )
-        before = self.pending.get((name, instance))
+        before = self.uncommitted.get((name, instance))
         assert replaced is (before is not None and before[1] != port)
-        self.pending[name, instance] = (entry.host, port, meta, state, priority)
+        self.uncommitted[name, instance] = (entry.host, port, meta, state, priority)
 
     @rule(name=names, instance=instances)
     def deregister(self, name: str, instance: str) -> None:
-        if (name, instance) in self.pending:
+        if (name, instance) in self.uncommitted:
             self.transaction.deregister((name, instance))
-            del self.pending[name, instance]
+            del self.uncommitted[name, instance]
         else:
             with pytest.raises(Refused) as refusal:
                 self.transaction.deregister((name, instance))
@@ -120,11 +120,11 @@ class Histories(RuleBasedStateMachine):
     def update(
         self, name: str, instance: str, meta: Mapping[str, str], state: State | None, priority: int | None
     ) -> None:
-        if (name, instance) in self.pending:
+        if (name, instance) in self.uncommitted:
             self.transaction.update((name, instance), meta, state, priority=priority)
-            host, port, _, before, previous = self.pending[name, instance]
+            host, port, _, before, previous = self.uncommitted[name, instance]
             new = previous if priority is None else priority
-            self.pending[name, instance] = (host, port, meta, state or before, new)
+            self.uncommitted[name, instance] = (host, port, meta, state or before, new)
 
     @rule()
     def commit(self) -> None:
@@ -133,13 +133,13 @@ class Histories(RuleBasedStateMachine):
         self.rev += len(changes)
         self.registry.apply(changes, 0.0)
         fold(self.folded, changes)
-        self.model = dict(self.pending)
+        self.model = dict(self.uncommitted)
         self.transaction = Transaction(self.registry, 5.0)
 
     @rule()
     def drop(self) -> None:
         self.transaction = Transaction(self.registry, 5.0)
-        self.pending = dict(self.model)
+        self.uncommitted = dict(self.model)
 
     @invariant()
     def state_is_the_model(self) -> None:
