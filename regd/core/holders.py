@@ -51,7 +51,7 @@ class HolderIndex:
     def __init__(self, claim_s: float) -> None:
         self.unclaimed: deque[tuple[Key, int]] = deque()
         self._claim_s = claim_s
-        self._prolonged_s = 0.0  # is not in the stored deadlines, so that `prolong` need not change them
+        self._prolonged_s = 0.0  # added to a deadline when it is used, so that `prolong` changes no stored ones
         # Dictionaries instead of sets, since registrations end in the order in which they were made.
         self._of_session: defaultdict[int, dict[Key, None]] = defaultdict(dict)
         self._of_process: defaultdict[Process, dict[Key, None]] = defaultdict(dict)
@@ -68,13 +68,17 @@ class HolderIndex:
 
     # Committed changes.
 
-    def move(self, before: Entry | None, after: Entry | None, now: float) -> set[Process]:
-        """Record a committed change of an entry. Return the processes that have lost their last registration."""
-        old = before.holders if before else ()
-        new = after.holders if after else ()
+    def update(self, previous: Entry | None, entry: Entry | None, now: float) -> set[Process]:
+        """Record a committed change of an entry. None: there is no entry before, or after the change.
+
+        Returns:
+            The processes that have lost their last registration.
+        """
+        old = previous.holders if previous else ()
+        new = entry.holders if entry else ()
         if old == new:
             return set()
-        key = (after or before).key  # type: ignore[union-attr]  # both cannot be None: they differ
+        key = (entry or previous).key  # type: ignore[union-attr]  # both cannot be None: their holders differ
         known = {holder.id for holder in old}
         for holder in new:
             if holder.id not in known:

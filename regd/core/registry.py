@@ -125,7 +125,7 @@ class Registry:
                 self._names.append(entry.name)
             service.append(entry)
             if entry.holders:
-                self.holders.move(None, entry, now)
+                self.holders.update(None, entry, now)
                 self.last_holder = max(self.last_holder, *(holder.id for holder in entry.holders))
 
     def __len__(self) -> int:
@@ -159,7 +159,7 @@ class Registry:
                 self._remove(entry)
                 self._add_departure(entry.name, Departure(entry.instance, change.reason, now))
             if entry.holders or (previous is not None and previous.holders):
-                free |= self.holders.move(previous, after, now)
+                free |= self.holders.update(previous, after, now)
             self.on_entry_changed(entry.name)
             if change.op is not Op.KEEP:
                 self.rev = change.rev

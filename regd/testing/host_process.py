@@ -226,7 +226,7 @@ def close_unused() -> None:
 def _forget_all() -> None:
     """Forget the parent's host, in a forked child."""
     global _starting
-    _starting = threading.Lock()  # another thread may have held it
+    _starting = threading.Lock()  # at the fork, another thread may have held it
     while _hosts:
         _hosts.pop().forget()
 

@@ -26,7 +26,7 @@ def test_deadlines_are_exact_after_renewals() -> None:
     entries = [leased(n, 5.0 + n % 7) for n in range(2_000)]
     due = {}
     for entry in entries:
-        holders.move(None, entry, 0.0)
+        holders.update(None, entry, 0.0)
     for now in range(1, 5):
         for n, entry in enumerate(entries):
             if n % 3 == now % 3:
@@ -41,9 +41,9 @@ def test_deadlines_are_exact_after_renewals() -> None:
 def test_prolong_moves_existing_deadlines_only() -> None:
     holders = HolderIndex(30.0)
     one, two = leased(1, 5.0), leased(2, 5.0)
-    holders.move(None, one, 0.0)
+    holders.update(None, one, 0.0)
     holders.prolong(100.0)
-    holders.move(None, two, 100.0)
+    holders.update(None, two, 100.0)
     assert holders.next_deadline() == 105.0
     holders.prolong(1.0)
     assert ended(holders, 105.9) == []
@@ -55,7 +55,7 @@ def test_one_pass_drops_a_bounded_number_of_outdated_deadlines(monkeypatch: pyte
     holders = HolderIndex(30.0)
     entries = [leased(n, 5.0) for n in range(5_000)]
     for entry in entries:
-        holders.move(None, entry, 0.0)
+        holders.update(None, entry, 0.0)
     for entry in entries:
         holders.renew(entry.key, entry.holders[0], 1.0, 5.0)
     taken = 0
@@ -80,14 +80,14 @@ def test_outdated_deadlines_use_little_memory() -> None:
     """Each lease lasts a day, and is renewed and then ended at once."""
     holders = HolderIndex(30.0)
     kept = leased(0, 86_400.0)
-    holders.move(None, kept, 0.0)
+    holders.update(None, kept, 0.0)
     most = 0
     for n in range(1, 5_000):
         entry = leased(n, 86_400.0)
-        holders.move(None, entry, float(n))
+        holders.update(None, entry, float(n))
         holders.renew(entry.key, entry.holders[0], float(n), 80_000.0)
         holders.renew(kept.key, kept.holders[0], float(n), 86_400.0)
-        holders.move(entry, None, float(n))
+        holders.update(entry, None, float(n))
         most = max(most, len(holders._queue) + len(holders._shrinking))
     assert most < 300
     assert holders.next_deadline() is not None

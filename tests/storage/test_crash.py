@@ -172,7 +172,7 @@ class Workload:
         data = b'{"theirs": {"port": %d}}' % self._written + b" " * self._written
         target = self.path if how == "in place" else self.path.with_name("their.new")
         target.write_bytes(data)
-        # Distinct times, since two edits in one clock tick could not be distinguished.
+        # Without this, two edits in one tick of the clock would have equal times.
         os.utime(target, ns=(self._written, self._written))
         target.replace(self.path)
         theirs = Contents(1, frozenset([("theirs", self._written)]))
@@ -201,7 +201,7 @@ class Workload:
 Step = Callable[[Workload], None]
 
 
-def changed(state: Contents, *wanted: tuple[str, int]) -> tuple[list[Change], Contents]:
+def changes_to(state: Contents, *wanted: tuple[str, int]) -> tuple[list[Change], Contents]:
     """Return the changes that give these names these ports, and the state after them. Port 0 removes a name."""
     rev, ports = state.rev, dict(state.ports)
     changes = []
@@ -221,7 +221,7 @@ def batch(*wanted: tuple[str, int]) -> Step:
     """Commit a batch as the engine does."""
 
     def step(work: Workload) -> None:
-        changes, after = changed(work.now, *wanted)
+        changes, after = changes_to(work.now, *wanted)
         assert work.store is not None
         if changes or work.store.has_unsaved:
             work.commit(changes, after)
@@ -231,50 +231,50 @@ def batch(*wanted: tuple[str, int]) -> Step:
     return step
 
 
-def unsaved(*wanted: tuple[str, int]) -> Step:
+def apply_unsaved(*wanted: tuple[str, int]) -> Step:
     def step(work: Workload) -> None:
         assert work.store is not None
         # As in the engine, the revisions are above those of lines that may be on disk.
         state = Contents(max(work.now.rev, work.store.rev_written), work.now.ports)
-        changes, after = changed(state, *wanted)
+        changes, after = changes_to(state, *wanted)
         if changes:
             work.apply_unsaved(changes, after)
 
     return step
 
 
-def kept(work: Workload) -> None:
+def change_holders(work: Workload) -> None:
     """Commit a change of holders: the line of the file changes, but not the revision or the port."""
     for name, port in sorted(work.now.ports)[:1]:
         entry = Entry(name, "", "127.0.0.1", port, {}, State.READY, 1, 0.0, (Holder(1, None, hold=True),))
         work.commit([Change(work.now.rev, Op.KEEP, entry)], work.now)
 
 
-def unsynced(work: Workload) -> None:
+def write_unsynced(work: Workload) -> None:
     """Write a line like a daemon that is killed before the sync: the line is only in the kernel's memory."""
     assert work.store is not None
-    [change], after = changed(work.now, ("unsynced", 1))
+    [change], after = changes_to(work.now, ("unsynced", 1))
     fd = work.store._journal._fd
     if fd is not None:
         work.allow(after)
         work.files.write(fd, journal_lines.change(work.store._position.line + 1, change, 1))
 
 
-def repaired(work: Workload) -> None:
+def repair(work: Workload) -> None:
     work.commit([], work.now)
 
 
-def checkpointed(work: Workload) -> None:
+def checkpoint(work: Workload) -> None:
     work.checkpoint()
 
 
-def rotated(work: Workload) -> None:
+def rotate(work: Workload) -> None:
     """Make the next commit begin another segment, as after a checkpoint of a large one."""
     assert work.store is not None
     work.store._must_rotate = True
 
 
-def restarted(work: Workload) -> None:
+def restart(work: Workload) -> None:
     work.start()
 
 
@@ -295,7 +295,7 @@ def run(root: Path, steps: Iterable[tuple[Step, Trouble | None, int]]) -> Worklo
                 work.start()
             except (OSError, StorageError):
                 work.files.expect(None, 0)
-                if step is restarted:
+                if step is restart:
                     work.start()
     finally:
         work.files.expect(None, 0)
@@ -344,14 +344,14 @@ class Crashes:
     def _start(self, state: frozenset[Found], did: str) -> Start:
         if state not in self._starts:
             try:
-                self._starts[state] = started(state)
+                self._starts[state] = start_on(state)
             except BaseException as error:
                 error.add_note(f"after {did}, with {sorted(state)}")
                 raise
         return self._starts[state]
 
 
-def started(left: Iterable[Found]) -> Start:
+def start_on(left: Iterable[Found]) -> Start:
     """Start on a state of the disk, and commit a change."""
     files, path = MemoryFiles(), Path("/") / FILE
     for name, data in sorted(left):
@@ -365,7 +365,7 @@ def started(left: Iterable[Found]) -> Start:
     store = Store(path, lambda line: None, files, epoch="after")
     opened = state_of(store.open(LOADED_AT))
     store.begin()
-    changes, after = changed(opened, ("after", 1))
+    changes, after = changes_to(opened, ("after", 1))
     store.commit(changes)
     assert state_of(peek(path, files)) == after
     store.checkpoint()
@@ -380,22 +380,22 @@ def contents(files: Files, folder: Path) -> frozenset[bytes]:
 
 
 SCENARIOS: Mapping[str, Sequence[Step]] = {
-    "the first start": [restarted, batch(("a", 1))],
-    "changes": [restarted, batch(("a", 1), ("b", 2)), batch(("a", 3), ("b", 0)), batch(("a", 3))],
-    "other holders": [restarted, batch(("a", 1)), kept, kept],
-    "a repeated registration": [restarted, batch(("a", 1)), batch(("b", 2)), batch(("a", 1)), batch(("b", 2))],
-    "a restart": [restarted, batch(("a", 1)), restarted, batch(("a", 1)), batch(("a", 0))],
-    "checkpoints": [restarted, batch(("a", 1)), checkpointed, batch(("b", 2)), checkpointed, restarted],
-    "a checkpoint that is old": [restarted, batch(("a", 1)), checkpointed, batch(("b", 2)), restarted],
-    "another segment": [restarted, batch(("a", 1)), checkpointed, rotated, batch(("b", 2)), batch(("a", 0))],
-    "segments and restarts": [restarted, batch(("a", 1)), rotated, batch(("b", 2)), restarted, batch(("b", 0))],
-    "a killed commit": [restarted, batch(("a", 1)), unsynced, restarted, batch(("b", 2))],
-    "an edit": [restarted, batch(("a", 1)), edit("replaced"), batch(("b", 1)), checkpointed],
-    "two edits": [restarted, edit("in place"), checkpointed, edit("in place"), batch(("b", 1))],
-    "a removed file": [restarted, batch(("a", 1)), edit("removed"), batch(("b", 1)), checkpointed],
-    "an edit, and a repeated registration": [restarted, batch(("a", 1)), edit("in place"), batch(("a", 1))],
-    "an edit, and a later change": [restarted, batch(("a", 1)), edit("in place"), batch(("a", 0)), checkpointed],
-    "an end on a failing disk": [restarted, batch(("a", 1)), unsaved(("a", 0)), repaired],
+    "the first start": [restart, batch(("a", 1))],
+    "changes": [restart, batch(("a", 1), ("b", 2)), batch(("a", 3), ("b", 0)), batch(("a", 3))],
+    "other holders": [restart, batch(("a", 1)), change_holders, change_holders],
+    "a repeated registration": [restart, batch(("a", 1)), batch(("b", 2)), batch(("a", 1)), batch(("b", 2))],
+    "a restart": [restart, batch(("a", 1)), restart, batch(("a", 1)), batch(("a", 0))],
+    "checkpoints": [restart, batch(("a", 1)), checkpoint, batch(("b", 2)), checkpoint, restart],
+    "a checkpoint that is old": [restart, batch(("a", 1)), checkpoint, batch(("b", 2)), restart],
+    "another segment": [restart, batch(("a", 1)), checkpoint, rotate, batch(("b", 2)), batch(("a", 0))],
+    "segments and restarts": [restart, batch(("a", 1)), rotate, batch(("b", 2)), restart, batch(("b", 0))],
+    "a killed commit": [restart, batch(("a", 1)), write_unsynced, restart, batch(("b", 2))],
+    "an edit": [restart, batch(("a", 1)), edit("replaced"), batch(("b", 1)), checkpoint],
+    "two edits": [restart, edit("in place"), checkpoint, edit("in place"), batch(("b", 1))],
+    "a removed file": [restart, batch(("a", 1)), edit("removed"), batch(("b", 1)), checkpoint],
+    "an edit, and a repeated registration": [restart, batch(("a", 1)), edit("in place"), batch(("a", 1))],
+    "an edit, and a later change": [restart, batch(("a", 1)), edit("in place"), batch(("a", 0)), checkpoint],
+    "an end on a failing disk": [restart, batch(("a", 1)), apply_unsaved(("a", 0)), repair],
 }
 
 
@@ -432,9 +432,9 @@ WANTED = st.lists(st.tuples(NAMES, st.integers(0, 3)), min_size=1, max_size=4)
 STEPS = st.one_of(
     WANTED.map(lambda wanted: batch(*wanted)),
     WANTED.map(lambda wanted: batch(*wanted)),
-    WANTED.map(lambda wanted: unsaved(*wanted)),
-    st.sampled_from([kept, repaired, checkpointed, rotated, restarted]),
-    st.sampled_from([checkpointed, restarted, edit("in place"), edit("replaced"), edit("removed")]),
+    WANTED.map(lambda wanted: apply_unsaved(*wanted)),
+    st.sampled_from([change_holders, repair, checkpoint, rotate, restart]),
+    st.sampled_from([checkpoint, restart, edit("in place"), edit("replaced"), edit("removed")]),
 )
 TROUBLED = st.tuples(STEPS, st.none() | st.sampled_from(Trouble), st.integers(0, 12))
 
@@ -443,7 +443,7 @@ TROUBLED = st.tuples(STEPS, st.none() | st.sampled_from(Trouble), st.integers(0,
 @given(st.lists(TROUBLED, min_size=1, max_size=8))
 def test_crash_in_a_random_history(crashes: Crashes, steps: list[tuple[Step, Trouble | None, int]]) -> None:
     with tempfile.TemporaryDirectory() as root:
-        crashes.check(run(Path(root), [(restarted, None, 0), *steps]))
+        crashes.check(run(Path(root), [(restart, None, 0), *steps]))
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EINVAL])
