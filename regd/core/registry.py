@@ -309,19 +309,19 @@ class Registry:
         may have few entries, or none, although it is not the last.
         """
         prefix, any_end = (pattern[:-1], True) if pattern.endswith("*") else (pattern, False)
-        found: list[Entry] = []
+        entries: list[Entry] = []
         last: Key | None = None
         for count, entry in enumerate(self._entries_after(prefix, after)):
             if not (entry.name.startswith(prefix) if any_end else entry.name == prefix):
-                return ListPage(found, None)
+                return ListPage(entries, None)
             if count == self.limits.list_scan_max:
-                return ListPage(found, last)
+                return ListPage(entries, last)
             if not meta or entry.carries(meta):
-                if len(found) == limit:
-                    return ListPage(found, found[-1].key)
-                found.append(entry)
+                if len(entries) == limit:
+                    return ListPage(entries, entries[-1].key)
+                entries.append(entry)
             last = entry.key
-        return ListPage(found, None)
+        return ListPage(entries, None)
 
     def _entries_after(self, prefix: str, after: Key | None) -> Iterator[Entry]:
         """Yield the entries with a name from `prefix` on and a key after `after`, in order of keys."""

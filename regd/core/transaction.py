@@ -126,7 +126,7 @@ class Transaction:
         self._check_capacity(entry, previous)
         entry = self._with_holder_ids(entry)
         self._add(Op.DOWN, previous, previous, Reason.REPLACED)
-        others = [each for each in previous.holders if each.session != session]
+        others = [holder for holder in previous.holders if holder.session != session]
         self._report_lost(previous, others, Reason.REPLACED)
         return self._insert(entry), True
 
@@ -186,9 +186,9 @@ class Transaction:
         if not entry.holders:
             return self._set(previous, entry, ())
         [requested] = entry.holders
-        known = next((each for each in previous.holders if each.is_same(requested)), None)
-        known = known or next((each for each in previous.holders if each.is_claimed_by(requested)), None)
-        others = [each for each in previous.holders if each is not known and not each.withdrawn]
+        known = next((holder for holder in previous.holders if holder.is_same(requested)), None)
+        known = known or next((holder for holder in previous.holders if holder.is_claimed_by(requested)), None)
+        others = [holder for holder in previous.holders if holder is not known and not holder.withdrawn]
         if entry.state is State.DRAINING and known is not None and others:
             return self._replace(previous, self._next_revision(previous, holders=_withdraw(previous, {known.id})))
         # A lease is excepted, since registering again renews it: a new holder gets a new deadline.
@@ -199,7 +199,9 @@ class Transaction:
         new = self._with_id(requested, entry.key)
         if known is None:
             return self._set(previous, entry, (*previous.holders, new))
-        return self._set(previous, entry, tuple(new if each is known else each for each in previous.holders))
+        return self._set(
+            previous, entry, tuple(new if holder is known else holder for holder in previous.holders)
+        )
 
     def _set(self, previous: Entry, entry: Entry, holders: tuple[Holder, ...]) -> Entry:
         """Give the previous entry the meta, state and priority of `entry`, and these holders."""
@@ -257,7 +259,7 @@ class Transaction:
         """
         previous = self._require(key)
         self._check_revision(previous, if_rev, key)
-        others = tuple(each for each in previous.holders if session is None or each.session != session)
+        others = tuple(holder for holder in previous.holders if session is None or holder.session != session)
         if len(others) < len(previous.holders) and any(not holder.withdrawn for holder in others):
             self._replace(previous, self._next_revision(previous, holders=others))
             return 0
@@ -298,13 +300,15 @@ class Transaction:
         """
         previous = self._require(key)
         self._check_revision(previous, if_rev, key)
-        own = {each.id for each in previous.holders if session is not None and each.session == session}
-        others = any(each.id not in own and not each.withdrawn for each in previous.holders)
+        own = {holder.id for holder in previous.holders if session is not None and holder.session == session}
+        others = any(holder.id not in own and not holder.withdrawn for holder in previous.holders)
         holders = previous.holders
         if state is State.DRAINING and own and others:
             state, holders = None, _withdraw(previous, own)
         elif state is not None:
-            holders = tuple(replace(each, withdrawn=each.id not in own and each.withdrawn) for each in holders)
+            holders = tuple(
+                replace(holder, withdrawn=holder.id not in own and holder.withdrawn) for holder in holders
+            )
         after = self._next_revision(previous, meta=meta, state=state, priority=priority, holders=holders)
         self._check_capacity(after, previous)
         return self._replace(previous, after)
@@ -315,9 +319,9 @@ class Transaction:
         A generator: it yields before each registration, so that the caller can interleave other work. If the
         transaction has `ENDS_MAX` changes, it stops and adds the endings to `unfinished`.
         """
-        sessions = {each.session: each.reason for each in endings if each.session is not None}
-        processes = {each.process: each.reason for each in endings if each.process is not None}
-        ids = {each.holder[1]: each.reason for each in endings if each.holder is not None}
+        sessions = {ending.session: ending.reason for ending in endings if ending.session is not None}
+        processes = {ending.process: ending.reason for ending in endings if ending.process is not None}
+        ids = {ending.holder[1]: ending.reason for ending in endings if ending.holder is not None}
 
         def reason(holder: Holder) -> Reason | None:
             if holder.hold and holder.session in sessions:
@@ -394,7 +398,7 @@ def _withdraw(entry: Entry, ids: Collection[int]) -> tuple[Holder, ...]:
 
     A withdrawn holder stays in the entry, so that it can still deregister.
     """
-    return tuple(replace(each, withdrawn=True) if each.id in ids else each for each in entry.holders)
+    return tuple(replace(holder, withdrawn=True) if holder.id in ids else holder for holder in entry.holders)
 
 
 def _owners(entry: Entry | None) -> set[Owner]:

@@ -113,14 +113,14 @@ class Checkpoint:
     def _copy_edit(self, sync_folder: Callable[[], None]) -> None:
         """Copy a file that another program has changed. Renaming it instead would leave no file for a moment."""
         files = self._files
-        found = files.fingerprint(self.path)
-        if found is None:
+        fingerprint = files.fingerprint(self.path)
+        if fingerprint is None:
             self._warn(f"{self.path} was removed by another program; regd writes it again")
             return
-        self._check_regular(found)
+        self._check_regular(fingerprint)
         data = files.read(self.path)
         if crc32(data) == self._crc:
-            self._fingerprint = found  # it was only touched
+            self._fingerprint = fingerprint  # it was only touched
             return
         numbers = [
             int(name[len(prefix) :])
@@ -140,7 +140,7 @@ class Checkpoint:
             with contextlib.suppress(OSError):
                 files.remove(copy)
             raise
-        self._fingerprint = found  # the file needs no second copy, even if this checkpoint fails
+        self._fingerprint = fingerprint  # the file needs no second copy, even if this checkpoint fails
         for number in sorted(numbers)[: max(len(numbers) + 1 - _COPIES_MAX, 0)]:
             with contextlib.suppress(OSError):
                 files.remove(self.path.with_name(f"{self.path.name}.aside-{number}"))
@@ -149,6 +149,6 @@ class Checkpoint:
             "own. To edit the file, stop regd first"
         )
 
-    def _check_regular(self, found: Fingerprint) -> None:
-        if not found.is_regular:
+    def _check_regular(self, fingerprint: Fingerprint) -> None:
+        if not fingerprint.is_regular:
             raise OSError(errno.EEXIST, "it is not a regular file", str(self.path))

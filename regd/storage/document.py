@@ -251,13 +251,13 @@ def _line_of(text: str, at: int) -> int:
 def _depth_end(text: str) -> int:
     """Return the offset at which more than 100 brackets are open, for a message."""
     depth = 0
-    for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{\]}]', text):
-        if found[0] in "[{":
+    for match in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{\]}]', text):
+        if match[0] in "[{":
             depth += 1
-        elif found[0] in "]}":
+        elif match[0] in "]}":
             depth -= 1
         if depth > 100:
-            return found.start()
+            return match.start()
     return 0
 
 
@@ -391,7 +391,7 @@ def _holders(fields: Mapping[str, object], ids: "count[int]") -> tuple[Holder, .
     for field in fields:
         if field not in _CONDITIONS and field != "holders":
             raise _unknown(field)
-    return tuple([holder for each in several if (holder := _holder(each, ids)) is not None])
+    return tuple([holder for item in several if (holder := _holder(item, ids)) is not None])
 
 
 def _holder(fields: object, ids: "count[int]") -> Holder | None:

@@ -136,21 +136,21 @@ class Files:
     def fingerprint(self, file: Path | int) -> Fingerprint | None:
         """Return the fingerprint of the file at a path, or of an open file; None if it does not exist."""
         try:
-            found = os.stat(file)
+            status = os.stat(file)
         except FileNotFoundError:
             return None
-        is_regular = stat.S_ISREG(found.st_mode)
-        return Fingerprint(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, is_regular)
+        is_regular = stat.S_ISREG(status.st_mode)
+        return Fingerprint(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, is_regular)
 
     def obstacle(self, path: Path) -> str:
-        """Return a reason why this user cannot replace a file, and what to do; "" if none is found."""
+        """Return a reason why this user cannot replace a file, and what to do; "" if none is known."""
         with contextlib.suppress(OSError):
             mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
             if any(_unescaped(line.split(" ")[4]) == str(path) for line in mounts):
                 return "it is a mount point of its own; mount its folder instead"
-        found, folder = os.stat(path), os.stat(path.parent)
-        if folder.st_mode & stat.S_ISVTX and os.geteuid() not in (0, found.st_uid, folder.st_uid):
-            return f"it belongs to user {found.st_uid} in a sticky folder; move it to a folder of this user"
+        file, folder = os.stat(path), os.stat(path.parent)
+        if folder.st_mode & stat.S_ISVTX and os.geteuid() not in (0, file.st_uid, folder.st_uid):
+            return f"it belongs to user {file.st_uid} in a sticky folder; move it to a folder of this user"
         return ""
 
     def lock(self, path: Path) -> int:
@@ -186,7 +186,7 @@ _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 def _unescaped(text: str) -> str:
     """Decode a path in /proc/self/mountinfo, in which blanks and some other characters are octal (proc(5))."""
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
 def _boot_and_namespace() -> list[str]:

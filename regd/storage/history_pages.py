@@ -92,19 +92,19 @@ def _forward(files: Files, segments: Sequence[SegmentFile], query: Query) -> Ite
     point: float
     if query.since is not None:
         point, index = query.since, _last_with([segment.rev for segment in segments], query.since)
-        is_after: Callable[[re.Match[bytes]], bool] = lambda found: int(found[2]) > point  # noqa: E731
+        is_after: Callable[[re.Match[bytes]], bool] = lambda match: int(match[2]) > point  # noqa: E731
     else:
         assert query.after is not None
         point, index = query.after, _last_with([segment.at for segment in segments], query.after)
-        is_after = lambda found: float(found[3]) > point  # noqa: E731
+        is_after = lambda match: float(match[3]) > point  # noqa: E731
     for at in range(index, len(segments)):
         data, end = _read(files, segments, at)
-        for found in _CHANGE.finditer(data, _offset(data, is_after)):
-            if int(found[1]) >= end:
+        for match in _CHANGE.finditer(data, _offset(data, is_after)):
+            if int(match[1]) >= end:
                 break
-            if int(found[2]) > query.rev:
+            if int(match[2]) > query.rev:
                 return
-            yield _Line(int(found[2]), found[0])
+            yield _Line(int(match[2]), match[0])
 
 
 def _backward(files: Files, segments: Sequence[SegmentFile], query: Query) -> Iterator[_Line]:
@@ -114,12 +114,12 @@ def _backward(files: Files, segments: Sequence[SegmentFile], query: Query) -> It
         if segments[at].rev + 1 >= before:
             continue  # all of its changes are later
         data, end = _read(files, segments, at)
-        stop = _offset(data, lambda found, end=end: int(found[2]) >= before or int(found[1]) >= end)  # type: ignore[misc]
+        stop = _offset(data, lambda match, end=end: int(match[2]) >= before or int(match[1]) >= end)  # type: ignore[misc]
         while stop:
             start = data.rfind(b"\n", 0, stop - 1) + 1
-            found = _CHANGE.match(data, start, stop - 1)
-            if found is not None:
-                yield _Line(int(found[2]), found[0])
+            match = _CHANGE.match(data, start, stop - 1)
+            if match is not None:
+                yield _Line(int(match[2]), match[0])
             stop = start
 
 
@@ -148,9 +148,9 @@ def _offset(data: bytes, is_after: Callable[[re.Match[bytes]], bool]) -> int:
     low, high = 0, len(data)
     while low < high:
         start = data.rfind(b"\n", low, (low + high) // 2) + 1 or low
-        found = _CHANGE.search(data, start, high)
-        if found is None or is_after(found):
+        match = _CHANGE.search(data, start, high)
+        if match is None or is_after(match):
             high = start
         else:
-            low = found.end() + 1
+            low = match.end() + 1
     return low

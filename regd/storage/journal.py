@@ -77,7 +77,7 @@ class Journal:
         files, folder = self._files, self.path.parent
         older = re.compile(re.escape(self.path.name) + r"\.([1-9][0-9]{0,18})")
         names = files.names(folder)
-        numbers = sorted(int(found[1]) for name in names if (found := older.fullmatch(name)))
+        numbers = sorted(int(match[1]) for name in names if (match := older.fullmatch(name)))
         paths = [self.path.with_name(f"{self.path.name}.{number}") for number in numbers]
         if self.path.name in names:
             paths.append(self.path)
@@ -94,8 +94,8 @@ class Journal:
         return segments
 
     def _segment(self, path: Path) -> Segment:
-        found = self._files.fingerprint(path)
-        if found is not None and not found.is_regular:  # opening a pipe would wait for its other end
+        fingerprint = self._files.fingerprint(path)
+        if fingerprint is not None and not fingerprint.is_regular:  # opening a pipe would wait for its other end
             raise OSError(errno.EEXIST, "it is not a regular file", str(path))
         first = self._files.read(path, _HEAD_BYTES_MAX).partition(b"\n")[0]
         return Segment(path, first, lambda: self._files.read(path))
@@ -108,12 +108,12 @@ class Journal:
             if last.size > size:
                 files.truncate(fd, size)
                 files.sync(fd)
-            found = files.fingerprint(fd)
+            fingerprint = files.fingerprint(fd)
         except BaseException:
             files.close(fd)
             raise
         last.size = size
-        self._fd, self._inode = fd, found.inode if found else None
+        self._fd, self._inode = fd, fingerprint.inode if fingerprint else None
 
     def rewrite(self, size: int) -> None:
         """Replace the last segment by a copy of its first `size` bytes, and open the copy.
@@ -135,7 +135,7 @@ class Journal:
         try:
             files.write(fd, data)
             files.sync(fd)
-            found = files.fingerprint(fd)
+            fingerprint = files.fingerprint(fd)
             last = self.segments[-1] if self.segments else None
             if last is not None and last.path == self.path and last.line < line and files.fingerprint(self.path):
                 self._rename_current(last)
@@ -150,7 +150,7 @@ class Journal:
                 self.close()
             raise
         self.close()
-        self._fd, self._inode = fd, found.inode if found else None
+        self._fd, self._inode = fd, fingerprint.inode if fingerprint else None
         void = [segment for segment in self.segments if segment.line >= line]
         older = [segment for segment in self.segments if segment.line < line and segment.path != self.path]
         with self._mutex:
@@ -200,8 +200,8 @@ class Journal:
         """
         if self._inode is None:
             return True
-        found = self._files.fingerprint(self.path)
-        return None if found is None else found.inode == self._inode
+        fingerprint = self._files.fingerprint(self.path)
+        return None if fingerprint is None else fingerprint.inode == self._inode
 
     def forget_segment(self) -> None:
         """Close the last segment and remove it from `segments`, since another program has removed its file."""

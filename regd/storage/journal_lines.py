@@ -163,10 +163,10 @@ def number_of(line: bytes) -> tuple[int, int] | None:
         Its number, and how many lines the batch has that it begins; 0 if it is not the first of a batch. None if
         the line is damaged.
     """
-    found = _LINE.fullmatch(line)
-    if found is None or crc32(line[:-_CRC_CHARS]) != int(found[3], 16):
+    match = _LINE.fullmatch(line)
+    if match is None or crc32(line[:-_CRC_CHARS]) != int(match[3], 16):
         return None
-    return int(found[1]), int(found[2] or 0)
+    return int(match[1]), int(match[2] or 0)
 
 
 def parse_head(line: bytes) -> Head | None:
@@ -175,11 +175,11 @@ def parse_head(line: bytes) -> Head | None:
     Raises:
         Damaged: the line belongs to a newer format, or is not as regd writes it.
     """
-    found = _HEAD.fullmatch(line)
-    if found is None or crc32(line[:-_CRC_CHARS]) != int(found[2], 16):
+    match = _HEAD.fullmatch(line)
+    if match is None or crc32(line[:-_CRC_CHARS]) != int(match[2], 16):
         return None
-    if int(found[1]) != FORMAT:
-        raise Damaged(f"format {int(found[1])} is of another version of regd; this one reads {FORMAT}")
+    if int(match[1]) != FORMAT:
+        raise Damaged(f"format {int(match[1])} is of another version of regd; this one reads {FORMAT}")
     fields = _fields(line)
     epochs = fields.get("epochs")
     if type(epochs) is not dict:
@@ -195,8 +195,8 @@ def parse_head(line: bytes) -> Head | None:
 
 def rev_of(line: bytes) -> int | None:
     """Return the revision of a line without decoding it; None if it has no revision."""
-    found = _REV.match(line)
-    return int(found[1]) if found is not None else None
+    match = _REV.match(line)
+    return int(match[1]) if match is not None else None
 
 
 def parse(line: bytes, rev: int, ids: "count[int]") -> Start | Change:

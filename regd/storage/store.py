@@ -133,19 +133,19 @@ class Store:
                 "give its rights to this user, or name another file with --registry"
             ) from error
         try:
-            self._recovery = found = self._load(at)
+            self._recovery = recovery = self._load(at)
         except BaseException:
             self.close()
             raise
-        self._must_set_aside, self._rewrite_bytes = not found.keeps_journal, found.size
-        self._start = Start(self.epoch, found.keeps_journal and found.valid, found.rev, at)
-        self.epochs = dict(found.epochs)
-        if self._start.valid and found.epoch:
-            self.epochs[found.epoch] = (found.rev, found.line)
-        self._rev = self.rev_written = found.rev
+        self._must_set_aside, self._rewrite_bytes = not recovery.keeps_journal, recovery.size
+        self._start = Start(self.epoch, recovery.keeps_journal and recovery.valid, recovery.rev, at)
+        self.epochs = dict(recovery.epochs)
+        if self._start.valid and recovery.epoch:
+            self.epochs[recovery.epoch] = (recovery.rev, recovery.line)
+        self._rev = self.rev_written = recovery.rev
         self._at = at
-        self._position = self._checkpointed = Position(found.epoch, found.line)
-        return found
+        self._position = self._checkpointed = Position(recovery.epoch, recovery.line)
+        return recovery
 
     def _load(self, at: float) -> Recovery:
         path = self.path
@@ -176,8 +176,8 @@ class Store:
                 f"{self.path} is in use by another regd{held}; stop that one, or name another file "
                 "with --registry"
             ) from None
-        found = self._files.fingerprint(self._lock)
-        self._lock_inode = found.inode if found else None
+        fingerprint = self._files.fingerprint(self._lock)
+        self._lock_inode = fingerprint.inode if fingerprint else None
 
     def begin(self) -> None:
         """Prepare for commits: write the start of this epoch, and unless the last stop was clean, a checkpoint.
@@ -188,18 +188,18 @@ class Store:
         Raises:
             StorageError: the registry cannot be written.
         """
-        exists, found, journal = self._checkpoint.exists, self._recovery, self._journal
-        self._changed = {entry.key: entry for entry in found.entries}
+        exists, recovery, journal = self._checkpoint.exists, self._recovery, self._journal
+        self._changed = {entry.key: entry for entry in recovery.entries}
         try:
             if exists and (obstacle := self._files.obstacle(self.path)):
                 raise StorageError(
                     f"cannot replace {self.path}: {obstacle}, or name another file with --registry"
                 )
-            for note in found.notes:
+            for note in recovery.notes:
                 self._warn(note)
-            is_clean = found.is_covered and self._had_lock
-            if is_clean and found.size is not None and journal.segments[-1].path == journal.path:
-                journal.resume(found.size)
+            is_clean = recovery.is_covered and self._had_lock
+            if is_clean and recovery.size is not None and journal.segments[-1].path == journal.path:
+                journal.resume(recovery.size)
                 self._rewrite_bytes = None
                 self._write_start()
                 journal.sync_folder()  # the previous daemon may have been killed before it did
@@ -315,8 +315,8 @@ class Store:
         Raises:
             StorageError: another regd has taken over the registry.
         """
-        found = self._files.fingerprint(self._lock_path)
-        if found is None or found.inode != self._lock_inode:
+        fingerprint = self._files.fingerprint(self._lock_path)
+        if fingerprint is None or fingerprint.inode != self._lock_inode:
             if not self._relocks:
                 self._is_taken_over = True
                 raise StorageError(f"{self._lock_path} was removed: this regd ends, and writes nothing more")
