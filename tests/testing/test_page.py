@@ -1,11 +1,13 @@
-"""The programs of the page on testing are suites that pass."""
+"""The programs of the page on testing are suites that pass, and its report is what a failed test shows."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from regd.testing import running
 from tests.support.daemon import ROOT
 from tests.support.documents import blocks
 from tests.testing.suites import Suite, clean
@@ -41,3 +43,12 @@ def test_options_of_the_page(tmp_path: Path) -> None:
     (suite.folder / "pytest.ini").unlink()
     suite.write("pyproject.toml", options)
     suite.passes("--strict-config", "-p", "no:cacheprovider")
+
+
+def test_report_of_the_page() -> None:
+    """The registry describes itself as on the page, except for numbers."""
+    [report] = blocks(PAGE, "text")
+    with running() as registry:
+        registry.register("db", 5432)
+        described = registry.described()
+    assert re.sub("[0-9]+", "0", described) == re.sub("[0-9]+", "0", report.partition("\n")[2]).rstrip("\n")
