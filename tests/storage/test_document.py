@@ -184,7 +184,7 @@ def test_truncated_file_is_refused(found: list[Entry], draw: st.DataObject) -> N
 
 
 def test_revision_limit_of_an_edited_file() -> None:
-    """After an edit with a revision near the limit of 64 bits, regd could not load its own next file."""
+    """Larger revisions are refused: after further changes they would exceed 64 bits, and regd could not load them."""
     for data in (
         b'{"$regd": {"format": 2, "rev": %d}, "a": {"port": 1}}',
         b'{"a": {"port": 1, "rev": %d}}',
