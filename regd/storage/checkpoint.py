@@ -63,8 +63,9 @@ class Checkpoint:
     def write(
         self, changed: Mapping[Key, Entry | None], rev: int, position: Position, sync_folder: Callable[[], None]
     ) -> None:
-        """Replace the file by the state at a position of the journal. If this fails, the next call includes its
-        changes.
+        """Replace the file by the state at a position of the journal.
+
+        If this fails, the next call includes its changes.
 
         Args:
             changed: the entries that have changed since the last call; None for an entry that has ended.

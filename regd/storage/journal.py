@@ -55,7 +55,7 @@ class Journal:
         self.segments: list[SegmentFile] = []
         self._files = files
         self._fd: int | None = None
-        self._inode: int | None = None  # of the segment that this daemon wrote last
+        self._inode: int | None = None  # of the last segment, when this daemon found or wrote it
         self._mutex = threading.Lock()  # guards `segments`: `drop_old` runs in the thread that writes checkpoints
 
     @property
@@ -194,9 +194,9 @@ class Journal:
                 self._files.close(fd)
 
     def is_in_place(self) -> bool | None:
-        """Whether the file at `path` is the segment that this daemon wrote last; None if there is no file.
+        """Whether the file at `path` is the segment that this daemon found or wrote; None if there is no file.
 
-        True if it has written none.
+        True if this daemon has neither found nor written one.
         """
         if self._inode is None:
             return True

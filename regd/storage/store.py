@@ -1,9 +1,7 @@
-"""`Store`: the registry on disk. It appends every change to the journal, and writes `registry.json` as
-checkpoint.
+"""`Store`: the registry on disk. Changes go to the journal, and `registry.json` is its checkpoint.
 
-A change that is "in effect" is one that readers see. Usually that is the same as committed. But the end of a
-holder takes effect even while the disk fails, and a line of a failed commit may be on disk without being in
-effect.
+A change is "in effect" if readers see it. Usually that means that it is committed. But the end of a holder takes
+effect even while the disk fails, and a line of a failed commit may be on disk without being in effect.
 """
 
 import errno
@@ -242,11 +240,10 @@ class Store:
         return self.has_unsaved or not self._journal.is_open or self._lock is None
 
     def commit(self, changes: Sequence[Change]) -> None:
-        """Append changes to the journal as one batch, after the changes of `apply_unsaved`.
+        """Append changes to the journal, in one batch with those of earlier calls of `apply_unsaved`.
 
-        When it returns, the changes are on disk. When it raises, they are not in effect, although their lines may
-        be on
-        disk: the next commit begins a segment that makes them void.
+        When it returns, the changes are on disk. When it raises, they must not take effect. Their lines may be on
+        disk all the same, so the next commit begins a segment that makes them void.
 
         Raises:
             OSError: the changes could not be written.
@@ -292,10 +289,10 @@ class Store:
         self._unsaved += changes
 
     def ensure_saved(self) -> None:
-        """Ensure that the disk has everything that is in effect. If another program has edited the file, write it
-        again.
+        """Ensure that the disk has everything that is in effect.
 
-        Call it before `ok` is sent for a request that changes nothing, since that promises the same as a commit.
+        If another program has edited `registry.json`, it is written again. Call this before `ok` is sent for a
+        request that changes nothing, since that promises the same as a commit.
 
         Raises:
             OSError: the registry could not be written.

@@ -84,8 +84,9 @@ class Listeners:
         raise ListenError("found no port that is free on 127.0.0.1 and ::1; name one with --port")
 
     def open_unix(self, path: Path, files: Files) -> None:
-        """Listen on a Unix socket to which only this user can connect. Replace the socket of a regd that has
-        crashed.
+        """Listen on a Unix socket to which only this user can connect.
+
+        The socket file of a regd that has crashed is replaced.
 
         Raises:
             ListenError: the path cannot be used.

@@ -272,8 +272,7 @@ class OwnRegistry(Registry):
 
 @contextlib.contextmanager
 def running(path: str | os.PathLike[str] | None = None) -> Iterator[Registry]:
-    """Run a registry. Inside the `with`, `REGD_ADDRESS` has its address, so this process and its children find
-    it.
+    """Run a registry. This process and its children find it inside the `with`, by `REGD_ADDRESS`.
 
         with regd.testing.running() as registry:
             subprocess.run([sys.executable, "-m", "shop"], check=True)

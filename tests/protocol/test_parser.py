@@ -1,7 +1,7 @@
 """The parser of requests, on the rules of the section "Lines" in PROTOCOL.md.
 
-Each rule has input that follows it and input that breaks it. The parser gets the input whole and byte by byte, alone
-and with another request after it.
+Each rule has input that follows it and input that breaks it. The parser gets the input whole and byte by byte,
+alone and with another request after it.
 """
 
 import json
@@ -134,8 +134,8 @@ CASES: dict[str, tuple[bytes, list[str]]] = {
     "two too long": ((padded(MOST + 1) + b"\n") * 2, ["too_large", "too_large"]),
 }
 
-# Lines that are not JSON, with their error if they are the first line of a connection. After a valid request, only
-# mistyped lines are treated differently: the connection stays open.
+# Lines that are not JSON, with their error if they are the first line of a connection. After a valid request,
+# only mistyped lines are treated differently: the connection stays open.
 
 HTTP: dict[str, bytes] = {
     "POST": b"POST / HTTP/1.1\r\nHost: 127.0.0.1:7343\r\n\r\n",
