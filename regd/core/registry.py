@@ -38,7 +38,7 @@ _INVALIDATED_MAX = 1_000  # names that one end reports one by one; for more, `on
 
 @dataclass(frozen=True, slots=True)
 class ListPage:
-    """A page of a list, in order of keys. The next page begins after the key `after`; None: this is the last."""
+    """A page of a list, in order of keys. The next page begins after the key `after`; None: no next page."""
 
     entries: list[Entry]
     after: Key | None
@@ -113,9 +113,8 @@ class Registry:
         for change in self.history:
             if change.op is Op.DOWN:
                 age_s = max(wall - change.at, 0.0)
-                self._add_departure(
-                    change.entry.name, Departure(change.entry.instance, change.reason, now - age_s)
-                )
+                departure = Departure(change.entry.instance, change.reason, now - age_s)
+                self._add_departure(change.entry.name, departure)
         in_order = sorted(entries, key=attrgetter("name", "instance"))
         self._count = len(in_order)
         self.weight_bytes = sum(entry.weight_bytes for entry in in_order)
@@ -259,8 +258,8 @@ class Registry:
                 influence which instances other users get.
         """
         entries = self._instances(name, instance)
-        turn = self._last_served(name, meta, readonly) if len(entries) > 1 else None
-        return Search(entries, most, partial(self._matches, meta), turn, after)
+        served = self._last_served(name, meta, readonly) if len(entries) > 1 else None
+        return Search(entries, most, partial(self._matches, meta), served, after)
 
     def mark_served(self, entry: Entry, meta: Mapping[str, str], *, readonly: bool = False) -> None:
         """Move the round-robin position to `entry`, which a client got from `search_round_robin`."""
@@ -268,9 +267,8 @@ class Registry:
         if service is None or len(service.entries) == 1:
             return
         if not meta and not readonly:
-            if not service.is_sole_best(
-                entry
-            ):  # if it is, its reply may be cached, and the cache moves no position
+            # The reply for a sole best instance may be cached, and a cached reply moves no position.
+            if not service.is_sole_best(entry):
                 service.served = entry.instance
             return
         # The hash takes less memory than the filter. If two filters have one hash, they share a position.
@@ -308,11 +306,11 @@ class Registry:
         `pattern` is a name, or a prefix followed by `*`. At most `list_scan_max` entries are looked at, so a page
         may have few entries, or none, although it is not the last.
         """
-        prefix, any_end = (pattern[:-1], True) if pattern.endswith("*") else (pattern, False)
+        prefix, is_prefix = (pattern[:-1], True) if pattern.endswith("*") else (pattern, False)
         entries: list[Entry] = []
         last: Key | None = None
         for count, entry in enumerate(self._entries_after(prefix, after)):
-            if not (entry.name.startswith(prefix) if any_end else entry.name == prefix):
+            if not (entry.name.startswith(prefix) if is_prefix else entry.name == prefix):
                 return ListPage(entries, None)
             if count == self.limits.list_scan_max:
                 return ListPage(entries, last)
