@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from regd_client import NotFound
-from tests.bridge.etcd.test_security import Authority
+from tests.support.certificates import Authority
 from tests.support.daemon import WAIT_S, environment
 from tests.support.etcd import EtcdCluster, cluster
 from tests.support.machines import BridgeProcess, Machine, listener, until_agreed
