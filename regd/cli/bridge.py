@@ -92,26 +92,22 @@ def _host_name() -> str:
 
 
 def _readable(option: str, name: str | None) -> Path | None:
-    if name is not None:
-        _read(option, name)
-    return None if name is None else Path(name)
-
-
-def _read(option: str, name: str) -> str:
+    """Return the path of a file, which can be read now. The client of etcd reads it for each connection."""
+    if name is None:
+        return None
     try:
-        return Path(name).read_text()
+        Path(name).read_text()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not text"
         raise CannotStart(f"cannot read {name}: {why}; name another file with {option}", is_usage=False) from None
+    return Path(name)
 
 
 def _user(arguments: Mapping[str, Any]) -> Any:
     from regd.bridge.etcd.model import User
 
-    if arguments["user"] is None:
-        return None
-    password = _read("--password-file", arguments["password_file"]).partition("\n")[0].rstrip("\r")
-    return User(arguments["user"], password)
+    password_file = _readable("--password-file", arguments["password_file"])
+    return None if password_file is None else User(arguments["user"], password_file)
 
 
 # The status.

@@ -58,7 +58,7 @@ class ScriptedEtcd:
         failures: of the next reads and writes: a status and its details; None for no answer.
         expired: tokens, "token 1" and so on, that reads and writes are refused with.
         deadlines_s: of reads and writes, one for each that has come.
-        authentications: how many have come.
+        passwords: of each authentication.
         revision: in answers.
     """
 
@@ -72,7 +72,7 @@ class ScriptedEtcd:
         self.failures: list[tuple[grpc.StatusCode, str] | None] = []
         self.expired: set[str] = set()
         self.deadlines_s: list[float] = []
-        self.authentications = 0
+        self.passwords: list[str] = []
         self.revision = 1
         self.address = ""
 
@@ -110,8 +110,8 @@ class ScriptedEtcd:
                 await context.abort(*failure)
 
     async def _authenticate(self, request: rpc.AuthenticateRequest, context: Any) -> rpc.AuthenticateResponse:
-        self.authentications += 1
-        return rpc.AuthenticateResponse(token=f"token {self.authentications}")
+        self.passwords.append(request.password)
+        return rpc.AuthenticateResponse(token=f"token {len(self.passwords)}")
 
     @contextlib.asynccontextmanager
     async def serve(self) -> AsyncIterator["ScriptedEtcd"]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from pathlib import Path
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -99,7 +100,7 @@ class Calls:
         """Return the token for calls and streams; "" without a user.
 
         Raises:
-            EtcdRefused: wrong user or password.
+            EtcdRefused: the user or the password is wrong, or the password file cannot be read.
         """
         async with self._authenticating:
             if self._user is not None and not self._token:
@@ -112,7 +113,7 @@ class Calls:
             self._token = ""
 
     async def _authenticate(self, member: Member, user: User) -> str:
-        request = AUTHENTICATE.request(name=user.name, password=user.password)
+        request = AUTHENTICATE.request(name=user.name, password=_read_password(user.password_file))
         try:
             response = await self._ask(member, AUTHENTICATE, request, "")
         except EtcdRefused as error:
@@ -120,3 +121,12 @@ class Calls:
                 return ""  # as etcdctl does, so that authentication can be enabled later
             raise EtcdRefused(f"{error} (user {user.name!r})") from None
         return response.token
+
+
+def _read_password(file: Path) -> str:
+    """Return the first line of a file."""
+    try:
+        return file.read_text().partition("\n")[0].rstrip("\r")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise EtcdRefused(f"cannot read {file}: {why}") from None

@@ -73,10 +73,10 @@ class Tls(NamedTuple):
 
 
 class User(NamedTuple):
-    """A user of etcd."""
+    """A user of etcd. The password is the file's first line, which is read at every authentication."""
 
     name: str
-    password: str
+    password_file: Path
 
 
 def key_range(prefix: bytes) -> tuple[bytes, bytes]:

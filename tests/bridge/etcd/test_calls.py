@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -19,6 +20,13 @@ from tests.support.scripted_etcd import ScriptedEtcd
 
 UNAVAILABLE = (grpc.StatusCode.UNAVAILABLE, "the member is shutting down")
 NO_LEADER = (grpc.StatusCode.UNAVAILABLE, "etcdserver: no leader")
+
+
+@pytest.fixture
+def user(tmp_path: Path) -> User:
+    file = tmp_path / "password"
+    file.write_text("secret\n")
+    return User("a", file)
 
 
 async def test_read_is_repeated() -> None:
@@ -81,17 +89,16 @@ async def test_member_that_does_not_answer_in_time() -> None:
             await etcd.put(b"/", b"")
 
 
-async def test_calls_share_a_token() -> None:
-    user = User("a", "b")
+async def test_calls_share_a_token(user: User) -> None:
     async with ScriptedEtcd().serve() as script, Etcd([script.address], user=user, deadline_s=PATIENT_S) as etcd:
         for number in (1, 2):
             await asyncio.gather(*(etcd.read(b"/") for _ in range(20)))
-            assert script.authentications == number
+            assert len(script.passwords) == number
             script.expired.add(f"token {number}")
         script.expired.add("token 3")
         with pytest.raises(EtcdRefused, match="invalid auth token"):
             await etcd.read(b"/")
-        assert script.authentications == 3
+        assert len(script.passwords) == 3
 
 
 @pytest.mark.parametrize(
@@ -102,13 +109,27 @@ async def test_calls_share_a_token() -> None:
         (grpc.StatusCode.UNKNOWN, "auth: revision in header is old"),  # etcd 3.5.1
     ],
 )
-async def test_token_that_is_too_old(failure: tuple[grpc.StatusCode, str]) -> None:
-    user = User("a", "b")
+async def test_token_that_is_too_old(failure: tuple[grpc.StatusCode, str], user: User) -> None:
     async with ScriptedEtcd().serve() as script, Etcd([script.address], user=user, deadline_s=PATIENT_S) as etcd:
         await etcd.read(b"/")
         script.failures = [failure]
         await etcd.put(b"/", b"")
-    assert script.authentications == 2
+    assert script.passwords == ["secret", "secret"]
+
+
+async def test_password_file_is_read_at_every_authentication(user: User) -> None:
+    async with ScriptedEtcd().serve() as script, Etcd([script.address], user=user, deadline_s=PATIENT_S) as etcd:
+        for text in ("first", "second \r\nanother line\n"):
+            user.password_file.write_text(text)
+            await etcd.put(b"/", b"")
+            script.expired.add(f"token {len(script.passwords)}")
+        user.password_file.unlink()
+        with pytest.raises(EtcdRefused, match=f"cannot read {user.password_file}: No such file"):
+            await etcd.put(b"/", b"")
+        user.password_file.write_bytes(b"\xff")
+        with pytest.raises(EtcdRefused, match=f"cannot read {user.password_file}: it is not text"):
+            await etcd.put(b"/", b"")
+    assert script.passwords == ["first", "second "]
 
 
 async def test_why_a_member_is_not_reached() -> None:

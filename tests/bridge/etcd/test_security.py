@@ -19,9 +19,7 @@ from tests.support.etcd import EtcdCluster, cluster, need
 from tests.support.followers import following
 from tests.support.polling import until
 
-ROOT = User("root", "root-secret")
-WRITER = User("machine-a", "secret-of-a")
-READER = User("reader", "secret-of-readers")
+PASSWORDS = {"root": "root-secret", "machine-a": "secret-of-a", "reader": "secret-of-readers"}
 
 
 # TLS.
@@ -101,56 +99,73 @@ async def test_renewed_certificates_are_used(
 # Users and roles.
 
 
+def user(folder: Path, name: str, password: str = "") -> User:
+    """Return a user with a password file in a folder, by default with the right password."""
+    file = folder / f"password-of-{name}"
+    file.write_text(password or PASSWORDS[name])
+    return User(name, file)
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> User:
+    return user(tmp_path, "machine-a")
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> User:
+    return user(tmp_path, "reader")
+
+
 def enable_authentication(server: EtcdCluster) -> None:
-    """Make users: root, one that may write /a/ and read /, and one that may read /."""
+    """Create the users root, machine-a, who may write /a/ and read /, and reader, who may read /."""
     server.ctl("role", "add", "reader")
     server.ctl("role", "grant-permission", "reader", "--prefix=true", "read", "/")
     server.ctl("role", "add", "writer")
     server.ctl("role", "grant-permission", "writer", "--prefix=true", "readwrite", "/a/")
-    for user, roles in [(ROOT, ["root"]), (WRITER, ["reader", "writer"]), (READER, ["reader"])]:
-        server.ctl("user", "add", user.name, "--interactive=false", input=user.password)
+    for name, roles in [("root", ["root"]), ("machine-a", ["reader", "writer"]), ("reader", ["reader"])]:
+        server.ctl("user", "add", name, "--interactive=false", input=PASSWORDS[name])
         for role in roles:
-            server.ctl("user", "grant-role", user.name, role)
+            server.ctl("user", "grant-role", name, role)
     server.ctl("auth", "enable")
 
 
 def as_root(server: EtcdCluster, *arguments: str, input: str | None = None) -> str:
-    return server.ctl(*arguments, options=["--user", f"{ROOT.name}:{ROOT.password}"], input=input)
+    return server.ctl(*arguments, options=["--user", f"root:{PASSWORDS['root']}"], input=input)
 
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdCluster]:
-    """A member with users. Its tokens expire after a second without a call."""
+    """A member with users, whose tokens expire after a second without a call."""
     options = ("--bcrypt-cost", "4", "--auth-token-ttl", "1")
     with cluster(tmp_path_factory.mktemp("etcd"), options=options) as running:
         enable_authentication(running)
         yield running
 
 
-async def test_roles(guarded: EtcdCluster) -> None:
+async def test_roles(guarded: EtcdCluster, writer: User, reader: User) -> None:
     async with (
-        Etcd(guarded.addresses, user=WRITER, deadline_s=PATIENT_S) as writer,
-        Etcd(guarded.addresses, user=READER, deadline_s=PATIENT_S) as reader,
-        writer.lease(10) as lease,
+        Etcd(guarded.addresses, user=writer, deadline_s=PATIENT_S) as one,
+        Etcd(guarded.addresses, user=reader, deadline_s=PATIENT_S) as other,
+        one.lease(10) as lease,
     ):
-        revision = await writer.put(b"/a/x", b"1", lease.id)
-        assert (await writer.claim(b"/a/claim", b"", lease.id)).lease == lease.id
-        assert set((await reader.read(b"/a/")).records) == {b"/a/x", b"/a/claim"}
-        async with following(reader, b"/a/", revision) as follower:
-            await follower.until_revision(await writer.delete(b"/a/x"))
-        for call in (writer.put(b"/b/x", b""), reader.put(b"/a/x", b""), reader.read(b"")):
+        revision = await one.put(b"/a/x", b"1", lease.id)
+        assert (await one.claim(b"/a/claim", b"", lease.id)).lease == lease.id
+        assert set((await other.read(b"/a/")).records) == {b"/a/x", b"/a/claim"}
+        async with following(other, b"/a/", revision) as follower:
+            await follower.until_revision(await one.delete(b"/a/x"))
+        for call in (one.put(b"/b/x", b""), other.put(b"/a/x", b""), other.read(b"")):
             with pytest.raises(EtcdRefused, match="permission denied"):
                 await call
-        async with following(reader, b"", revision) as follower:
+        async with following(other, b"", revision) as follower:
             await until(lambda: follower.error)
         assert isinstance(follower.error, EtcdRefused)
-        await reader.read(b"/a/")
+        await other.read(b"/a/")
 
 
-async def test_wrong_user_or_password(guarded: EtcdCluster) -> None:
-    for user in (User("nobody", "x"), User(WRITER.name, "wrong")):
-        async with Etcd(guarded.addresses, user=user, deadline_s=PATIENT_S) as etcd:
-            with pytest.raises(EtcdRefused, match=f"authentication failed.*{user.name}"):
+async def test_wrong_user_or_password(guarded: EtcdCluster, tmp_path: Path) -> None:
+    for name in ("nobody", "machine-a"):
+        async with Etcd(guarded.addresses, user=user(tmp_path, name, "wrong"), deadline_s=PATIENT_S) as etcd:
+            with pytest.raises(EtcdRefused, match=f"authentication failed.*{name}"):
                 await etcd.read(b"/a/")
             async with following(etcd, b"/a/", 1) as follower:
                 await until(lambda: follower.error)
@@ -160,15 +175,15 @@ async def test_wrong_user_or_password(guarded: EtcdCluster) -> None:
             await etcd.read(b"/a/")
 
 
-async def test_user_without_authentication_in_etcd(server: EtcdCluster, prefix: bytes) -> None:
-    async with Etcd(server.addresses, user=WRITER, deadline_s=PATIENT_S) as etcd:
+async def test_user_without_authentication_in_etcd(server: EtcdCluster, prefix: bytes, writer: User) -> None:
+    async with Etcd(server.addresses, user=writer, deadline_s=PATIENT_S) as etcd:
         await etcd.put(prefix, b"")
 
 
 @pytest.mark.long
-async def test_authentication_that_is_enabled_later(tmp_path: Path) -> None:
+async def test_authentication_enabled_later(tmp_path: Path, writer: User) -> None:
     with cluster(tmp_path, options=("--bcrypt-cost", "4")) as server:
-        async with Etcd(server.addresses, user=WRITER, deadline_s=PATIENT_S) as etcd, etcd.lease(10) as lease:
+        async with Etcd(server.addresses, user=writer, deadline_s=PATIENT_S) as etcd, etcd.lease(10) as lease:
             await etcd.put(b"/a/x", b"", lease.id)
             await asyncio.to_thread(enable_authentication, server)
             revision = await etcd.put(b"/a/x", b"2", lease.id)
@@ -181,8 +196,10 @@ def expired_tokens(server: EtcdCluster) -> int:
 
 
 @pytest.mark.parametrize("first_use", ["call", "watch"])
-async def test_expired_token(guarded: EtcdCluster, first_use: str, caplog: pytest.LogCaptureFixture) -> None:
-    async with Etcd(guarded.addresses, user=WRITER, deadline_s=PATIENT_S) as etcd:
+async def test_expired_token(
+    guarded: EtcdCluster, writer: User, first_use: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Etcd(guarded.addresses, user=writer, deadline_s=PATIENT_S) as etcd:
         revision = await etcd.put(b"/a/x", b"")
         expired = expired_tokens(guarded)
         await until(lambda: expired_tokens(guarded) > expired)
@@ -194,8 +211,8 @@ async def test_expired_token(guarded: EtcdCluster, first_use: str, caplog: pytes
 
 
 @pytest.mark.long
-async def test_watch_and_lease_outlive_the_token(guarded: EtcdCluster) -> None:
-    async with Etcd(guarded.addresses, user=WRITER, deadline_s=PATIENT_S) as etcd, etcd.lease(2) as lease:
+async def test_watch_and_lease_outlive_the_token(guarded: EtcdCluster, writer: User) -> None:
+    async with Etcd(guarded.addresses, user=writer, deadline_s=PATIENT_S) as etcd, etcd.lease(2) as lease:
         revision = await etcd.put(b"/a/x", b"", lease.id)
         async with following(etcd, b"/a/", revision) as follower:
             for _ in range(3):
@@ -205,10 +222,10 @@ async def test_watch_and_lease_outlive_the_token(guarded: EtcdCluster) -> None:
         assert not lease.lost.is_set()
 
 
-async def test_tokens_that_a_restart_makes_invalid(tmp_path: Path) -> None:
+async def test_restart_of_etcd_invalidates_tokens(tmp_path: Path, writer: User) -> None:
     with cluster(tmp_path, options=("--bcrypt-cost", "4")) as server:
         enable_authentication(server)
-        async with Etcd(server.addresses, user=WRITER, deadline_s=PATIENT_S) as etcd, etcd.lease(10) as lease:
+        async with Etcd(server.addresses, user=writer, deadline_s=PATIENT_S) as etcd, etcd.lease(10) as lease:
             revision = await etcd.put(b"/a/x", b"", lease.id)
             async with following(etcd, b"/a/", revision) as follower:
                 server.members[0].kill()
@@ -218,19 +235,19 @@ async def test_tokens_that_a_restart_makes_invalid(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-async def test_password_that_is_changed(tmp_path: Path) -> None:
+async def test_changed_password(tmp_path: Path, writer: User) -> None:
     with cluster(tmp_path, options=("--bcrypt-cost", "4")) as server:
         enable_authentication(server)
-        async with Etcd(server.addresses, user=WRITER, deadline_s=PATIENT_S) as etcd:
+        async with Etcd(server.addresses, user=writer, deadline_s=PATIENT_S) as etcd:
             await etcd.put(b"/a/x", b"")
-            as_root(server, "user", "passwd", WRITER.name, "--interactive=false", input="new")
+            as_root(server, "user", "passwd", writer.name, "--interactive=false", input="new")
             with pytest.raises(EtcdRefused, match="authentication failed"):
                 await etcd.put(b"/a/x", b"")
-            as_root(server, "user", "passwd", WRITER.name, "--interactive=false", input=WRITER.password)
+            writer.password_file.write_text("new\n")
             await etcd.put(b"/a/x", b"")
 
 
-# Tokens of the kind `jwt`, which say when they expire and for which revision of users and roles they are.
+# JSON Web Tokens, which contain their time of expiry and the revision of users and roles.
 
 
 @pytest.fixture(scope="module")
@@ -255,8 +272,8 @@ def expires_at(token: str) -> float:
 
 @pytest.mark.parametrize("first_use", ["call", "watch"])
 @pytest.mark.sample(2)
-async def test_expired_jwt(jwt_server: EtcdCluster, first_use: str) -> None:
-    async with Etcd(jwt_server.addresses, user=WRITER, deadline_s=PATIENT_S) as etcd:
+async def test_expired_jwt(jwt_server: EtcdCluster, writer: User, first_use: str) -> None:
+    async with Etcd(jwt_server.addresses, user=writer, deadline_s=PATIENT_S) as etcd:
         revision = await etcd.put(b"/a/x", b"")
         token = etcd._calls._token
         await until(lambda: time.time() > expires_at(token) + 1)
@@ -269,8 +286,8 @@ async def test_expired_jwt(jwt_server: EtcdCluster, first_use: str) -> None:
 
 @pytest.mark.parametrize("first_use", ["call", "watch"])
 @pytest.mark.sample(2)
-async def test_jwt_from_before_a_change_of_roles(jwt_server: EtcdCluster, first_use: str) -> None:
-    async with Etcd(jwt_server.addresses, user=WRITER, deadline_s=PATIENT_S) as etcd:
+async def test_jwt_from_before_a_change_of_users(jwt_server: EtcdCluster, writer: User, first_use: str) -> None:
+    async with Etcd(jwt_server.addresses, user=writer, deadline_s=PATIENT_S) as etcd:
         revision = await etcd.put(b"/a/x", b"")
         as_root(jwt_server, "user", "add", f"another-{first_use}", "--interactive=false", input="x")
         if first_use == "call":
