@@ -1,4 +1,4 @@
-"""A member of etcd that answers as a test says, for what a real one does rarely or not in this version."""
+"""A member of etcd with scripted answers, for what a real one does rarely, or not in this version."""
 
 import asyncio
 import contextlib
@@ -7,10 +7,13 @@ from typing import Any
 
 import grpc
 
+from regd.bridge.etcd.model import Tls
 from regd.bridge.etcd.stubs import kv_pb2 as kv
 from regd.bridge.etcd.stubs import rpc_pb2 as rpc
 
 WATCH_ID = 7
+
+Failure = tuple[grpc.StatusCode, str]  # a status and its details
 
 
 def header(revision: int) -> rpc.ResponseHeader:
@@ -32,7 +35,7 @@ def progress(revision: int) -> rpc.WatchResponse:
 
 
 def changes(*revisions: int, store: int = 0, fragment: bool = False, key: bytes = b"") -> rpc.WatchResponse:
-    """Report a put of `key`, by default "/k" and the revision, at each of the revisions."""
+    """Report a put of `key`, by default "/k" and the revision, at each revision."""
     events = [
         kv.Event(kv=kv.KeyValue(key=key or b"/k%d" % revision, value=b"v", mod_revision=revision))
         for revision in revisions
@@ -41,25 +44,36 @@ def changes(*revisions: int, store: int = 0, fragment: bool = False, key: bytes 
     return rpc.WatchResponse(header=header(last), watch_id=WATCH_ID, events=events, fragment=fragment)
 
 
+async def _fail(failures: list[Failure | None], context: Any) -> None:
+    """Fail with the next failure, if there is one."""
+    if failures:
+        failure = failures.pop(0)
+        if failure is None:
+            await asyncio.Event().wait()
+        else:
+            await context.abort(*failure)
+
+
 def _unary(handler: Any, request: Any, response: Any) -> Any:
     return grpc.unary_unary_rpc_method_handler(handler, request.FromString, response.SerializeToString)
 
 
 class ScriptedEtcd:
-    """Each stream of a watch gets the next of `streams`; then it breaks, and the last one stays open.
+    """Each stream of a watch gets the next list of `streams` and then breaks. The last stream stays open.
 
     Attributes:
         streams: responses.
         starts: the `start_revision` of each watch that was created.
         metadata: of each stream.
-        progress_requests: how many have come.
-        breaks: whether streams break; otherwise all stay open.
-        answers_progress: whether they are answered, at `revision`.
-        failures: of the next reads and writes: a status and its details; None for no answer.
-        expired: tokens, "token 1" and so on, that reads and writes are refused with.
-        deadlines_s: of reads and writes, one for each that has come.
+        progress_requests: number of progress requests.
+        breaks: how streams break; None: all stay open.
+        answers_progress: whether progress requests are answered, with `revision`.
+        failures: of the next reads and writes; None for no answer.
+        authentication_failures: likewise, of the next authentications.
+        expired: tokens ("token 1" and so on) that are refused.
+        deadlines_s: of each read and write.
         passwords: of each authentication.
-        revision: in answers.
+        revision: in responses.
     """
 
     def __init__(self, *streams: list[rpc.WatchResponse]) -> None:
@@ -67,9 +81,10 @@ class ScriptedEtcd:
         self.starts: list[int] = []
         self.metadata: list[dict[str, str]] = []
         self.progress_requests = 0
-        self.breaks = True
+        self.breaks: Failure | None = (grpc.StatusCode.UNAVAILABLE, "the stream breaks")
         self.answers_progress = True
-        self.failures: list[tuple[grpc.StatusCode, str] | None] = []
+        self.failures: list[Failure | None] = []
+        self.authentication_failures: list[Failure | None] = []
         self.expired: set[str] = set()
         self.deadlines_s: list[float] = []
         self.passwords: list[str] = []
@@ -88,33 +103,31 @@ class ScriptedEtcd:
             for response in self.streams.pop(0) if self.streams else []:
                 yield response
             if self.streams and self.breaks:
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "the stream breaks")
+                await context.abort(*self.breaks)
 
     async def _range(self, request: rpc.RangeRequest, context: Any) -> rpc.RangeResponse:
-        await self._fail(context)
+        await self._check(context)
         return rpc.RangeResponse(header=header(self.revision))
 
     async def _txn(self, request: rpc.TxnRequest, context: Any) -> rpc.TxnResponse:
-        await self._fail(context)
+        await self._check(context)
         return rpc.TxnResponse(header=header(self.revision), succeeded=True)
 
-    async def _fail(self, context: Any) -> None:
+    async def _check(self, context: Any) -> None:
         self.deadlines_s.append(context.time_remaining())
         if dict(context.invocation_metadata()).get("token") in self.expired:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "etcdserver: invalid auth token")
-        if self.failures:
-            failure = self.failures.pop(0)
-            if failure is None:
-                await asyncio.Event().wait()
-            else:
-                await context.abort(*failure)
+        await _fail(self.failures, context)
 
     async def _authenticate(self, request: rpc.AuthenticateRequest, context: Any) -> rpc.AuthenticateResponse:
         self.passwords.append(request.password)
-        return rpc.AuthenticateResponse(token=f"token {len(self.passwords)}")
+        number = len(self.passwords)
+        await _fail(self.authentication_failures, context)
+        return rpc.AuthenticateResponse(token=f"token {number}")
 
     @contextlib.asynccontextmanager
-    async def serve(self) -> AsyncIterator["ScriptedEtcd"]:
+    async def serve(self, host: str = "127.0.0.1", tls: Tls | None = None) -> AsyncIterator["ScriptedEtcd"]:
+        """Listen at a free port of `host` during the block, with TLS or without."""
         server = grpc.aio.server()
         watch = grpc.stream_stream_rpc_method_handler(
             self._watch, rpc.WatchRequest.FromString, rpc.WatchResponse.SerializeToString
@@ -135,9 +148,18 @@ class ScriptedEtcd:
                 for service, methods in services.items()
             ]
         )
-        self.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        self.address = f"{host}:{_add_port(server, f'{host}:0', tls)}"
         await server.start()
         try:
             yield self
         finally:
             await server.stop(None)
+
+
+def _add_port(server: Any, address: str, tls: Tls | None) -> int:
+    if tls is None:
+        return int(server.add_insecure_port(address))
+    assert tls.cert is not None
+    assert tls.key is not None
+    credentials = grpc.ssl_server_credentials([(tls.key.read_bytes(), tls.cert.read_bytes())])
+    return int(server.add_secure_port(address, credentials))

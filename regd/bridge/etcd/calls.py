@@ -1,6 +1,5 @@
-"""Calls with a deadline, at one member after another, and with a new token when the old one has expired."""
+"""Calls with a deadline, repeated at the next member, and with a new token when the old one has expired."""
 
-import asyncio
 import time
 from pathlib import Path
 from typing import TypeVar
@@ -8,7 +7,7 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from regd.bridge.etcd.backoff import Backoff
-from regd.bridge.etcd.errors import DeadlineExceeded, EtcdError, EtcdRefused, EtcdUnavailable, TokenExpired
+from regd.bridge.etcd.errors import DeadlineExceeded, EtcdRefused, EtcdUnavailable, TokenExpired
 from regd.bridge.etcd.member import Member, Metadata
 from regd.bridge.etcd.members import Members
 from regd.bridge.etcd.methods import AUTHENTICATE, Method
@@ -24,7 +23,7 @@ _DEADLINE_S_MAX = 16.0
 
 
 def metadata(token: str) -> Metadata:
-    """Return the metadata of a call or a stream: the token, and that a member without a leader refuses it."""
+    """Return the metadata of a call or a stream: the token, and that a member without a leader must refuse it."""
     return (("hasleader", "true"), *((("token", token),) if token else ()))
 
 
@@ -33,8 +32,8 @@ class Calls:
 
     Args:
         members: of the cluster.
-        user: to authenticate as; None for no user, or one that is named by the client's certificate.
-        deadline_s: for a call at one member. It is doubled after each call that took longer, up to 16 s.
+        user: to authenticate as; None for no user, or if the client's certificate names the user.
+        deadline_s: for a call at one member. It is doubled after each call that exceeds it, up to 16 s.
 
     Attributes:
         repeat_s: how long a call is repeated: longer than the election of a leader takes.
@@ -44,16 +43,15 @@ class Calls:
         self.members = members
         self.repeat_s = 5.0
         self._user = user
-        self._token = ""
-        self._authenticating = asyncio.Lock()
+        self._token: str | None = None  # None: authenticate before the next call; "": etcd asks for none
         self._deadline_s = self._first_deadline_s = deadline_s
 
     async def call(self, method: Method[Q, R], request: Q, repeatable: bool) -> R:
         """Call a method and return its response.
 
         Args:
-            repeatable: it may be called several times, for example because it only reads. Otherwise it is
-                repeated only if no attempt can have had an effect.
+            repeatable: whether the call may take effect several times, for example because it only reads. If not,
+                it is repeated only while no attempt can have had an effect.
 
         Raises:
             EtcdUnavailable: no member answered in time.
@@ -76,49 +74,55 @@ class Calls:
             try:
                 return await self._ask(member, method, request, token)
             except TokenExpired:
-                if not self._user:
+                if not self.forget_token(token):
                     raise
-            self.forget_token(token)
             return await self._ask(member, method, request, await self.token(member))
 
     async def _ask(self, member: Member, method: Method[Q, R], request: Q, token: str) -> R:
         deadline_s = self._deadline_s
         try:
             response = await member.ask(method, request, metadata(token), deadline_s)
-        except EtcdUnavailable as error:
-            if isinstance(error, DeadlineExceeded):
-                self._deadline_s = min(2 * deadline_s, _DEADLINE_S_MAX)
-            raise
-        except EtcdError:
-            self.members.answered()
+        except DeadlineExceeded:
+            self._deadline_s = min(2 * deadline_s, _DEADLINE_S_MAX)
             raise
         self._deadline_s = self._first_deadline_s
-        self.members.answered()
         return response
 
     async def token(self, member: Member) -> str:
-        """Return the token for calls and streams; "" without a user.
+        """Return the token for calls and streams; "" for none.
+
+        A call that authenticates at a frozen member does not hold up the calls that have moved to another member.
 
         Raises:
+            EtcdUnavailable: the member does not answer, or was given up.
             EtcdRefused: the user or the password is wrong, or the password file cannot be read.
         """
-        async with self._authenticating:
-            if self._user is not None and not self._token:
+        if self._user is None:
+            return ""
+        async with member.authenticating:
+            if self._token is None:
+                if member.given_up.done():
+                    message = f"the connection to etcd at {member.address} was given up"
+                    raise EtcdUnavailable(message, may_have_effect=False)
                 self._token = await self._authenticate(member, self._user)
-        return self._token
+            return self._token
 
-    def forget_token(self, token: str) -> None:
-        """Note that etcd did not accept a token: the next call authenticates again, if no other has done so."""
+    def forget_token(self, token: str) -> bool:
+        """Forget a token that etcd refused, unless it was replaced. Return whether there can be a new one."""
         if self._token == token:
-            self._token = ""
+            self._token = None
+        return self._user is not None
 
     async def _authenticate(self, member: Member, user: User) -> str:
         request = AUTHENTICATE.request(name=user.name, password=_read_password(user.password_file))
         try:
             response = await self._ask(member, AUTHENTICATE, request, "")
+        except EtcdUnavailable as error:
+            error.may_have_effect = False  # the request itself was not sent, or refused
+            raise
         except EtcdRefused as error:
             if "authentication is not enabled" in str(error):
-                return ""  # as etcdctl does, so that authentication can be enabled later
+                return ""  # until a request without a token is refused
             raise EtcdRefused(f"{error} (user {user.name!r})") from None
         return response.token
 

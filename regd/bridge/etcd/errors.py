@@ -1,4 +1,4 @@
-"""What can go wrong with etcd, by what the caller can do about it."""
+"""Errors of the client, by what the caller can do about them."""
 
 __all__ = [
     "Compacted",
@@ -21,7 +21,7 @@ class EtcdUnavailable(EtcdError):
     """No member answered in time, or the cluster has no leader: try again.
 
     Attributes:
-        may_have_effect: a write of this request may be in effect, or still come into effect.
+        may_have_effect: whether a write of this request may have taken effect, or may still do so.
     """
 
     def __init__(self, message: str, may_have_effect: bool = True) -> None:
@@ -30,36 +30,28 @@ class EtcdUnavailable(EtcdError):
 
 
 class DeadlineExceeded(EtcdUnavailable):
-    """A member is connected, and did not answer in time."""
+    """A connected member did not answer in time."""
 
 
 class EtcdRefused(EtcdError):
-    """etcd refuses the request or the user: trying again does not help until something is changed."""
+    """etcd refuses the request or the user. Trying again is useless until an administrator changes something."""
 
 
 class LeaseNotFound(EtcdError):
-    """The lease has ended, and its keys with it."""
+    """The lease has ended, and its keys are deleted."""
 
 
 class EtcdConflict(EtcdError):
-    """A key of `only_if` has another revision. Nothing of this transaction is in effect."""
+    """A key of `only_if` has another revision. This transaction had no effect."""
 
 
 class Compacted(EtcdError):
-    """etcd no longer has changes, or an old revision: read the prefix, and watch from there.
-
-    Attributes:
-        revision: up to which etcd has compacted its history; 0 if it did not say so.
-    """
-
-    def __init__(self, revision: int) -> None:
-        super().__init__(f"etcd has compacted its history up to revision {revision}")
-        self.revision = revision
+    """etcd no longer has the changes or the revision asked for: read the prefix, and watch from there."""
 
 
 class TokenExpired(EtcdRefused):
-    """etcd does not accept the token: authenticate again. Raised to callers only if that does not help."""
+    """etcd does not accept the token. Callers see this error only if a new token is refused too."""
 
 
 class ResponseTooLarge(EtcdRefused):
-    """The response has more bytes than the client receives at once: ask for less."""
+    """The response exceeds the size that the client accepts: ask for less."""

@@ -1,4 +1,4 @@
-"""Keeps a lease alive, on one stream, at a third of its time to live."""
+"""A lease, refreshed on one stream after a third of its TTL."""
 
 import asyncio
 import time
@@ -12,7 +12,7 @@ from regd.bridge.etcd.stubs import rpc_pb2 as rpc
 
 __all__ = ["Lease"]
 
-# In times to live. Three members can be tried until a lease ends: 1/3 + 3 x 1/6 < 1.
+# In TTLs. If the member does not answer, half of the TTL is left to connect to another one.
 _REFRESH_AFTER = 1 / 3
 _RESPONSE_WITHIN = 1 / 6
 
@@ -20,14 +20,14 @@ _KeepAlive = Stream[rpc.LeaseKeepAliveRequest, rpc.LeaseKeepAliveResponse]
 
 
 class Lease:
-    """A lease of etcd, and what keeps it alive.
+    """A lease of etcd, which `keep` keeps alive.
 
-    A time to live is a minimum: etcd begins it anew when the cluster gets another leader. So a lease has ended
-    only when etcd says so, not when time has passed here.
+    The TTL is a minimum: after a change of leader, etcd counts it from the start. So a lease has ended only when
+    etcd says so, not when the TTL has passed here.
 
     Attributes:
         id: for `Put`.
-        ttl_s: as etcd granted it, which may be more than was asked for.
+        ttl_s: as etcd granted it, which may be more than requested.
         lost: set when etcd has ended the lease, and deleted its keys.
     """
 
@@ -41,13 +41,13 @@ class Lease:
 
     @property
     def remaining_s(self) -> float:
-        """Seconds that the lease lives at least; 0 if etcd may have ended it."""
+        """Seconds for which the lease surely exists; 0 if etcd may have ended it."""
         if self.lost.is_set():
             return 0.0
         return max(0.0, self._refreshed_at + self.ttl_s - time.monotonic())
 
     async def keep(self) -> None:
-        """Keep the lease alive until it is lost or this is cancelled."""
+        """Keep the lease alive until it is lost or this task is cancelled."""
         while True:
             try:
                 await self._keep_at_member()
@@ -58,7 +58,7 @@ class Lease:
                 await self._backoff.pause()
 
     async def _keep_at_member(self) -> None:
-        """Keep the lease alive until the member is given up."""
+        """Keep the lease alive on a stream of one member, until that member is given up."""
         async with self._calls.members.use() as member:
             token = await self._calls.token(member)
             stream = member.stream(KEEP_ALIVE, metadata(token))
@@ -81,7 +81,6 @@ class Lease:
                 response = await stream.receive()
         except TimeoutError:
             raise EtcdUnavailable("etcd did not refresh a lease in time") from None
-        self._calls.members.answered()
         if response.TTL <= 0:
             raise LeaseNotFound("the lease has ended")
         self._refreshed_at = sent_at

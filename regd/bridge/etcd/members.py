@@ -1,10 +1,11 @@
-"""The members of a cluster: one connection at a time, to the next member when it fails."""
+"""The members of a cluster: a connection to one of them, and to the next one when it fails."""
 
 import asyncio
 import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 
 from regd.bridge.etcd.errors import EtcdError, EtcdUnavailable
 from regd.bridge.etcd.member import Member
@@ -18,8 +19,8 @@ _log = logging.getLogger("regd.bridge")
 class Members:
     """Connects to one of the members, and to the next one when it does not answer.
 
-    grpc can connect to several addresses by itself, but stays with a member that is frozen or cut off from the
-    others as long as its connection holds.
+    grpc can connect to several addresses by itself, but it stays with a member that is frozen, or cut off from
+    the others, as long as the connection holds.
 
     Attributes:
         answered_at: when a member last answered, by the monotonic clock.
@@ -31,18 +32,19 @@ class Members:
         self.answered_at = time.monotonic()
         self._addresses = addresses
         self._tls = tls
-        self._turn = 0  # index of the address to connect to; grows without end
+        self._moves = 0  # to the next address, since the start
         self._current: Member | None = None
         self._open: set[Member] = set()
         self._connecting = asyncio.Lock()
-        self._failures = 0  # in a row
+        self._failures = 0  # since the last answer
+        self._failure = ""  # the message of the last one
         self._is_lost = False
         self._is_closed = False
 
     @property
     def address(self) -> str:
-        """The address in use."""
-        return self._addresses[self._turn % len(self._addresses)]
+        """The address of the member in use, or of the next one to try."""
+        return self._addresses[self._moves % len(self._addresses)]
 
     @contextlib.asynccontextmanager
     async def use(self) -> AsyncIterator[Member]:
@@ -50,69 +52,62 @@ class Members:
 
         Raises:
             EtcdUnavailable: no member accepts a connection.
-            EtcdError: the client was closed.
+            EtcdError: the client is closed.
         """
         member = await self._connected()
         member.users += 1
         try:
             yield member
         except EtcdUnavailable as error:
-            self._give_up(member, error)
+            if member is self._current:
+                self._retire(member)
+                self._failed(error)
             raise
         finally:
             member.users -= 1
             await self._close_unused(member)
 
-    def answered(self) -> None:
-        """Note that a member has answered."""
+    def _answered(self, address: str) -> None:
         self.answered_at = time.monotonic()
         self._failures = 0
         if self._is_lost:
             self._is_lost = False
-            _log.warning("etcd answers again, at %s", self.address)
-
-    def _give_up(self, member: Member, error: EtcdUnavailable) -> None:
-        if self._current is member:
-            self._retire()
-            self._failed(error)
-
-    def _retire(self) -> None:
-        if self._current is not None:
-            self._current.given_up.set_result(None)
-            self._current = None
+            _log.warning("etcd answers again, at %s", address)
 
     def _failed(self, error: EtcdUnavailable) -> None:
-        """Go on to the next member. After one failure of each without an answer, etcd counts as lost."""
-        self._turn += 1
+        """Move on to the next member. When each has failed without an answer in between, etcd counts as lost."""
+        self._moves += 1
         self._failures += 1
-        if self._failures >= len(self._addresses) and not self._is_lost:
+        self._failure = str(error)
+        if self._failures >= len(self._addresses) and not self._is_lost and not self._is_closed:
             self._is_lost = True
             _log.warning("no member of etcd answers; still trying: %s", error)
 
+    def _retire(self, member: Member) -> None:
+        member.given_up.set_result(None)
+        self._current = None
+
     async def _connected(self) -> Member:
+        """Return the member in use. Calls that wait for a connection share its failures."""
+        moves_max = self._moves + len(self._addresses)
         async with self._connecting:
-            if self._is_closed:
-                raise EtcdError("the client of etcd is closed")
             if self._current is not None and not self._current.is_connected:
                 unused = self._current
-                self._retire()  # the same address first: its connection may have ended for being idle
+                self._retire(unused)  # try its address first: the connection may have been closed for being idle
                 await self._close_unused(unused)
-            for _ in self._addresses:
-                if self._current is not None:
-                    return self._current
+            while self._current is None:
+                if self._is_closed:
+                    raise EtcdError("the client of etcd is closed")
+                if self._moves >= moves_max:
+                    raise EtcdUnavailable(self._failure, may_have_effect=False)
                 try:
                     self._current = await self._connect(self.address)
                 except EtcdUnavailable as error:
-                    if self._is_closed:
-                        raise
-                    failure = error
                     self._failed(error)
-            if self._current is None:
-                raise failure
             return self._current
 
     async def _connect(self, address: str) -> Member:
-        member = Member(address, self._tls)
+        member = Member(address, self._tls, partial(self._answered, address))
         self._open.add(member)
         try:
             await member.connect()
@@ -128,8 +123,9 @@ class Members:
             await member.close()
 
     async def close(self) -> None:
-        """Close all connections. Calls and streams that still use one are cancelled. Idempotent."""
+        """Close all connections. Calls and streams on them are cancelled. Idempotent."""
         self._is_closed = True
-        self._retire()
+        if self._current is not None:
+            self._retire(self._current)
         while self._open:
             await self._open.pop().close()

@@ -1,4 +1,4 @@
-"""A watch of a prefix. When its stream breaks, it goes on at another member, after the last change seen."""
+"""A watch of a prefix. When its stream breaks, it resumes at another member, after the last change seen."""
 
 import asyncio
 import contextlib
@@ -16,19 +16,19 @@ from regd.bridge.etcd.stubs import rpc_pb2 as rpc
 
 __all__ = ["Position", "Watch"]
 
-QUIET_S = 5.0  # after which the member is asked for a sign of life
-_QUIET_MAX = 3  # times QUIET_S, after which a stream counts as broken
-_PAUSE_S_MAX = 1.0  # a bridge should see the others at once when etcd is back
+QUIET_S = 5.0  # without a response, before the member is asked for one
+_QUIET_MAX = 3  # periods of QUIET_S without a response, before a stream counts as broken
+_PAUSE_S_MAX = 1.0  # so that a bridge soon sees the others when etcd is back
 
 _WatchStream = Stream[rpc.WatchRequest, rpc.WatchResponse]
 
 
 class Position:
-    """What a watch has seen: changes up to a revision, and no change after it.
+    """The revision up to which a watch has reported all changes, and none after it.
 
-    It moves with changes only. The revision in a response's header is that of the store, which is later than the
-    response's last change while etcd catches a watch up; and in etcd 3.4 the answer to a progress request may
-    overtake changes.
+    Only changes advance it. The header of a response has the revision of the store, which is later than the last
+    change in the response while a watch catches up. In etcd 3.4, the answer to a progress request may overtake
+    changes.
     """
 
     def __init__(self, revision: int) -> None:
@@ -36,7 +36,7 @@ class Position:
         self._incomplete: list[KeyEvent] = []
 
     def take(self, response: rpc.WatchResponse) -> EventBatch | None:
-        """Return the new changes, each revision whole: the rest of the last one may be in the next fragment."""
+        """Return the new changes, in whole revisions. The last revision of a fragment waits for the next one."""
         events = self._incomplete + [
             _event(event) for event in response.events if event.kv.mod_revision > self.revision
         ]
@@ -50,8 +50,8 @@ class Position:
         self.revision = events[-1].revision
         return EventBatch(self.revision, events)
 
-    def break_off(self) -> None:
-        """Forget an incomplete revision: the next stream begins with it."""
+    def begin_stream(self) -> None:
+        """Forget an incomplete revision: the new stream sends it again."""
         self._incomplete = []
 
 
@@ -64,7 +64,7 @@ def _event(event: kv.Event) -> KeyEvent:
 
 
 class Watch:
-    """A watch of all keys with a prefix, from the changes after a revision on."""
+    """A watch of all keys with a prefix, for the changes after a revision."""
 
     def __init__(self, calls: Calls, prefix: bytes, after_revision: int) -> None:
         self._calls = calls
@@ -75,11 +75,12 @@ class Watch:
         self._has_new_token = False  # since the last stream that etcd accepted
 
     async def batches(self) -> AsyncGenerator[EventBatch, None]:
-        """Yield the changes, without an end.
+        """Yield the changes as they happen.
 
         Raises:
-            Compacted: etcd no longer keeps the next changes.
+            Compacted: etcd no longer has the next changes.
             EtcdRefused: the user may not read the prefix.
+            EtcdError: the client is closed.
         """
         while True:
             try:
@@ -92,22 +93,21 @@ class Watch:
             except TokenExpired as error:
                 self._replace_token(error)
             except EtcdUnavailable:
-                self._position.break_off()
                 await self._backoff.pause()
 
     async def _follow(self, member: Member) -> AsyncGenerator[EventBatch, None]:
         """Yield the changes that a member reports."""
+        self._position.begin_stream()
         self._token = await self._calls.token(member)
         stream = member.stream(WATCH, metadata(self._token))
         try:
             await stream.send(self._request())
             while True:
                 response = await self._next(member, stream)
-                self._calls.members.answered()
                 if response.compact_revision:
-                    raise Compacted(response.compact_revision)
+                    raise Compacted(f"etcd has compacted revision {response.compact_revision}")
                 if response.canceled and response.created:
-                    # etcd 3.4 has one reason for an expired token and for a user who may not read the prefix.
+                    # etcd 3.4 gives the same reason for an expired token and for a user who may not read.
                     raise TokenExpired(response.cancel_reason.rpartition("etcdserver: ")[2])
                 if response.canceled:
                     raise EtcdUnavailable(f"etcd has canceled a watch: {response.cancel_reason}")
@@ -123,25 +123,25 @@ class Watch:
             stream.close()
 
     def _request(self) -> rpc.WatchRequest:
-        """Return the request. It begins with the last revision that was seen, not with the one after it.
+        """Return the request. It begins with the last revision seen, not with the next one.
 
-        A watch that begins in the future gets no sign of life: etcd answers a progress request only for watches
-        that it has caught up.
+        etcd answers a progress request only when the watch has reached its first revision, so a watch that begins
+        in the future would look dead.
         """
         key, range_end = key_range(self._prefix)
         create = rpc.WatchCreateRequest(
             key=key,
             range_end=range_end,
             start_revision=max(1, self._position.revision),
-            fragment=True,  # else a response may have more bytes than RESPONSE_BYTES_MAX
+            fragment=True,  # or a response may exceed RESPONSE_BYTES_MAX
         )
         return rpc.WatchRequest(create_request=create)
 
     async def _next(self, member: Member, stream: _WatchStream) -> rpc.WatchResponse:
-        """Receive the next response. A quiet member is asked for one.
+        """Receive the next response. Ask the member for one when it is quiet.
 
         Raises:
-            EtcdUnavailable: the stream broke, the member is quiet, or another call has given it up.
+            EtcdUnavailable: the stream broke, the member stays quiet, or another call has given it up.
         """
         receiving = asyncio.create_task(stream.receive())
         either: list[asyncio.Future[Any]] = [receiving, member.given_up]
@@ -153,30 +153,28 @@ class Watch:
                 if member.given_up.done():
                     raise EtcdUnavailable(f"the connection to etcd at {member.address} was given up")
                 await stream.send(rpc.WatchRequest(progress_request=rpc.WatchProgressRequest()))
-            raise EtcdUnavailable(f"etcd at {member.address} does not answer on the stream of a watch")
+            raise EtcdUnavailable(f"etcd at {member.address} does not answer on a watch stream")
         finally:
-            if not receiving.done():
-                receiving.cancel()
-                await asyncio.gather(receiving, return_exceptions=True)
+            receiving.cancel()
+            await asyncio.gather(receiving, return_exceptions=True)
 
     def _replace_token(self, error: TokenExpired) -> None:
         """Forget the token, so that the next stream has a new one.
 
         Raises:
-            EtcdRefused: there is none, or the new one is not accepted either.
+            EtcdRefused: there is no user, or the new token is not accepted either.
         """
-        if not self._token or self._has_new_token:
+        if self._has_new_token or not self._calls.forget_token(self._token):
             raise EtcdRefused(f"etcd refuses to watch {self._prefix!r}: {error}") from None
         self._has_new_token = True
-        self._calls.forget_token(self._token)
 
     async def _check_revision(self) -> None:
-        """Check that a member whose revision is too low is only late.
+        """Ask the cluster whether a member with an earlier revision is only behind.
 
         Raises:
-            Compacted: etcd has lost revisions, for example because it was restored from a backup.
+            Compacted: the cluster has lost revisions, for example because it was restored from a backup.
         """
         key, _ = key_range(self._prefix)
         response = await self._calls.call(RANGE, rpc.RangeRequest(key=key), repeatable=True)
         if response.header.revision < self._position.revision:
-            raise Compacted(0)
+            raise Compacted("etcd has lost revisions")

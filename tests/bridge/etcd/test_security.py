@@ -18,6 +18,7 @@ from tests.support.certificates import Authority
 from tests.support.etcd import EtcdCluster, cluster, need
 from tests.support.followers import following
 from tests.support.polling import until
+from tests.support.scripted_etcd import ScriptedEtcd
 
 PASSWORDS = {"root": "root-secret", "machine-a": "secret-of-a", "reader": "secret-of-readers"}
 
@@ -49,7 +50,7 @@ async def test_client_certificate(tls_server: EtcdCluster, authority: Authority,
 
 
 async def refusal(etcd: Etcd) -> str:
-    """Return why a cluster is not reached."""
+    """Return the reason of a failed connection."""
     etcd._calls.repeat_s = 0.0
     with pytest.raises(EtcdUnavailable) as caught:
         async with etcd:
@@ -58,7 +59,7 @@ async def refusal(etcd: Etcd) -> str:
     return str(caught.value)
 
 
-async def test_tls_that_does_not_fit(tls_server: EtcdCluster, authority: Authority, tmp_path: Path) -> None:
+async def test_refused_tls_connections(tls_server: EtcdCluster, authority: Authority, tmp_path: Path) -> None:
     stranger = Authority(tmp_path / "stranger")
     ours = authority.issue("client")
     assert "CERTIFICATE_VERIFY_FAILED" in await refusal(Etcd(tls_server.addresses, Tls(stranger.cert)))
@@ -66,16 +67,18 @@ async def test_tls_that_does_not_fit(tls_server: EtcdCluster, authority: Authori
         assert "cannot connect to etcd at 127.0.0.1:" in await refusal(Etcd(tls_server.addresses, tls))
     missing = tmp_path / "missing"
     assert f"cannot read {missing}: No such file" in await refusal(Etcd(tls_server.addresses, Tls(missing)))
+    unusable = tmp_path / "unusable"
+    unusable.write_text("no PEM")
+    for tls in (Tls(unusable), ours._replace(key=unusable), ours._replace(key=stranger.issue("other").key)):
+        assert "cannot use the TLS files" in await refusal(Etcd(tls_server.addresses, tls))
     async with Etcd(tls_server.addresses, ours, deadline_s=PATIENT_S) as etcd:
         await etcd.put(b"/", b"")
 
 
-@pytest.mark.long
-async def test_server_with_the_certificate_of_another_host(authority: Authority, tmp_path: Path) -> None:
+async def test_server_with_the_certificate_of_another_host(authority: Authority) -> None:
     own = authority.issue("elsewhere", "DNS:elsewhere.example")
-    options = ("--cert-file", str(own.cert), "--key-file", str(own.key))
-    with cluster(tmp_path, options=options, scheme="https") as server:
-        assert "127.0.0.1" in await refusal(Etcd(server.addresses, Tls(authority.cert)))
+    async with ScriptedEtcd().serve(tls=own) as script:
+        assert "127.0.0.1" in await refusal(Etcd([script.address], Tls(authority.cert)))
 
 
 async def test_renewed_certificates_are_used(
@@ -222,6 +225,7 @@ async def test_watch_and_lease_outlive_the_token(guarded: EtcdCluster, writer: U
         assert not lease.lost.is_set()
 
 
+@pytest.mark.long
 async def test_restart_of_etcd_invalidates_tokens(tmp_path: Path, writer: User) -> None:
     with cluster(tmp_path, options=("--bcrypt-cost", "4")) as server:
         enable_authentication(server)
@@ -276,6 +280,7 @@ async def test_expired_jwt(jwt_server: EtcdCluster, writer: User, first_use: str
     async with Etcd(jwt_server.addresses, user=writer, deadline_s=PATIENT_S) as etcd:
         revision = await etcd.put(b"/a/x", b"")
         token = etcd._calls._token
+        assert token is not None
         await until(lambda: time.time() > expires_at(token) + 1)
         if first_use == "call":
             await etcd.put(b"/a/x", b"")

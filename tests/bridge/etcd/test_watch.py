@@ -30,7 +30,7 @@ async def put_many(etcd: Etcd, prefix: bytes, count: int, value: bytes) -> int:
     return max(await asyncio.gather(*(put() for _ in range(TASKS))))
 
 
-async def test_changes_come_in_order(etcd: Etcd, prefix: bytes) -> None:
+async def test_changes_are_reported_in_order(etcd: Etcd, prefix: bytes) -> None:
     before = (await etcd.read(prefix)).revision
     async with etcd.lease(60) as lease, following(etcd, prefix, before) as follower:
         a, b = prefix + b"a", prefix + b"b"
@@ -47,7 +47,7 @@ async def test_changes_come_in_order(etcd: Etcd, prefix: bytes) -> None:
         ]
 
 
-async def test_watch_of_an_empty_store_begins_at_its_first_change(tmp_path: Path) -> None:
+async def test_watch_of_an_empty_store_reports_its_first_change(tmp_path: Path) -> None:
     with cluster(tmp_path) as server:
         async with Etcd(server.addresses, deadline_s=PATIENT_S) as etcd, following(etcd, b"/", 0) as follower:
             revision = await etcd.put(b"/a", b"")
@@ -55,7 +55,9 @@ async def test_watch_of_an_empty_store_begins_at_its_first_change(tmp_path: Path
             assert follower.revisions == [revision]
 
 
-async def test_every_change_comes_once_across_many_cuts(etcd: Etcd, server: EtcdCluster, prefix: bytes) -> None:
+async def test_every_change_is_reported_once_across_broken_connections(
+    etcd: Etcd, server: EtcdCluster, prefix: bytes
+) -> None:
     last = before = (await etcd.read(prefix)).revision
     async with (
         ByteRelay(server.members[0].port) as relay,
@@ -72,10 +74,10 @@ async def test_every_change_comes_once_across_many_cuts(etcd: Etcd, server: Etcd
     assert follower.revisions == list(range(before + 1, last + 1))
 
 
-async def test_watch_that_is_cut_while_it_catches_up_misses_nothing(
+async def test_no_change_is_lost_when_the_connection_breaks_during_catch_up(
     etcd: Etcd, server: EtcdCluster, prefix: bytes
 ) -> None:
-    """etcd sends a thousand revisions at a time; the header of each response has the revision of the store."""
+    """etcd sends a thousand revisions per response; the header of each has the revision of the store."""
     before = (await etcd.read(prefix)).revision
     last = await put_many(etcd, prefix, 1_500, b"x" * 1_000)
     async with ByteRelay(server.members[0].port) as relay, Etcd([relay.address]) as watcher:
@@ -101,7 +103,7 @@ async def test_changes_larger_than_a_response_of_grpc(etcd: Etcd, prefix: bytes,
 
 
 @pytest.mark.long
-async def test_reader_that_is_slow_gets_everything(etcd: Etcd, prefix: bytes) -> None:
+async def test_slow_reader_gets_every_change(etcd: Etcd, prefix: bytes) -> None:
     before = (await etcd.read(prefix)).revision
     async with contextlib.aclosing(etcd.watch(prefix, before)) as batches:
         await etcd.put(prefix, b"")
@@ -127,7 +129,7 @@ async def test_compaction_while_a_watch_is_behind(etcd: Etcd, server: EtcdCluste
             relay.accept()
             await until(lambda: follower.error)
             assert isinstance(follower.error, Compacted)
-            assert follower.error.revision == compacted
+            assert f"compacted revision {compacted}" in str(follower.error)
             assert len(follower.events) == 1
         picture = await watcher.read(prefix)
         assert list(picture.records) == [prefix + b"b"]
@@ -136,7 +138,7 @@ async def test_compaction_while_a_watch_is_behind(etcd: Etcd, server: EtcdCluste
             assert len(follower.events) == 1
 
 
-async def test_watch_may_begin_where_history_begins(etcd: Etcd, server: EtcdCluster, prefix: bytes) -> None:
+async def test_watch_after_the_compacted_revision(etcd: Etcd, server: EtcdCluster, prefix: bytes) -> None:
     compacted = await etcd.put(prefix + b"a", b"")
     last = await etcd.put(prefix + b"b", b"")
     server.ctl("compaction", str(compacted))
@@ -162,7 +164,7 @@ async def test_restart_of_etcd(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     ]  # fmt: skip
 
 
-async def test_etcd_that_was_made_anew(tmp_path: Path) -> None:
+async def test_watch_ends_when_etcd_has_lost_its_data(tmp_path: Path) -> None:
     with cluster(tmp_path) as server:
         [member] = server.members
         async with Etcd(server.addresses, deadline_s=PATIENT_S) as etcd:
@@ -177,7 +179,7 @@ async def test_etcd_that_was_made_anew(tmp_path: Path) -> None:
                 assert isinstance(follower.error, Compacted)
 
 
-async def test_watches_that_end_leave_nothing_in_etcd(etcd: Etcd, server: EtcdCluster, prefix: bytes) -> None:
+async def test_ended_watches_leave_no_watcher_in_etcd(etcd: Etcd, server: EtcdCluster, prefix: bytes) -> None:
     watchers = "etcd_debugging_mvcc_watcher_total"
     [member] = server.members
     block_until(lambda: member.metric(watchers) == 0)
@@ -189,7 +191,7 @@ async def test_watches_that_end_leave_nothing_in_etcd(etcd: Etcd, server: EtcdCl
     await until(lambda: member.metric(watchers) == 0)
 
 
-async def test_client_that_is_closed_ends_its_watches(server: EtcdCluster, prefix: bytes) -> None:
+async def test_closing_the_client_cancels_its_watches(server: EtcdCluster, prefix: bytes) -> None:
     async with Etcd(server.addresses, deadline_s=PATIENT_S) as etcd:
         before = (await etcd.read(prefix)).revision
         watching = asyncio.create_task(anext(etcd.watch(prefix, before)))
@@ -201,7 +203,7 @@ async def test_client_that_is_closed_ends_its_watches(server: EtcdCluster, prefi
 async def test_half_open_connection_is_noticed(
     etcd: Etcd, server: EtcdCluster, prefix: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the pings of HTTP/2 alone, which take a minute without one of the options."""
+    """By the pings of HTTP/2 alone. Without one of the options of grpc they would take a minute."""
     monkeypatch.setattr(watch, "QUIET_S", 1_000.0)
     before = (await etcd.read(prefix)).revision
     async with (

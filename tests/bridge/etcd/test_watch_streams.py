@@ -1,5 +1,8 @@
-"""Watches against a member that follows a script: where a watch resumes, and what it makes of each response."""
+"""Watches of a member with scripted answers: where a watch resumes, and how it takes each response."""
 
+from pathlib import Path
+
+import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 from regd.bridge.etcd import watch
 from regd.bridge.etcd.client import Etcd
 from regd.bridge.etcd.errors import Compacted, EtcdRefused
+from regd.bridge.etcd.model import User
 from regd.bridge.etcd.stubs import kv_pb2 as kv
 from regd.bridge.etcd.stubs import rpc_pb2 as rpc
 from tests.support.followers import Follower, following
@@ -14,14 +18,20 @@ from tests.support.polling import until
 from tests.support.scripted_etcd import WATCH_ID, ScriptedEtcd, canceled, changes, created, header, progress
 
 
-async def watched(script: ScriptedEtcd, until_revision: int, after_revision: int = 1) -> Follower:
+async def watched(
+    script: ScriptedEtcd, until_revision: int, after_revision: int = 1, user: User | None = None
+) -> Follower:
     """Watch until a revision is seen."""
-    async with script.serve(), Etcd([script.address]) as etcd, following(etcd, b"/", after_revision) as follower:
+    async with (
+        script.serve(),
+        Etcd([script.address], user=user) as etcd,
+        following(etcd, b"/", after_revision) as follower,
+    ):
         await follower.until_revision(until_revision)
         return follower
 
 
-async def test_watch_resumes_after_its_last_change_and_not_after_the_store_s_revision() -> None:
+async def test_watch_resumes_after_its_last_change_not_after_the_revision_of_the_store() -> None:
     script = ScriptedEtcd([created(5_001), changes(2, 3, 1_001, store=5_001)], [created(), changes(1_001, 1_002)])
     follower = await watched(script, 1_002)
     assert script.starts == [1, 1_001]
@@ -53,7 +63,7 @@ async def test_fragments_of_a_revision_are_one_batch() -> None:
     assert batches == [[(b"/k2", 2), (b"/k3", 3)], [(b"/k4", 4), (b"/b", 4), (b"/b", 4), (b"/c", 4)]]
 
 
-async def test_revision_that_breaks_off_between_fragments_comes_again_whole() -> None:
+async def test_revision_cut_between_fragments_is_reported_whole() -> None:
     script = ScriptedEtcd(
         [created(), changes(2, 3, fragment=True)],
         [created(), changes(2, 3, fragment=True), changes(3, key=b"/b")],
@@ -63,11 +73,23 @@ async def test_revision_that_breaks_off_between_fragments_comes_again_whole() ->
     assert [(event.key, event.revision) for event in follower.events] == [(b"/k2", 2), (b"/k3", 3), (b"/b", 3)]
 
 
-async def test_compacted_watch_ends_with_the_revision() -> None:
+async def test_incomplete_revision_is_dropped_when_the_token_expires(tmp_path: Path) -> None:
+    """Otherwise its changes would be reported twice."""
+    script = ScriptedEtcd(
+        [created(), changes(2, 3, fragment=True)],
+        [created(), changes(2, 3, fragment=True), changes(3, key=b"/b")],
+    )
+    script.breaks = (grpc.StatusCode.UNAUTHENTICATED, "etcdserver: invalid auth token")
+    password_file = tmp_path / "password"
+    password_file.write_text("secret")
+    follower = await watched(script, 3, user=User("a", password_file))
+    assert [(event.key, event.revision) for event in follower.events] == [(b"/k2", 2), (b"/k3", 3), (b"/b", 3)]
+
+
+async def test_compacted_watch_ends() -> None:
     compacted = rpc.WatchResponse(header=header(90), watch_id=WATCH_ID, canceled=True, compact_revision=57)
-    with pytest.raises(Compacted, match="57") as caught:
+    with pytest.raises(Compacted, match="57"):
         await watched(ScriptedEtcd([created(), compacted]), 9)
-    assert caught.value.revision == 57
 
 
 @pytest.mark.parametrize("reason", ["etcdserver: permission denied", "etcdserver: invalid auth token"])
@@ -76,20 +98,20 @@ async def test_refused_watch_ends(reason: str) -> None:
         await watched(ScriptedEtcd([canceled(reason)]), 9)
 
 
-async def test_watch_that_etcd_cancels_later_is_created_again() -> None:
+async def test_watch_canceled_by_etcd_is_created_again() -> None:
     ended = rpc.WatchResponse(header=header(3), watch_id=WATCH_ID, canceled=True, cancel_reason="shutting down")
     script = ScriptedEtcd([created(), changes(3), ended], [created(), changes(4)])
     assert (await watched(script, 4)).revisions == [3, 4]
     assert script.starts == [1, 3]
 
 
-async def test_member_without_a_leader_is_told_to_refuse_a_watch() -> None:
+async def test_watch_requires_a_member_with_a_leader() -> None:
     script = ScriptedEtcd([created(), changes(2)])
     await watched(script, 2)
     assert script.metadata[0]["hasleader"] == "true"
 
 
-async def test_quiet_watch_asks_for_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_quiet_watch_asks_for_a_response(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "QUIET_S", 0.4)
     script = ScriptedEtcd([created()])
     async with script.serve(), Etcd([script.address]) as etcd, following(etcd, b"/", 1):
@@ -97,31 +119,31 @@ async def test_quiet_watch_asks_for_signs_of_life(monkeypatch: pytest.MonkeyPatc
     assert len(script.starts) == 1
 
 
-async def test_watch_without_signs_of_life_is_created_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_watch_without_responses_is_created_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "QUIET_S", 0.05)
     script = ScriptedEtcd([created()], [created(), changes(2)])
-    script.breaks = script.answers_progress = False
+    script.breaks, script.answers_progress = None, False
     async with script.serve(), Etcd([script.address]) as etcd, following(etcd, b"/", 1) as follower:
         await follower.until_revision(2)
     assert script.progress_requests >= 2
 
 
-async def test_etcd_that_has_lost_revisions_is_read_again() -> None:
+async def test_watch_ends_when_etcd_has_lost_revisions() -> None:
     script = ScriptedEtcd([created(40)])
     script.revision = 40
     with pytest.raises(Compacted):
         await watched(script, 99, after_revision=50)
 
 
-async def test_member_that_is_late_is_watched() -> None:
+async def test_member_that_is_behind_is_watched() -> None:
     script = ScriptedEtcd([created(40), changes(51)])
     script.revision = 50
     assert (await watched(script, 51, after_revision=50)).revisions == [51]
 
 
 @given(st.lists(st.integers(1, 4), max_size=12), st.data())
-def test_every_change_comes_once_in_order_and_each_revision_whole(keys: list[int], data: st.DataObject) -> None:
-    """Streams break at any response, and each begins with the last revision seen. `keys`: changed at each revision."""
+def test_every_change_is_reported_once_in_order_in_whole_revisions(keys: list[int], data: st.DataObject) -> None:
+    """Streams break after any response. `keys`: how many keys change at each revision."""
     history = [(2 + index, b"%d" % key) for index, count in enumerate(keys) for key in range(count)]
     position = watch.Position(1)
     seen: list[tuple[int, bytes]] = []
@@ -139,4 +161,4 @@ def test_every_change_comes_once_in_order_and_each_revision_whole(keys: list[int
             assert seen == [item for item in history if item[0] <= position.revision]
             if data.draw(st.booleans()):
                 break
-        position.break_off()
+        position.begin_stream()
