@@ -1,4 +1,4 @@
-"""A relay of bytes between clients and a server, which can cut connections, hold bytes back and refuse."""
+"""A relay between clients and a server, which can break connections, hold bytes back and refuse connections."""
 
 import asyncio
 import contextlib
@@ -11,8 +11,8 @@ class ByteRelay:
     """Forwards connections to a port of 127.0.0.1.
 
     Attributes:
-        flowing: while it is not set, connections stay open and bytes are held back, in both directions.
-        accepted: how many connections there were.
+        flowing: while it is not set, connections stay open, and bytes are held back in both directions.
+        accepted: number of connections.
     """
 
     def __init__(self, to: int) -> None:
@@ -30,7 +30,7 @@ class ByteRelay:
         return f"127.0.0.1:{self._port}"
 
     def accept(self) -> None:
-        """Accept connections. After `refuse`, on the same port as before."""
+        """Accept connections. After `refuse`, the port is the same as before."""
         self._listener = socket.create_server(("127.0.0.1", self._port))
         self._listener.setblocking(False)
         self._port = self._listener.getsockname()[1]
@@ -51,7 +51,7 @@ class ByteRelay:
             self._listener = None
 
     def cut(self) -> None:
-        """Break all connections, on both sides."""
+        """Break all connections, to clients and to the server."""
         for task in self._tasks:
             task.cancel()
 

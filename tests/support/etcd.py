@@ -37,7 +37,7 @@ def reserved_port(host: str = "127.0.0.1") -> socket.socket:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment without the settings of another etcd."""
+    """Return the environment without variables that configure etcd."""
     return {name: value for name, value in os.environ.items() if not name.startswith("ETCD")}
 
 
@@ -59,7 +59,7 @@ class MemberProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, cluster: str) -> None:
-        """Start the process. `cluster`: all members, NAME=URL,..."""
+        """Start the process. `cluster` is all members, as NAME=URL,..."""
         client_url = f"{self._scheme}://{self.address}"
         command = [
             need("etcd"), "--name", self.name, "--data-dir", str(self.data), "--logger", "zap",
@@ -72,7 +72,7 @@ class MemberProcess:
             self._process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
 
     def is_healthy(self) -> bool:
-        """Whether the member serves requests, which includes that it knows a leader."""
+        """Return whether the member serves requests, for which it must know a leader."""
         assert self._process is not None
         assert self._process.poll() is None, f"etcd has ended:\n{self.log.read_text()[-4_000:]}"
         with contextlib.suppress(OSError, ValueError):
@@ -96,7 +96,7 @@ class MemberProcess:
         return float(next(line.split()[1] for line in lines if line.startswith(f"{name} ")))
 
     def kill(self) -> None:
-        """End the process without its doing. Idempotent."""
+        """Kill the process with SIGKILL. Idempotent."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -116,12 +116,12 @@ class MemberProcess:
 
 
 class EtcdCluster:
-    """A cluster, not started yet.
+    """A cluster. `start` starts it.
 
     Args:
         folder: for data and logs.
         size: number of members.
-        options: more options of etcd.
+        options: additional options of etcd.
         scheme, host: of the addresses for clients.
     """
 
@@ -157,7 +157,7 @@ class EtcdCluster:
         return done.stdout
 
     def leader(self) -> MemberProcess:
-        """Return the member that leads."""
+        """Return the leader."""
         statuses = json.loads(self.ctl("endpoint", "status", "-w", "json"))
         [leading] = [
             status["Endpoint"]
@@ -167,7 +167,7 @@ class EtcdCluster:
         return next(member for member in self.members if member.address == leading)
 
     def restore(self) -> None:
-        """Thaw what is frozen, start what has ended, and wait until all members serve requests."""
+        """Thaw frozen members, start those that have ended, and wait until all serve requests."""
         for member in self.members:
             member.thaw()
         dead = [member for member in self.members if not member.is_running]

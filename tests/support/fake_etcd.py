@@ -1,4 +1,4 @@
-"""An etcd of one dictionary, for tests that decide when it answers and what it refuses."""
+"""etcd as a dictionary, whose commits fail when a test says so."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import cast
@@ -9,9 +9,11 @@ from regd.bridge.etcd.model import KeyEvent, Operation, Picture, Put, Record
 
 
 class FakeEtcd:
-    """Attributes:
-    trouble: errors to raise, one for each of the next commits; with True, after the commit took effect.
-    on_event: called with each change, as a watch would tell it.
+    """A dictionary with the methods of `Etcd`.
+
+    Attributes:
+        trouble: errors of the next commits. With True, the commit takes effect before the error is raised.
+        on_event: called with each change.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A network of machines for tests: a namespace for each, with an address of its own, joined by a bridge device."""
+"""A network of machines for tests: network namespaces, each with an address, joined by a bridge device."""
 
 import contextlib
 import itertools
@@ -14,11 +14,12 @@ _NETWORKS_MAX = 200
 def _run(*words: str) -> None:
     done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=_COMMAND_S, check=False)
     if done.returncode:
-        raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+        kind = FileExistsError if "File exists" in done.stderr else OSError
+        raise kind(f"ip {' '.join(words)}: {done.stderr.strip()}")
 
 
 class Network:
-    """Namespaces 1 to `size`. The bridge device, in this process's own namespace, has the address `host`."""
+    """Namespaces 1 to `size`. The bridge device is in the namespace of this process, with the address `host`."""
 
     def __init__(self, number: int, size: int) -> None:
         self._device = f"regdt{number}"
@@ -27,10 +28,11 @@ class Network:
         self._size = size
 
     def open(self) -> None:
-        """Make the devices.
+        """Create the namespaces and devices.
 
         Raises:
-            OSError: the network is in use, or this user may not.
+            FileExistsError: the network is in use.
+            OSError: this user may not create it.
         """
         _run("link", "add", self._device, "type", "bridge")
         try:
@@ -61,7 +63,7 @@ class Network:
         return f"{self._stem}.{number + 1}"
 
     def before(self, number: int) -> list[str]:
-        """Return the command line under which a program runs in a namespace."""
+        """Return what precedes a command to run it in a namespace."""
         return ["ip", "netns", "exec", self.namespace(number)]
 
     def cut(self, number: int) -> None:
@@ -83,26 +85,26 @@ class Network:
 
 @contextlib.contextmanager
 def network(size: int) -> Iterator[Network]:
-    """Make a network during the block.
+    """Create a network for the block.
 
     Raises:
-        OSError: there is no iproute2, or this user may not.
+        OSError: iproute2 is missing, all networks are in use, or this user may not create one.
     """
     if shutil.which("ip") is None:
         raise OSError("no iproute2 on this machine")
-    why: object = ""
+    problem = "all are in use"
     for number in itertools.islice(itertools.count(os.getpid() % _NETWORKS_MAX), _NETWORKS_MAX):
-        made = Network(number % _NETWORKS_MAX + 1, size)
+        candidate = Network(number % _NETWORKS_MAX + 1, size)
         try:
-            made.open()
-        except OSError as error:
-            why = error
-            if "File exists" not in str(error):
-                break
+            candidate.open()
+        except FileExistsError:
             continue
+        except OSError as error:
+            problem = str(error)
+            break
         try:
-            yield made
+            yield candidate
             return
         finally:
-            made.close()
-    raise OSError(f"cannot make network namespaces: {why}")
+            candidate.close()
+    raise OSError(f"cannot create network namespaces: {problem}")

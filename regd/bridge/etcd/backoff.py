@@ -9,14 +9,14 @@ _FIRST_S = 0.05
 
 
 class Backoff:
-    """Pauses that double up to `longest_s`, with jitter, so that many clients do not come back at once."""
+    """Pauses that double up to `longest_s`, with jitter, so that many clients do not reconnect at once."""
 
     def __init__(self, longest_s: float) -> None:
         self._longest_s = longest_s
         self._pause_s = _FIRST_S
 
     def reset(self) -> None:
-        """Begin with a short pause again, after a success."""
+        """Return to the shortest pause, after a success."""
         self._pause_s = _FIRST_S
 
     async def pause(self) -> None:

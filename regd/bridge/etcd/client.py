@@ -20,7 +20,7 @@ from regd.bridge.etcd.watch import Watch
 
 __all__ = ["Etcd"]
 
-DEADLINE_S = 2.0  # a member that waits for a leader that has died does not answer at all
+DEADLINE_S = 2.0  # a member whose leader has died does not answer until another one is elected
 _PAGE_KEYS = 500
 _REVOKE_S = 2.0
 _NONE: Mapping[bytes, int] = {}
@@ -59,7 +59,7 @@ class Etcd:
 
     @property
     def silent_s(self) -> float:
-        """Seconds since a member has last answered anything. A lease asks one at a third of its time to live."""
+        """Seconds since a member last answered. While a lease is kept, etcd answers every third of its TTL."""
         return time.monotonic() - self._members.answered_at
 
     async def __aenter__(self) -> Self:
@@ -75,10 +75,10 @@ class Etcd:
 
         Raises:
             EtcdUnavailable: no member answered in time.
-            EtcdRefused: the user may not read it.
+            EtcdRefused: the user may not read the prefix.
         """
         while True:
-            with contextlib.suppress(Compacted):  # between two pages
+            with contextlib.suppress(Compacted):  # between two pages: begin again
                 return await self._read(prefix)
 
     async def _read(self, prefix: bytes) -> Picture:
@@ -110,12 +110,12 @@ class Etcd:
     async def commit(self, operations: Iterable[Operation], only_if: Mapping[bytes, int] = _NONE) -> int:
         """Perform operations in order, in as few transactions as etcd's limits allow.
 
-        After `EtcdUnavailable` the operations may be in effect, and a member that was frozen may perform them
-        later, after newer ones. To exclude that, pass a claimed key in `only_if`, and claim it again before going
-        on: its new revision makes late transactions fail.
+        After `EtcdUnavailable` the operations may be in effect. A frozen member may even perform them later,
+        after newer ones. To prevent that, pass a claimed key in `only_if`, and claim it again after the error:
+        its new revision makes late transactions fail.
 
         Args:
-            only_if: keys and their `mod_revision` (0: absent). If one differs, a transaction does nothing.
+            only_if: keys and their `mod_revision` (0: absent). If one differs, the transaction has no effect.
 
         Returns:
             The revision of the last transaction; 0 without operations.
@@ -135,10 +135,10 @@ class Etcd:
         return revision
 
     async def claim(self, key: bytes, value: bytes, lease: int) -> Record:
-        """Put a key that is absent, or that has this lease already, and return what is at the key now.
+        """Put a key if it is absent or has this lease already, and return its record.
 
-        The key is ours if the record has our lease; else its value says whose it is. Its `mod_revision` is for
-        `only_if`. Raises as `commit`, but not `EtcdConflict`.
+        The claim has succeeded if the record has this lease. Otherwise the key belongs to another lease, and is
+        unchanged. The record's `mod_revision` is for `only_if`. Raises as `commit`, except `EtcdConflict`.
         """
         response = await self._calls.call(TXN, claim(Put(key, value, lease)), repeatable=True)
         [result] = response.responses
@@ -151,7 +151,7 @@ class Etcd:
 
     @contextlib.asynccontextmanager
     async def lease(self, ttl_s: int) -> AsyncIterator[Lease]:
-        """Keep a lease alive during the block, and revoke it at its end, which deletes its keys.
+        """Keep a lease alive during the block, and revoke it at the end, which deletes its keys.
 
         Raises:
             EtcdUnavailable: no member answered in time.
@@ -168,22 +168,22 @@ class Etcd:
             if not lease.lost.is_set():
                 await self._revoke(lease)
             if not keeping.cancelled():
-                keeping.result()  # raises what is a bug
+                keeping.result()  # raises an unexpected exception
 
     async def _revoke(self, lease: Lease) -> None:
-        """Revoke a lease. If etcd is away, it ends by itself."""
+        """Revoke a lease. If that fails, the lease expires."""
         with contextlib.suppress(EtcdError, TimeoutError):
             async with asyncio.timeout(_REVOKE_S):
                 await self._calls.call(LEASE_REVOKE, rpc.LeaseRevokeRequest(ID=lease.id), repeatable=True)
 
     def watch(self, prefix: bytes, after_revision: int) -> AsyncGenerator[EventBatch, None]:
-        """Yield the changes of all keys with a prefix after a revision, in order, each one once.
+        """Yield the changes of all keys with a prefix after a revision, in order, each change once.
 
-        The watch goes on by itself, at any member, and ends only with an error. To leave the loop early, use
+        The watch reconnects by itself, to any member, and ends only with an error. To leave the loop early, use
         `async with contextlib.aclosing(etcd.watch(prefix, revision)) as batches`.
 
         Raises:
-            Compacted: changes are missing. Read the prefix, and watch from its revision.
+            Compacted: etcd no longer has the next changes. Read the prefix, and watch from its revision.
             EtcdRefused: the user may not read the prefix.
         """
         return Watch(self._calls, prefix, after_revision).batches()

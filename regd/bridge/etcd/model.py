@@ -1,4 +1,4 @@
-"""What the client takes and returns. Keys and values are bytes, and a lease is a number (0: none)."""
+"""Arguments and results of the client. Keys and values are bytes, and a lease is a number (0: none)."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ __all__ = [
 
 
 class Record(NamedTuple):
-    """What is stored at a key."""
+    """The value stored at a key."""
 
     value: bytes
     mod_revision: int  # of the last put
@@ -41,7 +41,7 @@ class Put(NamedTuple):
 
 
 class Delete(NamedTuple):
-    """Delete a key, if it exists."""
+    """Delete a key. Without effect if it does not exist."""
 
     key: bytes
 
@@ -58,16 +58,16 @@ class KeyEvent(NamedTuple):
 
 
 class EventBatch(NamedTuple):
-    """Changes in order, each revision whole. A watch after `revision` continues with the next ones."""
+    """Changes in order, in whole revisions. A watch after `revision` continues with the next one."""
 
     revision: int  # of the last change
     events: list[KeyEvent]
 
 
 class Tls(NamedTuple):
-    """Files in PEM format. They are read at every connect, so renewed certificates are used without a restart."""
+    """Files in PEM format. They are read for every connection, so renewed certificates need no restart."""
 
-    cacert: Path | None = None  # None: the authorities that come with grpc
+    cacert: Path | None = None  # None: the authorities included in grpc
     cert: Path | None = None  # of this client; with `key`, or neither
     key: Path | None = None
 
@@ -80,6 +80,6 @@ class User(NamedTuple):
 
 
 def key_range(prefix: bytes) -> tuple[bytes, bytes]:
-    """Return `key` and `range_end` of a request for all keys with a prefix. An end of "\\0" is none."""
+    """Return `key` and `range_end` of a request for all keys with a prefix. The end "\\0" means no end."""
     stem = prefix.rstrip(b"\xff")
     return prefix or b"\0", stem[:-1] + bytes([stem[-1] + 1]) if stem else b"\0"

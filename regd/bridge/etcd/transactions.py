@@ -9,13 +9,13 @@ __all__ = ["BYTES_MAX", "OPERATIONS_MAX", "claim", "transactions"]
 
 OPERATIONS_MAX = 128  # etcd's --max-txn-ops
 BYTES_MAX = 1_000_000  # etcd's --max-request-bytes is 1.5 MiB, which includes what etcd adds
-_FIELD_BYTES_MAX = 8  # of a field's tag and length in the transaction
+_FIELD_BYTES_MAX = 8  # for the tag and the length of a field in the transaction
 
 
 def transactions(operations: Iterable[Operation], only_if: Mapping[bytes, int]) -> Iterator[rpc.TxnRequest]:
-    """Yield transactions that perform the operations in order, each one only if `only_if` holds.
+    """Yield transactions that perform the operations in order, each transaction only if `only_if` holds.
 
-    A transaction may change a key only once.
+    etcd allows a transaction to change a key only once.
     """
     compare = [_unchanged(key, mod_revision) for key, mod_revision in only_if.items()]
     empty_bytes = rpc.TxnRequest(compare=compare).ByteSize()

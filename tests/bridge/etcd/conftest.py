@@ -1,4 +1,4 @@
-"""A member of etcd that the tests of a module share, each with a prefix of its own, and a client of it."""
+"""A member of etcd, shared by the tests of a module, a client of it, and a prefix for each test."""
 
 import itertools
 from collections.abc import AsyncIterator, Iterator
@@ -8,7 +8,7 @@ import pytest
 from regd.bridge.etcd.client import Etcd
 from tests.support.etcd import EtcdCluster, cluster
 
-PATIENT_S = 15.0  # a deadline that is not reached on a busy machine either
+PATIENT_S = 15.0  # a deadline that is not exceeded even on a busy machine
 _numbers = itertools.count()
 
 

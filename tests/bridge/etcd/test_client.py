@@ -48,7 +48,7 @@ async def test_read_returns_what_was_put(etcd: Etcd, prefix: bytes) -> None:
 
 
 async def test_pages_are_of_one_revision(etcd: Etcd, prefix: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Writers change two keys at once: a picture that mixes revisions would have them differ."""
+    """A transaction changes the first and the last key, so they differ only if pages are of several revisions."""
     monkeypatch.setattr(client, "_PAGE_KEYS", 2)
     first, last = prefix + b"0", prefix + b"9"
     await etcd.commit([Put(prefix + b"%d" % number, b"0") for number in range(10)])
@@ -67,7 +67,7 @@ async def test_pages_are_of_one_revision(etcd: Etcd, prefix: bytes, monkeypatch:
     await writing
 
 
-async def test_compaction_between_two_pages_begins_the_read_again(
+async def test_read_begins_again_after_a_compaction_between_two_pages(
     etcd: Etcd, server: EtcdCluster, prefix: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "_PAGE_KEYS", 1)
@@ -97,7 +97,7 @@ async def test_prefix_larger_than_a_response_of_grpc(etcd: Etcd, prefix: bytes, 
     await etcd.commit([Delete(key) for key in keys])
 
 
-async def test_operations_of_any_number_and_size_are_committed(etcd: Etcd, prefix: bytes) -> None:
+async def test_operations_are_split_into_several_transactions(etcd: Etcd, prefix: bytes) -> None:
     before = (await etcd.read(prefix)).revision
     many: list[Operation] = [Put(prefix + b"%d" % number, b"") for number in range(2 * OPERATIONS_MAX + 1)]
     assert await etcd.commit(many) == before + 3
@@ -111,7 +111,7 @@ async def test_operations_of_any_number_and_size_are_committed(etcd: Etcd, prefi
     assert await etcd.commit([]) == 0
 
 
-async def test_what_etcd_refuses(etcd: Etcd, prefix: bytes) -> None:
+async def test_refused_writes(etcd: Etcd, prefix: bytes) -> None:
     with pytest.raises(EtcdRefused, match="request is too large"):
         await etcd.put(prefix, b"x" * 2_000_000)
     with pytest.raises(EtcdRefused, match="larger than max"):

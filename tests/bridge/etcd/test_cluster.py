@@ -1,4 +1,4 @@
-"""Three members: killed, frozen and without a leader, under a lease, a watch and writes."""
+"""A cluster of three members that are killed, frozen and left without a leader, during a lease, a watch and writes."""
 
 import asyncio
 import time
@@ -26,7 +26,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdCluster]:
 
 @pytest.fixture(autouse=True)
 def healthy(three: EtcdCluster) -> Iterator[None]:
-    """Thaw and start what a test has frozen and killed."""
+    """Thaw the members that a test has frozen, and start those that it has killed."""
     yield
     three.restore()
 
@@ -38,7 +38,7 @@ async def etcd(three: EtcdCluster) -> AsyncIterator[Etcd]:
 
 
 class Publisher:
-    """Writes as a bridge does: under a claim, which it renews when it does not know what has become of a write."""
+    """Writes as a bridge does: under a claim, which it renews when it does not know whether a write took effect."""
 
     def __init__(self, etcd: Etcd, lease: Lease, prefix: bytes) -> None:
         self._etcd = etcd
@@ -73,10 +73,10 @@ def in_use(three: EtcdCluster, etcd: Etcd) -> MemberProcess:
 @pytest.mark.parametrize("way", ["kill", "freeze"])
 @pytest.mark.parametrize("which", ["in use", "leader"])
 @pytest.mark.sample(2)
-async def test_member_fails_under_writes(
+async def test_member_fails_during_writes(
     three: EtcdCluster, etcd: Etcd, prefix: bytes, which: str, way: str
 ) -> None:
-    """Every write is seen, in order; the lease is kept."""
+    """The watch reports every write, in order, and the lease is kept."""
     async with etcd.lease(10) as lease:
         publisher = Publisher(etcd, lease, prefix)
         before = await publisher.claim()
@@ -116,8 +116,10 @@ async def test_read_survives_the_election_of_a_leader(three: EtcdCluster, etcd: 
     assert list((await etcd.read(prefix)).records) == [prefix]
 
 
-async def test_writes_that_a_frozen_member_performs_late(three: EtcdCluster, etcd: Etcd, prefix: bytes) -> None:
-    """They are in its socket when it wakes. It performs some of them, unless the claim was renewed meanwhile."""
+async def test_late_writes_of_a_frozen_member_have_no_effect(
+    three: EtcdCluster, etcd: Etcd, prefix: bytes
+) -> None:
+    """They are in its socket when it is thawed. Without the new claim, it would perform some of them."""
     keys = [prefix + b"%d" % number for number in range(50)]
     claim = prefix + b"claim"
     frozen = three.members[0]
@@ -140,10 +142,11 @@ async def test_writes_that_a_frozen_member_performs_late(three: EtcdCluster, etc
         assert {records[key].value for key in keys} == {b"late"}
 
 
-async def test_member_without_a_leader_is_left(
+@pytest.mark.long
+async def test_member_without_a_leader_counts_as_lost(
     three: EtcdCluster, etcd: Etcd, prefix: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Two of three are frozen: the third one accepts connections, but has no leader."""
+    """Two of three members are frozen. The third accepts connections, but has no leader."""
     alone, *others = three.members
     async with Etcd([alone.address]) as lonely:
         revision = await lonely.put(prefix, b"1")

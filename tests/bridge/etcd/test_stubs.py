@@ -1,4 +1,4 @@
-"""The generated code is that of the proto files."""
+"""The generated code matches the proto files."""
 
 import re
 
