@@ -71,8 +71,8 @@ def in_use(three: EtcdCluster, etcd: Etcd) -> MemberProcess:
 
 
 @pytest.mark.parametrize("way", ["kill", "freeze"])
-@pytest.mark.parametrize("which", ["in use", "leader"])
-@pytest.mark.sample(2)
+@pytest.mark.parametrize("which", ["leader", "in use"])
+@pytest.mark.sample(4)
 async def test_member_fails_during_writes(
     three: EtcdCluster, etcd: Etcd, prefix: bytes, which: str, way: str
 ) -> None:

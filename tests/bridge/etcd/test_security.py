@@ -199,6 +199,7 @@ def expired_tokens(server: EtcdCluster) -> int:
 
 
 @pytest.mark.parametrize("first_use", ["call", "watch"])
+@pytest.mark.sample(2)
 async def test_expired_token(
     guarded: EtcdCluster, writer: User, first_use: str, caplog: pytest.LogCaptureFixture
 ) -> None:
