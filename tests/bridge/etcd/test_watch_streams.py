@@ -1,6 +1,10 @@
 """Watches of a member with scripted answers: where a watch resumes, and how it takes each response."""
 
+import asyncio
+import gc
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import pytest
@@ -9,7 +13,7 @@ from hypothesis import strategies as st
 
 from regd.bridge.etcd import watch
 from regd.bridge.etcd.client import Etcd
-from regd.bridge.etcd.errors import Compacted, EtcdRefused
+from regd.bridge.etcd.errors import Compacted, EtcdRefused, EtcdUnavailable
 from regd.bridge.etcd.model import User
 from regd.bridge.etcd.stubs import kv_pb2 as kv
 from regd.bridge.etcd.stubs import rpc_pb2 as rpc
@@ -139,6 +143,40 @@ async def test_member_that_is_behind_is_watched() -> None:
     script = ScriptedEtcd([created(40), changes(51)])
     script.revision = 50
     assert (await watched(script, 51, after_revision=50)).revisions == [51]
+
+
+class EndingStream:
+    """A stream that ends when `ends` is set."""
+
+    def __init__(self) -> None:
+        self.is_read = False
+        self.ends = asyncio.Event()
+
+    async def receive(self) -> rpc.WatchResponse:
+        self.is_read = True
+        await self.ends.wait()
+        raise EtcdUnavailable("the stream has ended")
+
+
+async def test_cancelled_watch_retrieves_the_error_of_its_stream() -> None:
+    """Otherwise asyncio logs the error, if the stream ends just before the watch is cancelled."""
+    logged: list[object] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: logged.append(context["message"]))
+    for iterations in range(6):
+        stream: Any = EndingStream()
+        member: Any = SimpleNamespace(given_up=loop.create_future())
+        async with Etcd(["127.0.0.1:1"]) as etcd:
+            receiving = asyncio.create_task(watch.Watch(etcd._calls, b"/", 1)._next(member, stream))
+            await until(lambda stream=stream: stream.is_read)  # type: ignore[misc]
+            stream.ends.set()
+            for _ in range(iterations):
+                await asyncio.sleep(0)
+            receiving.cancel()
+            await asyncio.gather(receiving, return_exceptions=True)
+            del receiving
+        gc.collect()
+    assert not logged
 
 
 @given(st.lists(st.integers(1, 4), max_size=12), st.data())
