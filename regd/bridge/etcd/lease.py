@@ -70,17 +70,16 @@ class Lease:
             except TokenExpired:
                 self._calls.forget_token(token)
                 raise
+            except TimeoutError:
+                raise EtcdUnavailable(f"etcd at {member.address} did not refresh a lease in time") from None
             finally:
                 stream.close()
 
     async def _refresh(self, stream: _KeepAlive) -> None:
         sent_at = time.monotonic()
-        try:
-            async with asyncio.timeout(self.ttl_s * _RESPONSE_WITHIN):
-                await stream.send(rpc.LeaseKeepAliveRequest(ID=self.id))
-                response = await stream.receive()
-        except TimeoutError:
-            raise EtcdUnavailable("etcd did not refresh a lease in time") from None
+        async with asyncio.timeout(self.ttl_s * _RESPONSE_WITHIN):
+            await stream.send(rpc.LeaseKeepAliveRequest(ID=self.id))
+            response = await stream.receive()
         if response.TTL <= 0:
             raise LeaseNotFound("the lease has ended")
         self._refreshed_at = sent_at

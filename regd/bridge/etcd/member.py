@@ -75,7 +75,7 @@ def _credentials(tls: Tls) -> Any:
     try:
         cacert, cert, key = (None if path is None else path.read_bytes() for path in tls)
     except OSError as error:
-        raise EtcdUnavailable(f"cannot read {error.filename}: {error.strerror}", False) from None
+        raise EtcdUnavailable(f"cannot read {error.filename}: {error.strerror}", may_have_effect=False) from None
     return grpc.ssl_channel_credentials(cacert, key, cert)
 
 
@@ -143,7 +143,8 @@ class Member:
                     await self._channel.wait_for_state_change(state)
                     state = self._channel.get_state()
         except grpc.aio.UsageError:
-            raise EtcdUnavailable(f"the connection to etcd at {self.address} was closed", False) from None
+            message = f"the connection to etcd at {self.address} was closed"
+            raise EtcdUnavailable(message, may_have_effect=False) from None
         except TimeoutError:
             message = f"cannot connect to etcd at {self.address} within {CONNECT_S:g} s"
             raise EtcdUnavailable(message, may_have_effect=False) from None

@@ -70,7 +70,9 @@ async def test_revoked_lease_is_lost(etcd: Etcd, server: EtcdCluster, prefix: by
         await etcd.put(prefix, b"", lease.id)
 
 
-async def test_lease_is_lost_in_a_partition(etcd: Etcd, server: EtcdCluster, prefix: bytes) -> None:
+async def test_lease_is_lost_in_a_partition(
+    etcd: Etcd, server: EtcdCluster, prefix: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     async with (
         ByteRelay(server.members[0].port) as relay,
         Etcd([relay.address], deadline_s=PATIENT_S) as cut_off,
@@ -84,6 +86,7 @@ async def test_lease_is_lost_in_a_partition(etcd: Etcd, server: EtcdCluster, pre
         assert not lease.lost.is_set()  # etcd has not said so yet
         relay.flowing.set()
         await until(lease.lost.is_set, 30)
+        assert f"etcd at {relay.address} did not refresh a lease in time" in caplog.text
 
 
 async def test_lease_moves_to_the_next_member_when_a_refresh_is_not_answered(
