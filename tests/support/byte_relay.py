@@ -38,10 +38,12 @@ class ByteRelay:
 
     def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(BlockingIOError):
-            task = asyncio.create_task(self._relay(listener.accept()[0]))
+            accepted, _ = listener.accept()
+            task = asyncio.create_task(self._relay(accepted))
             self.accepted += 1
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(lambda _: accepted.close())  # also if it was cancelled before its first step
 
     def refuse(self) -> None:
         """Refuse new connections."""
