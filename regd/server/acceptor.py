@@ -1,8 +1,8 @@
-"""Accept connections on the listening sockets, and give each connection its protocol.
+"""Accept connections on the listening sockets, and create the asyncio protocol of each connection.
 
-`loop.create_server` handles a lack of file descriptors badly: asyncio logs an error for each waiting caller, and
-uvloop closes callers without a log line. Here callers wait in the queue of the kernel, and each listener logs one
-line a second.
+`loop.create_server` handles a lack of file descriptors badly: asyncio logs an error for each connection that
+cannot be accepted, and uvloop closes such connections without a log line. Here new connections stay in the
+kernel's queue, and each listener logs one line a second.
 """
 
 import asyncio
@@ -13,17 +13,17 @@ from collections.abc import Callable
 
 log = logging.getLogger("regd")
 
-_ACCEPTS_MAX = 64  # of one listener in one iteration of the loop, so that open connections are served in between
+_ACCEPTS_MAX = 64  # per listener and loop iteration, so that open connections are served in between
 _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _RETRY_S = 1.0
 
 
 class Acceptor:
-    """Accepts in the running loop. `protocol` makes the protocol of one connection."""
+    """Accepts connections in the running loop. `create_protocol` returns the protocol of a new connection."""
 
-    def __init__(self, protocol: Callable[[], asyncio.BaseProtocol]) -> None:
+    def __init__(self, create_protocol: Callable[[], asyncio.BaseProtocol]) -> None:
         self._loop = asyncio.get_running_loop()
-        self._protocol = protocol
+        self._create_protocol = create_protocol
         self._listeners: list[socket.socket] = []
         self._starting: set[asyncio.Task[None]] = set()
 
@@ -39,7 +39,7 @@ class Acceptor:
         self._loop.add_reader(listener, self._accept, listener)
 
     def stop(self) -> None:
-        """Accept no more connections. Those that were accepted still get their protocol. Idempotent."""
+        """Accept no more connections. Connections already accepted still get their protocol. Idempotent."""
         for listener in self._listeners:
             self._loop.remove_reader(listener)
         self._listeners.clear()
@@ -75,7 +75,7 @@ class Acceptor:
 
     async def _start(self, connection: socket.socket) -> None:
         try:
-            await self._loop.connect_accepted_socket(self._protocol, connection)
+            await self._loop.connect_accepted_socket(self._create_protocol, connection)
         except BaseException:
             connection.close()
             raise

@@ -1,4 +1,4 @@
-"""Writes checkpoints of the journal in the background: soon after a change, and not too often."""
+"""Writes checkpoints of the journal in the background, soon after a change but not too often."""
 
 import asyncio
 import logging
@@ -9,12 +9,12 @@ from regd.system.clock import Clock, Timer
 
 log = logging.getLogger("regd")
 
-_SHARE = 10  # one part in so many of the time, at most, is spent on writing
-_COMPLAIN_EVERY_S = 30.0
+_WRITING_SHARE_MAX = 0.1  # of the time
+_LOG_FAILURE_EVERY_S = 30.0
 
 
 class Checkpointer:
-    """Writes a checkpoint `interval_s` after the last one, or later if writing is slow."""
+    """Writes a checkpoint at the earliest `interval_s` after the last one, or later if writing is slow."""
 
     def __init__(self, store: Store, clock: Clock, interval_s: float) -> None:
         self._store = store
@@ -24,11 +24,11 @@ class Checkpointer:
         self._timer: Timer | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_closed = False
-        self._complained_at: float | None = None  # when a failure was last logged; None while it works
+        self._failure_logged_at: float | None = None  # None while the file can be written
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="regd-checkpoint")
 
     def on_change(self) -> None:
-        """Have a checkpoint written: at once if the last one is old enough."""
+        """Schedule a checkpoint: at once if the last one is old enough."""
         if self._timer is None and self._task is None and not self._is_closed:
             self._timer = self._clock.call_at(max(self._not_before, self._clock.now()), self._begin)
 
@@ -43,19 +43,19 @@ class Checkpointer:
         except OSError as error:
             self._failed(error)
         else:
-            if self._complained_at is not None:
-                self._complained_at = None
+            if self._failure_logged_at is not None:
+                self._failure_logged_at = None
                 log.warning("%s can be written again", self._store.path)
         now = self._clock.now()
-        self._not_before = now + max(self._interval_s, (_SHARE - 1) * (now - began))
+        self._not_before = now + max(self._interval_s, (1 / _WRITING_SHARE_MAX - 1) * (now - began))
         self._task = None
         if self._store.needs_checkpoint:
             self.on_change()
 
     def _failed(self, error: OSError) -> None:
         now = self._clock.now()
-        if self._complained_at is None or now - self._complained_at >= _COMPLAIN_EVERY_S:
-            self._complained_at = now
+        if self._failure_logged_at is None or now - self._failure_logged_at >= _LOG_FAILURE_EVERY_S:
+            self._failure_logged_at = now
             why = error.strerror or "unknown error"
             log.error("cannot write %s: %s; the journal has all changes", self._store.path, why)
 

@@ -1,7 +1,7 @@
-"""One connection in asyncio: bytes from and to the transport, flow control, time limits, and closing.
+"""One connection as an asyncio protocol: reading and writing, flow control, time limits, and closing.
 
-`conversation.py` decides which request is answered next, `dispatcher.py` answers it. A peer that does not read
-its replies is not read either.
+`conversation.py` decides which request is answered next, and `dispatcher.py` answers it. While a client does not
+read its replies, its requests are not read either.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from regd.protocol.parser import Problem
 from regd.server.conversation import Conversation, ConversationState
 from regd.server.dispatcher import Dispatcher, Services
 from regd.server.half_closed import HalfClosed
-from regd.server.handlers import Caller
+from regd.server.handlers import ClientIdentity
 from regd.server.loop_monitor import LoopMonitor
 from regd.server.quotas import Share
 from regd.server.resolve_cache import ResolveCache
@@ -28,16 +28,18 @@ from regd.system.peer_process import peer_process
 
 log = logging.getLogger("regd")
 
-_SLICE = 128  # requests of one connection in one time slice
-_SLICE_S = 0.001  # of one connection
-_SEND_S = 0.000_01  # about what it takes to send replies
-_CHUNK_BYTES = 65_536  # replies are gathered up to here and sent as one
-_LINGERING_MAX = 32  # refused connections that are closed gently, so that the error line is not lost
-_LINGERING_READONLY_MAX = 16  # of users who may only read: closed gently while there are no more than these
+_SLICE_REQUESTS = 128  # per time slice of one connection
+_SLICE_S = 0.001  # length of a connection's time slice
+_SEND_S = 0.000_01  # sending late replies takes about so long
+_CHUNK_BYTES = 65_536  # replies are collected up to this size and sent in one write
+# While at most so many refused connections are open, another refused client has time to read the error line
+# before its connection is closed. The lower limit is for users who may only read.
+_LINGERING_MAX = 32
+_LINGERING_READONLY_MAX = 16
 _LATE_S = 0.25
-_HANG_UP_CHECK_S = 0.05
+_HANG_UP_CHECK_S = 0.05  # between two checks whether a client that is not read has hung up
 _HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR  # POLLRDHUP: Linux, poll(2)
-_FOREIGN_LOG_S = 10.0  # between two log lines about peers that speak another protocol
+_FOREIGN_LOG_S = 10.0  # between two log lines about clients that speak another protocol
 
 
 class Connections:
@@ -82,19 +84,19 @@ class Connections:
             self.all_closed.set()
 
     def log_foreign(self, address: str, seen: bytes) -> None:
-        """Count and log a peer that speaks another protocol. A flood of them is one log line in ten seconds."""
+        """Count a client that speaks another protocol, and log it unless another was logged in the last 10 s."""
         self.services.counters.bad_protocol += 1
         now = self.clock.now()
         if now - self._foreign_logged_at >= _FOREIGN_LOG_S:
             self._foreign_logged_at = now
-            # `repr` is safe for a terminal.
+            # `%r` escapes control characters, which could change the terminal.
             log.warning("refused %s, which does not speak regd: %r…", address, seen)
 
 
 class Connection(asyncio.Protocol):
     __slots__ = (
         "_cache",
-        "_caller",
+        "_client",
         "_connections",
         "_conversation",
         "_counted",
@@ -114,7 +116,7 @@ class Connection(asyncio.Protocol):
 
     # Set by `connection_made`.
     _transport: asyncio.Transport
-    _caller: Caller
+    _client: ClientIdentity
     _share: Share
     _dispatcher: Dispatcher
 
@@ -122,18 +124,18 @@ class Connection(asyncio.Protocol):
         self._connections = connections
         self._services = connections.services
         self._conversation = Conversation(connections.services.limits)
-        self._cache = connections.cache  # with the parser, at hand for known replies
+        self._cache = connections.cache  # this and the parser save attribute lookups in the fast path
         self._parser = self._conversation.parser
-        self._fast_path_ok = False  # a known `resolve` may be answered at once: no request is under way
-        self._paused = False  # the peer does not read its replies
+        self._fast_path_ok = False  # a `resolve` may be answered from the cache: no earlier request is unanswered
+        self._paused = False  # the client does not read its replies
         self._reading = True
         self._scheduled = False  # `run` will be called
-        self._counted = False  # the input quota has bytes of this connection
-        self._timer: Timer | None = None  # of an unfinished line, or of closing
-        self._deadline = 0.0  # of an unfinished line
+        self._counted = False  # the input quota includes bytes of this connection
+        self._timer: Timer | None = None  # for an unfinished line, or while closing
+        self._deadline = 0.0  # for an unfinished line
         self._hang_up_timer: Timer | None = None
 
-    # Called by asyncio.
+    # Callbacks of asyncio.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -154,8 +156,8 @@ class Connection(asyncio.Protocol):
         where = HERE if refusal else elsewhere(connection)
         session = 0 if refusal else connections.sessions.add(self)
         by = None if is_readonly else peer_process(connection)
-        self._caller = Caller(session, uid, where, is_readonly, by)
-        self._dispatcher = Dispatcher(services, self._share, self._caller, self, self._conversation)
+        self._client = ClientIdentity(session, uid, where, is_readonly, by)
+        self._dispatcher = Dispatcher(services, self._share, self._client, self, self._conversation)
         connections.add(self)
         if refusal is not None:
             self._turn_away(refusal)
@@ -177,10 +179,13 @@ class Connection(asyncio.Protocol):
         return Refused(Code.BUSY, f"too many {count}; close some or try again later")
 
     def _turn_away(self, refusal: Refused) -> None:
-        """Refuse the connection. Only some are closed gently: the others may lose the error line to a reset."""
+        """Send an error and close. If too many refused connections linger, close at once.
+
+        Then a reset may arrive at the client before it has read the error.
+        """
         counters = self._services.counters
         counters.connections_refused += 1
-        lingering_max = _LINGERING_READONLY_MAX if self._caller.is_readonly else _LINGERING_MAX
+        lingering_max = _LINGERING_READONLY_MAX if self._client.is_readonly else _LINGERING_MAX
         if len(self._connections.open) - counters.connections <= lingering_max:
             self.refuse(refusal)
         else:
@@ -190,7 +195,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._fast_path_ok:
-            # A known reply needs no parser, time slice or quota: this is a tenth of the work of other requests.
+            # A cached reply needs no parser, time slice or quota: a tenth of the work of other requests.
             cache = self._cache
             reply = cache.known.get(data)
             if reply is None:
@@ -224,7 +229,7 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         self._paused = True
         self._fast_path_ok = False
-        self._dispatcher.drop_slow_reply()  # so that others get the slot meanwhile
+        self._dispatcher.drop_slow_reply()  # so that another connection gets the slot
         self._record_output()
 
     def resume_writing(self) -> None:
@@ -240,13 +245,13 @@ class Connection(asyncio.Protocol):
             return
         self._conversation.end()
         self._dispatcher.close()
-        del self._dispatcher  # it refers to this connection: a cycle would be left to the garbage collector
+        del self._dispatcher  # it refers to this connection, and only the garbage collector would free the cycle
         connections.half_closed.discard(self)
-        connections.sessions.remove(self._caller.session)
+        connections.sessions.remove(self._client.session)
         connections.remove(self)
-        if self._caller.session:  # else it was refused
+        if self._client.session:  # a refused connection has none and was not counted
             counters.connections -= 1
-            counters.readonly_connections -= self._caller.is_readonly
+            counters.readonly_connections -= self._client.is_readonly
         self._share.input.record(self, 0)
         self._share.output.record(self, 0)
         for timer in (self._timer, self._hang_up_timer):
@@ -263,12 +268,12 @@ class Connection(asyncio.Protocol):
             self._update_flow()
 
     def _answer_single(self, item: Request | Problem) -> None:
-        """Answer a request that came alone, as most do. It needs none of the queues of `_work`."""
+        """Answer a request that was received alone, as most are, without the queues of `_work`."""
         began = self._connections.clock.now()
         reply = self._answer(item)
         if reply is not None:
             self._transport.write(reply)
-        if not self._conversation.in_flight:  # a write that waits for its commit changes nothing here
+        if not self._conversation.in_flight:  # a write that waits for its commit does not affect the flow
             self._update_flow()
         self._share.scheduler.spent(self._took(item, began) - began)
 
@@ -277,15 +282,15 @@ class Connection(asyncio.Protocol):
 
     def _took(self, item: Request | Problem, began: float) -> float:
         """Record how long an answer held the event loop. Return the time now."""
-        return self._connections.monitor.took(item.cmd if isinstance(item, Request) else "a bad line", began)
+        return self._connections.monitor.record(item.cmd if isinstance(item, Request) else "a bad line", began)
 
     def _work(self) -> None:
-        """Answer requests until there are no more, one has to wait, or the time slice is used up."""
+        """Answer requests until none is left, the next one is deferred, or the time slice is used up."""
         conversation = self._conversation
         replies = conversation.take_replies()
         size = 0
         began = now = self._connections.clock.now()
-        for _ in range(_SLICE):
+        for _ in range(_SLICE_REQUESTS):
             item = None if self._paused else conversation.next()
             if item is None:
                 if conversation.has_unsplit and not self._paused:
@@ -313,18 +318,18 @@ class Connection(asyncio.Protocol):
         self._share.scheduler.spent(self._connections.clock.now() - began)
 
     def _answer_problem(self, problem: Problem) -> bytes:
-        """Return the error for a line that is no request. Behind a line of another protocol nothing is read."""
+        """Return the error for a line that is not a valid request. Stop reading if it is of another protocol."""
         events = self._services.events
         if problem.fatal:
             self._connections.log_foreign(self.address, problem.seen)
             self._end()
         elif events.logs_requests:
-            events.bad_line(self.address, self._caller.uid, problem.refusal)
+            events.bad_line(self.address, self._client.uid, problem.refusal)
         line = self._dispatcher.error(problem.refusal)
         return problem.reply or line
 
     def send_late_replies(self) -> None:
-        """Send the replies to committed writes: at once, unless more writes or other requests wait."""
+        """Send the replies to committed writes: at once, unless another reply could be sent with them soon."""
         conversation = self._conversation
         if conversation.in_flight or self._scheduled or not conversation.is_caught_up or self._has_ended:
             self.schedule()
@@ -353,7 +358,7 @@ class Connection(asyncio.Protocol):
         self._share.scheduler.spent(_SEND_S)
 
     def slot_granted(self) -> None:
-        if self.is_gone():  # while it waited it was not read
+        if self.is_gone():  # nothing was read while the connection waited, so its end went unnoticed
             self.cut()
         else:
             self.schedule(busy=True)
@@ -369,7 +374,7 @@ class Connection(asyncio.Protocol):
             if self._paused:
                 self._record_output()
 
-    # The peer.
+    # The client.
 
     @property
     def socket(self) -> "socket.socket | None":
@@ -378,12 +383,12 @@ class Connection(asyncio.Protocol):
 
     @property
     def address(self) -> str:
-        """The peer's address, for people."""
+        """The client's address, for people."""
         name = self._transport.get_extra_info("peername")
         return f"{name[0]} port {name[1]}" if isinstance(name, tuple) else "a peer on the Unix socket"
 
     def is_cut(self) -> bool:
-        """Return whether the peer has closed its sending side, as far as the kernel knows."""
+        """Return whether the client has closed its sending side, as far as the kernel knows."""
         sock, conversation = self.socket, self._conversation
         if (
             conversation.input_ended
@@ -398,14 +403,14 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_waiting(self) -> bool:
-        """Whether replies or events are to come, and a close by the peer would go unnoticed."""
+        """Whether the client waits for replies or events, and its end would go unnoticed."""
         if self._conversation.state is ConversationState.ENDED:
             return False
-        unnoticed = self._conversation.input_ended or not self._reading
-        return unnoticed and bool(self._dispatcher.pending or self._dispatcher.watches)
+        is_end_unnoticed = self._conversation.input_ended or not self._reading
+        return is_end_unnoticed and bool(self._dispatcher.waiting or self._dispatcher.watches)
 
     def is_gone(self) -> bool:
-        """Return whether no process has the peer's end open any more."""
+        """Return whether no process has the client's end of the connection open any more."""
         sock = self.socket
         return sock is None or self._connections.credentials.is_gone(sock)
 
@@ -422,7 +427,7 @@ class Connection(asyncio.Protocol):
             return
         self._fast_path_ok = False
         if conversation.is_caught_up and not self._paused:
-            self._fast_path_ok = not (conversation.owes_replies or self._scheduled or self._caller.is_readonly)
+            self._fast_path_ok = not (conversation.owes_replies or self._scheduled or self._client.is_readonly)
             if self._reading and not self._counted:  # the usual case
                 return
         if conversation.is_finished:
@@ -451,7 +456,7 @@ class Connection(asyncio.Protocol):
                 self._transport.pause_reading()
 
     def _check_for_hang_up(self) -> None:
-        """While a peer that holds or waits is not read, its end goes unnoticed: ask the kernel now and then."""
+        """Have the kernel asked regularly whether a client that holds or waits, but is not read, has hung up."""
         if self.is_waiting:
             self._connections.half_closed.add(self)
         if self._dispatcher.holds and not self._reading and self._hang_up_timer is None:
@@ -467,9 +472,9 @@ class Connection(asyncio.Protocol):
         self._check_for_hang_up()
 
     def _close_if_done(self) -> bool:
-        """Close, now that the peer has closed its side, unless it still waits for replies or events."""
+        """Close if the client, which has closed its sending side, waits for no more replies or events."""
         self._dispatcher.release_holds()
-        if self._dispatcher.pending or self._dispatcher.watches:
+        if self._dispatcher.waiting or self._dispatcher.watches:
             return False
         self._transport.close()
         return True
@@ -479,9 +484,10 @@ class Connection(asyncio.Protocol):
         if self._conversation.state is ConversationState.ENDED or not self._conversation.is_within_line:
             return
         clock, idle_s = self._connections.clock, self._services.limits.line_idle_s_max
-        # Late, for instance after SIGSTOP: bytes that came meanwhile are not read yet.
+        # This call is late, for instance after SIGSTOP: the rest of the line may have arrived and not been read
+        # yet.
         is_late = clock.now() - self._deadline > _LATE_S
-        if not self._reading or self._conversation.in_flight or is_late:  # the delay is not the peer's
+        if not self._reading or self._conversation.in_flight or is_late:  # the daemon caused the delay
             self._deadline = clock.now() + idle_s
         if clock.now() < self._deadline:
             self._timer = clock.call_at(self._deadline, self._line_idle)
@@ -491,20 +497,22 @@ class Connection(asyncio.Protocol):
     def _record_input(self) -> None:
         size = self._conversation.waiting_bytes
         self._counted = size > 0
-        for peer in self._share.input.record(self, size):
+        for connection in self._share.input.record(self, size):
             self._services.counters.dropped += 1
-            peer.refuse(Refused(Code.BUSY, "too many bytes wait in regd, yours among them; try again later"))
+            connection.refuse(
+                Refused(Code.BUSY, "too many bytes wait in regd, yours among them; try again later")
+            )
 
     def _record_output(self) -> None:
         size = self._transport.get_write_buffer_size() if self._paused else 0
-        for peer in self._share.output.record(self, size):
+        for connection in self._share.output.record(self, size):
             self._services.counters.dropped += 1
-            peer.cut()
+            connection.cut()
 
     # Closing.
 
     def refuse(self, refusal: Refused) -> None:
-        """Send an error and close. If other replies should come before the error, close without a word."""
+        """Send an error and close. If earlier requests have no reply yet, close without the error."""
         if self._conversation.owes_replies:
             self.cut()
             return
@@ -512,7 +520,7 @@ class Connection(asyncio.Protocol):
         self._transport.write(self._dispatcher.error(refusal))
 
     def _end(self) -> None:
-        """Answer nothing more, send what is buffered, and close once the peer has, or soon."""
+        """Answer nothing more, send what is buffered, and close when the client does, or after a short time."""
         self._fast_path_ok = False
         self._conversation.end()
         self._dispatcher.close()
@@ -527,13 +535,14 @@ class Connection(asyncio.Protocol):
             return
         if self._transport.can_write_eof():
             try:
-                self._transport.write_eof()  # behind what is buffered
-            except OSError:  # the peer has reset the connection, and asyncio has not noticed yet
+                self._transport.write_eof()  # after the buffered bytes
+            except OSError:  # the client has reset the connection, and asyncio has not noticed yet
                 self._transport.abort()
                 return
         if not self._reading:
             self._reading = True
-            self._transport.resume_reading()  # and discard: a reset for unread input would eat the last line
+            # Read and discard: closing with unread input would reset the connection, and the last line be lost.
+            self._transport.resume_reading()
         if self._timer is not None:
             self._timer.cancel()
         self._linger()
@@ -545,7 +554,7 @@ class Connection(asyncio.Protocol):
     def _linger_over(self) -> None:
         self._timer = None
         if self._transport.get_write_buffer_size():
-            self._linger()  # it still takes its replies; `output_bytes_total_max` bounds them
+            self._linger()  # the client still reads its replies, which `output_bytes_total_max` limits
         else:
             self._transport.abort()
 
@@ -557,11 +566,11 @@ class Connection(asyncio.Protocol):
         self._transport.abort()
 
     def close(self) -> None:
-        """Send what is ready, refuse what is pending, and close: the daemon is stopping."""
+        """Send the replies that are ready, refuse the requests that wait, and close: the daemon is stopping."""
         replies = self._conversation.take_replies()
         if self._conversation.state is not ConversationState.ENDED:
             refusal = Refused(Code.SHUTTING_DOWN, "regd is stopping; connect again in a moment")
-            replies += self._dispatcher.refuse_pending(refusal)
+            replies += self._dispatcher.refuse_waiting(refusal)
         if replies and not self._transport.is_closing():
             self._transport.write(b"".join(replies))
         self._fast_path_ok = False

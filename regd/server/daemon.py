@@ -1,7 +1,7 @@
 """The daemon: connects its parts, opens them in order, serves, and closes them in reverse order.
 
-Signals, process-wide settings and the command line are the caller's, so that a test can run a daemon in its own
-event loop.
+`regd.cli.regd` handles signals, process-wide settings and the command line, so that a test can run a daemon in
+its own event loop.
 """
 
 import asyncio
@@ -33,13 +33,13 @@ from regd.server.handlers import Handlers
 from regd.server.history_reader import HistoryReader
 from regd.server.idle_exit import IdleExit
 from regd.server.loop_monitor import LoopMonitor
-from regd.server.pending_resolves import PendingResolves
 from regd.server.quotas import BufferQuota, MemoryQuota, Share, Slots
 from regd.server.reaper import Reaper
 from regd.server.resolve_cache import ResolveCache
 from regd.server.scheduler import READONLY_S, FairScheduler
 from regd.server.sessions import Sessions
 from regd.server.stalls import Stalls
+from regd.server.waiting_resolves import WaitingResolves
 from regd.server.watches import Watches
 from regd.storage.files import Files
 from regd.storage.store import StorageError, Store
@@ -51,8 +51,8 @@ from regd.system.probes import ProbeResults
 log = logging.getLogger("regd")
 
 DEFAULT_GRACE_S = 30.0
-DEFAULT_PORT = 7343  # "REGD" on a phone's keys
-_GOODBYE_S = 2.0  # for peers to take the last replies, before their connections are cut
+DEFAULT_PORT = 7343  # "REGD" on a telephone keypad
+_LAST_REPLIES_S = 2.0  # for clients to read the last replies before their connections are cut
 _PROJECT_CHECK_S = 1.0  # how often to check that the socket of a project registry exists
 
 
@@ -70,7 +70,7 @@ def default_registry(environment: Mapping[str, str]) -> Path:
             )
         return Path(folder) / "registry.json"
     base = environment.get("XDG_STATE_HOME", "")
-    if os.path.isabs(base):  # the XDG Base Directory Specification: ignore a relative path
+    if os.path.isabs(base):  # the XDG Base Directory Specification says to ignore a relative path
         return Path(base) / "regd" / "registry.json"
     return _home() / ".local" / "state" / "regd" / "registry.json"
 
@@ -97,17 +97,17 @@ def _home() -> Path:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """What a daemon is started with."""
+    """The settings of a daemon."""
 
     registry: Path
     port: int | None = DEFAULT_PORT  # None: no TCP
     unix: Path | None = None
     inherited: Sequence[InheritedSocket | socket.socket] = ()  # listening sockets, in place of `port` and `unix`
-    grace_s: float = DEFAULT_GRACE_S  # for clients to reconnect and claim the registrations that they held
-    allowed_uids: Collection[int] = ()  # users that may write, besides root and the daemon's own
+    grace_s: float = DEFAULT_GRACE_S  # after a start: for clients to reconnect and claim what they held
+    allowed_uids: Collection[int] = ()  # users who may write, besides root and the daemon's user
     allow_any_user: bool = False  # every user may write
-    idle_exit_s: float | None = None  # exit after being unused for so long; None: never
-    project: Path | None = None  # the folder of a project registry: `unix` and `registry` are in it
+    idle_exit_s: float | None = None  # exit after being unused for this time; None: never
+    project: Path | None = None  # the folder of a project registry, which has `unix` and `registry` in it
     log: Path | None = None  # the log file, for `stats`; None: stderr
     limits: Limits = DEFAULT
 
@@ -143,8 +143,8 @@ class Daemon:
         self._findings = ProbeResults(config.limits.departures_max)
         self._sessions = Sessions()
         self._events = EventLog(clock, self._sessions.address_of)
-        # A cached reply is sent without a request, so that it could not be logged.
-        self._replies = replies = ResolveCache(remembers=not self._events.logs_requests)
+        # A request that is answered from the cache is never parsed, and so could not be logged.
+        self._replies = replies = ResolveCache(is_enabled=not self._events.logs_requests)
         registry.on_entry_changed, registry.on_any_changed = replies.invalidate, replies.invalidate_all
         self._shares = self._build_shares()
         self._stalls = Stalls(clock, registry.holders)
@@ -163,14 +163,14 @@ class Daemon:
     # Connecting the parts.
 
     def _build_shares(self) -> tuple[Share, Share]:
-        """Return what users who may write share, and what users who may only read share."""
+        """Return the share of users who may write, and that of users who may only read."""
 
         def build(limits: Limits, scheduler: FairScheduler, slow_max: float, *, readonly: bool = False) -> Share:
             registry, clock, monitor = self._registry, self._clock, self._monitor
             return Share(
                 scheduler=scheduler,
                 watches=Watches(registry, clock, limits, monitor),
-                pending_resolves=PendingResolves(
+                waiting_resolves=WaitingResolves(
                     registry, clock, limits, monitor, self._findings, readonly=readonly
                 ),
                 input=BufferQuota(limits.input_bytes_total_max),
@@ -201,9 +201,9 @@ class Daemon:
             self._config.limits,
             self._stalls,
             is_gone=self._is_gone,
-            committed=self._checkpointer.on_change,
-            landed=self._landed,
-            settled=self._settled,
+            on_flush=self._checkpointer.on_change,
+            on_commit=self._on_commit,
+            on_batch_end=self._on_batch_end,
         )
 
     def _build_reaper(self) -> Reaper:
@@ -212,7 +212,7 @@ class Daemon:
             self._clock,
             self._config.limits,
             self._stalls,
-            self._shares[0].pending_resolves.probes,
+            self._shares[0].waiting_resolves.probes,
             is_cut=self._sessions.is_cut,
             ended=self._engine.end,
         )
@@ -248,32 +248,32 @@ class Daemon:
             return None
         return IdleExit(self._clock, self._config.idle_exit_s, self._unused_mark, self._exit_idle)
 
-    # What the parts call.
+    # Called by the parts.
 
     def _is_gone(self, holder: Holder) -> bool:
         return self._reaper.is_gone(holder)
 
-    def _landed(self, changes: Sequence[Change]) -> None:
+    def _on_commit(self, changes: Sequence[Change]) -> None:
         for share in self._shares:
             share.watches.on_changes(changes)
-            share.pending_resolves.on_changes(changes)
+            share.waiting_resolves.on_changes(changes)
         self._events.changes(changes)
 
-    def _settled(self, losses: Sequence[OwnershipLost], free: set[Process]) -> None:
-        self._reaper.settled(free)
+    def _on_batch_end(self, losses: Sequence[OwnershipLost], free: set[Process]) -> None:
+        self._reaper.on_batch_end(free)
         for lost in losses:
             self._sessions.push_lost(lost)
 
     def _gauges(self) -> dict[str, object]:
         return {
             "watches": sum(len(share.watches) for share in self._shares),
-            "waiting": self.parked,
+            "waiting": self.waiting,
             "processes": len(self._reaper.processes),
-            **self._monitor.described(),
+            **self._monitor.stats(),
         }
 
     def _unused_mark(self) -> Hashable | None:
-        """Return None while the daemon is in use, else a value that changes if it was used in between.
+        """Return None while the daemon is in use, else a value that differs if it was used since the last call.
 
         The daemon of a project registry may exit with static registrations: clients start it again, and it loads
         them from disk.
@@ -287,14 +287,14 @@ class Daemon:
         return self._registry.rev, counters.connections_accepted, counters.connections_refused
 
     def _exit_idle(self) -> None:
-        # Called in the same loop iteration as `_unused_mark`, so that no peer is accepted in between.
+        # Called in the same loop iteration as `_unused_mark`, so no connection is accepted in between.
         self._acceptor.stop()
         unused = "nothing was registered" if self._config.project is None else "nothing had an owner"
         log.info("%s and nobody connected for %g s: leaving", unused, self._config.idle_exit_s)
         self._ended.set()
 
     def _check_project(self) -> None:
-        """End the daemon once the socket of its project registry is removed: clients no longer find it."""
+        """End the daemon once the socket of its project registry was removed, since no client can find it."""
         if self._ended.is_set():
             return
         if self._listeners.is_in_place():
@@ -304,7 +304,7 @@ class Daemon:
         self._acceptor.stop()
         self._ended.set()
 
-    # What callers and tests look at.
+    # For the process that runs the daemon, and for tests.
 
     @property
     def addresses(self) -> list[str]:
@@ -313,7 +313,7 @@ class Daemon:
 
     @property
     def status(self) -> str:
-        """The state of the daemon, in a line for people."""
+        """The state of the daemon as one line of text."""
         if self._engine_task is None:
             return "starting"
         count, rev = len(self._registry), self._registry.rev
@@ -325,29 +325,29 @@ class Daemon:
 
     @property
     def sockets(self) -> list[socket.socket]:
-        """The listening sockets, and those of connections."""
+        """The listening sockets, and the sockets of connections."""
         connected = [connection.socket for connection in self.connections]
-        return [*self._listeners.sockets, *(found for found in connected if found is not None)]
+        return [*self._listeners.sockets, *(sock for sock in connected if sock is not None)]
 
     @property
     def waiting_bytes(self) -> int:
-        """The bytes of unfinished and unanswered lines."""
+        """The number of bytes in unfinished and unanswered lines."""
         return sum(share.input.total for share in self._shares)
 
     @property
     def unsent_bytes(self) -> int:
-        """The bytes that peers have not read yet."""
+        """The number of buffered bytes that clients have not read."""
         return sum(share.output.total for share in self._shares)
 
     @property
     def kept_bytes(self) -> int:
-        """The memory of requests that wait for the disk, are parked or watch."""
+        """The memory, in bytes, of writes that wait for the disk, of `resolve`s that wait, and of watches."""
         return sum(share.memory.total for share in self._shares)
 
     @property
-    def parked(self) -> int:
+    def waiting(self) -> int:
         """The number of `resolve` requests that wait for an instance."""
-        return sum(len(share.pending_resolves) for share in self._shares)
+        return sum(len(share.waiting_resolves) for share in self._shares)
 
     @property
     def probed(self) -> int:
@@ -386,27 +386,26 @@ class Daemon:
             self._listeners.open_unix(config.unix, self._files)
         # 2. The registry: lock it, read it, and create it if it is missing.
         now, wall = self._clock.now(), self._clock.wall()
-        found = self._store.open(wall)
+        loaded = self._store.open(wall)
         if self._store.created_folder:
             log.info("made the folder %s, which was not there", self._store.path.parent)
-        # What the system tells of itself, and of processes whose number was written into the file by hand.
         self._reaper.processes.open()
-        found.entries[:] = map(self._identified, found.entries)
+        loaded.entries[:] = map(self._identified, loaded.entries)
         self._store.begin()
         history = History(
-            found.history_rev,
+            loaded.history_rev,
             config.limits,
-            changes=found.history,
+            changes=loaded.history,
             epoch=self._epoch,
             epochs={epoch: rev for epoch, (rev, _) in self._store.epochs.items()},
         )
-        self._registry.load(found.entries, found.rev, now, history, wall)
+        self._registry.load(loaded.entries, loaded.rev, now, history, wall)
         self._info.open()
 
     def _identified(self, entry: Entry) -> Entry:
-        """Return the entry with the start time of each process whose pid was written into the file by hand.
+        """Add the start time of each process whose pid was written into the file by hand.
 
-        So a later process with the same pid is not mistaken for it. A process that cannot be seen stays as it is.
+        It tells the process from a later one with the same pid. A process that cannot be seen is left unchanged.
         """
         if all(holder.process is None or holder.process.born for holder in entry.holders):
             return entry
@@ -436,66 +435,66 @@ class Daemon:
         log.info("%d registrations at revision %d from %s", len(registry), registry.rev, self._store.path)
 
     async def write(self, write: Write) -> bytes:
-        """Have the engine commit a write that no peer has requested, and return its reply.
+        """Have the engine commit a write that no client has requested, and return its reply.
 
         Raises:
             Refused: the write is refused.
         """
         assert self._engine_task is not None
-        landed: asyncio.Future[bytes | Refused] = asyncio.get_running_loop().create_future()
-        self._engine.submit(write, landed.set_result)
-        await asyncio.wait((landed, self._engine_task), return_when=asyncio.FIRST_COMPLETED)
-        if not landed.done():
+        done: asyncio.Future[bytes | Refused] = asyncio.get_running_loop().create_future()
+        self._engine.submit(write, done.set_result)
+        await asyncio.wait((done, self._engine_task), return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
             await self._engine_task  # raises the engine's error
-        if isinstance(outcome := landed.result(), Refused):
+        if isinstance(outcome := done.result(), Refused):
             raise outcome
         return outcome
 
     async def failed(self) -> None:
-        """Wait until the engine ends, and raise its error: a bug, after which the process must end."""
+        """Wait until the engine ends, and raise its error. That is a bug, and the process must end."""
         assert self._engine_task is not None
         await asyncio.shield(self._engine_task)
 
     async def ended(self) -> None:
         """Wait until the daemon was idle for `idle_exit_s`, or its project registry was removed.
 
-        The daemon then accepts no connections: stop it.
+        The daemon then accepts no more connections, and the caller should stop it.
         """
         await self._ended.wait()
 
     async def stop(self) -> None:
-        """Stop in order: commit and answer the writes that wait, then close everything. Idempotent."""
+        """Commit and answer the writes that wait, then close everything, in order. Idempotent."""
         # 1. Accept no more connections.
         self._ended.set()
         if self._idle is not None:
             self._idle.close()
         self._acceptor.stop()
         await self._acceptor.started()
-        # 2. Accept no more writes; those that wait are committed and answered.
+        # 2. Accept no more writes. The writes that wait are committed and answered.
         if self._engine_task is not None:
             self._engine.close()
             await asyncio.gather(self._engine_task, return_exceptions=True)
             await self._checkpointer.close()
-        # 3. Send the last replies, and cut the connections of peers that do not take them.
+        # 3. Send the last replies, and cut the connections of clients that do not read them.
         await self._close_connections()
         for share in self._shares:
             share.watches.close()
-            share.pending_resolves.close()
+            share.waiting_resolves.close()
         self._connections.half_closed.close()
         self._reaper.close()
         self._monitor.close()
         self._events.close()
         self._history.close()
-        # 4. Give up the addresses and the lock.
+        # 4. Release the addresses and the lock.
         self._close_files()
 
     async def _close_connections(self) -> None:
-        await asyncio.sleep(0)  # replies to what was just committed are sent in the loop's next iteration
+        await asyncio.sleep(0)  # replies to the last commit are sent in the loop's next iteration
         connections = self._connections
         for connection in list(connections.open):
             connection.close()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_GOODBYE_S if connections.open else 0):
+            async with asyncio.timeout(_LAST_REPLIES_S if connections.open else 0):
                 await connections.all_closed.wait()
         for connection in list(connections.open):
             connection.cut()

@@ -1,4 +1,4 @@
-"""What `hello` and `stats` say about the daemon: its identity, its counters, and the state of its parts."""
+"""The fields of `hello` and `stats`: the daemon's identity, its counters, and the state of its parts."""
 
 import asyncio
 import os
@@ -64,7 +64,7 @@ class DaemonInfo:
     def hello(self) -> dict[str, object]:
         """Return the fields of `hello`.
 
-        A client compares `host` with its own, to see whether process numbers mean the same to both.
+        A client compares `host` with its own boot and pid namespace, to see whether a pid means the same to both.
         """
         return {
             "server": "regd",

@@ -1,6 +1,7 @@
-"""Carries out the requests of one connection: reads, writes, watches, and pending resolves.
+"""Carries out the requests of one connection: reads, writes, watches, and `resolve` with `wait`.
 
-A reply that is ready at once is returned; later ones go to the conversation, which keeps them in order.
+A reply that is ready at once is returned. A late reply is passed to the conversation, which keeps replies in
+order.
 """
 
 import asyncio
@@ -17,11 +18,11 @@ from regd.server.conversation import Conversation, ConversationState
 from regd.server.counters import Counters
 from regd.server.engine import Engine
 from regd.server.event_log import EventLog
-from regd.server.handlers import Caller, Handlers, IncrementalReply
+from regd.server.handlers import ClientIdentity, Handlers, IncrementalReply
 from regd.server.history_reader import HistoryReader
-from regd.server.pending_resolves import PendingResolve
-from regd.server.quotas import Peer, Share
+from regd.server.quotas import LimitedConnection, Share
 from regd.server.reaper import Reaper
+from regd.server.waiting_resolves import WaitingResolve
 from regd.server.watches import Watch, Watcher
 
 
@@ -38,8 +39,8 @@ class Services:
     history: HistoryReader
 
 
-class Requester(Watcher, Peer, Protocol):
-    """The connection, as its dispatcher sees it."""
+class ClientConnection(Watcher, LimitedConnection, Protocol):
+    """A connection, as its dispatcher sees it."""
 
     @property
     def address(self) -> str: ...
@@ -51,38 +52,43 @@ class Requester(Watcher, Peer, Protocol):
 
 class Dispatcher:
     __slots__ = (
-        "_caller",
+        "_client",
+        "_connection",
         "_conversation",
         "_page",
-        "_requester",
         "_services",
         "_share",
         "_slow_reply",
         "_stated_pid",
         "_watch_count",
         "holds",
-        "pending",
+        "waiting",
         "watches",
     )
 
     def __init__(
-        self, services: Services, share: Share, caller: Caller, client: Requester, conversation: Conversation
+        self,
+        services: Services,
+        share: Share,
+        client: ClientIdentity,
+        connection: ClientConnection,
+        conversation: Conversation,
     ) -> None:
         self._services = services
         self._share = share
-        self._caller = caller
-        self._requester = client
+        self._client = client
+        self._connection = connection
         self._conversation = conversation
         self._slow_reply: IncrementalReply | None = None  # to the request that is deferred
-        self._page: asyncio.Future[bytes | Refused] | None = None  # of the history, for the same
-        self._stated_pid: int | None = None  # the last `pid` that the peer named
+        self._page: asyncio.Future[bytes | Refused] | None = None  # the reply to a deferred `history`
+        self._stated_pid: int | None = None  # the last `pid` that the client named
         self._watch_count = 0
         self.watches: dict[int, Watch] = {}
-        self.pending: dict[PendingResolve, Request] = {}
-        self.holds = False  # whether any request had `hold`, so that registrations end with this connection
+        self.waiting: dict[WaitingResolve, Request] = {}
+        self.holds = False  # a request had `hold`, so that registrations may end with this connection
 
     def answer(self, request: Request) -> bytes | None:
-        """Carry out a request. Returns None if the reply comes later, or the request was deferred."""
+        """Carry out a request and return its reply; None if the reply comes late or the request was deferred."""
         services, conversation = self._services, self._conversation
         try:
             reply = self._perform(request)
@@ -90,12 +96,12 @@ class Dispatcher:
             if conversation.in_flight:  # a write was refused at once, but the writes before it have no reply yet
                 conversation.defer(request)
                 return None
-            services.events.refused(self._requester.address, self._caller.uid, request, refusal)
+            services.events.refused(self._connection.address, self._client.uid, request, refusal)
             reply = self.error(refusal, request.id)
         if conversation.is_deferred:
             return None
         if services.events.logs_requests:
-            services.events.request(self._requester.address, self._caller.uid, request)
+            services.events.request(self._connection.address, self._client.uid, request)
         services.counters.requests[request.cmd] += 1
         return reply
 
@@ -104,38 +110,38 @@ class Dispatcher:
         self._services.counters.errors[refusal.code] += 1
         return messages.error(refusal, id)
 
-    def refuse_pending(self, refusal: Refused) -> list[bytes]:
-        """Return a refusal for each pending `resolve`."""
-        return [self.error(refusal, request.id) for request in self.pending.values()]
+    def refuse_waiting(self, refusal: Refused) -> list[bytes]:
+        """Return an error line for each `resolve` that waits."""
+        return [self.error(refusal, request.id) for request in self.waiting.values()]
 
     def release_holds(self) -> None:
-        """End registrations that live as long as the connection. Idempotent."""
+        """End the registrations that this connection holds. Idempotent."""
         if self.holds:
             self.holds = False
-            self._services.reaper.connection_ended(self._caller.session)
+            self._services.reaper.connection_ended(self._client.session)
 
     def drop_slow_reply(self) -> None:
-        """Give up the slot; the reply begins anew when its request is answered again. Idempotent."""
+        """Give up the slot. The deferred request, if it is answered again, starts its reply anew. Idempotent."""
         self._slow_reply = self._page = None
-        self._share.slow_replies.release(self._requester)
+        self._share.slow_replies.release(self._connection)
 
     def close(self) -> None:
-        """End what lives as long as the connection: holds, watches, pending resolves. Idempotent."""
+        """End all that belongs to the connection: holds, watches, and `resolve`s that wait. Idempotent."""
         self.drop_slow_reply()
         self.release_holds()
         for watch in self.watches.values():
             self._share.watches.stop(watch)
             self._share.memory.release(watch.kept_bytes)
         self.watches.clear()
-        for wait, request in self.pending.items():
-            self._share.pending_resolves.cancel(wait)
+        for wait, request in self.waiting.items():
+            self._share.waiting_resolves.cancel(wait)
             self._share.memory.release(_wait_bytes(request))
-        self.pending.clear()
+        self.waiting.clear()
 
     def _perform(self, request: Request) -> bytes | None:
         command = COMMANDS[request.cmd]
-        if command.guarded and self._caller.is_readonly:
-            raise _denied(self._caller.uid)
+        if command.guarded and self._client.is_readonly:
+            raise _denied(self._client.uid)
         if command.writes:
             self._submit(request)
             return None
@@ -151,39 +157,39 @@ class Dispatcher:
         services, size = self._services, request.weight_bytes
         self._share.memory.check(size)
         self._stated_pid = request.arguments.get("pid", self._stated_pid)
-        by = self._caller.by or By(pid=self._stated_pid, uid=self._caller.uid)
-        write = services.handlers.write(request, self._caller)
+        by = self._client.by or By(pid=self._stated_pid, uid=self._client.uid)
+        write = services.handlers.write(request, self._client)
         services.engine.submit(write, self._committed(request, size), by)
         self._share.memory.take(size)
         self._conversation.submit()
         self.holds = self.holds or request.arguments.get("hold", False)
 
     def _committed(self, request: Request, size: int) -> Callable[[bytes | Refused], None]:
-        """Return what the engine calls with the reply to a write."""
+        """Return the function that the engine calls with the reply to a write."""
 
         def done(outcome: bytes | Refused) -> None:
             services = self._services
             self._share.memory.release(size)
             if isinstance(outcome, Refused):
-                services.events.refused(self._requester.address, self._caller.uid, request, outcome)
+                services.events.refused(self._connection.address, self._client.uid, request, outcome)
             if self._conversation.state is ConversationState.ENDED:
                 return
             if isinstance(outcome, Refused):
                 services.handlers.explain(request, outcome)
                 outcome = self.error(outcome, request.id)
             self._conversation.committed(outcome)
-            self._requester.send_late_replies()
+            self._connection.send_late_replies()
 
         return done
 
     def _read(self, request: Request) -> bytes | None:
-        """Answer at once, or in several time slices: the request is deferred until the reply is complete."""
+        """Answer at once, or in several time slices, with the request deferred until the reply is complete."""
         if self._slow_reply is None:
-            reply = self._services.handlers.read(request, self._caller)
+            reply = self._services.handlers.read(request, self._client)
             if isinstance(reply, bytes):
                 return reply
             self._slow_reply = reply
-        if not self._share.slow_replies.acquire(self._requester):
+        if not self._share.slow_replies.acquire(self._connection):
             self._conversation.defer(request)
             return None
         complete: bytes | None = b""
@@ -192,17 +198,17 @@ class Dispatcher:
         finally:
             if complete is None:
                 self._conversation.defer(request)
-                self._requester.schedule(busy=True)
+                self._connection.schedule(busy=True)
             else:
                 self.drop_slow_reply()
         return complete
 
     def _history(self, request: Request) -> bytes | None:
-        """Answer with a page that a thread reads: the request is deferred until it is there."""
+        """Answer with a page that a thread reads. The request is deferred until the page was read."""
         if self._page is None:
-            if self._share.slow_replies.acquire(self._requester):
-                self._page = self._services.history.read(request, is_readonly=self._caller.is_readonly)
-                self._page.add_done_callback(lambda page: self._requester.schedule())
+            if self._share.slow_replies.acquire(self._connection):
+                self._page = self._services.history.read(request, is_readonly=self._client.is_readonly)
+                self._page.add_done_callback(lambda page: self._connection.schedule())
             self._conversation.defer(request)
             return None
         if not self._page.done():
@@ -225,7 +231,7 @@ class Dispatcher:
         number, size = self._watch_count + 1, request.weight_bytes
         self._share.memory.check(size)
         watch = self._share.watches.start(
-            self._requester, number, arguments.get("name", "*"), arguments.get("meta", {}), since
+            self._connection, number, arguments.get("name", "*"), arguments.get("meta", {}), since
         )
         self._share.memory.take(size)
         self._watch_count = number
@@ -242,13 +248,13 @@ class Dispatcher:
         return messages.ok(request.id, {})
 
     def _wait(self, request: Request) -> bytes | None:
-        """Answer a `resolve` with `wait`: at once, or when an instance accepts or the time is over."""
+        """Answer a `resolve` with `wait`: at once, or once an instance accepts or the time is over."""
         arguments = request.arguments
-        if len(self.pending) >= self._services.limits.parked_max:
-            raise Refused(Code.BUSY, f"{len(self.pending)} requests of this connection wait already")
+        if len(self.waiting) >= self._services.limits.parked_max:
+            raise Refused(Code.BUSY, f"{len(self.waiting)} requests of this connection wait already")
         size = _wait_bytes(request)
         self._share.memory.check(size)
-        wait: PendingResolve | None = None
+        wait: WaitingResolve | None = None
         at_once: list[bytes] = []
 
         def done(entry: Entry | None) -> None:
@@ -259,28 +265,28 @@ class Dispatcher:
             if wait is None:
                 at_once.append(reply)
                 return
-            del self.pending[wait]
+            del self.waiting[wait]
             self._share.memory.release(size)
             self._conversation.resolved(request, reply)
-            self._requester.schedule()
+            self._connection.schedule()
 
-        wait = self._share.pending_resolves.park(
+        wait = self._share.waiting_resolves.add(
             arguments["name"], arguments.get("instance"), arguments.get("meta", {}), arguments["wait"], done
         )
         if at_once:
             return at_once[0]
-        self.pending[wait] = request
+        self.waiting[wait] = request
         self._share.memory.take(size)
-        self._conversation.suspend(request)
+        self._conversation.add_waiting(request)
         return None
 
 
 def _wait_bytes(request: Request) -> int:
-    return 2 * request.weight_bytes  # the wait itself takes about as much as its request
+    return 2 * request.weight_bytes  # a `WaitingResolve` takes about as much memory as its request
 
 
 def _denied(uid: int | None) -> Refused:
-    """Return the error for a write by a read-only user. It suggests that the user runs another registry."""
+    """Return the error for a write by a read-only user. Its message suggests a registry of the user's own."""
     own = "run a regd of your own, `regd --port off --unix PATH`, and set REGD_ADDRESS=unix://PATH"
     if uid is None:
         return Refused(

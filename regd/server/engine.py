@@ -1,8 +1,8 @@
 """The engine: takes writes from all connections, commits them in batches, and answers once they are on disk.
 
-One flush is in flight, in a thread. Writes that arrive meanwhile wait and are the next batch, so the disk
-determines the size of a batch, and the event loop never waits for the disk. A batch whose flush fails is dropped
-as a whole, and all of its writes are refused. Only the ends of gone holders are applied all the same.
+One flush at a time is in flight, in a thread, so the event loop never waits for the disk. Writes that arrive
+during a flush form the next batch, so the slower the disk, the larger the batches. If a flush fails, the whole
+batch is dropped and all of its writes are refused. Only the ends of gone holders take effect even then.
 """
 
 import asyncio
@@ -30,31 +30,32 @@ Write = Callable[[Transaction], bytes]
 """Evaluates one request: adds its changes to the transaction and returns the reply, or raises `Refused`."""
 
 Done = Callable[[bytes | Refused], None]
-"""Is called once, with the reply or refusal, after the flush."""
+"""Called once, after the flush, with the reply or the refusal."""
 
 
 class _Submitted(NamedTuple):
-    """A write that waits, and who requested it."""
+    """A write that waits for its batch, and the process or user that requested it."""
 
     write: Write
     done: Done
     by: By | None
 
 
-_BATCH_MAX = 1_024  # writes; bounds the time of one batch
-_SLICE = 128  # writes evaluated, applied or answered in one loop iteration
-_TURN_S = 0.003  # and so long, if they are expensive
-_GATHER_S = 0.002  # at most, for peers that write again
-_QUIET_TURNS = 16  # loop iterations: about 0.1 ms if the loop is idle
+_BATCH_MAX = 1_024  # writes; limits the time that one batch takes
+_SLICE = 128  # writes evaluated, applied or answered in one time slice
+_SLICE_S = 0.003  # a time slice ends earlier if the writes have taken so long
+_GATHER_S = 0.002  # the longest wait for clients to write again
+_QUIET_ITERATIONS_MAX = 16  # loop iterations without a new write: about 0.1 ms if the loop is idle
 _REPAIR_AFTER_S = 1.0
-_COMPLAIN_EVERY_S = 30.0
+_LOG_FAILURE_EVERY_S = 30.0
 
 
 class Engine:
     """Commits writes. `is_gone` asks the operating system whether a holder is gone.
 
-    `committed` is called when changes are on disk; `landed` with changes as readers see them; `settled`, at the
-    end of a batch, with the sessions that lost a registration and the processes that no longer hold anything.
+    `on_flush` is called when changes are on disk, `on_commit` with these changes when readers see them.
+    `on_batch_end` is called with the registrations that were lost to another client, and with the processes that
+    no longer hold anything.
     """
 
     def __init__(
@@ -67,9 +68,9 @@ class Engine:
         limits: Limits,
         stalls: Stalls,
         is_gone: Callable[[Holder], bool],
-        committed: Callable[[], None],
-        landed: Callable[[Sequence[Change]], None],
-        settled: Callable[[Sequence[OwnershipLost], set[Process]], None],
+        on_flush: Callable[[], None],
+        on_commit: Callable[[Sequence[Change]], None],
+        on_batch_end: Callable[[Sequence[OwnershipLost], set[Process]], None],
     ) -> None:
         self._registry = registry
         self._store = store
@@ -79,20 +80,20 @@ class Engine:
         self._limits = limits
         self._stalls = stalls
         self._is_gone = is_gone
-        self._committed = committed
-        self._landed = landed
-        self._settled = settled
-        self._turn = 0.0  # when this loop iteration began
+        self._on_flush = on_flush
+        self._on_commit = on_commit
+        self._on_batch_end = on_batch_end
+        self._slice_began = 0.0
         self._waiting: deque[_Submitted | HolderGone] = deque()
         self._wake = asyncio.Event()
         self._closing = False
         self._repair_due = False
-        self._repair = False  # commit, even without a change
-        self._complained_at: float | None = None  # when a failing disk was last logged; None while it works
+        self._repair = False  # commit even without a change
+        self._failure_logged_at: float | None = None  # None while the disk works
         self._thread = DiskThread("regd-commit")
 
     def submit(self, write: Write, done: Done, by: By | None = None) -> None:
-        """Queue a write of a peer; `done` is called later, in the order of submission.
+        """Queue a write. `done` is called later, in the order of submission.
 
         Raises:
             Refused: `busy` or `shutting_down`; nothing was queued.
@@ -105,9 +106,9 @@ class Engine:
         self._wake.set()
 
     def end(self, ending: HolderGone) -> None:
-        """Queue the end of a gone holder, behind the writes that came before. Never refused.
+        """Queue the end of a gone holder, after the writes that were submitted before. It is never refused.
 
-        Ignored while the daemon stops, since it closes the connections itself.
+        Does nothing while the daemon stops: then it closes the connections itself, and what they hold is to stay.
         """
         if not self._closing:
             self._waiting.append(ending)
@@ -124,7 +125,7 @@ class Engine:
             while self._waiting or self._repair or not self._closing:
                 if self._waiting:
                     count = await self._commit_batch(self._next_batch())  # no variable keeps the batch alive
-                    await self._linger(len(self._waiting) + count)
+                    await self._gather(len(self._waiting) + count)
                 elif self._repair:
                     self._repair = False
                     await self._commit([])
@@ -144,19 +145,19 @@ class Engine:
             writes += not isinstance(batch[-1], HolderGone)
         return batch
 
-    async def _linger(self, wanted: int) -> None:
-        """Wait a little for the peers that were just answered to write again, so that one flush serves them all.
+    async def _gather(self, expected: int) -> None:
+        """Wait a little for the clients that were just answered to write again, so that one flush serves all.
 
-        Without this, half of the peers would write while the flush of the other half is in flight. Returns when
-        no further write arrives.
+        Without this, half of the clients would write while the flush for the other half is in flight. Returns
+        when `expected` writes wait, or no further write arrives.
         """
         until = self._clock.now() + _GATHER_S
-        quiet_turns, before = 0, len(self._waiting)
-        while before < wanted and quiet_turns < _QUIET_TURNS and not self._closing:
+        quiet_iterations, previous = 0, len(self._waiting)
+        while previous < expected and quiet_iterations < _QUIET_ITERATIONS_MAX and not self._closing:
             await asyncio.sleep(0)
             waiting = len(self._waiting)
-            quiet_turns = 0 if waiting > before else quiet_turns + 1
-            before = waiting
+            quiet_iterations = 0 if waiting > previous else quiet_iterations + 1
+            previous = waiting
             if self._clock.now() >= until:
                 break
 
@@ -164,50 +165,51 @@ class Engine:
         """Evaluate a batch, commit it, apply it to the registry, and answer it. Return its length."""
         transaction = Transaction(self._registry, self._clock.wall(), self._is_gone)
         outcomes = await self._evaluate(batch, transaction)
-        endings = [each for each in batch if isinstance(each, HolderGone)]
+        endings = [item for item in batch if isinstance(item, HolderGone)]
         failure = await self._commit_or_check(transaction.changes, outcomes)
         if failure is not None:
-            transaction = await self._end_all_the_same(endings)
+            transaction = await self._end_after_failure(endings)
         free: set[Process] = set()
         for count, changes in enumerate(_slices(transaction.changes)):
             if count:
                 await self._yield_to_loop()
             free |= self._registry.apply(changes, self._stalls.now())
-            self._landed(changes)
+            self._on_commit(changes)
         self._waiting.extendleft(reversed(transaction.unfinished))
         for ending in endings:
             if ending not in transaction.unfinished:
                 self._registry.holders.unmark(ending)
         self._counters.changes += len(transaction.changes)
-        self._settled(transaction.lost, {each for each in free if not self._registry.holders.has_process(each)})
-        dones = [each.done for each in batch if not isinstance(each, HolderGone)]
+        free = {process for process in free if not self._registry.holders.has_process(process)}
+        self._on_batch_end(transaction.lost, free)
+        dones = [item.done for item in batch if not isinstance(item, HolderGone)]
         for count, (done, outcome) in enumerate(zip(dones, outcomes, strict=True), 1):
             done(failure or outcome)
-            if count % _SLICE == 0 or self._clock.now() > self._turn + _TURN_S:
+            if count % _SLICE == 0 or self._clock.now() > self._slice_began + _SLICE_S:
                 await self._yield_to_loop()
-        self._monitor.took("batch", self._turn)
+        self._monitor.record("batch", self._slice_began)
         return len(batch)
 
     async def _evaluate(
         self, batch: Sequence[_Submitted | HolderGone], transaction: Transaction
     ) -> list[bytes | Refused]:
-        """Evaluate a batch in order, and return the replies to its writes if the flush succeeds."""
+        """Evaluate a batch in order, and return the replies to its writes, to be sent if the flush succeeds."""
         outcomes: list[bytes | Refused] = []
-        adjacent: list[HolderGone] = []  # ended together, so that an entry of many holders is changed once
-        self._turn = self._clock.now()
-        for count, each in enumerate(batch, 1):
-            if isinstance(each, HolderGone):
-                adjacent.append(each)
+        adjacent: list[HolderGone] = []  # ended together, so that an entry with many holders changes only once
+        self._slice_began = self._clock.now()
+        for count, item in enumerate(batch, 1):
+            if isinstance(item, HolderGone):
+                adjacent.append(item)
                 continue
             if adjacent:
                 await self._end(transaction, adjacent)
                 adjacent.clear()
-            transaction.by = each.by
+            transaction.by = item.by
             try:
-                outcomes.append(each.write(transaction))
+                outcomes.append(item.write(transaction))
             except Refused as refusal:
                 outcomes.append(refusal.without_traceback())
-            if count % _SLICE == 0 or self._clock.now() > self._turn + _TURN_S:
+            if count % _SLICE == 0 or self._clock.now() > self._slice_began + _SLICE_S:
                 await self._yield_to_loop()
         if adjacent:
             await self._end(transaction, adjacent)
@@ -216,20 +218,20 @@ class Engine:
     async def _end(self, transaction: Transaction, endings: Sequence[HolderGone]) -> None:
         transaction.by = None
         for count, _ in enumerate(transaction.end(*endings), 1):
-            if count % _SLICE == 0 or self._clock.now() > self._turn + _TURN_S:
+            if count % _SLICE == 0 or self._clock.now() > self._slice_began + _SLICE_S:
                 await self._yield_to_loop()
 
     async def _yield_to_loop(self) -> None:
-        """Let the event loop serve others."""
-        self._monitor.took("batch", self._turn)
+        """End the time slice, and let the event loop run once."""
+        self._monitor.record("batch", self._slice_began)
         await asyncio.sleep(0)
-        self._turn = self._clock.now()
+        self._slice_began = self._clock.now()
 
-    async def _end_all_the_same(self, endings: Sequence[HolderGone]) -> Transaction:
-        """Evaluate the ends in a failed batch alone; they are written once the disk works again.
+    async def _end_after_failure(self, endings: Sequence[HolderGone]) -> Transaction:
+        """Apply the ends of holders in a failed batch. They are written once the disk works again.
 
-        Their revisions are above those of the failed batch: its lines may be on disk, and must not be taken for
-        these changes.
+        Their revisions are above all revisions of the failed batch, because its lines may be on disk all the
+        same, and a start must not take them for these changes.
         """
         store = self._store
         transaction = Transaction(
@@ -244,7 +246,10 @@ class Engine:
     async def _commit_or_check(
         self, changes: Sequence[Change], outcomes: Sequence[bytes | Refused]
     ) -> Refused | None:
-        """Commit changes, if there are any. Else see that the disk still has what is confirmed now."""
+        """Commit the changes. If there are none, check that the disk still has the state that replies confirm.
+
+        Returns the refusal for all writes of the batch if that fails.
+        """
         if changes or self._store.has_unsaved:
             return await self._commit(changes)
         if all(isinstance(outcome, Refused) for outcome in outcomes):
@@ -257,7 +262,7 @@ class Engine:
         return None
 
     async def _commit(self, changes: Sequence[Change]) -> Refused | None:
-        self._monitor.took("batch", self._turn)
+        self._monitor.record("batch", self._slice_began)
         self._stalls.flush_began()
         try:
             await self._thread.call(self._store.commit, changes)
@@ -266,24 +271,26 @@ class Engine:
             return self._failed(error)
         finally:
             self._stalls.flush_ended()
-            self._turn = self._clock.now()
+            self._slice_began = self._clock.now()
         self._counters.commits += 1
-        self._committed()
-        if self._complained_at is not None:
-            self._complained_at = None
+        self._on_flush()
+        if self._failure_logged_at is not None:
+            self._failure_logged_at = None
             log.warning("%s can be written again", self._store.path)
         return None
 
     def _failed(self, error: OSError) -> Refused:
         now = self._clock.now()
-        why = error.strerror or "unknown error"
-        if self._complained_at is None or now - self._complained_at >= _COMPLAIN_EVERY_S:
-            self._complained_at = now
-            log.error("cannot write %s: %s; changes are refused until it can be written", self._store.path, why)
+        reason = error.strerror or "unknown error"
+        if self._failure_logged_at is None or now - self._failure_logged_at >= _LOG_FAILURE_EVERY_S:
+            self._failure_logged_at = now
+            log.error(
+                "cannot write %s: %s; changes are refused until it can be written", self._store.path, reason
+            )
         if self._store.needs_repair:
             self._repair_later()
         return Refused(
-            Code.STORAGE_FAILED, f"the registry could not be written ({why}); the change is not in effect"
+            Code.STORAGE_FAILED, f"the registry could not be written ({reason}); the change is not in effect"
         )
 
     def _repair_later(self) -> None:
@@ -299,7 +306,7 @@ class Engine:
 
 
 def _slices(changes: Sequence[Change]) -> Iterator[Sequence[Change]]:
-    """Split changes into slices to apply. The two changes of a replacement stay in one slice."""
+    """Split changes into slices to apply, without separating the two changes of a replacement."""
     start = 0
     while start < len(changes):
         end = min(start + _SLICE, len(changes))

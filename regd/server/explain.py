@@ -1,4 +1,4 @@
-"""Explanations for people: near names, `why`, and the messages of `not_found`, `timeout` and `conflict`."""
+"""Explanations for people: similar names, `why`, and the messages of `not_found`, `timeout` and `conflict`."""
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
@@ -12,29 +12,30 @@ from regd.protocol import messages
 from regd.system.clock import Clock
 from regd.system.probes import ProbeResults
 
-_INSTANCES_MAX, _OWNERS_MAX = 100, 32  # in one reply to `why`, and of each instance
-_REFUSING_MAX = 3  # addresses named in the message of a timeout
+_INSTANCES_MAX = 100  # in one reply to `why`
+_OWNERS_MAX = 32  # of each of these instances
+_UNREACHABLE_MAX = 3  # addresses named in the message of a timeout
 
 
 class Explainer:
-    """`peer_of` describes the connection of a session, None once it has ended."""
+    """`address_of` returns the address of a session's connection, None if it has closed."""
 
     def __init__(
         self,
         registry: Registry,
         clock: Clock,
         probe_results: ProbeResults,
-        peer_of: Callable[[int], str | None],
+        address_of: Callable[[int], str | None],
     ) -> None:
         self._registry = registry
         self._clock = clock
         self._probe_results = probe_results
-        self._peer_of = peer_of
+        self._address_of = address_of
 
     # Hints.
 
     def hints(self, name: str) -> dict[str, object]:
-        """Return what helps a peer that did not find `name`: near names, and how the last instance left."""
+        """Return details for a client that did not find `name`: similar names, and how the last instance left."""
         return self._hints(name, self._registry.near(name))
 
     def _hints(self, name: str, near: list[str]) -> dict[str, object]:
@@ -47,7 +48,7 @@ class Explainer:
     # Refusals.
 
     def none_ready(self, arguments: Mapping[str, Any]) -> Refused:
-        """Return the refusal of a `resolve` that no ready instance fits."""
+        """Return the refusal of a `resolve` for which there is no ready instance."""
         name, instance, meta = arguments["name"], arguments.get("instance"), arguments.get("meta", {})
         which = f"{name!r} with instance {instance!r}" if instance else repr(name)
         near = self._registry.near(name)
@@ -62,12 +63,13 @@ class Explainer:
         return Refused(Code.NOT_FOUND, message, **self._hints(name, near))
 
     def timeout(self, arguments: Mapping[str, Any]) -> Refused:
-        """Return the refusal of a `resolve` with `wait` that no instance came for in time."""
+        """Return the refusal of a `resolve` with `wait` for which no instance was found in time."""
         name = arguments["name"]
         near, last = self._registry.near(name), self._registry.last(name, self._clock.now())
-        refusing = self._refusing(arguments)
-        if refusing:
-            why = f"{name!r} is registered, and cannot be reached: {', '.join(refusing[:_REFUSING_MAX])}"
+        unreachable = self._unreachable(arguments)
+        if unreachable:
+            shown = ", ".join(unreachable[:_UNREACHABLE_MAX])
+            why = f"{name!r} is registered, and cannot be reached: {shown}"
         elif self._is_registered(name):
             why = self.none_ready(arguments).message
         elif last is not None:
@@ -80,8 +82,8 @@ class Explainer:
     def _is_registered(self, name: str) -> bool:
         return next(self._registry.instances_of(name), None) is not None
 
-    def _refusing(self, arguments: Mapping[str, Any]) -> list[str]:
-        """Return the addresses of ready instances that did not accept the last probe, and why."""
+    def _unreachable(self, arguments: Mapping[str, Any]) -> list[str]:
+        """Return the addresses of ready instances that did not accept the last probe, each with the reason."""
         name, instance, meta = arguments["name"], arguments.get("instance"), arguments.get("meta", {})
         return [
             f"{messages.host_port(entry.host, entry.port)} ({result.why})"
@@ -90,7 +92,7 @@ class Explainer:
         ]
 
     def _some_ready(self, name: str, instance: str | None, meta: Mapping[str, str], most: int) -> list[Entry]:
-        """Return up to `most` ready instances, of those that one step of a search looks at."""
+        """Return up to `most` ready instances, as far as one step of a search finds them."""
         search = self._registry.search_round_robin(name, instance, meta, most)
         search.step(self._registry.limits.search_step_max)
         return search.found
@@ -98,11 +100,12 @@ class Explainer:
     def conflict(self, conflict: OwnerConflict) -> Refused:
         """Return the refusal of a `register` whose name another owner holds."""
         entry, owner = conflict.entry, self._owner(conflict.owner)
-        who = [f"{what} {value}" for what, value in owner.items() if value is not None]
+        address = messages.host_port(entry.host, entry.port)
+        holder = ", ".join(f"{term} {value}" for term, value in owner.items() if value is not None)
         return Refused(
             Code.CONFLICT,
-            f"{key_text(entry.key)!r} is at {messages.host_port(entry.host, entry.port)}, "
-            f"held by {', '.join(who)}; stop that one, take another name or instance, or take over with force",
+            f"{key_text(entry.key)!r} is at {address}, held by {holder}; "
+            "stop that one, take another name or instance, or take over with force",
             owner=owner,
             rev=entry.rev,
         )
@@ -110,10 +113,10 @@ class Explainer:
     # `why`.
 
     def why(self, name: str, instance: str | None) -> dict[str, object]:
-        """Return what is known of a name, or of one of its instances.
+        """Return the fields of `why` for a name or one of its instances.
 
         Raises:
-            Refused: `not_found`, nothing is known.
+            Refused: `not_found`, nothing is known of the name or instance.
         """
         entries = list(islice(self._entries(name, instance), _INSTANCES_MAX + 1))
         departures = [
@@ -169,10 +172,10 @@ class Explainer:
         }
 
     def _owner(self, holder: Holder) -> dict[str, object]:
-        """Return what peers may know of a holder: its connection, process and lease."""
+        """Return the fields of a holder: its connection, process and lease."""
         owner: dict[str, object] = {}
         if holder.hold:
-            owner["connection"] = self._peer_of(holder.session) if holder.session is not None else None
+            owner["connection"] = self._address_of(holder.session) if holder.session is not None else None
         if holder.process is not None:
             owner["pid"] = holder.process.pid
         if holder.ttl_s is not None:

@@ -1,15 +1,15 @@
-"""Connections that wait for a reply or for events, and whose peer has closed its sending side or is not read.
+"""Closes connections of clients that were killed while they waited for a reply or for events.
 
-The peer may still wait for what comes (`echo … | nc -N`), or its process may have ended. Only the kernel knows,
-and it has to be asked.
+A killed client looks like one that has closed its sending side and still waits for the reply (`echo … | nc -N`).
+While a connection is not read, the daemon does not even notice that. So it asks the kernel regularly.
 """
 
 from typing import Protocol
 
 from regd.system.clock import Clock, Timer
 
-CHECK_S = 2.0  # between two checks of one connection
-_CHECKS_MAX = 128  # at a time
+CHECK_S = 2.0  # between two checks of a connection
+_CHECKS_MAX = 128  # connections checked at a time
 _SLICE_S = 0.002
 
 
@@ -18,16 +18,16 @@ class Waiter(Protocol):
 
     @property
     def is_waiting(self) -> bool:
-        """Whether replies or events are to come, and a close by the peer would go unnoticed."""
+        """Whether the client waits for replies or events, and its end would go unnoticed."""
 
     def is_gone(self) -> bool:
-        """Return whether no process has the peer's end open any more."""
+        """Return whether no process has the client's end of the connection open any more."""
 
     def cut(self) -> None: ...
 
 
 class HalfClosed:
-    """Checks its connections one after another, each every few seconds, and cuts those whose peer is gone."""
+    """Checks its connections one after another, each every few seconds, and cuts those whose client is gone."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -66,7 +66,7 @@ class HalfClosed:
                 if waiter.is_gone():
                     waiter.cut()
                 else:
-                    self._waiters[waiter] = None  # behind the others
+                    self._waiters[waiter] = None  # to the end of the order
             if self._clock.now() > until:
                 break
         if self._waiters:

@@ -1,4 +1,4 @@
-"""Answers `history`: a thread reads pages of the journal, so that the event loop never waits for the disk."""
+"""Answers `history`. A thread reads the pages of the journal, so that the event loop never waits for the disk."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +12,12 @@ from regd.storage.history_pages import Query
 from regd.storage.store import Store
 from regd.system.clock import Clock
 
-_PAGE_CHANGES = 100  # when the request names no limit
+_PAGE_CHANGES = 100  # if the request has no `limit`
 _POINTS = ("since", "before", "age_s")
 
 
 class HistoryReader:
-    """Reads one page at a time: a page takes the memory of one segment of the journal."""
+    """Reads one page at a time, because reading a page takes as much memory as a segment of the journal."""
 
     def __init__(self, store: Store, registry: Registry, clock: Clock) -> None:
         self._store = store
@@ -26,26 +26,26 @@ class HistoryReader:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="regd-history")
 
     def read(self, request: Request, *, is_readonly: bool) -> "asyncio.Future[bytes | Refused]":
-        """Begin to read the page that a request is for. The result is the reply or the refusal.
+        """Start to read the requested page. The result of the future is the reply or the refusal.
 
-        `is_readonly`: the peer is of a user who may only read, and is not told who made the changes.
+        Users who may only read (`is_readonly`) do not see who made the changes.
 
         Raises:
-            Refused: the request makes no sense.
+            Refused: `bad_argument`, arguments exclude each other.
         """
-        given = request.arguments
-        points = [point for point in _POINTS if point in given]
+        arguments = request.arguments
+        points = [point for point in _POINTS if point in arguments]
         if len(points) > 1:
             message = f"{points[1]} cannot be together with {points[0]}: give one of {', '.join(_POINTS)}"
             raise Refused(Code.BAD_ARGUMENT, message, field=points[1])
         query = Query(
             rev=self._registry.rev,
-            limit=given.get("limit", _PAGE_CHANGES),
-            name=given.get("name"),
-            instance=given.get("instance"),
-            since=given.get("since"),
-            after=self._clock.wall() - given["age_s"] if "age_s" in given else None,
-            before=given.get("before"),
+            limit=arguments.get("limit", _PAGE_CHANGES),
+            name=arguments.get("name"),
+            instance=arguments.get("instance"),
+            since=arguments.get("since"),
+            after=self._clock.wall() - arguments["age_s"] if "age_s" in arguments else None,
+            before=arguments.get("before"),
         )
         return asyncio.get_running_loop().run_in_executor(self._thread, self._reply, request, query, is_readonly)
 
@@ -63,5 +63,5 @@ class HistoryReader:
         return messages.ok(request.id, result)
 
     def close(self) -> None:
-        """Read nothing more. Idempotent."""
+        """Cancel the reads that have not started. Idempotent."""
         self._thread.shutdown(wait=False, cancel_futures=True)

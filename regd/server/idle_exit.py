@@ -1,18 +1,19 @@
-"""Ends a daemon that was started on demand once it has been idle for a while."""
+"""Ends a daemon that was started on demand once it was idle for some time."""
 
 from collections.abc import Callable, Hashable
 
 from regd.system.clock import Clock
 
-_CHECKS = 8  # in a row that must find the daemon idle
+_CHECKS = 8  # so many checks in a row must find the daemon idle
 
 
 class IdleExit:
-    """Calls `exit` once the daemon has been idle for `after_s` seconds, or up to an eighth more.
+    """Calls `exit` once the daemon was idle for `after_s` seconds, or up to an eighth more.
 
-    `idle_mark` returns None while the daemon is in use, else a value that differs once it was in use in between.
-    Checks are counted, not seconds: time in which the process did not run, and no client could reach it, is one
-    check. `exit` is called within the last check, so no client can come in between.
+    `idle_mark` returns None while the daemon is in use, else a value that differs if it was used since the last
+    call. Checks are counted instead of seconds, so that time in which the process was stopped, and no client
+    could reach it, counts as one check. `exit` is called within the last check, so no client can connect in
+    between.
     """
 
     def __init__(

@@ -1,12 +1,12 @@
-"""Measures the event loop for `stats`: how late its timers run, and what has blocked it longest."""
+"""Measures for `stats` how late the event loop's timers run, and which work has blocked the loop longest."""
 
 from regd.system.clock import Clock, Timer
 
-_BEAT_S = 1.0
+_MEASURE_EVERY_S = 1.0
 
 
 class LoopMonitor:
-    """`lag_s` is how late the last timer was, `lag_max_s` the maximum since the start."""
+    """`lag_s` is the delay of the last timer, `lag_max_s` the largest delay since the start."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -18,27 +18,27 @@ class LoopMonitor:
         self._slowest_at = 0.0
 
     def start(self) -> None:
-        due = self._clock.now() + _BEAT_S
-        self._timer = self._clock.call_at(due, lambda: self._beat(due))
+        due = self._clock.now() + _MEASURE_EVERY_S
+        self._timer = self._clock.call_at(due, lambda: self._measure_lag(due))
 
     def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
 
-    def _beat(self, due: float) -> None:
+    def _measure_lag(self, due: float) -> None:
         self.lag_s = max(0.0, self._clock.now() - due)
         self.lag_max_s = max(self.lag_max_s, self.lag_s)
         self.start()
 
-    def took(self, what: str, began: float) -> float:
-        """Record that `what` has blocked the loop since `began`. Return the time now."""
+    def record(self, what: str, began: float) -> float:
+        """Record that the work `what` has blocked the loop since `began`. Return the current time."""
         now = self._clock.now()
         if now - began > self.slowest_s:
             self.slowest_s, self._slowest, self._slowest_at = now - began, what, now
         return now
 
-    def described(self) -> dict[str, object]:
-        """Return the fields of `stats`."""
+    def stats(self) -> dict[str, object]:
+        """Return the fields for `stats`."""
         slowest: dict[str, object] | None = None
         if self._slowest:
             age_s = round(self._clock.now() - self._slowest_at, 3)

@@ -1,4 +1,4 @@
-"""Quotas of connections: buffered bytes, memory of pending requests, slots for long replies.
+"""Quotas of connections: buffered bytes, memory of requests that wait, slots for long replies.
 
 Users who may write and users who may only read have a `Share` each, so that readers take nothing from writers.
 """
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from regd.core.errors import Code, Refused
-from regd.server.pending_resolves import PendingResolves
 from regd.server.scheduler import FairScheduler
+from regd.server.waiting_resolves import WaitingResolves
 from regd.server.watches import Watches
 
 
-class Peer(Protocol):
+class LimitedConnection(Protocol):
     """A connection, as quotas see it."""
 
     def refuse(self, refusal: Refused) -> None:
@@ -22,27 +22,27 @@ class Peer(Protocol):
         """Close at once; unsent bytes are lost."""
 
     def slot_granted(self) -> None:
-        """Go on with the reply that waited for a slot."""
+        """Continue with the reply that waited for a slot."""
 
 
 class BufferQuota:
-    """Buffered bytes, by connection and in total. Beyond the limit the connections with the most are dropped."""
+    """Buffered bytes, by connection and in total. Beyond the limit, the connections with the most are dropped."""
 
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
-        self._sizes: dict[Peer, int] = {}
+        self._sizes: dict[LimitedConnection, int] = {}
         self.total = 0
 
-    def record(self, peer: Peer, size: int) -> list[Peer]:
-        """Record a connection's buffered bytes, and return the connections to drop until usage is below 7/8."""
-        previous = self._sizes.get(peer, 0)
+    def record(self, connection: LimitedConnection, size: int) -> list[LimitedConnection]:
+        """Record a connection's buffered bytes and return the connections to drop until usage is below 7/8."""
+        previous = self._sizes.get(connection, 0)
         if size == previous:
             return []
         self.total += size - previous
         if size:
-            self._sizes[peer] = size
+            self._sizes[connection] = size
         else:
-            del self._sizes[peer]
+            del self._sizes[connection]
         if self.total <= self._bytes_max:
             return []
         excess = self.total - self._bytes_max * 7 // 8
@@ -56,7 +56,7 @@ class BufferQuota:
 
 
 class MemoryQuota:
-    """Bytes of pending requests: writes, watches and waits. Beyond the limit requests are refused."""
+    """Memory of writes and `resolve`s that wait, and of watches. Beyond the limit, requests are refused."""
 
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
@@ -79,28 +79,28 @@ class MemoryQuota:
 
 
 class Slots:
-    """Permits for replies that take several time slices. Connections wait for a permit in order of arrival."""
+    """Slots for replies that take several time slices. Connections wait for a slot in order of arrival."""
 
     def __init__(self, slots_max: float) -> None:
         self._slots_max = slots_max
-        self._taken: set[Peer] = set()
-        self._waiting: dict[Peer, None] = {}
+        self._taken: set[LimitedConnection] = set()
+        self._waiting: dict[LimitedConnection, None] = {}
 
-    def acquire(self, peer: Peer) -> bool:
+    def acquire(self, connection: LimitedConnection) -> bool:
         """Return whether the connection has a slot. If not, `slot_granted` is called once it has one."""
-        if peer not in self._taken:
+        if connection not in self._taken:
             if len(self._taken) >= self._slots_max:
-                self._waiting[peer] = None
+                self._waiting[connection] = None
                 return False
-            self._waiting.pop(peer, None)
-            self._taken.add(peer)
+            self._waiting.pop(connection, None)
+            self._taken.add(connection)
         return True
 
-    def release(self, peer: Peer) -> None:
-        """Pass the connection's slot to the next in line, or take the connection out of the line. Idempotent."""
-        self._waiting.pop(peer, None)
-        if peer in self._taken:
-            self._taken.discard(peer)
+    def release(self, connection: LimitedConnection) -> None:
+        """Give the connection's slot to the next in the queue, or remove it from the queue. Idempotent."""
+        self._waiting.pop(connection, None)
+        if connection in self._taken:
+            self._taken.discard(connection)
             if self._waiting:
                 successor = next(iter(self._waiting))
                 del self._waiting[successor]
@@ -110,11 +110,11 @@ class Slots:
 
 @dataclass(slots=True)
 class Share:
-    """What one class of users takes of the daemon: users who may write, or users who may only read."""
+    """The resources of one class of users: users who may write, or users who may only read."""
 
     scheduler: FairScheduler
     watches: Watches
-    pending_resolves: PendingResolves
+    waiting_resolves: WaitingResolves
     input: BufferQuota
     output: BufferQuota
     memory: MemoryQuota

@@ -1,6 +1,6 @@
-"""Finds gone holders: closed connections, ended processes, expired leases.
+"""Finds holders that are gone: closed connections, ended processes, expired leases.
 
-A gone holder is marked in the registry at once; its end is then committed by the engine.
+The reaper marks a gone holder in the registry at once, and the engine then commits its end.
 """
 
 from collections.abc import Callable
@@ -10,18 +10,18 @@ from regd.core.holders import HolderGone
 from regd.core.limits import Limits
 from regd.core.model import Entry, Holder, Key, Process, Reason
 from regd.core.registry import Registry
-from regd.server.stalls import LOOK_S, Stalls
+from regd.server.stalls import CHECK_S, Stalls
 from regd.system.clock import Clock
 from regd.system.probes import ProbeResult, Probes, may_probe
 from regd.system.processes import Processes
 
-_SLICE = 256  # leases and probes in one loop iteration
-_STALLED_LOOK_S = 0.1
-_PROBE_EVERY_S = 30.0  # the address of an unclaimed registration whose process is alive
+_SLICE = 256  # leases ended, and probes started, in one check
+_STALLED_CHECK_S = 0.1
+_PROBE_EVERY_S = 30.0  # between probes of an unclaimed registration whose process is alive
 
 
 class Reaper:
-    """`is_cut` asks the kernel whether a session's connection has ended; `ended` receives each gone holder."""
+    """`is_cut` asks the kernel whether a session's connection has ended; `ended` is called with a gone holder."""
 
     def __init__(
         self,
@@ -40,10 +40,10 @@ class Reaper:
         self._probes = probes
         self._is_cut = is_cut
         self._ended = ended
-        self._beating = False
+        self._is_scheduled = False
         self._closed = False
         self._probing = 0
-        self._probing_max = max(1, limits.probes_max // 4)  # the rest is for requests that wait
+        self._probing_max = max(1, limits.probes_max // 4)  # the other probes are for requests that wait
 
     def is_gone(self, holder: Holder) -> bool:
         """Ask the operating system whether a holder is gone."""
@@ -52,7 +52,7 @@ class Reaper:
         return holder.process is not None and self.processes.is_gone(holder.process)
 
     def connection_ended(self, session: int) -> None:
-        """The connection of a session has ended."""
+        """End the holders that a session's connection kept alive."""
         self._end(HolderGone(Reason.CLOSED, session=session))
 
     def _process_ended(self, process: Process) -> None:
@@ -62,39 +62,39 @@ class Reaper:
         self._registry.mark_dead(ending)
         self._ended(ending)
 
-    def settled(self, free: set[Process]) -> None:
-        """After a batch: release processes that hold nothing, and run the timer while there are deadlines."""
+    def on_batch_end(self, free: set[Process]) -> None:
+        """Release processes that hold nothing, and schedule a check if there are deadlines."""
         for process in free:
             self.processes.release(process)
         self.processes.release_unused(self._registry.holders.has_process)
-        self._beat_on()
+        self._schedule_check()
 
-    def _beat_on(self) -> None:
-        wanted = self._registry.holders.next_deadline() is not None or self.processes.unwatched
-        if wanted and not self._beating and not self._closed:
-            self._beating = True
-            self._clock.call_at(self._next(), self._beat)
+    def _schedule_check(self) -> None:
+        is_needed = self._registry.holders.next_deadline() is not None or self.processes.unwatched
+        if is_needed and not self._is_scheduled and not self._closed:
+            self._is_scheduled = True
+            self._clock.call_at(self._next_check(), self._check)
 
     def start(self) -> None:
-        """Watch the processes of loaded registrations; those that have ended are gone at once."""
+        """Watch the processes of loaded registrations, and end the holders whose process has already ended."""
         for process in self._registry.holders.processes:
             if not self.processes.watch(process):
                 self._process_ended(process)
-        self.settled(set())
+        self.on_batch_end(set())
 
     def close(self) -> None:
         self._closed = True
         self.processes.close()
 
-    def _next(self) -> float:
+    def _next_check(self) -> float:
         now = self._clock.now()
-        if self._stalls.time_stands_still:  # no deadline comes nearer
-            return now + _STALLED_LOOK_S
+        if self._stalls.is_flush_stalled:  # deadlines move along with the time
+            return now + _STALLED_CHECK_S
         deadline = self._registry.holders.next_deadline()
-        return now + LOOK_S if deadline is None else max(now, min(now + LOOK_S, deadline))
+        return now + CHECK_S if deadline is None else max(now, min(now + CHECK_S, deadline))
 
-    def _beat(self) -> None:
-        self._beating = False
+    def _check(self) -> None:
+        self._is_scheduled = False
         if self._closed:
             return
         for ending in self._registry.expire(self._stalls.now(), _SLICE):
@@ -102,9 +102,9 @@ class Reaper:
         self._probe_unclaimed()
         for process in self.processes.retry():
             self._process_ended(process)
-        self._beat_on()
+        self._schedule_check()
 
-    # Unclaimed registrations whose process is alive.
+    # Unclaimed registrations whose process is alive: after a restart, no client has claimed them in time.
 
     def _probe_unclaimed(self) -> None:
         unclaimed = self._registry.holders.unclaimed
@@ -113,12 +113,12 @@ class Reaper:
                 return
             key, holder_id = unclaimed.popleft()
             entry = self._entry_held_by(key, holder_id)
-            if entry is not None and may_probe(entry.host):  # else it stays as long as its process
+            if entry is not None and may_probe(entry.host):  # others stay until their process ends
                 self._probing += 1
                 self._probes.probe_once((entry.host, entry.port), partial(self._probed, key, holder_id))
 
     def _entry_held_by(self, key: Key, holder_id: int) -> Entry | None:
-        """Return the entry of a holder, None once the holder was claimed or has ended."""
+        """Return the entry of a holder, None if the holder was claimed or has ended."""
         entry = self._registry.get(key)
         if entry is None or all(holder.id != holder_id for holder in entry.holders):
             return None
@@ -126,9 +126,9 @@ class Reaper:
 
     def _probed(self, key: Key, holder_id: int, result: ProbeResult) -> None:
         self._probing -= 1
-        if not result.refused:  # accepted, or no answer: the process may be blocked
+        if not result.refused:  # accepted, or not answered because the process is busy
             self._registry.holders.probe_at(key, holder_id, self._stalls.now() + _PROBE_EVERY_S)
         elif self._entry_held_by(key, holder_id) is not None:
             self._end(HolderGone(Reason.CLOSED, holder=(key, holder_id)))
         self._probe_unclaimed()
-        self._beat_on()
+        self._schedule_check()

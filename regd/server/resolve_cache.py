@@ -1,7 +1,7 @@
-"""Cached replies to plain `resolve` requests, for names with one instance, or with one of the best priority.
+"""Cached replies to plain `resolve` requests, for names with one ready instance, or one of the best priority.
 
-A cached reply is invalidated as soon as its name changes: a change is committed, or a holder is marked gone. So a
-cached reply is always what the registry would answer.
+A cached reply is invalidated as soon as anything about its name changes: a change is committed, or a holder is
+marked gone. So a cached reply is always the reply that the registry would give.
 """
 
 import re
@@ -9,26 +9,29 @@ import re
 from regd.core.model import Entry
 from regd.protocol import messages
 
-# The request as clients write it, with an id in either place. Other requests are left to the parser.
+# A plain `resolve` as clients write it, with or without an id. The parser handles any other way to write it.
 _ID = rb'"id": ?([1-9][0-9]{0,17})'
 _USUAL = re.compile(
     rb'\{"cmd": ?"resolve",(?: ?' + _ID + rb',)? ?"name": ?"([a-z0-9_.-]+)"(?:, ?' + _ID + rb")?\}\r?\n"
 )
 _CMD_BYTES = len('{"cmd": "resolve"')
-_CHUNK_BYTES_MAX = 4_096  # answered at once, so that other connections do not wait
-_REPLY_BYTES_MAX = 65_536  # sent at once, since the peer may not read it
+_CHUNK_BYTES_MAX = 4_096  # a longer chunk is answered in time slices, so that other connections do not wait
+_REPLY_BYTES_MAX = 65_536  # longer replies are sent in parts, since the client may not read them
 
 
 class ResolveCache:
-    """`known` has the replies by request line, including its line feed; `count` is the number of replies."""
+    """`known` maps request lines, each with its line feed, to replies.
 
-    def __init__(self, *, remembers: bool = True) -> None:
-        self._remembers = remembers
+    `count` is the number of requests answered from the cache. A cache that is not enabled is always empty.
+    """
+
+    def __init__(self, *, is_enabled: bool = True) -> None:
+        self._is_enabled = is_enabled
         self.count = 0
         self.invalidate_all()
 
     def lookup(self, data: bytes) -> bytes | None:
-        """Return the replies to a chunk of a peer's bytes; None unless the chunk is lines with cached replies."""
+        """Return the replies to the lines in `data`; None unless all lines are whole and have cached replies."""
         if len(data) > _CHUNK_BYTES_MAX or b"resolve" not in data[:_CMD_BYTES]:
             return None
         lines = data.splitlines(keepends=True)
@@ -49,16 +52,16 @@ class ResolveCache:
         match = _USUAL.fullmatch(line)
         if match is None:
             return None
-        before, name, behind = match.groups()
+        id_before, name, id_after = match.groups()
         reply = self.known.get(_line(name))
-        if reply is None or (before and behind):  # two ids are an error
+        if reply is None or (id_before and id_after):  # two ids are an error
             return None
-        id = before or behind
+        id = id_before or id_after
         return messages.add_encoded_id(id, reply) if id else reply
 
     def put(self, entry: Entry) -> None:
         """Cache the reply for an entry's name, until it is invalidated."""
-        if self._remembers:
+        if self._is_enabled:
             self.known[_line(entry.name.encode())] = messages.resolved(None, entry)
 
     def invalidate(self, name: str) -> None:

@@ -1,8 +1,9 @@
-"""Shares the event loop's time among connections that have requests to answer.
+"""Divides the event loop's time among connections that have requests to answer.
 
-A connection that has just received something is served at once while there is time; one that has used up its time
-slice waits behind the others. So a hundred connections with expensive requests delay another one by a few
-milliseconds, not by a hundred time slices.
+A connection that has just received something is fresh: it is served at once while time is left in this loop
+iteration. A connection that has used up its time slice is busy: it waits until the fresh connections were
+served. So a hundred connections with expensive requests delay a fresh one by milliseconds, not by a hundred
+time slices.
 """
 
 from collections import deque
@@ -10,9 +11,9 @@ from typing import Protocol
 
 from regd.server.work_queue import NextIteration
 
-FRESH_S = 0.003  # in one iteration of the event loop, for workers that have just received something
-BUSY_S = 0.002  # and for workers that have used up a time slice before
-READONLY_S = 0.001  # each of the two, for connections of users who may only read
+FRESH_S = 0.003  # for fresh connections, per iteration of the event loop
+BUSY_S = 0.002  # for busy connections, per iteration
+READONLY_S = 0.001  # for fresh and for busy connections of users who may only read, per iteration
 
 
 class Worker(Protocol):
@@ -21,12 +22,12 @@ class Worker(Protocol):
 
 
 class FairScheduler:
-    """Gives out `fresh_s` and `busy_s` seconds in each iteration of the event loop."""
+    """Runs fresh workers for `fresh_s` and busy workers for `busy_s` seconds per iteration of the event loop."""
 
     def __init__(self, fresh_s: float = FRESH_S, busy_s: float = BUSY_S) -> None:
         self._fresh_s = fresh_s
         self._busy_s = busy_s
-        self._spent_s = 0.0  # in this iteration, and in some before if they took little
+        self._spent_s = 0.0  # time used since the last reset, which may be some iterations ago
         self._fresh: deque[Worker] = deque()
         self._busy: deque[Worker] = deque()
         self._next = NextIteration(self._run)
@@ -37,20 +38,20 @@ class FairScheduler:
         return self._spent_s < self._fresh_s
 
     def spent(self, seconds: float) -> None:
-        """Count the time that a worker has used."""
+        """Count time that a worker has used."""
         self._spent_s += seconds
         if self._spent_s > self._fresh_s / 4:
-            self._next.request()  # to begin anew in the next iteration
+            self._next.request()  # to reset the count in the next iteration
 
     def schedule(self, worker: Worker, busy: bool) -> None:
-        """Run a worker in a later iteration; a `busy` one after those that are not."""
+        """Run a worker in a later iteration, a busy worker after the fresh ones."""
         (self._busy if busy else self._fresh).append(worker)
         self._next.request()
 
     def _run(self) -> None:
         self._spent_s = 0.0
         self._serve(self._fresh, self._fresh_s)
-        # Busy workers always get some time. What they use is not taken from those that receive something now.
+        # Busy workers always get some time. It is not subtracted from the time of fresh workers.
         self._serve(self._busy, self._spent_s + self._busy_s)
         self._spent_s -= min(self._spent_s, self._busy_s)
         if self._fresh or self._busy:

@@ -1,4 +1,4 @@
-"""The table of open connections by session number, by which a registration knows the connection that holds it."""
+"""The open connections by session number. A holder names its connection by this number."""
 
 from typing import Protocol
 
@@ -6,7 +6,7 @@ from regd.core.transaction import OwnershipLost
 from regd.protocol import messages
 
 
-class SessionPeer(Protocol):
+class SessionConnection(Protocol):
     """A connection, as this table sees it."""
 
     @property
@@ -20,33 +20,33 @@ class SessionPeer(Protocol):
 class Sessions:
     def __init__(self) -> None:
         self._count = 0
-        self._open: dict[int, SessionPeer] = {}
+        self._open: dict[int, SessionConnection] = {}
 
-    def add(self, peer: SessionPeer) -> int:
-        """Return the connection's number. No number is used twice."""
+    def add(self, connection: SessionConnection) -> int:
+        """Add a connection and return its session number. No number is used twice."""
         self._count += 1
-        self._open[self._count] = peer
+        self._open[self._count] = connection
         return self._count
 
     def remove(self, session: int) -> None:
-        """Forget a connection that has closed. Idempotent."""
+        """Remove a connection that has closed. Idempotent."""
         self._open.pop(session, None)
 
     def is_cut(self, session: int) -> bool:
-        """Return whether the connection has ended as far as the kernel knows, even before the event loop does."""
-        peer = self._open.get(session)
-        return peer is None or peer.is_cut()
+        """Return whether the connection has ended. The kernel is asked, since it knows before the event loop."""
+        connection = self._open.get(session)
+        return connection is None or connection.is_cut()
 
     def address_of(self, session: int) -> str | None:
-        """Return the peer's address for people, None when the connection has closed."""
-        peer = self._open.get(session)
-        return peer.address if peer else None
+        """Return the client's address for people, None if the connection has closed."""
+        connection = self._open.get(session)
+        return connection.address if connection else None
 
     def push_lost(self, lost: OwnershipLost) -> None:
-        """Send a `lost` event to the connection whose registration another client has taken over."""
-        peer = self._open.get(lost.session)
-        if peer is not None:
+        """Send a `lost` event to the connection whose registration another client has taken over or ended."""
+        connection = self._open.get(lost.session)
+        if connection is not None:
             entry = lost.entry
-            peer.push(
+            connection.push(
                 messages.event("lost", lost.rev, name=entry.name, instance=entry.instance, reason=lost.reason)
             )

@@ -1,6 +1,6 @@
-"""Stalls: time in which the daemon could not receive renewals: it was stopped, or its loop or disk blocked.
+"""Stalls: time in which the daemon could not receive renewals, since it was stopped or its loop or disk blocked.
 
-That time is added to the deadlines of leases, and of holds that wait for their client.
+This time is added to the deadlines of leases, and of holds that wait for their client to reconnect.
 """
 
 import logging
@@ -10,38 +10,38 @@ from regd.system.clock import Clock
 
 log = logging.getLogger("regd")
 
-LOOK_S = 0.5  # between two calls of `now`, at most
-_LATE_S = 0.25  # a call may be so late, and a flush take so long, without being a stall
+CHECK_S = 0.5  # the longest time between two calls of `now` while the daemon runs
+_LATE_S = 0.25  # a call may be late by this time, and a flush take this time, without being a stall
 _LOG_FROM_S = 2.0  # shorter stalls are not logged
 
 
 class Stalls:
-    """The time for setting, renewing and ending leases is `now`.
+    """`now` is the time with which leases are set, renewed and ended.
 
-    A renewal that follows a write on its connection waits for the flush in flight, and then for its own. The
-    first quarter of a second of each flush is not a stall, so that a lease that is not renewed ends even while
-    one flush follows another.
+    A flush is a stall too, because a renewal that follows a write on its connection waits until the write is
+    committed. But the first quarter of a second of a flush is not: else no lease would ever end while one flush
+    follows another.
     """
 
     def __init__(self, clock: Clock, holders: HolderIndex) -> None:
         self._clock = clock
         self._holders = holders
-        self._looked_at = clock.now()
+        self._called_at = clock.now()
         self._flushing_since: float | None = None
 
     def start(self) -> None:
-        """Forget the time before this call."""
-        self._looked_at = self._clock.now()
+        """Ignore the time before this call."""
+        self._called_at = self._clock.now()
 
     def now(self) -> float:
-        """Add the stall since the last call, if any, to the deadlines. Return the time."""
+        """Add the stall since the last call, if there was one, to the deadlines. Return the current time."""
         now = self._clock.now()
         lost_s = 0.0
-        if now - self._looked_at > LOOK_S + _LATE_S:
-            lost_s = now - self._looked_at  # when in that time the daemon was stopped is unknown
+        if now - self._called_at > CHECK_S + _LATE_S:
+            lost_s = now - self._called_at  # all of it, since it is unknown when the daemon was stopped
         elif self._flushing_since is not None:
-            lost_s = now - max(self._looked_at, self._flushing_since + _LATE_S)
-        self._looked_at = now
+            lost_s = now - max(self._called_at, self._flushing_since + _LATE_S)
+        self._called_at = now
         if lost_s > 0 and self._holders.next_deadline() is not None:
             self._holders.prolong(lost_s)
             if lost_s > _LOG_FROM_S:
@@ -49,8 +49,8 @@ class Stalls:
         return now
 
     @property
-    def time_stands_still(self) -> bool:
-        """Whether a flush takes so long that no deadline comes nearer."""
+    def is_flush_stalled(self) -> bool:
+        """Whether the flush in flight has become a stall: until it ends, deadlines move along with the time."""
         return self._flushing_since is not None and self._clock.now() >= self._flushing_since + _LATE_S
 
     def flush_began(self) -> None:

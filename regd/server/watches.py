@@ -1,8 +1,8 @@
-"""Watches: each is a cursor into the history of changes.
+"""Watches. Each watch is a cursor into the history of changes.
 
-A watch that has sent everything is live: it sleeps until a change concerns it, and goes on from the history. A
-watch whose peer does not read keeps only its cursor; once the history no longer reaches back to it, the peer gets
-`reset` and the current state. So a slow watcher costs the others nothing.
+A watch that has sent all events is live: it does nothing until a change concerns it, and then sends from the
+history. A watch whose client does not read keeps only its cursor. If the history no longer reaches back to the
+cursor, the client gets `reset` and the current state. So a client that reads slowly delays no other client.
 """
 
 from collections import Counter
@@ -12,7 +12,7 @@ from typing import Protocol
 
 from regd.core.errors import Code, Refused
 from regd.core.limits import Limits
-from regd.core.model import Change, Entry, Key, Op, Reason
+from regd.core.model import Change, Key, Op, Reason
 from regd.core.registry import Registry
 from regd.protocol import messages
 from regd.server.loop_monitor import LoopMonitor
@@ -20,7 +20,7 @@ from regd.server.work_queue import WorkQueue
 from regd.system.clock import Clock, Timer
 
 _SLICE = 128  # entries or changes of one watch at a time
-_SLICE_BYTES = 16_384  # and bytes, though at least one event: what a peer that does not read can cost
+_SLICE_BYTES = 16_384  # sent at a time, if it is more than one event: more could be buffered for a slow client
 _SLICE_S = 0.002
 
 
@@ -29,14 +29,14 @@ class Watcher(Protocol):
 
     @property
     def can_take(self) -> bool:
-        """Whether the peer reads: what is pushed now is sent soon."""
+        """Whether the client reads, so that an event pushed now is sent soon."""
 
     def push(self, data: bytes) -> None: ...
 
 
 class _Phase(Enum):
-    SNAPSHOT = "the state is being sent, from `after` on; `cursor` is the revision at which that began"
-    CATCH_UP = "events up to `cursor` were sent"
+    SNAPSHOT = "the current state is being sent, next the entries after `after`; it began at revision `cursor`"
+    CATCH_UP = "events up to revision `cursor` were sent, and later ones may follow"
     LIVE = "all events were sent"
 
 
@@ -69,15 +69,15 @@ class Watch:
         self.cursor = cursor
         self.after: Key | None = None
         self.is_open = True
-        self.kept_bytes = 0  # of the request, for the memory quota
-        self.tail = ""  # the event that tells the peer that it has caught up
+        self.kept_bytes = 0  # the size of the request, which the memory quota includes
+        self.tail = ""  # the event that follows once the client has all events: `sync` or `progress`
 
     def line(self, change: Change) -> bytes | None:
-        """Return the event of a change, None if the change does not concern this watch."""
-        before, entry = change.previous, change.entry
+        """Return the event for a change, None if the change does not concern this watch."""
+        previous, entry = change.previous, change.entry
         if not (entry.name == self.pattern if self.exact else entry.name.startswith(self.prefix)):
             return None
-        matched = before is not None and before.carries(self.meta)
+        matched = previous is not None and previous.carries(self.meta)
         if change.op is Op.DOWN:
             return messages.down(self.number, change.rev, entry, change.reason) if matched else None
         if entry.carries(self.meta):
@@ -93,10 +93,10 @@ class Watches:
         self._clock = clock
         self._limits = limits
         self._watches: dict[str, set[Watch]] = {}  # by pattern
-        self._live: dict[str, set[Watch]] = {}  # by pattern: those that a change wakes up
-        self._lengths: Counter[int] = Counter()  # of the patterns that are prefixes, with their `*`
-        self._behind = WorkQueue(self._send_slice, _SLICE_S, "events", clock, monitor)
-        self._silent = WorkQueue(self._send_progress, _SLICE_S, "events", clock, monitor)
+        self._live: dict[str, set[Watch]] = {}  # by pattern
+        self._lengths: Counter[int] = Counter()  # lengths of the patterns that end in `*`
+        self._to_send = WorkQueue(self._send_slice, _SLICE_S, "events", clock, monitor)
+        self._progress_due = WorkQueue(self._send_progress, _SLICE_S, "events", clock, monitor)
         self._progress_timer: Timer | None = None
         self._count = 0
 
@@ -106,9 +106,9 @@ class Watches:
     def start(
         self, watcher: Watcher, number: int, pattern: str, meta: Mapping[str, str], since: tuple[str, int] | None
     ) -> Watch:
-        """Start a watch; its events are pushed from the next iteration of the event loop on.
+        """Start a watch. Its first events are pushed in the next iteration of the event loop.
 
-        `since` is the epoch and revision that the peer knows, None to begin with the current state.
+        `since` is the epoch and revision up to which the client has all events, None to begin with a snapshot.
 
         Raises:
             Refused: `busy`, too many watches.
@@ -122,19 +122,19 @@ class Watches:
             watch.cursor = since[1]
             watch.tail = "progress"
         else:
-            watch.cursor = -1  # the history never has this revision, so that the peer gets `reset`
+            watch.cursor = -1  # the history never has this revision, so the client gets `reset`
         same_pattern = self._watches.setdefault(pattern, set())
         if not same_pattern and not watch.exact:
             self._lengths[len(pattern)] += 1
         same_pattern.add(watch)
         self._count += 1
-        self._behind.add(watch)
+        self._to_send.add(watch)
         if self._progress_timer is None:
             self._schedule_progress()
         return watch
 
     def stop(self, watch: Watch) -> None:
-        """Stop a watch; nothing more is pushed for it. Idempotent."""
+        """Stop a watch. No more events are pushed for it. Idempotent."""
         if not watch.is_open:
             return
         watch.is_open = False
@@ -144,19 +144,19 @@ class Watches:
             del self._watches[watch.pattern]
             if not watch.exact:
                 self._lengths[len(watch.pattern)] -= 1
-                self._lengths += Counter()  # drops lengths with count 0
+                self._lengths += Counter()  # removes lengths whose count is 0
         self._count -= 1
         self._discard_live(watch)
-        self._behind.discard(watch)
-        self._silent.discard(watch)
+        self._to_send.discard(watch)
+        self._progress_due.discard(watch)
 
     def close(self) -> None:
-        """Send no `progress` any more."""
+        """Send no more `progress` events."""
         if self._progress_timer is not None:
             self._progress_timer.cancel()
 
     def on_changes(self, changes: Sequence[Change]) -> None:
-        """Wake up the watches that committed changes concern. Their events follow the replies to the writers."""
+        """Wake the live watches that changes concern. Their events are sent after the replies to the writers."""
         if not self._count:
             return
         for change in changes:
@@ -167,13 +167,13 @@ class Watches:
                 for watch in self._live.pop(pattern, ()):
                     watch.phase = _Phase.CATCH_UP
                     watch.cursor = change.rev - 1  # all events before this change were sent
-                    self._behind.add(watch)
+                    self._to_send.add(watch)
 
     def resume(self, watches: Sequence[Watch]) -> None:
-        """Go on with the watches of a peer that reads again."""
+        """Continue the watches of a client that reads again."""
         for watch in watches:
             if watch.phase is not _Phase.LIVE:
-                self._behind.add(watch)
+                self._to_send.add(watch)
 
     def _set_live(self, watch: Watch) -> None:
         watch.phase = _Phase.LIVE
@@ -185,17 +185,17 @@ class Watches:
         if not same_pattern:
             self._live.pop(watch.pattern, None)
 
-    # Watches that are behind.
+    # Watches with events to send.
 
     def _send_slice(self, watch: Watch) -> None:
-        """Send some events. A watch whose peer does not read leaves the queue until `resume`."""
+        """Send some events. A watch whose client does not read leaves the queue until `resume`."""
         if not watch.watcher.can_take:
             return
         data = self._slice(watch)
         if data:
             watch.watcher.push(data)
         if watch.is_open and watch.phase is not _Phase.LIVE:
-            self._behind.add(watch)
+            self._to_send.add(watch)
 
     def _slice(self, watch: Watch) -> bytes:
         if watch.phase is _Phase.SNAPSHOT:
@@ -228,18 +228,14 @@ class Watches:
         watch.tail = "sync"
 
     def _next_page(self, watch: Watch) -> bytes:
-        """Return a page of the current state. Changes since the first page follow from the history."""
+        """Return a page of the snapshot. Changes since its first page are sent from the history afterwards."""
         page = self._registry.page(watch.pattern, watch.meta, watch.after, _SLICE)
         fit = messages.count_fitting(page.entries, _SLICE_BYTES)
         shown = page.entries[:fit]
         watch.after = page.after if fit == len(page.entries) else shown[-1].key
         if watch.after is None:
             watch.phase = _Phase.CATCH_UP
-        return b"".join(self._up(watch, entry) for entry in shown)
-
-    @staticmethod
-    def _up(watch: Watch, entry: Entry) -> bytes:
-        return messages.changed(watch.number, Op.UP, entry)
+        return b"".join(messages.changed(watch.number, Op.UP, entry) for entry in shown)
 
     # `progress` events.
 
@@ -251,11 +247,11 @@ class Watches:
         self._progress_timer = None
         for same_pattern in self._live.values():
             for watch in same_pattern:
-                self._silent.add(watch)
+                self._progress_due.add(watch)
         if self._count:
             self._schedule_progress()
 
     def _send_progress(self, watch: Watch) -> None:
-        """Tell the peer of a live watch up to which revision it has all events."""
+        """Tell the client up to which revision it has all events."""
         if watch.phase is _Phase.LIVE and watch.watcher.can_take:
             watch.watcher.push(messages.event("progress", self._registry.rev, watch=watch.number))

@@ -1,4 +1,4 @@
-"""Work in time slices: do some, let the event loop run, do some more."""
+"""Processes many items in time slices, so that the event loop serves connections in between."""
 
 import asyncio
 from collections import OrderedDict
@@ -14,7 +14,7 @@ _Item = TypeVar("_Item", bound=Hashable)
 
 
 class NextIteration:
-    """Calls a function in the next iteration of the event loop, once however often that is requested."""
+    """Calls a function once in the next iteration of the event loop, however often that is requested."""
 
     def __init__(self, call: Callable[[], None]) -> None:
         self._call = call
@@ -31,9 +31,9 @@ class NextIteration:
 
 
 class WorkQueue(Generic[_Item]):
-    """Items that are processed one after another, a time slice in each iteration of the event loop.
+    """Processes items one after another, for one time slice per iteration of the event loop.
 
-    An item is in the queue once; `process` may add it again. `what` names the work for `stats`.
+    An item is in the queue at most once. `process` may add it again. `what` names the work in `stats`.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class WorkQueue(Generic[_Item]):
         return len(self._items)
 
     def add(self, item: _Item) -> None:
-        """Have an item processed after those that are in the queue. Does nothing if it is one of them."""
+        """Have an item processed after those in the queue. Does nothing if it is already in the queue."""
         self._items[item] = None
         self._next.request()
 
@@ -61,7 +61,7 @@ class WorkQueue(Generic[_Item]):
         self._items.move_to_end(item, last=False)
 
     def discard(self, item: _Item) -> None:
-        """Take an item out. Idempotent."""
+        """Remove an item. Idempotent."""
         self._items.pop(item, None)
 
     def _run_slice(self) -> None:
@@ -71,6 +71,6 @@ class WorkQueue(Generic[_Item]):
             self._process(item)
             if not self._items or self._clock.now() > began + self._slice_s:
                 break
-        self._monitor.took(self._what, began)
+        self._monitor.record(self._what, began)
         if self._items:
             self._next.request()

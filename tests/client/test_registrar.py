@@ -172,7 +172,7 @@ async def test_mirror_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 async def test_200_registrations_return_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All registrations return, and a watch of a client reports no event."""
+    """All registrations return, and a client's watch reports no event."""
     with DaemonProcess(tmp_path / "own.json") as process:
         process.start()
         monkeypatch.setenv("REGD_ADDRESS", process.addresses[0])
@@ -207,7 +207,7 @@ async def test_resolve_waits_for_the_daemon_and_for_the_service(
     waiting = asyncio.create_task(regd_client.resolve("late", wait=WAIT_S))
     await asyncio.sleep(0)
     async with server, InLoop(tmp_path / "own.json", unix=path) as other:
-        await until(lambda: other.server.parked)
+        await until(lambda: other.server.waiting)
         async with regd_client.register("late", port):
             assert (await waiting).port == port
         with pytest.raises(regd_client.Timeout, match="deregistered"):
@@ -223,7 +223,7 @@ async def test_register_makes_a_task() -> None:
 
 
 @pytest.mark.parametrize("iterations", range(12))
-async def test_cancelled_register_leaves_nothing(daemon: InLoop, iterations: int) -> None:
+async def test_cancelled_register_leaves_no_registration(daemon: InLoop, iterations: int) -> None:
     async with Client() as other, Client() as shared:
         for register in (regd_client.register, shared.register):
             task = asyncio.ensure_future(register("a", 1))
@@ -281,7 +281,7 @@ async def test_forked_child_does_not_share_the_client(daemon: InLoop) -> None:
 
 
 async def test_no_pid_is_sent_across_pid_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container, where pids differ from the daemon's."""
+    """In a container, for example, pids differ from the daemon's."""
     monkeypatch.setattr("regd_client.protocol.own_host", lambda: {"boot": "this", "pid_namespace": "another"})
     async with Client() as client, regd_client.register("a", 1):
         [known] = (await client.why("a"))["instances"]
@@ -316,7 +316,7 @@ async def test_update_after_a_broken_connection_is_not_undone(
             await registration.update({"v": "2"})
         else:
             await client.update("a", {"v": "2"})
-        for _ in range(3):  # the entry has been registered again meanwhile
+        for _ in range(3):  # until the entry has been registered again
             await client.ping()
             [instance] = await other.instances("a")
             assert instance["meta"] == registration.endpoint.meta == {"v": "2"}
@@ -335,7 +335,7 @@ async def test_update_without_a_daemon_fails_in_time(relay: Relay) -> None:
         assert registration.endpoint.meta == {"v": "3"}
 
 
-async def test_a_seeded_program_keeps_its_random_numbers(relay: Relay) -> None:
+async def test_seeded_program_keeps_its_random_numbers(relay: Relay) -> None:
     before = random.getstate()
     async with Client() as client:
         registration = await client.register("a", 1)

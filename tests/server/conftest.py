@@ -1,4 +1,4 @@
-"""Fixture for the tests of the resolve cache: a daemon with it and one without."""
+"""Fixture for the tests of the resolve cache: a daemon with the cache and a daemon without."""
 
 from collections.abc import Iterator
 

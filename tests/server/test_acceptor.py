@@ -47,7 +47,7 @@ class RecordedTimers:
 
 
 class Recorder(asyncio.Protocol):
-    """Records what it receives."""
+    """A protocol that records what it receives."""
 
     def __init__(self, connections: "list[Recorder]") -> None:
         self.received = b""
@@ -62,11 +62,11 @@ class Recorder(asyncio.Protocol):
 
 
 class Scene:
-    """An acceptor on a listener that can fail, the connections it made, and the callers' sockets."""
+    """An acceptor on a listener that can fail, the accepted connections, and the clients' sockets."""
 
     def __init__(self) -> None:
         self.connections: list[Recorder] = []
-        self.callers: list[socket.socket] = []
+        self.clients: list[socket.socket] = []
         self.errors: list[dict[str, Any]] = []
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: self.errors.append(context))
         self.acceptor = Acceptor(lambda: Recorder(self.connections))
@@ -77,11 +77,11 @@ class Scene:
         self.listener.listen(256)
         self.acceptor.listen(self.listener)
 
-    def call(self, data: bytes = b"") -> socket.socket:
-        caller = socket.create_connection(self.listener.getsockname())
-        caller.sendall(data)
-        self.callers.append(caller)
-        return caller
+    def connect(self, data: bytes = b"") -> socket.socket:
+        client = socket.create_connection(self.listener.getsockname())
+        client.sendall(data)
+        self.clients.append(client)
+        return client
 
     async def close(self) -> None:
         self.acceptor.stop()
@@ -90,8 +90,8 @@ class Scene:
             connection.transport.abort()
         await settle()
         self.listener.close()
-        for caller in self.callers:
-            caller.close()
+        for client in self.clients:
+            client.close()
         assert self.errors == []
 
 
@@ -108,14 +108,14 @@ async def scene() -> AsyncIterator[Scene]:
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
-async def test_out_of_descriptors_callers_wait_and_each_attempt_logs_one_line(
+async def test_clients_wait_without_file_descriptors_and_each_attempt_logs_one_line(
     scene: Scene, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
-    scene.call()
+    scene.connect()
     await until(lambda: len(scene.connections) == 1)
     scene.listener.number = number
     scene.listener.attempts = 0
-    waiting = [scene.call(b"waited") for _ in range(3)]
+    waiting = [scene.connect(b"waited") for _ in range(3)]
     for attempt in (1, 2):
         await until(lambda: bool(scene.loop.timers))
         await settle()
@@ -126,8 +126,8 @@ async def test_out_of_descriptors_callers_wait_and_each_attempt_logs_one_line(
         assert delay == 1.0
         if attempt == 1:
             retry()
-    scene.callers[0].sendall(b"served meanwhile")
-    await until(lambda: scene.connections[0].received == b"served meanwhile")
+    scene.clients[0].sendall(b"served now")
+    await until(lambda: scene.connections[0].received == b"served now")
     scene.listener.number = 0
     retry()
     await until(
@@ -138,7 +138,7 @@ async def test_out_of_descriptors_callers_wait_and_each_attempt_logs_one_line(
 
 async def test_no_retry_after_stop(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
     scene.listener.number = errno.EMFILE
-    scene.call()
+    scene.connect()
     await until(lambda: bool(scene.loop.timers))
     scene.acceptor.stop()
     scene.listener.number = 0
@@ -150,11 +150,11 @@ async def test_no_retry_after_stop(scene: Scene, caplog: pytest.LogCaptureFixtur
 
 
 @pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EINTR, errno.EAGAIN])
-async def test_caller_that_left_before_accept_is_skipped(
+async def test_client_that_left_before_accept_is_skipped(
     scene: Scene, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     scene.listener.number = number
-    scene.call(b"x")
+    scene.connect(b"x")
     await until(lambda: bool(scene.listener.attempts))
     scene.listener.number = 0
     await until(lambda: [connection.received for connection in scene.connections] == [b"x"])
@@ -163,7 +163,7 @@ async def test_caller_that_left_before_accept_is_skipped(
 
 async def test_other_errors_of_accept_are_reported(scene: Scene) -> None:
     scene.listener.number = errno.EPERM
-    scene.call()
+    scene.connect()
     await until(lambda: bool(scene.errors))
     scene.listener.number = 0
     assert {type(error["exception"]) for error in scene.errors} == {PermissionError}
@@ -172,10 +172,10 @@ async def test_other_errors_of_accept_are_reported(scene: Scene) -> None:
     assert scene.loop.timers == []
 
 
-async def test_callers_are_accepted_in_slices(scene: Scene) -> None:
-    """Many connections at once, as when a test suite starts, do not delay the open connections."""
+async def test_clients_are_accepted_in_slices(scene: Scene) -> None:
+    """Many new connections at once, as when a test suite starts, do not delay the open ones."""
     for _ in range(200):
-        scene.call()
+        scene.connect()
     counts = [0]
     while len(scene.connections) < 200:
         await asyncio.sleep(0)
@@ -183,20 +183,20 @@ async def test_callers_are_accepted_in_slices(scene: Scene) -> None:
     assert max(after - before for before, after in itertools.pairwise(counts)) <= 64
 
 
-async def test_stop_accepts_nobody_and_serves_open_connections(scene: Scene) -> None:
-    caller = scene.call()
+async def test_stop_accepts_no_connection_and_serves_open_connections(scene: Scene) -> None:
+    client = scene.connect()
     await until(lambda: len(scene.connections) == 1)
     scene.acceptor.stop()
     scene.acceptor.stop()
-    scene.call()
+    scene.connect()
     await settle()
     assert len(scene.connections) == 1
-    caller.sendall(b"still here")
+    client.sendall(b"still here")
     await until(lambda: scene.connections[0].received == b"still here")
 
 
 async def test_starting_connection_is_counted_and_awaited(scene: Scene) -> None:
-    scene.call()
+    scene.connect()
     scene.acceptor._accept(scene.listener)
     assert scene.acceptor.starting == 1
     scene.acceptor.stop()
@@ -205,13 +205,13 @@ async def test_starting_connection_is_counted_and_awaited(scene: Scene) -> None:
 
 
 async def test_accepted_sockets_are_non_blocking_without_delay(scene: Scene, tmp_path: Path) -> None:
-    caller = scene.call()
+    client = scene.connect()
     await until(lambda: len(scene.connections) == 1)
     transport = scene.connections[0].transport
     accepted = transport.get_extra_info("socket")
     assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
     assert not os.get_blocking(accepted.fileno())
-    assert transport.get_extra_info("peername") == caller.getsockname()
+    assert transport.get_extra_info("peername") == client.getsockname()
     with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as unix:
         listener.bind(os.fspath(tmp_path / "s"))
         listener.listen()
@@ -223,7 +223,7 @@ async def test_accepted_sockets_are_non_blocking_without_delay(scene: Scene, tmp
         scene.acceptor.stop()
 
 
-async def test_daemon_out_of_descriptors_serves_callers_later(
+async def test_daemon_without_file_descriptors_serves_clients_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     accept = socket.socket.accept
@@ -237,10 +237,10 @@ async def test_daemon_out_of_descriptors_serves_callers_later(
     monkeypatch.setattr("regd.server.acceptor._RETRY_S", 0.01)
     async with InLoop(tmp_path / "registry.json") as daemon:
         monkeypatch.setattr(socket.socket, "accept", fail)
-        with socket.create_connection(("127.0.0.1", daemon.port)) as caller:
-            caller.sendall(b'{"cmd":"ping"}\n')
-            caller.setblocking(False)
+        with socket.create_connection(("127.0.0.1", daemon.port)) as client:
+            client.sendall(b'{"cmd":"ping"}\n')
+            client.setblocking(False)
             await until(lambda: "cannot accept connections" in caplog.text)
             failing = False
             async with asyncio.timeout(WAIT_S):
-                assert await asyncio.get_running_loop().sock_recv(caller, 100) == b'{"ok":true}\n'
+                assert await asyncio.get_running_loop().sock_recv(client, 100) == b'{"ok":true}\n'

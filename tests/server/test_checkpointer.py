@@ -1,4 +1,4 @@
-"""The checkpointer: when the registry file is written. Time by hand, and a store that says when it is done."""
+"""The checkpointer: when the registry file is written. The test moves time, and ends each checkpoint."""
 
 import asyncio
 import errno
@@ -15,7 +15,7 @@ from tests.support.daemon import WAIT_S
 
 
 class SlowStore:
-    """A store whose checkpoints take as long as the test wants."""
+    """A store whose checkpoints take until the test ends them."""
 
     path = "/x/registry.json"
 
@@ -65,7 +65,7 @@ class Bench:
         return [at - self.began for at in self.store.written]
 
 
-async def test_a_first_change_is_written_at_once_and_those_of_the_next_second_together() -> None:
+async def test_first_change_is_written_at_once_and_later_changes_together() -> None:
     bench = Bench()
     bench.change()
     await bench.settle()
@@ -78,14 +78,14 @@ async def test_a_first_change_is_written_at_once_and_those_of_the_next_second_to
     await bench.advance(0.25)
     assert bench.written == [0, 1]
     await bench.advance(100)
-    assert bench.written == [0, 1]  # nothing has changed
+    assert bench.written == [0, 1]  # no change, no checkpoint
     bench.change()
     await bench.settle()
     assert bench.written == [0, 1, 101]
     await bench.checkpointer.close()
 
 
-async def test_a_change_during_a_checkpoint_is_in_the_next_one() -> None:
+async def test_change_during_a_checkpoint_is_in_the_next_checkpoint() -> None:
     bench = Bench()
     bench.store.gate.clear()
     bench.change()
@@ -114,7 +114,7 @@ async def test_writing_takes_at_most_a_tenth_of_the_time() -> None:
     await bench.checkpointer.close()
 
 
-async def test_a_failure_is_logged_once_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+async def test_failure_is_logged_once_and_retried(caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench()
     bench.store.failing = True
     bench.change()
@@ -133,7 +133,7 @@ async def test_a_failure_is_logged_once_and_tried_again(caplog: pytest.LogCaptur
     await bench.checkpointer.close()
 
 
-async def test_a_clean_stop_writes_what_waits_and_nothing_afterwards() -> None:
+async def test_close_writes_the_last_checkpoint() -> None:
     bench = Bench()
     bench.change()
     await bench.settle()

@@ -98,7 +98,7 @@ async def test_pipelined_registers_share_commits(daemon: InLoop) -> None:
     assert (await peer.ask(cmd="stats"))["commits"] <= 1_000 / 16
 
 
-async def test_pending_replies_are_sent_after_eof(daemon: InLoop) -> None:
+async def test_late_replies_are_sent_after_eof(daemon: InLoop) -> None:
     peer = await daemon.peer()
     peer.send({"cmd": "register", "name": "a", "port": 1}, "resolve a", b'{"cmd":"ping"}')
     peer.writer.write_eof()
@@ -112,7 +112,7 @@ async def test_quit_closes_after_the_replies(daemon: InLoop) -> None:
     assert (await (await daemon.peer()).ask("resolve b"))["error"] == "not_found"
 
 
-async def test_peer_that_stays_after_quit_is_closed(daemon: InLoop) -> None:
+async def test_client_that_stays_after_quit_is_closed(daemon: InLoop) -> None:
     peer = await daemon.peer()
     peer.send("quit")
     assert await peer.rest() == b""
@@ -178,7 +178,7 @@ async def test_help_is_cached_and_has_the_id(daemon: InLoop) -> None:
 
 async def test_error_line_is_not_lost_to_a_reset(daemon: InLoop) -> None:
     peer = await daemon.peer()
-    peer.send(b"GET / HTTP/1.1\r\n" + b"x" * 3_000_000)  # more than the daemon reads before it answers
+    peer.send(b"GET / HTTP/1.1\r\n" + b"x" * 3_000_000)  # more than the daemon reads before it replies
     async with asyncio.timeout(WAIT_S):
         assert await peer.reader.readexactly(len(HTTP_REFUSAL)) == HTTP_REFUSAL
 
@@ -203,7 +203,7 @@ async def test_long_and_invalid_lines_do_not_close_the_connection(daemon: InLoop
     assert (await peer.ask(PING))["ok"]
 
 
-async def test_peer_that_does_not_read_is_not_read(daemon: InLoop) -> None:
+async def test_client_that_does_not_read_is_not_read(daemon: InLoop) -> None:
     setup, deaf = await daemon.peer(), await daemon.peer()
     for n in range(500):
         setup.send({"cmd": "register", "name": f"n{n}", "port": 1, "meta": {"k": "v" * 1_000}})
@@ -248,7 +248,7 @@ async def test_resets_do_not_disturb_other_connections(daemon: InLoop) -> None:
     assert (await other.ask(PING))["ok"]
 
 
-async def test_pages_are_bounded_and_complete(tmp_path: Path) -> None:
+async def test_pages_are_limited_and_complete(tmp_path: Path) -> None:
     async with InLoop(
         tmp_path / "registry.json", limits=Limits(reply_instances_max=3, reply_bytes_max=2_000)
     ) as daemon:
@@ -315,7 +315,7 @@ async def test_hello_and_stats_describe_the_daemon(daemon: InLoop) -> None:
     assert stats["registry"] == str(daemon.registry)
 
 
-async def test_peer_with_many_requests_does_not_delay_others(daemon: InLoop) -> None:
+async def test_client_with_many_requests_does_not_delay_others(daemon: InLoop) -> None:
     greedy, other = await daemon.peer(), await daemon.peer()
     greedy.send(b"ping\n" * 20_000)
     other.send("ping")
@@ -324,13 +324,13 @@ async def test_peer_with_many_requests_does_not_delay_others(daemon: InLoop) -> 
 
 
 async def test_committed_reply_is_not_overtaken(daemon: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commit ends and the next bytes arrive in one loop iteration: replies stay in order, `quit` loses none."""
+    """Replies stay in order, and `quit` loses none, if bytes arrive in the loop iteration in which a commit ends."""
     peer = await daemon.peer()
     [connection] = [connection for connection in daemon.server.connections if connection.address]
     send_late, to_come = Connection.send_late_replies, [b""]
 
     def send(self: Connection) -> None:
-        self.data_received(to_come.pop())  # the commit's reply is not sent yet
+        self.data_received(to_come.pop())  # the reply to the commit is not sent yet
         send_late(self)
 
     monkeypatch.setattr(Connection, "send_late_replies", send)
@@ -341,7 +341,7 @@ async def test_committed_reply_is_not_overtaken(daemon: InLoop, monkeypatch: pyt
 
 
 async def test_search_for_similar_names_is_bounded(daemon: InLoop) -> None:
-    """Long, similar names of few different letters are expensive to compare."""
+    """Long, similar names with few different letters are expensive to compare."""
     peer = await daemon.peer()
     labels = ["".join("ab"[n >> bit & 1] for bit in range(8)) * 7 for n in range(128)]
     for n, label in enumerate(labels):

@@ -1,4 +1,4 @@
-"""The order of requests and replies without sockets: writes, reads, pending resolves, `quit` and EOF."""
+"""The order of requests and replies, without sockets: writes, reads, waiting resolves, `quit` and EOF."""
 
 import json
 from collections import deque
@@ -34,7 +34,7 @@ def wait(id: int | None = None) -> bytes:
 
 
 class Executor:
-    """Answers reads at once, and writes and pending resolves when the test calls `commit` and `resolve`."""
+    """Answers reads at once, and writes and waiting resolves when the test calls `commit` and `resolve`."""
 
     def __init__(self, requests_in_flight_max: int = 64) -> None:
         limits = replace(DEFAULT, requests_in_flight_max=requests_in_flight_max)
@@ -60,7 +60,7 @@ class Executor:
         return self.work()
 
     def resolve(self, position: int = 0) -> list[Any]:
-        """Answer a pending resolve."""
+        """Answer a resolve that waits."""
         request = self.waits.pop(position)
         self.conversation.resolved(request, str(request.id).encode())
         return self.work()
@@ -82,7 +82,7 @@ class Executor:
             self.writes.append(item)
         elif "wait" in item.arguments:
             assert not self.writes
-            self.conversation.suspend(item)
+            self.conversation.add_waiting(item)
             self.waits.append(item)
         else:
             assert not self.writes, "a read must see the connection's own writes"
@@ -175,32 +175,32 @@ def test_input_may_end_before_it_is_split(peer: Executor) -> None:
     assert peer.conversation.is_drained
 
 
-# Pending resolves.
+# Waiting resolves.
 
 
-def test_pending_resolve_with_an_id_is_overtaken(peer: Executor) -> None:
+def test_waiting_resolve_with_an_id_is_overtaken(peer: Executor) -> None:
     assert peer.receive(wait(1), read(2), wait(3)) == [2]
     assert peer.resolve(position=1) == [3]
     assert peer.resolve() == [1]
-    assert peer.conversation.pending == 0
+    assert peer.conversation.waiting == 0
 
 
-def test_pending_resolve_without_an_id_blocks(peer: Executor) -> None:
+def test_waiting_resolve_without_an_id_blocks(peer: Executor) -> None:
     assert peer.receive(wait(1), wait(), read(2)) == []
     assert peer.state() is ConversationState.BLOCKED
-    assert peer.resolve(position=0) == [1]  # answered, since it has an id; the other one still blocks
+    assert peer.resolve(position=0) == [1]  # answered, since it has an id; the resolve without an id still blocks
     assert peer.resolve() == [None, 2]
     assert peer.state() is ConversationState.OPEN
 
 
-def test_pending_resolve_waits_for_an_earlier_write(peer: Executor) -> None:
+def test_resolve_waits_for_an_earlier_write(peer: Executor) -> None:
     peer.receive(write(1), wait(2))
-    assert peer.conversation.pending == 0
+    assert peer.conversation.waiting == 0
     assert peer.commit() == [1]
-    assert peer.conversation.pending == 1
+    assert peer.conversation.waiting == 1
 
 
-def test_blocked_peer_is_read_up_to_a_line(peer: Executor) -> None:
+def test_blocked_client_is_read_up_to_a_line(peer: Executor) -> None:
     peer.receive(wait())
     peer.receive(read(1))
     assert (peer.conversation.wants_input, peer.conversation.is_caught_up) == (True, False)
@@ -216,7 +216,7 @@ def test_quit_ends_reading(peer: Executor) -> None:
     assert (peer.state(), peer.conversation.is_finished) == (ConversationState.QUITTING, True)
     assert peer.receive(read(3)) == []
     assert peer.conversation.parser.waiting_bytes == 0
-    assert peer.conversation.wants_input  # to notice the peer's EOF
+    assert peer.conversation.wants_input  # to notice the client's EOF
 
 
 def test_quit_waits_for_writes(peer: Executor) -> None:
@@ -226,7 +226,7 @@ def test_quit_waits_for_writes(peer: Executor) -> None:
     assert not peer.writes
 
 
-def test_quit_waits_for_pending_resolves(peer: Executor) -> None:
+def test_quit_waits_for_waiting_resolves(peer: Executor) -> None:
     peer.receive(wait(1), wait(2), b"quit\n", read(3))
     assert (peer.state(), peer.conversation.is_finished) == (ConversationState.QUITTING, False)
     assert peer.resolve(position=1) == [2]
@@ -268,10 +268,10 @@ def test_input_is_drained_when_all_is_answered(peer: Executor) -> None:
     assert peer.conversation.is_drained
 
 
-def test_pending_resolves_outlive_the_input(peer: Executor) -> None:
+def test_waiting_resolves_outlive_the_input(peer: Executor) -> None:
     peer.receive(wait(1))
     peer.end_input()
-    assert (peer.conversation.is_drained, peer.conversation.pending) == (True, 1)
+    assert (peer.conversation.is_drained, peer.conversation.waiting) == (True, 1)
     assert peer.resolve() == [1]
 
 
@@ -304,8 +304,10 @@ _KINDS = st.sampled_from(["read", "write", "wait", "blocking", "error"])
 
 @given(st.lists(_KINDS, max_size=12), st.lists(st.integers(0, 5), max_size=40), st.booleans(), st.integers(1, 3))
 def test_random_conversations(kinds: list[str], choices: list[int], quits: bool, in_flight_max: int) -> None:
-    """Each request is answered once, and only pending resolves are overtaken, in whatever order writes are committed
-    and resolves answered. The executor checks that a read sees the writes before it.
+    """Each request is answered once, and only waiting resolves are overtaken.
+
+    The order in which writes are committed and resolves answered is random. The executor checks that a read sees
+    the writes before it.
     """
     peer = Executor(in_flight_max)
     lines = {"read": read, "write": write, "wait": wait}
@@ -351,7 +353,7 @@ def test_large_read_is_split_in_slices() -> None:
     assert not conversation.has_unsplit
 
 
-def test_input_of_a_blocked_peer_is_not_split() -> None:
+def test_input_of_a_blocked_client_is_not_split() -> None:
     peer = Executor()
     assert peer.receive(wait(), read(1) * 1_000) == []
     assert not peer.conversation.has_unsplit
@@ -359,12 +361,12 @@ def test_input_of_a_blocked_peer_is_not_split() -> None:
 
 
 def test_line_whose_end_waits_to_be_split_is_not_unfinished() -> None:
-    """The peer has sent it all: it must not be closed for a line that it did not end."""
+    """The client has sent the whole line, so it must not be closed for an unfinished line."""
     conversation = Conversation(DEFAULT)
     conversation.receive(b'{"cmd":"resolve","name":"a","wait":1}\nping\n{"cmd":')
     request = conversation.next()
     assert isinstance(request, Request)
-    conversation.suspend(request)
+    conversation.add_waiting(request)
     assert conversation.is_within_line
     conversation.receive(b'"ping"}\n')
     assert conversation.next() is None

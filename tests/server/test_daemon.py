@@ -1,4 +1,4 @@
-"""Start and stop of a daemon in the test's loop: sockets, files, and errors at the start."""
+"""Starting and stopping a daemon in the test's event loop: sockets, files, and errors at the start."""
 
 import asyncio
 import json
@@ -106,7 +106,7 @@ async def test_registrations_and_revision_survive_a_restart(tmp_path: Path) -> N
         assert (await peer.ask(cmd="register", name="c", port=3))["rev"] == 4
 
 
-async def test_stop_sends_pending_replies_and_closes(tmp_path: Path) -> None:
+async def test_stop_sends_the_last_replies_and_closes(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "registry.json") as daemon:
         idle, busy = await daemon.peer(), await daemon.peer()
         await idle.ask("ping")

@@ -1,4 +1,4 @@
-"""The thread of the engine: order, exceptions, a future that nobody waits for any more."""
+"""The engine's thread: order, exceptions, and cancelled futures."""
 
 import asyncio
 import threading
@@ -28,7 +28,7 @@ async def test_exception_is_raised_where_the_call_is_awaited() -> None:
 
     with pytest.raises(OSError, match="no disk"):
         await thread.call(fail)
-    await thread.call(lambda: None)  # the thread goes on
+    await thread.call(lambda: None)  # the thread still works
     thread.close()
 
 

@@ -1,4 +1,4 @@
-"""The engine: grouping, order, a disk that is slow, a disk that fails. Time and disk by hand."""
+"""The engine: batches, order, a slow disk, a failing disk. The test moves time and controls the disk."""
 
 import asyncio
 import gc
@@ -31,7 +31,7 @@ from tests.support.world import World
 
 
 class Bench:
-    """An engine on a real file, with its door told."""
+    """An engine on a real file. Access to the file system is recorded, and can be delayed or made to fail."""
 
     def __init__(self, folder: Path, limits: Limits = DEFAULT) -> None:
         self.files = RecordedFiles()
@@ -51,9 +51,9 @@ class Bench:
             limits,
             Stalls(self.clock, self.registry.holders),
             is_gone=lambda holder: False,
-            committed=lambda: None,
-            landed=lambda changes: None,
-            settled=lambda lost, free: None,
+            on_flush=lambda: None,
+            on_commit=lambda changes: None,
+            on_batch_end=lambda lost, free: None,
         )
         self.outcomes: list[object] = []
         self.task = asyncio.create_task(self.engine.run())
@@ -95,7 +95,7 @@ def register(name: str, port: int = 1, if_rev: int | None = None) -> Write:
     return write
 
 
-async def test_what_arrives_during_a_flush_is_the_next_one(tmp_path: Path) -> None:
+async def test_writes_during_a_flush_form_the_next_batch(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     bench.files.gate.clear()
     bench.files.syncing.clear()
@@ -110,7 +110,7 @@ async def test_what_arrives_during_a_flush_is_the_next_one(tmp_path: Path) -> No
     await bench.close()
 
 
-async def test_nobody_sees_a_change_before_the_file_holds_it(tmp_path: Path) -> None:
+async def test_change_is_invisible_until_it_is_on_disk(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     bench.files.gate.clear()
     bench.files.syncing.clear()
@@ -125,7 +125,7 @@ async def test_nobody_sees_a_change_before_the_file_holds_it(tmp_path: Path) -> 
     await bench.close()
 
 
-async def test_a_batch_that_fails_is_not_in_effect_nor_is_what_was_judged_on_it(tmp_path: Path) -> None:
+async def test_failed_batch_is_refused_as_a_whole(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     bench.submit(register("old"))
     await bench.until(1)
@@ -137,12 +137,12 @@ async def test_a_batch_that_fails_is_not_in_effect_nor_is_what_was_judged_on_it(
     bench.files.failing.clear()
     bench.submit(register("a", if_rev=0), register("a", 2, if_rev=0))
     await bench.until(6)
-    assert bench.outcomes[4:] == [2, Code.CONFLICT]  # the failed ones had no revision
+    assert bench.outcomes[4:] == [2, Code.CONFLICT]  # the failed writes used no revision
     assert bench.held() == {"old", "a"}
     await bench.close()
 
 
-async def test_a_refusal_waits_for_what_it_was_judged_on(tmp_path: Path) -> None:
+async def test_refusal_waits_for_the_flush_of_earlier_writes(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     bench.files.gate.clear()
     bench.submit(register("a", if_rev=0), register("a", 2, if_rev=0))
@@ -154,7 +154,7 @@ async def test_a_refusal_waits_for_what_it_was_judged_on(tmp_path: Path) -> None
     await bench.close()
 
 
-async def test_what_changes_nothing_needs_no_disk(tmp_path: Path) -> None:
+async def test_batch_without_changes_is_not_written(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     bench.submit(register("a"))
     await bench.until(1)
@@ -167,7 +167,7 @@ async def test_what_changes_nothing_needs_no_disk(tmp_path: Path) -> None:
 
 
 async def test_repeated_request_is_confirmed_only_if_the_disk_has_it(tmp_path: Path) -> None:
-    """A hand has removed the line from the file, which would count at the next start."""
+    """The entry was removed from the file by hand, which the next start would accept."""
     bench = Bench(tmp_path)
     bench.submit(register("a"))
     await bench.until(1)
@@ -197,7 +197,7 @@ async def test_writes_that_wait_are_limited(tmp_path: Path, count: int) -> None:
     await bench.close()
 
 
-async def test_closing_lands_what_waits_and_takes_no_more(tmp_path: Path) -> None:
+async def test_close_commits_waiting_writes_and_refuses_later_ones(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     bench.submit(*(register(f"n{n}") for n in range(10)))
     bench.engine.close()
@@ -209,7 +209,7 @@ async def test_closing_lands_what_waits_and_takes_no_more(tmp_path: Path) -> Non
     assert len(bench.held()) == 10
 
 
-async def test_a_bug_ends_the_engine_loudly(tmp_path: Path) -> None:
+async def test_unexpected_exception_ends_the_engine(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
 
     def bug(transaction: Transaction) -> bytes:
@@ -236,7 +236,7 @@ async def test_refused_change_is_void_though_its_line_may_be_on_disk(tmp_path: P
     bench.files.failing["sync_data"] = BROKEN
     bench.submit(deregister("keep"))
     await bench.until(2)
-    assert "keep" not in bench.held()  # a crash now may find either state
+    assert "keep" not in bench.held()  # after a crash now, either state is correct
     bench.files.failing.clear()
     bench.submit(register("other"))
     await bench.until(3)
@@ -245,7 +245,7 @@ async def test_refused_change_is_void_though_its_line_may_be_on_disk(tmp_path: P
     await bench.close()
 
 
-async def test_end_is_never_refused_and_is_written_first(tmp_path: Path) -> None:
+async def test_end_of_a_holder_is_never_refused_and_is_written_first(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     held = Entry("held", "", "127.0.0.1", 1, {}, State.READY, 0, 0.0, holders=(Holder(0, 7, hold=True),))
     bench.submit(lambda transaction: b"%d" % transaction.register(held, session=7)[0].rev)
@@ -259,7 +259,7 @@ async def test_end_is_never_refused_and_is_written_first(tmp_path: Path) -> None
     await bench.until(2)
     assert bench.outcomes == [1, "storage_failed"]
     assert len(bench.registry) == 0
-    # The failed lines have revisions 2 and 3, and may be on disk: the end must not be taken for one of them.
+    # The failed lines have revisions 2 and 3 and may be on disk, so the end must have another revision.
     assert bench.registry.rev == 4
     bench.files.failing.clear()
     bench.clock.advance(1)
@@ -289,7 +289,7 @@ async def test_end_is_written_when_the_daemon_stops(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-async def test_an_end_of_very_many_is_several_batches(
+async def test_end_of_many_holders_takes_several_batches(
     fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (transaction_module, engine):
@@ -325,8 +325,8 @@ async def test_an_end_of_very_many_is_several_batches(
     assert bench.held() == set()
 
 
-def test_a_batch_that_has_landed_is_not_kept_and_with_it_connections_that_have_gone() -> None:
-    """It may be 1,024 requests, of 64 KB each, and nobody counts them any more."""
+def test_committed_batch_and_its_connections_are_freed() -> None:
+    """A batch may have 1,024 requests of 64 KB each, which no quota counts after the commit."""
     with system():
         world = World(EMPTY, DEFAULT)
         kept = world.connections.open

@@ -58,14 +58,14 @@ async def test_up_and_down_are_logged_with_holder_and_reason(
 
 @pytest.mark.socket
 async def test_reply_is_sent_before_the_line_is_logged(daemon: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waking the log's thread takes longer than the request."""
+    """Waking the log's thread takes longer than answering the request."""
     peer = await daemon.peer()
     [connection] = daemon.server.connections
     order: list[str] = []
     transport, info = connection._transport, logging.getLogger("regd").info
 
     class Recorded:
-        """uvloop's transports cannot be patched."""
+        """A transport that records writes, since uvloop's transports cannot be patched."""
 
         def __getattr__(self, name: str) -> object:
             return getattr(transport, name)
@@ -132,7 +132,7 @@ def holder_of(peer: Peer) -> str:
 
 
 @pytest.mark.socket
-async def test_pending_count_is_logged_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_delayed_conflict_is_logged_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with InLoop(tmp_path / "registry.json", peers=FakeCredentials()) as daemon:
         peer = await daemon.peer()
         for name in ("a", "b", "c"):

@@ -1,4 +1,4 @@
-"""A half-closed peer keeps its wait while its process lives; the end of the process is noticed within seconds."""
+"""A half-closed connection stays open while the client's process lives, and is closed soon after its end."""
 
 import asyncio
 import json
@@ -52,7 +52,7 @@ def begin(daemon: InLoop, family: str, line: bytes, half: bool) -> "subprocess.P
 
 def under_way(daemon: InLoop) -> int:
     assert daemon.server._connections is not None
-    return daemon.server.parked + len(daemon.server._connections.writers.watches)
+    return daemon.server.waiting + len(daemon.server._connections.writers.watches)
 
 
 @pytest.mark.parametrize("line", [WAIT, WATCH], ids=["wait", "watch"])
@@ -64,7 +64,7 @@ async def test_process_killed_during_a_wait_is_noticed(
     processes = [begin(daemon, family, line, half) for _ in range(3)]
     try:
         await until(lambda: under_way(daemon) == 3)
-        if half:  # it is still connected
+        if half:  # the client is still connected
             await until(
                 lambda: all(connection._conversation.input_ended for connection in daemon.server.connections)
             )
@@ -87,7 +87,7 @@ async def test_process_killed_during_a_wait_is_noticed(
 
 
 @pytest.mark.parametrize("table", [False, True])
-async def test_half_closed_peer_gets_its_reply(
+async def test_half_closed_client_gets_its_reply(
     daemon: InLoop, table: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if table:
@@ -96,12 +96,12 @@ async def test_half_closed_peer_gets_its_reply(
     peer = await daemon.peer()
     peer.send(WAIT)
     peer.writer.write_eof()
-    await until(lambda: daemon.server.parked)
+    await until(lambda: daemon.server.waiting)
     await until(lambda: all(connection._conversation.input_ended for connection in daemon.server.connections))
     for _ in range(20):
         daemon.clock.advance(CHECK_S)
         await asyncio.sleep(0)
-    assert daemon.server.parked == 1
+    assert daemon.server.waiting == 1
     other = await daemon.peer()
     assert (await other.ask(cmd="register", name="no", port=1, host="db.example"))["ok"]
     assert json.loads(await peer.rest())["host"] == "db.example"
@@ -109,7 +109,7 @@ async def test_half_closed_peer_gets_its_reply(
 
 
 @pytest.mark.parametrize("table", [False, True])
-async def test_killed_peer_that_is_not_read_is_noticed(daemon: InLoop, table: bool) -> None:
+async def test_killed_client_that_is_not_read_is_noticed(daemon: InLoop, table: bool) -> None:
     """regd reads little after a wait without an id, and so does not see the EOF."""
     if table:
         daemon.server._peers.close()
@@ -120,22 +120,22 @@ async def test_killed_peer_that_is_not_read_is_noticed(daemon: InLoop, table: bo
     plain.shutdown(socket.SHUT_WR)
     daemon.clock.advance(2 * CHECK_S)
     await asyncio.sleep(0)
-    assert daemon.server.parked == 1
+    assert daemon.server.waiting == 1
     plain.close()
     daemon.clock.advance(2 * CHECK_S)
     await until(lambda: not daemon.server.connections)
 
 
-async def test_wait_stays_if_the_kernel_cannot_be_asked(daemon: InLoop) -> None:
+async def test_wait_continues_if_the_kernel_cannot_be_asked(daemon: InLoop) -> None:
     daemon.server._peers.close()
     peer = await daemon.peer()
     peer.send(WAIT)
-    await until(lambda: daemon.server.parked)
+    await until(lambda: daemon.server.waiting)
     await peer.close()
     await until(lambda: all(connection._conversation.input_ended for connection in daemon.server.connections))
     daemon.clock.advance(10 * CHECK_S)
     await asyncio.sleep(0)
-    assert daemon.server.parked == 1
+    assert daemon.server.waiting == 1
 
 
 class Waiter:

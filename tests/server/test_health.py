@@ -12,7 +12,7 @@ from regd.protocol.commands import Request
 from regd.server import engine
 from regd.server.connection import Connection
 from regd.server.loop_monitor import LoopMonitor
-from regd.server.pending_resolves import PendingResolve
+from regd.server.waiting_resolves import WaitingResolve
 from regd.server.watches import Watch
 from tests.support.clock import HandClock
 from tests.support.daemon import WAIT_S, InLoop, Peer
@@ -69,13 +69,13 @@ async def test_search_does_not_delay_others(tmp_path: Path) -> None:
         searcher, other = await workers(daemon, 500), await daemon.peer()
         searcher.send(*({"cmd": "resolve", "name": "w", "meta": {"zone": "c"}} for _ in range(20)))
         await other.ask(cmd="ping")
-        # Some searches are not answered yet: 20 searches take 10,000 iterations, a ping a few.
+        # Not all searches are answered yet: 20 searches take 10,000 iterations, a ping takes a few.
         assert (await other.ask(cmd="stats"))["requests"].get("resolve", 0) < 20
         for _ in range(20):
             assert (await searcher.reply())["error"] == "not_found"
 
 
-async def test_peer_that_leaves_during_its_search(tmp_path: Path) -> None:
+async def test_client_that_leaves_during_its_search(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "registry.json", limits=Limits(search_step_max=1)) as daemon:
         searcher, other = await workers(daemon, 200), await daemon.peer()
         searcher.send({"cmd": "resolve", "name": "w", "meta": {"zone": "c"}}, {"cmd": "ping"})
@@ -182,7 +182,7 @@ async def test_loop_lag_is_reported(daemon: InLoop) -> None:
     stats = await peer.ask(cmd="stats")
     assert (stats["lag_s"], stats["lag_max_s"], stats["slowest"]) == (0.0, 0.0, None)
     daemon.clock.advance(0.5)
-    daemon.clock.stop(2.5)  # the monitor's timer was due after half a second
+    daemon.clock.stop(2.5)  # of these 2.5 s, the monitor's timer was late for 2 s
     daemon.clock.advance(10)
     stats = await peer.ask(cmd="stats")
     assert (stats["lag_s"], stats["lag_max_s"]) == (0.0, 2.0)
@@ -194,9 +194,9 @@ def test_slowest_step_is_reported_by_name() -> None:
     for what, took_s in (("list", 0.002), ("watch", 0.005), ("ping", 0.001)):
         began = clock.now()
         clock.advance(took_s)
-        assert monitor.took(what, began) == clock.now()
+        assert monitor.record(what, began) == clock.now()
     clock.advance(3)
-    slowest = monitor.described()["slowest"]
+    slowest = monitor.stats()["slowest"]
     assert slowest == {"what": "watch", "took_s": 0.005, "age_s": 3.001}
 
 
@@ -206,7 +206,7 @@ async def test_connection_leaves_no_reference_cycles(daemon: InLoop) -> None:
     await other.ask(cmd="register", name="db", port=1, hold=True)
     requests: list[bytes | dict[str, Any]] = [
         {"cmd": "register", "name": "a", "port": 2, "hold": True},
-        {"cmd": "register", "name": "db", "port": 2},  # in conflict
+        {"cmd": "register", "name": "db", "port": 2},  # refused with `conflict`
         {"cmd": "register", "name": "A", "port": 2},
         {"cmd": "deregister", "name": "none"},
         {"cmd": "resolve", "name": "none"},
@@ -235,7 +235,7 @@ async def test_connection_leaves_no_reference_cycles(daemon: InLoop) -> None:
             while (await other.ask(cmd="stats"))["registrations"] > 1:
                 pass
         await other.ask(cmd="list")
-        kinds = Connection | PendingResolve | Watch | Request
+        kinds = Connection | WaitingResolve | Watch | Request
         assert [type(item) for item in gc.get_objects() if isinstance(item, kinds)] == [Connection]
     finally:
         gc.enable()

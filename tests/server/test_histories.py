@@ -1,7 +1,7 @@
-"""Random histories compared with a plain model after each step, without sockets.
+"""Random histories, compared with a plain model after each step, without sockets.
 
-The steps are registrations and ends of holders, ends of processes, jumps of time, restarts through the file, and
-watchers that lag. After each step the registry equals the model, and the events of each watch add up to `list`.
+The steps are registrations, ends of holders and processes, jumps of time, restarts from the file, and watchers
+that lag. After each step the registry equals the model, and the events of each watch add up to `list`.
 """
 
 import json
@@ -63,7 +63,7 @@ class Known:
 
 
 class Watcher:
-    """A watcher with the state that its events add up to."""
+    """A watcher, and the state that its events add up to."""
 
     def __init__(self, registry: Registry, meta: dict[str, str]) -> None:
         self.watch = Watch(None, 1, "*", meta, registry.rev)  # type: ignore[arg-type]  # nothing is pushed here
@@ -182,7 +182,8 @@ class Histories(RuleBasedStateMachine):
                 for holder in known.holds
                 if not (
                     holder.withdrawn
-                    or (holder.unclaimed and holder.pid is None)  # its process lives, or it would have ended
+                    # A process that is a holder lives, else the holder would have ended.
+                    or (holder.unclaimed and holder.pid is None)
                     or holder.session == session
                     or (pid and holder.pid == pid)
                 )
@@ -323,7 +324,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 1))
     def watch(self, which: int) -> None:
-        """Let a watcher read, which may be far behind."""
+        """Let a watcher read, perhaps after many changes."""
         watcher = self.watchers[which]
         watcher.follow(self.registry)
         entries = self.registry.page("*", watcher.watch.meta, None, 1_000).entries

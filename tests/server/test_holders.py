@@ -37,7 +37,7 @@ def spawn() -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
 
 
 async def until_gone(peer: Peer, name: str) -> dict[str, Any]:
-    """Wait until a name is not resolved any more, and return the reply."""
+    """Wait until a name cannot be resolved any more, and return the reply."""
     async with asyncio.timeout(WAIT_S):
         while (reply := await peer.ask(cmd="resolve", name=name))["ok"]:
             await asyncio.sleep(0)
@@ -62,7 +62,7 @@ async def test_hold_ends_with_the_connection(daemon: InLoop) -> None:
     assert (await two.ask(cmd="resolve", name="a"))["last"]["reason"] == "connection closed"
 
 
-async def test_hold_ends_when_the_peer_closes_its_side(daemon: InLoop) -> None:
+async def test_hold_ends_when_the_client_closes_its_sending_side(daemon: InLoop) -> None:
     one, two = await daemon.peer(), await daemon.peer()
     one.send({"cmd": "watch"}, {"cmd": "register", "name": "a", "port": 1, "hold": True})
     one.writer.write_eof()
@@ -91,7 +91,7 @@ async def test_holder_deregisters_its_own_hold(daemon: InLoop) -> None:
     assert await two.ask(cmd="deregister", name="a") == {"ok": True, "removed": 1, "rev": 2}
 
 
-async def test_deregister_by_another_peer_notifies_the_holders(daemon: InLoop) -> None:
+async def test_deregister_by_another_client_notifies_the_holders(daemon: InLoop) -> None:
     one, two = await daemon.peer(), await daemon.peer()
     await one.ask(cmd="register", name="a", port=1, hold=True)
     assert (await two.ask(cmd="deregister", name="a"))["removed"] == 1
@@ -169,7 +169,7 @@ async def test_suspended_time_is_added_to_leases(daemon: InLoop) -> None:
 
 
 async def test_renewal_before_the_late_timer_counts_from_now(daemon: InLoop) -> None:
-    """A renewal or registration is read before the late timer fires."""
+    """The daemon reads a renewal or registration before its late timer fires."""
     peer = await daemon.peer()
     await peer.ask(cmd="register", name="a", port=1, ttl=5)
     daemon.clock.advance(4)
@@ -295,7 +295,7 @@ async def test_instance_of_another_machine_gives_way_to_a_local_one(daemon: InLo
         "meta": {"regd.machine": "b"},
     }
     assert (await bridge.ask({**arrival, "port": 1}))["ok"]
-    # One of another machine does not replace another one.
+    # An instance of another machine does not replace an instance of another machine.
     assert (await other.ask({**arrival, "port": 2}))["error"] == "conflict"
     local = {"cmd": "register", "name": "a", "instance": "b", "port": 3, "hold": True}
     assert (await service.ask(local))["replaced"]
@@ -381,7 +381,7 @@ async def test_restart(tmp_path: Path, spawn: Callable[[], subprocess.Popen[byte
         }
         for name, conditions in held.items():
             assert (await peer.ask({"cmd": "register", "name": name, "port": 1, **conditions}))["ok"]
-        await first.server.stop()  # before the peers go
+        await first.server.stop()  # before the clients disconnect
     dies.kill()
     dies.wait()
     async with InLoop(path) as second:
@@ -412,7 +412,7 @@ async def test_restart(tmp_path: Path, spawn: Callable[[], subprocess.Popen[byte
 
 @contextlib.asynccontextmanager
 async def restarted(tmp_path: Path, *requests: dict[str, Any]) -> AsyncIterator[InLoop]:
-    """Run a daemon that has loaded the entries of `requests`, which nobody has claimed yet."""
+    """Run a daemon that has loaded the entries of `requests`, which no client has claimed yet."""
     path = tmp_path / "registry.json"
     async with InLoop(path) as first:
         peer = await first.peer()
@@ -453,7 +453,8 @@ async def test_unclaimed_owner_whose_process_ended_is_dead(
         peer.send({"cmd": "register", "name": "a", "port": 2, "hold": True})
         process.kill()
         process.wait()
-        assert (await peer.reply())["ok"]  # either is possible: the loop learns of both events in one iteration
+        # Either reply is possible, since the loop learns of both events in one iteration.
+        assert (await peer.reply())["ok"]
 
 
 @pytest.fixture
@@ -610,13 +611,13 @@ async def test_claims_of_several_workers_change_nothing(
 @pytest.mark.parametrize(
     "behind", [b"quit\n", b'{"cmd":"ping"}\n' * 6_000]
 )  # more than regd reads, less than the kernel buffers
-async def test_hold_ends_although_its_peer_is_not_read(daemon: InLoop, ending: str, behind: bytes) -> None:
+async def test_hold_ends_although_its_client_is_not_read(daemon: InLoop, ending: str, behind: bytes) -> None:
     one, two = await daemon.peer(), await daemon.peer()
     wait = {"cmd": "resolve", "name": "none", "wait": 600}
     await one.ask(cmd="register", name="a", port=1, hold=True)
     one.send({**wait, "id": 1} if behind == b"quit\n" else wait, behind)
     async with asyncio.timeout(WAIT_S):
-        while not daemon.server.parked:
+        while not daemon.server.waiting:
             await asyncio.sleep(0)
     assert (await two.ask(cmd="resolve", name="a"))["ok"]
     if ending == "half":
@@ -691,7 +692,7 @@ async def test_stop_answers_waiting_requests(daemon: InLoop) -> None:
     peer = await daemon.peer()
     peer.send({"cmd": "resolve", "name": "a", "wait": 50, "id": 7})
     async with asyncio.timeout(WAIT_S):
-        while not daemon.server.parked:
+        while not daemon.server.waiting:
             await asyncio.sleep(0)
     await daemon.server.stop()
     reply = await peer.reply()

@@ -55,7 +55,7 @@ def test_use_restarts_the_idle_time(between: Hashable | None) -> None:
 
 
 def test_suspended_time_counts_as_one_check() -> None:
-    """As after a suspended machine wakes up: no client could reach the daemon meanwhile."""
+    """While a machine is suspended, no client can reach the daemon."""
     watched = Timer()
     watched.clock.stop(1_000 * IDLE_S)
     assert watched.over == 0
@@ -77,7 +77,7 @@ async def idling(tmp_path: Path) -> AsyncIterator[InLoop]:
 
 
 async def ends(daemon: InLoop, within_s: float) -> bool:
-    """Advance time, and return whether the daemon wants to exit."""
+    """Advance time, and return whether the daemon has decided to exit."""
     idled = asyncio.ensure_future(daemon.server.ended())
     daemon.clock.advance(within_s)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Each row of the table of limits at n-1, n and n+1: requests up to the limit succeed, others fail as documented.
+"""Each row of the table of limits at n-1, n and n+1: requests up to the limit succeed, more fail as documented.
 
 `test_every_limit_has_a_test` fails for a limit without a test.
 """
@@ -62,8 +62,8 @@ def has(things: Sized, count: int) -> bool:
     return len(things) >= count
 
 
-def is_parked(daemon: InLoop, count: int) -> bool:
-    return daemon.server.parked == count
+def is_waiting(daemon: InLoop, count: int) -> bool:
+    return daemon.server.waiting == count
 
 
 # Arguments.
@@ -173,7 +173,7 @@ async def test_unfinished_line(daemon: InLoop) -> None:
     assert (await idle.ask(cmd="ping"))["ok"]  # an idle connection has no time limit
 
 
-# Counts. `take(n)` takes the n-th place and returns the reply.
+# Counts. `take(n)` uses the n-th of the permitted units and returns the reply.
 
 
 async def three(take: Callable[[int], Any]) -> None:
@@ -261,7 +261,7 @@ async def test_writer_is_served_while_a_readonly_connection_waits_for_time(
 
 @pytest.mark.socket
 async def test_readonly_input_is_split_in_its_time_slice(running: Running) -> None:
-    """Splitting thousands of short lines takes milliseconds; a thousand readers would block the loop for a second."""
+    """Splitting thousands of short lines takes milliseconds; a thousand readers could block the loop for a second."""
     credentials = FakeCredentials()
     async with running(peers=credentials) as daemon:
         assert daemon.server._connections is not None
@@ -283,7 +283,7 @@ async def test_readonly_input_is_split_in_its_time_slice(running: Running) -> No
 
 @rows("readonly_pending_bytes_max")
 @pytest.mark.parametrize("step", [-1, 0, 1])
-async def test_pending_requests_of_readonly_users_leave_room_for_writers(step: int, running: Running) -> None:
+async def test_waiting_requests_of_readonly_users_leave_room_for_writers(step: int, running: Running) -> None:
     credentials = FakeCredentials()
     size = Request("watch", None, {"name": "a"}).weight_bytes
     async with running(peers=credentials, readonly_pending_bytes_max=2 * size + step) as daemon:
@@ -362,10 +362,10 @@ async def test_watches_and_waits_of_readonly_users_leave_room_for_writers(runnin
             credentials.uid = uid
             peers = [await daemon.peer() for _ in range(4)]
             await three(partial(watch_as, peers))
-            parked = daemon.server.parked + 3
+            waiting = daemon.server.waiting + 3
             for peer in peers[:3]:
                 peer.send({"cmd": "resolve", "name": "a", "wait": 60, "id": 1})
-            await until(partial(is_parked, daemon, parked))
+            await until(partial(is_waiting, daemon, waiting))
             assert (await peers[3].ask(cmd="resolve", name="a", wait=60, id=2))["error"] == "busy"
         stats = await peers[0].ask(cmd="stats")
         assert (stats["watches"], stats["waiting"]) == (6, 6)
@@ -405,7 +405,7 @@ async def test_readonly_slow_replies_wait_for_a_slot(
         await until(lambda: not (slow._taken or slow._waiting))
 
 
-async def test_no_reply_for_a_peer_that_left_while_it_waited_for_a_slot(running: Running) -> None:
+async def test_no_reply_for_a_client_that_left_while_it_waited_for_a_slot(running: Running) -> None:
     credentials = FakeCredentials()
     credentials.uid = 0
     async with running(peers=credentials, readonly_slow_replies_max=1, search_step_max=1) as daemon:
@@ -417,7 +417,7 @@ async def test_no_reply_for_a_peer_that_left_while_it_waited_for_a_slot(running:
         readers = [await daemon.peer() for _ in range(3)]
         for reader in readers:
             reader.send({"cmd": "resolve", "name": "a", "all": True})
-        assert len((await readers[0].reply())["instances"]) == 12  # it no longer waited
+        assert len((await readers[0].reply())["instances"]) == 12  # `readers[0]` was no longer waiting
         assert [await reader.rest() for reader in readers[1:]] == [b"", b""]
 
 
@@ -471,7 +471,7 @@ async def test_probes(uid: int, running: Running, monkeypatch: pytest.MonkeyPatc
         credentials.uid = uid
         peer = await daemon.peer()
         peer.send(*({"cmd": "resolve", "name": f"a{n}", "wait": 60, "id": n} for n in range(8)))
-        await until(lambda: daemon.server.parked == 8 and len(gates) == (2 if uid else 3))
+        await until(lambda: daemon.server.waiting == 8 and len(gates) == (2 if uid else 3))
         for n in range(8):
             await until(partial(has, gates, n + 1))
             gates[n].set_result(None)
@@ -570,15 +570,15 @@ async def ask_watch(peer: Peer, name: str, **more: Any) -> dict[str, Any]:
 
 @rows("parked_max", "parked_total_max")
 @pytest.mark.parametrize("row", ["parked_max", "parked_total_max"])
-async def test_parked(row: str, running: Running) -> None:
+async def test_waiting_resolves(row: str, running: Running) -> None:
     async with running(**{row: 3}) as daemon:
         peer, last = await daemon.peer(), await daemon.peer()
         peer.send(*({"cmd": "resolve", "name": "a", "wait": 60, "id": n} for n in range(3)))
-        await until(lambda: daemon.server.parked == 3)
+        await until(lambda: daemon.server.waiting == 3)
         reply = await (peer if row == "parked_max" else last).ask(cmd="resolve", name="a", wait=60, id=3)
         assert (reply["id"], reply["error"]) == (3, "busy")
         await peer.reset()
-        await until(lambda: daemon.server.parked == 0)
+        await until(lambda: daemon.server.waiting == 0)
 
 
 @rows("registrations_max")
@@ -621,7 +621,7 @@ async def test_writes_waiting(running: Running) -> None:
 @rows("pending_bytes_max")
 @pytest.mark.parametrize("step", [-1, 0, 1])
 async def test_pending_bytes(step: int, running: Running) -> None:
-    """The bytes of requests that wait for the disk, are parked, or watch are counted, and all are released."""
+    """The bytes of waiting writes, waiting resolves and watches are counted, and all are released."""
     watch = Request("watch", None, {"name": "a", "meta": {"k": "v"}}).weight_bytes
     wait = 2 * Request("resolve", None, {"name": "a", "wait": 60.0}).weight_bytes
     write = Request("register", None, {"name": "a", "port": 1}).weight_bytes
@@ -630,7 +630,7 @@ async def test_pending_bytes(step: int, running: Running) -> None:
         peer, other = await daemon.peer(), await daemon.peer()
         assert (await ask_watch(peer, "a", meta={"k": "v"}))["ok"]
         peer.send({"cmd": "resolve", "name": "a", "wait": 60, "id": 1})
-        await until(lambda: daemon.server.parked)
+        await until(lambda: daemon.server.waiting)
         files.syncing.clear()
         files.gate.clear()
         other.send({"cmd": "register", "name": "b", "port": 1})
@@ -649,7 +649,7 @@ async def test_pending_bytes(step: int, running: Running) -> None:
         assert daemon.server.kept_bytes == 0
         await ask_watch(peer, "a")
         peer.send({"cmd": "resolve", "name": "a", "wait": 60, "id": 1})
-        await until(lambda: daemon.server.parked)
+        await until(lambda: daemon.server.waiting)
         await peer.reset()
         await until(lambda: daemon.server.kept_bytes == 0)
 
@@ -781,8 +781,8 @@ async def test_replies(running: Running) -> None:
 
 
 # Tested elsewhere: the journal in tests/storage, checkpoints in test_checkpointer, time slices and probed instances in
-# test_health, round robin in test_registry, the time of a probe in test_pending_resolves, `progress` in test_watch,
-# peers that do not read in test_connection.
+# test_health, round robin in test_registry, the time of a probe in test_waiting_resolves, `progress` in
+# test_watch, clients that do not read in test_connection.
 TESTED.update({"search_step_max", "round_robin_filters_max", "probed_instances_max", "probe_s_max", "progress_s"})
 TESTED.update({"journal_segment_bytes_max", "journal_bytes_max", "checkpoint_interval_s"})
 TESTED.update({"output_bytes_max", "output_bytes_total_max"})

@@ -1,4 +1,4 @@
-"""Peers on a Unix socket from another network or pid namespace, and what they may register."""
+"""Clients on a Unix socket from another network or pid namespace, and what they may register."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The user of a peer, and who may write: with the kernel's messages as bytes, real sockets, and real users."""
+"""The user of a client, and who may write: with the kernel's messages as bytes, real sockets, and real users."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def row(
     return struct.pack("=IHHII", 16 + len(body), 20, 0, 0, 0) + body
 
 
-def test_request_names_the_peers_end_of_the_connection() -> None:
+def test_request_names_the_clients_end_of_the_connection() -> None:
     request = question(THEIRS, OURS)
     assert len(request) == 72 == struct.unpack_from("=I", request)[0]
     assert struct.unpack_from("!HH", request, 24) == (40_000, 7343)
@@ -61,7 +61,8 @@ def test_reply_about_the_connection_has_its_user(mapped: bool) -> None:
     [
         b"",
         row(THEIRS, OURS, 0, 4711)[:60],
-        row(THEIRS, ("127.0.0.1", 0), 0, 4711, LISTEN),  # a listener of another user on the port of a closed peer
+        # A listener of another user on the port of a client that has closed.
+        row(THEIRS, ("127.0.0.1", 0), 0, 4711, LISTEN),
         row(THEIRS, OURS, 0, 4711, LISTEN),
         row(("127.0.0.1", 40_001), OURS, 0, 4711),
         row(THEIRS, ("127.0.0.1", 7344), 0, 4711),
@@ -121,14 +122,14 @@ def test_proc_net_tcp_gives_the_same(
 def connection(host: str, as_host: str = "") -> tuple[socket.socket, socket.socket, socket.socket]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, 0), family=family)
-    caller = socket.create_connection((as_host or host, listener.getsockname()[1]))
-    return listener, listener.accept()[0], caller
+    client = socket.create_connection((as_host or host, listener.getsockname()[1]))
+    return listener, listener.accept()[0], client
 
 
 @linux
 @pytest.mark.parametrize(("host", "as_host"), [("127.0.0.1", ""), ("::1", ""), ("127.0.0.1", "::ffff:127.0.0.1")])
 @pytest.mark.parametrize("table", [False, True])
-def test_kernel_reports_the_user_of_the_peer(host: str, as_host: str, table: bool) -> None:
+def test_kernel_reports_the_user_of_the_client(host: str, as_host: str, table: bool) -> None:
     try:
         listener, ours, theirs = connection(host, as_host)
     except OSError as error:
@@ -165,10 +166,10 @@ def test_inherited_unix_socket_before_tcp(tmp_path: Path, monkeypatch: pytest.Mo
         sock.close()
 
 
-def test_listener_on_the_port_of_a_closed_peer_is_not_used(
+def test_listener_on_the_port_of_a_closed_client_is_not_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The kernel returns a listener if no connection matches. Any program could listen on a closed peer's port."""
+    """The kernel returns a listener if no connection matches. Any program could listen on a closed client's port."""
     credentials = PeerCredentials()
     monkeypatch.setattr(credentials, "_row", lambda theirs, ours: row(THEIRS, ("127.0.0.1", 0), 0, 4711, LISTEN))
     assert credentials._by_netlink(THEIRS, OURS) is None
@@ -191,7 +192,7 @@ def unable_to_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer_credentials, "_TABLES", ("/nowhere",))
 
 
-def test_outside_linux_anybody_may_write_and_a_warning_is_logged(
+def test_outside_linux_every_user_may_write_and_a_warning_is_logged(
     unable_to_report: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(peer_credentials, "_LINUX", False)
@@ -199,7 +200,7 @@ def test_outside_linux_anybody_may_write_and_a_warning_is_logged(
     with socket.create_server(("127.0.0.1", 0)) as listener:
         credentials.open([listener])
     assert credentials.may_write(None)
-    assert not credentials.may_write(STRANGER)  # a Unix socket reports its peer in any case
+    assert not credentials.may_write(STRANGER)  # a Unix socket reports its peer on every system
     assert "any user of this machine may write" in caplog.text
 
 
@@ -228,7 +229,7 @@ def test_allow_any_user_lets_unknown_users_write_with_a_warning(
 
 @linux
 def test_table_without_the_listener_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For example that of another network namespace, which has none of the peers."""
+    """It is the table of another network namespace, for example, which has none of the connections."""
     (tmp_path / "tcp").write_text(TABLE)
     monkeypatch.setattr(peer_credentials, "_NETLINK_SOCK_DIAG", 31)
     monkeypatch.setattr(peer_credentials, "_TABLES", (str(tmp_path / "tcp"),))
@@ -236,7 +237,7 @@ def test_table_without_the_listener_is_not_used(tmp_path: Path, monkeypatch: pyt
         PeerCredentials().open([listener])
 
 
-def test_unix_peer_of_unknown_user_may_only_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unix_client_of_unknown_user_may_only_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without a TCP listener."""
     credentials = PeerCredentials()
     credentials.open([])
@@ -410,7 +411,7 @@ async def test_allow_uid(allowed: tuple[int, ...], code: str | None, tmp_path: P
 
 @linux
 @pytest.mark.socket
-async def test_pid_must_belong_to_the_peers_user(tmp_path: Path) -> None:
+async def test_pid_must_belong_to_the_clients_user(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "registry.json", peers=FakeCredentials((STRANGER,))) as daemon:
         peer = await daemon.peer()
         reply = await peer.ask(cmd="register", name="mine", port=1, pid=os.getpid())
@@ -475,10 +476,10 @@ def test_allowed_real_user_may_register_only_its_own_processes(tmp_path: Path) -
 
 @linux
 @needs_root
-def test_peer_that_closed_before_the_check_may_not_write(process: DaemonProcess) -> None:
-    """The kernel reports root for a closed socket, which must not let a peer that closes quickly write."""
+def test_client_that_closed_before_the_check_may_not_write(process: DaemonProcess) -> None:
+    """The kernel reports root for a closed socket. A client that closes quickly must not be allowed to write."""
     assert process.process is not None
-    os.kill(process.process.pid, 19)  # stopped, so that it accepts only after the peer has closed
+    os.kill(process.process.pid, 19)  # stopped, so that the daemon accepts only after the client has closed
     try:
         with socket.create_connection(("127.0.0.1", process.port)) as peer:
             peer.sendall(b'{"cmd":"register","name":"evil","port":1}\n')

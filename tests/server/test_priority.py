@@ -1,4 +1,4 @@
-"""Priorities over the wire: what is accepted, what is resolved, and what survives a restart."""
+"""Priorities in the protocol: values that are accepted, the instance that is resolved, and restarts."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ async def register(peer: Peer, instance: str, port: int = 1, **arguments: Any) -
 
 
 async def resolved(peer: Peer, count: int = 6, **arguments: Any) -> list[str]:
-    """Return the instances of some successive replies, or their error codes."""
+    """Return the instances in successive replies, or their error codes."""
     replies = [await peer.ask(cmd="resolve", name="db", **arguments) for _ in range(count)]
     return [reply["instance"] if reply["ok"] else reply["error"] for reply in replies]
 
@@ -72,7 +72,7 @@ async def test_other_commands_take_no_priority(daemon: InLoop) -> None:
         assert (refusal["error"], refusal["field"]) == ("bad_argument", "priority")
 
 
-async def test_hello_and_help_name_it(daemon: InLoop) -> None:
+async def test_hello_and_help_mention_priority(daemon: InLoop) -> None:
     peer = await daemon.peer()
     assert "priority" in (await peer.ask(cmd="hello"))["features"]
     commands = (await peer.ask(cmd="help"))["commands"]
@@ -171,7 +171,7 @@ async def test_priority_decides_no_conflict(daemon: InLoop) -> None:
     assert "priority" not in await two.ask(cmd="resolve", name="db")
 
 
-async def test_update_sets_what_it_names(daemon: InLoop) -> None:
+async def test_update_sets_only_its_arguments(daemon: InLoop) -> None:
     peer = await daemon.peer()
     await register(peer, "", meta={"k": "v"}, state="starting")
     assert (await peer.ask(cmd="update", name="db", priority=7, **{"if": 2}))["error"] == "conflict"
@@ -184,7 +184,7 @@ async def test_update_sets_what_it_names(daemon: InLoop) -> None:
     assert (await peer.ask(cmd="update", name="no", priority=1))["error"] == "not_found"
 
 
-async def test_withdrawal_sets_the_priority_for_the_others(daemon: InLoop) -> None:
+async def test_withdrawal_sets_the_priority_for_other_holders(daemon: InLoop) -> None:
     one, two = await daemon.peer(), await daemon.peer()
     await register(one, "", hold=True)
     await register(two, "", hold=True)
@@ -217,7 +217,7 @@ async def test_wait_takes_the_best_priority_that_accepts(daemon: InLoop) -> None
         assert await resolved(peer, 2, wait=5) == ["d", "d"]
         await register(peer, "d", *closed(1), priority=0)
         assert await resolved(peer, 4, wait=5) == ["b", "c"] * 2
-        assert await resolved(peer, 4) == ["d"] * 4  # without `wait` nobody is asked whether it accepts
+        assert await resolved(peer, 4) == ["d"] * 4  # without `wait`, no instance is probed
 
 
 async def test_wait_prefers_an_instance_of_another_machine_by_its_priority(daemon: InLoop) -> None:
@@ -231,7 +231,7 @@ async def test_wait_prefers_an_instance_of_another_machine_by_its_priority(daemo
         assert await resolved(peer, 2, wait=5) == ["near", "near"]
 
 
-async def test_wait_reaches_a_standby_behind_many_that_refuse(tmp_path: Path) -> None:
+async def test_wait_finds_a_standby_after_many_instances_that_refuse(tmp_path: Path) -> None:
     limits = Limits(probed_instances_max=4)
     async with InLoop(tmp_path / "registry.json", limits=limits) as daemon:
         peer = await daemon.peer()
@@ -239,7 +239,7 @@ async def test_wait_reaches_a_standby_behind_many_that_refuse(tmp_path: Path) ->
             [port] = listening(stack, 1)
             for n, refusing in enumerate(closed(10)):
                 await register(peer, f"{n}", refusing)
-            await resolved(peer, 5)  # so that round robin is in the middle
+            await resolved(peer, 5)  # so that round robin continues in the middle
             await register(peer, "standby", port, priority=1)
             answer = asyncio.create_task(peer.ask(cmd="resolve", name="db", wait=3_600))
             await step_until(daemon, answer.done)
@@ -247,7 +247,7 @@ async def test_wait_reaches_a_standby_behind_many_that_refuse(tmp_path: Path) ->
 
 
 async def test_wait_that_begins_again_prefers_the_best_priority(tmp_path: Path) -> None:
-    """The instances that are probed next are the last of the worst priority and the first of the best."""
+    """The next instances to probe are the last of the worst priority and the first of the best priority."""
     async with InLoop(tmp_path / "registry.json", limits=Limits(probed_instances_max=4)) as daemon:
         peer, other = await daemon.peer(), await daemon.peer()
         ports = closed(7)
@@ -260,17 +260,17 @@ async def test_wait_that_begins_again_prefers_the_best_priority(tmp_path: Path) 
                 await asyncio.sleep(0)
         with socket.create_server(("127.0.0.1", ports[0])), socket.create_server(("127.0.0.1", ports[6])):
             await step_until(daemon, lambda: daemon.server.probed > 4)
-            async with asyncio.timeout(WAIT_S):  # the clock stands still: all probes end before the time of grace
+            async with asyncio.timeout(WAIT_S):  # the clock is stopped, so all probes end before the grace time
                 assert (await answer)["instance"] == "0"
 
 
-async def test_waiting_request_gets_the_one_that_becomes_ready(daemon: InLoop) -> None:
+async def test_waiting_request_gets_the_instance_that_becomes_ready(daemon: InLoop) -> None:
     peer, other = await daemon.peer(), await daemon.peer()
     with ExitStack() as stack:
         first, second = listening(stack, 2)
         await register(peer, "a", *closed(1))
         answer = asyncio.create_task(other.ask(cmd="resolve", name="db", wait=3_600))
-        await step_until(daemon, lambda: daemon.server.parked == 1)
+        await step_until(daemon, lambda: daemon.server.waiting == 1)
         batch = [
             {"cmd": "register", "name": "db", "instance": "b", "port": first, "priority": 2},
             {"cmd": "register", "name": "db", "instance": "c", "port": second, "priority": 1},
@@ -295,7 +295,7 @@ async def test_wait_with_all_has_the_best_priority_first(daemon: InLoop) -> None
 
 @pytest.mark.parametrize("checkpoint", [True, False])
 async def test_priority_survives_a_restart(tmp_path: Path, checkpoint: bool) -> None:
-    """From the checkpoint, and from the journal alone."""
+    """The start reads the priority from the checkpoint, or from the journal only."""
     path = tmp_path / "registry.json"
     path.write_text('{\n"$regd": {"format": 2, "rev": 0}\n}\n')
     before = path.read_bytes()
@@ -321,7 +321,7 @@ async def test_priority_survives_a_restart(tmp_path: Path, checkpoint: bool) -> 
         ("c", "change", None),
     ]
     if not checkpoint:
-        path.write_bytes(start)  # as of the start: all changes are in the journal alone
+        path.write_bytes(start)  # the file as of the start, so that all changes are in the journal only
     async with InLoop(path, epoch="another") as daemon:
         peer = await daemon.peer()
         assert (await peer.ask(cmd="list"))["instances"] == listed

@@ -49,7 +49,7 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
     [
         (errno.ESRCH, "bad_argument"),
         (errno.EINVAL, "bad_argument"),  # the id of a thread
-        (errno.ENOENT, "bad_argument"),  # the same in newer kernels
+        (errno.ENOENT, "bad_argument"),  # the id of a thread, in newer kernels
         (errno.EPERM, "unsupported"),  # a container's seccomp filter
         (errno.EACCES, "unsupported"),
         (errno.ENOSYS, "unsupported"),  # a kernel before 5.3, and another kind of filter
@@ -86,7 +86,7 @@ async def test_hidden_process_is_unsupported_and_ended_process_is_refused(
         assert (await peer.ask(wish))["error"] == "unsupported"
         child.kill()
         async with asyncio.timeout(WAIT_S):
-            while not processes.has_ended(watched):  # a zombie: its pid is not free yet
+            while not processes.has_ended(watched):  # the process is a zombie: its pid is not free yet
                 await asyncio.sleep(0)
         assert (await peer.ask(wish))["error"] == "bad_argument"
         os.close(watched)
@@ -137,7 +137,7 @@ async def test_loaded_process_of_an_earlier_boot_has_ended(
 
 
 async def test_pid_written_by_hand_is_that_process(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
-    """Such an entry has no `born`; it stays while the process lives, and the file gets the time of its start."""
+    """Such an entry has no `born`. It stays while the process lives, and the process's start time is added to it."""
     path = tmp_path / "registry.json"
     path.write_text(f'{{"a": {{"port": 1, "pid": {child.pid}}}, "gone": {{"port": 2, "pid": {2**22 + 1}}}}}')
     async with InLoop(path) as daemon:

@@ -1,4 +1,4 @@
-"""The fast path: which requests are answered from the resolve cache, and the order of all replies."""
+"""The fast path: the requests that are answered from the resolve cache, and the order of all replies."""
 
 import itertools
 import json
@@ -186,7 +186,7 @@ def test_replies_to_input_that_arrives_byte_by_byte(twins: Twins) -> None:
 # Order.
 
 
-def test_a_peer_sees_its_own_writes(twins: Twins) -> None:
+def test_client_sees_its_own_writes(twins: Twins) -> None:
     twins.cache_reply()
     for cuts in ([], [1], [1, 2], [2]):
         requests = [line("register", name="db", port=2), PLAIN, line("register", name="db", port=1), PLAIN]
@@ -198,7 +198,7 @@ def test_a_peer_sees_its_own_writes(twins: Twins) -> None:
 
 @pytest.mark.parametrize("iterations", range(12))
 def test_resolve_waits_for_the_write_before_it(twins: Twins, iterations: int) -> None:
-    """Sent in every loop iteration of the flush, and in the one that sends the write's reply."""
+    """The resolve is sent in each loop iteration of the flush, and in the iteration that sends the write's reply."""
     twins.cache_reply()
     twins.reader.send(line("register", name="db", port=2))
     for _ in range(iterations):
@@ -208,7 +208,7 @@ def test_resolve_waits_for_the_write_before_it(twins: Twins, iterations: int) ->
     assert [(reply["port"], "state" in reply) for reply in twins.reader.replies()] == [(2, False), (2, True)]
 
 
-def test_resolve_after_a_parked_one_waits_unless_that_has_an_id(twins: Twins) -> None:
+def test_resolve_after_a_waiting_resolve_waits_unless_that_has_an_id(twins: Twins) -> None:
     twins.cache_reply()
     twins.reader.send(line("resolve", name="late", wait=60, id=1), PLAIN)
     twins.run_once()
@@ -217,18 +217,18 @@ def test_resolve_after_a_parked_one_waits_unless_that_has_an_id(twins: Twins) ->
     twins.reader.send(line("resolve", name="later", wait=60), PLAIN, line("resolve", name="db", id=2))
     twins.settle()
     assert twins.reader.received() == b""
-    twins.write(line("register", name="later", port=8))  # even ports accept
+    twins.write(line("register", name="later", port=8))  # a probe of an even port succeeds
     twins.settle()
     assert [reply["port"] for reply in twins.reader.replies()] == [8, 1, 1]
     twins.write(line("register", name="late", port=6))
     assert [reply["port"] for reply in twins.reader.replies()] == [6]
     count = twins.cache.count
     twins.ask()
-    assert twins.cache.count == count + 1  # the fast path is on again
+    assert twins.cache.count == count + 1  # the fast path is used again
 
 
 @pytest.mark.parametrize("iterations", range(8))
-def test_resolve_sent_while_a_parked_one_is_answered_keeps_its_order(twins: Twins, iterations: int) -> None:
+def test_resolve_sent_while_a_waiting_resolve_is_answered_keeps_its_order(twins: Twins, iterations: int) -> None:
     twins.cache_reply()
     twins.reader.send(line("resolve", name="late", wait=60))
     twins.run_once()
@@ -267,7 +267,7 @@ def test_nothing_is_answered_after_quit_or_invalid_input(twins: Twins) -> None:
 
 
 @pytest.mark.parametrize("slow_first", [False, True])
-def test_replies_to_a_peer_that_does_not_read_are_bounded_and_in_order(slow_first: bool) -> None:
+def test_replies_to_a_client_that_does_not_read_are_limited_and_in_order(slow_first: bool) -> None:
     """The first unread reply comes from the cache, or from the decoder (`slow_first`)."""
     with system():
         twins = Twins(limits=TIGHT)

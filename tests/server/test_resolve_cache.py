@@ -1,4 +1,4 @@
-"""A reply from the resolve cache is the one that the registry would give at that moment."""
+"""A reply from the resolve cache is always the reply that the registry would give at that moment."""
 
 import itertools
 import json
@@ -124,7 +124,7 @@ def test_primary_is_cached_beside_its_standby(twins: Twins) -> None:
     assert ports(twins.poll()) == [1, 2]
     count = twins.cache.count
     assert ports(twins.poll(5)) == [2]
-    assert twins.cache.count == count  # the primary comes back without a change of the standby
+    assert twins.cache.count == count  # the cached reply is still used when the primary is back
     twins.writer.send(line("update", name="db", state="ready"))
     assert ports(twins.poll()) == [2, 1]
     twins.cache_reply()
@@ -136,7 +136,7 @@ def test_primary_is_cached_beside_its_standby(twins: Twins) -> None:
 def test_cached_replies_leave_round_robin_where_uncached_ones_do(twins: Twins) -> None:
     twins.write(line("register", name="db", port=2, instance="2", priority=1))
     twins.cache_reply()
-    twins.ask(line("resolve", name="db", instance="2"))  # moves the position
+    twins.ask(line("resolve", name="db", instance="2"))  # advances the round robin
     assert ports(twins.poll(3)) == [1]
     twins.write(line("update", name="db", instance="2", priority=0))
     assert ports(twins.poll(4)) in ([1, 2, 1, 2], [2, 1, 2, 1])
@@ -212,7 +212,7 @@ def test_standby_is_resolved_as_soon_as_the_primary_is_dead(twins: Twins, end: C
 
 
 def test_name_with_two_instances_is_not_cached(twins: Twins) -> None:
-    """Not even while only one of them is ready."""
+    """This is so even while only one instance is ready."""
     twins.write(line("register", name="db", port=2, instance="2", state="draining"))
     count = twins.cache.count
     assert ports(twins.poll(5)) == [1]
@@ -258,7 +258,7 @@ def _exit(world: World) -> None:
 def test_dead_holder_is_not_resolved(
     twins: Twins, request_: bytes, end: Callable[[Twins, Pair], object], reason: str, full: bool
 ) -> None:
-    """From the moment of its death, before the removal is written, and on a full disk."""
+    """This is so from the moment of its death, before the removal is written, and on a full disk."""
     twins.write(line("deregister", name="db"))
     holder = twins.connect()
     holder.send(request_)
@@ -303,7 +303,7 @@ def test_entry_lives_until_its_last_holder_dies(twins: Twins, last: bool) -> Non
     assert ports(twins.poll())[-1] == ("not_found" if last else 1)
 
 
-def test_withdrawn_holder_leaves_the_entry_to_the_others(twins: Twins) -> None:
+def test_withdrawn_holder_leaves_the_entry_to_other_holders(twins: Twins) -> None:
     one, two = twins.connect(), twins.connect()
     for holder in (one, two):
         holder.send(line("register", name="db", port=1, hold=True))
@@ -316,8 +316,8 @@ def test_withdrawn_holder_leaves_the_entry_to_the_others(twins: Twins) -> None:
     assert ports(twins.poll()) == ["not_found"]
 
 
-def test_entry_is_not_ready_when_the_last_holder_dies_during_the_withdrawal_of_the_other(twins: Twins) -> None:
-    """The withdrawal causes no event and must invalidate the cached reply all the same."""
+def test_entry_is_not_ready_if_its_last_holder_dies_while_another_is_withdrawn(twins: Twins) -> None:
+    """The withdrawal causes no event, but must invalidate the cached reply."""
     one, two = twins.connect(), twins.connect()
     for holder in (one, two):
         holder.send(line("register", name="db", port=1, hold=True))
@@ -388,7 +388,7 @@ def entry(name: str = "db", instance: str = "", port: int = 1, holders: tuple[Ho
 
 
 def test_registry_notifies_of_each_name_whose_reply_changes() -> None:
-    """When it notifies, a search already has the new result."""
+    """At the time of the notification, a search already has the new result."""
     registry = Registry([entry(), entry("other")], 1)
     notified: list[tuple[str, int]] = []
 
@@ -483,8 +483,8 @@ def slow_twins() -> Twins:
     return twins
 
 
-def test_result_of_a_slow_search_is_not_cached_if_it_changed_meanwhile() -> None:
-    """The reply has the state from when the search began, once."""
+def test_result_of_a_slow_search_is_not_cached_if_it_changed() -> None:
+    """Only this one reply has the state at the start of the search."""
     with system():
         twins = slow_twins()
         twins.reader.send(PLAIN)

@@ -1,6 +1,7 @@
-"""Watches that resume over lives of the daemon: after a stop or a kill they get exactly what they missed.
+"""Watches that resume after restarts of the daemon: after a stop or a kill they get exactly the missed events.
 
-A kill is a copy of the files as they are on disk at that moment, in which the next daemon starts.
+A life of the daemon lasts from its start to its stop or kill. A kill is simulated: the next daemon starts in a
+copy of the files as they are on disk at that moment.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.socket
 
 
 class Lives:
-    """A registry, and its daemon of the moment."""
+    """A registry, and the daemon that runs on it at the moment."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -32,10 +33,10 @@ class Lives:
         self.daemon: InLoop
         self.peer: Peer
         self.rev = 0
-        self.positions: list[tuple[str, int]] = []  # every epoch with each of its revisions that was on disk
+        self.positions: list[tuple[str, int]] = []  # every epoch, with each of its revisions that was on disk
         self.left: dict[
             str, int
-        ] = {}  # the last revision of each epoch that is on disk for sure; -1: not even its start
+        ] = {}  # the last revision of each epoch that is surely on disk; -1 if not even its start is
         self._numbers = itertools.count(1)
 
     @property
@@ -64,7 +65,7 @@ class Lives:
         await self.begin()
 
     async def kill(self) -> None:
-        """Go on in a copy of the folder. The old daemon ends, and nobody looks at its files any more."""
+        """Continue in a copy of the folder. The old daemon ends, and its files are not used any more."""
         checkpointer = self.daemon.server._checkpointer
         await until(lambda: checkpointer._task is None)
         other = self.folder.with_name(f"life{next(self._numbers)}")
@@ -118,7 +119,7 @@ HOW: dict[str, Callable[[Lives], Any]] = {"stop": Lives.stop, "kill": Lives.kill
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("writes_file", [False, True])
-async def test_every_position_of_every_life_gets_exactly_what_it_missed(
+async def test_watch_resumes_from_every_position_with_exactly_the_missed_events(
     lives: Lives, how: str, writes_file: bool
 ) -> None:
     for _ in range(3):
@@ -193,8 +194,8 @@ async def test_broken_history_resets_the_watches_of_earlier_epochs(lives: Lives,
 
 
 @pytest.mark.parametrize("step", ["write", "sync_data"])
-async def test_refused_change_is_no_position(lives: Lives, step: str) -> None:
-    """A watcher never has its revision. Its line may be on disk after a kill, and is an event then."""
+async def test_revision_of_a_refused_change_is_not_a_valid_position(lives: Lives, step: str) -> None:
+    """No watcher has seen its revision. But its line may be on disk after a kill, and is then an event."""
     await changed(lives)
     old = lives.epoch, lives.rev
     lives.files.failing[step] = BROKEN
@@ -208,7 +209,7 @@ async def test_refused_change_is_no_position(lives: Lives, step: str) -> None:
 
 @pytest.mark.parametrize("recovers", [False, True])
 async def test_end_seen_while_the_disk_failed(lives: Lives, recovers: bool) -> None:
-    """A watcher has its revision. If it never came to the disk, the position is not valid in the next life."""
+    """A watcher has seen its revision. If it was never written, the position is not valid in the next life."""
     await changed(lives)
     old = lives.epoch, lives.rev
     await lives.ask("register", "leased", port=1, ttl=1)
@@ -276,7 +277,7 @@ class Follower:
                 self.state[name] = event
         self.position = lives.epoch, events[-1]["rev"]
         reply = await lives.peer.ask("list")
-        if reply["rev"] > self.position[1]:  # a lease has ended meanwhile
+        if reply["rev"] > self.position[1]:  # a lease has ended in between
             await self.catch_up(lives)
         else:
             assert self.state == {instance["name"]: instance for instance in reply["instances"]}
@@ -303,7 +304,7 @@ async def take(lives: Lives, followers: list[Follower], step: str, one: int, two
     match step:
         case "register":
             await lives.ask("register", name, port=1 + two, meta={"zone": "ab"[two % 2]})
-        case "lease":  # its end is seen even if the disk fails
+        case "lease":  # watchers see its end even if the disk fails
             await lives.ask("register", name, port=1 + two, ttl=1 + two)
         case "update":
             await lives.ask("update", name, meta={"zone": "ab"[two % 2], "n": str(two)})
@@ -323,7 +324,7 @@ async def take(lives: Lives, followers: list[Follower], step: str, one: int, two
 
 @settings(max_examples=examples(100), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps)
-def test_a_watcher_that_resumes_over_any_lives_folds_to_list(
+def test_events_of_a_resumed_watch_add_up_to_list(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, int]]
 ) -> None:
     async def run() -> None:
@@ -337,7 +338,7 @@ def test_a_watcher_that_resumes_over_any_lives_folds_to_list(
             await follower.catch_up(lives)
         await lives.end()
         stored = json.loads((lives.folder / "registry.json").read_bytes())
-        if stored.pop("$regd")["rev"] == followers[1].position[1]:  # no lease has ended meanwhile
+        if stored.pop("$regd")["rev"] == followers[1].position[1]:  # no lease has ended in between
             assert stored.keys() == followers[1].state.keys()
 
     asyncio.run(run())

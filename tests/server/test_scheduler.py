@@ -1,4 +1,4 @@
-"""The scheduler runs a worker at once while time is left, and lets no worker wait for ever."""
+"""The scheduler runs a worker at once while time is left, and no worker waits forever."""
 
 import asyncio
 

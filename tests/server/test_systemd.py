@@ -139,9 +139,8 @@ async def test_daemon_listens_only_on_inherited_sockets(tmp_path: Path) -> None:
             assert not (tmp_path / "not").exists()
             for number, listener in enumerate((unix_socket, ipv6, ipv4)):
                 peer = await connected(listener)
-                assert (await peer.ask(cmd="register", name=f"n{number}", port=1))[
-                    "ok"
-                ]  # the peer's user is known
+                # Only a client whose user is known may register.
+                assert (await peer.ask(cmd="register", name=f"n{number}", port=1))["ok"]
                 await peer.close()
             assert server.status.startswith("3 registrations at revision 3, ")
         finally:
@@ -313,7 +312,7 @@ def test_suspended_loop_sends_no_pings(inbox: socket.socket) -> None:
         regd.watchdog.start()
         received(inbox)
         regd.clock.stop(60)
-        assert received(inbox) == ["WATCHDOG=1"]  # one ping when it continues, none for the missed ones
+        assert received(inbox) == ["WATCHDOG=1"]  # one ping when the loop continues, none for the missed pings
 
 
 def test_no_stopping_without_ready(inbox: socket.socket) -> None:

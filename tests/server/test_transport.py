@@ -31,20 +31,20 @@ SCRIPTS = (
 )
 
 
-def _reset(caller: socket.socket) -> None:
-    caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-    caller.close()
+def _reset(client: socket.socket) -> None:
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    client.close()
 
 
-def _shut_and_close(caller: socket.socket) -> None:
-    caller.shutdown(socket.SHUT_WR)
-    caller.close()
+def _shut_and_close(client: socket.socket) -> None:
+    client.shutdown(socket.SHUT_WR)
+    client.close()
 
 
-def _read_and_reset(caller: socket.socket) -> None:
+def _read_and_reset(client: socket.socket) -> None:
     with contextlib.suppress(BlockingIOError):
-        caller.recv(64)
-    _reset(caller)
+        client.recv(64)
+    _reset(client)
 
 
 ENDS: tuple[Callable[[socket.socket], None], ...] = (
@@ -55,28 +55,28 @@ ENDS: tuple[Callable[[socket.socket], None], ...] = (
 )
 
 
-async def test_peer_may_end_its_connection_at_any_moment(daemon: InLoop) -> None:
+async def test_client_may_end_its_connection_at_any_moment(daemon: InLoop) -> None:
     errors: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context))
     witness = await daemon.peer()
     choices = random.Random(11)
     for _ in range(300):
         script, end = choices.choice(SCRIPTS), choices.choice(ENDS)
-        caller = socket.create_connection(("127.0.0.1", daemon.port))
-        caller.setblocking(False)
+        client = socket.create_connection(("127.0.0.1", daemon.port))
+        client.setblocking(False)
         for _ in range(choices.randrange(4)):
             await asyncio.sleep(0)
         cut = choices.randrange(len(script) + 1)
-        caller.sendall(script[:cut])
+        client.sendall(script[:cut])
         for _ in range(choices.randrange(6)):
             await asyncio.sleep(0)
         with contextlib.suppress(OSError):  # the daemon may have closed it already
-            caller.send(script[cut:])
+            client.send(script[cut:])
         for _ in range(choices.randrange(6)):
             await asyncio.sleep(0)
-        end(caller)
+        end(client)
     assert (await witness.ask(cmd="ping"))["ok"]
-    daemon.clock.advance(60.0)  # half-closed peers get the reply to their wait, watchers get `progress`
+    daemon.clock.advance(60.0)  # half-closed clients get the reply to their wait, watchers get `progress`
     await until(lambda: _others_are_gone(daemon))
     assert (await witness.ask(cmd="resolve", name="a"))["error"] == "not_found"
     assert errors == []
@@ -126,13 +126,13 @@ async def test_ended_connection_is_freed_without_the_garbage_collector(daemon: I
     try:
         for end in ENDS:
             for script in SCRIPTS:
-                caller = socket.create_connection(("127.0.0.1", daemon.port))
-                caller.setblocking(False)
+                client = socket.create_connection(("127.0.0.1", daemon.port))
+                client.setblocking(False)
                 await until(lambda: len(daemon.server.connections) == 1)
-                caller.sendall(script)
+                client.sendall(script)
                 for _ in range(3):
                     await asyncio.sleep(0)
-                end(caller)
+                end(client)
                 await until(lambda: _all_are_gone(daemon))
         for _ in range(5):
             await asyncio.sleep(0)
@@ -154,9 +154,9 @@ async def test_no_descriptor_is_left_open(daemon: InLoop) -> None:
     await peer.ask(cmd="ping")
     before = len(os.listdir("/proc/self/fd"))
     for script in SCRIPTS:
-        caller = socket.create_connection(("127.0.0.1", daemon.port))
-        caller.sendall(script)
+        client = socket.create_connection(("127.0.0.1", daemon.port))
+        client.sendall(script)
         await asyncio.sleep(0)
-        _reset(caller)
+        _reset(client)
     await until(lambda: _others_are_gone(daemon))
     await until(lambda: len(os.listdir("/proc/self/fd")) == before)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.socket
 
 
 class Fold:
-    """The registry as the events of a watch add up to it."""
+    """The state of the registry that the events of a watch add up to."""
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
@@ -193,7 +193,7 @@ async def test_bare_line(daemon: InLoop) -> None:
 
 
 async def test_many_watchers_of_one_name(daemon: InLoop) -> None:
-    """Several watchers receive a large snapshot, which changes meanwhile."""
+    """Several watchers receive a large snapshot while the registry changes."""
     writer = await daemon.peer()
     for n in range(600):
         writer.send({"cmd": "register", "name": f"n{n:03}", "port": 1})
@@ -209,7 +209,7 @@ async def test_many_watchers_of_one_name(daemon: InLoop) -> None:
 
 
 class Slot:
-    """A peer that accepts as many events as the test allows."""
+    """A client that accepts as many events as the test allows."""
 
     def __init__(self) -> None:
         self.room = 1
@@ -261,7 +261,7 @@ async def test_changes_during_the_snapshot_follow_it() -> None:
 
 
 class Follower:
-    """A watcher that reads now and then, loses its connection, and resumes."""
+    """A watcher that reads sometimes, loses its connection, and resumes."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments

@@ -1,8 +1,8 @@
-"""The work of a request, counted and not timed, so that a regression shows on a busy machine, too.
+"""The work of a request, counted and not timed, so that a regression also shows on a busy machine.
 
-Counted are bytecode instructions in regd and in the standard library that it calls, except the event loop; calls of
-the JSON encoder and decoder; sends; and allocated bytes. The limits are about twice the measured values: they allow
-refactoring, but not doing the work twice.
+The tests count bytecode instructions in regd and in the standard library that it calls, except the event loop;
+calls of the JSON encoder and decoder; sends; and allocated bytes. The limits are about twice the measured values:
+they allow refactoring, but not doing the work twice.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ class Work:
         return self.instructions.total()
 
     def begun(self, code: CodeType) -> bool:
-        """Count a call, and return whether its instructions are counted."""
+        """Record the start of a call, and return whether its instructions are counted."""
         name = code.co_filename
         if name.endswith(("/json/encoder.py", "/json/decoder.py")):
             self.encodings += code.co_name == "encode"
@@ -179,7 +179,7 @@ def test_json_calls(bench: Bench) -> None:
 # On real sockets.
 
 
-class Caller:
+class RawClient:
     def __init__(self, port: int) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port))
         self.socket.setblocking(False)
@@ -199,10 +199,10 @@ class Caller:
 
 @pytest.mark.socket
 async def test_sends_for_pipelined_resolves(daemon: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
-    caller = Caller(daemon.port)
-    await caller.ask(line("register", name="db", port=1))
+    client = RawClient(daemon.port)
+    await client.ask(line("register", name="db", port=1))
     for _ in range(3):
-        await caller.ask(PLAIN)
+        await client.ask(PLAIN)
     [connection] = daemon.server.connections
     transport, sends = connection._transport, 0
 
@@ -218,29 +218,29 @@ async def test_sends_for_pipelined_resolves(daemon: InLoop, monkeypatch: pytest.
             transport.write(data)
 
     connection._transport = Counted()  # type: ignore[assignment]
-    await caller.ask(PLAIN * 1_000)
+    await client.ask(PLAIN * 1_000)
     connection._transport = transport
-    caller.socket.close()
+    client.socket.close()
     assert 0 < sends <= SENDS_MAX
 
 
 @pytest.mark.socket
 async def test_memory_of_a_connection(daemon: InLoop) -> None:
-    count, warm = 100, Caller(daemon.port)
+    count, warm = 100, RawClient(daemon.port)
     await warm.ask(line("register", name="db", port=1) + PLAIN)
     tracemalloc.start(8)
     try:
         bytes_before = _allocated()
-        callers = [Caller(daemon.port) for _ in range(count)]
+        clients = [RawClient(daemon.port) for _ in range(count)]
         while len(daemon.server.connections) <= count:
             await asyncio.sleep(0)
         for request in (line("register", name="db", port=1), line("ping"), PLAIN):
-            await asyncio.gather(*(caller.ask(request) for caller in callers))
+            await asyncio.gather(*(client.ask(request) for client in clients))
         bytes_after = _allocated()
     finally:
         tracemalloc.stop()
-    for caller in [warm, *callers]:
-        caller.socket.close()
+    for client in [warm, *clients]:
+        client.socket.close()
     assert 500 < (bytes_after - bytes_before) / count <= CONNECTION_BYTES_MAX
 
 

@@ -11,7 +11,7 @@ SLICE_S = 0.002
 
 
 class Bench:
-    """A queue whose items take `takes_s` each; `times` has how often an item adds itself again."""
+    """A queue whose items take `takes_s` each. `times` says how often an item adds itself again."""
 
     def __init__(self, takes_s: float = 0.0, times: dict[int, int] | None = None, *, first: bool = False) -> None:
         self.clock = HandClock()
@@ -44,7 +44,7 @@ async def test_items_are_processed_in_order_and_once() -> None:
     bench = Bench()
     for item in (3, 1, 2, 1, 3):
         bench.queue.add(item)
-    assert bench.done == []  # not before the next iteration
+    assert bench.done == []  # nothing is done before the next iteration
     await bench.slices()
     assert bench.done == [3, 1, 2]
 
@@ -61,7 +61,7 @@ async def test_slice_is_limited_in_time() -> None:
     for item in range(5):
         bench.queue.add(item)
     assert await bench.slices() == [2, 2, 1]
-    assert bench.monitor.described()["slowest"] is not None
+    assert bench.monitor.stats()["slowest"] is not None
 
 
 async def test_item_added_again_comes_last() -> None:

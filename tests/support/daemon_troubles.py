@@ -258,7 +258,7 @@ async def stopping(scene: Scene) -> str:
     async with scene.daemon() as daemon:
         peer = await daemon.peer()
         peer.send({"cmd": "resolve", "name": "db", "wait": 60})
-        await until(lambda: daemon.server.parked == 1)
+        await until(lambda: daemon.server.waiting == 1)
         await daemon.server.stop()
         reply = await peer.reply()
         assert reply["error"] == "shutting_down"

@@ -126,7 +126,7 @@ class Conversation:
         """The daemon closes the connection after `quit` and after a line of another protocol."""
         requests = list(oracle.understood(bytes(self.given), TIGHT.line_bytes_max, ended=False))
         sure = all(expectation.ends is not None for expectation in requests)
-        if requests and sure and requests[-1].ends and not self.connection._conversation.pending:
+        if requests and sure and requests[-1].ends and not self.connection._conversation.waiting:
             self.world.pass_time(2 * TIGHT.close_linger_s_max)
             assert self.peer.lost
 
@@ -135,7 +135,7 @@ class Conversation:
         world, peer = self.world, self.peer
         world.do(peer.end)
         world.settle()
-        while self.connection._conversation.pending:  # and for the waits after it
+        while self.connection._conversation.waiting:  # and for the waits after it
             world.pass_time(TIGHT.wait_s_max + 1)
         if not peer.lost and self.connection._dispatcher.watches:
             world.do(peer.reset)
@@ -173,12 +173,12 @@ class Conversation:
         assert list(connections.sessions._open.values()) == [friend]
         assert connections.services.counters.connections == 1
         for share in (connections.writers, connections.readers):
-            assert not share.watches._behind
-            assert len(share.pending_resolves) == 0
-            assert not share.pending_resolves._by_name
-            assert not share.pending_resolves._by_address
-            assert not share.pending_resolves.probes._probes
-            assert not share.pending_resolves.probes._queue
+            assert not share.watches._to_send
+            assert len(share.waiting_resolves) == 0
+            assert not share.waiting_resolves._by_name
+            assert not share.waiting_resolves._by_address
+            assert not share.waiting_resolves.probes._probes
+            assert not share.waiting_resolves.probes._queue
             for quota in (share.input, share.output):
                 assert quota.total == 0
                 assert not quota._sizes

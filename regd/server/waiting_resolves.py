@@ -1,8 +1,9 @@
-"""Pending resolves: requests with `wait`, answered once an instance is ready and accepts connections.
+"""`resolve` requests with `wait`: they wait until an instance is ready and accepts connections.
 
-A pending resolve is evaluated when anything about its name changes, and when an instance was probed. The answer
-is the first instance in round-robin order that accepts, of the best priority that has one. A later one is taken
-once those before it are known not to accept, or have not answered the probe for `_GRACE_S`.
+Such a request is evaluated when anything about its name changes, and when an instance was probed. The answer is
+the first instance in round-robin order that accepts, among those of the best priority with any that accepts.
+While an earlier instance has not answered its probe, a later one that accepts becomes the answer only after
+`_GRACE_S`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,8 @@ from regd.server.work_queue import WorkQueue
 from regd.system.clock import Clock, Timer
 from regd.system.probes import Address, ProbeResults, Probes, may_probe
 
-_GRACE_S = 0.02  # for instances that come first to accept, before a later one is taken
-_AT_ONCE_S = 0.25  # for the one attempt of `wait` 0
+_GRACE_S = 0.02  # for earlier instances to accept, before a later one becomes the answer
+_AT_ONCE_S = 0.25  # the time limit of `wait` 0, which probes each instance once
 _SLICE_S = 0.002
 
 
@@ -28,12 +29,12 @@ def _ignore(entry: Entry | None) -> None:
 
 
 def _ranked(entries: Sequence[Entry]) -> list[Entry]:
-    """Return entries with the best priority first. A search that went around may have found it last."""
+    """Return entries with the best priority first. A search that wraps around may find that priority last."""
     return sorted(entries, key=attrgetter("priority"))
 
 
-class PendingResolve:
-    """One pending request. `done` is called once, with the instance, or None when the time is over."""
+class WaitingResolve:
+    """One request that waits. `done` is called once, with the instance, or None when the time is over."""
 
     __slots__ = (
         "addresses",
@@ -64,18 +65,18 @@ class PendingResolve:
         self.name = name
         self.instance = instance
         self.meta = meta
-        self.probes_before = probes_before  # results up to this number are older than the request
+        self.probes_before = probes_before  # probe results up to this number are older than the request
         self.once = once
         self.done = done
-        self.addresses: dict[Address, None] = {}  # that are probed for it, in round-robin order
-        self.search: Search | None = None  # that takes more than one time slice
-        self.after: SearchPosition | None = None  # none up to here accepts: of very many the next ones are probed
+        self.addresses: dict[Address, None] = {}  # probed for this request, in round-robin order
+        self.search: Search | None = None  # a search that takes more than one time slice
+        self.after: SearchPosition | None = None  # no instance up to here accepts, so the next ones are probed
         self.grace_timer: Timer | None = None
         self.is_over = False
 
 
-class PendingResolves:
-    """The pending resolves of one class of users. Users who may only read (`readonly`) have their own probes."""
+class WaitingResolves:
+    """The waiting requests of one class of users. Users who may only read (`readonly`) have their own probes."""
 
     def __init__(
         self,
@@ -92,8 +93,8 @@ class PendingResolves:
         self._limits = limits
         self._results = results
         self._readonly = readonly
-        self._by_name: dict[str, dict[PendingResolve, None]] = {}
-        self._by_address: dict[Address, dict[PendingResolve, None]] = {}  # that is probed
+        self._by_name: dict[str, dict[WaitingResolve, None]] = {}
+        self._by_address: dict[Address, dict[WaitingResolve, None]] = {}  # of addresses that are probed
         self._to_evaluate = WorkQueue(self._evaluate, _SLICE_S, "waits", clock, monitor)
         self._count = 0
         self.probes = Probes(clock, limits, results, self._on_probed)
@@ -101,22 +102,22 @@ class PendingResolves:
     def __len__(self) -> int:
         return self._count
 
-    def park(
+    def add(
         self,
         name: str,
         instance: str | None,
         meta: Mapping[str, str],
         wait_s: float,
         done: Callable[[Entry | None], None],
-    ) -> PendingResolve:
+    ) -> WaitingResolve:
         """Wait for an instance, at most `wait_s` seconds. `done` may be called before this returns.
 
         Raises:
-            Refused: `busy`, too many are pending.
+            Refused: `busy`, too many requests wait.
         """
         if self._count >= self._limits.parked_total_max:
             raise Refused(Code.BUSY, f"{self._count} requests wait; try again later")
-        wait = PendingResolve(name, instance, meta, self._results.count, not wait_s, done)
+        wait = WaitingResolve(name, instance, meta, self._results.count, not wait_s, done)
         self._by_name.setdefault(name, {})[wait] = None
         self._count += 1
         deadline = self._clock.now() + (wait_s or _AT_ONCE_S)
@@ -124,19 +125,19 @@ class PendingResolves:
         self._evaluate(wait)
         return wait
 
-    def cancel(self, wait: PendingResolve) -> None:
-        """End a pending resolve without calling `done`. Idempotent."""
+    def cancel(self, wait: WaitingResolve) -> None:
+        """End a request without calling `done`. Idempotent."""
         wait.done = _ignore
         self._end(wait, None)
 
     def close(self) -> None:
-        """Cancel all."""
+        """Cancel all requests."""
         for wait in [wait for waits in self._by_name.values() for wait in waits]:
             self.cancel(wait)
         self.probes.close()
 
     def on_changes(self, changes: Sequence[Change]) -> None:
-        """Probe the changed instances again, and evaluate the pending resolves of their names."""
+        """Probe the changed instances again, and evaluate the requests for their names."""
         if not self._count:
             return
         for change in changes:
@@ -150,13 +151,13 @@ class PendingResolves:
         for wait in self._by_address.get(address, ()):
             self._to_evaluate.add(wait)
 
-    def _evaluate(self, wait: PendingResolve) -> None:
-        """Answer, or probe the instances that could become the answer."""
+    def _evaluate(self, wait: WaitingResolve) -> None:
+        """Answer the request, or probe the instances that could become the answer."""
         if wait.is_over:
             return
         search = self._search(wait)
         if search is None:
-            self._to_evaluate.add_first(wait)  # so that no other search has to be kept meanwhile
+            self._to_evaluate.add_first(wait)  # so that at most one unfinished search is in memory
             return
         entries = _ranked(search.found)
         self._probe(wait, [(entry.host, entry.port) for entry in entries if may_probe(entry.host)])
@@ -177,8 +178,8 @@ class PendingResolves:
         if wait.once and not undecided:
             self._end(wait, None)
 
-    def _search(self, wait: PendingResolve) -> Search | None:
-        """Return the search for the instances to probe; None while it is not complete."""
+    def _search(self, wait: WaitingResolve) -> Search | None:
+        """Return the completed search for the instances to probe, None while the search is not complete."""
         if wait.search is None:
             most = self._limits.probed_instances_max
             wait.search = self._registry.search_round_robin(
@@ -190,19 +191,19 @@ class PendingResolves:
         wait.search = None
         return search
 
-    def _accepts(self, wait: PendingResolve, address: Address) -> bool | None:
-        """Return whether an address accepts connections, None while that is not known."""
+    def _accepts(self, wait: WaitingResolve, address: Address) -> bool | None:
+        """Return whether an address accepts connections, None until a probe has shown it."""
         result = self._results.last(address)
         if result is None or result.number <= wait.probes_before:
             return None
         return result.accepted
 
-    def _start_grace(self, wait: PendingResolve) -> None:
+    def _start_grace(self, wait: WaitingResolve) -> None:
         if wait.grace_timer is None:
             wait.grace_timer = self._clock.call_at(self._clock.now() + _GRACE_S, lambda: self._take_any(wait))
 
-    def _take_any(self, wait: PendingResolve) -> None:
-        """Answer with any instance that accepts: those before it have not answered in time."""
+    def _take_any(self, wait: WaitingResolve) -> None:
+        """Answer with the first instance known to accept. Earlier instances have not answered in time."""
         wait.grace_timer = None
         search = self._search(wait)
         wait.search = None
@@ -210,8 +211,8 @@ class PendingResolves:
             if not wait.is_over and self._accepts(wait, (entry.host, entry.port)):
                 self._end(wait, entry)
 
-    def _probe(self, wait: PendingResolve, addresses: Sequence[Address]) -> None:
-        """Probe just these addresses for a pending resolve."""
+    def _probe(self, wait: WaitingResolve, addresses: Sequence[Address]) -> None:
+        """Probe these addresses, and no others, for a request."""
         previous, wait.addresses = wait.addresses, dict.fromkeys(addresses)
         for address in wait.addresses:
             if address not in previous:
@@ -221,14 +222,14 @@ class PendingResolves:
             if address not in wait.addresses:
                 self._stop_probing(wait, address)
 
-    def _stop_probing(self, wait: PendingResolve, address: Address) -> None:
+    def _stop_probing(self, wait: WaitingResolve, address: Address) -> None:
         waits = self._by_address[address]
         del waits[wait]
         if not waits:
             del self._by_address[address]
         self.probes.release(address)
 
-    def _end(self, wait: PendingResolve, entry: Entry | None) -> None:
+    def _end(self, wait: WaitingResolve, entry: Entry | None) -> None:
         if wait.is_over:
             return
         wait.is_over = True
@@ -244,5 +245,5 @@ class PendingResolves:
         self._count -= 1
         if entry is not None:
             self._registry.mark_served(entry, wait.meta, readonly=self._readonly)
-        done, wait.done = wait.done, _ignore  # `done` refers to the wait: a cycle would be left behind
+        done, wait.done = wait.done, _ignore  # `done` refers to `wait`, and the cycle would stay in memory
         done(entry)

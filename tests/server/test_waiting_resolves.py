@@ -75,7 +75,7 @@ async def test_wait_with_an_id_is_overtaken(daemon: InLoop) -> None:
     peer.send({"cmd": "resolve", "name": "a", "wait": 2}, {"cmd": "ping", "id": 3}, "quit")
     await asyncio.sleep(0)
     async with asyncio.timeout(WAIT_S):
-        while daemon.server.parked < 2:
+        while daemon.server.waiting < 2:
             await asyncio.sleep(0)
     daemon.clock.advance(2)
     assert [(await peer.reply()).get("id") for _ in range(3)] == [1, None, 3]
@@ -117,7 +117,7 @@ async def test_no_probe_without_a_waiting_request(daemon: InLoop) -> None:
     await step_until(daemon, lambda: daemon.server.probed > 3)
     await peer.reset()
     async with asyncio.timeout(WAIT_S):
-        while daemon.server.parked:
+        while daemon.server.waiting:
             await asyncio.sleep(0)
     before = daemon.server.probed
     for _ in range(100):
@@ -127,7 +127,7 @@ async def test_no_probe_without_a_waiting_request(daemon: InLoop) -> None:
 
 
 async def test_probe_connected_to_itself_fails() -> None:
-    """The kernel connects a socket to itself if its own port is the one that it connects to."""
+    """The kernel connects a socket to itself if its own port is the port that it connects to."""
     loop = asyncio.get_running_loop()
     with socket.socket() as own:
         own.bind(("127.0.0.1", 0))
