@@ -1,9 +1,8 @@
-"""`regctl doctor` finds each problem, most of them created for real, and says what to do."""
+"""`regctl doctor` finds each problem and says what to do. Most of the problems are real, not simulated."""
 
 import asyncio
 import contextlib
 import errno
-import http.server
 import json
 import os
 import shutil
@@ -29,6 +28,7 @@ from regd.storage.recovery import Recovery
 from regd_client import protocol
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import WAIT_S, DaemonProcess, InLoop, environment
+from tests.support.http_service import HttpHandler, http_service
 from tests.support.peers import FakeCredentials
 
 
@@ -38,7 +38,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REGD_ADDRESS", raising=False)
     monkeypatch.setattr(protocol, "DEFAULT_ADDRESS", "tcp://127.0.0.1:1")
     monkeypatch.setattr(local_probe, "daemons", lambda: iter(()))
-    monkeypatch.setattr(doctor, "ANSWER_S", 10 * WAIT_S)  # a tenth of it for others
+    monkeypatch.setattr(doctor, "ANSWER_S", 10 * WAIT_S)  # a tenth of this time for other daemons
     monkeypatch.setattr(doctor_files, "PAUSE_S", 0.02)
 
 
@@ -61,7 +61,7 @@ def test_all_checks_pass(process: DaemonProcess) -> None:
         assert all(finding.ok for finding in found), found
         assert found[0].found == f"{process.addresses[0]}, from --address"
         assert f"{process.registry} and its journal are up to date, at revision 1" in found[6].found
-        assert peer.ask("stats")["commits"] == 1  # it has changed nothing
+        assert peer.ask("stats")["commits"] == 1  # `doctor` has changed nothing
 
 
 def test_doctor_command_prints_lines_or_json(process: DaemonProcess, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_doctor_command_prints_lines_or_json(process: DaemonProcess, tmp_path: P
     assert said["findings"][1]["ok"]
 
 
-# The address, and who is there.
+# The address, and the program that listens there.
 
 
 @pytest.mark.parametrize("address", ["nonsense", "unix://relative", "127.0.0.1:0"])
@@ -122,18 +122,8 @@ def test_listener_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_web_server_at_the_address() -> None:
-    class Quiet(http.server.BaseHTTPRequestHandler):
-        def log_message(self, format: str, *arguments: object) -> None:
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Quiet) as server:
-        serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        serving.start()
-        try:
-            found = wrong(f"127.0.0.1:{server.server_address[1]}")["daemon"]
-        finally:
-            server.shutdown()
-            serving.join()
+    with http_service(HttpHandler) as port:
+        found = wrong(f"127.0.0.1:{port}")["daemon"]
     assert "a program other than regd listens" in found.found
 
 
@@ -155,7 +145,7 @@ def test_another_daemon_is_found(process: DaemonProcess, tmp_path: Path, monkeyp
             == f"another regd answers at {other.addresses[0]}: registry {other.registry}, epoch {epoch}"
         )
         assert f"REGD_ADDRESS={other.addresses[0]}" in found.do
-        found = wrong(_free_address())["elsewhere"]  # none at the address, and one elsewhere
+        found = wrong(_free_address())["elsewhere"]  # no daemon at the address, but one elsewhere
         assert found.do == f"set REGD_ADDRESS={other.addresses[0]} everywhere"
 
 
@@ -205,7 +195,7 @@ def test_running_daemon_is_found_by_its_command_line(
         ("pypy3 -u /v/bin/regd --port 5", ["127.0.0.1:5"]),
         ("regd --port 0", []),
         ("regd", []),
-        ("uv run regd --port 5", None),  # its child is the daemon
+        ("uv run regd --port 5", None),  # only its child is a daemon
         ("python -m regdoc --port 5", None),
         ("python -c regd --port 5", None),
         ("python -cm regd --port 5", None),
@@ -274,7 +264,7 @@ def test_daemon_in_another_network_namespace(
         assert found.found.startswith(f"process {pid} is a regd in another network namespace")
         assert "--unix" in found.do
         [found] = [finding for finding in examine(process.addresses[0]) if finding.check == "elsewhere"]
-        assert found.ok  # there is one on this side
+        assert found.ok  # there is a daemon in this network namespace
         assert str(pid) in found.found
         by_socket = {finding.check: finding for finding in examine(f"unix://{folder}/s")}
         assert by_socket["host"].found.startswith(f"the daemon, process {pid}, is in another network namespace")
@@ -282,7 +272,7 @@ def test_daemon_in_another_network_namespace(
         assert by_socket["elsewhere"].found == "no other regd found"
 
 
-# What a daemon says.
+# What a daemon replies.
 
 
 async def test_user_with_read_access_only(tmp_path: Path) -> None:
@@ -334,7 +324,7 @@ async def test_services_that_accept_no_connection(daemon: InLoop) -> None:
     assert "regctl deregister" in found.do
 
 
-# Its file.
+# The daemon's files.
 
 
 async def test_missing_registry_folder(tmp_path: Path) -> None:
@@ -347,7 +337,7 @@ async def test_missing_registry_folder(tmp_path: Path) -> None:
 
 
 async def registered(daemon: InLoop, *ports: int, checkpoint: bool = True) -> None:
-    """Register `db` at each port; `checkpoint`: have the changes in registry.json too."""
+    """Register `db` at each port. With `checkpoint`, wait until registry.json has the changes."""
     peer = await daemon.peer()
     for port in ports:
         await peer.ask(cmd="register", name="db", port=port, host="far.example")
@@ -420,7 +410,7 @@ async def test_edit_while_the_daemon_runs(daemon: InLoop) -> None:
     found = (await wrong_of(daemon))["file"]
     assert found.found.startswith(f"{daemon.registry}: line 1, column 2")
     assert "its next start fails" in found.do
-    await registered(daemon, 3)  # what it says to do
+    await registered(daemon, 3)  # what the finding says to do
     assert await wrong_of(daemon) == {}
     [kept] = await findings_of(daemon, "kept")
     assert kept.ok
@@ -430,7 +420,7 @@ async def test_edit_while_the_daemon_runs(daemon: InLoop) -> None:
 
 
 async def test_damaged_journal(daemon: InLoop) -> None:
-    """Its next start would be refused, unless the file has all changes of the damaged part."""
+    """The next start would be refused, unless the file has all changes of the damaged part."""
     await registered(daemon, 1)
     before = daemon.registry.read_bytes()
     await registered(daemon, 2, 3, 4, checkpoint=False)
@@ -449,7 +439,7 @@ async def test_damaged_journal(daemon: InLoop) -> None:
 
 
 async def test_changes_that_are_not_in_effect(daemon: InLoop) -> None:
-    """A flush whose result is not known yet, or a segment that is not written any more."""
+    """They come from a flush whose result is not known yet, or from a segment that is not written any more."""
     await registered(daemon, 1)
     journal = daemon.registry.with_suffix(".journal")
     whole = journal.read_bytes()
@@ -464,7 +454,9 @@ async def test_changes_that_are_not_in_effect(daemon: InLoop) -> None:
     assert "new segment" in found.do
 
 
-def test_segment_removed_meanwhile_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_read_again_after_a_segment_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     looks = []
 
     def peek(path: Path, files: Files) -> Recovery:
@@ -534,7 +526,7 @@ async def test_full_disk(daemon: InLoop, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "is full" in (await wrong_of(daemon))["file"].found
 
 
-# A daemon of another kind, which says what a real one said, but for a few words.
+# A simulated daemon that repeats the replies of a real daemon, with a few changes.
 
 
 @contextlib.contextmanager

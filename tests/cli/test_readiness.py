@@ -4,9 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -17,9 +15,10 @@ from regd.cli.run_readiness import command_probe, http_probe, until_ready
 from regd_client.blocking import BlockingConnection
 from tests.cli.test_run import REGCTL, Running, finished, running
 from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, environment
+from tests.support.http_service import HttpHandler, http_service
 from tests.support.polling import block_until
 
-# A service that answers with the status that stands in a file, and ends at a line.
+# A service that answers with the status that a file contains, and ends when it reads a line.
 SERVICE = """if True:
     import http.server, os, pathlib, sys, threading
 
@@ -61,14 +60,14 @@ def states(peer: BlockingConnection) -> list[str]:
 
 
 def set_status(path: Path, status: str) -> None:
-    """Replace the file at once: the service may be reading it."""
+    """Replace the file atomically, since the service may be reading it."""
     new = path.with_suffix(".new")
     new.write_text(status)
     new.replace(path)
 
 
 def is_starting(service: Running, peer: BlockingConnection) -> None:
-    """Wait until the service is registered as starting, and nobody resolves it."""
+    """Wait until the service is registered as starting, and check that it cannot be resolved."""
     assert service.line() == "listens"
     assert service.told().endswith(", and starting")
     assert states(peer) == ["starting"]
@@ -100,10 +99,10 @@ def test_ready_command_gets_the_port_and_nothing_of_it_is_printed(
 
 
 @pytest.mark.parametrize("option", [("--ready-http", "/"), ("--ready-command", "sleep 1000")])
-def test_command_that_ends_before_it_is_ready_leaves_nothing(
+def test_registration_ends_with_a_command_that_never_was_ready(
     process: DaemonProcess, peer: BlockingConnection, status: Path, option: tuple[str, str]
 ) -> None:
-    """And regctl ends with it, though a probe still runs."""
+    """regctl ends with the command, although a probe is still running."""
     with running(process, "web", *option, "--", *command(status)) as service:
         is_starting(service, peer)
         service.end(7)
@@ -119,7 +118,7 @@ def test_signal_before_it_is_ready(process: DaemonProcess, peer: BlockingConnect
     assert states(peer) == []
 
 
-def test_it_stays_starting_over_a_restart_of_the_daemon(process: DaemonProcess, status: Path) -> None:
+def test_service_stays_starting_after_a_restart_of_the_daemon(process: DaemonProcess, status: Path) -> None:
     with running(process, "web", "--ready-http", "/", "--", *command(status)) as service:
         with BlockingConnection(process.addresses[0]) as peer:
             is_starting(service, peer)
@@ -140,12 +139,12 @@ def test_it_stays_starting_over_a_restart_of_the_daemon(process: DaemonProcess, 
 
 @pytest.mark.parametrize("path", ["healthz", "", "/a b", "/a\r\nX: y", "/ä"])
 @pytest.mark.parametrize("line", [["wait", "web", "--http"], ["run", "web", "--ready-http"]])
-def test_path_must_be_one(line: list[str], path: str) -> None:
+def test_invalid_path_is_a_usage_error(line: list[str], path: str) -> None:
     with pytest.raises(UsageError, match="must be a path such as /healthz"):
         commands.read([*line, path, *(["--", "true"] if line[0] == "run" else [])])
 
 
-def test_only_one_of_both() -> None:
+def test_both_ready_options_are_a_usage_error() -> None:
     with pytest.raises(UsageError, match="not both"):
         commands.read(["run", "web", "--ready-http", "/", "--ready-command", "true", "--", "true"])
 
@@ -178,12 +177,12 @@ def is_running(pid: int) -> bool:
         ("kill -9 $$", "`kill -9 $$` ended with signal 9"),
     ],
 )
-async def test_what_a_command_says(text: str, why: str) -> None:
+async def test_readiness_by_command(text: str, why: str) -> None:
     assert await command_probe(text, {}, ())() == why
 
 
-async def test_command_has_the_signal_mask_of_regctl_s_caller() -> None:
-    """regctl itself blocks all signals that it passes on."""
+async def test_probe_command_has_the_signal_mask_that_regctl_inherited() -> None:
+    """regctl itself blocks all signals that it forwards."""
     blocked = 'test "$(sed -n "s/^SigBlk:.//p" /proc/self/status)" = 0000000000000000'
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGALRM})
     try:
@@ -192,7 +191,7 @@ async def test_command_has_the_signal_mask_of_regctl_s_caller() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-async def test_silence_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_probe_that_keeps_failing_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_readiness, "_SILENT_S", 0.0)
     monkeypatch.setattr(run_readiness, "_PAUSE_S", (0.0, 0.0))
     answers = ["no", "no", ""]
@@ -219,30 +218,22 @@ class Service:
     def __init__(self) -> None:
         service = self
         self.status = 503
+        self.port = 0
         self.paths: list[str] = []
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(HttpHandler):
             def do_GET(self) -> None:
                 service.paths.append(self.path)
-                self.send_response(service.status)
-                self.end_headers()
+                self.answer(b"", status=service.status)
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.port = int(self.server.server_address[1])
+        self.handler = Handler
 
 
 @pytest.fixture
 def service() -> Iterator[Service]:
     service = Service()
-    thread = threading.Thread(target=service.server.serve_forever)
-    thread.start()
-    yield service
-    service.server.shutdown()
-    thread.join()
-    service.server.server_close()
+    with http_service(service.handler) as service.port:
+        yield service
 
 
 def test_wait_until_it_answers(process: DaemonProcess, peer: BlockingConnection, service: Service) -> None:
@@ -261,7 +252,7 @@ def test_wait_until_it_answers(process: DaemonProcess, peer: BlockingConnection,
 
 
 @pytest.mark.parametrize("status", [302, 503])
-def test_wait_in_vain(process: DaemonProcess, peer: BlockingConnection, service: Service, status: int) -> None:
+def test_wait_times_out(process: DaemonProcess, peer: BlockingConnection, service: Service, status: int) -> None:
     service.status = status
     peer.ask("register", name="web", port=service.port)
     done = finished(process, "wait", "web", "--http", "/", "--timeout", "0.3")
@@ -272,7 +263,7 @@ def test_wait_in_vain(process: DaemonProcess, peer: BlockingConnection, service:
 
 
 def test_wait_moves_with_the_service(process: DaemonProcess, peer: BlockingConnection, service: Service) -> None:
-    """An instance that hangs is left when it is gone: the registry is asked again."""
+    """When the instance that hangs is replaced, the registry is asked again."""
     service.status = 200
     with socket.create_server(("127.0.0.1", 0)) as hanging:
         peer.ask("register", name="web", port=hanging.getsockname()[1])
@@ -280,7 +271,7 @@ def test_wait_moves_with_the_service(process: DaemonProcess, peer: BlockingConne
             [*REGCTL, "wait", "web", "--http", "/"], cwd=ROOT, env=environment(REGD_ADDRESS=process.addresses[0]),
             stdout=subprocess.DEVNULL,
         ) as waiting:  # fmt: skip
-            is_probe = True  # of the daemon
+            is_probe = True  # a probe by the daemon
             while is_probe:
                 connection = hanging.accept()[0]
                 is_probe = connection.recv(3) != b"GET"
@@ -291,6 +282,6 @@ def test_wait_moves_with_the_service(process: DaemonProcess, peer: BlockingConne
             connection.close()
 
 
-def test_wait_for_what_is_not_there(process: DaemonProcess) -> None:
+def test_wait_for_a_service_that_is_not_registered(process: DaemonProcess) -> None:
     done = finished(process, "wait", "web", "--http", "/", "--timeout", "0")
     assert (done.returncode, done.stderr) == (1, "regctl: web: waited 0 s: 'web' was never registered\n")

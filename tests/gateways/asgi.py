@@ -1,4 +1,4 @@
-"""Requests to an ASGI application without a server: a response as status, headers and body, and a stream's parts."""
+"""Requests to an ASGI application without a server, and its responses, whole or in parts."""
 
 import asyncio
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""A real Chromium for tests, driven by the DevTools protocol over two pipes: no port, no further library.
+"""A real Chromium for tests, controlled with the DevTools protocol over two pipes, without a port or a library.
 
 See https://chromedevtools.github.io/devtools-protocol/.
 """
@@ -27,7 +27,7 @@ _FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--remote-debugging-pipe",
 ]  # fmt: skip
-# The program reads commands from descriptor 3 and writes to 4. $0 and $1 are the descriptors here.
+# The program reads commands from descriptor 3 and writes to 4. $0 and $1 are the descriptors of the pipes.
 _START = 'exec 3<&"$0" 4>&"$1"; shift; exec "$@"'
 
 
@@ -37,11 +37,11 @@ def find_chromium() -> str | None:
 
 
 class JavaScriptError(Exception):
-    """An expression threw."""
+    """A JavaScript expression threw an exception."""
 
 
 class Chromium:
-    """A browser. Its processes end with the block."""
+    """A running browser. Its processes are killed at the end of the block."""
 
     def __init__(self, folder: Path, *flags: str) -> None:
         self._numbers = itertools.count(1)
@@ -67,7 +67,7 @@ class Chromium:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # its own group: the browser and all its processes
+            os.killpg(self._process.pid, signal.SIGKILL)  # its process group: all its processes
         self._process.wait()
         os.close(self._commands)
         os.close(self._messages)
@@ -76,7 +76,7 @@ class Chromium:
         """Run a command and return its result.
 
         Raises:
-            JavaScriptError: the browser refuses it.
+            JavaScriptError: the browser refuses the command.
         """
         number = next(self._numbers)
         message = {"id": number, "method": method, "params": params}
@@ -141,10 +141,10 @@ class Page:
         self._browser.call("Target.closeTarget", targetId=self._target_id)
 
     def run(self, expression: str) -> Any:
-        """Return the value of an expression, a promise's too.
+        """Return the value of an expression, or the result of a promise.
 
         Raises:
-            JavaScriptError: it throws.
+            JavaScriptError: the expression throws.
         """
         result = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         if "exceptionDetails" in result:
@@ -153,7 +153,7 @@ class Page:
         return result["result"].get("value")
 
     def wait(self, expression: str) -> None:
-        """Wait until an expression is true. It may throw before, while another document is loaded."""
+        """Wait until an expression is true. It may throw while another document is being loaded."""
         last: object = None
 
         def is_true() -> bool:
@@ -177,7 +177,7 @@ class Page:
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, **_key_code(key))
 
     def events(self, method: str) -> list[dict[str, Any]]:
-        """Return the parameters of the events that this page has had."""
+        """Return the parameters of the events of this page so far."""
         return [
             event["params"] for event in self._browser.events
             if event["method"] == method and event.get("sessionId") == self._session
@@ -185,7 +185,7 @@ class Page:
 
     def complaints(self) -> list[str]:
         """Return what the browser logged: exceptions, violations of the policy, failed requests."""
-        self.run("0")  # reads what has arrived
+        self.run("0")  # reads the events that have arrived
         thrown = [event["exceptionDetails"]["text"] for event in self.events("Runtime.exceptionThrown")]
         return thrown + [event["entry"]["text"] for event in self.events("Log.entryAdded")]
 

@@ -1,13 +1,11 @@
-"""A daemon and a gateway for programs that do not speak regd, and a way to run those programs."""
+"""A daemon and a gateway for programs that do not speak regd's protocol, and functions to run such programs."""
 
 import contextlib
-import http.server
 import os
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,11 @@ import pytest
 from regd_client import blocking
 from tests.gateways.test_serve import serving
 from tests.support.daemon import ROOT, WAIT_S, environment
+from tests.support.http_service import HttpHandler, http_service
 
 PAGE = ROOT / "regd" / "gateways" / "README.md"
 EXAMPLES = ROOT / "regd" / "gateways" / "examples"
-FOLLOW_S = 30.0  # for a program to see a change on a busy machine; it takes a second, or 10 s in nginx
+FOLLOW_S = 30.0  # for a program to notice a change on a busy machine; usually it takes 1 s, in nginx 10 s
 
 
 class Site:
@@ -45,7 +44,7 @@ def block(language: str) -> str:
 
 
 def find_tool(*names: str) -> str:
-    """Return the path of the first program that this machine has, or this Python's environment; skip without."""
+    """Return the path of the first of these programs that is installed. Skip the test if there is none."""
     path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent), "/usr/sbin"])
     for name in names:
         found = shutil.which(name, path=path)
@@ -55,7 +54,7 @@ def find_tool(*names: str) -> str:
 
 
 def run(tool: str, *arguments: str, input: str | None = None, before: Sequence[str] = ()) -> str:
-    """Run a program that must succeed, and return what it prints. `before` is what runs it, such as `nsenter`."""
+    """Run a program that must succeed, and return its output. `before` precedes the command line (`nsenter`)."""
     done = subprocess.run(
         [*before, find_tool(tool), *arguments],
         input=input, env=environment(), capture_output=True, text=True, timeout=WAIT_S, check=False,
@@ -66,7 +65,7 @@ def run(tool: str, *arguments: str, input: str | None = None, before: Sequence[s
 
 @contextlib.contextmanager
 def program(*command: str, log: Path) -> Iterator[None]:
-    """Run a server until the end of the block. If the test fails, its last lines are shown."""
+    """Run a server until the end of the block. If the test fails, print the last lines of its log."""
     with (
         log.open("w") as output,
         subprocess.Popen(
@@ -100,7 +99,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def machine(address: str, folder: Path) -> Iterator[tuple[str, ...]]:
-    """Run a gateway that is the resolver of a network of its own, and yield what runs a command there."""
+    """Run a gateway that is the resolver of its own network namespace. Yield a prefix to run commands there."""
     namespaces = ("unshare", "--mount", "--net", "--")
     if shutil.which("ip") is None or shutil.which("nsenter") is None:
         pytest.skip("no ip or nsenter on this machine")
@@ -118,34 +117,17 @@ def machine(address: str, folder: Path) -> Iterator[tuple[str, ...]]:
         yield ("nsenter", "--mount", "--net", "--target", str(running.process.pid), "--")
 
 
-class _Service(http.server.BaseHTTPRequestHandler):
+class _Service(HttpHandler):
     """Answers every request with its port and path."""
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        body = f"{self.server.server_port} {self.path}\n".encode()  # type: ignore[attr-defined]
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+        self.answer(f"{self.server.server_port} {self.path}\n".encode())  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
 def services(count: int) -> Iterator[list[int]]:
-    """Run HTTP servers in threads, and yield their ports."""
+    """Run HTTP servers, and yield their ports."""
     with contextlib.ExitStack() as stack:
-        ports = []
-        for _ in range(count):
-            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Service)
-            server.daemon_threads = True
-            stack.callback(server.server_close)
-            thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-            thread.start()
-            stack.callback(thread.join)
-            stack.callback(server.shutdown)
-            ports.append(server.server_port)
-        yield ports
+        yield [stack.enter_context(http_service(_Service)) for _ in range(count)]

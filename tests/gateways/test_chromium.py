@@ -1,7 +1,6 @@
-"""The page in a real Chromium: live, over restarts, with many rows, with hostile texts, and attacked from other origins."""
+"""The page in a real Chromium: changes, restarts, many rows, hostile texts, and attacks from other origins."""
 
 import contextlib
-import http.server
 import json
 import random
 import signal
@@ -16,12 +15,13 @@ from regd_client import blocking
 from tests.gateways.chromium import WITHIN_S, Chromium, Page, find_chromium
 from tests.gateways.test_serve import Serving, port_of, serving
 from tests.support.daemon import DaemonProcess
+from tests.support.http_service import HttpHandler, http_service
 from tests.support.polling import block_until
 
 if find_chromium() is None:
     pytest.skip("no chromium on this machine", allow_module_level=True)
 
-pytestmark = pytest.mark.timeout(300)  # on a busy machine
+pytestmark = pytest.mark.timeout(300)  # seconds, on a busy machine
 
 LIVE = "document.querySelector('#connection').dataset.state === 'live'"
 NAMES = "[...document.querySelectorAll('#services tbody tr:not(.details) th')].map((cell) => cell.textContent)"
@@ -30,7 +30,7 @@ REVISIONS = "[...document.querySelectorAll('#history tbody tr')].map((row) => Nu
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    """One browser for all tests: its start takes a second."""
+    """One browser for all tests, since its start takes a second."""
     rule = "--host-resolver-rules=MAP evil.example 127.0.0.1"
     with Chromium(tmp_path_factory.mktemp("chromium"), rule) as running:
         yield running
@@ -50,7 +50,7 @@ class Site:
 
     @contextlib.contextmanager
     def gateway(self) -> Iterator[Serving]:
-        """Run the gateway; the second time, on the same port."""
+        """Run the gateway. A second run uses the same port."""
         with serving("--http", str(self.port), "--dns", "off", address=self.process.addresses[0]) as running:
             self.port = port_of(running.lines(2)[0])
             yield running
@@ -81,7 +81,7 @@ def site(process: DaemonProcess) -> Iterator[Site]:
             yield site
 
 
-# Marks end after some seconds, so the page itself records them.
+# The page removes its marks after some seconds, so a script in the page records them.
 RECORD_MARKS = """
 globalThis.marks = [];
 const record = (row) => {
@@ -146,14 +146,15 @@ def test_page_is_live(browser: Chromium, site: Site) -> None:
         assert page.complaints() == []
         page.run("location.hash = 'filter=shop'")
         page.wait(f"{NAMES}.length === 1")
-        site.client.update("worker", state="draining", instance="9")  # out of sight
+        site.client.update("worker", state="draining", instance="9")  # a row that is not visible
         site.register("shop", 8_001, instance="2")
         page.wait(shows("shop/2"))
         assert page.run("document.querySelector('#count').textContent") == "2 of 4"
         page.run("location.hash = ''")
         page.wait(f"{NAMES}.length === 4")
         assert page.run(states) == ["ready", "ready", "draining, priority 3", "ready"]
-        page.run("globalThis.fetch = () => Promise.reject(new Error('refused'))")  # the stream alone
+        # From now on, the page can only use the stream.
+        page.run("globalThis.fetch = () => Promise.reject(new Error('refused'))")
         site.client.deregister("shop")
         page.wait(f"{REVISIONS}[0] === 9")
         change = (
@@ -198,7 +199,7 @@ def streams(page: Page) -> list[str]:
 def test_hidden_pages_close_their_streams(browser: Chromium, site: Site) -> None:
     """A browser opens six connections to a host, so eight open streams would block all of them."""
     site.register("db", 5_432)
-    block_until(lambda: site.ask("stats")["watches"] == 1)  # the gateway's own, for DNS
+    block_until(lambda: site.ask("stats")["watches"] == 1)  # only the gateway's watch for DNS is left
     pages = []
     for _ in range(8):
         pages.append(browser.open(site.url))
@@ -380,32 +381,19 @@ def test_keyboard_and_screen_reader(browser: Chromium, site: Site) -> None:
 # Other origins.
 
 
-class Service(http.server.BaseHTTPRequestHandler):
-    """A page of another origin; it says what was asked for."""
+class Service(HttpHandler):
+    """A page of another origin. It shows the host and the path of the request."""
 
     def do_GET(self) -> None:
-        body = f"<!doctype html><title>other</title><body>{self.headers['Host']} {self.path}".encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "text/html")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+        body = f"<!doctype html><title>other</title><body>{self.headers['Host']} {self.path}"
+        self.answer(body.encode(), content_type="text/html")
 
 
 @pytest.fixture
 def service() -> Iterator[int]:
-    """The port of an HTTP server."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Service) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield server.server_port
-        finally:
-            server.shutdown()
-            thread.join()
+    """The port of the other origin."""
+    with http_service(Service) as port:
+        yield port
 
 
 def test_named_url_leads_to_the_service(browser: Chromium, site: Site, service: int) -> None:
@@ -463,7 +451,7 @@ ATTACKS = """
 
 
 def statuses(page: Page, port: int) -> list[int]:
-    """Return the statuses of the responses from a port, those that the browser hides from the page included."""
+    """Return the statuses of the responses from a port, including those that the browser hides from the page."""
     urls = {event["requestId"]: event["request"]["url"] for event in page.events("Network.requestWillBeSent")}
     received = page.events("Network.responseReceivedExtraInfo")
     return [event["statusCode"] for event in received if f":{port}/" in urls.get(event["requestId"], "")]
@@ -486,8 +474,8 @@ def test_other_origins_read_and_write_nothing(browser: Chromium, site: Site, ser
     assert [change["rev"] for change in site.ask("history")["changes"]] == [1]
 
 
-def test_a_rebound_name_reads_nothing(browser: Chromium, site: Site) -> None:
-    """The name of the attacker's page now leads to the gateway: for the browser it is the same origin."""
+def test_page_of_a_rebound_name_reads_nothing(browser: Chromium, site: Site) -> None:
+    """The name of the attacker's page now leads to the gateway, so for the browser both are the same origin."""
     site.register("secret", 5_432)
     with browser.page(f"http://evil.example:{site.port}/") as page:
         page.call("Page.setBypassCSP", enabled=True)

@@ -112,7 +112,7 @@ def test_forms_of_host(site: Site) -> None:
     assert status("-H", "Host:", url) == 400  # without the header
     assert status("-0", "-H", "Host:", url) == 400
     assert status("-H", "Host;", url) == 400  # an empty one
-    # A proxy's form of the target: what counts is `Host`.
+    # A target in the form for proxies: the guard checks `Host`.
     assert status("--request-target", "http://evil.example/v1/hello", "-H", "Host: evil.example", url) == 400
     assert status("--proxy", site.url, "http://evil.example/v1/hello") == 400
     for name in ("localhost", "127.0.0.1", "[::1]"):

@@ -1,4 +1,4 @@
-"""Requests to a daemon, in the same loop: bodies are its lines; cuts, restarts and hangs."""
+"""Requests to a daemon in the same event loop: bodies, broken connections, restarts and hangs."""
 
 import asyncio
 import json
@@ -87,10 +87,9 @@ async def test_silent_daemon_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> 
         for body in [await daemon.ask("ping", {}), await daemon.ask_alone("ping", {}, 0.0)]:
             assert body.status == 503
             assert "no reply within" in body.message
-        assert (
-            daemon._pipeline is None or daemon._pipeline.broken
-        )  # the next request does not wait behind this one
-        assert set(requests) <= {b'{"cmd":"ping"}\n'}  # on a busy machine the time is over before they arrive
+        assert daemon._pipeline is None or daemon._pipeline.broken  # the next request does not wait for this one
+        # On a busy machine, the time may be over before the requests arrive.
+        assert set(requests) <= {b'{"cmd":"ping"}\n'}
         daemon.close()
 
 
@@ -117,7 +116,7 @@ async def test_requests_in_flight_are_limited(monkeypatch: pytest.MonkeyPatch) -
             patch.setattr(daemon_connections, "REPLY_S", 0.01)
             body = await daemon.ask("ping", {})
         assert (body.status, json.loads(body.line)["error"]) == (503, "busy")
-        assert not any(task.done() for task in asked)  # they keep their connection
+        assert not any(task.done() for task in asked)  # they are still waiting on the first connection
         answering.set()
         async with asyncio.timeout(WAIT_S):
             assert {body.status for body in await asyncio.gather(*asked)} == {200}

@@ -2,7 +2,6 @@
 
 import json
 import re
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -10,11 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from regd.gateways.discovery import best_instances, location, prometheus_targets, traefik_configuration
-
-
-def instance(name: str = "web", key: str = "", port: int = 5061, **more: Any) -> dict[str, Any]:
-    plain = {"host": "127.0.0.1", "meta": {}, "state": "ready", "rev": 1, "registered_at": 1.0}
-    return {"name": name, "instance": key, "port": port, **plain, **more}
+from tests.gateways.instances import instance
 
 
 def test_prometheus_target_of_an_instance() -> None:

@@ -18,7 +18,7 @@ DIG_FLAGS = [(), ("+tcp",), ("+noedns",), ("+bufsize=512",), ("+bufsize=20000",)
              ("+norecurse",), ("+adflag", "+cdflag"), ("+subnet=192.0.2.0/24",), ("+ednsopt=65001:beef",),
              ("+padding=128",), ("+nsid",), ("+zflag",), ("+tcp", "+keepalive")]  # fmt: skip
 SRV = ["0 1 5061 7f000001-5061.addr.regd.internal.", f"0 1 5062 {'0' * 31}1-5062.addr.regd.internal."]
-WARNING = ";; WARNING: recursion requested but not available"  # no other is expected
+WARNING = ";; WARNING: recursion requested but not available"  # the only expected warning
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_kdig(web: Site) -> None:
     assert "status: REFUSED" in kdig("example.com", "A")
 
 
-# Resolvers that forward the zone, with the filters that drop addresses of this machine.
+# Resolvers that forward the zone, although they have filters that drop loopback addresses.
 
 
 @contextlib.contextmanager
@@ -227,7 +227,7 @@ def test_resolvers_forward_the_zone_and_cache_nothing(web: Site, tmp_path: Path,
         assert short("late.regd.internal", "A") == []
 
 
-# `getaddrinfo`. The resolver's port is always 53, so the gateway runs in a network of its own.
+# `getaddrinfo` always asks port 53, so the gateway runs in its own network namespace.
 
 MUSL = r"""
 #include <arpa/inet.h>

@@ -1,4 +1,4 @@
-"""DNS messages: queries as bytes, and responses as dnspython reads them."""
+"""DNS messages: the bytes of queries, and responses as decoded by dnspython."""
 
 import random
 import struct
@@ -18,27 +18,18 @@ from hypothesis import strategies as some
 from regd.gateways import zone
 from regd.gateways.dns_messages import TCP_BYTES_MAX, respond
 from regd.gateways.name_index import NameIndex
-
-
-def instance(name: str, port: int, **more: Any) -> dict[str, Any]:
-    plain = {"host": "127.0.0.1", "meta": {}, "state": "ready"}
-    return {"name": name, "instance": str(port), "port": port, **plain, **more}
-
-
-def index_of(*instances: dict[str, Any]) -> NameIndex:
-    index = NameIndex()
-    for each in instances:
-        index.put(each)
-    return index
-
+from tests.gateways.instances import index_of, instance
 
 INDEX = index_of(
-    instance("web", 5061),
-    instance("web", 5062, host="::1"),
-    instance("api.team", 80),
-    *(instance("many", port) for port in range(2_000, 2_040)),
-    *(instance("six", port, host="::1") for port in range(10_001, 11_001)),
-    *(instance("named", port, host=".".join(["x" * 63] * 3 + ["y" * 61])) for port in range(10_001, 10_500)),
+    instance("web", "1", 5061),
+    instance("web", "2", 5062, host="::1"),
+    instance("api.team", port=80),
+    *(instance("many", str(port), port) for port in range(2_000, 2_040)),
+    *(instance("six", str(port), port, host="::1") for port in range(10_001, 11_001)),
+    *(
+        instance("named", str(port), port, host=".".join(["x" * 63] * 3 + ["y" * 61]))
+        for port in range(10_001, 10_500)
+    ),
 )
 
 
@@ -61,7 +52,7 @@ def test_srv_answer() -> None:
         "_http._tcp.Web.REGD.internal. 0 IN SRV 0 1 5061 7f000001-5061.addr.regd.internal.",
         f"_http._tcp.Web.REGD.internal. 0 IN SRV 0 1 5062 {'0' * 31}1-5062.addr.regd.internal.",
     ]
-    # The names of the additional section point into the question, so they have its case.
+    # The names in the additional section point into the question, so they have the same case.
     assert [line.replace("REGD", "regd") for line in texts(response.additional)] == [
         f"{'0' * 31}1-5062.addr.regd.internal. 0 IN AAAA ::1",
         "7f000001-5061.addr.regd.internal. 0 IN A 127.0.0.1",
@@ -179,9 +170,8 @@ def test_every_size_is_used_to_its_last_byte() -> None:
 
 
 def test_tcp_response_is_full() -> None:
-    record = (
-        2 + 10 + 6 + 1 + 38 + len(b"\4addr\4regd\10internal\0")
-    )  # the pointer, the type to the length, the data
+    # The pointer, the fields from type to length, and the data.
+    record = 2 + 10 + 6 + 1 + 38 + len(b"\4addr\4regd\10internal\0")
     gaps = set()
     for length in range(1, 62):
         for edns in (-1, 0):
@@ -298,12 +288,12 @@ def test_any_bytes_give_a_message_or_nothing(edits: list[tuple[int, bytes]], tcp
 def test_message_has_the_records_of_the_zone(
     endpoints: list[tuple[str, int, int]], type: str, name: str, payload: int | None
 ) -> None:
-    """The bytes are the project's own; dnspython must read in them what the zone answers."""
+    """regd encodes the message itself, so dnspython must decode it to the records of the zone."""
     instances = [
-        instance("web", port, host=host, priority=priority, instance=str(number))
+        instance("web", str(number), port, host=host, priority=priority)
         for number, (host, port, priority) in enumerate(endpoints)
     ]
-    index = index_of(*instances, instance("api.eu", 1))
+    index = index_of(*instances, instance("api.eu", port=1))
     edns: dict[str, Any] = {} if payload is None else {"use_edns": 0, "payload": payload}
     response = ask(f"{name}.regd.internal".lstrip("."), type, tcp=True, index=index, **edns)
     answer = zone.lookup(name.lower().split(".") if name else [], type, index, random.Random(2))

@@ -19,23 +19,12 @@ from regd.gateways.dns_server import AnswerCache, DnsServer
 from regd.gateways.listeners import bind_loopback
 from regd.gateways.name_index import NameIndex
 from regd.gateways.readers import Readers
+from tests.gateways.instances import index_of, instance
 from tests.support.daemon import WAIT_S
 from tests.support.polling import until
 
 QUERY = dns.message.make_query("web.regd.internal", "A")
 HOSTS = ["127.0.0.1", "::1"]
-
-
-def instance(port: int, **more: Any) -> dict[str, Any]:
-    return {
-        "name": "web",
-        "instance": str(port),
-        "host": "127.0.0.1",
-        "port": port,
-        "meta": {},
-        "state": "ready",
-        **more,
-    }
 
 
 @contextlib.asynccontextmanager
@@ -51,9 +40,7 @@ async def serving(index: NameIndex | None) -> AsyncIterator[int]:
 
 @pytest.fixture
 async def port() -> AsyncIterator[int]:
-    index = NameIndex()
-    for number in range(100):
-        index.put(instance(5_061 + number))
+    index = index_of(*(instance(key=str(number), port=5_061 + number) for number in range(100)))
     async with serving(index) as port:
         yield port
 
@@ -132,7 +119,7 @@ async def test_connections_are_limited(port: int) -> None:
         assert await reader.read() == b""
     for each in (*streams, writer):
         each.close()
-    async with asyncio.timeout(WAIT_S):  # as soon as others have gone, there is room
+    async with asyncio.timeout(WAIT_S):  # there is room as soon as other connections are closed
         has_room = False
         while not has_room:
             reader, writer = await connect(port)
@@ -143,7 +130,7 @@ async def test_connections_are_limited(port: int) -> None:
             writer.close()
 
 
-async def test_junk_gets_no_answer_and_ends_nothing(port: int) -> None:
+async def test_invalid_datagrams_get_no_answer_and_do_no_harm(port: int) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
         udp.connect(("127.0.0.1", port))
         for junk in (b"", b"x", b"x" * 11, b"\xff" * 60_000):
@@ -152,8 +139,8 @@ async def test_junk_gets_no_answer_and_ends_nothing(port: int) -> None:
     assert response.answer
 
 
-async def test_answers_go_to_the_peer_that_asked(port: int) -> None:
-    """Many peers share the sockets of both families; each gets the answers to its own questions, and no other."""
+async def test_answers_go_to_the_client_that_asked(port: int) -> None:
+    """Many clients share the sockets of both families. Each gets the answers to its own questions only."""
 
     async def ask(number: int) -> None:
         host, name = HOSTS[number % 2], f"n{number}.regd.internal"
@@ -182,7 +169,7 @@ async def test_answers_go_to_the_peer_that_asked(port: int) -> None:
 async def test_largest_datagram_arrives(host: str) -> None:
     index = NameIndex()
     for number in range(1_001):
-        index.put(instance(10_000 + number, host=host))
+        index.put(instance(key=str(number), port=10_000 + number, host=host))
     query = dns.message.make_query("web.regd.internal", "SRV", use_edns=0, payload=65_535)
     async with serving(index) as port:
         udp = await dns.asyncquery.udp(query, host, port=port, timeout=WAIT_S)
@@ -191,7 +178,7 @@ async def test_largest_datagram_arrives(host: str) -> None:
     if host == "127.0.0.1":
         assert (len(udp.answer[0]), udp.flags & dns.flags.TC) == (1_000, 0)
         assert len(tcp.answer[0]) == 1_000
-    else:  # 1,000 do not fit
+    else:  # 1,000 records do not fit
         assert (udp.answer, udp.flags & dns.flags.TC) == ([], dns.flags.TC)
 
 
@@ -214,7 +201,7 @@ async def test_tcp_client_that_does_not_read_is_dropped(
     monkeypatch.setattr(dns_server, "IDLE_S", 0.1)
     index = NameIndex()
     for number in range(800):
-        index.put(instance(10_000 + number))
+        index.put(instance(key=str(number), port=10_000 + number))
     query = dns.message.make_query("web.regd.internal", "SRV").to_wire()
     transports: list[asyncio.WriteTransport] = []
     accept = DnsServer._accept
@@ -235,7 +222,7 @@ async def test_tcp_client_that_does_not_read_is_dropped(
         writer.transport.abort()
 
 
-async def test_any_bytes_by_tcp_end_nothing(port: int, caplog: pytest.LogCaptureFixture) -> None:
+async def test_server_survives_any_bytes_by_tcp(port: int, caplog: pytest.LogCaptureFixture) -> None:
     rng = random.Random(7)
     wire = QUERY.to_wire()
     for number in range(150):
@@ -284,7 +271,7 @@ def test_equal_queries_are_answered_once_in_a_second() -> None:
     assert scene.reads == 1
     scene.ask(4, tcp=True)
     scene.ask(5, "WEB")
-    assert scene.reads == 3  # another protocol, another case
+    assert scene.reads == 3  # a query by TCP, and a query in another case
     scene.now = 1.0
     scene.ask(6)
     assert scene.reads == 4
@@ -293,12 +280,12 @@ def test_equal_queries_are_answered_once_in_a_second() -> None:
 def test_change_empties_the_cache() -> None:
     scene = Counting()
     assert not scene.ask(1).answer
-    scene.index.put(instance(1))
+    scene.index.put(instance(port=1))
     scene.cache.clear()
     assert scene.ask(2).answer
 
 
-def test_cache_is_bounded() -> None:
+def test_cache_is_limited() -> None:
     scene = Counting()
     for number in range(3_000):
         scene.ask(1, f"n{number}")

@@ -1,4 +1,4 @@
-"""The browser guard: a table of requests and the status of each, walked whole."""
+"""The browser guard: a table of requests, each with its status. All combinations are tested."""
 
 import itertools
 

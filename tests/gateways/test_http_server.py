@@ -1,4 +1,4 @@
-"""The HTTP server on real sockets, in the test's loop: headers of every response, limits, bad input, shutdown."""
+"""The HTTP server on real sockets, in the test's event loop: headers, limits, bad input, shutdown."""
 
 import asyncio
 import contextlib
@@ -38,7 +38,7 @@ class Site:
         return await asyncio.open_connection("127.0.0.1", self.port)
 
     async def send(self, data: bytes) -> bytes:
-        """Send bytes, and return all that comes until the server closes the connection."""
+        """Send bytes, and return all bytes received until the server closes the connection."""
         reader, writer = await self.connect()
         writer.write(data)
         try:
@@ -200,7 +200,7 @@ async def test_stop_ends_streams_and_waits_as_complete_responses(site: Site) -> 
     idle_writer.close()
 
 
-async def test_reader_that_stops_costs_little(site: Site) -> None:
+async def test_client_that_stops_reading_costs_little(site: Site) -> None:
     reader, writer = await site.connect()
     writer.write(b"GET /v1/watch HTTP/1.1\r\nHost: localhost\r\n\r\n")
     await reader.readuntil(b"event: sync")
@@ -267,15 +267,15 @@ async def test_end_within_a_head_closes(site: Site, data: bytes) -> None:
 
 @pytest.fixture
 def without_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test enforces the limits itself, at times of its own."""
+    """Turn off the server's checks of its limits, so that the test decides when they are made."""
     monkeypatch.setattr(HttpServer, "on_tick", uvicorn.Server.on_tick)
 
 
-LARGE = b"x" * 8_388_608  # more than the kernel keeps of a connection
+LARGE = b"x" * 8_388_608  # more than the kernel buffers for a connection
 
 
 class LargeReplies:
-    """An application whose every reply is `LARGE`; it counts the requests."""
+    """An application that answers every request with `LARGE`, and counts the requests."""
 
     def __init__(self) -> None:
         self.requests = 0
@@ -289,13 +289,13 @@ class LargeReplies:
 
 @pytest.fixture
 async def large(site: Site) -> LargeReplies:
-    assert status(await site.get("/healthz")) == 200  # from then on, it has loaded its application
+    assert status(await site.get("/healthz")) == 200  # the server loads its application with the first request
     site.server.config.loaded_app = app = LargeReplies()
     return app
 
 
 async def ask_and_not_read(site: Site, count: int = 1) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Send requests, and return when the first reply waits for its reader."""
+    """Send requests, and return once the first response cannot be sent because the client does not read."""
     known = site.server._connections()
     reader, writer = await site.connect()
     writer.transport.pause_reading()  # type: ignore[attr-defined]
@@ -328,7 +328,7 @@ async def test_client_that_does_not_read_is_dropped(site: Site, large: LargeRepl
 
 
 @pytest.mark.usefixtures("without_ticks")
-async def test_client_that_reads_slowly_stays(site: Site, large: LargeReplies) -> None:
+async def test_slow_client_is_not_dropped(site: Site, large: LargeReplies) -> None:
     reader, writer = await ask_and_not_read(site)
     (connection,) = site.server._connections()
     now = time.monotonic()
@@ -354,7 +354,7 @@ async def test_unread_replies_are_limited_in_all(
     site.server._drop_unread(now)
     assert len(site.server._connections()) == 4
     monkeypatch.setattr(http_server, "UNREAD_BYTES_MAX", len(LARGE) // 8)
-    await until(lambda: len(site.server._connections()) == 1)  # one alone may leave more
+    await until(lambda: len(site.server._connections()) == 1)  # a single client may leave more bytes unread
     lengths = await asyncio.gather(*(rest(*each) for each in streams), return_exceptions=True)
     assert sum(isinstance(length, int) and length > len(LARGE) for length in lengths) == 1
     for _, writer in streams:
@@ -366,7 +366,7 @@ async def test_next_request_waits_until_the_reply_is_read(site: Site, large: Lar
     writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     (connection,) = site.server._connections()
     await until(lambda: connection.flow.read_paused)
-    for _ in range(10):  # a request that was read would have begun
+    for _ in range(10):  # by now, a request that was read would have been counted
         await asyncio.sleep(0)
     assert large.requests == 1
     writer.transport.resume_reading()  # type: ignore[attr-defined]
@@ -378,7 +378,7 @@ async def test_next_request_waits_until_the_reply_is_read(site: Site, large: Lar
 
 
 @pytest.mark.usefixtures("without_ticks")
-async def test_stream_waits_for_its_reader(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stream_stops_while_its_client_does_not_read(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "UNREAD_BYTES_MAX", 0)
     reader, writer = await site.connect()
     writer.write(b"GET /v1/watch HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -398,7 +398,7 @@ async def test_stream_waits_for_its_reader(site: Site, monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("without_ticks")
-async def test_connection_in_use_stays_and_idle_one_is_closed(site: Site) -> None:
+async def test_idle_connection_is_closed_and_used_connection_stays_open(site: Site) -> None:
     reader, writer = await site.connect()
     request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
     now = time.monotonic()
@@ -458,7 +458,7 @@ async def test_client_that_sends_on_gets_the_response(site: Site, beginning: byt
 async def test_client_that_sends_on_without_end_is_closed(site: Site) -> None:
     reader, writer = await site.connect()
     writer.write(b"\r\n\0\r\n\r\n")
-    assert status(await reader.read()) == 400  # the end: the server has closed its sending side
+    assert status(await reader.read()) == 400  # `read` ends since the server has closed its sending side
     (connection,) = site.server._connections()
     writer.write(b"x" * 100_000)
     now = time.monotonic()
@@ -495,7 +495,7 @@ PIECES = [
 ]  # fmt: skip
 
 
-async def test_any_bytes_end_nothing(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+async def test_server_survives_any_bytes(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     rng = random.Random(17)
     for number in range(200):
         data = rng.choice(REQUESTS)

@@ -24,7 +24,7 @@ def test_one_port_for_both_families_and_protocols() -> None:
         bind_loopback(port, BOTH, "--dns")
     for sock in sockets:
         sock.close()
-    for sock in bind_loopback(port, BOTH, "--dns"):  # nothing stays open
+    for sock in bind_loopback(port, BOTH, "--dns"):  # fails if a socket was left open
         sock.close()
 
 

@@ -1,4 +1,4 @@
-"""`/metrics`: what Prometheus' parsers read equals the daemon's `stats`."""
+"""`/metrics`: the values that Prometheus' parsers read are those of the daemon's `stats`."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Another program at the daemon's address: whatever it sends, every request gets an answer, and none is 500."""
+"""Another program at the daemon's address: every request gets a response, but never status 500."""
 
 import asyncio
 import contextlib
@@ -45,7 +45,7 @@ odd: some.SearchStrategy[Any] = some.sampled_from(
 
 @some.composite
 def replies(draw: some.DrawFn) -> bytes:
-    """Return the line of a daemon with one member changed or missing, or cut, or any bytes."""
+    """Return lines of a daemon with a member changed or missing, or cut short, or any other bytes."""
     fields = dict(draw(some.sampled_from(REPLIES)))
     match draw(some.integers(0, 5)):
         case 0:
@@ -62,7 +62,7 @@ def replies(draw: some.DrawFn) -> bytes:
 
 @contextlib.asynccontextmanager
 async def gateway_beside(reply: bytes) -> AsyncIterator[Gateway]:
-    """Run the gateway beside a program that answers every line with `reply`, and two events that are none."""
+    """Run the gateway with another program as its daemon, which answers with `reply` and two invalid events."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):
@@ -98,7 +98,7 @@ def test_any_reply_gives_an_answer(reply: bytes, path: str) -> None:
     "reply", [b'{"ok":true}', b'{"ok":true,"epoch":"a\\nid: 1","watch":1,"rev":1}', b'{"ok":true']
 )
 @pytest.mark.parametrize("path", ["/v1/watch", "/v1/prometheus/targets", "/v1/traefik"])
-async def test_reply_that_lacks_what_is_needed_is_unavailable(reply: bytes, path: str) -> None:
+async def test_reply_without_a_required_member_is_unavailable(reply: bytes, path: str) -> None:
     response = await ask(reply, path)
     assert (response.status, json.loads(response.body)["error"]) == (503, "unavailable")
 

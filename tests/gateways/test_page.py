@@ -47,7 +47,7 @@ DOCUMENT = Elements(HTML)
 
 @pytest.fixture
 def app() -> Gateway:
-    """A gateway whose daemon is away: the page itself needs none."""
+    """A gateway without a daemon, since serving the page needs none."""
     return Gateway(Daemon(parse_address("tcp://127.0.0.1:1")), Readers(restricted=False))
 
 
@@ -83,10 +83,10 @@ async def test_only_this_origin_loads_the_files(app: Gateway, path: str) -> None
 
 
 async def test_pages_of_services_are_not_the_gateways(app: Gateway) -> None:
-    assert (await get(app, "/page.js", host="shop.localhost:7380")).status == 503  # asks the daemon for `shop`
+    assert (await get(app, "/page.js", host="shop.localhost:7380")).status == 503  # not the page
 
 
-def test_policy_permits_what_the_page_needs_and_nothing_else() -> None:
+def test_policy_permits_only_what_the_page_needs() -> None:
     policy = dict(part.split(" ", 1) for part in dict(HEADERS)["Content-Security-Policy"].split("; "))
     assert policy == {
         "default-src": "'none'",
@@ -114,7 +114,7 @@ def test_document_has_no_inline_script_or_style() -> None:
     ]
 
 
-# What makes a text into markup, script or style, or loads something.
+# Functions and properties that turn text into markup, script or style, or that load something.
 SINKS = [
     "innerHTML",
     "outerHTML",

@@ -1,4 +1,4 @@
-"""Two instances of one name with different priorities: every way to the registry gives the best ready one."""
+"""Two instances of one name with different priorities: every gateway interface gives the best ready instance."""
 
 import contextlib
 import json
@@ -54,7 +54,7 @@ def by_srv(site: Site) -> set[int]:
 
 
 def by_address(site: Site) -> set[int]:
-    """Return the ports of the instances whose address A or AAAA has: each has a family of its own."""
+    """Return the ports of the instances that have an A or AAAA record. Each instance has its own family."""
     found = {type: ask(site.dns, "shop.regd.internal", type).answer for type in ("A", "AAAA")}
     return {port for port, type in ((BEST, "A"), (OTHER, "AAAA")) if found[type]}
 
@@ -63,7 +63,7 @@ WAYS: list[Callable[[Site], set[int]]] = [by_resolve, by_http, by_named_url, by_
 
 
 def check(site: Site, port: int) -> None:
-    """Check that every way leads to this port alone; DNS learns of a change a moment later."""
+    """Check that every interface leads to this port only. DNS learns of a change a moment later."""
     block_until(lambda: by_srv(site) == {port})
     for way in WAYS:
         assert way(site) == {port}, way.__name__
@@ -71,7 +71,7 @@ def check(site: Site, port: int) -> None:
 
 @contextlib.contextmanager
 def ready(process: DaemonProcess, port: int, priority: int) -> Iterator[blocking.Client]:
-    """Register an instance that a connection of its own holds."""
+    """Register an instance that is held by its own connection."""
     with (
         blocking.Client(process.addresses[0]) as client,
         client.register("shop", port, host=HOSTS[port], instance=str(port), priority=priority),
@@ -92,4 +92,4 @@ def test_the_best_ready_instance_is_found_in_every_way(site: Site, process: Daem
             check(site, OTHER)
             best.update("shop", instance=str(BEST), priority=0)
             check(site, BEST)
-        check(site, OTHER)  # the best one has left
+        check(site, OTHER)  # the best instance has left

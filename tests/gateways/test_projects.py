@@ -1,4 +1,4 @@
-"""`regctl serve` for a project registry: ports of its own, the file that names them, and a daemon on demand."""
+"""`regctl serve` for a project registry: its own ports, the file with its addresses, and a daemon on demand."""
 
 import contextlib
 import json
@@ -47,7 +47,7 @@ class Gateway:
         self.http, self.dns = self.addresses[0], port_of(self.addresses[2])
 
     def end(self) -> str:
-        """Stop it with SIGTERM, and return what it wrote to stderr."""
+        """Stop the gateway with SIGTERM, and return what it wrote to stderr."""
         self.process.terminate()
         output, errors = self.process.communicate(timeout=WAIT_S)
         assert (self.process.returncode, output) == (0, "")
@@ -67,13 +67,13 @@ def gateway(here: Demand, *flags: str, cwd: Path | None = None, **extra: str) ->
 
 
 def answers(port: int, name: str) -> list[str]:
-    """Return the SRV records of a service once DNS has any."""
+    """Wait until DNS has SRV records of a service, and return them."""
     block_until(lambda: ask(port, name, "SRV").answer)
     return [str(record) for record in ask(port, name, "SRV").answer[0]]
 
 
 def named(here: Project) -> list[str]:
-    """Return the addresses that `regctl where` names, which are the same as text and as JSON."""
+    """Return the addresses that `regctl where` shows, and check that text and JSON have the same."""
     lines = [line.split() for line in here.prints("where").splitlines()]
     addresses = [words[1] for words in lines if words[0] == "serve"]
     assert json.loads(here.prints("where", "--json")).get("serve", []) == addresses
@@ -111,7 +111,7 @@ def test_ports_stay_the_same(here: Project) -> None:
     first, last = ephemeral_range()
     assert not first <= http <= last
     assert not first <= dns <= last
-    with socket.create_server(("127.0.0.1", http)), gateway(here) as running:  # taken: another free one
+    with socket.create_server(("127.0.0.1", http)), gateway(here) as running:  # taken, so another
         assert port_of(running.addresses[0]) != http
         assert running.addresses[2:] == before[2:]
 
@@ -134,7 +134,7 @@ def test_ports_by_option_and_by_default(here: Project) -> None:
 
 
 def test_default_ports_of_a_named_address(here: Project, tmp_path: Path) -> None:
-    """REGD_ADDRESS comes before the project registry: the gateway is not the project's."""
+    """REGD_ADDRESS takes precedence over the project registry, so the gateway does not belong to the project."""
     here.prints("register", "web", "5061")
     with gateway(here, "--http", "0", "--dns", "0", REGD_ADDRESS=here.address) as running:
         assert get(f"{running.http}/v1/resolve?name=web")[0] == 200
@@ -162,7 +162,7 @@ def test_killed_gateway_is_not_named(here: Project) -> None:
         running.process.kill()
         running.process.wait(WAIT_S)
         assert (here.folder / "serve").exists()
-        assert here.daemons()  # it was started by the gateway, and must not keep its lock
+        assert here.daemons()  # the gateway started the daemon, which must not keep the gateway's lock
         assert named(here) == []
     with gateway(here) as running:
         assert named(here) == running.addresses
@@ -202,7 +202,7 @@ def test_removed_file_is_written_again(here: Project) -> None:
 
 
 def test_folder_that_was_made_again(here: Project) -> None:
-    """The gateway goes on with the new registry: no request gets an entry of the old one."""
+    """The gateway continues with the new registry, and no request gets an entry of the old registry."""
     with gateway(here) as running:
         here.prints("register", "old", "5061")
         while here.folder.exists():
@@ -216,7 +216,7 @@ def test_folder_that_was_made_again(here: Project) -> None:
 
 
 def test_folder_of_others_gets_no_file(here: Project) -> None:
-    """A folder that lost its trust while the gateway runs."""
+    """The folder became accessible to other users while the gateway was running."""
     file = AddressFile(str(here.folder))
     here.folder.chmod(0o755)
     assert file.write(ADDRESSES) == f"{here.folder} cannot be used: its mode is 0755 and must be 0700"
@@ -392,14 +392,15 @@ def test_daemon_on_demand_does_not_exit_while_the_gateway_runs(
 ) -> None:
     with project_registry(tmp_path, tmp_path / "other") as other, idle_daemon(here) as daemon:
         command = [sys.executable, "-m", "regd.cli.regctl", "serve", *flags]
-        connection = BlockingConnection(here.address, autostart=False)  # until the gateway has its own
+        # Keeps the daemon running until the gateway is connected.
+        connection = BlockingConnection(here.address, autostart=False)
         with subprocess.Popen(command, cwd=here.place, env=here.environment(), stdout=subprocess.PIPE) as running:
             try:
                 assert running.stdout is not None
                 assert running.stdout.readline()
                 connection.close()
                 with idle_daemon(other) as later:
-                    assert later.wait(WAIT_S) == 0  # so much time has passed
+                    assert later.wait(WAIT_S) == 0  # it exits without the gateway
                 assert daemon.poll() is None
                 with BlockingConnection(here.address, autostart=False) as connection:
                     assert connection.ask("stats")["watches"] == 1
@@ -410,11 +411,11 @@ def test_daemon_on_demand_does_not_exit_while_the_gateway_runs(
         assert daemon.wait(WAIT_S) == 0
 
 
-def test_ends_at_once_while_a_daemon_does_not_start(here: Project) -> None:
-    """Ctrl-C before the first line: the gateway still waits for the daemon of its project."""
+def test_gateway_ends_at_once_while_its_daemon_does_not_start(here: Project) -> None:
+    """Ctrl-C before the first line of output, while the gateway still waits for the daemon of its project."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(here.socket))
-        listener.listen()  # accepts connections, and answers nothing
+        listener.listen()  # accepts connections but sends nothing
         with subprocess.Popen(
             [sys.executable, "-m", "regd.cli.regctl", "serve"],
             cwd=here.place, env=environment(HOME=str(here.home)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

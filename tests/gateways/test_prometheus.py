@@ -24,7 +24,7 @@ def configuration(site: Site, folder: Path) -> str:
 
 def test_promtool_finds_nothing_in_the_metrics(site: Site, process: DaemonProcess) -> None:
     site.register("db", 5432)
-    get(f"{site.url}/v1/resolve?name=nobody")  # for a value of `regd_errors_total`
+    get(f"{site.url}/v1/resolve?name=nobody")  # so that `regd_errors_total` has a value
     status, text = get(f"{site.url}/metrics")
     assert status == 200
     assert b'regd_errors_total{code="not_found"} 1.0\n' in text
@@ -44,7 +44,8 @@ def test_promtool_discovers_services(site: Site, tmp_path: Path) -> None:
     site.register("db", 5432)
     path = configuration(site, tmp_path)
     output = run("promtool", "check", "service-discovery", "--timeout=3s", path, "regd")
-    targets = json.loads(output[output.index("[") :])
+    # promtool may log below the result that its time ended during another request.
+    targets, _ = json.JSONDecoder().raw_decode(output, output.index("["))
     shop, six = sorted(targets, key=lambda target: target["labels"]["instance"])
     assert {
         "__address__": "127.0.0.1:5061",
@@ -68,12 +69,12 @@ class Prometheus:
                 return json.load(response)["data"]
         except urllib.error.HTTPError as error:
             error.close()
-        except OSError:  # it does not listen yet
+        except OSError:  # Prometheus does not listen yet
             pass
         return None
 
     def value(self, query: str) -> str:
-        """Return the value of the only series that a query gives; "" if there is none."""
+        """Return the value of the only series in the result of a query; "" if there is none."""
         data = self._get(f"query?query={urllib.parse.quote(query)}")
         series = data["result"] if data else []
         return str(series[0]["value"][1]) if len(series) == 1 else ""
@@ -84,8 +85,8 @@ class Prometheus:
 
 
 @pytest.mark.long
-def test_prometheus_scrapes_what_is_registered(site: Site, process: DaemonProcess, tmp_path: Path) -> None:
-    """A target is scraped, keeps its series on another port, stays while the daemon is away, and leaves."""
+def test_prometheus_scrapes_registered_targets(site: Site, process: DaemonProcess, tmp_path: Path) -> None:
+    """A target is scraped, keeps its series when its port changes and the daemon is away, and is removed."""
     port = free_port()
     flags = (f"--storage.tsdb.path={tmp_path / 'data'}", f"--web.listen-address=127.0.0.1:{port}")
     prometheus = Prometheus(port)

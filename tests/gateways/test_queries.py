@@ -27,7 +27,7 @@ from regd.protocol import commands
         ("watch", "epoch=5eed-1&since=42", {"epoch": "5eed-1", "since": 42}),
         ("list", "name=a+b%20c%E2%80%AE", {"name": "a b c\u202e"}),
         ("list", "&&name=a&", {"name": "a"}),
-        # For the daemon to refuse:
+        # Passed on, so that the daemon refuses them:
         ("list", "limit=abc", {"limit": "abc"}),
         ("list", "limit=1e3", {"limit": "1e3"}),
         ("list", "limit=", {"limit": ""}),

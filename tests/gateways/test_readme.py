@@ -1,4 +1,4 @@
-"""The users' page of `regctl serve`: each of its commands is run, and prints what the page shows."""
+"""The users' page of `regctl serve`: each of its commands is run, and must print what the page shows."""
 
 import contextlib
 import os
@@ -20,8 +20,8 @@ from tests.support.projects import project_registry
 
 PAGE = ROOT / "regd" / "gateways" / "README.md"
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-# What is tried elsewhere: the installation (tests/system/test_tutorial.py), the gateway itself, a program of the
-# reader under `regctl run`, the proxies (tests with the real programs).
+# Tested elsewhere: the installation (tests/system/test_tutorial.py), the gateway itself, the reader's own program
+# under `regctl run`, and the proxies (tests with the real programs).
 ELSEWHERE = ("pip install ", "regctl serve", "regctl run ", "haproxy ")
 
 
@@ -51,7 +51,7 @@ def bash(command: str, **variables: str) -> str:
 
 
 def prints(output: str, expected: list[str]) -> bool:
-    """Return whether the lines fit; a line `…` stands for any number of them at the end."""
+    """Return whether the output matches the expected lines. A last line `…` matches any number of lines."""
     lines = output.splitlines()
     if expected[-1:] == ["…"]:
         expected, lines = expected[:-1], lines[: len(expected) - 1]
@@ -108,7 +108,7 @@ def test_command_lines(line: str, process: DaemonProcess, gateway: dict[str, str
         for name in ("db", "web", "work-1"):
             client.register(name, server.getsockname()[1], meta={"zone": "a"}, static=True)
         line = with_ports(line, gateway).replace("curl ", "curl -sS --fail ")
-        if "-N" in line.split():  # does not end
+        if "-N" in line.split():  # this command does not end
             assert reads_first_line(line)
             return
         output = bash(line)

@@ -1,4 +1,4 @@
-"""The HTTP application beside a daemon in the same loop, without a server."""
+"""The HTTP application without a server, and a daemon in the same event loop."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.socket
 
 
 class Scene:
-    """A registry, the gateway beside it, and a connection to compare with."""
+    """A registry, a gateway for it, and a connection to the daemon to compare replies."""
 
     def __init__(self, registry: Registry, daemon: Daemon, app: Gateway, peer: Peer) -> None:
         self.registry = registry
@@ -116,7 +116,7 @@ async def test_body_of_any_query_is_the_reply(scene: Scene, seed: int) -> None:
         query = urlencode({name: rng.choice(VALUES[name]) for name in names if name in VALUES}, quote_via=quote)
         arguments = parse_query(query.encode(), COMMANDS[cmd])
         if cmd == "resolve":
-            arguments["all"] = True  # of one, the daemon picks each in turn
+            arguments["all"] = True  # without `all`, round robin would give another instance
             query = urlencode(
                 {"all": "true", **{k: v for k, v in parse_qsl(query, keep_blank_values=True) if k != "all"}}
             )
@@ -256,7 +256,7 @@ async def test_whole_lists_are_limited(scene: Scene, monkeypatch: pytest.MonkeyP
 
 
 async def test_streams_share_the_event_loop(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many streams with something to send, a few are encoded in an iteration of the event loop."""
+    """Of many streams with events to send, only a few are encoded per iteration of the event loop."""
     iteration = 0
     encoded: Counter[int] = Counter()
     encode = EventEncoder.encode
@@ -308,7 +308,7 @@ async def test_hostile_labels_are_data_everywhere(scene: Scene) -> None:
     await exchange.task
 
 
-async def test_page_that_fails_makes_the_whole_list_fail(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_list_fails_if_one_of_its_pages_fails(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
     ask = scene.daemon.ask
 
@@ -369,7 +369,7 @@ async def test_stream_follows_the_registry_and_resumes(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("position", ["", "junk", "another-1", "x" * 10_000, "5eed5eed5eed5eed-99999"])
-async def test_other_positions_get_the_whole_state(scene: Scene, position: str) -> None:
+async def test_unknown_position_gets_the_whole_state(scene: Scene, position: str) -> None:
     await scene.register("a", 1)
     exchange = Exchange(scene.app, "/v1/watch", last_event_id=position)
     await exchange.message()
@@ -416,5 +416,5 @@ async def test_streams_are_limited(scene: Scene, monkeypatch: pytest.MonkeyPatch
 
 async def test_silent_stream_has_comments(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routes, "SILENCE_S", 0.01)
-    response = await Exchange(scene.app, "/v1/watch").response()  # ends: the daemon is silent for too long
+    response = await Exchange(scene.app, "/v1/watch").response()  # ends, since the daemon hangs
     assert response.body.endswith(b"}\n\n" + b":\n\n" * routes._SILENCES_MAX)

@@ -1,4 +1,4 @@
-"""`regctl serve` as a process: its lines, exit statuses, signals, and a daemon that comes and goes."""
+"""`regctl serve` as a process: its output, exit statuses, signals, and a daemon that starts and ends."""
 
 import contextlib
 import json
@@ -160,7 +160,7 @@ def test_usage(flags: tuple[str, ...]) -> None:
         assert running.wait()[0] == 2
 
 
-def test_stops_in_time_beside_a_daemon_that_hangs(process: DaemonProcess) -> None:
+def test_gateway_stops_in_time_while_its_daemon_hangs(process: DaemonProcess) -> None:
     assert process.process is not None
     with serving("--http", "0", "--dns", "0", address=process.addresses[0]) as running:
         url = running.lines(4)[0].split()[1]

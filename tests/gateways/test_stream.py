@@ -17,7 +17,7 @@ def line(event: str, rev: int, **fields: Any) -> bytes:
 
 
 def events(stream: bytes) -> list[tuple[str, str | None, str]]:
-    """Read a stream as the HTML standard says, and return each event's kind, last event id and data."""
+    """Parse a stream according to the HTML standard, and return each event's kind, last event id and data."""
     found: list[tuple[str, str | None, str]] = []
     for block in stream.decode().split("\n\n")[:-1]:
         fields: dict[str, str] = {}
@@ -53,7 +53,7 @@ def test_resumed_stream_has_ids_from_the_start() -> None:
 
 
 @pytest.mark.parametrize("resumes", [True, False])
-def test_reset_takes_the_position_away_until_the_next_sync(resumes: bool) -> None:
+def test_events_from_reset_to_sync_have_no_position(resumes: bool) -> None:
     encoder = EventEncoder(REPLY, resumes=resumes)
     encoder.encode(SYNC)
     found = events(encoder.encode(line("reset", 50) + UP + line("sync", 51) + line("up", 52)))
@@ -77,7 +77,7 @@ def test_input_in_any_pieces_gives_the_same_stream(lengths: list[int]) -> None:
     [b"HTTP/1.1 400\n", b"[]\n", b'{"ok":false}\n', b'{"event":"a\\nid: 1","rev":1}\n', b'{"event":"up","rev":"1"}\n',
      b'{"event":"up",\r"rev":1}\n', b'{"event":1,"rev":1}\n', b"x" * 100_000, b"[" * 50_000 + b"\n", b"\xff\n"],
 )  # fmt: skip
-def test_other_input_is_refused(data: bytes) -> None:
+def test_invalid_input_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError):
         EventEncoder(REPLY, resumes=False).encode(data)
 

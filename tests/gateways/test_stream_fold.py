@@ -1,4 +1,4 @@
-"""The events of a stream, applied in order, give the daemon's list: over disconnects, cuts and restarts."""
+"""The events of a stream add up to the daemon's `list`, also after disconnects, cuts and restarts."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ class Reader:
     def __init__(self, app: Gateway) -> None:
         self._app = app
         self.instances: dict[tuple[str, str], dict[str, Any]] = {}
-        self.rev = -1  # that of the last event with an id
+        self.rev = -1  # the revision of the last event with an id
         self.last_event_id = ""
         self.resets = 0
         self.exchange: Exchange | None = None
@@ -87,7 +87,7 @@ async def following(registry: Registry) -> AsyncIterator[Reader]:
 
 
 async def equal(registry: Registry, reader: Reader) -> None:
-    """Wait until the reader has the daemon's revision, and compare."""
+    """Wait until the reader has the daemon's revision, and compare the instances."""
     async with registry.client() as client, asyncio.timeout(WAIT_S):
         listed = await (await client._connector.connect()).ask("list", {})
         while reader.rev < listed["rev"]:

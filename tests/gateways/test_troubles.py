@@ -22,7 +22,7 @@ from tests.support.polling import block_until
 
 
 class Scene:
-    """A daemon, the gateway beside it, a stream, a wait and a DNS client."""
+    """A daemon and its gateway, with a stream, a waiting request and a DNS client."""
 
     def __init__(self, daemon: DaemonProcess, gateway: Serving, stack: ExitStack) -> None:
         lines = gateway.lines(4)
@@ -76,7 +76,7 @@ def until_event(stream: BinaryIO, event: str) -> tuple[str, dict[str, Any]]:
     raise AssertionError(f"the stream ended without {event}: {lines}")
 
 
-def test_daemon_that_hangs_and_goes_on(scene: Scene) -> None:
+def test_daemon_that_hangs_and_continues(scene: Scene) -> None:
     scene.register("web")
     stream = scene.open("/v1/watch")
     until_event(stream, "sync")
@@ -112,7 +112,7 @@ def test_daemon_that_dies_and_returns(scene: Scene) -> None:
     scene.daemon.start()
     scene.register("api")
     resumed = scene.open("/v1/watch", f"Last-Event-ID: {position}")
-    assert until_event(resumed, "up")[1]["name"] == "api"  # without `reset`, and nothing else before
+    assert until_event(resumed, "up")[1]["name"] == "api"  # without `reset` or any other event before
     block_until(lambda: scene.resolves("api"))
     assert scene.resolves("web")
 
@@ -140,7 +140,7 @@ def test_daemon_that_returns_with_an_older_registry(scene: Scene, tmp_path: Path
 
 
 def test_another_program_at_the_address_before_the_daemon(process: DaemonProcess) -> None:
-    """DNS finds the daemon, whatever answered at its address before."""
+    """DNS finds the daemon, although another program answered at its address before."""
     process.end()
     with (
         socket.create_server(("127.0.0.1", process.port)) as other,
@@ -165,8 +165,8 @@ def test_another_program_at_the_address_before_the_daemon(process: DaemonProcess
         assert gateway.end() == (0, "", "")
 
 
-def test_stops_in_time_whatever_its_clients_do(scene: Scene) -> None:
-    """Clients that do not read, idle ones, half a request, a hanging daemon: no line on stderr, and status 0."""
+def test_gateway_stops_in_time_whatever_its_clients_do(scene: Scene) -> None:
+    """Some clients do not read, are idle or have sent half a request, and the daemon hangs. Nothing is logged."""
     scene.register("web")
     for number in range(300):
         assert scene.command(cmd="register", name="big", instance=str(number), port=1, meta={"a": "x" * 4_000})[
@@ -192,7 +192,7 @@ def test_stops_in_time_whatever_its_clients_do(scene: Scene) -> None:
         tcp = stack.enter_context(socket.create_connection(("127.0.0.1", scene.dns)))
         wire = dns.message.make_query("big.regd.internal", "SRV").to_wire()
         tcp.sendall((struct.pack("!H", len(wire)) + wire) * 500)
-        scene.gauge("watches", 11)  # that of DNS, too
+        scene.gauge("watches", 11)  # including the watch for DNS
         assert scene.daemon.process is not None
         os.kill(scene.daemon.process.pid, signal.SIGSTOP)
         try:
@@ -210,7 +210,7 @@ def descriptors(process: int) -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts descriptors in /proc")
 def test_few_files_are_enough(process: DaemonProcess) -> None:
-    """With few files it takes fewer connections. DNS goes on, and so does HTTP when the others are gone."""
+    """With few files it accepts fewer connections. DNS works, and HTTP once other connections are closed."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (900, 900))"
     with serving("--http", "0", "--dns", "0", address=process.addresses[0], hide=limit) as gateway:
         lines = gateway.lines(4)
@@ -239,7 +239,7 @@ def test_too_few_files() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts descriptors in /proc")
-def test_nothing_leaks(scene: Scene) -> None:
+def test_gateway_leaks_no_descriptors(scene: Scene) -> None:
     """After requests of every kind, cut at any point, the gateway has as many descriptors as before."""
     requests = [
         f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()

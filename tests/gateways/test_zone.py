@@ -1,7 +1,6 @@
-"""The DNS zone on values: every name is exactly one of answer, NODATA and NXDOMAIN."""
+"""The DNS zone on values: for every name the result is exactly one of answer, NODATA and NXDOMAIN."""
 
 import random
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,26 +8,7 @@ from hypothesis import strategies as some
 
 from regd.gateways.name_index import NameIndex, is_own_name
 from regd.gateways.zone import INSTANCES_MAX, NODATA, NXDOMAIN, Answer, lookup
-
-
-def instance(name: str, key: str = "", port: int = 5061, **more: Any) -> dict[str, Any]:
-    return {
-        "name": name,
-        "instance": key,
-        "host": "127.0.0.1",
-        "port": port,
-        "meta": {},
-        "state": "ready",
-        **more,
-    }
-
-
-def index_of(*instances: dict[str, Any]) -> NameIndex:
-    index = NameIndex()
-    for each in instances:
-        index.put(each)
-    return index
-
+from tests.gateways.instances import index_of, instance
 
 INDEX = index_of(
     instance("web", "1", 5061),
@@ -183,7 +163,7 @@ def test_every_name_is_one_of_three(labels: list[str], names: set[str]) -> None:
         assert answers["AAAA"] == NODATA._replace(records=[])
     if any(other.endswith("." + name) and not is_own_name(other) for other in names):
         assert exists
-    if not exists:  # RFC 8020: then nothing exists below
+    if not exists:  # RFC 8020: no name below it exists either
         assert not lookup(["x", *labels], "A", index, random.Random(1)).exists
         assert not lookup(["_x", *labels], "A", index, random.Random(1)).exists
 
@@ -193,7 +173,7 @@ def test_every_name_is_one_of_three(labels: list[str], names: set[str]) -> None:
         some.tuples(some.sampled_from(["a", "b.a", "c.b.a", "c"]), some.sampled_from(["", "1"]), some.booleans())
     )
 )
-def test_index_after_any_changes_equals_a_new_one(changes: list[tuple[str, str, bool]]) -> None:
+def test_updated_index_equals_a_new_index(changes: list[tuple[str, str, bool]]) -> None:
     index, new, expected = NameIndex(), NameIndex(), {}
     for name, key, is_up in changes:
         if is_up:

@@ -5,7 +5,6 @@ refusal; there is at most one log line in ten seconds. The sessions with telnet 
 """
 
 import contextlib
-import http.server
 import json
 import os
 import random
@@ -25,6 +24,7 @@ from regd.protocol.messages import HTTP_REFUSAL
 from regd_client.blocking import BlockingConnection
 from tests.long.fuzz import oracle
 from tests.support.daemon import WAIT_S, DaemonProcess
+from tests.support.http_service import HttpHandler, http_service
 from tests.support.polling import block_until
 
 PAGE = Path(__file__).with_name("strangers.html")
@@ -250,9 +250,9 @@ class Site:
         self.ended = threading.Event()
         site = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class Handler(HttpHandler):
             def do_GET(self) -> None:
-                self.answer(BODY if self.path == "/commands" else PAGE.read_bytes())
+                self.answer(BODY if self.path == "/commands" else PAGE.read_bytes(), content_type="text/html")
 
             def do_POST(self) -> None:
                 report = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -264,28 +264,7 @@ class Site:
                     site.reports.append(report)
                 self.answer(b"")
 
-            def answer(self, body: bytes) -> None:
-                self.send_response(200)
-                self.send_header("Content-Type", "text/html")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-
-    @contextlib.contextmanager
-    def open(self) -> Iterator[int]:
-        thread = threading.Thread(target=self.server.serve_forever)
-        thread.start()
-        try:
-            yield int(self.server.server_port)
-        finally:
-            self.server.shutdown()
-            thread.join()
-            self.server.server_close()
+        self.handler = Handler
 
 
 @contextlib.contextmanager
@@ -320,7 +299,7 @@ def test_web_page_in_a_browser_changes_nothing(watched: Watched, tmp_path: Path,
 
     site = Site(count_attempt)
     with (
-        site.open() as port,
+        http_service(site.handler) as port,
         browser(f"http://{host}:{port}/?daemon={host}:{watched.port}", tmp_path / "profile"),
     ):
         assert site.ended.wait(45), f"the page did not finish: {site.reports}"
