@@ -1,7 +1,7 @@
-"""The file `serve` of a project registry, which names the addresses of its `regctl serve`, one a line.
+"""The file `serve` of a project registry: the addresses of its `regctl serve`, one per line.
 
-A running gateway has the file locked, so a file that a killed gateway left behind names nothing. Of two gateways
-the file names the first, until that one ends.
+A running gateway has the file locked. So a file that is not locked, left by a killed gateway, counts as
+missing. If a project has two gateways, the file has the addresses of the first until that gateway ends.
 """
 
 import fcntl
@@ -17,15 +17,15 @@ __all__ = ["AddressFile", "read_addresses"]
 _NAME = "serve"
 _BYTES_MAX = 1_024
 _ADDRESS = re.compile(r"(http|dns)://(127\.0\.0\.1|\[::1\]):[1-9][0-9]{0,4}")
-_TRIES = 5  # while other programs look at the file or remove it
+_TRIES = 5  # attempts to lock the file, while other programs read or remove it
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class AddressFile:
-    """Keeps the addresses of this gateway in the file.
+    """Writes the addresses of this gateway to the file, and removes it.
 
     Args:
-        folder: of the project registry.
+        folder: the folder of the project registry.
     """
 
     def __init__(self, folder: str) -> None:
@@ -34,10 +34,10 @@ class AddressFile:
         self._file: int | None = None  # locked, and at the path when it was last checked
 
     def write(self, addresses: Sequence[str]) -> str:
-        """Write the addresses, unless the file has them or another gateway of the project runs.
+        """Write the addresses, unless that was done already or the file belongs to another gateway.
 
         Returns:
-            Why the file does not have them, or "".
+            The reason why the addresses were not written; "" if the file has them.
         """
         if self._file is not None and not _is_at(self._path, self._file):
             os.close(self._file)
@@ -62,7 +62,7 @@ class AddressFile:
         return ""
 
     def close(self) -> None:
-        """Remove the file, if it is this gateway's. Idempotent."""
+        """Remove the file if it belongs to this gateway. Idempotent."""
         if self._file is None:
             return
         file, self._file = self._file, None
@@ -70,13 +70,13 @@ class AddressFile:
             if _is_at(self._path, file):
                 os.unlink(self._path)
         except OSError:
-            pass  # without its lock it names nothing
+            pass  # without a lock, the file counts as missing
         finally:
             os.close(file)
 
 
 def _open_locked(path: str) -> int | None:
-    """Return the file, locked; None if another gateway has it."""
+    """Open and lock the file; None if another gateway has it locked."""
     for _ in range(_TRIES):
         file = os.open(path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o600)
         try:
@@ -85,7 +85,7 @@ def _open_locked(path: str) -> int | None:
                 return file
             is_taken = False  # a gateway that ended has just removed it
         except BlockingIOError:
-            is_taken = _is_locked(file)  # else a reader was looking at it
+            is_taken = _is_locked(file)  # a reader has it locked only for a moment
         except BaseException:
             os.close(file)
             raise
@@ -96,7 +96,7 @@ def _open_locked(path: str) -> int | None:
 
 
 def _is_at(path: str, file: int) -> bool:
-    """Return whether the path still names this file."""
+    """Return whether the open file is still the one at its path."""
     try:
         return os.path.samestat(os.lstat(path), os.fstat(file))
     except OSError:

@@ -1,7 +1,7 @@
-"""Connections to the daemon that pass on its lines unchanged.
+"""Connections to the daemon, whose lines are passed on unchanged.
 
-Short requests share one pipelined connection, without `id`: replies come in the order of the requests. A request
-that waits, and every watch, has a connection of its own.
+Short requests share one connection and are pipelined without `id`, since the daemon replies in the order of the
+requests. Each `resolve` with `wait`, and each watch, has a connection of its own.
 """
 
 import asyncio
@@ -22,20 +22,20 @@ __all__ = ["Daemon", "DaemonConnection", "slot"]
 
 REPLY_S = 2.0  # to connect and to get the reply, in addition to `wait`
 _LINE_BYTES_MAX = 2 * 1_048_576  # of a reply; the daemon's own limit is half of it
-_READ_BYTES = 16_384  # of a watch, at once: some 60 events
-REQUESTS_MAX = 64  # in flight on the shared connection: the daemon reads no more of one
+_READ_BYTES = 16_384  # of a watch, per read: about 60 events
+REQUESTS_MAX = 64  # in flight on the shared connection; the daemon answers no more of one connection at a time
 _TOO_LATE = f"no reply within {REPLY_S:g} s"
 _RESET = struct.pack("ii", 1, 0)  # struct linger: close with a reset
 
 
 def _reason(error: OSError) -> str:
-    """Return the system's message: asyncio's own names the call and its arguments."""
+    """Return the system's error message. asyncio's messages would name the call and its arguments."""
     return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
 
 
 @contextlib.asynccontextmanager
 async def slot(slots: asyncio.Semaphore) -> AsyncIterator[None]:
-    """Hold one of `slots` during the block.
+    """Hold a slot during the block.
 
     Raises:
         TimeoutError: none is free within `REPLY_S`.
@@ -49,7 +49,7 @@ async def slot(slots: asyncio.Semaphore) -> AsyncIterator[None]:
 
 
 class DaemonConnection:
-    """A connection that sends requests and reads lines."""
+    """A connection to send requests and read lines."""
 
     def __init__(self) -> None:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
@@ -83,7 +83,7 @@ class DaemonConnection:
         """Read a whole line.
 
         Raises:
-            ConnectionError: the connection ended before, or the line is too long to be the daemon's.
+            ConnectionError: the connection ended before the line did, or the line is longer than any reply.
         """
         try:
             return await self._reader.readuntil(b"\n")
@@ -97,8 +97,8 @@ class DaemonConnection:
     def abort(self) -> None:
         """Close the connection with a reset, so that the daemon drops a wait or a watch at once. Idempotent.
 
-        After an ordinary close the daemon would go on: it cannot tell a closed socket from a peer that has only
-        stopped sending.
+        After an ordinary close the daemon would continue, because a client that has closed its socket looks
+        like one that has only stopped sending.
         """
         if self._streams is None:
             return
@@ -109,7 +109,7 @@ class DaemonConnection:
 
 
 class _Pipeline:
-    """A connection for any number of requests at once, whose replies come in order."""
+    """A connection on which requests are pipelined: replies come in the order of the requests."""
 
     def __init__(self, connection: DaemonConnection) -> None:
         self.broken = False
@@ -135,7 +135,7 @@ class _Pipeline:
             while True:
                 line = await self._connection.read_line()
                 if not self._replies:
-                    return  # the daemon says why it closes the connection: `busy`, `shutting_down`
+                    return  # the reason why the daemon closes the connection: `busy`, `shutting_down`
                 reply = self._replies.popleft()
                 if not reply.done():
                     reply.set_result(line)
@@ -145,7 +145,7 @@ class _Pipeline:
             self.close()
 
     def close(self) -> None:
-        """Close the connection; pending requests fail. Idempotent."""
+        """Close the connection. Requests that wait for a reply fail. Idempotent."""
         self.broken = True
         self._connection.abort()
         while self._replies:
@@ -156,7 +156,7 @@ class _Pipeline:
 
 
 class Daemon:
-    """Asks the daemon at an address. No daemon, and no reply in time, are answers too: `unavailable`."""
+    """Asks the daemon at an address. If there is none, or no reply in time, the answer is `unavailable`."""
 
     def __init__(self, address: Address) -> None:
         self.address = address
@@ -165,7 +165,7 @@ class Daemon:
         self._slots = asyncio.Semaphore(REQUESTS_MAX)
 
     async def ask(self, cmd: str, arguments: Mapping[str, Any]) -> Body:
-        """Ask on the shared connection; `busy` if its other requests take too long."""
+        """Ask on the shared connection. The answer is `busy` if earlier requests on it take too long."""
         try:
             request = protocol.encode_request(cmd, None, arguments)
         except BadArgument as error:
@@ -181,13 +181,13 @@ class Daemon:
             async with asyncio.timeout(REPLY_S):
                 return body_of(await self._ask(request))
         except TimeoutError:
-            self.close()  # requests would pile up on a connection that hangs
+            self.close()  # the daemon does not answer, and later requests would wait as long
             return self.unavailable(_TOO_LATE)
         except OSError as error:
             return self.unavailable(_reason(error))
 
     async def _ask(self, request: bytes) -> bytes:
-        """Ask, and once more if the connection broke: the daemon may have been restarted meanwhile."""
+        """Ask, and ask again if the connection broke, because the daemon may have been restarted."""
         try:
             return await (await self._connected()).ask(request)
         except ConnectionResetError:
@@ -195,14 +195,14 @@ class Daemon:
 
     async def ask_alone(self, cmd: str, arguments: Mapping[str, Any], wait_s: float) -> Body:
         """Ask on a connection of its own. If the caller is cancelled, the daemon drops the request."""
-        async with self.asked_alone(cmd, arguments, wait_s) as (body, _):
+        async with self.ask_and_keep_open(cmd, arguments, wait_s) as (body, _):
             return body
 
     @contextlib.asynccontextmanager
-    async def asked_alone(
+    async def ask_and_keep_open(
         self, cmd: str, arguments: Mapping[str, Any], wait_s: float = 0.0, read_ahead_bytes: int = _LINE_BYTES_MAX
     ) -> AsyncIterator[tuple[Body, DaemonConnection]]:
-        """Ask on a connection of its own, and keep it open during the block. `wait_s`: longer than `REPLY_S`."""
+        """Ask on a connection of its own, open until the block ends. `wait_s` is added to `REPLY_S`."""
         connection = DaemonConnection()
         try:
             async with asyncio.timeout(wait_s + REPLY_S):

@@ -13,7 +13,7 @@ __all__ = ["best_instances", "location", "prometheus_targets", "traefik_configur
 
 Instance = Mapping[str, Any]
 
-_NOT_IN_LABELS = re.compile(r"[^a-zA-Z0-9_]")  # what a label's name in Prometheus must not contain
+_NOT_IN_LABELS = re.compile(r"[^a-zA-Z0-9_]")  # characters that Prometheus does not permit in a label name
 _SCHEMES = ("http", "https")
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -44,7 +44,7 @@ def _target(instance: Instance) -> dict[str, Any]:
 def traefik_configuration(instances: Iterable[Instance]) -> dict[str, Any]:
     """Return the configuration for Traefik's HTTP provider: a router for each name with ready instances.
 
-    Without such names it is empty: Traefik takes an empty table of routers for an error.
+    Without such names it is empty, because Traefik treats an empty table of routers as an error.
     """
     names: dict[str, list[Instance]] = {}
     for instance in instances:
@@ -80,7 +80,8 @@ def _priority(instance: Instance) -> int:
 def location(instance: Instance, named_host: str, path_and_query: str) -> str:
     """Return the URL of an instance, for a browser that asked for `named_host`.
 
-    On this machine's loopback the host keeps its name, so that each service has cookies of its own.
+    If the instance listens on this machine's loopback, the URL keeps the host that the browser asked for, so
+    that each service has its own cookies.
     """
     host = named_host if instance["host"] in _LOOPBACK else instance["host"]
     return _url(instance, host) + path_and_query

@@ -1,6 +1,7 @@
-"""DNS messages: the bytes of a query become a question for the zone, and its answer bytes that fit.
+"""DNS messages: decodes a query to a question for the zone, and encodes the zone's answer so that it fits.
 
-Total: any bytes give a message or nothing, and no message is larger than the client takes.
+Any bytes are accepted: the result is a message or None, never an exception. No message is larger than the
+client accepts.
 """
 
 import itertools
@@ -26,9 +27,9 @@ from regd.gateways.zone import Answer, Record
 __all__ = ["TCP_BYTES_MAX", "refuse", "respond"]
 
 TCP_BYTES_MAX = 65_535
-_UDP_BYTES = (512, 65_507)  # the least that every client takes, and the most that UDP can carry
+_UDP_BYTES = (512, 65_507)  # the size that every client accepts, and the largest that UDP can carry
 _HEADER = struct.Struct("!HHHHHH")  # id, flags, and the numbers of questions, answers, authorities, additionals
-_TTL_S = 0  # nothing is ever cached
+_TTL_S = 0  # no resolver caches an answer
 _ORIGIN = dns.name.from_text(zone.ORIGIN)
 _ORIGIN_WIRE = _ORIGIN.to_wire() or b""
 _TRANSFERS = (dns.rdatatype.AXFR, dns.rdatatype.IXFR)
@@ -41,7 +42,7 @@ _FAMILIES = {"A": socket.AF_INET, "AAAA": socket.AF_INET6}
 
 
 def refuse(wire: bytes) -> bytes | None:
-    """Return REFUSED, for a client that may not read; None for bytes that get no response."""
+    """Return the response REFUSED, for a client that may not read; None for bytes that get no response."""
     return _header(wire, dns.rcode.REFUSED) if _is_query(wire) else None
 
 
@@ -50,9 +51,9 @@ def _is_query(wire: bytes) -> bool:
 
 
 def respond(wire: bytes, index: NameIndex | None, rng: random.Random, *, tcp: bool) -> bytes | None:
-    """Return the response to a query; None if it gets none, because it is a response itself or too short.
+    """Return the response to a query; None if there is none, because the bytes are too short or are a response.
 
-    Without an index, the zone is not known: SERVFAIL.
+    Without an index the state is unknown, and the response is SERVFAIL.
     """
     if not _is_query(wire):
         return None
@@ -71,10 +72,10 @@ def respond(wire: bytes, index: NameIndex | None, rng: random.Random, *, tcp: bo
 
 
 def _header(wire: bytes, rcode: dns.rcode.Rcode) -> bytes:
-    """Return a response of a header alone, to a query that cannot be echoed."""
+    """Return a response that is only a header, to a query whose question cannot be repeated in it."""
     id, flags, *_ = _HEADER.unpack_from(wire)
-    kept = flags & (0x7800 | dns.flags.RD)  # the opcode and `recursion desired`
-    return _HEADER.pack(id, dns.flags.QR | kept | rcode, 0, 0, 0, 0)
+    kept_flags = flags & (0x7800 | dns.flags.RD)  # the opcode and `recursion desired`
+    return _HEADER.pack(id, dns.flags.QR | kept_flags | rcode, 0, 0, 0, 0)
 
 
 def _respond(query: dns.message.Message, index: NameIndex | None, rng: random.Random, tcp: bool) -> bytes:
@@ -106,7 +107,7 @@ def _fit(response: dns.message.Message, answer: Answer, size: int, tcp: bool) ->
     """Return the answer in at most `size` bytes.
 
     The additional section is dropped first. If the answer still does not fit, it is empty over UDP, with TC set,
-    so that the client asks again over TCP; over TCP it has as many records as fit.
+    so that the client asks again over TCP; over TCP, it has as many records as fit.
     """
     if not answer.exists:
         response.set_rcode(dns.rcode.NXDOMAIN)

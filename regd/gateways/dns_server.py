@@ -15,11 +15,11 @@ from regd.gateways.readers import Readers
 
 __all__ = ["AnswerCache", "DnsServer"]
 
-CONNECTIONS_MAX = 64  # over TCP; the server closes others at once
+CONNECTIONS_MAX = 64  # over TCP; more are closed at once
 IDLE_S = 10.0  # for a whole message over TCP
 _CACHED_MAX = 1_024
 _CACHED_BYTES_MAX = 16_384
-_CACHED_S = 1.0  # so that the order of records still changes
+_CACHED_S = 1.0  # so short that the order of records still changes
 _QUERY_BYTES_MAX = 512  # longer queries are not cached
 _ID_BYTES = 2  # every query has its own id
 
@@ -27,10 +27,10 @@ State = Callable[[], NameIndex | None]
 
 
 class AnswerCache:
-    """Answers queries, equal ones from a cache that every change empties.
+    """Answers queries. Equal queries are answered from a cache, which every change clears.
 
     Args:
-        state: returns the current state; None if there is none that may be used.
+        state: returns the current state; None if it is not known or too old.
         clock: returns the time in seconds.
     """
 
@@ -38,14 +38,15 @@ class AnswerCache:
         self._state = state
         self._clock = clock
         self._rng = random.Random()
-        self._answers: dict[tuple[bytes, bool], tuple[float, bytes]] = {}  # with the time until when it is valid
+        # By query: the time until which the answer is valid, and the answer.
+        self._answers: dict[tuple[bytes, bool], tuple[float, bytes]] = {}
 
     def clear(self) -> None:
-        """Forget all answers: the state has changed."""
+        """Remove all answers, because the state has changed."""
         self._answers.clear()
 
     def answer(self, query: bytes, *, tcp: bool) -> bytes | None:
-        """Return the answer to a query; None if it gets none."""
+        """Return the answer to a query; None if there is none."""
         key = (query[_ID_BYTES:], tcp)
         now = self._clock()
         valid_until, rest = self._answers.get(key, (0.0, b""))
@@ -63,7 +64,7 @@ class AnswerCache:
 
 
 class DnsServer:
-    """Serves bound sockets: datagram sockets with UDP, listening ones with TCP."""
+    """Serves bound sockets: UDP on datagram sockets, TCP on listening ones."""
 
     def __init__(self, cache: AnswerCache, readers: Readers) -> None:
         self._cache = cache
@@ -93,7 +94,7 @@ class DnsServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError):  # an OSError on a timeout, too
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError):  # including TimeoutError
                 await self._answer_all(reader, writer)
             writer.close()
             with contextlib.suppress(OSError):
@@ -119,7 +120,7 @@ class DnsServer:
                 writer.write(len(answer).to_bytes(2) + answer)
                 async with asyncio.timeout(IDLE_S):
                     await writer.drain()
-            await asyncio.sleep(0)  # a client that sends many at once does not delay the others
+            await asyncio.sleep(0)  # a client that sends many queries at once does not delay others
 
     async def close(self) -> None:
         """Close the sockets and the connections."""
@@ -138,7 +139,7 @@ class _Datagrams(asyncio.DatagramProtocol):
         self._readers = readers
         self._own = ("", 0)
         self._transport: asyncio.DatagramTransport | None = None
-        self._is_full = False  # the kernel does not take answers fast enough: drop them, as a network would
+        self._is_full = False  # while the kernel's buffer is full, answers are dropped, as on a network
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.DatagramTransport, transport)

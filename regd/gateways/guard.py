@@ -1,13 +1,14 @@
 """The browser guard: which requests are refused before routing, so that no web page can read the registry.
 
-Every web page can send requests to loopback. The checks and their order:
+Every web page can send requests to loopback. These checks are made in this order:
 
-1. `Host` must name this machine: a page whose own name was rebound to 127.0.0.1 sends that name, and nothing else
-   tells its requests from those of curl.
-2. Only GET and HEAD. No header ever permits another origin anything, so a preflight is refused like any method.
+1. `Host` must name this machine. A page whose own name was rebound to 127.0.0.1 sends its own name, and only
+   this distinguishes its requests from those of curl.
+2. The method must be GET or HEAD. A preflight (OPTIONS) is refused like any other method, since the gateway
+   permits other origins nothing.
 3. `Sec-Fetch-Site` (Fetch Metadata) must be `same-origin` or `none`, except to open a page. Another port of
    localhost is the same site, so `same-site` is refused.
-4. `Origin` must be this one.
+4. `Origin`, if present, must be the gateway's own.
 """
 
 import re
@@ -55,7 +56,7 @@ def host_name(host: bytes) -> str:
 
 
 def find_refusal(method: str, headers: Headers) -> Refusal | None:
-    """Return why a request is refused, or None. The names of `headers` are in lower case, as ASGI has them."""
+    """Return why a request is refused, or None. The names in `headers` are in lower case, as in ASGI."""
     values: dict[bytes, list[bytes]] = {}
     for name, value in headers:
         values.setdefault(name, []).append(value.strip())
@@ -102,7 +103,7 @@ class Guard:
     def _refusal(self, scope: Scope) -> Refusal | None:
         if not self._readers.may_read_by_tcp(scope["client"], scope["server"]):
             return Refusal(403, "this user may not read the registry")
-        if _head_bytes(scope) > HEAD_BYTES_MAX:  # uvicorn's limit is for heads that come in parts
+        if _head_bytes(scope) > HEAD_BYTES_MAX:  # uvicorn limits only heads that arrive in parts
             return Refusal(400, f"the head of the request is longer than {HEAD_BYTES_MAX} bytes")
         return find_refusal(scope["method"], scope["headers"])
 

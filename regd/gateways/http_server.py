@@ -1,4 +1,4 @@
-"""uvicorn as the gateway runs it: with limits of its own, and streams that end before it stops."""
+"""uvicorn for the gateway: with limits that uvicorn lacks, and with streams that end before the server stops."""
 
 import asyncio
 import contextlib
@@ -18,33 +18,34 @@ from regd.gateways.routes import INPUT_ENDED, STREAM_PATH, Gateway
 __all__ = ["HttpServer"]
 
 CONNECTIONS_MAX = 1_024
-IDLE_S = 10.0  # for a whole request, and between two; and for a client that does not read
-UNREAD_BYTES_MAX = 64 * 1_048_576  # of all replies
+IDLE_S = 10.0  # for a whole request, between two requests, and for a client that does not read
+UNREAD_BYTES_MAX = 64 * 1_048_576  # of all responses
 _STOP_S = 1  # for the responses in progress
-_LINGER_S = 0.5  # for clients that read slowly, within _STOP_S
-# States of a client whose request is not whole, or not valid.
+_LINGER_S = 0.5  # of these, for clients that read slowly
+# h11's states of a client whose request is incomplete or invalid.
 _INCOMPLETE: tuple[object, ...] = (h11.IDLE, h11.SEND_BODY, h11.ERROR)
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's protocol, for peers that send too much, do not read, or close their sending side."""
+    """uvicorn's protocol, also for clients that send too much, do not read, or close their sending side."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._input_ended = asyncio.Event()
         self.app_state = {INPUT_ENDED: self._input_ended}
         if self.limit_concurrency is not None and len(self.connections) > 2 * self.limit_concurrency:
-            transport.abort()  # between the two numbers, the response is 503
+            transport.abort()  # above the limit the response is 503, above twice the limit there is none
 
     def data_received(self, data: bytes) -> None:
-        # In parts, because h11 limits a head only until it is complete. After an error the rest is ignored: a
-        # connection closed with unread input is reset, and the response lost.
+        # Pass the data on in parts, because h11 limits a head only until it is complete. After an error the
+        # rest is read and ignored: closing with unread input would reset the connection, and the response be
+        # lost.
         for start in range(0, len(data), guard.HEAD_BYTES_MAX):
             if not self.transport.is_closing() and self.conn.their_state is not h11.ERROR:
                 super().data_received(data[start : start + guard.HEAD_BYTES_MAX])
 
     def handle_events(self) -> None:
-        """Read the next request, but not before the client has read the previous replies."""
+        """Read the next request once the client has read the previous responses."""
         if self.flow.write_paused:
             self.flow.pause_reading()
         else:
@@ -57,7 +58,7 @@ class _Protocol(H11Protocol):
             self.handle_events()
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Answer a client that has only closed its sending side; asyncio would close the connection."""
+        """Keep the connection open for the response to a client that has only closed its sending side."""
         self._input_ended.set()
         if self.cycle is None or self.cycle.response_complete:
             return False
@@ -70,7 +71,7 @@ class _Protocol(H11Protocol):
 
     @property
     def is_in_stream(self) -> bool:
-        """Return whether a stream is being sent, which waits for its reader."""
+        """Return whether an event stream is being sent. It stops while its client does not read."""
         cycle = self.cycle
         if cycle is None or cycle.response_complete:
             return False
@@ -88,18 +89,18 @@ class _Protocol(H11Protocol):
         if self.cycle is None or self.cycle.response_complete:
             self.transport.write(f"HTTP/1.1 400 Bad Request\r\n{head}\r\n".encode() + body)
             self.transport.write_eof()
-        else:  # these bytes would end up in a response
+        else:  # else these bytes would be part of a response
             self.transport.close()
 
 
-class _Since:
-    """Remembers since when the value of each connection is unchanged."""
+class _UnchangedSince:
+    """Records since when the value of each connection has been the same."""
 
     def __init__(self) -> None:
         self._values: dict[_Protocol, tuple[object, float]] = {}
 
     def update(self, values: Mapping[_Protocol, object], now: float) -> list[tuple[_Protocol, float]]:
-        """Take the current values, and return since when each is the same, the longest first."""
+        """Record the current values. Return since when each has been the same, the longest first."""
         previous = self._values
         self._values = {
             connection: previous[connection]
@@ -107,15 +108,16 @@ class _Since:
             else (value, now)
             for connection, value in values.items()
         }
-        found = [(connection, since) for connection, (_, since) in self._values.items()]
-        return sorted(found, key=lambda pair: pair[1])
+        pairs = [(connection, since) for connection, (_, since) in self._values.items()]
+        return sorted(pairs, key=lambda pair: pair[1])
 
 
 class HttpServer(uvicorn.Server):
     """uvicorn, without its signal handlers: they raise the signal again, and the process would end with 143."""
 
     def __init__(self, gateway: Gateway, connections_max: int = CONNECTIONS_MAX) -> None:
-        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are about requests of any peer
+        # Its warnings are about bad requests, which any client can send.
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         super().__init__(
             uvicorn.Config(
                 gateway,
@@ -130,14 +132,14 @@ class HttpServer(uvicorn.Server):
                 headers=guard.HEADERS,
                 h11_max_incomplete_event_size=guard.HEAD_BYTES_MAX,
                 backlog=BACKLOG,
-                limit_concurrency=connections_max + 1,  # that number and more get 503
+                limit_concurrency=connections_max + 1,  # from this number on, the response is 503
                 timeout_keep_alive=int(IDLE_S),
                 timeout_graceful_shutdown=_STOP_S,
             )
         )
         self._gateway = gateway
-        self._incomplete = _Since()  # of connections without a whole request: the previous one
-        self._unread = _Since()  # of connections whose client does not read: the bytes left
+        self._incomplete = _UnchangedSince()  # by connection without a whole request: the last request before
+        self._unread = _UnchangedSince()  # by connection whose client does not read: the bytes not read yet
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -149,22 +151,25 @@ class HttpServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _connections(self) -> list[_Protocol]:
-        return [each for each in self.server_state.connections if isinstance(each, _Protocol)]
+        return [connection for connection in self.server_state.connections if isinstance(connection, _Protocol)]
 
     def _close_incomplete(self, now: float) -> None:
-        """Close connections that have sent no whole request for too long: uvicorn has no limit for that."""
-        requests = {each: each.cycle for each in self._connections() if each.conn.their_state in _INCOMPLETE}
+        """Close connections that have sent no whole request for too long. uvicorn has no such limit."""
+        incomplete = [
+            connection for connection in self._connections() if connection.conn.their_state in _INCOMPLETE
+        ]
+        requests = {connection: connection.cycle for connection in incomplete}
         for connection, since in self._incomplete.update(requests, now):
             if now - since > IDLE_S:
                 connection.transport.close()
 
     def _drop_unread(self, now: float) -> None:
-        """Drop clients that do not read their replies, and the slowest of those that leave too much unread.
+        """Drop clients that do not read, and the slowest clients if too many bytes are unread in total.
 
-        Streams are no part of it: they have limits of their own, and wait for their readers.
+        Event streams are not counted: they have their own limits, and stop while their client does not read.
         """
-        sizes = {each: each.transport.get_write_buffer_size() for each in self._connections()}
-        unread = {each: size for each, size in sizes.items() if size and not each.is_in_stream}
+        sizes = {connection: connection.transport.get_write_buffer_size() for connection in self._connections()}
+        unread = {connection: size for connection, size in sizes.items() if size and not connection.is_in_stream}
         excess = sum(unread.values()) - UNREAD_BYTES_MAX
         for connection, since in self._unread.update(unread, now):
             if now - since > IDLE_S or (excess > 0 and len(unread) > 1):
@@ -172,12 +177,13 @@ class HttpServer(uvicorn.Server):
                 connection.transport.abort()
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
-        self._gateway.stop()  # otherwise the streams would be cut at the end of the graceful shutdown
+        self._gateway.stop()  # else event streams would be cut when the time for the shutdown is over
         asyncio.get_running_loop().call_later(_LINGER_S, self._abort)
         await super().shutdown(sockets)
 
     def _abort(self) -> None:
-        """Drop the connections that are left: their client does not read, or the daemon does not answer."""
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # no errors of the application
+        """Drop the connections whose client does not read, or whose request the daemon does not answer."""
+        # uvicorn would log each of them as an error of the application.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         for connection in self._connections():
             connection.transport.abort()

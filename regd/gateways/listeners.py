@@ -11,12 +11,14 @@ from regd_client.ports import free_ports
 __all__ = ["BACKLOG", "ListenError", "bind_at_one", "bind_loopback", "bound_addresses", "ports_to_try"]
 
 _HOSTS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
-BACKLOG = 128  # connections that wait for `accept`; asyncio accepts all of them at once
-_UNSENT_BYTES = 262_144  # of a connection, in the kernel, which would keep 4 MB for a client that does not read
-# Of datagrams that wait, as far as the system permits; by default some 270 queries fit. A proxy asks for the
-# addresses of all targets at once: nginx sends 400 queries for 200 instances, and waits 5 s for what is lost.
+BACKLOG = 128  # connections that wait for `accept`; asyncio accepts this many at once
+# Per connection, in the kernel, which else keeps up to 4 MB for a client that does not read.
+_UNSENT_BYTES = 262_144
+# The receive buffer for datagrams, as far as the system permits: by default about 270 queries fit. A proxy asks
+# for the addresses of all targets at once. nginx sends 400 queries for 200 instances, and if one is lost, waits
+# 5 s.
 _RECEIVE_BYTES = 1_048_576
-_PORT_TRIES = 32  # until a free port is free on all
+_PORT_TRIES = 32  # attempts to find a port that is free on all addresses
 
 
 class ListenError(Exception):
@@ -24,14 +26,14 @@ class ListenError(Exception):
 
 
 def ports_to_try(option: int | str | None, default: int, project: str) -> list[int]:
-    """Return the ports to try in turn for a server; [] if it is turned off.
+    """Return the ports to try, in order, for a server; [] if the server is turned off.
 
-    The order of a project's ports is fixed by its path. So it has the same port at every start, unless another
-    program has taken it, and bookmarks stay valid.
+    The order of a project's ports depends only on its path. So the project has the same port at every start,
+    unless another program has taken it, and bookmarks stay valid.
 
     Args:
         option: the value of the option: a port, "off", or None if it is not given.
-        default: the port where there is no project.
+            default: the port if there is no project.
         project: the folder of the project registry, or "".
     """
     if option == "off":
@@ -42,7 +44,7 @@ def ports_to_try(option: int | str | None, default: int, project: str) -> list[i
 
 
 def bind_at_one(ports: Sequence[int], types: Sequence[socket.SocketKind], option: str) -> list[socket.socket]:
-    """Return sockets that are bound to the first of these ports that is free, as `bind_loopback` does.
+    """Return sockets bound to the first free port of `ports`. See `bind_loopback`.
 
     Raises:
         ListenError: none of them is free.
@@ -54,12 +56,12 @@ def bind_at_one(ports: Sequence[int], types: Sequence[socket.SocketKind], option
 
 
 def bind_loopback(port: int, types: Sequence[socket.SocketKind], option: str) -> list[socket.socket]:
-    """Return sockets of each type that are bound to one port on 127.0.0.1 and ::1; those of TCP listen.
+    """Return sockets of each type bound to one port on 127.0.0.1 and ::1. TCP sockets listen.
 
     Args:
-        port: 0 picks one that is free on all.
+        port: 0 picks a port that is free on all addresses.
         types: `SOCK_STREAM`, `SOCK_DGRAM`.
-        option: which option of the command names the port, for the message.
+        option: the command-line option that sets the port, for the error message.
 
     Raises:
         ListenError: the port is taken.
@@ -86,7 +88,7 @@ def _bind_all(port: int, types: Sequence[socket.SocketKind]) -> list[socket.sock
                     sockets.append(_bind(family, host, port, type))
                 except OSError as error:
                     if family == socket.AF_INET6 and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                        continue  # a machine without ::1
+                        continue  # this machine has no ::1
                     raise
                 port = sockets[0].getsockname()[1]
     except BaseException:
@@ -97,7 +99,7 @@ def _bind_all(port: int, types: Sequence[socket.SocketKind]) -> list[socket.sock
 
 
 def _bind(family: socket.AddressFamily, host: str, port: int, type: socket.SocketKind) -> socket.socket:
-    # With the protocol named, asyncio turns Nagle's algorithm off: with it, a response takes 40 ms.
+    # asyncio turns Nagle's algorithm off only if the protocol is named. With Nagle, a response takes 40 ms.
     sock = socket.socket(family, type, socket.IPPROTO_TCP if type == socket.SOCK_STREAM else socket.IPPROTO_UDP)
     try:
         if family == socket.AF_INET6:
@@ -106,7 +108,7 @@ def _bind(family: socket.AddressFamily, host: str, port: int, type: socket.Socke
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNSENT_BYTES)  # connections inherit it
         else:
-            with contextlib.suppress(OSError):  # it works with less
+            with contextlib.suppress(OSError):  # a smaller buffer works too
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
         sock.bind((host, port))
         if type == socket.SOCK_STREAM:
@@ -119,7 +121,7 @@ def _bind(family: socket.AddressFamily, host: str, port: int, type: socket.Socke
 
 
 def bound_addresses(scheme: str, sockets: Sequence[socket.socket]) -> list[str]:
-    """Return the URL of each address, once."""
+    """Return the URLs of the addresses, without duplicates."""
     names = [sock.getsockname() for sock in sockets]
     urls = [
         f"{scheme}://[{name[0]}]:{name[1]}" if ":" in name[0] else f"{scheme}://{name[0]}:{name[1]}"

@@ -1,6 +1,6 @@
 """`/metrics`: the daemon's `stats` as metric families, which prometheus-client renders.
 
-No metric is labelled with the name of a service: names come and go, and each would stay a series for ever.
+No metric has the name of a service as a label: names come and go, and Prometheus would keep a series for each.
 """
 
 from collections.abc import Iterator, Mapping
@@ -72,7 +72,7 @@ def families(stats: Mapping[str, Any] | None) -> Iterator[Metric]:
 def render(stats: Mapping[str, Any] | None, accept: str = "") -> tuple[str, bytes]:
     """Return the content type and the body: OpenMetrics if the header `Accept` names it, else Prometheus text.
 
-    Not `choose_encoder` of prometheus-client, which raises ValueError for some headers.
+    `choose_encoder` of prometheus-client is not used, because it raises ValueError for some headers.
     """
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Stats(stats))

@@ -1,4 +1,4 @@
-"""The state from which DNS answers: which names are registered, and their instances."""
+"""The state from which DNS answers: the registered names and their instances."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ Instance = Mapping[str, Any]
 
 
 def is_own_name(name: str) -> bool:
-    """Return whether a name is the zone's own, so that a service of that name is not in DNS."""
+    """Return whether the zone itself uses the name. A service of that name is not in DNS."""
     labels = name.split(".")
     return name == "ns" or labels[-1] == "addr" or is_service_prefix(labels)
 
@@ -27,8 +27,8 @@ class NameIndex:
 
     def __init__(self) -> None:
         self._names: dict[str, dict[str, Instance]] = {}
-        self._below: Counter[str] = Counter()  # by name, how many registered names end with .NAME
-        self._best: dict[str, list[Instance]] = {}  # of names that were asked for, until their next change
+        self._below: Counter[str] = Counter()  # by name: the number of registered names that end with .NAME
+        self._best: dict[str, list[Instance]] = {}  # computed when asked for, and kept until the name changes
 
     def __len__(self) -> int:
         return len(self._names)

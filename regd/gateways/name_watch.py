@@ -16,21 +16,22 @@ from regd_client.watches import WatchState
 __all__ = ["STALE_S_MAX", "NameWatch"]
 
 log = logging.getLogger("regd.gateways")
-STALE_S_MAX = 60.0  # how long DNS answers from the last known state: a restart of the daemon takes a second
+# Without a daemon, DNS answers from the last known state for this time. A restart of the daemon takes about 1 s.
+STALE_S_MAX = 60.0
 _PAUSE_S = 0.5  # between two attempts to start the watch
 
 
 class NameWatch:
     """A watch of all names.
 
-    It also starts a daemon where one is started on demand, and its connection keeps that daemon from exiting.
+    In a project it also starts the daemon if none runs. A daemon does not exit while this watch is connected.
 
     Args:
-        address: of the daemon; None for the default.
+            address: the daemon's address; None for the default.
         on_change: called after every change of the state.
 
     Attributes:
-        first_attempt: set once a daemon has answered, or did not at the first attempt.
+        first_attempt: set once the first attempt to reach the daemon has succeeded or failed.
     """
 
     def __init__(self, address: str | None, on_change: Callable[[], None] = lambda: None) -> None:
@@ -49,7 +50,7 @@ class NameWatch:
         return self._index if self._is_complete and self._watch.stale_s <= STALE_S_MAX else None
 
     def start(self) -> None:
-        """Follow the registry, from when a daemon answers."""
+        """Start a task that starts the watch as soon as a daemon answers."""
         self._starting = asyncio.create_task(self._start(), name="regd-gateway-watch")
 
     async def close(self) -> None:
@@ -74,7 +75,7 @@ class NameWatch:
             await asyncio.sleep(_PAUSE_S)
 
     def _report(self, error: RegdError) -> None:
-        """Log why a daemon cannot be started. That none runs, and that it is not started, is no error."""
+        """Log why a daemon cannot be started. If none runs and none is to be started, log nothing."""
         if error.code == NOT_STARTED and str(error) != self._reported:
             self._reported = str(error)
             log.warning("%s", error)

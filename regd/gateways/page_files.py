@@ -1,4 +1,4 @@
-"""The page for people: three files beside this module, served from memory."""
+"""The HTML page: three files in the folder `page`, served from memory."""
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ FILES = {
 
 
 def page_routes() -> list[Route]:
-    """Return the routes of the page. The files are read now: a later update does not mix with them."""
+    """Return the routes of the page. The files are read once, so that an update does not mix two versions."""
     return [
         Route(path, _endpoint((FOLDER / name).read_bytes(), media_type), methods=["GET"])
         for path, (name, media_type) in FILES.items()

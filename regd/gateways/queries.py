@@ -1,6 +1,7 @@
-"""Queries: a URL's query string becomes a request to the daemon, and the daemon's reply an HTTP status and body.
+"""Converts a URL's query string to a request for the daemon, and the daemon's reply to an HTTP status and body.
 
-No registry in between: every HTTP request asks the daemon, and the body is its reply, byte for byte.
+The gateway has no state of its own here: each HTTP request is passed to the daemon, and the body is its reply,
+byte for byte.
 """
 
 import json
@@ -24,7 +25,7 @@ __all__ = [
     "parse_query",
 ]
 
-WAIT_S_MAX = 60  # for `wait`; the daemon allows an hour, which no HTTP client waits
+WAIT_S_MAX = 60  # of `wait`; the daemon allows an hour, but no HTTP client waits so long
 _PARAMETERS_MAX = 100  # more than all arguments and 64 labels
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
 _DECIMAL = re.compile(r"[0-9]{1,10}(\.[0-9]{1,9})?")
@@ -43,7 +44,8 @@ _STATUSES = {
 _OTHER_STATUS = 502
 
 
-# Values. A text that is no value of its type goes to the daemon as it is: the daemon refuses it, and says why.
+# Values. Text that is not a value of its type is passed to the daemon as text, and the daemon refuses it with a
+# reason.
 
 
 def _integer(text: str) -> object:
@@ -74,7 +76,7 @@ COMMANDS: Mapping[str, Mapping[str, Read]] = {
 }
 TARGETS: Mapping[str, Read] = {**_NAME, "meta": str, "all": _flag}  # of `/v1/prometheus/targets`
 TRAEFIK: Mapping[str, Read] = {**_NAME, "meta": str}
-_ENVELOPE = ("cmd", "id")  # members of a request that are no arguments
+_ENVELOPE = ("cmd", "id")  # members of a request that are not arguments
 
 
 class BadQuery(Exception):
@@ -86,7 +88,7 @@ class BadQuery(Exception):
 
 
 def parse_query(query: bytes, parameters: Mapping[str, Read]) -> dict[str, Any]:
-    """Return the arguments in a query string. An unknown one is kept as a string, for the daemon to refuse.
+    """Return the arguments in a query string. An unknown argument stays a string, and the daemon refuses it.
 
     Raises:
         BadQuery: an argument is repeated or not UTF-8, or there are too many.
@@ -112,10 +114,10 @@ def parse_query(query: bytes, parameters: Mapping[str, Read]) -> dict[str, Any]:
 
 
 def parse_own_query(query: bytes, parameters: Mapping[str, Read]) -> dict[str, Any]:
-    """Return the arguments in the query string of a path that is no command of the daemon: it checks them itself.
+    """Return the arguments in the query string of a path that is not a command of the daemon, checked here.
 
     Raises:
-        BadQuery: also for an unknown argument, and for a flag that is none.
+        BadQuery: as `parse_query`; also an unknown argument, or a flag that is not a boolean.
     """
     arguments = parse_query(query, parameters)
     for name in arguments:
@@ -145,7 +147,7 @@ def _decode(text: bytes) -> str:
 
 
 class Body(NamedTuple):
-    """The answer to a request: a status of HTTP, and a line of JSON."""
+    """The answer to an HTTP request: a status, and a line of JSON."""
 
     status: int
     line: bytes
@@ -157,7 +159,7 @@ class Body(NamedTuple):
 
 
 def body_of(line: bytes) -> Body:
-    """Return the answer for a reply of the daemon."""
+    """Return the HTTP answer for a reply of the daemon."""
     if line.startswith(_OK):
         return Body(200, line)
     try:
@@ -170,7 +172,7 @@ def body_of(line: bytes) -> Body:
 
 
 def failure(code: str, message: str, **details: object) -> Body:
-    """Return an answer of the gateway's own, in the form of the daemon's refusals."""
+    """Return an error of the gateway in the same form as the daemon's errors."""
     fields = {"ok": False, "error": code, "message": message, **details}
     return Body(_STATUSES[code], json.dumps(fields, separators=(",", ":")).encode() + b"\n")
 

@@ -1,4 +1,4 @@
-"""Who may read through the gateway: nobody who could not read at the daemon's own address."""
+"""Decides who may read through the gateway: only users who could read at the daemon's own address."""
 
 import socket
 from collections.abc import Sequence
@@ -13,20 +13,20 @@ End = tuple[str, int]  # an address and a port; for IPv6, asyncio adds two more
 
 
 class Readers:
-    """Every local user, or only this user and root.
+    """The users who may read: every local user, or only this user and root.
 
     Args:
-        restricted: only this user and root, as at the Unix socket of a daemon.
+        restricted: only this user and root, as at a daemon's Unix socket.
     """
 
     def __init__(self, *, restricted: bool) -> None:
         self._credentials = PeerCredentials() if restricted else None
 
     def open(self, listeners: Sequence[socket.socket]) -> None:
-        """Find out how to ask the kernel for the users at the other end.
+        """Choose the way to ask the kernel for the user of a client.
 
         Raises:
-            ListenError: the kernel does not say.
+            ListenError: the kernel does not tell users.
         """
         if self._credentials is None:
             return
@@ -43,7 +43,7 @@ class Readers:
             self._credentials.close()
 
     def may_read_by_tcp(self, peer: End | None, own: End | None) -> bool:
-        """Return whether the user at the other end may read. An address is None if the connection is closed."""
+        """Return whether the client's user may read. An address is None if the connection is closed."""
         if self._credentials is None:
             return True
         if peer is None or own is None:
@@ -51,7 +51,7 @@ class Readers:
         return self._credentials.may_write(self._credentials.uid_of_tcp_peer(peer[:2], own[:2]))
 
     def may_read_by_udp(self, peer: End, own: End) -> bool:
-        """Return whether the user who gets the datagrams at `peer` may read."""
+        """Return whether the user whose socket receives the datagrams at `peer` may read."""
         if self._credentials is None:
             return True
         return self._credentials.may_write(self._credentials.uid_of_udp_peer(peer[:2], own[:2]))

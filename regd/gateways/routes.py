@@ -1,4 +1,4 @@
-"""The HTTP application: the paths of the gateway and their answers."""
+"""The HTTP application: the gateway's paths and the response of each."""
 
 import asyncio
 import contextlib
@@ -35,16 +35,16 @@ from regd_client.errors import RegdError
 __all__ = ["INPUT_ENDED", "STREAM_PATH", "Gateway"]
 
 STREAM_PATH = "/v1/watch"
-# In the `state` of a request: an event, set when the client closes the connection or its sending side. Waits and
-# streams end then, because most such clients are gone; short requests are answered.
+# The key in a request's `state` of an event that is set when the client closes the connection or its sending
+# side. Waits and streams then end, because most such clients are gone. Short requests are still answered.
 INPUT_ENDED = "input_ended"
 STREAMS_MAX = 256
 WAITS_MAX = 256
-LISTS_MAX = 2  # whole lists in work: 3 MB each for 10,000 targets
-_PAGE = 500  # instances of a whole list in a page: some 8 ms of work
-_STEPS_MAX = 8  # parts of streams encoded in an iteration of the event loop: some 3 ms
-SILENCE_S = 15.0  # until a comment is sent on a stream
-_SILENCES_MAX = 5  # the daemon sends `progress` every 30 s: after 75 s it hangs
+LISTS_MAX = 2  # whole lists at a time: each takes 3 MB for 10,000 targets
+_PAGE = 500  # instances per page of a whole list: about 8 ms of work
+_STEPS_MAX = 8  # chunks of streams encoded per iteration of the event loop: about 3 ms of work
+SILENCE_S = 15.0  # after so long without an event, a comment is sent
+_SILENCES_MAX = 5  # a daemon that sends nothing for 75 s hangs, since `progress` comes every 30 s
 _READ_AHEAD_BYTES = 65_536  # of a watch; with the output buffer of the HTTP connection, far less than 256 KiB
 _EVENT_STREAM = "text/event-stream"
 
@@ -79,7 +79,7 @@ class Gateway:
         await self._guarded(scope, receive, send)
 
     def stop(self) -> None:
-        """End the streams and the requests that wait, as complete responses."""
+        """End the streams and the requests that wait, each with a complete response."""
         self._stopping.set()
 
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -105,7 +105,7 @@ class Gateway:
         return answer
 
     async def _wait(self, cmd: str, arguments: dict[str, Any], scope: Scope) -> Response:
-        """Ask on a connection of its own, and close it as soon as the client is gone."""
+        """Ask on a connection of its own, which is closed as soon as the client is gone."""
         if self._waits >= WAITS_MAX:
             return _json(failure("busy", f"{self._waits} requests wait; try again later"))
         self._waits += 1
@@ -120,7 +120,7 @@ class Gateway:
             self._waits -= 1
 
     async def _ended_early(self, work: asyncio.Future[Any], scope: Scope) -> bool:
-        """Wait for `work`; cancel it, and return True, if the client disconnects or the gateway stops before."""
+        """Wait for `work`. If the client disconnects or the gateway stops first, cancel it and return True."""
         ends = [asyncio.ensure_future(event.wait()) for event in (scope["state"][INPUT_ENDED], self._stopping)]
         try:
             await asyncio.wait((work, *ends), return_when=asyncio.FIRST_COMPLETED)
@@ -157,8 +157,8 @@ class Gateway:
                 self._streams -= 1
 
     async def _stream(self, arguments: dict[str, Any], scope: Scope, receive: Receive, send: Send) -> None:
-        asked = self._daemon.asked_alone("watch", arguments, read_ahead_bytes=_READ_AHEAD_BYTES)
-        async with asked as (body, connection):
+        watch = self._daemon.ask_and_keep_open("watch", arguments, read_ahead_bytes=_READ_AHEAD_BYTES)
+        async with watch as (body, connection):
             if body.status != 200:
                 await _json(body)(scope, receive, send)
                 return
@@ -175,10 +175,10 @@ class Gateway:
             await send({"type": "http.response.body", "body": b""})
 
     async def _forward(self, connection: DaemonConnection, encoder: EventEncoder, send: Send) -> None:
-        """Send the events of a watch until the daemon closes it; read no further while the client does not."""
+        """Send the events of a watch until the daemon closes it. Read none while the client does not read."""
         await _send_part(send, encoder.head())
         silences = 0
-        with contextlib.suppress(OSError, ValueError):  # the daemon's end; another program's input
+        with contextlib.suppress(OSError, ValueError):  # the daemon has ended, or what answers is not regd
             while silences < _SILENCES_MAX:
                 try:
                     async with asyncio.timeout(SILENCE_S):
@@ -192,7 +192,7 @@ class Gateway:
                 silences = 0
                 async with self._steps:
                     events = encoder.encode(data)
-                    await asyncio.sleep(0)  # many snapshots at once would hold up all others
+                    await asyncio.sleep(0)  # else many snapshots at once would block the event loop
                 if events:
                     await _send_part(send, events)
 
@@ -224,9 +224,10 @@ class Gateway:
         return _json(Body(200, _encode(discovery.traefik_configuration(instances)).encode() + b"\n"))
 
     async def _read_list(self, arguments: dict[str, Any], take: Callable[[Instances], None]) -> Body | None:
-        """Call `take` with the instances of each page of `list`. Return None, or the answer if a page fails.
+        """Call `take` with the instances of each page of `list`. Return None, or the error if a page fails.
 
-        Prometheus and Traefik keep what they have on an error, and would drop what a part of it lacks.
+        An incomplete list must not be sent: Prometheus and Traefik keep their targets on an error, but would
+        drop those that the list lacks.
         """
         try:
             async with slot(self._lists):
@@ -258,7 +259,7 @@ class Gateway:
 
     async def _metrics(self, request: Request) -> Response:
         body = await self._daemon.ask("stats", {})
-        stats = _checked("stats", {}, body)
+        stats = _check_reply("stats", {}, body)
         content_type, text = metrics.render(stats, request.headers.get("accept", ""))
         return Response(text, headers={"Content-Type": content_type})
 
@@ -273,7 +274,7 @@ class Gateway:
             path += "?" + scope["query_string"].decode("ascii")
         arguments = {"name": named_host.removesuffix(".localhost")}
         body = await self._daemon.ask("resolve", arguments)
-        instance = _checked("resolve", arguments, body)
+        instance = _check_reply("resolve", arguments, body)
         if instance is None:
             refusal = NOT_REGD if body.status == 200 else body
             return PlainTextResponse(f"{refusal.message}\n", refusal.status)
@@ -281,7 +282,7 @@ class Gateway:
 
 
 class _Endpoint:
-    """An ASGI application from a method; starlette would take the method itself for a function of a request."""
+    """An ASGI application made of a method. starlette would treat the method itself as a request handler."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -294,8 +295,8 @@ async def _send_part(send: Send, part: bytes) -> None:
     await send({"type": "http.response.body", "body": part, "more_body": True})
 
 
-def _checked(cmd: str, arguments: Mapping[str, Any], body: Body) -> dict[str, Any] | None:
-    """Return the checked reply to a command; None if it is a refusal, or not from regd."""
+def _check_reply(cmd: str, arguments: Mapping[str, Any], body: Body) -> dict[str, Any] | None:
+    """Return the checked reply to a command; None if it is an error, or not from regd."""
     if body.status != 200:
         return None
     try:

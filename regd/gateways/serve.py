@@ -1,4 +1,4 @@
-"""`regctl serve`: its sockets, start, and the order of its end."""
+"""`regctl serve`: opens the sockets, starts the servers, and stops them in order."""
 
 import asyncio
 import contextlib
@@ -23,8 +23,8 @@ __all__ = ["serve"]
 
 log = logging.getLogger("regd.gateways")
 _FILE_CHECK_S = 1.0
-_FILES_PER_CONNECTION = 3  # of HTTP: one that is refused, and one to the daemon
-# Those of DNS, those that are accepted at once and closed, those to the daemon, the sockets that listen.
+_FILES_PER_CONNECTION = 3  # per HTTP connection: itself, one that may be refused beside it, and one to the daemon
+# For DNS connections, connections that are accepted and closed at once, connections to the daemon, and listeners.
 _OTHER_FILES = dns_server.CONNECTIONS_MAX + 4 * BACKLOG + 16
 _CONNECTIONS_MIN = 16
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -36,12 +36,12 @@ def serve(
     """Serve HTTP and DNS until SIGTERM or Ctrl-C.
 
     Args:
-        address: of the daemon; None for the default.
-        http_ports, dns_ports: the first that is free is used, 0 picks a free one; without any the server is off.
+            address: the daemon's address; None for the default.
+        http_ports, dns_ports: the first free port is used, and 0 picks a free one; if empty, the server is off.
         say: called with a line for each address, once all sockets listen.
 
     Raises:
-        ListenError: a port is taken, or the process may open too few files. No socket stays open.
+        ListenError: a port is taken, or the process may open too few files. No socket is left open.
         BadArgument: the address is invalid.
     """
     asyncio.run(_serve(address, http_ports, dns_ports, say))
@@ -56,8 +56,8 @@ async def _serve(
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     daemon = Daemon(find_address(address))
     async with contextlib.AsyncExitStack() as stack:
-        http = _bound(stack, http_ports, (socket.SOCK_STREAM,), "--http")
-        dns = _bound(stack, dns_ports, (socket.SOCK_DGRAM, socket.SOCK_STREAM), "--dns")
+        http = _bind(stack, http_ports, (socket.SOCK_STREAM,), "--http")
+        dns = _bind(stack, dns_ports, (socket.SOCK_DGRAM, socket.SOCK_STREAM), "--dns")
         readers = Readers(restricted=bool(daemon.address.path))
         stack.callback(readers.close)
         readers.open([sock for sock in (*http, *dns) if sock.type == socket.SOCK_STREAM])
@@ -70,25 +70,28 @@ async def _serve(
             names.start()
             await resolver.start(dns)
             if autostart_wanted(daemon.address):
-                await _first_of(stopping.wait(), names.first_attempt.wait())  # the first requests find a daemon
+                # So that the first requests find a daemon.
+                await _first_of(stopping.wait(), names.first_attempt.wait())
             if not stopping.is_set():
                 addresses = [*bound_addresses("http", http), *bound_addresses("dns", dns)]
                 if daemon.address.project:
-                    _name_addresses(stack, daemon.address.project, addresses)
+                    _keep_addresses(stack, daemon.address.project, addresses)
                 for line in addresses:
                     say(f"listening {line}")
-            await _first_of(stopping.wait(), *([serving] if serving else []))  # if the server ends, it has failed
+            # The HTTP server ends before `stopping` only if it fails.
+            await _first_of(stopping.wait(), *([serving] if serving else []))
         finally:
             server.should_exit = True
-            # At once: each may wait for a peer, and the process ends within two seconds.
+            # All at the same time: each may wait for a client, and the process must end within two seconds.
             await asyncio.gather(*([serving] if serving else []), names.close(), resolver.close())
             daemon.close()
 
 
 def _connections_max() -> int:
-    """Return how many HTTP connections this process has files for.
+    """Return the number of HTTP connections for which this process may open files.
 
-    If files ran out, asyncio would try, and log, to accept a connection a thousand times a second.
+    Without this limit files could run out, and asyncio would try to accept a connection, and log the failure, a
+    thousand times a second.
     """
     files = raise_open_files(_FILES_PER_CONNECTION * http_server.CONNECTIONS_MAX + _OTHER_FILES)
     connections_max = (files - _OTHER_FILES) // _FILES_PER_CONNECTION
@@ -100,7 +103,7 @@ def _connections_max() -> int:
     return connections_max
 
 
-def _bound(
+def _bind(
     stack: contextlib.AsyncExitStack, ports: Sequence[int], types: tuple[socket.SocketKind, ...], option: str
 ) -> list[socket.socket]:
     """Bind the sockets of a server, which `stack` closes."""
@@ -110,27 +113,27 @@ def _bound(
     return sockets
 
 
-def _name_addresses(stack: contextlib.AsyncExitStack, folder: str, addresses: Sequence[str]) -> None:
-    """Keep the addresses in the file of the project, until `stack` is closed."""
+def _keep_addresses(stack: contextlib.AsyncExitStack, folder: str, addresses: Sequence[str]) -> None:
+    """Keep the addresses in the project's file until `stack` is closed."""
     file = AddressFile(folder)
     stack.callback(file.close)
     if why := file.write(addresses):
         log.warning("%s", why)
-    keeping = asyncio.create_task(_keep(file, addresses), name="regd-gateway-address-file")
-    stack.callback(keeping.cancel)
+    task = asyncio.create_task(_rewrite(file, addresses), name="regd-gateway-address-file")
+    stack.callback(task.cancel)
 
 
-async def _keep(file: AddressFile, addresses: Sequence[str]) -> None:
+async def _rewrite(file: AddressFile, addresses: Sequence[str]) -> None:
     """Write the file again if it was removed, and as soon as another gateway of the project has ended."""
     while True:
         await asyncio.sleep(_FILE_CHECK_S)
         file.write(addresses)
 
 
-async def _first_of(*waiting: Awaitable[object]) -> None:
-    """Wait until one of these has ended. Those that were passed as coroutines are cancelled."""
-    tasks = {asyncio.ensure_future(each): each for each in waiting}
+async def _first_of(*awaitables: Awaitable[object]) -> None:
+    """Wait until one of the awaitables is done, then cancel those that were passed as coroutines."""
+    tasks = {asyncio.ensure_future(awaitable): awaitable for awaitable in awaitables}
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task, each in tasks.items():
-        if task is not each:
+    for task, awaitable in tasks.items():
+        if task is not awaitable:
             task.cancel()

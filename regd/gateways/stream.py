@@ -1,4 +1,4 @@
-"""The event stream: the lines of one `watch` as `text/event-stream`, from whose ids a reader can resume.
+"""The event stream: the lines of a `watch` as `text/event-stream`, with ids from which a reader can resume.
 
 See "Server-sent events" in the HTML standard.
 """
@@ -12,15 +12,15 @@ __all__ = ["EventEncoder", "parse_position"]
 
 _RETRY = b"retry: 1000\n\n"
 _REVISION = re.compile(r"[0-9]{1,19}")
-_REVISION_MAX = 2**63 - 1  # the daemon refuses more
-_EPOCH_CHARS_MAX = 64  # the same
-_LINE_BYTES_MAX = 65_536  # of an event; the longest has half of it
+_REVISION_MAX = 2**63 - 1  # the daemon refuses larger ones
+_EPOCH_CHARS_MAX = 64  # the daemon refuses longer ones
+_LINE_BYTES_MAX = 65_536  # of an event; the longest has half as many
 
 COMMENT = b":\n\n"  # keeps a silent stream open
 
 
 def parse_position(last_event_id: str) -> dict[str, Any] | None:
-    """Return the arguments of `watch` for a `Last-Event-ID`: EPOCH-REV. None if it is no position."""
+    """Return the arguments of `watch` for a `Last-Event-ID` of the form EPOCH-REV; None for any other text."""
     epoch, _, rev = last_event_id.rpartition("-")
     if not 1 <= len(epoch) <= _EPOCH_CHARS_MAX or not _REVISION.fullmatch(rev) or int(rev) > _REVISION_MAX:
         return None
@@ -30,8 +30,9 @@ def parse_position(last_event_id: str) -> dict[str, Any] | None:
 class EventEncoder:
     """Encodes the events of one watch.
 
-    An event has an id from `sync` on, or from the start if the watch resumes: the daemon can resume from no other
-    revision. `reset` has an empty id, so that a reader that reconnects within the snapshot begins anew.
+    Events have an id from `sync` on, or from the start if the watch resumes, because a watch can resume only
+    from such a revision. `reset` has an empty id, so that a reader that reconnects during the snapshot starts
+    anew.
 
     Args:
         reply: the reply to `watch`.
@@ -49,11 +50,11 @@ class EventEncoder:
         self._rest = b""  # an incomplete line
 
     def head(self) -> bytes:
-        """Return the beginning of the stream: a stream that does not resume begins with `reset`."""
+        """Return the beginning of the stream, which is `reset` if the stream does not resume."""
         return _RETRY if self._has_positions else _RETRY + _event("reset", "", b"{}")
 
     def encode(self, data: bytes) -> bytes:
-        """Encode the events that are complete with this input from the daemon.
+        """Encode the events that this input from the daemon completes.
 
         Raises:
             ValueError: the input is not from regd.

@@ -1,7 +1,7 @@
-"""The DNS zone `regd.internal`: a question and the state become an answer, as values; no bytes, no sockets.
+"""The DNS zone `regd.internal`: answers questions from the state, on values, without bytes or sockets.
 
-Every name is one of three: it has records of the asked type (an answer), it exists without them (NODATA), or it
-does not exist (NXDOMAIN). Registered names always exist: NXDOMAIN for AAAA would make resolvers believe that
+A name has records of the requested type (an answer), exists without them (NODATA), or does not exist
+(NXDOMAIN). Registered names always exist, because a resolver that gets NXDOMAIN for AAAA would conclude that
 there is no A either (RFC 8020).
 """
 
@@ -16,11 +16,11 @@ from regd.gateways.name_index import NameIndex, is_service_prefix
 __all__ = ["INSTANCES_MAX", "NODATA", "NXDOMAIN", "ORIGIN", "Answer", "Record", "lookup"]
 
 ORIGIN = "regd.internal"
-INSTANCES_MAX = 1_000  # in an answer; of more, a random choice
+INSTANCES_MAX = 1_000  # in an answer; if there are more, a random choice
 _ADDRESSES = f"addr.{ORIGIN}"
 _NAME_SERVER = f"ns.{ORIGIN}"
-_WEIGHT = 1  # some clients take 0 for "never"
-_HEX_CHARS = (8, 32)  # of an IPv4 and an IPv6 address
+_WEIGHT = 1  # some clients never choose an instance of weight 0
+_HEX_CHARS = (8, 32)  # digits of an IPv4 and of an IPv6 address
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -57,7 +57,7 @@ def lookup(labels: Sequence[str], type: str, index: NameIndex, rng: random.Rando
     """
     labels = tuple(labels)
     if any("." in label for label in labels):
-        return NXDOMAIN  # a dot inside a label: joined with the others, it would look like another name
+        return NXDOMAIN  # a dot inside a label: joined with dots, the labels would look like another name
     if not labels:
         return _of_type(_APEX, type)
     if labels == ("ns",):
@@ -80,14 +80,14 @@ def _of_type(records: Iterable[Record], type: str) -> Answer:
 
 
 def _service_of(labels: tuple[str, ...]) -> str | None:
-    """Return the service that a name stands for: NAME, _SERVICE._tcp.NAME or _NAME._tcp. It may not exist."""
+    """Return the service in a name: NAME, _SERVICE._tcp.NAME or _NAME._tcp. It may not be registered."""
     if not is_service_prefix(labels):
         return ".".join(labels)
     return ".".join(labels[2:]) or labels[0][1:]
 
 
 def _exists(labels: tuple[str, ...], index: NameIndex) -> bool:
-    """Return whether a name exists that has no records: the zone's own, one above others, `_…` below another."""
+    """Return whether a name without records exists: the zone, a parent of other names, or `_…` below a name."""
     if labels == ("_tcp",):
         return True
     while labels:
@@ -109,7 +109,7 @@ def _choose(instances: Sequence[Mapping[str, Any]], rng: random.Random) -> list[
 def _service_answer(instances: Iterable[Mapping[str, Any]]) -> Answer:
     """Return the SRV records of instances, each with a target of its own, and the addresses of the targets.
 
-    HAProxy gives servers that share a target one address only.
+    Instances do not share a target, because HAProxy would give all servers with one target the same address.
     """
     records: dict[Record, None] = {}
     additional: dict[Record, None] = {}
