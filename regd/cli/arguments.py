@@ -1,4 +1,4 @@
-"""Command-line arguments on top of argparse. Parser, help, manual and completion share one declaration each."""
+"""Command-line arguments on top of argparse. Parser, help, manual and completion all use one declaration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WIDTH = 80  # of help, if stdout is not a terminal
 
 
 class UsageError(Exception):
-    """An invalid command line. `prog` is the program, followed by its command if that is known."""
+    """An invalid command line. `prog` is the name of the program, and of its command if that is known."""
 
     def __init__(self, prog: str, message: str) -> None:
         super().__init__(message)
@@ -22,10 +22,10 @@ class UsageError(Exception):
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Wraps each paragraph, except those with line breaks of their own."""
+    """Wraps each paragraph, except paragraphs that contain line breaks."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=_width() - 2)  # without it, argparse would import shutil, which is slow
+        super().__init__(prog, width=_width() - 2)  # without `width`, argparse would import shutil, which is slow
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n\n".join(

@@ -24,13 +24,13 @@ _OWN = {
     signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ,
     signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGSYS, signal.SIGTRAP,
 }  # fmt: skip
-_TO_LEADER = (signal.SIGHUP, signal.SIGCONT)  # if a terminal hangs up, only the session leader gets these
+_TO_LEADER = (signal.SIGHUP, signal.SIGCONT)  # when a terminal hangs up, only the session leader gets these
 _GROUP_MANAGERS = (b"honcho", b"overmind")  # they signal the process group of each line of a Procfile
 _SI_KERNEL = 128  # sigaction(2): the terminal sent the signal, to the whole process group
 _LISTEN_FD = 3  # sd_listen_fds(3)
 _POLL_S = 0.01  # between checks whether the name is deregistered
-_DEREGISTER_S = 3.0  # for the name to be deregistered
-_DRAIN_S = 0.1  # from then until the signal, so that clients that have just resolved the name can connect
+_DEREGISTER_S = 3.0  # the longest wait until the name is deregistered
+_DRAIN_S = 0.1  # before the signal, so that clients that have just resolved the name can connect
 
 
 class NotRun(Exception):
@@ -46,7 +46,7 @@ class Name(Protocol):
     """The command's registration, which ends before the command receives a signal to end."""
 
     def withdraw(self) -> bool:
-        """Start to deregister the name. Return False if that was started before."""
+        """Start to deregister the name. Return False if that was already started."""
 
     def is_gone(self, within_s: float = 0.0) -> bool: ...
 
@@ -82,7 +82,7 @@ def start(
         try:
             os.environ.update(environment)
             for variable in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"):
-                os.environ.pop(variable, None)  # these were meant for regctl
+                os.environ.pop(variable, None)  # these variables were meant for regctl
             if listening is not None:
                 if writing == _LISTEN_FD:
                     writing = os.dup(writing)
@@ -90,7 +90,7 @@ def start(
                 os.set_inheritable(_LISTEN_FD, True)
                 os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()), LISTEN_FDNAMES=name)
             for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
-                signal.signal(ignored, signal.SIG_DFL)  # Python ignores them, and so would the command
+                signal.signal(ignored, signal.SIG_DFL)  # Python ignores these, and the command would inherit that
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.execvp(argv[0], argv)
         except (OSError, ValueError) as error:  # ValueError: a NUL byte in the environment
@@ -111,8 +111,8 @@ def start(
 def wait_and_forward(child: int, awaited: Collection[int], name: Name, report: Callable[[str], None]) -> int:
     """Forward signals until the command has ended, and return its wait status.
 
-    The first signal to end is delayed until 0.1 s after the name is deregistered. A second one ends the delay.
-    A signal that was sent to the whole process group is not forwarded.
+    The first signal that asks the command to end is delayed until 0.1 s after the name was deregistered. A
+    second such signal ends the delay. A signal that was sent to the whole process group is not forwarded.
     """
     delayed = _DelayedSignal(child, name, report)
     while True:
@@ -151,7 +151,7 @@ class _DelayedSignal:
         self._send_at = time.monotonic() + _DEREGISTER_S
 
     def send(self) -> None:
-        """Send the signal now, if there is one."""
+        """Send the delayed signal now, if there is one."""
         if self._number is not None:
             number, self._number = self._number, None
             _send(self._child, number, self._report)
@@ -177,7 +177,8 @@ def _is_from_terminal(received: signal.struct_siginfo, child: int) -> bool:
 def _is_from_manager(received: signal.struct_siginfo, child: int) -> bool:
     """Return whether a process manager sent this signal to the process group, and so to the child too.
 
-    A second one would interrupt the command's cleanup; uvicorn takes a second SIGINT as an order to end at once.
+    The child must not get the signal twice, because that would interrupt its cleanup: uvicorn ends at once on a
+    second SIGINT.
     """
     try:
         words = Path(f"/proc/{received.si_pid}/cmdline").read_bytes().split(b"\0")
@@ -206,7 +207,7 @@ def _signal_name(number: int) -> str:
 def _stop(number: int) -> None:
     """Perform the default action of SIGTSTP, SIGTTIN or SIGTTOU: stop, unless the process group is orphaned."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
-    os.kill(os.getpid(), number)  # returns when this process is resumed
+    os.kill(os.getpid(), number)  # returns once this process is resumed
     signal.pthread_sigmask(signal.SIG_BLOCK, {number})
 
 
@@ -218,7 +219,7 @@ def exit_status(status: int) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no second core dump
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command has dumped core, and one core dump is enough
     with contextlib.suppress(OSError):
         signal.signal(-code, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {-code})  # the parent may have blocked it

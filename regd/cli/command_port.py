@@ -1,6 +1,7 @@
-"""The port of the command of `regctl run`: which one it is, and how it is kept free until the command listens.
+"""The port of the command of `regctl run`: how it is chosen, and kept free until the command listens.
 
-Without --port it is $PORT, then the port that the name had last, then a free one that stays free.
+Without --port, it is $PORT if that is set, else the port that the name had last, else a free port that is then
+kept for the name.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from regd.cli.child import NotRun
 from regd.cli.commands import REFUSED, USAGE
 from regd_client.ports import bind_alone, free_ports
 
-RUN_PORT = "REGD_RUN_PORT"  # set together with $PORT: an inner `regctl run` has a port of its own
+RUN_PORT = "REGD_RUN_PORT"  # set together with $PORT, so that an inner `regctl run` ignores $PORT
 _FOREMAN = re.compile(r"[A-Za-z0-9_-]+\.[0-9]+")  # foreman's $PS, such as web.1
 _Reserved = tuple[int, socket.socket | None]
 
 
 def port_in(environment: Mapping[str, str]) -> int | None:
-    """Return the port that the user has set in $PORT, None if there is none.
+    """Return the port that the user has set in $PORT; None if the user has not set it.
 
-    One that an outer `regctl run` or a process manager has set is not the user's. Process managers set it for
-    each process, and count from 5000.
+    A $PORT that was set by an outer `regctl run` or by a process manager does not count. Process managers set
+    it for each process, counting from 5000.
 
     Raises:
-        NotRun: $PORT is no port.
+        NotRun: $PORT is not a port number.
     """
     text = environment.get("PORT", "")
     if text in ("", "0", environment.get(RUN_PORT)) or _is_of_process_manager(environment):
@@ -48,7 +49,7 @@ def _is_of_process_manager(environment: Mapping[str, str]) -> bool:
         "HONCHO_PROCESS_NAME" in environment
         or "FOREMAN_WORKER_NAME" in environment
         or _FOREMAN.fullmatch(environment.get("PS", "")) is not None
-        # overmind runs each process in a tmux of its own, whose socket has this name.
+        # overmind runs each process in its own tmux, whose socket has this name.
         or os.path.basename(environment.get("TMUX", "").partition(",")[0]).startswith("overmind-")
     )
 
@@ -57,11 +58,11 @@ def _is_of_process_manager(environment: Mapping[str, str]) -> bool:
 def reserved_port(port: int | None, last: Iterable[int], listening: bool) -> Iterator[_Reserved]:
     """Yield the command's port, and a socket that listens there for the command or reserves the port.
 
-    Without `port`, it is the first of `last` that is free, else one that stays free. There is no socket if the
-    command may have rights for the port that regctl has not, and none for a `port` that it opens itself.
+    Without `port`, it is the first free port of `last`, else any free port that can be kept. The socket is None
+    if the command may have rights for the port that regctl lacks, and if the command opens `port` itself.
 
-    A socket that is bound and does not listen reserves a port: no other program is given it, and the command can
-    listen on it if it sets SO_REUSEADDR, as servers do.
+    A socket that is bound but does not listen reserves a port: the kernel gives the port to no other program,
+    but the command can listen on it if it sets SO_REUSEADDR, as servers do.
     """
     with contextlib.ExitStack() as stack:
         if port is None:
@@ -72,7 +73,7 @@ def reserved_port(port: int | None, last: Iterable[int], listening: bool) -> Ite
             reserved = stack.enter_context(_listening(port) if listening else _bound(port))
         except OSError as error:
             if not listening and error.errno != errno.EADDRINUSE:
-                yield port, None  # the command may have rights that regctl has not
+                yield port, None  # the command may have rights that regctl lacks
                 return
             raise _taken(f"port {port}", error) from None
         if listening:
@@ -83,7 +84,7 @@ def reserved_port(port: int | None, last: Iterable[int], listening: bool) -> Ite
 
 
 def _first_free(stack: contextlib.ExitStack, last: Iterable[int], listening: bool) -> socket.socket:
-    """Return a socket at the first of these ports that is free, else at one that stays free."""
+    """Return a socket bound to the first free port of `ports`, else to any free port that can be kept."""
     for port in last:
         with contextlib.suppress(OSError):
             _lock(stack, port)
@@ -106,14 +107,14 @@ def _taken(wanted: str, error: OSError) -> NotRun:
 
 
 def _lock(stack: contextlib.ExitStack, port: int) -> None:
-    """Keep other `regctl run` from the port, also those that begin at the same time.
+    """Lock the port against other `regctl run`, including those that start at the same time.
 
-    The sockets alone do not: with SO_REUSEADDR, which is needed for a minute after a server has ended, several
-    can be bound to a port. An abstract address belongs to the network namespace, as ports do, and ends with
-    the process.
+    Binding a socket is not enough, because several sockets can be bound to a port with SO_REUSEADDR, which is
+    needed for a minute after a server has ended. So the lock is an abstract Unix address: it belongs to the
+    network namespace, as ports do, and is released when the process ends.
 
     Raises:
-        OSError: another `regctl run` has it.
+        OSError: another `regctl run` has locked the port.
     """
     if sys.platform == "linux":
         lock = stack.enter_context(socket.socket(socket.AF_UNIX))
@@ -125,7 +126,7 @@ def _listening(port: int) -> socket.socket:
 
 
 def _bound(port: int, alone: bool = False) -> socket.socket:
-    """Return a socket bound to a port of IPv4 and IPv6; `alone`: no other socket may be bound to it."""
+    """Return a socket bound to a port of IPv4 and IPv6. With `alone`, fail if another socket is bound to it."""
     dual = socket.has_dualstack_ipv6()
     bound = socket.socket(socket.AF_INET6 if dual else socket.AF_INET)
     try:

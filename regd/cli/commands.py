@@ -50,7 +50,7 @@ def _priority(text: str) -> int:
 
 
 def _endpoint(text: str) -> tuple[str | None, int]:
-    """Parse [HOST:]PORT; without a host, return None for it."""
+    """Parse [HOST:]PORT. The host is None if it is left out."""
     host, colon, digits = text.rpartition(":")
     port = integer(digits, 1, 65_535)
     in_brackets = host.startswith("[") and host.endswith("]")
@@ -62,7 +62,7 @@ def _endpoint(text: str) -> tuple[str | None, int]:
 
 
 def _path(text: str) -> str:
-    """Read the path of a URL, with a query perhaps; it becomes part of a line of HTTP."""
+    """Check the path of a URL, perhaps with a query, since it becomes part of an HTTP request line."""
     if not text.startswith("/") or not all("!" <= letter <= "~" for letter in text):
         raise argparse.ArgumentTypeError(f"must be a path such as /healthz, ASCII without blanks, not {text!r}")
     return text
@@ -91,7 +91,7 @@ def _endpoints(text: str) -> tuple[str, ...]:
 
 
 def _since(text: str) -> tuple[str, float]:
-    """Read a duration or a revision; return the name of the argument on the wire, and its value."""
+    """Parse a duration or a revision. Return the name of the argument in the protocol, and its value."""
     number, unit = text[:-1], text[-1:]
     if unit in _UNITS and (count := integer(number, 0, _COUNT_MAX)) is not None:
         return "age_s", count * _UNITS[unit]
@@ -533,8 +533,8 @@ def documents() -> str:
 def parser(argv: Sequence[str]) -> Parser:
     """Return a parser for a command line.
 
-    It has only the commands that occur in the line, since building all takes 10 ms; for help and errors, it has
-    all.
+    It has only the commands that occur in the line, since building all of them takes 10 ms. For help and
+    errors, it has all commands.
     """
     words = set(argv)
     commands = {name: command for name, command in COMMANDS.items() if words & {name, *command.aliases}}

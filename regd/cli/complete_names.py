@@ -17,7 +17,8 @@ _LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
 def names(address: str | None, pattern: str | None) -> list[str] | None:
     """Return the matching names, sorted and without duplicates; None if no daemon answers in time.
 
-    It returns all names or none: from some of them, a shell would complete a prefix that the others do not share.
+    It returns all names or none, because from an incomplete list a shell could complete a prefix that not all
+    names share.
     """
     signal(SIGALRM, SIG_DFL)
     setitimer(ITIMER_REAL, _END_S)
@@ -25,7 +26,7 @@ def names(address: str | None, pattern: str | None) -> list[str] | None:
     try:
         with BlockingConnection(address, _ANSWER_S, autostart=False) as connection:
             return _all(connection, pattern, until)
-    except (RegdError, KeyError, TypeError, AttributeError):  # the last three: the reply is not from regd
+    except (RegdError, KeyError, TypeError, AttributeError):  # the last three occur if the reply is not from regd
         return None
     finally:
         setitimer(ITIMER_REAL, 0.0)
@@ -47,6 +48,6 @@ def _all(connection: BlockingConnection, pattern: str | None, until: float) -> l
 
 
 def _name(entry: dict[str, Any]) -> str:
-    """Return the name of an instance, or "" if it is unsafe in a shell, since the peer may not be regd."""
+    """Return the name of an instance, or "" if it is unsafe in a shell, since the reply may not be from regd."""
     name = entry["name"]
     return name if type(name) is str and _LETTERS.issuperset(name) and not name.startswith("-") else ""

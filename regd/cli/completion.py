@@ -14,7 +14,7 @@ from regd.cli.commands import ALIASES, COMMANDS, COMMON
 
 _HELP = Parameter("--help", "show this help and exit", action="help")
 _VERSION = Parameter("--version", "show the version and exit", action="version")
-_EXITING = ("help", "version")  # actions after which no other argument makes sense
+_EXITING = ("help", "version")  # actions of options after which no other argument is completed
 _RUNNING = [name for name, command in COMMANDS.items() if command.runs]
 
 
@@ -29,7 +29,7 @@ def _template(shell: str) -> str:
 
 
 def values(parameter: Parameter) -> str:
-    """Return how many values a parameter takes: "none", "one", or "many" (all words up to the next option)."""
+    """Return the number of values of a parameter: "none", "one", or "many" (all words up to the next option)."""
     if parameter.options.get("action") in ("store_true", *_EXITING):
         return "none"
     return "many" if parameter.options.get("nargs") in ("+", "*") else "one"

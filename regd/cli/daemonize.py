@@ -1,4 +1,4 @@
-"""Run in the background, and drop what the process has inherited: open files and blocked signals."""
+"""Runs regd in the background: forks, closes inherited files, and unblocks inherited signals."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable, Collection
 
 _STANDARD = (0, 1, 2)
-_FILES_MAX = 65_536  # to close one by one, if the system cannot list the open files
+_FILES_MAX = 65_536  # closed one by one if the system cannot list the open files
 _FOLDERS = ("/proc/self/fd", "/dev/fd")
 
 
@@ -19,7 +19,7 @@ def close_inherited_files(keep: Collection[int]) -> None:
             break
     for number in numbers:
         if number not in _STANDARD and number not in keep:
-            with contextlib.suppress(OSError):  # already closed: `listdir` has listed its own descriptor, too
+            with contextlib.suppress(OSError):  # `listdir` also lists its own descriptor, closed by now
                 os.close(number)
 
 

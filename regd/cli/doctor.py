@@ -1,7 +1,6 @@
-"""`regctl doctor`: check for common problems, one after the other, and say what to do.
+"""`regctl doctor`: checks for common problems and says what to do. It changes nothing.
 
-It changes nothing. What it cannot see, such as the files of a daemon in another container, it reports as not
-checked.
+It reports as not checked what it cannot see, such as the files of a daemon in another container.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import BadArgument, RegdError, Unavailable
 
 ANSWER_S = 3.0  # the timeout of a request; a daemon answers within milliseconds
-_NEAR = 0.8  # the part of a limit from which its use is reported
-_LAG_S = 0.5  # the lag of the event loop from which it is reported
-_SERVICES_MAX = 256  # services that are tried, within _TRY_S
+_NEAR = 0.8  # use of a limit is reported from this part of the limit
+_LAG_S = 0.5  # a lag of the event loop is reported from this time
+_SERVICES_MAX = 256  # services to connect to, within _TRY_S
 _TRY_S = 3.0
 _SHOWN_MAX = 5  # services named in a finding
 _GAUGES = {
@@ -58,7 +57,7 @@ class _Daemon:
 
 
 def examine(address: str | None) -> Iterator[Finding]:
-    """Yield the findings in order; without a daemon, only those about addresses."""
+    """Yield the findings in order. Without a daemon, yield only the findings about addresses."""
     source = "--address" if address else "$REGD_ADDRESS" if os.environ.get("REGD_ADDRESS") else "the default"
     try:
         at = protocol.find_address(address)
@@ -73,8 +72,8 @@ def examine(address: str | None) -> Iterator[Finding]:
         yield Finding("project", f"{ignored.folder} is ignored: {ignored.why}", ignored.do)
     with ExitStack() as stack:
         try:
-            daemon, found = _reach(stack, at)
-            yield found
+            daemon, finding = _reach(stack, at)
+            yield finding
             yield from _other_daemons(at, daemon)
             if daemon is not None:
                 for check in _CHECKS:
@@ -92,19 +91,19 @@ def _reach(stack: ExitStack, at: protocol.Address) -> tuple[_Daemon | None, Find
         hello = connection.ask("hello")
     except Unavailable as error:
         if isinstance(error.__cause__, TimeoutError):
-            found = f"something listens at {at} and does not answer within {ANSWER_S:g} s"
+            text = f"something listens at {at} and does not answer within {ANSWER_S:g} s"
             return None, Finding(
-                "daemon", found, f"see which program it is: {local_probe.who(at)}; if it is regd, restart it"
+                "daemon", text, f"see which program it is: {local_probe.who(at)}; if it is regd, restart it"
             )
         return None, _not_regd(at)
     if hello.get("server") == "regd":
         daemon = _Daemon(connection, hello)
         return daemon, Finding("daemon", f"regd {hello['version']} answers at {at}")
     if hello["ok"] is False and hello.get("error") in ("busy", "shutting_down"):
-        found = f"the regd at {at} accepts no connection: {hello.get('message')}"
+        text = f"the regd at {at} accepts no connection: {hello.get('message')}"
         return None, Finding(
             "daemon",
-            found,
+            text,
             "try again in a moment; if that does not help, end programs with too many connections",
         )
     return None, _not_regd(at)
@@ -124,16 +123,16 @@ def _not_connected(at: protocol.Address, why: BaseException | None) -> Finding:
 
 
 def _not_regd(at: protocol.Address) -> Finding:
-    found = f"a program other than regd listens at {at}"
+    text = f"a program other than regd listens at {at}"
     return Finding(
         "daemon",
-        found,
+        text,
         f"see which program it is: {local_probe.who(at)}; or name another address in REGD_ADDRESS",
     )
 
 
 def _other_daemons(at: protocol.Address, daemon: _Daemon | None) -> Iterator[Finding]:
-    """Look for other daemons: services registered with one are missing in the other."""
+    """Look for other daemons, because a service registered with one daemon is missing in the other."""
     epoch = None if daemon is None else daemon.hello["epoch"]
     seen: set[object] = set() if daemon is None else {daemon.pid}
     others: dict[Any, tuple[protocol.Address, Any]] = {}
@@ -147,20 +146,20 @@ def _other_daemons(at: protocol.Address, daemon: _Daemon | None) -> Iterator[Fin
             others.setdefault(hello.get("epoch"), (address, stats.get("registry")))
             seen.add(stats.get("pid"))
     for other, (address, registry) in others.items():
-        found = f"{'another' if epoch else 'a'} regd answers at {address}: registry {registry}, epoch {other}"
+        text = f"{'another' if epoch else 'a'} regd answers at {address}: registry {registry}, epoch {other}"
         use = f"set REGD_ADDRESS={address} everywhere"
-        if at.project:  # a project registry is meant to be one of several
+        if at.project:  # several project registries on one machine are no problem
             use = ""
         elif epoch:
             use = f"end one of the two, or {use}"
-        yield Finding("elsewhere", found, use)
+        yield Finding("elsewhere", text, use)
     beyond = [
         pid for pid, _ in local_probe.daemons() if pid not in seen and local_probe.is_in_another_network(pid)
     ]
     for pid in beyond:
-        found = f"process {pid} is a regd in another network namespace: its 127.0.0.1 is not the one here"
+        text = f"process {pid} is a regd in another network namespace: its 127.0.0.1 is not the one here"
         do = "start that regd with --unix PATH and set REGD_ADDRESS=unix://PATH, or start another regd here"
-        yield Finding("elsewhere", found, "" if epoch or at.project else do)
+        yield Finding("elsewhere", text, "" if epoch or at.project else do)
     if not others and not beyond:
         yield Finding("elsewhere", "no other regd found")
 
@@ -186,9 +185,9 @@ def _versions(daemon: _Daemon) -> Iterator[Finding]:
 
 def _same_host(daemon: _Daemon) -> Iterator[Finding]:
     if daemon.is_in_another_network:
-        found = f"the daemon, process {daemon.pid}, is in another network namespace, with its own 127.0.0.1"
+        text = f"the daemon, process {daemon.pid}, is in another network namespace, with its own 127.0.0.1"
         yield Finding(
-            "host", found, "start another regd here, for services that listen on the loopback interface here"
+            "host", text, "start another regd here, for services that listen on the loopback interface here"
         )
     elif daemon.is_here:
         yield Finding("host", "the daemon runs on this machine, with the same process ids")
@@ -219,16 +218,16 @@ def _limits(daemon: _Daemon) -> Iterator[Finding]:
 
 def _lag(daemon: _Daemon) -> Iterator[Finding]:
     lag_s, most_s, slowest = daemon.number("lag_s"), daemon.number("lag_max_s"), daemon.stats.get("slowest")
-    found = f"the event loop was {lag_s:.3f} s late, at most {most_s:.3f} s since the daemon started"
+    text = f"the event loop was {lag_s:.3f} s late, at most {most_s:.3f} s since the daemon started"
     if lag_s < _LAG_S:
-        yield Finding("lag", found)
+        yield Finding("lag", text)
         return
     if slowest:
-        found += (
+        text += (
             f"; the slowest call was {slowest['what']}, {slowest['took_s']:.3f} s, {slowest['age_s']:.0f} s ago"
         )
     yield Finding(
-        "lag", found, "see which program keeps the machine busy (`top`); if none does, it is a bug in regd"
+        "lag", text, "see which program keeps the machine busy (`top`); if none does, it is a bug in regd"
     )
 
 
@@ -248,16 +247,16 @@ def _services(daemon: _Daemon) -> Iterator[Finding]:
             silent.append(f"{entry['name']} ({protocol.host_port(entry['host'], entry['port'])})")
     if silent:
         more = f" and {len(silent) - _SHOWN_MAX} more" if len(silent) > _SHOWN_MAX else ""
-        found = f"{len(silent)} of {tried} services accept no connection: {', '.join(silent[:_SHOWN_MAX])}{more}"
+        text = f"{len(silent)} of {tried} services accept no connection: {', '.join(silent[:_SHOWN_MAX])}{more}"
         yield Finding(
-            "services", found, "start them, or `regctl deregister NAME`; `regctl why NAME` shows the owner"
+            "services", text, "start them, or `regctl deregister NAME`; `regctl why NAME` shows the owner"
         )
     else:
         yield Finding("services", f"all {tried} services tried accept connections")
 
 
 def _bridge(daemon: _Daemon) -> Iterator[Finding]:
-    """Look at the bridge to other machines, if there is one."""
+    """Check the bridge to other machines, if there is one."""
     if not daemon.is_here or daemon.is_in_another_network:
         return
     try:
@@ -279,11 +278,11 @@ def _bridge(daemon: _Daemon) -> Iterator[Finding]:
         do = "this is a bug in regd; please report the lines with `differences` in the log of `regctl bridge`"
         yield Finding("bridge", f"it found {differences} differences, and repaired them", do)
     else:
-        found = f"machine {status['machine']} publishes {status['published']} instances, and has "
-        found += f"{status['foreign']['count']} of {status['peers_count']} other machines"
+        text = f"machine {status['machine']} publishes {status['published']} instances, and has "
+        text += f"{status['foreign']['count']} of {status['peers_count']} other machines"
         if status["not_published_count"]:
-            found += f"; {status['not_published_count']} are not published, see `regctl bridge --status`"
-        yield Finding("bridge", found)
+            text += f"; {status['not_published_count']} are not published, see `regctl bridge --status`"
+        yield Finding("bridge", text)
 
 
 _CHECKS = (_rights, _versions, _same_host, _files, _limits, _lag, _services, _bridge)

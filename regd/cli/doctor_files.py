@@ -1,7 +1,7 @@
-"""`regctl doctor`: the files of a running daemon, as its next start would find them.
+"""`regctl doctor`: checks the files of a running daemon, as its next start would find them.
 
-`registry.json` lags the daemon by up to a second, and the journal has the rest, so both are read together. The
-daemon writes them meanwhile: what looks wrong is read again before it is reported.
+`registry.json` lags the daemon by up to a second and the journal has the changes since then, so both are read
+together. The daemon may write them at the same time, so a fault is reported only if it is found again.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from regd.storage.files import Files
 from regd.storage.recovery import Recovery
 from regd.storage.store import journal_path, peek
 
-PAUSE_S = 0.5  # between two looks
+PAUSE_S = 0.5  # before the files are read again
 _LOOKS = 4
-_STALE_S = 60.0  # the age of a registry file that lacks changes, from which it is reported
-_SPARE_BYTES = 1_048_576  # free space on the disk, besides that for the registry file
+_STALE_S = 60.0  # a registry file that lacks changes is reported from this age
+_SPARE_BYTES = 1_048_576  # free disk space needed in addition to the size of the registry file
 _SHOWN_MAX = 5  # files named in a finding
 _REWRITE = "change any registration: regd writes it again; its log has the reason if it cannot"
 
@@ -47,18 +47,18 @@ def examine(path: Path, revision: Callable[[], int], *, is_ours: bool) -> Iterat
 
 
 def _room(path: Path, *, is_ours: bool) -> Iterator[Finding]:
-    """Check whether the files can be written; of another user's daemon, only the free space."""
+    """Check whether the files can be written. For another user's daemon, check only the free space."""
     disk = os.statvfs(path.parent)
     size = path.stat().st_size if path.exists() else 0
     if disk.f_bavail * disk.f_frsize < 2 * size + _SPARE_BYTES or (disk.f_files and not disk.f_favail):
-        found = f"the disk of {path.parent} is full"
-        yield Finding("file", found, "free some space: regd appends to the journal, and rewrites the whole file")
+        text = f"the disk of {path.parent} is full"
+        yield Finding("file", text, "free some space: regd appends to the journal, and rewrites the whole file")
     if disk.f_flag & os.ST_RDONLY or not (os.access(path.parent, os.W_OK) or not is_ours):
         yield Finding("file", f"{path.parent} cannot be written", "give the folder to the user that runs regd")
 
 
 def _content(path: Path, revision: Callable[[], int]) -> Iterator[Finding]:
-    """Compare what the files hold with the daemon."""
+    """Compare the revision in the files with the daemon's."""
     for look in range(_LOOKS):
         if look:
             time.sleep(PAUSE_S)
@@ -74,7 +74,7 @@ def _look(path: Path, revision: Callable[[], int]) -> Iterator[Finding]:
         yield Finding("file", f"{path} is gone", _REWRITE)
         return
     try:
-        found = peek(path, Files())
+        recovery = peek(path, Files())
     except FileNotFoundError:
         if not path.parent.is_dir():
             raise
@@ -82,36 +82,36 @@ def _look(path: Path, revision: Callable[[], int]) -> Iterator[Finding]:
         return
     except Unreadable as error:
         do = "change any registration, so that regd writes registry.json anew; else its next start fails"
-        text = str(error).partition("; ")[0]  # without what to do when regd does not start
+        text = str(error).partition("; ")[0]  # leave out the advice, which is for a start that failed
         yield Finding("journal", text, do) if "journal" in text else Finding("file", f"{path}: {text}", do)
         return
-    yield _judge_file(path, found, needed)
-    yield from _judge_journal(journal, found, revision())
+    yield _judge_file(path, recovery, needed)
+    yield from _judge_journal(journal, recovery, revision())
 
 
-def _judge_file(path: Path, found: Recovery, needed: int) -> Finding:
-    if found.is_edited:
+def _judge_file(path: Path, recovery: Recovery, needed: int) -> Finding:
+    if recovery.is_edited:
         do = (
             "stop regd, edit the file, start regd; else the next change replaces the file, and keeps it as a copy"
         )
         return Finding("file", f"{path} was edited by hand, and the edit is not in effect", do)
-    if found.rev < needed:
-        held = f"{path} and its journal have revision {found.rev}, regd {needed}"
+    if recovery.rev < needed:
+        held = f"{path} and its journal have revision {recovery.rev}, regd {needed}"
         return Finding("file", f"out of date: {held}", _REWRITE)
-    if _is_stale(path, found.rev):
+    if _is_stale(path, recovery.rev):
         do = "the log of regd says why it cannot write the file; free some space, or correct its rights"
         return Finding("file", f"{path} has not been written for a minute; the journal has later changes", do)
-    return Finding("file", f"{path} and its journal are up to date, at revision {found.rev}")
+    return Finding("file", f"{path} and its journal are up to date, at revision {recovery.rev}")
 
 
-def _judge_journal(journal: Path, found: Recovery, current: int) -> Iterator[Finding]:
+def _judge_journal(journal: Path, recovery: Recovery, current: int) -> Iterator[Finding]:
     if not journal.exists():
         yield Finding("journal", f"{journal} is gone", _REWRITE)
-    elif found.rev > current:
-        what = f"{journal} has revision {found.rev} and regd {current}: a write failed, or takes long"
+    elif recovery.rev > current:
+        what = f"{journal} has revision {recovery.rev} and regd {current}: a write failed, or takes long"
         yield Finding("journal", what, "see the log of regd; it begins a new segment once the disk works")
     else:
-        for note in found.notes:
+        for note in recovery.notes:
             yield Finding("journal", note, "see the log of regd, and check the disk")
 
 
@@ -127,13 +127,13 @@ def _sync(folder: Path) -> Iterator[Finding]:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.ENOENT):
             raise
-        found = f"the file system cannot sync the folder {folder}: {error.strerror}"
+        text = f"the file system cannot sync the folder {folder}: {error.strerror}"
         do = "keep the registry on a local disk: after a power failure, a file made just before may be missing"
-        yield Finding("folder", found, do)
+        yield Finding("folder", text, do)
 
 
 def _kept(path: Path) -> Iterator[Finding]:
-    """Name the files that regd has set aside: it deletes none of them."""
+    """Report the files that regd has set aside, since regd never deletes them."""
     beginnings = (f"{path.name}.aside-", f"{journal_path(path).name}.")
     names = sorted(
         name for name in Files().names(path.parent) if name.startswith(beginnings) and ".aside-" in name
@@ -141,5 +141,5 @@ def _kept(path: Path) -> Iterator[Finding]:
     if names:
         more = f" and {len(names) - _SHOWN_MAX} more" if len(names) > _SHOWN_MAX else ""
         count = "1 file" if len(names) == 1 else f"{len(names)} files"
-        found = f"{count} set aside in {path.parent}: {', '.join(names[:_SHOWN_MAX])}{more}"
-        yield Finding("kept", f"{found}; delete those that nobody needs")
+        text = f"{count} set aside in {path.parent}: {', '.join(names[:_SHOWN_MAX])}{more}"
+        yield Finding("kept", f"{text}; delete those that nobody needs")

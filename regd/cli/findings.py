@@ -1,4 +1,4 @@
-"""What `regctl doctor` finds."""
+"""The result type of the checks of `regctl doctor`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Finding(NamedTuple):
-    """The result of a check: what was found, and what to do, "" if nothing is wrong."""
+    """The result of a check: what was found, and what to do about it ("" if nothing is wrong)."""
 
     check: str
     found: str

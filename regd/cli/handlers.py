@@ -30,7 +30,7 @@ from regd_client.protocol import find_address
 
 _STATUSES = {"not_found": NOT_FOUND, "timeout": NOT_FOUND, "bad_argument": USAGE, "shutting_down": NO_DAEMON}
 _INSTANCES_SHOWN = 5  # in an error message
-# Exceptions caused by a reply of an unexpected form, if the peer is another program.
+# Exceptions caused by a reply of an unexpected form, if it is from a program other than regd.
 _MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
 
 
@@ -60,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
             return NO_DAEMON
     except UsageError as error:
         return _misused(argv, error)
-    except SystemExit as end:  # of --help and --version
+    except SystemExit as end:  # after --help or --version
         return int(end.code or 0)
 
 
@@ -102,15 +102,15 @@ def _request(command: str, address: str | None, as_json: bool, arguments: dict[s
 def _with_instances(
     connection: BlockingConnection, command: str, arguments: Mapping[str, Any], reply: dict[str, Any]
 ) -> dict[str, Any]:
-    """Add to the message of a `not_found` reply which instances exist and how to choose one."""
+    """Add to the message of a `not_found` reply the instances that exist and how to choose one."""
     instance = arguments.get("instance")
     if reply["error"] != "not_found" or (command in ("resolve", "why") and instance is None):
         return reply
     try:
-        listed = connection.ask("list", name=arguments["name"], limit=_INSTANCES_SHOWN + 1)
+        page = connection.ask("list", name=arguments["name"], limit=_INSTANCES_SHOWN + 1)
     except RegdError:
         return reply
-    others = [entry["instance"] for entry in listed.get("instances", ()) if entry["instance"] != (instance or "")]
+    others = [entry["instance"] for entry in page.get("instances", ()) if entry["instance"] != (instance or "")]
     if not others:
         return reply
     name = arguments["name"]
@@ -328,7 +328,7 @@ _HANDLERS: dict[str, Callable[[str | None, bool, dict[str, Any]], int]] = {
 
 
 def _code(error: RegdError) -> str:
-    """Return the daemon's error code, or one of regctl's own if the error is not from the daemon."""
+    """Return the daemon's error code, or a code of regctl if the error is not from the daemon."""
     if isinstance(error, Unavailable):
         return error.code or "unavailable"
     return error.code or ("bad_argument" if isinstance(error, BadArgument) else "refused")

@@ -1,4 +1,4 @@
-"""`regctl history`: past changes as a table, and with --follow those that come."""
+"""`regctl history`: past changes as a table, and with --follow also new changes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _HEADER = ("TIME", "CHANGE", "SERVICE", "ADDRESS", "WHY", "BY")
 def show(
     address: str | None, of: Mapping[str, Any], point: Mapping[str, float], *, follow: bool, as_json: bool
 ) -> dict[str, Any] | None:
-    """Print the changes of a service after a point, or the latest. Return a refusal of the daemon, if any.
+    """Print the changes after a point, or the latest changes. Return the daemon's error reply, or None.
 
     Raises:
         Unavailable: no daemon answers.
     """
-    daemon = protocol.find_address(address)  # only once, so that every connection is to the same registry
+    daemon = protocol.find_address(address)  # once, so that every connection is to the same registry
     with BlockingConnection(daemon) as connection:
         rev = connection.ask("hello")["rev"] if follow else 0
         changes: list[dict[str, Any]] = []
@@ -55,7 +55,7 @@ def show(
 def _pages(
     connection: BlockingConnection, of: Mapping[str, Any], point: Mapping[str, float]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the pages after a point; without one, the page of the latest changes."""
+    """Yield the pages of changes after a point. Without a point, yield the page of the latest changes."""
     page = connection.ask("history", **of, **point)
     yield page
     last = -1
@@ -77,7 +77,7 @@ class _Follower:
         self._is_away = False
 
     def follow(self, address: protocol.Address) -> dict[str, Any] | None:
-        """Print the changes of one connection. Return a refusal of the daemon, or None if stdout is broken.
+        """Print the changes of one connection. Return the daemon's error reply, or None if stdout is broken.
 
         Raises:
             Unavailable: the connection broke.
@@ -116,7 +116,7 @@ class _Follower:
 
 
 def _follow(address: protocol.Address, follower: _Follower) -> dict[str, Any] | None:
-    """Follow across restarts of the daemon, until stdout is broken. Return a refusal of the daemon."""
+    """Follow across restarts of the daemon. Return the daemon's error reply, or None if stdout is broken."""
     while True:
         try:
             refusal = follower.follow(address)
@@ -148,9 +148,9 @@ def _row(change: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _why(change: Mapping[str, Any]) -> str:
-    """Return the reason of a `down`, else the state and the priority that the instance has from then on.
+    """Return the reason of a `down`; for another event, the new state and priority of the instance.
 
-    An `up` is usually `ready`, and a priority usually 0: these are left out.
+    The state `ready` of an `up` is left out, and so is the priority 0, since they are usual.
     """
     if change["op"] == "down":
         return str(change.get("reason", ""))
@@ -161,7 +161,7 @@ def _why(change: Mapping[str, Any]) -> str:
 
 
 def _who(by: Mapping[str, Any]) -> str:
-    """Return who made a change: the command, its process and its user, as far as they are known."""
+    """Return who made a change: the program, its process and its user, as far as they are known."""
     parts = [f"{word} {by[field]}" for word, field in (("process", "pid"), ("user", "uid")) if field in by]
     if "command" in by:
         parts.insert(0, by["command"])

@@ -1,7 +1,7 @@
-"""One GET request of HTTP, to see whether a service is ready.
+"""Checks with one HTTP GET request whether a service is ready.
 
-2xx says that it is. Other statuses do not: a redirect, which is not followed, says that the answer is elsewhere,
-for example on a page to log in. (Kubernetes takes 200 to 399; it follows redirects on the same host.)
+A service is ready if the status is 2xx. A redirect is not followed and does not count as ready, since it may
+lead to a login page, for example. (Kubernetes accepts 200 to 399 and follows redirects on the same host.)
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from regd.cli.output import visible
 from regd_client.protocol import host_port
 
 TRY_S = 5.0  # for one request and its response
-_HEAD_BYTES_MAX = 65_536  # of all heads, also those of 1xx
-_BODY_BYTES_MAX = 65_536  # that are read before the connection is closed
+_HEAD_BYTES_MAX = 65_536  # of all heads together, including 1xx responses
+_BODY_BYTES_MAX = 65_536  # read at most so much of the body before the connection is closed
 _BODY_S = 0.2
 _STATUS = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: ([^\r\n]*))?\r?\n")
 _REASON_CHARS_MAX = 80
 
 
 class _NotHttp(Exception):
-    """The response is none of HTTP/1."""
+    """The response is not HTTP/1."""
 
 
 async def why_not_ready(host: str, port: int, path: str, timeout_s: float = TRY_S) -> str:
-    """Ask for a path and return why the service is not ready, "" if it is."""
+    """Send the request, and return why the service is not ready; "" if it is."""
     try:
         async with asyncio.timeout(timeout_s):
             status, reason = await _get(host, port, path)
@@ -63,12 +63,12 @@ async def _status(reader: asyncio.StreamReader) -> tuple[int, str]:
     while True:
         line = await _line(reader, left)
         left -= len(line)
-        found = _STATUS.fullmatch(line)
-        if found is None:
+        match = _STATUS.fullmatch(line)
+        if match is None:
             raise _NotHttp(f"it begins with {line[:20]!r}" if line else "the connection was closed")
-        status = int(found[1])
+        status = int(match[1])
         if status >= 200:
-            return status, (found[2] or b"").decode("latin-1")[:_REASON_CHARS_MAX]
+            return status, (match[2] or b"").decode("latin-1")[:_REASON_CHARS_MAX]
         while line not in (b"\r\n", b"\n"):
             line = await _line(reader, left)
             left -= len(line)
@@ -79,7 +79,7 @@ async def _status(reader: asyncio.StreamReader) -> tuple[int, str]:
 async def _line(reader: asyncio.StreamReader, bytes_max: int) -> bytes:
     try:
         line = await reader.readline()
-    except ValueError:  # longer than the limit of the reader
+    except ValueError:  # the line is longer than the reader's limit
         line = b" " * (bytes_max + 1)
     if len(line) > bytes_max:
         raise _NotHttp(f"its head has more than {_HEAD_BYTES_MAX} bytes")
@@ -87,7 +87,7 @@ async def _line(reader: asyncio.StreamReader, bytes_max: int) -> bytes:
 
 
 async def _read_rest(reader: asyncio.StreamReader) -> None:
-    """Read the rest of a short response: a server whose connection is reset may log that."""
+    """Read the rest of a short response, because closing early resets the connection, which some servers log."""
     left = _BODY_BYTES_MAX
     with contextlib.suppress(TimeoutError, OSError):
         async with asyncio.timeout(_BODY_S):

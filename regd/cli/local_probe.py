@@ -1,4 +1,4 @@
-"""Find daemons and services of this machine without asking a daemon: by /proc, sockets and the registry file."""
+"""Finds daemons and services of this machine without asking a daemon: by /proc, sockets and the registry file."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _addresses_in(flags: list[str], folder: str = "/", tcp: bool = True) -> Iter
 
 
 def is_in_another_network(pid: int) -> bool:
-    """Return whether a process is in another network namespace; False if this user cannot see that."""
+    """Return whether a process is in another network namespace; False if this user may not know."""
     try:
         return os.readlink(f"/proc/{pid}/ns/net") != os.readlink("/proc/self/ns/net")
     except OSError:
@@ -138,6 +138,7 @@ def accepts(host: str, port: int) -> bool:
     """Return whether a program accepts connections. The connection is closed at once."""
     try:
         with socket.create_connection((host, port), _CONNECT_S) as connection:
-            return bool(connection.getsockname() != connection.getpeername())  # not connected to itself
+            # TCP can connect a socket to itself.
+            return bool(connection.getsockname() != connection.getpeername())
     except OSError:
         return False

@@ -1,6 +1,6 @@
-"""The daemon's log: to stderr or a file, as text or JSON, in a thread, so that the event loop never waits.
+"""The daemon's log, to stderr or a file, as text or JSON. A thread writes it, so that the event loop never waits.
 
-If the log cannot be written, the daemon continues, drops lines and counts them, so that it uses bounded memory.
+If the log cannot be written, the daemon continues; to limit its memory, it drops lines and counts them.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from typing import Any
 from regd.cli.output import visible
 
 _STDERR = 2
-_PENDING_BYTES_MAX = 4_194_304  # beyond this, lines are dropped
+_PENDING_BYTES_MAX = 4_194_304  # lines are dropped while more bytes than this wait to be written
 _CLOSE_S = 1.0  # to write the last lines
 _OPEN = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
 
 
 class LogError(Exception):
-    """The log file cannot be opened. The message is one line: which file, why, what to do."""
+    """The log file cannot be opened. The message is one line, with the file, the reason, and what to do."""
 
 
 def write_line(fd: int, text: str) -> None:
@@ -110,7 +110,7 @@ class LogOutput(logging.Handler):
         # Bytes to write, and the number of lines to count as dropped if they cannot be written.
         self._pending: deque[tuple[bytes, int]] = deque()
         self._pending_bytes = 0
-        self._dropped = 0  # lines since the last note about dropped lines
+        self._dropped = 0  # since the last log line that reported dropped lines
         self._why = ""
         self._is_line_open = False  # only a part of the last line was written
         self._closing = False
@@ -118,8 +118,9 @@ class LogOutput(logging.Handler):
         self._rotate(1)  # if the start fails, its error is written to the file without the thread
 
     def start(self, level: str) -> None:
-        """Handle all log records of the program from now on. Call it after forking: a child has no threads."""
-        # No log format uses these fields, and collecting them takes longer than the rest of a log call.
+        """Handle all log records of the program from now on. Call it after forking, which keeps no threads."""
+        # No log format uses the fields that these settings turn off, and collecting them takes most of a log
+        # call.
         for name in ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks"):
             setattr(logging, name, False)
         logging._srcfile = None  # as in the logging HOWTO, "Optimization"
@@ -196,7 +197,7 @@ class LogOutput(logging.Handler):
             view = view[count:]
 
     def _rotate(self, count: int) -> None:
-        """Begin a new file if `count` more bytes do not fit. If the file cannot be renamed, it grows."""
+        """Start a new file if `count` more bytes do not fit. If the file cannot be renamed, it grows on."""
         if not self._bytes_max or self.path is None:
             return
         size = os.fstat(self.fd).st_size
@@ -223,11 +224,11 @@ class LogOutput(logging.Handler):
             os.close(fd)
 
     def close(self) -> None:
-        """Write the pending lines, for a second at most. Idempotent."""
+        """Write the lines that wait, for a second at most. Idempotent."""
         thread, self._thread = self._thread, None
         if thread is not None:
             if self._dropped:
-                self._put(b"")  # writes the note
+                self._put(b"")  # writes the number of dropped lines
             with self._ready:
                 self._closing = True
                 self._ready.notify()

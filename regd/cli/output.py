@@ -1,7 +1,7 @@
-"""Write to stdout and stderr, and format replies as text. Used by both commands.
+"""Writes to stdout and stderr, and formats replies as text. Used by both commands.
 
-Writing never raises: a command does its work even if its messages cannot be written. All text goes through
-`visible`, since peers choose names and labels, and the peer may not be regd.
+Writing never raises, so that a command does its work even if its messages cannot be written. All text goes
+through `visible`, since other programs choose names and labels, and the reply may not be from regd.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Output:
 def finish(program: str) -> bool:
     """Flush both streams. If stdout could not be written, report that on stderr and return False.
 
-    It is not an error if the reader of a pipe has closed it.
+    It is not an error if stdout is a pipe that its reader has closed.
     """
     Output.write("", flush=True)
     try:
@@ -58,7 +58,7 @@ def _discard(stream: TextIO) -> None:
     try:
         os.dup2(null, stream.fileno())
     except (OSError, ValueError):
-        return  # it is not a file, so nothing is flushed at exit
+        return  # the stream has no descriptor, so nothing is flushed at exit
     finally:
         os.close(null)
 
@@ -66,8 +66,8 @@ def _discard(stream: TextIO) -> None:
 def open_standard_streams() -> None:
     """Open /dev/null for each of the descriptors 0, 1 and 2 that is closed. Call it first.
 
-    The descriptors are inheritable, so that child processes have them too.
-    Otherwise the next file or socket would get the number, and messages for stderr would be written to it.
+    Otherwise the next file or socket would get one of these numbers, and messages for stderr would be written
+    to it. The descriptors are inheritable, so that child processes have them too.
     """
     for number in (0, 1, 2):
         try:
@@ -140,7 +140,7 @@ def address_of(entry: Mapping[str, Any]) -> str:
 
 
 def priority_of(entry: Mapping[str, Any]) -> int:
-    """Return the priority of an instance, which replies leave out if it is 0."""
+    """Return the priority of an instance. Replies leave it out if it is 0."""
     return int(entry.get("priority", 0))
 
 
@@ -169,7 +169,8 @@ def instance_name(name: str, instance: str) -> str:
 def _list(entries: list[dict[str, Any]]) -> Iterable[str]:
     """Return a table of instances.
 
-    It has a column of their priorities if any is not 0, and one of their machines if any is of another machine.
+    A column of priorities is added if any is not 0, and a column of machines if any instance is of another
+    machine.
     """
     header: tuple[str, ...] = ("NAME", "INSTANCE", "ADDRESS", "STATE", "META")
     rows = [_row(entry) for entry in entries]
@@ -189,9 +190,9 @@ def _row(entry: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def table(header: tuple[str, ...] | None, rows: list[tuple[str, ...]], nothing: str) -> Iterable[str]:
-    """Return aligned columns, under a header if there is one, for a terminal; rows separated by tabs for a pipe.
+    """Return the rows as aligned columns for a terminal, or separated by tabs for a pipe.
 
-    `nothing` is the text for a terminal if there is a header and no row.
+    Only a terminal gets the header, if there is one; if there are no rows, it gets the text `nothing` instead.
     """
     if not sys.stdout.isatty():
         return ["\t".join(row) for row in rows]

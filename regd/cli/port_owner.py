@@ -1,4 +1,4 @@
-"""Find out whether a listening socket belongs to the command of `regctl run`.
+"""Finds out whether a listening socket belongs to the command of `regctl run`.
 
 Any user of this machine could listen on the port before the command does. The kernel identifies the owner of the
 socket: by netlink (sock_diag(7)), else in the table /proc/net/tcp.
@@ -25,7 +25,7 @@ _OWNER = struct.Struct("=II")  # uid and inode
 _OWNER_AT = _HEAD.size + 4 + 48 + 12  # in an inet_diag_msg: after sockid, expiry and two queue lengths
 _ANSWER_S = 1.0  # the kernel normally answers at once
 _ROOT = 0
-_OVERFLOW = 65_534  # the uid that stands for every user that a user namespace does not map
+_OVERFLOW = 65_534  # the uid that the kernel reports for every user that a user namespace does not map
 _ALL_USERS = 2**32 - 1
 
 
@@ -66,7 +66,7 @@ def _by_netlink(host: str, port: int) -> Listener | None:
 
 
 def _by_table(host: str, port: int) -> Listener | None:
-    """Read the text table ("proc_net_tcp" in the kernel's documentation)."""
+    """Find the socket in the text table (see "proc_net_tcp" in the kernel's documentation)."""
     listeners: dict[str, Listener] = {}
     for name in ("tcp", "tcp6"):
         for row in Path("/proc/net", name).read_text("ascii").splitlines()[1:]:
@@ -88,9 +88,10 @@ def _hex(host: str, port: int) -> str:
 def is_of(command: int, at: Listener) -> bool:
     """Return whether a socket may belong to a command; `command` is its process id.
 
-    It may if a process of the command has it open, or if its owner is root, this user, or a user that a process
-    of the command runs as (`sudo`). The right owner is enough: the socket of a container's port or of a
-    daemonized program is not open in a process of the command, and root and this user control the command anyway.
+    It may if a process of the command has it open, or if its owner is root, this user, or a user as whom a
+    process of the command runs (`sudo`). The owner alone is enough, because the socket of a container's port or
+    of a daemonized program is not open in a process of the command, and because root and this user control the
+    command anyway.
     """
     trusted = {_ROOT, os.geteuid()}
     if at.uid != _OVERFLOW or _all_users_are_mapped():
@@ -145,7 +146,7 @@ def _inodes(process: int) -> set[int]:
     except OSError:
         return inodes
     for entry in entries:
-        with contextlib.suppress(OSError):  # closed meanwhile
+        with contextlib.suppress(OSError):  # the process has closed it
             target = os.readlink(f"/proc/{process}/fd/{entry}")
             if target.startswith("socket:["):
                 inodes.add(int(target[8:-1]))

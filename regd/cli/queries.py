@@ -13,8 +13,8 @@ from regd_client.errors import Unavailable
 
 TRANSIENT = ("shutting_down", "busy")  # errors after which a command tries again
 _PAUSE_S = 0.1  # between two attempts
-_HTTP_PAUSE_S = 0.2  # the same, by HTTP
-_TRY_S_MIN = 0.5  # for an attempt by HTTP, even when the time is over
+_HTTP_PAUSE_S = 0.2  # between two attempts by HTTP
+_TRY_S_MIN = 0.5  # an attempt by HTTP has at least this time, even if the total time is over
 
 
 def ask(connection: BlockingConnection, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -25,11 +25,11 @@ def ask(connection: BlockingConnection, command: str, arguments: dict[str, Any])
     """
     reply = connection.ask(command, **arguments)
     if reply.pop("more", False):
-        listed = ask(connection, "list", {"name": arguments["name"], "meta": arguments.get("meta")})
-        if not listed["ok"]:
-            return listed
-        ready = [entry for entry in listed["instances"] if entry["state"] == "ready"]
-        reply["instances"] = sorted(ready, key=priority_of)  # they are in order of instance
+        everything = ask(connection, "list", {"name": arguments["name"], "meta": arguments.get("meta")})
+        if not everything["ok"]:
+            return everything
+        ready = [entry for entry in everything["instances"] if entry["state"] == "ready"]
+        reply["instances"] = sorted(ready, key=priority_of)  # replies are in order of instance
     if "next" not in reply:
         return reply
     page = reply
@@ -69,7 +69,8 @@ def wait_for(address: str | None, name: str, until: float) -> dict[str, Any]:
 def wait_for_http(address: str | None, name: str, path: str, until: float) -> dict[str, Any]:
     """Wait until a service answers a GET request with 2xx, and return the reply to `resolve`.
 
-    Each attempt asks the registry again: the service may have moved. `until` is a time of time.monotonic.
+    Each attempt asks the registry again, because the service may have moved. `until` is a value of
+    `time.monotonic`.
 
     Raises:
         Unavailable: no daemon answers by then, or it cannot be started on demand.

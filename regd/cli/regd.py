@@ -34,7 +34,7 @@ log = logging.getLogger("regd")
 _SWITCH_INTERVAL_S = 0.0005
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 # Just above the 256 KiB that asyncio allocates for each read: with less, each read would cost an mmap and a
-# munmap. With 1 MiB, four times as much memory would remain allocated after many peers did not read their
+# munmap. With 1 MiB, four times as much memory would remain allocated after many clients did not read their
 # replies.
 _LARGE_BYTES = 272 * 1_024
 _GC_THRESHOLD = 10_000  # allocations between two collections; regd creates few cycles
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         write_line(2, f"regd: {error}")
         return 2
-    except SystemExit:  # of --help and --version
+    except SystemExit:  # after --help or --version
         return 0 if finish("regd") else 1
     return _serve(arguments)
 
@@ -211,7 +211,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         detach = fork_to_background(output.fd) if arguments.background else None
         unblock_signals()
         output.start(arguments.log_level)
-        logging.getLogger("asyncio").setLevel(logging.ERROR)  # no warnings about peers that disconnect
+        logging.getLogger("asyncio").setLevel(logging.ERROR)  # no warnings about clients that disconnect
         _return_free_memory()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_run(config, detach, output))
@@ -355,7 +355,7 @@ async def _run(config: Config, detach: Callable[[], None] | None, output: LogOut
     clock = LoopClock()
     daemon = Daemon(replace(config, limits=fit_limits(config.limits)), clock=clock)
     gc.collect()
-    gc.disable()  # while the registry is loaded, since it contains no garbage
+    gc.disable()  # while the registry is loaded, which creates no garbage
     await daemon.start()
     gc.freeze()
     gc.callbacks.append(_freeze_survivors)
@@ -379,7 +379,7 @@ def _handle_signals(ending: asyncio.Event, output: LogOutput) -> None:
 
     def end(number: signal.Signals) -> None:
         if ending.is_set():
-            os._exit(128 + number)  # the second signal: exit at once
+            os._exit(128 + number)  # a second signal: exit at once
         log.info("%s: leaving", number.name)
         ending.set()
 

@@ -16,7 +16,7 @@ from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import RegdError, Unavailable
 
 _ANSWER_S = 2.0
-_END_S = 10.0  # for the daemon to commit pending writes and exit
+_END_S = 10.0  # for the daemon to commit the writes that wait, and exit
 
 
 def init(folder: str, as_json: bool) -> None:
@@ -42,13 +42,13 @@ def init(folder: str, as_json: bool) -> None:
 
 
 def where(address: str | None, as_json: bool) -> None:
-    """Print which registry is used, why, and which others were considered.
+    """Print which registry is used and why, and the registries that are not used.
 
     Raises:
         BadArgument: `address` or $REGD_ADDRESS is not an address.
     """
     at = protocol.find_address(address)
-    found = project.search()
+    search = project.search()
     source = _source(address, at)
     daemon, trouble = _daemon(at)
     serving = read_addresses(at.project) if at.project else []
@@ -62,7 +62,7 @@ def where(address: str | None, as_json: bool) -> None:
                 "daemon": daemon,
                 **({"serve": serving} if serving else {}),
                 "version": regd.__version__,
-                "ignored": [{**ignored._asdict(), "do": ignored.do} for ignored in found.ignored],
+                "ignored": [{**ignored._asdict(), "do": ignored.do} for ignored in search.ignored],
             }
         )
         return
@@ -78,7 +78,7 @@ def where(address: str | None, as_json: bool) -> None:
     for url in serving:
         say(f"  serve   {url}")
     say(f"  regctl  {regd.__version__}")
-    for line in _others(address, source, found):
+    for line in _others(address, source, search):
         say(f"  not     {line}")
 
 
@@ -98,7 +98,7 @@ def _source(address: str | None, at: protocol.Address) -> str:
     return "project" if at.project else "default"
 
 
-def _others(address: str | None, source: str, found: project.Search) -> Iterator[str]:
+def _others(address: str | None, source: str, search: project.Search) -> Iterator[str]:
     """Yield a line for each registry that is not used, with the reason, in the order of precedence."""
     if source != "argument":
         yield "--address: it is not given"
@@ -107,18 +107,21 @@ def _others(address: str | None, source: str, found: project.Search) -> Iterator
         yield (
             f"REGD_ADDRESS, which is {chosen}: --address comes first" if chosen else "REGD_ADDRESS: it is not set"
         )
-    for ignored in found.ignored:
+    for ignored in search.ignored:
         yield f"{ignored.folder}: {ignored.why}; {ignored.do}"
     if source != "project":
         first = _REASONS.get(source)
-        yield f"{found.folder}: {first} comes first" if found.folder else "a project registry: there is none here"
+        yield (
+            f"{search.folder}: {first} comes first" if search.folder else "a project registry: there is none here"
+        )
     if source != "default":
         yield f"{protocol.DEFAULT_ADDRESS}, the default"
 
 
 def _daemon(at: protocol.Address) -> tuple[dict[str, Any] | None, str]:
-    """Return the version and the process of the daemon at an address; None and what is there instead, "" if
-    nobody listens.
+    """Return the version and the process of the daemon at an address.
+
+    If there is none, return None and a description of what is there instead, "" if nothing listens.
     """
     replies = []
     try:
@@ -140,7 +143,7 @@ def _is_nobody(error: RegdError) -> bool:
 def stop(address: str | None, as_json: bool) -> None:
     """Stop the daemon at a Unix socket.
 
-    The process id comes from the kernel, since a peer could claim any.
+    The process id comes from the kernel, since another program could claim any process id.
 
     Raises:
         RegdError: the daemon cannot be stopped in this way.
@@ -168,7 +171,7 @@ def stop(address: str | None, as_json: bool) -> None:
                 f"process {pid} cannot be watched ({error}): end it with `kill {pid}`", "unsupported"
             ) from None
         try:
-            connection.ask("ping")  # if it answers, the process id still belongs to the daemon
+            connection.ask("ping")  # if the daemon answers, the process id still belongs to it
             signal.pidfd_send_signal(process, signal.SIGTERM)
             connection.close()  # the daemon waits for open connections
             _wait(process, pid)

@@ -38,9 +38,9 @@ from regd_client.registration import Registration
 
 _PROBE_PAUSE_S = (0.01, 0.2)  # the first and the longest pause between two probes of the port
 _PROBE_S = 1.0  # the timeout of a probe
-_SILENT_S = 10.0  # after so long without a listener, print a warning
-_HISTORY_S = 1.0  # for each reply about the port that the service had last
-_DEREGISTER_S = 3.0  # for the name to be deregistered
+_SILENT_S = 10.0  # without a listener for this time, print a warning
+_HISTORY_S = 1.0  # the timeout of each request for the last port of the service
+_DEREGISTER_S = 3.0  # the longest wait until the name is deregistered
 
 Report = Callable[..., None]  # called with the name of an event, its text, and more fields for JSON
 
@@ -94,7 +94,7 @@ def _environment(address: str | None, arguments: Mapping[str, Any]) -> dict[str,
 
 
 def _check(arguments: Mapping[str, Any]) -> None:
-    """Let the daemon check name, instance and labels before the command starts, if there is a daemon."""
+    """Have the daemon, if there is one, check name, instance and labels before the command starts."""
     checked = {key: arguments[key] for key in ("name", "instance", "meta") if arguments[key] is not None}
     try:
         with BlockingConnection() as connection:
@@ -108,7 +108,7 @@ def _check(arguments: Mapping[str, Any]) -> None:
 
 
 def _last_ports(name: str, instance: str | None) -> list[int]:
-    """Return the ports that the service had last; [] without a daemon, and with one that keeps no history."""
+    """Return the ports that the service had last; [] if there is no daemon or it keeps no history."""
     last = LastPorts(name, instance)
     try:
         with BlockingConnection(timeout_s=_HISTORY_S) as connection:
@@ -154,7 +154,7 @@ def _run(
 def _prober(
     arguments: Mapping[str, Any], environment: Mapping[str, str], mask: Collection[int]
 ) -> Callable[[str, int], Probe] | None:
-    """Return what makes a probe for the command at a host and port; None if it is ready once it accepts."""
+    """Return a function that makes the readiness probe; None if the command is ready once it accepts."""
     path, command = arguments["ready_http"], arguments["ready_command"]
     if path is not None:
         return lambda host, port: http_probe(host, port, path)
@@ -166,8 +166,8 @@ def _prober(
 class _Name:
     """The command's registration, which the client keeps in its background thread.
 
-    `prober` makes a probe for the command at a host and port; without it the command is ready once it accepts
-    connections.
+    `prober` makes a probe for the command at a host and port. Without `prober`, the command is ready once it
+    accepts connections.
     """
 
     def __init__(
@@ -184,18 +184,18 @@ class _Name:
         self._port = port
         self._prober = prober
         self._argv = arguments.get("argv", ())
-        given = ("instance", "meta", "priority")
-        self._arguments = {key: arguments[key] for key in given if arguments.get(key) is not None}
+        passed_on = ("instance", "meta", "priority")
+        self._arguments = {key: arguments[key] for key in passed_on if arguments.get(key) is not None}
         self._thread = client_thread()
         self._withdrawn = asyncio.Event()
         self._task: concurrent.futures.Future[None]
 
     def begin(self, accepts: bool) -> None:
-        """Register the name as soon as the command accepts connections; with `accepts`, at once."""
+        """Register the name as soon as the command accepts connections, or at once with `accepts`."""
         self._task = self._thread.begin(self._keep(accepts))
 
     def withdraw(self) -> bool:
-        """Start to deregister the name. Return False if that was started before."""
+        """Start to deregister the name. Return False if that was already started."""
         first = not self._withdrawn.is_set()
         self._thread.call_function(self._withdrawn.set)
         return first
@@ -265,9 +265,7 @@ class _Name:
                     obstacle = self._obstacle(host)
                     if not obstacle:
                         return host
-            if (
-                obstacle and obstacle == previous != reported
-            ):  # twice in a row, so the listener is not just closing
+            if obstacle and obstacle == previous != reported:  # found twice, so the listener is not just closing
                 reported = obstacle
                 self._report("taken", f"{self._name} is not registered: {obstacle}")
             if not obstacle and time.monotonic() > warn_at:
@@ -282,19 +280,19 @@ class _Name:
             f"nothing has accepted connections at {host_port('127.0.0.1', self._port)} for {_SILENT_S:g} s; "
             f"the command must listen on port {self._port} ($PORT)"
         )
-        outer = os.environ.get("PORT", "")  # a process manager's
+        outer = os.environ.get("PORT", "")  # set by a process manager
         if outer and any(outer in re.findall("[0-9]+", argument) for argument in self._argv):
             text += f", not {outer}, with which a shell replaced $PORT; use sh -c '… \"$PORT\"' in single quotes"
         return text
 
     def _obstacle(self, host: str) -> str:
-        """Return why the listener on this host is not considered the command's; "" if it is."""
+        """Return why the listener on this host is not taken for the command's; "" if it is."""
         at = host_port(host, self._port)
         try:
             listening = listener(host, self._port)
         except OSError as error:
             if sys.platform != "linux":
-                return ""  # there is no way to find out, and the daemon lets every user write
+                return ""  # this system does not tell, and the daemon lets every user write, too
             return f"the kernel does not say who listens at {at} ({error}); use --socket"
         if listening is None:
             return f"connections to {at} are accepted, but no socket of this machine listens there"

@@ -1,6 +1,6 @@
-"""`regctl run --ready-http` and `--ready-command`: when the command is ready.
+"""`regctl run --ready-http` and `--ready-command`: find out when the command is ready.
 
-It is asked from when it accepts connections until it says yes once.
+The probe runs again and again, from when the command accepts connections until it succeeds once.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Self
 from regd.cli.http_probe import TRY_S, why_not_ready
 from regd_client.protocol import host_port
 
-_PAUSE_S = (0.05, 0.5)  # the first and the longest, between two attempts
-_POLL_S = 0.02  # between two looks at whether the probe's process has ended
-_SILENT_S = 10.0  # until a warning says why the command is not ready
+_PAUSE_S = (0.05, 0.5)  # the first and the longest pause between two attempts
+_POLL_S = 0.02  # between two checks whether the probe's process has ended
+_SILENT_S = 10.0  # after this time, a warning says why the command is not ready
 _DEVNULL = (
     (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0),
     (os.POSIX_SPAWN_DUP2, 0, 1),
@@ -59,7 +59,8 @@ def command_probe(command: str, environment: Mapping[str, str], mask: Collection
 class _Process:
     """A shell that runs a command, in a process group of its own, which is killed at the end of the `with`.
 
-    asyncio would start it with the signal mask of its thread, in which all signals are blocked.
+    It is not started by asyncio, because it would inherit the signal mask of asyncio's thread, which blocks all
+    signals.
     """
 
     def __init__(self, command: str, environment: Mapping[str, str], mask: Collection[int]) -> None:
@@ -71,7 +72,7 @@ class _Process:
             file_actions=_DEVNULL,
             setpgroup=0,
             setsigmask=mask,
-            setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),  # Python ignores them
+            setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),  # Python ignores these signals
         )
 
     def exit_code(self) -> int | None:
@@ -93,7 +94,7 @@ class _Process:
 
 
 async def until_ready(probe: Probe, report: Callable[[str], None]) -> None:
-    """Wait until the probe says that the command is ready. After 10 s, report why it is not."""
+    """Wait until the probe succeeds. After 10 s, report why the command is not ready."""
     pause_s, longest_s = _PAUSE_S
     warn_at = time.monotonic() + _SILENT_S
     while why := await probe():

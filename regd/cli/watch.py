@@ -82,7 +82,7 @@ class _Printer:
 
 
 def is_reader_gone(within_s: float) -> bool:
-    """Wait for the reader of stdout to close the pipe, and return whether it has done so in time."""
+    """Wait for the reader of stdout to close the pipe. Return whether it was closed in time."""
     poll = select.poll()
     poll.register(1, 0)
     return bool(poll.poll(1_000 * within_s))
@@ -91,13 +91,13 @@ def is_reader_gone(within_s: float) -> bool:
 def watch(
     address: str | None, pattern: str | None, meta: Mapping[str, str] | None, as_json: bool
 ) -> dict[str, Any] | None:
-    """Watch until the daemon refuses, and return its error reply; return None once stdout is closed.
+    """Watch until the daemon refuses the request or stdout is closed. Return the daemon's error reply, or None.
 
     Raises:
         Unavailable: no daemon answers at the start, or another program listens at its address.
     """
     printer = _Printer(pattern, meta, as_json)
-    daemon = protocol.find_address(address)  # only once, so that every connection is to the same registry
+    daemon = protocol.find_address(address)  # once, so that every connection is to the same registry
     while True:
         try:
             with BlockingConnection(daemon, autostart=not printer.synced) as connection:

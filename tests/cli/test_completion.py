@@ -1,4 +1,4 @@
-"""Completion in real shells: commands, options, names of services, and the command after `--`."""
+"""Completion in real shells: commands, options, names of services, and the command line after `--`."""
 
 import json
 import shlex
@@ -250,7 +250,7 @@ def test_names(names: DaemonProcess) -> None:
 
 
 def test_names_of_an_impostor_are_ignored(tmp_path: Path) -> None:
-    """Names from an impostor must not get into a command line."""
+    """Names from an impostor must not appear in a command line."""
     good = {"name": "good", "instance": "", "host": "h", "port": 1, "meta": {}, "state": "ready", "rev": 1}
     page = {"ok": True, "epoch": "e", "rev": 1, "instances": [good]}
     evil = [{**good, "name": name} for name in ("$(evil)", "a b", "-rf", "a\nb", 7, "")]

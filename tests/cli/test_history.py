@@ -1,4 +1,4 @@
-"""`regctl history`: past changes as a table and as JSON, and new ones over restarts of the daemon."""
+"""`regctl history`: past changes as a table and as JSON, and new changes across restarts of the daemon."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def test_columns(history: Run, process: DaemonProcess) -> None:
 
 
 def test_states_and_priorities(history: Run, process: DaemonProcess) -> None:
-    """Rows of one service differ in what has changed; a new instance that is ready and has priority 0 needs no word."""
+    """The last column shows what has changed. It is empty for a new instance that is ready and has priority 0."""
     with BlockingConnection(process.addresses[0]) as peer:
         for request in (
             {"cmd": "register", "port": 1},
@@ -130,7 +130,7 @@ def test_program_at_the_other_end_of_a_unix_socket(process: DaemonProcess) -> No
 
 
 def test_since(history: Run, process: DaemonProcess) -> None:
-    """A revision or a duration; without it the latest hundred. All pages are read."""
+    """`--since` is a revision or a duration. Without it, the latest hundred changes are shown."""
     register(process, "db", *range(1, 81))  # 159 revisions
     assert len(history()[1].splitlines()) == 100
     assert len(history("--since", "0")[1].splitlines()) == 159
@@ -171,7 +171,7 @@ def test_history_survives_a_restart(history: Run, process: DaemonProcess) -> Non
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_follow_over_a_restart(number: int, process: DaemonProcess) -> None:
-    """Each change is printed once, also those made while regctl had no connection."""
+    """Each change is printed once, including changes made while regctl had no connection."""
     register(process, "db", 1)
     register(process, "web", 1)
     with following(process, "db", "--json") as running:

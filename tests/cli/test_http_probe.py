@@ -1,4 +1,4 @@
-"""`regctl wait --http`: which responses say that a service is ready, and what a response may cost."""
+"""`regctl wait --http`: which responses mean that a service is ready, and how much of a response is read."""
 
 import asyncio
 import contextlib
@@ -72,7 +72,7 @@ async def ask(answer: bytes, stays_open: bool = False, timeout_s: float = 5.0) -
         (5_000 * b"HTTP/1.1 100 Go on\r\n\r\n", "no HTTP response: its head has more than 65536 bytes"),
     ],
 )  # fmt: skip
-async def test_what_a_response_says(answer: bytes, why: str) -> None:
+async def test_readiness_by_response(answer: bytes, why: str) -> None:
     assert await ask(answer) == why
 
 
@@ -96,7 +96,7 @@ async def test_server_that_hangs(answer: bytes) -> None:
     assert await ask(answer, stays_open=True, timeout_s=0.05) == "no response within 0.05 s"
 
 
-async def test_nobody_listens() -> None:
+async def test_no_listener_is_not_ready() -> None:
     async with Server(b"").running() as server:
         port = server.port
     assert await why_not_ready("127.0.0.1", port, "/") == "Connection refused"

@@ -1,5 +1,7 @@
-"""An impostor at the daemon's address: whatever it replies, each command ends with a documented status and at most
-one line on stderr, and no shell runs any part of the reply.
+"""An impostor: another program listens at the daemon's address.
+
+Whatever it replies, each command ends with a documented status and at most one line on stderr, and no shell runs
+any part of the reply.
 """
 
 import itertools
@@ -128,7 +130,7 @@ def impostor(answer: Answer) -> Iterator[str]:
 
 
 def answers(**changed: Any) -> Answer:
-    """Answer as regd does, except for some commands."""
+    """Reply as regd does, except to some commands."""
 
     def answer(cmd: str) -> list[Any]:
         said = changed.get(cmd, REPLIES.get(cmd, {"ok": True}))
@@ -138,7 +140,7 @@ def answers(**changed: Any) -> Answer:
 
 
 def variants(fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a reply without each member, and with each member of another type; also in its instances."""
+    """Yield variants of a reply: a member, or a member of an instance, is missing or has another type."""
     for key, value in fields.items():
         if key in ("ok", "event"):
             continue
@@ -171,9 +173,9 @@ def ran(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 
 
 def test_every_command_with_a_request_is_covered() -> None:
-    # `stop` sends requests only over Unix sockets (tests/system/test_projects.py); `serve` passes replies on as they
-    # are (tests/gateways/test_daemon_connections.py).
-    assert set(LINES) == set(COMMANDS) - {"completion", "help", "init", "manual", "serve", "stop"}
+    # `stop` uses Unix sockets only (tests/system/test_projects.py). `serve` passes replies on unchanged
+    # (tests/gateways/test_daemon_connections.py). `bridge` uses the async client (tests/client/test_impostor.py).
+    assert set(LINES) == set(COMMANDS) - {"bridge", "completion", "help", "init", "manual", "serve", "stop"}
 
 
 IN_PROCESS = [command for command in LINES if command not in ("run", "top")]
@@ -228,7 +230,7 @@ def test_malformed_refusals_and_lines(
         for said[0] in ERRORS:
             status, out, told = ran(address, *flags, *LINES[command])
             assert told.count("\n") == bool(told), told
-            if command == "names":  # says nothing, whatever is wrong
+            if command == "names":  # prints no errors
                 assert (status in (0, 3), told) == (True, "")
             elif command == "where":  # reports what listens there instead of a daemon
                 assert (status, told) == (0, "")
@@ -300,14 +302,14 @@ def test_commands_in_a_process_of_their_own(command: str, flags: list[str], tmp_
 
 
 @pytest.mark.parametrize("member", ["host", "name"])
-def test_eval_of_env_runs_nothing(member: str, tmp_path: Path) -> None:
+def test_eval_of_env_output_runs_no_command(member: str, tmp_path: Path) -> None:
     with impostor(answers(resolve={**REPLIES["resolve"], member: HOSTILE_HOST})) as address:
         done = subprocess.run(
             ["bash", "-c", f'eval "$({sys.executable} -m regd.cli.regctl env db)"; echo "at $DB_HOST"'],
             env=environment(REGD_ADDRESS=address), cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False,
         )  # fmt: skip
     assert not (tmp_path / "pwned").exists()
-    assert done.stdout in (f"at {HOSTILE_HOST}\n", "at \n")  # whole, or refused
+    assert done.stdout in (f"at {HOSTILE_HOST}\n", "at \n")  # the whole host, or nothing
 
 
 @pytest.mark.parametrize("form", ["shell", "docker"])

@@ -1,4 +1,4 @@
-"""What `regd` inherits from its parent (descriptors, signals, limits, variables), and output that it cannot write."""
+"""What `regd` inherits (descriptors, signals, limits, variables), and output that cannot be written."""
 
 import contextlib
 import fcntl
@@ -87,7 +87,7 @@ def test_background_daemon_survives_closed_descriptors(closed: str, tmp_path: Pa
 
 
 def test_closed_standard_descriptors_are_not_reused(tmp_path: Path) -> None:
-    """Otherwise messages for stderr are written into a socket."""
+    """Otherwise messages for stderr could be written to a socket."""
     daemon, path = (
         DaemonProcess(tmp_path / "registry.json", "--port", "off", "--unix", str(tmp_path / "s")),
         tmp_path / "s",
@@ -141,7 +141,7 @@ def test_background_daemon_keeps_inherited_sockets(tmp_path: Path) -> None:
         assert is_up(path)
 
 
-# What cannot be written.
+# Output that cannot be written.
 
 
 @needs_full
@@ -212,7 +212,7 @@ def test_unread_log_does_not_block_the_daemon(tmp_path: Path) -> None:
         assert len(log.read()) > 32_768, "the pipe was full"
 
 
-# Names that an encoding lacks.
+# Paths that an encoding cannot represent.
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_daemon_shuts_down_when_its_terminal_hangs_up(flags: list[str], tmp_path
         stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=has_terminal_as_its_own,
     ) as process:  # fmt: skip
         os.close(theirs)
-        if flags:  # while there is a terminal, SIGHUP reopens the log
+        if flags:  # while the daemon has a terminal, SIGHUP reopens the log
             process.send_signal(signal.SIGHUP)
             block_until(lambda: "log reopened" in log.read_text())
         os.close(ours)
@@ -377,7 +377,7 @@ def test_low_file_limit_is_logged_with_the_number_of_connections(tmp_path: Path)
                 assert reply.get("error") == (None if number < count else "busy")
 
 
-# Places.
+# Folders.
 
 
 @pytest.mark.parametrize("home", ["", "relative", "/nonexistent", "~"])

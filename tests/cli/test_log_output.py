@@ -54,7 +54,7 @@ def test_lines_lost_to_a_full_disk_are_counted(
     def write(fd: int, data: bytes) -> int:
         if fd == output.fd and failing.is_set():
             if len(data) > 20:
-                return real(fd, data[:20])  # it was full in the middle of a line
+                return real(fd, data[:20])  # the disk is full in the middle of a line
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(fd, data)
 

@@ -105,7 +105,7 @@ def test_page_of_regctl_is_complete() -> None:
             ), argument.name
             assert _flat(argument.doc) in _flat(text)
         for line in command.examples:
-            assert f"    {line}\n" in text, line  # as it is typed: with its own quotes and dashes
+            assert f"    {line}\n" in text, line  # with ASCII quotes and dashes, as it is typed
     statuses = _flat(text[text.index("EXIT STATUS") :])
     for status, means in STATUSES.items():
         assert f"{status} {means}" in statuses

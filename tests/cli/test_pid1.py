@@ -89,7 +89,7 @@ def test_exit_status_of_the_command(process: DaemonProcess, script: str, status:
         assert command.process.wait(WAIT_S) == status
 
 
-# A process that ends once its parent has: an orphan, which process 1 adopts.
+# A process that ends once its parent has ended: an orphan, which process 1 adopts.
 ORPHAN = """
 import os
 reading, writing = os.pipe()

@@ -52,7 +52,7 @@ def test_listener_and_its_user(ask: Callable[[str, int], Listener | None], bound
         port = there.getsockname()[1]
         expected = Listener(os.geteuid(), os.fstat(there.fileno()).st_ino)
         assert ask(host, port) == expected
-        with socket.create_connection((host, port)):  # a connection on that port is no listener
+        with socket.create_connection((host, port)):  # a connection on that port is not a listener
             assert ask(host, port) == expected
     assert ask(host, port) is None
 
@@ -65,7 +65,7 @@ def test_dual_stack_socket(ask: Callable[[str, int], Listener | None]) -> None:
         assert found.inode == os.fstat(there.fileno()).st_ino
 
 
-def test_bound_port_has_no_listener() -> None:
+def test_bound_socket_is_not_a_listener() -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         assert listener("127.0.0.1", bound.getsockname()[1]) is None
@@ -106,7 +106,7 @@ def test_overflow_user_is_not_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_root
 def test_user_of_the_command_is_accepted() -> None:
-    """As with `sudo -u`: the command runs as this user, its child as another."""
+    """As with `sudo -u`: the command runs as this user, and its child as another user."""
     code = f"import subprocess; subprocess.run(['sleep', '60'], user={STRANGER})"
     with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as command:
         try:
@@ -153,7 +153,7 @@ def test_port_of_another_user_is_not_registered(process: DaemonProcess, port: st
 
 @needs_root
 def test_command_that_changes_its_user_is_registered(process: DaemonProcess) -> None:
-    imports = "import os, socket, sys"  # before: another user may not be able to read this Python
+    imports = "import os, socket, sys"  # import first: another user may not be able to read this Python
     code = COMMAND.replace(imports, f'{imports}; "".encode("idna"); os.setuid({STRANGER})')
     with running(process, "web", "--", sys.executable, "-c", code) as command:
         port = int(command.line())

@@ -360,7 +360,7 @@ def test_watch_survives_a_restart_and_prints_differences(
     assert watching.stderr is not None
 
     def told() -> tuple[str, str]:
-        """Return the kind and the name of the next event of an instance."""
+        """Return the kind and the name of the next event about an instance."""
         while True:
             assert watching.stdout is not None
             line = watching.stdout.readline()
@@ -470,7 +470,7 @@ def test_full_stdout_is_an_error(line: str, peopled: DaemonProcess) -> None:
 
 @pytest.mark.sample(5)
 @pytest.mark.parametrize("line", SAY)
-def test_unread_pipe_is_no_error(line: str, peopled: DaemonProcess) -> None:
+def test_pipe_without_a_reader_is_not_an_error(line: str, peopled: DaemonProcess) -> None:
     done = shell(peopled, f"regctl {line} >&9")
     status = {"lst --json": 2, "resolve nobody --json": 1}.get(line, 0)
     assert done.stderr == ""
@@ -514,7 +514,7 @@ def test_broken_output_does_not_change_the_effect(peopled: DaemonProcess) -> Non
         "for to in /dev/full '&9' '&-'; do eval \"regctl register shop-db 1 2>$to >$to\"; done; regctl ls shop*",
     )
     assert done.stdout == "shop-db\t-\t127.0.0.1:1\tready\t-\n"
-    script = "regctl register shop.db 1 >/dev/null; regctl env shop-db shop.db"  # leaves one out, with a warning
+    script = "regctl register shop.db 1 >/dev/null; regctl env shop-db shop.db"  # warns: one left out
     assert (
         len({shell(peopled, f"{script} {end}; echo $?").stdout for end in ("2>/dev/null", "2>&9", "2>&-")}) == 1
     )
@@ -528,7 +528,7 @@ def test_closed_stdout(peopled: DaemonProcess, command: str) -> None:
 
 @pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- >&- 2>&-"])
 def test_nothing_is_written_into_a_reused_descriptor(closed: str, peopled: DaemonProcess) -> None:
-    """Otherwise the connection to the daemon would get descriptor 0, 1 or 2."""
+    """Otherwise the connection to the daemon could get descriptor 0, 1 or 2."""
     for command in ("resolve nobody", "list", "watch nobody --address 127.0.0.1:1", "register x 1"):
         shell(peopled, f"regctl {command} {closed}")
     with BlockingConnection(peopled.addresses[0]) as peer:

@@ -58,17 +58,15 @@ def test_signal_ends_the_daemon_cleanly(process: DaemonProcess, number: signal.S
         assert "Traceback" not in errors
         assert peer.recv(4_096) == b""
     assert "db" in json.loads(process.registry.read_bytes())
-    process.start()  # the same port, at once
+    process.start()  # on the same port, at once
     with socket.create_connection(("127.0.0.1", process.port)) as peer:
         peer.sendall(b"resolve db\n")
         assert b'"port":1' in peer.recv(4_096)
 
 
 @pytest.mark.parametrize("writes_first", [False, True])
-def test_a_daemon_whose_registry_another_has_taken_over_ends_and_writes_nothing(
-    process: DaemonProcess, writes_first: bool
-) -> None:
-    """The folder was removed and made again, as `git clean -fdx` does, and another daemon started there."""
+def test_daemon_ends_if_another_has_taken_over_its_registry(process: DaemonProcess, writes_first: bool) -> None:
+    """It writes nothing. The folder was removed and created again, and another daemon was started there."""
 
     def register(daemon: DaemonProcess, name: str) -> bytes:
         with socket.create_connection(("127.0.0.1", daemon.port)) as peer:
@@ -234,8 +232,8 @@ def test_startup_error_is_in_the_log_and_on_stderr(process: DaemonProcess, tmp_p
 
 def test_background_daemon_listens_when_the_command_returns(tmp_path: Path) -> None:
     daemon = DaemonProcess(tmp_path / "registry.json", "--log", str(tmp_path / "log"))
-    with demand(tmp_path) as place:  # which ends it
-        status, out, errors = run(daemon, "--port", "0", "--background")  # its pipes end: nobody else has them
+    with demand(tmp_path) as place:  # which ends the daemon
+        status, out, errors = run(daemon, "--port", "0", "--background")  # reads until EOF
         assert (status, errors) == (0, "")
         assert place.daemons() == {int((tmp_path / "registry.json.lock").read_text().split()[0])}
         port = int(out.splitlines()[0].rpartition(":")[2])

@@ -29,9 +29,10 @@ from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, environment
 from tests.support.polling import block_until
 
 REGCTL = [sys.executable, "-m", "regd.cli.regctl"]
-START_S = 30.0  # for a server, on a busy machine
+START_S = 30.0  # for the start of a server on a busy machine
 
-# Reads a line, and handles signals meanwhile. A signal just before a read would not interrupt it.
+# Reads a line, and handles signals that arrive in the meantime. A signal just before a plain read would not
+# interrupt it.
 LINE = """
 import os, select, signal, socket, sys
 
@@ -50,7 +51,8 @@ def line():
             break
     return text.decode()
 """
-# Says its number and port, waits for a line before it listens, and then says what it is told by signals and lines.
+# Prints its pid and port, waits for a line before it listens, and then prints the signals and lines that it
+# receives.
 COMMAND = f"""{LINE}
 from regd_client import blocking
 
@@ -177,7 +179,7 @@ SERVERS = {
 INHERITING = {
     "uvicorn": [sys.executable, "-m", "uvicorn", "--fd", "3", "tests.cli.webapp:asgi"],
     "hypercorn": [sys.executable, "-m", "hypercorn", "--bind", "fd://3", "tests.cli.webapp:asgi"],
-    "gunicorn": [sys.executable, "-m", "gunicorn", "tests.cli.webapp:wsgi"],  # uses LISTEN_FDS itself
+    "gunicorn": [sys.executable, "-m", "gunicorn", "tests.cli.webapp:wsgi"],  # gunicorn uses LISTEN_FDS itself
 }
 
 
@@ -204,9 +206,9 @@ def test_servers_listen_on_the_reserved_port(
 def test_servers_with_a_passed_socket(process: DaemonProcess, peer: BlockingConnection, server: str) -> None:
     with running(process, "web", "--socket", "--", *INHERITING[server]) as command:
         while not command.told().startswith("regctl: web is registered at 127.0.0.1:"):
-            assert command.process.poll() is None  # stderr has its own messages too
+            assert command.process.poll() is None  # stderr also has messages of the server
         [(_, _, port)] = names(peer)
-        assert b" 200 " in status_line(port)  # however long it takes to start
+        assert b" 200 " in status_line(port)  # waits until the server has started
         command.process.terminate()
         assert command.process.wait(START_S) in (0, -signal.SIGTERM)
     assert names(peer) == []
@@ -327,13 +329,13 @@ def test_name_is_deregistered_before_a_signal_is_passed_on(process: DaemonProces
         for number in (signal.SIGUSR1, signal.SIGHUP):
             command.process.send_signal(number)
             assert command.line() == f"{number.name} 127.0.0.1:{port}"
-        for number in (signal.SIGTERM, signal.SIGINT):  # the second when the name is gone
+        for number in (signal.SIGTERM, signal.SIGINT):  # the second is sent once the name is gone
             command.process.send_signal(number)
             assert command.line() == f"{number.name} nobody"
         command.end(3)
 
 
-# Says how many SIGINT it has received when it is told to end.
+# Prints how many SIGINT it has received, when it is told to end.
 COUNT = """
 import os, signal, socket
 received = []
@@ -350,7 +352,7 @@ def test_signal_of_a_process_manager_to_the_group_is_not_passed_on(
 ) -> None:
     with running(process, "web", "--", sys.executable, "-c", COUNT) as command:
         assert "is registered" in command.told()
-        send = f"kill -INT -{command.process.pid}; read"  # a process manager is still there afterwards
+        send = f"kill -INT -{command.process.pid}; read"  # the manager continues to run
         with subprocess.Popen([sender, "-c", send], executable="/bin/bash", stdin=subprocess.PIPE) as manager:
             block_until(lambda: names(peer) == [])
             time.sleep(0.5)  # regctl forwards a signal after 0.1 s
@@ -393,7 +395,7 @@ def test_ctrl_c_reaches_the_command_once(process: DaemonProcess) -> None:
         os.write(terminal, b"\x03")
         read_until("SIGINT ")
         os.write(terminal, b"5\n")
-        with contextlib.suppress(OSError):  # the terminal closes when they end
+        with contextlib.suppress(OSError):  # the terminal closes when the processes end
             while part := os.read(terminal, 4_096):
                 shown += part.decode()
         assert shown.count("SIGINT ") == 1
@@ -403,7 +405,7 @@ def test_ctrl_c_reaches_the_command_once(process: DaemonProcess) -> None:
 
 
 def test_hangup_reaches_the_command(process: DaemonProcess, tmp_path: Path) -> None:
-    """The kernel sends SIGHUP to the session leader only: regctl, under `ssh -t` and `xterm -e`."""
+    """The kernel sends SIGHUP only to the session leader, which is regctl under `ssh -t` and `xterm -e`."""
     heard = tmp_path / "heard"
     os.mkfifo(heard)
     code = "import signal, sys; signal.sigwait({signal.SIGHUP}); open(sys.argv[1], 'w').write('SIGHUP')"
@@ -433,7 +435,7 @@ def test_hangup_reaches_the_command(process: DaemonProcess, tmp_path: Path) -> N
             os.killpg(pid, signal.SIGKILL)
 
 
-# Says its name and each signal that it gets, and ends at a line.
+# Prints its name and each signal that it receives, and ends when it reads a line.
 LISTENER = f"""{LINE}
 def heard(number, frame):
     os.write(1, b"%d\\n" % number)  # print is not reentrant, and another signal may come meanwhile
@@ -482,7 +484,7 @@ def test_job_control_stops_regctl_and_resumes_it(process: DaemonProcess, number:
                 os.killpg(made.pid, signal.SIGKILL)
 
 
-# Starts regctl as a parent does that has its own mind about signals.
+# Starts regctl with signals ignored or blocked, as some parents do.
 INHERITED = """
 import os, signal, sys
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -546,7 +548,7 @@ def test_blocked_signal_is_passed_on(process: DaemonProcess) -> None:
 
 @pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-", "a pipe that nobody reads"])
 def test_name_stays_with_a_broken_stderr(process: DaemonProcess, peer: BlockingConnection, stderr: str) -> None:
-    """And stdout has only the output of the command."""
+    """stdout has only the output of the command."""
     reading, writing = os.pipe()
     os.close(reading)
     if not stderr.startswith("2>"):
@@ -567,7 +569,7 @@ def test_name_stays_with_a_broken_stderr(process: DaemonProcess, peer: BlockingC
             peer.ask("deregister", name="web")  # regctl reports that it has lost the name
             made.send_signal(signal.SIGUSR1)
             assert command.line() == "SIGUSR1 nobody"
-            command.type("127.0.0.1")  # where it cannot listen, since it uses the port already
+            command.type("127.0.0.1")  # the command cannot listen there, since it already uses the port
             assert made.stdout is not None
             assert made.stdout.read() == ""
             assert made.wait(WAIT_S) == 1
@@ -591,7 +593,7 @@ def test_status_with_a_broken_stderr(process: DaemonProcess, stderr: str) -> Non
 
 
 def test_signal_after_a_sent_one_is_not_lost(process: DaemonProcess) -> None:
-    """Neither while the first signal is held back, nor another signal in the meantime."""
+    """Neither that signal nor another one in between is lost while the first signal is delayed."""
     with running(process, "web", "--", sys.executable, "-c", LISTENER) as command:
         assert command.line() == "waits"
         for number in (signal.SIGTERM, signal.SIGWINCH, signal.SIGUSR1, signal.SIGINT):
@@ -775,7 +777,7 @@ def port_of(command: Running) -> int:
 
 
 def listen_and_end(command: Running) -> None:
-    """Let the command listen, be registered, and end."""
+    """Let the command listen, wait until it is registered, and end it."""
     command.type("127.0.0.1")
     assert " is registered at 127.0.0.1:" in command.told()
     command.end()
@@ -812,7 +814,7 @@ def test_port_that_another_program_has_taken(process: DaemonProcess) -> None:
 
 @pytest.mark.parametrize("options", [[], ["--socket"]])
 def test_two_runs_of_one_name_at_once_have_two_ports(process: DaemonProcess, options: list[str]) -> None:
-    """Both find the same port in the history."""
+    """Both find the same last port in the history."""
     with running(process, "web", "--", *PROGRAM) as command:
         port = port_of(command)
         listen_and_end(command)
@@ -826,7 +828,7 @@ def test_two_runs_of_one_name_at_once_have_two_ports(process: DaemonProcess, opt
 
 
 def test_port_of_an_ended_server_is_taken_again(process: DaemonProcess, peer: BlockingConnection) -> None:
-    """Connections that the server has closed keep the port busy for a minute, for those without SO_REUSEADDR."""
+    """Closed connections of the server keep the port busy for a minute, for sockets without SO_REUSEADDR."""
     code = "import os, socket; sock = socket.create_server(('127.0.0.1', int(os.environ['PORT']))); print(0, os.environ['PORT'], flush=True)\nwhile True: sock.accept()[0].close()"
     ports = []
     for _ in range(2):
@@ -859,7 +861,7 @@ def free_port() -> str:
     ("more", "counts"),
     [
         ({}, True),
-        ({"REGD_RUN_PORT": "1"}, True),  # set between an outer regctl run and this one
+        ({"REGD_RUN_PORT": "1"}, True),  # $PORT was set between an outer regctl run and this one
         ({"REGD_RUN_PORT": "same"}, False),
         ({"HONCHO_PROCESS_NAME": "web.1"}, False),
         ({"FOREMAN_WORKER_NAME": "web.1"}, False),
@@ -880,7 +882,7 @@ def test_environment_without_a_port(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["80a", "65536", "-1", "tcp://10.0.0.1:80"])
-def test_port_of_the_environment_that_is_none(text: str) -> None:
+def test_invalid_port_in_the_environment_is_an_error(text: str) -> None:
     with pytest.raises(NotRun, match="which is no port") as failure:
         port_in({"PORT": text})
     assert failure.value.status == 2
@@ -905,7 +907,7 @@ def test_inner_run_has_a_port_of_its_own(process: DaemonProcess) -> None:
         assert outer not in command.line().split()
 
 
-def test_copies_get_numbers_and_take_them_again(process: DaemonProcess, peer: BlockingConnection) -> None:
+def test_copies_get_their_numbers_again_after_a_restart(process: DaemonProcess, peer: BlockingConnection) -> None:
     def instances() -> list[str]:
         return [instance["instance"] for instance in peer.ask("list")["instances"]]
 

@@ -51,7 +51,7 @@ def press(look: ViewState, made: Table, *keys: str) -> bool:
     return [look.press(key, made.shown(look.sort, look.reverse, look.words)) for key in keys][-1]
 
 
-# Rows and news.
+# Rows and events.
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_orders_and_filter() -> None:
     assert names(made, look)[0] == "d"
 
 
-# Figures.
+# Rates and other figures.
 
 
 def test_rates_are_per_second_of_the_daemons_uptime() -> None:
@@ -184,7 +184,7 @@ def test_selection_follows_its_instance() -> None:
     assert look.selected == ("c", "")
     made.take("down", ("c", ""), None, 0.0)
     look.settle(made.shown("name", False, ""))
-    assert look.selected == ("d", "")  # what is in its place
+    assert look.selected == ("d", "")  # the row that is now in its place
     press(look, made, "G")
     assert (look.selected, look.first) == (("f", ""), 2)
     press(look, made, "pageup")
@@ -292,8 +292,8 @@ def test_address_is_never_truncated(host: str, width: int) -> None:
     address = made.rows["another-name-that-is-rather-long", "two"].address
     shown = drawn(made, size=(width, 24), now=5.0)
     assert [address in line for line in shown[4:6]] == [True, True]
-    assert [line.split()[0] for line in shown[4:6]] != [address] * 2  # the name has some room, too
-    assert not any(":" in line for line in drawn(made, size=(20, 24))[3:6])  # whole, or not at all
+    assert [line.split()[0] for line in shown[4:6]] != [address] * 2  # the name is shown, too
+    assert not any(":" in line for line in drawn(made, size=(20, 24))[3:6])  # whole or not at all
     [news] = [line for line in shown if " ago  " in line]
     assert news.endswith(f": {address}") or width < 60
     assert all(address in line for line in texts(whole(made, ViewState(), HERE, 5.0, WALL))[4:6])

@@ -15,7 +15,7 @@ from regd_client.blocking import BlockingConnection
 from tests.support.daemon import DaemonProcess, environment
 from tests.support.terminal import SEEN_S, Terminal
 
-SELDOM = ("--interval", "3600")  # so that nothing is drawn or asked but for a key, an event, or a size
+SELDOM = ("--interval", "3600")  # so that only a key, an event or a new size causes a request or a frame
 WITHOUT = "sys.modules['prompt_toolkit'] = None"  # as if the extra were not installed
 Top = Callable[..., Terminal]
 
@@ -49,7 +49,7 @@ def listed(terminal: Terminal) -> list[str]:
     return [row[2:].split()[0] for row in rows[:end]]
 
 
-def test_instances_come_and_leave(peer: BlockingConnection, top: Top) -> None:
+def test_instances_appear_and_disappear(peer: BlockingConnection, top: Top) -> None:
     register(peer, "db", "web", hold=True, pid=os.getpid(), ttl=60)
     with top() as terminal:
         terminal.wait_for("regd at 127.0.0.1:", "2 instances of 2 services", "recent events", "requests ", "lag ")
@@ -89,7 +89,7 @@ def test_sort_select_and_filter(peer: BlockingConnection, top: Top) -> None:
         terminal.wait_until(
             lambda: "1 of 3 instances" in terminal.text and terminal.lines[-1].startswith("/START_")
         )
-        terminal.type("q\x7f\r")  # `q` is a letter here
+        terminal.type("q\x7f\r")  # here `q` is only a letter
         terminal.wait_until(lambda: terminal.lines[-1].startswith("/START  q quit"))
         terminal.type("\x1b")
         terminal.wait_until(lambda: listed(terminal) == ["a", "b", "c"])
@@ -140,7 +140,7 @@ def test_sizes(peer: BlockingConnection, top: Top, before: str) -> None:
             terminal.wait_until(functools.partial(fits, terminal, width, height))
 
 
-def test_the_daemons_restart(process: DaemonProcess, peer: BlockingConnection, top: Top) -> None:
+def test_restart_of_the_daemon(process: DaemonProcess, peer: BlockingConnection, top: Top) -> None:
     register(peer, "db", "web")
     with top() as terminal:
         terminal.wait_for("2 instances")
@@ -156,7 +156,9 @@ def test_the_daemons_restart(process: DaemonProcess, peer: BlockingConnection, t
 
 
 @pytest.mark.parametrize("before", ["pass", WITHOUT])
-def test_peers_texts_reach_the_terminal_escaped(peer: BlockingConnection, top: Top, before: str) -> None:
+def test_texts_of_other_programs_reach_the_terminal_escaped(
+    peer: BlockingConnection, top: Top, before: str
+) -> None:
     register(peer, "db", meta={"note": "\x1b]0;mine\x07\x1b[31m\u202ered\x9b2J"})
     with top(before=before, width=140) as terminal:
         terminal.wait_for(r"note=\x1b]0;mine\x07\x1b[31m\u202ered\x9b2J")
@@ -164,7 +166,7 @@ def test_peers_texts_reach_the_terminal_escaped(peer: BlockingConnection, top: T
             assert wild not in terminal.raw
 
 
-def test_a_signal_restores_the_terminal_too(peer: BlockingConnection, top: Top) -> None:
+def test_signal_restores_the_terminal(peer: BlockingConnection, top: Top) -> None:
     with top() as terminal:
         terminal.wait_for("nothing is registered")
         terminal.process.send_signal(signal.SIGTERM)
@@ -175,7 +177,7 @@ def test_a_signal_restores_the_terminal_too(peer: BlockingConnection, top: Top) 
 # Without the extra.
 
 
-def test_a_plain_table(process: DaemonProcess, peer: BlockingConnection, top: Top) -> None:
+def test_plain_table_without_prompt_toolkit(process: DaemonProcess, peer: BlockingConnection, top: Top) -> None:
     register(peer, "db")
     with top(before=WITHOUT) as terminal:
         terminal.wait_for("1 instance of 1 service", "pip install prompt_toolkit")
@@ -211,7 +213,7 @@ def piped(process: DaemonProcess, *argv: str, **variables: str) -> "subprocess.C
     )  # fmt: skip
 
 
-def test_one_frame_and_the_end(process: DaemonProcess, peer: BlockingConnection) -> None:
+def test_without_a_terminal_one_frame_is_printed(process: DaemonProcess, peer: BlockingConnection) -> None:
     register(peer, "db", "web", meta={"note": "\x1b[31mred" + 100 * "x"})
     done = piped(process, "d*")
     assert (done.returncode, done.stderr) == (0, "")
@@ -243,7 +245,7 @@ def test_json_is_one_object(process: DaemonProcess, peer: BlockingConnection) ->
     assert said["stats"]["registrations"] == 2
 
 
-def test_what_goes_wrong_at_the_beginning(process: DaemonProcess) -> None:
+def test_errors_at_the_start(process: DaemonProcess) -> None:
     done = piped(process, "*x")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("regctl: ")
@@ -253,7 +255,7 @@ def test_what_goes_wrong_at_the_beginning(process: DaemonProcess) -> None:
     assert "start one with `regd`" in done.stderr
 
 
-def test_other_commands_import_nothing_of_it(process: DaemonProcess) -> None:
+def test_other_commands_do_not_import_top(process: DaemonProcess) -> None:
     code = "import sys; from regd.cli.regctl import main; main(); print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code, "list", "x*"],
@@ -264,7 +266,7 @@ def test_other_commands_import_nothing_of_it(process: DaemonProcess) -> None:
     assert not [module for module in loaded if module.startswith(("regd.cli.top", "prompt_toolkit", "asyncio"))]
 
 
-def test_a_terminal_that_can_nothing_gets_one_frame(process: DaemonProcess, top: Top) -> None:
+def test_dumb_terminal_gets_one_frame(process: DaemonProcess, top: Top) -> None:
     with top(TERM="dumb") as terminal:
         assert terminal.wait_for_exit() == 0
         assert "nothing is registered" in terminal.text
