@@ -18,7 +18,7 @@ __all__ = [
     "copy_meta",
 ]
 
-AUTO = "auto"  # the instance of a copy that gets a number
+AUTO = "auto"  # the instance name with which a copy of a service gets a number
 WAIT_S_MAX = 3_600.0
 _TIMEOUT_S_MAX = 86_400.0
 

@@ -33,12 +33,12 @@ T = TypeVar("T")
 
 __all__ = ["IDLE_EXIT_S", "LOG_MIB", "NOT_STARTED", "Autostart", "is_gone", "until_open"]
 
-IDLE_EXIT_S = 300  # longer than a manual restart of all services takes
-LOG_MIB = 4  # the largest size of the log; then it is rotated
+IDLE_EXIT_S = 300  # longer than it takes to restart all services by hand
+LOG_MIB = 4  # the log is rotated at this size
 NOT_STARTED = "not_started"  # code of the error for a daemon that could not be started
 _DEFAULT_PORT = protocol.parse_address(protocol.DEFAULT_ADDRESS).port
 _PAUSE_S = (0.02, 0.05)  # between attempts to connect: in the process that starts the daemon, and in the others
-_STARTS_MAX = 3  # if the daemon starts, but cannot be reached
+_STARTS_MAX = 3  # attempts, if the daemon starts but cannot be reached
 _RETRY_S = 5.0  # after a failure, until the next attempt to start
 _LOG_BYTES = 4_096  # read from the end of the log, to find its last line
 _GONE = (errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ENOENT)
@@ -53,10 +53,10 @@ _failures: dict[str, tuple[float, str]] = {}  # by address: the time of the next
 
 
 def is_gone(error: OSError) -> bool:
-    """Return whether the error means that no process listens, not that a peer is slow or a host unknown."""
+    """Return whether the error means that no process listens, and not that a host is slow or unknown."""
     if isinstance(error, (TimeoutError, RegdError)):
         return False
-    # errno is None if asyncio combined several errors, or if the peer closed the connection.
+    # errno is None if asyncio combined several errors, or if the other end closed the connection.
     return error.errno in _GONE or error.errno is None
 
 
@@ -110,7 +110,7 @@ class Autostart:
         retry_at, failure = _failures.get(str(self._address), (0.0, ""))
         if time.monotonic() < retry_at:
             raise Unavailable(failure, NOT_STARTED)
-        if not self._program:  # find the program first: without it, create no folders and files
+        if not self._program:  # find the program before creating folders and files
             self._program = self._find_program()
             if self._address.project:
                 self._check_project()
@@ -138,7 +138,7 @@ class Autostart:
         """Check that the folder has not been removed or replaced since the search.
 
         Raises:
-            Unavailable: it has; `code` is `not_started`.
+            Unavailable: the folder was removed or replaced; `code` is `not_started`.
         """
         folder = self._address.project
         why = project.fault(folder)
@@ -149,7 +149,7 @@ class Autostart:
 
     def _step(self) -> float:
         if self._lock is None:
-            if not self._address.project:  # do not make the folder of a project registry that was removed
+            if not self._address.project:  # do not create the folder of a removed project registry again
                 os.makedirs(os.path.dirname(self._registry), mode=0o700, exist_ok=True)
             self._lock = _lock_file(self._registry + ".start")
             return _PAUSE_S[1] if self._lock is None else 0.0  # the previous owner may have started a daemon
@@ -182,7 +182,7 @@ class Autostart:
                 stderr=log,
                 cwd="/",
                 env=environment,
-                start_new_session=True,  # Ctrl-C in the terminal does not reach it
+                start_new_session=True,  # so that Ctrl-C in the terminal does not reach the daemon
             )
         finally:
             os.close(log)
@@ -239,7 +239,7 @@ class Autostart:
     def _last_line(self) -> str:
         with open(self._log, "rb") as log:
             size = os.fstat(log.fileno()).st_size
-            begin = self._log_from if self._log_from <= size else 0  # smaller after a rotation
+            begin = self._log_from if self._log_from <= size else 0  # the log is smaller after a rotation
             log.seek(max(begin, size - _LOG_BYTES))
             lines = log.read().decode(errors="replace").split("\n")
         return next((line.removeprefix("regd: ") for line in reversed(lines) if line.strip()), "")
@@ -247,16 +247,15 @@ class Autostart:
     def close(self) -> None:
         """Release the lock. A process that was started continues."""
         if self._lock is not None:
-            fcntl.flock(
-                self._lock, fcntl.LOCK_UN
-            )  # close() would not unlock if a forked child has the descriptor
+            # While a forked child has the descriptor, close() does not unlock the file.
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
             os.close(self._lock)
             self._lock = None
         process, self._process = self._process, None
         if process is not None and process.poll() is None:
             import threading
 
-            # Reap the process when it ends.
+            # Reap the process when it ends, so that it does not become a zombie.
             threading.Thread(target=process.wait, name="regd-client-started", daemon=True).start()
 
 
@@ -271,7 +270,7 @@ def _home() -> str:
 
 
 def _registry(address: protocol.Address) -> str:
-    """Return the name of the registry file: `registry.json` for the default port, else one with the address."""
+    """Return the name of the registry file: `registry.json` for the default port, else with the address in it."""
     if address.path:
         return f"registry-unix-{zlib.crc32(os.fsencode(address.path)):08x}.json"
     return "registry.json" if address.port == _DEFAULT_PORT else f"registry-{address.port}.json"
@@ -336,7 +335,7 @@ def _package_folder() -> str | None:
 
 
 def _daemon_environment() -> dict[str, str]:
-    """Return the environment for the daemon: this process's, without what is meant for this process alone."""
+    """Return the environment for the daemon: this process's, without variables that are meant for it alone."""
     environment = {
         key: value
         for key, value in os.environ.items()

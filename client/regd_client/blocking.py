@@ -100,7 +100,7 @@ class LoopThread:
         """
         if self.pid == os.getpid():  # in a forked child, the lock may be held forever
             with self._lock:
-                if not self._ended:  # after that, imports may fail: a `__del__` can run very late
+                if not self._ended:  # later, imports may fail, since a `__del__` can run very late
                     import asyncio
 
                     return asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -121,7 +121,7 @@ class LoopThread:
         return Unavailable(_EXITING)
 
     def _end(self) -> None:
-        """Cancel all tasks at the end of the process. Its registrations end with it."""
+        """Cancel all tasks at the end of the process, which also ends its registrations."""
         if self.pid != os.getpid():
             return
         with self._lock:
@@ -146,7 +146,7 @@ async def _cancel_all() -> None:
 
 
 _EXITING = "this process is exiting; regd_client.blocking can no longer be used"
-# The last thread is this process's. After a fork, the threads of the parent processes precede it.
+# The last thread belongs to this process. After a fork, the threads of the parent processes precede it.
 _threads: list[LoopThread] = []
 _starting = threading.Lock()
 

@@ -20,7 +20,7 @@ from regd_client.errors import Unavailable
 
 __all__ = ["BlockingConnection"]
 
-_EVENTS_MAX = 10_000  # that may arrive before a reply
+_EVENTS_MAX = 10_000  # the most events that may arrive before a reply
 
 
 class BlockingConnection:
@@ -45,7 +45,7 @@ class BlockingConnection:
     ) -> None:
         self.address = address if isinstance(address, protocol.Address) else protocol.find_address(address)
         self._input = b""  # received, and not yet decoded
-        self._events: list[dict[str, Any]] = []  # that arrived before a reply
+        self._events: list[dict[str, Any]] = []  # events that arrived before a reply
         self._timeout_s = timeout_s
         with self._os_errors_as_unavailable():
             self._open(autostart and protocol.autostart_wanted(self.address))
@@ -68,7 +68,7 @@ class BlockingConnection:
             autostart.until_open(self.address, self._timeout_s, self._connect_and_ping)
 
     def _connect_and_ping(self) -> None:
-        """Connect and ping the daemon. A daemon that is exiting for being idle does not answer."""
+        """Connect and ping the daemon: while it exits for being idle, it accepts but does not answer."""
         self._socket = self._connect(self._timeout_s)
         try:
             self._socket.sendall(protocol.encode_request("ping", None, {}))
@@ -86,7 +86,8 @@ class BlockingConnection:
         if self.address.path:
             with protocol.connectable(self.address.path) as path:
                 return _connect(make_socket(AF_UNIX, SOCK_STREAM), path, timeout_s)
-        # Pass an ASCII host as bytes: a string would import the idna codec, which takes longer than all the rest.
+        # Pass an ASCII host as bytes: for a string, Python would import the idna codec, which takes longer than
+        # the rest.
         host = self.address.host
         last_error = OSError("no address")
         for family, *_, address in resolve(
@@ -172,7 +173,7 @@ class BlockingConnection:
             raise protocol.unavailable(self.address, error.strerror or str(error)) from error
 
     def _read_line(self, until: float | None = None) -> bytes:
-        """Return the next line. With `until`, a value of `time.monotonic`, fail if it comes later."""
+        """Return the next line. Fail if the line has not arrived by `until`, a value of `time.monotonic`."""
         parts = [self._input]
         size = 0
         while b"\n" not in parts[-1]:

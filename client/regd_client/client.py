@@ -31,10 +31,10 @@ from regd_client.watches import EventQueue, WatchState
 
 __all__ = ["Client"]
 
-_REPLY_S = 1.0  # for the daemon's reply, after `wait` has passed
-_CONNECT_S_MIN = 0.5  # to connect, even if less of `wait` is left
+_REPLY_S = 1.0  # time for the daemon's reply after `wait` has passed
+_CONNECT_S_MIN = 0.5  # time to connect, even if less of `wait` is left
 _PAUSE_S = 0.02  # maximum random pause before a `resolve` with `wait` reconnects
-_SYNC_S = 15.0  # for the first complete copy of a mirror
+_SYNC_S = 15.0  # default time for the first complete copy of a mirror
 
 T = TypeVar("T")
 
@@ -453,7 +453,7 @@ class Client:
             return [endpoint_of(fields) for fields in reply["instances"]]
         instances = await self._instances(name, meta)
         endpoints = [endpoint_of(fields) for fields in instances if fields["state"] == "ready"]
-        return sorted(endpoints, key=lambda endpoint: endpoint.priority)  # they are in order of instance
+        return sorted(endpoints, key=lambda endpoint: endpoint.priority)  # the daemon sorts by instance only
 
     async def instances(
         self, pattern: str = "*", *, meta: Mapping[str, str] | None = None, timeout: float | None = None
@@ -519,10 +519,10 @@ class Client:
     async def _watch(
         self, pattern: str, meta: dict[str, str] | None, timeout: float | None, close: bool = False
     ) -> AsyncGenerator[Event, None]:
-        """Yield events. With `close`, the client was created for this watch, and is closed with it.
+        """Yield events. With `close`, the client was created for this watch and is closed with it.
 
-        It uses no other async generator: an event loop that ends closes all its generators at once, so an inner
-        one could be closed first.
+        This must not iterate over another async generator: an event loop that ends closes all generators at
+        once, so the inner generator could be closed first.
         """
         self._check_fork()
         queue = EventQueue()
@@ -596,7 +596,7 @@ class Client:
             raise await connection.explained(error, cmd, arguments) from None
 
     def _check_fork(self) -> None:
-        """In a forked child, drop the connection, registrations and watches: they belong to the parent."""
+        """In a forked child, drop the connection, registrations and watches, since they belong to the parent."""
         if self._pid != os.getpid():
             self._reset()
 

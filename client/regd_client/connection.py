@@ -19,16 +19,16 @@ from regd_client.protocol import Address
 
 __all__ = ["Connection", "OnFields", "OnLost", "abort_all"]
 
-HANGS_S = 9.0  # a daemon that sends nothing for this long, while a request is pending, is considered hung
-_RECHECK_S = 0.25  # until the second check: an event loop that was blocked must first read its input
-_CLOSE_S = 1.0  # for the daemon to read the remaining output
+HANGS_S = 9.0  # a daemon that sends nothing for this long while a request waits is considered hung
+_RECHECK_S = 0.25  # before a second check, since an event loop that was blocked must first read its input
+_CLOSE_S = 1.0  # time for the daemon to read the remaining output
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER with a timeout of 0: close() sends a reset (socket(7))
 _CHUNK_BYTES = 16_384  # maximum size of one read
 
 OnFields = Callable[[dict[str, Any]], None]
 
 
-class _Pending(NamedTuple):
+class _WaitingRequest(NamedTuple):
     """A request that waits for its reply, which is due at `due_at` (`time.monotonic`)."""
 
     reply: "asyncio.Future[dict[str, Any]]"
@@ -52,18 +52,18 @@ class Connection(asyncio.BufferedProtocol):
     def __init__(self, address: Address, on_lost: "OnLost") -> None:
         self.address = address
         self.heard_at = time.monotonic()
-        self.received = False  # whether the peer has sent any byte
+        self.received = False  # whether the other end has sent any byte
         self.ended_at: float | None = None
         self.shares_processes: bool | None = None
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._pending: dict[int, _Pending] = {}  # by id
+        self._waiting: dict[int, _WaitingRequest] = {}  # by id
         self._on_reply: dict[int, OnFields | None] = {}  # by id; None: the watch was ended before the reply
         self._watches: dict[int, OnFields] = {}
         self._id = 0
         self._output: list[bytes] = []
-        self._single = False  # at the last flush, only one request was pending
+        self._single = False  # at the last flush, only one request was waiting
         # All input goes through this buffer. asyncio would allocate 256 KiB for each read, for which malloc often
         # calls mmap and munmap. That takes 20 of the 90 µs of a request.
         self._chunk = memoryview(bytearray(_CHUNK_BYTES))
@@ -116,14 +116,14 @@ class Connection(asyncio.BufferedProtocol):
         line = protocol.cached_request(cmd, self._id, arguments)
         reply = self._loop.create_future()
         due_at = time.monotonic() + (arguments.get("wait") or 0.0)
-        self._pending[self._id] = _Pending(reply, due_at, cached, cmd, arguments)
+        self._waiting[self._id] = _WaitingRequest(reply, due_at, cached, cmd, arguments)
         if on_reply is not None:
             self._on_reply[self._id] = on_reply
         if self._watchdog is None:
             self._watchdog = self._loop.call_later(HANGS_S, self._check)
         self._output.append(line)
-        if self._single and len(self._pending) == 1:
-            self._flush()  # probably a single caller, so there is nothing to send together with this request
+        if self._single and len(self._waiting) == 1:
+            self._flush()  # there is probably only one caller, so no other request to send with this one
         elif len(self._output) == 1:
             self._loop.call_soon(self._flush)
         return reply
@@ -155,7 +155,7 @@ class Connection(asyncio.BufferedProtocol):
             self.post("unwatch", {"watch": watch})
 
     def abort(self, why: str, ended_at: float | None = None) -> None:
-        """Abort the connection. Pending requests fail with `why` in their error."""
+        """Abort the connection. Requests that wait fail with `why` in their error."""
         self._break(protocol.unavailable(self.address, why), ended_at)
         if self._transport is not None:
             self._transport.abort()
@@ -181,16 +181,16 @@ class Connection(asyncio.BufferedProtocol):
         await asyncio.shield(self.closed)
 
     def _reset_if_only_waiting(self) -> None:
-        """Close with a reset if only requests with `wait` are pending, so that the daemon drops them at once.
+        """Close with a reset if only requests with `wait` have no reply, so that the daemon drops them at once.
 
-        After an ordinary close, the daemon would keep them: it cannot distinguish a closed socket from a peer
-        that has only stopped sending.
+        After an ordinary close the daemon would keep them, because a client that has closed its socket looks
+        like one that has only stopped sending.
         """
         now = time.monotonic()
         if (
             not self.usable
-            or not self._pending
-            or any(pending.due_at <= now for pending in self._pending.values())
+            or not self._waiting
+            or any(request.due_at <= now for request in self._waiting.values())
         ):
             return
         assert self._transport is not None
@@ -199,18 +199,18 @@ class Connection(asyncio.BufferedProtocol):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 
     def _flush(self) -> None:
-        self._single = len(self._pending) == 1
+        self._single = len(self._waiting) == 1
         if self._output and self.usable:
             assert self._transport is not None
             self._transport.write(b"".join(self._output))
         self._output.clear()
 
     def _check(self) -> None:
-        """Abort the connection if a reply is due and the daemon has sent nothing for too long."""
+        """Abort the connection if a reply is overdue and the daemon has sent nothing for too long."""
         self._watchdog = None
-        if not self._pending or self._error is not None:
+        if not self._waiting or self._error is not None:
             return
-        silent_since = max(self.heard_at, min(pending.due_at for pending in self._pending.values()))
+        silent_since = max(self.heard_at, min(request.due_at for request in self._waiting.values()))
         left_s = silent_since + HANGS_S - time.monotonic()
         if left_s <= 0 and self._suspects_hang:
             self.abort(f"no answer for {HANGS_S:g} s", self.heard_at)
@@ -249,19 +249,19 @@ class Connection(asyncio.BufferedProtocol):
         if self._error is not None:
             return
         id, text = protocol.split_reply(line)
-        pending = self._pending.get(id)
+        request = self._waiting.get(id)
         try:
-            if pending is not None and pending.cached:
-                self._take_reply(id, pending, protocol.cached_reply(text))
+            if request is not None and request.cached:
+                self._take_reply(id, request, protocol.cached_reply(text))
                 return
             fields = protocol.decode_line(line)
             if "event" in fields:
                 self._take_event(fields)
             elif "id" in fields:
                 id = fields["id"]
-                if type(id) is not int or (pending := self._pending.get(id)) is None:
+                if type(id) is not int or (request := self._waiting.get(id)) is None:
                     raise protocol.not_a_reply(f"no request has id {id!r:.40}")
-                self._take_reply(id, pending, protocol.check_result(pending.cmd, pending.arguments, fields))
+                self._take_reply(id, request, protocol.check_result(request.cmd, request.arguments, fields))
             elif fields["ok"]:
                 raise protocol.not_a_reply("id is missing", line)
             else:
@@ -269,17 +269,17 @@ class Connection(asyncio.BufferedProtocol):
         except Unavailable as error:
             self._break(error)
 
-    def _take_reply(self, id: int, pending: _Pending, fields: dict[str, Any]) -> None:
+    def _take_reply(self, id: int, request: _WaitingRequest, fields: dict[str, Any]) -> None:
         self.heard_at = time.monotonic()
-        del self._pending[id]
+        del self._waiting[id]
         if id in self._on_reply:
-            self._call_on_reply(self._on_reply.pop(id), pending.cmd, fields)
-        if pending.reply.done():  # the caller was cancelled
+            self._call_on_reply(self._on_reply.pop(id), request.cmd, fields)
+        if request.reply.done():  # the caller was cancelled
             return
         if fields["ok"]:
-            pending.reply.set_result(fields)
+            request.reply.set_result(fields)
         else:
-            pending.reply.set_exception(protocol.refusal(fields, self.address))
+            request.reply.set_exception(protocol.refusal(fields, self.address))
 
     def _take_event(self, event: dict[str, Any]) -> None:
         kind = event["event"]
@@ -303,7 +303,7 @@ class Connection(asyncio.BufferedProtocol):
         on_reply(fields)
 
     def eof_received(self) -> None:
-        self._handle_break()  # at once: asyncio calls `connection_lost` later
+        self._handle_break()  # asyncio calls `connection_lost` later
 
     def connection_lost(self, exc: Exception | None) -> None:
         _OPEN.discard(self)
@@ -316,16 +316,16 @@ class Connection(asyncio.BufferedProtocol):
         self._break(protocol.unavailable(self.address, why))
 
     def _break(self, error: RegdError, ended_at: float | None = None) -> None:
-        """Fail the pending requests and all later ones. Idempotent: later requests get the first error."""
+        """Fail the requests that wait, and all later requests with the same error. Idempotent."""
         if self._error is None:
             self._error = error
             self.ended_at = time.monotonic() if ended_at is None else ended_at
-        requests, self._pending = self._pending, {}
+        requests, self._waiting = self._waiting, {}
         self._watches.clear()
         self._on_reply.clear()
-        for pending in requests.values():
-            if not pending.reply.done():
-                pending.reply.set_exception(_copy(error))
+        for request in requests.values():
+            if not request.reply.done():
+                request.reply.set_exception(_copy(error))
         if self._watchdog is not None:
             self._watchdog.cancel()
             self._watchdog = None
@@ -333,7 +333,7 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.close()
 
     def _release_in_child(self) -> None:
-        """In a forked child, give up the parent's socket without sending anything and without an event loop."""
+        """In a forked child, close the parent's socket without sending anything and without an event loop."""
         self._error = Unavailable("the connection belongs to the parent process of this fork")
         self.ended_at = time.monotonic()
         sock = self._transport.get_extra_info("socket") if self._transport is not None else None
@@ -367,5 +367,5 @@ os.register_at_fork(after_in_child=_release_all_in_child)
 
 
 def _copy(error: RegdError) -> RegdError:
-    """Return a copy of the error for one caller: raising the same object twice would mix the tracebacks."""
+    """Return a copy of the error for one caller, since raising the same object twice would mix the tracebacks."""
     return type(error)(str(error), error.code, error.details)

@@ -1,4 +1,4 @@
-"""Opens a client's connection, once for all callers that wait for it, and again when it is lost."""
+"""Opens a client's connection, for all callers that wait for it together, and reopens it when it is lost."""
 
 import asyncio
 import errno
@@ -15,8 +15,8 @@ from regd_client.protocol import AddressFinder
 
 __all__ = ["Connector", "Patience", "is_refused"]
 
-CONNECT_S = 5.0  # to connect, by default
-_RESTART_S = 1.0  # for a daemon that was there before to be restarted, until autostart starts another
+CONNECT_S = 5.0  # default time to connect
+_RESTART_S = 1.0  # autostart waits so long, in case a daemon that has ended is restarted by other means
 _BACKOFF_S = (0.02, 0.5)  # the first and the longest pause between attempts to connect
 
 
@@ -47,7 +47,7 @@ class Connector:
         self._connecting: asyncio.Task[Connection] | None = None
         # The waiting callers, each with a future that is done when the connection is refused.
         self._callers: dict[asyncio.Future[None], Patience] = {}
-        self._why = "no answer in time"  # why the last attempt failed
+        self._why = "no answer in time"  # why the last attempt to connect failed
 
     @property
     def usable(self) -> Connection | None:
@@ -84,7 +84,7 @@ class Connector:
             self._leave(connecting, refused)
 
     def _leave(self, connecting: "asyncio.Task[Connection]", refused: "asyncio.Future[None]") -> None:
-        """Remove a caller. Without callers, stop connecting."""
+        """Remove a caller. Stop connecting after the last one."""
         self._callers.pop(refused, None)
         refused.cancel()
         if not self._callers and self._connecting is connecting and not connecting.done():
@@ -106,14 +106,14 @@ class Connector:
         try:
             while True:
                 wait_s = random_s(pause_s / 2, pause_s)
-                callers = list(self._callers)  # a later caller gets the result of the next attempt
+                callers = list(self._callers)  # callers that come later get the result of the next attempt
                 try:
                     connection = await self._open(address, ping=may_start)
                     if logged:
                         log.warning("connected to regd at %s", address)
                     return connection
                 except Unavailable:
-                    raise  # the daemon refused, so there is no point in another attempt
+                    raise  # the daemon refused, so another attempt would fail too
                 except TimeoutError:
                     self._why = "no answer in time"
                 except OSError as error:
@@ -184,7 +184,7 @@ def _text(error: OSError) -> str:
 
 
 async def _check_answer(connection: Connection) -> None:
-    """Ping the daemon. A daemon that is exiting for being idle does not answer.
+    """Ping the daemon: while it exits for being idle, it accepts but does not answer.
 
     Raises:
         OSError: the daemon closed the connection before it sent anything.

@@ -72,7 +72,7 @@ def from_reply(reply: dict[str, Any]) -> RegdError:
 
 
 def _printable(text: str) -> str:
-    """Escape control characters: a peer could use them to move a terminal's cursor or to forge a log line."""
+    """Escape control characters, with which a reply could move a terminal's cursor or forge a log line."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

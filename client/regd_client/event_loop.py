@@ -31,7 +31,7 @@ def running_loop() -> asyncio.AbstractEventLoop:
 
 
 async def pause(seconds: float) -> None:
-    """Sleep, even if a test has stopped the event loop's clock, as freezegun does."""
+    """Sleep, also if a test has stopped the event loop's clock, as freezegun does."""
     if isinstance(time.monotonic, BuiltinFunctionType):  # not patched
         await asyncio.sleep(seconds)
     else:
@@ -55,5 +55,5 @@ async def wait_shared(task: "asyncio.Task[T]") -> T:
         if task.cancelled():
             raise Unavailable("the client was closed meanwhile") from None
         raise
-    except RegdError as error:  # raise a copy: raising the same object twice would mix the tracebacks
+    except RegdError as error:  # raise a copy, since raising the same object twice would mix the tracebacks
         raise type(error)(str(error), error.code, error.details) from error

@@ -40,10 +40,10 @@ __all__ = [
 BACKLOG = 128
 DRAIN_S = 0.1
 _PAUSE_S = 0.5  # maximum random pause between attempts to register
-_REGISTERING_S = 1.0  # to wait for the reply to a pending `register` when the service is withdrawn
-_WARN_S = 10.0  # until a warning that no server has opened a port
+_REGISTERING_S = 1.0  # when the service is withdrawn, wait so long for the reply to a `register`
+_WARN_S = 10.0  # after this time, log a warning that no server has opened a port
 _POLL_S = (0.05, 1.0)  # the first and the longest pause between searches for the open port
-# These servers open their port outside of the event loop, or before the lifespan, so the warning comes early.
+# These servers open their port outside of the event loop, or before the lifespan, so the warning is logged early.
 _UNSEEN_SERVERS = ("granian", "sanic")
 _WARN_UNSEEN_S = 1.0
 
@@ -66,8 +66,8 @@ class ServiceLifecycle:
         self._retry = retry
         self._ready = ready
         self._becoming_ready: asyncio.Task[bool] | None = None
-        self._warned = False  # that no server has opened a port
-        self._error_kind: type[RegdError] | None = None  # of the last failed attempt to register
+        self._warned = False  # that no server has opened a port was logged
+        self._error_kind: type[RegdError] | None = None  # of the last attempt to register, if it failed
         self.logs_success = True
         self._hook = ListenHook(request.port, self.opened, self.withdraw)
         self._exit_stack = contextlib.ExitStack()
@@ -108,11 +108,11 @@ class ServiceLifecycle:
         self._opened.set_result(self._registering)
 
     async def _become_ready(self, ready: Ready) -> bool:
-        await until_ready(self._name, ready)  # at once, without waiting for a daemon
+        await until_ready(self._name, ready)  # even while there is no daemon
         return await mark_ready(await self.registration())
 
     async def _first_state(self, request: RegistrationRequest) -> State | None:
-        """Return the state to register with: None for `ready`, also if another worker of this server is ready."""
+        """Return the state to register with: None (`ready`) also if another worker of this server is ready."""
         if self._ready is None:
             return None
         for other in await self._client.instances(self._name):
@@ -121,7 +121,7 @@ class ServiceLifecycle:
         return "starting"
 
     async def _register(self, request: RegistrationRequest) -> Registration:
-        """Register. With `retry`, try until it succeeds, since another owner may release the name."""
+        """Register. With `retry`, repeat it until it succeeds, since another owner may release the name."""
         at = host_port(str(request.host), request.port or 0)
         while True:
             try:
@@ -158,7 +158,7 @@ class ServiceLifecycle:
             self._becoming_ready.cancel()
             await asyncio.wait((self._becoming_ready,), timeout=_REGISTERING_S)
         if not task.done():
-            if not self._error_kind:  # the daemon may have registered the name: wait for its reply
+            if not self._error_kind:  # the daemon may have registered the name, so wait for its reply
                 await asyncio.wait((task,), timeout=_REGISTERING_S)
             task.cancel()
             await asyncio.wait((task,))
@@ -315,7 +315,7 @@ def lifespan(
     """
     check_seconds("drain_s", drain_s)
     check_ready(ready)
-    if "daphne.cli" in sys.modules:  # daphne calls no start-up hook
+    if "daphne.cli" in sys.modules:  # daphne calls no start-up hooks
         log.warning(
             "%s is not registered: daphne does not run the lifespan of an application; start it with "
             "`regctl run %s -- sh -c 'exec daphne -p \"$PORT\" APPLICATION'`",
@@ -406,7 +406,7 @@ class ListenContext:
             return RegisteredSocket(sock, await service.registration(), stack.pop_all())
 
     async def _open(self) -> tuple[socket.socket, float | None]:
-        """Return the listening socket, and the seconds that are left to register it."""
+        """Return the listening socket, and the remaining seconds to register it."""
         host, port, timeout_s = self._request.host or "127.0.0.1", self._request.port, self._request.timeout_s
         if port is not None:
             return listening_socket(host, port, self._backlog), timeout_s

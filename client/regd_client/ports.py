@@ -1,7 +1,7 @@
-"""The port of a service that names none: the one that it had last, else a free one that stays free.
+"""Chooses the port of a service that names none: its last port, else a free port that is likely to stay free.
 
-Such a port is outside the ephemeral range, from which the system serves programs that ask for any port. So it is
-free again when the service starts the next time.
+Such a port is outside the ephemeral range, from which the system takes a port for a program that asks for any
+port. So it is likely to be free when the service starts the next time.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ __all__ = [
     "listening_socket_at_one",
 ]
 
-_SEARCH_S = 0.5  # for the pages of a long history
-_PORT_MIN = 10_000  # below are the usual ports of well-known servers
+_SEARCH_S = 0.5  # time to read the pages of a long history
+_PORT_MIN = 10_000  # lower ports are the usual ports of well-known servers
 _TRIES = 100
 _RANGE = "/proc/sys/net/ipv4/ip_local_port_range"
 _IANA_RANGE = (49_152, 65_535)  # RFC 6335, section 6
@@ -41,21 +41,21 @@ class LastPorts:
             last.add(connection.ask(*last.request))
 
     Attributes:
-        request: the next command and its arguments, None at the end.
+        request: the next command to send and its arguments; None when no further reply is needed.
     """
 
     def __init__(self, name: str, instance: str | None) -> None:
         self._name = name
         self._instance = None if instance == AUTO else instance or ""
-        self._ports: dict[str, int] = {}  # by instance, as the history has them
-        self._static: dict[str, int] = {}  # by instance: registrations may be older than the history
-        self._held: set[int] = set()  # by living owners, who need not listen at this moment
+        self._ports: dict[str, int] = {}  # by instance, from the history
+        self._static: dict[str, int] = {}  # by instance, from registrations, which may be older than the history
+        self._held: set[int] = set()  # ports with a live owner, which may not be listening at this moment
         self._until = time.monotonic() + _SEARCH_S
         self._before: int | None = None
         self.request: tuple[str, dict[str, Any]] | None = ("list", {"name": name})
 
     def add(self, reply: Mapping[str, Any]) -> None:
-        """Take the reply to the request."""
+        """Process the reply to `request`, and set the next one."""
         if "instances" in reply:
             for entry in reply["instances"]:
                 if {"hold", "pid", "ttl"} & entry.keys():
@@ -86,7 +86,7 @@ class LastPorts:
 
     @property
     def ports(self) -> list[int]:
-        """The ports to try: that of the instance; for `auto` those of all copies, the lowest number first."""
+        """The ports to try: that of the instance; for `auto`, those of all copies in order of their numbers."""
         ports = self._static | self._ports
         if self._instance is None:
             numbers = sorted(int(instance) for instance in ports if is_number(instance))
@@ -105,17 +105,17 @@ def ephemeral_range() -> tuple[int, int]:
 
 
 def free_ports(chooser: random.Random = _random) -> list[int]:
-    """Return ports outside the ephemeral range, in random order, for a caller to try; [] if it leaves none."""
+    """Return ports outside the ephemeral range, in random order; [] if there are none."""
     first, last = ephemeral_range()
     ports = [*range(_PORT_MIN, first), *range(max(last + 1, _PORT_MIN), 65_536)]
     return chooser.sample(ports, min(_TRIES, len(ports)))
 
 
 def bind_alone(sock: socket.socket, address: tuple[str, int]) -> None:
-    """Bind to an address that no other socket is bound to. From then on sockets with SO_REUSEADDR may share it.
+    """Bind to an address to which no other socket is bound, and set SO_REUSEADDR only then.
 
-    With SO_REUSEADDR from the beginning, it could be a port that `regctl run` reserves: sockets that
-    have the option share a port until one of them listens (socket(7)).
+    With SO_REUSEADDR from the beginning, the port could be one that `regctl run` reserves, because sockets with
+    the option share a port until one of them listens (socket(7)).
 
     Raises:
         OSError: the address is in use, also by connections that ended a minute ago.
@@ -135,7 +135,7 @@ def listening_socket(host: str, port: int, backlog: int) -> socket.socket:
 
 
 def listening_socket_at_one(host: str, ports: Iterable[int], backlog: int) -> socket.socket:
-    """Return a socket that listens at the first of these ports that is free, else at one that stays free.
+    """Return a socket that listens on the first free port of `ports`, else on one outside the ephemeral range.
 
     Raises:
         OSError: the address is not this machine's, or no port is free.
@@ -147,7 +147,7 @@ def listening_socket_at_one(host: str, ports: Iterable[int], backlog: int) -> so
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             sock = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
             if ":" in host:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as create_server does
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as `socket.create_server` does
             bind_alone(sock, (host, port))
             sock.listen(backlog)
             stack.pop_all()

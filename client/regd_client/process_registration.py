@@ -1,8 +1,8 @@
-"""Registers a server process without an event loop, and withdraws the name when the process is told to end.
+"""Registers a server process without an event loop, and withdraws the name on SIGTERM and SIGINT.
 
-The process that owns the port may fork workers. So no thread stays in it, and no connection if the daemon can see
-the process. This module must not use asyncio, nor functions that gevent patches, because signal handlers may run
-in gevent's hub.
+The process that owns the port may fork workers. So no thread is left in it, and no connection if the daemon can
+see the process. This module must not use asyncio or functions that gevent patches, because signal handlers may
+run in gevent's hub.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from regd_client.signals import ProcessSignals, set_handler
 
 __all__ = ["ProcessRegistration"]
 
-_REGISTER_S = 5.0  # for the first attempt to register
-_RETRY_S = 1.0  # for a later attempt
+_REGISTER_S = 5.0  # the timeout of the first attempt to register
+_RETRY_S = 1.0  # the timeout of later attempts
 _PAUSE_S = 1.0  # between attempts
-_WITHDRAW_S = 2.0  # for the daemon's reply; after that, the server gets the signal anyway
+_WITHDRAW_S = 2.0  # the longest wait for the daemon's reply before the server gets the signal
 
 
 class ProcessRegistration:
@@ -42,7 +42,7 @@ class ProcessRegistration:
         self._connection: BlockingConnection | None = None  # kept open if the daemon cannot see this process
         self._logged: type[RegdError] | None = None  # the kind of the last error in the log
         self._pid = os.getpid()
-        self._signals = ProcessSignals(self.withdraw)  # before registering, which a signal may interrupt
+        self._signals = ProcessSignals(self.withdraw)  # set up before registering, which a signal may interrupt
 
     @property
     def _at(self) -> str:
@@ -84,19 +84,19 @@ class ProcessRegistration:
                 connection.close()
 
     def _ask_to_register(self, connection: BlockingConnection, binding: dict[str, Any]) -> dict[str, Any]:
-        """Send `register` and return the reply; for `auto`, with the lowest number that no living owner holds."""
+        """Send `register` and return the reply. For `auto`, use the lowest number that no live owner holds."""
         fields = {**self._request.fields, **binding}
         if self._request.instance != AUTO:
             return connection.ask("register", **fields)
         address = self._request.host or "127.0.0.1", self._request.port
         while True:
             entries = _list(connection, self._request.name)
-            for instance, rev in replicas.places(entries, address, (os.getpid(),)):
+            for instance, rev in replicas.candidates(entries, address, (os.getpid(),)):
                 reply = connection.ask("register", **{**fields, "instance": instance, "if": rev})
                 if reply.get("error") != "conflict":
                     return reply
                 if not replicas.is_taken(reply):
-                    break  # it has changed meanwhile: look again
+                    break  # the registration has changed, so list the instances again
 
     def _try_later(self, error: RegdError) -> bool:
         """Schedule the next attempt, by SIGALRM. Returns False if the program uses SIGALRM itself."""
@@ -141,7 +141,7 @@ class ProcessRegistration:
         _pause(self._drain_s)
 
     def _end(self, connection: BlockingConnection, binding: dict[str, Any]) -> None:
-        """End this process's hold. Another process may hold the registration too: a new server on the socket."""
+        """End only this process's hold, since a new server on the same socket may hold the registration, too."""
         while (entry := self._current(connection)) is not None:
             # If a holder registers as `draining`, the daemon removes only that holder.
             fields = {**self._request.fields, **binding, "state": "draining", "if": entry["rev"]}
@@ -189,7 +189,7 @@ def _list(connection: BlockingConnection, name: str) -> list[dict[str, Any]]:
 
 
 def _pause(seconds: float) -> None:
-    """Sleep without `time.sleep`: gevent's version cannot be used in a signal handler in gevent's hub."""
+    """Sleep without `time.sleep`, since gevent's version cannot be used in a signal handler in gevent's hub."""
     if hasattr(signal, "sigtimedwait"):
         signal.sigtimedwait((), max(seconds, 0.0))
     else:

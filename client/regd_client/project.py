@@ -20,10 +20,10 @@ _ID_BYTES_MAX = 8_192  # two numbers and a path
 _IGNORE = ".gitignore"
 _SOCKET = "regd.sock"
 _TRIED = "try.sock"
-# Files that `init` writes. It sets all others aside.
+# Files that `init` writes. It moves all other files away.
 _OWN = (_ID, f"{_ID}.new", _IGNORE, f"{_IGNORE}.new", _TRIED)
 _SET_ASIDE = "set-aside-"
-# Errors of the disk. They do not mean that the file system has no sockets.
+# Errors that do not mean that the file system has no Unix sockets.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -35,7 +35,7 @@ class Ignored(NamedTuple):
 
     @property
     def do(self) -> str:
-        """How to resolve this."""
+        """What to do so that the folder is used."""
         return f"run `regctl init` in {os.path.dirname(self.folder)}, or remove it"
 
 
@@ -87,27 +87,27 @@ def search(start: str | None = None) -> Search:
 def fault(folder: str) -> str | None:
     """Return why a folder cannot be used as a project registry; "" if it can, None if it does not exist."""
     try:
-        found = os.lstat(folder)
+        status = os.lstat(folder)
     except (FileNotFoundError, PermissionError):  # without permission, it is unknown whether it exists
         return None
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
-    if not stat.S_ISDIR(found.st_mode):
-        return "it is a link" if stat.S_ISLNK(found.st_mode) else "it is no folder"
-    if found.st_uid != os.geteuid():
-        return f"it belongs to user {found.st_uid}, and this program runs as user {os.geteuid()}"
-    if found.st_mode & 0o777 != 0o700:
-        return f"its mode is {found.st_mode & 0o777:04o} and must be 0700"
+    if not stat.S_ISDIR(status.st_mode):
+        return "it is a link" if stat.S_ISLNK(status.st_mode) else "it is no folder"
+    if status.st_uid != os.geteuid():
+        return f"it belongs to user {status.st_uid}, and this program runs as user {os.geteuid()}"
+    if status.st_mode & 0o777 != 0o700:
+        return f"its mode is {status.st_mode & 0o777:04o} and must be 0700"
     try:
-        known = _read_id(folder)
+        recorded = _read_id(folder)
     except FileNotFoundError:
         return "it was not made by `regctl init`"
     except (OSError, ValueError):
         return f"its file `{_ID}` is not as `regctl init` writes it"
-    inode, device, path = known
-    # The inode must match, and one of the others: moving the folder changes its path, and a reboot may change the
-    # number of the device.
-    if inode != found.st_ino or (device != found.st_dev and path != folder):
+    inode, device, path = recorded
+    # The inode must match, and the path or the device: moving the folder changes its path, and a reboot may
+    # change the device's number.
+    if inode != status.st_ino or (device != status.st_dev and path != folder):
         return "it was copied or moved from elsewhere"
     return ""
 
@@ -157,13 +157,13 @@ def _make(folder: str) -> bool:
         is_new = False
     else:
         is_new = True
-    found = os.lstat(folder)
-    if not stat.S_ISDIR(found.st_mode):
-        kind = "a link" if stat.S_ISLNK(found.st_mode) else "no folder"
+    status = os.lstat(folder)
+    if not stat.S_ISDIR(status.st_mode):
+        kind = "a link" if stat.S_ISLNK(status.st_mode) else "no folder"
         raise ProjectError(f"{folder} is {kind}; move it away, then run `regctl init` again")
-    if found.st_uid != os.geteuid():
+    if status.st_uid != os.geteuid():
         raise ProjectError(
-            f"{folder} belongs to user {found.st_uid}; remove it, or run `regctl init` as that user"
+            f"{folder} belongs to user {status.st_uid}; remove it, or run `regctl init` as that user"
         )
     os.chmod(folder, 0o700)
     return is_new
@@ -178,14 +178,14 @@ def _init(folder: str) -> str | None:
 
     place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fcntl.flock(place, fcntl.LOCK_EX)  # if two run at once, the second finds a complete folder
+        fcntl.flock(place, fcntl.LOCK_EX)  # if `init` runs twice at once, the second finds a complete folder
         if fault(folder) == "":
             return None
         _check_sockets(place, folder)
         set_aside = _set_aside(folder)
-        found = os.fstat(place)
+        status = os.fstat(place)
         _write(folder, _IGNORE, "*\n")
-        _write(folder, _ID, f"{found.st_ino} {found.st_dev} {folder}\n")
+        _write(folder, _ID, f"{status.st_ino} {status.st_dev} {folder}\n")
         return set_aside
     finally:
         os.close(place)
@@ -221,10 +221,11 @@ def _set_aside(folder: str) -> str | None:
 def _check_sockets(place: int, folder: str) -> None:
     """Check that the file system supports Unix sockets. Some network and FUSE file systems do not.
 
-    `place` is a descriptor of the folder: a path through it is short enough for a socket address.
+    `place` is a descriptor of the folder, because a path through a descriptor is short enough for a socket
+    address.
 
     Raises:
-        ProjectError: it does not.
+        ProjectError: the file system has no Unix sockets.
     """
     import socket
 

@@ -46,12 +46,12 @@ __all__ = [
 ]
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:7343"
-LINE_BYTES_MAX = 65_536  # of a request; the daemon rejects longer ones
-# The following limits are far above the daemon's own: a peer that exceeds them is another program.
+LINE_BYTES_MAX = 65_536  # of a request; the daemon refuses longer ones
+# The following limits are far above the daemon's own. A program that exceeds them is not regd.
 REPLY_BYTES_MAX = 4 * 1_048_576
 INSTANCES_MAX = 400_000  # in all pages of a reply, or in a snapshot
 PAGES_MAX = 10_000  # of one reply
-NOT_REGD = "not_regd"  # code of the error for a peer that does not speak the protocol
+NOT_REGD = "not_regd"  # code of the error if another program answers
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")  # the hosts on which regd listens
 _YES = ("1", "true", "yes", "on")  # values of REGD_AUTOSTART, in lower case
 _NO = ("", "0", "false", "no", "off")
@@ -115,7 +115,7 @@ def parse_address(text: str) -> Address:
 
 def _is_encodable(host: str) -> bool:
     """Return whether the idna codec can encode the host; otherwise `getaddrinfo` would raise UnicodeError."""
-    if host.isascii():  # the codec's rule for ASCII: importing the codec takes a fifth of a command's time
+    if host.isascii():  # the codec's own rule: importing the codec would take a fifth of a command's time
         *labels, last = host.split(".")
         return all(0 < len(label) < 64 for label in labels) and len(last) < 64
     try:
@@ -140,13 +140,13 @@ def find_address(address: str | None = None) -> Address:
     """
     if text := address or os.environ.get("REGD_ADDRESS"):
         return parse_address(text)
-    found = project.search()
-    for ignored in found.ignored:
+    search = project.search()
+    for ignored in search.ignored:
         _warn_once("%s is ignored: %s; %s", *ignored, ignored.do)
-    if found.folder is None:
+    if search.folder is None:
         return parse_address(DEFAULT_ADDRESS)
-    _warn_in_test(found.folder)
-    return Address("", 0, project.socket_path(found.folder), found.folder)
+    _warn_in_test(search.folder)
+    return Address("", 0, project.socket_path(search.folder), search.folder)
 
 
 def _warn_in_test(folder: str) -> None:
@@ -266,7 +266,7 @@ def encode_request(cmd: str, id: int | None, arguments: Mapping[str, Any]) -> by
 
 
 def decode_line(line: bytes) -> dict[str, Any]:
-    """Decode a line from the daemon, and check it. The result of a successful reply is left to `check_result`.
+    """Decode and check a line from the daemon, except the result of a successful reply: see `check_result`.
 
     Raises:
         Unavailable: the line is not from regd.
@@ -295,7 +295,7 @@ def check_result(cmd: str, arguments: Mapping[str, Any], fields: dict[str, Any])
 
 
 def not_a_reply(why: str, line: bytes | str = "") -> Unavailable:
-    """Return the error for a peer that does not speak the protocol."""
+    """Return the error for a program that does not speak the protocol."""
     shown = f": {line[:60]!r}" if line else ""
     return Unavailable(f"not a regd reply ({why}){shown}; see which program listens there", NOT_REGD)
 
@@ -338,7 +338,7 @@ def unavailable(address: Address, why: str) -> Unavailable:
 
 
 def unsupported_part(cmd: str, arguments: Mapping[str, Any], refusal: Mapping[str, Any]) -> str | None:
-    """Return what an older daemon may not know of a refused request: the command, an argument, or None."""
+    """Return the part of a refused request that an older daemon may not know: command, argument or None."""
     if refusal.get("error") == "unknown_command":
         return cmd
     field = refusal.get("field")
@@ -348,23 +348,23 @@ def unsupported_part(cmd: str, arguments: Mapping[str, Any], refusal: Mapping[st
 def unsupported(
     address: Address, cmd: str, part: str, hello: Mapping[str, Any], described: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """Return the error reply to report if the daemon does not know `part` of a request; None if it does.
+    """Return the error reply to report if the daemon does not know `part` of a request; None if it knows it.
 
     `hello` and `described` are its replies to `hello` and `help`.
     """
     version, commands = hello.get("version"), described.get("commands")
-    if version in (None, VERSION) or commands is None:  # as new as this client, or it does not list its commands
+    if version in (None, VERSION) or commands is None:  # as new as this client, or commands not listed
         return None
-    known = commands.get(cmd)
-    if known is not None and (part == cmd or part in known["args"]):
+    command = commands.get(cmd)
+    if command is not None and (part == cmd or part in command["args"]):
         return None
-    what = f"command {cmd}" if known is None else f"argument {part} of {cmd}"
+    what = f"command {cmd}" if command is None else f"argument {part} of {cmd}"
     message = f"regd {version} at {address} has no {what}, and this client is {VERSION}; restart that regd"
     return {"ok": False, "error": "unsupported", "message": message}
 
 
-# Caches for `resolve`, in which JSON takes half of the client's time: a request for the same name is encoded
-# once, and an equal reply is decoded once. The number and the length of the entries are limited.
+# Caches for `resolve`, since JSON takes half of the client's time for it: a request for the same name is
+# encoded once, and an equal reply is decoded once. The number and the length of the entries are limited.
 
 _CACHED_MAX = 1_024  # requests, and as many replies
 _NAME_CHARS_MAX = 253  # the daemon refuses longer names

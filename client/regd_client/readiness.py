@@ -1,4 +1,4 @@
-"""When a service is ready: with `lifespan(..., ready=…)` it is registered as `starting` until it says so."""
+"""Waits until a service is ready: with `lifespan(..., ready=…)` it is registered as `starting` until then."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["Ready", "check_ready", "discard", "mark_ready", "until_ready"]
 
 Ready = Callable[[], Awaitable[object]] | Awaitable[object]
 
-_PAUSE_S = 0.5  # until a service that is not ready is asked again, and between attempts to tell the daemon
+_PAUSE_S = 0.5  # between two calls of the service's function, and between attempts to reach the daemon
 
 
 def check_ready(ready: object) -> None:
-    """Raise `BadArgument` unless it is None, an awaitable or a function."""
+    """Raise `BadArgument` unless `ready` is None, an awaitable or a function."""
     if ready is not None and not callable(ready) and not inspect.isawaitable(ready):
         message = f"ready must be a function that returns an awaitable, or an awaitable, not {ready!r:.80}"
         raise BadArgument(message, details={"field": "ready"})
 
 
 async def until_ready(name: str, ready: Ready) -> None:
-    """Wait until the service says that it is ready: by returning anything but False.
+    """Wait until the service is ready: the function or awaitable has returned anything but False.
 
-    A function that returns False or fails is called again. Anything else can be awaited only once.
+    A function that returns False or fails is called again. An awaitable can be awaited only once.
     """
     logged = ""
     while True:
@@ -70,6 +70,6 @@ async def mark_ready(registration: Registration) -> bool:
 
 
 def discard(ready: Ready | None) -> None:
-    """Close a coroutine that was not awaited, as the port was never opened."""
+    """Close a coroutine that was not awaited because the port was never opened."""
     if inspect.iscoroutine(ready) and inspect.getcoroutinestate(ready) == inspect.CORO_CREATED:
         ready.close()

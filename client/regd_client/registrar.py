@@ -28,8 +28,8 @@ __all__ = ["Registrar"]
 _CLOSE_S = 0.2  # to withdraw registrations when the client is closed while the daemon is away
 _WITHDRAW_PAUSE_S = (0.02, 0.5)  # the first and the longest pause between attempts to withdraw
 _RESTORE_PAUSE_S = (0.02, 0.5)  # maximum random pause before the first attempt to restore, and before later ones
-_RETRY_S = 1.0  # until the next attempt to restore what the daemon refused
-_SILENT_S = 5.0  # after so long without input, ping the daemon
+_RETRY_S = 1.0  # before the next attempt to restore a registration that the daemon refused
+_SILENT_S = 5.0  # ping a daemon that has sent nothing for this time
 _REPLACED = "replaced by a newer registration of this process"
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ class Registrar:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._run_task: asyncio.Task[None] | None = None  # restores everything after a reconnect
         self._closed = False
-        self._idle = asyncio.Event()  # there are no registrations and watches
+        self._idle = asyncio.Event()  # set while there are no registrations and watches
 
     def active(self, name: str, instance: str | None) -> Registration | None:
         """Return the client's active registration of this name, or None."""
@@ -71,9 +71,9 @@ class Registrar:
     def _done(self, task: "asyncio.Task[Any]") -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # mark it as retrieved, since all callers may have been cancelled
+            task.exception()  # mark the exception as retrieved, since all callers may have been cancelled
 
-    # Register.
+    # Registering.
 
     async def register(self, registration: Registration) -> Registration:
         """Register, and restore the registration after each reconnect.
@@ -90,7 +90,7 @@ class Registrar:
         except asyncio.CancelledError:
             if registration._request.static:
                 registration._finish("given up")
-            elif not registering.cancelling():  # if it is being cancelled too, the event loop is ending
+            elif not registering.cancelling():  # if this task is cancelled too, the event loop is ending
                 self.withdraw(registration)
             raise
 
@@ -187,11 +187,13 @@ class Registrar:
     async def _register_copy(
         self, connection: Connection, registration: Registration, on_reply: OnFields, previous: str = ""
     ) -> None:
-        """Register under the lowest number that no living owner holds; under `previous` if it is free."""
+        """Register under `previous` if that is free, else under the lowest number that no live owner holds."""
         own_pids = (os.getpid(), registration._request.pid)
         while registration._is_active:
             entries = await _list(connection, registration._key[0])
-            for instance, rev in replicas.places(entries, registration._requested_address, own_pids, previous):
+            for instance, rev in replicas.candidates(
+                entries, registration._requested_address, own_pids, previous
+            ):
                 if self._is_own(registration, instance):
                     continue
                 registration._take_instance(instance)
@@ -200,16 +202,16 @@ class Registrar:
                 except Conflict as conflict:
                     if replicas.is_taken(conflict.details):
                         continue
-                    break  # it has changed meanwhile: look again
+                    break  # the registration has changed, so list the instances again
                 entries = await _list(connection, registration._key[0])
-                if not replicas.has_older_twin(entries, registration._requested_address, instance):
+                if not replicas.has_older_number(entries, registration._requested_address, instance):
                     return
                 await registration._end_on(connection)
                 self._drop(registration)
                 break
 
     def _is_own(self, registration: Registration, instance: str) -> bool:
-        """Return whether another copy of this process has a number, or is just trying it."""
+        """Return whether another copy in this process has a number, or is trying to get it."""
         newest = _NEWEST.get((*registration._global_key[:-1], instance))
         return (
             newest is not None
@@ -220,7 +222,7 @@ class Registrar:
         )
 
     async def _restore_copy(self, connection: Connection, registration: Registration) -> None:
-        """Register a copy again, under another number if its own is taken."""
+        """Register a copy again, under another number if another owner has its number."""
         previous = registration._key
 
         def on_reply(reply: Mapping[str, Any]) -> None:
@@ -238,7 +240,7 @@ class Registrar:
             if registration._connection is not connection:
                 registration._take_instance(previous[1])
 
-    # Restore.
+    # Restoring.
 
     async def _restore(self, connection: Connection) -> bool:
         """Repeat the registrations and watches that are not on this connection.
@@ -313,7 +315,7 @@ class Registrar:
             raise registration._gone()
         return registration._connection
 
-    # Lose.
+    # Lost registrations.
 
     def _on_lost(self, connection: Connection, event: Mapping[str, Any]) -> None:
         registration = self._registrations.get((event["name"], event["instance"]))
@@ -346,7 +348,7 @@ class Registrar:
             del self._registrations[registration._key]
             self._update_task()
 
-    # Withdraw.
+    # Withdrawing.
 
     def withdraw(self, registration: Registration) -> "asyncio.Task[None]":
         """End a registration, in a task that continues even if the caller is cancelled."""
@@ -360,7 +362,7 @@ class Registrar:
         if registration._registering is not None:
             await asyncio.wait((registration._registering,))
         pause_s, longest_s = _WITHDRAW_PAUSE_S
-        while registration._connection is not None and not registration._over:  # None: it was never registered
+        while registration._connection is not None and not registration._over:  # None if it was never registered
             try:
                 await self._end(registration, await self._connector.connect())
                 break
@@ -386,7 +388,7 @@ class Registrar:
         """Claim the entry that a restarted daemon keeps for its client, so that this client can end it.
 
         Returns:
-            Whether there was such an entry. Otherwise the registration has ended with its connection.
+            Whether there is such an entry. If not, the registration has ended with its connection.
         """
         if registration._request.pid is not None:
             return True  # it is not bound to a connection
@@ -402,7 +404,7 @@ class Registrar:
                 return True
         return False
 
-    # Watch.
+    # Watches.
 
     async def watch(self, state: WatchState) -> None:
         """Start a watch, which is resumed after each reconnect. Call `unwatch` in the end, even if this fails.
@@ -450,7 +452,7 @@ class Registrar:
         _TASKS.discard(task)
         if task.cancelled():
             if self._run_task is task and self._connector.connection is not None:
-                self._connector.connection.abort("the event loop ended")  # nothing else would close it
+                self._connector.connection.abort("the event loop ended")  # nothing else closes it
         elif (bug := task.exception()) is not None:
             log.error("a bug in regd_client: it no longer restores registrations and watches", exc_info=bug)
 
@@ -496,7 +498,7 @@ class Registrar:
                 with contextlib.suppress(RegdError):
                     await connection.ask("ping", {})
 
-    # Close.
+    # Closing.
 
     def stop(self) -> None:
         """End the watches, and stop the background task."""
@@ -537,7 +539,7 @@ class Registrar:
                 lingering.add_done_callback(_LINGERING.discard)
 
     async def _check_connection(self) -> None:
-        """Find out whether the connection has broken: a restarted daemon would keep what it held."""
+        """Find out whether the connection has broken, since a restarted daemon keeps what the connection held."""
         connection = self._connector.connection
         if connection is not None and connection.usable and self._registrations:
             with contextlib.suppress(RegdError, TimeoutError):

@@ -27,9 +27,9 @@ from regd_client.models import Endpoint, Key, State, endpoint_of
 
 __all__ = ["Registration", "RegistrationContext", "warn_not_awaited"]
 
-_CLOSING_S = 1.0  # for a stopping daemon to close the connection
-_WITHDRAW_S = 2.0  # for the daemon to confirm the end of the registration
-_WITHDRAW_AWAY_S = 0.2  # the same if the connection is lost, counted from its loss
+_CLOSING_S = 1.0  # time for a stopping daemon to close the connection
+_WITHDRAW_S = 2.0  # time for the daemon to confirm the end of the registration
+_WITHDRAW_AWAY_S = 0.2  # time if the connection is lost, counted from its loss
 
 T = TypeVar("T")
 
@@ -76,17 +76,17 @@ class Registration:
         # Used by the registrar.
         self._request = request
         self._key: Key = (request.name, request.instance or "")
-        self._is_copy = request.instance == AUTO  # its instance is a number, which may change after a break
+        self._is_copy = request.instance == AUTO  # its instance is a number, which may change after a reconnect
         self._patient = patient  # wait for a daemon that is away, and log that
         self._began = time.monotonic()
         self._withdrawn_at = 0.0
         self._global_key: tuple[str, ...] = ()  # the daemon's address, name and instance
         self._connection: Connection | None = None  # the connection on which it was registered last
-        self._over = ""  # why it has ended
+        self._over = ""  # why the registration has ended; "" until then
         self._registering: asyncio.Task[Registration] | None = None
         self._withdrawing: asyncio.Task[None] | None = None
-        self._restore_error = ""  # why it could not be restored
-        self._moved = asyncio.Event()  # `_connection` or `_over` has changed
+        self._restore_error = ""  # why the last attempt to restore it failed
+        self._moved = asyncio.Event()  # set when `_connection` or `_over` changes
 
     def __repr__(self) -> str:
         name = "/".join(filter(None, self._key))
@@ -100,14 +100,14 @@ class Registration:
         return self._key[1]
 
     def _take_instance(self, instance: str) -> None:
-        """Give a copy its number."""
+        """Set the number of a copy."""
         self._request = replace(self._request, instance=instance)
         self._key = (self._key[0], instance)
         self._global_key = (*self._global_key[:-1], instance)
 
     @property
     def _is_active(self) -> bool:
-        """Whether it is neither ended, nor withdrawn, nor the parent's in a forked child."""
+        """Whether it has not ended, is not being withdrawn, and does not belong to a forked child's parent."""
         return not self._over and self._withdrawing is None and self._pid == os.getpid()
 
     @property
@@ -133,7 +133,7 @@ class Registration:
         self._moved.set()
 
     def _updated(self, meta: dict[str, str] | None, state: State | None, priority: int | None) -> None:
-        """Use the new values when the registration is restored."""
+        """Record new values, with which the registration will be restored."""
         if meta is not None:
             self._request = replace(self._request, meta=meta)
             self.endpoint = replace(self.endpoint, meta={**meta})
@@ -256,7 +256,7 @@ class Registration:
     async def _if_ours(
         self, connection: Connection, cmd: str, on_reply: OnFields | None = None, **arguments: Any
     ) -> bool:
-        """Send a command if the daemon's entry is still ours, that is, has our address. Return whether it is."""
+        """Send a command if the daemon's entry is ours, that is, has our address. Return whether it is ours."""
         name, instance = self._key
         while not self._over:
             condition = {"name": name, "instance": instance, **arguments, "if": self._rev}
@@ -286,7 +286,7 @@ class Registration:
 
 
 def warn_not_awaited(call: str, source: object) -> None:
-    """Warn of an awaitable that was never awaited, as Python does for coroutines."""
+    """Warn about an awaitable that was never awaited, as Python does for coroutines."""
     warnings.warn(f"{call} was never awaited", RuntimeWarning, stacklevel=3, source=source)
 
 

@@ -1,8 +1,8 @@
-"""The numbers of copies: which instances a registration with `instance="auto"` tries.
+"""The numbers of copies: the instances that a registration with `instance="auto"` tries.
 
-To the daemon they are ordinary instances. The client tries a number together with the revision that it has seen
-(`if`), so of two copies that try a number at once only one gets it. That matters for two copies in one process:
-without `if`, the daemon lets a process replace its own registration.
+To the daemon they are ordinary instances. The client sends the revision that it has seen (`if`) with each
+attempt, so that if two copies try a number at once, only one gets it. Two copies in one process need that,
+because without `if` the daemon lets a process replace its own registration.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["has_older_twin", "is_number", "is_taken", "places"]
+__all__ = ["candidates", "has_older_number", "is_number", "is_taken"]
 
 
 def is_number(instance: str) -> bool:
-    """Return whether an instance is that of a copy: a number from 1, without leading zeros."""
+    """Return whether an instance name is the number of a copy: an integer from 1, without leading zeros."""
     return instance.isascii() and instance.isdigit() and instance[0] != "0"
 
 
-def places(
+def candidates(
     entries: Iterable[Mapping[str, Any]],
     address: tuple[str, int | None],
     own_pids: Collection[int | None],
     previous: str = "",
 ) -> Iterator[tuple[str, int]]:
-    """Yield the instances to try, each with the revision at which it may be taken, 0 if it must not exist.
+    """Yield the instances to try, each with the `if` of its `register`: its revision, 0 if it must not exist.
 
-    If a copy is registered at this address, it is the only one: workers of one server share a number. Otherwise
-    the numbers come in order, after `previous`, the number that the copy had before. There is no end.
+    If a copy is registered at this address, only its number is yielded, because workers of one server share a
+    number. Otherwise `previous` comes first, then all numbers in order, without end.
 
     Args:
         entries: all instances of the service, as `list` returns them.
-        address: where the copy listens.
-        own_pids: processes that must not lose a number to this copy: the daemon lets a process replace its own
-            registration.
+        address: the address at which the copy listens.
+        own_pids: processes whose numbers are left out, because the daemon would let a process replace its own
+        registration.
         previous: the number that the copy had before, "" if it had none.
     """
     numbered = {entry["instance"]: entry for entry in entries if is_number(entry["instance"])}
@@ -52,10 +52,13 @@ def places(
             yield str(number), entry["rev"]
 
 
-def has_older_twin(entries: Iterable[Mapping[str, Any]], address: tuple[str, int | None], instance: str) -> bool:
-    """Return whether the address had another number already when it got this one.
+def has_older_number(
+    entries: Iterable[Mapping[str, Any]], address: tuple[str, int | None], instance: str
+) -> bool:
+    """Return whether the address already had another number when it got this one.
 
-    Two workers of one server that start together get two numbers if a lower one becomes free between their looks.
+    Two workers of one server that start together get different numbers if a lower number becomes free between
+    their requests.
     """
     revs = {
         entry["instance"]: entry["rev"]
@@ -66,16 +69,17 @@ def has_older_twin(entries: Iterable[Mapping[str, Any]], address: tuple[str, int
 
 
 def _may_be_dead(entry: Mapping[str, Any]) -> bool:
-    """Return whether the daemon may let others replace an entry that it has listed.
+    """Return whether a listed entry may have a dead owner, so that the daemon would let it be replaced.
 
-    Before it refuses, it asks the kernel whether the process is gone. A connection that is gone has ended its
-    registration, and one that only waits for its client after a restart of the daemon must not be replaced.
+    That is possible for a process: the daemon asks the kernel only before it refuses a request. It is not
+    possible for a connection, whose end ends the registration; after a restart of the daemon, the registration
+    waits for its client and must not be replaced.
     """
     return "pid" in entry or not ("hold" in entry or "ttl" in entry)
 
 
 def is_taken(details: Mapping[str, Any]) -> bool:
-    """Return whether a `conflict` with these details says that a living owner holds the number.
+    """Return whether a `conflict` with these details means that a live owner holds the number.
 
     Otherwise the registration has changed since it was listed.
     """

@@ -1,7 +1,7 @@
 """Validation of everything that a daemon sends: the members of each reply and event, and each value.
 
-A different, perhaps hostile program may listen at the address, and its replies may end up in a shell, in a
-terminal or in a connect(). So the client uses only replies that pass these checks. Unknown members are allowed.
+Another, perhaps hostile, program may listen at the address, and its replies may end up in a shell, a terminal
+or a connect(). So the client uses only replies that pass these checks. Unknown members are allowed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _ID_CHARS_MAX = 64
 _WHOLE_MAX = 2**63 - 1
 _NUMBER_MAX = 1e18  # far above any number that regd sends
 _TIME_MAX = 253_402_300_800  # Unix seconds: the end of the year 9999, the last that `time.localtime` accepts
-_DEPTH_MAX = 8  # of nesting, in unknown members
-_SHOWN_CHARS = 60  # of a value, in an error message
+_DEPTH_MAX = 8  # levels of nesting in unknown members
+_SHOWN_CHARS = 60  # of a value that an error message shows
 
 
 # Values.
@@ -136,7 +136,7 @@ def _is_meta(value: object) -> bool:
     try:
         text = "".join([*value, *value.values()])
         return (len(text) if text.isascii() else len(text.encode())) <= _META_BYTES_MAX
-    except (TypeError, UnicodeEncodeError):  # a value that is not a string; a lone surrogate
+    except (TypeError, UnicodeEncodeError):  # the value is not a string, or has a lone surrogate
         return False
 
 
@@ -157,7 +157,7 @@ def _is_id(value: object) -> bool:
 
 
 def _is_shallow(value: object, depth: int = _DEPTH_MAX) -> bool:
-    """Return whether the value is nested at most `depth` levels deep: `json.dumps` and `repr` are recursive."""
+    """Return whether the value is nested at most `depth` levels: `json.dumps` and `repr` are recursive."""
     if type(value) is dict:
         return depth > 0 and all(_is_shallow(member, depth - 1) for member in value.values())
     if type(value) is list:

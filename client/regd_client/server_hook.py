@@ -34,7 +34,7 @@ class ListenHook:
         self._used = False
 
     def matches(self, sockets: Iterable[Any]) -> bool:
-        """Return whether this hook is still waiting, and these sockets have its port."""
+        """Return whether this hook still waits for a server, and the sockets have its port."""
         return not self._used and any(self._port in (None, port) for _, port in addresses(sockets))
 
     def open(self, sockets: Iterable[Any]) -> None:
@@ -85,7 +85,7 @@ class _LoopPatch:
     ) -> asyncio.AbstractServer:
         hook = None
         if sock is not None and (hook := self._find([sock])) is not None:
-            # Give the server a copy: the program may close its own socket before `withdraw` has finished.
+            # Give the server a copy, since the program may close its own socket before `withdraw` has finished.
             sock = socket.socket(fileno=os.dup(sock.fileno()))
         try:
             server = await self._create_server(*args, sock=sock, **more)

@@ -1,7 +1,7 @@
-"""Delay SIGTERM and SIGINT until the names of a server's services are withdrawn.
+"""Delays SIGTERM and SIGINT until the names of a server's services are withdrawn.
 
 A server that receives one of these signals refuses new connections at once, so its names must be withdrawn
-before. Then the program's own handlers are called. A second signal is not delayed.
+first. Then the program's own handlers are called. A second signal is not delayed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    # Not at run time: asyncio imports ssl, which gevent must patch first.
+    # Not imported at run time, because asyncio imports ssl, which gevent must patch first.
     import asyncio
 
     from regd_client.server_hook import Withdraw
@@ -66,7 +66,7 @@ class _LoopSignals:
         self._run_forever = self._loop.run_forever
         vars(self._loop)["run_forever"] = self._run_again
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
-        self._replaced: set[int] = set()  # signals whose handler the program has replaced since
+        self._replaced: set[int] = set()  # signals whose handler the program has replaced in the meantime
         for number in _SIGNALS:
             handler = signal.getsignal(number)
             if callable(handler):  # not SIG_IGN or SIG_DFL
@@ -74,7 +74,7 @@ class _LoopSignals:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Hold the first signal. For the second, restore the handlers here, since the loop may be blocked."""
+        """Hold the first signal. On the second, restore the handlers at once: the event loop may be blocked."""
         self._waiting.append(number)
         running = self._loop.is_running()
         if running and len(self._waiting) == 1:
@@ -167,7 +167,7 @@ class ProcessSignals:
                 self._handlers[number] = handler
 
     def begin(self) -> None:
-        """Call this once the name is registered, or will be. From then on a signal withdraws it."""
+        """Call this once the name is registered or will be. From then on, a signal withdraws the name."""
         self._begun = True
         if self._held is not None:
             self._end(self._held, None)
@@ -197,7 +197,7 @@ class ProcessSignals:
 
 
 def set_handler(number: int, handler: Callable[[int, FrameType | None], Any]) -> bool:
-    """Set the handler of a signal. Return False in another thread than the main one, which alone may do so."""
+    """Set the handler of a signal. Return False outside of the main thread, which alone may set handlers."""
     try:
         signal.signal(number, handler)
     except ValueError:

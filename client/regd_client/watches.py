@@ -15,7 +15,7 @@ from regd_client.models import Endpoint, Event, EventKind, Key, endpoint_of
 
 __all__ = ["EventQueue", "EventSource", "WatchState", "differences"]
 
-_COMPARED = ("host", "port", "meta", "state", "priority", "hold", "pid", "ttl")  # not the time and the revision
+_COMPARED = ("host", "port", "meta", "state", "priority", "hold", "pid", "ttl")  # not time and revision
 
 
 def _is_changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
@@ -78,8 +78,8 @@ class WatchState:
         self._stale_from = time.monotonic()  # if not `_is_current`
         self._synced = False  # `on_event` was called with `sync`
         self._snapshot: dict[Key, dict[str, Any]] | None = {}  # the received part of a new copy
-        self._epoch: str | None = None  # of `_rev`
-        self._new_epoch: str | None = None  # of the connection
+        self._epoch: str | None = None  # the epoch of `_rev`
+        self._new_epoch: str | None = None  # the epoch of the connection
         self._rev: int | None = None  # all events up to this revision have been received
 
     @property
@@ -115,7 +115,7 @@ class WatchState:
     def begin(self, source: EventSource | None) -> dict[str, Any]:
         """Start or resume the watch on a connection, and return the arguments of the `watch` request.
 
-        With None for the connection, `live` stays False.
+        If the connection is None, `live` stays False.
         """
         self._mark_stale()
         self.source = source
@@ -155,11 +155,11 @@ class WatchState:
         elif self._rev is None or fields["rev"] > self._rev:
             self._pass_on(fields)
         if self._snapshot is None:
-            # Together: a revision of one epoch must not be taken for one of another.
+            # Set both together, since a revision belongs to its epoch.
             self._epoch, self._rev = self._new_epoch, fields["rev"]
 
     def _complete(self, snapshot: dict[Key, dict[str, Any]]) -> None:
-        """Replace the copy by a complete snapshot, and pass on the differences."""
+        """Replace the copy with a complete snapshot, and pass on the differences."""
         events = differences(self.instances, snapshot)
         self.instances, self._snapshot = snapshot, None
         self._is_current = True

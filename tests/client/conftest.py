@@ -1,6 +1,6 @@
-"""Fixtures for the tests of the client: a relay in front of the daemon, or a whole registry with two clients.
+"""Fixtures for the tests of the client: a relay in front of the daemon, or a registry with two clients.
 
-Each is at the address in REGD_ADDRESS.
+REGD_ADDRESS is set to the address of the relay or registry.
 """
 
 from collections.abc import AsyncIterator

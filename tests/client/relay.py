@@ -1,4 +1,4 @@
-"""A relay between clients and a daemon that can break and refuse connections and delay replies."""
+"""A relay between clients and a daemon. It can break and refuse connections, and delay replies."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ class Relay:
         self.to = to
         self.port = 0
         self.requests: list[dict[str, Any]] = []
-        self.flowing = asyncio.Event()  # while not set, replies are held back
+        self.flowing = asyncio.Event()  # while it is not set, replies are delayed
         self.flowing.set()
         self.cut_at: Callable[[dict[str, Any]], bool] = lambda request: False
         self._open: set[asyncio.StreamWriter] = set()
@@ -27,8 +27,8 @@ class Relay:
     def accept(self) -> None:
         """Accept connections. After `refuse`, on the same port as before.
 
-        A server of asyncio would not do: if it is closed at once after it has accepted a connection, nobody ever
-        closes that connection.
+        This does not use `asyncio.start_server`, because a server that is closed just after it has accepted a
+        connection never closes that connection.
         """
         self._listener = socket.create_server(("127.0.0.1", self.port))
         self._listener.setblocking(False)
@@ -70,7 +70,7 @@ class Relay:
         await asyncio.gather(*self._tasks)
 
     async def _relay(self, accepted: socket.socket, cuts: int) -> None:
-        """Forward a connection until it ends on either side. It was accepted after so many `cuts`."""
+        """Forward a connection until it ends on either side. It was accepted after `cuts` cuts."""
         reader, writer = await asyncio.open_connection(sock=accepted)
         with contextlib.suppress(OSError):
             daemon_reader, daemon_writer = await asyncio.open_connection("127.0.0.1", self.to)

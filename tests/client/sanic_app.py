@@ -1,4 +1,4 @@
-"""Example Sanic applications: `app`, and `early`, which registers in the outermost hooks.
+"""Example Sanic applications: `app`, and `early`, which registers the name in the outermost hooks.
 
 Sanic opens the port $WEB_PORT outside of the event loop.
 """

@@ -1,4 +1,4 @@
-"""The client checks arguments before it sends a request, and warns of coroutines that are never awaited."""
+"""The client checks arguments before it sends a request, and warns about coroutines that are never awaited."""
 
 import asyncio
 import gc
@@ -97,7 +97,7 @@ async def test_invalid_timeout_raises_before_anything_is_sent(
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_call_outside_asyncio_raises(verb: Callable[[Client, Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As under trio, where another event loop runs the coroutine."""
+    """This happens under trio, where another event loop runs the coroutine."""
     monkeypatch.setenv("REGD_ADDRESS", NOWHERE)
     for timeout in (None, 1):
         awaited = verb(Client(NOWHERE), timeout).__await__()

@@ -167,8 +167,8 @@ def test_forked_child_has_its_own_thread() -> None:
 
 
 @pytest.mark.parametrize("kind", ["socket", "mirror", "watch", "registration"])
-def test_what_a_forked_child_leaves_is_the_parents(kind: str) -> None:
-    """The client's thread does not run in the child: nothing there waits for it, or ends what the parent has."""
+def test_forked_child_does_not_affect_the_parents_registrations(kind: str) -> None:
+    """The client's thread does not run in the child, so nothing there can end the parent's registrations."""
     client = blocking.Client()
     makers: dict[str, Callable[[], AbstractContextManager[object]]] = {
         "socket": lambda: blocking.listen("parent"),
@@ -232,7 +232,7 @@ Heard = list[list[dict[str, object]]]
 
 @pytest.fixture
 def heard() -> Iterator[Heard]:
-    """Install a handler of SIGTERM; yield what was registered at each of its calls."""
+    """Install a handler of SIGTERM. Yield a list of what was registered at each call of the handler."""
     calls: Heard = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
     timer = signal.setitimer(signal.ITIMER_REAL, 0.0)  # stop the timer of pytest-timeout
@@ -258,11 +258,11 @@ def test_server_gets_the_signal_after_the_name_is_withdrawn(heard: Heard) -> Non
     assert len(heard) == 2
 
 
-def test_process_that_forks_workers_has_no_threads_left(heard: Heard) -> None:
+def test_process_that_forks_workers_has_no_extra_threads(heard: Heard) -> None:
     threads = threading.active_count()
     blocking.register_process("web", 1, meta={"zone": "a"})
     assert threading.active_count() == threads
-    block_until(lambda: connections() == 1)  # that of this request
+    block_until(lambda: connections() == 1)  # the connection of this request
     [instance] = instances()
     assert (instance["pid"], instance["meta"], "hold" in instance) == (os.getpid(), {"zone": "a"}, False)
 

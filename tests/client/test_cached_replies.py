@@ -1,4 +1,4 @@
-"""The caches of encoded requests and decoded replies return what encoding and decoding would."""
+"""The caches of requests and replies return the same as encoding and decoding without a cache."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ SAID = b'"name":"a","instance":"","host":"h","port":1,"meta":{"k":"v"},"state":"
         {},
     ],
 )
-def test_cached_request_equals_an_encoded_one(arguments: dict[str, Any]) -> None:
+def test_cached_request_equals_the_encoded_request(arguments: dict[str, Any]) -> None:
     for id in (1, 2, 10**15):
         assert protocol.cached_request("resolve", id, arguments) == protocol.encode_request(
             "resolve", id, arguments
@@ -48,7 +48,7 @@ def test_request_that_cannot_be_encoded(name: object) -> None:
 
 
 @pytest.mark.parametrize("meta", [{}, {"k": 'v"},{'}, {"k": "é" * 200}])
-def test_cached_reply_equals_a_decoded_one(meta: dict[str, str]) -> None:
+def test_cached_reply_equals_the_decoded_reply(meta: dict[str, str]) -> None:
     for id in (1, 2, 10**15):
         line = json.dumps({"ok": True, "id": id, **FIELDS, "meta": meta}, separators=(",", ":")).encode()
         number, reply = protocol.split_reply(line)
@@ -82,7 +82,7 @@ def test_invalid_reply(said: bytes) -> None:
         protocol.cached_reply(said)
 
 
-def test_caches_are_bounded() -> None:
+def test_caches_are_limited() -> None:
     for n in range(2 * protocol._CACHED_MAX):
         protocol.cached_request("resolve", 1, {"name": f"n{n}"})
         protocol.cached_reply(SAID % n)

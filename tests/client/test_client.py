@@ -1,4 +1,4 @@
-"""The async client against a daemon in the same loop: functions, the shared connection, broken connections."""
+"""The async client with a daemon in the same event loop: functions, the shared connection, broken connections."""
 
 import asyncio
 import gc
@@ -52,7 +52,7 @@ async def test_a_static_registration_stays(daemon: InLoop) -> None:
     await regd_client.deregister("a")
 
 
-async def test_deregister_spares_a_newer_registration() -> None:
+async def test_deregister_does_not_end_a_newer_registration() -> None:
     async with regd_client.register("a", 1):
         await regd_client.register("a", 2)
     assert (await regd_client.resolve("a")).port == 2

@@ -1,4 +1,4 @@
-"""A connection sends requests in few chunks, and reads replies however they are split."""
+"""A connection sends requests in few chunks, and reads replies that are split anywhere."""
 
 import asyncio
 from typing import Any

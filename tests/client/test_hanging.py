@@ -19,9 +19,9 @@ from tests.support.polling import until
 
 pytestmark = pytest.mark.socket
 
-assert registrar._SILENT_S + connection_module.HANGS_S + connection_module._RECHECK_S <= 15  # as promised
+assert registrar._SILENT_S + connection_module.HANGS_S + connection_module._RECHECK_S <= 15  # as documented
 QUIET_S, HANGS_S, AGAIN_S = 0.4, 0.6, 0.05
-LATE_S = 0.3  # of a machine that is busy: less than QUIET_S
+LATE_S = 0.3  # how late a busy machine may be; less than QUIET_S
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ async def test_call_to_a_hanging_daemon_ends(relay: Relay) -> None:
 
 
 @pytest.mark.parametrize("data", [b" ", b'{"event":"progress","watch":1,"rev":1}\n'], ids=["a line", "events"])
-async def test_call_ends_if_the_reply_drips_without_an_end(data: bytes) -> None:
+async def test_call_ends_if_the_reply_arrives_slowly_without_an_end(data: bytes) -> None:
     async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while True:
@@ -101,7 +101,7 @@ async def test_blocked_loop_reads_replies_before_timeouts(process: DaemonProcess
         ping = asyncio.create_task(client.ping())
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        time.sleep(2 * HANGS_S)  # noqa: ASYNC251 - meanwhile the reply arrives and the timer expires
+        time.sleep(2 * HANGS_S)  # noqa: ASYNC251 - in this time, the reply arrives and the timer expires
         assert connection._watchdog is not None
         connection._watchdog.cancel()
         connection._check()

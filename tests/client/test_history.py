@@ -1,4 +1,4 @@
-"""`Client.history` and its blocking twin."""
+"""`Client.history` and `blocking.Client.history`."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ async def test_fields_of_a_change() -> None:
     assert up["at"] > 1.7e9
 
 
-async def test_points_and_pages() -> None:
+async def test_history_after_and_before_a_revision_in_pages() -> None:
     async with Client() as client:
         await register(client, 1, 2, 3)  # revisions 1 to 5
         assert revisions(await client.history()) == [1, 2, 3, 4, 5]

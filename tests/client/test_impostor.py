@@ -1,4 +1,4 @@
-"""The peer may be another program, and hostile: the client checks every reply before it uses it."""
+"""Another, perhaps hostile, program may answer: the client checks every reply before using it."""
 
 import asyncio
 import contextlib
@@ -167,7 +167,7 @@ def put(
 
 
 def spoilt(fields: dict[str, Any], junks: list[str] = JUNK) -> Iterator[str]:
-    """Yield variants of a valid line, each with a part missing, of another type or value; then lines of junk."""
+    """Yield variants of a valid line: a part is missing or has another type or value; then invalid lines."""
     for path in [*paths(fields), ("unknown",)]:
         if path != ("unknown",):
             yield json.dumps(put(fields, path, drop=True))
@@ -184,7 +184,7 @@ def with_id(line: str, id: object) -> bytes:
 
 
 class Impostor:
-    """A server that answers as regd does, except for the commands in `says`, which has the lines to send."""
+    """A server that replies as regd does. But `says` maps commands to other lines to send."""
 
     def __init__(self) -> None:
         self.says: dict[str, str] = {}
@@ -204,7 +204,7 @@ class Impostor:
     async def cut(self) -> None:
         """Close all connections.
 
-        asyncio finishes in tasks of its own what it has accepted. If the server is closed before that, the
+        asyncio sets up an accepted connection in a separate task. If the server is closed before that, the
         connection is never closed (`_attach` fails).
         """
         for _ in range(5):
@@ -259,7 +259,7 @@ async def test_verb_raises_only_documented_errors(
     monkeypatch.setattr(registration, "_WITHDRAW_S", 0.001)
     monkeypatch.setattr(registration, "_WITHDRAW_AWAY_S", 0.001)
     monkeypatch.setattr(registrar, "_CLOSE_S", 0.001)
-    monkeypatch.setattr(connection_module, "HANGS_S", 0.02)  # for events, and no reply
+    monkeypatch.setattr(connection_module, "HANGS_S", 0.02)  # for events, after which there is no reply
     monkeypatch.setattr(connection_module, "_RECHECK_S", 0.001)
     async with impostor() as other:
         for line in spoilt(REFUSAL if refusal else REPLIES[cmd], ["null", "[[]]", '"$(touch pwned)"']):
@@ -315,7 +315,7 @@ def test_change_with_a_value_of_another_form(member: str, value: object) -> None
 
 
 async def test_endless_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full pages end at the limit of instances, empty pages at the limit of pages."""
+    """The client stops reading full pages at its limit of instances, and empty pages at its limit of pages."""
     monkeypatch.setattr(protocol, "INSTANCES_MAX", 5)
     monkeypatch.setattr(protocol, "PAGES_MAX", 9)
     async with impostor() as other, Client(other.address) as client:
@@ -392,7 +392,7 @@ GOOD: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize("key", BAD)
-def test_value_rules(key: str) -> None:
+def test_values_that_a_reply_may_have(key: str) -> None:
     lines: list[tuple[str, dict[str, Any]]] = [("resolve", {}), ("resolve", {"all": True}), ("list", {})]
     for value, valid in [*((value, True) for value in GOOD[key]), *((value, False) for value in BAD[key])]:
         fields = {**INSTANCE, key: value}
@@ -480,7 +480,7 @@ def test_pages_that_do_not_advance(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (fault == "") is valid
 
 
-async def test_wait_fails_at_once_if_the_peer_is_not_a_regd() -> None:
+async def test_wait_fails_at_once_if_another_program_answers() -> None:
     async with impostor() as other, asyncio.timeout(30), Client(other.address) as client:
         other.says = {"resolve": '{"ok":true}'}
         with pytest.raises(Unavailable, match="not a regd reply") as raised:
@@ -488,7 +488,7 @@ async def test_wait_fails_at_once_if_the_peer_is_not_a_regd() -> None:
     assert raised.value.code == protocol.NOT_REGD
 
 
-async def test_text_of_a_peer_is_escaped() -> None:
+async def test_text_of_another_program_is_escaped() -> None:
     async with impostor() as other, Client(other.address) as client:
         other.says = {"ping": '{"ok":false,"error":"busy","message":"\\u001b[2J\\nERROR a\\ud800"}'}
         with pytest.raises(RegdError) as raised:

@@ -1,4 +1,4 @@
-"""`deregister` and `close` end exactly their own registrations, whatever breaks or is cancelled meanwhile."""
+"""`deregister` and `close` end exactly their own registrations, whatever breaks or is cancelled."""
 
 import asyncio
 import time
@@ -21,7 +21,7 @@ REPLACED = "replaced by a newer registration of this process"
 
 @pytest.fixture
 async def other(daemon: InLoop) -> AsyncIterator[Client]:
-    """A client with a direct connection to the daemon, which does not break."""
+    """A client with a direct connection to the daemon, which the relay cannot break."""
     async with Client(f"127.0.0.1:{daemon.port}") as client:
         yield client
 
@@ -66,7 +66,7 @@ async def test_cancelled_close_has_closed(
 
 @pytest.mark.parametrize("iterations", range(0, 60, 3))
 async def test_deregister_after_a_broken_connection(relay: Relay, other: Client, iterations: int) -> None:
-    """Also during the re-registration. Registrations of other workers of the server stay."""
+    """This works during the re-registration, too. Registrations of other workers of the server stay."""
     async with Client() as client:
         shared, alone = await client.register("shared", 1), await client.register("alone", 1)
         others = await other.register("shared", 1)
@@ -158,7 +158,7 @@ async def test_deregister_without_a_daemon_takes_effect_later(
 
 @pytest.mark.parametrize("port", [1, 2])
 @pytest.mark.parametrize("iterations", [0, 1, 20])
-async def test_late_withdrawal_spares_a_new_registration(
+async def test_late_withdrawal_does_not_end_a_new_registration(
     relay: Relay, daemon: InLoop, port: int, iterations: int
 ) -> None:
     """A process that deregisters a name without a daemon and registers it again keeps it."""
@@ -209,7 +209,7 @@ async def test_lost_registration_is_not_deregistered(relay: Relay, other: Client
         assert (instance["meta"], instance["state"]) == ({"of": "other"}, "ready")
         again = await client.register("a", 1, force=True)
         await newer.lost.wait()
-        await registration.deregister()  # is of the first, and not of what stands now
+        await registration.deregister()  # ends the first registration only, not the present one
         assert (await other.resolve("a")).port == 1
         assert not again.lost.is_set()
         relay.cut()
@@ -234,7 +234,7 @@ async def test_takeover_before_the_reply_is_a_loss(relay: Relay, other: Client) 
 
 
 @pytest.mark.parametrize("doing", ["deregister", "update"])
-async def test_takeover_not_reported_yet_is_spared(relay: Relay, other: Client, doing: str) -> None:
+async def test_unreported_new_owner_is_not_deregistered(relay: Relay, other: Client, doing: str) -> None:
     async with Client() as client:
         registration = await client.register("a", 1, meta={"of": "one"})
         relay.flowing.clear()

@@ -1,4 +1,4 @@
-"""`lifespan` and `listen`: which server is registered, when, and what happens at the end and on signals."""
+"""`lifespan` and `listen`: the server that is registered, the time when it is, and its end, also by signals."""
 
 import asyncio
 import contextlib
@@ -34,7 +34,7 @@ async def client() -> AsyncIterator[Client]:
 
 
 class Nothing(asyncio.Protocol):
-    """The protocol of a server that does nothing."""
+    """A protocol that does nothing."""
 
 
 async def server(port: int = 0, host: str = "127.0.0.1") -> asyncio.AbstractServer:
@@ -170,7 +170,7 @@ async def test_passed_socket_may_be_closed_by_its_owner(client: Client) -> None:
         await service.registration()
         opened.close()
         passed.close()
-        assert accepts(port)  # until the name is gone
+        assert accepts(port)  # the port is open until the name is gone
         await opened.wait_closed()
         assert not accepts(port)
 
@@ -192,7 +192,7 @@ async def test_listener_stays_open_for_drain_s(client: Client) -> None:
         since = loop.time()
         assert accepts(port_of(opened))
         await opened.wait_closed()
-        assert loop.time() - since > 0.02  # of the 0.05: hearing of it took some
+        assert loop.time() - since > 0.02  # nearly 0.05 s: the test notices the withdrawal late
 
 
 async def test_exit_closes_the_connection(client: Client) -> None:
@@ -301,7 +301,7 @@ async def test_port_opened_outside_the_loop_is_found(client: Client) -> None:
         port = opened.getsockname()[1]
         async with regd_client.lifespan("web", port) as service:
             assert another.getsockname()[1] != port
-            assert not service._hook.find_open_port()  # bound, and does not listen yet
+            assert not service._hook.find_open_port()  # the socket is bound but does not listen yet
             opened.listen()
             assert (await service.registration()).endpoint.port == port
         assert await names(client) == []
@@ -392,7 +392,7 @@ async def test_termination_signal_is_delivered_after_the_withdrawal(
         await gone(client)
         assert accepts(port_of(opened))
         await until(lambda: signals == [number])
-        os.kill(os.getpid(), number)  # nothing is held any more
+        os.kill(os.getpid(), number)  # signals are not delayed any more
         await until(lambda: signals == [number, number])
 
 
@@ -479,7 +479,7 @@ loop.close()
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 @pytest.mark.parametrize(("handler", "states"), [("early", "[]"), ("late", "['ready']")])
 async def test_event_loop_that_runs_several_times(loop: str, handler: str, states: str) -> None:
-    """As with Sanic and granian. A handler installed before `lifespan` is called after the withdrawal."""
+    """Sanic and granian do this. A handler installed before `lifespan` is called after the withdrawal."""
     command = [sys.executable, "-c", RUNS, loop, handler]
     done = await asyncio.to_thread(
         subprocess.run, command, env=environment(**os.environ), capture_output=True, text=True, timeout=WAIT_S

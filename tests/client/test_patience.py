@@ -1,4 +1,4 @@
-"""How long a verb retries without a daemon, and what it logs."""
+"""How long the verbs of the client retry without a daemon, and what they log."""
 
 import asyncio
 import io
@@ -59,7 +59,7 @@ def one_try(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return the client's log messages, without asyncio's about slow callbacks."""
+    """Return the client's log messages, without the messages of asyncio about slow callbacks."""
     return [record.getMessage() for record in caplog.records if record.name == "regd_client"]
 
 
@@ -174,7 +174,7 @@ def test_timeout_bounds_the_blocking_verbs(nowhere: str) -> None:
 
 def test_timeout_bounds_a_reply_that_arrives_byte_by_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     class Dripping:
-        """A socket that returns one byte a second, without an end."""
+        """A socket that returns one byte per second, forever."""
 
         now = 0.0
 
@@ -235,7 +235,7 @@ async def test_broken_log_handler_changes_nothing(
         pass
 
 
-async def test_two_clients_of_one_process_register_one_name(
+async def test_two_clients_in_one_process_register_one_name(
     relay: Relay, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with Client() as one, Client() as two:
@@ -254,7 +254,9 @@ async def test_two_clients_of_one_process_register_one_name(
         assert (await two.resolve("shop")).port == 8001
 
 
-async def test_reconnected_older_client_spares_the_newer_registration(relay: Relay, daemon: InLoop) -> None:
+async def test_reconnected_older_client_does_not_replace_the_newer_registration(
+    relay: Relay, daemon: InLoop
+) -> None:
     """The older client's connection broke before it could learn of the newer registration."""
     async with Client() as one, Client(f"127.0.0.1:{daemon.port}") as two:
         first = await one.register("shop", 8000)
@@ -273,7 +275,7 @@ async def test_reconnected_older_client_spares_the_newer_registration(relay: Rel
 
 
 async def test_caller_without_patience_makes_its_own_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attempt of another caller may have failed before the daemon started."""
+    """Another caller's attempt may have failed before the daemon started."""
     began = asyncio.Event()
     tries: list[asyncio.Future[Any]] = []
 

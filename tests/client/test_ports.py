@@ -1,4 +1,4 @@
-"""Ports that stay: which port `listen` takes when it is given none."""
+"""The port that `listen` chooses if it is called without a port."""
 
 import asyncio
 import socket
@@ -14,7 +14,7 @@ from regd_client.ports import LastPorts
 from tests.client.relay import Relay
 from tests.support.daemon import InLoop
 
-# Which ports are looked for, on values.
+# The ports to try, on values.
 
 
 def entry(instance: str, port: int, **more: Any) -> dict[str, Any]:
@@ -39,15 +39,15 @@ def is_over(last: LastPorts) -> bool:
     return last.request is None
 
 
-def test_latest_change_tells_the_port() -> None:
+def test_last_port_is_that_of_the_latest_change() -> None:
     last = search(None)
     assert last.request == history()
     last.add({"changes": [entry("", 5)], "next": 9})
     assert (is_over(last), last.ports) == (True, [5])
 
 
-def test_later_pages_are_asked() -> None:
-    """A page may be empty and have a next one."""
+def test_later_pages_are_requested() -> None:
+    """An empty page may be followed by another page."""
     last = search("a")
     last.add({"changes": [], "next": 9})
     assert last.request == history(9, "a")
@@ -65,15 +65,15 @@ def test_static_registration_may_be_older_than_the_history() -> None:
 
 
 @pytest.mark.parametrize("held", [{"hold": True}, {"pid": 4}, {"ttl": 10}])
-def test_port_of_a_living_owner_is_not_taken(held: dict[str, Any]) -> None:
-    """Even if it does not listen at this moment: the two would share one registration."""
+def test_port_of_a_live_owner_is_not_taken(held: dict[str, Any]) -> None:
+    """The owner may not be listening at this moment. With the same port, both would share one registration."""
     last = search(None, entry("", 5, **held))
     last.add({"changes": [entry("", 5)]})
     assert last.ports == []
 
 
-def test_search_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a daemon that repeats a page, and when the time is over."""
+def test_search_for_the_last_port_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends if the daemon repeats a page, and when the time is over."""
     last = search(None)
     for _ in range(2):
         last.add({"changes": [], "next": 9})
@@ -116,7 +116,7 @@ def test_free_ports_are_outside_the_ephemeral_range(
 
 
 def test_port_that_another_program_reserves_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `regctl run` does, with SO_REUSEADDR and without listening."""
+    """`regctl run` reserves a port with a socket that has SO_REUSEADDR and does not listen."""
     with socket.socket() as reserved:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         reserved.bind(("127.0.0.1", 0))
@@ -126,13 +126,13 @@ def test_port_that_another_program_reserves_is_not_taken(monkeypatch: pytest.Mon
             assert opened.getsockname()[1] != port
         with ports.listening_socket_at_one(
             "127.0.0.1", [port], 1
-        ) as opened:  # its own last one: perhaps its parent
+        ) as opened:  # the service's own last port, perhaps reserved by its parent
             assert opened.getsockname()[1] == port
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_port_is_taken_again_after_connections(host: str) -> None:
-    """Connections that the server has closed occupy the port for a minute, for a bind without SO_REUSEADDR."""
+    """Closed connections of the server occupy the port for a minute, for a bind without SO_REUSEADDR."""
     with ports.listening_socket_at_one(host, [], 1) as opened:
         port = opened.getsockname()[1]
         with socket.create_connection((host, port)) as caller:
@@ -203,7 +203,7 @@ async def test_taken_port_is_left_to_its_owner(client: Client) -> None:
             assert not is_ephemeral(second.port)
 
 
-async def test_two_at_once_never_share_a_port(client: Client) -> None:
+async def test_simultaneous_listens_never_share_a_port(client: Client) -> None:
     async with regd_client.listen("web") as first:
         pass
 
@@ -232,8 +232,8 @@ async def test_copies_take_the_ports_that_copies_had(client: Client) -> None:
     assert await run(1) < before
 
 
-async def test_registration_from_the_file_tells_the_port(daemon: InLoop, client: Client) -> None:
-    """The history has nothing of it: it was written by hand."""
+async def test_port_of_a_registration_written_by_hand_is_found(daemon: InLoop, client: Client) -> None:
+    """The registration was written by hand, so it is not in the history."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -252,7 +252,7 @@ async def test_registration_from_the_file_tells_the_port(daemon: InLoop, client:
 
 
 async def test_daemon_without_history(relay: Relay, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An older daemon refuses the command: a free port is taken."""
+    """An older daemon refuses the command, and a free port is used."""
     monkeypatch.setattr(LastPorts, "_history", lambda self: ("nonsense", {}))
     async with regd_client.listen("web") as listening:
         assert not is_ephemeral(listening.port)

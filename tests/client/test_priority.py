@@ -1,4 +1,4 @@
-"""Priorities in the client: registering and changing them, and mirrors that resolve by the daemon's rule."""
+"""Priorities in the client: registering and changing them, and mirrors that resolve in the daemon's order."""
 
 import asyncio
 from pathlib import Path
@@ -47,7 +47,7 @@ async def test_update_of_own_and_of_other_registrations(client: Client, other: C
     own = await client.register("w", 1, instance="a", meta={"k": "v"}, priority=1)
     await own.update(priority=5)
     assert (own.endpoint.priority, own.endpoint.meta) == (5, {"k": "v"})
-    await client.update("w", priority=6, instance="a")  # of its own, by the client
+    await client.update("w", priority=6, instance="a")  # its own registration
     assert own.endpoint.priority == 6
     await other.update("w", priority=8, instance="a")
     assert await listed(other) == {"a": 8}
@@ -89,7 +89,7 @@ async def test_all_is_in_order_of_priority_even_in_several_pages(tmp_path: Path)
 
 
 @pytest.mark.socket
-async def test_functions_that_open_a_port(registry: Registry, other: Client) -> None:
+async def test_lifespan_and_listen_have_a_priority(registry: Registry, other: Client) -> None:
     async with regd_client.listen("w", 0, priority=3) as listening:
         assert listening.endpoint.priority == 3
         assert await listed(other) == {"": 3}
@@ -142,7 +142,7 @@ async def test_mirror_follows_the_priorities(registry: Registry, client: Client,
             assert (endpoint.instance in "ad", endpoint.stale_s > 0, endpoint.priority) == (True, True, 1)
 
 
-def test_mirror_goes_on_behind_the_instance_returned_last() -> None:
+def test_mirror_continues_after_the_instance_returned_last() -> None:
     mirror = Mirror("w", None, None)
 
     def take(kind: str, instance: str, priority: int, state: str = "ready") -> None:
@@ -191,7 +191,7 @@ STEPS = st.one_of(
 @given(st.lists(STEPS, max_size=30))
 @settings(max_examples=examples(200), deadline=None)
 def test_mirror_resolves_by_the_rule_of_the_daemon(steps: list[Any]) -> None:
-    """Both go around among the same instances, whatever happens in between."""
+    """Both rotate through the same instances, whatever happens in between."""
     registry, mirror = CoreRegistry(), Mirror("w", None, None)
     for step in steps:
         transaction = Transaction(registry, 5.0)
@@ -212,7 +212,7 @@ def test_mirror_resolves_by_the_rule_of_the_daemon(steps: list[Any]) -> None:
         assert search.step(DEFAULT.search_step_max)
         assert mirror.resolve_all("w") == [endpoint_of(fields(entry)) for entry in search.found]
         best = around(mirror, {})
-        assert around(mirror, {}) == best  # each of them once, in the same order
+        assert around(mirror, {}) == best  # each instance once, in the same order
         assert len(set(best)) == len(best)
 
 

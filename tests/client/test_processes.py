@@ -88,7 +88,7 @@ async def test_entry_is_held_by_connection_across_pid_namespaces(
         await gone(other, "a")
 
 
-async def test_late_withdrawal_spares_a_new_entry_of_a_process(
+async def test_late_withdrawal_does_not_end_a_new_entry_of_a_process(
     relay: Relay, daemon: InLoop, child: subprocess.Popen[bytes]
 ) -> None:
     """No connection holds the entry, so an unchecked late withdrawal would end the newer one."""
@@ -119,7 +119,7 @@ async def test_unseen_process_is_held_by_connection(
     answer: str,
     own: bool,
 ) -> None:
-    """Without pidfds, or with a hidden /proc. Older daemons answer that there is no such process."""
+    """The daemon has no pidfds, or /proc is hidden. Older daemons answer that there is no such process."""
 
     def find(self: Processes, pid: int, uid: int | None) -> Process:
         raise Refused(

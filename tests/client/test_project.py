@@ -1,4 +1,4 @@
-"""Project registries on values: which folder counts, what `init` makes, and when a client looks."""
+"""Project registries on values: which folder is used, what `init` creates, and when a client searches."""
 
 import asyncio
 import os
@@ -23,7 +23,7 @@ DEFAULT = protocol.DEFAULT_ADDRESS
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home folder that is the current one, no address in the environment, and no warning logged yet."""
+    """A home folder, which is the current folder. No address is in the environment, and no warning was logged."""
     for name in ("REGD_ADDRESS", "REGD_AUTOSTART"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(protocol, "_warned", set())
@@ -112,7 +112,7 @@ def test_home_without_the_variable_is_from_the_password_database(
         shutil.rmtree(home.parent / ".regd")
 
 
-# Why a folder is ignored. Each case changes a folder that would count.
+# Why a folder is ignored. Each case changes a folder that would be used.
 
 
 def replace_by_link(folder: Path) -> None:
@@ -241,7 +241,7 @@ def test_init_again_changes_nothing(home: Path) -> None:
     assert {path: path.stat() for path in folder.iterdir()} == before
 
 
-def test_init_mends_the_mode_and_keeps_the_registry(home: Path) -> None:
+def test_init_corrects_the_mode_and_keeps_the_registry(home: Path) -> None:
     folder = made(home)
     (folder / "registry.json").write_text("{}")
     folder.chmod(0o755)
@@ -259,14 +259,14 @@ def test_init_on_a_copy_sets_its_files_aside(home: Path) -> None:
     assert names(Path(aside)) == ["registry.json"]
     assert names(folder) == [".gitignore", "id", Path(aside).name]
     assert project.fault(str(folder)) == ""
-    (folder / "registry.json").write_text("{}")  # and once more: nothing is lost
+    (folder / "registry.json").write_text("{}")  # the second `init` loses no file either
     (folder / "id").unlink()
     _, second = project.init(str(home))
     assert second not in (None, aside)
     assert (Path(aside) / "registry.json").exists()
 
 
-def test_init_is_not_misled_by_what_came_with_a_repository(home: Path) -> None:
+def test_init_does_not_trust_a_folder_from_a_repository(home: Path) -> None:
     (home / ".regd").mkdir()
     victim = home / "victim"
     victim.write_text("precious")
@@ -279,7 +279,7 @@ def test_init_is_not_misled_by_what_came_with_a_repository(home: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["link", "file"])
-def test_init_refuses_what_is_no_folder(kind: str, home: Path) -> None:
+def test_init_refuses_a_link_or_a_file(kind: str, home: Path) -> None:
     if kind == "link":
         (home / "elsewhere").mkdir()
         (home / ".regd").symlink_to("elsewhere")
@@ -290,7 +290,7 @@ def test_init_refuses_what_is_no_folder(kind: str, home: Path) -> None:
     assert names(home) == sorted([".regd", *(["elsewhere"] if kind == "link" else [])])
 
 
-def test_init_without_the_folder_or_its_rights_says_so(home: Path) -> None:
+def test_init_in_a_missing_or_forbidden_folder_is_an_error(home: Path) -> None:
     with pytest.raises(project.ProjectError, match=r"cannot make .*: No such file or directory; run"):
         project.init(str(home / "missing"))
     (home / "gone").mkdir()
@@ -322,16 +322,16 @@ def test_init_on_a_file_system_without_sockets_refuses(
     (home / ".regd" / "registry.json").write_text("{}")
     with pytest.raises(project.ProjectError, match="without Unix sockets"):
         project.init(str(home))
-    assert "registry.json" in names(home / ".regd")  # nothing was set aside
+    assert "registry.json" in names(home / ".regd")  # no file was moved
 
 
 class Killed(BaseException):
-    """The process ends here."""
+    """Raised in place of a kill of the process."""
 
 
 @pytest.mark.parametrize("step", range(1, 14))
-def test_init_after_a_crash_completes(step: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After any system call that changes a file: the folder counts only when it is whole."""
+def test_init_after_a_crash_completes_the_folder(step: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The crash may come after any system call that changes a file. Only a complete folder is used."""
     (home / ".regd").mkdir(0o700)  # else a failed `init` removes it again
     (home / ".regd" / "registry.json").write_text("old")
     left = step
@@ -371,10 +371,10 @@ def test_failed_init_leaves_no_new_folder(home: Path, monkeypatch: pytest.Monkey
     assert names(home) == []
 
 
-# What a client uses, and when it looks.
+# Which registry a client uses, and when it searches.
 
 
-def test_argument_and_variable_come_first(
+def test_argument_and_variable_take_precedence(
     home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = made(home)
@@ -384,7 +384,7 @@ def test_argument_and_variable_come_first(
     monkeypatch.setenv("REGD_ADDRESS", "127.0.0.1:2")
     assert str(protocol.find_address()) == "tcp://127.0.0.1:2"
     assert str(protocol.find_address("127.0.0.1:1")) == "tcp://127.0.0.1:1"
-    folder.chmod(0o755)  # nobody looks, so nobody warns
+    folder.chmod(0o755)  # the folder is not searched for, so there is no warning
     protocol.find_address()
     monkeypatch.setenv("REGD_ADDRESS", "")
     assert not ignoring(caplog)
@@ -396,7 +396,7 @@ def address_of(client: object) -> str:
     return repr(client).partition(" at ")[2].partition(",")[0]
 
 
-def test_client_looks_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_searches_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = made(home / "a")
     made(home / "b")
     os.chdir(home / "a")
@@ -404,8 +404,8 @@ def test_client_looks_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.chdir(home / "b")
     assert finder.find().project == str(folder)
     shutil.rmtree(folder)
-    assert finder.find().project == str(folder)  # no reason to try the next
-    monkeypatch.setenv("REGD_ADDRESS", "127.0.0.1:2")  # read each time
+    assert finder.find().project == str(folder)  # the folder is not searched for again
+    monkeypatch.setenv("REGD_ADDRESS", "127.0.0.1:2")  # the variable is read each time
     assert str(finder.find()) == "tcp://127.0.0.1:2"
     monkeypatch.delenv("REGD_ADDRESS")
     assert finder.find().project == str(folder)
@@ -439,13 +439,13 @@ def test_registration_of_a_process_stays_with_its_project(home: Path) -> None:
     assert registration._address_finder.find().project == str(folder)
 
 
-def test_warning_once_in_a_test(
+def test_test_that_uses_a_project_warns_once(
     home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = made(home)
     with monkeypatch.context() as patch:
         patch.delenv("PYTEST_CURRENT_TEST")
-        client = regd_client.Client()  # at import, before there is a test
+        client = regd_client.Client()  # as at import, before a test runs
         protocol.find_address()
         assert not caplog.messages
     for _ in range(2):
@@ -454,7 +454,7 @@ def test_warning_once_in_a_test(
     warning = f"a test uses the project registry {folder}; the fixture `regd` has a private one"
     assert caplog.messages == [warning]
     monkeypatch.setattr(protocol, "_warned", set())
-    monkeypatch.setenv("REGD_ADDRESS", "127.0.0.1:2")  # as the fixture does
+    monkeypatch.setenv("REGD_ADDRESS", "127.0.0.1:2")  # as the fixture `regd` does
     protocol.find_address()
     assert caplog.messages == [warning]
 
@@ -469,7 +469,7 @@ def test_fixture_is_never_confused_by_a_project(
     assert not caplog.messages
 
 
-def test_autostart_in_a_project_is_on_unless_the_variable_says_no(
+def test_autostart_in_a_project_is_on_unless_the_variable_is_off(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made(home)
@@ -479,12 +479,12 @@ def test_autostart_in_a_project_is_on_unless_the_variable_says_no(
         assert protocol.autostart_wanted(at) is wanted, value
     monkeypatch.delenv("REGD_AUTOSTART")
     assert protocol.autostart_wanted(at)
-    assert not protocol.autostart_wanted(protocol.parse_address(str(at)))  # the same socket, named by hand
+    assert not protocol.autostart_wanted(protocol.parse_address(str(at)))  # the same socket, given as a path
 
 
 @pytest.mark.parametrize("length", [107, 108, 300])
 async def test_socket_paths_of_any_length(length: int, home: Path) -> None:
-    """107 bytes is what sockaddr_un holds; clients and daemon go through the folder's descriptor beyond."""
+    """sockaddr_un holds 107 bytes. For longer paths, clients and daemon use a descriptor of the folder."""
     folder = home
     while (missing := length - len(os.fsencode(folder)) - len("/regd.sock")) > 0:
         folder /= "x" * max(1, min(100, missing - 1))

@@ -41,7 +41,7 @@ def coroutine(event: asyncio.Event) -> Awaitable[object]:
 
 
 @pytest.mark.parametrize("ready", [function, coroutine])
-async def test_starting_until_the_service_says_so(
+async def test_service_is_starting_until_it_is_ready(
     client: Client, ready: Callable[[asyncio.Event], readiness.Ready]
 ) -> None:
     event = asyncio.Event()
@@ -56,7 +56,7 @@ async def test_starting_until_the_service_says_so(
     assert await states(client) == []
 
 
-async def test_service_that_ends_before_it_is_ready_leaves_nothing(client: Client) -> None:
+async def test_registration_ends_with_a_service_that_never_was_ready(client: Client) -> None:
     ended = asyncio.Event()
 
     async def never() -> None:
@@ -72,7 +72,7 @@ async def test_service_that_ends_before_it_is_ready_leaves_nothing(client: Clien
 
 
 async def test_coroutine_of_a_service_without_a_port_is_closed(client: Client) -> None:
-    """Else Python would warn that it was never awaited."""
+    """Otherwise Python would warn that it was never awaited."""
     async with regd_client.lifespan("web", ready=asyncio.Event().wait()):
         pass
 
@@ -120,7 +120,7 @@ async def test_ready_is_awaited_without_a_daemon(relay: Relay) -> None:
     assert [request["state"] for request in relay.requests if "state" in request][:2] == ["starting", "ready"]
 
 
-async def test_ready_is_said_after_a_break(relay: Relay, client: Client) -> None:
+async def test_service_becomes_ready_after_a_reconnect(relay: Relay, client: Client) -> None:
     event = asyncio.Event()
     async with regd_client.lifespan("web", ready=event.wait, drain_s=0) as service, await server():
         await service.registration()
@@ -158,7 +158,7 @@ async def test_worker_that_starts_later_does_not_make_its_server_unready(client:
         assert await states(client) == ["ready"]
 
 
-async def test_without_ready_it_is_ready_when_registered(client: Client) -> None:
+async def test_without_ready_the_service_is_registered_as_ready(client: Client) -> None:
     async with regd_client.lifespan("web", drain_s=0) as service, await server():
         assert await service.ready()
         assert await states(client) == ["ready"]

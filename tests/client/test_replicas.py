@@ -1,4 +1,4 @@
-"""`instance="auto"`: each copy has a number of its own, and has it again after a break or a restart."""
+"""`instance="auto"`: each copy gets its own number, and keeps it over a broken connection or a restart."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ from tests.client.relay import Relay
 from tests.support.daemon import WAIT_S, DaemonProcess, InLoop, environment
 from tests.support.polling import until
 
-# Which numbers are tried, on values.
+# The numbers to try, on values.
 
 
 def entry(instance: str, port: int = 1, rev: int = 7, **more: Any) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def entry(instance: str, port: int = 1, rev: int = 7, **more: Any) -> dict[str, 
 
 
 def first(count: int, entries: Iterable[dict[str, Any]], **more: Any) -> list[tuple[str, int]]:
-    return list(itertools.islice(replicas.places(entries, ("127.0.0.1", 5), (42,), **more), count))
+    return list(itertools.islice(replicas.candidates(entries, ("127.0.0.1", 5), (42,), **more), count))
 
 
 def test_the_lowest_free_number_comes_first() -> None:
@@ -40,40 +40,40 @@ def test_the_lowest_free_number_comes_first() -> None:
     ]
 
 
-def test_only_what_may_be_dead_is_tried() -> None:
-    """A held entry may wait for its client after a restart; a process may be gone without the daemon's knowledge."""
+def test_only_numbers_of_owners_that_may_be_dead_are_tried() -> None:
+    """A held entry may wait for its client after a restart, but a process may be gone unnoticed."""
     assert first(1, [entry("1", hold=True)]) == [("2", 0)]
     assert first(1, [entry("1", ttl=10)]) == [("2", 0)]
     assert first(2, [entry("1", pid=6, hold=True, rev=9)]) == [("1", 9), ("2", 0)]
-    assert first(2, [entry("1", rev=9)]) == [("1", 9), ("2", 0)]  # static: nobody holds it
+    assert first(2, [entry("1", rev=9)]) == [("1", 9), ("2", 0)]  # a static entry, which has no owner
 
 
 def test_a_number_of_the_same_process_is_not_tried() -> None:
     assert first(1, [entry("1", pid=42, hold=True)]) == [("2", 0)]
 
 
-def test_same_address_is_the_only_place() -> None:
+def test_number_of_the_same_address_is_the_only_candidate() -> None:
     """The workers of one server share a number."""
     assert first(3, [entry("1", 4), entry("2", 5, rev=8, pid=42), entry("10", 5)]) == [("2", 8)]
 
 
-def test_previous_number_comes_first_if_it_is_free() -> None:
+def test_previous_number_is_tried_first() -> None:
     assert first(2, [], previous="3") == [("3", 0), ("1", 0)]
     assert first(2, [entry("3", hold=True)], previous="3") == [("1", 0), ("2", 0)]
 
 
 def test_address_that_had_another_number_before() -> None:
     def has_twin(*entries: dict[str, Any]) -> bool:
-        return replicas.has_older_twin(entries, ("127.0.0.1", 5), "1")
+        return replicas.has_older_number(entries, ("127.0.0.1", 5), "1")
 
     assert has_twin(entry("1", 5, rev=9), entry("2", 5, rev=8))
-    assert not has_twin(entry("1", 5, rev=9), entry("2", 5, rev=10))  # that one moves
+    assert not has_twin(entry("1", 5, rev=9), entry("2", 5, rev=10))  # the second entry gives up its number
     assert not has_twin(entry("1", 5, rev=9), entry("2", 4, rev=8), entry("a", 5, rev=8))
-    assert not has_twin()  # it has ended meanwhile
+    assert not has_twin()  # the registration has ended
 
 
 @pytest.mark.parametrize("more", [{"static": True}, {"force": True}])
-def test_auto_never_takes_from_the_living(more: dict[str, Any]) -> None:
+def test_auto_never_takes_the_number_of_a_live_owner(more: dict[str, Any]) -> None:
     with pytest.raises(regd_client.BadArgument, match="no living owner") as refused:
         RegistrationRequest("web", 1, instance="auto", **more)
     assert refused.value.details["field"] == "instance"
@@ -92,7 +92,7 @@ async def numbers(client: Client) -> dict[str, int]:
     return {each["instance"]: each["port"] for each in await client.instances("web")}
 
 
-async def test_copies_of_one_process_get_numbers_of_their_own(client: Client) -> None:
+async def test_copies_in_one_process_get_different_numbers(client: Client) -> None:
     copies = [await client.register("web", port, instance="auto") for port in (1, 2)]
     alone = await regd_client.register("web", 3, instance="auto")
     assert [copy.instance for copy in (*copies, alone)] == ["1", "2", "3"]
@@ -123,17 +123,19 @@ async def test_workers_of_one_server_share_a_number(daemon: InLoop, client: Clie
         assert await numbers(client) == {"1": 1, "2": 2}
 
 
-async def test_workers_share_a_number_also_if_a_lower_one_becomes_free(
+async def test_workers_share_a_number_even_if_a_lower_number_becomes_free(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second has looked before the first is registered, and after the owner of the lower number has left."""
-    places = replicas.places
+    """The second lists the instances before the first is registered, and registers when number 1 is free."""
+    candidates = replicas.candidates
     looks: Iterator[list[dict[str, Any]]] = iter([[]])
     other = await client.register("web", 9, instance="1")
     async with Client() as one, Client() as two:
         first = await one.register("web", 2, instance="auto")
         await other.deregister()
-        monkeypatch.setattr(replicas, "places", lambda entries, *more: places(next(looks, entries), *more))
+        monkeypatch.setattr(
+            replicas, "candidates", lambda entries, *more: candidates(next(looks, entries), *more)
+        )
         second = await two.register("web", 2, instance="auto")
         assert (first.instance, second.instance) == ("2", "2")
         assert await numbers(client) == {"2": 2}
@@ -144,7 +146,7 @@ async def test_workers_share_a_number_also_if_a_lower_one_becomes_free(
         assert await numbers(client) == {}
 
 
-async def test_living_owners_keep_their_numbers(daemon: InLoop, client: Client) -> None:
+async def test_live_owners_keep_their_numbers(daemon: InLoop, client: Client) -> None:
     peer = await daemon.peer()
     await peer.ask(cmd="register", name="web", port=1, instance="1", hold=True)
     await peer.ask(cmd="register", name="web", port=2, instance="2", pid=os.getppid())
@@ -154,21 +156,21 @@ async def test_living_owners_keep_their_numbers(daemon: InLoop, client: Client) 
     assert [copy.instance for copy in made] == ["3", "6"]
 
 
-async def test_number_taken_between_the_look_and_the_request(
+async def test_number_taken_between_the_list_and_the_request(
     daemon: InLoop, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`if` fails, and the copy looks again."""
+    """`if` fails, and the copy lists the instances again."""
     peer = await daemon.peer()
-    places = replicas.places
+    candidates = replicas.candidates
     looks = 0
 
     def stale(entries: Any, *more: Any) -> Any:
         nonlocal looks
         looks += 1
-        return places([] if looks == 1 else entries, *more)
+        return candidates([] if looks == 1 else entries, *more)
 
     await peer.ask(cmd="register", name="web", port=1, instance="1", hold=True)
-    monkeypatch.setattr(replicas, "places", stale)
+    monkeypatch.setattr(replicas, "candidates", stale)
     assert (await client.register("web", 2, instance="auto")).instance == "2"
     assert looks == 2
     assert await numbers(client) == {"1": 1, "2": 2}
@@ -187,7 +189,7 @@ async def test_copy_keeps_its_number_after_a_break(relay: Relay, client: Client)
     assert await numbers(client) == {"2": 2}
 
 
-async def test_copy_whose_number_is_taken_during_a_break_gets_another(
+async def test_copy_whose_number_is_taken_while_disconnected_gets_another(
     daemon: InLoop, relay: Relay, client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     copy = await client.register("web", 1, instance="auto")
@@ -207,10 +209,10 @@ async def test_copy_whose_number_is_taken_during_a_break_gets_another(
     assert await numbers(client) == {"1": 9}
 
 
-async def test_new_copy_leaves_the_number_of_one_that_is_not_back_yet(
+async def test_new_copy_does_not_take_the_number_of_a_copy_that_is_reconnecting(
     daemon: InLoop, relay: Relay, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both are of this process, and the daemon knows neither."""
+    """Both copies are in this process, and the daemon knows neither."""
     may_come_back = asyncio.Event()
 
     async def pause(_: float) -> None:
@@ -255,14 +257,14 @@ async def test_process_registration_takes_a_number(client: Client) -> None:
     await client.register("web", 1, instance="auto")
     assert await asyncio.to_thread(register, 2) == "2"
     assert await asyncio.to_thread(register, 3) == "3"
-    assert await asyncio.to_thread(register, 3) == "3"  # the same server again
+    assert await asyncio.to_thread(register, 3) == "3"  # the same server as before
     assert await numbers(client) == {"1": 1, "2": 2, "3": 3}
 
 
-async def test_copy_keeps_its_number_over_a_restart_of_the_daemon(
+async def test_copy_keeps_its_number_after_a_restart_of_the_daemon(
     daemon: InLoop, relay: Relay, client: Client
 ) -> None:
-    """Another copy starts before the first is back: the entry waits for its client."""
+    """Another copy starts before the first has reconnected. The entry of the first waits for its client."""
     copies = [await client.register("web", port, instance="auto") for port in (1, 2)]
     relay.refuse()
     await daemon.server.stop()
@@ -288,7 +290,7 @@ with blocking.listen("web", instance="auto") as listening:
 
 
 def test_processes_that_start_at_once_and_again(process: DaemonProcess) -> None:
-    """Each has a number of its own; the copy that is killed and started again has its number and port again."""
+    """Each copy has its own number. A copy that is killed and started again gets the same number and port."""
 
     def start() -> "subprocess.Popen[str]":
         return subprocess.Popen(
@@ -314,7 +316,7 @@ def test_processes_that_start_at_once_and_again(process: DaemonProcess) -> None:
         places = [place(copy) for copy in copies]
         assert sorted(number for number, _ in places) == [1, 2, 3, 4]
         assert len({port for _, port in places}) == 4
-        copies[1].kill()  # no time for the daemon to notice: the kernel is asked
+        copies[1].kill()  # the daemon had no time to notice, so it asks the kernel
         again = stack.enter_context(start())
         stack.callback(again.kill)
         say(again)

@@ -1,4 +1,4 @@
-"""Under real servers, a name resolves only to a server that answers, at any moment."""
+"""Under real servers, a name resolves at any moment only to a server that answers."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ PYTHON = [sys.executable, "-W", "ignore", "-m"]  # ignore warnings of the server
 UVICORN = [*PYTHON, "uvicorn", "--host", "127.0.0.1", "--port", "0", "--log-level", "warning"]
 HYPERCORN = [*PYTHON, "hypercorn", "--bind", "127.0.0.1:0", "--log-level", "warning"]
 GUNICORN = [*PYTHON, "gunicorn", "--config", "tests/client/gunicorn_conf.py"]
-PORT = "PORT"  # stands for a free port
+PORT = "PORT"  # replaced with a free port
 GRANIAN = [*PYTHON, "granian", "--interface", "asgi", "--host", "127.0.0.1", "--port", PORT, "--no-log"]
 RESPAWN = ["--respawn-failed-workers"]  # without it granian ends when one of its workers is killed
 SANIC = [*PYTHON, "sanic", "--host", "127.0.0.1", "--port", PORT, "--no-motd", "--no-access-logs"]
@@ -90,7 +90,7 @@ async def fetch(endpoint: regd_client.Endpoint, path: str = "/") -> int:
 
 
 class Caller:
-    """Resolves and calls the service in a loop, and counts. Every resolved server must answer."""
+    """Resolves and calls the service in a loop, and counts the answers. Every resolved server must answer."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -157,19 +157,20 @@ async def owners(client: Client) -> list[int]:
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("server", SERVERS)
 async def test_every_resolved_server_answers(server: str, process: DaemonProcess) -> None:
-    """From before its start until after its end: no connection is refused, no request is unanswered."""
+    """From before its start until after its end, no connection is refused and no request is unanswered."""
     async with calling(process) as (client, caller):
         with serving(SERVERS[server], process) as running:
             await caller.more()
             if server.split()[0] in ("granian", "hypercorn", "sanic", "uvicorn") and server.endswith("workers"):
                 # Granian ignores an earlier SIGTERM; a worker that starts late may register when the others have left.
                 await until_owners(client, lambda pids: len(pids) == 2)
-            # Hypercorn's workers get no signal that could be delayed and drop new connections; its master kills the
-            # remaining workers as soon as one has ended. Sanic's outermost hooks withdraw the name after the port.
+            # Hypercorn's workers get no signal that could be delayed, and drop new connections. Its master kills
+            # the remaining workers as soon as one has ended. Sanic's outermost hooks withdraw the name after the
+            # port is closed.
             caller.may_be_dropped = server in ("hypercorn with workers", "sanic in one process")
             running.terminate()
             await caller.until(lambda: caller.missing > 100)
-            await until_owners(client, lambda pids: not pids)  # it may have been draining
+            await until_owners(client, lambda pids: not pids)  # a worker may still have been draining
             assert await client.instances() == []
             if server not in ("sanic", "sanic with workers"):  # Sanic may hang, also without regd: see SERVERS.md
                 assert await asyncio.to_thread(running.wait, START_S) in (0, -signal.SIGTERM)
@@ -185,7 +186,7 @@ async def test_workers_share_one_registration(server: str, process: DaemonProces
                 while len(both := await owners(client)) < 2:
                     await caller.more(1)
             [instance] = await client.instances()
-            caller.may_be_dropped = True  # by the killed worker
+            caller.may_be_dropped = True  # the killed worker may drop a connection
             if server == "hypercorn with workers":
                 return  # Hypercorn ends when one of its workers is killed
             os.kill(both[0], signal.SIGKILL)
@@ -316,8 +317,8 @@ async def test_workers_with_max_requests_keep_the_name(process: DaemonProcess, t
             assert (await client.hello())["rev"] == rev
 
 
-async def test_upgrade_hands_the_name_over(process: DaemonProcess, tmp_path: Path) -> None:
-    """After SIGUSR2 a second master with the same port joins the registration, and the old master leaves it."""
+async def test_name_stays_registered_during_an_upgrade(process: DaemonProcess, tmp_path: Path) -> None:
+    """After SIGUSR2, a second master with the same port joins the registration, and the old master leaves it."""
     async with Client(process.addresses[0]) as client:
         with serving(gunicorn(tmp_path), process, tmp_path) as running:
             endpoint = await client.resolve("web", wait=START_S)

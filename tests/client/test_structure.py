@@ -38,7 +38,7 @@ def floor_of(module: str, above: tuple[str, ...] = ()) -> int:
     return 1 + max((floor_of(name, (*above, module)) for name in below), default=0)
 
 
-def test_no_import_circle_and_few_floors() -> None:
+def test_no_import_cycle_and_short_import_chains() -> None:
     floors = {module: floor_of(module) for module in MODULES}
     assert max(floors.values()) <= FLOORS_MAX, floors
 
@@ -50,7 +50,7 @@ def test_no_private_modules_of_python(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", [f"regd_client.{module}" for module in MODULES])
-def test_every_module_names_what_it_exports(module: str) -> None:
+def test_every_module_lists_its_exports(module: str) -> None:
     loaded = importlib.import_module(module)
     assert loaded.__all__ == sorted(
         loaded.__all__, key=lambda name: (not name.isupper(), name.lower() == name, name)

@@ -1,4 +1,4 @@
-"""Every verb of the client and every reply of the daemon, end to end."""
+"""Every verb of the client and every reply of the daemon, over a real connection."""
 
 import asyncio
 import os
@@ -301,7 +301,7 @@ async def test_updates(client: Client) -> None:
     await registration.update({"z": "2"})
     assert (await client.resolve("a")).meta == registration.endpoint.meta == {"z": "2"}
     assert [instance["rev"] for instance in await client.instances()] == [3]
-    await registration.update({"z": "2"}, state="ready")  # unchanged values are no change
+    await registration.update({"z": "2"}, state="ready")  # setting the same values is not a change
     assert [instance["rev"] for instance in await client.instances()] == [3]
     await client.update("a", {}, state="draining")
     assert comparable(await client.instances())[0] | {"rev": 4, "meta": {}, "state": "draining"} == comparable(await client.instances())[0]  # fmt: skip
@@ -439,7 +439,7 @@ async def test_mirror_iteration_and_changed(client: Client, other: Client) -> No
             ("w2", ("127.0.0.1", 2), "http://127.0.0.1:2"),
         ]
         assert await mirror.changed(0) == 2  # returns at once: changed since 0
-        await other.register("w3", 3, state="starting")  # not ready: no change
+        await other.register("w3", 3, state="starting")  # not ready, so not a change of the mirror
         with pytest.raises(regd_client.Timeout):
             await mirror.changed(timeout=0.05)
         ended = asyncio.create_task(mirror.changed())
@@ -528,13 +528,12 @@ async def test_conflict_names_the_owner(client: Client, other: Client) -> None:
         {"owner": {"pid": os.getpid(), "connection": True}, "rev": 1},
     )
     assert (await outcome(other, "register", name="a", port=2))[1] == "conflict"
-    assert (await outcome(other, "register", name="a", port=2, hold=True, pid=os.getpid()))[
-        "replaced"
-    ]  # its own process
+    # The owner is this process.
+    assert (await outcome(other, "register", name="a", port=2, hold=True, pid=os.getpid()))["replaced"]
     assert (await client.resolve("a")).port == 2
 
 
-async def test_static_entry_gives_way(client: Client, other: Client) -> None:
+async def test_static_entry_is_replaced(client: Client, other: Client) -> None:
     await client.register("a", 1, static=True)
     assert (await outcome(other, "register", name="a", port=2, static=None)) == {"ok": True, "name": "a", "instance": "", "host": "127.0.0.1", "port": 2, "rev": 3, "replaced": True}  # fmt: skip
     registration = await other.register("a", 2)  # the static entry is held from now on
@@ -674,7 +673,7 @@ async def test_registration_survives_a_restart(registry: Registry, client: Clien
             new_hello = await fresh.hello()
             assert (new_hello["rev"], new_hello["epoch"] == hello["epoch"]) == (2, False)
             await until(lambda: registration._connection is not held)
-            assert (await fresh.hello())["rev"] == 2  # a claim is no change
+            assert (await fresh.hello())["rev"] == 2  # a claim is not a change
             assert len((await fresh.why("a"))["instances"][0]["owners"]) == 1
             await fresh.register("c", 3, static=True)
             await until(lambda: len(events) == 4)

@@ -1,4 +1,4 @@
-"""A watch or mirror never reports a false state, whatever breaks, ends or is cancelled meanwhile."""
+"""A watch or mirror never reports a false state, even if connections break and calls are cancelled."""
 
 import asyncio
 import itertools
@@ -37,8 +37,8 @@ async def test_cancelled_watch_is_ended_at_the_daemon(relay: Relay, iterations: 
                 await asyncio.sleep(0)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        await client.ping()  # after the requests about the watches
-        await client.ping()  # and after the replies
+        await client.ping()  # sent after the requests about the watches
+        await client.ping()  # sent after their replies
         assert (await client.stats())["watches"] == 0
 
 
@@ -154,7 +154,7 @@ async def test_timeout_of_the_first_snapshot(monkeypatch: pytest.MonkeyPatch) ->
 
 
 class Source:
-    """The connection that events come from, as far as a watch uses it."""
+    """The part of a connection that a watch uses."""
 
     usable = True
     ended_at: float | None = None
@@ -244,7 +244,7 @@ def test_slow_listener_gets_the_differences() -> None:
 
 
 def test_position_stays_in_its_epoch_until_an_event() -> None:
-    """The connection breaks between the reply of a new daemon and its first event: the old position is asked again."""
+    """If the connection breaks before a new daemon has sent an event, the old position is sent again."""
     told: list[Event] = []
     follow = WatchState("*", None, told.append)
     for line in ({"ok": True, "epoch": "one"}, up("a", 2), {"event": "sync", "rev": 2}):
@@ -264,12 +264,12 @@ def test_position_stays_in_its_epoch_until_an_event() -> None:
 
 
 def position(state: WatchState) -> tuple[str | None, int | None]:
-    """Return where a watch resumes."""
+    """Return the position from which a watch resumes."""
     arguments = state.begin(Source())
     return arguments.get("epoch"), arguments.get("since")
 
 
-def test_watch_resumed_in_a_new_epoch_gets_what_it_missed() -> None:
+def test_watch_resumed_in_a_new_epoch_gets_the_missed_events() -> None:
     told: list[Event] = []
     follow = WatchState("*", None, told.append)
     for line in ({"ok": True, "epoch": "one"}, up("a", 2), {"event": "sync", "rev": 2}):

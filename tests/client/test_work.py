@@ -1,4 +1,4 @@
-"""The cost of a resolve in function calls, which unlike seconds do not depend on the load of the machine."""
+"""The cost of a resolve in function calls, which, unlike seconds, do not depend on the load of the machine."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ CALLS_PER_TASK = 20
 
 
 class Daemon(asyncio.Transport):
-    """The transport to a daemon with one service that answers in the next loop iteration."""
+    """A transport to a daemon with one service. The daemon answers in the next loop iteration."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Calls:
         self.count += event.endswith("call") and "/regd_client/" in frame.f_code.co_filename
 
 
-@pytest.mark.parametrize(("tasks", "calls_max"), [(1, 40), (50, 31)])  # 38 and 29 when this was written
+@pytest.mark.parametrize(("tasks", "calls_max"), [(1, 40), (50, 31)])  # at present 38 and 29
 async def test_calls_of_a_resolve(tasks: int, calls_max: int, monkeypatch: pytest.MonkeyPatch) -> None:
     client = Client()
     client._connector.connection = Daemon().connection
