@@ -183,8 +183,8 @@ STEPS = st.one_of(
         st.sampled_from([State.READY, State.READY, State.DRAINING]),
         st.sampled_from([{}, {"zone": "x"}]),
     ),
-    st.sampled_from("abcd"),  # leaves
-    st.integers(1, 3),  # resolves
+    st.sampled_from("abcd"),  # deregister this instance
+    st.integers(1, 3),  # resolve so many times
 )
 
 

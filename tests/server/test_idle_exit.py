@@ -99,10 +99,10 @@ async def test_registrations_and_connections_keep_the_daemon_running(idling: InL
     assert not await ends(idling, 3 * ENDED_S)
     await peer.close()
     await alone(idling)
-    assert not await ends(idling, 3 * ENDED_S)  # static
+    assert not await ends(idling, 3 * ENDED_S)  # a static registration
     peer = await idling.peer()
     await peer.ask(cmd="deregister", name="db")
-    assert not await ends(idling, 3 * ENDED_S)  # connected
+    assert not await ends(idling, 3 * ENDED_S)  # a client is connected
     await peer.ask(cmd="watch", name="*")
     assert not await ends(idling, 3 * ENDED_S)
     await peer.reset()
