@@ -183,7 +183,7 @@ def test_selection_follows_its_instance() -> None:
     press(look, made, "k")
     assert look.selected == ("c", "")
     made.take("down", ("c", ""), None, 0.0)
-    look.settle(made.shown("name", False, ""))
+    look.keep_in_range(made.shown("name", False, ""))
     assert look.selected == ("d", "")  # the row that is now in its place
     press(look, made, "G")
     assert (look.selected, look.first) == (("f", ""), 2)

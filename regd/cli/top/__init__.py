@@ -1,1 +1,1 @@
-"""`regctl top`: a live view of the registry in a terminal. Nothing of it is imported for other commands."""
+"""`regctl top`: a live view of the registry in a terminal. Other commands import nothing from this package."""

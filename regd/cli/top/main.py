@@ -51,7 +51,7 @@ async def _show_until_end(source: Source) -> int:
     try:
         await asyncio.wait((view, polling), return_when=asyncio.FIRST_COMPLETED)
         if polling.done():
-            polling.result()  # it never ends, except by an exception
+            polling.result()  # raises: polling ends only with an exception
         return view.result()
     except asyncio.CancelledError:
         if not signal_number:

@@ -1,6 +1,6 @@
 """The data that `regctl top` shows: a table of the instances, and recent events.
 
-Pure: it does no I/O, and reads no clock.
+The functions do no I/O and read no clock.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Row:
 
     @property
     def words(self) -> str:
-        """The text that a filter searches."""
+        """The text in which a filter searches its words."""
         texts = (self.name, self.instance, self.address, self.state, self.priority, self.holders, self.meta)
         return " ".join(texts).lower()
 
@@ -101,7 +101,7 @@ class Table:
         return self._counted[1]
 
     def take(self, kind: str, key: Key, fields: Mapping[str, Any] | None, now: float, reason: str = "") -> None:
-        """Apply an event at the time `now`. `fields` are the instance's, None for "down" and "sync"."""
+        """Apply an event at the time `now`. `fields` are those of the instance, None for "down" and "sync"."""
         if kind == "sync":
             self.synced = True
             return

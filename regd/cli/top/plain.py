@@ -49,7 +49,7 @@ async def show(source: Source, hint: str) -> int:
         typed = b""
         with contextlib.suppress(OSError):
             typed = os.read(sys.stdin.fileno(), 1_024)
-        for key in typed.decode(errors="replace") or "q":  # no input: the terminal has hung up
+        for key in typed.decode(errors="replace") or "q":  # without input, the terminal has hung up
             if key in _KEYS and not source.view.press(key, []):
                 quitting.set()
         changed.set()

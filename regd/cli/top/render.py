@@ -1,6 +1,6 @@
 """Render `regctl top` as lines of styled spans, for any width and height.
 
-Pure: it does no I/O, and reads no clock. It escapes all text with `visible`.
+The functions do no I/O and read no clock. They escape all text with `visible`.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def frame(
     under = _under(content, view, height, width, now)
     above = _above(content, view, daemon, len(rows), wall)[: max(1, height - 4)]
     view.page = max(1, height - len(above) - len(under) - 2)  # 2: the header of the table, and the line of keys
-    view.settle(rows)
+    view.keep_in_range(rows)
     lines = [*above, *table(rows, view, width, now, wall, away=daemon.away_s > 0)]
     if not rows:
         lines.append([("dim", _nothing(content, view))])

@@ -41,7 +41,7 @@ _NAMES = {
     Keys.ControlH: "backspace",
 }
 _INTERRUPTED = 130  # the exit status after Ctrl-C
-_ESCAPE_S = 0.05  # after which an Esc is a key of its own, not the start of an escape sequence
+_ESCAPE_S = 0.05  # after this time, an Esc is the key and not the start of an escape sequence
 
 
 class _Screen:
@@ -97,7 +97,7 @@ class _Screen:
         self._press(event.data)
 
     def _pasted(self, event: KeyPressEvent) -> None:
-        for letter in event.data if self._source.view.typing else "":  # do not treat pasted text as commands
+        for letter in event.data if self._source.view.typing else "":  # else pasted text would run commands
             self._press(letter)
 
     def _end(self, status: int) -> None:

@@ -23,9 +23,9 @@ from regd_client.watches import WatchState
 
 _CONNECT_S = 1.0  # the timeout of one attempt to connect
 _WHY_PAUSE_S = 0.1  # minimum time between two `why` requests
-_SNAPSHOT_S = 15.0  # for the first snapshot
+_SNAPSHOT_S = 15.0  # time for the first snapshot
 _FRAME_PAUSE_S = 0.05  # minimum time between two frames
-_IDLE_FACTOR = 4  # the pause is at least so many times as long as rendering the frame took
+_IDLE_FACTOR = 4  # the pause is at least this factor times as long as rendering the last frame took
 
 
 def frame_pause_s(render_s: float) -> float:

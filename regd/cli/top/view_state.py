@@ -1,6 +1,6 @@
 """The state of the view of `regctl top` (order, filter, selection, pane), and how keys change it.
 
-Pure: it does no I/O.
+The functions do no I/O.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ViewState:
         self.page = 1
         self._at = 0  # the row of the selected instance; its last row, if the instance has ended
 
-    def settle(self, rows: Sequence[Row]) -> None:
+    def keep_in_range(self, rows: Sequence[Row]) -> None:
         """Keep the selection and the visible rows in range.
 
         The selection follows its instance. If the instance has ended, the selection stays in its row.
@@ -114,7 +114,7 @@ class ViewState:
         if self.selected is None:
             at = len(rows) - 1 if by == _ALL else min(self.first, len(rows) - 1)
         else:
-            self.settle(rows)
+            self.keep_in_range(rows)
             at = max(0, min(self._at + by, len(rows) - 1))
         self.selected = self.about = rows[at].key
-        self.settle(rows)
+        self.keep_in_range(rows)
