@@ -1,4 +1,4 @@
-"""Accept connections on the listening sockets, and create the asyncio protocol of each connection.
+"""Accepts connections on the listening sockets, and creates the asyncio protocol of each connection.
 
 `loop.create_server` handles a lack of file descriptors badly: asyncio logs an error for each connection that
 cannot be accepted, and uvloop closes such connections without a log line. Here new connections stay in the

@@ -181,7 +181,7 @@ class Connection(asyncio.Protocol):
     def _turn_away(self, refusal: Refused) -> None:
         """Send an error and close. If too many refused connections linger, close at once.
 
-        Then a reset may arrive at the client before it has read the error.
+        In that case, a reset may reach the client before it has read the error.
         """
         counters = self._services.counters
         counters.connections_refused += 1
@@ -484,8 +484,7 @@ class Connection(asyncio.Protocol):
         if self._conversation.state is ConversationState.ENDED or not self._conversation.is_within_line:
             return
         clock, idle_s = self._connections.clock, self._services.limits.line_idle_s_max
-        # This call is late, for instance after SIGSTOP: the rest of the line may have arrived and not been read
-        # yet.
+        # After a late call, for instance after SIGSTOP, the rest of the line may have arrived unread.
         is_late = clock.now() - self._deadline > _LATE_S
         if not self._reading or self._conversation.in_flight or is_late:  # the daemon caused the delay
             self._deadline = clock.now() + idle_s

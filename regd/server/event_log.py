@@ -18,7 +18,7 @@ from regd.system.clock import Clock, Timer
 log = logging.getLogger("regd")
 
 _THROTTLE_S = 1.0  # at most one conflict and one denial are logged in this time
-_CLIENT_TEXT_CHARS_MAX = 500  # of the arguments of a request, and of the reason why a line is no request
+_CLIENT_TEXT_CHARS_MAX = 500  # of the arguments of a request, and of the reason why a line is not a request
 
 Row = tuple[str, dict[str, Any]]
 AddressOf = Callable[[int], str | None]

@@ -88,7 +88,7 @@ class Reaper:
 
     def _next_check(self) -> float:
         now = self._clock.now()
-        if self._stalls.is_flush_stalled:  # deadlines move along with the time
+        if self._stalls.is_flush_stalled:  # no deadline comes nearer until the flush ends
             return now + _STALLED_CHECK_S
         deadline = self._registry.holders.next_deadline()
         return now + CHECK_S if deadline is None else max(now, min(now + CHECK_S, deadline))

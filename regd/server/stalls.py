@@ -50,7 +50,7 @@ class Stalls:
 
     @property
     def is_flush_stalled(self) -> bool:
-        """Whether the flush in flight has become a stall: until it ends, deadlines move along with the time."""
+        """Whether the flush in flight has become a stall, so that no deadline comes nearer until it ends."""
         return self._flushing_since is not None and self._clock.now() >= self._flushing_since + _LATE_S
 
     def flush_began(self) -> None:
