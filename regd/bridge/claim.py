@@ -108,7 +108,10 @@ def _fields(record: Record) -> Mapping[str, Any]:
 
 
 def _started(pid: int) -> str | None:
+    """Return when a process started; None if it has ended, also if its parent has not waited for it yet."""
     try:
-        return start_ticks(pid)
+        with open(f"/proc/{pid}/status", "rb") as file:
+            is_zombie = b"\nState:\tZ" in file.read()
+        return None if is_zombie else start_ticks(pid)
     except (OSError, OverflowError):
         return None

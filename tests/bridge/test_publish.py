@@ -3,8 +3,11 @@
 import asyncio
 import contextlib
 import json
+import os
 import random
-from collections.abc import AsyncIterator
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from regd.bridge.etcd.errors import EtcdConflict, EtcdUnavailable, LeaseNotFound
 from regd.bridge.etcd.model import Delete, KeyEvent, Put
 from regd.bridge.local import Local, Session
 from regd.bridge.publish import Publisher
+from regd.system.processes import start_ticks
 from tests.support.daemon import InLoop
 from tests.support.fake_etcd import FakeEtcd
 from tests.support.polling import until
@@ -266,6 +270,24 @@ async def test_a_claim_of_another_bridge_is_refused() -> None:
         with pytest.raises(ClaimRefusal, match="has the machine name 'a'") as caught:
             await Claim(PREFIX, "a").make(etcd.as_etcd(), 1)
         assert not caught.value.may_end
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        yield process
+
+
+async def test_a_claim_of_a_zombie_is_taken_over(child: subprocess.Popen[bytes]) -> None:
+    etcd = FakeEtcd()
+    claim = Claim(PREFIX, "a")
+    holder = {**claim._own, "id": "x", "pid": child.pid, "started": start_ticks(child.pid)}
+    etcd.apply([Put(CLAIM, json.dumps(holder).encode(), 5)])
+    with pytest.raises(ClaimRefusal):
+        await claim.make(etcd.as_etcd(), 1)
+    child.kill()
+    await asyncio.to_thread(os.waitid, os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert await claim.make(etcd.as_etcd(), 1) == etcd.revision_of(CLAIM)
 
 
 async def test_a_claim_of_a_process_that_has_ended_is_taken_over() -> None:
