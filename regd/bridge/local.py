@@ -286,8 +286,9 @@ class Local:
         except Conflict as conflict:
             if self._is_registered:
                 raise  # by a connection that the daemon has not yet seen to be closed
+            where, _, _ = str(conflict).partition(";")  # what follows is for services
             raise LocalRefusal(
-                f"another bridge serves the daemon at {self.address}: {conflict}; end it first"
+                f"another bridge serves the daemon at {self.address}: {where}; end it first"
             ) from None
         except Denied as denial:
             raise LocalRefusal(str(denial)) from None

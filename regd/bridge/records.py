@@ -81,7 +81,7 @@ def check_prefix(text: str) -> str:
         Invalid: it is not printable ASCII between two slashes.
     """
     if not (2 <= len(text) <= PREFIX_BYTES_MAX and text.startswith("/") and text.endswith("/")):
-        raise Invalid(f"must begin and end with / and have at most {PREFIX_BYTES_MAX} characters")
+        raise Invalid(f"must be 2 to {PREFIX_BYTES_MAX} characters, the first and the last one /")
     if not all("!" <= letter <= "~" for letter in text):
         raise Invalid("must be ASCII without blanks")
     return text

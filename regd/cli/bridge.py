@@ -33,7 +33,7 @@ def run(address: str | None, arguments: Mapping[str, Any]) -> None:
     try:
         from regd.bridge.bridge import BridgeError, bridge
     except ModuleNotFoundError as error:
-        message = f"{error.name} is missing, which is in the extra `etcd`: pip install 'regd[etcd]'"
+        message = f"regctl bridge needs the extra `etcd`, and {error.name} is missing: pip install 'regd[etcd]'"
         raise CannotStart(message, is_usage=True) from None
     from regd.cli.log_output import LogOutput
 
@@ -60,25 +60,27 @@ def _options(address: str | None, arguments: Mapping[str, Any]) -> Any:
     from regd.core.errors import Invalid
     from regd.core.model import check_host
 
-    given = arguments["machine"]
-    checks: dict[str, Callable[[], Any]] = {
-        "--machine": lambda: records.check_machine(_host_name() if given is None else given),
-        "--prefix": lambda: records.check_prefix(arguments["prefix"]),
-        "--advertise": lambda: arguments["advertise"] and check_host(arguments["advertise"]),
+    machine = _host_name() if arguments["machine"] is None else arguments["machine"]
+    checks: dict[str, tuple[Callable[[str], Any], str | None]] = {
+        "--machine": (records.check_machine, machine),
+        "--prefix": (records.check_prefix, arguments["prefix"]),
+        "--advertise": (check_host, arguments["advertise"]),
     }
-    values = {}
-    for option, check in checks.items():
+    for option, (check, value) in checks.items():
         try:
-            values[option] = check()
+            if value is not None:
+                check(value)
         except Invalid as error:
-            hint = "" if option != "--machine" or given is not None else " (the host name is no such name)"
-            raise CannotStart(f"{option} {error}{hint}", is_usage=True) from None
+            message = f"{option} {value!r} {error}"
+            if option == "--machine" and arguments["machine"] is None:
+                message += "; the host name is no such name: choose one with --machine"
+            raise CannotStart(message, is_usage=True) from None
     files = [_readable(option, arguments[option.strip("-")]) for option in ("--cacert", "--cert", "--key")]
     return Options(
         endpoints=arguments["etcd"],
-        machine=values["--machine"],
-        advertise=values["--advertise"],
-        prefix=values["--prefix"],
+        machine=machine,
+        advertise=arguments["advertise"],
+        prefix=arguments["prefix"],
         address=address,
         tls=Tls(*files) if any(files) else None,
         user=_user(arguments),
@@ -106,8 +108,12 @@ def _readable(option: str, name: str | None) -> Path | None:
 def _user(arguments: Mapping[str, Any]) -> Any:
     from regd.bridge.etcd.model import User
 
-    password_file = _readable("--password-file", arguments["password_file"])
-    return None if password_file is None else User(arguments["user"], password_file)
+    file = _readable("--password-file", arguments["password_file"])
+    if file is None:
+        return None
+    if not file.read_text().partition("\n")[0].rstrip("\r"):
+        raise CannotStart(f"the first line of {file} is empty; write the password there", is_usage=False)
+    return User(arguments["user"], file)
 
 
 # The status.
@@ -169,13 +175,13 @@ def _lines(fields: Mapping[str, Any]) -> Iterator[str]:
     if etcd["connected"]:
         yield f"etcd at {etcd['member']}, lease {etcd['lease'] or EMPTY}, {etcd['lease_remaining_s']:.0f} s left"
     else:
-        yield f"etcd is away, since {etcd['silent_s']:.0f} s"
+        yield f"etcd has not answered for {etcd['silent_s']:.0f} s"
     for refusal in etcd["refuses"]:
         yield f"etcd refuses {refusal}"
     if daemon["connected"]:
         yield f"daemon at {daemon['address']}, revision {daemon['rev']}"
     else:
-        yield f"daemon at {daemon['address']} is away, since {daemon['stale_s']:.0f} s"
+        yield f"the daemon at {daemon['address']} has been away for {daemon['stale_s']:.0f} s"
     yield f"published {fields['published']}, not published {fields['not_published_count']}"
     for entry in fields["not_published"][:_SHOWN_MAX]:
         yield f"  {instance_name(entry['name'], entry['instance'])}: {entry['why']}"

@@ -84,10 +84,16 @@ def _port_or_off(text: str) -> int | str:
 
 def _endpoints(text: str) -> tuple[str, ...]:
     """Parse HOST:PORT,HOST:PORT."""
-    for part in text.split(","):
-        if _endpoint(part)[0] is None:
-            raise argparse.ArgumentTypeError(f"must be HOST:PORT, or several with commas between, not {text!r}")
-    return tuple(text.split(","))
+    endpoints = tuple(part.strip() for part in text.split(","))
+    try:
+        are_complete = all(_endpoint(endpoint)[0] is not None for endpoint in endpoints)
+    except argparse.ArgumentTypeError:
+        are_complete = False
+    if not are_complete:
+        raise argparse.ArgumentTypeError(
+            f"must be HOST:PORT, or several with commas between, such as 10.0.0.1:2379, not {text!r}"
+        )
+    return endpoints
 
 
 def _since(text: str) -> tuple[str, float]:

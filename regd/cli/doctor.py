@@ -278,10 +278,10 @@ def _bridge(daemon: _Daemon) -> Iterator[Finding]:
         do = "this is a bug in regd; please report the lines with `differences` in the log of `regctl bridge`"
         yield Finding("bridge", f"it found {differences} differences, and repaired them", do)
     else:
-        text = f"machine {status['machine']} publishes {status['published']} instances, and has "
-        text += f"{status['foreign']['count']} of {status['peers_count']} other machines"
+        text = f"machine {status['machine']}: {status['published']} published, "
+        text += f"{status['foreign']['count']} from {status['peers_count']} other machines"
         if status["not_published_count"]:
-            text += f"; {status['not_published_count']} are not published, see `regctl bridge --status`"
+            text += f"; {status['not_published_count']} not published, see `regctl bridge --status`"
         yield Finding("bridge", text)
 
 

@@ -171,6 +171,7 @@ def test_a_second_bridge_at_one_daemon(make_machine: Make, etcd: EtcdCluster, tm
     second.launch()
     assert second.wait() == 4
     assert "another bridge serves the daemon" in second.text()
+    assert "force" not in second.text()
 
 
 async def test_a_local_instance_of_the_same_name_wins(make_machine: Make) -> None:
@@ -306,7 +307,7 @@ async def test_status_and_metrics(make_machine: Make) -> None:
     assert len(regctl(a, "list").stdout.splitlines()[0].split("\t")) == 5
     examined = json.loads(regctl(a, "doctor", "--json").stdout)["findings"]
     [found] = [finding for finding in examined if finding["check"] == "bridge"]
-    assert (found["ok"], found["found"].startswith("machine a publishes 1 instances")) == (True, True)
+    assert (found["ok"], found["found"].startswith("machine a: 1 published, ")) == (True, True)
     a.bridge.end()
     nothing = regctl(a, "bridge", "--status")
     assert (nothing.returncode, nothing.stdout) == (1, "")
@@ -356,8 +357,9 @@ def test_missing_extra(module: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        (), ("--etcd", "x"), ("--etcd", "127.0.0.1:1,"), ("--etcd", "h:1", "--machine", "A"),
-        ("--etcd", "h:1", "--machine", ""), ("--etcd", "h:1", "--prefix", "x"), ("--etcd", "h:1", "--advertise", "0.0.0.0"),
+        (), ("--etcd", "x"), ("--etcd", "127.0.0.1:1,"), ("--etcd", "http://127.0.0.1:1"), ("--etcd", "h:1", "--machine", "A"),
+        ("--etcd", "h:1", "--machine", ""), ("--etcd", "h:1", "--prefix", "x"), ("--etcd", "h:1", "--prefix", "/"), ("--etcd", "h:1", "--advertise", ""),
+        ("--etcd", "h:1", "--advertise", "0.0.0.0"),
         ("--etcd", "h:1", "--user", "u"), ("--etcd", "h:1", "--cert", "c"), ("--etcd", "h:1", "--stale-s", "0"),
     ],
 )  # fmt: skip
@@ -366,6 +368,8 @@ def test_usage(flags: tuple[str, ...], tmp_path: Path) -> None:
     bridge.launch()
     assert bridge.wait() == 2
     assert bridge.text().count("\n") == 1
+    if flags and flags[-2] not in ("--user", "--cert"):  # there something is missing
+        assert repr(flags[-1]) in bridge.text()
 
 
 @pytest.mark.parametrize("option", ["--cacert", "--password-file"])
@@ -377,6 +381,15 @@ def test_a_file_that_cannot_be_read(option: str, tmp_path: Path) -> None:
     bridge.launch()
     assert bridge.wait() == 4
     assert f"name another file with {option}" in bridge.text()
+
+
+def test_an_empty_password(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("\nsecret\n")
+    flags = ("--etcd", "h:1", "--user", "u", "--password-file", str(tmp_path / "password"))
+    bridge = BridgeProcess(tmp_path / "log", *flags, address="127.0.0.1:1")
+    bridge.launch()
+    assert bridge.wait() == 4
+    assert "password is empty; write the password there" in bridge.text()
 
 
 def test_the_daemon_and_the_client_import_nothing_of_the_extra() -> None:

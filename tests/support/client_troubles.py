@@ -11,9 +11,13 @@ from collections.abc import Callable
 import pytest
 
 import regd_client
+from regd.bridge.bridge import Bridge, Options
 from regd.bridge.claim import Claim, ClaimRefusal
-from regd.bridge.etcd.model import Put
+from regd.bridge.etcd.client import Etcd
+from regd.bridge.etcd.model import KeyEvent, Put, Record
+from regd.bridge.foreign import Foreign
 from regd.bridge.local import Local, LocalRefusal
+from regd.bridge.reachability import Reachability
 from regd.cli import run as run_module
 from regd.cli import run_readiness
 from regd.cli.port_owner import Listener
@@ -26,6 +30,7 @@ from tests.support.fake_etcd import FakeEtcd
 from tests.support.files import FULL, RecordedFiles
 from tests.support.polling import until
 from tests.support.scenes import Producers, Scene, refused
+from tests.support.scripted_etcd import ScriptedEtcd
 
 says = Producers()
 
@@ -58,6 +63,58 @@ async def second_bridge(scene: Scene) -> str:
             await local.run(lambda session: asyncio.sleep(0))
         await local.close()
     return str(caught.value)
+
+
+@says("regctl bridge needs the extra …, and … is missing: …")
+async def no_extra(scene: Scene) -> str:
+    start = "import sys; sys.modules['grpc'] = None; from regd.cli.regctl import main; raise SystemExit(main())"
+    return await scene.shell("regctl", f"""'{sys.executable}' -c "{start}" bridge --etcd h:1""", status=2)
+
+
+@says("no bridge is registered with this daemon; start one with …")
+async def no_bridge(scene: Scene) -> str:
+    async with scene.daemon():
+        return await scene.regctl("bridge", "--status", status=1)
+
+
+@says("no member of etcd answers; still trying: …")
+async def etcd_is_away(scene: Scene) -> str:
+    with unused_port() as kept:
+        async with Etcd([f"127.0.0.1:{kept.getsockname()[1]}"]) as etcd:
+            reading = asyncio.ensure_future(etcd.read(b"/"))
+            message = await scene.logged("no member of etcd answers")
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+    return message
+
+
+@says("etcd refuses to …: …; still trying")
+async def etcd_refuses(scene: Scene) -> str:
+    async with ScriptedEtcd().serve() as etcd:  # it grants no lease
+        bridge = Bridge(Options((etcd.address,), "a", address=f"unix://{scene.folder / 'none'}"))
+        running = asyncio.create_task(bridge.run(lambda line: None))
+        message = await scene.logged("etcd refuses to")
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    return message
+
+
+@says("ignored the key … in etcd: …")
+async def key_of_another_hand(scene: Scene) -> str:
+    foreign = Foreign("/", "a", Local(None, {}, lambda key: None), loopback=False)
+    foreign.apply(KeyEvent(b"/b/db/", 2, Record(b"127.0.0.1:5432", 2, 0)))
+    return await scene.logged("ignored the key")
+
+
+@says("it accepts no connection at …: …")
+async def not_reachable_by_others(scene: Scene) -> str:
+    reachability = Reachability("127.0.0.1", lambda keys: None)
+    with unused_port() as kept:
+        reason = functools.partial(reachability.reason, ("db", ""), kept.getsockname()[1])
+        await until(lambda: "refused" in reason())
+        message = reason()
+    await reachability.close()
+    return message
 
 
 # No daemon answers.
