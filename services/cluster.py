@@ -138,7 +138,7 @@ def main() -> None:
             machine("a", free_port(), etcd_address, folder) as (_, pids),
             machine("b", free_port(), etcd_address, folder) as (address_b, _),
         ):
-            say("2. The runner on b becomes a spare: its priority is worse than that of another machine's, 100.")
+            say("2. The runner on b becomes the spare: its priority is 200, that of the one on a is 100 there.")
             regctl(address_b, "update", "runner", "--priority", "200")
             say("3. The caller on b asks its own daemon for runner, and calls the one on a:")
             caller = [sys.executable, str(HERE / "caller.py")]
