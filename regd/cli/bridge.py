@@ -14,6 +14,11 @@ from regd_client.errors import Unavailable
 _ANSWER_S = 3.0  # for the status
 _STATUS_BYTES_MAX = 16 * 1_048_576
 _SHOWN_MAX = 20  # instances that are not published
+_EXCEPTIONS = {
+    "refused": "refused by the daemon, see the log",
+    "shadowed": "with the name of a local instance, which wins",
+    "ignored": "keys in etcd ignored, see the log",
+}
 
 
 class CannotStart(Exception):
@@ -189,9 +194,9 @@ def _lines(fields: Mapping[str, Any]) -> Iterator[str]:
         yield f"  and {fields['not_published_count'] - _SHOWN_MAX} more: see `regctl bridge --status --json`"
     stale = f", as of {foreign['stale_s']:.0f} s ago" if foreign["stale_s"] else ""
     yield f"from other machines {foreign['count']}{stale}"
-    for what in ("refused", "shadowed", "ignored"):
+    for what, explanation in _EXCEPTIONS.items():
         if foreign[what]:
-            yield f"  {what} {foreign[what]}"
+            yield f"  {foreign[what]} {explanation}"
     yield f"lag: publish {lag['publish_s']:.3f} s, register {lag['register_s']:.3f} s"
     yield f"differences repaired {fields['counts']['differences']}"
     rows: list[tuple[str, ...]] = [
