@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, environment
+from tests.support.documents import blocks
 
 UNITS = ROOT / "regd" / "systemd"
 _TRIES = 8  # to find a port that stays free until systemd-socket-activate binds it
@@ -334,15 +336,28 @@ def analyze(*arguments: str, **variables: str) -> str:
     return output
 
 
+def installed(unit: Path) -> str:
+    """Return a unit with the path of its program: systemd-analyze ignores ExecSearchPath=."""
+    text = unit.read_text().replace("ExecStart=regd ", f"ExecStart={sys.executable} -m regd ")
+    return text.replace("ExecStart=regctl ", f"ExecStart={sys.executable} -m regd.cli.regctl ")
+
+
+@pytest.mark.parametrize("settings", blocks(UNITS / "README.md", "ini"))
+def test_settings_of_the_page_are_valid(settings: str, tmp_path: Path) -> None:
+    [variable] = re.findall(r'Environment="([A-Z_]+)=', settings)
+    unit = {"REGD_FLAGS": "regd", "REGD_SERVE_FLAGS": "regd-serve", "REGD_BRIDGE_FLAGS": "regd-bridge"}[variable]
+    (tmp_path / f"{unit}.service").write_text(installed(UNITS / f"{unit}.service"))
+    (tmp_path / f"{unit}.service.d").mkdir()
+    (tmp_path / f"{unit}.service.d" / "override.conf").write_text(settings)
+    output = analyze("verify", "--system", str(tmp_path / f"{unit}.service"))
+    assert not [line for line in output.splitlines() if "regd" in line], output
+
+
 @pytest.mark.parametrize(("folder", "manager"), [(UNITS, "--system"), (UNITS / "user", "--user")])
 def test_units_are_valid(tmp_path: Path, folder: Path, manager: str) -> None:
     names = ("regd.service", "regd.socket", "regd-serve.service", "regd-bridge.service")
     for name in names:
-        text = (folder / name).read_text()
-        # systemd-analyze ignores ExecSearchPath=, and regd need not be installed on this machine.
-        text = text.replace("ExecStart=regd ", f"ExecStart={sys.executable} -m regd ")
-        text = text.replace("ExecStart=regctl ", f"ExecStart={sys.executable} -m regd.cli.regctl ")
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(installed(folder / name))
     units = [str(tmp_path / name) for name in names]
     output = analyze("verify", manager, *units, XDG_RUNTIME_DIR=str(tmp_path), HOME=str(tmp_path))
     assert not [line for line in output.splitlines() if "regd" in line], output
