@@ -342,6 +342,7 @@ class Bridge:
                 "connected": is_connected,
                 "member": self._etcd.member,
                 "silent_s": round(self._etcd.silent_s, 3),
+                "failure": self._etcd.failure,
                 "lease": None if lease is None else f"{lease.id:x}",
                 "lease_remaining_s": 0.0 if lease is None else round(lease.remaining_s, 3),
                 "refuses": [f"to {what}: {why}" for what, why in self._refusals.items()],

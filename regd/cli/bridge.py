@@ -174,13 +174,19 @@ def fetch_status(connection: BlockingConnection) -> dict[str, Any] | None:
         peer.close()
 
 
+def silence(etcd: Mapping[str, Any]) -> str:
+    """Return since when etcd does not answer, and why."""
+    why = f": {visible(etcd['failure'])}" if etcd["failure"] else ""
+    return f"etcd has not answered for {etcd['silent_s']:.0f} s{why}"
+
+
 def _lines(fields: Mapping[str, Any]) -> Iterator[str]:
     etcd, daemon, foreign, lag = (fields[name] for name in ("etcd", "daemon", "foreign", "lag"))
     yield f"machine {fields['machine']}, prefix {fields['prefix']}, address {fields['advertise'] or EMPTY}"
     if etcd["connected"]:
         yield f"etcd at {etcd['member']}, lease {etcd['lease'] or EMPTY}, {etcd['lease_remaining_s']:.0f} s left"
     else:
-        yield f"etcd has not answered for {etcd['silent_s']:.0f} s"
+        yield silence(etcd)
     for refusal in etcd["refuses"]:
         yield f"etcd refuses {refusal}"
     if daemon["connected"]:

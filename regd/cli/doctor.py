@@ -272,8 +272,8 @@ def _bridge(daemon: _Daemon) -> Iterator[Finding]:
             "bridge", f"etcd refuses {etcd['refuses'][0]}", "change the user, its roles or the certificates"
         )
     elif not etcd["connected"]:
-        do = "start etcd, or name its members with --etcd"
-        yield Finding("bridge", f"etcd has not answered for {etcd['silent_s']:.0f} s", do)
+        do = "start etcd, or correct --etcd and the options for TLS"
+        yield Finding("bridge", bridge.silence(etcd), do)
     elif differences:
         do = "this is a bug in regd; please report the lines with `differences` in the log of `regctl bridge`"
         yield Finding("bridge", f"it found {differences} differences, and repaired them", do)

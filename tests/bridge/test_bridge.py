@@ -340,7 +340,10 @@ async def test_tls(tmp_path: Path) -> None:
         await until(lambda: a.bridge.status()["published"] == 1)
         b.start()  # without a certificate of its own
         block_until(lambda: "no member of etcd answers" in b.bridge.text())
-        assert b.bridge.status()["etcd"]["lease"] is None
+        status = b.bridge.status()["etcd"]
+        assert (status["lease"], status["failure"][:15]) == (None, "cannot connect ")
+        assert f"s: {status['failure'][:15]}" in regctl(b, "bridge", "--status").stdout
+        assert a.bridge.status()["etcd"]["failure"] == ""
 
 
 @pytest.mark.parametrize("module", ["google", "grpc", "prometheus_client"])

@@ -19,7 +19,7 @@ STATUS: dict[str, Any] = {
     "prefix": "/regd/v1/default/",
     "advertise": None,
     "etcd": {
-        "connected": True, "member": "h:1", "silent_s": 0.1, "lease": "1f", "lease_remaining_s": 9.0, "refuses": [],
+        "connected": True, "member": "h:1", "silent_s": 0.1, "failure": "", "lease": "1f", "lease_remaining_s": 9.0, "refuses": [],
     },
     "daemon": {"connected": True, "address": "tcp://127.0.0.1:7343", "rev": 7, "stale_s": 0.0},
     "published": 2,
@@ -35,6 +35,7 @@ UNPUBLISHED = [{"name": f"s{number}", "instance": "", "why": "it is private"} fo
 STATES: list[tuple[dict[str, Any], str, str | None]] = [  # what is different, a line of the status, what is wrong
     ({}, "etcd at h:1, lease 1f, 9 s left", None),
     ({"etcd": {"connected": False, "silent_s": 17.2}}, "etcd has not answered for 17 s", "has not answered for 17 s"),
+    ({"etcd": {"connected": False, "silent_s": 9.0, "failure": "no"}}, "etcd has not answered for 9 s: no", "for 9 s: no"),
     ({"etcd": {"refuses": ["to write: no"]}}, "etcd refuses to write: no", "etcd refuses to write: no"),
     ({"counts": {"differences": 2}}, "differences repaired 2", "it found 2 differences"),
     ({"daemon": {"connected": False, "stale_s": 3.0}}, "the daemon at tcp://127.0.0.1:7343 has been away for 3 s", None),

@@ -62,6 +62,11 @@ class Etcd:
         """Seconds since a member last answered. While a lease is kept, etcd answers every third of its TTL."""
         return time.monotonic() - self._members.answered_at
 
+    @property
+    def failure(self) -> str:
+        """Why no member answers; "" if one does."""
+        return self._members.failure
+
     async def __aenter__(self) -> Self:
         return self
 

@@ -46,6 +46,11 @@ class Members:
         """The address of the member in use, or of the next one to try."""
         return self._addresses[self._moves % len(self._addresses)]
 
+    @property
+    def failure(self) -> str:
+        """Why the last member that was tried does not answer; "" if one answers."""
+        return self._failure if self._is_lost else ""
+
     @contextlib.asynccontextmanager
     async def use(self) -> AsyncIterator[Member]:
         """Use a connected member during the block, and give it up if the block raises `EtcdUnavailable`.
