@@ -93,7 +93,8 @@ def _translated(address: str, error: Any) -> EtcdError:
         return TokenExpired(text)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
         return ResponseTooLarge(text)
-    if code in _REFUSED or "database space exceeded" in details:
+    # Some errors of users and passwords have no code in etcd, so grpc reports them as unknown.
+    if code in _REFUSED or "database space exceeded" in details or details.startswith("auth: "):
         return EtcdRefused(text)
     # A member without a leader refuses a request with `hasleader` before it looks at the request itself.
     has_no_effect = details == "etcdserver: no leader" or "failed to connect" in details

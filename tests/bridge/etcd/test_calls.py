@@ -184,6 +184,14 @@ async def test_calls_share_a_token(user: User) -> None:
         assert len(script.passwords) == 3
 
 
+async def test_user_without_a_password_is_refused(user: User) -> None:
+    no_password = "auth: authentication failed, password was given for no password user"
+    async with ScriptedEtcd().serve() as script, Etcd([script.address], user=user, deadline_s=PATIENT_S) as etcd:
+        script.failures = [(grpc.StatusCode.UNKNOWN, no_password)]
+        with pytest.raises(EtcdRefused, match="password was given"):
+            await etcd.put(b"/", b"")
+
+
 @pytest.mark.parametrize(
     "failure",
     [
