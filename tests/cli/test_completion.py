@@ -132,6 +132,7 @@ CASES = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("shell", SHELLS)
 def test_commands_options_and_names(shell: str, names: DaemonProcess, tmp_path: Path) -> None:
     env = shell_environment(names.addresses[0], tmp_path)

@@ -118,6 +118,7 @@ def test_signal_before_it_is_ready(process: DaemonProcess, peer: BlockingConnect
     assert states(peer) == []
 
 
+@pytest.mark.long
 def test_service_stays_starting_after_a_restart_of_the_daemon(process: DaemonProcess, status: Path) -> None:
     with running(process, "web", "--ready-http", "/", "--", *command(status)) as service:
         with BlockingConnection(process.addresses[0]) as peer:

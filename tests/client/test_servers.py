@@ -178,6 +178,7 @@ async def test_every_resolved_server_answers(server: str, process: DaemonProcess
         assert {departure["reason"] for departure in departures} == {"deregistered"}  # a late worker adds one
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("server", ["uvicorn with workers", "hypercorn with workers", "granian with workers"])
 async def test_workers_share_one_registration(server: str, process: DaemonProcess) -> None:
     async with calling(process) as (client, caller):
@@ -266,6 +267,7 @@ async def until_exists(path: Path) -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", KINDS)
 async def test_request_in_progress_at_sigterm_is_answered(
     kind: str, process: DaemonProcess, tmp_path: Path

@@ -220,6 +220,7 @@ def test_hidden_pages_close_their_streams(browser: Chromium, site: Site) -> None
         page.close()
 
 
+@pytest.mark.long
 def test_ten_thousand_rows(browser: Chromium, site: Site) -> None:
     count = 10_001
     requests = [

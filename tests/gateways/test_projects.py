@@ -176,6 +176,7 @@ def test_stopped_gateway_is_named(here: Project) -> None:
         assert named(here) == running.addresses
 
 
+@pytest.mark.long
 def test_second_gateway_is_named_when_the_first_ends(here: Project) -> None:
     with gateway(here) as first, gateway(here) as second:
         assert not set(first.addresses) & set(second.addresses)
@@ -201,6 +202,7 @@ def test_removed_file_is_written_again(here: Project) -> None:
         block_until(lambda: read_addresses(str(here.folder)) == running.addresses)
 
 
+@pytest.mark.long
 def test_folder_that_was_made_again(here: Project) -> None:
     """The gateway continues with the new registry, and no request gets an entry of the old registry."""
     with gateway(here) as running:
@@ -240,6 +242,7 @@ def test_copied_folder_is_not_used(here: Project, tmp_path: Path) -> None:
         assert not (copy / "serve").exists()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", ["folder", "link", "pipe", "full"])
 def test_file_that_cannot_be_written(here: Project, kind: str) -> None:
     path = here.folder / "serve"
@@ -361,6 +364,7 @@ def test_autostart_for_another_address(tmp_path: Path, kind: str) -> None:
         demand.end()
 
 
+@pytest.mark.long
 def test_daemon_that_cannot_start_is_reported_once(here: Project) -> None:
     (here.folder / "registry.json").write_text("{")
     with gateway(here) as running:
@@ -386,6 +390,7 @@ def idle_daemon(here: Project) -> "Iterator[subprocess.Popen[str]]":
             process.kill()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("flags", [(), ("--http", "off", "--dns", "0"), ("--http", "0", "--dns", "off")])
 def test_daemon_on_demand_does_not_exit_while_the_gateway_runs(
     here: Project, tmp_path: Path, flags: tuple[str, ...]

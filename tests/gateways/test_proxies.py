@@ -151,6 +151,7 @@ with blocking.Client(sys.argv[1]) as client:
 """
 
 
+@pytest.mark.long
 def test_caddy_passes_requests_on(tmp_path: Path) -> None:
     """Caddy asks the resolver of this machine, so it runs where the gateway is that resolver."""
     caddy, path = find_tool("caddy"), example("Caddyfile", tmp_path, {})

@@ -208,6 +208,7 @@ def descriptors(process: int) -> int:
     return len(os.listdir(f"/proc/{process}/fd"))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts descriptors in /proc")
 def test_few_files_are_enough(process: DaemonProcess) -> None:
     """With few files it accepts fewer connections. DNS works, and HTTP once other connections are closed."""

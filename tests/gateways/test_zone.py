@@ -110,9 +110,9 @@ def test_nodata(name: str, type: str) -> None:
         "a.7f000001-5061.addr", "*", "*.web",
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("type", ["A", "AAAA", "SRV", "ANY", "TXT"])
-def test_nxdomain(name: str, type: str) -> None:
-    assert ask(name, type) == NXDOMAIN
+def test_nxdomain(name: str) -> None:
+    for type in ("A", "AAAA", "SRV", "ANY", "TXT"):
+        assert ask(name, type) == NXDOMAIN
 
 
 def test_dot_inside_a_label_is_no_separator() -> None:

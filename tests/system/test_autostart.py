@@ -91,6 +91,7 @@ def pid_of(address: str | None = None) -> int:
         return int(connection.ask("stats")["pid"])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
 def test_thirty_simultaneous_clients_start_one_daemon(tmp_path: Path, tcp: bool) -> None:
     with demand(tmp_path, tcp) as place:

@@ -198,6 +198,7 @@ def impostor(answers: dict[str, dict[str, Any]], raw: bytes | None = None) -> It
             thread.join(WAIT_S)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
 def test_regctl_escapes_text_of_an_impostor(flags: list[str]) -> None:
     with impostor(ANSWERS) as address:

@@ -74,6 +74,7 @@ def remove(folder: Path) -> None:
 # On demand.
 
 
+@pytest.mark.long
 def test_thirty_simultaneous_clients_start_one_daemon(here: Project) -> None:
     pids = pids_of([here.program(ASYNC if number % 5 == 0 else BLOCKING) for number in range(30)])
     assert len(pids) == 1
@@ -221,6 +222,7 @@ def test_daemon_ends_when_idle_with_static_entries(here: Project) -> None:
     assert here.prints("resolve", "db") == "127.0.0.1:5432\n"  # survives
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind", ["hold", "pid", "ttl"])
 def test_daemon_stays_while_something_has_a_holder(here: Project, kind: str) -> None:
     with serving(here, "--idle-exit", "1") as daemon, contextlib.ExitStack() as stack:

@@ -197,6 +197,7 @@ def census(world: World) -> Counter[str]:
     )
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_memory_does_not_grow() -> None:
     """Many conversations with one daemon leave no objects. The garbage collector runs once, at the end."""
