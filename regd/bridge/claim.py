@@ -88,7 +88,7 @@ class Claim:
     def _refuse(self, holder: Mapping[str, Any]) -> None:
         host, pid = holder.get("host", "?"), holder.get("pid", "?")
         raise ClaimRefusal(
-            f"a bridge on host {host} (process {pid}) has the machine name {self._machine!r}; "
+            f"a bridge on host {host!s:.64} (process {pid!s:.20}) has the machine name {self._machine!r}; "
             "end it, or choose another name with --machine",
             may_end=holder.get("host") == self._own["host"] and holder.get("boot") != self._own["boot"],
         )

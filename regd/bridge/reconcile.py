@@ -1,4 +1,4 @@
-"""The difference of two pictures, as a list of actions. Pure; both directions of the bridge use it."""
+"""The difference of two mappings, as a list of actions. Pure; both directions of the bridge use it."""
 
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Generic, NamedTuple, TypeVar
@@ -10,7 +10,7 @@ V = TypeVar("V")
 
 
 class Action(NamedTuple, Generic[K, V]):
-    """What makes `key` as wanted: set it to `new`, or remove it if that is None. `old` is what it has."""
+    """Change `key` from `old` to `new`. None: it is absent."""
 
     key: K
     old: V | None
@@ -20,13 +20,13 @@ class Action(NamedTuple, Generic[K, V]):
 def difference(
     wanted: Mapping[K, V], actual: Mapping[K, V], keys: Iterable[K] | None = None
 ) -> list[Action[K, V]]:
-    """Return the actions that turn one picture into another, one for each key that differs.
+    """Return the actions that turn `actual` into `wanted`, one for each key that differs.
 
     Removals come first: they make room.
 
     Args:
-        wanted, actual: the pictures.
-        keys: look at these only; by default at all.
+        wanted, actual: the mappings.
+        keys: compare only these; all by default.
     """
     if keys is None:
         keys = dict.fromkeys([*actual, *wanted])

@@ -1,6 +1,6 @@
-"""An instance of a machine as a key and a value of etcd, and as a registration in the daemons of other machines.
+"""Converts an instance to a key and a value in etcd, and these to a registration on another machine.
 
-Pure functions. What comes from etcd may be by anyone, so it is checked like a request from a stranger.
+Pure functions. Anyone may have written a key or a value, so they are checked like a request from a stranger.
 """
 
 import hashlib
@@ -37,12 +37,13 @@ __all__ = [
 MACHINE = model.MACHINE
 PUBLISH = "regd.publish"  # the label with which an instance is not published: `no`
 BRIDGE = "regd.bridge"  # the name under which a bridge registers itself
-PRIORITY_FARTHER = 100  # added to the priority of an instance that comes in
+PRIORITY_FARTHER = 100  # added to the priority of another machine's instance
 MACHINE_CHARS_MAX = 20
 PREFIX_BYTES_MAX = 200
 VALUE_BYTES_MAX = 65_536  # as a line of the daemon's protocol
 
 _PRIORITY_MAX = 65_535
+_REASON_CHARS_MAX = 200
 _MACHINE = re.compile(r"[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?")
 _CLAIM = ".bridge"  # no service has such a name
 _HASH_CHARS = 20
@@ -54,7 +55,7 @@ Instance = Mapping[str, Any]  # as `list` and `watch` show it
 
 
 class Place(NamedTuple):
-    """Whose instance a key of etcd names. Its order is that of the keys."""
+    """The instance that a key in etcd names. Places are in order of machine, name and instance."""
 
     machine: str
     name: str
@@ -106,7 +107,7 @@ def claim_key(prefix: str, machine: str) -> bytes:
 
 
 def place_of(prefix: str, key: bytes) -> Place:
-    """Return whose instance a key names. In the place of a machine's claim, the name is "".
+    """Return the instance that a key names. For the claim of a machine, its name is "".
 
     Raises:
         Invalid: the key has another form.
@@ -143,7 +144,7 @@ def published(value: bytes) -> dict[str, Any]:
     """Return the fields of a value. Those that are left out have the defaults of `register`.
 
     Raises:
-        Invalid: it is no value that a bridge would write.
+        Invalid: no bridge would write it.
     """
     if len(value) > VALUE_BYTES_MAX:
         raise Invalid(f"has more than {VALUE_BYTES_MAX} bytes")
@@ -164,14 +165,14 @@ def _checked(fields: Mapping[str, Any], name: str, check: Any, default: object =
     try:
         return check(fields.get(name, default))
     except Invalid as error:
-        raise Invalid(f"{name} {error}") from None
+        raise Invalid(f"{name} {error}"[:_REASON_CHARS_MAX]) from None  # it may quote a key of meta
 
 
-# What goes out.
+# What is published.
 
 
 def reason_not_to_publish(instance: Instance, machine: str) -> str:
-    """Return why a local instance is not published, whether or not others could reach it; "" if it is."""
+    """Return why a local instance is not published even if others can reach it; "" if it is published."""
     meta = instance["meta"]
     if MACHINE in meta:
         return f"its meta has {MACHINE}: it is of another machine"
@@ -187,8 +188,8 @@ def reason_not_to_publish(instance: Instance, machine: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host is this machine, whichever machine that is."""
-    if host.lower() == "localhost":
+    """Return whether a host means the machine of whoever connects to it."""
+    if host.lower() == "localhost" or host.lower().endswith(".localhost"):  # RFC 6761, section 6.3
         return True
     try:
         address = ipaddress.ip_address(host)
@@ -198,11 +199,11 @@ def is_loopback(host: str) -> bool:
     return (mapped or address).is_loopback
 
 
-# What comes in.
+# Registrations of other machines' instances.
 
 
 def arrival_key(place: Place) -> model.Key:
-    """Return under which name and instance an instance of another machine is registered.
+    """Return the name and instance with which an instance of another machine is registered.
 
     The instance is MACHINE or MACHINE.INSTANCE, and ends in a hash if that is too long.
     """
@@ -217,7 +218,7 @@ def arrival(place: Place, fields: Mapping[str, Any], *, loopback: bool) -> dict[
     """Return the fields with which an instance of another machine is registered, in addition to its key.
 
     Args:
-        place: whose instance it is.
+        place: from the key.
         fields: from `published`.
         loopback: whether an address on loopback is that of a machine, as in a trial on one machine.
 
@@ -232,5 +233,11 @@ def arrival(place: Place, fields: Mapping[str, Any], *, loopback: bool) -> dict[
 
 
 def is_arrival(instance: Instance) -> bool:
-    """Return whether the bridge has registered an instance of the local daemon."""
-    return MACHINE in instance["meta"] and instance.get("hold", False) and "pid" not in instance
+    """Return whether a bridge has registered an instance of the local daemon.
+
+    A service may have copied its labels from an instance of another machine, but not the instance's name.
+    """
+    machine, own = instance["meta"].get(MACHINE), instance["instance"]
+    if machine is None or not (own == machine or own.startswith(f"{machine}.")):
+        return False
+    return instance.get("hold", False) and "pid" not in instance
