@@ -1,9 +1,10 @@
-"""What comes in: the instances of other machines, from keys of etcd, as registrations in the local daemon."""
+"""Registers the instances of other machines, which are keys in etcd, in the local daemon."""
 
 import asyncio
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, NoReturn
 
 from regd.bridge import records
@@ -24,30 +25,33 @@ ARRIVALS_MAX = 50_000
 _IGNORED_MAX = 1_000  # keys that do not parse and are remembered, so that each is logged once
 _REQUESTS_MAX = 1_000  # to the daemon at a time
 _CONFLICT_S = 1.0  # until the next attempt, should the watch not tell what has changed
-_REFUSED_S = 5.0  # until the next attempt, when the daemon refuses
+_REFUSED_S = 5.0  # until the next attempts, when the daemon refuses
+_REFUSED_MAX = 1_000  # of them, so that a full registry is not asked for 50,000 instances again and again
 _FIELDS = ("host", "port", "meta", "state")
 
 Fields = Mapping[str, Any]
-_UNHELD: Fields = {}  # it is registered, and no connection of this session holds it
+Version = tuple[int, int]  # `mod_revision`, and the hash of the value: an etcd that was restored counts anew
+_UNHELD: Fields = {}  # of a registration that no connection of this session holds, or should hold
 
 
 class Foreign:
-    """Keeps what the daemon has of other machines equal to what etcd has of them.
+    """Keeps the daemon's registrations of other machines' instances equal to the keys in etcd.
 
     Args:
         prefix: of all keys.
         machine: the name of this machine.
-        local: the daemon's registrations. Their changes are to be passed on to `changed`.
+        local: the daemon's registrations. It calls `changed` for each change.
         loopback: whether machines have addresses on loopback, as in a trial on one machine.
-        arrivals_max: at most so many are registered; of more, those of the first machines by name.
+        arrivals_max: how many instances are registered; of more, those of the first machines by name.
 
     Attributes:
-        is_known: whether it is known what etcd has.
+        is_known: whether the keys in etcd have been read.
         hosts: the host of each other machine's bridge.
-        ignored: why a key is ignored, for the first keys that are.
-        refused: why the daemon does not take an instance.
-        shadowed: the instances that have the name of a local one, which wins.
-        lag_s, lag_max_s: from a change in etcd to its reply from the daemon, the last one and the longest.
+        ignored: keys that do not parse, with the reason; the first 1,000.
+        refused: instances that the daemon refuses, with its message.
+        shadowed: instances that are not registered because a local one has the same name and instance.
+        requests: how many registrations and withdrawals the daemon was asked for.
+        lag_s, lag_max_s: from a change in etcd to the daemon's reply, the last one and the longest.
     """
 
     def __init__(
@@ -58,14 +62,15 @@ class Foreign:
         self._local = local
         self._loopback = loopback
         self._arrivals_max = arrivals_max
-        self._known: dict[bytes, int] = {}  # the revision of each key
-        self._arrivals: dict[Place, Fields] = {}  # what these keys say
-        self._wanted: dict[Key, Fields] = {}  # at most `arrivals_max` of it
+        self._known: dict[bytes, Version] = {}
+        self._arrivals: dict[Place, Fields] = {}  # the registrations that these keys ask for
+        self._wanted: dict[Key, Fields] = {}  # at most `arrivals_max` of them
         self._chosen: set[Place] = set()  # the places of `_wanted`, if there are more
         self._must_choose = False
         self._dirty: dict[Key, None] = {}
         self._dirty_at = 0.0
         self._in_progress: dict[Key, None] = {}
+        self._retry: asyncio.TimerHandle | None = None
         self._wake = asyncio.Event()
         self._is_withdrawn = False
         self._is_logged_as_full = False
@@ -79,12 +84,12 @@ class Foreign:
 
     @property
     def is_current(self) -> bool:
-        """Whether it is known what etcd has, and that is not too old."""
+        """Whether the keys in etcd are known, and not out of date for longer than `--stale-s`."""
         return self.is_known and not self._is_withdrawn
 
     @property
     def count(self) -> int:
-        """How many instances of other machines are to be registered here."""
+        """How many instances of other machines should be registered here."""
         return 0 if self._is_withdrawn else len(self._wanted)
 
     def machines(self) -> dict[str, int]:
@@ -94,13 +99,12 @@ class Foreign:
             counts[place.machine] = counts.get(place.machine, 0) + 1
         return counts
 
-    # What etcd has.
+    # Keys in etcd.
 
     def replace(self, others: Mapping[bytes, Record]) -> None:
-        """Take all that etcd has of other machines, as the difference to what was known."""
-        revisions = {key: record.mod_revision for key, record in others.items()}
-        for key, _, revision in difference(revisions, self._known):
-            if revision is None:
+        """Replace the known keys of other machines by all that etcd has."""
+        for key, _, version in difference(_versions(others), self._known):
+            if version is None:
                 self._remove(key)
             else:
                 self._put(key, others[key])
@@ -110,7 +114,7 @@ class Foreign:
 
     def apply(self, event: KeyEvent) -> None:
         """Apply a change of a key of another machine."""
-        if event.revision <= self._known.get(event.key, 0):
+        if event.revision <= self._known.get(event.key, (0, 0))[0]:
             return
         if event.record is None:
             self._remove(event.key)
@@ -118,12 +122,12 @@ class Foreign:
             self._put(event.key, event.record)
 
     def withdraw(self) -> None:
-        """Register nothing until the next `replace`: etcd is away for too long."""
+        """Deregister everything until the next `replace`: etcd is away for too long."""
         self._is_withdrawn = True
         self._mark_all()
 
     def _put(self, key: bytes, record: Record) -> None:
-        self._known[key] = record.mod_revision
+        self._known[key] = _version(record)
         try:
             place = records.place_of(self._prefix, key)
             if not place.name:
@@ -148,7 +152,7 @@ class Foreign:
         self._drop(key)
 
     def _drop(self, key: bytes) -> None:
-        """Withdraw what a key said."""
+        """Forget the claim or the instance of a key."""
         try:
             place = records.place_of(self._prefix, key)
         except Invalid:
@@ -172,7 +176,7 @@ class Foreign:
         self._mark([key])
 
     def _choose(self) -> None:
-        """Of more instances than can be registered, take those of the first machines."""
+        """Choose the instances of the first machines if there are more than can be registered."""
         if not self._must_choose:
             return
         self._must_choose = False
@@ -188,14 +192,13 @@ class Foreign:
         self._is_logged_as_full = is_full
 
     def differences(self, others: Mapping[bytes, Record]) -> set[str]:
-        """Return in which keys etcd differs from what is known here."""
-        revisions = {key: record.mod_revision for key, record in others.items()}
-        return {f"{key!r} {old} {new}" for key, old, new in difference(revisions, self._known)}
+        """Return the keys in etcd that differ from the known ones."""
+        return {f"{key!r} {old} {new}" for key, old, new in difference(_versions(others), self._known)}
 
-    # What the daemon has.
+    # Registrations in the daemon.
 
     def changed(self, key: Key | None) -> None:
-        """Look at a registration of the daemon, which has changed; None: at all."""
+        """Note that a registration in the daemon has changed; None: any may have."""
         if key is None:
             self._mark_all()
         elif key in self._wanted or records.MACHINE in self._local.instances.get(key, {}).get("meta", ()):
@@ -213,7 +216,7 @@ class Foreign:
         self._mark([*arrived, *self._wanted])
 
     def unregistered(self, instances: Mapping[Key, Mapping[str, Any]]) -> set[str]:
-        """Return in which registrations the daemon's, which has these, differ from those that should be there."""
+        """Return where the daemon's registrations, as listed, differ from those that should be there."""
         wanted = {} if self._is_withdrawn else dict(self._wanted)
         actual = {}
         for key, instance in instances.items():
@@ -226,7 +229,7 @@ class Foreign:
         return {f"{key!r} {old!r:.200} {new!r:.200}" for key, old, new in found if key not in skipped}
 
     async def run(self, session: Session) -> NoReturn:
-        """Register and withdraw, in one session with the daemon.
+        """Register and deregister in one session with the daemon.
 
         Raises:
             RegdError: the session has ended.
@@ -240,50 +243,53 @@ class Foreign:
             self._in_progress, self._dirty = self._dirty, {}
             since = self._dirty_at
             actions = self._actions(session, self._in_progress)
-            removals = [action for action in actions if action.new is None]
-            await self._do_all(session, removals)  # first, since they make room
-            await self._do_all(session, actions[len(removals) :])
+            keys = [action.key for action in actions]
+            removals = sum(action.new is None for action in actions)
+            await self._settle(session, keys[:removals])  # first, since they make room
+            await self._settle(session, keys[removals:])
             self._in_progress = {}
             if actions:
                 self.lag_s = time.monotonic() - since
                 self.lag_max_s = max(self.lag_s, self.lag_max_s)
 
-    async def _do_all(self, session: Session, actions: Sequence[Action[Key, Fields]]) -> None:
-        """Carry out actions, and wait until the watch shows them."""
-        for start in range(0, len(actions), _REQUESTS_MAX):
-            part = actions[start : start + _REQUESTS_MAX]
-            revs = await asyncio.gather(*(self._do(session, action) for action in part))
-            await session.reach(max(revs))
+    async def _settle(self, session: Session, keys: Sequence[Key]) -> None:
+        """Make registrations as they should be, and wait until the watch shows them.
+
+        What to do is decided at the moment of sending: a local service may have taken a name meanwhile.
+        """
+        for start in range(0, len(keys), _REQUESTS_MAX):
+            actions = self._actions(session, keys[start : start + _REQUESTS_MAX])
+            requests = [self._do(session, action, self._local.instances.get(action.key)) for action in actions]
+            await session.reach(max(await asyncio.gather(*requests), default=0))
 
     def _actions(self, session: Session, keys: Iterable[Key]) -> list[Action[Key, Fields]]:
-        """Return what to do for some keys. A local registration is never touched."""
+        """Return the actions for some keys. A local registration is never touched."""
         wanted: dict[Key, Fields] = {}
         actual: dict[Key, Fields] = {}
         for key in keys:
-            instance, fields = self._local.instances.get(key), self._wanted.get(key)
-            is_wanted = fields is not None and not self._is_withdrawn
+            instance = self._local.instances.get(key)
+            fields = None if self._is_withdrawn else self._wanted.get(key)
             is_local = instance is not None and not records.is_arrival(instance)
             self.shadowed.discard(key)
             if instance is None:
                 session.forget(key)
+            if is_local or fields is None:
+                self.refused.pop(key, None)
             if is_local:
-                if is_wanted:
+                if fields is not None:
                     self.shadowed.add(key)
                 if key in session.held:  # another holder has joined, or somebody has changed its labels
                     actual[key] = _UNHELD
                 continue
-            if not is_wanted:
-                self.refused.pop(key, None)
-            elif fields is not None:
+            if fields is not None:
                 wanted[key] = fields
             if instance is not None:
-                actual[key] = _UNHELD if key not in session.held and is_wanted else _fields(instance)
+                actual[key] = _UNHELD if fields is not None and key not in session.held else _fields(instance)
         return difference(wanted, actual)
 
-    async def _do(self, session: Session, action: Action[Key, Fields]) -> int:
-        """Carry out an action. Return the revision up to which the watch must come to show it."""
+    async def _do(self, session: Session, action: Action[Key, Fields], instance: Mapping[str, Any] | None) -> int:
+        """Carry out an action on what is registered. Return the revision at which the watch shows it."""
         key, _, fields = action
-        instance = self._local.instances.get(key)
         if_rev = 0 if instance is None else instance["rev"]
         self.requests += 1
         try:
@@ -296,19 +302,36 @@ class Foreign:
         except Unavailable:
             raise
         except (Conflict, NotFound):
-            self._later(_CONFLICT_S, key)
+            self._dirty[key] = None  # the registration has just changed: decide again when the watch shows it
+            asyncio.get_running_loop().call_later(_CONFLICT_S, self._wake.set)
             return 0
         except RegdError as error:
-            if not self.refused:
-                log.warning("the daemon refuses instances of other machines, %s first: %s", "/".join(key), error)
-            self.refused[key] = str(error)
-            self._later(_REFUSED_S, key)
+            self._refuse(key, str(error))
             return 0
         self.refused.pop(key, None)
         return rev
 
-    def _later(self, after_s: float, key: Key) -> None:
-        asyncio.get_running_loop().call_later(after_s, self._mark, [key])
+    def _refuse(self, key: Key, why: str) -> None:
+        if not self.refused:
+            log.warning("the daemon refuses instances of other machines, %s first: %s", "/".join(key), why)
+        self.refused.pop(key, None)
+        self.refused[key] = why  # at the end, so that all are tried in turn
+        if self._retry is None:
+            self._retry = asyncio.get_running_loop().call_later(_REFUSED_S, self._try_refused)
+
+    def _try_refused(self) -> None:
+        self._retry = None
+        if len(self.refused) > _REFUSED_MAX:
+            self._retry = asyncio.get_running_loop().call_later(_REFUSED_S, self._try_refused)
+        self._mark(islice(self.refused, _REFUSED_MAX))
+
+
+def _version(record: Record) -> Version:
+    return record.mod_revision, hash(record.value)
+
+
+def _versions(others: Mapping[bytes, Record]) -> dict[bytes, Version]:
+    return {key: _version(record) for key, record in others.items()}
 
 
 def _fields(instance: Mapping[str, Any]) -> Fields:

@@ -1,11 +1,12 @@
-"""The local daemon: a watch of all its registrations, and the connections that hold those that came in."""
+"""The local daemon: a watch of all its registrations, and the connections that hold other machines' instances."""
 
 import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from regd.bridge import records
 from regd.bridge.reconcile import difference
@@ -24,43 +25,53 @@ log = logging.getLogger("regd.bridge")
 
 _PING_S = 5.0  # between two pings, with which a daemon that hangs is noticed
 _PAUSE_S = 0.5  # at most, before the next attempt
-_CONNECT_S = 5.0
+_CONNECT_S = 5.0  # for a further connection
+_FULL_S = 1.0  # without another attempt to open a further connection, after a failure
 
 
 class LocalRefusal(Exception):
-    """The daemon refuses this bridge, and would refuse it again. The message is one line."""
+    """The daemon refuses this bridge for good. The message is one line."""
 
 
 class _Watch(WatchState):
-    """A watch that also tells of its position after every line from the daemon."""
+    """A watch that also reports every line from the daemon: whether it completes a snapshot."""
 
-    def __init__(self, on_event: Callable[[Event], None], on_line: Callable[[], None]) -> None:
+    def __init__(self, on_event: Callable[[Event], None], on_line: Callable[[bool], None]) -> None:
         super().__init__("*", None, on_event)
         self._on_line = on_line
 
     def take(self, fields: Mapping[str, Any]) -> None:
         super().take(fields)
-        self._on_line()
+        self._on_line(fields.get("event") == "sync")
+
+
+class Hold(NamedTuple):
+    """The connection that holds a registration. `since_rev` is the revision of the watch when it was asked to."""
+
+    connection: Connection
+    since_rev: int
 
 
 class Session:
     """Connections to one run of the daemon. When one breaks, the session has ended.
 
     Attributes:
-        held: by name and instance, the connection that holds what came in.
+        held: the instances of other machines that this session has registered.
     """
 
     def __init__(self, connection: Connection, held_max: int, watch: _Watch) -> None:
-        self.held: dict[Key, Connection] = {}
+        self.held: dict[Key, Hold] = {}
         self._held_max = held_max
         self._watch = watch
         self._connections = [connection]
         self._counts = [1]  # registrations that each connection holds; the bridge itself is one
         self._moved = asyncio.Event()
         self._placing = asyncio.Lock()
+        self._full_until = 0.0
+        self._why_full = ""
 
     async def list_all(self) -> dict[Key, dict[str, Any]]:
-        """Return all registrations of the daemon.
+        """Return all registrations of the daemon, once the watch has received their changes too.
 
         Raises:
             RegdError: the daemon is away.
@@ -72,79 +83,112 @@ class Session:
             protocol.add_page(instances, page, number)
             after = page.get("next")
             if after is None:
+                await self.reach(page["rev"])
                 break
         return {(instance["name"], instance["instance"]): instance for instance in instances}
 
     async def register(self, key: Key, fields: Mapping[str, Any], if_rev: int) -> int:
-        """Register what came in, if the registration is at revision `if_rev`. Return its revision.
+        """Register an instance of another machine, if the registration is at revision `if_rev`.
+
+        Returns the revision of the registration.
 
         Raises:
             RegdError: the daemon refuses, or is away.
         """
-        connection = self.held.get(key)
-        is_new = connection is None
-        if connection is None:
+        is_new = key not in self.held
+        if is_new:
             number = await self._place()
-            connection = self._connections[number]
             self._counts[number] += 1
-            self.held[key] = connection
+            self.held[key] = Hold(self._connections[number], self._watch.rev)
         name, instance = key
         arguments = {"name": name, "instance": instance, "hold": True, "if": if_rev, **fields}
         try:
-            return int((await connection.ask("register", arguments))["rev"])
+            return int((await self.held[key].connection.ask("register", arguments))["rev"])
         except RegdError:
             if is_new:
                 self.forget(key)
             raise
 
     async def deregister(self, key: Key, if_rev: int) -> int:
-        """Withdraw what came in, if it is at revision `if_rev`. Return the registry's revision.
+        """Deregister an instance of another machine, if it is at revision `if_rev`.
+
+        Returns the revision of its end; 0 if another client keeps it registered.
 
         Raises:
             RegdError: the daemon refuses, or is away.
         """
-        connection = self.held.get(key, self._connections[0])
+        hold = self.held.get(key)
+        connection = self._connections[0] if hold is None else hold.connection
         name, instance = key
         reply = await connection.ask("deregister", {"name": name, "instance": instance, "if": if_rev})
         self.forget(key)
-        return int(reply["rev"])
+        return int(reply["rev"]) if reply["removed"] else 0
 
     async def release(self, key: Key, if_rev: int) -> int:
-        """Give up the hold of what a local service has registered too, at revision `if_rev`.
+        """Give up the hold of a registration that a local service holds too, at revision `if_rev`.
 
         Raises:
             RegdError: the daemon refuses, or is away.
         """
-        connection = self.held.get(key)
-        if connection is None:
+        hold = self.held.get(key)
+        if hold is None:
             return 0
-        await connection.ask("ping", {})  # its reply comes after `lost`, if the hold has ended already
+        await hold.connection.ask("ping", {})  # its reply comes after `lost`, if the hold has ended already
         return await self.deregister(key, if_rev) if key in self.held else 0
 
     def on_lost(self, connection: Connection, event: Mapping[str, Any]) -> None:
-        """Take note that somebody else has ended or replaced what a connection held."""
+        """Note that another client has ended or replaced a registration that a connection held.
+
+        The event may come after the watch's, when the key is registered again. Then its revision is an old one.
+        """
         key = (event["name"], event["instance"])
-        if self.held.get(key) is connection:
+        hold = self.held.get(key)
+        if hold is not None and hold.connection is connection and hold.since_rev < event["rev"]:
             self.forget(key)
 
     def forget(self, key: Key) -> None:
-        """Take note that a registration has ended, whoever ended it. Idempotent."""
-        connection = self.held.pop(key, None)
-        if connection is not None:
-            self._counts[self._connections.index(connection)] -= 1
+        """Note that a registration has ended. Idempotent."""
+        hold = self.held.pop(key, None)
+        if hold is not None:
+            self._counts[self._connections.index(hold.connection)] -= 1
 
     async def _place(self) -> int:
-        """Return the number of a connection that may hold one more. The caller counts it at once."""
+        """Return the number of a connection that may hold one more. The caller counts it at once.
+
+        Raises:
+            RegdError: all are full, and the daemon accepts no further one.
+        """
         async with self._placing:
             for number, count in enumerate(self._counts):
                 if count < self._held_max:
                     return number
-            async with asyncio.timeout(_CONNECT_S):
-                connection = await Connection.open(self._connections[0].address, self.on_lost)
+            if time.monotonic() < self._full_until:
+                raise RegdError(self._why_full, "busy")
+            try:
+                connection = await self._open()
+            except OSError as error:
+                self._full_until = time.monotonic() + _FULL_S
+                self._why_full = f"cannot open another connection: {str(error) or 'no answer in time'}"
+                raise RegdError(self._why_full, "busy") from None
             self._connections.append(connection)
             self._counts.append(0)
             self.moved()
             return len(self._counts) - 1
+
+    async def _open(self) -> Connection:
+        """Open a further connection, and check that the daemon does not close it for being one too many.
+
+        Raises:
+            OSError: it does, or does not answer.
+        """
+        async with asyncio.timeout(_CONNECT_S):
+            connection = await Connection.open(self._connections[0].address, self.on_lost)
+            try:
+                await connection.ask("ping", {})
+            except BaseException:
+                connection.end()
+                raise
+            return connection
 
     async def reach(self, rev: int) -> None:
         """Wait until the watch has received all changes up to a revision."""
@@ -179,12 +223,16 @@ class Session:
 
 
 class Local:
-    """The registrations of the local daemon, and a session with it, whenever there is one.
+    """The registrations of the local daemon, and the session with it.
 
     Args:
         address: of the daemon; None for the default.
         bridge: the fields with which the bridge registers itself.
         on_change: called with the key of each instance that has changed; with None if any may have.
+
+    Attributes:
+        is_complete: whether `instances` has been complete once.
+        session: None while the daemon is away.
     """
 
     def __init__(
@@ -193,11 +241,11 @@ class Local:
         self._addresses = AddressFinder(address)
         self._connector = Connector(self._addresses, None)
         self._connector.on_lost = self._on_lost
-        self._bridge = bridge
+        self._own = {"name": records.BRIDGE, "hold": True, **bridge}
         self._on_change = on_change
         self._watch = _Watch(self._take, self._move)
         self._epoch: str | None = None
-        self._is_complete = False
+        self.is_complete = False
         self._is_registered = False  # the bridge was, at least once
         self._lost = ""  # why the daemon is away, if that was logged
         self.session: Session | None = None
@@ -220,17 +268,12 @@ class Local:
         return self._watch.rev
 
     @property
-    def is_complete(self) -> bool:
-        """Whether `instances` has been complete once."""
-        return self._is_complete
-
-    @property
     def stale_s(self) -> float:
         """Seconds since `instances` may be out of date."""
         return self._watch.stale_s
 
     def differences(self, instances: Mapping[Key, Mapping[str, Any]]) -> set[str]:
-        """Return in which registrations the daemon, which has these, differs from what is known here."""
+        """Return where the daemon's registrations, as listed, differ from the known ones."""
         there = {key: instance["rev"] for key, instance in instances.items()}
         known = {key: instance["rev"] for key, instance in self.instances.items()}
         return {f"{key!r} {old} {new}" for key, old, new in difference(there, known)}
@@ -282,7 +325,7 @@ class Local:
 
     async def _register_bridge(self, connection: Connection) -> None:
         try:
-            await connection.ask("register", {"name": records.BRIDGE, "hold": True, **self._bridge})
+            await connection.ask("register", self._own)
         except Conflict as conflict:
             if self._is_registered:
                 raise  # by a connection that the daemon has not yet seen to be closed
@@ -300,26 +343,30 @@ class Local:
         self._lost = why
 
     def _take(self, event: Event) -> None:
-        if event.endpoint is None:
-            self._is_complete = True
-            self._on_change(None)
-            return
-        self._on_change((event.endpoint.name, event.endpoint.instance))
+        if event.endpoint is not None:
+            self._on_change((event.endpoint.name, event.endpoint.instance))
 
     def _on_lost(self, connection: Connection, event: Mapping[str, Any]) -> None:
-        if self.session is not None:
+        if (event["name"], event["instance"]) == (records.BRIDGE, ""):
+            connection.post("register", self._own)  # deregistered by hand; `--status` and Prometheus need it
+        elif self.session is not None:
             self.session.on_lost(connection, event)
 
-    def _move(self) -> None:
-        """Note the position of the watch. In another epoch, all that is published has another value."""
-        if self._epoch != self._watch.epoch:
+    def _move(self, is_snapshot: bool) -> None:
+        """Note the position of the watch.
+
+        In another epoch, all published instances have another value. After a snapshot, any instance may have
+        another revision, and the watch reports only those whose other fields have changed.
+        """
+        if is_snapshot or self._epoch != self._watch.epoch:
+            self.is_complete = self.is_complete or is_snapshot
             self._epoch = self._watch.epoch
             self._on_change(None)
         if self.session is not None:
             self.session.moved()
 
     async def close(self) -> None:
-        """End the session, and with it all that it holds. Idempotent."""
+        """End the session and the registrations that it holds. Idempotent."""
         if self.session is not None:
             self.session.close()
         with contextlib.suppress(Unavailable):

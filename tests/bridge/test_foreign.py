@@ -201,6 +201,82 @@ async def test_a_local_registration_that_comes_at_the_same_time(
         assert (await service.ask(cmd="resolve", name="web"))["port"] == 1
 
 
+async def test_a_local_registration_that_comes_between_two_requests(
+    daemon: InLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What to do is decided for many instances at once, and may be outdated when it is done."""
+    service = await daemon.peer()
+    deregister = Session.deregister
+
+    async def deregister_and_wait(session: Session, key: Key, if_rev: int) -> int:
+        rev = await deregister(session, key, if_rev)
+        await register(service, 1)  # static, so that nobody would defend it
+        await until(lambda: ("web", "b") in bridge.local.instances)
+        return rev
+
+    async with incoming(daemon) as bridge:
+        bridge.put(Place("b", "old", ""))
+        bridge.foreign.replace(bridge.records)
+        await until(lambda: ("old", "b") in bridge.actual())
+        monkeypatch.setattr(Session, "deregister", deregister_and_wait)
+        bridge.delete(Place("b", "old", ""))
+        bridge.put(Place("b", "web", ""))
+        await until(lambda: bridge.foreign.shadowed == {("web", "b")})
+        assert (await service.ask(cmd="resolve", name="web"))["port"] == 1
+
+
+async def test_a_lost_event_that_comes_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes on another connection than the watch's, which may show the end and the next registration first."""
+    late: list[Any] = []
+    on_lost = Session.on_lost
+    monkeypatch.setattr(Session, "on_lost", lambda *event: late.append(event))
+    async with limited(tmp_path / "registry.json", held_max=2) as daemon, incoming(daemon) as bridge:
+        for instance in "12":
+            bridge.put(Place("b", "web", instance))
+        bridge.foreign.replace(bridge.records)
+        await until(lambda: bridge.actual() == bridge.wanted())
+        session = bridge.local.session
+        assert session is not None
+        other, key = sorted(
+            session.held, key=lambda key: session._connections.index(session.held[key].connection)
+        )
+        requests = bridge.foreign.requests
+        await (await daemon.peer()).ask(cmd="deregister", name="web", instance=key[1])
+        await until(lambda: late and bridge.foreign.requests > requests and bridge.actual() == bridge.wanted())
+        on_lost(*late[0])
+        assert key in session.held
+        # The first connection has room again. Nevertheless the one that holds the instance is asked.
+        bridge.delete(Place("b", "web", other[1].partition(".")[2]))
+        await until(lambda: bridge.actual() == bridge.wanted())
+        bridge.put(Place("b", "web", key[1].partition(".")[2]), port=81)
+        await until(lambda: bridge.actual() == bridge.wanted())
+
+
+@pytest.mark.parametrize("instance", ["", "c", "b-1", "bb"])
+async def test_copied_labels_are_no_other_machine(daemon: InLoop, instance: str) -> None:
+    """A proxy registers the labels of the service behind it. It has no process, as in a container."""
+    service = await daemon.peer()
+    copied = {"regd.machine": "b"}
+    local = await service.ask(cmd="register", name="web", instance=instance, port=1, hold=True, meta=copied)
+    async with incoming(daemon) as bridge:
+        bridge.put(Place("b", "web", ""))
+        bridge.foreign.replace(bridge.records)
+        await until(lambda: ("web", "b") in bridge.actual())
+        bridge.delete(Place("b", "web", ""))
+        await until(lambda: ("web", "b") not in bridge.actual())
+        assert (await service.ask(cmd="resolve", name="web"))["rev"] == local["rev"]
+
+
+async def test_the_bridge_registers_itself_again(daemon: InLoop) -> None:
+    service = await daemon.peer()
+    async with incoming(daemon) as bridge:
+        await until(lambda: ("regd.bridge", "") in bridge.local.instances)
+        session, first = bridge.local.session, bridge.local.instances["regd.bridge", ""]
+        await service.ask(cmd="deregister", name="regd.bridge")
+        await until(lambda: bridge.local.instances.get(("regd.bridge", ""), first)["rev"] > first["rev"])
+        assert bridge.local.session is session
+
+
 async def test_what_is_held_is_claimed_after_a_restart_of_the_daemon(tmp_path: Path) -> None:
     unix, registry = tmp_path / "regd.sock", tmp_path / "registry.json"
     async with incoming(f"unix://{unix}") as bridge:
@@ -279,6 +355,79 @@ async def test_a_daemon_that_refuses(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert caplog.text.count("the daemon refuses") == 1
 
 
+async def test_refused_instances_are_tried_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regd.bridge.foreign._REFUSED_S", 0.01)
+    monkeypatch.setattr("regd.bridge.foreign._REFUSED_MAX", 2)
+    asked: list[Key] = []
+    register_arrival = Session.register
+
+    async def note(session: Session, key: Key, fields: Any, if_rev: int) -> int:
+        asked.append(key)
+        return await register_arrival(session, key, fields, if_rev)
+
+    monkeypatch.setattr(Session, "register", note)
+    async with limited(tmp_path / "registry.json", registrations_max=2) as daemon, incoming(daemon) as bridge:
+        for number in range(5):
+            bridge.put(Place("b", "web", str(number)))
+        bridge.foreign.replace(bridge.records)
+        await until(lambda: len(asked) >= 5 + 8)
+        refused = asked[1:5]
+        assert asked[5:13] == refused * 2
+        # There is room again.
+        for _, instance in asked[:3]:
+            bridge.delete(Place("b", "web", instance.partition(".")[2]))
+        await until(lambda: len(bridge.foreign.refused) == 1)
+
+
+async def test_no_further_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit on the connections that the daemon accepts is refused; the rest stays."""
+    monkeypatch.setattr("regd.bridge.foreign._REFUSED_S", 0.01)
+    limits = {"held_max": 10, "connections_max": 1}
+    async with limited(tmp_path / "registry.json", **limits) as daemon, incoming(daemon) as bridge:
+        for number in range(15):
+            bridge.put(Place("b", "web", str(number)))
+        bridge.foreign.replace(bridge.records)
+        await until(lambda: len(bridge.foreign.refused) == 6 and len(bridge.actual()) == 9)
+        assert all("cannot open another connection" in why for why in bridge.foreign.refused.values())
+        session = bridge.local.session
+        for _, instance in list(bridge.actual())[:5]:
+            bridge.delete(Place("b", "web", instance.partition(".")[2]))
+        await until(lambda: len(bridge.foreign.refused) == 1 and len(bridge.actual()) == 9)
+        assert bridge.local.session is session
+
+
+async def test_an_etcd_that_was_restored(daemon: InLoop) -> None:
+    """Its revisions come again, with other values."""
+    async with incoming(daemon) as bridge:
+        bridge.put(Place("b", "web", ""))
+        bridge.foreign.replace(bridge.records)
+        await until(lambda: bridge.actual() == bridge.wanted())
+        [(key, record)] = bridge.records.items()
+        bridge.records[key] = record._replace(value=record.value.replace(b"80", b"81"))
+        assert bridge.foreign.differences(bridge.records)
+        bridge.foreign.replace(bridge.records)
+        await until(lambda: bridge.actual() == bridge.wanted())
+
+
+def test_a_snapshot_is_looked_at_whole() -> None:
+    """Where the daemon's history does not reach back: an instance may have only another revision."""
+    changes: list[Key | None] = []
+    local = Local("127.0.0.1:1", {"port": 9}, changes.append)
+    instance = {"watch": 1, "name": "web", "instance": "", "host": "10.0.0.7", "port": 1, "meta": {},
+                "state": "ready", "registered_at": 1.0}  # fmt: skip
+    local._watch.begin(None)
+    local._watch.take({"ok": True, "watch": 1, "epoch": "e", "rev": 1})
+    local._watch.take({"event": "up", "rev": 1, **instance})
+    assert changes == []
+    local._watch.take({"event": "sync", "watch": 1, "rev": 1})
+    assert local.is_complete
+    changes.clear()
+    local._watch.take({"event": "reset", "watch": 1, "rev": 5})
+    local._watch.take({"event": "up", "rev": 5, **instance})
+    local._watch.take({"event": "sync", "watch": 1, "rev": 5})
+    assert changes == [None]
+
+
 async def test_nothing_is_applied_twice(daemon: InLoop) -> None:
     async with incoming(daemon) as bridge:
         bridge.put(Place("b", "web", ""))
@@ -313,7 +462,7 @@ async def test_two_bridges_at_one_daemon(daemon: InLoop) -> None:
     async with incoming(daemon) as bridge:
         await until(lambda: bridge.local.session)
         second = Incoming(f"127.0.0.1:{daemon.port}", 10)
-        second.local._bridge = {"port": 10}
+        second.local._own["port"] = 10
         with pytest.raises(LocalRefusal, match="another bridge serves the daemon"):
             await second.local.run(second.foreign.run)
         await second.local.close()
