@@ -19,11 +19,11 @@ from regd.bridge.etcd.lease import Lease
 from regd.bridge.etcd.model import EventBatch, Picture, Tls, User
 from regd.bridge.foreign import Foreign
 from regd.bridge.http_server import HttpServer
-from regd.bridge.local import Local, LocalRefusal
+from regd.bridge.local import Local, LocalRefusal, Session
 from regd.bridge.publish import Publisher, own_records
 from regd.gateways.listeners import ListenError, bind_loopback
 from regd.gateways.readers import Readers
-from regd_client.errors import RegdError
+from regd_client.errors import RegdError, Unavailable
 from regd_client.event_loop import random_s
 from regd_client.models import Key
 from regd_client.protocol import find_address
@@ -34,23 +34,23 @@ log = logging.getLogger("regd.bridge")
 
 TTL_S = 10  # of the lease
 _CATCH_UP_S = 10.0  # for the watch, before a comparison
-_SURE_S = 3.0  # a difference that is still the same after this time is one
+_SURE_S = 3.0  # between two looks at a difference: one that is still the same is no change under way
 _AGE_S = 0.5  # between two looks at how long etcd and the daemon have been away
 _PAUSE_S = 0.5  # at most, between two attempts; the client of etcd tries for longer itself
 _LOST_S = 0.05  # at most, until another lease is granted
 _REFUSED_S = 5.0  # at most, when etcd refuses
 _CLAIM_S = 25.0  # for the lease of a bridge that ran here before this machine was restarted
-_SHOWN_MAX = 1_000  # instances in the status
+_SHOWN_MAX = 1_000  # instances, and machines, in the status
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class BridgeError(Exception):
-    """The bridge cannot go on, and starting it again would not help. The message is one line."""
+    """The bridge cannot run, and a restart would not help. The message is one line."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `regctl bridge` is told.
+    """The options of `regctl bridge`.
 
     `address` is that of the daemon, None for the default. `advertise` is that of this machine for others.
     """
@@ -70,7 +70,7 @@ def bridge(options: Options, say: Callable[[str], None]) -> None:
     """Connect the local daemon with those of other machines, until SIGTERM or Ctrl-C.
 
     Args:
-        say: called with a line for the address of the metrics, once it listens.
+        say: called with a line that has the address of the metrics, once it listens.
 
     Raises:
         BridgeError: another bridge has the machine's name or serves the daemon, or no port is free.
@@ -91,7 +91,7 @@ async def _run_until_signal(options: Options, say: Callable[[str], None]) -> Non
 
 
 class Bridge:
-    """The tasks of a bridge, and what they know."""
+    """The tasks of a bridge and their state."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -110,6 +110,7 @@ class Bridge:
         self._started_at = time.time()
         self._followed = 0  # the revision of the last event
         self._has_followed = asyncio.Event()
+        self._must_read = asyncio.Event()  # all of etcd again
         self._counts = {"leases_lost": 0, "comparisons": 0, "differences": 0}
 
     async def run(self, say: Callable[[str], None]) -> None:
@@ -201,14 +202,17 @@ class Bridge:
             log.warning("etcd refuses to %s: %s; still trying", what, error)
 
     async def _follow(self) -> NoReturn:
-        """Follow the keys of other machines. While etcd is away for too long, they have none."""
+        """Follow the keys in etcd. When it is away for too long, withdraw the instances of other machines."""
         while True:
-            await _first(self._follow_while_fresh(), self._until_stale())
+            await _first(self._follow_while_fresh(), self._until_stale(), self._must_read.wait())
+            if self._must_read.is_set():
+                self._must_read.clear()
+                continue
             log.warning("etcd is away for %g s: other machines' instances are withdrawn", self._options.stale_s)
             self._foreign.withdraw()
 
     async def _until_stale(self) -> None:
-        """Wait until etcd has not answered for too long. Ask it before: without a reason it may be silent too."""
+        """Wait until etcd has not answered for too long. Ask it first: a quiet etcd may be well."""
         stale_s = self._options.stale_s
         while True:
             await asyncio.sleep(min(_AGE_S, stale_s / 4))
@@ -240,12 +244,13 @@ class Bridge:
             await asyncio.sleep(random_s(pause_s / 2, pause_s))
 
     def _take(self, picture: Picture) -> None:
+        is_restored = picture.revision < self._followed  # from a backup, or etcd has lost its data
         self._followed = picture.revision
         self._has_followed.set()
         own, others = self._split(picture)
         self._foreign.replace(others)
         if self._publisher.is_active:
-            self._publisher.repair(own, picture.revision)
+            (self._publisher.replace if is_restored else self._publisher.repair)(own, picture.revision)
 
     def _split(self, picture: Picture) -> tuple[dict[bytes, Any], dict[bytes, Any]]:
         """Return the records of this machine, its claim aside, and those of the others."""
@@ -259,11 +264,11 @@ class Bridge:
         for event in batch.events:
             if not event.key.startswith(self._own_prefix):
                 self._foreign.apply(event)
-            elif event.key != self._claim.key and self._publisher.is_active:
+            elif event.key != self._claim.key:
                 self._publisher.seen(event)
 
     async def _age(self) -> NoReturn:
-        """Publish nothing while the daemon is away for too long: nobody here knows what still runs."""
+        """Publish nothing while the daemon is away for too long: nobody knows which services still run."""
         while True:
             await asyncio.sleep(_AGE_S)
             if self._publisher.is_active:
@@ -281,35 +286,47 @@ class Bridge:
                 await self.compare()
 
     async def compare(self) -> int:
-        """Compare what etcd and the daemon have with what is known and wanted here, and repair what differs.
+        """Compare etcd and the daemon with what is known and wanted here, and repair the differences.
 
-        Returns the number of differences. What changes meanwhile is none.
+        Returns the number of differences that are the same after some time: others are changes under way.
+
+        Raises:
+            EtcdError, ClaimRefusal, RegdError, TimeoutError: the comparison could not be finished.
         """
-        if self._local.session is None or not self._foreign.is_current or not self._publisher.is_active:
-            return 0
-        first = await self._differences()
-        if first:
+        found = await self._differences()
+        if found:
             await asyncio.sleep(_SURE_S)
-            first &= await self._differences()
+            found &= await self._differences()
         self._counts["comparisons"] += 1
-        self._counts["differences"] += len(first)
-        if first:
-            log.error("%d differences between what is and what should be, repaired: %s", len(first), min(first))
-            picture = await self._etcd.read(self._options.prefix.encode())
-            self._take(picture)
+        self._counts["differences"] += len(found)
+        if found:
+            log.error("%d differences between what is and what should be, repaired: %s", len(found), min(found))
+            self._must_read.set()
             self._changed(None)
-        return len(first)
+        return len(found)
 
     async def _differences(self) -> set[str]:
-        session = self._local.session
-        if session is None:
-            return set()
+        session = self._check_complete()
         await self._catch_up()
         own, others = self._split(await self._etcd.read(self._options.prefix.encode()))
         found = self._publisher.differences(own) | self._foreign.differences(others)
-        instances = await session.list_all()
+        async with asyncio.timeout(_CATCH_UP_S):
+            instances = await session.list_all()
         found |= self._local.differences(instances) | self._foreign.unregistered(instances)
+        if self._check_complete() is not session:
+            raise Unavailable("the daemon was away meanwhile")
         return found
+
+    def _check_complete(self) -> Session:
+        """Return the session with the daemon.
+
+        Raises:
+            Unavailable: the daemon or etcd is away, so that there is nothing to compare.
+        """
+        session = self._local.session
+        if session is None or not self._foreign.is_current or not self._publisher.is_active:
+            raise Unavailable("the daemon or etcd is away")
+        return session
 
     async def _catch_up(self) -> None:
         """Wait until the watch has shown all changes up to now.
@@ -361,7 +378,7 @@ class Bridge:
             "peers_count": len(machines),
             "peers": [
                 {"machine": machine, "host": foreign.hosts.get(machine, ""), "instances": count}
-                for machine, count in machines.items()
+                for machine, count in list(machines.items())[:_SHOWN_MAX]
             ],
             "foreign": {
                 "count": foreign.count,
@@ -381,11 +398,7 @@ class Bridge:
 
 
 async def _first(*work: Coroutine[Any, Any, Any]) -> None:
-    """Wait until one of several ends, and end the others.
-
-    Raises:
-        What it raises.
-    """
+    """Run coroutines until the first one ends, cancel the others, and raise its exception if it has one."""
     tasks = [asyncio.create_task(job) for job in work]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""What the bridge publishes: the instances of the local daemon that other machines can reach, as keys of etcd."""
+"""Publishes the instances of the local daemon that other machines can reach, as keys in etcd."""
 
 import asyncio
 import functools
@@ -36,12 +36,12 @@ class Publisher:
     Args:
         prefix: of all keys.
         machine: the name of this machine.
-        advertise: the address of services on loopback for other machines; None if there is none.
-        local: the daemon's registrations. Its changes are to be passed on to `changed`.
+        advertise: the address at which other machines reach services on loopback; None if there is none.
+        local: the daemon's registrations. It calls `changed` for each change.
 
     Attributes:
-        is_active: whether it has a claim, and publishes.
-        reasons: why an instance is not published, by name and instance.
+        is_active: whether it has the claim, and publishes.
+        reasons: why instances are not published.
         commits: the number of transactions.
         lag_s, lag_max_s: from a change to its commit, the last one and the longest.
     """
@@ -56,10 +56,14 @@ class Publisher:
         self._revisions: dict[bytes, int] = {}  # up to which `_actual` is known to be true
         self._dirty: dict[bytes, None] = {}
         self._dirty_at = 0.0
+        self._in_progress: dict[bytes, None] = {}
         self._wake = asyncio.Event()
         self._is_withdrawn = False
-        self._fence: dict[bytes, int] = {}  # the claim and its revision, on which each commit depends
+        self._claim_key = records.claim_key(prefix, machine)
         self._put_claim: Callable[[], Awaitable[int]] | None = None
+        self._fence: dict[bytes, int] = {}  # the claim and its revision, on which each commit depends
+        self._committing = asyncio.Lock()
+        self._skipped = 0  # the revision of the last event that came while not active
         self.is_active = False
         self.reasons: dict[Key, str] = {}
         self.commits = 0
@@ -67,13 +71,13 @@ class Publisher:
 
     @property
     def count(self) -> int:
-        """How many keys this machine has in etcd."""
+        """The number of keys of this machine in etcd, without the claim."""
         return len(self._actual)
 
-    # What is wanted.
+    # The keys that should be there.
 
     def changed(self, key: Key | None) -> None:
-        """Look at an instance again, which has changed; None: at all."""
+        """Note that an instance has changed; None: any may have."""
         if key is None:
             self._mark_all()
             return
@@ -85,7 +89,7 @@ class Publisher:
         self._mark_instances([key])
 
     def withdraw(self, is_withdrawn: bool) -> bool:
-        """Publish nothing while the daemon is away for too long, else all. Return whether that is new."""
+        """Publish nothing, or everything again. Return whether that is a change."""
         if is_withdrawn == self._is_withdrawn:
             return False
         self._is_withdrawn = is_withdrawn
@@ -139,10 +143,13 @@ class Publisher:
         if self._reachability is not None:
             self._reachability.forget(key)
 
-    # What is in etcd.
+    # The keys that are there.
 
     def seen(self, event: KeyEvent) -> None:
-        """Take an event of the watch, and repair what another hand has done to a key of this machine."""
+        """Apply an event of the watch. A change by another hand is undone."""
+        if not self.is_active:
+            self._skipped = event.revision
+            return
         if event.revision <= self._revisions.get(event.key, 0):
             return
         self._note(event.key, event.record, event.revision)
@@ -157,7 +164,7 @@ class Publisher:
             self._revisions[key] = revision
 
     def repair(self, own: Mapping[bytes, Record], revision: int) -> None:
-        """Take what etcd has of this machine, except where a later commit is known."""
+        """Apply what etcd has of this machine, except for keys whose later commit is known."""
         for key in dict.fromkeys([*own, *self._actual]):
             if self._revisions.get(key, 0) < revision:
                 record = own.get(key)
@@ -165,13 +172,13 @@ class Publisher:
         self._mark_all()
 
     def replace(self, own: Mapping[bytes, Record], revision: int) -> None:
-        """Take what etcd has of this machine, its claim aside."""
+        """Replace the known keys of this machine by what etcd has."""
         self._actual = {key: (record.value, record.lease) for key, record in own.items()}
         self._revisions = dict.fromkeys(own, revision)
         self._mark_all()
 
     def differences(self, own: Mapping[bytes, Record]) -> set[str]:
-        """Return in which keys etcd differs from what is known here, or should be there."""
+        """Return the keys in etcd that differ from the known ones, or from those that should be there."""
         there = {key: record.value for key, record in own.items()}
         known = {key: value for key, (value, _) in self._actual.items()}
         wanted = {}
@@ -180,7 +187,8 @@ class Publisher:
             if (value := self.wanted(key)) is not None:
                 wanted[key] = value
         found = [*difference(known, there), *difference(wanted, there)]
-        return {f"{key!r} {old!r:.300} {new!r:.300}" for key, old, new in found if key not in self._dirty}
+        skipped = self._dirty.keys() | self._in_progress
+        return {f"{key!r} {old!r:.300} {new!r:.300}" for key, old, new in found if key not in skipped}
 
     async def run(self, etcd: Etcd, lease: int, claim: Claim) -> NoReturn:
         """Publish, with a lease.
@@ -193,26 +201,31 @@ class Publisher:
         self._put_claim = functools.partial(claim.make, etcd, lease)
         while True:
             try:
-                self._fence = {claim.key: await claim.make(etcd, lease)}
+                await self.mark()
+                self._skipped = 0
                 picture = await etcd.read(records.machine_prefix(self._prefix, self._machine))
-                self.replace(own_records(picture, claim.key), picture.revision)
+                if picture.revision < self._skipped:
+                    continue  # the watch is ahead of the picture, and its events were skipped: read again
+                self.replace(own_records(picture, self._claim_key), picture.revision)
                 self.is_active = True
                 await self._publish(etcd, lease)
             except (EtcdUnavailable, EtcdConflict):
-                await asyncio.sleep(random_s(0, _PAUSE_S))
+                pass
             finally:
                 self.is_active = False
+            await asyncio.sleep(random_s(0, _PAUSE_S))
 
     async def mark(self) -> int:
-        """Put the claim again. When the watch shows that revision, it has shown all changes before.
+        """Put the claim, also again, and return its revision. A watch that has shown it has shown all before it.
 
         Raises:
+            ClaimRefusal: another bridge has the machine's name.
             EtcdError: etcd is away, or refuses.
         """
-        assert self._put_claim is not None, "not active"
-        revision = await self._put_claim()
-        for key, before in self._fence.items():
-            self._fence[key] = max(revision, before)
+        assert self._put_claim is not None, "not running"
+        async with self._committing:  # a commit under way would fail: the claim has another revision
+            revision = await self._put_claim()
+            self._fence = {self._claim_key: revision}
         return revision
 
     async def _publish(self, etcd: Etcd, lease: int) -> None:
@@ -220,7 +233,7 @@ class Publisher:
             await self._wake.wait()
             self._wake.clear()
             keys, since = self._dirty, self._dirty_at
-            self._dirty = {}
+            self._in_progress, self._dirty = keys, {}  # if it fails, all is marked again
             wanted = {key: (value, lease) for key in keys if (value := self.wanted(key)) is not None}
             actions = difference(wanted, self._actual, keys)
             for start in range(0, len(actions), _COMMIT_MAX):
@@ -228,26 +241,22 @@ class Publisher:
                 operations = [
                     Delete(action.key) if action.new is None else Put(action.key, *action.new) for action in part
                 ]
-                revision = await etcd.commit(operations, only_if=self._fence)
+                async with self._committing:
+                    revision = await etcd.commit(operations, only_if=self._fence)
                 self.commits += 1
                 for action in part:
                     self._acknowledge(action.key, action.new, revision)
+            self._in_progress = {}
             if actions:
                 self.lag_s = time.monotonic() - since
                 self.lag_max_s = max(self.lag_s, self.lag_max_s)
 
     def _acknowledge(self, key: bytes, new: Leased | None, revision: int) -> None:
-        if self._revisions.get(key, 0) >= revision:
-            return  # the watch was quicker
-        if new is None:
-            self._actual.pop(key, None)
-            self._revisions.pop(key, None)
-        else:
-            self._actual[key] = new
-            self._revisions[key] = revision
+        if self._revisions.get(key, 0) < revision:  # else the watch was quicker
+            self._note(key, None if new is None else Record(new[0], revision, new[1]), revision)
 
     async def close(self) -> None:
-        """End trying whether services are reachable."""
+        """Stop probing services."""
         if self._reachability is not None:
             await self._reachability.close()
 

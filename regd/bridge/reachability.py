@@ -1,6 +1,6 @@
-"""Which services of this machine accept connections at the address that other machines use.
+"""Probes the services of this machine at the address that other machines use.
 
-A service that was registered on loopback may listen there only. So the bridge connects to it, and tries again
+A service that was registered on loopback may listen only there. So the bridge connects to it, and tries again
 with back-off for as long as it is registered.
 """
 
@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from regd.system.probes import met_itself
 from regd_client.event_loop import random_s
@@ -30,7 +31,7 @@ class _Port:
 
 
 class Reachability:
-    """The results for the ports of local services.
+    """The results of the probes, by port.
 
     Args:
         host: the address of this machine for others.
@@ -45,7 +46,7 @@ class Reachability:
         self._connecting = asyncio.Semaphore(_CONNECTS_MAX)
 
     def reason(self, key: Key, port: int) -> str:
-        """Return why a service is not reachable at a port, "" if it is. From then on, the port is tried."""
+        """Return why a service is not reachable at a port; "" if it is. The first call starts the probes."""
         if self._port_of.get(key) != port:
             self.forget(key)
             self._port_of[key] = port
@@ -55,12 +56,12 @@ class Reachability:
         return why and f"it accepts no connection at {host_port(self._host, port)}: {why}"
 
     def again(self, key: Key) -> None:
-        """Try the port of a service again: the service has changed. Until the result, the last one counts."""
+        """Probe the port of a service again, which has changed. Until the result, the last one counts."""
         if key in self._port_of:
             self._try(self._port_of[key])
 
     def forget(self, key: Key) -> None:
-        """End trying a service's port, unless another service has it too. Idempotent."""
+        """Stop probing the port of a service, unless another service has it too. Idempotent."""
         number = self._port_of.pop(key, None)
         if number is None:
             return
@@ -93,7 +94,7 @@ class Reachability:
             pause_s = min(2 * pause_s, longest_s)
 
     async def close(self) -> None:
-        """End all attempts."""
+        """Stop all probes."""
         tasks = [port.task for port in self._ports.values() if port.task is not None]
         self._ports.clear()
         self._port_of.clear()
@@ -103,18 +104,29 @@ class Reachability:
 
 
 async def _connect(host: str, port: int) -> str:
-    """Connect, and close the connection at once. Return why that failed; "" if it did not."""
-    loop = asyncio.get_running_loop()
+    """Connect to any address of the host, and close the connection. Return why that failed; "" if it did not."""
+    why = ""
     try:
         async with asyncio.timeout(_CONNECT_S):
-            [(family, _, _, _, address), *_] = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
-                probe.setblocking(False)
-                await loop.sock_connect(probe, address)
-                return _REFUSED if met_itself(probe) else ""
+            loop = asyncio.get_running_loop()
+            for family, _, _, _, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+                why = await _connect_to(family, address)
+                if not why:
+                    break
     except TimeoutError:
         return "no answer"
+    except OSError as error:  # of the look-up
+        return (error.strerror or str(error)).lower()
+    return why
+
+
+async def _connect_to(family: int, address: Any) -> str:
+    try:
+        with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
+            probe.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(probe, address)
+            return _REFUSED if met_itself(probe) else ""
     except ConnectionRefusedError:
         return _REFUSED
     except OSError as error:
-        return (error.strerror or str(error)).lower()
+        return "no answer" if isinstance(error, TimeoutError) else (error.strerror or str(error)).lower()

@@ -3,10 +3,14 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from regd.bridge.bridge import Bridge, Options
+from regd.bridge.etcd.model import Picture
+from regd.bridge.local import Session
+from regd_client.errors import Unavailable
 from tests.support.daemon import InLoop
 from tests.support.etcd import EtcdCluster
 from tests.support.polling import until
@@ -72,8 +76,35 @@ async def test_what_was_missed_is_repaired(
     assert caplog.text.count("differences between what is and what should be") == 3
 
 
-async def test_no_comparison_while_something_is_away(daemon: InLoop, etcd: EtcdCluster) -> None:
+async def test_no_comparison_while_something_is_away(
+    daemon: InLoop, etcd: EtcdCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with running(daemon, etcd) as bridge:
+        list_all = Session.list_all
+
+        async def list_and_break(session: Session) -> Any:
+            listed = await list_all(session)
+            session._connections[0].abort("cut by the test")
+            await until(lambda: bridge._local.session not in (None, session))
+            return listed
+
+        with monkeypatch.context() as patch:  # it comes back before the end
+            patch.setattr(Session, "list_all", list_and_break)
+            with pytest.raises(Unavailable):
+                await bridge.compare()
         bridge._foreign.withdraw()
-        assert await bridge.compare() == 0
+        with pytest.raises(Unavailable):
+            await bridge.compare()
         assert bridge.status()["counts"]["comparisons"] == 0
+
+
+async def test_an_etcd_that_was_restored(daemon: InLoop, etcd: EtcdCluster) -> None:
+    """Its revisions are lower than those that were seen, and it has the lease, but not the last changes."""
+    peer = await daemon.peer()
+    await peer.ask(cmd="register", name="db", host="10.0.0.7", port=1)
+    async with running(daemon, etcd) as bridge:
+        await until(lambda: bridge._publisher.count == 1)
+        await bridge._catch_up()
+        commits = bridge._publisher.commits
+        bridge._take(Picture(1, {}))
+        await until(lambda: bridge._publisher.commits > commits)

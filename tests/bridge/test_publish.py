@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -16,9 +17,10 @@ import pytest
 from regd.bridge import records
 from regd.bridge.claim import Claim, ClaimRefusal
 from regd.bridge.etcd.errors import EtcdConflict, EtcdUnavailable, LeaseNotFound
-from regd.bridge.etcd.model import Delete, KeyEvent, Put
+from regd.bridge.etcd.model import Delete, KeyEvent, Picture, Put
 from regd.bridge.local import Local, Session
 from regd.bridge.publish import Publisher
+from regd.bridge.reachability import _connect
 from regd.system.processes import start_ticks
 from tests.support.daemon import InLoop
 from tests.support.fake_etcd import FakeEtcd
@@ -97,6 +99,10 @@ async def test_the_keys_are_the_instances(daemon: InLoop) -> None:
         await peer.ask(cmd="update", name="web", state="draining")
         await peer.ask(cmd="deregister", name="early")
         await until(lambda: len(bridge.actual()) == 2 and bridge.actual() == bridge.wanted())
+        commits = bridge.etcd.commits
+        await peer.ask(cmd="update", name="web", state="ready")
+        await until(lambda: bridge.actual()["web/"]["state"] == "ready")
+        assert bridge.etcd.commits == commits + 1  # a change is one round trip
         assert all(record.lease == 1 for record in bridge.etcd.records.values())
         assert bridge.publisher.differences(own(bridge)) == set()
 
@@ -204,6 +210,78 @@ async def test_nothing_is_withdrawn_before_the_daemon_is_known(daemon: InLoop) -
         task.cancel()
     await asyncio.gather(publishing, running, return_exceptions=True)
     await bridge.local.close()
+
+
+async def test_a_commit_under_way_is_no_difference(daemon: InLoop) -> None:
+    """It may take long, at a member of etcd that is frozen, while the comparison uses another one."""
+    peer = await daemon.peer()
+    async with outgoing(daemon) as bridge:
+        await until(lambda: bridge.publisher.is_active and bridge.local.session)
+        bridge.etcd.flowing.clear()
+        await peer.ask(cmd="register", name="web", host="10.0.0.7", port=1)
+        await until(lambda: bridge.etcd.waiting)
+        assert bridge.publisher.differences(own(bridge)) == set()
+        bridge.etcd.trouble.append((EtcdUnavailable("no answer"), False))
+        bridge.etcd.flowing.set()
+        await until(lambda: not bridge.publisher.is_active)
+        assert bridge.publisher.differences(own(bridge)) == set()
+        await until(lambda: bridge.actual() == bridge.wanted() != {})
+        assert bridge.publisher.differences(own(bridge)) == set()
+
+
+async def test_a_comparison_disturbs_no_commit(daemon: InLoop) -> None:
+    peer = await daemon.peer()
+    async with outgoing(daemon) as bridge:
+        await until(lambda: bridge.publisher.is_active and bridge.local.session)
+        bridge.etcd.flowing.clear()
+        await peer.ask(cmd="register", name="web", host="10.0.0.7", port=1)
+        await until(lambda: bridge.etcd.waiting)
+        marking = asyncio.create_task(bridge.publisher.mark())
+        for _ in range(50):
+            await asyncio.sleep(0)
+        bridge.etcd.flowing.set()
+        assert await marking == bridge.etcd.revision_of(CLAIM)
+        await until(lambda: bridge.actual() == bridge.wanted() != {})
+        assert bridge.etcd.conflicts == 0
+
+
+async def test_a_change_by_another_hand_before_it_is_active(daemon: InLoop) -> None:
+    """The watch shows it before the answer to the read, which does not have it yet."""
+    peer = await daemon.peer()
+    await peer.ask(cmd="register", name="web", host="10.0.0.7", port=1)
+    async with outgoing(daemon) as bridge:
+        await until(lambda: bridge.actual() == bridge.wanted() != {})
+        read, key = bridge.etcd.read, f"{PREFIX}a/web/".encode()
+        is_deleted = asyncio.Event()
+
+        async def read_slowly(prefix: bytes) -> Picture:
+            picture = await read(prefix)
+            if not is_deleted.is_set():
+                bridge.etcd.apply([Delete(key)])
+                is_deleted.set()
+            return picture
+
+        bridge.etcd.read = read_slowly  # type: ignore[method-assign]
+        bridge.etcd.trouble.append((EtcdUnavailable("no answer"), True))
+        await peer.ask(cmd="register", name="db", host="10.0.0.7", port=1)
+        await is_deleted.wait()
+        await until(lambda: bridge.actual() == bridge.wanted())
+
+
+async def test_a_host_with_several_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.6", 0)
+    port = server.sockets[0].getsockname()[1]
+    addresses: list[Any] = []
+
+    async def look_up(*_: Any, **__: Any) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, port)) for address in addresses]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
+    for addresses[:], why in (
+        (["127.0.0.5"], "connection refused"), (["127.0.0.5", "127.0.0.6"], ""), (["127.0.0.6", "127.0.0.5"], ""),
+    ):  # fmt: skip
+        assert await _connect("several", port) == why
+    server.close()
 
 
 async def test_reachability(daemon: InLoop) -> None:

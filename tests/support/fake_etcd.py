@@ -1,5 +1,6 @@
 """etcd as a dictionary, whose commits fail when a test says so."""
 
+import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from typing import cast
 
@@ -14,6 +15,9 @@ class FakeEtcd:
     Attributes:
         trouble: errors of the next commits. With True, the commit takes effect before the error is raised.
         on_event: called with each change.
+        flowing: while it is not set, commits wait.
+        waiting: how many commits wait.
+        conflicts: how many commits failed because a key of `only_if` had changed.
     """
 
     def __init__(self) -> None:
@@ -22,6 +26,10 @@ class FakeEtcd:
         self.trouble: list[tuple[Exception, bool]] = []
         self.on_event: Callable[[KeyEvent], None] = lambda event: None
         self.commits = 0
+        self.flowing = asyncio.Event()
+        self.flowing.set()
+        self.waiting = 0
+        self.conflicts = 0
 
     def as_etcd(self) -> Etcd:
         return cast(Etcd, self)
@@ -31,11 +39,16 @@ class FakeEtcd:
         return Picture(self.revision, records)
 
     async def commit(self, operations: Iterable[Operation], only_if: Mapping[bytes, int] | None = None) -> int:
+        expected = dict(only_if or {})
+        self.waiting += 1
+        await self.flowing.wait()
+        self.waiting -= 1
         error, has_effect = self.trouble.pop(0) if self.trouble else (None, True)
         if error is not None and not has_effect:
             raise error
-        for key, revision in (only_if or {}).items():
+        for key, revision in expected.items():
             if self.revision_of(key) != revision:
+                self.conflicts += 1
                 raise EtcdConflict(f"{key!r} has changed")
         self.apply(operations)
         self.commits += 1
