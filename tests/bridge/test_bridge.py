@@ -6,12 +6,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from regd.cli import bridge as bridge_command
+from regd.cli import commands
 from regd_client import NotFound
 from tests.support.certificates import Authority
 from tests.support.daemon import WAIT_S, environment
@@ -74,6 +77,7 @@ async def test_start_without_daemon_and_etcd(make_machine: Make, etcd: EtcdClust
             await other.resolve("web", wait=WAIT_S)
         await until_agreed([a, b])
     log = a.bridge.text()
+    assert log.count("no member of etcd answers") == log.count("etcd answers again") == 1, log
     assert log.count("the daemon at") == 1, log
     assert log.count("connected to the daemon") == 1, log
 
@@ -102,6 +106,40 @@ def test_end_before_anything_is_there(tmp_path: Path) -> None:
         assert bridge.end(number) == 0
 
 
+@pytest.mark.parametrize("frozen", ["etcd", "daemon", "etcd and daemon"])
+def test_end_while_something_is_frozen(make_machine: Make, etcd: EtcdCluster, frozen: str) -> None:
+    a = make_machine()
+    a.start()
+    block_until(lambda: a.bridge.status()["etcd"]["lease"] and a.bridge.status()["daemon"]["connected"])
+    assert a.daemon.process is not None
+    try:
+        if "etcd" in frozen:
+            etcd.members[0].freeze()
+        if "daemon" in frozen:
+            a.daemon.process.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        assert a.bridge.end(signal.SIGTERM) == 0
+        assert time.monotonic() - began < 8  # 2 s for etcd, and 1 s for the daemon
+    finally:
+        etcd.members[0].thaw()
+        a.daemon.process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("step", [pytest.param(step, marks=pytest.mark.long) for step in range(12)])
+def test_end_at_any_moment(make_machine: Make, etcd: EtcdCluster, step: int) -> None:
+    a = make_machine()
+    a.daemon.start()
+    etcd.ctl("put", "/regd/v1/default/z/web/", '{"host":"10.0.0.9","port":81}')
+    a.bridge.launch()
+    time.sleep(0.1 * step)  # the moment is what is tested
+    status = a.bridge.end(signal.SIGTERM)
+    assert status in (0, -signal.SIGTERM)  # the latter before it listens to signals
+    assert "Traceback" not in a.bridge.text()
+    assert asyncio.run(a.instances()) == {}
+    if status == 0:
+        assert etcd.ctl("get", "--prefix", "/regd/v1/default/a/") == ""
+
+
 async def test_what_is_not_published_and_why(make_machine: Make) -> None:
     a, b = make_machine(), make_machine()
     a.start()
@@ -114,20 +152,20 @@ async def test_what_is_not_published_and_why(make_machine: Make) -> None:
         await client.register("starting", 1, host="10.0.0.7", state="starting", static=True)
         async with b.client() as other:
             assert (await other.resolve("fine", wait=WAIT_S)).host == a.advertise
-        await until(lambda: len(a.bridge.status()["not_published"]) == 3)
+        await a.bridge.until(lambda status: len(status["not_published"]) == 3)
         reasons = {entry["name"]: entry["why"] for entry in a.bridge.status()["not_published"]}
         assert "regd.publish=no" in reasons["secret"]
         assert "no room for regd.machine" in reasons["full"]
         assert reasons["here"] == f"it accepts no connection at {a.advertise}:{port}: connection refused"
-        await until(lambda: a.bridge.status()["published"] == 2)
-        await until(lambda: b.bridge.status()["foreign"]["count"] == 2)
+        await a.bridge.until(lambda status: status["published"] == 2)
+        await b.bridge.until(lambda status: status["foreign"]["count"] == 2)
         assert {name for name, _ in await b.instances()} <= {"fine", "starting"}
         # It is tried again, with back-off, and published once it listens there.
         async with listener(a.advertise, port):
-            await until(lambda: a.bridge.status()["published"] == 3)
+            await a.bridge.until(lambda status: status["published"] == 3)
         # A change makes the bridge look again: it no longer listens there.
         await client.update("here", {"x": "1"})
-        await until(lambda: a.bridge.status()["published"] == 2)
+        await a.bridge.until(lambda status: status["published"] == 2)
 
 
 async def test_without_an_address_for_others(etcd: EtcdCluster, tmp_path: Path) -> None:
@@ -140,7 +178,7 @@ async def test_without_an_address_for_others(etcd: EtcdCluster, tmp_path: Path) 
             async with a.client() as client:
                 await client.register("web", 80, static=True)
                 await client.register("far", 80, host="10.0.0.7", static=True)
-            await until(lambda: a.bridge.status()["published"] == 1 and a.bridge.status()["not_published"])
+            await a.bridge.until(lambda status: status["published"] == 1 and status["not_published"])
             [entry] = a.bridge.status()["not_published"]
             assert (entry["name"], "--advertise" in entry["why"]) == ("web", True)
         finally:
@@ -163,6 +201,36 @@ async def test_a_machine_name_that_is_taken(make_machine: Make) -> None:
     block_until(lambda: a.bridge.status()["published"] == 1)
 
 
+def test_text_of_strangers_in_the_status(make_machine: Make, etcd: EtcdCluster) -> None:
+    a = make_machine()
+    hostile = "\x1b[2J\u202e\n\t\r"
+    etcd.ctl("put", "/regd/v1/default/z/.bridge", json.dumps({"host": hostile, "pid": hostile}))
+    a.start()
+    block_until(lambda: a.bridge.status()["peers"])
+    shown = regctl(a, "bridge", "--status")
+    assert shown.stdout.splitlines()[-1].startswith("z\t\\x1b[2J")
+    assert shown.stdout.replace("\n", "").replace("\t", "").isprintable()
+    assert "\x1b" not in regctl(a, "bridge", "--status", "--json").stdout + a.bridge.metrics() + a.bridge.text()
+    # Such a claim keeps a bridge from starting, with one line.
+    a.bridge.end()
+    etcd.ctl("put", "/regd/v1/default/a/.bridge", json.dumps({"host": hostile + "x" * 10_000, "pid": [hostile]}))
+    a.bridge.launch()
+    assert a.bridge.wait() == 4
+    last = a.bridge.text().splitlines()[-1]
+    assert "has the machine name 'a'" in last
+    assert last.isprintable()
+    assert len(last) < 500
+
+
+def test_the_machine_is_the_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = commands.read(["bridge", "--etcd", "127.0.0.1:1"])
+    monkeypatch.setattr("socket.gethostname", lambda: "Node-7.example.org")
+    assert bridge_command._options(None, read).machine == "node-7"
+    monkeypatch.setattr("socket.gethostname", lambda: "a-name-of-more-than-20-characters")
+    with pytest.raises(bridge_command.CannotStart, match="the host name is no such name"):
+        bridge_command._options(None, read)
+
+
 def test_a_second_bridge_at_one_daemon(make_machine: Make, etcd: EtcdCluster, tmp_path: Path) -> None:
     a = make_machine()
     a.start()
@@ -182,7 +250,7 @@ async def test_a_local_instance_of_the_same_name_wins(make_machine: Make) -> Non
         await other.resolve("web", instance="a", wait=WAIT_S)
         async with other.register("web", 81, host="10.0.0.8", instance="a"):
             assert (await other.resolve("web", instance="a")).port == 81
-            await until(lambda: b.bridge.status()["foreign"]["shadowed"] == 1)
+            await b.bridge.until(lambda status: status["foreign"]["shadowed"] == 1)
             await client.update("web", {"x": "1"})
             await client.resolve("web", instance="b.a", wait=WAIT_S)  # it is published itself
             assert (await other.resolve("web", instance="a")).port == 81
@@ -196,7 +264,7 @@ async def test_a_quiet_etcd_is_not_away(make_machine: Make) -> None:
     """With less time than between two refreshes of the lease."""
     a = make_machine("--stale-s", "1")
     a.start()
-    await until(lambda: a.bridge.status()["etcd"]["lease"])
+    await a.bridge.until(lambda status: status["etcd"]["lease"])
     began = a.bridge.status()["etcd"]["lease_remaining_s"]
     refreshed = [began]
     while len(refreshed) < 3:  # until it was refreshed twice
@@ -261,9 +329,9 @@ async def test_what_another_hand_does(make_machine: Make, etcd: EtcdCluster) -> 
             etcd.ctl("put", "/regd/v1/default/z/web/", value)
         etcd.ctl("put", "/regd/v1/default/z/\x1b[2Jweb/", "{}")
         await until_gone_instance(b, "z")
-        await until(lambda: b.bridge.status()["foreign"]["ignored"] == 2)
+        await b.bridge.until(lambda status: status["foreign"]["ignored"] == 2)
         etcd.ctl("del", "--prefix", "/regd/v1/default/z/")
-        await until(lambda: b.bridge.status()["foreign"]["ignored"] == 0)
+        await b.bridge.until(lambda status: status["foreign"]["ignored"] == 0)
     await until_agreed([a, b])
     log = b.bridge.text()
     assert log.count("ignored the key") == 6
@@ -288,7 +356,7 @@ async def test_status_and_metrics(make_machine: Make) -> None:
         own = await other.resolve("regd.bridge")
         assert own.meta["metrics"] == "/metrics"
         assert b.bridge.url == f"http://127.0.0.1:{own.port}/metrics"
-    await until(lambda: len(a.bridge.status()["not_published"]) == 1)
+    await a.bridge.until(lambda status: status["not_published"] and status["published"] and status["peers"])
     metrics = a.bridge.metrics()
     for line in ("regd_bridge_etcd_up 1.0", "regd_bridge_published 1.0", "regd_bridge_not_published 1.0",
                  'regd_bridge_peer_instances{machine="b"} 0.0', "regd_bridge_differences_total 0.0"):  # fmt: skip
@@ -337,7 +405,7 @@ async def test_tls(tmp_path: Path) -> None:
         a.start()
         async with a.client() as client:
             await client.register("far", 80, host="10.0.0.7", static=True)
-        await until(lambda: a.bridge.status()["published"] == 1)
+        await a.bridge.until(lambda status: status["published"] == 1)
         b.start()  # without a certificate of its own
         block_until(lambda: "no member of etcd answers" in b.bridge.text())
         status = b.bridge.status()["etcd"]

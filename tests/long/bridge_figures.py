@@ -112,13 +112,12 @@ async def size(folder: Path) -> None:
         done = time.perf_counter()
         assert machine.bridge.process is not None
         assert len(foreign(await machine.instances())) == 9_500
-        show(
-            f"9,500 instances of 19 machines: {done - started:.1f} s after both ran, {done - began:.1f} s with the"
-        )
+        show(f"9,500 instances of 19 machines: {done - started:.1f} s after daemon and bridge have started,")
+        show(f"{done - began:.1f} s with their start")
         assert machine.daemon.process is not None
         cpu = [_cpu_s(process.pid) for process in (machine.daemon.process, machine.bridge.process)]
         show(f"CPU of daemon and bridge since their start: {cpu[0]:.1f} s, {cpu[1]:.1f} s")
-        show(f"start of daemon and bridge; the bridge has {_rss_mib(machine.bridge.process.pid):.0f} MiB")
+        show(f"the bridge has {_rss_mib(machine.bridge.process.pid):.0f} MiB")
 
 
 async def _until(client: Client, count: int) -> None:

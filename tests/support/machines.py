@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -71,6 +71,16 @@ class BridgeProcess:
             fields = json.load(response)
         assert isinstance(fields, dict)
         return fields
+
+    async def until(self, condition: Callable[[dict[str, Any]], object]) -> None:
+        """Wait until a condition holds for the status, without blocking the event loop.
+
+        Raises:
+            TimeoutError: it does not hold after `WAIT_S` seconds.
+        """
+        async with asyncio.timeout(WAIT_S):
+            while not condition(await asyncio.to_thread(self.status)):
+                await asyncio.sleep(0.02)
 
     def metrics(self) -> str:
         with urllib.request.urlopen(self.url, timeout=WAIT_S) as response:
