@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import WAIT_S
-from tests.support.machines import TTL_S, Machine, Site, disagreement, foreign, site, until_agreed
+from tests.support.machines import Machine, Site, foreign, site, until_agreed
 from tests.support.polling import until
 
 STALE_S = 3.0
@@ -19,9 +19,13 @@ LEASE_END_S = 60.0  # for a lease to end: its time to live, again after a change
 
 @pytest.fixture
 def three(tmp_path: Path) -> Iterator[Site]:
-    with site(tmp_path, 3, 3, "--stale-s", str(STALE_S)) as running:
+    with site(tmp_path, 3, 3, "--stale-s", str(STALE_S), "--compare-s", "1") as running:
         running.start()
         yield running
+        for machine in running.machines:
+            log = machine.bridge.text()
+            assert "differences between" not in log, log
+            assert "Traceback" not in log, log
 
 
 async def populate(machines: list[Machine], count: int = 3) -> None:
@@ -61,7 +65,6 @@ async def test_a_partition_longer_than_the_lease(three: Site) -> None:
         await client.register("late", 1, host="10.9.0.1", static=True)
     three.heal(0)
     await until_agreed(three.machines)
-    assert a.bridge.status()["counts"]["differences"] == 0
 
 
 async def test_a_frozen_bridge(three: Site) -> None:
@@ -139,8 +142,6 @@ async def test_restarts(three: Site, number: int) -> None:
     a.daemon.end(number)
     a.start()
     await until_agreed(three.machines)
-    for machine in three.machines:
-        assert machine.bridge.status()["counts"]["differences"] == 0
 
 
 @pytest.mark.long
@@ -216,7 +217,6 @@ async def test_a_member_killed_under_load(three: Site) -> None:
 @pytest.mark.long
 async def test_no_difference_is_found_by_the_comparison(three: Site) -> None:
     await populate(three.machines, 20)
-    assert await disagreement(three.machines) == ""
     for machine in three.machines:
+        await machine.bridge.until(lambda status: status["counts"]["comparisons"] >= 2)
         assert machine.bridge.status()["foreign"]["count"] == 40
-    assert TTL_S == 10

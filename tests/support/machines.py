@@ -18,7 +18,6 @@ from tests.support.etcd import EtcdCluster, cluster
 from tests.support.network import Network, network
 
 PREFIX = "/regd/v1/default/"
-TTL_S = 10.0
 AGREE_S = 40.0  # for pictures to agree, also after a lease has ended, on a busy machine
 START_S = 30.0
 
