@@ -293,29 +293,30 @@ class Bridge:
         Raises:
             EtcdError, ClaimRefusal, RegdError, TimeoutError: the comparison could not be finished.
         """
-        found = await self._differences()
-        if found:
+        lasting = await self._differences()
+        if lasting:
             await asyncio.sleep(_SURE_S)
-            found &= await self._differences()
+            lasting &= await self._differences()
+        count = len(lasting)
         self._counts["comparisons"] += 1
-        self._counts["differences"] += len(found)
-        if found:
-            log.error("%d differences between what is and what should be, repaired: %s", len(found), min(found))
+        self._counts["differences"] += count
+        if lasting:
+            log.error("%d differences between what is and what should be, repaired: %s", count, min(lasting))
             self._must_read.set()
             self._changed(None)
-        return len(found)
+        return count
 
     async def _differences(self) -> set[str]:
         session = self._check_complete()
         await self._catch_up()
         own, others = self._split(await self._etcd.read(self._options.prefix.encode()))
-        found = self._publisher.differences(own) | self._foreign.differences(others)
+        differences = self._publisher.differences(own) | self._foreign.differences(others)
         async with asyncio.timeout(_CATCH_UP_S):
             instances = await session.list_all()
-        found |= self._local.differences(instances) | self._foreign.unregistered(instances)
+        differences |= self._local.differences(instances) | self._foreign.unregistered(instances)
         if self._check_complete() is not session:
             raise Unavailable("the daemon was away meanwhile")
-        return found
+        return differences
 
     def _check_complete(self) -> Session:
         """Return the session with the daemon.

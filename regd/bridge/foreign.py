@@ -225,8 +225,8 @@ class Foreign:
             else:
                 wanted.pop(key, None)
         skipped = {*self.refused, *self._dirty, *self._in_progress}
-        found = difference(wanted, actual)
-        return {f"{key!r} {old!r:.200} {new!r:.200}" for key, old, new in found if key not in skipped}
+        actions = difference(wanted, actual)
+        return {f"{key!r} {old!r:.200} {new!r:.200}" for key, old, new in actions if key not in skipped}
 
     async def run(self, session: Session) -> NoReturn:
         """Register and deregister in one session with the daemon.

@@ -49,7 +49,6 @@ class Publisher:
     def __init__(self, prefix: str, machine: str, advertise: str | None, local: Local) -> None:
         self._prefix = prefix
         self._machine = machine
-        self._advertise = advertise
         self._local = local
         self._reachability = None if advertise is None else Reachability(advertise, self._mark_instances)
         self._actual: dict[bytes, Leased] = {}
@@ -115,27 +114,27 @@ class Publisher:
     def wanted(self, key: bytes) -> bytes | None:
         """Return the value that a key should have; None: it should not exist. Note the reason."""
         try:
-            _, *rest = records.place_of(self._prefix, key)
+            place = records.place_of(self._prefix, key)
         except Invalid:
             return None
-        of = (rest[0], rest[1])
-        instance = self._local.instances.get(of)
-        if instance is None or records.is_arrival(instance) or of[0] == records.BRIDGE:
-            self._forget(of)
+        instance_key = (place.name, place.instance)
+        instance = self._local.instances.get(instance_key)
+        if instance is None or records.is_arrival(instance) or place.name == records.BRIDGE:
+            self._forget(instance_key)
             return None
         host = instance["host"]
         reason = records.reason_not_to_publish(instance, self._machine)
         if reason or not records.is_loopback(host):
-            self._forget(of)
-        elif self._advertise is None or self._reachability is None:
+            self._forget(instance_key)
+        elif self._reachability is None:
             reason = "it is registered on loopback, and the bridge has no --advertise"
         else:
-            host = self._advertise
-            reason = self._reachability.reason(of, instance["port"])
+            host = self._reachability.host
+            reason = self._reachability.reason(instance_key, instance["port"])
         if reason:
-            self.reasons[of] = reason
+            self.reasons[instance_key] = reason
             return None
-        self.reasons.pop(of, None)
+        self.reasons.pop(instance_key, None)
         return None if self._is_withdrawn else records.value_of(instance, host, self._local.epoch)
 
     def _forget(self, key: Key) -> None:
@@ -182,13 +181,12 @@ class Publisher:
         there = {key: record.value for key, record in own.items()}
         known = {key: value for key, (value, _) in self._actual.items()}
         wanted = {}
-        for of in self._local.instances:
-            key = self._key(of)
+        for key in map(self._key, self._local.instances):
             if (value := self.wanted(key)) is not None:
                 wanted[key] = value
-        found = [*difference(known, there), *difference(wanted, there)]
+        actions = [*difference(known, there), *difference(wanted, there)]
         skipped = self._dirty.keys() | self._in_progress
-        return {f"{key!r} {old!r:.300} {new!r:.300}" for key, old, new in found if key not in skipped}
+        return {f"{key!r} {old!r:.300} {new!r:.300}" for key, old, new in actions if key not in skipped}
 
     async def run(self, etcd: Etcd, lease: int, claim: Claim) -> NoReturn:
         """Publish, with a lease.

@@ -39,7 +39,7 @@ class Reachability:
     """
 
     def __init__(self, host: str, on_result: Callable[[Iterable[Key]], None]) -> None:
-        self._host = host
+        self.host = host
         self._on_result = on_result
         self._ports: dict[int, _Port] = {}
         self._port_of: dict[Key, int] = {}
@@ -53,7 +53,7 @@ class Reachability:
             self._ports.setdefault(port, _Port()).keys.add(key)
             self._try(port)
         why = self._ports[port].why
-        return why and f"it accepts no connection at {host_port(self._host, port)}: {why}"
+        return why and f"it accepts no connection at {host_port(self.host, port)}: {why}"
 
     def again(self, key: Key) -> None:
         """Probe the port of a service again, which has changed. Until the result, the last one counts."""
@@ -82,7 +82,7 @@ class Reachability:
         pause_s, longest_s = _PAUSE_S
         while True:
             async with self._connecting:
-                why = await _connect(self._host, number)
+                why = await _connect(self.host, number)
             if not port.why and why != _REFUSED:
                 why = ""  # a service that is blocked does not answer, and still listens
             if why != port.why:

@@ -21,6 +21,7 @@ __all__ = [
     "Place",
     "arrival",
     "arrival_key",
+    "check_advertise",
     "check_machine",
     "check_prefix",
     "claim_key",
@@ -85,6 +86,17 @@ def check_prefix(text: str) -> str:
         raise Invalid(f"must be 2 to {PREFIX_BYTES_MAX} characters, the first and the last one /")
     if not all("!" <= letter <= "~" for letter in text):
         raise Invalid("must be ASCII without blanks")
+    return text
+
+
+def check_advertise(text: str) -> str:
+    """Return the address of a machine for others.
+
+    Raises:
+        Invalid: others cannot connect to it.
+    """
+    if "%" in model.check_host(text):
+        raise Invalid("must be valid on other machines too: leave out the interface behind the %")
     return text
 
 

@@ -63,13 +63,12 @@ def _options(address: str | None, arguments: Mapping[str, Any]) -> Any:
     from regd.bridge.bridge import Options
     from regd.bridge.etcd.model import Tls
     from regd.core.errors import Invalid
-    from regd.core.model import check_host
 
     machine = _host_name() if arguments["machine"] is None else arguments["machine"]
     checks: dict[str, tuple[Callable[[str], Any], str | None]] = {
         "--machine": (records.check_machine, machine),
         "--prefix": (records.check_prefix, arguments["prefix"]),
-        "--advertise": (check_host, arguments["advertise"]),
+        "--advertise": (records.check_advertise, arguments["advertise"]),
     }
     for option, (check, value) in checks.items():
         try:

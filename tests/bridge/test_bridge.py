@@ -430,7 +430,7 @@ def test_missing_extra(module: str, tmp_path: Path) -> None:
     [
         (), ("--etcd", "x"), ("--etcd", "127.0.0.1:1,"), ("--etcd", "http://127.0.0.1:1"), ("--etcd", "h:1", "--machine", "A"),
         ("--etcd", "h:1", "--machine", ""), ("--etcd", "h:1", "--prefix", "x"), ("--etcd", "h:1", "--prefix", "/"), ("--etcd", "h:1", "--advertise", ""),
-        ("--etcd", "h:1", "--advertise", "0.0.0.0"),
+        ("--etcd", "h:1", "--advertise", "0.0.0.0"), ("--etcd", "h:1", "--advertise", "fe80::1%eth0"),
         ("--etcd", "h:1", "--user", "u"), ("--etcd", "h:1", "--cert", "c"), ("--etcd", "h:1", "--stale-s", "0"),
     ],
 )  # fmt: skip

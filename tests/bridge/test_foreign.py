@@ -65,14 +65,14 @@ class Incoming:
 
 @contextlib.asynccontextmanager
 async def incoming(daemon: InLoop | str, arrivals_max: int = 50_000) -> AsyncIterator[Incoming]:
-    made = Incoming(daemon if isinstance(daemon, str) else f"127.0.0.1:{daemon.port}", arrivals_max)
-    running = asyncio.create_task(made.local.run(made.foreign.run))
+    bridge = Incoming(daemon if isinstance(daemon, str) else f"127.0.0.1:{daemon.port}", arrivals_max)
+    running = asyncio.create_task(bridge.local.run(bridge.foreign.run))
     try:
-        yield made
+        yield bridge
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-        await made.local.close()
+        await bridge.local.close()
 
 
 @contextlib.asynccontextmanager

@@ -74,16 +74,16 @@ async def idle(session: Session) -> None:
 
 @contextlib.asynccontextmanager
 async def outgoing(daemon: InLoop | str, advertise: str | None = None) -> AsyncIterator[Outgoing]:
-    made = Outgoing(daemon, advertise, FakeEtcd())
-    tasks = [asyncio.create_task(made.local.run(idle)), asyncio.create_task(made.publish())]
+    bridge = Outgoing(daemon, advertise, FakeEtcd())
+    tasks = [asyncio.create_task(bridge.local.run(idle)), asyncio.create_task(bridge.publish())]
     try:
-        yield made
+        yield bridge
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await made.publisher.close()
-        await made.local.close()
+        await bridge.publisher.close()
+        await bridge.local.close()
 
 
 async def test_the_keys_are_the_instances(daemon: InLoop) -> None:

@@ -206,8 +206,8 @@ def site(folder: Path, size: int, members: int, *flags: str) -> Iterator[Site]:
         for number, name in enumerate("abcdefgh"[:size]):
             address = net.address(number + 1) if net else f"127.0.0.{number + 2}"
             before = net.before(number + 1) if net else ()
-            made = Machine(name, folder / name, address, etcd.addresses, *flags, before=before)
-            machines.append(stack.enter_context(made))
+            machine = Machine(name, folder / name, address, etcd.addresses, *flags, before=before)
+            machines.append(stack.enter_context(machine))
         yield Site(machines, etcd, net)
 
 
@@ -219,18 +219,18 @@ def arrivals(
     machine: Machine, instances: dict[tuple[str, str], dict[str, Any]]
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """Return how the local instances of a machine, all of which are published, look at the others."""
-    found = {}
+    registrations = {}
     for (name, instance), fields in local(instances).items():
         place = records.Place(machine.name, name, instance)
         host = machine.advertise if records.is_loopback(fields["host"]) else fields["host"]
-        found[records.arrival_key(place)] = {
+        registrations[records.arrival_key(place)] = {
             "host": host,
             "port": fields["port"],
             "meta": {**fields["meta"], records.MACHINE: machine.name},
             "state": fields["state"],
             "priority": fields.get("priority", 0) + records.PRIORITY_FARTHER,
         }
-    return found
+    return registrations
 
 
 def foreign(instances: dict[tuple[str, str], dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
