@@ -231,6 +231,55 @@ def test_the_machine_is_the_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
         bridge_command._options(None, read)
 
 
+async def test_a_bridge_that_was_killed(make_machine: Make, etcd: EtcdCluster) -> None:
+    """Others' instances end at once. Its own stay: the next bridge takes them over before the lease ends."""
+    a, b = make_machine(), make_machine()
+    a.start()
+    b.start()
+    kinds: list[str] = []
+
+    async def watch() -> None:
+        async with b.client() as watching:
+            async for event in watching.watch("far"):
+                kinds.append(event.kind)  # noqa: PERF401 - the test reads them meanwhile
+
+    async with a.client() as client, b.client() as other:
+        await client.register("far", 80, host="10.0.0.7", static=True)
+        await other.register("near", 80, host="10.0.0.8", static=True)
+        await until_agreed([a, b])
+        watcher = asyncio.create_task(watch())
+        await until(lambda: "sync" in kinds)
+        a.bridge.end(signal.SIGKILL)
+        await until_gone(a, "near")
+        a.bridge.start()
+        await a.bridge.until(lambda status: status["etcd"]["lease"] and status["published"] == 1)
+        await until_agreed([a, b])
+        lease = a.bridge.status()["etcd"]["lease"]
+
+        def leases() -> set[str]:
+            reply = json.loads(etcd.ctl("get", "--prefix", "/regd/v1/default/a/", "-w", "json"))
+            return {f"{item['lease']:x}" for item in reply["kvs"]}
+
+        await until(lambda: leases() == {lease})
+        watcher.cancel()
+        await asyncio.gather(watcher, return_exceptions=True)
+    assert "down" not in kinds
+
+
+def test_two_bridges_start_with_one_machine_name(make_machine: Make) -> None:
+    both = [make_machine(name="a"), make_machine(name="a")]
+    for machine in both:
+        machine.daemon.start()
+    for machine in both:
+        machine.bridge.launch()
+    block_until(lambda: any("has the machine name" in machine.bridge.text() for machine in both))
+    loser, winner = sorted(
+        both, key=lambda machine: "has the machine name" in machine.bridge.text(), reverse=True
+    )
+    assert loser.bridge.wait() == 4
+    assert winner.bridge.end(signal.SIGTERM) == 0
+
+
 def test_a_second_bridge_at_one_daemon(make_machine: Make, etcd: EtcdCluster, tmp_path: Path) -> None:
     a = make_machine()
     a.start()

@@ -120,6 +120,13 @@ def test_two_instances_have_two_keys_and_two_names(one: Place, other: Place) -> 
     assert records.arrival_key(one) != records.arrival_key(other)
 
 
+@given(MACHINES, PLACES)
+def test_a_machine_has_only_its_own_keys(machine: str, place: Place) -> None:
+    for other in (place.machine, machine, f"{machine}a"[:20], machine[:1]):
+        key = records.key_of(PREFIX, place._replace(machine=other))
+        assert key.startswith(records.machine_prefix(PREFIX, machine)) == (other == machine)
+
+
 @given(MACHINES, st.lists(INSTANCES, min_size=2, max_size=2, unique=True))
 def test_instances_of_one_machine_have_different_names(machine: str, two: list[str]) -> None:
     one, other = (records.arrival_key(Place(machine, "web", instance)) for instance in two)
