@@ -106,7 +106,13 @@ def test_end_before_anything_is_there(tmp_path: Path) -> None:
         assert bridge.end(number) == 0
 
 
-@pytest.mark.parametrize("frozen", ["etcd", "daemon", "etcd and daemon"])
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        pytest.param("etcd", marks=pytest.mark.long), pytest.param("daemon", marks=pytest.mark.long),
+        "etcd and daemon",
+    ],
+)  # fmt: skip
 def test_end_while_something_is_frozen(make_machine: Make, etcd: EtcdCluster, frozen: str) -> None:
     a = make_machine()
     a.start()

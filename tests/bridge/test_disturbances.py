@@ -83,6 +83,7 @@ async def test_a_frozen_bridge(three: Site) -> None:
     assert a.bridge.status()["counts"]["leases_lost"] == 1
 
 
+@pytest.mark.long
 async def test_compaction_behind_a_watch_that_broke(three: Site) -> None:
     """The changes that a watch has missed are gone: everything is read again, and the difference applied."""
     a, b, c = three.machines

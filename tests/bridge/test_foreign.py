@@ -1,4 +1,4 @@
-"""What comes in, with a daemon in the test's loop: the daemon has the fold of etcd's keys, whatever happens."""
+"""Instances of other machines, with a daemon in the test's loop: it has the fold of the keys in etcd."""
 
 import asyncio
 import contextlib

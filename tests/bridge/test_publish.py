@@ -1,4 +1,4 @@
-"""What is published, with a daemon in the test's loop and an etcd of one dictionary."""
+"""Keys of this machine, with a daemon in the test's loop and an etcd of one dictionary."""
 
 import asyncio
 import contextlib
