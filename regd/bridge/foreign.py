@@ -65,7 +65,7 @@ class Foreign:
         self._known: dict[bytes, Version] = {}
         self._arrivals: dict[Place, Fields] = {}  # the registrations that these keys ask for
         self._wanted: dict[Key, Fields] = {}  # at most `arrivals_max` of them
-        self._chosen: set[Place] = set()  # the places of `_wanted`, if there are more
+        self._last: Place | None = None  # the last one of `_wanted`, if there are more
         self._must_choose = False
         self._dirty: dict[Key, None] = {}
         self._dirty_at = 0.0
@@ -139,12 +139,12 @@ class Foreign:
             self._ignore(key, str(error))
             return
         self.ignored.pop(key, None)
+        is_new = place not in self._arrivals
         self._arrivals[place] = fields
-        if len(self._arrivals) > self._arrivals_max and place not in self._chosen:
-            self._must_choose = True
-            self._mark(())
-        else:
-            self._set(records.arrival_key(place), fields)
+        if self._is_left_out(place):
+            return
+        self._must_choose |= is_new and len(self._arrivals) > self._arrivals_max
+        self._set(records.arrival_key(place), fields)
 
     def _remove(self, key: bytes) -> None:
         self._known.pop(key, None)
@@ -159,9 +159,12 @@ class Foreign:
             return
         if not place.name:
             self.hosts.pop(place.machine, None)
-        elif self._arrivals.pop(place, None) is not None:
-            self._must_choose = self._must_choose or bool(self._chosen)
+        elif self._arrivals.pop(place, None) is not None and not self._is_left_out(place):
+            self._must_choose |= self._last is not None
             self._set(records.arrival_key(place), None)
+
+    def _is_left_out(self, place: Place) -> bool:
+        return self._last is not None and place > self._last
 
     def _ignore(self, key: bytes, why: str) -> None:
         if self.ignored.get(key) != why and len(self.ignored) < _IGNORED_MAX:
@@ -182,7 +185,7 @@ class Foreign:
         self._must_choose = False
         is_full = len(self._arrivals) > self._arrivals_max
         places = sorted(self._arrivals)[: self._arrivals_max]
-        self._chosen = set(places) if is_full else set()
+        self._last = places[-1] if is_full else None
         chosen = {records.arrival_key(place): self._arrivals[place] for place in places}
         for key, _, fields in difference(chosen, self._wanted):
             self._set(key, fields)

@@ -288,7 +288,7 @@ class Local:
             try:
                 connection = await self._connector.connect()
                 await self._run_session(connection, work)
-                self._log_loss("it closed the connection")
+                self._log_loss("the connection has ended")
             except (RegdError, OSError, TimeoutError) as error:
                 self._log_loss(str(error) or "no answer in time")
             await asyncio.sleep(random_s(0, _PAUSE_S))

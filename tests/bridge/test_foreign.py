@@ -338,6 +338,37 @@ async def test_more_than_can_be_registered(daemon: InLoop, caplog: pytest.LogCap
     assert caplog.text.count("instances too many") == 1
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_the_first_ones_are_chosen(seed: int) -> None:
+    rng = random.Random(seed)
+    places = [Place(machine, "web", str(number)) for machine in "bcd" for number in range(4)]
+    bridge = Incoming("127.0.0.1:1", 5)
+    for _ in range(300):
+        place = rng.choice(places)
+        if rng.random() < 0.5:
+            bridge.put(place, rng.randrange(1, 4))
+        else:
+            bridge.delete(place)
+        if rng.random() < 0.3:
+            bridge.foreign._choose()
+            present = sorted(Place(*key.decode().removeprefix(PREFIX).split("/")) for key in bridge.records)
+            assert list(map(arrival_key, present[:5])) == sorted(bridge.foreign._wanted)
+            wanted = bridge.wanted()
+            assert all(wanted[key] == fields for key, fields in bridge.foreign._wanted.items())
+
+
+def test_instances_that_are_left_out_cost_nothing() -> None:
+    bridge = Incoming("127.0.0.1:1", 5)
+    for number in range(6):
+        bridge.put(Place("b", "web", str(number)))
+    bridge.foreign._choose()
+    bridge.put(Place("b", "web", "5"), port=81)
+    bridge.put(Place("z", "web", ""))
+    bridge.put(Place("b", "web", "4"), port=81)
+    bridge.delete(Place("z", "web", ""))
+    assert not bridge.foreign._must_choose
+
+
 def in_order(bridge: Incoming) -> list[dict[str, Any]]:
     return [fields for _, fields in sorted(bridge.actual().items(), key=lambda item: item[0][1])]
 
