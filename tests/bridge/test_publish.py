@@ -269,8 +269,8 @@ async def test_a_change_by_another_hand_before_it_is_active(daemon: InLoop) -> N
 
 
 async def test_a_host_with_several_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.6", 0)
-    port = server.sockets[0].getsockname()[1]
+    server = socket.create_server(("127.0.0.6", 0))
+    port = server.getsockname()[1]
     addresses: list[Any] = []
 
     async def look_up(*_: Any, **__: Any) -> list[Any]:

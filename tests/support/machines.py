@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -278,9 +279,6 @@ async def until_agreed(machines: Sequence[Machine], within_s: float = AGREE_S) -
 
 @contextlib.asynccontextmanager
 async def listener(host: str, port: int = 0) -> AsyncIterator[int]:
-    """Accept connections at an address during the block."""
-    server = await asyncio.start_server(lambda _, writer: writer.close(), host, port)
-    try:
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        server.close()
+    """Listen at an address during the block. The kernel completes up to 128 connections."""
+    with socket.create_server((host, port)) as server:
+        yield server.getsockname()[1]
