@@ -1,11 +1,11 @@
-"""The async client of regd, the service registry: register a service by name, find others by theirs.
+"""The async client of regd, the service registry: register services, and find them by name.
 
     async with regd_client.register("runner", 5050):
         endpoint = await regd_client.resolve("db")
         reader, writer = await asyncio.open_connection(*endpoint.address)
 
-It needs the standard library only. The modules that import asyncio are loaded when a name is first used: a
-command that needs only `regd_client.blocking_connection` starts quickly.
+It needs the standard library only. The modules that import asyncio are loaded when one of the package's names is
+first used, so a command that needs only `regd_client.blocking_connection` starts quickly.
 """
 
 from typing import TYPE_CHECKING
@@ -47,7 +47,7 @@ __all__ = [
 
 __version__ = VERSION
 
-# No module is called like one of these names: importing it would put the module in the function's place.
+# No module may have one of these names: importing it would replace the function or class by the module.
 _MODULES = {
     "Client": "client",
     "Endpoint": "models",
@@ -66,7 +66,7 @@ _MODULES = {
 }
 
 
-if not TYPE_CHECKING:  # a type checker would take any name for one of the module's
+if not TYPE_CHECKING:  # with `__getattr__`, a type checker would accept any name
 
     def __getattr__(name: str) -> object:
         if name not in _MODULES:

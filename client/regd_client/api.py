@@ -35,8 +35,9 @@ def register(
         async with regd_client.register("runner", 5050) as registration:
             await registration.lost.wait()
 
-    The registration lasts as long as its connection and this process, is restored after a reconnect, and ends
-    with the `async with`. Open the port first; `listen` and `lifespan` register a service at the right moment.
+    The registration lasts as long as its connection and this process, and ends with the `async with`. After a
+    reconnect, the client restores it. Open the port first; `listen` and `lifespan` register a service at the
+    right moment.
 
     Args:
         name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
@@ -47,7 +48,7 @@ def register(
         meta: labels that `resolve` can filter by.
         state: `starting` (not ready yet), `ready` or `draining` (about to stop); by default `ready`.
         priority: 0 to 65535, lower is preferred: others resolve this instance only while no ready instance has a
-            lower one; by default 0.
+            lower number; by default 0.
         static: keep the registration after the connection and the process end, until it is deregistered.
         force: take the name even if its owner is alive.
         pid: the process to bind the registration to, instead of this one. If the daemon cannot see the
@@ -98,7 +99,7 @@ async def resolve(
     wait: float | None = None,
     timeout: float | None = None,
 ) -> Endpoint:
-    """Return the endpoint of a ready instance of the best priority; successive calls rotate through them.
+    """Return the endpoint of a ready instance of the best priority; calls rotate through all such instances.
 
         endpoint = await regd_client.resolve("db", wait=10)
         reader, writer = await asyncio.open_connection(*endpoint.address)
@@ -107,8 +108,8 @@ async def resolve(
         name: the service's name.
         instance: only this instance.
         meta: labels; the instance must have all of them.
-        wait: seconds (at most 3600) to wait for the daemon, and for an instance that accepts a connection; a lost
-            connection is opened again. By default the call fails at once.
+        wait: seconds (at most 3600) to wait for the daemon, and for an instance that accepts a connection; if the
+            connection to the daemon is lost, the client reconnects. By default the call fails at once.
         timeout: seconds for the whole call.
 
     Returns:
@@ -154,8 +155,8 @@ def watch(
         async for event in regd_client.watch("worker*"):
             print(event.kind, event.endpoint)
 
-    After a reconnect, the events are only the differences from the state before. The same goes for a
-    consumer that falls more than 10,000 events behind.
+    After a reconnect, the events are only the differences from the state before. A consumer that falls more than
+    10,000 events behind also gets only the differences.
 
     Args:
         pattern: a name, or a prefix followed by `*`.

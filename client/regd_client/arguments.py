@@ -28,13 +28,13 @@ def _bad(field: str, message: str) -> BadArgument:
 
 
 def check_text(field: str, value: object, *, required: bool = False) -> None:
-    """Raise `BadArgument` unless the value is a string, or None if it is not required."""
+    """Raise `BadArgument` unless the value is a string. None is valid too if the value is not `required`."""
     if not isinstance(value, str) and (required or value is not None):
         raise _bad(field, f"{field} must be a string, not {value!r:.80}")
 
 
 def check_integer(field: str, value: object, *, required: bool = False) -> None:
-    """Raise `BadArgument` unless the value is an int and not a bool, or None if it is not required."""
+    """Raise `BadArgument` unless the value is an int, not a bool. None is valid too if not `required`."""
     if (isinstance(value, bool) or not isinstance(value, int)) and (required or value is not None):
         raise _bad(field, f"{field} must be a whole number, not {value!r:.80}")
 
@@ -54,7 +54,7 @@ def check_seconds(field: str, value: object, seconds_max: float = _TIMEOUT_S_MAX
 
 
 def copy_meta(meta: Mapping[str, str] | None) -> dict[str, str] | None:
-    """Return a copy of `meta`.
+    """Return a copy of `meta`; None if it is None.
 
     Raises:
         BadArgument: `meta` is not a mapping of strings to strings.

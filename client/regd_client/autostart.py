@@ -3,8 +3,8 @@
 This happens for a project registry, and with REGD_AUTOSTART=1 for any other address on this machine.
 
 If many clients start at once, a lock beside the registry lets one of them start the daemon; the others keep
-trying to connect. Should two daemons be started after all, the second fails, since the port is taken or the
-registry locked.
+trying to connect. If two daemons are started after all, the second one fails, since the first has the port and
+the lock of the registry.
 
 `Autostart` does not block: a caller with or without an event loop tries to connect, calls `step`, sleeps, and
 repeats.
@@ -85,7 +85,7 @@ def until_open(address: protocol.Address, timeout_s: float, connect: Callable[[]
 
 
 class Autostart:
-    """A state machine that starts one daemon. `why` says what it waits for, for the error after a timeout."""
+    """A state machine that starts one daemon. `why` describes its state, for the error after a timeout."""
 
     def __init__(self, address: protocol.Address) -> None:
         self._address = address
@@ -335,7 +335,7 @@ def _package_folder() -> str | None:
 
 
 def _daemon_environment() -> dict[str, str]:
-    """Return the environment for the daemon: this process's, without variables that are meant for it alone."""
+    """Return the environment for the daemon: that of this process, without variables for this process alone."""
     environment = {
         key: value
         for key, value in os.environ.items()

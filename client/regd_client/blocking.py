@@ -7,7 +7,7 @@ The async client does the work, in a background thread. `Client(address)` offers
 `BlockingConnection` sends one request after another, without a thread.
 
 This module does not import asyncio; the first call does. So commands start quickly, and a server that only calls
-`register_process` never imports it.
+`register_process` never imports asyncio.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class LoopThread:
         return self._ended or self.pid != os.getpid()
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the thread and return its result. An exception in the caller (Ctrl-C) cancels it.
+        """Run a coroutine in the thread, and return its result. Ctrl-C in the caller cancels the coroutine.
 
         Raises:
             Unavailable: this process is exiting, or is a fork of the thread's process.
@@ -100,7 +100,7 @@ class LoopThread:
         """
         if self.pid == os.getpid():  # in a forked child, the lock may be held forever
             with self._lock:
-                if not self._ended:  # later, imports may fail, since a `__del__` can run very late
+                if not self._ended:  # else imports may fail, since a `__del__` can run very late
                     import asyncio
 
                     return asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -146,7 +146,7 @@ async def _cancel_all() -> None:
 
 
 _EXITING = "this process is exiting; regd_client.blocking can no longer be used"
-# The last thread belongs to this process. After a fork, the threads of the parent processes precede it.
+# The last element is the thread of this process. After a fork, those of the parent processes precede it.
 _threads: list[LoopThread] = []
 _starting = threading.Lock()
 
@@ -216,7 +216,7 @@ class BlockingRegistration:
         priority: int | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Replace the labels, or set the state or priority. While disconnected, wait until the client is back.
+        """Replace the labels, or set the state or priority. While disconnected, wait for the reconnect.
 
             registration.update({"zone": "b"}, state="ready")
 
@@ -237,7 +237,8 @@ class BlockingRegistration:
     def deregister(self, *, timeout: float | None = None) -> None:
         """End the registration: set it `draining`, then remove it. Idempotent.
 
-        The call does nothing in a forked child and while the process exits, which ends the registration anyway.
+        The call does nothing in a forked child, or while the process exits: the exit ends the registration
+        anyway.
 
         Args:
             timeout: seconds to wait for the daemon's confirmation; by default 2 s, or 0.2 s without a daemon.
@@ -346,7 +347,7 @@ class BlockingMirror:
 
     @property
     def stale_s(self) -> float:
-        """Seconds for which the copy may have been out of date; 0.0 while it is live."""
+        """Seconds for which the copy may have been out of date; 0.0 while the copy is live."""
         return self._mirror.stale_s
 
     @property
@@ -355,7 +356,7 @@ class BlockingMirror:
         return self._mirror.changes
 
     def changed(self, since: int | None = None, *, timeout: float | None = None) -> int:
-        """Wait until a ready instance appears, disappears, or changes its address or labels.
+        """Wait until a ready instance appears, disappears, or changes its address, labels or priority.
 
             while True:
                 seen = mirror.changes
@@ -380,7 +381,7 @@ class BlockingMirror:
         return self._thread.call_function(lambda: iter(self._mirror))
 
     def resolve(self, name: str, *, meta: Mapping[str, str] | None = None) -> Endpoint:
-        """Return the endpoint of a ready instance of the best priority; successive calls rotate through them.
+        """Return the endpoint of a ready instance of the best priority; calls rotate through all such instances.
 
             endpoint = mirror.resolve("worker", meta={"zone": "a"})
 
@@ -550,15 +551,15 @@ class Client:
             for change in client.history("db")["changes"]:
                 print(change["op"], change["port"])
 
-        The history survives restarts of the daemon; the oldest changes are dropped in time.
+        The daemon keeps the history over restarts, and deletes the oldest changes when it grows too large.
 
         Args:
             name: only changes of this service.
             instance: only changes of this instance.
             since: the changes after this revision.
             before: the changes before this revision.
-            age_s: the changes of the last so many seconds. Give one of `since`, `before` and `age_s`, or none
-                for the latest changes.
+            age_s: the changes of the last `age_s` seconds. Pass one of `since`, `before` and `age_s`, or none of
+                them for the latest changes.
             limit: how many changes at most, 1 to 1,000; by default 100.
             timeout: seconds for the whole call.
 
@@ -603,11 +604,11 @@ class Client:
             name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
             port: 1 to 65535. Open the port first, or use `listen`, which does both.
             host: the address at which others reach the service; by default 127.0.0.1.
-            instance: a name for this instance, if the service has several; `auto` for a number.
+            instance: a name for this instance, if the service has several; `auto` for a free number.
             meta: labels that `resolve` can filter by.
             state: `starting` (not ready yet), `ready` or `draining` (about to stop); by default `ready`.
             priority: 0 to 65535, lower is preferred: others resolve this instance only while no ready instance
-                has a lower one; by default 0.
+                has a lower number; by default 0.
             static: keep the registration after the connection and the process end, until it is deregistered.
             force: take the name even if its owner is alive.
             pid: the process to bind the registration to, instead of this one. If the daemon cannot see the
@@ -699,7 +700,7 @@ class Client:
         wait: float | None = None,
         timeout: float | None = None,
     ) -> Endpoint:
-        """Return the endpoint of a ready instance of the best priority; successive calls rotate through them.
+        """Return the endpoint of a ready instance of the best priority; calls rotate through all such instances.
 
             endpoint = client.resolve("db", wait=10)
             sock = socket.create_connection(endpoint.address)
@@ -708,8 +709,8 @@ class Client:
             name: the service's name.
             instance: only this instance.
             meta: labels; the instance must have all of them.
-            wait: seconds (at most 3600) to wait for the daemon, and for an instance that accepts a connection; a
-                lost connection is opened again. By default the call fails at once.
+            wait: seconds (at most 3600) to wait for the daemon, and for an instance that accepts a connection; if
+                the connection to the daemon is lost, the client reconnects. By default the call fails at once.
             timeout: seconds for the whole call.
 
         Raises:
@@ -848,11 +849,11 @@ def register(
         name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
         port: 1 to 65535. Open the port first, or use `listen`, which does both.
         host: the address at which others reach the service; by default 127.0.0.1.
-        instance: a name for this instance, if the service has several; `auto` for a number.
+        instance: a name for this instance, if the service has several; `auto` for a free number.
         meta: labels that `resolve` can filter by.
         state: `starting` (not ready yet), `ready` or `draining` (about to stop); by default `ready`.
         priority: 0 to 65535, lower is preferred: others resolve this instance only while no ready instance has a
-            lower one; by default 0.
+            lower number; by default 0.
         static: keep the registration after the process ends, until it is deregistered.
         force: take the name even if its owner is alive.
         pid: the process to bind the registration to, instead of this one. If the daemon cannot see the
@@ -903,16 +904,17 @@ def register_process(
     Call it in the main thread of the process that owns the port, after the process has set its signal handlers.
     On SIGTERM and SIGINT, the client withdraws the name and waits `drain_s` before it calls those handlers. The
     call leaves no thread behind, and no connection if the daemon can see this process, so workers may be forked
-    from it. While no daemon answers or another owner has the name, it tries again every second (by SIGALRM).
+    from it. While no daemon answers or another owner has the name, the client tries again every second (by
+    SIGALRM).
 
     Args:
         name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
         port: 1 to 65535.
         host: the address at which others reach the service; by default 127.0.0.1.
-        instance: a name for this instance, if the service has several; `auto` for a number.
+        instance: a name for this instance, if the service has several; `auto` for a free number.
         meta: labels that `resolve` can filter by.
         priority: 0 to 65535, lower is preferred: others resolve this instance only while no ready instance has a
-            lower one; by default 0.
+            lower number; by default 0.
         drain_s: seconds between withdrawing the name and calling the program's signal handler.
 
     Raises:
@@ -945,12 +947,13 @@ def listen(
     Args:
         name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
         port: 1 to 65535, or 0 for any free port. By default the port that this name and instance had last, if
-            it is free, else one that the system gives to no other program, so that it can stay.
-        host: the IP address to listen on. For 0.0.0.0 and ::, the loopback address is registered.
-        instance: a name for this instance, if the service has several; `auto` for a number.
+            it is free, else a free port that the system gives to no other program, so that the service can have
+            it again the next time.
+        host: the IP address to listen on. For 0.0.0.0 and ::, the client registers the loopback address.
+        instance: a name for this instance, if the service has several; `auto` for a free number.
         meta: labels that `resolve` can filter by.
         priority: 0 to 65535, lower is preferred: others resolve this instance only while no ready instance has a
-            lower one; by default 0.
+            lower number; by default 0.
         timeout: seconds to register; by default it waits up to 5 s for a daemon.
 
     Raises:
@@ -1003,7 +1006,7 @@ def resolve(
     wait: float | None = None,
     timeout: float | None = None,
 ) -> Endpoint:
-    """Return the endpoint of a ready instance of the best priority; successive calls rotate through them.
+    """Return the endpoint of a ready instance of the best priority; calls rotate through all such instances.
 
         endpoint = regd_client.blocking.resolve("db", wait=10)
         sock = socket.create_connection(endpoint.address)
@@ -1012,8 +1015,8 @@ def resolve(
         name: the service's name.
         instance: only this instance.
         meta: labels; the instance must have all of them.
-        wait: seconds (at most 3600) to wait for the daemon, and for an instance that accepts a connection; a lost
-            connection is opened again. By default the call fails at once.
+        wait: seconds (at most 3600) to wait for the daemon, and for an instance that accepts a connection; if the
+            connection to the daemon is lost, the client reconnects. By default the call fails at once.
         timeout: seconds for the whole call.
 
     Returns:

@@ -68,7 +68,7 @@ class BlockingConnection:
             autostart.until_open(self.address, self._timeout_s, self._connect_and_ping)
 
     def _connect_and_ping(self) -> None:
-        """Connect and ping the daemon: while it exits for being idle, it accepts but does not answer."""
+        """Connect and ping: a daemon that exits for being idle still accepts connections, but answers nothing."""
         self._socket = self._connect(self._timeout_s)
         try:
             self._socket.sendall(protocol.encode_request("ping", None, {}))
@@ -112,7 +112,8 @@ class BlockingConnection:
             The reply as a dictionary. All its values are validated.
 
         Raises:
-            Unavailable: the connection broke, the reply took longer than `timeout_s`, or the peer is not regd.
+            Unavailable: the connection broke, the reply took longer than `timeout_s`, or what answers is not
+                regd.
             BadArgument: an argument is not a JSON value, or the request is too long.
         """
         reply = self._ask(cmd, arguments)
@@ -140,7 +141,7 @@ class BlockingConnection:
 
     @property
     def peer_pid(self) -> int | None:
-        """The process that opened the daemon's Unix socket, from the kernel (unix(7)); None if it is unknown."""
+        """The id of the process that opened the daemon's Unix socket, from the kernel (unix(7)), or None."""
         try:  # struct ucred: pid, uid, gid
             credentials = self._socket.getsockopt(SOL_SOCKET, socket_module.SO_PEERCRED, 12)
         except (OSError, AttributeError):
@@ -148,10 +149,13 @@ class BlockingConnection:
         return int.from_bytes(credentials[:4], sys.byteorder, signed=True) or None
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Yield the events of a `watch` without end. An error reply may come last, before the daemon closes.
+        """Yield the events of a `watch`, without end.
+
+        If the daemon ends the watch, it sends an error reply before it closes the connection; that reply is
+        yielded too.
 
         Raises:
-            Unavailable: the connection broke, or the peer is not regd.
+            Unavailable: the connection broke, or what answers is not regd.
         """
         while self._events:
             yield self._events.pop(0)
@@ -173,7 +177,7 @@ class BlockingConnection:
             raise protocol.unavailable(self.address, error.strerror or str(error)) from error
 
     def _read_line(self, until: float | None = None) -> bytes:
-        """Return the next line. Fail if the line has not arrived by `until`, a value of `time.monotonic`."""
+        """Return the next line. Raise `OSError` if it has not arrived by `until`, a time of `time.monotonic`."""
         parts = [self._input]
         size = 0
         while b"\n" not in parts[-1]:

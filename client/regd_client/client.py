@@ -51,7 +51,7 @@ class Client:
     If no daemon listens at the address, calls fail at once, except `register`, which tries for 5 s and logs that.
     With `connect_timeout_s`, every call tries to connect for that long.
 
-    Every call takes `timeout`: seconds for the whole call, including connecting. After that time it raises
+    Every call takes `timeout`: seconds for the whole call, including connecting. After that time the call raises
     `Unavailable` if there is no connection, else `Timeout`; the daemon may or may not have made the change. Every
     call raises `Unavailable` if no daemon answers, `BadArgument` if an argument has the wrong type or an invalid
     value, and another `RegdError` if the daemon refuses.
@@ -100,8 +100,8 @@ class Client:
     async def close(self) -> None:
         """Close the connection, which ends its registrations and watches. Idempotent. The next call reconnects.
 
-        If the daemon is away, it keeps the registrations until it is back. So the client withdraws them in the
-        background, while the event loop runs.
+        A daemon that is away will have the registrations again when it is back. So the client withdraws them
+        then, in the background, if the event loop still runs.
         """
         self._check_fork()
         connector, registrar = self._connector, self._registrar
@@ -205,15 +205,15 @@ class Client:
             for change in (await client.history("db"))["changes"]:
                 print(change["op"], change["port"])
 
-        The history survives restarts of the daemon; the oldest changes are dropped in time.
+        The daemon keeps the history over restarts, and deletes the oldest changes when it grows too large.
 
         Args:
             name: only changes of this service.
             instance: only changes of this instance.
             since: the changes after this revision.
             before: the changes before this revision.
-            age_s: the changes of the last so many seconds. Give one of `since`, `before` and `age_s`, or none
-                for the latest changes.
+            age_s: the changes of the last `age_s` seconds. Pass one of `since`, `before` and `age_s`, or none of
+                them for the latest changes.
             limit: how many changes at most, 1 to 1,000; by default 100.
             timeout: seconds for the whole call.
 
@@ -270,7 +270,7 @@ class Client:
             meta: labels that `resolve` can filter by.
             state: `starting` (not ready yet), `ready` or `draining` (about to stop); by default `ready`.
             priority: 0 to 65535, lower is preferred: others resolve this instance only while no ready instance
-                has a lower one; by default 0.
+                has a lower number; by default 0.
             static: keep the registration after the connection and the process end, until it is deregistered.
             force: take the name even if its owner is alive.
             pid: the process to bind the registration to, instead of this one. If the daemon cannot see the
@@ -366,7 +366,7 @@ class Client:
         wait: float | None = None,
         timeout: float | None = None,
     ) -> Endpoint:
-        """Return the endpoint of a ready instance of the best priority; successive calls rotate through them.
+        """Return the endpoint of a ready instance of the best priority; calls rotate through all such instances.
 
             endpoint = await client.resolve("db", wait=10)
             reader, writer = await asyncio.open_connection(*endpoint.address)
@@ -375,8 +375,8 @@ class Client:
             name: the service's name.
             instance: only this instance.
             meta: labels; the instance must have all of them.
-            wait: seconds (at most 3600) to wait for the daemon, and for an instance that accepts a connection; a
-                lost connection is opened again. By default the call fails at once.
+            wait: seconds (at most 3600) to wait for the daemon, and for an instance that accepts a connection; if
+                the connection to the daemon is lost, the client reconnects. By default the call fails at once.
             timeout: seconds for the whole call.
 
         Raises:
@@ -391,9 +391,8 @@ class Client:
         if meta is not None:
             arguments["meta"] = copy_meta(meta)
         if wait is None and timeout is None and type(name) is str and (instance is None or type(instance) is str):
-            connection = (
-                self._connector.usable or await self._connect()
-            )  # the fast path for the most frequent call
+            # The fast path for the most frequent call.
+            connection = self._connector.usable or await self._connect()
             return endpoint_of(await connection.ask("resolve", arguments, cached=True))
         check_service(name, instance)
         check_seconds("wait", wait, WAIT_S_MAX)
@@ -463,7 +462,8 @@ class Client:
             for instance in await client.instances("worker*"):
                 print(instance["name"], instance["state"])
 
-        The daemon sends them in pages. A registration that exists throughout the call is in the list once.
+        The daemon sends the registrations in pages. A registration that exists throughout the call is in the
+        list exactly once.
 
         Args:
             pattern: a name, or a prefix followed by `*`.
@@ -499,8 +499,8 @@ class Client:
             async for event in client.watch("worker*"):
                 print(event.kind, event.endpoint)
 
-        After a reconnect, the events are only the differences from the state before. The same goes for a
-        consumer that falls more than 10,000 events behind. The watch ends when the client is closed.
+        After a reconnect, the events are only the differences from the state before. A consumer that falls more
+        than 10,000 events behind also gets only the differences. The watch ends when the client is closed.
 
         Args:
             pattern: a name, or a prefix followed by `*`.
@@ -521,8 +521,8 @@ class Client:
     ) -> AsyncGenerator[Event, None]:
         """Yield events. With `close`, the client was created for this watch and is closed with it.
 
-        This must not iterate over another async generator: an event loop that ends closes all generators at
-        once, so the inner generator could be closed first.
+        This generator must not iterate over another one: an event loop that ends closes all generators at once,
+        so the inner generator could be closed first.
         """
         self._check_fork()
         queue = EventQueue()
@@ -596,7 +596,7 @@ class Client:
             raise await connection.explained(error, cmd, arguments) from None
 
     def _check_fork(self) -> None:
-        """In a forked child, drop the connection, registrations and watches, since they belong to the parent."""
+        """In a forked child, forget the connection, registrations and watches, which belong to the parent."""
         if self._pid != os.getpid():
             self._reset()
 

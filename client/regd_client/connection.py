@@ -63,7 +63,7 @@ class Connection(asyncio.BufferedProtocol):
         self._watches: dict[int, OnFields] = {}
         self._id = 0
         self._output: list[bytes] = []
-        self._single = False  # at the last flush, only one request was waiting
+        self._single = False  # only one request was waiting at the last flush
         # All input goes through this buffer. asyncio would allocate 256 KiB for each read, for which malloc often
         # calls mmap and munmap. That takes 20 of the 90 µs of a request.
         self._chunk = memoryview(bytearray(_CHUNK_BYTES))
@@ -104,11 +104,12 @@ class Connection(asyncio.BufferedProtocol):
         """Send a request, and return a future for its reply.
 
         `on_reply` is called with a successful reply, in the order of the daemon's replies, even if the caller was
-        cancelled. For `watch`, it is then called with every event. With `cached`, equal replies are decoded once
-        and shared: never modify the reply. It has no `id`.
+        cancelled. For `watch`, it is then called with every event. With `cached`, callers share one dictionary
+        for equal replies, without `id`: never modify it.
 
-        Raises (the future too):
-            RegdError: the daemon refuses, or `Unavailable`: the connection broke before the reply.
+        Raises:
+            RegdError: the connection is already broken. The future raises it if the daemon refuses the request,
+                or if the connection breaks before the reply.
         """
         if self._error is not None:
             raise _copy(self._error)
@@ -181,10 +182,10 @@ class Connection(asyncio.BufferedProtocol):
         await asyncio.shield(self.closed)
 
     def _reset_if_only_waiting(self) -> None:
-        """Close with a reset if only requests with `wait` have no reply, so that the daemon drops them at once.
+        """If all requests without a reply are still within their `wait`, let the socket close with a reset.
 
-        After an ordinary close the daemon would keep them, because a client that has closed its socket looks
-        like one that has only stopped sending.
+        The daemon then drops these requests at once. After an ordinary close it would keep them, because a client
+        that has closed its socket looks like one that has only stopped sending.
         """
         now = time.monotonic()
         if (
@@ -316,7 +317,7 @@ class Connection(asyncio.BufferedProtocol):
         self._break(protocol.unavailable(self.address, why))
 
     def _break(self, error: RegdError, ended_at: float | None = None) -> None:
-        """Fail the requests that wait, and all later requests with the same error. Idempotent."""
+        """Fail the requests that wait, and all later requests, with this error. Idempotent."""
         if self._error is None:
             self._error = error
             self.ended_at = time.monotonic() if ended_at is None else ended_at

@@ -1,4 +1,4 @@
-"""Opens a client's connection, for all callers that wait for it together, and reopens it when it is lost."""
+"""Opens a client's connection when a call needs one. All callers that wait share one attempt to connect."""
 
 import asyncio
 import errno
@@ -16,7 +16,7 @@ from regd_client.protocol import AddressFinder
 __all__ = ["Connector", "Patience", "is_refused"]
 
 CONNECT_S = 5.0  # default time to connect
-_RESTART_S = 1.0  # autostart waits so long, in case a daemon that has ended is restarted by other means
+_RESTART_S = 1.0  # after a loss, autostart waits so long: a service manager may restart the daemon
 _BACKOFF_S = (0.02, 0.5)  # the first and the longest pause between attempts to connect
 
 
@@ -84,7 +84,7 @@ class Connector:
             self._leave(connecting, refused)
 
     def _leave(self, connecting: "asyncio.Task[Connection]", refused: "asyncio.Future[None]") -> None:
-        """Remove a caller. Stop connecting after the last one."""
+        """Remove a caller. If no caller is left, stop connecting."""
         self._callers.pop(refused, None)
         refused.cancel()
         if not self._callers and self._connecting is connecting and not connecting.done():
@@ -96,7 +96,7 @@ class Connector:
         return protocol.unavailable(self.addresses.find(), self._why)
 
     async def _connect(self) -> Connection:
-        """Try until a daemon answers. The callers decide how long they wait."""
+        """Try to connect until a daemon answers. Each caller decides how long it waits for that."""
         address = self.addresses.find()
         pause_s, longest_s = _BACKOFF_S
         start_at = time.monotonic() + (_RESTART_S if self.connection is not None else 0.0)
@@ -184,11 +184,11 @@ def _text(error: OSError) -> str:
 
 
 async def _check_answer(connection: Connection) -> None:
-    """Ping the daemon: while it exits for being idle, it accepts but does not answer.
+    """Ping: a daemon that exits for being idle still accepts connections, but answers nothing.
 
     Raises:
         OSError: the daemon closed the connection before it sent anything.
-        Unavailable: the peer is not regd, or has too many connections.
+        Unavailable: what answers is not regd, or the daemon has too many connections.
     """
     try:
         await connection.ask("ping", {})

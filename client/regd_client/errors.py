@@ -1,4 +1,4 @@
-"""The exceptions. Most are also a built-in exception.
+"""The exceptions of the client. Most of them also derive from a built-in exception.
 
 RegdError
 ├── NotFound     also a LookupError
@@ -20,7 +20,7 @@ class RegdError(Exception):
     """An error of the registry.
 
     Attributes:
-        code: the daemon's error code; a few errors of the client have a code too, else it is "".
+        code: the daemon's error code. Of the client's own errors, a few have a code; the others have "".
         details: the other fields of the daemon's reply, such as `near` and `last` of `not_found`.
     """
 
@@ -51,7 +51,7 @@ class Timeout(RegdError, TimeoutError):
 
 
 class Unavailable(RegdError, ConnectionError):
-    """No daemon answers at the address, the connection broke before the reply, or the peer is not regd."""
+    """No daemon answers at the address, the connection broke before the reply, or what answers is not regd."""
 
 
 _CLASSES: dict[str, type[RegdError]] = {

@@ -44,7 +44,7 @@ def random_s(least_s: float, most_s: float) -> float:
 
 
 async def wait_shared(task: "asyncio.Task[T]") -> T:
-    """Wait for a task that is shared by several callers. Cancelling the caller does not cancel the task.
+    """Return the result of a task that several callers await. Cancelling a caller does not cancel the task.
 
     Raises:
         Unavailable: the task was cancelled because the client was closed.

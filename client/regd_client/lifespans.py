@@ -52,9 +52,9 @@ class ServiceLifecycle:
     """Registers a service when its server opens the port, and withdraws it at the end of the `async with`.
 
     `request.port` is the port that the server will open; None means the first port that any server opens. With
-    `retry`, a failed attempt to register is repeated; without, `registration` raises its error. `logs_success`
-    says whether a success after failures is logged; `regctl run` reports it itself. With `ready`, the
-    registration is `starting` until the service says that it is ready.
+    `retry`, attempts to register are repeated until one succeeds; without it, `registration` raises the error of
+    the first attempt. `logs_success` says whether a success after failures is logged; `regctl run` turns it off,
+    since it reports the success itself. With `ready`, the registration is `starting` until the service is ready.
     """
 
     def __init__(
@@ -66,8 +66,10 @@ class ServiceLifecycle:
         self._retry = retry
         self._ready = ready
         self._becoming_ready: asyncio.Task[bool] | None = None
-        self._warned = False  # that no server has opened a port was logged
-        self._error_kind: type[RegdError] | None = None  # of the last attempt to register, if it failed
+        self._warned = False  # the warning that no server has opened a port was logged
+        self._error_kind: type[RegdError] | None = (
+            None  # the kind of the error, if the last attempt to register failed
+        )
         self.logs_success = True
         self._hook = ListenHook(request.port, self.opened, self.withdraw)
         self._exit_stack = contextlib.ExitStack()
@@ -86,7 +88,7 @@ class ServiceLifecycle:
         return await asyncio.shield(await asyncio.shield(self._opened))
 
     async def ready(self) -> bool:
-        """Wait until the service is registered as ready. Returns False if the registration has ended before."""
+        """Wait until the service is registered as ready. Return False if the registration has ended before."""
         registering = await asyncio.shield(self._opened)
         if self._becoming_ready is None:
             await asyncio.shield(registering)
@@ -112,7 +114,10 @@ class ServiceLifecycle:
         return await mark_ready(await self.registration())
 
     async def _first_state(self, request: RegistrationRequest) -> State | None:
-        """Return the state to register with: None (`ready`) also if another worker of this server is ready."""
+        """Return the state to register with: `starting`, or None (`ready`).
+
+        It is None without `ready`, and also if another worker of this server is ready already.
+        """
         if self._ready is None:
             return None
         for other in await self._client.instances(self._name):
@@ -231,7 +236,7 @@ class _Lifespan(contextlib.AbstractAsyncContextManager[None]):
 
 
 class LifespanContext:
-    """The result of `lifespan`: a framework calls it; around a server, use it with `async with`."""
+    """The result of `lifespan`. A framework calls it; without a framework, use it with `async with`."""
 
     def __init__(self, request: RegistrationRequest, drain_s: float, ready: Ready | None = None) -> None:
         self._request = request
@@ -285,8 +290,9 @@ def lifespan(
         async with regd_client.lifespan("gateway"):
             server = await asyncio.start_server(answer, "127.0.0.1", 0)
 
-    With `port`, it registers the server that opens this port, else the first server that opens a TCP port on
-    this event loop within the lifespan. granian and Sanic do not open their port that way, so they need `port`.
+    With `port`, the client registers the server that opens this port; without, the first server that opens a TCP
+    port on this event loop within the lifespan. granian and Sanic do not open their port that way, so they need
+    `port`.
 
     If no daemon answers, or another owner has the name, the service starts anyway, and the client tries
     to register until it succeeds. Before the server receives SIGTERM or Ctrl-C, or closes its listener, the
@@ -297,14 +303,14 @@ def lifespan(
         name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
         port: the port that the server will open; by default the first port that any server opens.
         host: the address at which others reach the service; by default the server's address.
-        instance: a name for this instance, if the service has several; `auto` for a number.
+        instance: a name for this instance, if the service has several; `auto` for a free number.
         meta: labels that `resolve` can filter by.
         priority: 0 to 65535, lower is preferred: others resolve this instance only while no ready instance has a
-            lower one; by default 0.
+            lower number; by default 0.
         drain_s: seconds between withdrawing the name and closing the port.
-        ready: a function that returns an awaitable, such as a coroutine function, or an awaitable. It is awaited
-            once the port is open. Until it returns, the service is registered as `starting` and nobody resolves
-            it. A function that returns False or fails is called again 0.5 s later.
+        ready: a coroutine function, another function that returns an awaitable, or an awaitable. The client
+            awaits it once the port is open. Until it is done, the service is registered as `starting`, and nobody
+            resolves the service. If a function returns False or raises, the client calls it again 0.5 s later.
 
     Returns:
         A lifespan for FastAPI, Starlette, aiohttp's `cleanup_ctx` and others. It is also an async context
@@ -455,19 +461,20 @@ def listen(
         async with regd_client.listen("runner") as listening:
             server = await asyncio.start_server(answer, sock=listening.socket)
 
-    No other process can take the port in between. The system accepts connections at once; they wait for the
-    server. At the end of the `async with`, or before a server on this event loop closes the socket, the client
-    withdraws the name. The socket is closed `drain_s` later.
+    No other process can take the port in between. Clients can connect at once; their connections wait until the
+    server accepts them. At the end of the `async with`, or before a server on this event loop closes the socket,
+    the client withdraws the name. The socket is closed `drain_s` later.
 
     Args:
         name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.
         port: 1 to 65535, or 0 for any free port. By default the port that this name and instance had last, if
-            it is free, else one that the system gives to no other program, so that it can stay.
-        host: the IP address to listen on. For 0.0.0.0 and ::, the loopback address is registered.
-        instance: a name for this instance, if the service has several; `auto` for a number.
+            it is free, else a free port that the system gives to no other program, so that the service can have
+            it again the next time.
+        host: the IP address to listen on. For 0.0.0.0 and ::, the client registers the loopback address.
+        instance: a name for this instance, if the service has several; `auto` for a free number.
         meta: labels that `resolve` can filter by.
         priority: 0 to 65535, lower is preferred: others resolve this instance only while no ready instance has a
-            lower one; by default 0.
+            lower number; by default 0.
         backlog: connections that may wait to be accepted (listen(2)).
         drain_s: seconds between withdrawing the name and closing the socket.
         timeout: seconds to register; by default it waits up to 5 s for a daemon.

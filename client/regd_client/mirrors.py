@@ -23,11 +23,11 @@ class Mirror:
 
     Iterating yields the endpoints of all ready instances, in order of name and instance.
 
-    The mirror becomes stale when the connection to the daemon is lost. It then answers from its last copy, and
-    the endpoints' `stale_s` is the number of seconds since. With `stale_s_max`, it raises `Unavailable` once it
-    has been stale for longer. A hung daemon is detected within 15 s; the mirror is then stale since the daemon
-    was last heard. A mirror is also stale after its `async with`, after the client was closed, and in a forked
-    child.
+    The mirror becomes stale when the connection to the daemon is lost. A stale mirror answers from its last copy;
+    `stale_s` of an endpoint is the number of seconds for which its mirror has been stale. With `stale_s_max`, the
+    mirror raises `Unavailable` once it has been stale for longer. The client detects a hung daemon within 15 s;
+    the mirror then counts as stale from the last time that the daemon sent something. A mirror is also stale
+    after its `async with`, after the client was closed, and in a forked child.
     """
 
     def __init__(self, pattern: str, meta: Mapping[str, str] | None, stale_s_max: float | None) -> None:
@@ -37,9 +37,9 @@ class Mirror:
         self._changes = 0
         self._changed = asyncio.Event()  # replaced after each change
         self._names: dict[str, dict[str, Endpoint]] = {}  # the ready instances, by name and instance
-        # For `resolve`: the endpoints of a name in the order in which they are returned next, in a queue for each
-        # priority, the best first. A change of the name drops its queues; `_served` then has, by priority, the
-        # instances that were returned last.
+        # For `resolve`: by name, a queue of endpoints for each priority, the best priority first. The first
+        # endpoint of a queue is the next to return. A change of a name drops its queues; `_served` then has, by
+        # priority, the instance that was returned last, so that the new queues continue after it.
         self._queues: dict[str, list[deque[Endpoint]]] = {}
         self._served: dict[str, dict[int, str]] = {}
 
@@ -55,7 +55,7 @@ class Mirror:
 
     @property
     def stale_s(self) -> float:
-        """Seconds for which the copy may have been out of date; 0.0 while it is live."""
+        """Seconds for which the copy may have been out of date; 0.0 while the copy is live."""
         return self._watch.stale_s
 
     @property
@@ -106,7 +106,7 @@ class Mirror:
         return iter([endpoint for name in sorted(self._names) for endpoint in self._ready(name)])
 
     def resolve(self, name: str, *, meta: Mapping[str, str] | None = None) -> Endpoint:
-        """Return the endpoint of a ready instance of the best priority; successive calls rotate through them.
+        """Return the endpoint of a ready instance of the best priority; calls rotate through all such instances.
 
         Args:
             name: the service's name.

@@ -41,7 +41,8 @@ class Endpoint:
         host: an IP address or a host name.
         port: 1 to 65535.
         meta: the labels.
-        stale_s: seconds for which the mirror that returned it has been stale; else 0.0.
+        stale_s: seconds for which the mirror that returned the endpoint has been stale; 0.0 if it is live, or if
+            no mirror returned the endpoint.
         priority: 0 to 65535; lower is preferred.
     """
 
@@ -118,7 +119,7 @@ class Instance(TypedDict):
 
 
 class Owner(TypedDict, total=False):
-    """An owner of a registration: a connection, a process, a lease, or none (`static`)."""
+    """An owner of a registration: a connection, a process or a lease. `static` means that it has no owner."""
 
     connection: str | None
     pid: int
@@ -170,7 +171,7 @@ class Why(TypedDict):
 
 
 class ChangedBy(TypedDict, total=False):
-    """Who made a change, as far as the system told at that moment."""
+    """Who made a change, as far as the daemon could find out at that moment."""
 
     pid: int
     uid: int

@@ -1,7 +1,7 @@
 """Chooses the port of a service that names none: its last port, else a free port that is likely to stay free.
 
-Such a port is outside the ephemeral range, from which the system takes a port for a program that asks for any
-port. So it is likely to be free when the service starts the next time.
+The free port is outside the ephemeral range, from which the system takes a port for a program that asks for any
+port. So it is likely to be free again when the service starts the next time.
 """
 
 from __future__ import annotations
@@ -112,13 +112,13 @@ def free_ports(chooser: random.Random = _random) -> list[int]:
 
 
 def bind_alone(sock: socket.socket, address: tuple[str, int]) -> None:
-    """Bind to an address to which no other socket is bound, and set SO_REUSEADDR only then.
+    """Bind a socket to an address that no other socket is bound to. Set SO_REUSEADDR only afterwards.
 
     With SO_REUSEADDR from the beginning, the port could be one that `regctl run` reserves, because sockets with
     the option share a port until one of them listens (socket(7)).
 
     Raises:
-        OSError: the address is in use, also by connections that ended a minute ago.
+        OSError: the address is in use, or was used by connections that ended within the last minute.
     """
     sock.bind(address)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,8 +1,8 @@
 """Registers a server process without an event loop, and withdraws the name on SIGTERM and SIGINT.
 
-The process that owns the port may fork workers. So no thread is left in it, and no connection if the daemon can
-see the process. This module must not use asyncio or functions that gevent patches, because signal handlers may
-run in gevent's hub.
+The process that owns the port may fork workers. So registering leaves no thread in the process, and no connection
+if the daemon can see the process. This module must not use asyncio or functions that gevent patches, because
+signal handlers may run in gevent's hub.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class ProcessRegistration:
                     break  # the registration has changed, so list the instances again
 
     def _try_later(self, error: RegdError) -> bool:
-        """Schedule the next attempt, by SIGALRM. Returns False if the program uses SIGALRM itself."""
+        """Schedule the next attempt, by SIGALRM. Return False if the program uses SIGALRM itself."""
         if signal.getsignal(signal.SIGALRM) not in (signal.SIG_DFL, self._again):
             return False
         if not set_handler(signal.SIGALRM, self._again):
@@ -141,7 +141,7 @@ class ProcessRegistration:
         _pause(self._drain_s)
 
     def _end(self, connection: BlockingConnection, binding: dict[str, Any]) -> None:
-        """End only this process's hold, since a new server on the same socket may hold the registration, too."""
+        """End only this process's hold, since a new server on the same socket may also hold the registration."""
         while (entry := self._current(connection)) is not None:
             # If a holder registers as `draining`, the daemon removes only that holder.
             fields = {**self._request.fields, **binding, "state": "draining", "if": entry["rev"]}

@@ -1,7 +1,7 @@
 """Project registries: the folder `.regd`, with a registry for all programs that are started in its parent folder.
 
-With them, two checkouts or two CI jobs can use the same names. The folder is used only if this user's
-`regctl init` made it at this place. A folder that came with a repository or a copied tree is ignored.
+With project registries, two checkouts or two CI jobs can use the same names. The folder is used only if this
+user's `regctl init` made it at this place. A folder that came with a repository or a copied tree is ignored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TRIED = "try.sock"
 # Files that `init` writes. It moves all other files away.
 _OWN = (_ID, f"{_ID}.new", _IGNORE, f"{_IGNORE}.new", _TRIED)
 _SET_ASIDE = "set-aside-"
-# Errors that do not mean that the file system has no Unix sockets.
+# Errors of a full or read-only disk; any other error means that the file system has no Unix sockets.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -201,7 +201,7 @@ def _remove(folder: str) -> None:
 
 
 def _set_aside(folder: str) -> str | None:
-    """Move the files in a folder into a new folder inside it, and return its path; None if there are none."""
+    """Move the files of a folder into a new folder inside it. Return the path of that; None without files."""
     names = [
         entry.name
         for entry in os.scandir(folder)
@@ -221,8 +221,7 @@ def _set_aside(folder: str) -> str | None:
 def _check_sockets(place: int, folder: str) -> None:
     """Check that the file system supports Unix sockets. Some network and FUSE file systems do not.
 
-    `place` is a descriptor of the folder, because a path through a descriptor is short enough for a socket
-    address.
+    `place` is a descriptor of the folder: a path through it is short enough for a socket address.
 
     Raises:
         ProjectError: the file system has no Unix sockets.

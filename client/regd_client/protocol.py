@@ -1,7 +1,7 @@
 """The client side of the protocol: parse addresses, encode requests, decode and check replies and events.
 
 The daemon does not share this code; the transcripts in PROTOCOL.md test both sides. `regctl` imports this module
-at the start, so it imports little.
+whenever it starts, so this module imports little.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def parse_address(text: str) -> Address:
 
 def _is_encodable(host: str) -> bool:
     """Return whether the idna codec can encode the host; otherwise `getaddrinfo` would raise UnicodeError."""
-    if host.isascii():  # the codec's own rule: importing the codec would take a fifth of a command's time
+    if host.isascii():  # the codec's rule, here because importing the codec takes a fifth of a command's time
         *labels, last = host.split(".")
         return all(0 < len(label) < 64 for label in labels) and len(last) < 64
     try:
@@ -152,7 +152,8 @@ def find_address(address: str | None = None) -> Address:
 def _warn_in_test(folder: str) -> None:
     """Warn once that a test uses a project registry.
 
-    Only the process that runs the tests warns. The programs that a test starts inherit the variable too.
+    Only the process that runs the tests warns, the one with pytest loaded. The programs that a test starts
+    inherit PYTEST_CURRENT_TEST too, and do not warn.
     """
     if "PYTEST_CURRENT_TEST" in os.environ and "pytest" in sys.modules:
         _warn_once("a test uses the project registry %s; the fixture `regd` has a private one", folder)
@@ -161,8 +162,8 @@ def _warn_in_test(folder: str) -> None:
 class AddressFinder:
     """Finds the address of a client's daemon, for each new connection.
 
-    $REGD_ADDRESS is read each time. The project registry is searched once, when the client is made, so that a
-    later `chdir` changes nothing.
+    It reads $REGD_ADDRESS each time. It searches for the project registry once, when the client is made, so that
+    a later `chdir` changes nothing.
     """
 
     def __init__(self, address: str | None) -> None:
@@ -266,7 +267,9 @@ def encode_request(cmd: str, id: int | None, arguments: Mapping[str, Any]) -> by
 
 
 def decode_line(line: bytes) -> dict[str, Any]:
-    """Decode and check a line from the daemon, except the result of a successful reply: see `check_result`.
+    """Decode and check a line from the daemon, and return its fields.
+
+    The result of a successful reply is not checked yet: call `check_result`.
 
     Raises:
         Unavailable: the line is not from regd.
@@ -282,7 +285,7 @@ def decode_line(line: bytes) -> dict[str, Any]:
 
 
 def check_result(cmd: str, arguments: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the reply to a command, after checking the result of a successful one.
+    """Check that `fields` are a reply to this command, with a valid result if it is successful. Return `fields`.
 
     Raises:
         Unavailable: the reply is not from regd.
@@ -338,7 +341,7 @@ def unavailable(address: Address, why: str) -> Unavailable:
 
 
 def unsupported_part(cmd: str, arguments: Mapping[str, Any], refusal: Mapping[str, Any]) -> str | None:
-    """Return the part of a refused request that an older daemon may not know: command, argument or None."""
+    """Return the command or argument of a refused request that an older daemon may not know; else None."""
     if refusal.get("error") == "unknown_command":
         return cmd
     field = refusal.get("field")
@@ -348,9 +351,9 @@ def unsupported_part(cmd: str, arguments: Mapping[str, Any], refusal: Mapping[st
 def unsupported(
     address: Address, cmd: str, part: str, hello: Mapping[str, Any], described: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """Return the error reply to report if the daemon does not know `part` of a request; None if it knows it.
+    """Return the error reply to report if the daemon is too old to know `part` of a request; else None.
 
-    `hello` and `described` are its replies to `hello` and `help`.
+    `hello` and `described` are the daemon's replies to `hello` and `help`.
     """
     version, commands = hello.get("version"), described.get("commands")
     if version in (None, VERSION) or commands is None:  # as new as this client, or commands not listed
@@ -363,8 +366,8 @@ def unsupported(
     return {"ok": False, "error": "unsupported", "message": message}
 
 
-# Caches for `resolve`, since JSON takes half of the client's time for it: a request for the same name is
-# encoded once, and an equal reply is decoded once. The number and the length of the entries are limited.
+# Caches for `resolve`, because without them JSON takes half of the client's time: requests for the same name are
+# encoded once, and equal replies are decoded once. The number and the length of the entries are limited.
 
 _CACHED_MAX = 1_024  # requests, and as many replies
 _NAME_CHARS_MAX = 253  # the daemon refuses longer names

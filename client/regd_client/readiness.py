@@ -1,4 +1,4 @@
-"""Waits until a service is ready: with `lifespan(..., ready=…)` it is registered as `starting` until then."""
+"""Waits until a service is ready. With `lifespan(..., ready=…)`, it is registered as `starting` until then."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def _for_ever() -> NoReturn:
 
 
 async def mark_ready(registration: Registration) -> bool:
-    """Set the state `ready`, as soon as there is a daemon. Returns False if the registration has ended."""
+    """Set the state `ready`, as soon as there is a daemon. Return False if the registration has ended."""
     logged = False
     while True:
         try:

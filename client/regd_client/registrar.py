@@ -152,7 +152,7 @@ class Registrar:
     async def _send(
         self, connection: Connection, registration: Registration, on_reply: OnFields, **other: Any
     ) -> None:
-        """Send `register`. If the daemon cannot see the process, bind to the connection alone."""
+        """Send `register`. If the daemon cannot see the process, bind the name to the connection alone."""
         binding = await self._binding(connection, registration)
         fields = registration._request.fields
         arguments = {**fields, **binding, **other}
@@ -211,7 +211,7 @@ class Registrar:
                 break
 
     def _is_own(self, registration: Registration, instance: str) -> bool:
-        """Return whether another copy in this process has a number, or is trying to get it."""
+        """Return whether another copy in this process has the number `instance`, or is trying to get it."""
         newest = _NEWEST.get((*registration._global_key[:-1], instance))
         return (
             newest is not None
@@ -243,7 +243,7 @@ class Registrar:
     # Restoring.
 
     async def _restore(self, connection: Connection) -> bool:
-        """Repeat the registrations and watches that are not on this connection.
+        """Repeat on this connection the registrations and watches that are not on it yet.
 
         Returns:
             False if a registration must be retried later.
@@ -328,7 +328,7 @@ class Registrar:
             self._lose(registration, event["reason"])
 
     def _lose(self, registration: Registration, reason: str, newer: Registration | None = None) -> None:
-        """Mark a registration as lost, and do not restore it, so that two owners do not fight for the name."""
+        """Mark a registration as lost, and never restore it, so that two owners do not fight for the name."""
         if registration._is_active:
             registration.lost_reason = reason
             registration.lost.set()
@@ -388,10 +388,10 @@ class Registrar:
         """Claim the entry that a restarted daemon keeps for its client, so that this client can end it.
 
         Returns:
-            Whether there is such an entry. If not, the registration has ended with its connection.
+            Whether there is such an entry. If there is none, the registration has ended with its connection.
         """
         if registration._request.pid is not None:
-            return True  # it is not bound to a connection
+            return True  # it is bound to a process only, so there is nothing to claim
         pid = (await self._binding(connection, registration)).get("pid")
         while (current := await registration._current(connection)) is not None and _is_unclaimed(current, pid):
             with contextlib.suppress(Conflict):
@@ -510,10 +510,11 @@ class Registrar:
             task.cancel()
 
     async def close(self) -> None:
-        """End all registrations. They end with the connection, unless the daemon is away.
+        """End all registrations.
 
-        In that case, withdraw them as soon as it is back. If that takes longer than 0.2 s, `lingers` becomes
-        True: a task continues until the daemon is back or the event loop ends, and then closes the connection.
+        Those on a working connection end when the caller closes it. Those whose connection is broken are
+        withdrawn when the daemon is back. If that takes longer than 0.2 s, `lingers` becomes True: a task
+        continues until the daemon is back or the event loop ends, and then closes the connection.
         """
         self._closed = True
         withdrawing: dict[asyncio.Task[None], Registration] = {}
@@ -539,7 +540,7 @@ class Registrar:
                 lingering.add_done_callback(_LINGERING.discard)
 
     async def _check_connection(self) -> None:
-        """Find out whether the connection has broken, since a restarted daemon keeps what the connection held."""
+        """Ping, to notice a broken connection: a restarted daemon keeps the registrations that were on it."""
         connection = self._connector.connection
         if connection is not None and connection.usable and self._registrations:
             with contextlib.suppress(RegdError, TimeoutError):
@@ -558,7 +559,7 @@ class Registrar:
 # References to running tasks, since an event loop has only weak references to them.
 _TASKS: set["asyncio.Task[None]"] = set()
 _LINGERING: set["asyncio.Task[None]"] = set()
-# The last registration of this process, by any of its clients, by the daemon's address, name and instance.
+# The last registration that any client of this process has made: by the daemon's address, name and instance.
 _NEWEST: weakref.WeakValueDictionary[tuple[str, ...], Registration] = weakref.WeakValueDictionary()
 
 

@@ -29,7 +29,7 @@ __all__ = ["Registration", "RegistrationContext", "warn_not_awaited"]
 
 _CLOSING_S = 1.0  # time for a stopping daemon to close the connection
 _WITHDRAW_S = 2.0  # time for the daemon to confirm the end of the registration
-_WITHDRAW_AWAY_S = 0.2  # time if the connection is lost, counted from its loss
+_WITHDRAW_AWAY_S = 0.2  # the same, if the connection is lost; counted from the loss
 
 T = TypeVar("T")
 
@@ -76,7 +76,7 @@ class Registration:
         # Used by the registrar.
         self._request = request
         self._key: Key = (request.name, request.instance or "")
-        self._is_copy = request.instance == AUTO  # its instance is a number, which may change after a reconnect
+        self._is_copy = request.instance == AUTO  # the instance is a number, which may change after a reconnect
         self._patient = patient  # wait for a daemon that is away, and log that
         self._began = time.monotonic()
         self._withdrawn_at = 0.0
@@ -107,7 +107,7 @@ class Registration:
 
     @property
     def _is_active(self) -> bool:
-        """Whether it has not ended, is not being withdrawn, and does not belong to a forked child's parent."""
+        """Whether the registration has not ended, is not being withdrawn, and belongs to this process."""
         return not self._over and self._withdrawing is None and self._pid == os.getpid()
 
     @property
@@ -116,7 +116,7 @@ class Registration:
         return self._request.host or "127.0.0.1", self._request.port
 
     def _registered_on(self, connection: Connection, reply: Mapping[str, Any]) -> None:
-        """Handle the reply to `register`."""
+        """Record that the registration is on this connection, with the reply to its `register`."""
         self._connection = connection
         self._restore_error = ""
         self._rev = reply["rev"]
@@ -133,7 +133,7 @@ class Registration:
         self._moved.set()
 
     def _updated(self, meta: dict[str, str] | None, state: State | None, priority: int | None) -> None:
-        """Record new values, with which the registration will be restored."""
+        """Record new values, which the registrar uses to restore the registration."""
         if meta is not None:
             self._request = replace(self._request, meta=meta)
             self.endpoint = replace(self.endpoint, meta={**meta})
@@ -151,7 +151,7 @@ class Registration:
         priority: int | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Replace the labels, or set the state or priority. While disconnected, wait until the client is back.
+        """Replace the labels, or set the state or priority. While disconnected, wait for the reconnect.
 
             await registration.update({"zone": "b"}, state="ready")
 
@@ -200,8 +200,8 @@ class Registration:
     async def deregister(self, *, timeout: float | None = None) -> None:
         """End the registration: set it `draining`, then remove it. Idempotent.
 
-        If the daemon does not confirm in time, the client continues in the background while the event loop runs.
-        If another owner has taken the name, its registration stays.
+        If the daemon does not confirm in time, the client keeps trying in the background while the event loop
+        runs. If another owner has taken the name, the other owner's registration stays.
 
         Args:
             timeout: seconds to wait for the daemon's confirmation; by default 2 s, or 0.2 s without a daemon.
@@ -256,7 +256,7 @@ class Registration:
     async def _if_ours(
         self, connection: Connection, cmd: str, on_reply: OnFields | None = None, **arguments: Any
     ) -> bool:
-        """Send a command if the daemon's entry is ours, that is, has our address. Return whether it is ours."""
+        """Send a command for our entry. Return False if the entry is not ours, that is, has another address."""
         name, instance = self._key
         while not self._over:
             condition = {"name": name, "instance": instance, **arguments, "if": self._rev}

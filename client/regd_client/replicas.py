@@ -1,8 +1,8 @@
 """The numbers of copies: the instances that a registration with `instance="auto"` tries.
 
 To the daemon they are ordinary instances. The client sends the revision that it has seen (`if`) with each
-attempt, so that if two copies try a number at once, only one gets it. Two copies in one process need that,
-because without `if` the daemon lets a process replace its own registration.
+attempt, so that if two copies try a number at once, only one gets it. For two copies in one process, this is the
+only protection: without `if`, the daemon lets a process replace its own registration.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def candidates(
         entries: all instances of the service, as `list` returns them.
         address: the address at which the copy listens.
         own_pids: processes whose numbers are left out, because the daemon would let a process replace its own
-        registration.
+            registration.
         previous: the number that the copy had before, "" if it had none.
     """
     numbered = {entry["instance"]: entry for entry in entries if is_number(entry["instance"])}
@@ -69,11 +69,11 @@ def has_older_number(
 
 
 def _may_be_dead(entry: Mapping[str, Any]) -> bool:
-    """Return whether a listed entry may have a dead owner, so that the daemon would let it be replaced.
+    """Return whether the daemon may let another client replace a listed entry: it has no live owner.
 
-    That is possible for a process: the daemon asks the kernel only before it refuses a request. It is not
-    possible for a connection, whose end ends the registration; after a restart of the daemon, the registration
-    waits for its client and must not be replaced.
+    A process may have died, because the daemon asks the kernel only before it refuses a request. An entry that
+    only a connection holds has a live owner, since the end of the connection would have ended it. After a restart
+    of the daemon it waits for its client, and must not be replaced either.
     """
     return "pid" in entry or not ("hold" in entry or "ttl" in entry)
 
@@ -81,6 +81,6 @@ def _may_be_dead(entry: Mapping[str, Any]) -> bool:
 def is_taken(details: Mapping[str, Any]) -> bool:
     """Return whether a `conflict` with these details means that a live owner holds the number.
 
-    Otherwise the registration has changed since it was listed.
+    If not, it means that the registration has changed since it was listed.
     """
     return "owner" in details

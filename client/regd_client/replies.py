@@ -398,10 +398,10 @@ def result_fault(cmd: str, arguments: Mapping[str, Any], reply: dict[str, Any]) 
 
 
 def _mismatch(arguments: Mapping[str, Any], instance: dict[str, Any]) -> str:
-    """Return a description of the error if an instance is not the requested one; else "".
+    """Return a description of the error if an instance is not the requested one; "" if it is.
 
-    `regctl` derives the names of environment variables from the name, and programs trust some, such as
-    DOCKER_HOST.
+    `regctl` derives the names of environment variables from the name, and programs trust some of these
+    variables, such as DOCKER_HOST.
     """
     for field in ("name", "instance"):
         if arguments.get(field) not in (None, instance[field]):

@@ -1,8 +1,8 @@
 """Hooks an event loop, to detect when a server opens its port, and to delay the closing of the port.
 
 Most asyncio servers open their port with `loop.create_server`. Servers with their own accept loop, such as
-Tornado, pass a listening socket to `loop.add_reader`. Both methods are replaced while a hook is installed. A
-server that uses neither can be found by its port, among the sockets of this process.
+Tornado, pass a listening socket to `loop.add_reader`. A hook replaces both methods while it is installed. A
+server that uses neither method is found by its port, among the sockets of this process.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ class ListenHook:
         self._on_open(host, port)
 
     def find_open_port(self) -> bool:
-        """Search this process for a socket that listens on the port; if one does, report it and return True."""
+        """Search this process for a socket that listens on the port and report it. Return whether there is one."""
         if self._port is None:
             return False
         with contextlib.ExitStack() as stack:

@@ -28,7 +28,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @contextlib.contextmanager
 def held_until(withdraw: Withdraw) -> Iterator[None]:
-    """Inside the `with`, await `withdraw` before the program's handlers get a signal. Main thread only."""
+    """Inside the `with`, await `withdraw` before the program's handlers get a signal. Only in the main thread."""
     global _delayed
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -102,7 +102,7 @@ class _LoopSignals:
             self._task = self._loop.create_task(self._withdraw(), name="regd-client-signal")
 
     def _forward(self) -> None:
-        """Forward the signals that are not held to the event loop's wakeup descriptor."""
+        """Write the number of each signal that is not delayed to the event loop's own wakeup descriptor."""
         with contextlib.suppress(OSError):  # there is nothing to read, or the event loop is closed
             for number in self._reader.recv(4_096):
                 is_held = number in self._handlers and number not in self._replaced
@@ -130,7 +130,7 @@ class _LoopSignals:
             signal.raise_signal(self._waiting.pop(0))
 
     def release(self) -> None:
-        """Stop delaying signals, and raise the held ones."""
+        """Stop delaying signals, and raise those that are held."""
         global _delayed
         if self._released:
             return
@@ -167,13 +167,13 @@ class ProcessSignals:
                 self._handlers[number] = handler
 
     def begin(self) -> None:
-        """Call this once the name is registered or will be. From then on, a signal withdraws the name."""
+        """Let signals withdraw the name from now on. Call this once the name is registered, or will be soon."""
         self._begun = True
         if self._held is not None:
             self._end(self._held, None)
 
     def release(self) -> None:
-        """Call this if registering failed: stop delaying signals, and raise the held one."""
+        """Stop delaying signals, and raise the one that is held. Call this if registering failed."""
         self._begun = True
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._handle:
@@ -197,7 +197,7 @@ class ProcessSignals:
 
 
 def set_handler(number: int, handler: Callable[[int, FrameType | None], Any]) -> bool:
-    """Set the handler of a signal. Return False outside of the main thread, which alone may set handlers."""
+    """Set the handler of a signal. Return whether that was possible: only the main thread may set handlers."""
     try:
         signal.signal(number, handler)
     except ValueError:

@@ -46,13 +46,14 @@ class EventSource(Protocol):
 
     @property
     def ended_at(self) -> float | None:
-        """When the connection broke (`time.monotonic`), None while it is usable."""
+        """When the connection broke (`time.monotonic`); None while it is usable."""
 
 
 class WatchState:
     """The state of one watch, over any number of connections.
 
-    `on_event` is called with every event in order, but with `sync` only once; `on_end` when the watch has ended.
+    `on_event` is called with every event in order, but with `sync` only once. `on_end` is called when the watch
+    has ended.
 
     Attributes:
         instances: the current copy, as of the last event; the fields are those of the protocol.
@@ -75,7 +76,7 @@ class WatchState:
         self._on_event = on_event
         self._on_end = on_end
         self._is_current = False  # `instances` is up to date, as long as `source` is usable
-        self._stale_from = time.monotonic()  # if not `_is_current`
+        self._stale_from = time.monotonic()  # since when `instances` is out of date, if not `_is_current`
         self._synced = False  # `on_event` was called with `sync`
         self._snapshot: dict[Key, dict[str, Any]] | None = {}  # the received part of a new copy
         self._epoch: str | None = None  # the epoch of `_rev`
@@ -115,7 +116,7 @@ class WatchState:
     def begin(self, source: EventSource | None) -> dict[str, Any]:
         """Start or resume the watch on a connection, and return the arguments of the `watch` request.
 
-        If the connection is None, `live` stays False.
+        With `source` None, the caller passes the events on itself, and `live` stays False.
         """
         self._mark_stale()
         self.source = source
@@ -171,7 +172,7 @@ class WatchState:
 
     @staticmethod
     def _apply(instances: dict[Key, dict[str, Any]], fields: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Apply an event to a copy, and return the instance's previous fields."""
+        """Apply an event to a copy. Return the previous fields of the instance; None if the copy lacked it."""
         key = (fields["name"], fields["instance"])
         previous = instances.pop(key, None)
         if fields["event"] != "down":
@@ -192,8 +193,8 @@ class WatchState:
 class EventQueue:
     """The queue between a watch and its consumer, which may be slow.
 
-    With more than `events_max` events, it keeps at most one event for each instance: the difference between the
-    state that the consumer has seen and the current state.
+    A queue of more than `events_max` events is shortened to at most one event for each instance: the difference
+    between the state that the consumer has seen and the current state.
     """
 
     def __init__(self, events_max: int = 10_000) -> None:
@@ -213,7 +214,7 @@ class EventQueue:
         return self.take()
 
     def end(self) -> None:
-        """Add no more events; those in the queue can still be taken."""
+        """End the queue: `next` returns the remaining events, and then None."""
         self._ended = True
         self._more.set()
 
@@ -224,7 +225,10 @@ class EventQueue:
             self._shorten()
 
     def _shorten(self) -> None:
-        """Replace the queued events by at most one event for each instance that leads to the same state."""
+        """Replace the queued events by fewer that lead to the same state.
+
+        These are at most one for each instance, and `sync` if it was among the queued events.
+        """
         current = dict(self._seen)
         last: dict[Key, Event] = {}
         synced = False
