@@ -1,4 +1,4 @@
-"""What the build adds to the packages: the pages, the man pages, and a README whose links work elsewhere too."""
+"""What the build adds to the packages: the pages, the man pages, and a README without relative links."""
 
 import os
 import re
@@ -18,7 +18,7 @@ RELATIVE_LINK = re.compile(r"!?\[([^\]]+)\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
 def linked_from(page: Path) -> Iterator[Path]:
-    """Yield a page and all files that it leads to by relative links."""
+    """Yield a page, and all files that its relative links lead to, directly or by way of other pages."""
     rest, seen = [page.resolve()], set()
     while rest:
         path = rest.pop()
@@ -35,7 +35,7 @@ def linked_from(page: Path) -> Iterator[Path]:
 
 
 class CustomMetadataHook(MetadataHookInterface):
-    """The description: the README, with a page's path in place of each relative link: an index has no pages."""
+    """The description: the README, with paths in place of relative links, since a package index has no pages."""
 
     def update(self, metadata: dict[str, Any]) -> None:
         text = Path(self.root, "README.md").read_text("utf-8")
@@ -43,7 +43,7 @@ class CustomMetadataHook(MetadataHookInterface):
 
 
 class CustomBuildHook(BuildHookInterface):
-    """The wheel: the README and the pages that it leads to, with their folders, and the man pages."""
+    """Adds to the wheel the README and the pages that it leads to, in their folders, and the man pages."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "editable":

@@ -1,4 +1,4 @@
-"""caller: looks `runner` up by name and sends it a job every 2 s. It contains no address.
+"""caller: looks `runner` up by name and sends it a job every 2 s. This program contains no address.
 
 It resolves from a mirror, a local copy of the registry, and prints each event about the runner.
 
@@ -21,7 +21,7 @@ async def send(runner: regd_client.Endpoint, job: dict[str, list[int]]) -> None:
     finally:
         writer.close()
     age = f" (as of {runner.stale_s:.0f} s ago)" if runner.stale_s else ""
-    # json.dumps escapes control characters of the reply, which would reach the terminal.
+    # json.dumps escapes control characters of the reply, which else would reach the terminal.
     print(f"caller: found runner at {runner}{age}, sent {json.dumps(job)}, got {json.dumps(reply)}", flush=True)
 
 
@@ -29,7 +29,7 @@ async def work(mirror: regd_client.Mirror) -> None:
     for count in itertools.count(1):
         try:
             await send(mirror.resolve("runner"), {"numbers": list(range(1, count + 1))})
-        except (OSError, ValueError, regd_client.NotFound) as error:  # look it up again in 2 s
+        except (OSError, ValueError, regd_client.NotFound) as error:  # look the runner up again in 2 s
             print(f"caller: {error}", flush=True)
         if "--once" in sys.argv[1:]:
             return

@@ -1,7 +1,7 @@
 """The example of `make cluster`: two machines on this one, with a daemon, a bridge and a runner each.
 
-The caller is on machine b. It needs etcd, which it starts on a free port, and the extra `etcd`. Both machines
-have the address 127.0.0.1. Runs until Ctrl-C or SIGTERM, and then stops everything.
+The caller is on machine b. Both machines have the address 127.0.0.1. The example needs the extra `etcd`, and
+etcd, which it starts on a free port. It runs until Ctrl-C or SIGTERM, and then stops everything.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def running(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,  # Ctrl-C reaches this program alone, which stops the others in order
+        start_new_session=True,  # Ctrl-C reaches only this program, which then stops the others in order
     )
     seen = threading.Event()
 

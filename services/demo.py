@@ -1,7 +1,7 @@
 """The example of `make run`: the daemon, the runner and the caller as three processes.
 
-Runs until Ctrl-C or SIGTERM, and then stops all of them. $PORT is the daemon's port (default 7343). If the extra
-`serve` is installed, a fourth process shows the registry in a browser.
+The example runs until Ctrl-C or SIGTERM, and then stops all processes. $PORT is the daemon's port (default 7343).
+If the extra `serve` is installed, a fourth process shows the registry in a browser.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ def running(
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # Ctrl-C reaches this program alone, which stops the others in order
+        start_new_session=True,  # Ctrl-C reaches only this program, which then stops the others in order
     )
     seen = threading.Event()
 
@@ -66,7 +66,7 @@ def running(
 
 
 def registry_with(name: str) -> str:
-    """Return the registry file once it has a name: it is written within a second after a change."""
+    """Return the content of the registry file once it has a name. regd writes it up to a second later."""
     until = time.monotonic() + READY_WITHIN_S
     while f'"{name}"' not in (text := REGISTRY.read_text()):
         if time.monotonic() > until:
@@ -77,7 +77,7 @@ def registry_with(name: str) -> str:
 
 @contextlib.contextmanager
 def page() -> Iterator[str]:
-    """Serve the registry over HTTP during the block, and return the URL; "" without the extra `serve`."""
+    """Serve the registry over HTTP during the block. Yield the URL; "" without the extra `serve`."""
     has_extra = [sys.executable, "-c", "import regd.gateways.serve"]
     if subprocess.run(has_extra, env=ENVIRONMENT, stderr=subprocess.DEVNULL, check=False).returncode:
         yield ""

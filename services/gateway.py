@@ -1,6 +1,6 @@
 """gateway: receives jobs over HTTP and forwards them to `runner`.
 
-It registers as `gateway` while it accepts requests. Needs `pip install '.[gateway]'`.
+It is registered as `gateway` while it accepts requests. It needs `pip install '.[gateway]'`.
 
 uvicorn --app-dir services gateway:app --port 8080
 curl -d '{"numbers": [1, 2, 3]}' http://127.0.0.1:8080/jobs

@@ -44,7 +44,7 @@ class ListenHook:
         self._on_open(host, port)
 
     def find_open_port(self) -> bool:
-        """Search this process for a socket that listens on the port and report it. Return whether there is one."""
+        """Report a socket of this process that listens on the port. Return whether there is one."""
         if self._port is None:
             return False
         with contextlib.ExitStack() as stack:

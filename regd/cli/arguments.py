@@ -14,7 +14,7 @@ _WIDTH = 80  # of help, if stdout is not a terminal
 
 
 class UsageError(Exception):
-    """An invalid command line. `prog` is the name of the program, and of its command if that is known."""
+    """An invalid command line. `prog` is the name of the program, followed by its command if that is known."""
 
     def __init__(self, prog: str, message: str) -> None:
         super().__init__(message)

@@ -24,8 +24,8 @@ _OWN = {
     signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ,
     signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGSYS, signal.SIGTRAP,
 }  # fmt: skip
-_TO_LEADER = (signal.SIGHUP, signal.SIGCONT)  # when a terminal hangs up, only the session leader gets these
-_GROUP_MANAGERS = (b"honcho", b"overmind")  # they signal the process group of each line of a Procfile
+_TO_LEADER = (signal.SIGHUP, signal.SIGCONT)  # a terminal that hangs up sends these to the session leader alone
+_GROUP_MANAGERS = (b"honcho", b"overmind")  # these signal the process group of each line of a Procfile
 _SI_KERNEL = 128  # sigaction(2): the terminal sent the signal, to the whole process group
 _LISTEN_FD = 3  # sd_listen_fds(3)
 _POLL_S = 0.01  # between checks whether the name is deregistered
@@ -76,7 +76,7 @@ def start(
     Raises:
         NotRun: the command cannot be run.
     """
-    reading, writing = os.pipe()  # exec closes it; if exec fails, the child writes the error number to it
+    reading, writing = os.pipe()  # exec closes `writing`; if exec fails, the child writes the error number there
     child = os.fork()
     if child == 0:
         try:
@@ -90,7 +90,7 @@ def start(
                 os.set_inheritable(_LISTEN_FD, True)
                 os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()), LISTEN_FDNAMES=name)
             for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
-                signal.signal(ignored, signal.SIG_DFL)  # Python ignores these, and the command would inherit that
+                signal.signal(ignored, signal.SIG_DFL)  # Python ignores it, and the command would inherit that
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.execvp(argv[0], argv)
         except (OSError, ValueError) as error:  # ValueError: a NUL byte in the environment

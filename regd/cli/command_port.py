@@ -1,7 +1,7 @@
 """The port of the command of `regctl run`: how it is chosen, and kept free until the command listens.
 
-Without --port, it is $PORT if that is set, else the port that the name had last, else a free port that is then
-kept for the name.
+Without --port, the port is $PORT if that is set, else the last port of the name, else a free port that the name
+can keep.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _Reserved = tuple[int, socket.socket | None]
 def port_in(environment: Mapping[str, str]) -> int | None:
     """Return the port that the user has set in $PORT; None if the user has not set it.
 
-    A $PORT that was set by an outer `regctl run` or by a process manager does not count. Process managers set
-    it for each process, counting from 5000.
+    A $PORT that was set by an outer `regctl run` or by a process manager does not count. A process manager sets
+    $PORT for each of its processes, counting from 5000.
 
     Raises:
         NotRun: $PORT is not a port number.
@@ -58,8 +58,8 @@ def _is_of_process_manager(environment: Mapping[str, str]) -> bool:
 def reserved_port(port: int | None, last: Iterable[int], listening: bool) -> Iterator[_Reserved]:
     """Yield the command's port, and a socket that listens there for the command or reserves the port.
 
-    Without `port`, it is the first free port of `last`, else any free port that can be kept. The socket is None
-    if the command may have rights for the port that regctl lacks, and if the command opens `port` itself.
+    Without `port`, the command's port is the first free port of `last`, else a free port that the service can
+    keep. With `port` and without `listening`, the socket is None: the command opens that port itself.
 
     A socket that is bound but does not listen reserves a port: the kernel gives the port to no other program,
     but the command can listen on it if it sets SO_REUSEADDR, as servers do.
@@ -79,12 +79,12 @@ def reserved_port(port: int | None, last: Iterable[int], listening: bool) -> Ite
         if listening:
             yield port, reserved
             return
-        reserved.close()  # the port is free, so the command can have it
+        reserved.close()  # the port is free, so the command can open it
         yield port, None
 
 
 def _first_free(stack: contextlib.ExitStack, last: Iterable[int], listening: bool) -> socket.socket:
-    """Return a socket bound to the first free port of `ports`, else to any free port that can be kept."""
+    """Return a socket bound to the first free port of `last`, else to a free port that the service can keep."""
     for port in last:
         with contextlib.suppress(OSError):
             _lock(stack, port)
@@ -92,7 +92,7 @@ def _first_free(stack: contextlib.ExitStack, last: Iterable[int], listening: boo
     for port in free_ports():
         with contextlib.suppress(OSError):
             _lock(stack, port)
-            with _bound(port, alone=True) as reserved:  # perhaps another program has reserved it
+            with _bound(port, alone=True) as reserved:  # fails if another program has reserved the port
                 if not listening:
                     return stack.enter_context(reserved.dup())
             return stack.enter_context(_listening(port))
@@ -107,11 +107,11 @@ def _taken(wanted: str, error: OSError) -> NotRun:
 
 
 def _lock(stack: contextlib.ExitStack, port: int) -> None:
-    """Lock the port against other `regctl run`, including those that start at the same time.
+    """Lock the port against other processes of `regctl run`, even those that start at the same time.
 
-    Binding a socket is not enough, because several sockets can be bound to a port with SO_REUSEADDR, which is
-    needed for a minute after a server has ended. So the lock is an abstract Unix address: it belongs to the
-    network namespace, as ports do, and is released when the process ends.
+    Binding a socket is not enough, because with SO_REUSEADDR several sockets can be bound to a port; the option
+    is needed for a minute after a server has ended. So the lock is an abstract Unix address: it belongs to the
+    network namespace, as ports do, and the kernel releases it when the process ends.
 
     Raises:
         OSError: another `regctl run` has locked the port.

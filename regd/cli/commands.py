@@ -12,7 +12,7 @@ from regd.cli.arguments import Parameter, Parser, UsageError, integer, seconds
 from regd.cli.output import visible
 
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
-_COUNT_MAX = 36_500  # of each unit: a hundred years of days
+_COUNT_MAX = 36_500  # the largest number of each unit; as days, a hundred years
 DOC = "Query and change the service registry of this machine."
 HTTP_PORT, DNS_PORT = 7_380, 7_353  # of `regctl serve`
 BRIDGE_PREFIX = "/regd/v1/default/"
@@ -524,7 +524,7 @@ class _MainParser(Parser):
 
 
 def documents() -> str:
-    """Return the folder of the installed documents, or the checkout, or ""."""
+    """Return the folder of the installed documents, else that of the checkout, else ""."""
     from importlib import metadata
     from pathlib import Path
 
@@ -539,7 +539,7 @@ def documents() -> str:
 def parser(argv: Sequence[str]) -> Parser:
     """Return a parser for a command line.
 
-    It has only the commands that occur in the line, since building all of them takes 10 ms. For help and
+    The parser has only the commands that occur in the line, since building all of them takes 10 ms. For help and
     errors, it has all commands.
     """
     words = set(argv)
@@ -571,7 +571,7 @@ def parser(argv: Sequence[str]) -> Parser:
 def _add_command_line(subparser: Parser) -> None:
     subparser.usage = f"{subparser.prog} NAME [OPTION ...] [--] COMMAND [ARGUMENT ...]"
     argv = subparser.add_argument("argv", nargs=argparse.PARSER, metavar="COMMAND", help="the command to run")
-    argv.required = False  # `read` reports it, with a better message
+    argv.required = False  # `read` reports a missing command, with a better message
 
 
 def read(argv: Sequence[str]) -> dict[str, Any]:

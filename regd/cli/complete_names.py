@@ -17,7 +17,7 @@ _LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
 def names(address: str | None, pattern: str | None) -> list[str] | None:
     """Return the matching names, sorted and without duplicates; None if no daemon answers in time.
 
-    It returns all names or none, because from an incomplete list a shell could complete a prefix that not all
+    The list is complete or None, because from an incomplete list a shell could complete a prefix that not all
     names share.
     """
     signal(SIGALRM, SIG_DFL)
@@ -26,7 +26,7 @@ def names(address: str | None, pattern: str | None) -> list[str] | None:
     try:
         with BlockingConnection(address, _ANSWER_S, autostart=False) as connection:
             return _all(connection, pattern, until)
-    except (RegdError, KeyError, TypeError, AttributeError):  # the last three occur if the reply is not from regd
+    except (RegdError, KeyError, TypeError, AttributeError):  # all but RegdError: the reply is not from regd
         return None
     finally:
         setitimer(ITIMER_REAL, 0.0)

@@ -1,7 +1,7 @@
 """`regctl completion`: the completion scripts for bash, zsh and fish.
 
-A script contains the commands, aliases and options, and calls `regctl names` for the names of services. After the
-`--` of `regctl run`, the shell completes the command line of the other program.
+Each script contains the commands, aliases and options, and calls `regctl names` for the names of services. After
+the `--` of `regctl run`, the script lets the shell complete the command line of the other program.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`regctl doctor`: checks the files of a running daemon, as its next start would find them.
 
 `registry.json` lags the daemon by up to a second and the journal has the changes since then, so both are read
-together. The daemon may write them at the same time, so a fault is reported only if it is found again.
+together. The daemon may write them at the same time, so a fault is reported only if a second look finds it too.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def _content(path: Path, revision: Callable[[], int]) -> Iterator[Finding]:
 
 
 def _look(path: Path, revision: Callable[[], int]) -> Iterator[Finding]:
-    journal, needed = journal_path(path), revision()  # changes in effect are on disk
+    # The files must have at least the revision `needed`, since regd writes a change before it takes effect.
+    journal, needed = journal_path(path), revision()
     if not path.exists() and path.parent.is_dir():
         yield Finding("file", f"{path} is gone", _REWRITE)
         return

@@ -30,7 +30,7 @@ from regd_client.protocol import find_address
 
 _STATUSES = {"not_found": NOT_FOUND, "timeout": NOT_FOUND, "bad_argument": USAGE, "shutting_down": NO_DAEMON}
 _INSTANCES_SHOWN = 5  # in an error message
-# Exceptions caused by a reply of an unexpected form, if it is from a program other than regd.
+# Exceptions that occur if a reply has an unexpected form, because another program than regd has sent it.
 _MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
 
 
@@ -277,7 +277,7 @@ def _wait(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
 
 
 def _env(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
-    """Print the variables of all services, or none: an incomplete environment is hard to notice."""
+    """Print the variables of all services, or an error: an incomplete environment would be hard to notice."""
     import shlex
 
     instances: list[dict[str, Any]] = []

@@ -77,7 +77,7 @@ class _Follower:
         self._is_away = False
 
     def follow(self, address: protocol.Address) -> dict[str, Any] | None:
-        """Print the changes of one connection. Return the daemon's error reply, or None if stdout is broken.
+        """Print the changes until the connection ends. Return the daemon's error reply; None if stdout is broken.
 
         Raises:
             Unavailable: the connection broke.
@@ -116,7 +116,7 @@ class _Follower:
 
 
 def _follow(address: protocol.Address, follower: _Follower) -> dict[str, Any] | None:
-    """Follow across restarts of the daemon. Return the daemon's error reply, or None if stdout is broken."""
+    """Follow over restarts of the daemon. Return the daemon's error reply, or None if nobody reads stdout."""
     while True:
         try:
             refusal = follower.follow(address)

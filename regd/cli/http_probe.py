@@ -17,7 +17,7 @@ from regd_client.protocol import host_port
 TRY_S = 5.0  # for one request and its response
 _HEAD_BYTES_MAX = 65_536  # of all heads together, including 1xx responses
 _BODY_BYTES_MAX = 65_536  # read at most so much of the body before the connection is closed
-_BODY_S = 0.2
+_BODY_S = 0.2  # and at most for so long
 _STATUS = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: ([^\r\n]*))?\r?\n")
 _REASON_CHARS_MAX = 80
 

@@ -1,4 +1,4 @@
-"""Finds daemons and services of this machine without asking a daemon: by /proc, sockets and the registry file."""
+"""Finds daemons and services of this machine without a request to a daemon: by /proc, sockets and files."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _addresses_in(flags: list[str], folder: str = "/", tcp: bool = True) -> Iter
 
 
 def is_in_another_network(pid: int) -> bool:
-    """Return whether a process is in another network namespace; False if this user may not know."""
+    """Return whether a process is in another network namespace; False also if this user may not know that."""
     try:
         return os.readlink(f"/proc/{pid}/ns/net") != os.readlink("/proc/self/ns/net")
     except OSError:

@@ -107,15 +107,15 @@ class LogOutput(logging.Handler):
         self.path = path
         self.fd = _STDERR if path is None else open_log(path)
         self._ready = threading.Condition()
-        # Bytes to write, and the number of lines to count as dropped if they cannot be written.
+        # Each element: bytes to write, and the number of dropped lines to count if they cannot be written.
         self._pending: deque[tuple[bytes, int]] = deque()
         self._pending_bytes = 0
-        self._dropped = 0  # since the last log line that reported dropped lines
+        self._dropped = 0  # lines dropped since the last line that reported dropped lines
         self._why = ""
         self._is_line_open = False  # only a part of the last line was written
         self._closing = False
         self._thread: threading.Thread | None = None
-        self._rotate(1)  # if the start fails, its error is written to the file without the thread
+        self._rotate(1)  # now, because `fail` writes without the thread, if the start fails
 
     def start(self, level: str) -> None:
         """Handle all log records of the program from now on. Call it after forking, which keeps no threads."""
@@ -187,7 +187,7 @@ class LogOutput(logging.Handler):
         while view:
             try:
                 count = os.write(self.fd, view)
-            except BlockingIOError:  # a pipe or terminal that another process made non-blocking
+            except BlockingIOError:  # another process has made the pipe or terminal non-blocking
                 poll = select.poll()
                 poll.register(self.fd, select.POLLOUT)
                 poll.poll()
@@ -197,7 +197,7 @@ class LogOutput(logging.Handler):
             view = view[count:]
 
     def _rotate(self, count: int) -> None:
-        """Start a new file if `count` more bytes do not fit. If the file cannot be renamed, it grows on."""
+        """Start a new file if `count` more bytes do not fit. A file that cannot be renamed grows on."""
         if not self._bytes_max or self.path is None:
             return
         size = os.fstat(self.fd).st_size
@@ -224,7 +224,7 @@ class LogOutput(logging.Handler):
             os.close(fd)
 
     def close(self) -> None:
-        """Write the lines that wait, for a second at most. Idempotent."""
+        """Write the remaining lines, for a second at most. Idempotent."""
         thread, self._thread = self._thread, None
         if thread is not None:
             if self._dropped:

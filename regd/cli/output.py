@@ -16,11 +16,11 @@ from typing import Any, TextIO
 from regd_client.protocol import host_port
 
 _MACHINE = "regd.machine"  # the label of an instance that a bridge has registered
-EMPTY = "-"  # for a column without a value, since programs that split at blanks would skip an empty one
+EMPTY = "-"  # for a column without a value, since programs that split at blanks would skip an empty column
 
 
 class Output:
-    """Writes to stdout. `failure` is the error that ended writing; text is discarded from then on."""
+    """Writes to stdout. `failure` is the error after which nothing can be written; later text is discarded."""
 
     failure: OSError | None = None
 
@@ -39,7 +39,7 @@ class Output:
 def finish(program: str) -> bool:
     """Flush both streams. If stdout could not be written, report that on stderr and return False.
 
-    It is not an error if stdout is a pipe that its reader has closed.
+    A pipe that its reader has closed is not an error: the reader wants no more.
     """
     Output.write("", flush=True)
     try:
@@ -169,8 +169,8 @@ def instance_name(name: str, instance: str) -> str:
 def _list(entries: list[dict[str, Any]]) -> Iterable[str]:
     """Return a table of instances.
 
-    A column of priorities is added if any is not 0, and a column of machines if any instance is of another
-    machine.
+    The table has a column of priorities only if a priority is not 0, and a column of machines only if an instance
+    is of another machine.
     """
     header: tuple[str, ...] = ("NAME", "INSTANCE", "ADDRESS", "STATE", "META")
     rows = [_row(entry) for entry in entries]
@@ -192,7 +192,7 @@ def _row(entry: Mapping[str, Any]) -> tuple[str, ...]:
 def table(header: tuple[str, ...] | None, rows: list[tuple[str, ...]], nothing: str) -> Iterable[str]:
     """Return the rows as aligned columns for a terminal, or separated by tabs for a pipe.
 
-    Only a terminal gets the header, if there is one; if there are no rows, it gets the text `nothing` instead.
+    Only a terminal gets the header or, if there are no rows, the text `nothing` in its place.
     """
     if not sys.stdout.isatty():
         return ["\t".join(row) for row in rows]

@@ -88,10 +88,10 @@ def _hex(host: str, port: int) -> str:
 def is_of(command: int, at: Listener) -> bool:
     """Return whether a socket may belong to a command; `command` is its process id.
 
-    It may if a process of the command has it open, or if its owner is root, this user, or a user as whom a
-    process of the command runs (`sudo`). The owner alone is enough, because the socket of a container's port or
-    of a daemonized program is not open in a process of the command, and because root and this user control the
-    command anyway.
+    The socket may belong to it if a process of the command has the socket open, or if the owner of the socket is
+    root, this user, or a user as whom a process of the command runs (`sudo`). The owner alone is enough, because
+    the socket of a container's port or of a daemonized program is not open in a process of the command, and
+    because root and this user control the command anyway.
     """
     trusted = {_ROOT, os.geteuid()}
     if at.uid != _OVERFLOW or _all_users_are_mapped():

@@ -14,7 +14,7 @@ from regd_client.errors import Unavailable
 TRANSIENT = ("shutting_down", "busy")  # errors after which a command tries again
 _PAUSE_S = 0.1  # between two attempts
 _HTTP_PAUSE_S = 0.2  # between two attempts by HTTP
-_TRY_S_MIN = 0.5  # an attempt by HTTP has at least this time, even if the total time is over
+_TRY_S_MIN = 0.5  # an attempt by HTTP has at least this time, even after `until`
 
 
 def ask(connection: BlockingConnection, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -45,12 +45,12 @@ def ask(connection: BlockingConnection, command: str, arguments: dict[str, Any])
 
 
 def wait_for(address: str | None, name: str, until: float) -> dict[str, Any]:
-    """Wait until a service accepts connections, and return the reply to `resolve`. Wait for the daemon too.
+    """Wait for a daemon, and until a service accepts connections. Return the reply to `resolve`.
 
     `until` is a value of `time.monotonic`.
 
     Raises:
-        Unavailable: no daemon answers in time, or it cannot be started on demand.
+        Unavailable: no daemon answers in time, or none can be started on demand.
     """
     daemon = protocol.find_address(address)
     while True:
@@ -73,7 +73,7 @@ def wait_for_http(address: str | None, name: str, path: str, until: float) -> di
     `time.monotonic`.
 
     Raises:
-        Unavailable: no daemon answers by then, or it cannot be started on demand.
+        Unavailable: no daemon answers in time, or none can be started on demand.
     """
     wait_s = until - time.monotonic()
     import asyncio

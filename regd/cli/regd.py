@@ -33,15 +33,15 @@ log = logging.getLogger("regd")
 
 _SWITCH_INTERVAL_S = 0.0005
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-# Just above the 256 KiB that asyncio allocates for each read: with less, each read would cost an mmap and a
-# munmap. With 1 MiB, four times as much memory would remain allocated after many clients did not read their
-# replies.
+# Just above the 256 KiB that asyncio allocates for each read: with a lower threshold, each read would cost an
+# mmap and a munmap. With 1 MiB, four times as much memory would remain allocated after many clients did not read
+# their replies.
 _LARGE_BYTES = 272 * 1_024
 _GC_THRESHOLD = 10_000  # allocations between two collections; regd creates few cycles
 _OFF = "off"
 _MIB = 1_048_576
-# By default these signals end a process. SIGALRM may come from a timer of the parent, which survives execve(2).
-# Not every system has all of these signals.
+# regd ignores these signals, each of which ends a process by default. SIGALRM may come from a timer that the
+# parent set before execve(2). Not every system has all of them.
 _IGNORED = (
     "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGPWR", "SIGSTKFLT",
     *(f"SIGRTMIN+{number}" for number in range(32)),
@@ -327,7 +327,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 def _return_free_memory() -> None:
     """Make malloc return large free blocks to the system (mallopt(3), glibc only).
 
-    By default, glibc raises both thresholds when large blocks are freed, and then keeps more memory.
+    By default, glibc raises both thresholds when large blocks are freed, and so keeps more free memory.
     """
     with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes
@@ -350,7 +350,8 @@ def _freeze_survivors(phase: str, info: Mapping[str, int]) -> None:
 async def _run(config: Config, detach: Callable[[], None] | None, output: LogOutput) -> None:
     ending = asyncio.Event()
     _handle_signals(ending, output)
-    # The loop releases the interpreter at every send and receive, and must not wait long for the storage thread.
+    # The event loop's thread releases the interpreter lock at every send and receive, and must not wait long to
+    # get it back from the storage thread.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     clock = LoopClock()
     daemon = Daemon(replace(config, limits=fit_limits(config.limits)), clock=clock)
@@ -428,6 +429,7 @@ async def _until_end(ending: asyncio.Event, daemon: Daemon) -> None:
     """Wait for a signal that ends the daemon, for --idle-exit, or until a project registry is removed.
 
     Raises:
+        StorageError: another regd has taken over the registry.
         Exception: the daemon has failed, because of a bug.
     """
     failed = asyncio.ensure_future(daemon.failed())

@@ -16,7 +16,7 @@ from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import RegdError, Unavailable
 
 _ANSWER_S = 2.0
-_END_S = 10.0  # for the daemon to commit the writes that wait, and exit
+_END_S = 10.0  # for the daemon to commit the remaining writes, and exit
 
 
 def init(folder: str, as_json: bool) -> None:
@@ -121,7 +121,7 @@ def _others(address: str | None, source: str, search: project.Search) -> Iterato
 def _daemon(at: protocol.Address) -> tuple[dict[str, Any] | None, str]:
     """Return the version and the process of the daemon at an address.
 
-    If there is none, return None and a description of what is there instead, "" if nothing listens.
+    Without a daemon, return None and what is wrong there; "" if nothing listens.
     """
     replies = []
     try:
@@ -143,7 +143,7 @@ def _is_nobody(error: RegdError) -> bool:
 def stop(address: str | None, as_json: bool) -> None:
     """Stop the daemon at a Unix socket.
 
-    The process id comes from the kernel, since another program could claim any process id.
+    The process id comes from the kernel, since another program at the socket could state any process id.
 
     Raises:
         RegdError: the daemon cannot be stopped in this way.
@@ -186,7 +186,7 @@ def _process(connection: BlockingConnection) -> int:
     """Return the daemon's process id from the kernel.
 
     Raises:
-        RegdError: the kernel does not know it, or another process has opened the socket.
+        RegdError: the kernel does not know the process, or another process has opened the socket.
     """
     reply = connection.ask("stats")
     if not reply["ok"]:

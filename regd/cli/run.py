@@ -94,7 +94,7 @@ def _environment(address: str | None, arguments: Mapping[str, Any]) -> dict[str,
 
 
 def _check(arguments: Mapping[str, Any]) -> None:
-    """Have the daemon, if there is one, check name, instance and labels before the command starts."""
+    """Let the daemon check name, instance and labels before the command starts. Without a daemon, do nothing."""
     checked = {key: arguments[key] for key in ("name", "instance", "meta") if arguments[key] is not None}
     try:
         with BlockingConnection() as connection:
@@ -108,7 +108,7 @@ def _check(arguments: Mapping[str, Any]) -> None:
 
 
 def _last_ports(name: str, instance: str | None) -> list[int]:
-    """Return the ports that the service had last; [] if there is no daemon or it keeps no history."""
+    """Return the ports that the service had last; [] without a daemon, or if the daemon keeps no history."""
     last = LastPorts(name, instance)
     try:
         with BlockingConnection(timeout_s=_HISTORY_S) as connection:
@@ -265,7 +265,8 @@ class _Name:
                     obstacle = self._obstacle(host)
                     if not obstacle:
                         return host
-            if obstacle and obstacle == previous != reported:  # found twice, so the listener is not just closing
+            # Report an obstacle only when it is found again, since a listener may be about to close.
+            if obstacle and obstacle == previous != reported:
                 reported = obstacle
                 self._report("taken", f"{self._name} is not registered: {obstacle}")
             if not obstacle and time.monotonic() > warn_at:
@@ -286,13 +287,13 @@ class _Name:
         return text
 
     def _obstacle(self, host: str) -> str:
-        """Return why the listener on this host is not taken for the command's; "" if it is."""
+        """Return why the listener on this host does not count as the command's; "" if it does."""
         at = host_port(host, self._port)
         try:
             listening = listener(host, self._port)
         except OSError as error:
             if sys.platform != "linux":
-                return ""  # this system does not tell, and the daemon lets every user write, too
+                return ""  # only Linux says which process has opened a socket
             return f"the kernel does not say who listens at {at} ({error}); use --socket"
         if listening is None:
             return f"connections to {at} are accepted, but no socket of this machine listens there"

@@ -57,10 +57,10 @@ def command_probe(command: str, environment: Mapping[str, str], mask: Collection
 
 
 class _Process:
-    """A shell that runs a command, in a process group of its own, which is killed at the end of the `with`.
+    """A shell that runs a command, in a process group of its own. The end of the `with` kills the group.
 
-    It is not started by asyncio, because it would inherit the signal mask of asyncio's thread, which blocks all
-    signals.
+    asyncio does not start the shell, because the shell would then inherit the signal mask of asyncio's thread,
+    which blocks all signals.
     """
 
     def __init__(self, command: str, environment: Mapping[str, str], mask: Collection[int]) -> None:

@@ -29,7 +29,7 @@ class _Printer:
         self._state = WatchState(pattern or "*", meta, self._print)
 
     def print_events(self, connection: BlockingConnection) -> dict[str, Any] | None:
-        """Print the events of one connection. Return the daemon's error reply, or None if stdout is broken.
+        """Print the events until the connection ends. Return the daemon's error reply; None if stdout is broken.
 
         Raises:
             Unavailable: the connection broke.

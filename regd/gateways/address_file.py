@@ -1,6 +1,6 @@
 """The file `serve` of a project registry: the addresses of its `regctl serve`, one per line.
 
-A running gateway has the file locked. So a file that is not locked, left by a killed gateway, counts as
+A running gateway keeps the file locked. A file that is not locked was left by a killed gateway, and counts as
 missing. If a project has two gateways, the file has the addresses of the first until that gateway ends.
 """
 
@@ -17,7 +17,7 @@ __all__ = ["AddressFile", "read_addresses"]
 _NAME = "serve"
 _BYTES_MAX = 1_024
 _ADDRESS = re.compile(r"(http|dns)://(127\.0\.0\.1|\[::1\]):[1-9][0-9]{0,4}")
-_TRIES = 5  # attempts to lock the file, while other programs read or remove it
+_TRIES = 5  # attempts to lock the file: another program may read or remove it at that moment
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
@@ -31,7 +31,7 @@ class AddressFile:
     def __init__(self, folder: str) -> None:
         self._folder = folder
         self._path = os.path.join(folder, _NAME)
-        self._file: int | None = None  # locked, and at the path when it was last checked
+        self._file: int | None = None  # the locked descriptor; the file was at the path when last checked
 
     def write(self, addresses: Sequence[str]) -> str:
         """Write the addresses, unless that was done already or the file belongs to another gateway.
@@ -76,7 +76,7 @@ class AddressFile:
 
 
 def _open_locked(path: str) -> int | None:
-    """Open and lock the file; None if another gateway has it locked."""
+    """Open and lock the file, and return its descriptor; None if another gateway has it locked."""
     for _ in range(_TRIES):
         file = os.open(path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o600)
         try:

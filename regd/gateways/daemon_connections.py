@@ -21,9 +21,9 @@ from regd_client.protocol import Address, connectable
 __all__ = ["Daemon", "DaemonConnection", "slot"]
 
 REPLY_S = 2.0  # to connect and to get the reply, in addition to `wait`
-_LINE_BYTES_MAX = 2 * 1_048_576  # of a reply; the daemon's own limit is half of it
+_LINE_BYTES_MAX = 2 * 1_048_576  # of a reply; the daemon's own limit is half of this
 _READ_BYTES = 16_384  # of a watch, per read: about 60 events
-REQUESTS_MAX = 64  # in flight on the shared connection; the daemon answers no more of one connection at a time
+REQUESTS_MAX = 64  # in flight on the shared connection; the daemon handles no more of one connection at a time
 _TOO_LATE = f"no reply within {REPLY_S:g} s"
 _RESET = struct.pack("ii", 1, 0)  # struct linger: close with a reset
 
@@ -38,7 +38,7 @@ async def slot(slots: asyncio.Semaphore) -> AsyncIterator[None]:
     """Hold a slot during the block.
 
     Raises:
-        TimeoutError: none is free within `REPLY_S`.
+        TimeoutError: no slot is free within `REPLY_S`.
     """
     async with asyncio.timeout(REPLY_S):
         await slots.acquire()
@@ -91,7 +91,7 @@ class DaemonConnection:
             raise ConnectionResetError("it closed the connection before the reply") from None
 
     async def read(self) -> bytes:
-        """Read what has arrived; b"" at the end."""
+        """Read the bytes that have arrived; b"" at the end of the connection."""
         return await self._reader.read(_READ_BYTES)
 
     def abort(self) -> None:
@@ -118,7 +118,7 @@ class _Pipeline:
         self._reading = asyncio.create_task(self._read(), name="regd-gateway-replies")
 
     async def ask(self, request: bytes) -> bytes:
-        """Send a request and return its reply. A cancelled caller's reply is read and dropped.
+        """Send a request and return its reply. If the caller is cancelled, the reply is still read, and dropped.
 
         Raises:
             ConnectionError: the connection broke before the reply.
@@ -135,7 +135,7 @@ class _Pipeline:
             while True:
                 line = await self._connection.read_line()
                 if not self._replies:
-                    return  # the reason why the daemon closes the connection: `busy`, `shutting_down`
+                    return  # the daemon closes the connection; the line says why: `busy`, `shutting_down`
                 reply = self._replies.popleft()
                 if not reply.done():
                     reply.set_result(line)
@@ -156,7 +156,7 @@ class _Pipeline:
 
 
 class Daemon:
-    """Asks the daemon at an address. If there is none, or no reply in time, the answer is `unavailable`."""
+    """Asks the daemon at an address. Without a daemon, or a reply in time, the answer is `unavailable`."""
 
     def __init__(self, address: Address) -> None:
         self.address = address
@@ -181,20 +181,20 @@ class Daemon:
             async with asyncio.timeout(REPLY_S):
                 return body_of(await self._ask(request))
         except TimeoutError:
-            self.close()  # the daemon does not answer, and later requests would wait as long
+            self.close()  # on this connection, later requests would wait as long for the daemon
             return self.unavailable(_TOO_LATE)
         except OSError as error:
             return self.unavailable(_reason(error))
 
     async def _ask(self, request: bytes) -> bytes:
-        """Ask, and ask again if the connection broke, because the daemon may have been restarted."""
+        """Ask. If the connection breaks, ask once more, because the daemon may have been restarted."""
         try:
             return await (await self._connected()).ask(request)
         except ConnectionResetError:
             return await (await self._connected()).ask(request)
 
     async def ask_alone(self, cmd: str, arguments: Mapping[str, Any], wait_s: float) -> Body:
-        """Ask on a connection of its own. If the caller is cancelled, the daemon drops the request."""
+        """Ask on a separate connection. If the caller is cancelled, the daemon drops the request."""
         async with self.ask_and_keep_open(cmd, arguments, wait_s) as (body, _):
             return body
 
@@ -202,7 +202,7 @@ class Daemon:
     async def ask_and_keep_open(
         self, cmd: str, arguments: Mapping[str, Any], wait_s: float = 0.0, read_ahead_bytes: int = _LINE_BYTES_MAX
     ) -> AsyncIterator[tuple[Body, DaemonConnection]]:
-        """Ask on a connection of its own, open until the block ends. `wait_s` is added to `REPLY_S`."""
+        """Ask on a separate connection, which stays open until the block ends. `wait_s` is added to `REPLY_S`."""
         connection = DaemonConnection()
         try:
             async with asyncio.timeout(wait_s + REPLY_S):

@@ -19,7 +19,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def prometheus_targets(instances: Iterable[Instance], *, every: bool = False) -> list[dict[str, Any]]:
-    """Return the groups of `http_sd_configs`: one for each instance whose `meta` has `metrics`, or for all."""
+    """Return the groups of `http_sd_configs`: one for each instance with `metrics` in `meta`, or for all."""
     return [_target(instance) for instance in instances if every or "metrics" in instance["meta"]]
 
 
@@ -44,7 +44,8 @@ def _target(instance: Instance) -> dict[str, Any]:
 def traefik_configuration(instances: Iterable[Instance]) -> dict[str, Any]:
     """Return the configuration for Traefik's HTTP provider: a router for each name with ready instances.
 
-    Without such names it is empty, because Traefik treats an empty table of routers as an error.
+    Without such names the whole configuration is empty, because Traefik treats an empty table of routers as an
+    error.
     """
     names: dict[str, list[Instance]] = {}
     for instance in instances:
@@ -78,9 +79,9 @@ def _priority(instance: Instance) -> int:
 
 
 def location(instance: Instance, named_host: str, path_and_query: str) -> str:
-    """Return the URL of an instance, for a browser that asked for `named_host`.
+    """Return the URL of an instance, for a browser that has requested `named_host`.
 
-    If the instance listens on this machine's loopback, the URL keeps the host that the browser asked for, so
+    If the instance listens on this machine's loopback, the URL keeps the host that the browser has requested, so
     that each service has its own cookies.
     """
     host = named_host if instance["host"] in _LOOPBACK else instance["host"]

@@ -33,7 +33,7 @@ _TTL_S = 0  # no resolver caches an answer
 _ORIGIN = dns.name.from_text(zone.ORIGIN)
 _ORIGIN_WIRE = _ORIGIN.to_wire() or b""
 _TRANSFERS = (dns.rdatatype.AXFR, dns.rdatatype.IXFR)
-_QUERY_BYTES_MAX = 1_232  # what fits into one packet everywhere; dnspython takes 0.5 s for some of 64 KiB
+_QUERY_BYTES_MAX = 1_232  # fits into one packet everywhere; for some queries of 64 KiB, dnspython takes 0.5 s
 _TYPE_AND_CLASS_BYTES = 4  # at the end of a question
 _RECORD = struct.Struct("!HHIH")  # type, class, TTL, and the length of the data
 _SRV = struct.Struct("!HHH")  # priority, weight, port
@@ -51,7 +51,7 @@ def _is_query(wire: bytes) -> bool:
 
 
 def respond(wire: bytes, index: NameIndex | None, rng: random.Random, *, tcp: bool) -> bytes | None:
-    """Return the response to a query; None if there is none, because the bytes are too short or are a response.
+    """Return the response to a query; None for bytes that get no response: too few, or a response themselves.
 
     Without an index the state is unknown, and the response is SERVFAIL.
     """
@@ -144,11 +144,11 @@ def _first(records: list[bytes], size: int) -> list[bytes]:
     return [record for record, end in zip(records, ends, strict=True) if end <= size]
 
 
-# Records as bytes (RFC 1035, section 3.2.1). dnspython takes 110 ms for 1,000 of them.
+# Records as bytes (RFC 1035, section 3.2.1), made here because dnspython takes 110 ms for 1,000 records.
 
 
 def _record(record: Record, origin: bytes) -> bytes:
-    """Return a record. `origin` points to `regd.internal` in the question, where all owners end."""
+    """Return a record as bytes. All owners end with `origin`, a pointer to `regd.internal` in the question."""
     owner = _QUESTION_NAME
     if record.owner:
         owner = _labels(record.owner.removesuffix(zone.ORIGIN).removesuffix(".")) + origin

@@ -19,9 +19,9 @@ CONNECTIONS_MAX = 64  # over TCP; more are closed at once
 IDLE_S = 10.0  # for a whole message over TCP
 _CACHED_MAX = 1_024
 _CACHED_BYTES_MAX = 16_384
-_CACHED_S = 1.0  # so short that the order of records still changes
+_CACHED_S = 1.0  # short, because the order of the records should change between answers
 _QUERY_BYTES_MAX = 512  # longer queries are not cached
-_ID_BYTES = 2  # every query has its own id
+_ID_BYTES = 2  # every query has its own id, which the cache leaves out
 
 State = Callable[[], NameIndex | None]
 
@@ -30,7 +30,7 @@ class AnswerCache:
     """Answers queries. Equal queries are answered from a cache, which every change clears.
 
     Args:
-        state: returns the current state; None if it is not known or too old.
+        state: returns the current state; None if the state is unknown or too old.
         clock: returns the time in seconds.
     """
 
@@ -46,7 +46,7 @@ class AnswerCache:
         self._answers.clear()
 
     def answer(self, query: bytes, *, tcp: bool) -> bytes | None:
-        """Return the answer to a query; None if there is none."""
+        """Return the answer to a query; None if the query gets none."""
         key = (query[_ID_BYTES:], tcp)
         now = self._clock()
         valid_until, rest = self._answers.get(key, (0.0, b""))

@@ -2,8 +2,8 @@
 
 Every web page can send requests to loopback. These checks are made in this order:
 
-1. `Host` must name this machine. A page whose own name was rebound to 127.0.0.1 sends its own name, and only
-   this distinguishes its requests from those of curl.
+1. `Host` must name this machine. A page whose own name was rebound to 127.0.0.1 sends its own name as `Host`, and
+   nothing else distinguishes its requests from those of curl.
 2. The method must be GET or HEAD. A preflight (OPTIONS) is refused like any other method, since the gateway
    permits other origins nothing.
 3. `Sec-Fetch-Site` (Fetch Metadata) must be `same-origin` or `none`, except to open a page. Another port of
@@ -21,7 +21,7 @@ from regd.gateways.readers import Readers
 
 __all__ = ["HEADERS", "HEAD_BYTES_MAX", "Guard", "Refusal", "find_refusal", "host_name"]
 
-# Of every response, the server's own errors included.
+# The headers of every response, including the server's own errors.
 HEADERS = [
     ("Cache-Control", "no-store"),
     ("Content-Security-Policy", (
@@ -75,7 +75,7 @@ def find_refusal(method: str, headers: Headers) -> Refusal | None:
 
 
 def _opens_a_page(values: dict[bytes, list[bytes]]) -> bool:
-    """Return whether a browser opens the URL in a tab, where the page that led to it cannot read it."""
+    """Return whether a browser opens the URL in a tab. The page that led to it cannot read the response there."""
     return values.get(b"sec-fetch-mode") == [b"navigate"] and values.get(b"sec-fetch-dest") == [b"document"]
 
 

@@ -21,7 +21,7 @@ CONNECTIONS_MAX = 1_024
 IDLE_S = 10.0  # for a whole request, between two requests, and for a client that does not read
 UNREAD_BYTES_MAX = 64 * 1_048_576  # of all responses
 _STOP_S = 1  # for the responses in progress
-_LINGER_S = 0.5  # of these, for clients that read slowly
+_LINGER_S = 0.5  # of this second, for clients that read slowly
 # h11's states of a client whose request is incomplete or invalid.
 _INCOMPLETE: tuple[object, ...] = (h11.IDLE, h11.SEND_BODY, h11.ERROR)
 
@@ -37,9 +37,8 @@ class _Protocol(H11Protocol):
             transport.abort()  # above the limit the response is 503, above twice the limit there is none
 
     def data_received(self, data: bytes) -> None:
-        # Pass the data on in parts, because h11 limits a head only until it is complete. After an error the
-        # rest is read and ignored: closing with unread input would reset the connection, and the response be
-        # lost.
+        # Pass the data on in parts, because h11 checks the size of a head only while it is incomplete. After an
+        # error, ignore the rest: closing without reading it would reset the connection, and lose the response.
         for start in range(0, len(data), guard.HEAD_BYTES_MAX):
             if not self.transport.is_closing() and self.conn.their_state is not h11.ERROR:
                 super().data_received(data[start : start + guard.HEAD_BYTES_MAX])
@@ -71,7 +70,7 @@ class _Protocol(H11Protocol):
 
     @property
     def is_in_stream(self) -> bool:
-        """Return whether an event stream is being sent. It stops while its client does not read."""
+        """Whether this connection sends an event stream. A stream pauses while its client does not read."""
         cycle = self.cycle
         if cycle is None or cycle.response_complete:
             return False
@@ -89,7 +88,7 @@ class _Protocol(H11Protocol):
         if self.cycle is None or self.cycle.response_complete:
             self.transport.write(f"HTTP/1.1 400 Bad Request\r\n{head}\r\n".encode() + body)
             self.transport.write_eof()
-        else:  # else these bytes would be part of a response
+        else:  # a response is in progress, and these bytes would become a part of it
             self.transport.close()
 
 
@@ -116,7 +115,7 @@ class HttpServer(uvicorn.Server):
     """uvicorn, without its signal handlers: they raise the signal again, and the process would end with 143."""
 
     def __init__(self, gateway: Gateway, connections_max: int = CONNECTIONS_MAX) -> None:
-        # Its warnings are about bad requests, which any client can send.
+        # uvicorn's warnings are about bad requests, which any client can send.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         super().__init__(
             uvicorn.Config(
@@ -138,8 +137,8 @@ class HttpServer(uvicorn.Server):
             )
         )
         self._gateway = gateway
-        self._incomplete = _UnchangedSince()  # by connection without a whole request: the last request before
-        self._unread = _UnchangedSince()  # by connection whose client does not read: the bytes not read yet
+        self._incomplete = _UnchangedSince()  # by connection with an incomplete request: the request before that
+        self._unread = _UnchangedSince()  # by connection whose client does not read: the number of unread bytes
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -166,7 +165,7 @@ class HttpServer(uvicorn.Server):
     def _drop_unread(self, now: float) -> None:
         """Drop clients that do not read, and the slowest clients if too many bytes are unread in total.
 
-        Event streams are not counted: they have their own limits, and stop while their client does not read.
+        Event streams do not count: they have limits of their own, and pause while their client does not read.
         """
         sizes = {connection: connection.transport.get_write_buffer_size() for connection in self._connections()}
         unread = {connection: size for connection, size in sizes.items() if size and not connection.is_in_stream}
@@ -177,13 +176,13 @@ class HttpServer(uvicorn.Server):
                 connection.transport.abort()
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
-        self._gateway.stop()  # else event streams would be cut when the time for the shutdown is over
+        self._gateway.stop()  # else uvicorn would cut the event streams when the time for the shutdown is over
         asyncio.get_running_loop().call_later(_LINGER_S, self._abort)
         await super().shutdown(sockets)
 
     def _abort(self) -> None:
         """Drop the connections whose client does not read, or whose request the daemon does not answer."""
-        # uvicorn would log each of them as an error of the application.
+        # uvicorn would log each dropped connection as an error of the application.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         for connection in self._connections():
             connection.transport.abort()

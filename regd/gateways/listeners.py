@@ -12,11 +12,11 @@ __all__ = ["BACKLOG", "ListenError", "bind_at_one", "bind_loopback", "bound_addr
 
 _HOSTS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 BACKLOG = 128  # connections that wait for `accept`; asyncio accepts this many at once
-# Per connection, in the kernel, which else keeps up to 4 MB for a client that does not read.
+# The kernel's send buffer of a connection. By default it grows to 4 MB for a client that does not read.
 _UNSENT_BYTES = 262_144
-# The receive buffer for datagrams, as far as the system permits: by default about 270 queries fit. A proxy asks
-# for the addresses of all targets at once. nginx sends 400 queries for 200 instances, and if one is lost, waits
-# 5 s.
+# The receive buffer for datagrams; the system may permit less. The default has room for about 270 queries. That
+# is not enough for a proxy that asks for all addresses at once: nginx sends 400 queries for 200 instances, and
+# waits 5 s if one is lost.
 _RECEIVE_BYTES = 1_048_576
 _PORT_TRIES = 32  # attempts to find a port that is free on all addresses
 
@@ -26,14 +26,14 @@ class ListenError(Exception):
 
 
 def ports_to_try(option: int | str | None, default: int, project: str) -> list[int]:
-    """Return the ports to try, in order, for a server; [] if the server is turned off.
+    """Return the ports that a server should try, in order; [] if the server is turned off.
 
     The order of a project's ports depends only on its path. So the project has the same port at every start,
     unless another program has taken it, and bookmarks stay valid.
 
     Args:
         option: the value of the option: a port, "off", or None if it is not given.
-            default: the port if there is no project.
+        default: the port if there is no project.
         project: the folder of the project registry, or "".
     """
     if option == "off":
@@ -47,7 +47,7 @@ def bind_at_one(ports: Sequence[int], types: Sequence[socket.SocketKind], option
     """Return sockets bound to the first free port of `ports`. See `bind_loopback`.
 
     Raises:
-        ListenError: none of them is free.
+        ListenError: no port of `ports` is free.
     """
     for port in ports[:-1]:
         with contextlib.suppress(ListenError):
@@ -121,7 +121,7 @@ def _bind(family: socket.AddressFamily, host: str, port: int, type: socket.Socke
 
 
 def bound_addresses(scheme: str, sockets: Sequence[socket.socket]) -> list[str]:
-    """Return the URLs of the addresses, without duplicates."""
+    """Return the addresses of the sockets as URLs, without duplicates."""
     names = [sock.getsockname() for sock in sockets]
     urls = [
         f"{scheme}://[{name[0]}]:{name[1]}" if ":" in name[0] else f"{scheme}://{name[0]}:{name[1]}"

@@ -28,7 +28,7 @@ class NameIndex:
     def __init__(self) -> None:
         self._names: dict[str, dict[str, Instance]] = {}
         self._below: Counter[str] = Counter()  # by name: the number of registered names that end with .NAME
-        self._best: dict[str, list[Instance]] = {}  # computed when asked for, and kept until the name changes
+        self._best: dict[str, list[Instance]] = {}  # computed by `best`, and kept until the name changes
 
     def __len__(self) -> int:
         return len(self._names)
@@ -61,7 +61,7 @@ class NameIndex:
         self._best.pop(name, None)
 
     def remove(self, name: str, instance: str) -> None:
-        """Remove an instance if it is there."""
+        """Remove an instance. Without effect if it is not in the index."""
         instances = self._names.get(name, {})
         self._best.pop(name, None)
         if instances.pop(instance, None) is not None and not instances:

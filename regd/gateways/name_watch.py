@@ -24,10 +24,11 @@ _PAUSE_S = 0.5  # between two attempts to start the watch
 class NameWatch:
     """A watch of all names.
 
-    In a project it also starts the daemon if none runs. A daemon does not exit while this watch is connected.
+    In a project, the watch also starts the daemon if none runs. A daemon does not exit for being idle while the
+    watch is connected.
 
     Args:
-            address: the daemon's address; None for the default.
+        address: the daemon's address; None for the default.
         on_change: called after every change of the state.
 
     Attributes:
@@ -46,7 +47,7 @@ class NameWatch:
         self.first_attempt = asyncio.Event()
 
     def state(self) -> NameIndex | None:
-        """Return the current state; None if it is not complete yet, or too old."""
+        """Return the current state; None if the state is not complete yet, or too old."""
         return self._index if self._is_complete and self._watch.stale_s <= STALE_S_MAX else None
 
     def start(self) -> None:
@@ -75,7 +76,7 @@ class NameWatch:
             await asyncio.sleep(_PAUSE_S)
 
     def _report(self, error: RegdError) -> None:
-        """Log why a daemon cannot be started. If none runs and none is to be started, log nothing."""
+        """Log why a daemon cannot be started. Log nothing if the only problem is that none runs."""
         if error.code == NOT_STARTED and str(error) != self._reported:
             self._reported = str(error)
             log.warning("%s", error)

@@ -1,7 +1,7 @@
 """Converts a URL's query string to a request for the daemon, and the daemon's reply to an HTTP status and body.
 
-The gateway has no state of its own here: each HTTP request is passed to the daemon, and the body is its reply,
-byte for byte.
+The gateway keeps no state for this: it passes each HTTP request to the daemon, and the body of the response is
+the daemon's reply, byte for byte.
 """
 
 import json
@@ -44,8 +44,8 @@ _STATUSES = {
 _OTHER_STATUS = 502
 
 
-# Values. Text that is not a value of its type is passed to the daemon as text, and the daemon refuses it with a
-# reason.
+# Values. If a text is not a value of its type, the gateway sends the text as it is, and the daemon refuses it
+# with a reason.
 
 
 def _integer(text: str) -> object:
@@ -114,10 +114,10 @@ def parse_query(query: bytes, parameters: Mapping[str, Read]) -> dict[str, Any]:
 
 
 def parse_own_query(query: bytes, parameters: Mapping[str, Read]) -> dict[str, Any]:
-    """Return the arguments in the query string of a path that is not a command of the daemon, checked here.
+    """Return the checked arguments in the query string of a path that is not a command of the daemon.
 
     Raises:
-        BadQuery: as `parse_query`; also an unknown argument, or a flag that is not a boolean.
+        BadQuery: as in `parse_query`, or an argument is unknown, or a flag is not a boolean.
     """
     arguments = parse_query(query, parameters)
     for name in arguments:

@@ -1,4 +1,4 @@
-"""Decides who may read through the gateway: only users who could read at the daemon's own address."""
+"""Decides who may read through the gateway: the users who could also read at the daemon's own address."""
 
 import socket
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ class Readers:
     """The users who may read: every local user, or only this user and root.
 
     Args:
-        restricted: only this user and root, as at a daemon's Unix socket.
+        restricted: let only this user and root read, as at a daemon's Unix socket.
     """
 
     def __init__(self, *, restricted: bool) -> None:
@@ -26,7 +26,7 @@ class Readers:
         """Choose the way to ask the kernel for the user of a client.
 
         Raises:
-            ListenError: the kernel does not tell users.
+            ListenError: the kernel does not tell which user a client is.
         """
         if self._credentials is None:
             return

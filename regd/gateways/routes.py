@@ -35,8 +35,9 @@ from regd_client.errors import RegdError
 __all__ = ["INPUT_ENDED", "STREAM_PATH", "Gateway"]
 
 STREAM_PATH = "/v1/watch"
-# The key in a request's `state` of an event that is set when the client closes the connection or its sending
-# side. Waits and streams then end, because most such clients are gone. Short requests are still answered.
+# In a request's `state`, the key of an event. The server sets the event when the client closes the connection or
+# its sending side. Waits and streams then end, because most such clients are gone; short requests still get an
+# answer.
 INPUT_ENDED = "input_ended"
 STREAMS_MAX = 256
 WAITS_MAX = 256
@@ -105,7 +106,7 @@ class Gateway:
         return answer
 
     async def _wait(self, cmd: str, arguments: dict[str, Any], scope: Scope) -> Response:
-        """Ask on a connection of its own, which is closed as soon as the client is gone."""
+        """Ask on a connection for this request alone, and close it as soon as the client is gone."""
         if self._waits >= WAITS_MAX:
             return _json(failure("busy", f"{self._waits} requests wait; try again later"))
         self._waits += 1
@@ -175,7 +176,7 @@ class Gateway:
             await send({"type": "http.response.body", "body": b""})
 
     async def _forward(self, connection: DaemonConnection, encoder: EventEncoder, send: Send) -> None:
-        """Send the events of a watch until the daemon closes it. Read none while the client does not read."""
+        """Send the events of a watch until the daemon closes it. While the client reads nothing, read nothing."""
         await _send_part(send, encoder.head())
         silences = 0
         with contextlib.suppress(OSError, ValueError):  # the daemon has ended, or what answers is not regd
@@ -224,10 +225,10 @@ class Gateway:
         return _json(Body(200, _encode(discovery.traefik_configuration(instances)).encode() + b"\n"))
 
     async def _read_list(self, arguments: dict[str, Any], take: Callable[[Instances], None]) -> Body | None:
-        """Call `take` with the instances of each page of `list`. Return None, or the error if a page fails.
+        """Call `take` with the instances of each page of `list`. Return the error if a page fails, else None.
 
-        An incomplete list must not be sent: Prometheus and Traefik keep their targets on an error, but would
-        drop those that the list lacks.
+        An incomplete list must not be sent: Prometheus and Traefik would drop the targets that it lacks, whereas
+        they keep all targets after an error.
         """
         try:
             async with slot(self._lists):
@@ -282,7 +283,7 @@ class Gateway:
 
 
 class _Endpoint:
-    """An ASGI application made of a method. starlette would treat the method itself as a request handler."""
+    """Makes an ASGI application of a method. starlette would take the method itself for a request handler."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -296,7 +297,7 @@ async def _send_part(send: Send, part: bytes) -> None:
 
 
 def _check_reply(cmd: str, arguments: Mapping[str, Any], body: Body) -> dict[str, Any] | None:
-    """Return the checked reply to a command; None if it is an error, or not from regd."""
+    """Return the reply to a command after checking it; None if it is an error, or not from regd."""
     if body.status != 200:
         return None
     try:

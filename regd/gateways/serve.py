@@ -23,8 +23,9 @@ __all__ = ["serve"]
 
 log = logging.getLogger("regd.gateways")
 _FILE_CHECK_S = 1.0
-_FILES_PER_CONNECTION = 3  # per HTTP connection: itself, one that may be refused beside it, and one to the daemon
-# For DNS connections, connections that are accepted and closed at once, connections to the daemon, and listeners.
+_FILES_PER_CONNECTION = 3  # per HTTP connection: its own, one of a refused connection, and one to the daemon
+# For DNS connections, for connections that are closed right after `accept`, for connections to the daemon, and
+# for listeners.
 _OTHER_FILES = dns_server.CONNECTIONS_MAX + 4 * BACKLOG + 16
 _CONNECTIONS_MIN = 16
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -36,8 +37,8 @@ def serve(
     """Serve HTTP and DNS until SIGTERM or Ctrl-C.
 
     Args:
-            address: the daemon's address; None for the default.
-        http_ports, dns_ports: the first free port is used, and 0 picks a free one; if empty, the server is off.
+        address: the daemon's address; None for the default.
+        http_ports, dns_ports: the ports to try in order; 0 picks a free one. Without ports, the server is off.
         say: called with a line for each address, once all sockets listen.
 
     Raises:
@@ -70,7 +71,7 @@ async def _serve(
             names.start()
             await resolver.start(dns)
             if autostart_wanted(daemon.address):
-                # So that the first requests find a daemon.
+                # Wait for the start of the daemon, so that the first requests find it.
                 await _first_of(stopping.wait(), names.first_attempt.wait())
             if not stopping.is_set():
                 addresses = [*bound_addresses("http", http), *bound_addresses("dns", dns)]
@@ -82,7 +83,7 @@ async def _serve(
             await _first_of(stopping.wait(), *([serving] if serving else []))
         finally:
             server.should_exit = True
-            # All at the same time: each may wait for a client, and the process must end within two seconds.
+            # All at the same time, since each may wait for a client, and the process must end within two seconds.
             await asyncio.gather(*([serving] if serving else []), names.close(), resolver.close())
             daemon.close()
 
@@ -90,8 +91,8 @@ async def _serve(
 def _connections_max() -> int:
     """Return the number of HTTP connections for which this process may open files.
 
-    Without this limit files could run out, and asyncio would try to accept a connection, and log the failure, a
-    thousand times a second.
+    Without this limit, the process could run out of files. asyncio would then try to accept a connection a
+    thousand times a second, and log each failure.
     """
     files = raise_open_files(_FILES_PER_CONNECTION * http_server.CONNECTIONS_MAX + _OTHER_FILES)
     connections_max = (files - _OTHER_FILES) // _FILES_PER_CONNECTION
@@ -124,7 +125,7 @@ def _keep_addresses(stack: contextlib.AsyncExitStack, folder: str, addresses: Se
 
 
 async def _rewrite(file: AddressFile, addresses: Sequence[str]) -> None:
-    """Write the file again if it was removed, and as soon as another gateway of the project has ended."""
+    """Write the file again if it was removed, or once another gateway of the project no longer has it."""
     while True:
         await asyncio.sleep(_FILE_CHECK_S)
         file.write(addresses)

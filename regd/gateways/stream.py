@@ -14,7 +14,7 @@ _RETRY = b"retry: 1000\n\n"
 _REVISION = re.compile(r"[0-9]{1,19}")
 _REVISION_MAX = 2**63 - 1  # the daemon refuses larger ones
 _EPOCH_CHARS_MAX = 64  # the daemon refuses longer ones
-_LINE_BYTES_MAX = 65_536  # of an event; the longest has half as many
+_LINE_BYTES_MAX = 65_536  # of an event; the longest one of the daemon has half as many
 
 COMMENT = b":\n\n"  # keeps a silent stream open
 
@@ -30,9 +30,9 @@ def parse_position(last_event_id: str) -> dict[str, Any] | None:
 class EventEncoder:
     """Encodes the events of one watch.
 
-    Events have an id from `sync` on, or from the start if the watch resumes, because a watch can resume only
-    from such a revision. `reset` has an empty id, so that a reader that reconnects during the snapshot starts
-    anew.
+    Events have an id from `sync` on, or from the start if the watch resumes, because a watch can resume only from
+    the revision of such an event. `reset` has an empty id, so that a reader that reconnects during the snapshot
+    starts anew.
 
     Args:
         reply: the reply to `watch`.

@@ -16,7 +16,7 @@ from regd.gateways.name_index import NameIndex, is_service_prefix
 __all__ = ["INSTANCES_MAX", "NODATA", "NXDOMAIN", "ORIGIN", "Answer", "Record", "lookup"]
 
 ORIGIN = "regd.internal"
-INSTANCES_MAX = 1_000  # in an answer; if there are more, a random choice
+INSTANCES_MAX = 1_000  # in an answer; if there are more, `lookup` chooses some at random
 _ADDRESSES = f"addr.{ORIGIN}"
 _NAME_SERVER = f"ns.{ORIGIN}"
 _WEIGHT = 1  # some clients never choose an instance of weight 0
@@ -57,7 +57,7 @@ def lookup(labels: Sequence[str], type: str, index: NameIndex, rng: random.Rando
     """
     labels = tuple(labels)
     if any("." in label for label in labels):
-        return NXDOMAIN  # a dot inside a label: joined with dots, the labels would look like another name
+        return NXDOMAIN  # with a dot inside a label, the joined labels would look like another name
     if not labels:
         return _of_type(_APEX, type)
     if labels == ("ns",):

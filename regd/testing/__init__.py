@@ -5,7 +5,7 @@
     with regd.testing.in_process.running() as registry:  # the daemon runs in a thread of this process
         ...
 
-If regd is installed, every pytest run imports this package. So it imports its modules only when they are used.
+If regd is installed, every pytest run imports this package. So the package imports its modules only when needed.
 """
 
 from typing import TYPE_CHECKING

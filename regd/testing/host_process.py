@@ -1,7 +1,7 @@
 """Start and control the host process, which runs the registries of a test run.
 
-It starts when it is first needed, and ends with this process. Requests and answers are lines on pipes, so they
-work even if a test patches sockets, time or files.
+The host starts when it is first needed, and ends with this process. Requests and answers are lines on pipes,
+which work even if a test patches sockets, time or files.
 """
 
 import atexit
@@ -20,10 +20,10 @@ _ANSWER_S = 30.0  # an answer takes milliseconds, unless the machine is overload
 _END_S = 5.0
 _ANSWER = b'{"id": '  # the beginning of each answer; any other line is an error message of Python
 
-# The folder of the package regd, which the host adds to `sys.path`. It needs no other package.
+# The folder that has the package regd. The host adds it to `sys.path`, and needs no other package.
 _FOLDER = str(Path(__file__).resolve().parents[2])
 # The host ignores Ctrl-C, which is meant for pytest. It starts faster without garbage collection, and without
-# ssl, which asyncio imports but does not need.
+# ssl, which asyncio imports but does not need here.
 _START = """
 import gc, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -105,7 +105,7 @@ class HostProcess:
                     self._messages.append(line.decode(errors="replace"))
                     continue
                 answer: dict[str, Any] = json.loads(line)
-                # An answer to an earlier request, which was interrupted by Ctrl-C or a timeout, is dropped.
+                # Drop the answer to an earlier request that Ctrl-C or a timeout has interrupted.
                 if answer["id"] == number:
                     self._rest = b"\n".join((*lines[at + 1 :], self._rest))
                     return answer
@@ -181,7 +181,7 @@ def _start_process() -> "subprocess.Popen[bytes]":
 
 
 def _parent_pidfds() -> list[int]:
-    """Return pidfds of the processes with which the host must end (Linux; elsewhere it ends with its stdin)."""
+    """Return pidfds of the processes with which the host must end; [] if the system has no pidfds."""
     # A worker of pytest-xdist lives for some seconds after its controller has been killed.
     pids = [os.getpid(), *([os.getppid()] if "PYTEST_XDIST_WORKER" in os.environ else [])]
     pidfds: list[int] = []
@@ -192,7 +192,7 @@ def _parent_pidfds() -> list[int]:
     return pidfds
 
 
-_hosts: list[HostProcess] = []  # at most one of them is running
+_hosts: list[HostProcess] = []  # at most one is running; the others have ended
 _starting = threading.Lock()
 
 

@@ -1,8 +1,8 @@
 """The host process, which runs the daemons of a test run.
 
-It is a process of its own, so that a test that blocks the interpreter, freezes time, forbids sockets or forks
-does not affect the daemons, and their logs do not mix with the test's. A request is a line of JSON on stdin, its
-answer a line on stdout.
+The host is a process of its own, so that a test that blocks the interpreter, freezes time, forbids sockets or
+forks does not affect the daemons. Their logs do not mix with the test's either. A request is a line of JSON on
+stdin, and its answer is a line on stdout.
 
 The host ends when stdin is closed. Since a child of the tests may keep the pipe open, it also gets pidfds of its
 parents, and ends when one of them ends.
@@ -114,7 +114,7 @@ class HostedDaemon:
 
 
 async def _exit_on_failure(server: Daemon) -> None:
-    """End the process if the daemon fails because of a bug, as `regd` does."""
+    """End the process if the daemon fails, as `regd` does."""
     try:
         await server.failed()
     except Exception:
@@ -165,7 +165,7 @@ async def _serve(parents: Sequence[int]) -> NoReturn:
         except (ListenError, StorageError, OSError) as error:
             answer = {"error": str(error)}
         answers.write(json.dumps({"id": request["id"], **answer}).encode() + b"\n")
-    os._exit(0)  # without stopping the daemons: the test run is over
+    os._exit(0)  # without stopping the daemons, since the test run is over
 
 
 def main(parents: Sequence[int]) -> NoReturn:

@@ -7,9 +7,9 @@
         assert regd_client.blocking.resolve("db").port == 5432
         registry.kill("db")
 
-It is meant for unit tests: it starts in a few milliseconds, and a test can simulate crashes and the passage of
-time. Of the state of the process, it changes only the environment variables `REGD_ADDRESS` and `REGD_AUTOSTART`,
-for the time of the `with`. The daemon logs to the logger `regd`.
+This registry is meant for unit tests: it starts in a few milliseconds, and a test can simulate crashes and the
+passage of time. Within the `with`, it changes the environment variables `REGD_ADDRESS` and `REGD_AUTOSTART`, and
+no other state of the process. The daemon logs to the logger `regd`.
 """
 
 import asyncio
@@ -83,7 +83,8 @@ class InProcessRegistry(Registry):
             regd_client.blocking.resolve("db")  # NotFound: its process exited
 
         It does not matter which client made the registration, or with which options. The client keeps its other
-        registrations. It is not notified, and registers again when it reconnects, for example after `cut`.
+        registrations. The client is not notified, and registers again when it reconnects, for example after
+        `cut`.
 
         Args:
             name: the service's name.
@@ -98,7 +99,8 @@ class InProcessRegistry(Registry):
     def expire(self, name: str, instance: str | None = None) -> None:
         """End a registration as if its lease had not been renewed: `down` with the reason `ttl expired`.
 
-        Apart from the reason, it is the same as `kill`. To make leases expire by themselves, use `advance`.
+        Apart from the reason, `expire` does the same as `kill`. To make leases expire by themselves, use
+        `advance`.
 
         Args:
             name: the service's name.
@@ -145,9 +147,10 @@ class InProcessRegistry(Registry):
         connections = set(self._server.connections)
         for connection in connections:
             connection.cut()
-        while connections & self._server.connections:  # noqa: ASYNC110  # they end in the next iteration of the loop
+        # The connections end in the next iteration of the event loop.
+        while connections & self._server.connections:  # noqa: ASYNC110
             await asyncio.sleep(0)
-        await self._server.write(_change_nothing)  # returns after the ends of the registrations are committed
+        await self._server.write(_change_nothing)  # done once the ends of the registrations are committed
 
     def stop(self) -> None:
         """Stop the daemon. Connections end, and new ones are refused. Registrations are kept. Idempotent."""
@@ -185,7 +188,7 @@ class InProcessRegistry(Registry):
         return listener
 
     async def _watch_for_failure(self, server: Daemon) -> None:
-        """If the daemon fails because of a bug, stop it, so that clients do not wait, and later calls fail."""
+        """If the daemon fails, stop it, so that clients do not wait for it. Later calls raise the failure."""
         try:
             await server.failed()
         except Exception as error:
@@ -292,7 +295,7 @@ class InProcessRegistry(Registry):
             work.close()  # has no effect if it was started
 
     def _forget_in_child(self) -> None:
-        """In a forked child, close the daemon's sockets, so that clients notice when the parent closes them."""
+        """Close a forked child's copies of the daemon's sockets: open copies would keep connections alive."""
         server = self._server
         nowhere = os.open(os.devnull, os.O_RDWR)
         for own in server.sockets if server is not None else ():
@@ -427,7 +430,7 @@ def _change_nothing(transaction: Transaction) -> bytes:
 
 
 def _short_folder() -> str | None:
-    """Return a folder for temporary folders: None, the default, or /tmp if its path is too long for a socket."""
+    """Return where to create temporary folders: None, the default, or /tmp if the default path is too long."""
     return "/tmp" if len(os.fsencode(tempfile.gettempdir())) > _FOLDER_BYTES_MAX else None
 
 

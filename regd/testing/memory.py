@@ -1,4 +1,4 @@
-"""`MemoryFiles`: an in-memory replacement of `Files`, which raises the same errors as a disk."""
+"""`MemoryFiles`: a replacement of `Files` in memory. It raises the same errors as a disk."""
 
 import errno
 import itertools
@@ -18,7 +18,7 @@ _LINES_MAX = 200  # in an excerpt
 class _Kept:
     inode: int
     data: bytearray = field(default_factory=bytearray)
-    changes: int = 0  # stands for the modification time
+    changes: int = 0  # takes the place of the modification time
 
     def fingerprint(self) -> Fingerprint:
         return Fingerprint(self.inode, len(self.data), self.changes, self.changes, is_regular=True)

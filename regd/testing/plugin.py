@@ -1,6 +1,6 @@
-"""The pytest plugin: the fixtures `regd` and `regd_in_process`, and their contents in reports of failed tests.
+"""The pytest plugin: the fixtures `regd` and `regd_in_process`. Reports of failed tests show their contents.
 
-Every pytest run loads it, so it imports the modules that start a registry only when a test needs one.
+Every pytest run loads the plugin, so it imports the modules that start a registry only when a test needs one.
 """
 
 import contextlib
@@ -123,7 +123,7 @@ def _open_registry(request: pytest.FixtureRequest, stack: contextlib.ExitStack) 
 
 
 def _end_with_package(request: "Any") -> None:
-    """End the fixture with the test's package. By default, pytest uses the package that defines the fixture."""
+    """End the fixture after the package of the test. pytest would wait for the package of the fixture."""
     package = request._pyfuncitem.getparent(pytest.Package)
     if package is not None:
         package.addfinalizer(lambda: request._fixturedef.finish(request))
@@ -153,7 +153,7 @@ class _Shared:
 
             path = None
             if self._config.getini("regd_storage") == "tmp_path":
-                # Outside of a test, there is only this private attribute; pytest-xdist uses it too.
+                # Outside of a test, pytest offers only this private attribute; pytest-xdist uses it too.
                 path = self._config._tmp_path_factory.mktemp("regd") / "registry.json"  # type: ignore[attr-defined]
             self._registry = OwnRegistry(path, shared=True)
         return self._registry
@@ -170,7 +170,7 @@ class _Shared:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Add the daemon's log to a worker's report, since the worker has no access to the log."""
+        """Add the daemon's log to the report of a worker, which has no access to the log."""
         if hasattr(report, "node") and self._registry and any(title == "regd" for title, _ in report.sections):
             from regd.testing.host_process import HostError
 

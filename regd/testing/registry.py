@@ -86,7 +86,7 @@ class Registry:
             meta: labels; by default none.
             state: `starting`, `ready` (the default) or `draining`.
             priority: 0 (the default) to 65535, lower is preferred.
-            force: take the name even from a live client, which receives `lost`.
+            force: take the name even from a live client. That client receives `lost`.
 
         Returns:
             The registered endpoint.
@@ -265,21 +265,21 @@ class OwnRegistry(Registry):
         return "\n".join(self._ask("show")["log"])
 
     def end(self) -> None:
-        """End the registry for good. Without effect in a forked child, and after its process was killed."""
+        """End the registry for good. Without effect in a forked child, and if the host process was killed."""
         if self._host.owner == os.getpid() and not self._host.was_killed:
             self._ask("end")
 
 
 @contextlib.contextmanager
 def running(path: str | os.PathLike[str] | None = None) -> Iterator[Registry]:
-    """Run a registry. This process and its children find it inside the `with`, by `REGD_ADDRESS`.
+    """Run a registry. Inside the `with`, this process and its children find it by `REGD_ADDRESS`.
 
         with regd.testing.running() as registry:
             subprocess.run([sys.executable, "-m", "shop"], check=True)
             print(registry.instances())
 
     Args:
-        path: the file in which the registry is kept; an existing one is loaded. By default it is kept in memory.
+        path: the file of the registry; an existing file is loaded. By default the registry is kept in memory.
 
     Raises:
         HostError: the registry cannot be started.

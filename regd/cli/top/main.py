@@ -20,7 +20,7 @@ def run(address: str | None, as_json: bool, arguments: Mapping[str, Any]) -> int
     """Show the registry and return the exit status.
 
     Raises:
-        RegdError: no daemon answers at the start, or it refuses.
+        RegdError: no daemon answers at the start, or the daemon refuses.
         KeyboardInterrupt: on Ctrl-C.
     """
     return asyncio.run(_run(address, as_json, arguments["name"], arguments["interval"]))

@@ -36,7 +36,7 @@ class Row:
 
     @property
     def words(self) -> str:
-        """The text in which a filter searches its words."""
+        """The text in which the words of a filter must occur."""
         texts = (self.name, self.instance, self.address, self.state, self.priority, self.holders, self.meta)
         return " ".join(texts).lower()
 
@@ -90,7 +90,7 @@ class Table:
         self.events: deque[RecentEvent] = deque(maxlen=_EVENTS_MAX)
         self.synced = False  # the first snapshot is complete
         self._version = 0
-        # Caches: the number of services and the rows shown, each with the version or query that they belong to.
+        # Caches: the version and its number of services; the query and its rows.
         self._counted = (0, 0)
         self._shown: tuple[object, list[Row]] = (None, [])
 
@@ -101,7 +101,7 @@ class Table:
         return self._counted[1]
 
     def take(self, kind: str, key: Key, fields: Mapping[str, Any] | None, now: float, reason: str = "") -> None:
-        """Apply an event at the time `now`. `fields` are those of the instance, None for "down" and "sync"."""
+        """Apply an event at the time `now`. `fields` are those of the instance; None for "down" and "sync"."""
         if kind == "sync":
             self.synced = True
             return

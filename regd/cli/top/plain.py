@@ -1,6 +1,6 @@
 """The view of `regctl top` without prompt_toolkit: a table that is redrawn, or one frame as text or JSON.
 
-It uses only the escape sequences that move the cursor home and clear.
+It uses only the escape sequences that move the cursor to the first line and clear the rest of a line or screen.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from regd.cli.top.render import Line, cut, whole
 from regd.cli.top.source import Source, frame_pause_s
 
 _HOME, _CLEAR_LINE, _CLEAR_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
-_KEYS = "qsrNASH"  # the keys that need no selection
+_KEYS = "qsrNASH"  # the keys of the full-screen view that work without a selection
 
 
 def text_of(line: Line) -> str:
@@ -38,7 +38,7 @@ def once(source: Source, as_json: bool) -> None:
 
 
 async def show(source: Source, hint: str) -> int:
-    """Redraw the table until `q` or cancellation; `hint` ends the last line. Return the exit status."""
+    """Redraw the table until `q` or cancellation. `hint` ends the last line. Return the exit status."""
     changed = asyncio.Event()
     loop = asyncio.get_running_loop()
     source.changed = changed.set

@@ -20,8 +20,8 @@ Line = list[tuple[str, str]]  # style and text; the styles are those of `screen.
 _GAP = "  "
 _COLUMNS = ("NAME", "INSTANCE", "ADDRESS", "STATE", "PRIORITY", "AGE", "HELD BY", "META")
 _SORTED_BY = {"name": "NAME", "state": "STATE", "age": "AGE", "holders": "HELD BY"}
-# Widths of columns. If the terminal has room, a column is as wide as its content, within its preferred minimum (8
-# if it is not listed) and its maximum; else it may shrink to `_WIDTH_MIN`.
+# Widths of columns. If the terminal has room, a column is as wide as its content, but at least `_WIDTH_PREFERRED`
+# (8 for a column that is not listed) and at most `_WIDTH_MAX`. Without room, it may shrink to `_WIDTH_MIN`.
 _WIDTH_PREFERRED = {"AGE": 4, "META": 4}
 _WIDTH_MIN = {"NAME": 12, "INSTANCE": 8, "STATE": 8, "PRIORITY": 8, "AGE": 4, "HELD BY": 8, "META": 6}
 _WIDTH_MAX = {
@@ -33,7 +33,7 @@ _WIDTH_MAX = {
     "HELD BY": 22,
     "META": 9_000,
 }
-_NAME_WIDTH_MIN = 4  # beside a wide address
+_NAME_WIDTH_MIN = 4  # beside a wide address, NAME may be as narrow as this
 _BY_WEIGHT = (
     "NAME",
     "STATE",
@@ -52,7 +52,7 @@ _PANE_LINES = 10
 
 @dataclass(frozen=True, slots=True)
 class DaemonStatus:
-    """The title, the figures, and the seconds since the connection was lost (0.0: it is connected)."""
+    """The title, the figures, and the seconds since the connection was lost (0.0 while connected)."""
 
     title: str
     figures: Figures

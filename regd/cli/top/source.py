@@ -25,7 +25,7 @@ _CONNECT_S = 1.0  # the timeout of one attempt to connect
 _WHY_PAUSE_S = 0.1  # minimum time between two `why` requests
 _SNAPSHOT_S = 15.0  # time for the first snapshot
 _FRAME_PAUSE_S = 0.05  # minimum time between two frames
-_IDLE_FACTOR = 4  # the pause is at least this factor times as long as rendering the last frame took
+_IDLE_FACTOR = 4  # the pause is at least so many times as long as rendering the last frame took
 
 
 def frame_pause_s(render_s: float) -> float:
@@ -73,7 +73,7 @@ class Source:
         """Wait for the first snapshot, and keep the table up to date until the end of the `async with`.
 
         Raises:
-            Unavailable: no daemon answers, or it is too slow.
+            Unavailable: no daemon answers, or the daemon is too slow.
             RegdError: the daemon refuses the pattern.
         """
         logging.getLogger("regd_client").addHandler(logging.NullHandler())  # the frame shows what the client logs

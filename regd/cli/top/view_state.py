@@ -43,7 +43,7 @@ class ViewState:
         self.selected: Key | None = None
         self.first = 0  # the first visible row
         self.page = 1
-        self._at = 0  # the row of the selected instance; its last row, if the instance has ended
+        self._at = 0  # the row of the selected instance, or its last row after it has ended
 
     def keep_in_range(self, rows: Sequence[Row]) -> None:
         """Keep the selection and the visible rows in range.

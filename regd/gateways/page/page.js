@@ -3,14 +3,14 @@
 // Whatever is registered is text: it reaches the document through `textContent` only.
 
 const SHOWN_MAX = 10_000;
-const FIRST_ROWS = 200; // in the first frame; each of the next has four times as many
+const FIRST_ROWS = 200; // in the first frame; each later frame has four times as many as the one before
 const BODY_ROWS = 100; // of a `tbody`
-const MANY_ROWS = 300; // then those out of sight are left out of the layout, and of what a screen reader sees
+const MANY_ROWS = 300; // with more rows, layout and screen readers leave out those that are out of sight
 const MARK_MS = 4_000; // how long a row that was added, changed or removed is marked
 const RETRY_MS = 1_000;
-const POLL_MS = 2_000; // of the daemon's figures
+const POLL_MS = 2_000; // between two reads of the daemon's figures
 const ASK_MS = 4_000; // the gateway itself answers within 2 s
-const SILENCE_MS = 45_000; // the stream has an event every 30 s
+const SILENCE_MS = 45_000; // then the stream counts as dead, since it has an event every 30 s
 const HISTORY_MS = 1_000; // between two reads of the history
 const HISTORY_PAGE = 100;
 const HISTORY_MAX = 1_000;
@@ -23,7 +23,7 @@ const $ = (id) => document.getElementById(id);
 
 const UNPRINTABLE = /[\p{C}\p{Z}]/gu;
 
-/** Escape control characters, some of which change the direction of a text. As `regctl` does. */
+/** Escape control characters, as `regctl` does: some of them change the direction of a text. */
 function visible(text) {
   return String(text).replace(UNPRINTABLE, (letter) => {
     if (letter === " ") return letter;
@@ -93,7 +93,7 @@ function nameNodes(name, instance) {
   return instance ? [visible(name), make("span", "instance", `/${visible(instance)}`)] : [visible(name)];
 }
 
-/** The URL of an instance, as a redirect of the gateway has it; null if a browser cannot open it. */
+/** Return the URL of an instance, the same as in a redirect of the gateway; null if a browser cannot open it. */
 function urlOf({ name, host, port, meta }) {
   const scheme = ["http", "https"].includes(meta.scheme) ? meta.scheme : "http";
   const named = LOOPBACK.includes(host) ? `${name}.localhost` : host.replace("%", "%25");
@@ -135,11 +135,11 @@ const changed = new Set(); // rows that are not drawn yet
 let shown = []; // the rows in the table, in its order
 let shownOf = 0; // the rows that match the filter
 let drawAll = true;
-let isStale = false; // the rows may not be the first ones
+let isStale = false; // other rows may belong among the first ones by now
 let rowsMax = FIRST_ROWS;
 let words = [];
 let order = { column: "name", descending: false };
-let currentRow = null; // the one that Tab reaches
+let currentRow = null; // the row that Tab reaches
 
 /** A registration and, once it is shown, its elements. */
 class Row {
@@ -148,7 +148,7 @@ class Row {
     this.details = null;
     this.gone = ""; // the reason why it ended
     this.isPlaced = false;
-    this.isDrawn = false; // as the data is now
+    this.isDrawn = false; // the elements show the current data
   }
 
   set(data) {
@@ -166,7 +166,7 @@ class Row {
     return words.every((word) => this.words.includes(word));
   }
 
-  /** Bring the elements in line with the data; the first time, create them. */
+  /** Make the elements show the current data. The first call creates them. */
   draw(now) {
     if (!this.element) this.create();
     this.isDrawn = true;
@@ -274,7 +274,7 @@ function draw() {
   } else if (shownOf > shown.length) {
     const now = Date.now();
     for (const row of changed) if (row.isPlaced) row.draw(now);
-    isStale ||= changed.size > 0; // to choose the first rows is too much work for every change
+    isStale ||= changed.size > 0; // choosing the first rows again at every change would be too much work
   } else if (changed.size) {
     drawChanged();
   }
@@ -315,7 +315,7 @@ function arrangeBodies(all) {
   });
 }
 
-/** Make these elements the children of a parent, moving as few as possible: a moved one loses the focus. */
+/** Make these elements the children of a parent. Move as few as possible, since a moved element loses the focus. */
 function arrange(parent, elements) {
   const unwanted = new Set(parent.children);
   for (const element of elements) unwanted.delete(element);
@@ -329,7 +329,7 @@ function arrange(parent, elements) {
 
 /** Draw the changed rows and put each where it belongs. */
 function drawChanged() {
-  shown = shown.filter((row) => !changed.has(row)); // the others are in order
+  shown = shown.filter((row) => !changed.has(row)); // the unchanged rows are in order
   for (const row of changed) {
     if (rows.get(keyOf(row.data)) === row && row.matches()) {
       row.draw(Date.now());
@@ -367,7 +367,7 @@ function elementAfter(row) {
 function drawCounts() {
   let leaving = 0;
   for (const row of marked.keys()) if (row.gone) leaving += 1;
-  const all = rows.size - leaving; // registered
+  const all = rows.size - leaving; // the registered rows
   const number = (count) => count.toLocaleString("en");
   setText($("registrations"), number(all));
   const isFiltered = words.length > 0;
@@ -398,7 +398,7 @@ function tick() {
   schedule();
 }
 
-// The keyboard: Tab reaches one row, the arrow keys the others, / the filter.
+// The keyboard: Tab reaches one row, the arrow keys reach the other rows, and / the filter.
 
 function setCurrent(row) {
   if (row === currentRow) return;
@@ -422,7 +422,7 @@ function moveFocus(event) {
   target.button.focus();
 }
 
-// Details: what `why` says of a row.
+// Details: what `why` says about a row.
 
 async function toggleDetails(row) {
   if (row.details) {
@@ -492,7 +492,8 @@ function probeText(probe) {
   return `${probe.accepted ? "accepted" : visible(probe.why ?? "failed")}, ${duration(probe.age_s)} ago`;
 }
 
-// The history: pages of `/v1/history`, continued by the stream. A revision is one change, so nothing comes twice.
+// The history: pages of `/v1/history`, and later changes from the stream. Each change has its own revision, so no
+// change is in the history twice.
 
 const history = new Map(); // revision: change
 const historyRows = new Map(); // change: element
@@ -505,7 +506,7 @@ function addChange(fields) {
   historyIsNew = true;
 }
 
-/** Read the latest changes: with the exact time, and who made them, which the stream does not have. */
+/** Read the latest changes. Unlike the stream, the reply says at what time and by whom each was made. */
 async function readHistory(query = `limit=${HISTORY_PAGE}`) {
   const { changes, next } = await ask(`/v1/history?${query}`);
   const oldest = Math.min(...history.keys());
@@ -527,7 +528,7 @@ function readHistorySoon() {
     try {
       await readHistory();
     } catch {
-      // The next change, or the next `sync`, asks again.
+      // The next change or the next `sync` reads again.
     }
   }, HISTORY_MS);
 }
@@ -599,9 +600,9 @@ function changeRow(change) {
 // The stream.
 
 let source = null;
-let position = ""; // EPOCH-REV: from there the stream resumes
+let position = ""; // EPOCH-REV, where the stream resumes
 let snapshot = null; // the rows since `reset`, until `sync`
-let isSynced = false; // a first state is complete
+let isSynced = false; // the first state is complete
 let isLive = false;
 let isAnswering = true;
 let lostAt = 0;
@@ -673,9 +674,9 @@ function becomeLive() {
   readHistory().catch(() => {});
 }
 
-/** Replace the state by a snapshot, of which only the differences are marked. */
+/** Replace the state by a snapshot, and mark only the rows that differ. */
 function takeSnapshot() {
-  history.clear(); // changes may be missing between these and the next
+  history.clear(); // changes may be missing between the known ones and the next
   for (const [key, row] of rows) if (!snapshot.has(key) && !row.gone) remove(row, "gone");
   for (const [key, fields] of snapshot) {
     if (rows.get(key)?.data.rev !== fields.rev || rows.get(key).gone) upsert(key, fields);
@@ -728,7 +729,7 @@ async function poll() {
     isAnswering = true;
     if (isLive) lostAt = 0;
   } catch (error) {
-    // With six streams open, a browser asks nothing else of this host; the stream shows that the daemon is there.
+    // A browser with six open streams sends no other request to this host. The stream shows that the daemon is there.
     if (error.isTimeout && isLive && Date.now() - eventAt < SILENCE_MS) return true;
     isAnswering = false;
     problem = error.message;
@@ -835,7 +836,7 @@ document.addEventListener("visibilitychange", () => {
   }
 });
 setInterval(tick, 1_000);
-setInterval(() => source && poll(), POLL_MS); // without a stream, `retry` asks
+setInterval(() => source && poll(), POLL_MS); // without a stream, `retry` polls
 readHash();
 openStream();
 poll();
