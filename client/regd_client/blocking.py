@@ -216,7 +216,7 @@ class BlockingRegistration:
         priority: int | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Replace the labels, or set the state or priority. While disconnected, wait for the reconnect.
+        """Replace the labels, or set the state or priority. Wait for the reconnect if needed.
 
             registration.update({"zone": "b"}, state="ready")
 

@@ -20,7 +20,7 @@ from regd_client.protocol import Address
 __all__ = ["Connection", "OnFields", "OnLost", "abort_all"]
 
 HANGS_S = 9.0  # a daemon that sends nothing for this long while a request waits is considered hung
-_RECHECK_S = 0.25  # before a second check, since an event loop that was blocked must first read its input
+_RECHECK_S = 0.25  # before the second check: input may be unread, if the event loop was blocked
 _CLOSE_S = 1.0  # time for the daemon to read the remaining output
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER with a timeout of 0: close() sends a reset (socket(7))
 _CHUNK_BYTES = 16_384  # maximum size of one read

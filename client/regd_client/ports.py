@@ -49,7 +49,7 @@ class LastPorts:
         self._instance = None if instance == AUTO else instance or ""
         self._ports: dict[str, int] = {}  # by instance, from the history
         self._static: dict[str, int] = {}  # by instance, from registrations, which may be older than the history
-        self._held: set[int] = set()  # ports with a live owner, which may not be listening at this moment
+        self._held: set[int] = set()  # ports to leave to their live owners, even if no owner listens right now
         self._until = time.monotonic() + _SEARCH_S
         self._before: int | None = None
         self.request: tuple[str, dict[str, Any]] | None = ("list", {"name": name})

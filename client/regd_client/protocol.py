@@ -372,7 +372,7 @@ def unsupported(
 _CACHED_MAX = 1_024  # requests, and as many replies
 _NAME_CHARS_MAX = 253  # the daemon refuses longer names
 _CACHED_REPLY_BYTES_MAX = 1_024  # longer replies are not cached
-_ID_DIGITS_MAX = 18  # far more than a connection has requests
+_ID_DIGITS_MAX = 18  # the ids of this client are far shorter
 _OK = b'{"ok":true,"id":'  # the beginning of each successful reply
 
 

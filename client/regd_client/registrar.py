@@ -90,7 +90,7 @@ class Registrar:
         except asyncio.CancelledError:
             if registration._request.static:
                 registration._finish("given up")
-            elif not registering.cancelling():  # if this task is cancelled too, the event loop is ending
+            elif not registering.cancelling():  # else the event loop is ending, and cancels all tasks
                 self.withdraw(registration)
             raise
 

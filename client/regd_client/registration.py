@@ -151,7 +151,7 @@ class Registration:
         priority: int | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Replace the labels, or set the state or priority. While disconnected, wait for the reconnect.
+        """Replace the labels, or set the state or priority. Wait for the reconnect if needed.
 
             await registration.update({"zone": "b"}, state="ready")
 

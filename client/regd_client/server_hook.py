@@ -23,8 +23,8 @@ Withdraw = Callable[[], Coroutine[Any, Any, None]]
 class ListenHook:
     """Detects the server that opens `port`; with None, the first server that opens any port.
 
-    `on_open` is called once, with the server's host and port. `withdraw` is awaited before the server closes its
-    listener, which accepts connections until then.
+    The hook calls `on_open` once, with the server's host and port. When the server is to close its listener, the
+    hook first awaits `withdraw`; until then the listener accepts connections.
     """
 
     def __init__(self, port: int | None, on_open: Callable[[str, int], None], withdraw: Withdraw) -> None:

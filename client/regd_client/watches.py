@@ -156,7 +156,7 @@ class WatchState:
         elif self._rev is None or fields["rev"] > self._rev:
             self._pass_on(fields)
         if self._snapshot is None:
-            # Set both together, since a revision belongs to its epoch.
+            # Set both together, since a revision is valid only in its epoch.
             self._epoch, self._rev = self._new_epoch, fields["rev"]
 
     def _complete(self, snapshot: dict[Key, dict[str, Any]]) -> None:

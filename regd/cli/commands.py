@@ -12,7 +12,7 @@ from regd.cli.arguments import Parameter, Parser, UsageError, integer, seconds
 from regd.cli.output import visible
 
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
-_COUNT_MAX = 36_500  # the largest number of each unit; as days, a hundred years
+_COUNT_MAX = 36_500  # the largest count of a unit; in days, a hundred years
 DOC = "Query and change the service registry of this machine."
 HTTP_PORT, DNS_PORT = 7_380, 7_353  # of `regctl serve`
 BRIDGE_PREFIX = "/regd/v1/default/"

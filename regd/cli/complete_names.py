@@ -26,7 +26,8 @@ def names(address: str | None, pattern: str | None) -> list[str] | None:
     try:
         with BlockingConnection(address, _ANSWER_S, autostart=False) as connection:
             return _all(connection, pattern, until)
-    except (RegdError, KeyError, TypeError, AttributeError):  # all but RegdError: the reply is not from regd
+    # A reply of another program than regd can raise KeyError, TypeError or AttributeError.
+    except (RegdError, KeyError, TypeError, AttributeError):
         return None
     finally:
         setitimer(ITIMER_REAL, 0.0)

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable, Collection
 
 _STANDARD = (0, 1, 2)
-_FILES_MAX = 65_536  # numbers to try if the system cannot list the open files
+_FILES_MAX = 65_536  # the descriptors to close, if the system cannot list the open ones
 _FOLDERS = ("/proc/self/fd", "/dev/fd")
 
 

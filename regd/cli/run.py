@@ -315,7 +315,7 @@ class _ClientMessages(logging.Handler):
 
 
 def _bound_to(child: int) -> int | None:
-    """Return the `pid` to bind the registration to: the command's, or None if it runs as another user."""
+    """Return the process to bind the registration to: the command; None (regctl) if it runs as another user."""
     try:
         return child if os.stat(f"/proc/{child}").st_uid == os.geteuid() else None
     except OSError:

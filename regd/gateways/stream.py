@@ -47,7 +47,7 @@ class EventEncoder:
         if not self._epoch.isprintable():
             raise ValueError("not the epoch of a daemon")
         self._has_positions = resumes
-        self._rest = b""  # an incomplete line
+        self._rest = b""  # the incomplete line at the end of the input
 
     def head(self) -> bytes:
         """Return the beginning of the stream, which is `reset` if the stream does not resume."""

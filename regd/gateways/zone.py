@@ -1,4 +1,4 @@
-"""The DNS zone `regd.internal`: answers questions from the state, on values, without bytes or sockets.
+"""The DNS zone `regd.internal`: finds the records that answer a question. It knows no messages and no sockets.
 
 A name has records of the requested type (an answer), exists without them (NODATA), or does not exist
 (NXDOMAIN). Registered names always exist, because a resolver that gets NXDOMAIN for AAAA would conclude that

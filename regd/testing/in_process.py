@@ -134,7 +134,7 @@ class InProcessRegistry(Registry):
         """Break all connections, which ends the registrations that depend on them.
 
             async with regd_client.register("web", 8000) as registration:
-                registry.cut()  # it is registered again as soon as its client has reconnected
+                registry.cut()  # the client reconnects, and registers it again
 
         Clients reconnect, register again and resume their watches. When this returns, the registrations have
         ended, unless their clients have already reconnected.
