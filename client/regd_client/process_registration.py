@@ -143,7 +143,7 @@ class ProcessRegistration:
     def _end(self, connection: BlockingConnection, binding: dict[str, Any]) -> None:
         """End only this process's hold, since a new server on the same socket may also hold the registration."""
         while (entry := self._current(connection)) is not None:
-            # If a holder registers as `draining`, the daemon removes only that holder.
+            # If a holder registers again, as `draining`, the daemon removes only that holder.
             fields = {**self._request.fields, **binding, "state": "draining", "if": entry["rev"]}
             reply = connection.ask("register", **fields)
             if reply.get("ok"):

@@ -540,7 +540,7 @@ class Registrar:
                 lingering.add_done_callback(_LINGERING.discard)
 
     async def _check_connection(self) -> None:
-        """Ping, to notice a broken connection: a restarted daemon keeps the registrations that were on it."""
+        """Ping, to notice a broken connection, since a restarted daemon keeps the registrations that it held."""
         connection = self._connector.connection
         if connection is not None and connection.usable and self._registrations:
             with contextlib.suppress(RegdError, TimeoutError):

@@ -20,8 +20,8 @@ from regd.storage.recovery import Recovery
 from regd.storage.store import journal_path, peek
 
 PAUSE_S = 0.5  # before the files are read again
-_LOOKS = 4
-_STALE_S = 60.0  # a registry file that lacks changes is reported from this age
+_LOOKS = 4  # how often the files are read until nothing is wrong
+_STALE_S = 60.0  # a registry file that has lacked changes for so long is reported
 _SPARE_BYTES = 1_048_576  # free disk space needed in addition to the size of the registry file
 _SHOWN_MAX = 5  # files named in a finding
 _REWRITE = "change any registration: regd writes it again; its log has the reason if it cannot"

@@ -66,7 +66,7 @@ def _by_netlink(host: str, port: int) -> Listener | None:
 
 
 def _by_table(host: str, port: int) -> Listener | None:
-    """Find the socket in the text table (see "proc_net_tcp" in the kernel's documentation)."""
+    """Return the socket from the text table ("proc_net_tcp" in the kernel's documentation); None if not there."""
     listeners: dict[str, Listener] = {}
     for name in ("tcp", "tcp6"):
         for row in Path("/proc/net", name).read_text("ascii").splitlines()[1:]:

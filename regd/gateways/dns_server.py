@@ -104,7 +104,7 @@ class DnsServer:
             writer.transport.abort()
 
     async def _answer_all(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer the messages of a connection in order, each after its length (RFC 7766).
+        """Answer the messages of a connection in order. Each message is sent after its length (RFC 7766).
 
         Raises:
             OSError, IncompleteReadError: the connection ended, or the client is too slow.

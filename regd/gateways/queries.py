@@ -74,7 +74,8 @@ COMMANDS: Mapping[str, Mapping[str, Read]] = {
     "help": {"topic": str},
     "watch": {**_NAME, "meta": str, "epoch": str, "since": _integer},
 }
-TARGETS: Mapping[str, Read] = {**_NAME, "meta": str, "all": _flag}  # of `/v1/prometheus/targets`
+# The arguments of the paths that are not commands: `/v1/prometheus/targets` and `/v1/traefik`.
+TARGETS: Mapping[str, Read] = {**_NAME, "meta": str, "all": _flag}
 TRAEFIK: Mapping[str, Read] = {**_NAME, "meta": str}
 _ENVELOPE = ("cmd", "id")  # members of a request that are not arguments
 

@@ -107,7 +107,7 @@ def _connections_max() -> int:
 def _bind(
     stack: contextlib.AsyncExitStack, ports: Sequence[int], types: tuple[socket.SocketKind, ...], option: str
 ) -> list[socket.socket]:
-    """Bind the sockets of a server, which `stack` closes."""
+    """Return the bound sockets of a server. `stack` closes them."""
     sockets = bind_at_one(ports, types, option) if ports else []
     for sock in sockets:
         stack.callback(sock.close)

@@ -201,8 +201,8 @@ class InProcessRegistry(Registry):
 
             registry.advance(60)  # leases that were not renewed for a minute have expired
 
-        Leases expire, a `resolve` with `wait` times out, and registrations that no client has claimed since a
-        restart end. The clock of the process itself does not change.
+        Leases expire, a `resolve` with `wait` times out, and after a restart, registrations end that no client
+        has claimed. The clock of the process itself does not change.
 
         Args:
             seconds: 0 or more.
