@@ -95,7 +95,7 @@ def etcd(folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def machine(name: str, port: int, etcd_address: str, folder: Path) -> Iterator[tuple[str, list[int]]]:
-    """Run a daemon, a bridge and a runner. Yield the daemon's address, and the processes."""
+    """Run a daemon, a bridge and a runner. Yield the daemon's address, and the ids of the three processes."""
     address = f"tcp://127.0.0.1:{free_port()}"
     daemon = ["-m", "regd", "--log-level", "warning", "--port", address.rpartition(":")[2]]
     daemon += ["--registry", str(folder / name / "registry.json")]

@@ -121,7 +121,7 @@ class LoopThread:
         return Unavailable(_EXITING)
 
     def _end(self) -> None:
-        """Cancel all tasks at the end of the process, which also ends its registrations."""
+        """When the process ends, cancel all tasks and close all connections, which ends the registrations."""
         if self.pid != os.getpid():
             return
         with self._lock:
@@ -598,7 +598,8 @@ class Client:
             with client.register("runner", 5050):
                 serve()
 
-        The registration lasts as long as this connection and this process, and is restored after a reconnect.
+        The registration lasts as long as this connection and this process. After a reconnect, the client restores
+        it.
 
         Args:
             name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.

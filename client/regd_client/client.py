@@ -258,8 +258,8 @@ class Client:
             async with client.register("runner", 5050) as registration:
                 await registration.lost.wait()
 
-        The registration lasts as long as this connection and this process, is restored after a reconnect, and
-        ends with the `async with`.
+        The registration lasts as long as this connection and this process, and ends with the `async with`. After
+        a reconnect, the client restores it.
 
         Args:
             name: the service's name: labels of a-z, 0-9, `-` and `_`, joined by dots.

@@ -176,7 +176,7 @@ class ServiceLifecycle:
         await pause(self._drain_s)
 
     async def _poll(self) -> None:
-        """Search for the open port, for a server that does not open it on this event loop."""
+        """Search for the open port again and again: not every server opens it on this event loop."""
         pause_s, longest_s = _POLL_S
         while self._registering is None:
             await asyncio.sleep(pause_s)

@@ -83,7 +83,7 @@ def _open_locked(path: str) -> int | None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(path, file):
                 return file
-            is_taken = False  # a gateway that ended has just removed it
+            is_taken = False  # a gateway that is ending has just removed the file
         except BlockingIOError:
             is_taken = _is_locked(file)  # a reader has it locked only for a moment
         except BaseException:

@@ -176,7 +176,7 @@ class Gateway:
             await send({"type": "http.response.body", "body": b""})
 
     async def _forward(self, connection: DaemonConnection, encoder: EventEncoder, send: Send) -> None:
-        """Send the events of a watch until the daemon closes it. While the client reads nothing, read nothing."""
+        """Send the events of a watch until the daemon closes it. Read them only as fast as the client does."""
         await _send_part(send, encoder.head())
         silences = 0
         with contextlib.suppress(OSError, ValueError):  # the daemon has ended, or what answers is not regd

@@ -169,7 +169,7 @@ async def _serve(parents: Sequence[int]) -> NoReturn:
 
 
 def main(parents: Sequence[int]) -> NoReturn:
-    """Serve until stdin is closed, or one of the processes of these pidfds ends."""
+    """Serve until stdin is closed, or one of the parents ends. `parents` are pidfds."""
     handler = _Log()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
