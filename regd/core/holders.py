@@ -1,7 +1,7 @@
 """The holders of committed registrations: what they hold, their deadlines, and which of them are gone.
 
 The end of a holder takes effect in two steps. It is marked as gone, so that its registrations are no longer
-resolved. Later a transaction ends the registrations, and the mark is removed once that is committed. `HolderGone`
+resolved. Later a transaction ends the registrations, and the mark is removed once that is committed. `HolderEnd`
 carries an end from the first step to the second.
 
 There is no timer in here: the caller passes the time, and calls `expire` when `next_deadline` has passed.
@@ -16,7 +16,7 @@ from regd.core.model import Entry, Holder, Key, Process, Reason
 
 
 @dataclass(frozen=True, slots=True)
-class HolderGone:
+class HolderEnd:
     """The end of a connection, a process or a single holder. Exactly one of the three is set.
 
     `holder` is the key of its registration and its id.
@@ -127,7 +127,7 @@ class HolderIndex:
     def _leave(self, key: Key, old: Iterable[Holder], new: Iterable[Holder]) -> set[Process]:
         sessions = {holder.session for holder in new if holder.hold}
         processes = {holder.process for holder in new}
-        free: set[Process] = set()
+        without_registrations: set[Process] = set()
         for holder in old:
             session, process = holder.session, holder.process
             if holder.hold and session is not None and session not in sessions:
@@ -138,10 +138,10 @@ class HolderIndex:
                 self._of_process[process].pop(key, None)
                 if not self._of_process[process]:
                     del self._of_process[process]
-                    free.add(process)
-        return free
+                    without_registrations.add(process)
+        return without_registrations
 
-    def held_by(self, ending: HolderGone) -> Collection[Key]:
+    def held_by(self, ending: HolderEnd) -> Collection[Key]:
         """Return the keys of the registrations that a gone connection, process or holder has."""
         if ending.session is not None:
             return self._of_session.get(ending.session, ())
@@ -200,12 +200,12 @@ class HolderIndex:
             return self._shrinking
         return self._queue
 
-    def expire(self, now: float, most: int) -> list[HolderGone]:
+    def expire(self, now: float, most: int) -> list[HolderEnd]:
         """Mark holders as gone whose deadline has passed, and return their ends. Look at up to `most` deadlines.
 
         An unclaimed holder that has a process is added to `unclaimed` instead.
         """
-        endings: list[HolderGone] = []
+        endings: list[HolderEnd] = []
         for _ in range(most):
             queue = self._first()
             if not queue or queue[0][0] + self._prolonged_s > now:
@@ -219,7 +219,7 @@ class HolderIndex:
                 self.unclaimed.append((key, holder_id))
             elif holder_id not in self._gone_holders:
                 self._gone_holders[holder_id] = kind
-                endings.append(HolderGone(kind, holder=(key, holder_id)))
+                endings.append(HolderEnd(kind, holder=(key, holder_id)))
         return endings
 
     def probe_at(self, key: Key, holder_id: int, deadline: float) -> None:
@@ -229,7 +229,7 @@ class HolderIndex:
 
     # Marks.
 
-    def mark(self, ending: HolderGone) -> None:
+    def mark_gone(self, ending: HolderEnd) -> None:
         """Mark a connection, process or holder as gone."""
         if ending.session is not None:
             self._gone_sessions.add(ending.session)
@@ -238,7 +238,7 @@ class HolderIndex:
         if ending.holder is not None:
             self._gone_holders[ending.holder[1]] = ending.reason
 
-    def unmark(self, ending: HolderGone) -> None:
+    def unmark(self, ending: HolderEnd) -> None:
         """Remove a mark, since the end is committed."""
         if ending.session is not None:
             self._gone_sessions.discard(ending.session)
@@ -261,7 +261,7 @@ class HolderIndex:
             return True
         return any(not holder.withdrawn and self.gone_reason(holder) is None for holder in entry.holders)
 
-    def death_reason(self, entry: Entry) -> Reason | None:
+    def end_reason(self, entry: Entry) -> Reason | None:
         """Return why an entry is no longer resolved although its end is not committed; None if it is alive."""
         if self.is_alive(entry):
             return None

@@ -8,14 +8,14 @@ A registration has up to three states at once:
 |               | `HolderIndex`          | `Registry.apply` after a commit          |                       |
 | uncommitted   | `Transaction`          | the writes of a batch                    | later writes of the   |
 |               |                        |                                          | same batch            |
-| presumed dead | marks in `HolderIndex` | `mark_dead` and `expire`, when a holder  | `resolve`, `why`,     |
+| presumed dead | marks in `HolderIndex` | `mark_gone` and `expire`, when a holder  | `resolve`, `why`,     |
 |               |                        | is gone, until that is committed         | conflict checks       |
 
 If a commit fails, its transaction is dropped, and no client has seen its changes. The ends of holders are the
 only exception: they take effect although they are not on disk, since a holder that is gone cannot come back.
 
 Two values change without a commit, and are not on disk: the deadline of a lease, which `HolderIndex.renew` sets,
-and `last_holder`, which a transaction increases even if it is dropped.
+and `last_holder_id`, which a transaction increases even if it is dropped.
 """
 
 from bisect import bisect_left, insort
@@ -27,7 +27,7 @@ from itertools import islice
 from operator import attrgetter
 
 from regd.core.history import History
-from regd.core.holders import HolderGone, HolderIndex
+from regd.core.holders import HolderEnd, HolderIndex
 from regd.core.instances import Instances, Search, SearchPosition
 from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Change, Entry, Key, Op, Process, State
@@ -65,7 +65,7 @@ class Registry:
 
     Attributes:
         rev: the revision of the last change.
-        holders: the `HolderIndex` of the registrations.
+        holder_index: the `HolderIndex` of the registrations.
         history: the recent changes.
         on_entry_changed: is called with a name whenever a reply about that name may have changed.
         on_any_changed: is called whenever replies about many names may have changed.
@@ -81,11 +81,11 @@ class Registry:
         claim_s: float = 0.0,
     ) -> None:
         self.limits = limits
-        self.holders = HolderIndex(claim_s)
-        self.last_holder = 0  # the highest holder id in use
+        self.holder_index = HolderIndex(claim_s)
+        self.last_holder_id = 0  # the highest holder id in use
         self.weight_bytes = 0
         self._count = 0
-        self._services: dict[str, Instances] = {}
+        self._instances_by_name: dict[str, Instances] = {}
         self._names: list[str] = []  # in order
         # The round-robin positions of `meta` filters, and those of users who may only read: the instance that was
         # resolved last, by name and hash of the filter.
@@ -119,13 +119,13 @@ class Registry:
         self._count = len(in_order)
         self.weight_bytes = sum(entry.weight_bytes for entry in in_order)
         for entry in in_order:
-            if (service := self._services.get(entry.name)) is None:
-                service = self._services[entry.name] = Instances()
+            if (instances := self._instances_by_name.get(entry.name)) is None:
+                instances = self._instances_by_name[entry.name] = Instances()
                 self._names.append(entry.name)
-            service.append(entry)
+            instances.append(entry)
             if entry.holders:
-                self.holders.update(None, entry, now)
-                self.last_holder = max(self.last_holder, *(holder.id for holder in entry.holders))
+                self.holder_index.update(None, entry, now)
+                self.last_holder_id = max(self.last_holder_id, *(holder.id for holder in entry.holders))
 
     def __len__(self) -> int:
         return self._count
@@ -133,8 +133,8 @@ class Registry:
     def get(self, key: Key) -> Entry | None:
         """Return the entry of a key, None if it is not registered."""
         name, instance = key
-        service = self._services.get(name)
-        return service.get(instance) if service is not None else None
+        instances = self._instances_by_name.get(name)
+        return instances.get(instance) if instances is not None else None
 
     def keys(self) -> list[Key]:
         """Return the keys of all entries, in order."""
@@ -146,7 +146,7 @@ class Registry:
         Returns:
             The processes that held a registration and no longer do.
         """
-        free: set[Process] = set()
+        without_registrations: set[Process] = set()
         for change in changes:
             entry, previous = change.entry, change.previous
             if previous is not None:
@@ -158,47 +158,47 @@ class Registry:
                 self._remove(entry)
                 self._add_departure(entry.name, Departure(entry.instance, change.reason, now))
             if entry.holders or (previous is not None and previous.holders):
-                free |= self.holders.update(previous, after, now)
+                without_registrations |= self.holder_index.update(previous, after, now)
             self.on_entry_changed(entry.name)
             if change.op is not Op.KEEP:
                 self.rev = change.rev
                 self.history.add(change)
-        return {process for process in free if not self.holders.has_process(process)}
+        return {process for process in without_registrations if not self.holder_index.has_process(process)}
 
     def _set(self, entry: Entry, previous: Entry | None) -> None:
-        service = self._services.get(entry.name)
-        if service is None:
-            service = self._services[entry.name] = Instances()
+        instances = self._instances_by_name.get(entry.name)
+        if instances is None:
+            instances = self._instances_by_name[entry.name] = Instances()
             insort(self._names, entry.name)
-        service.set(entry)
+        instances.set(entry)
         self._count += previous is None
         self.weight_bytes += entry.weight_bytes
 
     def _remove(self, entry: Entry) -> None:
-        service = self._services[entry.name]
-        service.remove(entry.instance)
+        instances = self._instances_by_name[entry.name]
+        instances.remove(entry.instance)
         self._count -= 1
-        if not service.entries:
-            del self._services[entry.name]
+        if not instances.entries:
+            del self._instances_by_name[entry.name]
             del self._names[bisect_left(self._names, entry.name)]
 
-    def mark_dead(self, ending: HolderGone) -> None:
+    def mark_gone(self, ending: HolderEnd) -> None:
         """Mark a holder as gone. Registrations without another holder are no longer resolved.
 
         The caller must pass `ending` to `Transaction.end` soon, which ends them.
         """
-        self.holders.mark(ending)
+        self.holder_index.mark_gone(ending)
         self._invalidate(ending)
 
-    def expire(self, now: float, most: int) -> list[HolderGone]:
+    def expire(self, now: float, most: int) -> list[HolderEnd]:
         """Mark holders as gone whose deadline has passed, and return their ends, as `HolderIndex.expire` does."""
-        endings = self.holders.expire(now, most)
+        endings = self.holder_index.expire(now, most)
         for ending in endings:
             self._invalidate(ending)
         return endings
 
-    def _invalidate(self, ending: HolderGone) -> None:
-        keys = self.holders.held_by(ending)
+    def _invalidate(self, ending: HolderEnd) -> None:
+        keys = self.holder_index.held_by(ending)
         if len(keys) > _INVALIDATED_MAX:
             self.on_any_changed()
             return
@@ -213,20 +213,20 @@ class Registry:
 
     def is_ready(self, entry: Entry) -> bool:
         """Whether an entry is resolved: its state is `ready`, and it is alive."""
-        return entry.state is State.READY and self.holders.is_alive(entry)
+        return entry.state is State.READY and self.holder_index.is_alive(entry)
 
     def _matches(self, meta: Mapping[str, str], entry: Entry) -> bool:
         return self.is_ready(entry) and entry.carries(meta)
 
     def is_sole_ready(self, entry: Entry) -> bool:
         """Whether an entry is ready, and no other instance of its name has its priority or a better one."""
-        service = self._services.get(entry.name)
-        return service is not None and service.is_sole_best(entry) and self.is_ready(entry)
+        instances = self._instances_by_name.get(entry.name)
+        return instances is not None and instances.is_sole_best(entry) and self.is_ready(entry)
 
     def instances_of(self, name: str) -> Iterator[Entry]:
         """Return the instances of a name in order, including those that are not ready."""
-        service = self._services.get(name)
-        return iter(service.entries) if service is not None else iter(())
+        instances = self._instances_by_name.get(name)
+        return iter(instances.entries) if instances is not None else iter(())
 
     # Resolve.
 
@@ -263,13 +263,13 @@ class Registry:
 
     def mark_served(self, entry: Entry, meta: Mapping[str, str], *, readonly: bool = False) -> None:
         """Move the round-robin position to `entry`, which a client got from `search_round_robin`."""
-        service = self._services.get(entry.name)
-        if service is None or len(service.entries) == 1:
+        instances = self._instances_by_name.get(entry.name)
+        if instances is None or len(instances.entries) == 1:
             return
         if not meta and not readonly:
             # The reply for a sole best instance may be cached, and a cached reply moves no position.
-            if not service.is_sole_best(entry):
-                service.served = entry.instance
+            if not instances.is_sole_best(entry):
+                instances.served = entry.instance
             return
         # The hash takes less memory than the filter. If two filters have one hash, they share a position.
         key = (entry.name, hash(frozenset(meta.items())))
@@ -282,20 +282,20 @@ class Registry:
             served.popitem(last=False)
 
     def _last_served(self, name: str, meta: Mapping[str, str], readonly: bool) -> str | None:
-        service = self._services[name]
+        instances = self._instances_by_name[name]
         if not meta and not readonly:
-            return service.served
+            return instances.served
         served = self._served_readonly if readonly else self._served
-        return served.get((name, hash(frozenset(meta.items()))), service.served)
+        return served.get((name, hash(frozenset(meta.items()))), instances.served)
 
     def _instances(self, name: str, instance: str | None) -> list[Entry]:
         """Return the instances of a name, as in `Instances.ranked`, or only the instance `instance`."""
-        service = self._services.get(name)
-        if service is None:
+        instances = self._instances_by_name.get(name)
+        if instances is None:
             return []
         if instance is None:
-            return service.ranked
-        entry = service.get(instance)
+            return instances.ranked
+        entry = instances.get(instance)
         return [entry] if entry is not None else []
 
     # List.
@@ -325,12 +325,12 @@ class Registry:
         """Yield the entries with a name from `prefix` on and a key after `after`, in order of keys."""
         name, instance = after if after is not None and after[0] >= prefix else (prefix, None)
         at = bisect_left(self._names, name)
-        if instance is not None and name in self._services:
-            service = self._services[name]
-            yield from islice(service.entries, service.index_after(instance), None)
+        if instance is not None and name in self._instances_by_name:
+            instances = self._instances_by_name[name]
+            yield from islice(instances.entries, instances.index_after(instance), None)
             at += 1
         for name in islice(self._names, at, None):
-            yield from self._services[name].entries
+            yield from self._instances_by_name[name].entries
 
     # Explain.
 
@@ -344,13 +344,13 @@ class Registry:
         around = self._names[max(0, start - half) : start + half]
         return nearest(name, around, self.limits.near_names_max)
 
-    def last(self, name: str, now: float) -> Departure | None:
+    def last_departure(self, name: str, now: float) -> Departure | None:
         """Return the latest departure of a name, None if none is kept.
 
         An instance that is presumed dead counts as departed now.
         """
         for entry in islice(self.instances_of(name), self.limits.near_candidates_max):
-            reason = self.holders.death_reason(entry)
+            reason = self.holder_index.end_reason(entry)
             if reason is not None:
                 return Departure(entry.instance, reason, now)
         departures = self._departures.get(name)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from regd.core.errors import Code, Refused
-from regd.core.holders import HolderGone
+from regd.core.holders import HolderEnd
 from regd.core.model import By, Change, Entry, Holder, Key, Op, Process, Reason, State
 from regd.core.registry import Registry
 
@@ -50,7 +50,7 @@ class Transaction:
     """One batch of writes. `changes` is its result; a write that is refused adds no change.
 
     Args:
-        registry: the committed state. Only `last_holder` is changed, to assign ids.
+        registry: the committed state. Only `last_holder_id` is changed, to assign ids.
         at: the time of the changes, in Unix seconds, for display.
         is_gone: asks the operating system whether a holder is gone, before `OwnerConflict` is raised for it: the
             daemon may not have noticed its end yet.
@@ -85,7 +85,7 @@ class Transaction:
         self.by: By | None = None
         self.changes: list[Change] = []
         self.lost: list[OwnershipLost] = []
-        self.unfinished: dict[HolderGone, None] = {}
+        self.unfinished: dict[HolderEnd, None] = {}
 
     def get(self, key: Key) -> Entry | None:
         """Return the entry of a key, with the changes of this transaction; None if there is none."""
@@ -125,16 +125,16 @@ class Transaction:
             self._check_owners(rivals, previous)
         self._check_capacity(entry, previous)
         entry = self._with_holder_ids(entry)
-        self._add(Op.DOWN, previous, previous, Reason.REPLACED)
+        self._record(Op.DOWN, previous, previous, Reason.REPLACED)
         others = [holder for holder in previous.holders if holder.session != session]
         self._report_lost(previous, others, Reason.REPLACED)
         return self._insert(entry), True
 
     def _insert(self, entry: Entry) -> Entry:
         """Add an entry. Its key must not be registered."""
-        return self._add(Op.UP, self._next_revision(entry, registered_at=self._at), None)
+        return self._record(Op.UP, self._copy_at_next_revision(entry, registered_at=self._at), None)
 
-    def _next_revision(
+    def _copy_at_next_revision(
         self,
         entry: Entry,
         *,
@@ -174,52 +174,54 @@ class Transaction:
             self._check_held(holder.session, limits.held_max, "this connection")
         if holder.process is not None and holder.process not in owners:
             self._check_held(holder.process, limits.process_held_max, f"process {holder.process.pid}")
-        self._registry.last_holder += 1
-        return replace(holder, id=self._registry.last_holder)
+        self._registry.last_holder_id += 1
+        return replace(holder, id=self._registry.last_holder_id)
 
     def _check_held(self, owner: Owner, most: int, who: str) -> None:
-        if self._registry.holders.held_count(owner) + self._newly_held[owner] >= most:
+        if self._registry.holder_index.held_count(owner) + self._newly_held[owner] >= most:
             raise Refused(Code.BUSY, f"{who} holds {most} registrations already; deregister some")
 
     def _join(self, entry: Entry, previous: Entry, session: int | None) -> Entry:
         """Register again at the same address: add a holder, or update the same holder."""
         if not entry.holders:
-            return self._set(previous, entry, ())
+            return self._change_entry(previous, entry, ())
         [requested] = entry.holders
         known = next((holder for holder in previous.holders if holder.is_same(requested)), None)
         known = known or next((holder for holder in previous.holders if holder.is_claimed_by(requested)), None)
         others = [holder for holder in previous.holders if holder is not known and not holder.withdrawn]
         if entry.state is State.DRAINING and known is not None and others:
-            return self._replace(previous, self._next_revision(previous, holders=_withdraw(previous, {known.id})))
+            return self._record_if_different(
+                previous, self._copy_at_next_revision(previous, holders=_withdraw(previous, {known.id}))
+            )
         # A lease is excepted, since registering again renews it: a new holder gets a new deadline.
         if known is not None and replace(known, id=0) == requested and known.ttl_s is None:
-            return self._set(previous, entry, previous.holders)
+            return self._change_entry(previous, entry, previous.holders)
         if known is None and len(previous.holders) >= self._registry.limits.holders_max:
             raise Refused(Code.BUSY, f"{entry.name!r} has {len(previous.holders)} holders already")
         new = self._with_id(requested, entry.key)
         if known is None:
-            return self._set(previous, entry, (*previous.holders, new))
-        return self._set(
+            return self._change_entry(previous, entry, (*previous.holders, new))
+        return self._change_entry(
             previous, entry, tuple(new if holder is known else holder for holder in previous.holders)
         )
 
-    def _set(self, previous: Entry, entry: Entry, holders: tuple[Holder, ...]) -> Entry:
+    def _change_entry(self, previous: Entry, entry: Entry, holders: tuple[Holder, ...]) -> Entry:
         """Give the previous entry the meta, state and priority of `entry`, and these holders."""
-        after = self._next_revision(
+        after = self._copy_at_next_revision(
             previous, meta=entry.meta, state=entry.state, priority=entry.priority, holders=holders
         )
         self._check_capacity(after, previous)
-        return self._replace(previous, after)
+        return self._record_if_different(previous, after)
 
-    def _replace(self, previous: Entry, after: Entry) -> Entry:
+    def _record_if_different(self, previous: Entry, after: Entry) -> Entry:
         """Replace an entry by its copy at the next revision, if they differ. Return the entry in effect.
 
         A change that clients cannot see, of the holders alone, takes no revision.
         """
         if not after.looks_like(previous):
-            return self._add(Op.CHANGE, after, previous)
+            return self._record(Op.CHANGE, after, previous)
         if after.holders != previous.holders:
-            return self._add(Op.KEEP, replace(after, rev=previous.rev), previous)
+            return self._record(Op.KEEP, replace(after, rev=previous.rev), previous)
         return previous
 
     @staticmethod
@@ -236,7 +238,7 @@ class Transaction:
         for holder in rivals:
             if holder.withdrawn or (holder.unclaimed and holder.process is None):
                 continue
-            if self._registry.holders.gone_reason(holder) is not None or self._is_gone(holder):
+            if self._registry.holder_index.gone_reason(holder) is not None or self._is_gone(holder):
                 continue
             raise OwnerConflict(previous, holder)
 
@@ -261,9 +263,9 @@ class Transaction:
         self._check_revision(previous, if_rev, key)
         others = tuple(holder for holder in previous.holders if session is None or holder.session != session)
         if len(others) < len(previous.holders) and any(not holder.withdrawn for holder in others):
-            self._replace(previous, self._next_revision(previous, holders=others))
+            self._record_if_different(previous, self._copy_at_next_revision(previous, holders=others))
             return 0
-        self._add(Op.DOWN, previous, previous, Reason.DEREGISTERED)
+        self._record(Op.DOWN, previous, previous, Reason.DEREGISTERED)
         self._report_lost(previous, others, Reason.DEREGISTERED)
         return 1
 
@@ -274,7 +276,7 @@ class Transaction:
             Refused: `not_found`.
         """
         previous = self._require(key)
-        self._add(Op.DOWN, previous, previous, reason)
+        self._record(Op.DOWN, previous, previous, reason)
 
     def update(
         self,
@@ -309,11 +311,11 @@ class Transaction:
             holders = tuple(
                 replace(holder, withdrawn=holder.id not in own and holder.withdrawn) for holder in holders
             )
-        after = self._next_revision(previous, meta=meta, state=state, priority=priority, holders=holders)
+        after = self._copy_at_next_revision(previous, meta=meta, state=state, priority=priority, holders=holders)
         self._check_capacity(after, previous)
-        return self._replace(previous, after)
+        return self._record_if_different(previous, after)
 
-    def end(self, *endings: HolderGone) -> Iterator[None]:
+    def end(self, *endings: HolderEnd) -> Iterator[None]:
         """Remove gone holders from their registrations, and end the registrations that have no other holder.
 
         A generator: it yields before each registration, so that the caller can interleave other work. If the
@@ -330,7 +332,7 @@ class Transaction:
                 return processes[holder.process]
             return ids.get(holder.id)
 
-        held_by = self._registry.holders.held_by
+        held_by = self._registry.holder_index.held_by
         for key in chain(chain.from_iterable(map(held_by, endings)), self._held.copy()):
             if len(self.changes) >= ENDS_MAX:
                 self.unfinished.update(dict.fromkeys(endings))
@@ -343,10 +345,10 @@ class Transaction:
             if len(kept) == len(previous.holders):
                 continue
             if any(not holder.withdrawn for holder in kept):
-                self._replace(previous, self._next_revision(previous, holders=kept))
+                self._record_if_different(previous, self._copy_at_next_revision(previous, holders=kept))
             else:
                 last = [why for holder in previous.holders if (why := reason(holder)) and not holder.withdrawn]
-                self._add(Op.DOWN, previous, previous, last[-1] if last else Reason.CLOSED)
+                self._record(Op.DOWN, previous, previous, last[-1] if last else Reason.CLOSED)
 
     def _require(self, key: Key) -> Entry:
         entry = self.get(key)
@@ -370,7 +372,7 @@ class Transaction:
         if added > 0 and self._weight_bytes + added > limits.registry_bytes_max:
             raise Refused(Code.BUSY, f"the registry is full: {limits.registry_bytes_max} bytes")
 
-    def _add(self, op: Op, entry: Entry, previous: Entry | None, reason: str = "") -> Entry:
+    def _record(self, op: Op, entry: Entry, previous: Entry | None, reason: str = "") -> Entry:
         """Append a change of the present entry of a key. For `down`, `entry` is the entry that ends."""
         key = entry.key
         after = None if op is Op.DOWN else entry

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from regd.core.errors import Code, Refused
-from regd.protocol.commands import COMMANDS, Request, check, nearest_word
+from regd.protocol.commands import COMMANDS, Request, check_request, nearest_word
 
 
 class Quit:
@@ -92,7 +92,7 @@ def parse_bare_line(line: str) -> Request | Quit:
         return Quit()
     arguments = form.arguments(words)
     # `short` is not an argument of the JSON command: it asks for the help text for people.
-    return Request(cmd, None, arguments) if "short" in arguments else check(cmd, None, arguments)
+    return Request(cmd, None, arguments) if "short" in arguments else check_request(cmd, None, arguments)
 
 
 def _unknown(word: str) -> Refused:

@@ -43,8 +43,8 @@ class Command:
         doc: what it does, for `help`.
         result: the fields of its reply, for `help`.
         arguments: its arguments by name.
-        writes: it is answered once its changes are committed.
-        guarded: only users who may write may use it.
+        waits_for_commit: it is answered once its changes are committed.
+        needs_write_access: only users who may write may use it.
         checks: the check of each argument. With `required`, it is computed from `arguments`, so that checking a
             request takes time only for the arguments that it has.
         required: the names of the required arguments.
@@ -53,8 +53,8 @@ class Command:
     doc: str
     result: str
     arguments: Mapping[str, Argument]
-    writes: bool = False
-    guarded: bool = False
+    waits_for_commit: bool = False
+    needs_write_access: bool = False
     checks: Mapping[str, Callable[[object], Any]] = field(init=False)
     required: tuple[str, ...] = field(init=False)
 
@@ -169,15 +169,15 @@ COMMANDS: Mapping[str, Command] = {
             "if": _IF,
             "force": Argument(FLAG, "take the name from a living owner"),
         },
-        writes=True,
-        guarded=True,
+        waits_for_commit=True,
+        needs_write_access=True,
     ),
     "deregister": Command(
         "End a registration; one of several holders ends only its own hold.",
         "`removed` (how many) `rev`",
         {"name": _OF_NAME, "instance": _ONE, "if": _IF},
-        writes=True,
-        guarded=True,
+        waits_for_commit=True,
+        needs_write_access=True,
     ),
     "resolve": Command(
         "Return a `ready` instance of the best priority, in turn; with `all`, all `ready` ones; "
@@ -212,8 +212,8 @@ COMMANDS: Mapping[str, Command] = {
             "priority": Argument(PRIORITY, "lower is preferred"),
             "if": _IF,
         },
-        writes=True,
-        guarded=True,
+        waits_for_commit=True,
+        needs_write_access=True,
     ),
     "renew": Command(
         "Renew a lease. This is no change and causes no event.",
@@ -223,7 +223,7 @@ COMMANDS: Mapping[str, Command] = {
             "instance": _ONE,
             "ttl": Argument(TTL, "for so long this time; as registered when left out"),
         },
-        guarded=True,
+        needs_write_access=True,
     ),
     "watch": Command(
         "Send the registrations, `sync`, and then every change as it is committed.",
@@ -266,7 +266,7 @@ def nearest_word(word: str, words: Mapping[str, object]) -> list[str]:
     return get_close_matches(word[:64], words, n=1)
 
 
-def check(cmd: str, id: str | int | None, arguments: Mapping[str, object]) -> Request:
+def check_request(cmd: str, id: str | int | None, arguments: Mapping[str, object]) -> Request:
     """Return the request for a command and its arguments, if they are valid.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from regd.core.errors import Code, Refused
 from regd.core.limits import DEFAULT
 from regd.core.model import Entry
-from regd.protocol.commands import Request, check
+from regd.protocol.commands import Request, check_request
 
 
 class _NotStrict(ValueError):
@@ -63,7 +63,7 @@ def decode(line: bytes) -> Request:
         cmd = fields.pop("cmd", None)
         if type(cmd) is not str:
             raise Refused(Code.BAD_REQUEST, 'a request needs "cmd", a string, such as {"cmd":"help"}')
-        return check(cmd, id, fields)
+        return check_request(cmd, id, fields)
     except Refused as refusal:
         if id is not None:
             refusal.details["id"] = id

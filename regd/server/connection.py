@@ -14,7 +14,7 @@ from regd.core.errors import Code, Refused
 from regd.protocol.commands import Request
 from regd.protocol.parser import Problem
 from regd.server.conversation import Conversation, ConversationState
-from regd.server.dispatcher import Dispatcher, Services
+from regd.server.dispatcher import DaemonParts, Dispatcher
 from regd.server.half_closed import HalfClosed
 from regd.server.handlers import ClientIdentity
 from regd.server.loop_monitor import LoopMonitor
@@ -47,7 +47,7 @@ class Connections:
 
     def __init__(
         self,
-        services: Services,
+        parts: DaemonParts,
         sessions: Sessions,
         writers: Share,
         readers: Share,
@@ -57,7 +57,7 @@ class Connections:
         clock: Clock,
         monitor: LoopMonitor,
     ) -> None:
-        self.services = services
+        self.parts = parts
         self.sessions = sessions
         self.writers = writers
         self.readers = readers
@@ -85,7 +85,7 @@ class Connections:
 
     def log_foreign(self, address: str, seen: bytes) -> None:
         """Count a client that speaks another protocol, and log it unless another was logged in the last 10 s."""
-        self.services.counters.bad_protocol += 1
+        self.parts.counters.bad_protocol += 1
         now = self.clock.now()
         if now - self._foreign_logged_at >= _FOREIGN_LOG_S:
             self._foreign_logged_at = now
@@ -105,10 +105,10 @@ class Connection(asyncio.Protocol):
         "_fast_path_ok",
         "_hang_up_timer",
         "_parser",
+        "_parts",
         "_paused",
         "_reading",
         "_scheduled",
-        "_services",
         "_share",
         "_timer",
         "_transport",
@@ -122,8 +122,8 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
-        self._services = connections.services
-        self._conversation = Conversation(connections.services.limits)
+        self._parts = connections.parts
+        self._conversation = Conversation(connections.parts.limits)
         self._cache = connections.cache  # this and the parser save attribute lookups in the fast path
         self._parser = self._conversation.parser
         self._fast_path_ok = False  # a `resolve` may be answered from the cache: no earlier request is unanswered
@@ -146,8 +146,8 @@ class Connection(asyncio.Protocol):
             raise
 
     def _begin(self) -> None:
-        connections, services = self._connections, self._services
-        self._transport.set_write_buffer_limits(high=services.limits.output_bytes_max, low=0)
+        connections, parts = self._connections, self._parts
+        self._transport.set_write_buffer_limits(high=parts.limits.output_bytes_max, low=0)
         connection = self._transport.get_extra_info("socket")
         uid = connections.credentials.uid_of(connection)
         is_readonly = not connections.credentials.may_write(uid)
@@ -157,19 +157,19 @@ class Connection(asyncio.Protocol):
         session = 0 if refusal else connections.sessions.add(self)
         by = None if is_readonly else peer_process(connection)
         self._client = ClientIdentity(session, uid, where, is_readonly, by)
-        self._dispatcher = Dispatcher(services, self._share, self._client, self, self._conversation)
+        self._dispatcher = Dispatcher(parts, self._share, self._client, self, self._conversation)
         connections.add(self)
         if refusal is not None:
             self._turn_away(refusal)
             return
-        services.counters.connections += 1
-        services.counters.readonly_connections += is_readonly
-        services.counters.connections_accepted += 1
+        parts.counters.connections += 1
+        parts.counters.readonly_connections += is_readonly
+        parts.counters.connections_accepted += 1
         self._fast_path_ok = not is_readonly
 
     def _refusal(self, is_readonly: bool) -> Refused | None:
         """Return the error if there are too many connections already."""
-        limits, counters = self._services.limits, self._services.counters
+        limits, counters = self._parts.limits, self._parts.counters
         if counters.connections >= limits.connections_max:
             count = f"connections ({counters.connections:,})"
         elif is_readonly and counters.readonly_connections >= limits.readonly_connections_max:
@@ -183,7 +183,7 @@ class Connection(asyncio.Protocol):
 
         In that case, a reset may reach the client before it has read the error.
         """
-        counters = self._services.counters
+        counters = self._parts.counters
         counters.connections_refused += 1
         lingering_max = _LINGERING_READONLY_MAX if self._client.is_readonly else _LINGERING_MAX
         if len(self._connections.open) - counters.connections <= lingering_max:
@@ -239,7 +239,7 @@ class Connection(asyncio.Protocol):
         self.schedule()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        connections, counters = self._connections, self._services.counters
+        connections, counters = self._connections, self._parts.counters
         self._fast_path_ok = False
         if self not in connections.open:  # `connection_made` failed
             return
@@ -319,7 +319,7 @@ class Connection(asyncio.Protocol):
 
     def _answer_problem(self, problem: Problem) -> bytes:
         """Return the error for a line that is not a valid request. Stop reading if it is of another protocol."""
-        events = self._services.events
+        events = self._parts.events
         if problem.fatal:
             self._connections.log_foreign(self.address, problem.seen)
             self._end()
@@ -387,7 +387,7 @@ class Connection(asyncio.Protocol):
         name = self._transport.get_extra_info("peername")
         return f"{name[0]} port {name[1]}" if isinstance(name, tuple) else "a peer on the Unix socket"
 
-    def is_cut(self) -> bool:
+    def has_client_hung_up(self) -> bool:
         """Return whether the client has closed its sending side, as far as the kernel knows."""
         sock, conversation = self.socket, self._conversation
         if (
@@ -440,7 +440,7 @@ class Connection(asyncio.Protocol):
         self._check_for_hang_up()
         if conversation.is_within_line:
             clock = self._connections.clock
-            self._deadline = clock.now() + self._services.limits.line_idle_s_max
+            self._deadline = clock.now() + self._parts.limits.line_idle_s_max
             if self._timer is None:
                 self._timer = clock.call_at(self._deadline, self._line_idle)
         if self._paused:
@@ -467,7 +467,7 @@ class Connection(asyncio.Protocol):
         self._hang_up_timer = None
         if self._conversation.state is ConversationState.ENDED:
             return
-        if not self._reading and self.is_cut() and not self._conversation.in_flight:
+        if not self._reading and self.has_client_hung_up() and not self._conversation.in_flight:
             self._dispatcher.release_holds()
         self._check_for_hang_up()
 
@@ -483,7 +483,7 @@ class Connection(asyncio.Protocol):
         self._timer = None
         if self._conversation.state is ConversationState.ENDED or not self._conversation.is_within_line:
             return
-        clock, idle_s = self._connections.clock, self._services.limits.line_idle_s_max
+        clock, idle_s = self._connections.clock, self._parts.limits.line_idle_s_max
         # After a late call, for instance after SIGSTOP, the rest of the line may have arrived unread.
         is_late = clock.now() - self._deadline > _LATE_S
         if not self._reading or self._conversation.in_flight or is_late:  # the daemon caused the delay
@@ -497,7 +497,7 @@ class Connection(asyncio.Protocol):
         size = self._conversation.waiting_bytes
         self._counted = size > 0
         for connection in self._share.input.record(self, size):
-            self._services.counters.dropped += 1
+            self._parts.counters.dropped += 1
             connection.refuse(
                 Refused(Code.BUSY, "too many bytes wait in regd, yours among them; try again later")
             )
@@ -505,7 +505,7 @@ class Connection(asyncio.Protocol):
     def _record_output(self) -> None:
         size = self._transport.get_write_buffer_size() if self._paused else 0
         for connection in self._share.output.record(self, size):
-            self._services.counters.dropped += 1
+            self._parts.counters.dropped += 1
             connection.cut()
 
     # Closing.
@@ -548,7 +548,7 @@ class Connection(asyncio.Protocol):
 
     def _linger(self) -> None:
         clock = self._connections.clock
-        self._timer = clock.call_at(clock.now() + self._services.limits.close_linger_s_max, self._linger_over)
+        self._timer = clock.call_at(clock.now() + self._parts.limits.close_linger_s_max, self._linger_over)
 
     def _linger_over(self) -> None:
         self._timer = None

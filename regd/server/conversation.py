@@ -1,8 +1,9 @@
 """Decides the order of one client's requests and replies. Uses no socket, event loop or clock.
 
 `receive` takes the client's bytes, and `next` returns the request to carry out now. The connection sends a reply
-at once if it is ready at once. A late reply is passed to `committed` or `resolved`, and `take_replies` returns it
-when it is to be sent.
+at once if it is ready at once. A late reply is passed to `add_write_reply` or `add_waiting_reply`, and
+`take_replies` returns it when it is to be sent. A request that arrives alone, while no earlier one is unanswered,
+skips `receive` and `next`.
 
 1. A write may follow a write. Any other request is deferred until all writes before it are committed, so that a
    client sees its own writes and replies need no sorting.
@@ -90,7 +91,7 @@ class Conversation:
             self.parser.end()
 
     def _may_follow_writes(self, item: Item) -> bool:
-        is_write = isinstance(item, Request) and COMMANDS[item.cmd].writes
+        is_write = isinstance(item, Request) and COMMANDS[item.cmd].waits_for_commit
         return is_write and self.in_flight < self._limits.requests_in_flight_max
 
     # Replies.
@@ -99,11 +100,11 @@ class Conversation:
         """Put a request back: `next` returns it again."""
         self._deferred = request
 
-    def submit(self) -> None:
+    def count_write(self) -> None:
         """Record that a write was submitted and waits for its commit."""
         self.in_flight += 1
 
-    def committed(self, reply: bytes) -> None:
+    def add_write_reply(self, reply: bytes) -> None:
         """Add the reply to a write. Call it in the order in which the writes were submitted."""
         self.in_flight -= 1
         self._reply(reply)
@@ -114,7 +115,7 @@ class Conversation:
         if request.id is None:
             self.state = ConversationState.BLOCKED
 
-    def resolved(self, request: Request, reply: bytes) -> None:
+    def add_waiting_reply(self, request: Request, reply: bytes) -> None:
         """Add the reply to a `resolve` that was waiting."""
         self.waiting -= 1
         if request.id is None and self.state is ConversationState.BLOCKED:

@@ -25,7 +25,7 @@ from regd.server.checkpointer import Checkpointer
 from regd.server.connection import Connection, Connections
 from regd.server.counters import Counters
 from regd.server.daemon_info import DaemonInfo
-from regd.server.dispatcher import Services
+from regd.server.dispatcher import DaemonParts
 from regd.server.engine import Engine, Write
 from regd.server.event_log import EventLog
 from regd.server.explain import Explainer
@@ -147,7 +147,7 @@ class Daemon:
         self._replies = replies = ResolveCache(is_enabled=not self._events.logs_requests)
         registry.on_entry_changed, registry.on_any_changed = replies.invalidate, replies.invalidate_all
         self._shares = self._build_shares()
-        self._stalls = Stalls(clock, registry.holders)
+        self._stalls = Stalls(clock, registry.holder_index)
         self._engine = self._build_engine()
         self._reaper = self._build_reaper()
         self._info = DaemonInfo(
@@ -213,7 +213,7 @@ class Daemon:
             self._config.limits,
             self._stalls,
             self._shares[0].waiting_resolves.probes,
-            is_cut=self._sessions.is_cut,
+            has_client_hung_up=self._sessions.has_client_hung_up,
             ended=self._engine.end,
         )
 
@@ -222,7 +222,7 @@ class Daemon:
         handlers = Handlers(
             self._registry, self._info, explainer, self._stalls, self._reaper.processes, self._replies
         )
-        services = Services(
+        parts = DaemonParts(
             self._config.limits,
             handlers,
             self._engine,
@@ -233,7 +233,7 @@ class Daemon:
         )
         writers, readers = self._shares
         return Connections(
-            services,
+            parts,
             self._sessions,
             writers,
             readers,
@@ -259,8 +259,8 @@ class Daemon:
             share.waiting_resolves.on_changes(changes)
         self._events.changes(changes)
 
-    def _on_batch_end(self, losses: Sequence[OwnershipLost], free: set[Process]) -> None:
-        self._reaper.on_batch_end(free)
+    def _on_batch_end(self, losses: Sequence[OwnershipLost], without_registrations: set[Process]) -> None:
+        self._reaper.on_batch_end(without_registrations)
         for lost in losses:
             self._sessions.push_lost(lost)
 
@@ -281,7 +281,7 @@ class Daemon:
         if self.connections or self._acceptor.starting:
             return None
         registry = self._registry
-        if not registry.holders.is_empty or (len(registry) and self._config.project is None):
+        if not registry.holder_index.is_empty or (len(registry) and self._config.project is None):
             return None
         counters = self._counters
         return self._registry.rev, counters.connections_accepted, counters.connections_refused
@@ -340,7 +340,7 @@ class Daemon:
         return sum(share.output.total for share in self._shares)
 
     @property
-    def kept_bytes(self) -> int:
+    def pending_bytes(self) -> int:
         """The memory, in bytes, of writes that wait for the disk, of `resolve`s that wait, and of watches."""
         return sum(share.memory.total for share in self._shares)
 

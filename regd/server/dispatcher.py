@@ -27,7 +27,7 @@ from regd.server.watches import Watch, Watcher
 
 
 @dataclass(frozen=True, slots=True)
-class Services:
+class DaemonParts:
     """The parts of the daemon that carry out requests."""
 
     limits: Limits
@@ -56,7 +56,7 @@ class Dispatcher:
         "_connection",
         "_conversation",
         "_page",
-        "_services",
+        "_parts",
         "_share",
         "_slow_reply",
         "_stated_pid",
@@ -68,13 +68,13 @@ class Dispatcher:
 
     def __init__(
         self,
-        services: Services,
+        parts: DaemonParts,
         share: Share,
         client: ClientIdentity,
         connection: ClientConnection,
         conversation: Conversation,
     ) -> None:
-        self._services = services
+        self._parts = parts
         self._share = share
         self._client = client
         self._connection = connection
@@ -89,25 +89,25 @@ class Dispatcher:
 
     def answer(self, request: Request) -> bytes | None:
         """Carry out a request and return its reply; None if the reply comes late or the request was deferred."""
-        services, conversation = self._services, self._conversation
+        parts, conversation = self._parts, self._conversation
         try:
             reply = self._perform(request)
         except Refused as refusal:
             if conversation.in_flight:  # a write was refused at once, but the writes before it have no reply yet
                 conversation.defer(request)
                 return None
-            services.events.refused(self._connection.address, self._client.uid, request, refusal)
+            parts.events.refused(self._connection.address, self._client.uid, request, refusal)
             reply = self.error(refusal, request.id)
         if conversation.is_deferred:
             return None
-        if services.events.logs_requests:
-            services.events.request(self._connection.address, self._client.uid, request)
-        services.counters.requests[request.cmd] += 1
+        if parts.events.logs_requests:
+            parts.events.request(self._connection.address, self._client.uid, request)
+        parts.counters.requests[request.cmd] += 1
         return reply
 
     def error(self, refusal: Refused, id: str | int | None = None) -> bytes:
         """Return the error line of a refusal, and count it."""
-        self._services.counters.errors[refusal.code] += 1
+        self._parts.counters.errors[refusal.code] += 1
         return messages.error(refusal, id)
 
     def refuse_waiting(self, refusal: Refused) -> list[bytes]:
@@ -118,7 +118,7 @@ class Dispatcher:
         """End the registrations that this connection holds. Idempotent."""
         if self.holds:
             self.holds = False
-            self._services.reaper.connection_ended(self._client.session)
+            self._parts.reaper.connection_ended(self._client.session)
 
     def drop_slow_reply(self) -> None:
         """Give up the slot. The deferred request, if it is answered again, starts its reply anew. Idempotent."""
@@ -131,7 +131,7 @@ class Dispatcher:
         self.release_holds()
         for watch in self.watches.values():
             self._share.watches.stop(watch)
-            self._share.memory.release(watch.kept_bytes)
+            self._share.memory.release(watch.pending_bytes)
         self.watches.clear()
         for wait, request in self.waiting.items():
             self._share.waiting_resolves.cancel(wait)
@@ -140,9 +140,9 @@ class Dispatcher:
 
     def _perform(self, request: Request) -> bytes | None:
         command = COMMANDS[request.cmd]
-        if command.guarded and self._client.is_readonly:
+        if command.needs_write_access and self._client.is_readonly:
             raise _denied(self._client.uid)
-        if command.writes:
+        if command.waits_for_commit:
             self._submit(request)
             return None
         if request.cmd == "watch":
@@ -154,30 +154,30 @@ class Dispatcher:
         return self._wait(request) if "wait" in request.arguments else self._read(request)
 
     def _submit(self, request: Request) -> None:
-        services, size = self._services, request.weight_bytes
+        parts, size = self._parts, request.weight_bytes
         self._share.memory.check(size)
         self._stated_pid = request.arguments.get("pid", self._stated_pid)
         by = self._client.by or By(pid=self._stated_pid, uid=self._client.uid)
-        write = services.handlers.write(request, self._client)
-        services.engine.submit(write, self._committed(request, size), by)
+        write = parts.handlers.write(request, self._client)
+        parts.engine.submit(write, self._make_done(request, size), by)
         self._share.memory.take(size)
-        self._conversation.submit()
+        self._conversation.count_write()
         self.holds = self.holds or request.arguments.get("hold", False)
 
-    def _committed(self, request: Request, size: int) -> Callable[[bytes | Refused], None]:
+    def _make_done(self, request: Request, size: int) -> Callable[[bytes | Refused], None]:
         """Return the function that the engine calls with the reply to a write."""
 
         def done(outcome: bytes | Refused) -> None:
-            services = self._services
+            parts = self._parts
             self._share.memory.release(size)
             if isinstance(outcome, Refused):
-                services.events.refused(self._connection.address, self._client.uid, request, outcome)
+                parts.events.refused(self._connection.address, self._client.uid, request, outcome)
             if self._conversation.state is ConversationState.ENDED:
                 return
             if isinstance(outcome, Refused):
-                services.handlers.explain(request, outcome)
+                parts.handlers.explain(request, outcome)
                 outcome = self.error(outcome, request.id)
-            self._conversation.committed(outcome)
+            self._conversation.add_write_reply(outcome)
             self._connection.send_late_replies()
 
         return done
@@ -185,7 +185,7 @@ class Dispatcher:
     def _read(self, request: Request) -> bytes | None:
         """Answer at once, or in several time slices, with the request deferred until the reply is complete."""
         if self._slow_reply is None:
-            reply = self._services.handlers.read(request, self._client)
+            reply = self._parts.handlers.read(request, self._client)
             if isinstance(reply, bytes):
                 return reply
             self._slow_reply = reply
@@ -207,7 +207,7 @@ class Dispatcher:
         """Answer with a page that a thread reads. The request is deferred until the page was read."""
         if self._page is None:
             if self._share.slow_replies.acquire(self._connection):
-                self._page = self._services.history.read(request, is_readonly=self._client.is_readonly)
+                self._page = self._parts.history.read(request, is_readonly=self._client.is_readonly)
                 self._page.add_done_callback(lambda page: self._connection.schedule())
             self._conversation.defer(request)
             return None
@@ -225,7 +225,7 @@ class Dispatcher:
         if ("epoch" in arguments) is not ("since" in arguments):
             field = "since" if "epoch" in arguments else "epoch"
             raise Refused(Code.BAD_ARGUMENT, "epoch and since go together", field=field)
-        if len(self.watches) >= self._services.limits.watches_max:
+        if len(self.watches) >= self._parts.limits.watches_max:
             raise Refused(Code.BUSY, f"this connection has {len(self.watches)} watches already")
         since = (arguments["epoch"], arguments["since"]) if "epoch" in arguments else None
         number, size = self._watch_count + 1, request.weight_bytes
@@ -236,21 +236,21 @@ class Dispatcher:
         self._share.memory.take(size)
         self._watch_count = number
         self.watches[number] = watch
-        watch.kept_bytes = size
-        return messages.ok(request.id, {"watch": number, **self._services.handlers.position()})
+        watch.pending_bytes = size
+        return messages.ok(request.id, {"watch": number, **self._parts.handlers.position()})
 
     def _unwatch(self, request: Request) -> bytes:
         watch = self.watches.pop(request.arguments["watch"], None)
         if watch is None:
             raise Refused(Code.NOT_FOUND, f"this connection has no watch {request.arguments['watch']}")
         self._share.watches.stop(watch)
-        self._share.memory.release(watch.kept_bytes)
+        self._share.memory.release(watch.pending_bytes)
         return messages.ok(request.id, {})
 
     def _wait(self, request: Request) -> bytes | None:
         """Answer a `resolve` with `wait`: at once, or once an instance accepts or the time is over."""
         arguments = request.arguments
-        if len(self.waiting) >= self._services.limits.parked_max:
+        if len(self.waiting) >= self._parts.limits.parked_max:
             raise Refused(Code.BUSY, f"{len(self.waiting)} requests of this connection wait already")
         size = _wait_bytes(request)
         self._share.memory.check(size)
@@ -259,7 +259,7 @@ class Dispatcher:
 
         def done(entry: Entry | None) -> None:
             try:
-                reply = self._services.handlers.waited(request, entry)
+                reply = self._parts.handlers.waited(request, entry)
             except Refused as refusal:
                 reply = self.error(refusal, request.id)
             if wait is None:
@@ -267,7 +267,7 @@ class Dispatcher:
                 return
             del self.waiting[wait]
             self._share.memory.release(size)
-            self._conversation.resolved(request, reply)
+            self._conversation.add_waiting_reply(request, reply)
             self._connection.schedule()
 
         wait = self._share.waiting_resolves.add(

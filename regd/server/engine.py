@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from regd.core.errors import Code, Refused
-from regd.core.holders import HolderGone
+from regd.core.holders import HolderEnd
 from regd.core.limits import Limits
 from regd.core.model import By, Change, Holder, Process, Reason
 from regd.core.registry import Registry
@@ -84,7 +84,7 @@ class Engine:
         self._on_commit = on_commit
         self._on_batch_end = on_batch_end
         self._slice_began = 0.0
-        self._waiting: deque[_Submitted | HolderGone] = deque()
+        self._waiting: deque[_Submitted | HolderEnd] = deque()
         self._wake = asyncio.Event()
         self._closing = False
         self._repair_due = False
@@ -105,7 +105,7 @@ class Engine:
         self._waiting.append(_Submitted(write, done, by))
         self._wake.set()
 
-    def end(self, ending: HolderGone) -> None:
+    def end(self, ending: HolderEnd) -> None:
         """Queue the end of a gone holder, after the writes that were submitted before. It is never refused.
 
         Does nothing while the daemon stops: then it closes the connections itself, and what they hold is to stay.
@@ -137,12 +137,12 @@ class Engine:
         finally:
             self._thread.close()
 
-    def _next_batch(self) -> list[_Submitted | HolderGone]:
-        batch: list[_Submitted | HolderGone] = []
+    def _next_batch(self) -> list[_Submitted | HolderEnd]:
+        batch: list[_Submitted | HolderEnd] = []
         writes = 0
         while self._waiting and writes < _BATCH_MAX and len(batch) < ENDS_MAX:
             batch.append(self._waiting.popleft())
-            writes += not isinstance(batch[-1], HolderGone)
+            writes += not isinstance(batch[-1], HolderEnd)
         return batch
 
     async def _gather(self, expected: int) -> None:
@@ -161,28 +161,30 @@ class Engine:
             if self._clock.now() >= until:
                 break
 
-    async def _commit_batch(self, batch: Sequence[_Submitted | HolderGone]) -> int:
+    async def _commit_batch(self, batch: Sequence[_Submitted | HolderEnd]) -> int:
         """Evaluate a batch, commit it, apply it to the registry, and answer it. Return its length."""
         transaction = Transaction(self._registry, self._clock.wall(), self._is_gone)
         outcomes = await self._evaluate(batch, transaction)
-        endings = [item for item in batch if isinstance(item, HolderGone)]
+        endings = [item for item in batch if isinstance(item, HolderEnd)]
         failure = await self._commit_or_check(transaction.changes, outcomes)
         if failure is not None:
             transaction = await self._end_after_failure(endings)
-        free: set[Process] = set()
+        without_registrations: set[Process] = set()
         for count, changes in enumerate(_slices(transaction.changes)):
             if count:
                 await self._yield_to_loop()
-            free |= self._registry.apply(changes, self._stalls.now())
+            without_registrations |= self._registry.apply(changes, self._stalls.now_after_prolonging())
             self._on_commit(changes)
         self._waiting.extendleft(reversed(transaction.unfinished))
         for ending in endings:
             if ending not in transaction.unfinished:
-                self._registry.holders.unmark(ending)
+                self._registry.holder_index.unmark(ending)
         self._counters.changes += len(transaction.changes)
-        free = {process for process in free if not self._registry.holders.has_process(process)}
-        self._on_batch_end(transaction.lost, free)
-        dones = [item.done for item in batch if not isinstance(item, HolderGone)]
+        without_registrations = {
+            process for process in without_registrations if not self._registry.holder_index.has_process(process)
+        }
+        self._on_batch_end(transaction.lost, without_registrations)
+        dones = [item.done for item in batch if not isinstance(item, HolderEnd)]
         for count, (done, outcome) in enumerate(zip(dones, outcomes, strict=True), 1):
             done(failure or outcome)
             if count % _SLICE == 0 or self._clock.now() > self._slice_began + _SLICE_S:
@@ -191,14 +193,14 @@ class Engine:
         return len(batch)
 
     async def _evaluate(
-        self, batch: Sequence[_Submitted | HolderGone], transaction: Transaction
+        self, batch: Sequence[_Submitted | HolderEnd], transaction: Transaction
     ) -> list[bytes | Refused]:
         """Evaluate a batch in order, and return the replies to its writes, to be sent if the flush succeeds."""
         outcomes: list[bytes | Refused] = []
-        adjacent: list[HolderGone] = []  # ended together, so that an entry with many holders changes only once
+        adjacent: list[HolderEnd] = []  # ended together, so that an entry with many holders changes only once
         self._slice_began = self._clock.now()
         for count, item in enumerate(batch, 1):
-            if isinstance(item, HolderGone):
+            if isinstance(item, HolderEnd):
                 adjacent.append(item)
                 continue
             if adjacent:
@@ -215,7 +217,7 @@ class Engine:
             await self._end(transaction, adjacent)
         return outcomes
 
-    async def _end(self, transaction: Transaction, endings: Sequence[HolderGone]) -> None:
+    async def _end(self, transaction: Transaction, endings: Sequence[HolderEnd]) -> None:
         transaction.by = None
         for count, _ in enumerate(transaction.end(*endings), 1):
             if count % _SLICE == 0 or self._clock.now() > self._slice_began + _SLICE_S:
@@ -227,7 +229,7 @@ class Engine:
         await asyncio.sleep(0)
         self._slice_began = self._clock.now()
 
-    async def _end_after_failure(self, endings: Sequence[HolderGone]) -> Transaction:
+    async def _end_after_failure(self, endings: Sequence[HolderEnd]) -> Transaction:
         """Apply the ends of holders in a failed batch. They are written once the disk works again.
 
         Their revisions are above all revisions of the failed batch, because its lines may be on disk all the
@@ -258,7 +260,7 @@ class Engine:
             await self._thread.call(self._store.ensure_saved)
         except OSError as error:
             self._counters.commits_failed += 1
-            return self._failed(error)
+            return self._storage_refusal(error)
         return None
 
     async def _commit(self, changes: Sequence[Change]) -> Refused | None:
@@ -268,7 +270,7 @@ class Engine:
             await self._thread.call(self._store.commit, changes)
         except OSError as error:
             self._counters.commits_failed += 1
-            return self._failed(error)
+            return self._storage_refusal(error)
         finally:
             self._stalls.flush_ended()
             self._slice_began = self._clock.now()
@@ -279,7 +281,7 @@ class Engine:
             log.warning("%s can be written again", self._store.path)
         return None
 
-    def _failed(self, error: OSError) -> Refused:
+    def _storage_refusal(self, error: OSError) -> Refused:
         now = self._clock.now()
         reason = error.strerror or "unknown error"
         if self._failure_logged_at is None or now - self._failure_logged_at >= _LOG_FAILURE_EVERY_S:
@@ -296,9 +298,9 @@ class Engine:
     def _repair_later(self) -> None:
         if not self._closing and not self._repair_due:
             self._repair_due = True
-            self._clock.call_at(self._clock.now() + _REPAIR_AFTER_S, self._repair_now)
+            self._clock.call_at(self._clock.now() + _REPAIR_AFTER_S, self._request_repair)
 
-    def _repair_now(self) -> None:
+    def _request_repair(self) -> None:
         self._repair_due = False
         if self._store.needs_repair and not self._closing:
             self._repair = True

@@ -40,7 +40,7 @@ class Explainer:
 
     def _hints(self, name: str, near: list[str]) -> dict[str, object]:
         hints: dict[str, object] = {"near": near}
-        last = self._registry.last(name, self._clock.now())
+        last = self._registry.last_departure(name, self._clock.now())
         if last is not None:
             hints["last"] = {"reason": last.reason, "age_s": round(self._clock.now() - last.at, 3)}
         return hints
@@ -65,7 +65,7 @@ class Explainer:
     def timeout(self, arguments: Mapping[str, Any]) -> Refused:
         """Return the refusal of a `resolve` with `wait` for which no instance was found in time."""
         name = arguments["name"]
-        near, last = self._registry.near(name), self._registry.last(name, self._clock.now())
+        near, last = self._registry.near(name), self._registry.last_departure(name, self._clock.now())
         unreachable = self._unreachable(arguments)
         if unreachable:
             shown = ", ".join(unreachable[:_UNREACHABLE_MAX])
@@ -163,7 +163,7 @@ class Explainer:
             "port": entry.port,
             "state": entry.state,
             **({"priority": entry.priority} if entry.priority else {}),
-            "alive": self._registry.holders.is_alive(entry),
+            "alive": self._registry.holder_index.is_alive(entry),
             "rev": entry.rev,
             "since": entry.registered_at,
             "owners": [self._owner(holder) for holder in entry.holders[:_OWNERS_MAX]] or [{"static": True}],

@@ -213,17 +213,17 @@ class Handlers:
         arguments = request.arguments
         name, key = arguments["name"], _key(arguments)
         entry = self._registry.get(key)
-        if entry is None or not self._registry.holders.is_alive(entry):
+        if entry is None or not self._registry.holder_index.is_alive(entry):
             message = f"no registration of {key_text(key)!r} any more: register again"
             raise Refused(Code.NOT_FOUND, message, **self._explainer.hints(name))
         leases = [(holder, holder.ttl_s) for holder in entry.holders if holder.ttl_s is not None]
         if not leases:
             raise Refused(Code.BAD_ARGUMENT, f"{key_text(key)!r} has no ttl to renew", field="name")
         own = [lease for lease in leases if lease[0].session == client.session]
-        granted, now = 0.0, self._stalls.now()
+        granted, now = 0.0, self._stalls.now_after_prolonging()
         for holder, ttl_s in own or leases:
             granted = arguments.get("ttl", ttl_s)
-            self._registry.holders.renew(key, holder, now, granted)
+            self._registry.holder_index.renew(key, holder, now, granted)
         return messages.ok(request.id, {"ttl": messages.seconds(granted)})
 
     def _why(self, request: Request, client: ClientIdentity) -> bytes:

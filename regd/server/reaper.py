@@ -6,7 +6,7 @@ The reaper marks a gone holder in the registry at once, and the engine then comm
 from collections.abc import Callable
 from functools import partial
 
-from regd.core.holders import HolderGone
+from regd.core.holders import HolderEnd
 from regd.core.limits import Limits
 from regd.core.model import Entry, Holder, Key, Process, Reason
 from regd.core.registry import Registry
@@ -21,7 +21,12 @@ _PROBE_EVERY_S = 30.0  # between probes of an unclaimed registration whose proce
 
 
 class Reaper:
-    """`is_cut` asks the kernel whether a session's connection has ended; `ended` is called with a gone holder."""
+    """Marks gone holders, and passes their ends on.
+
+    Args:
+        has_client_hung_up: asks the kernel about the connection of a session.
+        ended: is called with the end of each holder that is marked.
+    """
 
     def __init__(
         self,
@@ -30,15 +35,15 @@ class Reaper:
         limits: Limits,
         stalls: Stalls,
         probes: Probes,
-        is_cut: Callable[[int], bool],
-        ended: Callable[[HolderGone], None],
+        has_client_hung_up: Callable[[int], bool],
+        ended: Callable[[HolderEnd], None],
     ) -> None:
         self.processes = Processes(limits, self._process_ended)
         self._registry = registry
         self._clock = clock
         self._stalls = stalls
         self._probes = probes
-        self._is_cut = is_cut
+        self._has_client_hung_up = has_client_hung_up
         self._ended = ended
         self._is_scheduled = False
         self._closed = False
@@ -47,37 +52,37 @@ class Reaper:
 
     def is_gone(self, holder: Holder) -> bool:
         """Ask the operating system whether a holder is gone."""
-        if holder.hold and holder.session is not None and self._is_cut(holder.session):
+        if holder.hold and holder.session is not None and self._has_client_hung_up(holder.session):
             return True
         return holder.process is not None and self.processes.is_gone(holder.process)
 
     def connection_ended(self, session: int) -> None:
         """End the holders that a session's connection kept alive."""
-        self._end(HolderGone(Reason.CLOSED, session=session))
+        self._end(HolderEnd(Reason.CLOSED, session=session))
 
     def _process_ended(self, process: Process) -> None:
-        self._end(HolderGone(Reason.EXITED, process=process))
+        self._end(HolderEnd(Reason.EXITED, process=process))
 
-    def _end(self, ending: HolderGone) -> None:
-        self._registry.mark_dead(ending)
+    def _end(self, ending: HolderEnd) -> None:
+        self._registry.mark_gone(ending)
         self._ended(ending)
 
-    def on_batch_end(self, free: set[Process]) -> None:
+    def on_batch_end(self, without_registrations: set[Process]) -> None:
         """Release processes that hold nothing, and schedule a check if there are deadlines."""
-        for process in free:
+        for process in without_registrations:
             self.processes.release(process)
-        self.processes.release_unused(self._registry.holders.has_process)
+        self.processes.release_unused(self._registry.holder_index.has_process)
         self._schedule_check()
 
     def _schedule_check(self) -> None:
-        is_needed = self._registry.holders.next_deadline() is not None or self.processes.unwatched
+        is_needed = self._registry.holder_index.next_deadline() is not None or self.processes.unwatched
         if is_needed and not self._is_scheduled and not self._closed:
             self._is_scheduled = True
             self._clock.call_at(self._next_check(), self._check)
 
     def start(self) -> None:
         """Watch the processes of loaded registrations, and end the holders whose process has already ended."""
-        for process in self._registry.holders.processes:
+        for process in self._registry.holder_index.processes:
             if not self.processes.watch(process):
                 self._process_ended(process)
         self.on_batch_end(set())
@@ -90,14 +95,14 @@ class Reaper:
         now = self._clock.now()
         if self._stalls.is_flush_stalled:  # no deadline comes nearer until the flush ends
             return now + _STALLED_CHECK_S
-        deadline = self._registry.holders.next_deadline()
+        deadline = self._registry.holder_index.next_deadline()
         return now + CHECK_S if deadline is None else max(now, min(now + CHECK_S, deadline))
 
     def _check(self) -> None:
         self._is_scheduled = False
         if self._closed:
             return
-        for ending in self._registry.expire(self._stalls.now(), _SLICE):
+        for ending in self._registry.expire(self._stalls.now_after_prolonging(), _SLICE):
             self._ended(ending)
         self._probe_unclaimed()
         for process in self.processes.retry():
@@ -107,7 +112,7 @@ class Reaper:
     # Unclaimed registrations whose process is alive: after a restart, no client has claimed them in time.
 
     def _probe_unclaimed(self) -> None:
-        unclaimed = self._registry.holders.unclaimed
+        unclaimed = self._registry.holder_index.unclaimed
         for _ in range(min(_SLICE, len(unclaimed))):
             if self._probing >= self._probing_max:
                 return
@@ -127,8 +132,10 @@ class Reaper:
     def _probed(self, key: Key, holder_id: int, result: ProbeResult) -> None:
         self._probing -= 1
         if not result.refused:  # accepted, or not answered because the process is busy
-            self._registry.holders.probe_at(key, holder_id, self._stalls.now() + _PROBE_EVERY_S)
+            self._registry.holder_index.probe_at(
+                key, holder_id, self._stalls.now_after_prolonging() + _PROBE_EVERY_S
+            )
         elif self._entry_held_by(key, holder_id) is not None:
-            self._end(HolderGone(Reason.CLOSED, holder=(key, holder_id)))
+            self._end(HolderEnd(Reason.CLOSED, holder=(key, holder_id)))
         self._probe_unclaimed()
         self._schedule_check()

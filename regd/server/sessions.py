@@ -12,7 +12,7 @@ class SessionConnection(Protocol):
     @property
     def address(self) -> str: ...
 
-    def is_cut(self) -> bool: ...
+    def has_client_hung_up(self) -> bool: ...
 
     def push(self, data: bytes) -> None: ...
 
@@ -32,10 +32,10 @@ class Sessions:
         """Remove a connection that has closed. Idempotent."""
         self._open.pop(session, None)
 
-    def is_cut(self, session: int) -> bool:
+    def has_client_hung_up(self, session: int) -> bool:
         """Return whether the connection has ended. The kernel is asked, since it knows before the event loop."""
         connection = self._open.get(session)
-        return connection is None or connection.is_cut()
+        return connection is None or connection.has_client_hung_up()
 
     def address_of(self, session: int) -> str | None:
         """Return the client's address for people, None if the connection has closed."""

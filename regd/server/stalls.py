@@ -10,13 +10,13 @@ from regd.system.clock import Clock
 
 log = logging.getLogger("regd")
 
-CHECK_S = 0.5  # the longest time between two calls of `now` while the daemon runs
+CHECK_S = 0.5  # the longest time between two calls of `now_after_prolonging` while the daemon runs
 _LATE_S = 0.25  # a call may be late by this time, and a flush take this time, without being a stall
 _LOG_FROM_S = 2.0  # shorter stalls are not logged
 
 
 class Stalls:
-    """`now` is the time with which leases are set, renewed and ended.
+    """`now_after_prolonging` is the time with which leases are set, renewed and ended.
 
     A flush is a stall too, because a renewal that follows a write on its connection waits until the write is
     committed. But the first quarter of a second of a flush is not: else no lease would ever end while one flush
@@ -33,7 +33,7 @@ class Stalls:
         """Ignore the time before this call."""
         self._called_at = self._clock.now()
 
-    def now(self) -> float:
+    def now_after_prolonging(self) -> float:
         """Add the stall since the last call, if there was one, to the deadlines. Return the current time."""
         now = self._clock.now()
         lost_s = 0.0
@@ -54,8 +54,8 @@ class Stalls:
         return self._flushing_since is not None and self._clock.now() >= self._flushing_since + _LATE_S
 
     def flush_began(self) -> None:
-        self._flushing_since = self.now()
+        self._flushing_since = self.now_after_prolonging()
 
     def flush_ended(self) -> None:
-        self.now()
+        self.now_after_prolonging()
         self._flushing_since = None

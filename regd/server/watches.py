@@ -48,10 +48,10 @@ class Watch:
         "cursor",
         "exact",
         "is_open",
-        "kept_bytes",
         "meta",
         "number",
         "pattern",
+        "pending_bytes",
         "phase",
         "prefix",
         "tail",
@@ -69,7 +69,7 @@ class Watch:
         self.cursor = cursor
         self.after: Key | None = None
         self.is_open = True
-        self.kept_bytes = 0  # the size of the request, which the memory quota includes
+        self.pending_bytes = 0  # the size of the request, which the memory quota includes
         self.tail = ""  # the event that follows once the client has all events: `sync` or `progress`
 
     def line(self, change: Change) -> bytes | None:

@@ -65,7 +65,9 @@ def test_an_instance_arrives_as_it_is_or_is_not_published_for_a_reason(
     assert arrival["meta"] == {**instance["meta"], "regd.machine": machine}
     assert arrival["priority"] == min(fields["priority"] + 100, 65_535)
     name, arrival_instance = records.arrival_key(place)
-    commands.check("register", None, {"name": name, "instance": arrival_instance, "hold": True, **arrival})
+    commands.check_request(
+        "register", None, {"name": name, "instance": arrival_instance, "hold": True, **arrival}
+    )
     came_in = {"name": name, "instance": arrival_instance, "hold": True, "rev": 1, **arrival}
     assert records.is_arrival(came_in)
     assert "another machine" in records.reason_not_to_publish(came_in, machine)
@@ -247,7 +249,7 @@ def test_any_value_can_be_registered_or_is_refused(value: bytes) -> None:
         arrival = records.arrival(place, records.published(value), loopback=False)
     except Invalid:
         return
-    commands.check("register", None, {"name": "web", "instance": "b.1", "hold": True, **arrival})
+    commands.check_request("register", None, {"name": "web", "instance": "b.1", "hold": True, **arrival})
     assert arrival["meta"]["regd.machine"] == "b"
     assert not records.is_loopback(arrival["host"])
 

@@ -247,7 +247,7 @@ def test_unknown_name_keeps_no_state() -> None:
     for n in range(1_000):
         assert resolve(registry, f"x{n}") is None
         assert resolve(registry, f"x{n}", {"zone": "b"}) is None
-    assert (len(registry._services), len(registry._served)) == (1, 0)
+    assert (len(registry._instances_by_name), len(registry._served)) == (1, 0)
 
 
 def test_same_registration_again_is_no_change() -> None:
@@ -373,8 +373,8 @@ def test_departures_are_kept_up_to_a_limit() -> None:
         transaction = Transaction(registry, 0.0)
         transaction.deregister((f"n{n}", ""))
         registry.apply(transaction.changes, now=float(n))
-    assert registry.last("n0", 0.0) is None
-    last = registry.last("n2", 0.0)
+    assert registry.last_departure("n0", 0.0) is None
+    last = registry.last_departure("n2", 0.0)
     assert last is not None
     assert (last.reason, last.at) == ("deregistered", 2.0)
 

@@ -80,8 +80,8 @@ def test_query_of_a_path_that_is_no_command() -> None:
 def test_arguments_are_those_of_the_daemon() -> None:
     for cmd, parameters in COMMANDS.items():
         assert set(parameters) == set(commands.COMMANDS[cmd].arguments)
-        assert not commands.COMMANDS[cmd].writes
-        assert not commands.COMMANDS[cmd].guarded
+        assert not commands.COMMANDS[cmd].waits_for_commit
+        assert not commands.COMMANDS[cmd].needs_write_access
 
 
 @given(some.dictionaries(some.sampled_from(["name", "instance", "after", "topic"]), some.text()))

@@ -3,7 +3,7 @@
 import pytest
 
 from regd.core.errors import Code, Refused
-from regd.protocol.commands import COMMANDS, check, describe_commands
+from regd.protocol.commands import COMMANDS, check_request, describe_commands
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_refusals_say_what_to_do(
     cmd: str, given: dict[str, object], code: Code, field: str | None, hint: str
 ) -> None:
     with pytest.raises(Refused) as refusal:
-        check(cmd, None, given)
+        check_request(cmd, None, given)
     assert refusal.value.code is code
     assert refusal.value.details.get("field") == field
     assert hint in refusal.value.message

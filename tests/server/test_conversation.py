@@ -56,13 +56,13 @@ class Executor:
 
     def commit(self) -> list[Any]:
         """Commit the oldest write."""
-        self.conversation.committed(str(self.writes.popleft().id).encode())
+        self.conversation.add_write_reply(str(self.writes.popleft().id).encode())
         return self.work()
 
     def resolve(self, position: int = 0) -> list[Any]:
         """Answer a resolve that waits."""
         request = self.waits.pop(position)
-        self.conversation.resolved(request, str(request.id).encode())
+        self.conversation.add_waiting_reply(request, str(request.id).encode())
         return self.work()
 
     def work(self) -> list[Any]:
@@ -77,8 +77,8 @@ class Executor:
         if isinstance(item, Problem):
             assert not self.writes
             self.sent.append(str(item.refusal.code))
-        elif COMMANDS[item.cmd].writes:
-            self.conversation.submit()
+        elif COMMANDS[item.cmd].waits_for_commit:
+            self.conversation.count_write()
             self.writes.append(item)
         elif "wait" in item.arguments:
             assert not self.writes
@@ -146,7 +146,7 @@ def test_request_that_is_put_back_comes_next(peer: Executor) -> None:
 
 def test_committed_reply_is_owed_until_it_is_taken(peer: Executor) -> None:
     peer.receive(write(1))
-    peer.conversation.committed(b"1")
+    peer.conversation.add_write_reply(b"1")
     assert (peer.conversation.in_flight, peer.conversation.owes_replies) == (0, True)
     assert peer.conversation.take_replies() == [b"1"]
     assert not peer.conversation.owes_replies
@@ -244,7 +244,7 @@ def test_quit_after_a_blocking_resolve(peer: Executor) -> None:
 
 def test_untaken_reply_is_owed_before_the_end(peer: Executor) -> None:
     peer.receive(wait(1), b"quit\n")
-    peer.conversation.resolved(peer.waits[0], b"1")
+    peer.conversation.add_waiting_reply(peer.waits[0], b"1")
     assert not peer.conversation.is_finished
     peer.conversation.take_replies()
     assert peer.conversation.is_finished
@@ -291,7 +291,7 @@ def test_late_replies_are_dropped_after_the_end(request_line: bytes, peer: Execu
 
 def test_end_drops_untaken_replies(peer: Executor) -> None:
     peer.receive(write(1), read(2))
-    peer.conversation.committed(b"1")
+    peer.conversation.add_write_reply(b"1")
     peer.conversation.end()
     assert peer.conversation.take_replies() == []
     assert not peer.conversation.is_deferred

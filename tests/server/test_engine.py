@@ -9,7 +9,7 @@ import pytest
 
 from regd.core import transaction as transaction_module
 from regd.core.errors import Code, Refused
-from regd.core.holders import HolderGone
+from regd.core.holders import HolderEnd
 from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Entry, Holder, Reason, State
 from regd.core.registry import Registry
@@ -49,11 +49,11 @@ class Bench:
             self.counters,
             LoopMonitor(self.clock),
             limits,
-            Stalls(self.clock, self.registry.holders),
+            Stalls(self.clock, self.registry.holder_index),
             is_gone=lambda holder: False,
             on_flush=lambda: None,
             on_commit=lambda changes: None,
-            on_batch_end=lambda lost, free: None,
+            on_batch_end=lambda lost, without_registrations: None,
         )
         self.outcomes: list[object] = []
         self.task = asyncio.create_task(self.engine.run())
@@ -251,8 +251,8 @@ async def test_end_of_a_holder_is_never_refused_and_is_written_first(tmp_path: P
     bench.submit(lambda transaction: b"%d" % transaction.register(held, session=7)[0].rev)
     await bench.until(1)
     bench.files.failing["sync_data"] = bench.files.failing["create"] = FULL
-    ending = HolderGone(Reason.CLOSED, session=7)
-    bench.registry.mark_dead(ending)
+    ending = HolderEnd(Reason.CLOSED, session=7)
+    bench.registry.mark_gone(ending)
     assert not any(map(bench.registry.is_ready, bench.registry.instances_of("held")))
     bench.engine.end(ending)
     bench.submit(register("other"))
@@ -277,8 +277,8 @@ async def test_end_is_written_when_the_daemon_stops(tmp_path: Path) -> None:
     bench.submit(lambda transaction: b"%d" % transaction.register(held, session=7)[0].rev)
     await bench.until(1)
     bench.files.failing["sync_data"] = FULL
-    ending = HolderGone(Reason.CLOSED, session=7)
-    bench.registry.mark_dead(ending)
+    ending = HolderEnd(Reason.CLOSED, session=7)
+    bench.registry.mark_gone(ending)
     bench.engine.end(ending)
     async with asyncio.timeout(WAIT_S):
         while len(bench.registry):
@@ -303,8 +303,8 @@ async def test_end_of_many_holders_takes_several_batches(
     bench.submit(*(held(f"n{n}") for n in range(10)))
     await bench.until(10)
     commits = bench.counters.commits
-    ending = HolderGone(Reason.CLOSED, session=7)
-    bench.registry.mark_dead(ending)
+    ending = HolderEnd(Reason.CLOSED, session=7)
+    bench.registry.mark_gone(ending)
     assert not any(
         bench.registry.is_ready(entry) for n in range(10) for entry in bench.registry.instances_of(f"n{n}")
     )
@@ -321,7 +321,7 @@ async def test_end_of_many_holders_takes_several_batches(
     await bench.close()
     assert fails or bench.counters.commits == commits + 3
     assert fails or bench.registry.rev == 20
-    assert not bench.registry.holders._gone_sessions
+    assert not bench.registry.holder_index._gone_sessions
     assert bench.held() == set()
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from regd.core.errors import Refused
-from regd.core.holders import HolderGone
+from regd.core.holders import HolderEnd
 from regd.core.limits import Limits
 from regd.core.model import Entry, Holder, Key, Process, Reason, State
 from regd.core.registry import Registry
@@ -121,12 +121,12 @@ class Histories(RuleBasedStateMachine):
     def land(self, transaction: Transaction) -> None:
         self.registry.apply(transaction.changes, self.now)
 
-    def end(self, ending: HolderGone) -> None:
-        self.registry.mark_dead(ending)
+    def end(self, ending: HolderEnd) -> None:
+        self.registry.mark_gone(ending)
         transaction = Transaction(self.registry, 5.0)
         list(transaction.end(ending))
         self.land(transaction)
-        self.registry.holders.unmark(ending)
+        self.registry.holder_index.unmark(ending)
 
     def model_end(self, gone: Any) -> None:
         """Remove holders from the model, and the registrations whose last holder is removed."""
@@ -257,7 +257,7 @@ class Histories(RuleBasedStateMachine):
         if entry is not None:
             for holder in entry.holders:
                 if holder.ttl_s is not None:
-                    self.registry.holders.renew(key, holder, self.now, holder.ttl_s)
+                    self.registry.holder_index.renew(key, holder, self.now, holder.ttl_s)
             for hold in self.model[key].holds:
                 hold.due = self.now + hold.ttl if hold.ttl else float("inf")
 
@@ -267,14 +267,14 @@ class Histories(RuleBasedStateMachine):
         self.opened += 1
         self.open[player] = self.opened
         self.model_end(lambda each: each.hold and each.session == session)
-        self.end(HolderGone(Reason.CLOSED, session=session))
+        self.end(HolderEnd(Reason.CLOSED, session=session))
 
     @rule(pid=pids)
     def exit(self, pid: int) -> None:
         process = self.process(pid)
         self.born[pid] += 1
         self.model_end(lambda each: each.pid == pid)
-        self.end(HolderGone(Reason.EXITED, process=process))
+        self.end(HolderEnd(Reason.EXITED, process=process))
 
     @rule(seconds=st.sampled_from([1.0, 4.9, 5.0, 20.0, 30.0]), refused=st.booleans())
     def advance(self, seconds: float, refused: bool) -> None:
@@ -285,13 +285,13 @@ class Histories(RuleBasedStateMachine):
             if holder.pid is not None and not refused:
                 holder.claim = self.now + GRACE_S
         self.model_end(lambda each: each.due <= self.now or each.claim <= self.now)
-        holders = self.registry.holders
+        holders = self.registry.holder_index
         for ending in self.registry.expire(self.now, 1_000):
             self.end(ending)
         while holders.unclaimed:
             key, holder_id = holders.unclaimed.popleft()
             if refused:
-                self.end(HolderGone(Reason.CLOSED, holder=(key, holder_id)))
+                self.end(HolderEnd(Reason.CLOSED, holder=(key, holder_id)))
             else:
                 holders.probe_at(key, holder_id, self.now + GRACE_S)
 
@@ -299,7 +299,7 @@ class Histories(RuleBasedStateMachine):
     def stall(self) -> None:
         """Suspend the daemon. The time is added to every deadline."""
         self.now += 100.0
-        self.registry.holders.prolong(100.0)
+        self.registry.holder_index.prolong(100.0)
         for known in self.model.values():
             for holder in known.holds:
                 holder.due += 100.0
@@ -385,11 +385,11 @@ class Histories(RuleBasedStateMachine):
     def next_deadline_is_the_nearest_of_the_model(self) -> None:
         due = [min(holder.due, holder.claim) for known in self.model.values() for holder in known.holds]
         nearest = min(due, default=float("inf"))
-        assert (self.registry.holders.next_deadline() or float("inf")) == pytest.approx(nearest)
+        assert (self.registry.holder_index.next_deadline() or float("inf")) == pytest.approx(nearest)
 
     @invariant()
     def ended_holders_are_forgotten(self) -> None:
-        index = self.registry.holders
+        index = self.registry.holder_index
         holders = [
             holder for entry in self.registry.page("*", {}, None, 1_000).entries for holder in entry.holders
         ]

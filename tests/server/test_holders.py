@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from regd.core.holders import HolderGone
+from regd.core.holders import HolderEnd
 from regd.core.limits import Limits
 from regd.system import probes
 from tests.support.daemon import WAIT_S, InLoop, Peer
@@ -233,7 +233,7 @@ async def test_near_deadline_during_a_slow_flush_is_not_polled(
         assert registry is not None
         expire = registry.expire
 
-        def count(now: float, most: int) -> list[HolderGone]:
+        def count(now: float, most: int) -> list[HolderEnd]:
             nonlocal looks
             looks += 1
             return expire(now, most)

@@ -296,7 +296,7 @@ async def test_waiting_requests_of_readonly_users_leave_room_for_writers(step: i
         owner = await daemon.peer()
         assert (await ask_watch(owner, "a"))["ok"]
         await reader.reset()
-        await until(lambda: daemon.server.kept_bytes == size)
+        await until(lambda: daemon.server.pending_bytes == size)
 
 
 @rows("readonly_output_bytes_total_max")
@@ -638,20 +638,20 @@ async def test_pending_bytes(step: int, running: Running) -> None:
             assert (await other.reply())["error"] == "busy"
         else:
             await until(files.syncing.is_set)
-            assert daemon.server.kept_bytes == watch + wait + write
+            assert daemon.server.pending_bytes == watch + wait + write
             files.gate.set()
             assert (await other.reply())["ok"]
         files.gate.set()
-        assert daemon.server.kept_bytes == watch + wait
+        assert daemon.server.pending_bytes == watch + wait
         assert (await peer.ask(cmd="unwatch", watch=1))["ok"]
         daemon.clock.advance(60)
         assert (await peer.reply())["error"] == "timeout"
-        assert daemon.server.kept_bytes == 0
+        assert daemon.server.pending_bytes == 0
         await ask_watch(peer, "a")
         peer.send({"cmd": "resolve", "name": "a", "wait": 60, "id": 1})
         await until(lambda: daemon.server.waiting)
         await peer.reset()
-        await until(lambda: daemon.server.kept_bytes == 0)
+        await until(lambda: daemon.server.pending_bytes == 0)
 
 
 @rows("requests_in_flight_max")
@@ -661,11 +661,11 @@ async def test_requests_in_flight(running: Running) -> None:
         peer, other = await daemon.peer(), await daemon.peer()
         files.gate.clear()
         peer.send(*({"cmd": "register", "name": f"a{n}", "port": 1} for n in range(5)))
-        await until(lambda: daemon.server.kept_bytes)
+        await until(lambda: daemon.server.pending_bytes)
         for _ in range(3):
             assert (await other.ask(cmd="ping"))["ok"]
         one = Request("register", None, {"name": "a0", "port": 1}).weight_bytes
-        assert daemon.server.kept_bytes == 3 * one
+        assert daemon.server.pending_bytes == 3 * one
         files.gate.set()
         assert [(await peer.reply())["ok"] for _ in range(5)] == [True] * 5
 

@@ -162,7 +162,7 @@ def test_replies_do_not_depend_on_how_the_input_is_split(twins: Twins) -> None:
         twins.write(line("register", name="db", port=1))
         twins.cache_reply()
         reader = twins.connect()
-        rev = twins.worlds[0].services.engine._registry.rev
+        rev = twins.worlds[0].parts.engine._registry.rev
         reader.send(*filter(None, (whole[:first], whole[first:last], whole[last:])))
         twins.settle()
         replies = reader.received()

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from regd.core.holders import HolderGone
+from regd.core.holders import HolderEnd
 from regd.core.limits import Limits
 from regd.core.model import Entry, Holder, Process, Reason, State
 from regd.core.registry import Registry
@@ -249,8 +249,8 @@ ENDINGS: dict[str, tuple[bytes, Callable[[Twins, Pair], object], str]] = {
 
 
 def _exit(world: World) -> None:
-    for process in world.services.engine._registry.holders.processes:
-        world.services.reaper._process_ended(process)
+    for process in world.parts.engine._registry.holder_index.processes:
+        world.parts.reaper._process_ended(process)
 
 
 @pytest.mark.parametrize(("request_", "end", "reason"), ENDINGS.values(), ids=ENDINGS)
@@ -266,7 +266,7 @@ def test_dead_holder_is_not_resolved(
     holder.received()
     twins.cache_reply()
     twins.set_full(full)
-    registry = twins.worlds[0].services.engine._registry
+    registry = twins.worlds[0].parts.engine._registry
     rev = registry.rev
     end(twins, holder)
     during_flush = []
@@ -415,15 +415,15 @@ def test_registry_notifies_of_each_name_whose_reply_changes() -> None:
     assert apply(lambda transaction: transaction.deregister(("db", "x"))) == [("db", 1)]
     assert apply(lambda transaction: transaction.register(entry(port=2))) == []  # nothing changes
     for ending in (
-        HolderGone(Reason.CLOSED, session=7),
-        HolderGone(Reason.EXITED, process=Process(8, "boot/8")),
+        HolderEnd(Reason.CLOSED, session=7),
+        HolderEnd(Reason.EXITED, process=Process(8, "boot/8")),
     ):
         apply(lambda transaction: transaction.register(entry("held", holders=(holder,)), session=7))
         notified.clear()
-        registry.mark_dead(ending)
+        registry.mark_gone(ending)
         assert notified == [("held", 0)]
         assert apply(lambda transaction, ending=ending: transaction.end(ending)) == [("held", 0)]  # type: ignore[misc]
-        registry.holders.unmark(ending)
+        registry.holder_index.unmark(ending)
     apply(lambda transaction: transaction.register(entry("held", holders=(holder,)), session=7))
     notified.clear()
     assert registry.expire(4.9, 10) == []
@@ -444,7 +444,7 @@ def test_many_deaths_at_once_clear_the_cache(monkeypatch: pytest.MonkeyPatch) ->
         replies.put(next(registry.instances_of(f"n{n}")))
     request = b'{"cmd":"resolve","name":"n1"}\n'
     assert replies.lookup(request) is not None
-    registry.mark_dead(HolderGone(Reason.CLOSED, session=7))
+    registry.mark_gone(HolderEnd(Reason.CLOSED, session=7))
     assert replies.lookup(request) is None
     replies.put(next(registry.instances_of("n1")))
     assert replies.lookup(request) is not None
@@ -644,7 +644,7 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def cached_replies_match_the_registry(self) -> None:
         self.poll()
-        registry = self.twins.worlds[0].services.engine._registry
+        registry = self.twins.worlds[0].parts.engine._registry
         for request, reply in self.twins.cache.known.items():
             name = json.loads(request)["name"]
             instances = list(registry.instances_of(name))

@@ -117,7 +117,7 @@ class World:
 
         self.server = self.loop.run_until_complete(start())
         self.connections: Connections = self.server._connections
-        self.services = self.connections.services
+        self.parts = self.connections.parts
 
     def connect(self) -> Wire:
         wire = Wire(self.loop, self._quiet)
@@ -139,7 +139,7 @@ class World:
         self.settle()
 
     def end_processes(self) -> None:
-        for file in list(self.services.reaper.processes._files.values()):
+        for file in list(self.parts.reaper.processes._files.values()):
             os.eventfd_write(file, 1)
         self.loop.run_once()  # the selector is polled once in an iteration
         self.settle()

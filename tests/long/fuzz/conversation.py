@@ -48,13 +48,13 @@ class Conversation:
     def __init__(self, world: World) -> None:
         self.world = world
         world.loop.flush_iterations = 0
-        self.engine = world.services.engine
-        self.registry = world.services.engine._registry
+        self.engine = world.parts.engine
+        self.registry = world.parts.engine._registry
         self.friend = world.connect()
         self.friend.send(FRIEND)
         world.settle()
         self.first_rev = self.registry.rev
-        self.cut_before = world.services.counters.dropped
+        self.cut_before = world.parts.counters.dropped
         self.peer = world.connect()
         self.connection, self.friends = self.peer.protocol, self.friend.protocol
         self.given = bytearray()  # bytes of the stream
@@ -147,7 +147,7 @@ class Conversation:
         """Every line is valid, and the replies match the requests in order, all of them or the first ones."""
         sent, http = _without_http(bytes(self.peer.sent))
         whole, _, rest = sent.rpartition(b"\n")
-        cut = self.world.services.counters.dropped > self.cut_before
+        cut = self.world.parts.counters.dropped > self.cut_before
         assert not rest or cut or self.peer.is_reset, rest
         lines = [is_a_line(line + b"\n") for line in whole.split(b"\n") if line]
         replies = [line for line in lines if "ok" in line]
@@ -171,7 +171,7 @@ class Conversation:
         connections, friend = self.world.connections, self.friends
         assert connections.open == {friend}
         assert list(connections.sessions._open.values()) == [friend]
-        assert connections.services.counters.connections == 1
+        assert connections.parts.counters.connections == 1
         for share in (connections.writers, connections.readers):
             assert not share.watches._to_send
             assert len(share.waiting_resolves) == 0
@@ -187,7 +187,7 @@ class Conversation:
         assert not connections.half_closed._waiters
         assert (len(connections.writers.watches), len(connections.readers.watches)) == (1, 0)
         [watch] = next(iter(connections.writers.watches._watches.values()))  # the friend's
-        assert (connections.writers.memory.total, connections.readers.memory.total) == (watch.kept_bytes, 0)
+        assert (connections.writers.memory.total, connections.readers.memory.total) == (watch.pending_bytes, 0)
         for call in self.world.timers:
             assert getattr(call, "__self__", None) is not self.connection, call
 
@@ -231,9 +231,9 @@ class Conversation:
         world.settle()
         world.pass_time(TIGHT.progress_s + 2)
         assert self.friend.lost
-        holders = self.registry.holders
+        holders = self.registry.holder_index
         for table in (
-            self.registry._services, self.registry._names, connections.open, world.services.reaper.processes._files,
+            self.registry._instances_by_name, self.registry._names, connections.open, world.parts.reaper.processes._files,
             holders._of_session, holders._of_process, holders._due, holders._awaits_probe, holders.unclaimed,
             holders._gone_sessions, holders._gone_processes, holders._gone_holders,
             world.timers,

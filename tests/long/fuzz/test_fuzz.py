@@ -185,7 +185,7 @@ ROUNDS = 16 if LONG else 4
 
 def census(world: World) -> Counter[str]:
     """Count the objects of regd's classes, except the history, which has a limit."""
-    registry = world.services.engine._registry
+    registry = world.parts.engine._registry
     registry.history = History(registry.rev, TIGHT)
     registry._departures.clear()
     assert world.server._findings is not None
