@@ -54,7 +54,7 @@ def test_protocol_page_has_every_command_and_error() -> None:
         arguments = " ".join(
             f"`{key}`" if argument.required else f"[`{key}`]" for key, argument in command.arguments.items()
         )
-        assert f"| `{name}` | {arguments} |" in page, name
+        assert f"| `{name}` | {arguments} | {command.doc} | {command.result} |" in page, name
         assert f'"cmd":"{name}"' in sent, f"no conversation shows {name}"
     for code in Code:
         assert f"| `{code}` | {code.meaning} |" in page, code

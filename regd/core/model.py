@@ -61,8 +61,8 @@ class Holder:
 
     Attributes:
         id: a number that no other holder of the registry has.
-        session: the connection that registered, None for a holder that was loaded at a start. Such a `hold` is
-            unclaimed until its client registers again.
+        session: the connection that registered; None for a holder that was loaded at a start. A loaded holder
+            with `hold` is unclaimed until its client registers again.
         withdrawn: it no longer keeps the registration alive, but can still deregister.
     """
 

@@ -8,7 +8,7 @@ A registration has up to three states at once:
 |               | `HolderIndex`          | `Registry.apply` after a commit          |                       |
 | uncommitted   | `Transaction`          | the writes of a batch                    | later writes of the   |
 |               |                        |                                          | same batch            |
-| presumed dead | marks in `HolderIndex` | `mark_gone` and `expire`, when a holder  | `resolve`, `why`,     |
+| known gone    | marks in `HolderIndex` | `mark_gone` and `expire`, when a holder  | `resolve`, `why`,     |
 |               |                        | is gone, until that is committed         | conflict checks       |
 
 If a commit fails, its transaction is dropped, and no client has seen its changes. The ends of holders are the
@@ -82,7 +82,7 @@ class Registry:
     ) -> None:
         self.limits = limits
         self.holder_index = HolderIndex(claim_s)
-        self.last_holder_id = 0  # the highest holder id in use
+        self.last_holder_id = 0  # the highest id that was assigned
         self.weight_bytes = 0
         self._count = 0
         self._instances_by_name: dict[str, Instances] = {}
@@ -347,7 +347,7 @@ class Registry:
     def last_departure(self, name: str, now: float) -> Departure | None:
         """Return the latest departure of a name, None if none is kept.
 
-        An instance that is presumed dead counts as departed now.
+        An instance that is known to be gone counts as departed now.
         """
         for entry in islice(self.instances_of(name), self.limits.near_candidates_max):
             reason = self.holder_index.end_reason(entry)

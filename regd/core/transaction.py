@@ -214,7 +214,7 @@ class Transaction:
         return self._record_if_different(previous, after)
 
     def _record_if_different(self, previous: Entry, after: Entry) -> Entry:
-        """Replace an entry by its copy at the next revision, if they differ. Return the entry in effect.
+        """Record that `after` follows `previous`, unless they are equal. Return the entry in effect.
 
         A change that clients cannot see, of the holders alone, takes no revision.
         """
@@ -373,7 +373,7 @@ class Transaction:
             raise Refused(Code.BUSY, f"the registry is full: {limits.registry_bytes_max} bytes")
 
     def _record(self, op: Op, entry: Entry, previous: Entry | None, reason: str = "") -> Entry:
-        """Append a change of the present entry of a key. For `down`, `entry` is the entry that ends."""
+        """Append a change to `changes`. For `down`, `entry` is the entry that ends."""
         key = entry.key
         after = None if op is Op.DOWN else entry
         self._count += (after is not None) - (previous is not None)

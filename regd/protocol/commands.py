@@ -44,7 +44,8 @@ class Command:
         result: the fields of its reply, for `help`.
         arguments: its arguments by name.
         waits_for_commit: it is answered once its changes are committed.
-        needs_write_access: only users who may write may use it.
+        needs_write_access: only users who may write may use it. `renew` alone needs it and waits for no commit:
+            the deadline of a lease is not on disk.
         checks: the check of each argument. With `required`, it is computed from `arguments`, so that checking a
             request takes time only for the arguments that it has.
         required: the names of the required arguments.

@@ -115,7 +115,7 @@ def ok(id: str | int | None, result: Mapping[str, object]) -> bytes:
 
 
 def error(refusal: Refused, id: str | int | None = None) -> bytes:
-    """Return an error reply. An id in the refusal's details comes before `id`."""
+    """Return an error reply. If the refusal's details have an `id`, it is used instead of the argument."""
     fields: dict[str, object] = {"ok": False}
     details = dict(refusal.details)
     id = details.pop("id", id)  # type: ignore[assignment]  # `decode` has checked it

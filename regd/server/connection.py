@@ -43,7 +43,13 @@ _FOREIGN_LOG_S = 10.0  # between two log lines about clients that speak another 
 
 
 class Connections:
-    """The open connections of a daemon, and what they share."""
+    """The open connections of a daemon, and what they share.
+
+    Attributes:
+        parts: the parts of the daemon that carry out requests.
+        writers: the quotas and time of users who may write.
+        readers: the same for users who may only read.
+    """
 
     def __init__(
         self,
@@ -126,7 +132,9 @@ class Connection(asyncio.Protocol):
         self._conversation = Conversation(connections.parts.limits)
         self._cache = connections.cache  # this and the parser save attribute lookups in the fast path
         self._parser = self._conversation.parser
-        self._fast_path_ok = False  # a `resolve` may be answered from the cache: no earlier request is unanswered
+        # Whether a `resolve` may be answered from the cache: no earlier request is unanswered. `data_received`
+        # clears it when it finds another request, and `_update_flow` sets it again.
+        self._fast_path_ok = False
         self._paused = False  # the client does not read its replies
         self._reading = True
         self._scheduled = False  # `run` will be called
@@ -421,7 +429,7 @@ class Connection(asyncio.Protocol):
         return self._conversation.state is ConversationState.ENDED or self._transport.is_closing()
 
     def _update_flow(self) -> None:
-        """Read on or pause, limit the time of an unfinished line, update quotas, and close when all is done."""
+        """Allow or forbid the fast path, read on or pause, set timers and quotas, and close when all is done."""
         conversation = self._conversation
         if self._has_ended:
             return
@@ -472,7 +480,11 @@ class Connection(asyncio.Protocol):
         self._check_for_hang_up()
 
     def _close_if_done(self) -> bool:
-        """Close if the client, which has closed its sending side, waits for no more replies or events."""
+        """End what the client holds, since it has closed its sending side. Close unless it waits for something.
+
+        Returns:
+            Whether the connection was closed. If not, replies or events are still to come.
+        """
         self._dispatcher.release_holds()
         if self._dispatcher.waiting or self._dispatcher.watches:
             return False

@@ -438,7 +438,7 @@ class Daemon:
         """Have the engine commit a write that no client has requested, and return its reply.
 
         Raises:
-            Refused: the write is refused.
+            Refused: the write is refused. If the engine ends before it answers, its error is raised.
         """
         assert self._engine_task is not None
         done: asyncio.Future[bytes | Refused] = asyncio.get_running_loop().create_future()
@@ -451,7 +451,11 @@ class Daemon:
         return outcome
 
     async def failed(self) -> None:
-        """Wait until the engine ends, and raise its error. That is a bug, and the process must end."""
+        """Wait until the engine ends, and raise its error. The process must end then.
+
+        Raises:
+            StorageError: another regd has taken over the registry. Any other exception is a bug.
+        """
         assert self._engine_task is not None
         await asyncio.shield(self._engine_task)
 

@@ -51,6 +51,14 @@ class ClientConnection(Watcher, LimitedConnection, Protocol):
 
 
 class Dispatcher:
+    """Carries out the requests of one connection.
+
+    Attributes:
+        holds: a request had `hold`, so that registrations may end with this connection.
+        waiting: the `resolve`s with `wait` that have no reply yet, each with its request.
+        watches: the watches of the connection, by number.
+    """
+
     __slots__ = (
         "_client",
         "_connection",
@@ -85,7 +93,7 @@ class Dispatcher:
         self._watch_count = 0
         self.watches: dict[int, Watch] = {}
         self.waiting: dict[WaitingResolve, Request] = {}
-        self.holds = False  # a request had `hold`, so that registrations may end with this connection
+        self.holds = False
 
     def answer(self, request: Request) -> bytes | None:
         """Carry out a request and return its reply; None if the reply comes late or the request was deferred."""

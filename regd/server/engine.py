@@ -30,7 +30,10 @@ Write = Callable[[Transaction], bytes]
 """Evaluates one request: adds its changes to the transaction and returns the reply, or raises `Refused`."""
 
 Done = Callable[[bytes | Refused], None]
-"""Called once, after the flush, with the reply or the refusal."""
+"""Called once with the reply or the refusal: after the flush, or without one if there was nothing to write.
+
+If `Engine.run` raises, the writes without an outcome get no call.
+"""
 
 
 class _Submitted(NamedTuple):
@@ -120,7 +123,12 @@ class Engine:
         self._wake.set()
 
     async def run(self) -> None:
-        """Commit batches until closed. An exception is a bug, and must end the process."""
+        """Commit batches until closed.
+
+        Raises:
+            StorageError: another regd has taken over the registry. Any other exception is a bug. The process
+                must end after either.
+        """
         try:
             while self._waiting or self._repair or not self._closing:
                 if self._waiting:
@@ -282,6 +290,7 @@ class Engine:
         return None
 
     def _storage_refusal(self, error: OSError) -> Refused:
+        """Log a failure of the disk, schedule a repair if necessary, and return the refusal for the writes."""
         now = self._clock.now()
         reason = error.strerror or "unknown error"
         if self._failure_logged_at is None or now - self._failure_logged_at >= _LOG_FAILURE_EVERY_S:

@@ -6,7 +6,7 @@ _MEASURE_EVERY_S = 1.0
 
 
 class LoopMonitor:
-    """`lag_s` is the delay of the last timer, `lag_max_s` the largest delay since the start."""
+    """Runs a timer every second. `lag_s` is how late its last call was, `lag_max_s` the most since the start."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock

@@ -1,7 +1,8 @@
-"""Cached replies to plain `resolve` requests, for names with one ready instance, or one of the best priority.
+"""Cached replies to plain `resolve` requests.
 
-A cached reply is invalidated as soon as anything about its name changes: a change is committed, or a holder is
-marked gone. So a cached reply is always the reply that the registry would give.
+A reply is cached if a ready instance is the only one of its name, or the only one with the best priority. It is
+invalidated as soon as anything about the name changes: a change is committed, or a holder is marked as gone. So a
+cached reply is always the reply that the registry would give.
 """
 
 import re

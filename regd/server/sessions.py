@@ -33,7 +33,10 @@ class Sessions:
         self._open.pop(session, None)
 
     def has_client_hung_up(self, session: int) -> bool:
-        """Return whether the connection has ended. The kernel is asked, since it knows before the event loop."""
+        """Return whether the client has closed the connection or its sending side.
+
+        The kernel is asked, since it knows before the event loop.
+        """
         connection = self._open.get(session)
         return connection is None or connection.has_client_hung_up()
 

@@ -156,7 +156,7 @@ class Watches:
             self._progress_timer.cancel()
 
     def on_changes(self, changes: Sequence[Change]) -> None:
-        """Wake the live watches that changes concern. Their events are sent after the replies to the writers."""
+        """Wake the live watches that changes concern. Their events are sent in later iterations of the loop."""
         if not self._count:
             return
         for change in changes:
