@@ -19,7 +19,8 @@ from regd.core.model import Entry, Holder, Key, Process, Reason
 class HolderEnd:
     """The end of a connection, a process or a single holder. Exactly one of the three is set.
 
-    `holder` is the key of its registration and its id.
+    Attributes:
+        holder: the key of a registration, and the id of one of its holders.
     """
 
     reason: Reason
@@ -30,7 +31,7 @@ class HolderEnd:
 
 # The two kinds of deadline, named by the reason of the end: a lease expires, and a loaded `hold` was not claimed.
 _DEADLINES = (Reason.EXPIRED, Reason.CLOSED)
-_STEPS = 256  # the most outdated records that one call of `next_deadline` removes
+_STEPS = 256  # one call of `next_deadline` removes up to so many outdated records
 
 Record = tuple[float, int, Reason, Key]
 """A deadline in a heap: when, the holder's id, its kind, and the key of the registration."""
@@ -51,7 +52,7 @@ class HolderIndex:
     def __init__(self, claim_s: float) -> None:
         self.unclaimed: deque[tuple[Key, int]] = deque()
         self._claim_s = claim_s
-        self._prolonged_s = 0.0  # added to a deadline when it is used, so that `prolong` changes no stored ones
+        self._prolonged_s = 0.0  # added to each deadline when it is used, so that `prolong` need not change them
         # Dictionaries instead of sets, since registrations end in the order in which they were made.
         self._of_session: defaultdict[int, dict[Key, None]] = defaultdict(dict)
         self._of_process: defaultdict[Process, dict[Key, None]] = defaultdict(dict)

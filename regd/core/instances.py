@@ -95,7 +95,7 @@ class Instances:
 
 
 class SearchPosition(NamedTuple):
-    """A position in a search: after `entry`, in the order that the search had with `served`."""
+    """A position in a search: the last entry that was found, and the round-robin position of the search."""
 
     served: str | None
     entry: Entry
@@ -110,7 +110,7 @@ class Search:
         fits: whether an entry is wanted.
         served: the round-robin position. Each priority is searched from the instance after it to the last, then
             from the first to it. None: from the first to the last.
-        after: begin here, and search what comes before it last.
+        after: begin after this position; the instances before it are searched last.
 
     Attributes:
         found: the entries found so far.
@@ -145,8 +145,8 @@ class Search:
         self._fits = fits
         self._served = served
         self.found: list[Entry] = []
-        # The range of indices that is searched now, from `_at` to `_end`. `_rest` is the range that follows it in
-        # the same priority, which ends at `_high`.
+        # The range of indices that is searched now, from `_at` to `_end`, and the range that follows it. Both are
+        # of one priority, which ends at `_high`.
         self._at = self._end = self._high = 0
         self._rest = (0, 0)
         if after is not None:

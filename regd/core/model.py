@@ -112,8 +112,8 @@ class Entry:
     registered_at: float
     holders: tuple[Holder, ...] = ()
     priority: int = 0
-    # Caches of values that are computed from the fields above, and are None and 0 until then. Only
-    # `protocol.messages` sets `encoded`.
+    # Caches of what is computed from the fields above; None and 0 until it is needed. Only `protocol.messages`
+    # sets `encoded`.
     encoded: bytes | None = field(default=None, init=False, compare=False, repr=False)
     _weight_bytes: int = field(default=0, init=False, compare=False, repr=False)
 

@@ -248,7 +248,7 @@ class Registry:
         *,
         readonly: bool = False,
     ) -> Search:
-        """Return such a search in round-robin order: within a priority, it begins after the instance served last.
+        """Like `search`, but in round-robin order: within a priority, it begins after the instance served last.
 
         The search does not move the round-robin position; `mark_served` does.
 

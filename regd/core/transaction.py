@@ -193,7 +193,7 @@ class Transaction:
             return self._record_if_different(
                 previous, self._copy_at_next_revision(previous, holders=_withdraw(previous, {known.id}))
             )
-        # A lease is excepted, since registering again renews it: a new holder gets a new deadline.
+        # Not so with a lease, which registering again renews: a new holder gets a new deadline.
         if known is not None and replace(known, id=0) == requested and known.ttl_s is None:
             return self._change_entry(previous, entry, previous.holders)
         if known is None and len(previous.holders) >= self._registry.limits.holders_max:
@@ -233,7 +233,7 @@ class Transaction:
     def _check_owners(self, rivals: Iterable[Holder], previous: Entry) -> None:
         """Raise `OwnerConflict` if one of `rivals` is alive.
 
-        An unclaimed hold counts as dead, unless it has a process that is alive.
+        An unclaimed hold counts as gone, unless it has a process that is alive.
         """
         for holder in rivals:
             if holder.withdrawn or (holder.unclaimed and holder.process is None):
@@ -396,7 +396,7 @@ class Transaction:
 
 
 def _withdraw(entry: Entry, ids: Collection[int]) -> tuple[Holder, ...]:
-    """Return the holders of an entry, and mark those with these ids as withdrawn.
+    """Return the holders of an entry, those with these ids as withdrawn.
 
     A withdrawn holder stays in the entry, so that it can still deregister.
     """

@@ -46,8 +46,8 @@ class Command:
         waits_for_commit: it is answered once its changes are committed.
         needs_write_access: only users who may write may use it. `renew` alone needs it and waits for no commit:
             the deadline of a lease is not on disk.
-        checks: the check of each argument. With `required`, it is computed from `arguments`, so that checking a
-            request takes time only for the arguments that it has.
+        checks: the check of each argument. This and `required` are computed once, from `arguments`, to save time
+            for each request.
         required: the names of the required arguments.
     """
 

@@ -9,7 +9,7 @@ from regd.system.clock import Clock, Timer
 
 log = logging.getLogger("regd")
 
-_WRITING_SHARE_MAX = 0.1  # of the time
+_WRITING_SHARE_MAX = 0.1  # the largest part of the time that is spent writing
 _LOG_FAILURE_EVERY_S = 30.0
 
 

@@ -464,7 +464,7 @@ class Connection(asyncio.Protocol):
                 self._transport.pause_reading()
 
     def _check_for_hang_up(self) -> None:
-        """Have the kernel asked regularly whether a client that holds or waits, but is not read, has hung up."""
+        """Schedule checks whether the client has hung up, if it holds or waits and its end would go unnoticed."""
         if self.is_waiting:
             self._connections.half_closed.add(self)
         if self._dispatcher.holds and not self._reading and self._hang_up_timer is None:

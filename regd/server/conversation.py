@@ -66,7 +66,7 @@ class Conversation:
             self.parser.end()
 
     def next(self) -> Request | Problem | None:
-        """Return the request or bad line to answer now, or None. Call it again while `has_unsplit` is true."""
+        """Return the request or bad line to answer now. If it is None, call again while `has_unsplit` is true."""
         if self._unsplit and not self.parser.has_lines:
             self._split()
         if self.state is not ConversationState.OPEN:

@@ -40,7 +40,7 @@ class DaemonParts:
 
 
 class ClientConnection(Watcher, LimitedConnection, Protocol):
-    """A connection, as its dispatcher sees it."""
+    """A connection, as its dispatcher uses it."""
 
     @property
     def address(self) -> str: ...
@@ -129,7 +129,7 @@ class Dispatcher:
             self._parts.reaper.connection_ended(self._client.session)
 
     def drop_slow_reply(self) -> None:
-        """Give up the slot. The deferred request, if it is answered again, starts its reply anew. Idempotent."""
+        """Give up the slot and the unfinished reply, which the deferred request starts anew. Idempotent."""
         self._slow_reply = self._page = None
         self._share.slow_replies.release(self._connection)
 

@@ -90,7 +90,7 @@ class EventLog:
     def changes(self, changes: Sequence[Change]) -> None:
         """Log the instances that came and went. Since calling the logger is expensive, a batch is one call.
 
-        The call is made two loop iterations later, after the replies, which are sent in the next iteration.
+        The call is made two loop iterations later, so that usually the replies are sent before.
         """
         if self._logs_events and (rows := list(_changes(changes, self._address_of))):
             if not self._rows:

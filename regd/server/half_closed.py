@@ -14,7 +14,7 @@ _SLICE_S = 0.002
 
 
 class Waiter(Protocol):
-    """A connection, as this check sees it."""
+    """A connection, as `HalfClosed` uses it."""
 
     @property
     def is_waiting(self) -> bool:

@@ -137,7 +137,10 @@ class Handlers:
         return self._registry.search_round_robin(name, instance, meta, 1, readonly=readonly)
 
     def _resolve_slowly(self, request: Request, readonly: bool) -> IncrementalReply:
-        """Start the search anew. A reply that waits for a slot keeps no search, which would take memory."""
+        """Answer a `resolve` in several time slices.
+
+        The search starts anew: a reply that waits for a slot keeps no search, which would take memory.
+        """
         yield None
         search, rev = self._search(request, readonly), self._registry.rev
         while not search.step(self._limits.search_step_max):
@@ -188,7 +191,10 @@ class Handlers:
         )
 
     def _list_slowly(self, request: Request) -> IncrementalReply:
-        """Read the page anew. A reply that waits for a slot keeps no page, which would take memory."""
+        """Answer a `list` in several time slices.
+
+        The page is read anew: a reply that waits for a slot keeps no page, which would take memory.
+        """
         yield None
         page, position = self._page(request), self.position()
         yield from self._encode(page.entries)

@@ -13,7 +13,7 @@ from regd.server.watches import Watches
 
 
 class LimitedConnection(Protocol):
-    """A connection, as quotas see it."""
+    """A connection, as the quotas use it."""
 
     def refuse(self, refusal: Refused) -> None:
         """Send an error and close."""

@@ -24,7 +24,7 @@ class Reaper:
     """Marks gone holders, and passes their ends on.
 
     Args:
-        has_client_hung_up: asks the kernel about the connection of a session.
+        has_client_hung_up: asks the kernel whether the client of a session has closed its connection.
         ended: is called with the end of each holder that is marked.
     """
 

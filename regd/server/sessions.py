@@ -7,7 +7,7 @@ from regd.protocol import messages
 
 
 class SessionConnection(Protocol):
-    """A connection, as this table sees it."""
+    """A connection, as `Sessions` uses it."""
 
     @property
     def address(self) -> str: ...

@@ -1,9 +1,8 @@
 """`resolve` requests with `wait`: they wait until an instance is ready and accepts connections.
 
 Such a request is evaluated when anything about its name changes, and when an instance was probed. The answer is
-the first instance in round-robin order that accepts, among those of the best priority with any that accepts.
-While an earlier instance has not answered its probe, a later one that accepts becomes the answer only after
-`_GRACE_S`.
+the first instance that accepts, in order of priority and, within a priority, in round-robin order. While an
+earlier instance has not answered its probe, a later one that accepts becomes the answer only after `_GRACE_S`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +69,7 @@ class WaitingResolve:
         self.done = done
         self.addresses: dict[Address, None] = {}  # probed for this request, in round-robin order
         self.search: Search | None = None  # a search that takes more than one time slice
-        self.after: SearchPosition | None = None  # no instance up to here accepts, so the next ones are probed
+        self.after: SearchPosition | None = None  # the instances up to here do not accept; probe those after it
         self.grace_timer: Timer | None = None
         self.is_over = False
 

@@ -33,7 +33,7 @@ class Checkpoint:
         self._warn = warn
         self._temporary = path.with_name(path.name + ".tmp")
         self._lines = LineBlocks()  # the lines of the next file
-        # The file when it was last read or written here, and the CRC-32 of its bytes.
+        # The fingerprint of the file when it was last read or written here, and the CRC-32 of its bytes.
         self._fingerprint: Fingerprint | None = None
         self._crc = 0
 
@@ -100,7 +100,7 @@ class Checkpoint:
                 files.remove(self._temporary)
             raise
         self._crc = crc
-        # The rename has changed `ctime_ns`. If the other fields differ, another program was faster.
+        # The rename has changed `ctime_ns`. If other fields differ, another program has changed the file since.
         renamed = files.fingerprint(self.path)
         is_ours = renamed is not None and ours is not None and renamed[:3] == ours[:3]
         self._fingerprint = renamed if is_ours else ours

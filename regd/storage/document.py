@@ -131,8 +131,8 @@ def parse(data: bytes, registered_at: float) -> Document:
         Unreadable: the file is not a registry, or has fields that regd would lose.
     """
     text = _text(data)
-    # Checks take longer than decoding. In a file that regd has written, all keys are different and all values
-    # valid.
+    # Checks take longer than decoding. So a file that regd has written is not checked: its keys are different and
+    # its values valid.
     edited = _is_edited(data)
     decoder = _decoder if edited else _fast_decoder
     head: _Head | None = None
@@ -167,7 +167,7 @@ def parse(data: bytes, registered_at: float) -> Document:
 
 
 def _document(head: "_Head", entries: Mapping[str, Entry], edited: bool) -> Document:
-    # Entries without a revision get the file's, or 1: a request with `if` 0 means that there is no registration.
+    # Entries without a revision get the file's, or 1, but not 0: in `if`, 0 means that there is no registration.
     # This is done last, since in a file edited by hand, the head may come after the entries.
     rev = max(head.rev, 1 if entries else 0, *(entry.rev for entry in entries.values()))
     if edited and rev > _EDIT_REV_MAX:

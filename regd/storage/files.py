@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 # Errors of fsync(2) on a folder if the file system cannot sync folders: some FUSE and CIFS.
 UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
-# Errors with which a parent folder need not be synced, since regd cannot have created anything in it.
+# Errors when a parent folder is synced in which regd cannot have created anything, so that no sync is needed.
 _CANNOT_CREATE = (errno.EACCES, errno.EPERM, errno.EROFS, *UNSUPPORTED)
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # errors of link(2) that `rename` avoids
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # link(2): no hard links
 _LOCK_BYTES_MAX = 512  # read from a lock file
 
 
@@ -192,7 +192,7 @@ def _unescaped(text: str) -> str:
 def _boot_and_namespace() -> list[str]:
     """Return the boot and the pid namespace of this process.
 
-    Only for processes that have both in common, a process number means the same process.
+    A process number means the same process only to processes that have both in common.
     """
     boot, namespace = os.uname().nodename, "-"
     with contextlib.suppress(OSError):

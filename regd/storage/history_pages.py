@@ -13,7 +13,7 @@ from regd.storage.files import Files
 from regd.storage.journal import SegmentFile
 
 _SCAN_MAX = 2_000  # changes that are looked at for one page
-_PAGE_BYTES_MAX = 524_288  # lines in one page
+_PAGE_BYTES_MAX = 524_288  # of the lines in one page
 _FIELDS = ("rev", "at", "op", "name", "instance", "host", "port", "state", "priority", "reason", "by")
 _CHANGE = re.compile(
     rb'^\{"line":([0-9]{1,19})(?:,"batch":[0-9]+)?,"rev":([0-9]{1,19}),'

@@ -227,7 +227,7 @@ class Journal:
         return renamed
 
     def drop_old(self, covered: int, bytes_max: int) -> None:
-        """Delete the oldest segments while all have more than `bytes_max` bytes, or there are too many.
+        """Delete the oldest segments while all together have more than `bytes_max` bytes, or are too many.
 
         A segment with a line after `covered`, the position of the checkpoint on disk, is never deleted.
         """

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 _BLOCK_LINES = 64
 _BETWEEN = b",\n"
-_SPARSE = 4  # if less than one in so many places is used, the blocks are rebuilt
+_SPARSE = 4  # the blocks are rebuilt when they hold less than 1/_SPARSE of the lines for which they have room
 
 
 class _Block:

@@ -66,7 +66,7 @@ class Recovery:
     notes: list[str] = field(default_factory=list)
 
     def start_epoch(self, start: Start, number: int) -> None:
-        """Begin the epoch of the start that is recorded in line `number`."""
+        """Begin a new epoch: line `number` records the start of a daemon."""
         if not start.valid:
             self.rev = max(self.rev, start.rev)
             self.clear_history()
@@ -199,7 +199,7 @@ def _head_of(segment: Segment) -> Head | None:
 
 
 def _first_needed(heads: Sequence[Head | None], covered: int, newest: int, history_max: int) -> int:
-    """Return the index of the first segment to read. `newest` is about the number of the last line."""
+    """Return the index of the first segment to read. `newest` is roughly the number of the last line."""
     for index in range(len(heads) - 1, 0, -1):
         head = heads[index]
         if head is not None and head.line <= covered + 1 and newest - head.line >= history_max:
@@ -247,7 +247,7 @@ def _unreadable(segment: Segment, index: int, what: str) -> Unreadable:
 
 
 def _epoch_at(journal: _JournalLines, line: int) -> str:
-    """Return the epoch of a line, which may be the one before the first; "" if the epoch is not known."""
+    """Return the epoch of a line; "" if it is not known. `line` may be the number before the first line."""
     epoch = journal.head.epoch
     for data in journal.lines[: max(line + 1 - journal.head.line, 0)]:
         if (start := _parse_start(data)) is not None:

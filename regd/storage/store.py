@@ -292,7 +292,7 @@ class Store:
         """Ensure that the disk has everything that is in effect.
 
         If another program has edited `registry.json`, it is written again. Call this before `ok` is sent for a
-        request that changes nothing, since that promises the same as a commit.
+        request that changes nothing, since `ok` promises the same as after a commit.
 
         Raises:
             OSError: the registry could not be written.
@@ -365,7 +365,7 @@ class Store:
         self._must_rotate = False
 
     def _begin_segment(self) -> None:
-        """Begin a segment. After a crash, the first one is a copy of the last segment."""
+        """Begin a segment. The first one after a crash is a copy of the last segment."""
         if self._must_set_aside and self._journal.segments:
             for path in self._journal.set_aside():
                 self._warn(f"kept as {path}")

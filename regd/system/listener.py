@@ -92,7 +92,7 @@ class Listeners:
             ListenError: the path cannot be used.
         """
         try:
-            # The lock prevents that two daemons replace a stale socket at the same time.
+            # The lock prevents two daemons from replacing a stale socket at the same time.
             self._unix_lock = files.lock(path.with_name(path.name + ".lock"))
             self._clear(path)
             self.sockets.append(_unix(path))

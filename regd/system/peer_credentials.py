@@ -83,7 +83,7 @@ class PeerCredentials:
         self._netlink: socket.socket | None = None
 
     def open(self, listeners: Sequence[socket.socket]) -> None:
-        """Find out which users are mapped, and, by querying one of `listeners`, how to query the kernel.
+        """Find out which users are mapped, and how to query the kernel. `listeners` serve to try the queries.
 
         Raises:
             ListenError: on Linux, the kernel does not identify TCP peers, and not every user may write.
@@ -154,7 +154,7 @@ class PeerCredentials:
     def uid_of_udp_peer(self, peer: End, own: End) -> int | None:
         """Return the user whose socket at `peer` gets datagrams from `own`; None if it is unknown.
 
-        The kernel looks a UDP socket up as it does for a datagram from `source` to `destination`.
+        The kernel looks the socket up as for a datagram that is sent from `own` to `peer`.
         """
         if self._netlink is None:
             return None
@@ -170,8 +170,8 @@ class PeerCredentials:
     def is_gone(self, connection: socket.socket) -> bool:
         """Return whether no process has the other end open; False if that is unknown.
 
-        From this end, a closed TCP socket looks like one whose peer has only stopped sending. So the method asks
-        the kernel for the peer's socket: if no process has it open, it has no inode, or does not exist.
+        From this end, a TCP peer that has closed its socket looks like one that has only stopped sending. So the
+        kernel is asked for the peer's socket: if no process has it open, it has no inode, or does not exist.
         """
         if connection.fileno() < 0:
             return True

@@ -54,9 +54,10 @@ class Processes:
         self._boot = boot_id() if _sees_own_namespace() else None
 
     def find(self, pid: int, uid: int | None = None) -> Process:
-        """Return the process with this id, and watch it until `release`, or `release_unused` if it is not used.
+        """Return the process with this id, and watch it until `release`.
 
-        With `uid`, the process must belong to that user, unless the user is root.
+        If no registration has it by the next call of `release_unused`, it is released then. With `uid`, the
+        process must belong to that user, unless the user is root.
 
         Raises:
             Refused: `bad_argument`: there is no such process. `denied`: it belongs to another user.
