@@ -33,7 +33,7 @@ from regd.core.limits import DEFAULT, Limits
 from regd.core.model import Change, Entry, Key, Op, Process, State
 from regd.core.suggestions import nearest
 
-_INVALIDATED_MAX = 1_000  # names that one end reports one by one; for more, `on_any_changed` is called instead
+_INVALIDATED_MAX = 1_000  # if an end concerns more names, `on_any_changed` is called once instead
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,7 +133,7 @@ class Connection(asyncio.Protocol):
         self._cache = connections.cache  # this and the parser save attribute lookups in the fast path
         self._parser = self._conversation.parser
         # Whether a `resolve` may be answered from the cache: no earlier request is unanswered. `data_received`
-        # clears it when it finds another request, and `_update_flow` sets it again.
+        # clears it for any other request, and `_update_flow` sets it again, after a write once that is committed.
         self._fast_path_ok = False
         self._paused = False  # the client does not read its replies
         self._reading = True

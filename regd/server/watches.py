@@ -20,7 +20,7 @@ from regd.server.work_queue import WorkQueue
 from regd.system.clock import Clock, Timer
 
 _SLICE = 128  # entries or changes of one watch at a time
-_SLICE_BYTES = 16_384  # or one larger event, at a time: a client that does not read leaves them buffered
+_SLICE_BYTES = 16_384  # of one watch at a time, since they stay buffered if the client does not read
 _SLICE_S = 0.002
 
 
