@@ -281,7 +281,7 @@ class Connection(asyncio.Protocol):
         reply = self._answer(item)
         if reply is not None:
             self._transport.write(reply)
-        if not self._conversation.in_flight:  # a write that waits for its commit does not affect the flow
+        if not self._conversation.in_flight:  # after a write, `send_late_replies` does it
             self._update_flow()
         self._share.scheduler.spent(self._took(item, began) - began)
 

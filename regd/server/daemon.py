@@ -451,7 +451,7 @@ class Daemon:
         return outcome
 
     async def failed(self) -> None:
-        """Wait until the engine ends, and raise its error. The process must end then.
+        """Wait until the engine ends, and raise its error, after which the process must end.
 
         Raises:
             StorageError: another regd has taken over the registry. Any other exception is a bug.

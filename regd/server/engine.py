@@ -126,8 +126,8 @@ class Engine:
         """Commit batches until closed.
 
         Raises:
-            StorageError: another regd has taken over the registry. Any other exception is a bug. The process
-                must end after either.
+            StorageError: another regd has taken over the registry; this one must end. Any other exception is a
+                bug.
         """
         try:
             while self._waiting or self._repair or not self._closing:
