@@ -64,6 +64,7 @@ async def test_a_service_on_another_machine(make_machine: Make) -> None:
     await until_agreed([a, b])
 
 
+@pytest.mark.long
 async def test_start_without_daemon_and_etcd(make_machine: Make, etcd: EtcdCluster) -> None:
     a, b = make_machine(), make_machine()
     b.start()
@@ -207,6 +208,7 @@ async def test_a_machine_name_that_is_taken(make_machine: Make) -> None:
     block_until(lambda: a.bridge.status()["published"] == 1)
 
 
+@pytest.mark.long
 def test_text_of_strangers_in_the_status(make_machine: Make, etcd: EtcdCluster) -> None:
     a = make_machine()
     hostile = "\x1b[2J\u202e\n\t\r"
@@ -237,6 +239,7 @@ def test_the_machine_is_the_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
         bridge_command._options(None, read)
 
 
+@pytest.mark.long
 async def test_a_bridge_that_was_killed(make_machine: Make, etcd: EtcdCluster) -> None:
     """Others' instances end at once. Its own stay: the next bridge takes them over before the lease ends."""
     a, b = make_machine(), make_machine()
@@ -286,6 +289,7 @@ def test_two_bridges_start_with_one_machine_name(make_machine: Make) -> None:
     assert winner.bridge.end(signal.SIGTERM) == 0
 
 
+@pytest.mark.long
 def test_a_second_bridge_at_one_daemon(make_machine: Make, etcd: EtcdCluster, tmp_path: Path) -> None:
     a = make_machine()
     a.start()
@@ -315,6 +319,7 @@ async def test_a_local_instance_of_the_same_name_wins(make_machine: Make) -> Non
     await until_agreed([a, b])
 
 
+@pytest.mark.long
 async def test_a_quiet_etcd_is_not_away(make_machine: Make) -> None:
     """With less time than between two refreshes of the lease."""
     a = make_machine("--stale-s", "1")
@@ -331,6 +336,7 @@ async def test_a_quiet_etcd_is_not_away(make_machine: Make) -> None:
     assert "etcd is away" not in a.bridge.text()
 
 
+@pytest.mark.long
 async def test_etcd_that_has_lost_its_data(make_machine: Make, etcd: EtcdCluster) -> None:
     """Its revisions begin again: everything is published again, and later changes are seen."""
     a, b = make_machine(), make_machine()
@@ -355,6 +361,7 @@ async def test_etcd_that_has_lost_its_data(make_machine: Make, etcd: EtcdCluster
     await until_agreed([a, b])
 
 
+@pytest.mark.long
 async def test_what_another_hand_does(make_machine: Make, etcd: EtcdCluster) -> None:
     a, b = make_machine(), make_machine()
     a.start()
@@ -444,6 +451,7 @@ def regctl(machine: Machine, *words: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.long
 async def test_tls(tmp_path: Path) -> None:
     authority = Authority(tmp_path / "authority")
     own, tls = authority.issue("server"), authority.issue("a")
@@ -480,6 +488,7 @@ def test_missing_extra(module: str, tmp_path: Path) -> None:
     assert bridge.text().count("\n") == 1
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "flags",
     [

@@ -48,6 +48,7 @@ async def until_lacking(machine: Machine, other: str, within_s: float = LEASE_EN
             await asyncio.sleep(0.05)
 
 
+@pytest.mark.long
 async def test_a_partition_longer_than_the_lease(three: Site) -> None:
     if three.network is None:
         pytest.skip("needs network namespaces")
@@ -67,6 +68,7 @@ async def test_a_partition_longer_than_the_lease(three: Site) -> None:
     await until_agreed(three.machines)
 
 
+@pytest.mark.long
 async def test_a_frozen_bridge(three: Site) -> None:
     a, b, c = three.machines
     await populate(three.machines)
@@ -179,6 +181,7 @@ async def test_the_daemon_away_for_too_long(three: Site) -> None:
     assert a.bridge.text().count("nothing is published") == 1
 
 
+@pytest.mark.long
 async def test_a_member_killed_under_load(three: Site) -> None:
     """Every change arrives once and in order at another machine, across the death of a member."""
     a, b, _ = three.machines

@@ -118,6 +118,7 @@ def test_regctl_understands_every_command() -> None:
     assert count >= 8
 
 
+@pytest.mark.long
 def test_two_machines(tmp_path: Path) -> None:
     """Run the commands of the first section, on three machines: a namespace each."""
     need("etcd"), need("curl")
@@ -199,6 +200,7 @@ def words(printed: str, expected: str) -> bool:
     return all(map(fits, rows, lines))
 
 
+@pytest.mark.long
 def test_tls_and_users(tmp_path: Path) -> None:
     """Run the commands of the section: a machine may write its own prefix and read all, and no more."""
     need("etcd"), need("openssl")

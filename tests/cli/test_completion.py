@@ -141,6 +141,7 @@ def test_commands_options_and_names(shell: str, names: DaemonProcess, tmp_path: 
         assert sorted(offered) == sorted(wanted), line
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("shell", SHELLS)
 def test_value_after_an_equals_sign(shell: str, names: DaemonProcess, tmp_path: Path) -> None:
     env = shell_environment(names.addresses[0], tmp_path)
@@ -148,6 +149,7 @@ def test_value_after_an_equals_sign(shell: str, names: DaemonProcess, tmp_path: 
     assert found.removeprefix("--wait=") == "db"  # fish returns the whole word
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("shell", SHELLS)
 def test_names_come_from_the_daemon_of_the_address_option(
     shell: str, names: DaemonProcess, tmp_path: Path
@@ -160,6 +162,7 @@ def test_names_come_from_the_daemon_of_the_address_option(
     assert completed(shell, env, f"regctl --address {nowhere} why d") == [[]]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("shell", SHELLS)
 def test_without_a_daemon_no_names_and_no_messages(shell: str, tmp_path: Path) -> None:
     assert completed(
@@ -170,6 +173,7 @@ def test_without_a_daemon_no_names_and_no_messages(shell: str, tmp_path: Path) -
         assert completed(shell, env, "regctl resolve ") == [[]]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("shell", SHELLS)
 def test_command_of_run_is_completed_by_the_shell(shell: str, names: DaemonProcess, tmp_path: Path) -> None:
     env = shell_environment(names.addresses[0], tmp_path)

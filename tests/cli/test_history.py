@@ -143,6 +143,7 @@ def test_since(history: Run, process: DaemonProcess) -> None:
     assert history("--since", "159") == (0, "", "")
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("since", ["", "1y", "-1", "1.5h", "h", "yesterday"])
 def test_malformed_since(since: str, history: Run) -> None:
     status, out, errors = history(f"--since={since}")
@@ -169,6 +170,7 @@ def test_history_survives_a_restart(history: Run, process: DaemonProcess) -> Non
         assert history() == before
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_follow_over_a_restart(number: int, process: DaemonProcess) -> None:
     """Each change is printed once, including changes made while regctl had no connection."""

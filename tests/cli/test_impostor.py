@@ -279,6 +279,7 @@ def test_pages_without_an_end(
     assert next(count) == 7
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["people", "json"])
 @pytest.mark.parametrize("command", ["top", "run"])
 def test_commands_in_a_process_of_their_own(command: str, flags: list[str], tmp_path: Path) -> None:

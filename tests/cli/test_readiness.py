@@ -74,6 +74,7 @@ def is_starting(service: Running, peer: BlockingConnection) -> None:
     assert peer.ask("resolve", name="web")["error"] == "not_found"
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("not_ready", ["503", "302", "404"])
 def test_ready_http(process: DaemonProcess, peer: BlockingConnection, status: Path, not_ready: str) -> None:
     set_status(status, not_ready)
@@ -263,6 +264,7 @@ def test_wait_times_out(process: DaemonProcess, peer: BlockingConnection, servic
     assert finished(process, "wait", "web", "--timeout", "0").returncode == 0
 
 
+@pytest.mark.long
 def test_wait_moves_with_the_service(process: DaemonProcess, peer: BlockingConnection, service: Service) -> None:
     """When the instance that hangs is replaced, the registry is asked again."""
     service.status = 200

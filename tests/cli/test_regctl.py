@@ -235,6 +235,7 @@ def test_register_options(regctl: Run, process: DaemonProcess) -> None:
     assert regctl("register", "b", "71", "--force") == (0, "127.0.0.1:71\n", "")
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("place", ["::1:70", "[::1]", ":70", "70:", "a:b", "0", "65536", "-1", "٣", "1" * 5_000])
 def test_malformed_endpoints(place: str, regctl: Run) -> None:
     status, out, errors = regctl("register", "db", "--", place)
@@ -287,6 +288,7 @@ def test_regctl_alone_shows_help(regctl: Run) -> None:
     assert regctl()[0] == 0
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "line",
     [["lst"], ["resolve"], ["ping", "--foo"], ["register", "a", "x"], ["wait", "a", "--timeout", "x"], [], ["help", "x"],
@@ -308,6 +310,7 @@ def test_usage_errors_of_run_leave_stdout_to_the_command(regctl: Run) -> None:
         assert json.loads(errors)["error"] == "bad_argument"
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "line", [["deregister", "w"], ["rm", "w"], ["update", "w", "--state", "ready"], ["drain", "w"]]
 )
@@ -499,7 +502,7 @@ FAIL = {
 }
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(8)
 @pytest.mark.sample(5)
 @pytest.mark.parametrize("stderr", ["2>&9", "2>/dev/full", "2>&-", "2>&- >&-", "2>&- >&- <&-", "2>&- >&9"])
 @pytest.mark.parametrize("line", FAIL)
@@ -520,6 +523,7 @@ def test_broken_output_does_not_change_the_effect(peopled: DaemonProcess) -> Non
     )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("command", ["list", "ping", "resolve nobody", "top", "stats", "list --json"])
 def test_closed_stdout(peopled: DaemonProcess, command: str) -> None:
     done = shell(peopled, f"regctl {command} >&-")
@@ -563,6 +567,7 @@ def test_priority(regctl: Run) -> None:
     assert "db/a at 127.0.0.1:1: ready" in regctl("why", "db")[1].splitlines()
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("value", ["-1", "65536", "1.5", "x", "", "٣", "1_0", "999999"])
 @pytest.mark.parametrize("command", [["register", "db", "1"], ["update", "db"], ["run", "db"]])
 def test_other_priorities_are_usage_errors(command: list[str], value: str, regctl: Run) -> None:

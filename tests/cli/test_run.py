@@ -190,6 +190,7 @@ def status_line(port: int) -> bytes:
             return reply.readline()
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("server", SERVERS)
 def test_servers_listen_on_the_reserved_port(
     process: DaemonProcess, peer: BlockingConnection, server: str
@@ -202,6 +203,7 @@ def test_servers_listen_on_the_reserved_port(
     assert names(peer) == []
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("server", INHERITING)
 def test_servers_with_a_passed_socket(process: DaemonProcess, peer: BlockingConnection, server: str) -> None:
     with running(process, "web", "--socket", "--", *INHERITING[server]) as command:
@@ -346,6 +348,7 @@ print(len(received))
 """
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("sender", "count"), [("overmind", 1), ("another", 2)])
 def test_signal_of_a_process_manager_to_the_group_is_not_passed_on(
     sender: str, count: int, process: DaemonProcess, peer: BlockingConnection
@@ -619,6 +622,7 @@ def test_waits_for_services_and_sets_their_variables(process: DaemonProcess, pee
             assert command.process.wait(WAIT_S) == 0
 
 
+@pytest.mark.long
 def test_daemon_started_later(process: DaemonProcess) -> None:
     process.end()
     with running(process, "web", "--", *PROGRAM) as command:

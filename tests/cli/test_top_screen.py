@@ -177,6 +177,7 @@ def test_signal_restores_the_terminal(peer: BlockingConnection, top: Top) -> Non
 # Without the extra.
 
 
+@pytest.mark.long
 def test_plain_table_without_prompt_toolkit(process: DaemonProcess, peer: BlockingConnection, top: Top) -> None:
     register(peer, "db")
     with top(before=WITHOUT) as terminal:

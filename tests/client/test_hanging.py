@@ -40,6 +40,7 @@ async def test_call_to_a_hanging_daemon_ends(relay: Relay) -> None:
             await client.ping()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("data", [b" ", b'{"event":"progress","watch":1,"rev":1}\n'], ids=["a line", "events"])
 async def test_call_ends_if_the_reply_arrives_slowly_without_an_end(data: bytes) -> None:
     async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -94,6 +95,7 @@ async def test_longest_wait_is_not_exceeded(relay: Relay, monkeypatch: pytest.Mo
         await asyncio.gather(waiting, return_exceptions=True)
 
 
+@pytest.mark.long
 async def test_blocked_loop_reads_replies_before_timeouts(process: DaemonProcess) -> None:
     """Some event loops run timers before they read from sockets."""
     async with Client(process.addresses[0]) as client:

@@ -250,7 +250,7 @@ CALLS: dict[str, list[Callable[[Client], Awaitable[object]]]] = {
 }
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("cmd", CALLS)
 @pytest.mark.parametrize("refusal", [False, True])
 async def test_verb_raises_only_documented_errors(
@@ -275,6 +275,7 @@ async def test_verb_raises_only_documented_errors(
     assert not [record for record in caplog.records if record.exc_info], "a traceback"
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("cmd", REPLIES)
 @pytest.mark.parametrize("refusal", [False, True])
 def test_blocking_connection_raises_only_documented_errors(

@@ -156,6 +156,7 @@ async def test_deregister_without_a_daemon_takes_effect_later(
     await until(lambda: not daemon.server.connections)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("port", [1, 2])
 @pytest.mark.parametrize("iterations", [0, 1, 20])
 async def test_late_withdrawal_does_not_end_a_new_registration(

@@ -139,6 +139,7 @@ async def test_late_registration_is_logged_at_once_and_on_success(
             await service.withdraw()
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("kind", ["nobody", "silence"])
 async def test_timeout_bounds_every_verb(

@@ -153,7 +153,7 @@ async def owners(client: Client) -> list[int]:
     return [owner["pid"] for owner in instance["owners"]]
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("server", SERVERS)
 async def test_every_resolved_server_answers(server: str, process: DaemonProcess) -> None:
@@ -209,6 +209,7 @@ async def answer() -> int:
 """
 
 
+@pytest.mark.long
 async def test_reload(process: DaemonProcess, tmp_path: Path) -> None:
     program = tmp_path / "app.py"
     program.write_text(APP)
@@ -342,6 +343,7 @@ async def test_name_stays_registered_during_an_upgrade(process: DaemonProcess, t
         assert departure["reason"] == "deregistered"
 
 
+@pytest.mark.long
 async def test_master_is_registered_when_the_daemon_starts(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path / "registry.json") as daemon:
         daemon.start()

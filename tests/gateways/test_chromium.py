@@ -98,6 +98,7 @@ def shows(name: str) -> str:
     return f"{NAMES}.includes({json.dumps(name)})"
 
 
+@pytest.mark.long
 def test_page_opens_by_three_names(browser: Chromium, site: Site) -> None:
     site.register("db", 5432)
     for host in ("localhost", "127.0.0.1", "[::1]"):
@@ -163,6 +164,7 @@ def test_page_is_live(browser: Chromium, site: Site) -> None:
         assert page.run(change)[1:] == ["down deregistered", "shop", "127.0.0.1:8000", ""]
 
 
+@pytest.mark.long
 def test_page_survives_the_daemon_and_the_gateway(browser: Chromium, process: DaemonProcess) -> None:
     with blocking.Client(process.addresses[0]) as client:
         site = Site(process, client)
@@ -196,6 +198,7 @@ def streams(page: Page) -> list[str]:
     return [url.partition("/v1/watch")[2] for url in urls if "/v1/watch" in url]
 
 
+@pytest.mark.long
 def test_hidden_pages_close_their_streams(browser: Chromium, site: Site) -> None:
     """A browser opens six connections to a host, so eight open streams would block all of them."""
     site.register("db", 5_432)

@@ -35,6 +35,7 @@ def web(site: Site) -> Site:
     return site
 
 
+@pytest.mark.long
 def test_dig_with_any_flags(web: Site) -> None:
     for flags in DIG_FLAGS:
 
@@ -193,6 +194,7 @@ include: "{path}"
         yield port
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("resolver", [dnsmasq, unbound])
 def test_resolvers_forward_the_zone_and_cache_nothing(web: Site, tmp_path: Path, resolver: Any) -> None:
     find_tool("dig")

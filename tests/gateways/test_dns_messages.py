@@ -169,6 +169,7 @@ def test_every_size_is_used_to_its_last_byte() -> None:
     assert len(whole.additional) == 40
 
 
+@pytest.mark.long
 def test_tcp_response_is_full() -> None:
     # The pointer, the fields from type to length, and the data.
     record = 2 + 10 + 6 + 1 + 38 + len(b"\4addr\4regd\10internal\0")

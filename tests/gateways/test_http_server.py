@@ -69,6 +69,7 @@ def status(response: bytes) -> int:
     return int(response.split(b" ", 2)[1])
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
     ("request_", "code"),
     [

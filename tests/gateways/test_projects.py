@@ -157,6 +157,7 @@ def test_file_is_there_before_the_first_line_and_gone_after_the_end(here: Projec
     assert named(here) == []
 
 
+@pytest.mark.long
 def test_killed_gateway_is_not_named(here: Project) -> None:
     with gateway(here) as running:
         running.process.kill()
@@ -196,6 +197,7 @@ def test_end_of_the_second_leaves_the_file_of_the_first(here: Project) -> None:
         assert named(here) == first.addresses
 
 
+@pytest.mark.long
 def test_removed_file_is_written_again(here: Project) -> None:
     with gateway(here) as running:
         (here.folder / "serve").unlink()
@@ -331,6 +333,7 @@ def test_gateway_starts_the_daemon_of_its_project(here: Project) -> None:
         assert running.end() == ""
 
 
+@pytest.mark.long
 def test_gateway_starts_a_killed_daemon_again(here: Project) -> None:
     here.prints("register", "web", "5061")
     with gateway(here) as running:
@@ -350,6 +353,7 @@ def test_autostart_off_starts_nothing(here: Project) -> None:
         assert running.end() == ""
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
 def test_autostart_for_another_address(tmp_path: Path, kind: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:

@@ -44,6 +44,7 @@ def haproxy(site: Site, folder: Path, protocol: str = "", port: int = 0) -> Iter
         yield HAProxy(control)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("count", "protocol"), [(2, ""), (40, "tcp@"), (200, ""), (200, "tcp@")])
 def test_haproxy_follows_the_registry(site: Site, tmp_path: Path, count: int, protocol: str) -> None:
     find_tool("haproxy")
@@ -105,6 +106,7 @@ def follow(site: Site, port: int, host: str = "localhost") -> None:
         block_until(passes_to(one), FOLLOW_S)
 
 
+@pytest.mark.long
 def test_haproxy_passes_requests_on(site: Site, tmp_path: Path) -> None:
     port = free_port()
     with haproxy(site, tmp_path, port=port):

@@ -102,6 +102,7 @@ def command_lines() -> list[str]:
     return [line for line in lines if not line.startswith(ELSEWHERE)]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("line", command_lines())
 def test_command_lines(line: str, process: DaemonProcess, gateway: dict[str, str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, blocking.Client(process.addresses[0]) as client:

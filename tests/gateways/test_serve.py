@@ -160,6 +160,7 @@ def test_usage(flags: tuple[str, ...]) -> None:
         assert running.wait()[0] == 2
 
 
+@pytest.mark.long
 def test_gateway_stops_in_time_while_its_daemon_hangs(process: DaemonProcess) -> None:
     assert process.process is not None
     with serving("--http", "0", "--dns", "0", address=process.addresses[0]) as running:

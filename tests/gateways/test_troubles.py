@@ -76,6 +76,7 @@ def until_event(stream: BinaryIO, event: str) -> tuple[str, dict[str, Any]]:
     raise AssertionError(f"the stream ended without {event}: {lines}")
 
 
+@pytest.mark.long
 def test_daemon_that_hangs_and_continues(scene: Scene) -> None:
     scene.register("web")
     stream = scene.open("/v1/watch")
@@ -139,6 +140,7 @@ def test_daemon_that_returns_with_an_older_registry(scene: Scene, tmp_path: Path
     assert scene.resolves("web")
 
 
+@pytest.mark.long
 def test_another_program_at_the_address_before_the_daemon(process: DaemonProcess) -> None:
     """DNS finds the daemon, although another program answered at its address before."""
     process.end()
@@ -165,6 +167,7 @@ def test_another_program_at_the_address_before_the_daemon(process: DaemonProcess
         assert gateway.end() == (0, "", "")
 
 
+@pytest.mark.long
 def test_gateway_stops_in_time_whatever_its_clients_do(scene: Scene) -> None:
     """Some clients do not read, are idle or have sent half a request, and the daemon hangs. Nothing is logged."""
     scene.register("web")

@@ -208,6 +208,7 @@ def test_regctl_autostarts_and_stats_show_the_registry(here: Demand) -> None:
     assert "registrations at revision" in paths["log"].read_text()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("command", ["wait", "run"])
 def test_regctl_wait_and_run_autostart(here: Demand, command: str) -> None:
     if command == "run":
@@ -219,6 +220,7 @@ def test_regctl_wait_and_run_autostart(here: Demand, command: str) -> None:
     block_until(lambda: here.starts == 1)
 
 
+@pytest.mark.long
 async def test_client_restarts_a_killed_daemon(here: Demand) -> None:
     async with (
         regd_client.Client(connect_timeout_s=SLOW_S) as client,
@@ -255,6 +257,7 @@ async def test_client_during_shutdown_gets_a_new_daemon(here: Demand, tmp_path: 
 # Where no daemon is started.
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("value", [None, "", "0", "false", "No", "OFF", "11", "ja"])
 async def test_autostart_is_off_by_default(
     here: Demand, value: str | None, monkeypatch: pytest.MonkeyPatch
@@ -520,6 +523,7 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
     assert here.starts == 1
 
 
+@pytest.mark.long
 def test_idle_exit_is_an_orderly_stop(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path / "registry.json", "--idle-exit", "1") as daemon:
         daemon.start()

@@ -11,7 +11,7 @@ from tests.support.daemon import ROOT, WAIT_S, environment
 from tests.support.etcd import need
 
 
-@pytest.mark.sample(2)
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["runner", "machine"])
 def test_cluster(what: str) -> None:
     need("etcd")

@@ -33,6 +33,7 @@ def end(process: "subprocess.Popen[str]") -> None:
 BARE = str(Path(sys.base_prefix) / "bin" / "python3")  # most likely without any package
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("number", "python"), [(signal.SIGINT, BARE), (signal.SIGTERM, sys.executable)])
 def test_make_run(tmp_path: Path, number: signal.Signals, python: str, request: pytest.FixtureRequest) -> None:
     with socket.socket() as probe:

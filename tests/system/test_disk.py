@@ -162,6 +162,7 @@ def idle() -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
 
 
+@pytest.mark.long
 async def test_process_that_dies_on_a_full_disk_is_removed_from_the_file_later(
     small: Path, peers: Callable[[DaemonProcess], Any]
 ) -> None:
@@ -196,6 +197,7 @@ async def test_process_that_dies_on_a_full_disk_is_removed_from_the_file_later(
         assert (reply["instances"], reply["rev"]) == ([], 7)
 
 
+@pytest.mark.long
 async def test_read_only_folder_delays_the_file_alone(small: Path, peers: Callable[[DaemonProcess], Any]) -> None:
     """The journal is open for writing, and stays so below the read-only mount."""
     with DaemonProcess(small / "registry.json") as daemon:
@@ -257,6 +259,7 @@ async def test_file_that_is_a_mount_of_its_own_is_found_at_the_start(small: Path
         unmount(target)
 
 
+@pytest.mark.long
 async def test_pipe_in_place_of_the_file_holds_up_nobody(
     tmp_path: Path, peers: Callable[[DaemonProcess], Any]
 ) -> None:

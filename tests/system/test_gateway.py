@@ -65,6 +65,7 @@ def test_gateway_refuses_invalid_jobs(gateway: str) -> None:
     assert post(gateway, b"no job") == (400, {"error": "the body is not JSON"})
 
 
+@pytest.mark.long
 def test_gateway_without_a_daemon_reports_it(process: DaemonProcess, gateway: str) -> None:
     process.end()
     status, answer = post(gateway, b"{}")

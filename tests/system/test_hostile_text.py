@@ -323,6 +323,7 @@ def fake_runner(answer: bytes) -> Iterator[int]:
         thread.join(WAIT_S)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "answer",
     [

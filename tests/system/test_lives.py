@@ -55,6 +55,7 @@ def gone_after_s(peer: BlockingConnection, name: str) -> float:
     return time.monotonic() - began
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("how", ["works", "hangs"])
 def test_killed_service_is_removed_and_busy_service_stays(
     process: DaemonProcess, peer: BlockingConnection, how: str
@@ -80,6 +81,7 @@ def test_suspended_service_keeps_its_name(process: DaemonProcess, peer: Blocking
         service.kill()
 
 
+@pytest.mark.long
 def test_suspended_daemon_expires_no_lease(process: DaemonProcess, peer: BlockingConnection) -> None:
     peer.ask("register", name="leased", port=1, ttl=1)
     assert process.process is not None
@@ -109,6 +111,7 @@ def test_reused_pid_is_not_the_old_process(process: DaemonProcess) -> None:
         other.kill()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_times_and_reasons_survive_a_restart(process: DaemonProcess, number: signal.Signals) -> None:
     def ages() -> tuple[float, float, float]:

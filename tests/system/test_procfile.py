@@ -167,6 +167,7 @@ def test_page_runs_under_honcho(process: DaemonProcess, peer: BlockingConnection
         assert ports_by_name(peer) == ports
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("end", "status"), [("exec false", 1), ("exit 7", 7), ("kill -9 $$", 137)])
 def test_one_service_that_ends_ends_all(
     end: str, status: int, process: DaemonProcess, peer: BlockingConnection, tmp_path: Path
@@ -180,6 +181,7 @@ def test_one_service_that_ends_ends_all(
         assert not [text for _, text in manager.lines() if "Traceback" in text or "sending SIGKILL" in text]
 
 
+@pytest.mark.long
 def test_command_receives_the_signal_of_honcho_once(
     process: DaemonProcess, peer: BlockingConnection, tmp_path: Path
 ) -> None:

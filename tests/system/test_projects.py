@@ -155,6 +155,7 @@ async def test_client_starts_a_killed_daemon_again(here: Project) -> None:
 # The end.
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("removed", ["folder", "socket", "parent", "moved"])
 def test_daemon_ends_when_its_folder_or_socket_is_removed(here: Project, removed: str) -> None:
     here.prints("register", "db", "5432")
@@ -173,6 +174,7 @@ def test_daemon_ends_when_its_folder_or_socket_is_removed(here: Project, removed
         assert not here.folder.exists()
 
 
+@pytest.mark.long
 async def test_client_of_a_removed_folder_makes_nothing_there(here: Project) -> None:
     async with regd_client.Client(connect_timeout_s=2.0) as client:
         await client.ping()
@@ -187,6 +189,7 @@ async def test_client_of_a_removed_folder_makes_nothing_there(here: Project) -> 
     assert not here.folder.exists()
 
 
+@pytest.mark.long
 def test_old_daemon_leaves_a_new_registry_alone(here: Project) -> None:
     """The folder is removed and made again before the first daemon has noticed."""
     here.prints("register", "old", "1")
@@ -212,6 +215,7 @@ def test_connected_client_writes_nothing_into_a_new_registry(here: Project) -> N
     assert sorted(path.name for path in here.folder.iterdir()) == [".gitignore", "id"]
 
 
+@pytest.mark.long
 def test_daemon_ends_when_idle_with_static_entries(here: Project) -> None:
     with serving(here, "--idle-exit", "1") as daemon:
         with BlockingConnection() as connection:

@@ -335,6 +335,7 @@ def test_telnet_session(process: DaemonProcess) -> None:
     assert [reply.get("error") for reply in replies] == [None, "unknown_command", None, None, None]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("command", "end"),
     [

@@ -232,6 +232,7 @@ def test_activation_sockets_of_another_process_are_ignored(tmp_path: Path) -> No
 # Notifications.
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("abstract", [False, True], ids=["path", "abstract"])
 def test_notify_ready_watchdog_stopping(tmp_path: Path, inbox: socket.socket, abstract: bool) -> None:
     daemon = DaemonProcess(tmp_path / "registry.json")
@@ -292,6 +293,7 @@ def test_blocked_loop_sends_no_watchdog_ping(tmp_path: Path, inbox: socket.socke
         assert end(process)[0] == 0
 
 
+@pytest.mark.long
 def test_suspended_process_sends_no_watchdog_ping(tmp_path: Path, inbox: socket.socket) -> None:
     command = DaemonProcess(tmp_path / "registry.json").command("--port", "0")
     with running(command, NOTIFY_SOCKET=inbox.getsockname(), WATCHDOG_USEC="100000") as process:

@@ -76,6 +76,7 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
         shell.end()
 
 
+@pytest.mark.long
 def test_page_with_two_clones_side_by_side(shell: Shell) -> None:
     steps = STEP.findall(PAGE.read_text())
     repository = shell.folder / "shop"

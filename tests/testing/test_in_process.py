@@ -705,6 +705,7 @@ def test_after():
 """
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("flags", [[], ["-n", "2"]], ids=["alone", "workers"])
 def test_fixture(tmp_path: Path, flags: list[str]) -> None:
     assert "6 passed" in Suite(tmp_path, FIXTURE).passes(*flags)

@@ -92,6 +92,7 @@ def test_that_takes_none():
 """
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("before", [{}, {"REGD_ADDRESS": "tcp://127.0.0.1:1"}], ids=["unset", "set"])
 def test_every_kind_of_test_gets_its_own_registry(tmp_path: Path, before: dict[str, str]) -> None:
     suite = Suite(tmp_path, HEAD + EVERY_KIND)
@@ -133,6 +134,7 @@ def test_each_scope(tmp_path: Path, scope: str, registries: int, in_class: int) 
     assert len({line for line in told if line.startswith("class")}) == in_class
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("scope", ["function", "session", "run"])
 def test_registry_in_tmp_path(tmp_path: Path, scope: str) -> None:
     tests = """
@@ -174,6 +176,7 @@ def test_workers_with_a_registry_each(tmp_path: Path) -> None:
     assert suite.told("told-gw0") != suite.told("told-gw1")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("storage", ["memory", "tmp_path"])
 def test_workers_with_one_registry(tmp_path: Path, storage: str) -> None:
     tests = """
@@ -237,7 +240,7 @@ def test_that_passes(regd):
 """
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("flags", [(), ("-n", "1")], ids=["alone", "worker"])
 @pytest.mark.parametrize("scope", ["function", "session", "run"])
 def test_failing_test_shows_its_registry(tmp_path: Path, scope: str, flags: tuple[str, ...]) -> None:
@@ -306,6 +309,7 @@ INHERITS = """
 """
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("flags", [(), ("-n", "1")], ids=["alone", "worker"])
 @pytest.mark.parametrize("scope", ["function", "run"])
 def test_kill_9_of_pytest_ends_the_daemon(tmp_path: Path, scope: str, flags: tuple[str, ...]) -> None:

@@ -96,6 +96,7 @@ async def test_member_fails_during_writes(
     assert publisher.longest_gap_s < RECOVER_S  # 0.02 to 5 s
 
 
+@pytest.mark.long
 async def test_lease_and_watch_move_from_a_frozen_member(three: EtcdCluster, etcd: Etcd, prefix: bytes) -> None:
     async with etcd.lease(6) as lease, following(etcd, prefix, await etcd.put(prefix, b"", lease.id)) as follower:
         frozen = in_use(three, etcd)
@@ -116,6 +117,7 @@ async def test_read_survives_the_election_of_a_leader(three: EtcdCluster, etcd: 
     assert list((await etcd.read(prefix)).records) == [prefix]
 
 
+@pytest.mark.long
 async def test_late_writes_of_a_frozen_member_have_no_effect(
     three: EtcdCluster, etcd: Etcd, prefix: bytes
 ) -> None:

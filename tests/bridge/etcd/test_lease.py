@@ -20,6 +20,7 @@ from tests.support.polling import block_until, until
 TTL_S = 2  # the shortest that etcd grants
 
 
+@pytest.mark.long
 async def test_lease_outlives_its_ttl(etcd: Etcd, prefix: bytes) -> None:
     async with etcd.lease(TTL_S) as lease:
         await etcd.put(prefix, b"", lease.id)
@@ -89,6 +90,7 @@ async def test_lease_is_lost_in_a_partition(
         assert f"etcd at {relay.address} did not refresh a lease in time" in caplog.text
 
 
+@pytest.mark.long
 async def test_lease_moves_to_the_next_member_when_a_refresh_is_not_answered(
     server: EtcdCluster, prefix: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

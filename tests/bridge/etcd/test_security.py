@@ -199,7 +199,7 @@ def expired_tokens(server: EtcdCluster) -> int:
 
 
 @pytest.mark.parametrize("first_use", ["call", "watch"])
-@pytest.mark.sample(2)
+@pytest.mark.long
 async def test_expired_token(
     guarded: EtcdCluster, writer: User, first_use: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -276,7 +276,7 @@ def expires_at(token: str) -> float:
 
 
 @pytest.mark.parametrize("first_use", ["call", "watch"])
-@pytest.mark.sample(2)
+@pytest.mark.long
 async def test_expired_jwt(jwt_server: EtcdCluster, writer: User, first_use: str) -> None:
     async with Etcd(jwt_server.addresses, user=writer, deadline_s=PATIENT_S) as etcd:
         revision = await etcd.put(b"/a/x", b"")

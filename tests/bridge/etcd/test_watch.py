@@ -164,6 +164,7 @@ async def test_restart_of_etcd(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     ]  # fmt: skip
 
 
+@pytest.mark.long
 async def test_watch_ends_when_etcd_has_lost_its_data(tmp_path: Path) -> None:
     with cluster(tmp_path) as server:
         [member] = server.members
@@ -200,6 +201,7 @@ async def test_closing_the_client_cancels_its_watches(server: EtcdCluster, prefi
     assert watching.cancelled()
 
 
+@pytest.mark.long
 async def test_half_open_connection_is_noticed(
     etcd: Etcd, server: EtcdCluster, prefix: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
