@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Select the short form unless REGD_TEST_LONG=1."""
+    """Select the short form unless REGD_TEST_LONG=1. On uvloop, that is a quarter of what it is on asyncio's loop."""
     if LONG:
         return
     cases: Counter[str] = Counter()
@@ -40,6 +40,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return cases[function] % int(sample.args[0]) == 1
 
     selected = [item for item in items if is_selected(item)]
+    if os.environ.get("REGD_TEST_LOOP") == "uvloop":
+        selected = selected[::4]
     if len(selected) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in set(selected)])
         items[:] = selected

@@ -91,6 +91,7 @@ def has_records(shell: Shell, dig: str) -> bool:
     return re.search(r"\sIN\s+SRV\s+0 1 ", shell.run(dig)) is not None
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("part", PARTS)
 def test_table(part: str, shell: Shell) -> None:
     lines = commands_of(part)

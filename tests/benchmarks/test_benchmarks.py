@@ -38,7 +38,7 @@ def bench(programs: Path, tmp_path: Path) -> Bench:
 
 
 @needs_compiler
-@pytest.mark.sample(2)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("kind", [Regd, Redis])
 @pytest.mark.parametrize(("work", "depth"), [("read", 1), ("read", 8), ("write", 1)])
 def test_server_replies_are_correct(bench: Bench, kind: type[Server], work: str, depth: int) -> None:
@@ -50,6 +50,7 @@ def test_server_replies_are_correct(bench: Bench, kind: type[Server], work: str,
     assert 0 < measured["p50_us"] <= measured["p99_us"]
 
 
+@pytest.mark.long
 @needs_compiler
 def test_row_is_measured_in_rounds(bench: Bench) -> None:
     with bench.running([Floor, Regd], names=100) as servers:

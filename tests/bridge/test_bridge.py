@@ -275,6 +275,7 @@ async def test_a_bridge_that_was_killed(make_machine: Make, etcd: EtcdCluster) -
     assert "down" not in kinds
 
 
+@pytest.mark.long
 def test_two_bridges_start_with_one_machine_name(make_machine: Make) -> None:
     both = [make_machine(name="a"), make_machine(name="a")]
     for machine in both:

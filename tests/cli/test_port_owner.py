@@ -127,7 +127,7 @@ sys.stdin.readline()
 """
 
 
-@pytest.mark.sample(2)
+@pytest.mark.long
 @needs_root
 @pytest.mark.parametrize("port", ["auto", "given"])
 def test_port_of_another_user_is_not_registered(process: DaemonProcess, port: str) -> None:

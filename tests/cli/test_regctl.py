@@ -107,6 +107,7 @@ def test_version_and_help(regctl: Run) -> None:
         assert word in out
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("line", [["resolve", "db"], ["names", "d*"], ["list", "--json"], ["--help"], ["lst"]])
 def test_start_imports_neither_asyncio_nor_the_daemon(line: list[str], process: DaemonProcess) -> None:
     code = "import sys; from regd.cli.regctl import main; main(sys.argv[1:]);print(*sys.modules, file=sys.stderr)"
@@ -349,6 +350,7 @@ def test_stats_with_limits(regctl: Run) -> None:
 # `watch` over restarts.
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("flags", [(), ("--json",)], ids=["people", "json"])
 def test_watch_survives_a_restart_and_prints_differences(
     flags: tuple[str, ...], regctl: Run, process: DaemonProcess
@@ -463,7 +465,7 @@ def peopled(process: DaemonProcess) -> Iterator[DaemonProcess]:
         yield process
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(15)
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
 @pytest.mark.parametrize("line", SAY)
 def test_full_stdout_is_an_error(line: str, peopled: DaemonProcess) -> None:
@@ -471,7 +473,7 @@ def test_full_stdout_is_an_error(line: str, peopled: DaemonProcess) -> None:
     assert (done.returncode, done.stderr) == (4, "regctl: cannot write to stdout: No space left on device\n")
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(15)
 @pytest.mark.parametrize("line", SAY)
 def test_pipe_without_a_reader_is_not_an_error(line: str, peopled: DaemonProcess) -> None:
     done = shell(peopled, f"regctl {line} >&9")
@@ -502,7 +504,7 @@ FAIL = {
 }
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(64)
 @pytest.mark.sample(5)
 @pytest.mark.parametrize("stderr", ["2>&9", "2>/dev/full", "2>&-", "2>&- >&-", "2>&- >&- <&-", "2>&- >&9"])
 @pytest.mark.parametrize("line", FAIL)

@@ -466,6 +466,7 @@ def test_signals_except_faults_are_passed_on(process: DaemonProcess) -> None:
         assert command.process.wait(WAIT_S) == 0
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("number", [signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU])
 def test_job_control_stops_regctl_and_resumes_it(process: DaemonProcess, number: int) -> None:
     with subprocess.Popen(
@@ -549,6 +550,7 @@ def test_blocked_signal_is_passed_on(process: DaemonProcess) -> None:
 # Messages that cannot be printed.
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-", "a pipe that nobody reads"])
 def test_name_stays_with_a_broken_stderr(process: DaemonProcess, peer: BlockingConnection, stderr: str) -> None:
     """stdout has only the output of the command."""

@@ -250,7 +250,7 @@ CALLS: dict[str, list[Callable[[Client], Awaitable[object]]]] = {
 }
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("cmd", CALLS)
 @pytest.mark.parametrize("refusal", [False, True])
 async def test_verb_raises_only_documented_errors(

@@ -522,7 +522,7 @@ def blocked(*arguments: str) -> "subprocess.Popen[str]":
     )
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 @pytest.mark.parametrize("what", ["lifespan", "listen"])
 @pytest.mark.parametrize("how", ["sleep", "work"])

@@ -171,6 +171,7 @@ async def test_mirror_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
                 assert mirror.resolve("w").stale_s == strict.resolve("w").stale_s == 0.0
 
 
+@pytest.mark.long
 async def test_200_registrations_return_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All registrations return, and a client's watch reports no event."""
     with DaemonProcess(tmp_path / "own.json") as process:

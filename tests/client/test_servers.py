@@ -153,8 +153,8 @@ async def owners(client: Client) -> list[int]:
     return [owner["pid"] for owner in instance["owners"]]
 
 
-@pytest.mark.sample(3)
-@pytest.mark.sample(3)
+@pytest.mark.sample(9)
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("server", SERVERS)
 async def test_every_resolved_server_answers(server: str, process: DaemonProcess) -> None:
     """From before its start until after its end, no connection is refused and no request is unanswered."""
@@ -178,7 +178,7 @@ async def test_every_resolved_server_answers(server: str, process: DaemonProcess
         assert {departure["reason"] for departure in departures} == {"deregistered"}  # a late worker adds one
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("server", ["uvicorn with workers", "hypercorn with workers", "granian with workers"])
 async def test_workers_share_one_registration(server: str, process: DaemonProcess) -> None:
     async with calling(process) as (client, caller):
@@ -268,7 +268,7 @@ async def until_exists(path: Path) -> None:
             await asyncio.sleep(0.01)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("kind", KINDS)
 async def test_request_in_progress_at_sigterm_is_answered(
     kind: str, process: DaemonProcess, tmp_path: Path

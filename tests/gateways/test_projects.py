@@ -83,6 +83,7 @@ def named(here: Project) -> list[str]:
 # Ports.
 
 
+@pytest.mark.long
 def test_two_checkouts_at_the_same_time(here: Project, tmp_path: Path) -> None:
     with (
         project_registry(tmp_path, tmp_path / "other") as other,
@@ -191,6 +192,7 @@ def test_second_gateway_is_named_when_the_first_ends(here: Project) -> None:
     assert not (here.folder / "serve").exists()
 
 
+@pytest.mark.long
 def test_end_of_the_second_leaves_the_file_of_the_first(here: Project) -> None:
     with gateway(here) as first, gateway(here) as second:
         second.end()
@@ -244,7 +246,7 @@ def test_copied_folder_is_not_used(here: Project, tmp_path: Path) -> None:
         assert not (copy / "serve").exists()
 
 
-@pytest.mark.sample(2)
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["folder", "link", "pipe", "full"])
 def test_file_that_cannot_be_written(here: Project, kind: str) -> None:
     path = here.folder / "serve"
@@ -394,7 +396,7 @@ def idle_daemon(here: Project) -> "Iterator[subprocess.Popen[str]]":
             process.kill()
 
 
-@pytest.mark.sample(3)
+@pytest.mark.long
 @pytest.mark.parametrize("flags", [(), ("--http", "off", "--dns", "0"), ("--http", "0", "--dns", "off")])
 def test_daemon_on_demand_does_not_exit_while_the_gateway_runs(
     here: Project, tmp_path: Path, flags: tuple[str, ...]

@@ -36,6 +36,7 @@ def test_promtool_finds_nothing_in_the_metrics(site: Site, process: DaemonProces
     assert run("promtool", "check", "metrics", input=text.decode()) == ""
 
 
+@pytest.mark.long
 def test_promtool_discovers_services(site: Site, tmp_path: Path) -> None:
     site.register(
         "shop.web", 5061, instance="2", meta={"metrics": "/stats", "scheme": "https", "zone-1": 'a"\\\n'}

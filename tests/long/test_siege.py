@@ -29,7 +29,7 @@ class Few(DaemonProcess):
         return [python, option, few + start, *others]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda each: each.name)
 def test_siege(tmp_path: Path, scenario: Scenario) -> None:
     kind = DaemonProcess

@@ -410,7 +410,7 @@ def test_crash_at_every_operation(tmp_path: Path, crashes: Crashes, steps: Seque
     crashes.check(run(root, [(step, None, 0) for step in steps]))
 
 
-@pytest.mark.sample(15)
+@pytest.mark.sample(30)
 @pytest.mark.parametrize("trouble", Trouble)
 @pytest.mark.parametrize("steps", SCENARIOS.values(), ids=SCENARIOS)
 def test_crash_at_every_operation_after_a_failure(

@@ -222,6 +222,7 @@ async def test_read_only_folder_delays_the_file_alone(small: Path, peers: Callab
         assert log.count("can be written again") == 1
 
 
+@pytest.mark.long
 async def test_registry_folder_disappears_and_returns(
     tmp_path: Path, peers: Callable[[DaemonProcess], Any]
 ) -> None:
@@ -293,6 +294,7 @@ async def test_pipe_is_refused_at_the_start(tmp_path: Path, name: str) -> None:
                 await asyncio.to_thread(daemon.start)
 
 
+@pytest.mark.long
 async def test_full_log_pipe_holds_up_nobody(tmp_path: Path, peers: Callable[[DaemonProcess], Any]) -> None:
     """Nobody reads stderr, a pipe of 64 KiB."""
     with DaemonProcess(tmp_path / "registry.json", "--log-level", "debug") as daemon:
@@ -327,6 +329,7 @@ async def repaired(daemon: InLoop) -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.socket
 @pytest.mark.parametrize("number", [FULL, BROKEN, errno.EDQUOT])
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ def test_suspended_daemon_expires_no_lease(process: DaemonProcess, peer: Blockin
     assert gone_after_s(peer, "leased") > 0.5
 
 
+@pytest.mark.long
 def test_reused_pid_is_not_the_old_process(process: DaemonProcess) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         with BlockingConnection(process.addresses[0]) as peer:

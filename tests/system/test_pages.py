@@ -57,7 +57,7 @@ def running(command: str, folder: Path, daemon: DaemonProcess) -> "Iterator[subp
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
     ("title", "files", "command"),
     PROGRAMS + COMMANDS,

@@ -143,6 +143,7 @@ async def test_long_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert not here.socket.exists()
 
 
+@pytest.mark.long
 async def test_client_starts_a_killed_daemon_again(here: Project) -> None:
     async with regd_client.Client(connect_timeout_s=SLOW_S) as client, client.register("web", 1) as registration:
         first = (await client.stats())["pid"]
@@ -226,7 +227,7 @@ def test_daemon_ends_when_idle_with_static_entries(here: Project) -> None:
     assert here.prints("resolve", "db") == "127.0.0.1:5432\n"  # survives
 
 
-@pytest.mark.sample(3)
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["hold", "pid", "ttl"])
 def test_daemon_stays_while_something_has_a_holder(here: Project, kind: str) -> None:
     with serving(here, "--idle-exit", "1") as daemon, contextlib.ExitStack() as stack:
@@ -243,6 +244,7 @@ def test_daemon_stays_while_something_has_a_holder(here: Project, kind: str) -> 
         assert daemon.wait(WAIT_S) == 0
 
 
+@pytest.mark.long
 def test_regd_project_refuses_other_flags_and_folders(here: Project, tmp_path: Path) -> None:
     def refusal(*flags: str) -> str:
         done = subprocess.run(

@@ -272,6 +272,7 @@ def test_failed_start_sends_no_ready(tmp_path: Path, inbox: socket.socket) -> No
     assert drain(inbox) == []
 
 
+@pytest.mark.long
 def test_blocked_loop_sends_no_watchdog_ping(tmp_path: Path, inbox: socket.socket) -> None:
     command = [sys.executable, "-c", HANGS, "--port", "0", "--registry", str(tmp_path / "registry.json")]
     with running(command, NOTIFY_SOCKET=inbox.getsockname(), WATCHDOG_USEC="100000") as process:

@@ -57,7 +57,7 @@ async def ended(daemon: DaemonProcess) -> str:
     return log
 
 
-@pytest.mark.sample(2)
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["lock file removed", "folder moved away"])
 async def test_older_daemon_ends_and_nothing_acknowledged_is_missing(tmp_path: Path, way: str) -> None:
     for count in range(ROUNDS):

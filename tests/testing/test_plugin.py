@@ -170,6 +170,7 @@ def test_it(regd):
 """
 
 
+@pytest.mark.long
 def test_workers_with_a_registry_each(tmp_path: Path) -> None:
     suite = Suite(tmp_path, HEAD + WORKER + "    assert len(names(regd)) == 1", "regd_scope = session")
     suite.passes("-n", "2", "--dist", "each")
@@ -240,7 +241,7 @@ def test_that_passes(regd):
 """
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("flags", [(), ("-n", "1")], ids=["alone", "worker"])
 @pytest.mark.parametrize("scope", ["function", "session", "run"])
 def test_failing_test_shows_its_registry(tmp_path: Path, scope: str, flags: tuple[str, ...]) -> None:
@@ -276,6 +277,7 @@ def test_next(regd):
     assert "1 failed, 1 passed" in shown
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("python", ["/nowhere/python", ""])
 def test_unavailable_registry_is_reported_without_traceback(tmp_path: Path, python: str) -> None:
     suite = Suite(tmp_path, "def test_it(regd): pass")
@@ -361,6 +363,7 @@ def test_it(regd):
     Suite(tmp_path, HEAD + tests).passes()
 
 
+@pytest.mark.long
 def test_fixture_of_the_same_name_in_the_suite(tmp_path: Path) -> None:
     tests = """
 @pytest.fixture

@@ -88,6 +88,7 @@ async def test_read_begins_again_after_a_compaction_between_two_pages(
     assert [revision != 0 for revision in pages] == [False, True, False, True]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("count", "size"), [(10_000, 400), (20, 1_000_000)])
 async def test_prefix_larger_than_a_response_of_grpc(etcd: Etcd, prefix: bytes, count: int, size: int) -> None:
     keys = [prefix + b"%05d" % number for number in range(count)]

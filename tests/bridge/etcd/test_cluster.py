@@ -72,7 +72,7 @@ def in_use(three: EtcdCluster, etcd: Etcd) -> MemberProcess:
 
 @pytest.mark.parametrize("way", ["kill", "freeze"])
 @pytest.mark.parametrize("which", ["leader", "in use"])
-@pytest.mark.sample(4)
+@pytest.mark.long
 async def test_member_fails_during_writes(
     three: EtcdCluster, etcd: Etcd, prefix: bytes, which: str, way: str
 ) -> None:
@@ -110,6 +110,7 @@ async def test_lease_and_watch_move_from_a_frozen_member(three: EtcdCluster, etc
             await follower.until_revision(await other.put(prefix, b"2"))
 
 
+@pytest.mark.long
 async def test_read_survives_the_election_of_a_leader(three: EtcdCluster, etcd: Etcd, prefix: bytes) -> None:
     await etcd.put(prefix, b"")
     three.leader().kill()

@@ -71,6 +71,7 @@ async def test_revoked_lease_is_lost(etcd: Etcd, server: EtcdCluster, prefix: by
         await etcd.put(prefix, b"", lease.id)
 
 
+@pytest.mark.long
 async def test_lease_is_lost_in_a_partition(
     etcd: Etcd, server: EtcdCluster, prefix: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:

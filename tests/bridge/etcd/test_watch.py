@@ -147,6 +147,7 @@ async def test_watch_after_the_compacted_revision(etcd: Etcd, server: EtcdCluste
     assert follower.revisions == [last]
 
 
+@pytest.mark.long
 async def test_restart_of_etcd(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with cluster(tmp_path) as server:
         [member] = server.members
