@@ -43,13 +43,14 @@ def main() -> None:
         code = "import regd_client, pathlib; print(pathlib.Path(regd_client.__file__).with_name('py.typed').exists(), regd_client.Client.__name__)"
         assert run("python", "-c", code) == "True Client\n"
         code = "import regd, pathlib; print(sorted(each.name for each in pathlib.Path(*regd.__path__, 'systemd').rglob('regd*')))"
-        units = ["regd-serve.service", "regd.service", "regd.socket"]
+        units = ["regd-bridge.service", "regd-serve.service", "regd.service", "regd.socket"]
         assert run("python", "-c", code) == f"{sorted(2 * units)}\n"
-        done = subprocess.run(
-            [commands / "regctl", "serve"], cwd=folder, env=plain, capture_output=True, text=True, check=False, timeout=30,
-        )  # fmt: skip
-        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-        assert "pip install 'regd[serve]'" in done.stderr
+        for extra, words in (("serve", ["serve"]), ("etcd", ["bridge", "--etcd", "127.0.0.1:2379"])):
+            done = subprocess.run(
+                [commands / "regctl", *words], cwd=folder, env=plain, capture_output=True, text=True, check=False, timeout=30,
+            )  # fmt: skip
+            assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+            assert f"pip install 'regd[{extra}]'" in done.stderr
         code = "import regd, pathlib; print(sorted(each.name for each in pathlib.Path(*regd.__path__, 'gateways', 'page').iterdir()))"
         assert run("python", "-c", code) == "['index.html', 'page.css', 'page.js']\n"
         daemon = subprocess.Popen(
