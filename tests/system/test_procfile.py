@@ -127,6 +127,12 @@ def are_ready(peer: BlockingConnection, count: int) -> bool:
 ALL = [("pages", ""), ("price", ""), ("shop", "1"), ("shop", "2")]
 
 
+def printed(manager: Honcho, name: str) -> list[str]:
+    """Return what one of honcho's processes has printed so far, without the lines of Python's web server."""
+    servers = ("127.0.0.1 - - ", "Serving HTTP")
+    return [text for process, text in manager.lines() if process == name and not text.startswith(servers)]
+
+
 def test_page_runs_under_honcho(process: DaemonProcess, peer: BlockingConnection, tmp_path: Path) -> None:
     with honcho(tmp_path, procfile(), *command(), REGD_ADDRESS=process.addresses[0]) as manager:
         block_until(lambda: are_ready(peer, 4), START_S)
@@ -144,16 +150,15 @@ def test_page_runs_under_honcho(process: DaemonProcess, peer: BlockingConnection
 
         # Output: the page's lines and no others. The lines of one process are in the page's order.
         [shown] = blocks(PAGE, "text")
-        block_until(lambda: ("pages.1", "regctl: pages is ready") in manager.lines(), WAIT_S)
-        for name in ("price.1", "shop.1", "shop.2", "pages.1"):
-            expected = [line.partition("| ")[2] for line in shown.splitlines() if f" {name} " in line]
-            printed = [
-                text
-                for process_name, text in manager.lines()
-                if process_name == name and not text.startswith(("127.0.0.1 - - ", "Serving HTTP"))
-            ]
-            assert len(expected) == len(printed), printed
-            assert all(map(fits, expected, printed)), printed
+        expected = {
+            name: [line.partition("| ")[2] for line in shown.splitlines() if f" {name} " in line]
+            for name in ("price.1", "shop.1", "shop.2", "pages.1")
+        }
+        counts = {name: len(texts) for name, texts in expected.items()}
+        block_until(lambda: all(len(printed(manager, name)) >= counts[name] for name in counts), WAIT_S)
+        for name, texts in expected.items():
+            assert len(printed(manager, name)) == counts[name], printed(manager, name)
+            assert all(map(fits, texts, printed(manager, name))), printed(manager, name)
 
         os.killpg(manager.process.pid, signal.SIGINT)
         assert manager.process.wait(END_S) == 130
