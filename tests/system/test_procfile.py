@@ -144,9 +144,8 @@ def test_page_runs_under_honcho(process: DaemonProcess, peer: BlockingConnection
 
         # Order: the shops began once price accepted connections.
         [price] = [each["port"] for each in before if each["name"] == "price"]
-        lines = manager.lines()
-        for name in ("shop.1", "shop.2"):
-            assert (name, f"price is at 127.0.0.1:{price}") in lines
+        first = {(name, f"price is at 127.0.0.1:{price}") for name in ("shop.1", "shop.2")}
+        block_until(lambda: first <= set(manager.lines()), WAIT_S)
 
         # Output: the page's lines and no others. The lines of one process are in the page's order.
         [shown] = blocks(PAGE, "text")
