@@ -146,7 +146,7 @@ def main() -> None:
                 say("4. What b has:")
                 say(regctl(address_b, "list").rstrip())
                 say("5. Your turn, in another terminal:")
-                say(f"  kill -9 {pids[2]}   # the runner on a: the caller goes on with the one on b at once")
+                say(f"  kill -9 {pids[2]}   # the runner on a: the caller continues with the one on b at once")
                 words = " ".join(map(str, pids))
                 say(f"  kill -9 {words}   # the whole machine a: within 10 s, when its lease has ended")
                 command = f"PYTHONPATH={PATH} {sys.executable} -m regd.cli.regctl bridge --status"

@@ -32,7 +32,10 @@ class Limits:
         each_bytes=6_144,
     )
     readonly_connections_max: int = _row(
-        2_560, "connections of users who may only read; the others remain for writers", "closed", "busy"
+        2_560,
+        "connections of users who may only read; the rest of `connections_max` is for writers",
+        "closed",
+        "busy",
     )
     requests_in_flight_max: int = _row(
         64, "per connection; enough to fill a commit", "connection is not read until replies are out"

@@ -49,7 +49,7 @@ class Query:
 
 
 class HistoryPage(NamedTuple):
-    """Changes, the oldest first, and the revision from which the next page continues; None: no more."""
+    """Changes, the oldest first, and the revision at which the next page begins; None after the last page."""
 
     changes: list[dict[str, Any]]
     next: int | None
