@@ -71,13 +71,15 @@ def test_instances_appear_and_disappear(peer: BlockingConnection, top: Top) -> N
 def test_sort_select_and_filter(peer: BlockingConnection, top: Top) -> None:
     register(peer, "b", "a", "c")
     peer.ask("update", name="c", state="starting")
+    times = {fields["name"]: fields["registered_at"] for fields in peer.ask("list")["instances"]}
+    youngest_first = sorted(times, key=lambda name: (-times[name], name))  # times may be equal, in milliseconds
     with top() as terminal:
         terminal.wait_for("3 instances")
         terminal.wait_until(lambda: listed(terminal) == ["a", "b", "c"])
         terminal.type("r")
         terminal.wait_until(lambda: listed(terminal) == ["c", "b", "a"])
         terminal.type("rA")
-        terminal.wait_until(lambda: "AGE▾" in terminal.text and listed(terminal) == ["c", "a", "b"])
+        terminal.wait_until(lambda: "AGE▾" in terminal.text and listed(terminal) == youngest_first)
         terminal.type("s")
         terminal.wait_until(lambda: "STATE▾" in terminal.text and listed(terminal) == ["c", "a", "b"])
         terminal.type("N\x1b[B\x1b[B")  # down, twice
