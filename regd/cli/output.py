@@ -130,8 +130,10 @@ def lines(command: str, reply: dict[str, Any]) -> Iterable[str]:
             return _tree(reply)
         case "why":
             return _reasons(reply)
-        case _:
+        case "deregister" | "update":
             return []
+        case _:
+            raise NotImplementedError(f"no text for the reply to {command}")
 
 
 def address_of(entry: Mapping[str, Any]) -> str:

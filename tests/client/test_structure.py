@@ -10,6 +10,7 @@ import pytest
 
 import regd
 import regd_client
+from regd.protocol.commands import COMMANDS
 from regd_client import blocking, models, replies
 from tests.support.daemon import ROOT, environment
 
@@ -64,6 +65,10 @@ def test_help_shows_arguments_errors_and_an_example(call: Any) -> None:
     for name in inspect.signature(call).parameters:
         if name != "self":
             assert f"\n    {name}: " in "\n" + arguments, f"{name} is not described"
+
+
+def test_reply_to_every_command_is_checked() -> None:
+    assert replies._RESULTS.keys() == COMMANDS.keys()
 
 
 @pytest.mark.parametrize(

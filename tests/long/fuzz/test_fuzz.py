@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regd.core.history import History
+from regd.protocol.commands import COMMANDS
 from tests.long.fuzz import oracle
 from tests.long.fuzz.conversation import BEFORE, Conversation
 from tests.long.fuzz.run import CORPUS
@@ -33,6 +34,13 @@ def test_corpus_is_complete() -> None:
     assert list(TARGETS) == list(NAMES)
     assert {path.parent.name for path in KEPT} == set(TARGETS)
     assert len(KEPT) >= 100
+
+
+def test_oracle_has_every_command() -> None:
+    assert oracle.COMMANDS.keys() == COMMANDS.keys()
+    for cmd, (needed, optional) in oracle.COMMANDS.items():
+        assert needed == set(COMMANDS[cmd].required)
+        assert needed | optional == COMMANDS[cmd].arguments.keys()
 
 
 @pytest.mark.parametrize("name", TARGETS)
