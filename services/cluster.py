@@ -12,20 +12,15 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import FrameType
+from subprocess import Popen
 
-HERE = Path(__file__).resolve().parent
-PATH = os.pathsep.join([str(HERE.parent), str(HERE.parent / "client")])
-READY_WITHIN_S = 30.0
-ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+import processes
+from processes import HERE, PATH, end_on_signals, environment, say
+
 REGCTL = ("-m", "regd.cli.regctl")
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 def free_port() -> int:
@@ -33,48 +28,12 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def environment(address: str) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": PATH, "REGD_ADDRESS": address}
-
-
-@contextlib.contextmanager
 def running(
-    label: str, *command: str, ready: Callable[[str], bool], address: str = "", shown: bool = True
-) -> Iterator[subprocess.Popen[str]]:
-    """Run a program during the block, which begins when `ready` accepts a line of its output."""
-    process = subprocess.Popen(
-        command,
-        env=environment(address),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # Ctrl-C reaches only this program, which then stops the others in order
+    label: str, *command: str, ready: Callable[[str], bool], address: str = ""
+) -> AbstractContextManager[Popen[str]]:
+    return processes.running(
+        *command, environment=environment(address), ready=ready, show=lambda line: say(f"  {label}: {line}")
     )
-    seen = threading.Event()
-
-    def show() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if shown:
-                say(f"  {label}: {line.rstrip()}")
-            if ready(line):
-                seen.set()
-        seen.set()  # the program has ended
-
-    thread = threading.Thread(target=show, daemon=True)
-    thread.start()
-    try:
-        if not seen.wait(READY_WITHIN_S) or process.poll() is not None:
-            raise SystemExit(f"{label} did not start; its output is above")
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        thread.join(1)
 
 
 @contextlib.contextmanager
@@ -89,7 +48,12 @@ def etcd(folder: Path) -> Iterator[str]:
         "--advertise-client-urls", f"http://{client}", "--listen-peer-urls", peer,
         "--initial-advertise-peer-urls", peer, "--initial-cluster", f"default={peer}",
     ]  # fmt: skip
-    with running("etcd", *command, ready=lambda line: "ready to serve client requests" in line, shown=False):
+    with processes.running(
+        *command,
+        environment=os.environ,
+        ready=lambda line: "ready to serve client requests" in line,
+        show=lambda line: None,
+    ):
         yield client
 
 
@@ -121,15 +85,8 @@ def machine(name: str, port: int, etcd_address: str, folder: Path) -> Iterator[t
         yield address, [one.pid, two.pid, three.pid]
 
 
-def leave(number: int, frame: FrameType | None) -> None:
-    for each in ENDS:
-        signal.signal(each, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
-    raise KeyboardInterrupt
-
-
 def main() -> None:
-    for each in ENDS:
-        signal.signal(each, leave)
+    end_on_signals()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         say("1. etcd, and two machines with a daemon, a bridge and a runner each:")

@@ -9,60 +9,23 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import FrameType
+from contextlib import AbstractContextManager
+from subprocess import Popen
 
-HERE = Path(__file__).resolve().parent
+import processes
+from processes import HERE, READY_WITHIN_S, end_on_signals, environment, say
+
 REGISTRY = HERE / "registry" / "registry.json"
 PORT = os.environ.get("PORT", "7343")
-PATH = os.pathsep.join([str(HERE.parent), str(HERE.parent / "client")])
-ENVIRONMENT = os.environ | {"PYTHONPATH": PATH, "REGD_ADDRESS": f"tcp://127.0.0.1:{PORT}"}
-READY_WITHIN_S = 20.0
+ENVIRONMENT = environment(f"tcp://127.0.0.1:{PORT}")
 
 
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
-@contextlib.contextmanager
 def running(
-    *command: str, ready: Callable[[str], bool], show: Callable[[str], None] = say
-) -> Iterator[subprocess.Popen[str]]:
-    """Run a Python program during the block, which begins when `ready` accepts a line of its output."""
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # Ctrl-C reaches only this program, which then stops the others in order
-    )
-    seen = threading.Event()
-
-    def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            show(f"  {line.rstrip()}")
-            if ready(line):
-                seen.set()
-        seen.set()  # the program has ended
-
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    try:
-        if not seen.wait(READY_WITHIN_S) or process.poll() is not None:
-            raise SystemExit(f"{Path(command[-1]).name} did not start; its output is above")
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        thread.join(1)
+    *command: str, ready: Callable[[str], bool], show: Callable[[str], None] = lambda line: say(f"  {line}")
+) -> AbstractContextManager[Popen[str]]:
+    return processes.running(sys.executable, *command, environment=ENVIRONMENT, ready=ready, show=show)
 
 
 def registry_with(name: str) -> str:
@@ -85,21 +48,11 @@ def page() -> Iterator[str]:
     lines: list[str] = []
     command = ["-m", "regd.cli.regctl", "serve", "--http", "0", "--dns", "off"]
     with running(*command, ready=lambda line: "listening" in line, show=lines.append):
-        yield lines[0].split()[-1]
-
-
-ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def leave(number: int, frame: FrameType | None) -> None:
-    for each in ENDS:
-        signal.signal(each, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
-    raise KeyboardInterrupt
+        yield next(line for line in lines if "listening" in line).split()[-1]
 
 
 def main() -> None:
-    for each in ENDS:
-        signal.signal(each, leave)
+    end_on_signals()
     daemon = ["-m", "regd", "--log-level", "warning", "--port", PORT, "--registry", str(REGISTRY)]
     say("1. The daemon listens:")
     with running(*daemon, ready=lambda line: "listening" in line):

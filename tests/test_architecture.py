@@ -52,7 +52,8 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "client/regd_client": ({"regd_client"}, set()),
     "services": ({"regd_client"}, set()),
 }
-# Third-party modules, and the files that may import them: an extra, or the framework of an example.
+# Third-party modules, and the files that may import them: an extra, or the framework of an example. `processes` is
+# beside the examples that import it.
 THIRD_PARTY = {
     "regd/bridge/metrics.py": ("prometheus_client",),
     "regd/bridge/etcd/calls.py": ("google",),
@@ -69,6 +70,8 @@ THIRD_PARTY = {
     "regd/gateways/page_files.py": ("starlette",),
     "regd/gateways/routes.py": ("starlette",),
     "regd/testing/plugin.py": ("pytest",),
+    "services/cluster.py": ("processes",),
+    "services/demo.py": ("processes",),
     "services/gateway.py": ("starlette",),
 }
 CLIENT_DEPTH_MAX = 8  # the longest chain of imports in the client, its `__init__` aside
