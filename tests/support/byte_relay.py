@@ -17,23 +17,26 @@ class ByteRelay:
 
     def __init__(self, to: int) -> None:
         self.to = to
+        self.port = 0
         self.accepted = 0
         self.flowing = asyncio.Event()
         self.flowing.set()
-        self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
-        self._port = 0
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self._port}"
+        return f"127.0.0.1:{self.port}"
 
     def accept(self) -> None:
-        """Accept connections. After `refuse`, the port is the same as before."""
-        self._listener = socket.create_server(("127.0.0.1", self._port))
+        """Accept connections. After `refuse`, the port is the same as before.
+
+        This does not use `asyncio.start_server`, because a server that is closed just after it has accepted a
+        connection never closes that connection.
+        """
+        self._listener = socket.create_server(("127.0.0.1", self.port))
         self._listener.setblocking(False)
-        self._port = self._listener.getsockname()[1]
+        self.port = self._listener.getsockname()[1]
         asyncio.get_running_loop().add_reader(self._listener, self._accept, self._listener)
 
     def _accept(self, listener: socket.socket) -> None:
@@ -77,13 +80,16 @@ class ByteRelay:
             server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self.to)
             writers.append(server_writer)
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._forward(reader, server_writer))
+                group.create_task(self._forward_to_server(reader, server_writer))
                 group.create_task(self._forward(server_reader, writer))
         except (OSError, ExceptionGroup):
             pass
         finally:
             for writer in writers:
                 writer.transport.abort()
+
+    async def _forward_to_server(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await self._forward(reader, writer)
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65_536):
