@@ -8,15 +8,12 @@ comparison. Needs root for the network of namespaces; otherwise the machines are
 cut off.
 """
 
-import argparse
 import asyncio
 import contextlib
 import json
 import logging
 import random
 import signal
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -24,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from regd_client import Client, RegdError, Registration
+from tests.long import command
 from tests.support.machines import Machine, Site, foreign, site, until_agreed
 
 STALE_S = 20.0
@@ -278,28 +276,6 @@ async def run(folder: Path, seed: int, seconds: float) -> Counter[str]:
     return history.figures
 
 
-def show(*lines: str) -> None:
-    sys.stdout.writelines(f"{line}\n" for line in lines)
-    sys.stdout.flush()
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.long.cluster", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
-    args = parser.parse_args()
-    logging.getLogger("regd_client").setLevel(logging.CRITICAL)
-    show(f"seed {args.seed}, {args.minutes:g} minutes")
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.monotonic()
-        try:
-            figures = asyncio.run(run(Path(folder), args.seed, 60 * args.minutes))
-        except Failure as failure:
-            show(f"FAILED after {time.monotonic() - began:.1f} s, seed {args.seed}: {failure}")
-            return 1
-    show(*(f"{what}: {count}" for what, count in sorted(figures.items())))
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    logging.getLogger("regd_client").setLevel(logging.CRITICAL)
+    raise SystemExit(command.main("tests.long.cluster", __doc__, run, Failure))

@@ -5,14 +5,10 @@ point watchers, listeners, mirrors, `list`, the disk and the model of the reques
 history of its subject is printed, and the exit status is 1.
 """
 
-import argparse
 import asyncio
 import contextlib
 import logging
-import random
 import signal
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -23,6 +19,7 @@ from regd.core.model import key_text
 from regd.storage.document import Unreadable
 from regd.storage.files import Files
 from regd.storage.store import peek
+from tests.long import command
 from tests.long.players import PATIENCE_S, Players
 from tests.long.proxy import Proxy
 from tests.long.witnesses import Failure, Listener, Value, Watcher, endpoint_value, fitting, key_of, value_of
@@ -297,29 +294,6 @@ def leaves(group: BaseExceptionGroup[Failure]) -> list[Failure]:
     return failures
 
 
-def show(*lines: str) -> None:
-    sys.stdout.writelines(f"{line}\n" for line in lines)
-    sys.stdout.flush()
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.long.soak", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
-    args = parser.parse_args()
-    logging.getLogger("regd_client").setLevel(logging.ERROR)
-    show(f"seed {args.seed}, {args.minutes:g} minutes")
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.monotonic()
-        try:
-            figures = asyncio.run(soak(Path(folder), args.seed, 60 * args.minutes))
-        except Failure as failure:
-            show(*getattr(failure, "__notes__", ()))
-            show(f"FAILED after {time.monotonic() - began:.1f} s, seed {args.seed}: {failure}")
-            return 1
-    show(*(f"{what}: {count}" for what, count in sorted(figures.items())))
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    logging.getLogger("regd_client").setLevel(logging.ERROR)
+    raise SystemExit(command.main("tests.long.soak", __doc__, soak, Failure))
