@@ -21,8 +21,9 @@ from regd.bridge.foreign import Foreign
 from regd.bridge.http_server import HttpServer
 from regd.bridge.local import Local, LocalRefusal, Session
 from regd.bridge.publish import Publisher, own_records
-from regd.gateways.listeners import ListenError, bind_loopback
+from regd.gateways.listeners import bind_loopback
 from regd.gateways.readers import Readers
+from regd.system.listener import ListenError
 from regd_client.errors import RegdError, Unavailable
 from regd_client.event_loop import random_s
 from regd_client.models import Key

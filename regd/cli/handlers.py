@@ -136,8 +136,9 @@ def _top(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
 
 def _serve(address: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
     try:
-        from regd.gateways.listeners import ListenError, ports_to_try
+        from regd.gateways.listeners import ports_to_try
         from regd.gateways.serve import serve
+        from regd.system.listener import ListenError
     except ModuleNotFoundError as error:
         message = f"regctl serve needs the extra `serve`, and {error.name} is missing: pip install 'regd[serve]'"
         return _refused({"ok": False, "error": "bad_argument", "message": message}, as_json)

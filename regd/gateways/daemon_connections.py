@@ -18,7 +18,7 @@ from regd_client import protocol
 from regd_client.errors import BadArgument
 from regd_client.protocol import Address, connectable
 
-__all__ = ["Daemon", "DaemonConnection", "slot"]
+__all__ = ["DaemonClient", "DaemonConnection", "slot"]
 
 REPLY_S = 2.0  # to connect and to get the reply, in addition to `wait`
 _LINE_BYTES_MAX = 2 * 1_048_576  # of a reply; the daemon's own limit is half of this
@@ -155,7 +155,7 @@ class _Pipeline:
         self._reading.cancel()
 
 
-class Daemon:
+class DaemonClient:
     """Asks the daemon at an address. Without a daemon, or a reply in time, the answer is `unavailable`."""
 
     def __init__(self, address: Address) -> None:

@@ -6,9 +6,10 @@ import random
 import socket
 from collections.abc import Sequence
 
+from regd.system.listener import ListenError
 from regd_client.ports import free_ports
 
-__all__ = ["BACKLOG", "ListenError", "bind_at_one", "bind_loopback", "bound_addresses", "ports_to_try"]
+__all__ = ["BACKLOG", "bind_at_one", "bind_loopback", "bound_addresses", "ports_to_try"]
 
 _HOSTS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 BACKLOG = 128  # connections that wait for `accept`; asyncio accepts this many at once
@@ -19,10 +20,6 @@ _UNSENT_BYTES = 262_144
 # waits 5 s if one is lost.
 _RECEIVE_BYTES = 1_048_576
 _PORT_TRIES = 32  # attempts to find a port that is free on all addresses
-
-
-class ListenError(Exception):
-    """The gateway cannot listen on a port. The message is one line."""
 
 
 def ports_to_try(option: int | str | None, default: int, project: str) -> list[int]:

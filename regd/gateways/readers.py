@@ -3,8 +3,7 @@
 import socket
 from collections.abc import Sequence
 
-from regd.gateways.listeners import ListenError
-from regd.system.listener import ListenError as PeerError
+from regd.system.listener import ListenError
 from regd.system.peer_credentials import PeerCredentials
 
 __all__ = ["Readers"]
@@ -32,7 +31,7 @@ class Readers:
             return
         try:
             self._credentials.open(listeners)
-        except PeerError:
+        except ListenError:
             raise ListenError(
                 "the daemon is behind a Unix socket, for this user alone, and the kernel does not say which "
                 "users connect to TCP ports; run the daemon on TCP if all users may read"

@@ -13,7 +13,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from regd.gateways import discovery, metrics
-from regd.gateways.daemon_connections import Daemon, DaemonConnection, slot
+from regd.gateways.daemon_connections import DaemonClient, DaemonConnection, slot
 from regd.gateways.guard import Guard, host_name
 from regd.gateways.page_files import page_routes
 from regd.gateways.queries import (
@@ -46,7 +46,7 @@ _PAGE = 500  # instances per page of a whole list: about 8 ms of work
 _STEPS_MAX = 8  # chunks of streams encoded per iteration of the event loop: about 3 ms of work
 SILENCE_S = 15.0  # after so long without an event, a comment is sent
 _SILENCES_MAX = 5  # a daemon that sends nothing for 75 s hangs, since `progress` comes every 30 s
-_READ_AHEAD_BYTES = 65_536  # of a watch; with the output buffer of the HTTP connection, far less than 256 KiB
+_READ_AHEAD_BYTES = 65_536  # of a watch: read from the daemon before the HTTP client takes them
 _EVENT_STREAM = "text/event-stream"
 
 Instances = list[dict[str, Any]]
@@ -56,7 +56,7 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode
 class Gateway:
     """The HTTP application for one daemon, with its guard."""
 
-    def __init__(self, daemon: Daemon, readers: Readers) -> None:
+    def __init__(self, daemon: DaemonClient, readers: Readers) -> None:
         self._daemon = daemon
         self._stopping = asyncio.Event()
         self._streams = 0

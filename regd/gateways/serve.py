@@ -9,13 +9,14 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from regd.gateways import dns_server, http_server
 from regd.gateways.address_file import AddressFile
-from regd.gateways.daemon_connections import Daemon
+from regd.gateways.daemon_connections import DaemonClient
 from regd.gateways.dns_server import AnswerCache, DnsServer
 from regd.gateways.http_server import HttpServer
-from regd.gateways.listeners import BACKLOG, ListenError, bind_at_one, bound_addresses
+from regd.gateways.listeners import BACKLOG, bind_at_one, bound_addresses
 from regd.gateways.name_watch import NameWatch
 from regd.gateways.readers import Readers
 from regd.gateways.routes import Gateway
+from regd.system.listener import ListenError
 from regd.system.open_files import raise_open_files
 from regd_client.protocol import autostart_wanted, find_address
 
@@ -55,7 +56,7 @@ async def _serve(
     stopping = asyncio.Event()
     for number in _SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    daemon = Daemon(find_address(address))
+    daemon = DaemonClient(find_address(address))
     async with contextlib.AsyncExitStack() as stack:
         http = _bind(stack, http_ports, (socket.SOCK_STREAM,), "--http")
         dns = _bind(stack, dns_ports, (socket.SOCK_DGRAM, socket.SOCK_STREAM), "--dns")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from regd.gateways import daemon_connections
-from regd.gateways.daemon_connections import Daemon
+from regd.gateways.daemon_connections import DaemonClient
 from regd_client.protocol import parse_address
 from tests.support.daemon import WAIT_S, InLoop
 from tests.support.polling import until
@@ -24,8 +24,8 @@ async def registry(tmp_path: Path) -> AsyncIterator[Registry]:
 
 
 @pytest.fixture
-async def daemon(registry: Registry) -> AsyncIterator[Daemon]:
-    daemon = Daemon(parse_address(registry.address))
+async def daemon(registry: Registry) -> AsyncIterator[DaemonClient]:
+    daemon = DaemonClient(parse_address(registry.address))
     yield daemon
     daemon.close()
 
@@ -34,7 +34,7 @@ async def test_body_is_the_reply(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "registry.json") as inner:
         peer = await inner.peer()
         await peer.ask(cmd="register", name="db", port=5432, meta={"a": "\u202e\n</script>"})
-        daemon = Daemon(parse_address(f"127.0.0.1:{inner.port}"))
+        daemon = DaemonClient(parse_address(f"127.0.0.1:{inner.port}"))
         for cmd, arguments in [
             ("list", {}), ("resolve", {"name": "db"}), ("resolve", {"name": "cache"}), ("hello", {}),
             ("list", {"limit": "x"}), ("help", {"topic": "list"}), ("history", {"name": "db"}),
@@ -44,7 +44,7 @@ async def test_body_is_the_reply(tmp_path: Path) -> None:
         daemon.close()
 
 
-async def test_requests_at_once_get_their_own_replies(registry: Registry, daemon: Daemon) -> None:
+async def test_requests_at_once_get_their_own_replies(registry: Registry, daemon: DaemonClient) -> None:
     async with registry.client() as client:
         for number in range(1, 21):
             await client.register(f"s{number}", number, static=True)
@@ -52,7 +52,7 @@ async def test_requests_at_once_get_their_own_replies(registry: Registry, daemon
     assert [json.loads(body.line)["port"] for body in bodies] == list(range(1, 21))
 
 
-async def test_cancelled_request_does_not_shift_the_replies(registry: Registry, daemon: Daemon) -> None:
+async def test_cancelled_request_does_not_shift_the_replies(registry: Registry, daemon: DaemonClient) -> None:
     await daemon.ask("ping", {})
     first = asyncio.create_task(daemon.ask("hello", {}))
     second = asyncio.create_task(daemon.ask("stats", {}))
@@ -62,7 +62,9 @@ async def test_cancelled_request_does_not_shift_the_replies(registry: Registry, 
     assert b'"uptime_s"' in (await second).line
 
 
-async def test_after_a_cut_and_a_restart_the_next_request_succeeds(registry: Registry, daemon: Daemon) -> None:
+async def test_after_a_cut_and_a_restart_the_next_request_succeeds(
+    registry: Registry, daemon: DaemonClient
+) -> None:
     assert (await daemon.ask("ping", {})).status == 200
     registry.cut()
     assert (await daemon.ask("ping", {})).status == 200
@@ -83,7 +85,7 @@ async def test_silent_daemon_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> 
         writer.close()
 
     async with await asyncio.start_server(read, "127.0.0.1", 0) as server:
-        daemon = Daemon(parse_address(f"127.0.0.1:{server.sockets[0].getsockname()[1]}"))
+        daemon = DaemonClient(parse_address(f"127.0.0.1:{server.sockets[0].getsockname()[1]}"))
         for body in [await daemon.ask("ping", {}), await daemon.ask_alone("ping", {}, 0.0)]:
             assert body.status == 503
             assert "no reply within" in body.message
@@ -106,7 +108,7 @@ async def test_requests_in_flight_are_limited(monkeypatch: pytest.MonkeyPatch) -
         writer.close()
 
     async with await asyncio.start_server(read, "127.0.0.1", 0) as server:
-        daemon = Daemon(parse_address(f"127.0.0.1:{server.sockets[0].getsockname()[1]}"))
+        daemon = DaemonClient(parse_address(f"127.0.0.1:{server.sockets[0].getsockname()[1]}"))
         asked = [asyncio.create_task(daemon.ask("ping", {})) for _ in range(5)]
         await until(lambda: requests)
         assert daemon._slots.locked()
@@ -130,19 +132,19 @@ async def test_other_program_is_unavailable() -> None:
         writer.close()
 
     async with await asyncio.start_server(greet, "127.0.0.1", 0) as server:
-        daemon = Daemon(parse_address(f"127.0.0.1:{server.sockets[0].getsockname()[1]}"))
+        daemon = DaemonClient(parse_address(f"127.0.0.1:{server.sockets[0].getsockname()[1]}"))
         assert (await daemon.ask("ping", {})).status == 503
         daemon.close()
 
 
-async def test_wait_ends_with_its_caller(registry: Registry, daemon: Daemon) -> None:
+async def test_wait_ends_with_its_caller(registry: Registry, daemon: DaemonClient) -> None:
     waiting = asyncio.create_task(daemon.ask_alone("resolve", {"name": "late", "wait": 60.0}, 60.0))
     await gauge(daemon, "waiting", 1)
     waiting.cancel()
     await gauge(daemon, "waiting", 0)
 
 
-async def test_wait_is_answered(registry: Registry, daemon: Daemon) -> None:
+async def test_wait_is_answered(registry: Registry, daemon: DaemonClient) -> None:
     waiting = asyncio.create_task(daemon.ask_alone("resolve", {"name": "late", "wait": 60.0}, 60.0))
     await gauge(daemon, "waiting", 1)
     async with (
@@ -155,7 +157,7 @@ async def test_wait_is_answered(registry: Registry, daemon: Daemon) -> None:
             assert json.loads((await waiting).line)["port"] == port
 
 
-async def gauge(daemon: Daemon, name: str, expected: int) -> None:
+async def gauge(daemon: DaemonClient, name: str, expected: int) -> None:
     """Wait until a gauge of `stats` has this value."""
     async with asyncio.timeout(WAIT_S):
         while json.loads((await daemon.ask("stats", {})).line)[name] != expected:

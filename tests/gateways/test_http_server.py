@@ -14,7 +14,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from regd.gateways import guard, http_server
-from regd.gateways.daemon_connections import Daemon
+from regd.gateways.daemon_connections import DaemonClient
 from regd.gateways.guard import HEAD_BYTES_MAX
 from regd.gateways.http_server import HttpServer
 from regd.gateways.readers import Readers
@@ -55,7 +55,7 @@ class Site:
 @pytest.fixture
 async def site(tmp_path: Path) -> AsyncIterator[Site]:
     async with running(tmp_path) as registry:
-        daemon = Daemon(parse_address(registry.address))
+        daemon = DaemonClient(parse_address(registry.address))
         server = HttpServer(Gateway(daemon, Readers(restricted=False)))
         with socket.create_server(("127.0.0.1", 0)) as listener:
             serving = asyncio.create_task(server.serve([listener]))

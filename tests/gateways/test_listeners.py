@@ -5,7 +5,8 @@ import socket
 
 import pytest
 
-from regd.gateways.listeners import ListenError, bind_loopback, bound_addresses
+from regd.gateways.listeners import bind_loopback, bound_addresses
+from regd.system.listener import ListenError
 
 BOTH = (socket.SOCK_DGRAM, socket.SOCK_STREAM)
 

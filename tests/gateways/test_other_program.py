@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from regd.gateways.daemon_connections import Daemon
+from regd.gateways.daemon_connections import DaemonClient
 from regd.gateways.readers import Readers
 from regd.gateways.routes import Gateway
 from regd_client.protocol import parse_address
@@ -73,7 +73,7 @@ async def gateway_beside(reply: bytes) -> AsyncIterator[Gateway]:
         writer.close()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        daemon = Daemon(parse_address(f"127.0.0.1:{server.sockets[0].getsockname()[1]}"))
+        daemon = DaemonClient(parse_address(f"127.0.0.1:{server.sockets[0].getsockname()[1]}"))
         try:
             yield Gateway(daemon, Readers(restricted=False))
         finally:

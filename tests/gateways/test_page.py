@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from regd.gateways.daemon_connections import Daemon
+from regd.gateways.daemon_connections import DaemonClient
 from regd.gateways.guard import HEADERS
 from regd.gateways.page_files import FILES, FOLDER
 from regd.gateways.queries import COMMANDS
@@ -48,7 +48,7 @@ DOCUMENT = Elements(HTML)
 @pytest.fixture
 def app() -> Gateway:
     """A gateway without a daemon, since serving the page needs none."""
-    return Gateway(Daemon(parse_address("tcp://127.0.0.1:1")), Readers(restricted=False))
+    return Gateway(DaemonClient(parse_address("tcp://127.0.0.1:1")), Readers(restricted=False))
 
 
 @pytest.mark.parametrize(

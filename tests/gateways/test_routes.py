@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl, quote, urlencode
 import pytest
 
 from regd.gateways import daemon_connections, routes
-from regd.gateways.daemon_connections import Daemon
+from regd.gateways.daemon_connections import DaemonClient
 from regd.gateways.queries import COMMANDS, body_of, failure, parse_query
 from regd.gateways.readers import Readers
 from regd.gateways.routes import Gateway
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.socket
 class Scene:
     """A registry, a gateway for it, and a connection to the daemon to compare replies."""
 
-    def __init__(self, registry: Registry, daemon: Daemon, app: Gateway, peer: Peer) -> None:
+    def __init__(self, registry: Registry, daemon: DaemonClient, app: Gateway, peer: Peer) -> None:
         self.registry = registry
         self.daemon = daemon
         self.app = app
@@ -48,7 +48,7 @@ class Scene:
 @pytest.fixture
 async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
     async with running(tmp_path) as registry:
-        daemon = Daemon(parse_address(registry.address))
+        daemon = DaemonClient(parse_address(registry.address))
         peer = await registry._daemon.peer()
         yield Scene(registry, daemon, Gateway(daemon, Readers(restricted=False)), peer)
         daemon.close()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from regd.gateways.daemon_connections import Daemon
+from regd.gateways.daemon_connections import DaemonClient
 from regd.gateways.readers import Readers
 from regd.gateways.routes import Gateway
 from regd_client.errors import RegdError
@@ -74,7 +74,7 @@ class Reader:
 
 @contextlib.asynccontextmanager
 async def following(registry: Registry) -> AsyncIterator[Reader]:
-    daemon = Daemon(parse_address(registry.address))
+    daemon = DaemonClient(parse_address(registry.address))
     reader = Reader(Gateway(daemon, Readers(restricted=False)))
     task = asyncio.create_task(reader.follow())
     try:

@@ -9,9 +9,9 @@ import pytest
 
 from regd.gateways.address_file import AddressFile
 from regd.gateways.guard import find_refusal
-from regd.gateways.listeners import ListenError
 from regd.gateways.readers import Readers
 from regd.system import peer_credentials
+from regd.system.listener import ListenError
 from regd_client import project
 from tests.support.scenes import Producers, Scene
 
