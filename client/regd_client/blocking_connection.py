@@ -68,7 +68,10 @@ class BlockingConnection:
             autostart.until_open(self.address, self._timeout_s, self._connect_and_ping)
 
     def _connect_and_ping(self) -> None:
-        """Connect and ping: a daemon that exits for being idle still accepts connections, but answers nothing."""
+        """Connect, and check that the daemon answers a ping.
+
+        A daemon that is about to exit because it was idle still accepts connections, but answers nothing.
+        """
         self._socket = self._connect(self._timeout_s)
         try:
             self._socket.sendall(protocol.encode_request("ping", None, {}))
@@ -155,7 +158,7 @@ class BlockingConnection:
         yielded too.
 
         Raises:
-            Unavailable: the connection broke, or what answers is not regd.
+            Unavailable: the connection broke, or the program at the address is not regd.
         """
         while self._events:
             yield self._events.pop(0)

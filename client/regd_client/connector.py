@@ -184,11 +184,13 @@ def _text(error: OSError) -> str:
 
 
 async def _check_answer(connection: Connection) -> None:
-    """Ping: a daemon that exits for being idle still accepts connections, but answers nothing.
+    """Check that the daemon answers a ping.
+
+        A daemon that is about to exit because it was idle still accepts connections, but answers nothing.
 
     Raises:
         OSError: the daemon closed the connection before it sent anything.
-        Unavailable: what answers is not regd, or the daemon has too many connections.
+        Unavailable: the program at the address is not regd, or the daemon has too many connections.
     """
     try:
         await connection.ask("ping", {})

@@ -51,7 +51,7 @@ class Timeout(RegdError, TimeoutError):
 
 
 class Unavailable(RegdError, ConnectionError):
-    """No daemon answers at the address, the connection broke before the reply, or what answers is not regd."""
+    """No daemon answers at the address, another program does, or the connection broke before the reply."""
 
 
 _CLASSES: dict[str, type[RegdError]] = {

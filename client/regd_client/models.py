@@ -119,7 +119,7 @@ class Instance(TypedDict):
 
 
 class Owner(TypedDict, total=False):
-    """An owner of a registration: a connection, a process or a lease. `static` means that it has no owner."""
+    """An owner of a registration: a connection, a process or a lease. `static`: the registration has no owner."""
 
     connection: str | None
     pid: int

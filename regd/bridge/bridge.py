@@ -16,7 +16,7 @@ from regd.bridge.claim import Claim, ClaimRefusal
 from regd.bridge.etcd.client import Etcd
 from regd.bridge.etcd.errors import Compacted, EtcdError, EtcdUnavailable, LeaseNotFound
 from regd.bridge.etcd.lease import Lease
-from regd.bridge.etcd.model import EventBatch, Picture, Tls, User
+from regd.bridge.etcd.model import EventBatch, Snapshot, Tls, User
 from regd.bridge.foreign import Foreign
 from regd.bridge.http_server import HttpServer
 from regd.bridge.local import Local, LocalRefusal, Session
@@ -35,12 +35,12 @@ log = logging.getLogger("regd.bridge")
 
 TTL_S = 10  # of the lease
 _CATCH_UP_S = 10.0  # for the watch, before a comparison
-_SURE_S = 3.0  # between two looks at a difference: one that is still the same is no change under way
-_AGE_S = 0.5  # between two looks at how long etcd and the daemon have been away
-_PAUSE_S = 0.5  # at most, between two attempts; the client of etcd tries for longer itself
-_LOST_S = 0.05  # at most, until another lease is granted
-_REFUSED_S = 5.0  # at most, when etcd refuses
-_CLAIM_S = 25.0  # for the lease of a bridge that ran here before this machine was restarted
+_SURE_S = 3.0  # between two comparisons; what differs in both is not a change under way
+_AGE_S = 0.5  # between two checks how long etcd and the daemon have been away
+_PAUSE_S = 0.5  # the longest pause between two attempts; the client of etcd repeats calls by itself
+_LOST_S = 0.05  # the longest pause before another lease is requested
+_REFUSED_S = 5.0  # the longest pause after etcd has refused
+_CLAIM_S = 25.0  # for the lease to end that a bridge had here before this machine was restarted
 _SHOWN_MAX = 1_000  # instances, and machines, in the status
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -148,7 +148,10 @@ class Bridge:
                 sock.close()
 
     async def _end(self, tasks: list[asyncio.Task[Any]]) -> None:
-        """End the tasks, first the one that revokes the lease: others stop calling this machine's services."""
+        """End the tasks in order.
+
+        The first one revokes the lease, so that others stop calling this machine's services.
+        """
         for task in tasks:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -203,7 +206,7 @@ class Bridge:
             log.warning("etcd refuses to %s: %s; still trying", what, error)
 
     async def _follow(self) -> NoReturn:
-        """Follow the keys in etcd. When it is away for too long, withdraw the instances of other machines."""
+        """Follow the keys in etcd. When etcd is away for too long, withdraw the instances of other machines."""
         while True:
             await _first(self._follow_while_fresh(), self._until_stale(), self._must_read.wait())
             if self._must_read.is_set():
@@ -213,7 +216,7 @@ class Bridge:
             self._foreign.withdraw()
 
     async def _until_stale(self) -> None:
-        """Wait until etcd has not answered for too long. Ask it first: a quiet etcd may be well."""
+        """Wait until etcd has not answered for too long. Ask it in between: it may have nothing to report."""
         stale_s = self._options.stale_s
         while True:
             await asyncio.sleep(min(_AGE_S, stale_s / 4))
@@ -228,10 +231,10 @@ class Bridge:
         while True:
             pause_s = _PAUSE_S
             try:
-                picture = await self._etcd.read(self._options.prefix.encode())
-                self._take(picture)
+                snapshot = await self._etcd.read(self._options.prefix.encode())
+                self._take(snapshot)
                 self._refusals.pop("read", None)
-                batches = self._etcd.watch(self._options.prefix.encode(), picture.revision)
+                batches = self._etcd.watch(self._options.prefix.encode(), snapshot.revision)
                 async with contextlib.aclosing(batches):
                     async for batch in batches:
                         self._apply(batch)
@@ -244,20 +247,20 @@ class Bridge:
                 pause_s = _REFUSED_S
             await asyncio.sleep(random_s(pause_s / 2, pause_s))
 
-    def _take(self, picture: Picture) -> None:
-        is_restored = picture.revision < self._followed  # from a backup, or etcd has lost its data
-        self._followed = picture.revision
+    def _take(self, snapshot: Snapshot) -> None:
+        is_restored = snapshot.revision < self._followed  # from a backup, or etcd has lost its data
+        self._followed = snapshot.revision
         self._has_followed.set()
-        own, others = self._split(picture)
+        own, others = self._split(snapshot)
         self._foreign.replace(others)
         if self._publisher.is_active:
-            (self._publisher.replace if is_restored else self._publisher.repair)(own, picture.revision)
+            (self._publisher.replace if is_restored else self._publisher.repair)(own, snapshot.revision)
 
-    def _split(self, picture: Picture) -> tuple[dict[bytes, Any], dict[bytes, Any]]:
-        """Return the records of this machine, its claim aside, and those of the others."""
-        own = {key: record for key, record in picture.records.items() if key.startswith(self._own_prefix)}
-        others = {key: record for key, record in picture.records.items() if key not in own}
-        return own_records(Picture(picture.revision, own), self._claim.key), others
+    def _split(self, snapshot: Snapshot) -> tuple[dict[bytes, Any], dict[bytes, Any]]:
+        """Return the records of this machine, without its claim, and those of the others."""
+        own = {key: record for key, record in snapshot.records.items() if key.startswith(self._own_prefix)}
+        others = {key: record for key, record in snapshot.records.items() if key not in own}
+        return own_records(Snapshot(snapshot.revision, own), self._claim.key), others
 
     def _apply(self, batch: EventBatch) -> None:
         self._followed = batch.revision
@@ -334,7 +337,7 @@ class Bridge:
         """Wait until the watch has shown all changes up to now.
 
         Raises:
-            TimeoutError: it is not that far, as after etcd was away.
+            TimeoutError: the watch did not catch up in time, for example because etcd was away.
         """
         revision = await self._publisher.mark()
         async with asyncio.timeout(_CATCH_UP_S):

@@ -1,7 +1,7 @@
 """The claim of a machine's name: a key with a lease, so that no two bridges publish for one machine.
 
-The key is a fence too: each commit of a bridge requires that its claim is as it was made. What a frozen member of
-etcd has received before a new claim, and carries out after it, has no effect.
+Each commit of a bridge requires that its claim has not changed. So a commit that a frozen member of etcd has
+received before a new claim, and carries out after it, has no effect.
 """
 
 import json
@@ -54,7 +54,9 @@ class Claim:
         self._value = json.dumps(self._own).encode()
 
     async def make(self, etcd: Etcd, lease: int) -> int:
-        """Claim the name, also again, or from a process of this machine that has ended. Return the revision.
+        """Claim the name, and return the revision of the claim.
+
+        An earlier claim of this process, or of a process of this machine that has ended, is replaced.
 
         Raises:
             ClaimRefusal: another bridge has it.
@@ -72,7 +74,7 @@ class Claim:
                     [Put(self.key, self._value, lease)], only_if={self.key: record.mod_revision}
                 )
             except EtcdConflict:
-                continue  # it was quicker, or its lease has ended
+                continue  # another bridge was quicker, or the old lease has ended
 
     def _is_over(self, holder: Mapping[str, Any]) -> bool:
         """Return whether the holder is this process, with an earlier lease, or a process here that has ended."""
@@ -95,7 +97,7 @@ class Claim:
 
 
 def host_of(record: Record) -> str:
-    """Return the host of a bridge, from its claim; "" if the claim is by another hand."""
+    """Return the host of a bridge, from its claim; "" if no bridge has written the claim."""
     host = _fields(record).get("host", "")
     return host if type(host) is str and len(host) <= 64 else ""
 

@@ -24,13 +24,13 @@ log = logging.getLogger("regd.bridge")
 ARRIVALS_MAX = 50_000
 _IGNORED_MAX = 1_000  # keys that do not parse and are remembered, so that each is logged once
 _REQUESTS_MAX = 1_000  # to the daemon at a time
-_CONFLICT_S = 1.0  # until the next attempt, should the watch not tell what has changed
-_REFUSED_S = 5.0  # until the next attempts, when the daemon refuses
-_REFUSED_MAX = 1_000  # of them, so that a full registry is not asked for 50,000 instances again and again
+_CONFLICT_S = 1.0  # until the next attempt, if the watch shows no change before
+_REFUSED_S = 5.0  # until the refused registrations are tried again
+_REFUSED_MAX = 1_000  # tried again at a time; a full registry would refuse 50,000 each time
 _FIELDS = ("host", "port", "meta", "state")
 
 Fields = Mapping[str, Any]
-Version = tuple[int, int]  # `mod_revision`, and the hash of the value: an etcd that was restored counts anew
+Version = tuple[int, int]  # `mod_revision`, and the hash of the value: after etcd was restored, revisions repeat
 _UNHELD: Fields = {}  # of a registration that no connection of this session holds, or should hold
 
 
@@ -201,7 +201,7 @@ class Foreign:
     # Registrations in the daemon.
 
     def changed(self, key: Key | None) -> None:
-        """Note that a registration in the daemon has changed; None: any may have."""
+        """Note that a registration in the daemon has changed; None: any of them may have changed."""
         if key is None:
             self._mark_all()
         elif key in self._wanted or records.MACHINE in self._local.instances.get(key, {}).get("meta", ()):

@@ -26,7 +26,7 @@ log = logging.getLogger("regd.bridge")
 _PING_S = 5.0  # between two pings, with which a daemon that hangs is noticed
 _PAUSE_S = 0.5  # at most, before the next attempt
 _CONNECT_S = 5.0  # for a further connection
-_FULL_S = 1.0  # without another attempt to open a further connection, after a failure
+_FULL_S = 1.0  # after a failure to open a further connection, until the next attempt
 
 
 class LocalRefusal(Exception):
@@ -34,7 +34,7 @@ class LocalRefusal(Exception):
 
 
 class _Watch(WatchState):
-    """A watch that also reports every line from the daemon: whether it completes a snapshot."""
+    """A watch that calls `on_line` after each line from the daemon. True: the line completes a snapshot."""
 
     def __init__(self, on_event: Callable[[Event], None], on_line: Callable[[bool], None]) -> None:
         super().__init__("*", None, on_event)
@@ -46,7 +46,7 @@ class _Watch(WatchState):
 
 
 class Hold(NamedTuple):
-    """The connection that holds a registration. `since_rev` is the revision of the watch when it was asked to."""
+    """The connection that holds a registration. `since_rev`: the watch's revision at the request."""
 
     connection: Connection
     since_rev: int
@@ -179,7 +179,7 @@ class Session:
         """Open a further connection, and check that the daemon does not close it for being one too many.
 
         Raises:
-            OSError: it does, or does not answer.
+            OSError: the daemon closes the connection, or does not answer.
         """
         async with asyncio.timeout(_CONNECT_S):
             connection = await Connection.open(self._connections[0].address, self.on_lost)
@@ -204,7 +204,7 @@ class Session:
             await self._moved.wait()
 
     def moved(self) -> None:
-        """Wake those that wait for the watch, or for another connection."""
+        """Wake the tasks that wait for the watch, or for another connection."""
         self._moved.set()
 
     async def until_break(self) -> None:
@@ -328,7 +328,7 @@ class Local:
             await connection.ask("register", self._own)
         except Conflict as conflict:
             if self._is_registered:
-                raise  # by a connection that the daemon has not yet seen to be closed
+                raise  # the owner is this bridge's last connection, whose end the daemon has not noticed yet
             where, _, _ = str(conflict).partition(";")  # what follows is for services
             raise LocalRefusal(
                 f"another bridge serves the daemon at {self.address}: {where}; end it first"
@@ -348,7 +348,9 @@ class Local:
 
     def _on_lost(self, connection: Connection, event: Mapping[str, Any]) -> None:
         if (event["name"], event["instance"]) == (records.BRIDGE, ""):
-            connection.post("register", self._own)  # deregistered by hand; `--status` and Prometheus need it
+            connection.post(
+                "register", self._own
+            )  # somebody has deregistered it, and `--status` and Prometheus need it
         elif self.session is not None:
             self.session.on_lost(connection, event)
 

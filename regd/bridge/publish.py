@@ -11,7 +11,7 @@ from regd.bridge import records
 from regd.bridge.claim import Claim
 from regd.bridge.etcd.client import Etcd
 from regd.bridge.etcd.errors import EtcdConflict, EtcdUnavailable
-from regd.bridge.etcd.model import Delete, KeyEvent, Picture, Put, Record
+from regd.bridge.etcd.model import Delete, KeyEvent, Put, Record, Snapshot
 from regd.bridge.local import Local
 from regd.bridge.reachability import Reachability
 from regd.bridge.reconcile import difference
@@ -76,7 +76,7 @@ class Publisher:
     # The keys that should be there.
 
     def changed(self, key: Key | None) -> None:
-        """Note that an instance has changed; None: any may have."""
+        """Note that an instance has changed; None: any instance may have changed."""
         if key is None:
             self._mark_all()
             return
@@ -145,7 +145,7 @@ class Publisher:
     # The keys that are there.
 
     def seen(self, event: KeyEvent) -> None:
-        """Apply an event of the watch. A change by another hand is undone."""
+        """Apply an event of the watch. A change that this bridge has not made is undone."""
         if not self.is_active:
             self._skipped = event.revision
             return
@@ -201,10 +201,10 @@ class Publisher:
             try:
                 await self.mark()
                 self._skipped = 0
-                picture = await etcd.read(records.machine_prefix(self._prefix, self._machine))
-                if picture.revision < self._skipped:
-                    continue  # the watch is ahead of the picture, and its events were skipped: read again
-                self.replace(own_records(picture, self._claim_key), picture.revision)
+                snapshot = await etcd.read(records.machine_prefix(self._prefix, self._machine))
+                if snapshot.revision < self._skipped:
+                    continue  # the watch has shown later changes, which were skipped: read again
+                self.replace(own_records(snapshot, self._claim_key), snapshot.revision)
                 self.is_active = True
                 await self._publish(etcd, lease)
             except (EtcdUnavailable, EtcdConflict):
@@ -214,7 +214,9 @@ class Publisher:
             await asyncio.sleep(random_s(0, _PAUSE_S))
 
     async def mark(self) -> int:
-        """Put the claim, also again, and return its revision. A watch that has shown it has shown all before it.
+        """Write the claim, even if it exists, and return its revision.
+
+        Once the watch has shown that revision, it has shown all earlier changes.
 
         Raises:
             ClaimRefusal: another bridge has the machine's name.
@@ -259,6 +261,6 @@ class Publisher:
             await self._reachability.close()
 
 
-def own_records(picture: Picture, claim_key: bytes) -> dict[bytes, Record]:
-    """Return the records of a picture without the machine's claim."""
-    return {key: record for key, record in picture.records.items() if key != claim_key}
+def own_records(snapshot: Snapshot, claim_key: bytes) -> dict[bytes, Record]:
+    """Return the records of a snapshot without the machine's claim."""
+    return {key: record for key, record in snapshot.records.items() if key != claim_key}

@@ -48,8 +48,8 @@ _REASON_CHARS_MAX = 200
 _MACHINE = re.compile(r"[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?")
 _CLAIM = ".bridge"  # no service has such a name
 _HASH_CHARS = 20
-# An instance's name as it is written if it is too long. One that only looks like that gets a hash too, so that no
-# two instances of a machine have one name.
+# The form of a shortened name of an instance. A name that happens to have this form gets a hash too, so that two
+# instances of a machine never have the same name.
 _SHORTENED = re.compile(rf".{{{DEFAULT.instance_chars_max - _HASH_CHARS - 1}}}-[0-9a-f]{{{_HASH_CHARS}}}")
 
 Instance = Mapping[str, Any]  # as `list` and `watch` show it
@@ -200,7 +200,7 @@ def reason_not_to_publish(instance: Instance, machine: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host means the machine of whoever connects to it."""
+    """Return whether a host means the client's own machine, whichever client connects to it."""
     if host.lower() == "localhost" or host.lower().endswith(".localhost"):  # RFC 6761, section 6.3
         return True
     try:
@@ -245,9 +245,10 @@ def arrival(place: Place, fields: Mapping[str, Any], *, loopback: bool) -> dict[
 
 
 def is_arrival(instance: Instance) -> bool:
-    """Return whether a bridge has registered an instance of the local daemon.
+    """Return whether an instance in the local daemon is one of another machine, registered by a bridge.
 
-    A service may have copied its labels from an instance of another machine, but not the instance's name.
+    The label alone does not prove it: a service may have copied its labels from such an instance. But a bridge
+    also begins the name of the instance with that of the machine.
     """
     machine, own = instance["meta"].get(MACHINE), instance["instance"]
     if machine is None or not (own == machine or own.startswith(f"{machine}.")):

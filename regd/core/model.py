@@ -178,7 +178,7 @@ class Op(StrEnum):
     UP = "up"
     CHANGE = "change"
     DOWN = "down"
-    KEEP = "keep"  # other holders, but nothing that clients see: without a revision and an event
+    KEEP = "keep"  # only the holders change; clients see no difference, so it has no revision and no event
 
 
 class Reason(StrEnum):
@@ -193,7 +193,7 @@ class Reason(StrEnum):
 
 
 class By(NamedTuple):
-    """The client that made a change. None: the operating system did not say."""
+    """The client that made a change. A field is None if the operating system does not tell."""
 
     pid: int | None = None
     uid: int | None = None

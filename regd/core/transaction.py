@@ -396,7 +396,7 @@ class Transaction:
 
 
 def _withdraw(entry: Entry, ids: Collection[int]) -> tuple[Holder, ...]:
-    """Return the holders of an entry, those with these ids as withdrawn.
+    """Return the holders of an entry, and mark those with these ids as withdrawn.
 
     A withdrawn holder stays in the entry, so that it can still deregister.
     """

@@ -179,7 +179,7 @@ class Gateway:
         """Send the events of a watch until the daemon closes it. Read them only as fast as the client does."""
         await _send_part(send, encoder.head())
         silences = 0
-        with contextlib.suppress(OSError, ValueError):  # the daemon has ended, or what answers is not regd
+        with contextlib.suppress(OSError, ValueError):  # the daemon has ended, or another program answers
             while silences < _SILENCES_MAX:
                 try:
                     async with asyncio.timeout(SILENCE_S):

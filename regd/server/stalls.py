@@ -16,11 +16,11 @@ _LOG_FROM_S = 2.0  # shorter stalls are not logged
 
 
 class Stalls:
-    """`now_after_prolonging` is the time with which leases are set, renewed and ended.
+    """Detects stalls. Set, renew and end leases at the time that `now_after_prolonging` returns.
 
     A flush is a stall too, because a renewal that follows a write on its connection waits until the write is
-    committed. But the first quarter of a second of a flush is not: else no lease would ever end while one flush
-    follows another.
+    committed. But the first quarter of a second of a flush does not count. Otherwise no lease would ever end
+    while one flush follows another.
     """
 
     def __init__(self, clock: Clock, holders: HolderIndex) -> None:

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 # Errors of fsync(2) on a folder if the file system cannot sync folders: some FUSE and CIFS.
 UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
-# Errors when a parent folder is synced in which regd cannot have created anything, so that no sync is needed.
+# After one of these errors, an existing folder needs no sync: regd cannot have created anything in it, or folders
+# cannot be synced.
 _CANNOT_CREATE = (errno.EACCES, errno.EPERM, errno.EROFS, *UNSUPPORTED)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # link(2): no hard links
 _LOCK_BYTES_MAX = 512  # read from a lock file

@@ -24,7 +24,7 @@ _CHANGE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """The changes that a page is to have. At most one of `since`, `after` and `before` is not None.
+    """Which changes a page should have. At most one of `since`, `after` and `before` is not None.
 
     Attributes:
         rev: the current revision; later changes in the journal are not in effect yet.

@@ -271,7 +271,7 @@ def _parse(data: bytes, rev: int, ids: "count[int]") -> Start | Change:
 
 
 def _replay(document: Document, journal: _JournalLines, history_max: int) -> Recovery:
-    """Apply the lines after the position to the document, and collect the latest lines as history."""
+    """Apply the lines after the document's position to it, and collect the latest lines as history."""
     assert document.position is not None
     head, covered = journal.head, document.position.line
     recovery = Recovery(

@@ -265,7 +265,7 @@ class OwnRegistry(Registry):
         return "\n".join(self._ask("show")["log"])
 
     def end(self) -> None:
-        """End the registry for good. Without effect in a forked child, and if the host process was killed."""
+        """End the registry for good. Does nothing in a forked child, or if the host process was killed."""
         if self._host.owner == os.getpid() and not self._host.was_killed:
             self._ask("end")
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from regd.bridge.bridge import Bridge, Options
-from regd.bridge.etcd.model import Picture
+from regd.bridge.etcd.model import Snapshot
 from regd.bridge.local import Session
 from regd_client.errors import Unavailable
 from tests.support.daemon import InLoop
@@ -106,5 +106,5 @@ async def test_an_etcd_that_was_restored(daemon: InLoop, etcd: EtcdCluster) -> N
         await until(lambda: bridge._publisher.count == 1)
         await bridge._catch_up()
         commits = bridge._publisher.commits
-        bridge._take(Picture(1, {}))
+        bridge._take(Snapshot(1, {}))
         await until(lambda: bridge._publisher.commits > commits)

@@ -1,4 +1,4 @@
-"""Three machines and three members of etcd: after each disturbance the pictures agree again."""
+"""Three machines and three members of etcd: after each disturbance they agree again."""
 
 import asyncio
 import json

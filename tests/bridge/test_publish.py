@@ -17,7 +17,7 @@ import pytest
 from regd.bridge import records
 from regd.bridge.claim import Claim, ClaimRefusal
 from regd.bridge.etcd.errors import EtcdConflict, EtcdUnavailable, LeaseNotFound
-from regd.bridge.etcd.model import Delete, KeyEvent, Picture, Put
+from regd.bridge.etcd.model import Delete, KeyEvent, Put, Snapshot
 from regd.bridge.local import Local, Session
 from regd.bridge.publish import Publisher
 from regd.bridge.reachability import _connect
@@ -254,12 +254,12 @@ async def test_a_change_by_another_hand_before_it_is_active(daemon: InLoop) -> N
         read, key = bridge.etcd.read, f"{PREFIX}a/web/".encode()
         is_deleted = asyncio.Event()
 
-        async def read_slowly(prefix: bytes) -> Picture:
-            picture = await read(prefix)
+        async def read_slowly(prefix: bytes) -> Snapshot:
+            snapshot = await read(prefix)
             if not is_deleted.is_set():
                 bridge.etcd.apply([Delete(key)])
                 is_deleted.set()
-            return picture
+            return snapshot
 
         bridge.etcd.read = read_slowly  # type: ignore[method-assign]
         bridge.etcd.trouble.append((EtcdUnavailable("no answer"), True))

@@ -1,15 +1,15 @@
-"""Applying the difference of two pictures to the first gives the second."""
+"""Applying the difference of two mappings to the first gives the second."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from regd.bridge.reconcile import Action, difference
 
-PICTURES = st.dictionaries(st.text("abc", max_size=2), st.integers(0, 3))
+MAPPINGS = st.dictionaries(st.text("abc", max_size=2), st.integers(0, 3))
 
 
-def apply(picture: dict[str, int], actions: list[Action[str, int]]) -> dict[str, int]:
-    changed = dict(picture)
+def apply(mapping: dict[str, int], actions: list[Action[str, int]]) -> dict[str, int]:
+    changed = dict(mapping)
     for key, old, new in actions:
         assert changed.get(key) == old
         if new is None:
@@ -19,8 +19,8 @@ def apply(picture: dict[str, int], actions: list[Action[str, int]]) -> dict[str,
     return changed
 
 
-@given(PICTURES, PICTURES)
-def test_the_difference_leads_from_one_picture_to_the_other(
+@given(MAPPINGS, MAPPINGS)
+def test_the_difference_leads_from_one_mapping_to_the_other(
     wanted: dict[str, int], actual: dict[str, int]
 ) -> None:
     actions = difference(wanted, actual)
@@ -28,13 +28,13 @@ def test_the_difference_leads_from_one_picture_to_the_other(
     assert len({action.key for action in actions}) == len(actions)
 
 
-@given(PICTURES, PICTURES)
+@given(MAPPINGS, MAPPINGS)
 def test_idempotence(wanted: dict[str, int], actual: dict[str, int]) -> None:
     assert difference(wanted, wanted) == []
     assert difference(wanted, apply(actual, difference(wanted, actual))) == []
 
 
-@given(PICTURES, PICTURES, st.lists(st.text("abc", max_size=2)))
+@given(MAPPINGS, MAPPINGS, st.lists(st.text("abc", max_size=2)))
 def test_only_the_keys_that_are_looked_at(
     wanted: dict[str, int], actual: dict[str, int], keys: list[str]
 ) -> None:
@@ -47,7 +47,7 @@ def test_only_the_keys_that_are_looked_at(
     }
 
 
-@given(PICTURES, PICTURES)
+@given(MAPPINGS, MAPPINGS)
 def test_removals_come_first(wanted: dict[str, int], actual: dict[str, int]) -> None:
     removals = [action.new is None for action in difference(wanted, actual)]
     assert removals == sorted(removals, reverse=True)

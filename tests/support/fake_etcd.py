@@ -6,7 +6,7 @@ from typing import cast
 
 from regd.bridge.etcd.client import Etcd
 from regd.bridge.etcd.errors import EtcdConflict
-from regd.bridge.etcd.model import KeyEvent, Operation, Picture, Put, Record
+from regd.bridge.etcd.model import KeyEvent, Operation, Put, Record, Snapshot
 
 
 class FakeEtcd:
@@ -34,9 +34,9 @@ class FakeEtcd:
     def as_etcd(self) -> Etcd:
         return cast(Etcd, self)
 
-    async def read(self, prefix: bytes) -> Picture:
+    async def read(self, prefix: bytes) -> Snapshot:
         records = {key: record for key, record in self.records.items() if key.startswith(prefix)}
-        return Picture(self.revision, records)
+        return Snapshot(self.revision, records)
 
     async def commit(self, operations: Iterable[Operation], only_if: Mapping[bytes, int] | None = None) -> int:
         expected = dict(only_if or {})

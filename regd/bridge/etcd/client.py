@@ -12,7 +12,7 @@ from regd.bridge.etcd.errors import Compacted, EtcdConflict, EtcdError, Response
 from regd.bridge.etcd.lease import Lease
 from regd.bridge.etcd.members import Members
 from regd.bridge.etcd.methods import LEASE_GRANT, LEASE_REVOKE, RANGE, TXN
-from regd.bridge.etcd.model import Delete, EventBatch, Operation, Picture, Put, Record, Tls, User, key_range
+from regd.bridge.etcd.model import Delete, EventBatch, Operation, Put, Record, Snapshot, Tls, User, key_range
 from regd.bridge.etcd.stubs import kv_pb2 as kv
 from regd.bridge.etcd.stubs import rpc_pb2 as rpc
 from regd.bridge.etcd.transactions import claim, transactions
@@ -75,7 +75,7 @@ class Etcd:
     ) -> None:
         await self._members.close()
 
-    async def read(self, prefix: bytes) -> Picture:
+    async def read(self, prefix: bytes) -> Snapshot:
         """Read all keys with a prefix, at one revision.
 
         Raises:
@@ -86,7 +86,7 @@ class Etcd:
             with contextlib.suppress(Compacted):  # between two pages: begin again
                 return await self._read(prefix)
 
-    async def _read(self, prefix: bytes) -> Picture:
+    async def _read(self, prefix: bytes) -> Snapshot:
         records: dict[bytes, Record] = {}
         key, range_end = key_range(prefix)
         request = rpc.RangeRequest(key=key, range_end=range_end, limit=_PAGE_KEYS)
@@ -101,7 +101,7 @@ class Etcd:
             records.update((item.key, _record(item)) for item in page.kvs)
             request.revision = request.revision or page.header.revision
             if not page.more:
-                return Picture(request.revision, records)
+                return Snapshot(request.revision, records)
             request.key = page.kvs[-1].key + b"\0"
 
     async def put(self, key: bytes, value: bytes, lease: int = 0) -> int:

@@ -8,9 +8,9 @@ __all__ = [
     "EventBatch",
     "KeyEvent",
     "Operation",
-    "Picture",
     "Put",
     "Record",
+    "Snapshot",
     "Tls",
     "User",
     "key_range",
@@ -25,7 +25,7 @@ class Record(NamedTuple):
     lease: int
 
 
-class Picture(NamedTuple):
+class Snapshot(NamedTuple):
     """All keys of a prefix at one revision, in order."""
 
     revision: int

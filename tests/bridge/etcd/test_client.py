@@ -60,10 +60,10 @@ async def test_pages_are_of_one_revision(etcd: Etcd, prefix: bytes, monkeypatch:
 
     writing = asyncio.create_task(write())
     while not writing.done():
-        picture = await etcd.read(prefix)
-        assert len(picture.records) == 10
-        assert list(picture.records) == sorted(picture.records)
-        assert picture.records[first].value == picture.records[last].value
+        snapshot = await etcd.read(prefix)
+        assert len(snapshot.records) == 10
+        assert list(snapshot.records) == sorted(snapshot.records)
+        assert snapshot.records[first].value == snapshot.records[last].value
     await writing
 
 
@@ -83,8 +83,8 @@ async def test_read_begins_again_after_a_compaction_between_two_pages(
             return await call(method, request, repeatable)
 
         monkeypatch.setattr(etcd._calls, "call", call_and_compact)
-        picture = await etcd.read(prefix)
-    assert [record.value for record in picture.records.values()] == [b"1", b"2"]
+        snapshot = await etcd.read(prefix)
+    assert [record.value for record in snapshot.records.values()] == [b"1", b"2"]
     assert [revision != 0 for revision in pages] == [False, True, False, True]
 
 
@@ -93,8 +93,8 @@ async def test_read_begins_again_after_a_compaction_between_two_pages(
 async def test_prefix_larger_than_a_response_of_grpc(etcd: Etcd, prefix: bytes, count: int, size: int) -> None:
     keys = [prefix + b"%05d" % number for number in range(count)]
     await etcd.commit([Put(key, b"x" * (size - len(key))) for key in keys])
-    picture = await etcd.read(prefix)
-    assert list(picture.records) == keys
+    snapshot = await etcd.read(prefix)
+    assert list(snapshot.records) == keys
     await etcd.commit([Delete(key) for key in keys])
 
 

@@ -131,9 +131,9 @@ async def test_compaction_while_a_watch_is_behind(etcd: Etcd, server: EtcdCluste
             assert isinstance(follower.error, Compacted)
             assert f"compacted revision {compacted}" in str(follower.error)
             assert len(follower.events) == 1
-        picture = await watcher.read(prefix)
-        assert list(picture.records) == [prefix + b"b"]
-        async with following(watcher, prefix, picture.revision) as follower:
+        snapshot = await watcher.read(prefix)
+        assert list(snapshot.records) == [prefix + b"b"]
+        async with following(watcher, prefix, snapshot.revision) as follower:
             await follower.until_revision(await etcd.put(prefix + b"c", b""))
             assert len(follower.events) == 1
 
