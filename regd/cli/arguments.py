@@ -97,6 +97,15 @@ def seconds(minimum: float, maximum: float) -> Callable[[str], float]:
     return parse
 
 
+def port_or_off(text: str) -> int | str:
+    if text == "off":
+        return text
+    port = integer(text, 0, 65_535)
+    if port is None:
+        raise argparse.ArgumentTypeError(f"must be 0 to 65535, or off, not {text!r}")
+    return port
+
+
 def integer(text: str, minimum: int, maximum: int) -> int | None:
     """Parse a decimal integer from `minimum` to `maximum`. Return None if the text is anything else."""
     if not text.isascii() or not text.isdigit() or len(text) > len(str(maximum)):

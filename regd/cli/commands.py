@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import regd
-from regd.cli.arguments import Parameter, Parser, UsageError, integer, seconds
+from regd.cli.arguments import Parameter, Parser, UsageError, integer, port_or_off, seconds
 from regd.cli.output import visible
 
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
@@ -71,15 +71,6 @@ def _path(text: str) -> str:
 def _ttl(text: str) -> float:
     ttl_s = seconds(1, 86_400)(text)
     return int(ttl_s) if ttl_s.is_integer() else ttl_s
-
-
-def _port_or_off(text: str) -> int | str:
-    if text == "off":
-        return text
-    port = integer(text, 0, 65_535)
-    if port is None:
-        raise argparse.ArgumentTypeError(f"must be 0 to 65535, or off, not {text!r}")
-    return port
 
 
 def _endpoints(text: str) -> tuple[str, ...]:
@@ -367,14 +358,14 @@ COMMANDS = {
         Parameter(
             "--http",
             f"the port for HTTP; 0: a free one, as in a project without this option (default: {HTTP_PORT})",
-            type=_port_or_off,
+            type=port_or_off,
             metavar="PORT|off",
         ),
         Parameter(
             "--dns",
             f"the port for DNS, with UDP and TCP; 0: a free one, as in a project without this option "
             f"(default: {DNS_PORT})",
-            type=_port_or_off,
+            type=port_or_off,
             metavar="PORT|off",
         ),
         more="Reads the registry and never writes. Prints a line for each address once all are open. Needs the "

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import regd
-from regd.cli.arguments import Parameter, Parser, UsageError, integer, seconds
+from regd.cli.arguments import Parameter, Parser, UsageError, integer, port_or_off, seconds
 from regd.cli.daemonize import close_inherited_files, fork_to_background, unblock_signals
 from regd.cli.log_output import FORMATS, LogError, LogOutput, has_terminal, write_line
 from regd.cli.output import Output, finish, open_standard_streams, visible
@@ -38,7 +38,6 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 # their replies.
 _LARGE_BYTES = 272 * 1_024
 _GC_THRESHOLD = 10_000  # allocations between two collections; regd creates few cycles
-_OFF = "off"
 _MIB = 1_048_576
 # regd ignores these signals, each of which ends a process by default. SIGALRM may come from a timer that the
 # parent set before execve(2). Not every system has all of them.
@@ -46,15 +45,6 @@ _IGNORED = (
     "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGPWR", "SIGSTKFLT",
     *(f"SIGRTMIN+{number}" for number in range(32)),
 )  # fmt: skip
-
-
-def _port(text: str) -> int | str:
-    if text == _OFF:
-        return text
-    port = integer(text, 0, 65_535)
-    if port is None:
-        raise argparse.ArgumentTypeError(f"must be 0 to 65535, or off, not {text!r}")
-    return port
 
 
 def _uid(text: str) -> int:
@@ -82,7 +72,7 @@ FLAGS = (
         "--port",
         "TCP port on 127.0.0.1 and ::1; 0 picks a free one, off: no TCP "
         f"(default: {DEFAULT_PORT}, or the sockets that systemd passes, in place of --port and --unix)",
-        type=_port,
+        type=port_or_off,
         metavar="PORT",
     ),
     Parameter("--unix", "also listen on a Unix socket, for this user only", type=Path, metavar="PATH"),
@@ -248,7 +238,7 @@ def _use_project(arguments: argparse.Namespace) -> None:
         if value is not None:
             raise UsageError("regd", f"{flag} {value}: a project registry has its own; leave the flag out")
     arguments.project = folder
-    arguments.port, arguments.unix = _OFF, Path(project.socket_path(str(folder)))
+    arguments.port, arguments.unix = "off", Path(project.socket_path(str(folder)))
     arguments.registry = folder / "registry.json"
     if arguments.idle_exit is None:
         arguments.idle_exit = IDLE_EXIT_S
@@ -269,7 +259,7 @@ def _config(arguments: argparse.Namespace) -> Config:
             raise UsageError(
                 "regd", f"{flag} {value}: the service manager passes sockets to listen on; leave the flag out"
             )
-    if arguments.port == _OFF and unix is None:
+    if arguments.port == "off" and unix is None:
         raise UsageError("regd", "--port off: no address to listen on; name a Unix socket with --unix PATH")
     unmapped = unmapped_uid()
     if unmapped in arguments.allow_uid:
@@ -280,7 +270,7 @@ def _config(arguments: argparse.Namespace) -> Config:
         )
     return Config(
         registry=registry or default_registry(os.environ),
-        port=DEFAULT_PORT if arguments.port is None else None if arguments.port == _OFF else arguments.port,
+        port=DEFAULT_PORT if arguments.port is None else None if arguments.port == "off" else arguments.port,
         unix=unix,
         inherited=inherited,
         grace_s=arguments.grace,

@@ -111,8 +111,8 @@ class Listeners:
         Raises:
             ListenError: regd cannot use one of them.
         """
-        for each in inherited:
-            self.sockets.append(_open_inherited(each) if isinstance(each, InheritedSocket) else each)
+        for item in inherited:
+            self.sockets.append(_open_inherited(item) if isinstance(item, InheritedSocket) else item)
 
     @staticmethod
     def _clear(path: Path) -> None:

@@ -40,12 +40,12 @@ def take_inherited_sockets(environment: MutableMapping[str, str]) -> list[Inheri
     if len(named) != int(count):
         raise ListenError(f"LISTEN_FDS is {count}, and LISTEN_FDNAMES has {len(named)} names; {_CORRECT}")
     sockets = [InheritedSocket(file, name) for file, name in enumerate(named, _FIRST_FILE)]
-    for each in sockets:
+    for inherited in sockets:
         try:
-            os.set_inheritable(each.file, False)
+            os.set_inheritable(inherited.file, False)
         except OSError as error:
             raise ListenError(
-                f"LISTEN_FDS is {count}, but file descriptor {each.file} is not open ({error.strerror}); "
+                f"LISTEN_FDS is {count}, but file descriptor {inherited.file} is not open ({error.strerror}); "
                 f"{_CORRECT}"
             ) from None
     return sockets
