@@ -236,7 +236,7 @@ class Registry:
         It finds the best priority first, and within a priority goes in order of instance. `instance` restricts it
         to one instance.
         """
-        return Search(self._instances(name, instance), most, partial(self._matches, meta))
+        return Search(self._candidates(name, instance), most, partial(self._matches, meta))
 
     def search_round_robin(
         self,
@@ -257,7 +257,7 @@ class Registry:
             readonly: use the position of users who may only read. They have their own, so that they cannot
                 influence which instances other users get.
         """
-        entries = self._instances(name, instance)
+        entries = self._candidates(name, instance)
         served = self._last_served(name, meta, readonly) if len(entries) > 1 else None
         return Search(entries, most, partial(self._matches, meta), served, after)
 
@@ -288,7 +288,7 @@ class Registry:
         served = self._served_readonly if readonly else self._served
         return served.get((name, hash(frozenset(meta.items()))), instances.served)
 
-    def _instances(self, name: str, instance: str | None) -> list[Entry]:
+    def _candidates(self, name: str, instance: str | None) -> list[Entry]:
         """Return the instances of a name, as in `Instances.ranked`, or only the instance `instance`."""
         instances = self._instances_by_name.get(name)
         if instances is None:

@@ -283,12 +283,12 @@ class Connection(asyncio.Protocol):
             self._transport.write(reply)
         if not self._conversation.in_flight:  # after a write, `send_late_replies` does it
             self._update_flow()
-        self._share.scheduler.spent(self._took(item, began) - began)
+        self._share.scheduler.spent(self._record_time(item, began) - began)
 
     def _answer(self, item: Request | Problem) -> bytes | None:
         return self._dispatcher.answer(item) if isinstance(item, Request) else self._answer_problem(item)
 
-    def _took(self, item: Request | Problem, began: float) -> float:
+    def _record_time(self, item: Request | Problem, began: float) -> float:
         """Record how long an answer held the event loop. Return the time now."""
         return self._connections.monitor.record(item.cmd if isinstance(item, Request) else "a bad line", began)
 
@@ -305,7 +305,7 @@ class Connection(asyncio.Protocol):
                     self.schedule(busy=True)
                 break
             reply = self._answer(item)
-            now = self._took(item, now)
+            now = self._record_time(item, now)
             if conversation.is_deferred:
                 break
             if reply is not None:
