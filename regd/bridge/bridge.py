@@ -107,11 +107,11 @@ class Bridge:
         self._own_prefix = records.machine_prefix(options.prefix, options.machine)
         self._etcd = Etcd(options.endpoints, options.tls, options.user)
         self._lease: Lease | None = None
-        self._refusals: dict[str, str] = {}  # why etcd refuses to be read, or written
+        self._refusals: dict[str, str] = {}  # by "read" or "write": why etcd refuses it
         self._started_at = time.time()
         self._followed = 0  # the revision of the last event
         self._has_followed = asyncio.Event()
-        self._must_read = asyncio.Event()  # all of etcd again
+        self._must_read = asyncio.Event()  # set to read all keys again
         self._counts = {"leases_lost": 0, "comparisons": 0, "differences": 0}
 
     async def run(self, say: Callable[[str], None]) -> None:

@@ -65,7 +65,7 @@ class Foreign:
         self._known: dict[bytes, Version] = {}
         self._arrivals: dict[Place, Fields] = {}  # the registrations that these keys ask for
         self._wanted: dict[Key, Fields] = {}  # at most `arrivals_max` of them
-        self._last: Place | None = None  # the last one of `_wanted`, if there are more
+        self._last: Place | None = None  # the last of `_wanted` in order; None if all arrivals are in it
         self._must_choose = False
         self._dirty: dict[Key, None] = {}
         self._dirty_at = 0.0

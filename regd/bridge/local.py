@@ -246,8 +246,8 @@ class Local:
         self._watch = _Watch(self._take, self._move)
         self._epoch: str | None = None
         self.is_complete = False
-        self._is_registered = False  # the bridge was, at least once
-        self._lost = ""  # why the daemon is away, if that was logged
+        self._is_registered = False  # this bridge has been registered at least once
+        self._lost = ""  # why the daemon is away; "" if that was not logged
         self.session: Session | None = None
 
     @property

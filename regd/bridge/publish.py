@@ -52,7 +52,7 @@ class Publisher:
         self._local = local
         self._reachability = None if advertise is None else Reachability(advertise, self._mark_instances)
         self._actual: dict[bytes, Leased] = {}
-        self._revisions: dict[bytes, int] = {}  # up to which `_actual` is known to be true
+        self._revisions: dict[bytes, int] = {}  # by key: the revision up to which `_actual` is known to be right
         self._dirty: dict[bytes, None] = {}
         self._dirty_at = 0.0
         self._in_progress: dict[bytes, None] = {}
@@ -233,7 +233,7 @@ class Publisher:
             await self._wake.wait()
             self._wake.clear()
             keys, since = self._dirty, self._dirty_at
-            self._in_progress, self._dirty = keys, {}  # if it fails, all is marked again
+            self._in_progress, self._dirty = keys, {}  # after a failure, all keys are marked again
             wanted = {key: (value, lease) for key in keys if (value := self.wanted(key)) is not None}
             actions = difference(wanted, self._actual, keys)
             for start in range(0, len(actions), _COMMIT_MAX):

@@ -67,7 +67,7 @@ _REFUSED = {
 
 
 def _credentials(tls: Tls) -> Any:
-    """Read the files of TLS.
+    """Read the TLS files.
 
     Raises:
         EtcdUnavailable: a file cannot be read, perhaps because it is being replaced.

@@ -32,12 +32,12 @@ class Members:
         self.answered_at = time.monotonic()
         self._addresses = addresses
         self._tls = tls
-        self._moves = 0  # to the next address, since the start
+        self._moves = 0  # how often it has moved on to the next address
         self._current: Member | None = None
         self._open: set[Member] = set()
         self._connecting = asyncio.Lock()
-        self._failures = 0  # since the last answer
-        self._failure = ""  # the message of the last one
+        self._failures = 0  # failed connections and calls since the last answer
+        self._failure = ""  # the message of the last failure
         self._is_lost = False
         self._is_closed = False
 
@@ -98,7 +98,7 @@ class Members:
         async with self._connecting:
             if self._current is not None and not self._current.is_connected:
                 unused = self._current
-                self._retire(unused)  # try its address first: the connection may have been closed for being idle
+                self._retire(unused)  # its address is tried first: etcd may have closed an idle connection
                 await self._close_unused(unused)
             while self._current is None:
                 if self._is_closed:
