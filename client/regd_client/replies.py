@@ -388,7 +388,7 @@ def result_fault(cmd: str, arguments: Mapping[str, Any], reply: dict[str, Any]) 
         if error:
             return error
         return next(filter(None, (_mismatch(arguments, instance) for instance in reply["instances"])), "")
-    error = _RESULTS[cmd].fault(reply)
+    error = _RESULTS.get(cmd, _NOTHING).fault(reply)  # a later daemon may have commands that are not known here
     if not error and cmd in ("resolve", "register"):
         return _mismatch(arguments, reply)
     after = arguments.get("after")

@@ -435,6 +435,10 @@ def test_required_members_of_a_reply(cmd: str) -> None:
         assert (fault == "") is (key in optional), key
 
 
+def test_reply_to_a_command_of_a_later_daemon() -> None:
+    assert replies.result_fault("count", {"name": "db"}, {"ok": True, "count": 7}) == ""
+
+
 async def test_reply_with_an_unknown_id() -> None:
     for id in (2, -1, 0, 10**40, "1", True, 1.5, None, [1], {"a": 1}, "x" * 65):
         connection = Connection(Address("h", 1), lambda connection, event: None)
