@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, Router
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from regd.gateways import discovery, metrics
 from regd.gateways.daemon_connections import DaemonClient, DaemonConnection, slot
@@ -47,7 +47,11 @@ _STEPS_MAX = 8  # chunks of streams encoded per iteration of the event loop: abo
 SILENCE_S = 15.0  # after so long without an event, a comment is sent
 _SILENCES_MAX = 5  # a daemon that sends nothing for 75 s hangs, since `progress` comes every 30 s
 _READ_AHEAD_BYTES = 65_536  # of a watch: read from the daemon before the HTTP client takes them
-_EVENT_STREAM = "text/event-stream"
+_STREAM_START: Message = {
+    "type": "http.response.start",
+    "status": 200,
+    "headers": [(b"content-type", b"text/event-stream")],
+}
 
 Instances = list[dict[str, Any]]
 _encode = json.JSONEncoder(separators=(",", ":")).encode
@@ -145,7 +149,9 @@ class Gateway:
                 arguments.pop(name, None)
             arguments |= parse_position(request.headers["last-event-id"]) or {}
         if scope["method"] == "HEAD":
-            await Response(media_type=_EVENT_STREAM)(scope, receive, send)
+            # Not starlette's Response: it would add a length and a charset, which the response to GET lacks.
+            await send(_STREAM_START)
+            await send({"type": "http.response.body", "body": b""})
         elif self._streams >= STREAMS_MAX:
             await _json(failure("busy", f"{self._streams} streams are open; try again later"))(
                 scope, receive, send
@@ -169,8 +175,7 @@ class Gateway:
             except (RegdError, ValueError):
                 await _json(NOT_REGD)(scope, receive, send)
                 return
-            headers = [(b"content-type", _EVENT_STREAM.encode())]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send(_STREAM_START)
             forwarding = asyncio.ensure_future(self._forward(connection, encoder, send))
             await self._ended_early(forwarding, scope)
             await send({"type": "http.response.body", "body": b""})

@@ -396,8 +396,11 @@ async def test_streams_end_with_the_daemon_and_with_the_gateway(scene: Scene) ->
 async def test_head_of_a_stream_opens_no_watch(scene: Scene) -> None:
     response = await get(scene.app, "/v1/watch", "HEAD")
     assert response.status == 200
-    assert response.headers["content-type"].startswith("text/event-stream")
     assert (await scene.peer.ask(cmd="stats"))["watches"] == 0
+    exchange = Exchange(scene.app, "/v1/watch")
+    await scene.gauge("watches", 1)
+    exchange.disconnect()
+    assert response.headers == (await exchange.response()).headers
 
 
 async def test_streams_are_limited(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
