@@ -109,5 +109,8 @@ class Guard:
 
 
 def _head_bytes(scope: Scope) -> int:
-    fields = sum(len(name) + len(value) for name, value in scope["headers"])
-    return len(scope["raw_path"]) + len(scope["query_string"]) + fields
+    """Return the size of a head with one blank after each colon, as clients write it."""
+    query_bytes = len(b"?" + scope["query_string"]) if scope["query_string"] else 0
+    line_bytes = len(scope["method"]) + len(scope["raw_path"]) + query_bytes + len("  HTTP/1.1\r\n")
+    field_bytes = sum(len(name) + len(value) + len(": \r\n") for name, value in scope["headers"])
+    return line_bytes + field_bytes + len("\r\n")

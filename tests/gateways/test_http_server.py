@@ -431,8 +431,13 @@ async def test_connections_beyond_those_that_get_503_are_closed(site: Site) -> N
         each.close()
 
 
-async def test_head_of_nearly_the_limit_passes(site: Site) -> None:
-    assert status(await site.get("/healthz", "X: " + "y" * (HEAD_BYTES_MAX - 200))) == 200
+@pytest.mark.parametrize("query", [b"", b"?a=b"])
+@pytest.mark.parametrize(("excess", "code"), [(0, 200), (1, 400)])
+async def test_head_of_the_limit_passes(site: Site, query: bytes, excess: int, code: int) -> None:
+    beginning = b"GET /healthz" + query + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX: "
+    end = b"\r\n\r\n"
+    filling = b"y" * (HEAD_BYTES_MAX + excess - len(beginning) - len(end))
+    assert status(await site.send(beginning + filling + end)) == code
 
 
 @pytest.mark.parametrize(
