@@ -84,7 +84,7 @@ def location(instance: Instance, named_host: str, path_and_query: str) -> str:
     If the instance listens on this machine's loopback, the URL keeps the host that the browser has requested, so
     that each service has its own cookies.
     """
-    host = named_host if instance["host"] in _LOOPBACK else instance["host"]
+    host = named_host if instance["host"].lower() in _LOOPBACK else instance["host"]
     return _url(instance, host) + path_and_query
 
 

@@ -136,7 +136,7 @@ def _address_record(owner: str, address: IpAddress) -> Record:
 @functools.lru_cache(4_096)
 def _address(host: str) -> IpAddress | None:
     """Return the address of a host; None if the host is a name."""
-    if host == "localhost":
+    if host.lower() == "localhost":
         host = "127.0.0.1"
     try:
         return ipaddress.ip_address(host.partition("%")[0])  # DNS has no zone indexes

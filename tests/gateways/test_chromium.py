@@ -113,7 +113,7 @@ def test_page_opens_by_three_names(browser: Chromium, site: Site) -> None:
 
 
 def test_page_is_live(browser: Chromium, site: Site) -> None:
-    site.register("db", 5432)
+    site.register("db", 5432, host="LocalHost")
     site.register("worker", 45_061, instance="10", host="::1", state="draining")
     site.register("worker", 45_062, instance="9", meta={"zone": "a", "scheme": "https"}, priority=3)
     with browser.page(site.url) as page:
@@ -124,7 +124,7 @@ def test_page_is_live(browser: Chromium, site: Site) -> None:
             "[...document.querySelectorAll('#services .address a')].map((link) => [link.textContent, link.href])"
         )
         assert links == [
-            ["127.0.0.1:5432", "http://db.localhost:5432/"],
+            ["LocalHost:5432", "http://db.localhost:5432/"],
             ["127.0.0.1:45062", "https://worker.localhost:45062/"],
             ["[::1]:45061", "http://worker.localhost:45061/"],
         ]

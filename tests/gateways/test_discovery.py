@@ -101,6 +101,7 @@ def test_best_instances() -> None:
         ("127.0.0.1", "http://web.localhost:5061/a//b?c=%2F"),
         ("::1", "http://web.localhost:5061/a//b?c=%2F"),
         ("localhost", "http://web.localhost:5061/a//b?c=%2F"),
+        ("LocalHost", "http://web.localhost:5061/a//b?c=%2F"),
         ("127.0.0.2", "http://127.0.0.2:5061/a//b?c=%2F"),
         ("fd00::1", "http://[fd00::1]:5061/a//b?c=%2F"),
         ("fe80::1%eth0", "http://[fe80::1%25eth0]:5061/a//b?c=%2F"),

@@ -96,7 +96,7 @@ function nameNodes(name, instance) {
 /** Return the URL of an instance, the same as in a redirect of the gateway; null if a browser cannot open it. */
 function urlOf({ name, host, port, meta }) {
   const scheme = ["http", "https"].includes(meta.scheme) ? meta.scheme : "http";
-  const named = LOOPBACK.includes(host) ? `${name}.localhost` : host.replace("%", "%25");
+  const named = LOOPBACK.includes(host.toLowerCase()) ? `${name}.localhost` : host.replace("%", "%25");
   try {
     return new URL(`${scheme}://${hostPort(named, port)}/`).href;
   } catch {
