@@ -19,7 +19,10 @@ CONNECTIONS_MAX = 64  # over TCP; more are closed at once
 IDLE_S = 10.0  # for a whole message over TCP
 _CACHED_MAX = 1_024
 _CACHED_BYTES_MAX = 16_384
-_CACHED_S = 1.0  # short, because the order of the records should change between answers
+_CACHED_S = 1.0
+# Cached answers per query, each with the records in another order: most clients take the first record, and those
+# that ask within the same second should not all connect to the same instance.
+_ORDERS = 8
 _QUERY_BYTES_MAX = 512  # longer queries are not cached
 _ID_BYTES = 2  # every query has its own id, which the cache leaves out
 
@@ -27,7 +30,7 @@ State = Callable[[], NameIndex | None]
 
 
 class AnswerCache:
-    """Answers queries. Equal queries are answered from a cache, which every change clears.
+    """Answers queries. Equal queries get one of a few answers from a cache, which every change clears.
 
     Args:
         state: returns the current state; None if the state is unknown or too old.
@@ -38,8 +41,8 @@ class AnswerCache:
         self._state = state
         self._clock = clock
         self._rng = random.Random()
-        # By query: the time until which the answer is valid, and the answer.
-        self._answers: dict[tuple[bytes, bool], tuple[float, bytes]] = {}
+        # By query and number of the order: the time until which the answer is valid, and the answer.
+        self._answers: dict[tuple[bytes, bool, int], tuple[float, bytes]] = {}
 
     def clear(self) -> None:
         """Remove all answers, because the state has changed."""
@@ -47,7 +50,7 @@ class AnswerCache:
 
     def answer(self, query: bytes, *, tcp: bool) -> bytes | None:
         """Return the answer to a query; None if the query gets none."""
-        key = (query[_ID_BYTES:], tcp)
+        key = (query[_ID_BYTES:], tcp, self._rng.randrange(_ORDERS))
         now = self._clock()
         valid_until, rest = self._answers.get(key, (0.0, b""))
         if now < valid_until:

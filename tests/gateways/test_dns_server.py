@@ -265,16 +265,27 @@ class Counting:
         return dns.message.from_wire(answer)
 
 
-def test_equal_queries_are_answered_once_in_a_second() -> None:
+def test_equal_queries_are_answered_a_few_times_in_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dns_server, "_ORDERS", 2)
     scene = Counting()
-    assert [scene.ask(id).id for id in (1, 2, 3)] == [1, 2, 3]
-    assert scene.reads == 1
-    scene.ask(4, tcp=True)
-    scene.ask(5, "WEB")
-    assert scene.reads == 3  # a query by TCP, and a query in another case
+    assert [scene.ask(id).id for id in range(100)] == list(range(100))
+    assert scene.reads == 2
+    for id in range(100):
+        scene.ask(id, tcp=True)
+        scene.ask(id, "WEB")
+    assert scene.reads == 6  # queries by TCP, and queries in another case
     scene.now = 1.0
     scene.ask(6)
-    assert scene.reads == 4
+    assert scene.reads == 7
+
+
+def test_equal_queries_within_a_second_get_several_orders() -> None:
+    scene = Counting()
+    for number in range(1, 101):
+        scene.index.put(instance(key=str(number), host=f"127.0.0.{number}"))
+    first = [str(scene.ask(id, tcp=True).answer[0][0]) for id in range(100)]
+    assert len(set(first)) > 1
+    assert scene.reads <= 8
 
 
 def test_change_empties_the_cache() -> None:
