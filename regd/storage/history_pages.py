@@ -60,10 +60,13 @@ class _Line(NamedTuple):
     data: bytes
 
 
-def page(files: Files, segments: Sequence[SegmentFile], query: Query) -> HistoryPage:
-    """Return the page for a query. Without `since`, `after` and `before`, it has the latest changes."""
+def page(files: Files, segments: Sequence[SegmentFile], query: Query, first: int = 0) -> HistoryPage:
+    """Return the page for a query. Without `since`, `after` and `before`, it has the latest changes.
+
+    `first` is the number of the line with which the history begins.
+    """
     forward = query.since is not None or query.after is not None
-    lines = (_forward if forward else _backward)(files, segments, query)
+    lines = (_forward if forward else _backward)(files, segments, query, first)
     changes: list[dict[str, Any]] = []
     size, last = 0, 0
     for line in islice(lines, _SCAN_MAX):
@@ -87,16 +90,18 @@ def _fields(line: bytes) -> dict[str, Any] | None:
     return None
 
 
-def _forward(files: Files, segments: Sequence[SegmentFile], query: Query) -> Iterator[_Line]:
+def _forward(files: Files, segments: Sequence[SegmentFile], query: Query, first: int) -> Iterator[_Line]:
     """Yield the changes after `since` or `after`, the oldest first."""
     point: float
     if query.since is not None:
         point, index = query.since, _last_with([segment.rev for segment in segments], query.since)
-        is_after: Callable[[re.Match[bytes]], bool] = lambda match: int(match[2]) > point  # noqa: E731
+        is_after: Callable[[re.Match[bytes]], bool] = (  # noqa: E731
+            lambda match: int(match[2]) > point and int(match[1]) >= first
+        )
     else:
         assert query.after is not None
         point, index = query.after, _last_with([segment.at for segment in segments], query.after)
-        is_after = lambda match: float(match[3]) > point  # noqa: E731
+        is_after = lambda match: float(match[3]) > point and int(match[1]) >= first  # noqa: E731
     for at in range(index, len(segments)):
         data, end = _read(files, segments, at)
         for match in _CHANGE.finditer(data, _offset(data, is_after)):
@@ -107,7 +112,7 @@ def _forward(files: Files, segments: Sequence[SegmentFile], query: Query) -> Ite
             yield _Line(int(match[2]), match[0])
 
 
-def _backward(files: Files, segments: Sequence[SegmentFile], query: Query) -> Iterator[_Line]:
+def _backward(files: Files, segments: Sequence[SegmentFile], query: Query, first: int) -> Iterator[_Line]:
     """Yield the changes before `before`, the latest first."""
     before = query.rev + 1 if query.before is None else min(query.before, query.rev + 1)
     for at in reversed(range(len(segments))):
@@ -119,6 +124,8 @@ def _backward(files: Files, segments: Sequence[SegmentFile], query: Query) -> It
             start = data.rfind(b"\n", 0, stop - 1) + 1
             match = _CHANGE.match(data, start, stop - 1)
             if match is not None:
+                if int(match[1]) < first:
+                    return
                 yield _Line(int(match[2]), match[0])
             stop = start
 

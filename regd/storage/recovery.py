@@ -46,6 +46,7 @@ class Recovery:
         epochs: the ended epochs whose positions are valid, each with its last revision and line.
         history: the latest changes, without a gap.
         history_rev: the revision before the first of them.
+        history_line: the number of the line after the last damage, with which the history on disk begins.
         size: the bytes of the last segment that count, without a torn batch; None if a new segment must begin.
         valid: positions of earlier epochs stay valid.
         notes: messages for the log.
@@ -61,6 +62,7 @@ class Recovery:
     epochs: dict[str, tuple[int, int]] = field(default_factory=dict)
     history: list[Change] = field(default_factory=list)
     history_rev: int = 0
+    history_line: int = 0
     size: int | None = None
     valid: bool = False
     notes: list[str] = field(default_factory=list)
@@ -131,6 +133,7 @@ class _JournalLines:
     lines: list[bytes] = field(default_factory=list)
     size: int | None = None  # the bytes of the last segment that count
     notes: list[str] = field(default_factory=list)
+    follows_gap: bool = False  # lines before the first one are missing
 
     @property
     def next(self) -> int:
@@ -149,7 +152,7 @@ class _JournalLines:
             if batch.first != self.next:
                 _check_gap(segment, batch.line, self, batch.first, covered)
                 self.notes = _notes_of_gap(segment, self)
-                self.head, self.lines = _head_after_gap(batch.first), []
+                self.head, self.lines, self.follows_gap = _head_after_gap(batch.first), [], True
             self.lines += batch.lines
             self.size = batch.end
 
@@ -161,6 +164,7 @@ def _read(position: Position, segments: Sequence[Segment], history_max: int) -> 
     if last is None:
         raise _unreadable(segments[-1], 0, "is damaged")
     journal: _JournalLines | None = None
+    damaged: Segment | None = None
     for index in range(
         _first_needed(heads, position.line, last.line + data.count(b"\n"), history_max), len(heads)
     ):
@@ -169,17 +173,21 @@ def _read(position: Position, segments: Sequence[Segment], history_max: int) -> 
         if head is None:
             if following is None or following.line > position.line + 1:
                 raise _unreadable(segment, 0, "is damaged")
+            damaged = segment
             continue
         if journal is None or journal.next != head.line:
             _check_gap(segment, 0, journal, head.line, position.line)
-            journal = _JournalLines(head, notes=_notes_of_gap(segment, journal))
+            follows_gap = journal is not None or damaged is not None
+            notes = _notes_of_gap(damaged or segment, journal) if follows_gap else []
+            journal = _JournalLines(head, notes=notes, follows_gap=follows_gap)
         journal.add(segment, data if head is last else segment.read(), following, position.line)
     assert journal is not None  # the last head is not None
     if journal.size is not None and journal.size < len(data):
         note = f"{segments[-1].path} ends in a batch that was not written whole: cut off at byte {journal.size}"
         journal.notes.append(note)
         if position.line >= journal.next:
-            return _JournalLines(_head_after_gap(position.line + 1), notes=journal.notes)
+            head = _head_after_gap(position.line + 1)
+            return _JournalLines(head, notes=journal.notes, follows_gap=True)
     if not journal.head.line - 1 <= position.line < journal.next:
         return None
     return journal if _epoch_at(journal, position.line) in ("", position.epoch) else None
@@ -233,10 +241,8 @@ def _check_gap(segment: Segment, index: int, journal: _JournalLines | None, firs
 
 
 def _notes_of_gap(segment: Segment, journal: _JournalLines | None) -> list[str]:
-    if journal is None:
-        return []
     note = f"{segment.path} is damaged, and {_FILE} has what was lost; history begins after the damage"
-    return [*journal.notes, note]
+    return [*([] if journal is None else journal.notes), note]
 
 
 def _unreadable(segment: Segment, index: int, what: str) -> Unreadable:
@@ -283,6 +289,7 @@ def _replay(document: Document, journal: _JournalLines, history_max: int) -> Rec
         epoch=head.epoch,
         epochs=dict(head.epochs),
         history_rev=head.rev,
+        history_line=head.line if journal.follows_gap else 0,
         size=journal.size,
         notes=journal.notes,
     )

@@ -100,6 +100,7 @@ class Store:
         self._mutex = threading.Lock()
         self._rev = 0
         self._at = 0.0  # the time of the last change, in Unix seconds
+        self._history_line = 0  # the number of the line with which the history begins
         self._position = Position("", 0)
         self._checkpointed = Position("", 0)
         self._changed: dict[Key, Entry | None] = {}  # entries changed since the last checkpoint; at first all
@@ -142,6 +143,7 @@ class Store:
             self.epochs[recovery.epoch] = (recovery.rev, recovery.line)
         self._rev = self.rev_written = recovery.rev
         self._at = at
+        self._history_line = recovery.history_line
         self._position = self._checkpointed = Position(recovery.epoch, recovery.line)
         return recovery
 
@@ -412,7 +414,7 @@ class Store:
         Raises:
             OSError: the journal could not be read.
         """
-        return history_pages.page(self._files, self._journal.segments, query)
+        return history_pages.page(self._files, self._journal.segments, query, self._history_line)
 
     def close(self) -> None:
         """Close the journal and release the lock. Idempotent."""

@@ -1,5 +1,6 @@
 """Pages of the history, read from segments in memory."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -209,6 +210,14 @@ def test_damaged_line_is_left_out(written: Written, limit: int) -> None:
     written.damage(written.journal.segments[1].path, 2)
     expected = [1, 2, 3, 4, 6, 7, 8, 9]
     assert joined(written, limit, forward=True) == joined(written, limit, forward=False) == expected
+
+
+@pytest.mark.parametrize("query", [{}, {"since": 0}, {"after": 0.0}, {"before": 99}])
+def test_history_begins_at_its_first_line(written: Written, query: dict[str, Any]) -> None:
+    lines = [json.loads(line) for line in written.files.read(written.journal.segments[1].path).splitlines()]
+    first = next(line["line"] for line in lines if line["rev"] == 5)
+    found = page(written.files, written.journal.segments, Query(rev=9, limit=100, **query), first)
+    assert (revs(found), found.next) == ([5, 6, 7, 8, 9], None)
 
 
 @pytest.mark.parametrize("damaged", [b'"rev":5x', b'"at":5.0.0', b'"at":e', b'"rev":' + b"9" * 5_000])

@@ -76,6 +76,7 @@ def test_lines_after_the_position_are_applied() -> None:
     found = recovered(checkpoint(2, 1, entry("a", 1, 1)), WHOLE + LAST)
     assert (ports(found), found.rev, found.line, found.epoch) == ({"b": 1, "c": 1, "d": 1}, 5, 6, "e1")
     assert (found.keeps_journal, found.valid, found.size, found.notes) == (True, True, len(WHOLE + LAST), [])
+    assert found.history_line == 0
     assert [change.rev for change in found.history] == [1, 2, 3, 4, 5]
 
 
@@ -106,7 +107,7 @@ def test_damage_before_the_position_costs_history_alone() -> None:
     assert ports(found) == {"b": 1, "c": 1, "d": 1}
     assert [change.rev for change in found.history] == [4, 5]
     assert "history begins after the damage" in found.notes[0]
-    assert found.epochs == {}
+    assert (found.history_line, found.epochs) == (4, {})
 
 
 def test_lines_of_a_poisoned_segment_are_void() -> None:
@@ -119,7 +120,8 @@ def test_gap_between_segments() -> None:
     following = journal_lines.head(Head(5, 3, "e1", {})) + batch(5, up(4, "z"))
     with pytest.raises(Unreadable, match="line 4 of the journal should be here"):
         recovered(checkpoint(3, 2), WHOLE, following)
-    assert ports(recovered(checkpoint(4, 3, entry("c", 1, 3)), WHOLE, following)) == {"c": 1, "z": 1}
+    found = recovered(checkpoint(4, 3, entry("c", 1, 3)), WHOLE, following)
+    assert (ports(found), found.history_line) == ({"c": 1, "z": 1}, 5)
 
 
 def test_damaged_head_of_a_segment() -> None:
@@ -129,7 +131,9 @@ def test_damaged_head_of_a_segment() -> None:
     with pytest.raises(Unreadable, match=r"registry\.journal\.1: line 1: is damaged"):
         recovered(checkpoint(2), b"#" + WHOLE, following)
     found = recovered(checkpoint(3, 2, entry("a", 1, 1)), b"#" + WHOLE, following)
-    assert ports(found) == {"c": 1, "d": 1}
+    assert (ports(found), found.history_line) == ({"c": 1, "d": 1}, 4)
+    assert len(found.notes) == 1
+    assert found.notes[0].startswith("/r/registry.journal.1 is damaged")
 
 
 @pytest.mark.parametrize("rev", [0, -1, 2**63])

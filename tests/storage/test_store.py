@@ -12,6 +12,7 @@ import pytest
 from regd.core.model import Change, Entry, Op, State
 from regd.storage import journal_lines
 from regd.storage.files import Files
+from regd.storage.history_pages import Query
 from regd.storage.store import StorageError, Store
 from tests.support.files import BROKEN, FULL, RecordedFiles
 
@@ -464,6 +465,17 @@ def test_torn_batch_is_cut_off_at_the_start(shelf: Shelf) -> None:
         file.write(b'{"line":3,"batch":2,')
     assert shelf.reopened() == {"a": 1}
     assert all(journal_lines.number_of(line) for line in journal.read_bytes().splitlines()[1:])
+
+
+def test_history_begins_after_damage(shelf: Shelf) -> None:
+    shelf.save(up(1, "a"))
+    shelf.save(up(2, "b"))
+    shelf.save(up(3, "c"))
+    shelf.store.close()
+    journal = shelf.path.with_name("registry.journal")
+    journal.write_bytes(journal.read_bytes().replace(b'"name":"b"', b'"name":"x"'))
+    assert shelf.reopened() == {"a": 1, "b": 1, "c": 1}
+    assert [change["rev"] for change in shelf.store.page(Query(rev=3, limit=100)).changes] == [3]
 
 
 def test_journal_that_another_program_replaced_is_not_written(shelf: Shelf) -> None:
