@@ -333,7 +333,7 @@ def check_meta(value: object) -> dict[str, str]:
         raise Invalid(f"must have at most {DEFAULT.meta_keys_max} keys")
     for key, text in value.items():
         if type(key) is not str or type(text) is not str:
-            raise Invalid(f"must be an object of strings; the value of {key!r} is not a string")
+            raise Invalid(f"must be an object of strings; the value of {key!r:.64} is not a string")
     try:
         size = _meta_bytes(value)
     except UnicodeEncodeError:

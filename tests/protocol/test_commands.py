@@ -17,6 +17,7 @@ from regd.protocol.commands import COMMANDS, check_request, describe_commands
         ("ping", {"x" * 60_000: 1}, Code.BAD_ARGUMENT, "x" * 64, "it takes none"),
         ("resolve", {"name": "A"}, Code.BAD_ARGUMENT, "name", "labels"),
         ("resolve", {"name": "a", "all": 1}, Code.BAD_ARGUMENT, "all", "true or false"),
+        ("list", {"meta": {"x" * 60_000: 1}}, Code.BAD_ARGUMENT, "meta", "not a string"),
         ("list", {"limit": 1_001}, Code.BAD_ARGUMENT, "limit", "1 to 1000"),
         ("list", {"limit": 0}, Code.BAD_ARGUMENT, "limit", "1 to 1000"),
         ("list", {"after": "A/"}, Code.BAD_ARGUMENT, "after", "labels"),
