@@ -4,11 +4,11 @@ from collections.abc import Callable, Hashable
 
 from regd.system.clock import Clock
 
-_CHECKS = 8  # so many checks in a row must find the daemon idle
+_CHECKS = 60  # so many checks in a row must find the daemon idle
 
 
 class IdleExit:
-    """Calls `exit` once the daemon was idle for `after_s` seconds, or up to an eighth more.
+    """Calls `exit` once the daemon was idle for `after_s` seconds, or up to a sixtieth more.
 
     `idle_mark` returns None while the daemon is in use, else a value that differs if it was used since the last
     call. Checks are counted instead of seconds, so that time in which the process was stopped, and no client
