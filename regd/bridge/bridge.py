@@ -268,7 +268,7 @@ class Bridge:
         for event in batch.events:
             if not event.key.startswith(self._own_prefix):
                 self._foreign.apply(event)
-            elif event.key != self._claim.key:
+            else:
                 self._publisher.seen(event)
 
     async def _age(self) -> NoReturn:

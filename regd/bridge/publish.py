@@ -60,6 +60,7 @@ class Publisher:
         self._is_withdrawn = False
         self._claim_key = records.claim_key(prefix, machine)
         self._put_claim: Callable[[], Awaitable[int]] | None = None
+        self._has_claim = False
         self._fence: dict[bytes, int] = {}  # the claim and its revision, on which each commit depends
         self._committing = asyncio.Lock()
         self._skipped = 0  # the revision of the last event that came while not active
@@ -146,6 +147,11 @@ class Publisher:
 
     def seen(self, event: KeyEvent) -> None:
         """Apply an event of the watch. A change that this bridge has not made is undone."""
+        if event.key == self._claim_key:
+            if event.record is None:
+                self._has_claim = False
+                self._wake.set()
+            return
         if not self.is_active:
             self._skipped = event.revision
             return
@@ -225,6 +231,7 @@ class Publisher:
         assert self._put_claim is not None, "not running"
         async with self._committing:  # a commit under way would fail: the claim has another revision
             revision = await self._put_claim()
+            self._has_claim = True
             self._fence = {self._claim_key: revision}
         return revision
 
@@ -232,6 +239,8 @@ class Publisher:
         while True:
             await self._wake.wait()
             self._wake.clear()
+            if not self._has_claim:
+                raise EtcdConflict("the claim was deleted by someone else")
             keys, since = self._dirty, self._dirty_at
             self._in_progress, self._dirty = keys, {}  # after a failure, all keys are marked again
             wanted = {key: (value, lease) for key in keys if (value := self.wanted(key)) is not None}

@@ -373,6 +373,7 @@ async def test_what_another_hand_does(make_machine: Make, etcd: EtcdCluster) -> 
         key = "/regd/v1/default/a/web/"
         # To keys of a machine whose bridge runs: repaired.
         etcd.ctl("del", key)
+        etcd.ctl("del", "/regd/v1/default/a/.bridge")
         etcd.ctl("put", "/regd/v1/default/a/nonsense/1", "{}")
         etcd.ctl("put", "/regd/v1/default/a/nonsense", "{}")
         await until(lambda: etcd.ctl("get", "--prefix", "/regd/v1/default/a/", "--keys-only").split() == [

@@ -17,7 +17,7 @@ import pytest
 from regd.bridge import records
 from regd.bridge.claim import Claim, ClaimRefusal
 from regd.bridge.etcd.errors import EtcdConflict, EtcdUnavailable, LeaseNotFound
-from regd.bridge.etcd.model import Delete, KeyEvent, Put, Snapshot
+from regd.bridge.etcd.model import Delete, Put, Snapshot
 from regd.bridge.local import Local, Session
 from regd.bridge.publish import Publisher
 from regd.bridge.reachability import _connect
@@ -38,12 +38,8 @@ class Outgoing:
         self.local = Local(address, {"port": 9}, lambda key: self.publisher.changed(key))
         self.publisher = Publisher(PREFIX, "a", advertise, self.local)
         self.etcd = etcd
-        etcd.on_event = self.take
+        etcd.on_event = self.publisher.seen
         self.claim = Claim(PREFIX, "a")
-
-    def take(self, event: KeyEvent) -> None:
-        if event.key != CLAIM:
-            self.publisher.seen(event)
 
     async def publish(self, lease: int = 1) -> None:
         await self.publisher.run(self.etcd.as_etcd(), lease, self.claim)
@@ -151,6 +147,14 @@ async def test_a_late_write_has_no_effect(daemon: InLoop) -> None:
         assert bridge.etcd.revision_of(CLAIM) > before
         with pytest.raises(EtcdConflict):
             await bridge.etcd.commit([Delete(f"{PREFIX}a/web/".encode())], only_if={CLAIM: before})
+
+
+async def test_a_claim_that_was_deleted_is_made_again(daemon: InLoop) -> None:
+    """Also while there is nothing to publish: else a second bridge could take the name."""
+    async with outgoing(daemon) as bridge:
+        await until(lambda: bridge.publisher.is_active)
+        bridge.etcd.apply([Delete(CLAIM)])
+        await until(lambda: CLAIM in bridge.etcd.records)
 
 
 async def test_another_lease(daemon: InLoop) -> None:
