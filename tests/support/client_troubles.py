@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Callable
 
+import grpc
 import pytest
 
 import regd_client
@@ -90,7 +91,8 @@ async def etcd_is_away(scene: Scene) -> str:
 
 @says("etcd refuses to …: …; still trying")
 async def etcd_refuses(scene: Scene) -> str:
-    async with ScriptedEtcd().serve() as etcd:  # it grants no lease
+    async with ScriptedEtcd().serve() as etcd:
+        etcd.failures = [(grpc.StatusCode.PERMISSION_DENIED, "etcdserver: permission denied")] * 10
         bridge = Bridge(Options((etcd.address,), "a", address=f"unix://{scene.folder / 'none'}"))
         running = asyncio.create_task(bridge.run(lambda line: None))
         message = await scene.logged("etcd refuses to")

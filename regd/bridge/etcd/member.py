@@ -62,7 +62,6 @@ _REFUSED = {
     grpc.StatusCode.OUT_OF_RANGE,
     grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.UNAUTHENTICATED,
-    grpc.StatusCode.UNIMPLEMENTED,
 }
 
 
@@ -84,6 +83,9 @@ def _translated(address: str, error: Any) -> EtcdError:
     code, details = error.code(), str(error.details())
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"etcd at {address} did not answer in time")
+    is_unknown = code is grpc.StatusCode.UNIMPLEMENTED
+    if is_unknown or details.startswith("Received http2 header"):  # another server, or a proxy without etcd
+        return EtcdUnavailable(f"no etcd at {address}: {details}", may_have_effect=not is_unknown)
     text = f"etcd at {address}: {details.removeprefix('etcdserver: ')}"
     if "lease not found" in details:
         return LeaseNotFound(text)

@@ -67,6 +67,31 @@ async def test_client_moves_to_the_next_member_and_stays_there() -> None:
     assert (len(first.deadlines_s), len(second.deadlines_s)) == (1, 3)
 
 
+@pytest.mark.parametrize(
+    "failure",
+    [
+        (grpc.StatusCode.UNIMPLEMENTED, "Method not found!"),
+        (grpc.StatusCode.UNIMPLEMENTED, "Received http2 header with status: 404"),
+        (grpc.StatusCode.PERMISSION_DENIED, "Received http2 header with status: 403"),
+        (grpc.StatusCode.UNAUTHENTICATED, "Received http2 header with status: 401"),
+    ],
+)
+async def test_client_moves_on_from_a_server_that_is_not_etcd(failure: Failure) -> None:
+    async with (
+        ScriptedEtcd().serve() as other,
+        ScriptedEtcd().serve() as script,
+        Etcd([other.address, script.address]) as etcd,
+    ):
+        other.failures = [failure]
+        await etcd.read(b"/")
+        assert etcd.member == script.address
+    async with ScriptedEtcd().serve() as other, Etcd([other.address]) as etcd:
+        etcd._calls.repeat_s = 0.0
+        other.failures = [failure]
+        with pytest.raises(EtcdUnavailable, match=f"no etcd at {other.address}: {failure[1]}"):
+            await etcd.read(b"/")
+
+
 async def test_write_refused_for_lack_of_space_does_not_move_the_client() -> None:
     no_space = (grpc.StatusCode.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded")
     async with ScriptedEtcd().serve() as script, Etcd([script.address, "127.0.0.1:1"]) as etcd:
