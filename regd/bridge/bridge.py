@@ -351,7 +351,7 @@ class Bridge:
         """Return what `regctl bridge --status` shows."""
         options, foreign, publisher, local = self._options, self._foreign, self._publisher, self._local
         lease = self._lease
-        is_connected = foreign.is_known and self._etcd.silent_s < TTL_S
+        is_connected = foreign.is_known and not self._etcd.failure and self._etcd.silent_s < TTL_S
         reasons = sorted(publisher.reasons.items())
         machines = foreign.machines()
         return {

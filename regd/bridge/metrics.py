@@ -12,7 +12,7 @@ __all__ = ["families", "render"]
 # Where it is in the status, the name of the metric without the prefix `regd_bridge_`, and its help.
 _GAUGES = (
     ("started_at", "start_time_seconds", "When the bridge started, in Unix seconds."),
-    ("etcd.connected", "etcd_up", "Whether etcd has answered within the last 10 s."),
+    ("etcd.connected", "etcd_up", "Whether etcd answers, and has answered within the last 10 s."),
     ("etcd.silent_s", "etcd_silent_seconds", "Seconds since etcd has last answered anything."),
     ("etcd.lease_remaining_s", "lease_remaining_seconds", "Seconds that the lease lives at least."),
     ("daemon.connected", "daemon_up", "Whether the bridge has a connection to the daemon."),

@@ -98,6 +98,21 @@ async def test_no_comparison_while_something_is_away(
         assert bridge.status()["counts"]["comparisons"] == 0
 
 
+async def test_status_as_soon_as_etcd_is_lost(
+    daemon: InLoop, etcd: EtcdCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It agrees with the log, and does not wait until etcd has been silent for some time."""
+    async with running(daemon, etcd) as bridge:
+        monkeypatch.setattr("regd.bridge.bridge.TTL_S", 1_000)
+        assert bridge.status()["etcd"]["connected"]
+        for member in etcd.members:
+            member.kill()
+        await until(lambda: not bridge.status()["etcd"]["connected"])
+        status = bridge.status()
+        assert status["etcd"]["failure"]
+        assert status["foreign"]["stale_s"] == status["etcd"]["silent_s"] > 0
+
+
 async def test_an_etcd_that_was_restored(daemon: InLoop, etcd: EtcdCluster) -> None:
     """Its revisions are lower than those that were seen, and it has the lease, but not the last changes."""
     peer = await daemon.peer()
