@@ -108,6 +108,7 @@ class Bridge:
         self._etcd = Etcd(options.endpoints, options.tls, options.user)
         self._lease: Lease | None = None
         self._refusals: dict[str, str] = {}  # by "read" or "write": why etcd refuses it
+        self._unread_at = 0.0  # since when etcd refuses to be read
         self._started_at = time.time()
         self._followed = 0  # the revision of the last event
         self._has_followed = asyncio.Event()
@@ -201,22 +202,32 @@ class Bridge:
         log.warning("etcd has ended the lease of this machine; its instances are published again")
 
     def _note_refusal(self, what: str, error: EtcdError) -> None:
+        if what == "read" and what not in self._refusals:
+            self._unread_at = time.monotonic()
         if self._refusals.get(what) != str(error):
             self._refusals[what] = str(error)
             log.warning("etcd refuses to %s: %s; still trying", what, error)
 
     async def _follow(self) -> NoReturn:
-        """Follow the keys in etcd. When etcd is away for too long, withdraw the instances of other machines."""
+        """Follow the keys in etcd. When that fails for too long, withdraw the instances of other machines."""
         while True:
             await _first(self._follow_while_fresh(), self._until_stale(), self._must_read.wait())
             if self._must_read.is_set():
                 self._must_read.clear()
                 continue
-            log.warning("etcd is away for %g s: other machines' instances are withdrawn", self._options.stale_s)
+            what = "refuses to be read" if "read" in self._refusals else "is away"
+            stale_s = self._options.stale_s
+            log.warning("etcd %s for %g s: other machines' instances are withdrawn", what, stale_s)
             self._foreign.withdraw()
 
+    @property
+    def _stale_s(self) -> float:
+        """For how many seconds other machines' instances may be out of date."""
+        unread_s = time.monotonic() - self._unread_at if "read" in self._refusals else 0.0
+        return max(self._etcd.silent_s, unread_s)
+
     async def _until_stale(self) -> None:
-        """Wait until etcd has not answered for too long. Ask it in between: it may have nothing to report."""
+        """Wait until etcd has told nothing for too long. Ask it in between: it may have nothing to report."""
         stale_s = self._options.stale_s
         while True:
             await asyncio.sleep(min(_AGE_S, stale_s / 4))
@@ -224,7 +235,7 @@ class Bridge:
                 with contextlib.suppress(EtcdError, TimeoutError):
                     async with asyncio.timeout(max(_AGE_S, stale_s - self._etcd.silent_s)):
                         await self._etcd.read(self._claim.key)
-            if self._foreign.is_current and self._etcd.silent_s > stale_s:
+            if self._foreign.is_current and self._stale_s > stale_s:
                 return
 
     async def _follow_while_fresh(self) -> NoReturn:
@@ -352,6 +363,7 @@ class Bridge:
         options, foreign, publisher, local = self._options, self._foreign, self._publisher, self._local
         lease = self._lease
         is_connected = foreign.is_known and not self._etcd.failure and self._etcd.silent_s < TTL_S
+        is_current = is_connected and foreign.is_current and "read" not in self._refusals
         reasons = sorted(publisher.reasons.items())
         machines = foreign.machines()
         return {
@@ -387,7 +399,7 @@ class Bridge:
             ],
             "foreign": {
                 "count": foreign.count,
-                "stale_s": 0.0 if is_connected and foreign.is_current else round(self._etcd.silent_s, 3),
+                "stale_s": 0.0 if is_current else round(self._stale_s, 3),
                 "refused": len(foreign.refused),
                 "shadowed": len(foreign.shadowed),
                 "ignored": len(foreign.ignored),

@@ -184,7 +184,7 @@ def _lines(fields: Mapping[str, Any]) -> Iterator[str]:
     yield f"machine {fields['machine']}, prefix {fields['prefix']}, address {fields['advertise'] or EMPTY}"
     if etcd["connected"]:
         yield f"etcd at {etcd['member']}, lease {etcd['lease'] or EMPTY}, {etcd['lease_remaining_s']:.0f} s left"
-    else:
+    elif etcd["failure"] or not etcd["refuses"]:
         yield silence(etcd)
     for refusal in etcd["refuses"]:
         yield f"etcd refuses {refusal}"

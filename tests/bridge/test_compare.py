@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from regd.bridge.bridge import Bridge, Options
+from regd.bridge.etcd.errors import EtcdRefused
 from regd.bridge.etcd.model import Snapshot
 from regd.bridge.local import Session
 from regd_client.errors import Unavailable
@@ -15,13 +16,14 @@ from tests.support.daemon import InLoop
 from tests.support.etcd import EtcdCluster
 from tests.support.polling import until
 
+PREFIX = b"/regd/v1/default/"
 KEY = "/regd/v1/default/b/web/"
 VALUE = '{"host":"10.0.0.9","port":80}'
 
 
 @contextlib.asynccontextmanager
-async def running(daemon: InLoop, etcd: EtcdCluster) -> AsyncIterator[Bridge]:
-    bridge = Bridge(Options(tuple(etcd.addresses), "a", address=f"127.0.0.1:{daemon.port}"))
+async def running(daemon: InLoop, etcd: EtcdCluster, **options: Any) -> AsyncIterator[Bridge]:
+    bridge = Bridge(Options(tuple(etcd.addresses), "a", address=f"127.0.0.1:{daemon.port}", **options))
     task = asyncio.create_task(bridge.run(lambda line: None))
     try:
         await until(lambda: bridge._local.session and bridge._publisher.is_active and bridge._foreign.is_current)
@@ -111,6 +113,33 @@ async def test_status_as_soon_as_etcd_is_lost(
         status = bridge.status()
         assert status["etcd"]["failure"]
         assert status["foreign"]["stale_s"] == status["etcd"]["silent_s"] > 0
+
+
+async def test_an_etcd_that_refuses_to_be_read(
+    daemon: InLoop, etcd: EtcdCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It answers, but nobody knows any longer what the other machines have."""
+    monkeypatch.setattr("regd.bridge.bridge._REFUSED_S", 0.1)
+    await asyncio.to_thread(etcd.ctl, "put", KEY, VALUE)
+    async with running(daemon, etcd, stale_s=1.0) as bridge:
+        await until(lambda: ("web", "b") in bridge._local.instances)
+
+        read = bridge._etcd.read
+
+        async def refuse(prefix: bytes) -> Snapshot:
+            if prefix == PREFIX:
+                raise EtcdRefused("permission denied")
+            return await read(prefix)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(bridge._etcd, "read", refuse)
+            bridge._must_read.set()
+            await until(lambda: bridge.status()["etcd"]["refuses"] and bridge.status()["foreign"]["stale_s"])
+            await until(lambda: ("web", "b") not in bridge._local.instances)
+            assert bridge.status()["foreign"]["stale_s"] > 1
+        await until(lambda: ("web", "b") in bridge._local.instances)
+        assert bridge.status()["foreign"]["stale_s"] == 0
+    assert caplog.text.count("etcd refuses to be read for 1 s: other machines' instances are withdrawn") == 1
 
 
 async def test_an_etcd_that_was_restored(daemon: InLoop, etcd: EtcdCluster) -> None:

@@ -36,6 +36,7 @@ STATES: list[tuple[dict[str, Any], str, str | None]] = [  # what is different, a
     ({}, "etcd at h:1, lease 1f, 9 s left", None),
     ({"etcd": {"connected": False, "silent_s": 17.2}}, "etcd has not answered for 17 s", "has not answered for 17 s"),
     ({"etcd": {"connected": False, "silent_s": 9.0, "failure": "no"}}, "etcd has not answered for 9 s: no", "for 9 s: no"),
+    ({"etcd": {"connected": False, "refuses": ["to read: no"]}}, "etcd refuses to read: no", "etcd refuses to read: no"),
     ({"etcd": {"refuses": ["to write: no"]}}, "etcd refuses to write: no", "etcd refuses to write: no"),
     ({"counts": {"differences": 2}}, "differences repaired 2", "it found 2 differences"),
     ({"daemon": {"connected": False, "stale_s": 3.0}}, "the daemon at tcp://127.0.0.1:7343 has been away for 3 s", None),
@@ -52,6 +53,7 @@ def test_states(change: dict[str, Any], line: str, wrong: str | None, monkeypatc
         status[name] = status[name] | value if isinstance(value, dict) else value
     lines = list(command._lines(status))
     assert line in lines
+    assert ("etcd has not answered" in "".join(lines)) == ("etcd has not answered" in line)
     assert lines[-1].split("\t") == ["b", "b.example\\x1b", "3"]
     monkeypatch.setattr(command, "fetch_status", lambda connection: status)
     [finding] = doctor._bridge(Mock(is_here=True, is_in_another_network=False))
