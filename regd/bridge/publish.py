@@ -131,12 +131,20 @@ class Publisher:
             reason = "it is registered on loopback, and the bridge has no --advertise"
         else:
             host = self._reachability.host
-            reason = self._reachability.reason(instance_key, instance["port"])
+            port = instance["port"]
+            reason = self._reachability.reason(instance_key, port, lambda: self._is_published_at(key, host, port))
         if reason:
             self.reasons[instance_key] = reason
             return None
         self.reasons.pop(instance_key, None)
         return None if self._is_withdrawn else records.value_of(instance, host, self._local.epoch)
+
+    def _is_published_at(self, key: bytes, host: str, port: int) -> bool:
+        try:
+            fields = records.published(self._actual[key][0])
+        except (KeyError, Invalid):
+            return False
+        return (fields["host"], fields["port"]) == (host, port)
 
     def _forget(self, key: Key) -> None:
         self.reasons.pop(key, None)

@@ -24,9 +24,9 @@ _REFUSED = "connection refused"
 
 
 class _Port:
-    def __init__(self) -> None:
+    def __init__(self, why: str) -> None:
         self.keys: set[Key] = set()
-        self.why = "it has not been tried yet"  # why it is unreachable; "" if it accepts connections
+        self.why = why  # it is unreachable; "" if it accepts connections
         self.task: asyncio.Task[None] | None = None
 
 
@@ -45,12 +45,18 @@ class Reachability:
         self._port_of: dict[Key, int] = {}
         self._connecting = asyncio.Semaphore(_CONNECTS_MAX)
 
-    def reason(self, key: Key, port: int) -> str:
-        """Return why a service is not reachable at a port; "" if it is. The first call starts the probes."""
+    def reason(self, key: Key, port: int, was_reachable: Callable[[], bool]) -> str:
+        """Return why a service is not reachable at a port; "" if it is. The first call starts the probes.
+
+        Args:
+            was_reachable: whether an earlier bridge has found it reachable, which counts until the first result.
+        """
         if self._port_of.get(key) != port:
             self.forget(key)
             self._port_of[key] = port
-            self._ports.setdefault(port, _Port()).keys.add(key)
+            if port not in self._ports:
+                self._ports[port] = _Port("" if was_reachable() else "it has not been tried yet")
+            self._ports[port].keys.add(key)
             self._try(port)
         why = self._ports[port].why
         return why and f"it accepts no connection at {host_port(self.host, port)}: {why}"

@@ -69,8 +69,10 @@ async def idle(session: Session) -> None:
 
 
 @contextlib.asynccontextmanager
-async def outgoing(daemon: InLoop | str, advertise: str | None = None) -> AsyncIterator[Outgoing]:
-    bridge = Outgoing(daemon, advertise, FakeEtcd())
+async def outgoing(
+    daemon: InLoop | str, advertise: str | None = None, etcd: FakeEtcd | None = None
+) -> AsyncIterator[Outgoing]:
+    bridge = Outgoing(daemon, advertise, etcd or FakeEtcd())
     tasks = [asyncio.create_task(bridge.local.run(idle)), asyncio.create_task(bridge.publish())]
     try:
         yield bridge
@@ -325,6 +327,38 @@ async def test_reachability(daemon: InLoop) -> None:
         assert bridge.publisher._reachability._ports == {}
     assert accepted >= 3
     server.close()
+
+
+async def test_what_an_earlier_bridge_has_published_stays(daemon: InLoop) -> None:
+    """A bridge that was killed found it reachable: other machines do not lose it until its successor has, too."""
+    peer = await daemon.peer()
+    probes = 0
+
+    def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal probes
+        probes += 1
+        writer.close()
+
+    server = await asyncio.start_server(accept, "127.0.0.5", 0)
+    await peer.ask(cmd="register", name="web", port=server.sockets[0].getsockname()[1])
+    key, etcd = f"{PREFIX}a/web/".encode(), FakeEtcd()
+    async with outgoing(daemon, "127.0.0.5", etcd):
+        await until(lambda: key in etcd.records)
+    revision = etcd.revision_of(key)
+    etcd.apply([Delete(CLAIM)])
+    async with outgoing(daemon, "127.0.0.5", etcd):
+        await until(lambda: probes == 2)
+    assert etcd.revision_of(key) == revision
+    # It is withdrawn if it no longer listens, or has another port there.
+    server.close()
+    etcd.apply([Delete(CLAIM)])
+    async with outgoing(daemon, "127.0.0.5", etcd):
+        await until(lambda: key not in etcd.records)
+    etcd.apply([Delete(CLAIM), Put(key, b'{"host":"127.0.0.5","port":1}', 1)])
+    commits = etcd.commits
+    async with outgoing(daemon, "127.0.0.5", etcd):
+        await until(lambda: key not in etcd.records)
+    assert etcd.commits == commits + 1  # it was not published at its port first
 
 
 async def test_another_epoch(tmp_path: Path) -> None:

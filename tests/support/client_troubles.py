@@ -112,7 +112,7 @@ async def key_of_another_hand(scene: Scene) -> str:
 async def not_reachable_by_others(scene: Scene) -> str:
     reachability = Reachability("127.0.0.1", lambda keys: None)
     with unused_port() as kept:
-        reason = functools.partial(reachability.reason, ("db", ""), kept.getsockname()[1])
+        reason = functools.partial(reachability.reason, ("db", ""), kept.getsockname()[1], lambda: False)
         await until(lambda: "refused" in reason())
         message = reason()
     await reachability.close()
