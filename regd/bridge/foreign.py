@@ -169,7 +169,7 @@ class Foreign:
     def _ignore(self, key: bytes, why: str) -> None:
         if self.ignored.get(key) != why and len(self.ignored) < _IGNORED_MAX:
             self.ignored[key] = why
-            log.warning("ignored the key %r in etcd: %s", key[:300], why)
+            log.warning("ignored the key %r in etcd: %s", key[:300].decode(errors="backslashreplace"), why)
 
     def _set(self, key: Key, fields: Fields | None) -> None:
         if fields is None:
