@@ -237,8 +237,9 @@ def arrival(place: Place, fields: Mapping[str, Any], *, loopback: bool) -> dict[
     Raises:
         Invalid: it cannot be registered here.
     """
-    if not loopback and is_loopback(fields["host"]):
-        raise Invalid(f"host {fields['host']} is not an address of another machine")
+    host = fields["host"]
+    if "%" in host or (not loopback and is_loopback(host)):  # valid on the machine that wrote it only
+        raise Invalid(f"host {host} is not an address of another machine")
     meta = _checked({"meta": {**fields["meta"], MACHINE: place.machine}}, "meta", model.check_meta)
     priority = min(fields["priority"] + PRIORITY_FARTHER, _PRIORITY_MAX)
     return {**fields, "meta": meta, "priority": priority}

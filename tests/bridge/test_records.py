@@ -284,6 +284,12 @@ def test_loopback(host: str) -> None:
     assert records.arrival(Place("b", "web", ""), fields, loopback=True)["host"] == host
 
 
+def test_an_address_of_one_interface_is_not_taken() -> None:
+    fields = records.published(b'{"host":"fe80::1%eth0","port":80}')
+    with pytest.raises(Invalid, match="not an address of another machine"):
+        records.arrival(Place("b", "web", ""), fields, loopback=True)
+
+
 @pytest.mark.parametrize("host", ["10.0.0.7", "::2", "example.org", "localhost.example.org", "169.254.1.1"])
 def test_not_loopback(host: str) -> None:
     assert not records.is_loopback(host)
