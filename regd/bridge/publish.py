@@ -156,7 +156,7 @@ class Publisher:
     def seen(self, event: KeyEvent) -> None:
         """Apply an event of the watch. A change that this bridge has not made is undone."""
         if event.key == self._claim_key:
-            if event.record is None:
+            if event.record is None and event.revision > self._fence.get(self._claim_key, 0):
                 self._has_claim = False
                 self._wake.set()
             return

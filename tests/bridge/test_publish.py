@@ -17,7 +17,7 @@ import pytest
 from regd.bridge import records
 from regd.bridge.claim import Claim, ClaimRefusal
 from regd.bridge.etcd.errors import EtcdConflict, EtcdUnavailable, LeaseNotFound
-from regd.bridge.etcd.model import Delete, Put, Snapshot
+from regd.bridge.etcd.model import Delete, KeyEvent, Put, Snapshot
 from regd.bridge.local import Local, Session
 from regd.bridge.publish import Publisher
 from regd.bridge.reachability import _connect
@@ -157,6 +157,17 @@ async def test_a_claim_that_was_deleted_is_made_again(daemon: InLoop) -> None:
         await until(lambda: bridge.publisher.is_active)
         bridge.etcd.apply([Delete(CLAIM)])
         await until(lambda: CLAIM in bridge.etcd.records)
+
+
+async def test_a_late_event_of_an_earlier_claim(daemon: InLoop) -> None:
+    """A watch that lags may show the end of an earlier claim after this bridge has made its own."""
+    async with outgoing(daemon) as bridge:
+        await until(lambda: bridge.publisher.is_active)
+        claim = bridge.etcd.records[CLAIM]
+        bridge.publisher.seen(KeyEvent(CLAIM, claim.mod_revision - 1, None))
+        await (await daemon.peer()).ask(cmd="register", name="web", host="192.0.2.1", port=80)
+        await until(lambda: f"{PREFIX}a/web/".encode() in bridge.etcd.records)
+        assert bridge.etcd.records[CLAIM] == claim
 
 
 async def test_another_lease(daemon: InLoop) -> None:
