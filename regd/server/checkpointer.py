@@ -60,13 +60,13 @@ class Checkpointer:
             log.error("cannot write %s: %s; the journal has all changes", self._store.path, why)
 
     async def close(self) -> None:
-        """Write the last checkpoint, unless nothing has changed. Idempotent."""
+        """Write the last checkpoint, unless the file already has everything. Idempotent."""
         self._is_closed = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if self._task is not None:
             await self._task
-        if self._store.needs_checkpoint:
+        if self._store.needs_checkpoint or self._store.is_file_edited():
             await self._write()
         self._thread.shutdown()

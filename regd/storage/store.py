@@ -4,6 +4,7 @@ A change is "in effect" if readers see it. Usually that means that it is committ
 effect even while the disk fails, and a line of a failed commit may be on disk without being in effect.
 """
 
+import contextlib
 import errno
 import os
 import threading
@@ -386,6 +387,14 @@ class Store:
     def needs_checkpoint(self) -> bool:
         """Whether the journal has changes that `registry.json` lacks."""
         return not self._is_taken_over and (self._position != self._checkpointed or self._owes_checkpoint)
+
+    def is_file_edited(self) -> bool:
+        """Whether another program has changed or removed the file while this daemon has it locked."""
+        with contextlib.suppress(OSError):
+            lock = self._files.fingerprint(self._lock_path)
+            is_owner = not self._is_taken_over and lock is not None and lock.inode == self._lock_inode
+            return is_owner and self._checkpoint.is_edited()
+        return False
 
     def checkpoint(self) -> None:
         """Write the present state to `registry.json`, and delete the oldest segments beyond the limits.

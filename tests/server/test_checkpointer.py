@@ -20,7 +20,7 @@ class SlowStore:
     path = "/x/registry.json"
 
     def __init__(self, clock: HandClock) -> None:
-        self.needs_checkpoint = False
+        self.needs_checkpoint = self.edited = False
         self.written: list[float] = []  # when each checkpoint began
         self.takes_s = 0.0
         self.failing = False
@@ -28,8 +28,11 @@ class SlowStore:
         self.gate.set()
         self._clock = clock
 
+    def is_file_edited(self) -> bool:
+        return self.edited
+
     def checkpoint(self) -> None:
-        self.needs_checkpoint = False
+        self.needs_checkpoint = self.edited = False
         self.written.append(self._clock.now())
         assert self.gate.wait(WAIT_S)
         self._clock.skip(self.takes_s)
@@ -142,5 +145,15 @@ async def test_close_writes_the_last_checkpoint() -> None:
     assert bench.written == [0, 0]
     bench.checkpointer.on_change()
     await bench.advance(10)
+    await bench.checkpointer.close()
+    assert bench.written == [0, 0]
+
+
+async def test_close_writes_a_file_again_that_another_program_has_changed() -> None:
+    bench = Bench()
+    bench.change()
+    await bench.settle()
+    bench.store.edited = True
+    await bench.checkpointer.close()
     await bench.checkpointer.close()
     assert bench.written == [0, 0]

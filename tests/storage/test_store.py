@@ -228,6 +228,15 @@ def test_external_edit_is_backed_up(shelf: Shelf, edit: Callable[[Path], object]
     assert shelf.path.with_name("registry.json.aside-2").read_text() == theirs
 
 
+def test_edit_is_noticed_only_while_the_registry_is_locked(shelf: Shelf) -> None:
+    shelf.save(up(1, "a"))
+    assert not shelf.store.is_file_edited()
+    shelf.path.unlink()
+    assert shelf.store.is_file_edited()
+    shelf.path.with_name("registry.json.lock").unlink()
+    assert not shelf.store.is_file_edited()
+
+
 def test_removed_registry_is_written_again(shelf: Shelf) -> None:
     shelf.save(up(1, "a"))
     shelf.path.unlink()
