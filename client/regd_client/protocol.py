@@ -253,6 +253,9 @@ def encode_request(cmd: str, id: int | None, arguments: Mapping[str, Any]) -> by
         line = _encode(fields)
         if "\\ud" in line:  # maybe a lone surrogate, which the daemon refuses
             json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        text = error.object[error.start : error.end]
+        raise BadArgument(f"{cmd}: {text!r} cannot be written in UTF-8; leave it out") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise BadArgument(f"{cmd} takes JSON values only: {error}") from None
     meta = fields.get("meta")

@@ -284,6 +284,11 @@ def test_unknown_command_gets_a_suggestion(typed: str, meant: str, regctl: Run) 
     )
 
 
+def test_argument_that_is_not_utf8(regctl: Run) -> None:
+    message = "regctl: register: '\\udcff' cannot be written in UTF-8; leave it out\n"
+    assert regctl("register", "db", "1", "--meta", "k=a\udcff") == (2, "", message)
+
+
 def test_regctl_alone_shows_help(regctl: Run) -> None:
     assert regctl() == regctl("--help")
     assert regctl()[0] == 0
