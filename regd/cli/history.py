@@ -77,7 +77,7 @@ class _Follower:
         self._is_away = False
 
     def follow(self, address: protocol.Address) -> dict[str, Any] | None:
-        """Print the changes until the connection ends. Return the daemon's error reply; None if stdout is broken.
+        """Print changes until the connection ends. Return the daemon's error reply; None if nobody reads stdout.
 
         Raises:
             Unavailable: the connection broke.
@@ -97,7 +97,7 @@ class _Follower:
                     return event
                 is_new = event["event"] in ("sync", "progress") or event["rev"] > self._rev
                 refusal = self._print_new(asking) if is_new else None
-                if refusal is not None or Output.failure is not None:
+                if refusal is not None or Output.failure is not None or is_reader_gone(0):
                     return refusal
         return None
 

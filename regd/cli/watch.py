@@ -29,7 +29,7 @@ class _Printer:
         self._state = WatchState(pattern or "*", meta, self._print)
 
     def print_events(self, connection: BlockingConnection) -> dict[str, Any] | None:
-        """Print the events until the connection ends. Return the daemon's error reply; None if stdout is broken.
+        """Print events until the connection ends. Return the daemon's error reply; None if nobody reads stdout.
 
         Raises:
             Unavailable: the connection broke.
@@ -46,7 +46,7 @@ class _Printer:
             if "event" not in event:
                 return event
             self._handle(event)
-            if Output.failure is not None:
+            if Output.failure is not None or is_reader_gone(0):  # noticed at the next `progress` at the latest
                 return None
         return None
 

@@ -487,6 +487,12 @@ def test_pipe_without_a_reader_is_not_an_error(line: str, peopled: DaemonProcess
     assert done.returncode == status or line == "doctor"
 
 
+@pytest.mark.parametrize("line", ["watch nobody", "history nobody --follow"])
+def test_closed_pipe_is_noticed_without_anything_to_print(line: str, peopled: DaemonProcess) -> None:
+    done = shell(peopled, f"regctl {line} >&9")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_wait_continues_with_a_broken_stdout(peopled: DaemonProcess) -> None:
     assert shell(peopled, "regctl wait here nobody --timeout 0.3 >&9 && echo goes on").stdout == ""
     assert shell(peopled, "regctl wait here nobody --timeout 0.3 >/dev/full && echo goes on").stdout == ""
