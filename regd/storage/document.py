@@ -305,7 +305,7 @@ def _head(fields: object) -> _Head:
             f'"{_HEAD}" must be as regd writes it, or {{"format": {FORMAT}, "rev": N}}, '
             f"N from 0 to {_EDIT_REV_MAX}"
         )
-    return _Head(rev, Position(epoch, line) if epoch else None)
+    return _Head(rev, Position(epoch, line) if epoch and line else None)
 
 
 def _member(key: str, fields: object, registered_at: float, ids: "count[int]") -> Entry:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from regd.core.model import Entry, Holder, Process, State
 from regd.storage.document import Document, Position, Unreadable, entry_line, file_chunks, parse
+from tests.support.documents import blocks
 from tests.support.length import examples
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=10)
@@ -37,6 +39,7 @@ entries = st.builds(
 )
 
 
+PROTOCOL = Path(__file__).parents[2] / "regd" / "PROTOCOL.md"
 POSITION = Position("5eed5eed5eed5eed", 57)
 
 
@@ -64,17 +67,18 @@ def test_written_file_loads_equal(found: list[Entry]) -> None:
 
 
 def test_file_shown_in_the_documentation() -> None:
-    text = """{
-"$regd": {"format": 2, "rev": 42, "epoch": "5eed5eed5eed5eed", "line": 57, "crc": "ccb9ea64"},
-"runner": {"port": 5050, "rev": 41, "registered_at": 1790000000.1},
-"worker/1": {"port": 5061, "meta": {"zone": "a"}, "ttl": 10, "rev": 42, "registered_at": 1790000004.5}
-}
-"""
+    (text,) = blocks(PROTOCOL, "json")
     document = parse(text.encode(), 5.0)
     assert (document.position, document.edited) == (POSITION, False)
     assert whole(42, document.entries).decode() == text
     assert json.loads(text)["runner"]["port"] == 5050
     assert parse(text.replace("5050", "5051").encode(), 5.0).edited
+
+
+@pytest.mark.parametrize("part", [' "epoch": "5eed5eed5eed5eed",', ' "line": 57,'])
+def test_half_of_a_position_is_none(part: str) -> None:
+    document = parse(whole(42, []).replace(part.encode(), b""), 5.0)
+    assert (document.rev, document.position) == (42, None)
 
 
 @pytest.mark.parametrize(
