@@ -565,7 +565,8 @@ class Client:
 
         Returns:
             A dictionary with `changes`, and with `next` if there are more: the `since` of the next call, or its
-            `before` if neither `since` nor `age_s` was given.
+            `before` if neither `since` nor `age_s` was given. With `name`, a page may have fewer changes than
+            `limit`, even none, and still have a `next`.
 
         Raises:
             Unavailable: no daemon answers.

@@ -24,6 +24,7 @@ from regd_client import protocol
 from regd_client.blocking_connection import BlockingConnection
 from regd_client.errors import Unavailable
 
+_LATEST = 100  # changes that are shown without --since
 _HEADER = ("TIME", "CHANGE", "SERVICE", "ADDRESS", "WHY", "BY")
 
 
@@ -39,7 +40,7 @@ def show(
     with BlockingConnection(daemon) as connection:
         rev = connection.ask("hello")["rev"] if follow else 0
         changes: list[dict[str, Any]] = []
-        for page in _pages(connection, of, point):
+        for page in _pages(connection, of, point) if point else [_latest(connection, of)]:
             if not page["ok"]:
                 return page
             changes += page["changes"]
@@ -52,14 +53,29 @@ def show(
     return _follow(daemon, _Follower(of, max(rev, changes[-1]["rev"] if changes else 0), as_json))
 
 
+def _latest(connection: BlockingConnection, of: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a page with the latest changes. The daemon's page may have few changes of one service, or none."""
+    page = connection.ask("history", **of, limit=_LATEST)
+    changes: list[dict[str, Any]] = []
+    while page["ok"]:
+        changes = page["changes"] + changes
+        before = page.get("next", 0)
+        if not before or len(changes) >= _LATEST:
+            return {"ok": True, "changes": changes}
+        page = connection.ask("history", **of, limit=_LATEST - len(changes), before=before)
+        if page.get("next", 0) >= before:
+            raise ValueError(f"next is {page['next']} before {before}")
+    return page
+
+
 def _pages(
     connection: BlockingConnection, of: Mapping[str, Any], point: Mapping[str, float]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the pages of changes after a point. Without a point, yield the page of the latest changes."""
+    """Yield the pages of changes after a point."""
     page = connection.ask("history", **of, **point)
     yield page
     last = -1
-    while point and page["ok"] and "next" in page:
+    while page["ok"] and "next" in page:
         if page["next"] <= last:
             raise ValueError(f"next is {page['next']} after {last}")
         last = page["next"]

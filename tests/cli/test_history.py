@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -71,6 +72,19 @@ def test_columns(history: Run, process: DaemonProcess) -> None:
     ]
     assert len(history()[1].splitlines()) == 4
     assert history("db", "--instance", "1") == (0, "", "")
+    assert history("nobody") == (0, "", "")
+
+
+def test_latest_changes_of_a_service_before_many_others(history: Run, process: DaemonProcess) -> None:
+    """The daemon looks at 2,000 changes for a page, so that the first page has none of this service."""
+    register(process, "db", *range(1, 61))
+    others = [json.dumps({"cmd": "register", "name": "web", "port": port}) for port in range(1, 2_100)]
+    with socket.create_connection(("127.0.0.1", process.port)) as peer, peer.makefile("rwb") as lines:
+        lines.write("\n".join([*others, "quit", ""]).encode())
+        lines.flush()
+        assert len(lines.readlines()) == len(others)
+    ports = [int(line.split("\t")[3].split(":")[1]) for line in history("db")[1].splitlines()]
+    assert ports == [port for port in range(10, 61) for _ in range(2)][1:-1]
     assert history("nobody") == (0, "", "")
 
 
