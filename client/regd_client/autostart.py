@@ -152,7 +152,10 @@ class Autostart:
             if not self._address.project:  # do not create the folder of a removed project registry again
                 os.makedirs(os.path.dirname(self._registry), mode=0o700, exist_ok=True)
             self._lock = _lock_file(self._registry + ".start")
-            return _PAUSE_S[1] if self._lock is None else 0.0  # the previous owner may have started a daemon
+            if self._lock is None:
+                return _PAUSE_S[1]
+            self.why = f"it is being started; its log is {self._log}"
+            return 0.0  # the previous owner of the lock may have started a daemon
         if self._process is None:
             self._start()
             return _PAUSE_S[0]
@@ -188,7 +191,6 @@ class Autostart:
             os.close(log)
         self._starts += 1
         self._tried_after_exit = False
-        self.why = f"it is being started; its log is {self._log}"
 
     def _command(self) -> list[str]:
         if self._address.project:

@@ -129,6 +129,18 @@ def test_autostart_uses_a_daemon_that_was_faster(here: Demand, tmp_path: Path) -
         start.close()
 
 
+def test_reason_says_who_starts_the_daemon(here: Demand) -> None:
+    first, second = (autostart.Autostart(protocol.find_address()) for _ in range(2))
+    try:
+        first.step()
+        assert first.why.startswith("it is being started; its log is ")
+        second.step()
+        assert second.why.startswith("another process is starting it; its log is ")
+    finally:
+        first.close()
+        second.close()
+
+
 def test_cancelled_autostart_reaps_the_child(here: Demand) -> None:
     start = autostart.Autostart(protocol.find_address())
     try:
@@ -136,7 +148,6 @@ def test_cancelled_autostart_reaps_the_child(here: Demand) -> None:
         start.step()
         process = start._process
         assert process is not None
-        assert "it is being started; its log is" in start.why
     finally:
         start.close()
     block_until(lambda: process.returncode == 0)  # reaped
