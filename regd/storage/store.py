@@ -200,11 +200,11 @@ class Store:
                 self._warn(note)
             is_clean = recovery.is_covered and self._had_lock
             if is_clean and recovery.size is not None and journal.segments[-1].path == journal.path:
+                self._checkpoint.check_writable()  # first, so that a refused start changes nothing
                 journal.resume(recovery.size)
                 self._rewrite_bytes = None
                 self._write_start()
                 journal.sync_folder()  # the previous daemon may have been killed before it did
-                self._checkpoint.check_writable()
             else:
                 self._begin_segment()
                 self._write_start()

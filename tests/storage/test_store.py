@@ -283,6 +283,20 @@ def test_full_disk_does_not_stop_the_start(shelf: Shelf) -> None:
     assert shelf.reopened() == {"a": 1, "b": 1}
 
 
+def test_start_in_a_folder_without_write_access_changes_nothing(shelf: Shelf) -> None:
+    shelf.save(up(1, "a"))
+    shelf.store.close()
+    journal = shelf.path.with_name("registry.journal")
+    before = journal.read_bytes()
+    shelf.files.failing["create"] = errno.EACCES
+    store = shelf.again()
+    store.open(0.0)
+    with pytest.raises(StorageError, match="Permission denied; give the rights on its folder to this user"):
+        store.begin()
+    store.close()
+    assert journal.read_bytes() == before
+
+
 def test_touch_leaves_no_copy(shelf: Shelf) -> None:
     shelf.save(up(1, "a"))
     for rev in range(2, 202):
