@@ -173,6 +173,27 @@ async def torn_batch(scene: Scene) -> str:
         return await scene.logged("not written whole")
 
 
+@says("… is damaged, and registry.json has what was lost; history begins after the damage")
+async def history_damaged(scene: Scene) -> str:
+    async with scene.daemon() as daemon:
+        assert (await (await daemon.peer()).ask(REGISTER))["ok"]
+    async with scene.daemon():
+        pass
+    scene.journal.write_bytes(scene.journal.read_bytes().replace(b'"state":"ready"', b'"state":"rea#y"'))
+    async with scene.daemon():
+        return await scene.logged("history begins after the damage")
+
+
+@says("the journal beside … does not have the line that the file names, so it is set aside")
+async def journal_of_another_file(scene: Scene) -> str:
+    async with scene.daemon():
+        pass
+    text = scene.registry.read_text()
+    scene.registry.write_text(text.replace('"line": 1', '"line": 99'))
+    async with scene.daemon():
+        return await scene.logged("does not have the line")
+
+
 @says("… is missing, so the journal is set aside")
 async def file_missing(scene: Scene) -> str:
     async with scene.daemon():
