@@ -341,7 +341,7 @@ def test_telnet_session(process: DaemonProcess) -> None:
     [
         pytest.param(["nc.openbsd"], "quit\r\n", marks=needs("nc.openbsd"), id="openbsd"),
         pytest.param(["nc.openbsd", "-N"], "", marks=needs("nc.openbsd"), id="openbsd -N"),
-        pytest.param(["nc.openbsd", "-w", "1"], "", marks=needs("nc.openbsd"), id="openbsd -w"),
+        pytest.param(["nc.openbsd", "-w", "3"], "", marks=needs("nc.openbsd"), id="openbsd -w"),
         pytest.param(["nc.traditional"], "quit\r\n", marks=needs("nc.traditional"), id="traditional"),
     ],
 )
