@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -348,10 +349,10 @@ async def test_search_for_similar_names_is_bounded(daemon: InLoop) -> None:
         peer.send({"cmd": "register", "name": ".".join([label, "ab" * 31, "ba" * 31]), "port": n + 1})
     for _ in labels:
         assert (await peer.reply())["ok"]
-    began = asyncio.get_running_loop().time()
+    began = time.process_time()
     reply = await peer.ask(cmd="resolve", name=".".join(["ab" * 28, "ba" * 31, "ab" * 31]))
     assert reply["error"] == "not_found"
-    assert asyncio.get_running_loop().time() - began < 2.0  # without the limit it takes over a minute
+    assert time.process_time() - began < 2.0  # without the limit it takes over a minute
 
 
 async def test_round_robin_with_filters(daemon: InLoop) -> None:
