@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -87,21 +88,20 @@ async def test_client_that_leaves_during_its_search(tmp_path: Path) -> None:
 async def test_wait_with_a_long_search_is_answered(tmp_path: Path) -> None:
     async with InLoop(tmp_path / "registry.json", limits=Limits(search_step_max=3)) as daemon:
         peer = await workers(daemon, 100)
-        listener = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
-        port = listener.sockets[0].getsockname()[1]
+        listener = socket.create_server(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
         waiting = await daemon.peer()
         waiting.send({"cmd": "resolve", "name": "w", "meta": {"here": "yes"}, "wait": 60})
         await peer.ask(cmd="register", name="w", instance="9999", port=port, meta={"here": "yes"})
         assert (await waiting.reply())["port"] == port
         listener.close()
-        await listener.wait_closed()
 
 
 async def test_only_accepting_instance_of_many_is_found(tmp_path: Path) -> None:
     limits = Limits(probed_instances_max=4, search_step_max=3)
     async with InLoop(tmp_path / "registry.json", limits=limits) as daemon:
-        listener = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
-        port = listener.sockets[0].getsockname()[1]
+        listener = socket.create_server(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
         peer = await workers(daemon, 40)  # on ports without a listener
         await peer.ask(cmd="register", name="w", instance="0020", port=port, force=True)
         waiting = await daemon.peer()
@@ -114,7 +114,6 @@ async def test_only_accepting_instance_of_many_is_found(tmp_path: Path) -> None:
                 break
         assert (await reply)["port"] == port
         listener.close()
-        await listener.wait_closed()
 
 
 async def test_batch_is_applied_in_slices_and_watchers_miss_nothing(

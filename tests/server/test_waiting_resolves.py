@@ -2,8 +2,8 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -13,12 +13,12 @@ from tests.support.daemon import WAIT_S, InLoop
 pytestmark = pytest.mark.socket
 
 
-@asynccontextmanager
-async def service(host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[int]:
-    """A server that accepts connections."""
-    server = await asyncio.start_server(lambda reader, writer: writer.close(), host, port)
-    async with server:
-        yield server.sockets[0].getsockname()[1]
+@contextmanager
+def service(host: str = "127.0.0.1") -> Iterator[int]:
+    """A port whose connections the kernel accepts, up to 128 of them."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as server:
+        yield server.getsockname()[1]
 
 
 def free_port() -> int:
@@ -37,7 +37,7 @@ async def step_until(daemon: InLoop, done: Callable[[], bool]) -> None:
 async def test_accepting_instance_is_returned_at_once(daemon: InLoop) -> None:
     peer = await daemon.peer()
     for host in ("127.0.0.1", "::1"):
-        async with service(host) as port:
+        with service(host) as port:
             await peer.ask(cmd="register", name="a", port=port, host=host, force=True)
             assert (await peer.ask(cmd="resolve", name="a", wait=5))["port"] == port
             assert (await peer.ask(cmd="resolve", name="a", wait=0))["port"] == port
@@ -46,7 +46,7 @@ async def test_accepting_instance_is_returned_at_once(daemon: InLoop) -> None:
 
 async def test_localhost_is_probed_and_other_hosts_are_not(daemon: InLoop) -> None:
     peer = await daemon.peer()
-    async with service("::1") as port:
+    with service("::1") as port:
         await peer.ask(cmd="register", name="a", port=port, host="localhost")
         assert (await peer.ask(cmd="resolve", name="a", wait=5))["ok"]
     for host in ("192.0.2.1", "db.example", "2001:db8::1", "::ffff:192.0.2.1"):
@@ -56,14 +56,16 @@ async def test_localhost_is_probed_and_other_hosts_are_not(daemon: InLoop) -> No
 
 async def test_wait_for_the_registration_and_for_the_port(daemon: InLoop) -> None:
     one, two = await daemon.peer(), await daemon.peer()
-    port = free_port()
-    one.send({"cmd": "resolve", "name": "a", "wait": 3_600})
-    await two.ask(cmd="register", name="a", port=port, state="starting")
-    await two.ask(cmd="update", name="a", state="ready")
-    answer = asyncio.create_task(one.reply())
-    await step_until(daemon, lambda: daemon.server.probed > 2)
-    assert not answer.done()
-    async with service(port=port):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+        one.send({"cmd": "resolve", "name": "a", "wait": 3_600})
+        await two.ask(cmd="register", name="a", port=port, state="starting")
+        await two.ask(cmd="update", name="a", state="ready")
+        answer = asyncio.create_task(one.reply())
+        await step_until(daemon, lambda: daemon.server.probed > 2)
+        assert not answer.done()
+        server.listen()
         await step_until(daemon, answer.done)
     assert answer.result()["port"] == port
 
@@ -102,7 +104,7 @@ async def test_timeout_has_the_reason(daemon: InLoop) -> None:
 
 async def test_round_robin_skips_instances_that_do_not_accept(daemon: InLoop) -> None:
     peer = await daemon.peer()
-    async with service() as first, service() as second:
+    with service() as first, service() as second:
         for port in (first, free_port(), second):
             await peer.ask(cmd="register", name="a", port=port, instance=str(port))
         ports = [(await peer.ask(cmd="resolve", name="a", wait=5))["port"] for _ in range(4)]
@@ -157,7 +159,7 @@ def test_only_this_machine_is_probed(host: str, may: bool) -> None:
 
 async def test_why(daemon: InLoop) -> None:
     peer, other = await daemon.peer(), await daemon.peer()
-    async with service() as port:
+    with service() as port:
         await peer.ask(cmd="register", name="a", port=port, hold=True)
         await peer.ask(cmd="resolve", name="a", wait=1)
         await peer.ask(cmd="register", name="a", port=1, instance="s", state="starting")
@@ -201,7 +203,7 @@ async def test_silent_instance_does_not_delay_a_wait(daemon: InLoop) -> None:
         for sock in fillers:
             sock.setblocking(False)
             sock.connect_ex(full.getsockname())
-        async with service() as port:
+        with service() as port:
             await peer.ask(cmd="register", name="a", port=full.getsockname()[1], instance="1")
             await peer.ask(cmd="register", name="a", port=port, instance="2")
             answer = asyncio.create_task(peer.ask(cmd="resolve", name="a", wait=3_600))
