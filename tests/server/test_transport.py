@@ -159,4 +159,5 @@ async def test_no_descriptor_is_left_open(daemon: InLoop) -> None:
         await asyncio.sleep(0)
         _reset(client)
     await until(lambda: _others_are_gone(daemon))
-    await until(lambda: len(os.listdir("/proc/self/fd")) == before)
+    # Fewer are open if a client of an earlier test, in a thread, has closed its connection only now.
+    await until(lambda: len(os.listdir("/proc/self/fd")) <= before)
