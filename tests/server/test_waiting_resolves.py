@@ -21,9 +21,12 @@ def service(host: str = "127.0.0.1") -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as there:
-        return int(there.getsockname()[1])
+@pytest.fixture
+def refusing() -> Iterator[int]:
+    """A port that refuses connections. It is bound, so that no other process listens there meanwhile."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
 
 
 async def step_until(daemon: InLoop, done: Callable[[], bool]) -> None:
@@ -84,9 +87,9 @@ async def test_wait_with_an_id_is_overtaken(daemon: InLoop) -> None:
     assert await peer.rest() == b""
 
 
-async def test_timeout_has_the_reason(daemon: InLoop) -> None:
+async def test_timeout_has_the_reason(daemon: InLoop, refusing: int) -> None:
     peer = await daemon.peer()
-    await peer.ask(cmd="register", name="refusing", port=free_port())
+    await peer.ask(cmd="register", name="refusing", port=refusing)
     await peer.ask(cmd="register", name="starting", port=1, state="starting")
     await peer.ask(cmd="register", name="left", port=1)
     await peer.ask(cmd="deregister", name="left")
@@ -102,19 +105,19 @@ async def test_timeout_has_the_reason(daemon: InLoop) -> None:
         assert why in reply["message"]
 
 
-async def test_round_robin_skips_instances_that_do_not_accept(daemon: InLoop) -> None:
+async def test_round_robin_skips_instances_that_do_not_accept(daemon: InLoop, refusing: int) -> None:
     peer = await daemon.peer()
     with service() as first, service() as second:
-        for port in (first, free_port(), second):
+        for port in (first, refusing, second):
             await peer.ask(cmd="register", name="a", port=port, instance=str(port))
         ports = [(await peer.ask(cmd="resolve", name="a", wait=5))["port"] for _ in range(4)]
     assert sorted(ports) == sorted([first, second] * 2)
     assert ports[:2] == ports[2:]
 
 
-async def test_no_probe_without_a_waiting_request(daemon: InLoop) -> None:
+async def test_no_probe_without_a_waiting_request(daemon: InLoop, refusing: int) -> None:
     peer = await daemon.peer()
-    await peer.ask(cmd="register", name="a", port=free_port())
+    await peer.ask(cmd="register", name="a", port=refusing)
     peer.send({"cmd": "resolve", "name": "a", "wait": 3_600})
     await step_until(daemon, lambda: daemon.server.probed > 3)
     await peer.reset()
