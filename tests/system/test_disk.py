@@ -29,6 +29,7 @@ from tests.support.stored import stored
 COMMIT_STEPS = ("write", "sync_data", "fingerprint")
 SEGMENT_STEPS = ("create", "write", "sync", "link", "rename", "sync_folder", "sync_data")
 CHECKPOINT_STEPS = ("create", "sync", "rename", "sync_folder")
+CHECKPOINT_S = 60.0  # a checkpoint that took 5 s on a busy machine is followed by a pause of 45 s
 _FILE_SYSTEM_BYTES = 64 * 1_024
 
 
@@ -133,7 +134,8 @@ async def test_full_disk(small: Path, peers: Callable[[DaemonProcess], Any]) -> 
         peer, watcher = await peers(daemon), await peers(daemon)
         assert (await peer.ask(cmd="register", name="old", port=1))["ok"]
         assert len(await watching(watcher)) == 1
-        await until(lambda: in_file(daemon.registry) == {"old"})  # a later checkpoint would free a page
+        # A later checkpoint would free a page.
+        await until(lambda: in_file(daemon.registry) == {"old"}, CHECKPOINT_S)
         filler = fill(small)
         await exhaust(peer)
         await all_are_refused(peer, "No space left")
@@ -172,10 +174,10 @@ async def test_process_that_dies_on_a_full_disk_is_removed_from_the_file_later(
         with idle() as process:
             assert (await peer.ask(cmd="register", name="process", port=1, pid=process.pid))["ok"]
             assert (await holder.ask(cmd="register", name="connection", port=1, hold=True))["ok"]
-            assert (await peer.ask(cmd="register", name="lease", port=1, ttl=3))["ok"]
+            assert (await peer.ask(cmd="register", name="lease", port=1, ttl=CHECKPOINT_S))["ok"]
             await watching(watcher)
-            await until(lambda: in_file(daemon.registry) == {"process", "connection", "lease"})
-            assert (await peer.ask(cmd="renew", name="lease"))["ok"]
+            await until(lambda: in_file(daemon.registry) == {"process", "connection", "lease"}, CHECKPOINT_S)
+            assert (await peer.ask(cmd="renew", name="lease", ttl=3))["ok"]
             filler = fill(small)
             await exhaust(peer)
             await holder.reset()
@@ -208,18 +210,19 @@ async def test_read_only_folder_delays_the_file_alone(
         peer, watcher = await peers(daemon), await peers(daemon)
         assert (await peer.ask(cmd="register", name="old", port=1))["ok"]
         await watching(watcher)
-        await until(lambda: in_file(daemon.registry) == {"old"})
+        await until(lambda: in_file(daemon.registry) == {"old"}, CHECKPOINT_S)
         mount("--bind", str(small), str(small))
         try:
             mount("-o", "remount,bind,ro", str(small))
             assert (await peer.ask(cmd="register", name="late", port=4))["rev"] == 2
             assert (await watcher.reply())["name"] == "late"
             assert held(daemon.registry) == {"old", "late"}
-            await until(lambda: "Read-only file system" in log.read_text())  # the next checkpoint has failed
+            # The next checkpoint fails.
+            await until(lambda: "Read-only file system" in log.read_text(), CHECKPOINT_S)
             assert in_file(daemon.registry) == {"old"}
         finally:
             unmount(small)
-        await until(lambda: in_file(daemon.registry) == {"old", "late"})  # nobody asks for anything
+        await until(lambda: in_file(daemon.registry) == {"old", "late"}, CHECKPOINT_S)  # nobody asks for anything
         daemon.end()
         assert log.read_text().count("Read-only file system; the journal has all changes") == 1
         assert log.read_text().count("can be written again") == 1
@@ -234,13 +237,13 @@ async def test_registry_folder_disappears_and_returns(
         peer, watcher = await peers(daemon), await peers(daemon)
         assert (await peer.ask(cmd="register", name="old", port=1))["ok"]
         await watching(watcher)
-        await until(lambda: in_file(daemon.registry) == {"old"})
+        await until(lambda: in_file(daemon.registry) == {"old"}, CHECKPOINT_S)
         shutil.rmtree(daemon.registry.parent)
         await all_are_refused(peer, "No such file")
         # What is there already changes nothing, but is not in the file: nobody is told that it is.
         assert (await peer.ask(cmd="register", name="old", port=1))["error"] == "storage_failed"
         daemon.registry.parent.mkdir()
-        await until(lambda: in_file(daemon.registry) == {"old"})  # nobody asks for anything
+        await until(lambda: in_file(daemon.registry) == {"old"}, CHECKPOINT_S)  # nobody asks for anything
         assert (await peer.ask(cmd="register", name="late", port=4))["rev"] == 2
         assert (await watcher.reply())["name"] == "late"
         daemon.end(signal.SIGKILL)
@@ -277,10 +280,11 @@ async def test_pipe_in_place_of_the_file_holds_up_nobody(
         for port in range(1, 4):
             assert (await peer.ask(cmd="register", name=f"n{port}", port=port))["ok"]
             assert (await peer.ask("ping"))["ok"]
-        await until(lambda: "it is not a regular file" in log.read_text())  # a checkpoint has failed
+        # A checkpoint fails.
+        await until(lambda: "it is not a regular file" in log.read_text(), CHECKPOINT_S)
         assert (await peer.ask("ping"))["ok"]
         daemon.registry.unlink()
-        await until(lambda: in_file(daemon.registry) == {"n1", "n2", "n3"})
+        await until(lambda: in_file(daemon.registry) == {"n1", "n2", "n3"}, CHECKPOINT_S)
         assert daemon.end()[0] == 0
         assert log.read_text().count("it is not a regular file; the journal has all changes") == 1
 
@@ -309,7 +313,7 @@ async def test_full_log_pipe_holds_up_nobody(tmp_path: Path, peers: Callable[[Da
             for _ in range(50):
                 assert (await peer.reply())["ok"]
         assert (await peer.ask("ping"))["ok"]
-        await until(lambda: len(in_file(daemon.registry)) == 50)
+        await until(lambda: len(in_file(daemon.registry)) == 50, CHECKPOINT_S)
         status, log = daemon.end()
         assert status == 0
         assert len(log) > 65_536
