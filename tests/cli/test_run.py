@@ -337,30 +337,43 @@ def test_name_is_deregistered_before_a_signal_is_passed_on(process: DaemonProces
         command.end(3)
 
 
-# Prints how many SIGINT it has received, when it is told to end.
-COUNT = """
-import os, signal, socket
-received = []
-signal.signal(signal.SIGINT, lambda *_: received.append(1))
+# Counts the SIGINT that it receives, and ends when it reads a line.
+COUNT = f"""{LINE}
+received = 0
+
+def heard(number, frame):
+    global received
+    received += 1
+    os.write(1, b"%d\\n" % received)
+
+signal.signal(signal.SIGINT, heard)
 listening = socket.create_server(("127.0.0.1", int(os.environ["PORT"])))
-input()
-print(len(received))
+line()
+print("ends", flush=True)
 """
 
 
 @pytest.mark.sample(2)
-@pytest.mark.parametrize(("sender", "count"), [("overmind", 1), ("another", 2)])
+@pytest.mark.parametrize(("sender", "is_passed_on"), [("overmind", False), ("another", True)])
 def test_signal_of_a_process_manager_to_the_group_is_not_passed_on(
-    sender: str, count: int, process: DaemonProcess, peer: BlockingConnection
+    sender: str, is_passed_on: bool, process: DaemonProcess, peer: BlockingConnection
 ) -> None:
     with running(process, "web", "--", sys.executable, "-c", COUNT) as command:
         assert "is registered" in command.told()
+        # Until the command has received its own signal, regctl must not send it another one: the kernel would
+        # merge the two.
+        command.process.send_signal(signal.SIGSTOP)
         send = f"kill -INT -{command.process.pid}; read"  # the manager continues to run
         with subprocess.Popen([sender, "-c", send], executable="/bin/bash", stdin=subprocess.PIPE) as manager:
+            assert command.line() == "1"
+            command.process.send_signal(signal.SIGCONT)
             block_until(lambda: names(peer) == [])
-            time.sleep(0.5)  # regctl forwards a signal after 0.1 s
+            if is_passed_on:
+                assert command.line() == "2"
+            else:
+                time.sleep(0.5)  # regctl forwards a signal after 0.1 s
             command.type("")
-            assert command.line() == str(count)
+            assert command.line() == "ends"
             manager.communicate(timeout=WAIT_S)
 
 
