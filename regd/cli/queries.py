@@ -90,6 +90,6 @@ def wait_for_http(address: str | None, name: str, path: str, until: float) -> di
             return reply
         if time.monotonic() >= until:
             url = f"http://{protocol.host_port(reply['host'], reply['port'])}{path}"
-            message = f"waited {max(round(wait_s, 1), 0.0):g} s: {url}: {why}"
+            message = f"waited {max(0.0, round(wait_s, 1)):g} s: {url}: {why}"
             return {"ok": False, "error": "timeout", "message": message}
         time.sleep(min(_HTTP_PAUSE_S, max(until - time.monotonic(), 0.0)))
