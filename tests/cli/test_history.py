@@ -15,6 +15,7 @@ import pytest
 
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import WAIT_S, DaemonProcess, environment
+from tests.support.terminal import read_to_end
 
 Run = Callable[..., tuple[int, str, str]]
 COMMAND = [sys.executable, "-u", "-m", "regd.cli.regctl", "history"]
@@ -118,8 +119,7 @@ def test_table_of_a_terminal(name: str, rows: int, process: DaemonProcess) -> No
     environ = environment(REGD_ADDRESS=process.addresses[0])
     subprocess.run([*COMMAND, name], env=environ, stdout=theirs, check=True, timeout=20)
     os.close(theirs)
-    lines = os.read(mine, 4_096).decode().splitlines()
-    os.close(mine)
+    lines = read_to_end(mine).splitlines()
     assert len(lines) == rows
     if rows == 1:
         assert lines == ["nothing has changed"]

@@ -17,6 +17,7 @@ import pytest
 from regd.cli.output import event_line
 from regd_client.blocking import BlockingConnection
 from tests.support.daemon import DaemonProcess, environment
+from tests.support.terminal import read_to_end
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -91,8 +92,7 @@ def test_terminal_gets_a_table_without_escape_sequences(regctl: Run, process: Da
         timeout=20,
     )
     os.close(theirs)
-    shown = os.read(mine, 4_096).decode()
-    os.close(mine)
+    shown = read_to_end(mine)
     lines = shown.splitlines()
     assert lines[0].split() == ["NAME", "INSTANCE", "ADDRESS", "STATE", "META"]
     assert lines[1].split() == ["db", "-", "127.0.0.1:5432", "ready", r"note=\x1b[31mred"]

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.socket
 
 assert registrar._SILENT_S + connection_module.HANGS_S + connection_module._RECHECK_S <= 15  # as documented
 QUIET_S, HANGS_S, AGAIN_S = 0.4, 0.6, 0.05
-LATE_S = 0.3  # how late a busy machine may be; less than QUIET_S
+LATE_S = 5.0  # how late a busy machine may be; less than the time limits that must not count here
 
 
 @pytest.fixture(autouse=True)
@@ -136,4 +136,4 @@ async def test_mirror_of_a_hanging_daemon_is_not_live(relay: Relay) -> None:
         relay.flowing.clear()
         await until(lambda: not mirror.live)
         assert time.monotonic() - last_word_at < QUIET_S + HANGS_S + 2 * AGAIN_S + LATE_S
-        assert mirror.stale_s > QUIET_S + HANGS_S - LATE_S  # counted from the last message of the daemon
+        assert mirror.stale_s > QUIET_S + HANGS_S - AGAIN_S  # counted from the last message of the daemon

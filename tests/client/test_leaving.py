@@ -17,6 +17,7 @@ from tests.support.polling import until
 
 pytestmark = pytest.mark.socket
 REPLACED = "replaced by a newer registration of this process"
+QUICK_S = 3.0  # for what takes 0.2 s, on a busy machine
 
 
 @pytest.fixture
@@ -115,9 +116,10 @@ async def test_deregister_after_a_restart_keeps_the_other_workers(relay: Relay, 
 
 @pytest.mark.parametrize("count", [1, 20])
 async def test_deregister_without_a_daemon_is_quick(
-    relay: Relay, daemon: InLoop, caplog: pytest.LogCaptureFixture, count: int
+    relay: Relay, daemon: InLoop, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     """The entries end when the daemon is back."""
+    monkeypatch.setattr(registration_module, "_WITHDRAW_S", WAIT_S)
     async with Client() as client:
         async with AsyncExitStack() as stack:
             for n in range(count):
@@ -125,7 +127,7 @@ async def test_deregister_without_a_daemon_is_quick(
             async with stopped(relay, daemon):
                 began = time.monotonic()
                 await stack.aclose()
-                assert time.monotonic() - began < 1.0
+                assert time.monotonic() - began < QUICK_S
         assert client._connector.timeout_s == Client()._connector.timeout_s
         await gone(client, "a")
     assert not [message for message in caplog.messages if message.startswith("left")]
@@ -178,12 +180,15 @@ async def test_late_withdrawal_does_not_end_a_new_registration(
         assert not registration.lost.is_set()
 
 
-async def test_deregister_of_a_function_is_quick_without_a_daemon(relay: Relay, daemon: InLoop) -> None:
+async def test_deregister_of_a_function_is_quick_without_a_daemon(
+    relay: Relay, daemon: InLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registration_module, "_WITHDRAW_S", WAIT_S)
     async with regd_client.register("a", 1):
         relay.refuse()
         relay.cut()
         began = time.monotonic()
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < QUICK_S
 
 
 async def test_deregister_at_a_hanging_daemon_is_quick(
@@ -194,7 +199,7 @@ async def test_deregister_at_a_hanging_daemon_is_quick(
         async with client.register("a", 1):
             relay.flowing.clear()
             began = time.monotonic()
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < QUICK_S
         relay.flowing.set()
         await gone(other, "a")
 

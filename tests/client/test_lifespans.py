@@ -183,16 +183,25 @@ async def test_second_server_is_not_registered(client: Client) -> None:
         assert await names(client) == [("web", port_of(first))]
 
 
-async def test_listener_stays_open_for_drain_s(client: Client) -> None:
-    loop = asyncio.get_running_loop()
+async def test_listener_stays_open_for_drain_s(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses_s: list[float] = []
+    is_over = asyncio.Event()
+
+    async def pause(seconds: float) -> None:
+        pauses_s.append(seconds)
+        await is_over.wait()
+
+    monkeypatch.setattr(lifespans_module, "pause", pause)
     async with regd_client.lifespan("web", drain_s=0.05) as service, await server() as opened:
         await service.registration()
         opened.close()
-        await gone(client)
-        since = loop.time()
+        await until(lambda: pauses_s == [0.05])
+        assert await names(client) == []
         assert accepts(port_of(opened))
+        is_over.set()
         await opened.wait_closed()
-        assert loop.time() - since > 0.02  # nearly 0.05 s: the test notices the withdrawal late
+        assert not opened.is_serving()
+    assert pauses_s == [0.05]
 
 
 async def test_exit_closes_the_connection(client: Client) -> None:

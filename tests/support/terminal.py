@@ -1,5 +1,6 @@
 """regctl in a pseudo-terminal: send keys, read the screen."""
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -21,6 +22,15 @@ SEEN_S = 30.0  # until the screen shows a change, on a busy machine
 
 # A session gets its controlling terminal when its leader opens the terminal.
 _CODE = "import os, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); {before}; from regd.cli.regctl import main; sys.exit(main())"
+
+
+def read_to_end(master: int) -> str:
+    """Read a pseudo-terminal until its last process has closed it, and close it."""
+    output = b""
+    with open(master, "rb", buffering=0) as terminal, contextlib.suppress(OSError):  # on Linux, EIO at the end
+        while part := terminal.read(4_096):
+            output += part
+    return output.decode()
 
 
 class Terminal:
