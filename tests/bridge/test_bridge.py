@@ -147,6 +147,11 @@ def test_end_at_any_moment(make_machine: Make, etcd: EtcdCluster, step: int) -> 
         assert etcd.ctl("get", "--prefix", "/regd/v1/default/a/") == ""
 
 
+def why(status: dict[str, Any], name: str) -> str:
+    """Return why a service is not published; "" if it is, or is not known yet."""
+    return "".join(entry["why"] for entry in status["not_published"] if entry["name"] == name)
+
+
 async def test_what_is_not_published_and_why(make_machine: Make) -> None:
     a, b = make_machine(), make_machine()
     a.start()
@@ -159,7 +164,7 @@ async def test_what_is_not_published_and_why(make_machine: Make) -> None:
         await client.register("starting", 1, host="10.0.0.7", state="starting", static=True)
         async with b.client() as other:
             assert (await other.resolve("fine", wait=WAIT_S)).host == a.advertise
-        await a.bridge.until(lambda status: len(status["not_published"]) == 3)
+        await a.bridge.until(lambda status: len(status["not_published"]) == 3 and "refused" in why(status, "here"))
         reasons = {entry["name"]: entry["why"] for entry in a.bridge.status()["not_published"]}
         assert "regd.publish=no" in reasons["secret"]
         assert "no room for regd.machine" in reasons["full"]
@@ -420,7 +425,7 @@ async def test_status_and_metrics(make_machine: Make) -> None:
         own = await other.resolve("regd.bridge")
         assert own.meta["metrics"] == "/metrics"
         assert b.bridge.url == f"http://127.0.0.1:{own.port}/metrics"
-    await a.bridge.until(lambda status: status["not_published"] and status["published"] and status["peers"])
+    await a.bridge.until(lambda status: "refused" in why(status, "here") and status["published"] and status["peers"])
     metrics = a.bridge.metrics()
     for line in ("regd_bridge_etcd_up 1.0", "regd_bridge_published 1.0", "regd_bridge_not_published 1.0",
                  'regd_bridge_peer_instances{machine="b"} 0.0', "regd_bridge_differences_total 0.0"):  # fmt: skip
