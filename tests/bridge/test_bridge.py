@@ -126,7 +126,7 @@ def test_end_while_something_is_frozen(make_machine: Make, etcd: EtcdCluster, fr
             a.daemon.process.send_signal(signal.SIGSTOP)
         began = time.monotonic()
         assert a.bridge.end(signal.SIGTERM) == 0
-        assert time.monotonic() - began < 8  # 2 s for etcd, and 1 s for the daemon
+        assert time.monotonic() - began < 20  # 2 s for etcd, and 1 s for the daemon
     finally:
         etcd.members[0].thaw()
         a.daemon.process.send_signal(signal.SIGCONT)
@@ -327,8 +327,8 @@ async def test_a_local_instance_of_the_same_name_wins(make_machine: Make) -> Non
 
 @pytest.mark.long
 async def test_a_quiet_etcd_is_not_away(make_machine: Make) -> None:
-    """With less time than between two refreshes of the lease."""
-    a = make_machine("--stale-s", "1")
+    """With less time than between two refreshes of the lease, which is 3.3 s."""
+    a = make_machine("--stale-s", "2")
     a.start()
     await a.bridge.until(lambda status: status["etcd"]["lease"])
     began = a.bridge.status()["etcd"]["lease_remaining_s"]

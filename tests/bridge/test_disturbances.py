@@ -3,7 +3,6 @@
 import asyncio
 import json
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -187,35 +186,32 @@ async def test_a_member_killed_under_load(three: Site) -> None:
     a, b, _ = three.machines
     await until_agreed(three.machines)
     seen: list[str] = []
-    gaps: list[float] = []
     ready = asyncio.Event()
 
     async def watch() -> None:
-        last = time.monotonic()
         async with b.client() as client:
             async for event in client.watch("load"):
                 if event.kind == "sync":
                     ready.set()
                 elif event.endpoint is not None and event.kind != "down":
                     seen.append(event.endpoint.meta["n"])
-                    gaps.append(time.monotonic() - last)
-                    last = time.monotonic()
 
     watching = asyncio.create_task(watch())
     await ready.wait()
-    changes = 150
     async with a.client() as client:
-        for number in range(changes):
-            await client.register("load", 1, host="10.9.0.1", meta={"n": str(number)}, static=True)
-            if number == changes // 3:
+        for number in map(str, range(150)):
+            await client.register("load", 1, host="10.9.0.1", meta={"n": number}, static=True)
+            if int(number) < 50:
+                await until(lambda number=number: seen[-1:] == [number])  # type: ignore[misc]
+            elif number == "50":
                 three.etcd.leader().kill()
-            await asyncio.sleep(0.02)
-    await until(lambda: seen and seen[-1] == str(changes - 1), 60)
+            else:
+                await asyncio.sleep(0.02)
+    await until(lambda: seen[-1] == "149", 60)
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
-    # While etcd has no leader, changes of one instance become one; none is doubled, none comes out of order.
+    # Changes of one instance become one while etcd is slow or has no leader; none is doubled or out of order.
     assert seen == sorted(set(seen), key=int)
-    assert len(seen) > changes / 3, f"longest gap {max(gaps):.2f} s"
 
 
 @pytest.mark.long
