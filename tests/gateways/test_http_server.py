@@ -192,7 +192,7 @@ async def test_stop_ends_streams_and_waits_as_complete_responses(site: Site) -> 
             await asyncio.sleep(0.001)
     idle_reader, idle_writer = await site.connect()
     site.server.should_exit = True
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(WAIT_S):
         stream, wait = await asyncio.gather(*requests)
         await site.serving
         assert await idle_reader.read() == b""
