@@ -52,14 +52,20 @@ class Demand:
         return self.log.count(f"listening {self.address}\n")
 
     def daemons(self) -> set[int]:
-        """Return the pids of the daemons in this folder, including those that are starting."""
-        pids = set()
+        """Return the pids of the daemons in this folder, including those that are starting.
+
+        A process that has started its daemon, and has not ended yet, is not one of them.
+        """
+        parents: dict[int, int] = {}
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                words = (path / "cmdline").read_bytes().split(b"\0")
-                if b"--registry" in words and any(word.startswith(os.fsencode(self.place)) for word in words):
-                    pids.add(int(path.name))
-        return pids
+                if self.is_daemon((path / "cmdline").read_bytes().split(b"\0")):
+                    parents[int(path.name)] = int(stat(int(path.name))["parent"])
+        return parents.keys() - parents.values()
+
+    def is_daemon(self, words: list[bytes]) -> bool:
+        """Return whether a command line is that of a daemon in this folder."""
+        return b"--registry" in words and any(word.startswith(os.fsencode(self.place)) for word in words)
 
     def end(self) -> None:
         """Kill all daemons in this folder, and wait for their end."""

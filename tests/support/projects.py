@@ -51,15 +51,8 @@ class Project(Demand):
         path = self.folder / "regd.log"
         return path.read_text() if path.exists() else ""
 
-    def daemons(self) -> set[int]:
-        """Return the pids of this project's daemons, including those that are starting."""
-        pids = set()
-        for path in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                words = (path / "cmdline").read_bytes().split(b"\0")
-                if b"--project" in words and os.fsencode(self.folder) in words:
-                    pids.add(int(path.name))
-        return pids
+    def is_daemon(self, words: list[bytes]) -> bool:
+        return b"--project" in words and os.fsencode(self.folder) in words
 
 
 @contextlib.contextmanager
