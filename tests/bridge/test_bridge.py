@@ -164,7 +164,9 @@ async def test_what_is_not_published_and_why(make_machine: Make) -> None:
         await client.register("starting", 1, host="10.0.0.7", state="starting", static=True)
         async with b.client() as other:
             assert (await other.resolve("fine", wait=WAIT_S)).host == a.advertise
-        await a.bridge.until(lambda status: len(status["not_published"]) == 3 and "refused" in why(status, "here"))
+        await a.bridge.until(
+            lambda status: len(status["not_published"]) == 3 and "refused" in why(status, "here")
+        )
         reasons = {entry["name"]: entry["why"] for entry in a.bridge.status()["not_published"]}
         assert "regd.publish=no" in reasons["secret"]
         assert "no room for regd.machine" in reasons["full"]
@@ -425,7 +427,9 @@ async def test_status_and_metrics(make_machine: Make) -> None:
         own = await other.resolve("regd.bridge")
         assert own.meta["metrics"] == "/metrics"
         assert b.bridge.url == f"http://127.0.0.1:{own.port}/metrics"
-    await a.bridge.until(lambda status: "refused" in why(status, "here") and status["published"] and status["peers"])
+    await a.bridge.until(
+        lambda status: "refused" in why(status, "here") and status["published"] and status["peers"]
+    )
     metrics = a.bridge.metrics()
     for line in ("regd_bridge_etcd_up 1.0", "regd_bridge_published 1.0", "regd_bridge_not_published 1.0",
                  'regd_bridge_peer_instances{machine="b"} 0.0', "regd_bridge_differences_total 0.0"):  # fmt: skip

@@ -121,7 +121,8 @@ class InLoop:
 class DaemonProcess:
     """A daemon in a process of its own, on a free port.
 
-    `stock` keeps it on asyncio's own loop; `before` is the command line to run it under, such as `unshare`.
+    Between its end and its next start, its port is reserved. `stock` keeps it on asyncio's own loop; `before` is the
+    command line to run it under, such as `unshare`.
     """
 
     def __init__(self, registry: Path, *flags: str, stock: bool = True, before: Sequence[str] = ()) -> None:
@@ -132,6 +133,7 @@ class DaemonProcess:
         self.process: subprocess.Popen[str] | None = None
         self.addresses: list[str] = []
         self.port = 0
+        self._reserved = contextlib.ExitStack()  # sockets
 
     def command(self, *flags: str) -> list[str]:
         hide = "import sys; sys.modules['uvloop'] = None; " if self._stock else ""
@@ -161,6 +163,7 @@ class DaemonProcess:
         if not line.startswith("listening "):
             _, errors = self.process.communicate(timeout=WAIT_S)
             raise AssertionError(f"regd did not start: {errors}")
+        self._reserved.close()
         self.addresses = [line.split()[1]]
         self.port = int(line.rpartition(":")[2])
 
@@ -170,7 +173,18 @@ class DaemonProcess:
         self.process.send_signal(number)
         _, errors = self.process.communicate(timeout=WAIT_S)
         status, self.process = self.process.returncode, None
+        for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+            sock = self._reserved.enter_context(socket.socket(family))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # regd sets it too, and so can listen
+            with contextlib.suppress(OSError):
+                sock.bind((host, self.port))
         return status, errors
+
+    def close(self) -> None:
+        """Kill the daemon if it runs, and release its port."""
+        if self.process is not None:
+            self.end(signal.SIGKILL)
+        self._reserved.close()
 
     def __enter__(self) -> Self:
         return self
@@ -178,8 +192,7 @@ class DaemonProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.process is not None:
-            self.end(signal.SIGKILL)
+        self.close()
 
 
 def environment(**extra: str) -> dict[str, str]:

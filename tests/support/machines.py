@@ -150,8 +150,7 @@ class Machine:
 
     def close(self) -> None:
         self.bridge.end(signal.SIGKILL)
-        if self.daemon.process is not None:
-            self.daemon.end(signal.SIGKILL)
+        self.daemon.close()
 
     def __enter__(self) -> Self:
         return self
