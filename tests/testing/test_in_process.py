@@ -192,7 +192,7 @@ def test_expire_ends_one_lease_without_waiting(registry: InProcessRegistry) -> N
         assert names(registry) == ["b"]
         assert connection.ask("renew", name="a")["error"] == "not_found"
         ask(connection, "renew", name="b")
-        ask(connection, "register", name="a", port=1, ttl=1)
+        ask(connection, "register", name="a", port=1, ttl=60)
         assert names(registry) == ["a", "b"]
 
 
@@ -204,16 +204,16 @@ async def test_real_process_dies(registry: InProcessRegistry, client: Client) ->
             assert await event() == "down 127.0.0.1:80 process exited"
 
 
-# Time.
+# Time. It also passes by itself: on a busy machine, by some seconds.
 
 
 def test_advance_expires_unrenewed_leases(registry: InProcessRegistry) -> None:
     with BlockingConnection() as connection:
-        for name, ttl in (("short", 10), ("renewed", 10), ("long", 3_600)):
+        for name, ttl in (("short", 100), ("renewed", 100), ("long", 3_600)):
             ask(connection, "register", name=name, port=1, ttl=ttl)
-        registry.advance(9)
+        registry.advance(60)
         ask(connection, "renew", name="renewed")
-        registry.advance(2)
+        registry.advance(50)
         assert names(registry) == ["long", "renewed"]
         assert connection.ask("resolve", name="short")["last"]["reason"] == "ttl expired"
         registry.advance(0)
@@ -225,10 +225,10 @@ async def test_advance_ends_a_wait(registry: InProcessRegistry, client: Client) 
     waiting = asyncio.create_task(client.resolve("web", wait=3_000))
     while not (await client.stats())["waiting"]:
         pass
-    registry.advance(2_999)
+    registry.advance(2_900)
     await client.ping()
     assert not waiting.done()
-    registry.advance(1.5)
+    registry.advance(100)
     with pytest.raises(regd_client.Timeout):
         await waiting
 
@@ -238,9 +238,9 @@ def test_advance_ends_unclaimed_entries_after_a_restart(registry: InProcessRegis
     with BlockingConnection() as connection:
         ask(connection, "register", name="held", port=1, hold=True)
         registry.restart()
-    registry.advance(29)
+    registry.advance(15)
     assert names(registry) == ["held", "static"]
-    registry.advance(2)
+    registry.advance(15)
     assert names(registry) == ["static"]
     with BlockingConnection() as connection:
         assert connection.ask("resolve", name="held")["last"]["reason"] == "connection closed"
