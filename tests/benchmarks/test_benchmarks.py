@@ -4,7 +4,7 @@ import contextlib
 import json
 import socketserver
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from tests.benchmarks.bench import Bench
 from tests.benchmarks.caller import value
 from tests.benchmarks.calling import call
 from tests.benchmarks.figures import number, ratio
-from tests.benchmarks.generator import COMPILER, Generator, WrongReply, build
+from tests.benchmarks.generator import COMPILER, Generator, Measured, WrongReply, build
 from tests.benchmarks.peers import Redis
 from tests.benchmarks.rows import ROWS
 from tests.benchmarks.servers import Floor, Regd, Server
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler on this machine")
+# A run is repeated where it must have a reply: on a busy machine a tenth of a second may pass without one.
 SHORT: dict[str, Any] = {"names": 100, "connections": 10, "seconds": 0.1}
 
 
@@ -45,8 +46,9 @@ def test_server_replies_are_correct(bench: Bench, kind: type[Server], work: str,
     if kind.missing():
         pytest.skip(f"no {kind.missing()} on this machine")
     with bench.running([kind], durable=True, names=100) as [server]:
-        measured = bench.load.run(server, work=work, depth=depth, **SHORT, verify=100)
-    assert measured["replies"] > 0
+        measured: Measured = {"replies": 0}
+        while not measured["replies"]:
+            measured = bench.load.run(server, work=work, depth=depth, **SHORT, verify=100)
     assert 0 < measured["p50_us"] <= measured["p99_us"]
 
 
@@ -60,13 +62,19 @@ def test_row_is_measured_in_rounds(bench: Bench) -> None:
     assert all(any(measured["a_second"] > 0 for measured in rounds) for rounds in found.values())
 
 
+def repeat(run: Callable[..., object], *arguments: Any, **more: Any) -> None:
+    """Repeat a short run until it raises an exception."""
+    while True:
+        run(*arguments, **more)
+
+
 @needs_compiler
 def test_wrong_reply_stops_the_run(bench: Bench) -> None:
     """The floor server answers for every name what regd would answer for the first."""
     with bench.running([Floor]) as [server]:
         server.protocol = "regd"  # type: ignore[misc]
         with pytest.raises(WrongReply, match="wrong reply to svc-"):
-            bench.load.run(server, **SHORT)
+            repeat(bench.load.run, server, **SHORT)
 
 
 class _Forgetful(socketserver.StreamRequestHandler):
@@ -112,7 +120,7 @@ def test_lost_write_stops_the_run(bench: Bench, forgetful_port: int) -> None:
         bench.load.run(server, **SHORT)
         bench.load.run(server, work="write", **SHORT)
         with pytest.raises(WrongReply, match="wrong reply to svc-"):
-            bench.load.run(server, work="write", **SHORT, verify=100)
+            repeat(bench.load.run, server, work="write", **SHORT, verify=100)
 
 
 @needs_compiler
@@ -126,10 +134,11 @@ def test_every_watcher_receives_every_change(bench: Bench) -> None:
 @needs_compiler
 def test_client_answers_are_correct(bench: Bench) -> None:
     with bench.running([Regd], names=1_000) as [server]:
-        assert call("regd", server, tasks=5, warm=0.01, seconds=0.1)["a_second"] > 0
+        while not call("regd", server, tasks=5, warm=0.01, seconds=0.1)["a_second"]:
+            pass
         assert call("mirror", server, seconds=0.05)["mirror_us"] > 0
     with bench.running([Regd], names=10) as [server], pytest.raises(WrongReply, match="svc-"):
-        call("regd", server, tasks=5, warm=0.01, seconds=0.1)
+        repeat(call, "regd", server, tasks=5, warm=0.01, seconds=0.1)
 
 
 def test_peers_store_a_value_of_the_same_size() -> None:
