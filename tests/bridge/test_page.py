@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +17,11 @@ from regd.cli import commands
 from regd.core.limits import DEFAULT
 from tests.support.daemon import ROOT, WAIT_S, environment
 from tests.support.documents import blocks, fits
-from tests.support.etcd import need, reserved_port
+from tests.support.etcd import need
 from tests.support.machines import Machine
 from tests.support.network import network
 from tests.support.polling import block_until
+from tests.support.ports import free_port
 
 PAGE = ROOT / "regd" / "bridge" / "README.md"
 START_S = 60.0  # for etcd, on a busy machine
@@ -104,11 +104,6 @@ def lines(title: str, kind: str = "sh") -> list[str]:
     return [line for text in found for line in text.replace("\\\n", "").splitlines()]
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    with reserved_port(host) as sock:
-        return int(sock.getsockname()[1])
-
-
 def test_regctl_understands_every_command() -> None:
     count = 0
     for text in blocks(PAGE, "sh") + re.findall("`(regctl [a-z]+ .*?)`", PAGE.read_text(), re.DOTALL):
@@ -171,9 +166,7 @@ def peer() -> str:
 
 def test_two_machines_on_one(plain_etcd: str, tmp_path: Path) -> None:
     """Run the session of the page, on free ports, then show what the page shows of it."""
-    with socket.create_server(("0.0.0.0", 0)) as server:  # 8000 may be taken
-        port = server.getsockname()[1]
-    ports = {"7401": str(free_port()), "7402": str(free_port()), "8000": str(port), "127.0.0.1:2379": plain_etcd}
+    ports = {number: str(free_port()) for number in ("7401", "7402", "8000")} | {"127.0.0.1:2379": plain_etcd}
     with Shell(tmp_path / "one", ports) as shell:
         [session] = blocks(PAGE, "console")
         for entry in re.split(r"^\$ ", session, flags=re.MULTILINE)[1:]:
@@ -185,7 +178,7 @@ def test_two_machines_on_one(plain_etcd: str, tmp_path: Path) -> None:
                 awaited = [f"listening tcp://127.0.0.1:{ports[number]}\n" for number in numbers]
                 block_until(lambda awaited=awaited: all(line in shell.logs() for line in awaited))  # type: ignore[misc]
             else:
-                assert shell.run(command) == expected.replace("8000", str(port))
+                assert shell.run(command) == expected.replace("8000", ports["8000"])
         address = "regctl --address 127.0.0.1:7401"
         [shown, checked] = blocks(PAGE, "text")[1:]
         command, expected = shown.removeprefix("$ regctl").split("\n", 1)

@@ -30,6 +30,7 @@ from regd_client.blocking import BlockingConnection
 from tests.support.daemon import WAIT_S, DaemonProcess, InLoop, environment
 from tests.support.http_service import HttpHandler, http_service
 from tests.support.peers import FakeCredentials
+from tests.support.ports import free_port
 
 
 @pytest.fixture(autouse=True)
@@ -103,14 +104,9 @@ def test_source_of_the_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_no_listener() -> None:
-    found = wrong(_free_address())["daemon"]
+    found = wrong(f"127.0.0.1:{free_port()}")["daemon"]
     assert "no program listens" in found.found
     assert "start one with `regd`" in found.do
-
-
-def _free_address() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"127.0.0.1:{server.getsockname()[1]}"
 
 
 def test_listener_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +141,7 @@ def test_another_daemon_is_found(process: DaemonProcess, tmp_path: Path, monkeyp
             == f"another regd answers at {other.addresses[0]}: registry {other.registry}, epoch {epoch}"
         )
         assert f"REGD_ADDRESS={other.addresses[0]}" in found.do
-        found = wrong(_free_address())["elsewhere"]  # no daemon at the address, but one elsewhere
+        found = wrong(f"127.0.0.1:{free_port()}")["elsewhere"]  # no daemon at the address, but one elsewhere
         assert found.do == f"set REGD_ADDRESS={other.addresses[0]} everywhere"
 
 
@@ -260,7 +256,7 @@ def test_daemon_in_another_network_namespace(
     with beyond(folder) as pid:
         monkeypatch.setattr(local_probe, "daemons", lambda: iter([(pid, ["--port", "7343"])]))
         assert list(local_probe._from_command_lines()) == []  # its 127.0.0.1:7343 is not ours
-        found = wrong(_free_address())["elsewhere"]
+        found = wrong(f"127.0.0.1:{free_port()}")["elsewhere"]
         assert found.found.startswith(f"process {pid} is a regd in another network namespace")
         assert "--unix" in found.do
         [found] = [finding for finding in examine(process.addresses[0]) if finding.check == "elsewhere"]
@@ -316,7 +312,7 @@ async def test_services_that_accept_no_connection(daemon: InLoop) -> None:
     peer = await daemon.peer()
     with socket.create_server(("127.0.0.1", 0)) as server:
         await peer.ask(cmd="register", name="here", port=server.getsockname()[1])
-        await peer.ask(cmd="register", name="gone", port=int(_free_address().rpartition(":")[2]))
+        await peer.ask(cmd="register", name="gone", port=free_port())
         await peer.ask(cmd="register", name="soon", port=1, state="starting")
         await peer.ask(cmd="register", name="far", port=1, host="far.example")
         found = (await wrong_of(daemon))["services"]

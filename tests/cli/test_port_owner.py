@@ -16,6 +16,7 @@ from tests.cli.test_run import running
 from tests.support.daemon import DaemonProcess
 from tests.support.peers import STRANGER
 from tests.support.polling import block_until
+from tests.support.ports import free_port
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's kernel")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -132,8 +133,7 @@ sys.stdin.readline()
 @pytest.mark.parametrize("port", ["auto", "given"])
 def test_port_of_another_user_is_not_registered(process: DaemonProcess, port: str) -> None:
     if port == "given":
-        with listens("127.0.0.1") as free:
-            port = str(free.getsockname()[1])
+        port = str(free_port())
     with (
         running(process, "web", "--port", port, "--", sys.executable, "-c", COMMAND) as command,
         BlockingConnection(process.addresses[0]) as peer,

@@ -27,6 +27,7 @@ from regd_client.blocking import BlockingConnection
 from regd_client.ports import ephemeral_range
 from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, environment
 from tests.support.polling import block_until
+from tests.support.ports import free_port
 
 REGCTL = [sys.executable, "-m", "regd.cli.regctl"]
 START_S = 30.0  # for the start of a server on a busy machine
@@ -155,8 +156,8 @@ def test_priority_of_the_command(process: DaemonProcess, peer: BlockingConnectio
 
 
 def test_port_of_the_command(process: DaemonProcess, peer: BlockingConnection) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port)):
         done = finished(process, "run", "web", "--port", str(port), "--", "true")
         assert (done.returncode, done.stderr) == (
             4,
@@ -870,12 +871,6 @@ def test_without_a_daemon_a_free_port_is_passed(process: DaemonProcess) -> None:
 PRINT_PORT = [sys.executable, "-c", "import os; print(os.environ['PORT'], os.environ['REGD_RUN_PORT'])"]
 
 
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return str(free.getsockname()[1])
-
-
 @pytest.mark.parametrize(
     ("more", "counts"),
     [
@@ -909,7 +904,7 @@ def test_invalid_port_in_the_environment_is_an_error(text: str) -> None:
 
 
 def test_port_of_the_environment_is_the_command_s(process: DaemonProcess) -> None:
-    port = free_port()
+    port = str(free_port())
     with running(process, "web", "--", *PRINT_PORT, PORT=port) as command:
         assert command.line() == f"{port} {port}"
     with running(process, "web", "--port", "auto", "--", *PRINT_PORT, PORT=port) as command:

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -16,6 +15,7 @@ import pytest
 import regd_client
 from regd_client.client import Client
 from tests.support.daemon import ROOT, DaemonProcess, environment
+from tests.support.ports import free_port
 
 START_S = 30.0  # to start a server and its frameworks on a busy machine
 
@@ -54,8 +54,7 @@ def serving(
     command: list[str], daemon: DaemonProcess, folder: Path | None = None, log: IO[bytes] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server during the block, in a process group that is killed at the end."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     process = subprocess.Popen(
         [port if word == PORT else word for word in command],
         cwd=folder or ROOT,

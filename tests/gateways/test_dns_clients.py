@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from regd_client import blocking
-from tests.gateways.consumers import FOLLOW_S, Site, example, find_tool, free_port, machine, program, run
+from tests.gateways.consumers import FOLLOW_S, Site, example, find_tool, machine, program, run
 from tests.support.daemon import WAIT_S, DaemonProcess
 from tests.support.polling import block_until
+from tests.support.ports import free_port
 
 DIG_FLAGS = [(), ("+tcp",), ("+noedns",), ("+bufsize=512",), ("+bufsize=20000",), ("+nocookie",), ("+dnssec",),
              ("+norecurse",), ("+adflag", "+cdflag"), ("+subnet=192.0.2.0/24",), ("+ednsopt=65001:beef",),

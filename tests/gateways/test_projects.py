@@ -23,6 +23,7 @@ from tests.gateways.test_serve import ask, get, port_of
 from tests.support.daemon import WAIT_S, environment
 from tests.support.demand import SLOW_S, Demand
 from tests.support.polling import block_until
+from tests.support.ports import free_port
 from tests.support.projects import Project, project_registry
 
 ADDRESSES = ["http://127.0.0.1:1", "dns://[::1]:2"]
@@ -358,9 +359,7 @@ def test_autostart_off_starts_nothing(here: Project) -> None:
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
 def test_autostart_for_another_address(tmp_path: Path, kind: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    demand = Demand(tmp_path, f"unix://{tmp_path}/s" if kind == "unix" else f"tcp://127.0.0.1:{port}")
+    demand = Demand(tmp_path, f"unix://{tmp_path}/s" if kind == "unix" else f"tcp://127.0.0.1:{free_port()}")
     try:
         with gateway(demand, "--http", "0", "--dns", "0", REGD_AUTOSTART="1") as running:
             assert get(f"{running.http}/healthz") == (200, b"ok\n")

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.gateways.consumers import FOLLOW_S, Site, block, find_tool, free_port, program, run, services
+from tests.gateways.consumers import FOLLOW_S, Site, block, find_tool, program, run, services
 from tests.gateways.test_serve import get
 from tests.support.daemon import WAIT_S, DaemonProcess
 from tests.support.polling import block_until
+from tests.support.ports import free_port
 
 
 def configuration(site: Site, folder: Path) -> str:

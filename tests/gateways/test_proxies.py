@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.gateways.consumers import FOLLOW_S, Site, example, find_tool, free_port, machine, program, services
+from tests.gateways.consumers import FOLLOW_S, Site, example, find_tool, machine, program, services
 from tests.support.daemon import WAIT_S, DaemonProcess, environment
 from tests.support.polling import block_until
+from tests.support.ports import free_port
 
 
 class HAProxy:
