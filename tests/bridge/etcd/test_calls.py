@@ -32,14 +32,14 @@ def user(tmp_path: Path) -> User:
 
 
 async def test_read_is_repeated() -> None:
-    async with ScriptedEtcd().serve() as script, Etcd([script.address]) as etcd:
+    async with ScriptedEtcd().serve() as script, Etcd([script.address], deadline_s=PATIENT_S) as etcd:
         script.failures = [UNAVAILABLE, NO_LEADER, UNAVAILABLE]
         await etcd.read(b"/")
     assert len(script.deadlines_s) == 4
 
 
 async def test_write_that_may_have_had_an_effect_is_not_repeated() -> None:
-    async with ScriptedEtcd().serve() as script, Etcd([script.address]) as etcd:
+    async with ScriptedEtcd().serve() as script, Etcd([script.address], deadline_s=PATIENT_S) as etcd:
         script.failures = [UNAVAILABLE]
         with pytest.raises(EtcdUnavailable, match="shutting down") as caught:
             await etcd.put(b"/", b"")
@@ -48,7 +48,7 @@ async def test_write_that_may_have_had_an_effect_is_not_repeated() -> None:
 
 
 async def test_write_refused_by_a_member_without_a_leader_is_repeated() -> None:
-    async with ScriptedEtcd().serve() as script, Etcd([script.address]) as etcd:
+    async with ScriptedEtcd().serve() as script, Etcd([script.address], deadline_s=PATIENT_S) as etcd:
         script.failures = [NO_LEADER, NO_LEADER]
         await etcd.put(b"/", b"")
     assert len(script.deadlines_s) == 3
@@ -58,7 +58,7 @@ async def test_client_moves_to_the_next_member_and_stays_there() -> None:
     async with (
         ScriptedEtcd().serve() as first,
         ScriptedEtcd().serve() as second,
-        Etcd([first.address, second.address]) as etcd,
+        Etcd([first.address, second.address], deadline_s=PATIENT_S) as etcd,
     ):
         first.failures = [UNAVAILABLE]
         for _ in range(3):
@@ -94,7 +94,10 @@ async def test_client_moves_on_from_a_server_that_is_not_etcd(failure: Failure) 
 
 async def test_write_refused_for_lack_of_space_does_not_move_the_client() -> None:
     no_space = (grpc.StatusCode.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded")
-    async with ScriptedEtcd().serve() as script, Etcd([script.address, "127.0.0.1:1"]) as etcd:
+    async with (
+        ScriptedEtcd().serve() as script,
+        Etcd([script.address, "127.0.0.1:1"], deadline_s=PATIENT_S) as etcd,
+    ):
         script.failures = [no_space]
         with pytest.raises(EtcdRefused, match="database space exceeded"):
             await etcd.put(b"/", b"")

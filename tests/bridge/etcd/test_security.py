@@ -216,7 +216,7 @@ async def test_expired_token(
 
 @pytest.mark.long
 async def test_watch_and_lease_outlive_the_token(guarded: EtcdCluster, writer: User) -> None:
-    async with Etcd(guarded.addresses, user=writer, deadline_s=PATIENT_S) as etcd, etcd.lease(2) as lease:
+    async with Etcd(guarded.addresses, user=writer, deadline_s=PATIENT_S) as etcd, etcd.lease(6) as lease:
         revision = await etcd.put(b"/a/x", b"", lease.id)
         async with following(etcd, b"/a/", revision) as follower:
             for _ in range(3):
