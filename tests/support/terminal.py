@@ -115,8 +115,8 @@ class Terminal:
         while self.process.poll() is None:
             assert time.monotonic() < deadline, f"the program does not end; the screen is\n{self.text}"
             self._read(0.05)
-        while self._read(0.0):
-            pass
+        os.write(self._slave, b"\0")  # comes after the program's output, which may still be on its way
+        self.wait_until(lambda: self.raw.endswith(b"\0"))
         return self.process.returncode
 
     @property
