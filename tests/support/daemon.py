@@ -174,9 +174,9 @@ class DaemonProcess:
         _, errors = self.process.communicate(timeout=WAIT_S)
         status, self.process = self.process.returncode, None
         for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
-            sock = self._reserved.enter_context(socket.socket(family))
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # regd sets it too, and so can listen
             with contextlib.suppress(OSError):
+                sock = self._reserved.enter_context(socket.socket(family))
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # regd sets it too, and so can listen
                 sock.bind((host, self.port))
         return status, errors
 
