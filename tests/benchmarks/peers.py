@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import ClassVar
 
-from tests.benchmarks.servers import Server, free_port
+from tests.benchmarks.servers import Server
+from tests.support.ports import free_port
 
 
 class Redis(Server):

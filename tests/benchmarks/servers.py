@@ -13,15 +13,11 @@ from typing import ClassVar, Self
 
 from tests.benchmarks.machine import SERVER_CORE, on_core, resident_bytes
 from tests.support.daemon import environment
+from tests.support.ports import free_port
 
 _START_S, _END_S = 30.0, 20.0
 _TRY_S = 0.02
 _CHANGES = 1_000_000  # more than a run makes
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 class Server:

@@ -14,12 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import ROOT
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.support.ports import free_port
 
 
 def end(process: "subprocess.Popen[str]") -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from tests.support.daemon import ROOT, WAIT_S, DaemonProcess, environment
 from tests.support.documents import blocks
+from tests.support.ports import free_port
 
 UNITS = ROOT / "regd" / "systemd"
 _TRIES = 8  # to find a port that stays free until systemd-socket-activate binds it
@@ -121,11 +122,6 @@ def activator(daemon: DaemonProcess, path: Path, **variables: str) -> Iterator[t
                     return
         path.unlink(missing_ok=True)
     raise AssertionError(f"systemd-socket-activate does not listen: {output}")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def ask(where: tuple[str, int] | str, line: bytes) -> socket.socket:
