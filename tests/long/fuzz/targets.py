@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -20,6 +21,7 @@ from regd.protocol.bare import Quit
 from regd.protocol.commands import Request
 from regd.protocol.messages import decode
 from regd.protocol.parser import Problem, RequestParser
+from regd.storage import journal_lines
 from regd.storage.document import Document, Position, Unreadable, entry_line, file_chunks, parse
 from regd.storage.history_pages import Query
 from regd.storage.store import StorageError, Store, peek
@@ -249,7 +251,7 @@ _NUMBER_MAX = 2**62  # a damaged number that fits its checksum may leave no room
 
 
 def journal(data: bytes) -> None:
-    """What a start finds is loaded or refused in one line. The next start finds what this one served.
+    """What a start finds is loaded or refused in one line. Without a forged line, the next start finds the same.
 
     The parts are the registry file, empty if there is none, and the segments, the oldest first. A line with
     `"crc":"*"` at its end gets the right checksum.
@@ -284,6 +286,8 @@ def journal(data: bytes) -> None:
     ):
         store.page(query)
     store.close()
+    if any(map(_has_forged_line, segments)):
+        return
     again = Store(_PATH, _is_one_line, files, epoch="second")
     found = again.open(5.0)
     assert {key_text(entry.key): entry_line(entry) for entry in found.entries} == entries
@@ -307,6 +311,23 @@ def _with_checksums(segment: bytes) -> bytes:
         if (found := _OPEN_CRC.fullmatch(text)) is not None:
             lines[at] = b'%s,"crc":"%08x"}' % (found[1], crc32(found[1]))
     return b"\n".join(lines)
+
+
+def _has_forged_line(segment: bytes) -> bool:
+    """Return whether a line has the right checksum, but is not as regd writes it.
+
+    Damage does not do that. One start may not look at such a line, and the next one may refuse it.
+    """
+    lines = _with_checksums(segment).split(b"\n")[1:]
+    return any(journal_lines.number_of(line) is not None and not _is_written_by_regd(line) for line in lines)
+
+
+def _is_written_by_regd(line: bytes) -> bool:
+    try:
+        journal_lines.parse(line, 1, count(1))
+    except journal_lines.Damaged:
+        return False
+    return True
 
 
 def _put(files: MemoryFiles, path: Path, data: bytes) -> None:
