@@ -180,6 +180,7 @@ def _read(position: Position, segments: Sequence[Segment], history_max: int) -> 
             follows_gap = journal is not None or damaged is not None
             notes = _notes_of_gap(damaged or segment, journal) if follows_gap else []
             journal = _JournalLines(head, notes=notes, follows_gap=follows_gap)
+            damaged = None
         journal.add(segment, data if head is last else segment.read(), following, position.line)
     assert journal is not None  # the last head is not None
     if journal.size is not None and journal.size < len(data):

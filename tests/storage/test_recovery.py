@@ -134,6 +134,10 @@ def test_damaged_head_of_a_segment() -> None:
     assert (ports(found), found.history_line) == ({"c": 1, "d": 1}, 4)
     assert len(found.notes) == 1
     assert found.notes[0].startswith("/r/registry.journal.1 is damaged")
+    after_gap = journal_lines.head(Head(9, 7, "e1", {})) + batch(9, up(8, "z"))
+    found = recovered(checkpoint(8, 7), b"#" + WHOLE, following, after_gap)
+    assert [note.partition(" ")[0] for note in found.notes] == ["/r/registry.journal.1", "/r/registry.journal"]
+    assert found.history_line == 9
 
 
 @pytest.mark.parametrize("rev", [0, -1, 2**63])

@@ -4,6 +4,7 @@
 session input is its plan, see `conversation.py`; the stream follows.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -251,19 +252,23 @@ _NUMBER_MAX = 2**62  # a damaged number that fits its checksum may leave no room
 
 
 def journal(data: bytes) -> None:
-    """What a start finds is loaded or refused in one line. Without a forged line, the next start finds the same.
+    """What a start finds is loaded or refused in one line. If nothing is forged, the next start finds the same.
 
     The parts are the registry file, empty if there is none, and the segments, the oldest first. A line with
-    `"crc":"*"` at its end gets the right checksum.
+    `"crc":"*"` at its end gets the right checksum. That can make a line that regd would not write, or segments
+    in a wrong order, which damage cannot do. One start may not look at them, and the next one may refuse them.
     """
     registry, *segments = data.split(SEPARATOR)
     files = MemoryFiles()
     files.make_folder(_PATH.parent)
     if registry:
         _put(files, _PATH, registry)
-    for number, segment in enumerate(segments, 1):
-        name = "registry.journal" + f".{number}" * (number < len(segments))
-        _put(files, _PATH.with_name(name), _with_checksums(segment))
+    number, is_forged = 0, False
+    for at, segment in enumerate(map(_with_checksums, segments), 1):
+        first = _first_line(segment)
+        number = max(number + 1, first or 0)
+        is_forged = is_forged or _has_forged_line(segment) or (first is not None and first != number)
+        _put(files, _PATH.with_name("registry.journal" + f".{number}" * (at < len(segments))), segment)
     before = _contents(files)
     store = Store(_PATH, _is_one_line, files, epoch="first")
     try:
@@ -286,7 +291,7 @@ def journal(data: bytes) -> None:
     ):
         store.page(query)
     store.close()
-    if any(map(_has_forged_line, segments)):
+    if is_forged:
         return
     again = Store(_PATH, _is_one_line, files, epoch="second")
     found = again.open(5.0)
@@ -313,12 +318,17 @@ def _with_checksums(segment: bytes) -> bytes:
     return b"\n".join(lines)
 
 
-def _has_forged_line(segment: bytes) -> bool:
-    """Return whether a line has the right checksum, but is not as regd writes it.
+def _first_line(segment: bytes) -> int | None:
+    """Return the number in the head of a segment; None if the head is damaged, or a start refuses it."""
+    with contextlib.suppress(journal_lines.Damaged):
+        head = journal_lines.parse_head(segment.partition(b"\n")[0])
+        return None if head is None else head.line
+    return None
 
-    Damage does not do that. One start may not look at such a line, and the next one may refuse it.
-    """
-    lines = _with_checksums(segment).split(b"\n")[1:]
+
+def _has_forged_line(segment: bytes) -> bool:
+    """Return whether a line has the right checksum, but is not as regd writes it."""
+    lines = segment.split(b"\n")[1:]
     return any(journal_lines.number_of(line) is not None and not _is_written_by_regd(line) for line in lines)
 
 
