@@ -6,6 +6,7 @@ import random
 import signal
 import socket
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -339,6 +340,12 @@ def test_hostile_texts_are_shown_as_text(browser: Chromium, site: Site) -> None:
             assert result["result"]["value"] == "refused", sink
 
 
+def accessible(page: Page) -> list[tuple[str, str]]:
+    """Return the role and the name of each element as a screen reader gets them, a moment after the page has them."""
+    nodes = page.call("Accessibility.getFullAXTree")["nodes"]
+    return [(node["role"]["value"], node["name"]["value"]) for node in nodes if not node["ignored"]]
+
+
 def test_keyboard_and_screen_reader(browser: Chromium, site: Site) -> None:
     for number in range(3):
         site.register("web", 8_000 + number, instance=str(number))
@@ -361,17 +368,15 @@ def test_keyboard_and_screen_reader(browser: Chromium, site: Site) -> None:
         assert page.run(focused) == "web/2"
         page.press("Tab")
         assert page.run(focused) == "127.0.0.1:8002"
-        tree = page.call("Accessibility.getFullAXTree")["nodes"]
-        roles = [node["role"]["value"] for node in tree if not node["ignored"]]
-        assert roles.count("table") == 2
-        assert roles.count("columnheader") == 6 + 5
-        assert roles.count("rowheader") == 3
-        assert roles.count("cell") == 3 * 5 + 1 + 3 * 5
-        assert roles.count("row") == 1 + 3 + 1 + 1 + 3  # with the heads, the details and the history
-        names = [
-            node["name"]["value"] for node in tree if not node["ignored"] and node["role"]["value"] == "rowheader"
-        ]
-        assert names == ["web/0", "web/1", "web/2"]
+        wanted = {
+            "table": 2,
+            "columnheader": 6 + 5,
+            "rowheader": 3,
+            "cell": 3 * 5 + 1 + 3 * 5,
+            "row": 1 + 3 + 1 + 1 + 3,  # with the heads, the details and the history
+        }
+        block_until(lambda: Counter(role for role, _ in accessible(page) if role in wanted) == wanted, WITHIN_S)
+        assert [name for role, name in accessible(page) if role == "rowheader"] == ["web/0", "web/1", "web/2"]
         still = "matchMedia('(prefers-reduced-motion: reduce)').matches && getComputedStyle(document.querySelector('tbody tr')).transitionDuration"
         page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-reduced-motion", "value": "reduce"}])
         assert page.run(still) == "0s"
