@@ -36,11 +36,11 @@ log = logging.getLogger("regd.bridge")
 TTL_S = 10  # of the lease
 _CATCH_UP_S = 10.0  # for the watch, before a comparison
 _SURE_S = 3.0  # between two comparisons; what differs in both is not a change under way
-_AGE_S = 0.5  # between two checks how long etcd and the daemon have been away
+_AGE_S = 0.5  # between two checks of how long etcd and the daemon have been away
 _PAUSE_S = 0.5  # the longest pause between two attempts; the client of etcd repeats calls by itself
 _LOST_S = 0.05  # the longest pause before another lease is requested
 _REFUSED_S = 5.0  # the longest pause after etcd has refused
-_CLAIM_S = 25.0  # for the lease to end that a bridge had here before this machine was restarted
+_CLAIM_S = 25.0  # the longest wait for the lease of a bridge that ran here before the machine was restarted
 _SHOWN_MAX = 1_000  # instances, and machines, in the status
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -108,7 +108,7 @@ class Bridge:
         self._etcd = Etcd(options.endpoints, options.tls, options.user)
         self._lease: Lease | None = None
         self._refusals: dict[str, str] = {}  # by "read" or "write": why etcd refuses it
-        self._unread_at = 0.0  # since when etcd refuses to be read
+        self._unread_at = 0.0  # when etcd began to refuse to be read
         self._started_at = time.time()
         self._followed = 0  # the revision of the last event
         self._has_followed = asyncio.Event()
@@ -227,7 +227,10 @@ class Bridge:
         return max(self._etcd.silent_s, unread_s)
 
     async def _until_stale(self) -> None:
-        """Wait until etcd has told nothing for too long. Ask it in between: it may have nothing to report."""
+        """Wait until etcd has not answered, or has refused to be read, for too long.
+
+        A silent etcd is asked in between, since it may have nothing to report.
+        """
         stale_s = self._options.stale_s
         while True:
             await asyncio.sleep(min(_AGE_S, stale_s / 4))

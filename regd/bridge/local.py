@@ -348,9 +348,8 @@ class Local:
 
     def _on_lost(self, connection: Connection, event: Mapping[str, Any]) -> None:
         if (event["name"], event["instance"]) == (records.BRIDGE, ""):
-            connection.post(
-                "register", self._own
-            )  # somebody has deregistered it, and `--status` and Prometheus need it
+            # Somebody has deregistered the bridge itself, which `--status` and Prometheus need.
+            connection.post("register", self._own)
         elif self.session is not None:
             self.session.on_lost(connection, event)
 

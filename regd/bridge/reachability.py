@@ -26,7 +26,7 @@ _REFUSED = "connection refused"
 class _Port:
     def __init__(self, why: str) -> None:
         self.keys: set[Key] = set()
-        self.why = why  # it is unreachable; "" if it accepts connections
+        self.why = why  # why the port is unreachable; "" if it accepts connections
         self.task: asyncio.Task[None] | None = None
 
 

@@ -341,7 +341,7 @@ async def test_reachability(daemon: InLoop) -> None:
 
 
 async def test_what_an_earlier_bridge_has_published_stays(daemon: InLoop) -> None:
-    """A bridge that was killed found it reachable: other machines do not lose it until its successor has, too."""
+    """The successor of a killed bridge withdraws a service only after its own probe has failed."""
     peer = await daemon.peer()
     probes = 0
 
